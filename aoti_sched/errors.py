@@ -1,0 +1,115 @@
+"""Every error a user can meet.
+
+One hierarchy under `AotiSchedError`. A message names the thing (model, input, constant, file), says
+what was expected, what came, and what to do. Where a caller may want to branch on the parts, they are
+attributes too. This file imports nothing, so every layer may use it.
+"""
+
+
+class AotiSchedError(Exception):
+    """Base of every error raised by aoti_sched."""
+
+
+# --- packages ---------------------------------------------------------------------------------------
+
+
+class PackageError(AotiSchedError):
+    """A package could not be read. `path` is the file as the caller named it."""
+
+    def __init__(self, message: str, *, path: str = "") -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class PackageNotFoundError(PackageError, FileNotFoundError):
+    """There is no file at the given path."""
+
+
+class PackageFormatError(PackageError, ValueError):
+    """The file is not a package: no zip, truncated, a member that leaves the directory, an absurd size."""
+
+
+class PackageHashError(PackageError, ValueError):
+    """The file's sha256 is not the one the caller asked for; nothing of it was mapped or run."""
+
+
+class ModelNotFoundError(PackageError, LookupError):
+    """The package holds no model of that name, or several and none was named."""
+
+
+class PlatformMismatchError(PackageError):
+    """The model was compiled for another operating system, machine or device than this one."""
+
+
+class InstructionSetError(PlatformMismatchError):
+    """The model was compiled for a wider CPU instruction set than this CPU has; running it would be SIGILL."""
+
+
+# --- loading ----------------------------------------------------------------------------------------
+
+
+class LoadError(AotiSchedError):
+    """The shared library or its container could not be created; the text is the runtime's own."""
+
+
+class MissingWeightsError(LoadError):
+    """The model has constants, but the package brings no values for them."""
+
+
+class MissingCapabilityError(LoadError):
+    """A compiled model lacks a function of the C ABI because an older torch compiled it."""
+
+
+class ConfigError(AotiSchedError, ValueError):
+    """A setting is unknown, of the wrong type or outside its range. The message gives its path."""
+
+
+class CompileError(AotiSchedError):
+    """`compile_package` could not export or compile the module."""
+
+
+# --- requests ---------------------------------------------------------------------------------------
+
+
+class InputMismatchError(AotiSchedError, ValueError):
+    """A request's arguments do not fit the model. Checked before native code sees them.
+
+    `model` is the runner's name, `input` the input's name ("" when it is the arguments' structure),
+    `expected` and `got` the two sides in words.
+    """
+
+    def __init__(self, model: str, input: str, expected: str, got: str, hint: str = "") -> None:
+        what = f"model {model!r}, input {input!r}" if input else f"model {model!r}"
+        super().__init__(f"{what}: expected {expected}, got {got}." + (f" {hint}" if hint else ""))
+        self.model = model
+        self.input = input
+        self.expected = expected
+        self.got = got
+        self.hint = hint
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str, str, str]]:
+        return type(self), (self.model, self.input, self.expected, self.got, self.hint)
+
+
+class RunError(AotiSchedError, RuntimeError):
+    """The model itself failed while it ran; the text is torch's root cause."""
+
+
+class QueueFullError(AotiSchedError):
+    """Admission refused a request because a bound of its queue is reached."""
+
+
+class DeadlineExceededError(AotiSchedError, TimeoutError):
+    """The request's timeout passed while it was waiting, queued or running."""
+
+
+class RunnerClosedError(AotiSchedError):
+    """The runner (or its whole scheduler) is draining, closed or terminated."""
+
+
+class LeaseError(AotiSchedError):
+    """A lease was used after its release, or in a way its kind does not allow."""
+
+
+class UnsupportedLoopError(AotiSchedError, RuntimeError):
+    """Called outside asyncio: from trio, from no loop at all, or blocking on the loop's own thread."""
