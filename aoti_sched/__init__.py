@@ -1,0 +1,1 @@
+"""An embeddable asyncio scheduler for PyTorch models compiled ahead of time by AOTInductor."""

@@ -1,0 +1,262 @@
+"""`compile_package`: export and compile a module, with the specs of its inputs and outputs in the package.
+
+torch is slow to import and to compile; nothing here is imported until it is called. Compiling blocks
+for many seconds: call it from a build step or a worker thread, never from the event loop.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from aoti_sched.errors import CompileError
+from aoti_sched.specs import (
+    METADATA_KEY,
+    BatchDim,
+    DynamicDim,
+    IntegerSpec,
+    LeafSpec,
+    LiteralSpec,
+    ModelSpec,
+    TensorSpec,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch.export import ExportedProgram
+
+
+def compile_package(
+    module: torch.nn.Module,
+    example_inputs: tuple[Any, ...],
+    path: str | os.PathLike[str],
+    *,
+    example_kwargs: dict[str, Any] | None = None,
+    dynamic: Any = None,
+    threads: int = 1,
+    freeze: bool = False,
+    batch_dim: int | None = None,
+    metadata: dict[str, str] | None = None,
+    options: dict[str, Any] | None = None,
+) -> Path:
+    """Compile `module` into a `.pt2` package that `Scheduler.load` can check every request against.
+
+    Args:
+        module: The module, in the mode (`eval()`) and on the device it shall run in.
+        example_inputs: Positional example arguments; their sizes are compiled in unless `dynamic`.
+        path: Where to write the package; must end in `.pt2`.
+        example_kwargs: Keyword example arguments.
+        dynamic: Dynamic dimensions, in the form of `torch.export.export`'s `dynamic_shapes`, for
+            example `{"x": {0: torch.export.Dim("batch", max=64)}}`. A `Dim` without `min` admits 0 rows.
+        threads: Intra-op threads per run that inductor compiles into its kernels. With 1, the default, a run uses one core and
+            the scheduler fills the others with other runs. More only pays for large models, and it costs safety:
+            an error inside a parallel kernel ends the process.
+        freeze: Turn on inductor's freezing: weights are folded into the code in the layout the
+            kernels like best. Faster, but the weights can never be updated live.
+        batch_dim: The dimension along which requests may be batched: dynamic, with the same `Dim` in every
+            tensor input and output. By default 0 where that holds, otherwise none.
+        metadata: Further strings to store in the package.
+        options: Further inductor options; they win over the ones set here.
+
+    Returns:
+        The package's path.
+
+    Raises:
+        CompileError: The module can't be exported or compiled, or an example can't be served.
+    """
+    import torch
+    import torch._inductor
+
+    target = Path(path)
+    if target.suffix != ".pt2":
+        raise CompileError(f"{target}: a package's name ends in .pt2")
+    if threads < 1:
+        raise CompileError(f"threads={threads}: at least one thread runs a model")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with torch.no_grad():
+        try:
+            program = torch.export.export(
+                module, example_inputs, kwargs=example_kwargs or {}, dynamic_shapes=dynamic
+            )
+        except Exception as error:  # torch.export raises many kinds; each becomes one sentence with its cause
+            raise CompileError(f"{type(module).__name__} could not be exported: {error}") from error
+        spec = describe(program, batch_dim=batch_dim, threads=threads, freeze=freeze)
+        _check_examples(spec)
+        inductor = {
+            "cpp.threads": threads,
+            "freezing": freeze,
+            "aot_inductor.metadata": {**(metadata or {}), METADATA_KEY: msgspec.json.encode(spec).decode()},
+            **(options or {}),
+        }
+        try:
+            torch._inductor.aoti_compile_and_package(  # noqa: SLF001 -- its public home
+                program, package_path=os.fspath(target), inductor_configs=inductor
+            )
+        except Exception as error:
+            raise CompileError(f"{type(module).__name__} could not be compiled: {error}") from error
+    return target
+
+
+def describe(
+    program: ExportedProgram, *, batch_dim: int | None = None, threads: int = 1, freeze: bool = False
+) -> ModelSpec:
+    """The specs of an exported program's inputs and outputs.
+
+    Raises:
+        CompileError: An input is a dynamic integer, which AOTInductor can't take, or not every tensor
+            input and output has the same dynamic dimension at `batch_dim`.
+    """
+    from torch.export.graph_signature import InputKind, OutputKind
+
+    reader = _Reader(program)
+    signature = program.graph_signature
+    inputs = tuple(
+        reader.leaf(spec.arg, "input") for spec in signature.input_specs if spec.kind == InputKind.USER_INPUT
+    )
+    outputs = tuple(
+        reader.leaf(spec.arg, "output")
+        for spec in signature.output_specs
+        if spec.kind == OutputKind.USER_OUTPUT
+    )
+    batch = _batch_dim(inputs, outputs, batch_dim or 0)
+    if batch is None and batch_dim is not None:
+        raise CompileError(
+            f"batch_dim={batch_dim}: not every tensor input and output has the same dynamic dimension there"
+        )
+    return ModelSpec(
+        inputs=inputs,
+        outputs=outputs,
+        parameters=reader.parameters(),
+        batch=batch,
+        threads=threads,
+        frozen=freeze,
+        mutates_buffers=bool(signature.buffers_to_mutate),
+        torch_version=_torch_version(),
+    )
+
+
+def _torch_version() -> str:
+    import torch
+
+    return str(torch.__version__)
+
+
+class _Reader:
+    """Reads leaves from an exported program's graph."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        self.program = program
+        self.values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+        self.names: dict[str, str] = {}  # symbol -> the name of the user's Dim
+        for value in self.values.values():
+            for size in getattr(value, "shape", ()):
+                if not isinstance(size, int):
+                    environment = size.node.shape_env
+                    # Names make better messages; where torch keeps none, its symbols do.
+                    debug_names = getattr(environment, "source_name_to_debug_name", {})
+                    variables = getattr(environment, "source_to_var", {})
+                    self.names = {
+                        str(variables[s]): name for s, name in debug_names.items() if s in variables
+                    }
+                    return
+
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the positional parameters, where torch kept them."""
+        call = self.program.call_spec.in_spec
+        positional = call.children()[0].num_children if call is not None else 0
+        top = next((entry for entry in self.program.module_call_graph if entry.fqn == ""), None)
+        names = getattr(top.signature, "forward_arg_names", None) if top is not None else None
+        return tuple(names[:positional]) if names else ()
+
+    def leaf(self, arg: Any, side: str) -> LeafSpec:
+        kind = type(arg).__name__
+        if kind == "ConstantArgument":
+            plain = isinstance(arg.value, (bool, int, float, str, type(None)))
+            return LiteralSpec(arg.name, arg.value if plain else repr(arg.value))
+        if kind == "SymIntArgument" and side == "output":
+            return IntegerSpec(arg.name)
+        if kind != "TensorArgument":
+            raise CompileError(
+                f"{side} {arg.name!r} is a {kind.removesuffix('Argument')}, which AOTInductor can't pass. "
+                "Make it a 0-dim tensor."
+            )
+        value = self.values[arg.name]
+        return TensorSpec(
+            name=arg.name,
+            dtype=str(value.dtype).removeprefix("torch."),
+            shape=tuple(self.dim(size) for size in value.shape),
+            device=str(value.device),
+            order=_order(value),
+        )
+
+    def dim(self, size: Any) -> int | DynamicDim:
+        if isinstance(size, int):
+            return size
+        expression = size.node.expr
+        if expression.is_number:
+            return int(expression)
+        bounds = self.program.range_constraints.get(expression)
+        low = int(bounds.lower) if bounds is not None else 0
+        high = int(bounds.upper) if bounds is not None and bounds.upper.is_Integer else None
+        symbols = sorted(expression.free_symbols, key=str)
+        if len(symbols) == 1:  # scale * symbol + offset is all that a torch.export.Dim can express
+            symbol = symbols[0]
+            scale, offset = expression.coeff(symbol, 1), expression.coeff(symbol, 0)
+            if scale.is_Integer and scale > 0 and expression == scale * symbol + offset:
+                return DynamicDim(
+                    self.names.get(str(symbol), str(symbol)), low, high, int(scale), int(offset)
+                )
+        return DynamicDim(str(expression), low, high)
+
+
+def _order(value: Any) -> tuple[int, ...] | None:
+    """The memory order of a dense tensor; None when it is not dense."""
+    if value.is_contiguous():
+        return tuple(range(value.dim()))
+    # Outermost first: the larger stride, and of equal strides the larger size, comes first. Hints
+    # stand in for dynamic sizes: the order is a property of the example.
+    strides = [_hint(s) for s in value.stride()]
+    sizes = [_hint(s) for s in value.shape]
+    order = tuple(sorted(range(value.dim()), key=lambda d: (-strides[d], -sizes[d], d)))
+    step = 1
+    for dim in reversed(order):
+        if sizes[dim] != 1 and strides[dim] != step:
+            return None
+        step *= sizes[dim]
+    return order
+
+
+def _hint(size: Any) -> int:
+    if isinstance(size, int):
+        return size
+    node = size.node
+    hint = node.hint if node.hint is not None else 8191  # data-dependent: a prime no product repeats
+    return int(hint)
+
+
+def _batch_dim(inputs: Sequence[LeafSpec], outputs: Sequence[LeafSpec], dim: int) -> BatchDim | None:
+    """The dimension `dim`, if every tensor has the same dynamic size there and nothing else."""
+    given = [leaf for leaf in inputs if isinstance(leaf, TensorSpec)]
+    leaves = given + [leaf for leaf in outputs if isinstance(leaf, TensorSpec)]
+    if not given or any(len(leaf.shape) <= dim for leaf in leaves):
+        return None
+    sizes = [leaf.shape[dim] for leaf in leaves]
+    first = sizes[0]
+    if not isinstance(first, DynamicDim) or first.scale != 1 or first.offset:
+        return None
+    if any(not isinstance(size, DynamicDim) or str(size).split(":")[0] != first.symbol for size in sizes):
+        return None
+    return BatchDim(dim, first.symbol, first.max)
+
+
+def _check_examples(spec: ModelSpec) -> None:
+    for leaf in spec.inputs:
+        if isinstance(leaf, TensorSpec) and leaf.order is None:
+            raise CompileError(
+                f"example input {leaf.name!r} is not dense (an expanded or strided view); the compiled code would "
+                "fix its strides. Pass example.contiguous()."
+            )

@@ -1,0 +1,50 @@
+"""Admission: whether there is room for one more job, and the sentence that says why not."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Bounds(msgspec.Struct, frozen=True):
+    """How much may be queued (not running) at once. None is no bound; `bytes` counts the inputs."""
+
+    jobs: int | None = 1024
+    bytes: int | None = None
+
+
+class Load:
+    """What is queued, held against its bounds."""
+
+    __slots__ = ("bounds", "bytes", "jobs", "name")
+
+    def __init__(self, name: str, bounds: Bounds) -> None:
+        self.name = name
+        self.bounds = bounds
+        self.jobs = 0
+        self.bytes = 0
+
+    def add(self, size: int) -> None:
+        self.jobs += 1
+        self.bytes += size
+
+    def remove(self, size: int) -> None:
+        self.jobs -= 1
+        self.bytes -= size
+
+    def refusal(self, size: int) -> str | None:
+        """Why a job with inputs of `size` bytes does not fit now; None when it does."""
+        bounds = self.bounds
+        if bounds.jobs is not None and self.jobs >= bounds.jobs:
+            return f"{self.name} has {self.jobs} jobs queued, its bound is {bounds.jobs}"
+        if bounds.bytes is not None and self.bytes + size > bounds.bytes:
+            return f"{self.name} has {self.bytes} bytes of inputs queued; {size} more exceed its bound of {bounds.bytes}"
+        return None
+
+    def never_fits(self, size: int) -> str | None:
+        """Why a job of `size` bytes could not even enter an empty queue; None when it could."""
+        bounds = self.bounds
+        if bounds.bytes is not None and size > bounds.bytes:
+            return f"its inputs are {size} bytes, {self.name} takes {bounds.bytes} in all"
+        if bounds.jobs is not None and bounds.jobs < 1:
+            return f"{self.name} queues no jobs"
+        return None

@@ -1,0 +1,497 @@
+"""DeviceQueue: the one mutator of a device's queue.
+
+A method per fact, each taking `now` (seconds on the caller's clock, never going back) and returning the
+commands that follow. The same facts give the same commands, always. An illegal fact raises
+`IllegalFactError` and changes nothing. O(log n) per fact in the queued jobs, O(1) in idle runners.
+
+A job's way: `submit` puts it at the gate (when there is no room and it may wait) or into its source's
+queue; a source (a runner, or a held lease) that has a job and a free slot contends for a lane; `Launch`
+gives the best job its slot and lane; `complete` brings both home. What a job can go through stands in
+`job.TRANSITIONS`.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+import msgspec
+
+from aoti_sched.errors import AotiSchedError, LeaseError, QueueFullError, RunnerClosedError
+from aoti_sched.queue.admission import Bounds, Load
+from aoti_sched.queue.job import Fact, IllegalFactError, Job, JobState
+from aoti_sched.queue.lease import Lease, Phase, RunnerState, Source
+from aoti_sched.queue.order import Contest, JobQueue
+
+
+class Launch(msgspec.Struct, frozen=True):
+    """Run this job now, on its lane."""
+
+    job: Job
+
+
+class Grant(msgspec.Struct, frozen=True):
+    """This job asked for a lease; here it is."""
+
+    job: Job
+    lease: Lease
+
+
+class Reject(msgspec.Struct, frozen=True):
+    """Admission refused this job. Only `submit` answers so."""
+
+    job: Job
+    error: AotiSchedError
+
+
+class Expire(msgspec.Struct, frozen=True):
+    """This job's deadline has passed."""
+
+    job: Job
+
+
+class Revoke(msgspec.Struct, frozen=True):
+    """This accepted job will not run: its runner was terminated."""
+
+    job: Job
+    error: AotiSchedError
+
+
+class Drained(msgspec.Struct, frozen=True):
+    """Nothing of this runner is queued, running or held any more; it may be removed."""
+
+    runner: RunnerState
+
+
+class WakeAt(msgspec.Struct, frozen=True):
+    """Call `tick` at this time; it replaces the time asked for before."""
+
+    at: float
+
+
+Command = Launch | Grant | Reject | Expire | Revoke | Drained | WakeAt
+
+
+def _gate_of(source: Source) -> JobQueue:
+    return source.runner.gate
+
+
+def _queue_of(source: Source) -> JobQueue:
+    return source.queue
+
+
+def _has_free_slot(source: Source) -> bool:
+    return bool(source.free)
+
+
+def _has_room(source: Source) -> bool:
+    head = source.runner.gate.head()
+    return head is not None and source.runner.load.refusal(head.bytes) is None
+
+
+class DeviceQueue:
+    """The queue of one device with `lanes` lanes; at most `bounds` may be queued over all its runners."""
+
+    def __init__(self, name: str, lanes: int, bounds: Bounds | None = None) -> None:
+        if lanes < 1:
+            raise IllegalFactError(f"{name}: a device has at least one lane, not {lanes}")
+        self.name = name
+        self.lanes = lanes
+        self.load = Load(f"device {name}", bounds or Bounds())
+        self.runners: dict[str, RunnerState] = {}
+        self._free_lanes = list(reversed(range(lanes)))
+        self._running: dict[int, Job] = {}  # by lane
+        self._ready = Contest(_queue_of, _has_free_slot)
+        self._gates = Contest(_gate_of, _has_room)
+        self._deadlines: list[tuple[float, int, Job]] = []
+        self._dead_deadlines = 0
+        self._wake: float | None = None
+        self._ids = 0
+        self._lease_ids = 0
+
+    # --- facts about runners -------------------------------------------------------------------------
+
+    def add_runner(
+        self, name: str, slots: int, bounds: Bounds | None = None, *, epoch: int = 1
+    ) -> RunnerState:
+        if name in self.runners:
+            raise IllegalFactError(f"{self.name} has a runner {name!r} already")
+        if slots < 1:
+            raise IllegalFactError(f"runner {name!r}: at least one slot, not {slots}")
+        runner = RunnerState(name, slots, Load(f"runner {name!r}", bounds or Bounds()), epoch)
+        self.runners[name] = runner
+        return runner
+
+    def drain_runner(self, runner: RunnerState, now: float) -> list[Command]:  # noqa: ARG002 -- facts take now
+        """Refuse new work from now on and finish what was accepted, held leases included."""
+        self._known(runner)
+        if runner.phase is Phase.OPEN:
+            runner.phase = Phase.DRAINING
+        commands: list[Command] = []
+        self._see_if_drained(runner, commands)
+        return commands
+
+    def terminate_runner(self, runner: RunnerState, now: float) -> list[Command]:
+        """Fail what is queued, take held leases back, let what runs finish."""
+        self._known(runner)
+        if runner.phase >= Phase.TERMINATED:
+            return []
+        runner.phase = Phase.TERMINATED
+        commands: list[Command] = []
+        queues = [runner.gate, runner.queue, *(lease.queue for lease in runner.leases.values())]
+        for job in [job for queue in queues for job in queue.jobs()]:
+            self._leave_queue(job, Fact.REVOKE, now)
+            runner.counters.revoked += 1
+            error = RunnerClosedError(f"runner {runner.name!r} was terminated while the request was queued")
+            commands.append(Revoke(job, error))
+        for lease in list(runner.leases.values()):
+            lease.released = True
+            self._retire_if_over(lease)
+        self._dispatch(now, commands)  # the room that was freed may let others in
+        self._see_if_drained(runner, commands)
+        return commands
+
+    def remove_runner(self, runner: RunnerState) -> None:
+        """Forget a runner that was `Drained`."""
+        self._known(runner)
+        if runner.phase is not Phase.DRAINED:
+            raise IllegalFactError(f"runner {runner.name!r} is {runner.phase.name}, it can't be removed")
+        del self.runners[runner.name]
+
+    # --- facts about jobs ----------------------------------------------------------------------------
+
+    def submit(self, job: Job, now: float, *, wait: bool = False) -> list[Command]:
+        """A new job. With `wait`, it is held at the gate when there is no room, otherwise rejected."""
+        runner = job.source.runner
+        self._known(runner)
+        if job.state is not JobState.NEW:
+            raise IllegalFactError(f"job {job.id} was submitted before, it is {job.state.name}")
+        self._ids += 1
+        job.id = self._ids
+        job.submitted = now
+        runner.counters.submitted += 1
+        error = self._refusal(job, wait=wait)
+        if error is not None:
+            job.happens(Fact.REJECT)
+            runner.counters.rejected += 1
+            return [Reject(job, error)]
+        if job.deadline is not None:
+            if job.deadline <= now:
+                job.happens(Fact.EXPIRE)
+                runner.counters.expired += 1
+                return [Expire(job)]
+            heapq.heappush(self._deadlines, (job.deadline, job.id, job))
+        commands: list[Command] = []
+        job.source.live += 1
+        if self._full(job) is not None:
+            job.happens(Fact.HOLD)
+            runner.gate.push(job)
+            self._gates.enter(runner)
+        else:
+            self._admit(job)
+        self._dispatch(now, commands)
+        if job.deadline is not None:
+            self._ask_for_wake(commands)
+        return commands
+
+    def complete(
+        self,
+        job: Job,
+        now: float,
+        *,
+        ok: bool = True,
+        started: float | None = None,
+        finished: float | None = None,
+    ) -> list[Command]:
+        """A launched job's run is over, and the device done with it: its lane and slot come home.
+
+        `job.state` then says whether its caller is still there (DONE, FAILED) or had left. `started` and
+        `finished` are the lane's own stamps, where it has better ones than the launch and `now`.
+        """
+        if self._running.get(job.lane) is not job:
+            raise IllegalFactError(f"job {job.id} is {job.state.name} and not on a lane: it can't complete")
+        left = job.state is not JobState.RUNNING
+        job.happens(Fact.SUCCEED if ok else Fact.FAIL)
+        job.started = job.started if started is None else started
+        job.finished = now if finished is None else finished
+        source, runner = job.source, job.source.runner
+        counters, seconds = runner.counters, job.finished - job.started
+        counters.queue_seconds += job.started - job.submitted
+        counters.run_seconds += seconds
+        if left:
+            counters.wasted_seconds += seconds
+        elif ok:
+            counters.completed += 1
+        else:
+            counters.failed += 1
+        if not left and job.deadline is not None:
+            self._count_dead_deadline()
+        del self._running[job.lane]
+        self._free_lanes.append(job.lane)
+        source.free.append(job.slot)
+        source.live -= 1
+        commands: list[Command] = []
+        if isinstance(source, Lease):
+            self._retire_if_over(source)
+        self._ready.enter(source)
+        self._dispatch(now, commands)
+        self._see_if_drained(runner, commands)
+        return commands
+
+    def cancel(self, job: Job, now: float) -> list[Command]:
+        """The caller gave up. A queued job leaves at once; a running one leaves its lane busy until it is done."""
+        commands: list[Command] = []
+        if job.state is JobState.RUNNING:
+            job.happens(Fact.CANCEL)
+            if job.deadline is not None:
+                self._count_dead_deadline()
+        else:
+            self._leave_queue(job, Fact.CANCEL, now)
+        job.source.runner.counters.cancelled += 1
+        self._dispatch(now, commands)
+        self._see_if_drained(job.source.runner, commands)
+        return commands
+
+    def tick(self, now: float) -> list[Command]:
+        """Time has passed: every live job whose deadline is not after `now` expires."""
+        commands: list[Command] = []
+        touched: list[RunnerState] = []
+        while self._deadlines and (self._deadlines[0][0] <= now or self._is_dead(self._deadlines[0][2])):
+            _, _, job = heapq.heappop(self._deadlines)
+            if self._is_dead(job):
+                self._dead_deadlines -= 1
+                continue
+            if job.state is JobState.RUNNING:
+                job.happens(Fact.EXPIRE)
+            else:
+                self._leave_queue(job, Fact.EXPIRE, now)
+            job.source.runner.counters.expired += 1
+            touched.append(job.source.runner)
+            commands.append(Expire(job))
+        self._dispatch(now, commands)
+        for runner in touched:
+            self._see_if_drained(runner, commands)
+        self._wake = None
+        self._ask_for_wake(commands)
+        return commands
+
+    def release(self, lease: Lease, now: float) -> list[Command]:
+        """The holder is through with its lease; saying so twice changes nothing."""
+        commands: list[Command] = []
+        if not lease.released:
+            lease.released = True
+            self._retire_if_over(lease)
+            self._dispatch(now, commands)
+            self._see_if_drained(lease.runner, commands)
+        return commands
+
+    # --- what follows from facts ---------------------------------------------------------------------
+
+    def _refusal(self, job: Job, *, wait: bool) -> AotiSchedError | None:
+        source, runner = job.source, job.source.runner
+        if isinstance(source, Lease):
+            if runner.phase >= Phase.TERMINATED:
+                return RunnerClosedError(f"runner {runner.name!r} was terminated; its leases are gone")
+            if source.released:
+                return LeaseError(
+                    f"lease {source.id} of runner {runner.name!r} (slot {source.slot}) was released; take a new one "
+                    "with runner.lease()"
+                )
+        elif runner.phase is not Phase.OPEN:
+            return RunnerClosedError(
+                f"runner {runner.name!r} is {runner.phase.name.lower()}; it takes no new requests"
+            )
+        never = runner.load.never_fits(job.bytes) or self.load.never_fits(job.bytes)
+        if never is not None:
+            return QueueFullError(f"runner {runner.name!r}: the request can never be queued, {never}")
+        full = None if wait else self._full(job)
+        if full is None:
+            return None
+        return QueueFullError(
+            f"runner {runner.name!r}: {full}. Send less, raise the bound, or load with overflow='wait'"
+        )
+
+    def _full(self, job: Job) -> str | None:
+        """Why a job can't be queued now. Nobody passes those who wait at a gate already."""
+        runner = job.source.runner
+        reason = runner.load.refusal(job.bytes) or self.load.refusal(job.bytes)
+        if reason is None and (len(runner.gate) or self._gates.best() is not None):
+            reason = "earlier requests are waiting for room"
+        return reason
+
+    def _admit(self, job: Job) -> None:
+        job.happens(Fact.ADMIT)
+        self.load.add(job.bytes)
+        job.source.runner.load.add(job.bytes)
+        job.source.queue.push(job)
+        self._ready.enter(job.source)
+
+    def _dispatch(self, now: float, commands: list[Command]) -> None:
+        """Give free slots and lanes to the best jobs, and the room that this makes to those at the gate."""
+        self._open_gates()
+        while True:
+            job = self._ready.best()
+            if job is None or not (job.holds or self._free_lanes):
+                return
+            source = job.source
+            source.queue.remove(job)
+            self._free_room(job)
+            job.happens(Fact.LAUNCH)
+            job.slot = source.free.pop()
+            job.epoch = source.epoch
+            job.started = now
+            if job.holds:
+                self._grant(job, now, commands)
+            else:
+                job.lane = self._free_lanes.pop()
+                self._running[job.lane] = job
+                commands.append(Launch(job))
+            self._ready.enter(source)
+            self._open_gates()
+
+    def _grant(self, job: Job, now: float, commands: list[Command]) -> None:
+        runner = job.source.runner
+        self._lease_ids += 1
+        lease = Lease(self._lease_ids, runner, job.slot, job.payload)
+        runner.leases[lease.id] = lease
+        runner.live -= 1
+        job.happens(Fact.SUCCEED)
+        job.finished = now
+        runner.counters.completed += 1
+        runner.counters.queue_seconds += now - job.submitted
+        if job.deadline is not None:
+            self._count_dead_deadline()
+        commands.append(Grant(job, lease))
+
+    def _open_gates(self) -> None:
+        while (job := self._gates.best()) is not None and self.load.refusal(job.bytes) is None:
+            runner = job.source.runner
+            runner.gate.remove(job)
+            self._admit(job)
+            self._gates.enter(runner)
+
+    def _leave_queue(self, job: Job, fact: Fact, now: float) -> None:
+        """A job that is waiting or queued ends there."""
+        waiting = job.state is JobState.WAITING
+        job.happens(fact)
+        job.finished = now
+        source, runner = job.source, job.source.runner
+        source.live -= 1
+        if waiting:
+            runner.gate.remove(job)
+            self._gates.enter(runner)
+        else:
+            source.queue.remove(job)
+            self._free_room(job)
+            self._ready.enter(source)
+        if job.deadline is not None and fact is not Fact.EXPIRE:  # an expired one has surfaced already
+            self._count_dead_deadline()
+        if isinstance(source, Lease):
+            self._retire_if_over(source)
+
+    def _free_room(self, job: Job) -> None:
+        self.load.remove(job.bytes)
+        runner = job.source.runner
+        runner.load.remove(job.bytes)
+        self._gates.enter(runner)
+
+    def _retire_if_over(self, lease: Lease) -> None:
+        runner = lease.runner
+        if lease.released and not lease.live and lease.id in runner.leases:
+            del runner.leases[lease.id]
+            runner.free.append(lease.free.pop())
+            self._ready.leave(lease)
+            self._ready.enter(runner)
+
+    def _see_if_drained(self, runner: RunnerState, commands: list[Command]) -> None:
+        if runner.phase in (Phase.DRAINING, Phase.TERMINATED) and runner.idle:
+            runner.phase = Phase.DRAINED
+            commands.append(Drained(runner))
+
+    def _known(self, runner: RunnerState) -> None:
+        if self.runners.get(runner.name) is not runner:
+            raise IllegalFactError(f"{self.name} has no runner {runner.name!r}")
+
+    # --- deadlines -----------------------------------------------------------------------------------
+
+    @staticmethod
+    def _is_dead(job: Job) -> bool:
+        return job.state > JobState.RUNNING
+
+    def _ask_for_wake(self, commands: list[Command]) -> None:
+        if self._deadlines and (self._wake is None or self._deadlines[0][0] < self._wake):
+            self._wake = self._deadlines[0][0]
+            commands.append(WakeAt(self._wake))
+
+    def _count_dead_deadline(self) -> None:
+        """Entries of ended jobs stay in the heap until they surface, or until they outnumber the others."""
+        self._dead_deadlines += 1
+        if self._dead_deadlines > len(self._deadlines) // 2 + 16:
+            self._deadlines = [entry for entry in self._deadlines if not self._is_dead(entry[2])]
+            heapq.heapify(self._deadlines)
+            self._dead_deadlines = 0
+
+    # --- invariants ----------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """State the invariants; raises AssertionError. For tests, after every fact."""
+
+        def must(truth: bool, sentence: str) -> None:
+            if not truth:
+                raise AssertionError(f"{self.name}: {sentence}")
+
+        must(len(self._free_lanes) + len(self._running) == self.lanes, "each lane is free or runs one job")
+        must(
+            sorted([*self._free_lanes, *self._running]) == list(range(self.lanes)),
+            "no lane is lost or doubled",
+        )
+        queued_jobs = queued_bytes = 0
+        for runner in self.runners.values():
+            on_lanes = [job for job in self._running.values() if job.source.runner is runner]
+            held = [lease.slot for lease in runner.leases.values()]
+            own = [job.slot for job in on_lanes if job.source is runner]
+            must(
+                sorted([*runner.free, *held, *own]) == list(range(runner.slots)), "free + leased = all slots"
+            )
+            for lease in runner.leases.values():
+                busy = [job for job in on_lanes if job.source is lease]
+                must(len(busy) + len(lease.free) == 1, "a lease runs at most one job at a time")
+                must(not lease.released or lease.live > 0, "a released lease with no jobs is retired")
+            sources: list[Source] = [runner, *runner.leases.values()]
+            queued = [job for source in sources for job in source.queue.jobs()]
+            must(all(job.state is JobState.QUEUED for job in queued), "what is in a queue is QUEUED")
+            gate = runner.gate.jobs()
+            must(all(job.state is JobState.WAITING for job in gate), "what is at a gate is WAITING")
+            must(runner.load.jobs == len(queued), "a runner's load counts its queued jobs")
+            must(runner.load.bytes == sum(job.bytes for job in queued), "a runner's load counts its bytes")
+            must(
+                sum(s.live for s in sources) == len(queued) + len(gate) + len(on_lanes),
+                "live jobs are somewhere",
+            )
+            for load in (runner.load, self.load):
+                must(
+                    load.bounds.jobs is None or load.jobs <= load.bounds.jobs, "no bound of jobs is exceeded"
+                )
+                must(
+                    load.bounds.bytes is None or load.bytes <= load.bounds.bytes,
+                    "no bound of bytes is exceeded",
+                )
+            if gate and runner.load.refusal(gate[0].bytes) is None:
+                first = self._gates.best()
+                blocked = first is not None and self.load.refusal(first.bytes) is not None
+                must(blocked, "nobody waits at a gate when there is room")
+            must((runner.phase is not Phase.DRAINED) or runner.idle, "a drained runner is idle")
+            if self._free_lanes:
+                must(
+                    not any(s.free and len(s.queue) for s in sources),
+                    "no job waits while a lane and a slot are free",
+                )
+            queued_jobs += len(queued)
+            queued_bytes += sum(job.bytes for job in queued)
+        must(
+            self.load.jobs == queued_jobs and self.load.bytes == queued_bytes,
+            "the device's load is its runners'",
+        )
+        must(
+            sum(self._is_dead(e[2]) for e in self._deadlines) == self._dead_deadlines,
+            "dead deadlines are counted",
+        )

@@ -1,0 +1,121 @@
+"""Job: one `run` call on its way, and the table of everything that can happen to it."""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+if TYPE_CHECKING:
+    from aoti_sched.queue.lease import Source
+
+
+class Priority(enum.IntEnum):
+    """Policy class of a request. A higher class always goes first; within a class, first in first out."""
+
+    HIGH = 0
+    NORMAL = 1
+    LOW = 2
+
+
+class JobState(enum.IntEnum):
+    """Where a job is. The first four are alive, the others are ends."""
+
+    NEW = 0  # not yet submitted
+    WAITING = 1  # held at the gate until admission has room (overflow="wait")
+    QUEUED = 2
+    RUNNING = 3
+    DONE = 4
+    FAILED = 5
+    REJECTED = 6
+    EXPIRED = 7
+    CANCELLED = 8
+    REVOKED = 9  # its runner was terminated
+
+
+class Fact(enum.IntEnum):
+    """What can happen to one job."""
+
+    REJECT = 0
+    HOLD = 1
+    ADMIT = 2
+    LAUNCH = 3
+    SUCCEED = 4
+    FAIL = 5
+    EXPIRE = 6
+    CANCEL = 7
+    REVOKE = 8
+
+
+TRANSITIONS: dict[JobState, dict[Fact, JobState]] = {
+    JobState.NEW: {
+        Fact.REJECT: JobState.REJECTED,
+        Fact.EXPIRE: JobState.EXPIRED,
+        Fact.HOLD: JobState.WAITING,
+        Fact.ADMIT: JobState.QUEUED,
+    },
+    JobState.WAITING: {
+        Fact.ADMIT: JobState.QUEUED,
+        Fact.EXPIRE: JobState.EXPIRED,
+        Fact.CANCEL: JobState.CANCELLED,
+        Fact.REVOKE: JobState.REVOKED,
+    },
+    JobState.QUEUED: {
+        Fact.LAUNCH: JobState.RUNNING,
+        Fact.EXPIRE: JobState.EXPIRED,
+        Fact.CANCEL: JobState.CANCELLED,
+        Fact.REVOKE: JobState.REVOKED,
+    },
+    # A running job that expires or is cancelled ends for its caller at once; its lane and slot come home
+    # with the completion, which then finds the job at its end and changes nothing more.
+    JobState.RUNNING: {
+        Fact.SUCCEED: JobState.DONE,
+        Fact.FAIL: JobState.FAILED,
+        Fact.EXPIRE: JobState.EXPIRED,
+        Fact.CANCEL: JobState.CANCELLED,
+    },
+    JobState.DONE: {},
+    JobState.FAILED: {},
+    JobState.REJECTED: {},
+    JobState.EXPIRED: {Fact.SUCCEED: JobState.EXPIRED, Fact.FAIL: JobState.EXPIRED},
+    JobState.CANCELLED: {Fact.SUCCEED: JobState.CANCELLED, Fact.FAIL: JobState.CANCELLED},
+    JobState.REVOKED: {},
+}
+"""Every transition of a job. A fact that is not in its state's row is illegal."""
+
+
+class IllegalFactError(Exception):
+    """A fact that can't happen in this state; a bug of the caller's. Nothing was changed."""
+
+
+class Job(msgspec.Struct, eq=False):
+    """One request. The queue owns all fields but `payload`, which belongs to the caller and is not looked at.
+
+    `source` is what the job draws its slot from: its runner, or a held lease. A job with `holds` set asks
+    for a lease and not for a run. `bytes` counts the inputs. Times are seconds on the caller's clock;
+    `deadline` is absolute.
+    """
+
+    source: Source
+    priority: int = Priority.NORMAL
+    deadline: float | None = None
+    bytes: int = 0
+    holds: bool = False
+    payload: Any = None
+
+    id: int = -1
+    state: JobState = JobState.NEW
+    lane: int = -1
+    slot: int = -1
+    epoch: int = 0
+    submitted: float = 0.0
+    started: float = 0.0
+    finished: float = 0.0
+
+    def happens(self, fact: Fact) -> None:
+        """Move to the next state by the table, or raise `IllegalFactError` and change nothing."""
+        following = TRANSITIONS[self.state].get(fact)
+        if following is None:
+            raise IllegalFactError(f"job {self.id} is {self.state.name}: {fact.name} can't happen to it")
+        self.state = following

@@ -1,0 +1,101 @@
+"""Leases: who holds which slot. A source gives out its slots; a held lease is a source of one slot."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import msgspec
+
+from aoti_sched.queue.admission import Load
+from aoti_sched.queue.order import JobQueue
+
+
+class Phase(enum.IntEnum):
+    """How far a runner is on its way out."""
+
+    OPEN = 0
+    DRAINING = 1  # takes no new work, finishes what it accepted
+    TERMINATED = 2  # takes no new work, finishes only what runs
+    DRAINED = 3  # nothing queued, running or held; may be removed
+
+
+class Counters(msgspec.Struct):
+    """Running totals of one runner; seconds are on the caller's clock."""
+
+    submitted: int = 0
+    completed: int = 0
+    failed: int = 0
+    rejected: int = 0
+    expired: int = 0
+    cancelled: int = 0
+    revoked: int = 0
+    queue_seconds: float = 0.0
+    run_seconds: float = 0.0
+    wasted_seconds: float = 0.0
+    """Run time of jobs whose caller had left, by cancellation or timeout."""
+
+
+class Source:
+    """What jobs draw slots from: a runner with all its slots, or a held lease with its one.
+
+    `free` is a stack, so that the slot used last, whose memory is warm, is used next. `live` counts the
+    jobs that are waiting, queued or running here, callers that left a running job included.
+    """
+
+    __slots__ = ("epoch", "free", "live", "name", "queue")
+
+    def __init__(self, name: str, slots: list[int], epoch: int) -> None:
+        self.name = name
+        self.free = slots
+        self.queue = JobQueue()
+        self.live = 0
+        self.epoch = epoch
+
+    @property
+    def runner(self) -> RunnerState:
+        raise AttributeError("a bare source has no runner")
+
+
+class RunnerState(Source):
+    """A runner's record: its slots, its queue, what waits at its gate, its held leases, its totals."""
+
+    __slots__ = ("counters", "gate", "leases", "load", "phase", "slots")
+
+    def __init__(self, name: str, slots: int, load: Load, epoch: int) -> None:
+        super().__init__(name, list(reversed(range(slots))), epoch)
+        self.slots = slots
+        self.gate = JobQueue()
+        self.load = load
+        self.leases: dict[int, Lease] = {}
+        self.phase = Phase.OPEN
+        self.counters = Counters()
+
+    @property
+    def runner(self) -> RunnerState:
+        return self
+
+    @property
+    def idle(self) -> bool:
+        return not (self.live or self.leases)
+
+
+class Lease(Source):
+    """An exclusive claim on one slot of a runner, for several runs in turn.
+
+    Released, it takes no new jobs; its slot goes home when the last of its accepted jobs is through.
+    """
+
+    __slots__ = ("_runner", "holder", "id", "released", "slot")
+
+    def __init__(self, lease_id: int, runner: RunnerState, slot: int, holder: Any) -> None:
+        super().__init__(runner.name, [slot], runner.epoch)
+        self._runner = runner
+        self.id = lease_id
+        self.slot = slot
+        self.holder = holder
+        self.released = False
+
+    @property
+    def runner(self) -> RunnerState:
+        return self._runner

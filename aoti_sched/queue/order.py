@@ -1,0 +1,94 @@
+"""Order: which job goes next. Priority classes, first in first out within; across runners the same rule."""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from aoti_sched.queue.job import Job, Priority
+
+if TYPE_CHECKING:
+    from aoti_sched.queue.lease import Source
+
+
+class JobQueue:
+    """The waiting jobs of one source. Push, remove and pop are O(1)."""
+
+    __slots__ = ("_classes", "_size")
+
+    def __init__(self) -> None:
+        # OrderedDict is a linked list: unlike a dict's, its first key is found in O(1) after many deletions.
+        self._classes: tuple[OrderedDict[int, Job], ...] = tuple(OrderedDict() for _ in Priority)
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def push(self, job: Job) -> None:
+        self._classes[job.priority][job.id] = job
+        self._size += 1
+
+    def remove(self, job: Job) -> None:
+        del self._classes[job.priority][job.id]
+        self._size -= 1
+
+    def head(self) -> Job | None:
+        for jobs in self._classes:
+            for job in jobs.values():
+                return job
+        return None
+
+    def jobs(self) -> list[Job]:
+        """All jobs in the order in which they would go."""
+        return [job for jobs in self._classes for job in jobs.values()]
+
+
+class Contest:
+    """Sources contending for something (a lane, room in the queue), best head job first.
+
+    A heap of (priority, id, source) entries that are not updated but checked when they surface: an entry
+    counts if its job still heads its source's queue and the source is `eligible`. A source enters (or
+    re-enters) when its head or its eligibility changes; so each fact costs O(log n), and a source that
+    has no work costs nothing.
+    """
+
+    __slots__ = ("_eligible", "_entered", "_heap", "_queue_of")
+
+    def __init__(self, queue_of: Callable[[Source], JobQueue], eligible: Callable[[Source], bool]) -> None:
+        self._heap: list[tuple[int, int, Source]] = []
+        self._entered: dict[Source, int] = {}  # each source's latest entry; older ones are stale
+        self._queue_of = queue_of
+        self._eligible = eligible
+
+    def enter(self, source: Source) -> None:
+        """Call when a source's head or eligibility may have changed; entering twice does no harm."""
+        head = self._queue_of(source).head()
+        if head is None or self._entered.get(source) == head.id or not self._eligible(source):
+            return
+        heapq.heappush(self._heap, (head.priority, head.id, source))
+        self._entered[source] = head.id
+        if len(self._heap) > 2 * len(self._entered) + 16:
+            self._drop_stale()
+
+    def leave(self, source: Source) -> None:
+        """Forget a source that is gone for good."""
+        self._entered.pop(source, None)
+
+    def best(self) -> Job | None:
+        """The job that goes next, still queued; None when no source is eligible."""
+        heap = self._heap
+        while heap:
+            _, job_id, source = heap[0]
+            head = self._queue_of(source).head()
+            if head is not None and head.id == job_id and self._eligible(source):
+                return head
+            heapq.heappop(heap)
+            if self._entered.get(source) == job_id:
+                del self._entered[source]
+        return None
+
+    def _drop_stale(self) -> None:
+        self._heap = [entry for entry in self._heap if self._entered.get(entry[2]) == entry[1]]
+        heapq.heapify(self._heap)
