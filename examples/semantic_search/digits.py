@@ -83,9 +83,10 @@ def train_classifier(train: Digits) -> DigitClassifier:
         optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
         for _ in range(EPOCHS):
-            for chosen in torch.randperm(len(train.images)).split(BATCH):
+            for chosen in torch.split(torch.randperm(len(train.images)), BATCH):
                 optimizer.zero_grad()
-                cross_entropy(model(train.images[chosen]), train.labels[chosen]).backward()
+                loss = cross_entropy(model(train.images[chosen]), train.labels[chosen])
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
             schedule.step()
     return model.eval().requires_grad_(False)
@@ -94,7 +95,8 @@ def train_classifier(train: Digits) -> DigitClassifier:
 def accuracy(model: nn.Module, digits: Digits) -> float:
     """The share of `digits` that `model` reads correctly, 0 to 1."""
     with torch.no_grad():
-        return (model(digits.images).argmax(1) == digits.labels).double().mean().item()
+        right = model(digits.images).argmax(1) == digits.labels
+    return float(right.double().mean())
 
 
 def draw(image: Tensor) -> str:

@@ -75,7 +75,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, visible: Tensor) -> Tensor:
         def heads(y: Tensor) -> Tensor:
-            return y.unflatten(-1, (HEADS, HIDDEN // HEADS)).transpose(1, 2)
+            return y.view(*y.shape[:2], HEADS, HIDDEN // HEADS).transpose(1, 2)
 
         q, k, v = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
         mixed = scaled_dot_product_attention(q, k, v, attn_mask=visible)
