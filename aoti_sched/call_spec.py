@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aoti_sched.errors import InputMismatchError, LoadError
 from aoti_sched.specs import IntegerSpec, LeafSpec, LiteralSpec
@@ -59,8 +59,18 @@ def _is_flat(node: _Node) -> bool:
     return all(child.kind is None for child in node.children)
 
 
-class CallSpec:
-    """Flattens a call's arguments into the container's tensors and rebuilds its outputs.
+class CallSpec(Protocol):
+    """How a model is called."""
+
+    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The container's inputs for these arguments; each has `nbytes`. Raises `InputMismatchError`."""
+
+    def unflatten(self, outputs: list[Any]) -> Any:
+        """What the caller gets for the container's outputs."""
+
+
+class ExportedCallSpec:
+    """The call spec of an exported module. Flattens a call's arguments into the container's tensors and rebuilds its outputs.
 
     `in_spec` and `out_spec` are the JSON texts of `AOTInductorModelContainerGetCallSpec`. `inputs` and
     `outputs` are the leaves where known (see `ModelSpec`), else None: then, as torch's own loader does,

@@ -398,12 +398,7 @@ def _zip_layout(source: ZipSource, root: str, name: str, files: Mapping[str, str
     # torch's own loader puts custom objects beside the library, where the proxy executor looks for them.
     constants = _members_under(source, f"{root}data/constants/")
     objects = {path: member for path, member in constants.items() if path.startswith("custom_obj_")}
-    stored = (
-        {f"weights/{path}": member for path, member in weights.items()}
-        if "weights_config.json" in files
-        else {}
-    )
-    return _layout(name, library, {**objects, **stored, **files}, weights)
+    return _layout(name, library, {**objects, **files}, weights)
 
 
 def _bare_layout(source: LibrarySource) -> dict[str, _Layout]:

@@ -108,6 +108,11 @@ class DeviceQueue:
         self._ids = 0
         self._lease_ids = 0
 
+    @property
+    def busy_lanes(self) -> int:
+        """How many lanes run something."""
+        return len(self._running)
+
     # --- facts about runners -------------------------------------------------------------------------
 
     def add_runner(

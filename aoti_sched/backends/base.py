@@ -1,0 +1,138 @@
+"""The contracts of the machinery: Container, Executor, Device. A backend does everything and decides nothing.
+
+All of it is blocking and knows no event loop. The front calls `Device.load` and `Container.close` from
+worker threads, `Executor.submit` and `Executor.drain` from the loop's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from aoti_sched.call_spec import CallSpec
+from aoti_sched.specs import ConstantSpec
+
+
+class ContainerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a loaded container says of itself.
+
+    `runtime` is the way it is run ("c_abi", "torch runner", "fake"); `reason` says why, when it is not the C ABI.
+    `gil` says whether a run holds the GIL: "released", "held", or "unknown".
+    """
+
+    runtime: str
+    reason: str = ""
+    gil: str = "released"
+    instances: int
+    num_inputs: int | None
+    num_outputs: int | None
+    in_spec: str
+    out_spec: str
+    constants: tuple[ConstantSpec, ...] = ()
+    missing: tuple[str, ...] = ()
+    """Functions of the C ABI that this model lacks, because an older torch compiled it."""
+
+
+class Container(Protocol):
+    """A loaded model: one set of constants and `info.instances` instances."""
+
+    @property
+    def info(self) -> ContainerInfo: ...
+
+    def run_raw(self, inputs: Sequence[Any]) -> list[Any]:
+        """Run once and wait. At most `info.instances` callers at a time; inputs are validated already.
+
+        Raises:
+            RunError: with torch's root cause. No handle is lost.
+        """
+
+    def close(self) -> None:
+        """Free the container. No run may be going on. Closing twice does nothing."""
+
+
+class Work(msgspec.Struct, frozen=True, eq=False):
+    """One run for a lane. `token` comes back with the completion and is not looked at."""
+
+    container: Container
+    inputs: Sequence[Any]
+    threads: int
+    token: Any
+
+
+class Completion(msgspec.Struct, frozen=True, eq=False):
+    """The end of one work. Either `outputs` or `error`; times are seconds of `time.monotonic`."""
+
+    token: Any
+    outputs: list[Any] | None
+    error: BaseException | None
+    started: float
+    finished: float
+
+
+class Executor(Protocol):
+    """A device's lanes. Each runs one work at a time."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def lanes(self) -> int: ...
+
+    def submit(self, lane: int, work: Work) -> None:
+        """Hand a work to a lane. Never blocks."""
+
+    def drain(self) -> list[Completion]:
+        """The completions that are there now, a bounded number; the descriptor stays readable for the rest."""
+
+    def fileno(self) -> int:
+        """A descriptor that is readable while completions wait; -1 where the owner is told in another way."""
+
+    def close(self) -> None:
+        """Wait for what runs, then end the lanes. Closing twice does nothing."""
+
+
+class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a device needs to load one model of a package."""
+
+    name: str
+    path: Path
+    model_name: str | None
+    instances: int
+    sha256: str | None
+    cache_dir: Path | None
+
+
+class Loaded(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+    """A loaded model: its container, and what its package says of it."""
+
+    container: Container
+    metadata: dict[str, str]
+    wrapper_source: str | None
+    sha256: str
+    thread_limit: int | None
+    """Beyond this many intra-op threads the compiled code would write past its arrays."""
+    call_spec: CallSpec | None = None
+    """The device's own, where the container's `in_spec` does not say how it is called (fakes)."""
+
+
+class Device(Protocol):
+    """What the front needs of one kind of device."""
+
+    @property
+    def name(self) -> str: ...
+
+    def cores(self) -> int:
+        """How many cores this process may use: the default number of lanes on a CPU."""
+
+    def open_executor(self, lanes: int) -> Executor:
+        """Start the lanes."""
+
+    def load(self, request: LoadRequest) -> Loaded:
+        """Read, check, extract and load one model. Blocking, for seconds.
+
+        Raises:
+            PackageError, LoadError: as `aoti_sched.errors` tells them.
+        """

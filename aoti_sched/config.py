@@ -1,0 +1,100 @@
+"""Settings: what a scheduler, its devices and its models are told; TOML in, validated, plain Structs.
+
+[devices.cpu]
+lanes = 2
+limits = { jobs = 2048, bytes = 268435456 }
+
+[models.encoder]
+path = "encoder.pt2"          # relative to the configuration file
+instances = 2
+overflow = "wait"
+timeout = 0.5
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from aoti_sched.errors import ConfigError
+
+Overflow = Literal["reject", "wait"]
+"""What happens to a request when a bound is reached: an immediate QueueFullError, or waiting for room."""
+
+_Count = Annotated[int, Meta(ge=1)]
+_Seconds = Annotated[float, Meta(gt=0)]
+
+
+class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How much may be queued (not running) at once; `bytes` counts the inputs. None is no bound."""
+
+    jobs: _Count | None = 1024
+    bytes: _Count | None = None
+
+
+class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One device. `lanes` is how many runs go on at once; by default one per core of the process."""
+
+    lanes: _Count | None = None
+    limits: Limits = Limits(jobs=4096)
+
+
+class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One model, as `Scheduler.load` takes it; see there."""
+
+    path: str
+    model_name: str | None = None
+    device: str = "cpu"
+    instances: _Count = 1
+    threads: _Count | None = None
+    overflow: Overflow = "reject"
+    limits: Limits = Limits()
+    timeout: _Seconds | None = None
+    warmup: bool = True
+    sha256: str | None = None
+
+
+class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """All of a scheduler.
+
+    `cache_dir` is where packages are extracted (default: the user's cache directory). `log_requests`
+    logs one event per request; otherwise only loads, closes and faults are logged.
+    """
+
+    devices: dict[str, DeviceConfig] = {}
+    models: dict[str, ModelConfig] = {}
+    cache_dir: str | None = None
+    log_requests: bool = False
+
+
+def read_config(path: str | os.PathLike[str]) -> SchedulerConfig:
+    """Read a TOML file; model paths are taken relative to it.
+
+    Raises:
+        ConfigError: The file is missing, not TOML, or a setting is unknown, of the wrong type or out of
+            range; the message gives the setting's path.
+    """
+    file = Path(path)
+    try:
+        config = msgspec.toml.decode(file.read_bytes(), type=SchedulerConfig)
+    except OSError as error:
+        raise ConfigError(f"{file}: the configuration can't be read: {error.strerror}") from error
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise ConfigError(f"{file}: {error}") from error
+    models = {
+        name: msgspec.structs.replace(model, path=str(file.parent / model.path))
+        for name, model in config.models.items()
+    }
+    return msgspec.structs.replace(config, models=models)
+
+
+def checked(settings: ModelConfig) -> ModelConfig:
+    """The same settings, validated as if they had come from a file."""
+    try:
+        return msgspec.convert(msgspec.to_builtins(settings), ModelConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"load({settings.path!r}): {error}") from error

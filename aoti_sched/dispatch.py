@@ -1,0 +1,239 @@
+"""Dispatcher: connects one device's queue with its executor, on one event loop.
+
+Facts go into the queue; the commands that come out are performed here: works are handed to lanes,
+futures are resolved, timers are set. There is no rule in this file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+from aoti_sched.backends.base import Completion, Executor, Work
+from aoti_sched.errors import DeadlineExceededError
+from aoti_sched.queue.device_queue import (
+    Command,
+    DeviceQueue,
+    Drained,
+    Expire,
+    Grant,
+    Launch,
+    Reject,
+    Revoke,
+    WakeAt,
+)
+from aoti_sched.queue.job import Job, JobState
+from aoti_sched.telemetry import DeviceStats, RunnerStats, log
+
+if TYPE_CHECKING:
+    from aoti_sched.future import RunFuture
+    from aoti_sched.queue.lease import Lease, RunnerState
+
+
+class Timer(Protocol):
+    """What `Clock.call_at` returns."""
+
+    def cancel(self) -> None: ...
+
+
+class Clock(Protocol):
+    """The scheduler's time, in seconds; tests bring their own (`aoti_sched.testing.ManualClock`)."""
+
+    def time(self) -> float: ...
+
+    def call_at(self, when: float, callback: Callable[[], None]) -> Timer: ...
+
+
+class LoopClock:
+    """`time.monotonic`, which the lanes' stamps use too, and the event loop's timers."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+
+    time = staticmethod(time.monotonic)
+
+    def call_at(self, when: float, callback: Callable[[], None]) -> Timer:
+        return self._loop.call_later(max(0.0, when - time.monotonic()), callback)
+
+
+class Dispatcher:
+    """Performs the commands of one `DeviceQueue` on one `Executor`."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        clock: Clock,
+        queue: DeviceQueue,
+        executor: Executor,
+        *,
+        log_requests: bool,
+    ) -> None:
+        self.queue = queue
+        self.executor = executor
+        self.loop = loop
+        self._clock = clock
+        self._log_requests = log_requests
+        self._timer: Timer | None = None
+        self._drained: dict[str, asyncio.Future[None]] = {}
+        loop.add_reader(executor.fileno(), self._collect)
+
+    def deadline(self, timeout: float) -> float:
+        """The point on the scheduler's clock that lies `timeout` seconds from now."""
+        return self._clock.time() + timeout
+
+    def submit(self, job: Job, *, wait: bool) -> None:
+        """A new job whose `payload` is its future. Raises the error of a rejected one."""
+        self._perform(self.queue.submit(job, self._clock.time(), wait=wait))
+
+    def cancel(self, job: Job) -> None:
+        """The caller has cancelled this job's future."""
+        if job.state <= JobState.RUNNING:
+            job.payload = None
+            self._perform(self.queue.cancel(job, self._clock.time()))
+
+    def release(self, lease: Lease) -> None:
+        self._perform(self.queue.release(lease, self._clock.time()))
+
+    def drain(self, runner: RunnerState, *, terminate: bool) -> asyncio.Future[None]:
+        """Begin to drain (or terminate) a runner; the future is done when nothing of it is left."""
+        drained = self._drained.get(runner.name)
+        if drained is None:
+            drained = self._drained[runner.name] = self.loop.create_future()
+        fact = self.queue.terminate_runner if terminate else self.queue.drain_runner
+        self._perform(fact(runner, self._clock.time()))
+        return drained
+
+    def remove(self, runner: RunnerState) -> None:
+        self.queue.remove_runner(runner)
+        self._drained.pop(runner.name, None)
+
+    def close(self) -> None:
+        """Stop listening; the executor is closed elsewhere, since that waits."""
+        self.loop.remove_reader(self.executor.fileno())
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def runner_stats(self, runner: RunnerState) -> RunnerStats:
+        totals = msgspec.structs.asdict(runner.counters)
+        busy = runner.slots - len(runner.free)
+        return RunnerStats(
+            name=runner.name,
+            phase=runner.phase.name,
+            waiting=len(runner.gate),
+            queued=runner.load.jobs,
+            queued_bytes=runner.load.bytes,
+            running=busy - sum(len(lease.free) for lease in runner.leases.values()),
+            held_leases=len(runner.leases),
+            free_slots=len(runner.free),
+            **totals,
+        )
+
+    def stats(self) -> DeviceStats:
+        queue = self.queue
+        return DeviceStats(
+            name=queue.name,
+            executor=self.executor.kind,
+            lanes=queue.lanes,
+            busy_lanes=queue.busy_lanes,
+            queued=queue.load.jobs,
+            queued_bytes=queue.load.bytes,
+            runners={name: self.runner_stats(runner) for name, runner in queue.runners.items()},
+        )
+
+    # --- the way back ----------------------------------------------------------------------------------
+
+    def _collect(self) -> None:
+        """The executor's descriptor is readable: hand each completion to the queue."""
+        now = self._clock.time()
+        for completion in self.executor.drain():
+            self._finish(completion, now)
+
+    def _finish(self, completion: Completion, now: float) -> None:
+        job: Job = completion.token
+        error = completion.error
+        commands = self.queue.complete(
+            job, now, ok=error is None, started=completion.started, finished=completion.finished
+        )
+        future, job.payload = job.payload, None
+        self._perform(commands)  # the next launches first: lanes should not wait for callbacks
+        if future is not None and not future.done():
+            if error is None:
+                future.deliver(completion.outputs or [])
+            else:
+                future.refuse(error)
+        if error is not None:
+            log.warning(
+                "run failed", runner=job.source.name, device=self.queue.name, job=job.id, error=str(error)
+            )
+        if self._log_requests:
+            self._log_job(job)
+
+    def _perform(self, commands: list[Command]) -> None:
+        for command in commands:
+            kind = type(command)
+            if kind is Launch:
+                job = command.job  # type: ignore[union-attr]
+                future: RunFuture = job.payload
+                work = Work(future.container, future.take_inputs(), future.threads, job)
+                self.executor.submit(job.lane, work)
+            else:
+                self._perform_rare(command)
+
+    def _perform_rare(self, command: Command) -> None:
+        match command:
+            case Expire(job=job):
+                self._fail(job, _deadline_error(job))
+            case Grant(job=job, lease=lease):
+                future, job.payload, lease.holder = job.payload, None, None
+                future.set_result(lease)
+            case Revoke(job=job, error=error):
+                self._fail(job, error)
+            case WakeAt(at=at):
+                if self._timer is not None:
+                    self._timer.cancel()
+                self._timer = self._clock.call_at(at, self._tick)
+            case Drained(runner=runner):
+                drained = self._drained.get(runner.name)
+                if drained is not None and not drained.done():
+                    drained.set_result(None)
+            case Reject(error=error):
+                raise error
+            case _:
+                raise TypeError(f"the queue gave an unknown command {command!r}")
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        future, job.payload = job.payload, None
+        if future is not None and not future.done():
+            future.refuse(error)
+        if self._log_requests:
+            self._log_job(job)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self._perform(self.queue.tick(self._clock.time()))
+
+    def _log_job(self, job: Job) -> None:
+        log.info(
+            "request",
+            runner=job.source.name,
+            device=self.queue.name,
+            state=job.state.name,
+            epoch=job.epoch,
+            queue_seconds=round(job.started - job.submitted, 6) if job.started else None,
+            run_seconds=round(job.finished - job.started, 6) if job.started else None,
+        )
+
+
+def _deadline_error(job: Job) -> DeadlineExceededError:
+    timeout = (job.deadline or 0.0) - job.submitted
+    if job.lane >= 0:
+        where = "running; its result will be dropped"
+    else:
+        where = "waiting for a lease" if job.holds else "queued"
+    return DeadlineExceededError(
+        f"runner {job.source.name!r}: the request's timeout of {timeout:.3g} s passed while it was {where}"
+    )

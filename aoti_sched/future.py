@@ -1,0 +1,111 @@
+"""RunFuture: the asyncio future of one request, and the trace of its way."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from aoti_sched.backends.base import Container
+    from aoti_sched.queue.job import Job
+    from aoti_sched.runner import Runner
+
+
+class Trace(msgspec.Struct, frozen=True, kw_only=True):
+    """Where and when a request ran. Times are seconds on the scheduler's clock (`time.monotonic`).
+
+    `started` and `finished` are the lane's stamps around the run; for a request that has not run they
+    are 0.0, and `lane` and `slot` are -1.
+    """
+
+    runner: str
+    device: str
+    state: str
+    lane: int
+    slot: int
+    epoch: int
+    queued: float
+    started: float
+    finished: float
+    batch_size: int = 1
+
+    @property
+    def queue_seconds(self) -> float:
+        """From submission to the start of the run; 0.0 if it has not started."""
+        return max(0.0, self.started - self.queued) if self.started else 0.0
+
+    @property
+    def run_seconds(self) -> float:
+        """The run itself; 0.0 if it has not finished."""
+        return max(0.0, self.finished - self.started) if self.started and self.finished else 0.0
+
+
+class RunFuture(asyncio.Future[Any]):
+    """The result of `runner.submit(...)`: an asyncio future, so gather, wait and timeouts simply work.
+
+    Cancelling it takes a queued request out at once; a running one is left to finish on its lane and its
+    result is dropped.
+    """
+
+    def __init__(self, runner: Runner, job: Job, inputs: Sequence[Any] | None) -> None:
+        super().__init__(loop=runner.loop)
+        self._runner = runner
+        self._job = job
+        self._inputs = inputs
+
+    @property
+    def trace(self) -> Trace:
+        """What is known of the request's way so far."""
+        job = self._job
+        return Trace(
+            runner=self._runner.name,
+            device=self._runner.device,
+            state=job.state.name,
+            lane=job.lane,
+            slot=job.slot,
+            epoch=job.epoch,
+            queued=job.submitted,
+            started=job.started,
+            finished=job.finished,
+        )
+
+    def cancel(self, msg: Any = None) -> bool:
+        """Give up on the request. Returns False if it is done already."""
+        if not super().cancel(msg):
+            return False
+        self._inputs = None
+        self._runner.dispatcher.cancel(self._job)
+        return True
+
+    # --- for the dispatcher --------------------------------------------------------------------------
+
+    @property
+    def container(self) -> Container:
+        return self._runner.container
+
+    @property
+    def threads(self) -> int:
+        return self._runner.threads
+
+    def take_inputs(self) -> Sequence[Any]:
+        """The inputs, once: from then on the lane alone keeps them alive."""
+        inputs, self._inputs = self._inputs, None
+        return inputs or ()
+
+    def deliver(self, outputs: list[Any]) -> None:
+        """Resolve with a run's outputs in the structure that the module returned."""
+        try:
+            result = self._runner.call_spec.unflatten(outputs)
+        except Exception as error:  # noqa: BLE001 -- a user's pytree type may raise anything; it is this request's
+            self.set_exception(error)
+        else:
+            self.set_result(result)
+
+    def refuse(self, error: BaseException) -> None:
+        """Resolve with an error."""
+        self._inputs = None
+        self.set_exception(error)

@@ -1,0 +1,210 @@
+"""Loading, off the loop: from a package to all that a runner needs. Blocking; called in a worker thread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from aoti_sched.call_spec import CallSpec, ExportedCallSpec
+from aoti_sched.errors import AotiSchedError, LoadError
+from aoti_sched.specs import (
+    DynamicDim,
+    ModelSpec,
+    SpecSource,
+    TensorSpec,
+    spec_from_metadata,
+    specs_from_wrapper,
+)
+from aoti_sched.telemetry import RunnerInfo, log
+from aoti_sched.validation import ArityCheck, Check, InputCheck
+
+if TYPE_CHECKING:
+    from aoti_sched.backends.base import Container, Device, Loaded, LoadRequest
+    from aoti_sched.config import ModelConfig
+
+
+class Prepared(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+    """A loaded model, ready for a queue."""
+
+    container: Container
+    call_spec: CallSpec
+    input_check: Check | None
+    info: RunnerInfo
+
+
+def prepare(
+    device: Device,
+    request: LoadRequest,
+    settings: ModelConfig,
+    declared: Sequence[TensorSpec] | None,
+    executor: str,
+) -> Prepared:
+    """Load one model, find its specs and warm it up.
+
+    Raises:
+        PackageError, LoadError: as `Scheduler.load` tells them; nothing stays loaded.
+    """
+    own: ModelSpec | None = None
+    loaded = device.load(request)
+    try:
+        own = spec_from_metadata(loaded.metadata)
+        return _prepare(device, request, settings, declared, executor, loaded, own)
+    except BaseException:
+        loaded.container.close()
+        raise
+
+
+def _prepare(  # noqa: PLR0917 -- one caller, all of them needed
+    device: Device,
+    request: LoadRequest,
+    settings: ModelConfig,
+    declared: Sequence[TensorSpec] | None,
+    executor: str,
+    loaded: Loaded,
+    own: ModelSpec | None,
+) -> Prepared:
+    container, name = loaded.container, request.name
+    facts = container.info
+    specs, source = _find_specs(own, declared, loaded.wrapper_source, facts.num_inputs, name)
+    leaves_known = own is not None and source is SpecSource.PACKAGE
+    call_spec = loaded.call_spec or ExportedCallSpec(
+        name,
+        facts.in_spec,
+        facts.out_spec,
+        inputs=own.inputs if own is not None and leaves_known else None,
+        outputs=own.outputs if own is not None and leaves_known else None,
+        parameters=own.parameters if own is not None else (),
+    )
+    threads, notes = _threads(device, settings, own, loaded.thread_limit, facts.instances)
+    if source is SpecSource.ARITY:
+        notes.append(
+            "Only the number of inputs is checked: the package states no specs. A wrong dtype or size can corrupt memory. "
+            "Compile with aoti_sched.compile_package, or declare them: load(..., inputs=[TensorSpec(...)])."
+        )
+    if facts.reason:
+        notes.append(facts.reason)
+    if own is not None and own.frozen:
+        notes.append("Compiled with freeze=True: the weights are part of the code and can't be updated live.")
+    if own is not None and own.mutates_buffers:
+        notes.append("The model writes to its buffers; its runs go one at a time, on one instance.")
+    if facts.missing:
+        notes.append(f"Compiled by an older torch; missing in its C ABI: {', '.join(facts.missing)}.")
+    check = _check(name, specs, facts.num_inputs, device.name)
+    if settings.warmup and specs is not None and not (own is not None and own.mutates_buffers):
+        notes.extend(_warm_up(container, specs, name, facts.instances))
+    info = RunnerInfo(
+        name=name,
+        path=str(request.path),
+        sha256=loaded.sha256,
+        device=device.name,
+        executor=executor,
+        runtime=facts.runtime,
+        gil=facts.gil,
+        instances=facts.instances,
+        threads=threads,
+        epoch=1,
+        signature=str(call_spec),
+        inputs=own.inputs if own is not None and leaves_known else tuple(specs or ()),
+        outputs=own.outputs if own is not None and leaves_known else (),
+        spec_source=source,
+        batch=own.batch if own is not None else None,
+        frozen=own.frozen if own is not None else None,
+        constants=facts.constants,
+        metadata=loaded.metadata,
+        notes=tuple(notes),
+    )
+    return Prepared(container=container, call_spec=call_spec, input_check=check, info=info)
+
+
+def _find_specs(
+    own: ModelSpec | None,
+    declared: Sequence[TensorSpec] | None,
+    wrapper: str | None,
+    arity: int | None,
+    name: str,
+) -> tuple[tuple[TensorSpec, ...] | None, SpecSource]:
+    """The input specs from the best source there is."""
+    if own is not None:
+        return tuple(leaf for leaf in own.inputs if isinstance(leaf, TensorSpec)), SpecSource.PACKAGE
+    if declared is not None:
+        if arity is not None and len(declared) != arity:
+            raise LoadError(f"model {name!r}: {len(declared)} inputs were declared, the model takes {arity}")
+        return tuple(declared), SpecSource.DECLARED
+    if wrapper is not None:
+        stated = specs_from_wrapper(wrapper)
+        if stated is not None and (arity is None or len(stated) == arity):
+            return stated, SpecSource.WRAPPER
+    return None, SpecSource.ARITY
+
+
+def _check(name: str, specs: Sequence[TensorSpec] | None, arity: int | None, device: str) -> Check | None:
+    if specs is not None:
+        return InputCheck(name, specs)
+    return None if arity is None else ArityCheck(name, arity, device)
+
+
+def _threads(
+    device: Device, settings: ModelConfig, own: ModelSpec | None, limit: int | None, instances: int
+) -> tuple[int, list[str]]:
+    """Intra-op threads per run, and what there is to say about them."""
+    notes = []
+    threads = settings.threads or (own.threads if own is not None else 1)
+    if limit is not None and threads > limit:
+        notes.append(
+            f"threads={threads} was lowered to {limit}: the model's kernels were compiled for that many, and with "
+            "more they would write past their arrays."
+        )
+        threads = limit
+    cores = device.cores()
+    if instances * threads > cores:
+        notes.append(
+            f"{instances} instances of {threads} threads each are more than the {cores} cores of this process; "
+            "runs will get in each other's way."
+        )
+        log.warning(
+            "too many threads", runner=settings.path, instances=instances, threads=threads, cores=cores
+        )
+    return threads, notes
+
+
+def example_inputs(specs: Sequence[TensorSpec]) -> list[Any]:
+    """Tensors of zeros that fit the specs, as small as their ranges allow but not empty."""
+    import torch
+
+    symbols: dict[str, int] = {}
+    for spec in specs:
+        for dim in spec.shape:
+            if isinstance(dim, DynamicDim):
+                least = -(-(max(dim.min, 1) - dim.offset) // dim.scale)
+                symbols[dim.symbol] = max(symbols.get(dim.symbol, 0), least)
+    tensors = []
+    for spec in specs:
+        shape = [
+            dim if isinstance(dim, int) else dim.scale * symbols[dim.symbol] + dim.offset
+            for dim in spec.shape
+        ]
+        order = spec.order or tuple(range(len(shape)))
+        dense = torch.zeros(
+            [shape[dim] for dim in order], dtype=getattr(torch, spec.dtype), device=spec.device
+        )
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        tensors.append(dense.permute(inverse))
+    return tensors
+
+
+def _warm_up(container: Container, specs: Sequence[TensorSpec], name: str, instances: int) -> list[str]:
+    """Run once per instance plus one, serially, on zeros.
+
+    The first run of an instance allocates; the first of all would fold, and concurrent first runs could
+    deadlock in models compiled before torch 2.13 (pytorch/pytorch#144459). Zeros may be nonsense to a model: a
+    failure here is told, and is no reason to refuse it.
+    """
+    try:
+        for _ in range(instances + 1):
+            container.run_raw(example_inputs(specs))
+    except AotiSchedError as error:
+        log.warning("warm-up failed", runner=name, error=str(error))
+        return [f"Warm-up on zeros failed, so the first requests may be slow: {error}"]
+    return []

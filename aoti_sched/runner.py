@@ -1,0 +1,268 @@
+"""Runner: the user's handle on a loaded model. `run` and `submit` take exactly the model's own arguments.
+
+How to schedule is said apart from them, through `runner.options(...)`: a light, immutable view.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from asyncio import _get_running_loop  # the public one raises; this one is for the hot path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from aoti_sched.errors import RunnerClosedError, UnsupportedLoopError
+from aoti_sched.future import RunFuture
+from aoti_sched.queue.job import Job, Priority
+from aoti_sched.telemetry import RunnerInfo, RunnerStats
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from typing_extensions import Self
+
+    from aoti_sched.backends.base import Container
+    from aoti_sched.call_spec import CallSpec
+    from aoti_sched.dispatch import Dispatcher
+    from aoti_sched.queue.lease import Lease as LeaseState
+    from aoti_sched.queue.lease import RunnerState, Source
+    from aoti_sched.validation import Check
+
+
+class Options(msgspec.Struct, frozen=True):
+    """How requests are scheduled. `timeout` is in seconds and covers waiting, queue and run."""
+
+    priority: Priority = Priority.NORMAL
+    timeout: float | None = None
+
+
+class Calls:
+    """What can be called: a runner, a view of it with other options, or a held lease."""
+
+    __slots__ = ("_options", "_runner", "_source")
+
+    def __init__(self, runner: Runner, source: Source, options: Options) -> None:
+        self._runner = runner
+        self._source = source
+        self._options = options
+
+    async def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model on the exported module's own arguments and return what the module returns.
+
+        Raises:
+            InputMismatchError: The arguments do not fit; nothing was queued.
+            QueueFullError: A bound is reached (with overflow="reject").
+            DeadlineExceededError: The timeout passed, queued or running.
+            RunnerClosedError: The runner takes no requests any more.
+            RunError: The model failed; the text is torch's root cause.
+        """
+        return await self.submit(*args, **kwargs)
+
+    def submit(self, *args: Any, **kwargs: Any) -> RunFuture:
+        """Queue a run now and return its future; raises as `run` does, but for what comes later."""
+        runner, options = self._runner, self._options
+        if _get_running_loop() is not runner.loop:
+            raise _wrong_loop(runner)
+        inputs = runner.call_spec.flatten(args, kwargs)
+        if runner.input_check is not None:
+            runner.input_check(inputs)
+        size = 0
+        for tensor in inputs:
+            size += tensor.nbytes
+        job = Job(self._source, options.priority, None, size)
+        if options.timeout is not None:
+            job.deadline = runner.dispatcher.deadline(options.timeout)
+        job.payload = future = RunFuture(runner, job, inputs)
+        runner.dispatcher.submit(job, wait=runner.waits)
+        return future
+
+    def run_blocking(self, *args: Any, **kwargs: Any) -> Any:
+        """`run` for callers in other threads: blocks until the result is there.
+
+        Raises:
+            UnsupportedLoopError: Called on the event loop's own thread, where it would wait for itself.
+        """
+        loop = self._runner.loop
+        if _get_running_loop() is loop:
+            raise UnsupportedLoopError(
+                f"runner {self._runner.name!r}: run_blocking() was called on the event loop's own thread and would wait "
+                "for itself; use `await runner.run(...)` there"
+            )
+        if loop.is_closed():
+            raise RunnerClosedError(f"runner {self._runner.name!r}: its event loop is closed")
+        return asyncio.run_coroutine_threadsafe(self.run(*args, **kwargs), loop).result()
+
+    def options(self, *, priority: Priority | None = None, timeout: float | None = None) -> Self:
+        """A light view whose requests have this priority and timeout (seconds); what is not given stays."""
+        old = self._options
+        if timeout is not None and not timeout >= 0:
+            raise ValueError(f"timeout={timeout}: seconds, not negative")
+        options = Options(
+            old.priority if priority is None else Priority(priority),
+            old.timeout if timeout is None else timeout,
+        )
+        return self._with(options)
+
+    def _with(self, options: Options) -> Self:
+        return type(self)(self._runner, self._source, options)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._runner.name!r} on {self._runner.device}>"
+
+
+class RunnerView(Calls):
+    """A runner seen with other options."""
+
+    __slots__ = ()
+
+    def lease(self) -> LeaseContext:
+        """Hold one slot for several runs in turn: `async with runner.lease() as lease: await lease.run(...)`.
+
+        The slot is granted in the order of the queue, with this view's priority and timeout.
+        """
+        return LeaseContext(self._runner, self._source, self._options)
+
+
+class Runner(RunnerView):
+    """A loaded model. Made by `Scheduler.load`; closed by `aclose` or with its scheduler."""
+
+    __slots__ = (
+        "_close",
+        "_info",
+        "call_spec",
+        "container",
+        "device",
+        "dispatcher",
+        "input_check",
+        "loop",
+        "name",
+        "state",
+        "threads",
+        "waits",
+    )
+
+    def __init__(
+        self,
+        info: RunnerInfo,
+        *,
+        state: RunnerState,
+        container: Container,
+        call_spec: CallSpec,
+        input_check: Check | None,
+        dispatcher: Dispatcher,
+        options: Options,
+        waits: bool,
+        close: Callable[[Runner, bool], Awaitable[None]],
+    ) -> None:
+        super().__init__(self, state, options)
+        self.name = info.name
+        self.device = info.device
+        self.state = state
+        self.container = container
+        self.call_spec = call_spec
+        self.input_check = input_check
+        self.dispatcher = dispatcher
+        self.loop = dispatcher.loop
+        self.threads = info.threads
+        self.waits = waits
+        self._info = info
+        self._close = close
+
+    def _with(self, options: Options) -> Self:
+        return RunnerView(self, self._source, options)  # type: ignore[return-value]  # a view, not a second owner
+
+    @property
+    def epoch(self) -> int:
+        """How many sets of constants have been published; the ones it was loaded with are the first."""
+        return self.state.epoch
+
+    @property
+    def info(self) -> RunnerInfo:
+        """What this runner is: specs and their source, runtime, instances, notes worth reading."""
+        return msgspec.structs.replace(self._info, epoch=self.epoch)
+
+    @property
+    def stats(self) -> RunnerStats:
+        """Its numbers now and since its load."""
+        return self.dispatcher.runner_stats(self.state)
+
+    async def drain(self) -> None:
+        """Refuse new requests and wait until all accepted ones, held leases included, are through."""
+        await asyncio.shield(self.dispatcher.drain(self.state, terminate=False))
+
+    async def aclose(self) -> None:
+        """Drain, then free the model. Shielded from cancellation; closing twice waits for the same end."""
+        await self._close(self, False)
+
+    async def terminate(self) -> None:
+        """Fail what is queued with RunnerClosedError, wait for what runs, then free the model."""
+        await self._close(self, True)
+
+
+class Lease(Calls):
+    """One slot, held. Its runs go one after the other, in priority with everything else for the lanes."""
+
+    __slots__ = ()
+
+    @property
+    def slot(self) -> int:
+        """Which of the runner's slots it is."""
+        return self._state.slot
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that all runs of this lease see."""
+        return self._state.epoch
+
+    @property
+    def _state(self) -> LeaseState:
+        return self._source  # type: ignore[return-value]
+
+    def release(self) -> None:
+        """Give the slot back, once the runs accepted so far are through. Doing so twice is fine."""
+        self._runner.dispatcher.release(self._state)
+
+
+class LeaseContext:
+    """Waits for a slot on entry, gives it back on exit."""
+
+    __slots__ = ("_lease", "_options", "_runner", "_source")
+
+    def __init__(self, runner: Runner, source: Source, options: Options) -> None:
+        self._runner = runner
+        self._source = source
+        self._options = options
+        self._lease: Lease | None = None
+
+    async def __aenter__(self) -> Lease:
+        runner, options = self._runner, self._options
+        if _get_running_loop() is not runner.loop:
+            raise _wrong_loop(runner)
+        job = Job(self._source, options.priority, None, 0, holds=True)
+        if options.timeout is not None:
+            job.deadline = runner.dispatcher.deadline(options.timeout)
+        job.payload = future = RunFuture(runner, job, None)
+        runner.dispatcher.submit(job, wait=runner.waits)
+        try:
+            state = await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                runner.dispatcher.release(future.result())  # granted, but cancelled before it could be taken
+            raise
+        self._lease = Lease(runner, state, msgspec.structs.replace(options, timeout=None))
+        return self._lease
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
+
+
+def _wrong_loop(runner: Runner) -> UnsupportedLoopError:
+    return UnsupportedLoopError(
+        f"runner {runner.name!r} belongs to another event loop (or none is running here); call it on the loop that "
+        "loaded it, or use run_blocking(...) from another thread"
+    )

@@ -1,0 +1,366 @@
+"""Scheduler: owns the devices and their runners. A value, not a singleton; made, used and closed on one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import anyio
+import anyio.to_thread
+import sniffio
+from anyio.abc import TaskGroup
+
+from aoti_sched import loading
+from aoti_sched.backends.base import LoadRequest
+from aoti_sched.config import (
+    DeviceConfig,
+    Limits,
+    ModelConfig,
+    Overflow,
+    SchedulerConfig,
+    checked,
+    read_config,
+)
+from aoti_sched.dispatch import Clock, Dispatcher, LoopClock
+from aoti_sched.errors import ConfigError, RunnerClosedError, UnsupportedLoopError
+from aoti_sched.queue.admission import Bounds
+from aoti_sched.queue.device_queue import DeviceQueue
+from aoti_sched.runner import Options, Runner
+from aoti_sched.telemetry import SchedulerStats, log
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from aoti_sched.backends.base import Device
+    from aoti_sched.loading import Prepared
+    from aoti_sched.specs import TensorSpec
+
+_T = TypeVar("_T")
+
+SLOW_CLOSE = 60.0
+"""Seconds after which a close that still waits for runs or leases is logged, as asyncpg's pool does."""
+
+
+class Scheduler:
+    """Runs compiled models for one asyncio application.
+
+    Args:
+        config: Settings; models named in it are loaded on entry. See `from_config`.
+        devices: Devices by name, where others than the machine's own are wanted (tests).
+        clock: Another clock (tests).
+
+    Use it as `async with Scheduler() as scheduler:`. On leaving, accepted requests are finished; when the
+    block fails, queued ones fail with RunnerClosedError and only running ones are waited for.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig | None = None,
+        *,
+        devices: Mapping[str, Device] | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self._config = config or SchedulerConfig()
+        self._devices = dict(devices or {})
+        self._clock = clock
+        self._dispatchers: dict[str, Dispatcher] = {}
+        self._runners: dict[str, Runner] = {}
+        self._names: set[str] = set()  # of runners, those still loading included
+        self._closing: dict[str, asyncio.Future[None]] = {}
+        self._tasks: TaskGroup | None = None
+        self._closed = False
+
+    @classmethod
+    def from_config(cls, path: str | os.PathLike[str]) -> Self:
+        """A scheduler as a TOML file describes it (see `aoti_sched.config`); models load on entry.
+
+        Raises:
+            ConfigError: with the setting's path.
+        """
+        return cls(read_config(path))
+
+    async def __aenter__(self) -> Self:
+        if sniffio.current_async_library() != "asyncio":
+            raise UnsupportedLoopError(
+                "aoti_sched runs on asyncio (and uvloop); this is "
+                f"{sniffio.current_async_library()}. Run the scheduler in an asyncio thread and call "
+                "runner.run_blocking(...) through your library's worker threads."
+            )
+        if self._tasks is not None or self._closed:
+            raise UnsupportedLoopError("a Scheduler is entered once; make a new one")
+        self._loop = asyncio.get_running_loop()
+        self._limiter = anyio.CapacityLimiter(2)  # loads and deletes: they compete with runs for cores
+        self._leaving = asyncio.Event()
+        ready = asyncio.Event()
+        self._house = asyncio.create_task(self._keep_house(ready), name="aoti_sched housekeeping")
+        await ready.wait()
+        try:
+            for name, model in self._config.models.items():
+                await self._load(name, model, None)
+        except BaseException as error:
+            await self.__aexit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._tasks is None:
+            return
+        try:
+            await self._close_all(terminate=kind is not None)
+        finally:
+            self._leaving.set()
+            await asyncio.shield(self._house)
+
+    async def _keep_house(self, ready: asyncio.Event) -> None:
+        """The task that owns the task group, so that a scheduler may be entered in one task and left in another."""
+        async with anyio.create_task_group() as self._tasks:
+            ready.set()
+            await self._leaving.wait()
+
+    @property
+    def runners(self) -> Mapping[str, Runner]:
+        """The open runners by name; a live, read-only view."""
+        return MappingProxyType(self._runners)
+
+    def stats(self) -> SchedulerStats:
+        """Numbers of every device and runner, now."""
+        return SchedulerStats(devices={name: d.stats() for name, d in self._dispatchers.items()})
+
+    async def load(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        model_name: str | None = None,
+        device: str = "cpu",
+        instances: int = 1,
+        threads: int | None = None,
+        overflow: Overflow = "reject",
+        limits: Limits | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 -- of the requests to come, not of this call
+        warmup: bool = True,
+        sha256: str | None = None,
+        inputs: Sequence[TensorSpec] | None = None,
+    ) -> Runner:
+        """Load a model from a `.pt2` package or a bare `.so`, off the loop, and return its runner.
+
+        Loading a package runs its native code: load only what you trust.
+
+        Args:
+            path: The package.
+            name: The runner's name, in errors, logs and stats; by default the file's stem.
+            model_name: Which model, when the package holds several.
+            device: Where it shall run.
+            instances: Copies that can run at once (they share one set of weights).
+            threads: Intra-op threads per run; by default what it was compiled for.
+            overflow: When a bound is reached: "reject" with QueueFullError, or "wait" for room.
+            limits: Bounds of this runner's queue.
+            timeout: Default timeout of its requests, in seconds.
+            warmup: Run it on zeros before it takes requests.
+            sha256: Refuse the file, before anything of it is mapped, unless its digest is this one.
+            inputs: Specs of its tensor inputs, where the package does not bring its own.
+
+        Raises:
+            PackageError: The file is missing, broken, for another platform or a wider CPU, not the one hashed.
+            LoadError: Its library or weights can't be loaded.
+            ConfigError: A setting is out of range, or the name is taken.
+        """
+        settings = ModelConfig(
+            path=os.fspath(path),
+            model_name=model_name,
+            device=device,
+            instances=instances,
+            threads=threads,
+            overflow=overflow,
+            limits=limits or Limits(),
+            timeout=timeout,
+            warmup=warmup,
+            sha256=sha256,
+        )
+        return await self._load(name or Path(path).stem, checked(settings), inputs)
+
+    async def aclose(self) -> None:
+        """Finish what was accepted and free every model and lane. Shielded; closing twice is fine."""
+        await self._close_all(terminate=False)
+
+    async def terminate(self) -> None:
+        """Fail what is queued with RunnerClosedError, wait for what runs, and free everything."""
+        await self._close_all(terminate=True)
+
+    # --- loading -------------------------------------------------------------------------------------
+
+    async def _load(self, name: str, settings: ModelConfig, inputs: Sequence[TensorSpec] | None) -> Runner:
+        self._must_be_open()
+        if name in self._names:
+            raise ConfigError(
+                f"load({settings.path!r}): a runner named {name!r} exists; give it another name="
+            )
+        self._names.add(name)
+        wanted = True
+
+        async def work() -> Runner | None:
+            dispatcher, device = self._dispatcher(settings.device)
+            request = LoadRequest(
+                name=name,
+                path=Path(settings.path),
+                model_name=settings.model_name,
+                instances=settings.instances,
+                sha256=settings.sha256,
+                cache_dir=Path(self._config.cache_dir) if self._config.cache_dir else None,
+            )
+            prepared = await anyio.to_thread.run_sync(
+                loading.prepare,
+                device,
+                request,
+                settings,
+                inputs,
+                dispatcher.executor.kind,
+                limiter=self._limiter,
+            )
+            if not wanted or self._closed:
+                await anyio.to_thread.run_sync(prepared.container.close, limiter=self._limiter)
+                return None
+            return self._open_runner(name, settings, prepared, dispatcher)
+
+        try:
+            runner = await self._housekeep(work)
+        except asyncio.CancelledError:
+            wanted = False  # the load goes on in its thread; what it brings is freed there
+            raise
+        finally:
+            if name not in self._runners:
+                self._names.discard(name)
+        if runner is None:
+            raise RunnerClosedError(f"load({settings.path!r}): the scheduler was closed meanwhile")
+        return runner
+
+    def _open_runner(
+        self, name: str, settings: ModelConfig, prepared: Prepared, dispatcher: Dispatcher
+    ) -> Runner:
+        info = prepared.info
+        bounds = Bounds(settings.limits.jobs, settings.limits.bytes)
+        runner = Runner(
+            info,
+            state=dispatcher.queue.add_runner(name, info.instances, bounds),
+            container=prepared.container,
+            call_spec=prepared.call_spec,
+            input_check=prepared.input_check,
+            dispatcher=dispatcher,
+            options=Options(timeout=settings.timeout),
+            waits=settings.overflow == "wait",
+            close=self._close_runner,
+        )
+        self._runners[name] = runner
+        log.info(
+            "model loaded",
+            runner=name,
+            device=info.device,
+            runtime=info.runtime,
+            gil=info.gil,
+            instances=info.instances,
+            threads=info.threads,
+            specs=info.spec_source.value,
+            notes=info.notes,
+        )
+        return runner
+
+    def _dispatcher(self, name: str) -> tuple[Dispatcher, Device]:
+        device = self._devices.get(name)
+        if device is None:
+            from aoti_sched.backends.devices import open_device
+
+            device = self._devices[name] = open_device(name)
+        dispatcher = self._dispatchers.get(name)
+        if dispatcher is None:
+            settings = self._config.devices.get(name, DeviceConfig())
+            lanes = settings.lanes or device.cores()
+            bounds = Bounds(settings.limits.jobs, settings.limits.bytes)
+            dispatcher = self._dispatchers[name] = Dispatcher(
+                self._loop,
+                self._clock or LoopClock(self._loop),
+                DeviceQueue(name, lanes, bounds),
+                device.open_executor(lanes),
+                log_requests=self._config.log_requests,
+            )
+            log.info("device opened", device=name, executor=dispatcher.executor.kind, lanes=lanes)
+        return dispatcher, device
+
+    # --- closing -------------------------------------------------------------------------------------
+
+    async def _close_runner(self, runner: Runner, terminate: bool) -> None:
+        drained = runner.dispatcher.drain(runner.state, terminate=terminate)
+        closing = self._closing.get(runner.name)
+        if closing is None:
+
+            async def work() -> None:
+                slow = self._loop.call_later(SLOW_CLOSE, _log_slow_close, runner)
+                await drained
+                slow.cancel()
+                runner.dispatcher.remove(runner.state)
+                await anyio.to_thread.run_sync(runner.container.close, limiter=self._limiter)
+                del self._runners[runner.name], self._closing[runner.name]
+                self._names.discard(runner.name)
+                log.info("model closed", runner=runner.name, device=runner.device)
+
+            closing = self._closing[runner.name] = self._start(work)
+        await asyncio.shield(closing)
+
+    async def _close_all(self, *, terminate: bool) -> None:
+        if self._closed and not self._runners:
+            return
+        self._closed = True
+
+        async def work() -> None:
+            await asyncio.gather(*(self._close_runner(r, terminate) for r in list(self._runners.values())))
+            for dispatcher in self._dispatchers.values():
+                dispatcher.close()
+                await anyio.to_thread.run_sync(dispatcher.executor.close, limiter=self._limiter)
+            self._dispatchers.clear()
+
+        await self._housekeep(work)
+
+    # --- housekeeping --------------------------------------------------------------------------------
+
+    def _must_be_open(self) -> None:
+        if self._tasks is None:
+            raise RunnerClosedError(
+                "the scheduler is not running; use `async with Scheduler() as scheduler:`"
+            )
+        if self._closed:
+            raise RunnerClosedError("the scheduler is closed")
+
+    def _start(self, work: Callable[[], Awaitable[_T]]) -> asyncio.Future[_T]:
+        """Run `work` to its end in the scheduler's own task group, whatever happens to the caller."""
+        outcome: asyncio.Future[Any] = self._loop.create_future()
+        outcome.add_done_callback(_look_at)
+
+        async def carry() -> None:
+            with anyio.CancelScope(shield=True):
+                try:
+                    outcome.set_result(await work())
+                except Exception as error:  # noqa: BLE001 -- it is raised where the outcome is awaited
+                    outcome.set_exception(error)
+
+        if self._tasks is None:
+            raise RunnerClosedError("the scheduler is not running")
+        self._tasks.start_soon(carry)
+        return outcome
+
+    async def _housekeep(self, work: Callable[[], Awaitable[_T]]) -> _T:
+        return await asyncio.shield(self._start(work))
+
+
+def _look_at(outcome: asyncio.Future[Any]) -> None:
+    """Mark an outcome's error as seen: its caller may have been cancelled."""
+    if not outcome.cancelled():
+        outcome.exception()
+
+
+def _log_slow_close(runner: Runner) -> None:
+    log.warning("closing waits for runs or leases", runner=runner.name, stats=runner.stats)

@@ -1,0 +1,86 @@
+"""What can be seen from outside: snapshots as msgspec Structs, and structlog's events.
+
+One canonical line per load, close and fault; one per request only with `log_requests`. Snapshots are
+values: they cross a wire, and holding one holds nothing of the scheduler.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import structlog
+
+from aoti_sched.specs import BatchDim, ConstantSpec, LeafSpec, SpecSource
+
+log: Any = structlog.get_logger("aoti_sched")
+
+
+class RunnerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a runner is. Does not change while it lives, but for `epoch`.
+
+    `runtime` is "c_abi" or "torch runner", `gil` what a run does with it. `spec_source` says where `inputs` come
+    from; with "arity only" nothing but the number of tensors is checked. `notes` are sentences a person
+    should read: what costs speed, what is not checked, what was adapted.
+    """
+
+    name: str
+    path: str
+    sha256: str
+    device: str
+    executor: str
+    runtime: str
+    gil: str
+    instances: int
+    threads: int
+    epoch: int
+    signature: str
+    inputs: tuple[LeafSpec, ...]
+    outputs: tuple[LeafSpec, ...]
+    spec_source: SpecSource
+    batch: BatchDim | None
+    frozen: bool | None
+    constants: tuple[ConstantSpec, ...]
+    metadata: dict[str, str]
+    notes: tuple[str, ...]
+
+
+class RunnerStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A runner's numbers now (`queued` to `free_slots`) and since its load (the rest)."""
+
+    name: str
+    phase: str
+    waiting: int
+    queued: int
+    queued_bytes: int
+    running: int
+    held_leases: int
+    free_slots: int
+    submitted: int
+    completed: int
+    failed: int
+    rejected: int
+    expired: int
+    cancelled: int
+    revoked: int
+    queue_seconds: float
+    run_seconds: float
+    wasted_seconds: float
+
+
+class DeviceStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A device's numbers now."""
+
+    name: str
+    executor: str
+    lanes: int
+    busy_lanes: int
+    queued: int
+    queued_bytes: int
+    runners: dict[str, RunnerStats]
+
+
+class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything, by device."""
+
+    devices: dict[str, DeviceStats]

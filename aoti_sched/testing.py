@@ -1,0 +1,285 @@
+"""For testing your own application: a fake backend, a clock set by hand, pytest fixtures. Nothing is compiled.
+
+    async def test_search_survives_a_slow_encoder(aoti_backend, aoti_clock, aoti_scheduler):
+        aoti_backend.models["encoder"] = lambda text: [len(text)]
+        encoder = await aoti_scheduler.load("encoder.pt2", timeout=0.5)
+        answer = asyncio.ensure_future(my_search(encoder, "query"))
+        await aoti_backend.queued(1)      # your code has called the model, nothing has run yet
+        aoti_clock.advance(0.6)           # time passes only when you say so
+        with pytest.raises(aoti_sched.DeadlineExceededError):
+            await answer
+
+A model is any function of the arguments your code passes to `run`. With `FakeBackend(auto=True)` it runs by
+itself, otherwise each `step()` finishes one run. The fixtures are found by pytest without an import;
+the scheduler and everything behind it but the backend are the real ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aoti_sched.backends.base import Completion, ContainerInfo, Executor, Loaded, LoadRequest, Work
+from aoti_sched.backends.bell import Bell
+from aoti_sched.dispatch import Clock
+from aoti_sched.errors import PackageNotFoundError
+from aoti_sched.scheduler import Scheduler
+
+try:
+    from pytest_asyncio import fixture as async_fixture
+except ImportError:  # anyio's plugin runs async fixtures too
+    from pytest import fixture as async_fixture  # noqa: PT013
+
+
+class ManualClock:
+    """A clock that stands still until it is advanced."""
+
+    def __init__(self, now: float = 1000.0) -> None:
+        self._now = now
+        self._timers: list[tuple[float, int, ManualTimer]] = []
+        self._count = itertools.count()
+
+    def time(self) -> float:
+        return self._now
+
+    def call_at(self, when: float, callback: Callable[[], None]) -> ManualTimer:
+        timer = ManualTimer(callback)
+        heapq.heappush(self._timers, (when, next(self._count), timer))
+        return timer
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass; timers that fall due are called in order, each at its own time."""
+        until = self._now + seconds
+        while self._timers and self._timers[0][0] <= until:
+            when, _, timer = heapq.heappop(self._timers)
+            self._now = max(self._now, when)
+            timer.fire()
+        self._now = until
+
+
+class ManualTimer:
+    """A timer of a `ManualClock`."""
+
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self._callback: Callable[[], None] | None = callback
+
+    def cancel(self) -> None:
+        self._callback = None
+
+    def fire(self) -> None:
+        callback, self._callback = self._callback, None
+        if callback is not None:
+            callback()
+
+
+class FakeCall:
+    """One call's arguments on their way to a fake model."""
+
+    nbytes = 0
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.args = args
+        self.kwargs = kwargs
+
+
+class _AnyCall:
+    """A call spec that takes any arguments and gives back what the function returned."""
+
+    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[FakeCall]:
+        return [FakeCall(args, kwargs)]
+
+    def unflatten(self, outputs: list[Any]) -> Any:
+        return outputs[0]
+
+    def __str__(self) -> str:
+        return "(*args, **kwargs)"
+
+
+class FakeContainer:
+    """A Python function in a container's place."""
+
+    def __init__(self, function: Callable[..., Any], instances: int) -> None:
+        self.function = function
+        self.closed = False
+        self.info = ContainerInfo(
+            runtime="fake",
+            gil="held",
+            instances=instances,
+            num_inputs=None,
+            num_outputs=None,
+            in_spec="",
+            out_spec="",
+        )
+
+    def run_raw(self, inputs: Sequence[Any]) -> list[Any]:
+        call: FakeCall = inputs[0]
+        return [self.function(*call.args, **call.kwargs)]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakeExecutor:
+    """Lanes that are stepped by hand."""
+
+    kind = "fake"
+
+    def __init__(self, lanes: int, clock: Clock | None, *, auto: bool) -> None:
+        self.lanes = lanes
+        self.pending: deque[Work] = deque()
+        self.closed = False
+        self._clock = clock
+        self._auto = auto
+        self._done: deque[Completion] = deque()
+        self._bell = Bell()
+
+    def submit(self, lane: int, work: Work) -> None:
+        del lane
+        self.pending.append(work)
+        if self._auto:
+            self.step()
+
+    def step(self, error: BaseException | None = None) -> None:
+        """Finish the work that was submitted first, with its function's result or with `error`."""
+        work = self.pending.popleft()
+        started = self._time()
+        outputs = None
+        if error is None:
+            try:
+                outputs = work.container.run_raw(work.inputs)
+            except Exception as raised:  # noqa: BLE001 -- it is the request's
+                error = raised
+        self._done.append(Completion(work.token, outputs, error, started, self._time()))
+        self._bell.ring()
+
+    def drain(self) -> list[Completion]:
+        self._bell.hush()
+        completions = list(self._done)
+        self._done.clear()
+        return completions
+
+    def fileno(self) -> int:
+        return self._bell.fd
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self._bell.close()
+
+    def _time(self) -> float:
+        return self._clock.time() if self._clock is not None else 0.0
+
+
+class FakeBackend:
+    """A device whose models are Python functions.
+
+    Args:
+        models: Functions by the runner's name or the package's stem.
+        lanes: How many runs go on at once.
+        auto: Whether runs finish by themselves; otherwise call `step`.
+        clock: Where runs get their times from.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, Callable[..., Any]] | None = None,
+        *,
+        lanes: int = 2,
+        auto: bool = False,
+        clock: Clock | None = None,
+        name: str = "cpu",
+    ) -> None:
+        self.models = dict(models or {})
+        self.name = name
+        self.containers: list[FakeContainer] = []
+        self._lanes = lanes
+        self._auto = auto
+        self._clock = clock
+        self._executor: FakeExecutor | None = None
+
+    def cores(self) -> int:
+        return self._lanes
+
+    def open_executor(self, lanes: int) -> Executor:
+        self._executor = FakeExecutor(lanes, self._clock, auto=self._auto)
+        return self._executor
+
+    def load(self, request: LoadRequest) -> Loaded:
+        function = self.models.get(request.name) or self.models.get(Path(request.path).stem)
+        if function is None:
+            raise PackageNotFoundError(
+                f"the fake backend has no model {request.name!r}; it has {sorted(self.models)}. "
+                f"Add one: backend.models[{request.name!r}] = function",
+                path=str(request.path),
+            )
+        container = FakeContainer(function, request.instances)
+        self.containers.append(container)
+        return Loaded(
+            container=container,
+            metadata={},
+            wrapper_source=None,
+            sha256="",
+            thread_limit=None,
+            call_spec=_AnyCall(),
+        )
+
+    @property
+    def running(self) -> int:
+        """How many runs wait for a step."""
+        return len(self._executor.pending) if self._executor is not None else 0
+
+    async def step(self, error: BaseException | None = None) -> None:
+        """Finish the oldest run, with its function's result or with `error`, and let its awaiters see it."""
+        if self._executor is None or not self._executor.pending:
+            raise LookupError("nothing runs; await backend.queued(1) first")
+        self._executor.step(error)
+        await settle()
+
+    async def queued(self, count: int) -> None:
+        """Let other tasks run until `count` runs wait for a step.
+
+        Raises:
+            LookupError: They never do.
+        """
+        for _ in range(1000):
+            if self.running >= count:
+                return
+            await asyncio.sleep(0)
+        raise LookupError(f"{count} runs were expected to wait for a step, {self.running} do")
+
+
+async def settle(turns: int = 10) -> None:
+    """Let the loop turn until what has happened has been seen everywhere; no time passes."""
+    for _ in range(turns):
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+def aoti_clock() -> ManualClock:
+    """A `ManualClock`; the `aoti_scheduler` fixture lives by it."""
+    return ManualClock()
+
+
+@pytest.fixture
+def aoti_backend(aoti_clock: ManualClock) -> FakeBackend:
+    """A hand-stepped `FakeBackend` with two lanes; the `aoti_scheduler` fixture runs on it."""
+    return FakeBackend(clock=aoti_clock)
+
+
+@async_fixture
+async def aoti_scheduler(aoti_clock: ManualClock, aoti_backend: FakeBackend) -> AsyncIterator[Scheduler]:
+    """A real `Scheduler` on the fake backend and clock. On teardown what still waits is failed."""
+    async with Scheduler(devices={"cpu": aoti_backend}, clock=aoti_clock) as scheduler:
+        yield scheduler
+        closing = asyncio.ensure_future(scheduler.terminate())
+        await settle()
+        while aoti_backend.running:
+            await aoti_backend.step()
+        await closing

@@ -1,0 +1,263 @@
+"""The check of every request, on the caller's side, before a handle is made.
+
+Native code checks nothing: a wrong dtype reads past a buffer, a wrong size returns garbage. `InputCheck`
+compares a request's tensors with their specs; it is on the hot path, so the plan is laid out once and the
+sentence that explains a fault is found by a slow twin. `ArityCheck` is all that can be done without specs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from aoti_sched.errors import InputMismatchError
+from aoti_sched.specs import DynamicDim, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+Check = Callable[[Sequence["torch.Tensor"]], None]
+"""Raises InputMismatchError for tensors that do not fit."""
+
+
+class ArityCheck:
+    """Checks that there are as many inputs as the model takes, and that each is a plain dense tensor."""
+
+    def __init__(self, model: str, arity: int, device: str) -> None:
+        import torch
+
+        self.model = model
+        self.arity = arity
+        self._device = torch.device(device)
+        self._plain = {torch.Tensor, torch.nn.Parameter}
+        self._strided = torch.strided
+
+    def __call__(self, tensors: Sequence[torch.Tensor]) -> None:
+        if len(tensors) != self.arity:
+            raise InputMismatchError(self.model, "", f"{self.arity} tensor inputs", f"{len(tensors)}")
+        for index, tensor in enumerate(tensors):
+            if type(tensor) not in self._plain:
+                expected, got = "a plain torch.Tensor", f"the subclass {type(tensor).__name__}"
+            elif tensor.layout is not self._strided:
+                expected, got = "a strided tensor", f"layout {tensor.layout}"
+            elif tensor.device.type != self._device.type:
+                expected, got = f"device {self._device}", f"{tensor.device}"
+            else:
+                continue
+            raise InputMismatchError(self.model, f"input {index}", expected, got)
+
+
+def dense_strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a dense tensor of `shape` whose dimensions lie in memory in `order` (outermost first)."""
+    strides = [0] * len(shape)
+    step = 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step *= shape[dim]
+    return tuple(strides)
+
+
+class InputCheck:
+    """Checks a request's tensors against their specs; built once per runner, called once per request."""
+
+    def __init__(self, model: str, specs: Sequence[TensorSpec]) -> None:
+        import torch
+
+        self.model = model
+        self.specs = tuple(specs)
+        self._strided = torch.strided
+        self._tensor = torch.Tensor
+        self._plain = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
+        self._symbols = sorted({dim.symbol for s in specs for dim in s.shape if isinstance(dim, DynamicDim)})
+        index = {symbol: i for i, symbol in enumerate(self._symbols)}
+        # Per input, in the order in which they are compared: dtype, the whole shape if it is static,
+        # the static sizes, the dynamic ones, rank, device type, device index, contiguous or the order.
+        self._plans = []
+        for spec in specs:
+            device = torch.device(spec.device)
+            static = tuple((i, dim) for i, dim in enumerate(spec.shape) if isinstance(dim, int))
+            dynamic = tuple(
+                (
+                    i,
+                    index[dim.symbol],
+                    dim.min,
+                    dim.max if dim.max is not None else 1 << 62,
+                    dim.scale,
+                    dim.offset,
+                )
+                for i, dim in enumerate(spec.shape)
+                if isinstance(dim, DynamicDim)
+            )
+            contiguous = spec.order is not None and spec.order == tuple(range(len(spec.shape)))
+            self._plans.append(
+                (
+                    getattr(torch, spec.dtype),
+                    torch.Size(size for _, size in static) if not dynamic else None,
+                    static,
+                    dynamic,
+                    len(spec.shape),
+                    device.type,
+                    device.index,
+                    contiguous,
+                    None if contiguous else spec.order,
+                )
+            )
+        self._unbound = [-1] * len(self._symbols)
+
+    def __call__(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Raise `InputMismatchError` for the first tensor that does not fit; return None when all fit."""
+        if len(tensors) != len(self._plans):
+            raise InputMismatchError(
+                self.model, "", f"{len(self._plans)} tensor inputs", f"{len(tensors)}", self._names_hint()
+            )
+        bound = self._unbound.copy() if self._unbound else None
+        plain = self._plain
+        for tensor, plan in zip(tensors, self._plans):  # noqa: B905 -- lengths are equal, this is hot
+            dtype, fixed, static, dynamic, rank, device, device_index, contiguous, order = plan
+            if type(tensor) not in plain:
+                break
+            shape = tensor.shape
+            if fixed is not None:
+                if shape != fixed:
+                    break
+            else:
+                if len(shape) != rank:
+                    break
+                for dim, size in static:
+                    if shape[dim] != size:
+                        break
+                else:
+                    for dim, symbol, low, high, scale, offset in dynamic:
+                        size = shape[dim]
+                        if size < low or size > high:
+                            break
+                        if scale != 1 or offset:
+                            size, rest = divmod(size - offset, scale)
+                            if rest:
+                                break
+                        seen = bound[symbol]  # type: ignore[index]
+                        if seen < 0:
+                            bound[symbol] = size  # type: ignore[index]
+                        elif seen != size:
+                            break
+                    else:
+                        dynamic = ()
+                if dynamic:
+                    break
+            if tensor.dtype is not dtype or tensor.layout is not self._strided:
+                break
+            if device == "cpu":
+                if not tensor.is_cpu:
+                    break
+            elif tensor.device.type != device or (
+                device_index is not None and tensor.device.index != device_index
+            ):
+                break
+            if contiguous:
+                if not tensor.is_contiguous():
+                    break
+            elif order is not None and not _lies_in_order(tensor, order):
+                break
+            if tensor.is_neg() or tensor.is_conj():
+                break
+        else:
+            return
+        self._explain(tensors)
+
+    def _names_hint(self) -> str:
+        return "The inputs are " + ", ".join(f"{s.name}: {s}" for s in self.specs) + "."
+
+    def _explain(self, tensors: Sequence[torch.Tensor]) -> None:
+        """The slow twin of `__call__`: finds the fault again and says it in a sentence."""
+        bound: dict[str, tuple[int, str]] = {}
+        for spec, tensor, plan in zip(self.specs, tensors, self._plans, strict=True):
+            self._explain_kind(spec, tensor)
+            shape = tuple(tensor.shape)
+            if len(shape) != len(spec.shape):
+                self._fail(spec, f"{len(spec.shape)} dimensions, {spec}", f"{len(shape)}: shape {shape}")
+            for dim, (size, wanted) in enumerate(zip(shape, spec.shape, strict=True)):
+                self._explain_size(spec, dim, size, wanted, bound)
+            if tensor.dtype is not plan[0]:
+                self._fail(
+                    spec, f"dtype {spec.dtype}", str(tensor.dtype).removeprefix("torch."),
+                    f"Convert it with .to(torch.{spec.dtype}).",
+                )  # fmt: skip
+            if tensor.layout is not self._strided:
+                self._fail(spec, "a strided tensor", f"layout {tensor.layout}", "Call .to_dense() first.")
+            if tensor.device.type != plan[5] or (plan[6] is not None and tensor.device.index != plan[6]):
+                self._fail(
+                    spec, f"device {spec.device}", f"{tensor.device}", f"Move it with .to({spec.device!r})."
+                )
+            if spec.order is not None and not _lies_in_order(tensor, spec.order):
+                strides = dense_strides(shape, spec.order)
+                hint = (
+                    "Pass .contiguous()."
+                    if plan[7]
+                    else f"Its dimensions must lie in the order {spec.order}."
+                )
+                self._fail(spec, f"strides {strides}", f"{tensor.stride()}", hint)
+            if tensor.is_neg() or tensor.is_conj():
+                self._fail(
+                    spec,
+                    "plain values",
+                    "a lazily negated or conjugated view",
+                    "Call .resolve_neg().resolve_conj().",
+                )
+
+    def _explain_kind(self, spec: TensorSpec, tensor: object) -> None:
+        if not isinstance(tensor, self._tensor):
+            self._fail(
+                spec,
+                f"a tensor {spec}",
+                f"{type(tensor).__name__} {tensor!r:.60}",
+                "Wrap it with torch.tensor(...).",
+            )
+        if type(tensor) not in self._plain:
+            self._fail(
+                spec, "a plain torch.Tensor", f"the subclass {type(tensor).__name__}",
+                "Unwrap it, for example with .as_subclass(torch.Tensor) or torch.Tensor.detach.",
+            )  # fmt: skip
+
+    def _explain_size(
+        self,
+        spec: TensorSpec,
+        dim: int,
+        size: int,
+        wanted: int | DynamicDim,
+        bound: dict[str, tuple[int, str]],
+    ) -> None:
+        if isinstance(wanted, int):
+            if size != wanted:
+                self._fail(spec, f"size {wanted} at dimension {dim} of {spec}", f"{size}")
+            return
+        if size < wanted.min or (wanted.max is not None and size > wanted.max):
+            top = "at least" if wanted.max is None else f"{wanted.min} to {wanted.max}"
+            expected = f"{top} {wanted.min}" if wanted.max is None else top
+            self._fail(
+                spec, f"size {expected} at dimension {dim} of {spec}", f"{size}",
+                "The range was fixed when the model was compiled; beyond it the code reads past its buffers.",
+            )  # fmt: skip
+        value, rest = divmod(size - wanted.offset, wanted.scale)
+        if rest:
+            self._fail(spec, f"a size of the form {wanted} at dimension {dim}", f"{size}")
+        seen, where = bound.setdefault(wanted.symbol, (value, f"{spec.name!r} dimension {dim}"))
+        if seen != value:
+            self._fail(
+                spec,
+                f"size {wanted.scale * seen + wanted.offset} at dimension {dim}, as {where} has it",
+                f"{size}",
+            )
+
+    def _fail(self, spec: TensorSpec, expected: str, got: str, hint: str = "") -> None:
+        raise InputMismatchError(self.model, spec.name, expected, got, hint)
+
+
+def _lies_in_order(tensor: torch.Tensor, order: Sequence[int]) -> bool:
+    """Whether a tensor is dense with its dimensions in `order`; strides of sizes 0 and 1 don't matter."""
+    shape = tensor.shape
+    if 0 in shape:
+        return True
+    wanted = dense_strides(shape, order)
+    return all(
+        size == 1 or stride == want for size, stride, want in zip(shape, tensor.stride(), wanted, strict=True)
+    )
