@@ -78,7 +78,7 @@ def ensure_packages(console: Console) -> dict[str, Path]:
         TextColumn("{task.fields[step]}", style="dim"),
         console=console,
     )
-    console.print("Compiling the models, once: this takes about a minute.")
+    console.print("Compiling the models; that is done once.")
     with bars, ThreadPoolExecutor(len(missing)) as threads:
 
         def build(model: str) -> None:

@@ -13,12 +13,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from aoti_sched import Priority, Runner, Scheduler
+from aoti_sched import Priority, Runner, RunnerView, Scheduler
 
 from .digits import Digits
 from .minilm import Tokenizer
@@ -78,7 +77,7 @@ class Service:
         self._digits = digits
         self._vectors = torch.empty(0)
 
-    async def serve(self, queries: Sequence[str], seconds: float) -> Observed:
+    async def serve(self, queries: list[str], seconds: float) -> Observed:
         """Build the index, then answer `queries` over and over for `seconds`; digits all the while."""
         self.observed.held_out_accuracy = await self._read_all_digits()
         beside = [asyncio.ensure_future(self._watch_loop())]
@@ -92,7 +91,7 @@ class Service:
                 task.cancel()
             ended = await asyncio.gather(*beside, return_exceptions=True)
         for outcome in ended:
-            if not isinstance(outcome, asyncio.CancelledError):
+            if isinstance(outcome, Exception):  # not of being cancelled: it had failed before
                 raise outcome
         return self.observed
 
@@ -150,7 +149,7 @@ class Service:
             now = time.monotonic()
             self.observed.lags.append((now, now - due))
 
-    async def _timed(self, work: str, runner: Any, *inputs: Tensor) -> Tensor:
+    async def _timed(self, work: str, runner: RunnerView, *inputs: Tensor) -> Tensor:
         asked = time.monotonic()
         future = runner.submit(*inputs)
         output: Tensor = await future
