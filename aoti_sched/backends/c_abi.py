@@ -1,0 +1,277 @@
+"""AOTInductor's C ABI, described once: every function of torch's `interface.h`, and how to call it.
+
+The functions are compiled into each model's library, so what a library can do follows the torch that
+*compiled* it: symbols are looked up in the library, and the version of the torch at hand is never asked.
+Here are the table, the library and the text of a failure. What the functions mean together (containers,
+constants, handles) is in the files beside this one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from ctypes import POINTER, Structure, c_bool, c_char_p, c_int32, c_int64, c_size_t, c_uint64, c_void_p
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import _C
+
+from aoti_sched.errors import LoadError, MissingCapabilityError
+
+libtorch = ctypes.CDLL(_C.__file__)
+"""Every symbol of libtorch, wherever the platform keeps it: a look-up goes through torch's own dependencies."""
+
+# Handles are opaque pointers; the names say whose.
+Container = c_void_p
+Model = c_void_p
+Tensor = c_void_p
+ConstantMap = c_void_p  # really a std::unordered_map<std::string, AtenTensorHandle>*
+Stream = c_void_p
+ProxyExecutor = c_void_p
+
+
+class ConstantEntry(Structure):
+    """`AOTInductorConstantMapEntry`: a constant's name in the generated code, and its tensor."""
+
+    _fields_ = (("name", c_char_p), ("handle", Tensor))
+
+
+class ArrayRefTensor(Structure):
+    """`AOTInductorArrayRefTensor`: a tensor as the minimal arrayref interface takes it. Borrows its memory."""
+
+    _fields_ = (
+        ("data", c_void_p),
+        ("numel", c_int64),
+        ("sizes", c_int64 * 8),
+        ("strides", c_int64 * 8),
+        ("ndim", c_int32),
+        ("dtype", c_int32),
+        ("device_type", c_int32),
+        ("device_index", c_int32),
+        ("reserved", c_int64 * 4),
+    )
+
+
+class Function(NamedTuple):
+    """One function of the C ABI. All return a status, 0 being success.
+
+    `since` is the torch release whose compiled models have it first. `needs_cpp` is why its arguments
+    can't be made from Python, "" where they can.
+    """
+
+    name: str
+    arguments: tuple[Any, ...]
+    since: str
+    needs_cpp: str = ""
+
+
+_RUN = (Container, POINTER(Tensor), c_size_t, POINTER(Tensor), c_size_t, Stream, ProxyExecutor)
+_MAP = "its constants travel in a std::unordered_map, which only C++ can build"
+_TUPLE = "its inputs and outputs are std::tuples, which only C++ can build"
+
+_TABLE = (
+    # Containers
+    Function("AOTInductorModelContainerCreate", (POINTER(Container), c_size_t, c_bool, c_char_p), "2.2"),
+    Function(
+        "AOTInductorModelContainerCreateWithDevice",
+        (POINTER(Container), c_size_t, c_char_p, c_char_p),
+        "2.3",
+    ),
+    Function("AOTInductorModelContainerDelete", (Container,), "2.2"),
+    Function("AOTInductorModelContainerRun", _RUN, "2.2"),
+    Function("AOTInductorModelContainerRunSingleThreaded", _RUN, "2.7"),
+    Function("AOTInductorModelContainerGetNumInputs", (Container, POINTER(c_size_t)), "2.2"),
+    Function("AOTInductorModelContainerGetInputName", (Container, c_size_t, POINTER(c_char_p)), "2.2"),
+    Function("AOTInductorModelContainerGetNumOutputs", (Container, POINTER(c_size_t)), "2.2"),
+    Function("AOTInductorModelContainerGetOutputName", (Container, c_size_t, POINTER(c_char_p)), "2.2"),
+    Function(
+        "AOTInductorModelContainerGetCallSpec", (Container, POINTER(c_char_p), POINTER(c_char_p)), "2.2"
+    ),
+    # What is known of each constant
+    Function("AOTInductorModelContainerGetNumConstants", (Container, POINTER(c_size_t)), "2.2"),
+    Function("AOTInductorModelContainerGetConstantName", (Container, c_size_t, POINTER(c_char_p)), "2.2"),
+    Function(
+        "AOTInductorModelContainerGetConstantOriginalFQN", (Container, c_size_t, POINTER(c_char_p)), "2.2"
+    ),
+    Function("AOTInductorModelContainerGetConstantDtype", (Container, c_size_t, POINTER(c_int32)), "2.2"),
+    Function("AOTInductorModelContainerGetConstantFromFolded", (Container, c_size_t, POINTER(c_bool)), "2.3"),
+    Function("AOTInductorModelContainerGetConstantType", (Container, c_size_t, POINTER(c_int32)), "2.6"),
+    Function("AOTInductorModelContainerGetConstantDataSize", (Container, c_size_t, POINTER(c_size_t)), "2.8"),
+    Function("AOTInductorModelContainerGetConstantsBlobSize", (Container, POINTER(c_uint64)), "2.10"),
+    # The values of constants
+    Function(
+        "AOTInductorModelContainerExtractConstantsMap",
+        (Container, ConstantMap, c_bool),
+        "2.8",
+        needs_cpp=_MAP,
+    ),
+    Function(
+        "AOTInductorModelContainerExtractConstantsMapEntries",
+        (Container, POINTER(POINTER(ConstantEntry)), POINTER(c_size_t), c_bool),
+        "2.13",
+    ),
+    Function(
+        "AOTInductorModelContainerUpdateConstantBuffer",
+        (Container, ConstantMap, c_bool, c_bool),
+        "2.3",
+        needs_cpp=_MAP,
+    ),
+    Function(
+        "AOTInductorModelContainerUpdateConstantBufferPairs",
+        (Container, POINTER(ConstantEntry), c_size_t, c_bool, c_bool),
+        "2.13",
+    ),
+    Function(
+        "AOTInductorModelContainerUpdateInactiveConstantBuffer",
+        (Container, ConstantMap),
+        "2.2",
+        needs_cpp=_MAP,
+    ),
+    Function(
+        "AOTInductorModelContainerUpdateInactiveConstantBufferPairs",
+        (Container, POINTER(ConstantEntry), c_size_t),
+        "2.13",
+    ),
+    Function(
+        "AOTInductorModelContainerUpdateUserManagedConstantBuffer",
+        (Container, ConstantMap, c_bool, c_bool),
+        "2.8",
+        needs_cpp=_MAP,
+    ),
+    Function(
+        "AOTInductorModelContainerUpdateUserManagedConstantBufferPairs",
+        (Container, POINTER(ConstantEntry), c_size_t, c_bool, c_bool),
+        "2.10",
+    ),
+    Function(
+        "AOTInductorModelContainerUpdateConstantBufferFromCpu",
+        (Container, ConstantMap, c_bool, c_bool),
+        "2.13",
+        needs_cpp=_MAP,
+    ),
+    Function(
+        "AOTInductorModelContainerUpdateConstantBufferFromCpuPairs",
+        (Container, POINTER(ConstantEntry), c_size_t, c_bool, c_bool),
+        "2.13",
+    ),
+    Function("AOTInductorModelUpdateConstantsFromBlob", (Container, c_void_p), "2.10"),
+    Function(
+        "AOTInductorModelContainerRunConstantFolding", (Container, c_bool, Stream, ProxyExecutor), "2.3"
+    ),
+    Function("AOTInductorModelContainerSwapConstantBuffer", (Container,), "2.2"),
+    Function("AOTInductorModelContainerFreeInactiveConstantBuffer", (Container,), "2.8"),
+    # The bare model: one instance, no locks, CPU only
+    Function("AOTInductorModelCreate", (POINTER(Model), ConstantMap), "2.2", needs_cpp=_MAP),
+    Function("AOTInductorModelCreateV2", (POINTER(Model), POINTER(ConstantEntry), c_size_t), "2.13"),
+    Function("AOTInductorModelRun", (Model, POINTER(Tensor), POINTER(Tensor)), "2.2"),
+    Function("AOTInductorModelUpdateConstantsMap", (Model, ConstantMap), "2.2", needs_cpp=_MAP),
+    Function("AOTInductorModelUpdateConstantsMapV2", (Model, POINTER(ConstantEntry), c_int32), "2.13"),
+    Function("AOTInductorModelGetNumOutputs", (Model, POINTER(c_size_t)), "2.2"),
+    Function("AOTInductorModelDelete", (Model,), "2.2"),
+    # Only in models compiled with `aot_inductor.use_minimal_arrayref_interface`
+    Function(
+        "AOTInductorModelRunMinimalArrayrefInterfaceV2",
+        (Model, c_int32, POINTER(ArrayRefTensor), c_int32, POINTER(ArrayRefTensor)),
+        "2.13",
+    ),
+    # The calling thread's last failure
+    Function("AOTInductorGetLastError", (POINTER(c_char_p),), "2.13"),
+)
+FUNCTIONS = {function.name: function for function in _TABLE}
+
+
+class Library:
+    """A model's shared library. Once loaded it stays mapped for the process's life: nothing here unloads it.
+
+    Raises LoadError when the system's loader refuses the file, or when it is no compiled model.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).absolute()
+        self.name = self.path.name
+        try:
+            # LOCAL: every model exports the same names. NOW: a missing symbol fails here, not in a run.
+            self._cdll = ctypes.CDLL(str(self.path), mode=os.RTLD_LOCAL | os.RTLD_NOW)
+        except OSError as error:
+            raise LoadError(
+                f"{self.path} could not be loaded: {error}. An undefined symbol means that another torch compiled "
+                f"it than the one running here ({torch.__version__}): compile it again with this one."
+            ) from error
+        self._functions: dict[str, Callable[..., int]] = {}
+        if not self.has("AOTInductorModelContainerRun"):
+            raise LoadError(
+                f"{self.path} is a shared library, but not a model compiled by AOTInductor: it lacks "
+                "AOTInductorModelContainerRun. Load the `.so` inside a `.pt2` package, or the package itself."
+            )
+
+    def has(self, name: str) -> bool:
+        """Whether the library exports this function of the table."""
+        return name in FUNCTIONS and hasattr(self._cdll, name)
+
+    def function(self, name: str) -> Callable[..., int]:
+        """The function, ready to be called with ctypes arguments; it releases the GIL and returns a status.
+
+        Raises MissingCapabilityError when the library lacks it.
+        """
+        try:
+            return self._functions[name]
+        except KeyError:
+            pass
+        description = FUNCTIONS[name]
+        try:
+            function = self._cdll[name]
+        except AttributeError:
+            raise MissingCapabilityError(
+                f"{self.name} lacks {name}, which models have that were compiled by torch {description.since} "
+                "or newer: compile the model again with a newer torch."
+            ) from None
+        function.argtypes = description.arguments
+        function.restype = c_int32
+        self._functions[name] = function
+        return function
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Call a function and raise LoadError, with the root cause in its text, when it fails."""
+        if self.function(name)(*arguments) != 0:
+            raise LoadError(f"{self.name}: {name} failed: {self.root_cause()}")
+
+    def last_error(self) -> str:
+        """What the runtime says of this thread's last failure in this library; "" when it has no words for it."""
+        if not self.has("AOTInductorGetLastError"):
+            return ""
+        text = c_char_p()
+        self.function("AOTInductorGetLastError")(ctypes.byref(text))
+        return _without_backtrace((text.value or b"").decode(errors="replace"))
+
+    def root_cause(self) -> str:
+        """Why the last call on this thread failed, in one text without a C++ backtrace.
+
+        The runtime's own message is the cause itself, unless it only says that a call into torch failed;
+        then torch knows the cause. Torch's message may be an older one of the same thread, so it is only
+        asked when the runtime points to it or is silent.
+        """
+        own = self.last_error()
+        if own and "API call failed" not in own:
+            return own
+        cause = _torch_last_error()
+        if cause and own:
+            return f"{cause} (in {own.partition('(')[0]})"
+        return cause or own or "the runtime gave no reason; what it printed to stderr may tell"
+
+
+def _torch_last_error() -> str:
+    try:
+        what = libtorch.torch_exception_get_what_without_backtrace  # since torch 2.13
+    except AttributeError:
+        return ""
+    what.argtypes = ()
+    what.restype = c_char_p
+    return _without_backtrace((what() or b"").decode(errors="replace"))
+
+
+def _without_backtrace(text: str) -> str:
+    for mark in ("\nException raised from ", "\nC++ CapturedTraceback:"):
+        text = text.partition(mark)[0]
+    return text.strip()

@@ -1,0 +1,359 @@
+"""`RawContainer`: a container behind the C ABI, with Python's types and without its ways to end the process.
+
+Everything blocks and releases the GIL. Runs may come from as many threads as there are instances; updates,
+extraction, folding, freeing and closing take no lock in the runtime, so one thread at a time calls those, and
+never on the active buffer while runs go on. A swap waits for the runs that are going on, and may starve.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from ctypes import POINTER, byref, c_bool, c_char_p, c_int32, c_size_t, c_uint64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aoti_sched.backends.c_abi import ConstantEntry, Library
+from aoti_sched.backends.constants import TYPES, Constant, check, laid_out, select
+from aoti_sched.backends.handles import DTYPES, borrowed, free, handles_of, tensors_of
+from aoti_sched.errors import InputMismatchError, LoadError, MissingWeightsError, RunError, RunnerClosedError
+from aoti_sched.specs import ConstantSpec
+
+_PREFIX = "AOTInductorModelContainer"
+
+
+class RawContainer:
+    """A container of `instances` executable copies of one model.
+
+    Args:
+        library: The model's library.
+        instances: How many runs may go on at once; at least 1.
+        device: "cpu", "cuda:0", "xpu:0" or "mps".
+        resources: The directory with the model's device code, where it has any.
+
+    Raises:
+        LoadError: the runtime could not create it; the text is the root cause.
+    """
+
+    def __init__(
+        self, library: Library, instances: int = 1, device: str = "cpu", resources: str | None = None
+    ) -> None:
+        if instances < 1:
+            raise LoadError(f"{library.name}: instances={instances}, but a container holds at least one")
+        self.library = library
+        self.name = library.name
+        self.device_type = device.partition(":")[0]
+        self._lent: list[int] = []
+        handle = c_void_p()
+        directory = None if resources is None else resources.encode()
+        if library.has(_PREFIX + "CreateWithDevice"):
+            library.call(_PREFIX + "CreateWithDevice", byref(handle), instances, device.encode(), directory)
+        elif device in ("cpu", "cuda"):
+            library.call(_PREFIX + "Create", byref(handle), instances, device == "cpu", directory)
+        else:
+            library.function(_PREFIX + "CreateWithDevice")
+        self._handle: int | None = handle.value
+        self.input_names = self._names("GetNumInputs", "GetInputName")
+        self.output_names = self._names("GetNumOutputs", "GetOutputName")
+        self.num_inputs, self.num_outputs = len(self.input_names), len(self.output_names)
+        self._inputs = c_void_p * self.num_inputs
+        self._outputs = c_void_p * self.num_outputs
+        self._run = library.function(_PREFIX + "Run")
+        self._constants: tuple[Constant, ...] | None = None
+        # Which buffer holds every constant: active, inactive. Only the runtime knows of the first.
+        self._complete = [not self.missing_constants(), False]
+
+    def close(self) -> None:
+        """Free the container. No call may be going on. Closing twice does nothing."""
+        if self._handle is not None:
+            handle, self._handle = self._handle, None
+            self.library.call(_PREFIX + "Delete", handle)
+            free(self._lent)
+            self._lent.clear()
+
+    # --- runs ---------------------------------------------------------------------------------------------
+
+    def run(
+        self, tensors: Sequence[torch.Tensor], *, stream: int | None = None, proxy_executor: int | None = None
+    ) -> list[torch.Tensor | None]:
+        """Run once; None stands where an output is left out. Output tensors may be the inputs themselves.
+
+        Only the number of inputs is checked here: a wrong dtype or size reads past buffers. Blocks while
+        every instance is busy. The first run after an update also folds, alone.
+
+        Raises:
+            InputMismatchError: as many tensors were given as the model does not take.
+            MissingWeightsError: the active buffer lacks constants.
+            RunError: the model failed; the text is the root cause. The inputs are the caller's again.
+        """
+        return self._run_with(self._run, tensors, stream, proxy_executor)
+
+    def run_single_threaded(
+        self, tensors: Sequence[torch.Tensor], *, stream: int | None = None, proxy_executor: int | None = None
+    ) -> list[torch.Tensor | None]:
+        """`run` without locks or events, always on the first instance: no other call may be going on."""
+        function = self.library.function(_PREFIX + "RunSingleThreaded")
+        return self._run_with(function, tensors, stream, proxy_executor)
+
+    def _run_with(
+        self, function: Any, tensors: Sequence[torch.Tensor], stream: int | None, proxy_executor: int | None
+    ) -> list[torch.Tensor | None]:
+        # The runtime throws across the C boundary for a wrong count, and reads null for a missing constant.
+        if len(tensors) != self.num_inputs:
+            raise InputMismatchError(self.name, "", f"{self.num_inputs} tensors", f"{len(tensors)}")
+        if not self._complete[0]:
+            raise MissingWeightsError(
+                f"{self.name} was compiled without its weights, and none were loaded: "
+                f"{', '.join(self.missing_constants()[:8])} have no values"
+            )
+        container = self._open()
+        inputs = self._inputs(*handles_of(list(tensors)))
+        outputs = self._outputs()
+        if function(container, inputs, self.num_inputs, outputs, self.num_outputs, stream, proxy_executor):
+            # What was stolen is null now; the rest is ours.
+            free(inputs)
+            free(outputs)
+            raise RunError(f"{self.name}: the run failed: {self.library.root_cause()}")
+        return tensors_of(outputs)
+
+    # --- what the model says of itself --------------------------------------------------------------------
+
+    def call_spec(self) -> tuple[str, str]:
+        """The pytree specs of arguments and results, as torch serializes them; "" each where there is none."""
+        in_spec, out_spec = c_char_p(), c_char_p()
+        self._call("GetCallSpec", byref(in_spec), byref(out_spec))
+        return (in_spec.value or b"").decode(), (out_spec.value or b"").decode()
+
+    def blob_size(self) -> int | None:
+        """Bytes of the weights that are mapped from a file; None when the model's weights are not mapped."""
+        size = c_uint64()
+        status = self.library.function(_PREFIX + "GetConstantsBlobSize")(self._open(), byref(size))
+        return size.value if status == 0 else None
+
+    @property
+    def constants(self) -> tuple[Constant, ...]:
+        """Every constant, the ones folded from others included, in the runtime's order.
+
+        Shapes and strides are known once the active buffer has values, where the model lets them be read.
+        """
+        if self._constants is None:
+            count = self._get(c_size_t, "GetNumConstants")
+            known = dict(self._borrow(inactive=False)) if count and self._can_extract() else {}
+            constants = tuple(self._constant(index, known) for index in range(count))
+            if any(c.stride is None and not c.spec.folded for c in constants):
+                return constants  # to be asked again when there are values
+            self._constants = constants
+        return self._constants
+
+    def missing_constants(self, *, inactive: bool = False) -> tuple[str, ...]:
+        """FQNs of the constants that a buffer has no tensor for; () where the model can't tell (before 2.13).
+
+        Running on a buffer that lacks one is a segmentation fault.
+        """
+        if inactive and not self._complete[1]:
+            return tuple(c.spec.fqn for c in self.constants if not c.spec.folded)
+        if not self._can_extract():
+            return ()
+        present = {name for name, _ in self._borrow(inactive=inactive)}
+        return tuple(c.spec.fqn for c in self.constants if not c.spec.folded and c.spec.fqn not in present)
+
+    # --- the values of constants --------------------------------------------------------------------------
+
+    def extract(self, *, inactive: bool = False) -> dict[str, torch.Tensor]:
+        """Copies of a buffer's constants by FQN, without the folded ones; {} of an inactive buffer that was freed."""
+        if inactive and not self._complete[1]:
+            return {}  # what a freed buffer holds points into freed memory
+        return {name: tensor.clone() for name, tensor in self._borrow(inactive=inactive)}
+
+    def update(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        inactive: bool,
+        user_managed: bool = False,
+        from_cpu: bool = False,
+    ) -> None:
+        """Write constants, by FQN or the runtime's name, into a buffer. Every parameter and buffer must be
+        given unless the buffer has a full set already. Values are copied, so the tensors stay the caller's.
+
+        Args:
+            tensors: The values. They may lie in memory in any way; what fits no constant raises.
+            inactive: Write the inactive buffer, which runs do not read, or the active one.
+            user_managed: Don't copy: the container reads the tensors' own memory from now on and keeps
+                it for its lifetime, even after later updates. They must be laid out as compiled.
+            from_cpu: CPU tensors are copied to the model's device.
+
+        Raises:
+            LoadError: a tensor does not fit, or the runtime refused; the buffer is unchanged unless the text says so.
+            MissingWeightsError: not a full set.
+        """
+        full = not self._complete[inactive]
+        ready = self.prepared(tensors, full=full, device_type="cpu" if from_cpu else self.device_type)
+        if user_managed:
+            for constant, tensor in ready:
+                given = tensors.get(constant.spec.fqn, tensors.get(constant.spec.name))
+                if given is not None and tensor.data_ptr() != given.data_ptr():
+                    raise LoadError(
+                        f"{self.name}: constant {constant.spec.fqn!r} can only be user managed as a tensor of "
+                        f"strides {constant.stride} that fills its storage"
+                    )
+        name = "UpdateConstantBufferPairs"
+        if user_managed:
+            name = "UpdateUserManagedConstantBufferPairs"
+        elif from_cpu:
+            name = "UpdateConstantBufferFromCpuPairs"
+        update = self.library.function(_PREFIX + name)
+        container = self._open()
+        handles = handles_of([tensor for _, tensor in ready])
+        try:
+            status = update(container, entries(ready, handles), len(ready), inactive, full)
+        finally:
+            if user_managed:
+                self._lent += handles
+            else:
+                free(handles)
+        if status != 0:
+            raise LoadError(f"{self.name}: {_PREFIX}{name} failed: {self.library.root_cause()}")
+        self._complete[inactive] = True
+        self._verify_shapes(ready, inactive=inactive)
+
+    def prepared(
+        self, tensors: Mapping[str, torch.Tensor], *, full: bool, device_type: str = "cpu"
+    ) -> list[tuple[Constant, torch.Tensor]]:
+        """Tensors checked and laid out for the constants they are given for, copied where they must be.
+
+        With `full`, what the compiler made and no state dict has is added from the active buffer.
+
+        Raises:
+            LoadError, MissingWeightsError: as `update` does.
+        """
+        constants = self.constants
+        pairs = select(self.name, constants, tensors, full=full)
+        for constant, tensor in pairs:
+            check(self.name, constant, tensor, device_type)
+        if full and self._can_extract():
+            given = {constant.spec.name for constant, _ in pairs}
+            active = dict(self._borrow(inactive=False))
+            pairs += [
+                (c, active[c.spec.fqn].clone())
+                for c in constants
+                if c.spec.type == "constant" and c.spec.name not in given and c.spec.fqn in active
+            ]
+        return [(constant, laid_out(constant, tensor)) for constant, tensor in pairs]
+
+    def update_from_blob(self, path: Path) -> None:
+        """Load the weights of a model whose weights lie in a file of their own; once, before the first run.
+
+        Raises LoadError when the model has no such weights, when they are loaded, or when the size is wrong.
+        """
+        size = self.blob_size()
+        if size is None:
+            raise LoadError(f"{self.name} was not compiled to have its weights in a file")
+        if self._complete[0]:
+            # The runtime would free the blob that its constants point into, and keep the constants.
+            raise LoadError(f"{self.name} has its weights already; a weights file can be loaded once")
+        there = path.stat().st_size
+        if there != size:
+            raise LoadError(f"{self.name} wants a weights file of {size} bytes, and {path} has {there}")
+        # Mapped only for the call: the runtime copies.
+        blob = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+        self.library.call("AOTInductorModelUpdateConstantsFromBlob", self._open(), blob.data_ptr())
+        self._complete[0] = not self.missing_constants()
+
+    def fold(self, *, inactive: bool, stream: int | None = None, proxy_executor: int | None = None) -> None:
+        """Compute the folded constants of a buffer, so that the first run on it need not. Occupies an instance.
+
+        Raises LoadError when the buffer lacks constants, or folding fails; then the container is not to be
+        used any more, since one of its instances may be left on the inactive buffer.
+        """
+        if not self._complete[inactive]:
+            raise MissingWeightsError(f"{self.name}: the buffer to fold lacks constants")
+        self._call("RunConstantFolding", inactive, stream, proxy_executor)
+
+    def swap(self) -> None:
+        """Exchange the active and the inactive buffer. Waits for the runs that are going on.
+
+        Raises LoadError when the inactive buffer has no full set of constants.
+        """
+        if not self._complete[1]:
+            raise MissingWeightsError(
+                f"{self.name}: the inactive buffer has no full set of constants to swap in"
+            )
+        self._call("SwapConstantBuffer")
+        self._complete.reverse()
+
+    def free_inactive(self) -> None:
+        """Free the inactive buffer's memory. Nothing that was launched on it may still be going on."""
+        self._call("FreeInactiveConstantBuffer")
+        self._complete[1] = False
+
+    # --- inside -------------------------------------------------------------------------------------------
+
+    def _open(self) -> int:
+        if self._handle is None:
+            raise RunnerClosedError(f"{self.name}: the container is closed")
+        return self._handle
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        self.library.call(_PREFIX + name, self._open(), *arguments)
+
+    def _get(self, kind: Any, name: str, *arguments: Any) -> Any:
+        value = kind()
+        self._call(name, *arguments, byref(value))
+        return value.value
+
+    def _names(self, count: str, name: str) -> tuple[str, ...]:
+        return tuple(self._get(c_char_p, name, index).decode() for index in range(self._get(c_size_t, count)))
+
+    def _can_extract(self) -> bool:
+        return self.library.has(_PREFIX + "ExtractConstantsMapEntries")
+
+    def _borrow(self, *, inactive: bool) -> list[tuple[str, torch.Tensor]]:
+        """A buffer's constants by FQN, in the container's own memory: not to be kept."""
+        entries = POINTER(ConstantEntry)()
+        count = c_size_t()
+        self._call("ExtractConstantsMapEntries", byref(entries), byref(count), inactive)
+        return [(entries[i].name.decode(), borrowed(entries[i].handle)) for i in range(count.value)]
+
+    def _constant(self, index: int, known: dict[str, torch.Tensor]) -> Constant:
+        fqn = self._get(c_char_p, "GetConstantOriginalFQN", index).decode()
+        capacity = self._optional(c_size_t, "GetConstantDataSize", index, default=0)
+        kind = self._optional(c_int32, "GetConstantType", index, default=0)
+        folded = bool(self._optional(c_bool, "GetConstantFromFolded", index, default=False))
+        tensor = known.get(fqn)
+        dtype = DTYPES[self._get(c_int32, "GetConstantDtype", index)]
+        spec = ConstantSpec(
+            name=self._get(c_char_p, "GetConstantName", index).decode(),
+            fqn=fqn,
+            dtype=str(dtype).removeprefix("torch."),
+            shape=None if tensor is None else tuple(tensor.shape),
+            bytes=capacity if tensor is None else tensor.numel() * tensor.element_size(),
+            type=TYPES[kind] if kind < len(TYPES) else "unknown",
+            folded=folded,
+        )
+        return Constant(spec, capacity, None if tensor is None else tensor.stride())
+
+    def _optional(self, kind: Any, name: str, index: int, *, default: Any) -> Any:
+        return self._get(kind, name, index) if self.library.has(_PREFIX + name) else default
+
+    def _verify_shapes(self, pairs: list[tuple[Constant, torch.Tensor]], *, inactive: bool) -> None:
+        # A model without weights keeps its shapes to itself until it has some.
+        if all(constant.stride is not None for constant, _ in pairs) or not self._can_extract():
+            return
+        present = {name: tuple(tensor.shape) for name, tensor in self._borrow(inactive=inactive)}
+        for constant, tensor in pairs:
+            shape = present[constant.spec.fqn]
+            if shape != tuple(tensor.shape):
+                self._complete[inactive] = False
+                raise LoadError(
+                    f"{self.name}: constant {constant.spec.fqn!r} wants shape {shape}, got {tuple(tensor.shape)}. "
+                    "The buffer is unusable now; update it in full."
+                )
+
+
+def entries(pairs: list[tuple[Constant, torch.Tensor]], handles: list[int]) -> ctypes.Array[ConstantEntry]:
+    """The array that the C ABI takes: each constant's internal name and its handle."""
+    names = [constant.spec.name.encode() for constant, _ in pairs]
+    return (ConstantEntry * len(pairs))(*map(ConstantEntry, names, handles))
