@@ -78,6 +78,7 @@ def answers_table(observed: Observed, expected: Mapping[str, str]) -> Table:
         title="Search: each query's three nearest sentences",
         caption=f"✓ is the answer a reader would pick: it came first for {right} of {len(expected)} queries",
         show_header=False,
+        min_width=72,
         box=box.ROUNDED,
     )
     for query, answer in expected.items():

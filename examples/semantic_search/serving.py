@@ -80,8 +80,8 @@ class Service:
     async def serve(self, queries: list[str], seconds: float) -> Observed:
         """Build the index, then answer `queries` over and over for `seconds`; digits all the while."""
         self.observed.held_out_accuracy = await self._read_all_digits()
-        beside = [asyncio.ensure_future(self._watch_loop())]
-        beside += [asyncio.ensure_future(self._write_digits(random.Random(SEED + n))) for n in range(WRITERS)]
+        beside = [asyncio.create_task(self._watch_loop())]
+        beside += [asyncio.create_task(self._write_digits(random.Random(SEED + n))) for n in range(WRITERS)]
         try:
             await self._build_index()
             until = time.monotonic() + seconds
@@ -160,7 +160,7 @@ class Service:
 async def serve(
     paths: Mapping[str, Path],
     sentences: Sequence[str],
-    queries: Sequence[str],
+    queries: list[str],
     digits: Digits,
     seconds: float,
 ) -> Observed:
