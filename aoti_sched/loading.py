@@ -77,8 +77,12 @@ def _prepare(  # noqa: PLR0917 -- one caller, all of them needed
         outputs=own.outputs if own is not None and leaves_known else None,
         parameters=own.parameters if own is not None else (),
     )
-    threads, notes = _threads(device, settings, own, loaded.thread_limit, facts.instances)
-    if source is SpecSource.ARITY:
+    threads, notes = _threads(device, settings, own, loaded)
+    check = _check(name, specs, facts.num_inputs, device.name)
+    if settings.warmup and specs is not None and not (own is not None and own.mutates_buffers):
+        notes.extend(_warm_up(container, specs, name))
+        facts = container.info  # a warm container knows more of itself
+    if source is SpecSource.ARITY and loaded.call_spec is None:
         notes.append(
             "Only the number of inputs is checked: the package states no specs. A wrong dtype or size can corrupt memory. "
             "Compile with aoti_sched.compile_package, or declare them: load(..., inputs=[TensorSpec(...)])."
@@ -91,9 +95,6 @@ def _prepare(  # noqa: PLR0917 -- one caller, all of them needed
         notes.append("The model writes to its buffers; its runs go one at a time, on one instance.")
     if facts.missing:
         notes.append(f"Compiled by an older torch; missing in its C ABI: {', '.join(facts.missing)}.")
-    check = _check(name, specs, facts.num_inputs, device.name)
-    if settings.warmup and specs is not None and not (own is not None and own.mutates_buffers):
-        notes.extend(_warm_up(container, specs, name, facts.instances))
     info = RunnerInfo(
         name=name,
         path=str(request.path),
@@ -146,11 +147,12 @@ def _check(name: str, specs: Sequence[TensorSpec] | None, arity: int | None, dev
 
 
 def _threads(
-    device: Device, settings: ModelConfig, own: ModelSpec | None, limit: int | None, instances: int
+    device: Device, settings: ModelConfig, own: ModelSpec | None, loaded: Loaded
 ) -> tuple[int, list[str]]:
     """Intra-op threads per run, and what there is to say about them."""
     notes = []
-    threads = settings.threads or (own.threads if own is not None else 1)
+    limit, instances = loaded.thread_limit, loaded.container.info.instances
+    threads = settings.threads or (own.threads if own is not None else loaded.fixed_threads or 1)
     if limit is not None and threads > limit:
         notes.append(
             f"threads={threads} was lowered to {limit}: the model's kernels were compiled for that many, and with "
@@ -194,16 +196,10 @@ def example_inputs(specs: Sequence[TensorSpec]) -> list[Any]:
     return tensors
 
 
-def _warm_up(container: Container, specs: Sequence[TensorSpec], name: str, instances: int) -> list[str]:
-    """Run once per instance plus one, serially, on zeros.
-
-    The first run of an instance allocates; the first of all would fold, and concurrent first runs could
-    deadlock in models compiled before torch 2.13 (pytorch/pytorch#144459). Zeros may be nonsense to a model: a
-    failure here is told, and is no reason to refuse it.
-    """
+def _warm_up(container: Container, specs: Sequence[TensorSpec], name: str) -> list[str]:
+    """Warm up on zeros. They may be nonsense to a model: a failure is told, and is no reason to refuse it."""
     try:
-        for _ in range(instances + 1):
-            container.run_raw(example_inputs(specs))
+        container.warm_up(lambda: example_inputs(specs))
     except AotiSchedError as error:
         log.warning("warm-up failed", runner=name, error=str(error))
         return [f"Warm-up on zeros failed, so the first requests may be slow: {error}"]

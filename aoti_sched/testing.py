@@ -17,12 +17,15 @@ the scheduler and everything behind it but the backend are the real ones.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
+import importlib
 import itertools
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -32,10 +35,16 @@ from aoti_sched.dispatch import Clock
 from aoti_sched.errors import PackageNotFoundError
 from aoti_sched.scheduler import Scheduler
 
-try:
-    from pytest_asyncio import fixture as async_fixture
-except ImportError:  # anyio's plugin runs async fixtures too
-    from pytest import fixture as async_fixture  # noqa: PT013
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _async_fixture(function: _F) -> _F:
+    """pytest-asyncio's fixture where it is installed; anyio's plugin takes pytest's own."""
+    fixture: Any = pytest.fixture
+    with contextlib.suppress(ImportError):
+        fixture = importlib.import_module("pytest_asyncio").fixture
+    decorated: _F = fixture(function)
+    return decorated
 
 
 class ManualClock:
@@ -122,6 +131,9 @@ class FakeContainer:
         call: FakeCall = inputs[0]
         return [self.function(*call.args, **call.kwargs)]
 
+    def warm_up(self, make_inputs: Callable[[], Sequence[Any]]) -> None:
+        """A function is warm."""
+
     def close(self) -> None:
         self.closed = True
 
@@ -136,14 +148,14 @@ class FakeExecutor:
         self.pending: deque[Work] = deque()
         self.closed = False
         self._clock = clock
-        self._auto = auto
+        self.auto = auto
         self._done: deque[Completion] = deque()
         self._bell = Bell()
 
     def submit(self, lane: int, work: Work) -> None:
         del lane
         self.pending.append(work)
-        if self._auto:
+        if self.auto:
             self.step()
 
     def step(self, error: BaseException | None = None) -> None:
@@ -242,6 +254,14 @@ class FakeBackend:
         self._executor.step(error)
         await settle()
 
+    def finish_all(self) -> None:
+        """Finish what runs, and from now on every run by itself."""
+        self._auto = True
+        if self._executor is not None:
+            self._executor.auto = True
+            while self._executor.pending:
+                self._executor.step()
+
     async def queued(self, count: int) -> None:
         """Let other tasks run until `count` runs wait for a step.
 
@@ -273,13 +293,20 @@ def aoti_backend(aoti_clock: ManualClock) -> FakeBackend:
     return FakeBackend(clock=aoti_clock)
 
 
-@async_fixture
+@asynccontextmanager
+async def fake_scheduler(backend: FakeBackend, clock: Clock | None = None) -> AsyncIterator[Scheduler]:
+    """A real `Scheduler` on a fake backend. On leaving, queued requests fail and running ones are finished."""
+    async with Scheduler(devices={backend.name: backend}, clock=clock) as scheduler:
+        try:
+            yield scheduler
+        finally:
+            closing = asyncio.ensure_future(scheduler.terminate())
+            backend.finish_all()
+            await closing
+
+
+@_async_fixture
 async def aoti_scheduler(aoti_clock: ManualClock, aoti_backend: FakeBackend) -> AsyncIterator[Scheduler]:
-    """A real `Scheduler` on the fake backend and clock. On teardown what still waits is failed."""
-    async with Scheduler(devices={"cpu": aoti_backend}, clock=aoti_clock) as scheduler:
+    """A real `Scheduler` on the `aoti_backend` and `aoti_clock`."""
+    async with fake_scheduler(aoti_backend, aoti_clock) as scheduler:
         yield scheduler
-        closing = asyncio.ensure_future(scheduler.terminate())
-        await settle()
-        while aoti_backend.running:
-            await aoti_backend.step()
-        await closing

@@ -6,7 +6,7 @@ worker threads, `Executor.submit` and `Executor.drain` from the loop's thread.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,6 +48,9 @@ class Container(Protocol):
         Raises:
             RunError: with torch's root cause. No handle is lost.
         """
+
+    def warm_up(self, make_inputs: Callable[[], Sequence[Any]]) -> None:
+        """Run once per instance plus one, serially, before traffic; raises as `run_raw` does."""
 
     def close(self) -> None:
         """Free the container. No run may be going on. Closing twice does nothing."""
@@ -114,6 +117,8 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     sha256: str
     thread_limit: int | None
     """Beyond this many intra-op threads the compiled code would write past its arrays."""
+    fixed_threads: int | None = None
+    """As many threads run in a kernel whatever is set at run time."""
     call_spec: CallSpec | None = None
     """The device's own, where the container's `in_spec` does not say how it is called (fakes)."""
 

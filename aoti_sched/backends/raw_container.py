@@ -159,6 +159,13 @@ class RawContainer:
         present = {name for name, _ in self._borrow(inactive=inactive)}
         return tuple(c.spec.fqn for c in self.constants if not c.spec.folded and c.spec.fqn not in present)
 
+    def constant_memory(self) -> list[tuple[int, int]]:
+        """Where the active constants lie: [start, end) addresses. Folded ones are not told by the C ABI."""
+        if not self._can_extract():
+            return []
+        tensors = [tensor for _, tensor in self._borrow(inactive=False)]
+        return [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors if t.numel()]
+
     # --- the values of constants --------------------------------------------------------------------------
 
     def extract(self, *, inactive: bool = False) -> dict[str, torch.Tensor]:

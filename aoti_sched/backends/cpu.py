@@ -1,0 +1,181 @@
+"""The CPU: lanes are threads, a run's own threads are capped, outputs never share memory with weights."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from aoti_sched.backends.base import ContainerInfo, Executor, Loaded, LoadRequest
+from aoti_sched.backends.c_abi import FUNCTIONS, Library, libtorch
+from aoti_sched.backends.raw_container import RawContainer
+from aoti_sched.backends.threads import ThreadsExecutor
+from aoti_sched.backends.torch_runner import TorchRunnerContainer
+from aoti_sched.backends.weights import load_weights
+from aoti_sched.errors import PlatformMismatchError
+from aoti_sched.package import Extracted, check_platform, open_package
+from aoti_sched.specs import spec_from_metadata
+
+
+class CpuDevice:
+    """This machine's CPU, as much of it as the process may use."""
+
+    name = "cpu"
+
+    def cores(self) -> int:
+        return available_cores()
+
+    def open_executor(self, lanes: int) -> Executor:
+        return ThreadsExecutor(self.name, lanes, set_threads)
+
+    def load(self, request: LoadRequest) -> Loaded:
+        package = open_package(request.path, sha256=request.sha256)
+        model = package.model(request.model_name)
+        check_platform(model)
+        if model.device not in ("", "cpu"):
+            raise PlatformMismatchError(
+                f"{request.path}: model {model.name!r} was compiled for {model.device}, not for cpu",
+                path=str(request.path),
+            )
+        extracted = package.extract(model, request.cache_dir)
+        spec = spec_from_metadata(model.metadata)
+        if spec is not None and spec.mutates_buffers:
+            # Instances share their buffers, and nothing in the runtime guards them (pytorch/pytorch#122824).
+            request = msgspec.structs.replace(request, instances=1)
+        raw = RawContainer(Library(extracted.library), request.instances)
+        try:
+            container = (
+                TorchRunnerContainer(raw, request, extracted)
+                if model.needs_proxy_executor
+                else CpuContainer(raw, request, extracted)
+            )
+        except BaseException:
+            raw.close()
+            raise
+        return Loaded(
+            container=container,
+            metadata=model.metadata,
+            wrapper_source=package.wrapper_source(model),
+            sha256=package.sha256,
+            thread_limit=model.thread_limit,
+            fixed_threads=model.fixed_threads,
+        )
+
+
+class CpuContainer:
+    """A container run through the C ABI, the GIL released."""
+
+    def __init__(self, raw: RawContainer, request: LoadRequest, extracted: Extracted) -> None:
+        self._raw = raw
+        self._instances = request.instances
+        load_weights(raw, extracted)
+        raw.fold(inactive=False)  # now, and not in the first request
+        self._constant_memory = raw.constant_memory()  # an output that lies there is a weight itself
+        self._info: ContainerInfo | None = None
+
+    @property
+    def info(self) -> ContainerInfo:
+        if self._info is None:
+            raw = self._raw
+            in_spec, out_spec = raw.call_spec()
+            self._info = ContainerInfo(
+                runtime="c_abi",
+                instances=self._instances,
+                num_inputs=raw.num_inputs,
+                num_outputs=raw.num_outputs,
+                in_spec=in_spec,
+                out_spec=out_spec,
+                constants=tuple(constant.spec for constant in raw.constants),
+                missing=missing_functions(raw.library),
+            )
+        return self._info
+
+    def run_raw(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        outputs = self._raw.run(inputs)
+        if self._constant_memory:
+            for index, tensor in enumerate(outputs):
+                if tensor is not None and self._is_constant(tensor):
+                    outputs[index] = tensor.clone()
+        return outputs
+
+    def warm_up(self, make_inputs: Callable[[], Sequence[torch.Tensor]]) -> None:
+        """Also learns where folded constants lie: two results that live at once can only share those."""
+        before: list[torch.Tensor | None] = []
+        for _ in range(self._instances + 1):
+            inputs = make_inputs()
+            now = self._raw.run(inputs)
+            own = {tensor.data_ptr() for tensor in inputs}
+            for old, new in zip(before, now, strict=False):
+                if old is None or new is None or not new.numel():
+                    continue
+                start = new.data_ptr()
+                if start == old.data_ptr() and start not in own:
+                    self._constant_memory.append((start, start + new.numel() * new.element_size()))
+            before = now
+
+    def close(self) -> None:
+        self._raw.close()
+
+    def _is_constant(self, tensor: torch.Tensor) -> bool:
+        address = tensor.data_ptr()
+        return any(start <= address < end for start, end in self._constant_memory)
+
+
+def missing_functions(library: Library) -> tuple[str, ...]:
+    """The functions of the C ABI that a model's library lacks, each with the torch that brings it."""
+    return tuple(f"{name} (torch {f.since})" for name, f in FUNCTIONS.items() if not library.has(name))
+
+
+# --- cores and threads --------------------------------------------------------------------------------
+
+
+def available_cores() -> int:
+    """Cores this process may use: its affinity, and the CPU quota of its cgroup (v2, then v1)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cgroup_quota(Path("/sys/fs/cgroup"))
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def _cgroup_quota(root: Path) -> float | None:
+    """Cores that the cgroup's quota amounts to; None without one. Docs: kernel.org cgroup-v2, "cpu.max"."""
+    try:
+        quota, _, period = (root / "cpu.max").read_text().partition(" ")
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        pass
+    try:
+        quota_us = int((root / "cpu" / "cpu.cfs_quota_us").read_text())
+        period_us = int((root / "cpu" / "cpu.cfs_period_us").read_text())
+    except (OSError, ValueError):
+        return None
+    return quota_us / period_us if quota_us > 0 else None
+
+
+def set_threads(count: int) -> None:
+    """Set the intra-op threads of the calling thread alone: OpenMP's, and MKL's where torch has it.
+
+    `torch.set_num_threads` would also set MKL's process-wide count and the default of threads born later, which are the
+    application's own business.
+    """
+    torch.get_num_threads()  # torch initializes a thread's count lazily; do it now, or it would overwrite ours
+    set_openmp = _symbol("omp_set_num_threads")
+    if set_openmp is None:
+        torch.set_num_threads(count)
+        return
+    set_openmp(count)
+    set_mkl = _symbol("MKL_Set_Num_Threads_Local")
+    if set_mkl is not None:
+        set_mkl(count)
+
+
+def _symbol(name: str) -> Any:
+    function = getattr(libtorch, name, None)
+    if function is not None:
+        function.argtypes = (ctypes.c_int,)
+    return function

@@ -1,0 +1,132 @@
+"""torch's own container runner, for models that the C ABI can't run from here.
+
+A custom operator is reached through a proxy executor, which only torch's C++ can build;
+`torch._C._aoti.AOTIModelContainerRunnerCpu` builds its own from the files beside the library. What it
+costs: on torch 2.13 the binding holds the GIL for the whole run, so the event loop stands still meanwhile.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch._C._aoti import AOTIModelContainerRunnerCpu
+
+from aoti_sched.backends.base import ContainerInfo, LoadRequest
+from aoti_sched.backends.raw_container import RawContainer
+from aoti_sched.backends.weights import load_weights, read_stored
+from aoti_sched.errors import LoadError, RunError
+from aoti_sched.package import Extracted
+from aoti_sched.telemetry import log
+
+
+class TorchRunnerContainer:
+    """The stock runner behind the container's contract. `raw` describes the model, and is closed then."""
+
+    def __init__(self, raw: RawContainer, request: LoadRequest, extracted: Extracted) -> None:
+        self._library = raw.library
+        self._name = request.name
+        self._instances = request.instances
+        self._gil = "held"
+        stored = read_stored(raw.name, extracted)
+        if extracted.weights_blob is not None:
+            raise LoadError(
+                f"{raw.name}: it needs torch's own runner, which can't load weights from a blob here. Compile it with the "
+                "weights in the library."
+            )
+        load_weights(raw, extracted)  # on the describing container: refuses what can't be complete
+        self._call_spec = raw.call_spec()
+        self._counts = raw.num_inputs, raw.num_outputs
+        self._constants = tuple(constant.spec for constant in raw.constants)
+        raw.close()
+        try:
+            self._runner: AOTIModelContainerRunnerCpu | None = AOTIModelContainerRunnerCpu(
+                str(extracted.library), request.instances
+            )
+            if stored:
+                names = {spec.fqn: spec.name for spec in self._constants}
+                self._runner.update_constant_buffer({names[f]: t for f, t in stored.items()}, False, False)
+        except RuntimeError as error:
+            raise LoadError(
+                f"model {request.name!r}: torch's runner could not be made: {error}. A custom operator must be "
+                "registered (imported) before its model is loaded."
+            ) from error
+        log.warning(
+            "model runs through torch's own runner",
+            runner=request.name,
+            why="it calls custom operators, which need a proxy executor",
+            cost="the GIL is held for the whole run: the event loop stands still meanwhile",
+        )
+
+    @property
+    def info(self) -> ContainerInfo:
+        return ContainerInfo(
+            runtime="torch runner",
+            reason="It calls custom operators, so it runs through torch's own runner, which "
+            + (
+                "released the GIL when probed."
+                if self._gil == "released"
+                else "holds the GIL: the event loop stands still during its runs."
+            ),
+            gil=self._gil,
+            instances=self._instances,
+            num_inputs=self._counts[0],
+            num_outputs=self._counts[1],
+            in_spec=self._call_spec[0],
+            out_spec=self._call_spec[1],
+            constants=self._constants,
+        )
+
+    def run_raw(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        runner = self._runner
+        if runner is None:
+            raise RunError(f"model {self._name!r} is closed")
+        try:
+            with torch.no_grad():
+                outputs: list[torch.Tensor | None] = list(runner.run(list(inputs)))
+        except RuntimeError as error:
+            cause = self._library.root_cause() or str(error)
+            raise RunError(f"model {self._name!r}: the run failed: {cause}") from error
+        return outputs
+
+    def warm_up(self, make_inputs: Callable[[], Sequence[torch.Tensor]]) -> None:
+        for _ in range(self._instances):
+            self.run_raw(make_inputs())
+        inputs = make_inputs()
+        self._gil = gil_during(lambda: self.run_raw(inputs))
+
+    def close(self) -> None:
+        self._runner = None
+
+
+def gil_during(call: Callable[[], object]) -> str:
+    """Whether a call that blocks releases the GIL: "held" or "released", by watching another thread meanwhile.
+
+    Torch is about to release it (pytorch/pytorch#197516), so it is probed and not assumed. A call too short to
+    tell (under 10 ms) counts as "held": then it hardly matters.
+    """
+    stamps: list[float] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            stamps.append(time.monotonic())
+            done.wait(0.001)
+
+    watcher = threading.Thread(target=watch, name="aoti:gil-probe", daemon=True)
+    watcher.start()
+    started = time.monotonic()
+    try:
+        call()
+    finally:
+        finished = time.monotonic()
+        done.set()
+        watcher.join()
+    if finished - started < 0.010:
+        return "held"
+    inside = [started, *(stamp for stamp in stamps if started < stamp < finished), finished]
+    longest = max(later - earlier for earlier, later in itertools.pairwise(inside))
+    return "held" if longest > (finished - started) / 2 else "released"
