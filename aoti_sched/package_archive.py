@@ -261,6 +261,8 @@ class ZipSource:
         return name
 
     def _checked_entry(self, info: zipfile.ZipInfo, name: str, limits: Limits) -> _Entry:
+        if info.header_offset < 0:
+            raise self._refuse(name, "begins before the file does")
         if info.flag_bits & 0x1:
             raise self._refuse(name, "is encrypted")
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):

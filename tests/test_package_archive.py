@@ -110,6 +110,15 @@ def test_a_member_that_reaches_beyond_the_end_of_the_file_is_refused(tmp_path):
         open_package(hostile(tmp_path, Member("p/x", b"abc", packed=5000, size=5000)))
 
 
+def test_a_member_that_begins_before_the_file_is_refused(tmp_path):
+    path = hostile(tmp_path)
+    content = bytearray(path.read_bytes())
+    content[-6:-2] = (len(content)).to_bytes(4, "little")  # the directory claims to begin later than it does
+    path.write_bytes(content)
+    with pytest.raises(PackageFormatError, match="begins before the file does"):
+        open_package(path)
+
+
 def test_metadata_too_large_to_be_metadata_is_not_read(tmp_path):
     with pytest.raises(PackageFormatError, match=r"abc\.wrapper_metadata\.json' claims \d+ bytes"):
         open_package(hostile(tmp_path), limits=Limits(json=10)).model()
