@@ -49,6 +49,7 @@ class CpuDevice:
             # Instances share their buffers, and nothing in the runtime guards them (pytorch/pytorch#122824).
             request = msgspec.structs.replace(request, instances=1)
         raw = RawContainer(Library(extracted.library), request.instances)
+        raw.name = f"model {request.name!r}"  # in errors: the name the user gave, not the library's
         try:
             container = (
                 TorchRunnerContainer(raw, request, extracted)
@@ -75,7 +76,8 @@ class CpuContainer:
         self._raw = raw
         self._instances = request.instances
         load_weights(raw, extracted)
-        raw.fold(inactive=False)  # now, and not in the first request
+        if any(constant.spec.folded for constant in raw.constants):
+            raw.fold(inactive=False)  # now, and not in the first request
         self._constant_memory = raw.constant_memory()  # an output that lies there is a weight itself
         self._info: ContainerInfo | None = None
 
@@ -128,8 +130,9 @@ class CpuContainer:
 
 
 def missing_functions(library: Library) -> tuple[str, ...]:
-    """The functions of the C ABI that a model's library lacks, each with the torch that brings it."""
-    return tuple(f"{name} (torch {f.since})" for name, f in FUNCTIONS.items() if not library.has(name))
+    """The functions that a model's library lacks because an older torch compiled it, and the torch that brings them."""
+    wanted = {name: f for name, f in FUNCTIONS.items() if not f.needs_cpp and "MinimalArrayref" not in name}
+    return tuple(f"{name} (torch {f.since})" for name, f in wanted.items() if not library.has(name))
 
 
 # --- cores and threads --------------------------------------------------------------------------------
