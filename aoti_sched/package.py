@@ -56,6 +56,8 @@ class WeightsLocation(enum.Enum):
 class PackagedModel(msgspec.Struct, frozen=True, kw_only=True):
     """One model of a package, as the package describes it. What it does not say is "" or empty."""
 
+    path: str
+    """The package, as the caller named it."""
     name: str
     library: str
     """The shared library's member in the package."""
@@ -70,7 +72,8 @@ class PackagedModel(msgspec.Struct, frozen=True, kw_only=True):
     machine: str
     """As in `platform.machine()`, in one spelling: x86_64, aarch64."""
     cpu_isa: frozenset[str]
-    """By torch's names, such as AVX2 and AVX512. A lower bound: torch compiles with `-march=native` besides."""
+    """By torch's names, such as AVX2 and AVX512. A lower bound: unless told otherwise, torch lets the C++ compiler
+    use everything the compiling CPU has (`-march=native`), and does not record what that was."""
     weights: WeightsLocation
     needs_proxy_executor: bool
     """It calls operators (or holds objects) that only a proxy executor of torch can reach."""
@@ -207,6 +210,7 @@ class Package:
         if not machine and isinstance(self._source, LibrarySource):
             machine = self._source.machine
         return PackagedModel(
+            path=str(self.path),
             name=layout.name,
             library=layout.library,
             sources=layout.sources,
@@ -320,8 +324,9 @@ def check_platform(model: PackagedModel, *, cpu_isa: frozenset[str] | None = Non
     if model.platform not in ("", sys.platform) or model.machine not in ("", here):
         built = "/".join(filter(None, (model.platform, model.machine)))
         raise PlatformMismatchError(
-            f"Model {model.name!r} was compiled for {built}, this is {sys.platform}/{here}. Compile it here, or on a "
-            "machine like this one."
+            f"{model.path}: model {model.name!r} was compiled for {built}, this is {sys.platform}/{here}. "
+            "Compile it here, or on a machine like this one.",
+            path=model.path,
         )
     available = this_cpu_isa() if cpu_isa is None else cpu_isa
     if available is None:
@@ -329,10 +334,11 @@ def check_platform(model: PackagedModel, *, cpu_isa: frozenset[str] | None = Non
     missing = (model.cpu_isa & KNOWN_ISA) - available
     if missing:
         raise InstructionSetError(
-            f"Model {model.name!r} was compiled for {_listed(model.cpu_isa)}, but this CPU has "
+            f"{model.path}: model {model.name!r} was compiled for {_listed(model.cpu_isa)}, but this CPU has "
             f"{_listed(available) or 'none of them'}: {_listed(missing)} is missing, and running it would kill the "
-            "process. Compile it on a CPU like this one, or with a narrower one selected "
-            "(for example ATEN_CPU_CAPABILITY=avx2 while compiling)."
+            "process. Compile it on a CPU like this one, or for less, with both ATEN_CPU_CAPABILITY=avx2 (what torch "
+            "writes) and TORCHINDUCTOR_CPP_MARCH=x86-64-v3 (what the C++ compiler makes of it) set meanwhile.",
+            path=model.path,
         )
 
 

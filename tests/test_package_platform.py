@@ -55,7 +55,8 @@ def test_a_model_for_another_system_is_refused_with_both_named(model, cpu):
     built = model(AOTI_PLATFORM="darwin", AOTI_MACHINE="arm64")
     cpu(f"flags : {AVX512_FLAGS}")
     with pytest.raises(
-        PlatformMismatchError, match=r"'model' was compiled for darwin/aarch64, this is linux/x86_64"
+        PlatformMismatchError,
+        match=r"p\.pt2: model 'model' was compiled for darwin/aarch64, this is linux/x86_64",
     ):
         check_platform(built)
 
@@ -85,6 +86,7 @@ def test_a_wider_instruction_set_is_refused_with_both_sides_and_the_gap(model):
     assert "compiled for AMX_TILE AVX512 AVX512_VNNI" in text
     assert "this CPU has AVX2 AVX512: AMX_TILE AVX512_VNNI is missing" in text
     assert isinstance(caught.value, PlatformMismatchError)
+    assert text.startswith(f"{caught.value.path}: model 'model' was compiled")
 
 
 def test_a_cpu_without_vector_instructions_is_described_in_words(model):
