@@ -1,0 +1,449 @@
+"""The modules that tests compile for real: one function per model, each saying what it is there to show.
+
+A function is self-contained: its source text is the key under which the compiled package is cached, so
+what it uses from outside (torch, `Definition`) may not change what it means. Every module is built
+after `torch.manual_seed(0)`, so a test's eager module has the same weights as the compiled one. Models
+are tiny unless they say otherwise: the time to compile them is the time before the first test.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What to compile, and how.
+
+    `make` gives the module; `args` and `kwargs` are example arguments; `dynamic` is torch.export's
+    `dynamic_shapes`. A `foreign` model is compiled by torch alone, so that its package carries no
+    metadata of ours. `options` are inductor's. `companions` are the models of a package that holds several.
+    An `alone` model is compiled in a process of its own, since inductor picks a code generator only once.
+    """
+
+    make: Callable[[], nn.Module]
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    dynamic: Any = None
+    threads: int = 1
+    foreign: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    alone: bool = False
+    companions: Mapping[str, Definition] = field(default_factory=dict)
+
+    def module(self) -> nn.Module:
+        """The module, new, and always with the same weights."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return self.make()
+
+
+DEFINITIONS: dict[str, Callable[[], Definition]] = {}
+
+
+def model(function: Callable[[], Definition]) -> Callable[[], Definition]:
+    @functools.cache
+    @functools.wraps(function)
+    def define() -> Definition:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            return function()
+
+    DEFINITIONS[function.__name__] = define
+    return define
+
+
+# --- what users bring -----------------------------------------------------------------------------------
+
+
+@model
+def mlp() -> Definition:
+    """The common case: a dynamic batch, 1 to 64."""
+
+    class Mlp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden = nn.Linear(8, 16)
+            self.out = nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(torch.relu(self.hidden(x)))
+
+    return Definition(Mlp, (torch.randn(4, 8),), dynamic={"x": {0: Dim("batch", min=1, max=64)}})
+
+
+@model
+def unbounded() -> Definition:
+    """A foreign package whose batch may be anything from zero rows up."""
+
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sin(x) * self.weight
+
+    return Definition(Scale, (torch.randn(4, 3),), dynamic={"x": {0: Dim("batch", min=0)}}, foreign=True)
+
+
+@model
+def conv() -> Definition:
+    """All sizes static, weights of four dimensions; a foreign package."""
+
+    class Conv(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, padding=1)
+            self.norm = nn.BatchNorm2d(8)
+            self.head = nn.Linear(8, 10)
+
+        def forward(self, image: Tensor) -> Tensor:
+            features = torch.relu(self.norm(self.conv(image)))
+            return self.head(features.mean(dim=(2, 3)))
+
+    return Definition(lambda: Conv().eval(), (torch.randn(2, 3, 8, 8),), foreign=True)
+
+
+@model
+def attention() -> Definition:
+    """scaled_dot_product_attention over a dynamic sequence."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(16, 48)
+
+        def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+            batch, length, width = tokens.shape
+            q, k, v = self.qkv(tokens).view(batch, length, 3, 2, width // 2).permute(2, 0, 3, 1, 4)
+            out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
+            return out.transpose(1, 2).reshape(batch, length, width)
+
+    batch, length = Dim("batch", min=1, max=8), Dim("length", min=1, max=32)
+    args = (torch.randn(2, 5, 16), torch.ones(2, 5, dtype=torch.bool))
+    return Definition(
+        Attention, args, dynamic={"tokens": {0: batch, 1: length}, "mask": {0: batch, 1: length}}
+    )
+
+
+@model
+def signature() -> Definition:
+    """Every shape of argument: nested dicts, a tuple, keywords, None, an int and a flag; a dict comes out."""
+
+    class Signature(nn.Module):
+        def forward(
+            self,
+            x: Tensor,
+            pair: tuple[Tensor, Tensor],
+            nested: dict[str, Any],
+            nothing: None,
+            *,
+            scale: int,
+            offset: Tensor,
+            negate: bool = False,
+        ) -> dict[str, Any]:
+            total = x + pair[0] - pair[1] + nested["a"] * nested["deep"]["b"]
+            total = total * scale + offset
+            if negate:
+                total = -total
+            return {"total": total, "parts": (x * 2, [pair[1] * 3]), "nothing": nothing, "scale": scale}
+
+    a, b, c, d, e, f = (torch.randn(3) for _ in range(6))
+    return Definition(
+        Signature,
+        (a, (b, c), {"a": d, "deep": {"b": e}}, None),
+        {"scale": 2, "offset": f, "negate": True},
+    )
+
+
+@model
+def dtypes() -> Definition:
+    """One input of each dtype that users feed, each coming back in its own dtype."""
+
+    class Dtypes(nn.Module):
+        def forward(
+            self, int64: Tensor, boolean: Tensor, bfloat16: Tensor, float16: Tensor, float64: Tensor
+        ) -> tuple[Tensor, ...]:
+            return int64 * 2, ~boolean, bfloat16 * 2, float16 + 1, torch.where(boolean, float64, -float64)
+
+    return Definition(
+        Dtypes,
+        (
+            torch.arange(4),
+            torch.tensor([True, False, True, False]),
+            torch.randn(4, dtype=torch.bfloat16),
+            torch.randn(4, dtype=torch.float16),
+            torch.randn(4, dtype=torch.float64),
+        ),
+        dynamic={
+            name: {0: Dim("batch", min=1)} for name in ("int64", "boolean", "bfloat16", "float16", "float64")
+        },
+    )
+
+
+@model
+def scalars() -> Definition:
+    """0-dim tensors go in and come out."""
+
+    class Scalars(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+            return a * b, (a + b).floor().to(torch.int64)
+
+    return Definition(Scalars, (torch.tensor(1.5), torch.tensor(2.0)))
+
+
+@model
+def pair() -> Definition:
+    """Two models in one package, `double` and `square`; foreign, since one call compiles one model."""
+
+    class Double(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2
+
+    class Square(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * x
+
+    x = torch.randn(4)
+    double = Definition(Double, (x,), foreign=True)
+    square = Definition(Square, (x,), foreign=True)
+    return Definition(Double, (x,), foreign=True, companions={"double": double, "square": square})
+
+
+@model
+def custom_op() -> Definition:
+    """A custom operator written in Python, which only a proxy executor can call."""
+
+    @torch.library.custom_op("aoti_sched_tests::twice_plus_one", mutates_args=())
+    def twice_plus_one(x: Tensor) -> Tensor:
+        return x * 2 + 1
+
+    @twice_plus_one.register_fake
+    def _(x: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    class Custom(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.ops.aoti_sched_tests.twice_plus_one(x) * self.weight
+
+    return Definition(Custom, (torch.randn(4),), foreign=True)
+
+
+# --- where weights live ---------------------------------------------------------------------------------
+
+
+@model
+def weights_none() -> Definition:
+    """No weights anywhere: they must be given before the first run."""
+    return Definition(
+        lambda: nn.Sequential(nn.Linear(4, 16), nn.Linear(16, 2)),
+        (torch.randn(3, 4),),
+        foreign=True,
+        options={"aot_inductor.package_constants_in_so": False},
+    )
+
+
+@model
+def weights_blob() -> Definition:
+    """Weights in one binary file beside the library, to be mapped by whoever loads it."""
+    return Definition(
+        lambda: nn.Sequential(nn.Linear(4, 16), nn.Linear(16, 2)),
+        (torch.randn(3, 4),),
+        foreign=True,
+        options={
+            "aot_inductor.package_constants_in_so": False,
+            "aot_inductor.package_constants_on_disk_format": "binary_blob",
+        },
+    )
+
+
+@model
+def weights_pickle() -> Definition:
+    """Each weight pickled on its own in the package's `data/weights`."""
+    return Definition(
+        lambda: nn.Sequential(nn.Linear(4, 16), nn.Linear(16, 2)),
+        (torch.randn(3, 4),),
+        foreign=True,
+        options={
+            "aot_inductor.package_constants_in_so": False,
+            "aot_inductor.package_constants_on_disk_format": "pickle_weights",
+        },
+    )
+
+
+# --- constants ------------------------------------------------------------------------------------------
+
+
+@model
+def canary() -> Definition:
+    """Every constant carries one number, and the output reveals the number in each.
+
+    A run on half an update shows two numbers. `seen` has two rows per constant, its smallest and its largest
+    element: of `first` before the work, of `last` after it.
+    """
+
+    class Canary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Parameter(torch.full((16, 16), 1.0))
+            self.middle = nn.Parameter(torch.full((64,), 1.0))
+            self.register_buffer("count", torch.full((3, 3), 1, dtype=torch.int64))
+            self.last = nn.Parameter(torch.full((5, 7), 1.0))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            worked = x @ self.first
+            for _ in range(4):
+                worked = torch.tanh(worked @ self.first)
+            constants = (self.first, self.middle, self.count.float(), self.last)
+            seen = torch.stack([torch.stack([c.amin(), c.amax()]) for c in constants])
+            return seen, worked + self.last.sum()
+
+    return Definition(Canary, (torch.randn(32, 16),))
+
+
+@model
+def folding() -> Definition:
+    """weight.T @ weight depends on constants alone, so the runtime folds it once per set of constants."""
+
+    class Folding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 4))
+            self.bias = nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ (self.weight.t() @ self.weight) + self.bias
+
+    return Definition(
+        Folding,
+        (torch.randn(3, 4),),
+        foreign=True,
+        options={"aot_inductor.use_runtime_constant_folding": True},
+    )
+
+
+@model
+def strided() -> Definition:
+    """Constants in odd places: a transposed parameter, a channels-last one, a view with an offset, an empty
+    one, and a tensor that is neither parameter nor buffer."""
+
+    class Strided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.transposed = nn.Parameter(torch.randn(4, 3).t())
+            self.image = nn.Parameter(torch.randn(1, 2, 3, 4).to(memory_format=torch.channels_last))
+            self.register_buffer("window", torch.randn(20)[2:14])
+            self.register_buffer("empty", torch.zeros(0, 3))
+            self.plain = torch.randn(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            flat = (x @ self.transposed + self.plain[0]).sum() + torch.sin(self.window).sum()
+            return flat + self.empty.sum() + torch.sin(self.image)
+
+    return Definition(Strided, (torch.randn(2, 3),), foreign=True)
+
+
+@model
+def mutating() -> Definition:
+    """Counts its runs in a buffer: instances share it, so it can only run one at a time."""
+
+    class Mutating(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("runs", torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.runs.add_(1)
+            return x + self.runs
+
+    return Definition(Mutating, (torch.zeros(4),))
+
+
+@model
+def aliasing() -> Definition:
+    """Outputs that are the model's own constants: a buffer, a view of a parameter; and one that is an input."""
+
+    class Aliasing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.randn(4, 4))
+            self.weight = nn.Parameter(torch.randn(2, 3))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            return self.table, self.weight.t(), x, x + self.table
+
+    return Definition(Aliasing, (torch.zeros(4),))
+
+
+# --- how runs go ----------------------------------------------------------------------------------------
+
+
+@model
+def heavy() -> Definition:
+    """About 50 ms on one thread, all in matmuls of its input: it keeps a core busy, and has no weights."""
+
+    class Heavy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x
+            for _ in range(3):
+                y = torch.tanh(y @ x)
+            return y
+
+    return Definition(Heavy, (torch.randn(960, 960) / 31,))
+
+
+@model
+def failing() -> Definition:
+    """Fails as it runs when an id is not below 10."""
+
+    class Failing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(10, 4)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.embedding(ids) * 2
+
+    return Definition(Failing, (torch.arange(3),), dynamic={"ids": {0: Dim("length", min=1, max=64)}})
+
+
+@model
+def parallel() -> Definition:
+    """Kernels of two threads: a reduction, and an embedding whose bad ids are found in a parallel region."""
+
+    class Parallel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(10, 64)
+
+        def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+            return (x * x).sum(), torch.sin(self.embedding(ids))
+
+    return Definition(Parallel, (torch.randn(1 << 16), torch.arange(4096) % 10), threads=2)
+
+
+@model
+def arrayref() -> Definition:
+    """Offers the minimal arrayref interface as well."""
+    return Definition(
+        lambda: nn.Linear(4, 2),
+        (torch.randn(3, 4),),
+        foreign=True,
+        alone=True,
+        options={
+            "aot_inductor.use_minimal_arrayref_interface": True,
+            "aot_inductor.allow_stack_allocation": True,
+        },
+    )
