@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+import structlog
 from rich.console import Console
 
 from . import corpus, packages
@@ -49,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     expected = corpus.queries()
     _, held_out = digits.load_digits()
     seconds = 0.5 if options.quick else 10.0
+    # The library logs each load and close; here the report speaks.
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     with console.status(f"Loading, indexing, and then serving for {seconds:g} s"):
         observed = asyncio.run(serve(paths, corpus.sentences(), list(expected), held_out, seconds))
     report.print_report(console, observed, expected, held_out)

@@ -17,11 +17,11 @@ from rich.text import Text
 from .digits import Digits, draw
 from .serving import INDEX_BATCH, Observed, Sample
 
-# Each kind of work: the model that does it, what one request is, the colour of its dots.
+# Each kind of request: who answers it and what it holds, and the colour of its dots.
 KINDS = {
-    "index": ("encoder", f"{INDEX_BATCH} sentences", "#8a8a8a"),
-    "search": ("encoder", "1 query", "#2a6fbb"),
-    "digit": ("classifier", "1 digit, priority", "#d9730d"),
+    "index": (f"encoder: {INDEX_BATCH} sentences", "#8a8a8a"),
+    "search": ("encoder: 1 query", "#2a6fbb"),
+    "digit": ("classifier: 1 digit", "#d9730d"),
 }
 LAG_COLOUR = "#3d8c40"
 DRAWN_DIGITS = 4
@@ -33,7 +33,8 @@ def percentile(seconds: Sequence[float], percent: float) -> float:
 
 
 def milliseconds(seconds: Sequence[float], percent: float) -> str:
-    return f"{percentile(seconds, percent):.2f}"
+    value = percentile(seconds, percent)
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}"
 
 
 def of_kind(samples: Sequence[Sample], work: str) -> list[Sample]:
@@ -43,19 +44,18 @@ def of_kind(samples: Sequence[Sample], work: str) -> list[Sample]:
 def requests_table(samples: Sequence[Sample]) -> Table:
     table = Table(
         title="Requests",
-        caption="latency: from request to answer; queue: what of it was spent waiting for a lane",
+        caption="ms from request to answer; queue: what of it was spent waiting for a lane.\n"
+        "The digits have priority over everything that waits.",
     )
-    table.add_column("model")
-    table.add_column("a request")
-    for heading in ("requests", "per second", "latency ms\np50", "\np99", "queue ms\np50", "\np99"):
+    table.add_column("model and request")
+    for heading in ("requests", "per s", "latency\np50", "\np99", "queue\np50", "\np99"):
         table.add_column(heading, justify="right")
-    for work, (model, what, colour) in KINDS.items():
+    for work, (name, colour) in KINDS.items():
         chosen = of_kind(samples, work)
         span = max(s.answered for s in chosen) - min(s.asked for s in chosen)
         latencies, waits = [s.latency for s in chosen], [s.waited for s in chosen]
         table.add_row(
-            Text(model, style=colour),
-            what,
+            Text(name, style=colour),
             f"{len(chosen):,}",
             f"{len(chosen) / span:,.0f}",
             *(milliseconds(values, percent) for values in (latencies, waits) for percent in (50, 99)),
@@ -78,9 +78,10 @@ def answers_table(observed: Observed, expected: Mapping[str, str]) -> Table:
         title="Search: each query's three nearest sentences",
         caption=f"✓ is the answer a reader would pick: it came first for {right} of {len(expected)} queries",
         show_header=False,
-        min_width=72,
         box=box.ROUNDED,
     )
+    for column, width in (("is expected", 1), ("score", 4), ("sentence", 60)):
+        table.add_column(column, min_width=width)
     for query, answer in expected.items():
         table.add_row("", "", Text(query, style="bold"))
         for rank, hit in enumerate(observed.answers[query], start=1):
@@ -99,7 +100,7 @@ def digits_panel(observed: Observed, digits: Digits) -> Panel:
     shown = [reading for reading in observed.readings if reading not in misread][:DRAWN_DIGITS] + misread[:1]
     drawings = []
     for n, read in shown:
-        verdict = f"read as {read}" if read == labels[n] else f"read as {read}, is {labels[n]}"
+        verdict = f"says {read}" if read == labels[n] else f"says {read}, is {labels[n]}"
         drawings.append(Panel(draw(digits.images[n]), title=verdict, width=20))
     return Panel(
         Columns(drawings),
@@ -124,10 +125,10 @@ def draw_latencies(observed: Observed, path: Path) -> None:
     start = min(sample.asked for sample in observed.samples)
     figure = Figure(figsize=(11, 7), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    for work, (model, what, colour) in KINDS.items():
+    for work, (name, colour) in KINDS.items():
         chosen = of_kind(observed.samples, work)
         latencies = [s.latency for s in chosen]
-        times = f"p50 {percentile(latencies, 50):.1f} ms, p99 {percentile(latencies, 99):.1f} ms"
+        times = f"p50 {milliseconds(latencies, 50)} ms, p99 {milliseconds(latencies, 99)} ms"
         top.scatter(
             [s.asked - start for s in chosen],
             [latency * 1e3 for latency in latencies],
@@ -135,7 +136,7 @@ def draw_latencies(observed: Observed, path: Path) -> None:
             alpha=0.45,
             linewidths=0,
             color=colour,
-            label=f"{model}, {what}: {times}",
+            label=f"{name} ({times})",
         )
     top.set_yscale("log")
     top.yaxis.set_major_formatter(lambda value, _: f"{value:g}")

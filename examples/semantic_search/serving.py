@@ -23,7 +23,7 @@ from .digits import Digits
 from .minilm import Tokenizer
 from .packages import MAX_BATCH
 
-INDEX_BATCH = 16  # sentences per request while the index is built
+INDEX_BATCH = 8  # sentences per request while the index is built
 CLIENTS = 4  # that build the index and then search, each asking again as soon as it has its answer
 WRITERS = 4  # clients that send digits, each resting between two of them
 WRITER_REST = 0.010  # seconds, on average; drawn from an exponential distribution

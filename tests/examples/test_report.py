@@ -42,14 +42,14 @@ def printed(part):
 
 def test_each_kind_of_request_has_its_rate_latency_and_queue_time(observed):
     index, search, digit = printed(report.requests_table(observed.samples)).splitlines()[5:8]
-    assert [cell.strip() for cell in digit.split("│")[3:7]] == ["1", "308", "3.25", "3.25"]
-    assert [cell.strip() for cell in search.split("│")[3:9]] == ["2", "2", "255.00", "495.10", "3.00", "3.98"]
-    assert "16 sentences" in index
+    assert [cell.strip() for cell in digit.split("│")[2:6]] == ["1", "308", "3.25", "3.25"]
+    assert [cell.strip() for cell in search.split("│")[2:8]] == ["2", "2", "255.0", "495.1", "3.00", "3.98"]
+    assert "sentences" in index
 
 
 def test_the_lag_is_told_in_milliseconds_with_its_maximum(observed):
     row = printed(report.lag_table(observed.lags)).splitlines()[4]
-    assert [cell.strip() for cell in row.split("│")[1:5]] == ["2", "6.50", "12.38", "12.50"]
+    assert [cell.strip() for cell in row.split("│")[1:5]] == ["2", "6.50", "12.4", "12.5"]
 
 
 def test_only_queries_whose_first_answer_is_the_expected_one_count_as_right(observed):
@@ -63,8 +63,8 @@ def test_a_misread_digit_is_shown_as_one(observed, digits):
     panel = printed(report.digits_panel(observed, digits))
     assert "1 of 2 served ones were read correctly" in panel
     assert "98.2%" in panel
-    assert "read as 4" in panel
-    assert "read as 1, is 7" in panel
+    assert "says 4" in panel
+    assert "says 1, is 7" in panel
 
 
 def test_the_picture_is_a_png_at_the_path_asked_for(observed, tmp_path):
