@@ -27,6 +27,7 @@ from aoti_sched.queue.device_queue import (
     WakeAt,
 )
 from aoti_sched.queue.job import Job, JobState
+from aoti_sched.queue.lease import Phase
 from aoti_sched.telemetry import DeviceStats, RunnerStats, log
 
 if TYPE_CHECKING:
@@ -100,9 +101,12 @@ class Dispatcher:
 
     def drain(self, runner: RunnerState, *, terminate: bool) -> asyncio.Future[None]:
         """Begin to drain (or terminate) a runner; the future is done when nothing of it is left."""
-        drained = self._drained.get(runner.name)
-        if drained is None:
-            drained = self._drained[runner.name] = self.loop.create_future()
+        drained = self._drained.get(runner.name) or self.loop.create_future()
+        if runner.phase is Phase.DRAINED:
+            if not drained.done():
+                drained.set_result(None)
+            return drained
+        self._drained[runner.name] = drained
         fact = self.queue.terminate_runner if terminate else self.queue.drain_runner
         self._perform(fact(runner, self._clock.time()))
         return drained

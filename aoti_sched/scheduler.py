@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 import anyio.to_thread
-import sniffio
 from anyio.abc import TaskGroup
 
 from aoti_sched import loading
@@ -84,11 +83,11 @@ class Scheduler:
         return cls(read_config(path))
 
     async def __aenter__(self) -> Self:
-        if sniffio.current_async_library() != "asyncio":
+        if asyncio._get_running_loop() is None:  # noqa: SLF001 -- the public one raises its own error
             raise UnsupportedLoopError(
-                "aoti_sched runs on asyncio (and uvloop); this is "
-                f"{sniffio.current_async_library()}. Run the scheduler in an asyncio thread and call "
-                "runner.run_blocking(...) through your library's worker threads."
+                "aoti_sched runs on asyncio (and uvloop), and no asyncio loop is running here. Under trio, run the "
+                "scheduler in an asyncio thread of its own and call runner.run_blocking(...) through "
+                "trio.to_thread.run_sync."
             )
         if self._tasks is not None or self._closed:
             raise UnsupportedLoopError("a Scheduler is entered once; make a new one")
@@ -294,6 +293,8 @@ class Scheduler:
     # --- closing -------------------------------------------------------------------------------------
 
     async def _close_runner(self, runner: Runner, terminate: bool) -> None:
+        if self._runners.get(runner.name) is not runner:
+            return  # closed before
         drained = runner.dispatcher.drain(runner.state, terminate=terminate)
         closing = self._closing.get(runner.name)
         if closing is None:

@@ -21,6 +21,7 @@ import contextlib
 import heapq
 import importlib
 import itertools
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -262,17 +263,17 @@ class FakeBackend:
             while self._executor.pending:
                 self._executor.step()
 
-    async def queued(self, count: int) -> None:
+    async def queued(self, count: int, *, patience: float = 5.0) -> None:
         """Let other tasks run until `count` runs wait for a step.
 
         Raises:
-            LookupError: They never do.
+            LookupError: They do not, for `patience` seconds of real time.
         """
-        for _ in range(1000):
-            if self.running >= count:
-                return
+        until = time.monotonic() + patience
+        while self.running < count:
+            if time.monotonic() > until:
+                raise LookupError(f"{count} runs were expected to wait for a step, {self.running} do")
             await asyncio.sleep(0)
-        raise LookupError(f"{count} runs were expected to wait for a step, {self.running} do")
 
 
 async def settle(turns: int = 10) -> None:

@@ -43,6 +43,8 @@ class CpuDevice:
                 f"{request.path}: model {model.name!r} was compiled for {model.device}, not for cpu",
                 path=str(request.path),
             )
+        if "AMX_TILE" in model.cpu_isa:
+            torch.cpu._init_amx()  # noqa: SLF001 -- Linux gives the tile registers only to processes that ask
         extracted = package.extract(model, request.cache_dir)
         spec = spec_from_metadata(model.metadata)
         if spec is not None and spec.mutates_buffers:

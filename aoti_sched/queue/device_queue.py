@@ -167,7 +167,8 @@ class DeviceQueue:
     def submit(self, job: Job, now: float, *, wait: bool = False) -> list[Command]:
         """A new job. With `wait`, it is held at the gate when there is no room, otherwise rejected."""
         runner = job.source.runner
-        self._known(runner)
+        if runner.phase is not Phase.DRAINED:  # one that was drained and removed is refused, not unknown
+            self._known(runner)
         if job.state is not JobState.NEW:
             raise IllegalFactError(f"job {job.id} was submitted before, it is {job.state.name}")
         self._ids += 1

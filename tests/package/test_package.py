@@ -16,7 +16,7 @@ from aoti_sched.errors import (
     PackageNotFoundError,
 )
 from aoti_sched.package import StoredWeight, WeightsLocation, open_package
-from tests.package_files import Member, elf, metadata, model_members, wrapper, write_package, zipped
+from tests.package.files import Member, elf, metadata, model_members, wrapper, write_package, zipped
 
 PARALLEL = 'extern "C" void kernel()\n{\n    #pragma omp parallel num_threads(4)\n}\n'
 

@@ -2,9 +2,9 @@
 
 A package is a `.pt2` file, which is a zip that may hold several models, or a bare `.so`. This room reads
 it, describes each model, and puts a model's files where the loader can map them. It imports nothing
-heavier than msgspec, and loads, unpickles and runs nothing. Its helpers: `package_archive` (bytes that are
-verified), `package_library` (a bare library's companions), `package_sources` (facts in generated C++),
-`package_platform` (this machine), `package_cache` (the unpacked files).
+heavier than msgspec, and loads, unpickles and runs nothing. Its helpers: `archive` (bytes that are
+verified), `library` (a bare library's companions), `sources` (facts in generated C++),
+`platform` (this machine), `cache` (the unpacked files).
 
 A package is native code: reading it here is safe, loading it is running it.
 """
@@ -29,11 +29,11 @@ from aoti_sched.errors import (
     PackageHashError,
     PlatformMismatchError,
 )
-from aoti_sched.package_archive import FileDigest, Limits, MemberSource, ZipSource, read_member
-from aoti_sched.package_cache import unpack
-from aoti_sched.package_library import LIBRARY_SUFFIXES, LibrarySource, is_library
-from aoti_sched.package_platform import KNOWN_ISA, parse_isa, spelled_machine, this_cpu_isa
-from aoti_sched.package_sources import thread_facts, weight_facts
+from aoti_sched.package.archive import FileDigest, Limits, MemberSource, ZipSource, read_member
+from aoti_sched.package.cache import unpack
+from aoti_sched.package.library import LIBRARY_SUFFIXES, LibrarySource, is_library
+from aoti_sched.package.platform import KNOWN_ISA, parse_isa, spelled_machine, this_cpu_isa
+from aoti_sched.package.sources import thread_facts, weight_facts
 
 
 class WeightsLocation(enum.Enum):

@@ -24,7 +24,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from aoti_sched.errors import PackageError
-from aoti_sched.package_archive import MemberSource
+from aoti_sched.package.archive import MemberSource
 
 _STAGING = ".new-"
 _LOCK_TIMEOUT = 600.0

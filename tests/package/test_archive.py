@@ -1,4 +1,4 @@
-"""Files that lie, break and change: what `package_archive` refuses, and that it names the culprit."""
+"""Files that lie, break and change: what `archive` refuses, and that it names the culprit."""
 
 import hashlib
 import os
@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings, strategies
 
 from aoti_sched.errors import PackageError, PackageFormatError, PackageHashError, PackageNotFoundError
 from aoti_sched.package import open_package
-from aoti_sched.package_archive import Limits
-from tests.package_files import DEFLATED, Member, elf, model_members, write_package, zipped
+from aoti_sched.package.archive import Limits
+from tests.package.files import DEFLATED, Member, elf, model_members, write_package, zipped
 
 MEBI = 1 << 20
 

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from aoti_sched import package_cache
+from aoti_sched.package import cache as package_cache
 from aoti_sched.errors import PackageError
 from aoti_sched.package import Package, open_package
-from aoti_sched.package_cache import default_cache_dir
-from tests.package_files import elf, write_package
+from aoti_sched.package.cache import default_cache_dir
+from tests.package.files import elf, write_package
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from aoti_sched.errors import PackageFormatError
-from aoti_sched.package_archive import FileDigest
+from aoti_sched.package.archive import FileDigest
 
 LIBRARY_SUFFIXES = (".so", ".pyd")
 _MAGIC = (

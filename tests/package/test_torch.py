@@ -1,6 +1,6 @@
-"""What torch really writes, and that what is unpacked really loads; `package_build` compiles it once.
+"""What torch really writes, and that what is unpacked really loads; `build.py` compiles it once.
 
-The packages are kept under `.cache/test-packages`, by torch's version and the text of `package_build`.
+The packages are kept under `.cache/test-packages`, by torch's version and the text of `build.py`.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from filelock import FileLock
 from aoti_sched.errors import ModelNotFoundError, PackageFormatError
 from aoti_sched.package import WeightsLocation, check_platform, open_package
 
-BUILD = Path(__file__).with_name("package_build.py")
+BUILD = Path(__file__).with_name("build.py")
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +105,7 @@ def test_an_exported_program_is_told_from_a_compiled_one(packages):
 def test_an_unpacked_library_runs(packages, tmp_path):
     import torch
 
-    from tests.package_build import ROWS, WIDTH, Pooling, seeded
+    from tests.package.build import ROWS, WIDTH, Pooling, seeded
 
     extracted = open_package(packages / "plain.pt2").extract(cache_dir=tmp_path)
     runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(extracted.library), 1)
@@ -117,7 +117,7 @@ def test_an_unpacked_library_runs(packages, tmp_path):
 def test_an_unpacked_bare_library_finds_its_operators(packages, tmp_path):
     import torch
 
-    from tests.package_build import ROWS, WIDTH, Custom, seeded
+    from tests.package.build import ROWS, WIDTH, Custom, seeded
 
     extracted = open_package(packages / "bare" / "custom.so").extract(cache_dir=tmp_path)
     runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(extracted.library), 1)
@@ -128,7 +128,7 @@ def test_an_unpacked_bare_library_finds_its_operators(packages, tmp_path):
 def test_the_blob_holds_the_weights(packages, tmp_path):
     import torch
 
-    from tests.package_build import Custom, seeded
+    from tests.package.build import Custom, seeded
 
     blob = open_package(packages / "blob.pt2").extract(cache_dir=tmp_path).weights_blob.read_bytes()
     weight = seeded(Custom).weight.detach()
@@ -140,7 +140,7 @@ def test_the_blob_holds_the_weights(packages, tmp_path):
 def test_pickled_weights_are_the_modules_own(packages, tmp_path):
     import torch
 
-    from tests.package_build import Pooling, seeded
+    from tests.package.build import Pooling, seeded
 
     stored = open_package(packages / "several.pt2").extract("pooling", tmp_path).stored_weights
     expected = seeded(Pooling).state_dict()

@@ -12,10 +12,10 @@ from threading import Barrier
 
 import pytest
 
-from aoti_sched import package_cache
+from aoti_sched.package import cache as package_cache
 from aoti_sched.errors import PackageError
 from aoti_sched.package import open_package
-from tests.package_files import elf, write_package
+from tests.package.files import elf, write_package
 
 # Says what it extracted and how often it wrote, and waits where it is told: for a line on its input before
 # it starts, or in the middle of the library, for ever.
@@ -23,9 +23,9 @@ SCRIPT = textwrap.dedent(
     """
     import json, sys
     from pathlib import Path
-    from aoti_sched import package_cache
+    from aoti_sched.package import cache as package_cache
     from aoti_sched.package import open_package
-    from aoti_sched.package_archive import ZipSource
+    from aoti_sched.package.archive import ZipSource
 
     path, cache, where = sys.argv[1:]
     written = 0

@@ -8,8 +8,8 @@ import pytest
 
 from aoti_sched.errors import InstructionSetError, PlatformMismatchError
 from aoti_sched.package import PackagedModel, check_platform, open_package
-from aoti_sched.package_platform import parse_cpuinfo, parse_isa, this_cpu_isa
-from tests.package_files import metadata, write_package
+from aoti_sched.package.platform import parse_cpuinfo, parse_isa, this_cpu_isa
+from tests.package.files import metadata, write_package
 
 AVX512_FLAGS = "fma f16c avx2 avx512f avx512dq avx512vl avx512bw"
 

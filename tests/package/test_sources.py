@@ -1,8 +1,8 @@
-"""What `package_sources` reads out of generated C++; the lines are as torch's code generator prints them."""
+"""What `sources` reads out of generated C++; the lines are as torch's code generator prints them."""
 
 import pytest
 
-from aoti_sched.package_sources import ThreadFacts, WeightFacts, thread_facts, weight_facts
+from aoti_sched.package.sources import ThreadFacts, WeightFacts, thread_facts, weight_facts
 
 REDUCTION = """
 extern "C"  void  cpp_fused_sum_0(const float* in_ptr0, float* out_ptr0)

@@ -1,6 +1,6 @@
 """Compiles the few packages by which the tests of package reading learn what torch really writes.
 
-Run as `python tests/package_build.py DIRECTORY`, in a process of its own: torch's compiler leaves warnings
+Run as `python tests/package/build.py DIRECTORY`, in a process of its own: torch's compiler leaves warnings
 and settings behind. Importing it registers the custom operator.
 """
 
