@@ -13,12 +13,13 @@ gives the best job its slot and lane; `complete` brings both home. What a job ca
 from __future__ import annotations
 
 import heapq
+import math
 
 import msgspec
 
 from aoti_sched.errors import AotiSchedError, LeaseError, QueueFullError, RunnerClosedError
 from aoti_sched.queue.admission import Bounds, Load
-from aoti_sched.queue.job import Fact, IllegalFactError, Job, JobState
+from aoti_sched.queue.job import Fact, IllegalFactError, Job, JobState, Priority
 from aoti_sched.queue.lease import Lease, Phase, RunnerState, Source
 from aoti_sched.queue.order import Contest, JobQueue
 
@@ -69,6 +70,18 @@ class WakeAt(msgspec.Struct, frozen=True):
 
 
 Command = Launch | Grant | Reject | Expire | Revoke | Drained | WakeAt
+
+
+def _must_be_lawful(job: Job) -> None:
+    """Refuse a job that no order or bound is defined for; the front makes none."""
+    if not 0 <= job.priority < len(Priority):
+        raise IllegalFactError(f"there is no priority class {job.priority}")
+    if job.bytes < 0:
+        raise IllegalFactError(f"a job's inputs have {job.bytes} bytes")
+    if job.deadline is not None and math.isnan(job.deadline):
+        raise IllegalFactError("a job's deadline is not a number")
+    if job.holds and isinstance(job.source, Lease):
+        raise IllegalFactError(f"lease {job.source.id} holds one slot and can't lease it again")
 
 
 def _gate_of(source: Source) -> JobQueue:
@@ -161,6 +174,8 @@ class DeviceQueue:
         if runner.phase is not Phase.DRAINED:
             raise IllegalFactError(f"runner {runner.name!r} is {runner.phase.name}, it can't be removed")
         del self.runners[runner.name]
+        self._ready.leave(runner)
+        self._gates.leave(runner)
 
     # --- facts about jobs ----------------------------------------------------------------------------
 
@@ -171,6 +186,7 @@ class DeviceQueue:
             self._known(runner)
         if job.state is not JobState.NEW:
             raise IllegalFactError(f"job {job.id} was submitted before, it is {job.state.name}")
+        _must_be_lawful(job)
         self._ids += 1
         job.id = self._ids
         job.submitted = now
