@@ -66,7 +66,8 @@ def compile_package(
         The package's path.
 
     Raises:
-        CompileError: The module can't be exported or compiled, or an example can't be served.
+        CompileError: The module can't be exported or compiled, an example can't be served, or `freeze` is
+            asked for a module that writes to its buffers.
     """
     import torch
     import torch._inductor
@@ -86,9 +87,16 @@ def compile_package(
             raise CompileError(f"{type(module).__name__} could not be exported: {error}") from error
         spec = describe(program, batch_dim=batch_dim, threads=threads, freeze=freeze)
         _check_examples(spec)
+        if freeze and spec.mutates_buffers:
+            raise CompileError(
+                f"{type(module).__name__} writes to its own buffers, and freeze=True would fix their values. Compile it "
+                "without freezing."
+            )
         inductor = {
             "cpp.threads": threads,
             "freezing": freeze,
+            # Inductor takes a buffer of one value (a counter, say) for that value even where the module writes to it.
+            "joint_graph_constant_folding": not spec.mutates_buffers,
             "aot_inductor.metadata": {**(metadata or {}), METADATA_KEY: msgspec.json.encode(spec).decode()},
             **(options or {}),
         }
@@ -134,9 +142,18 @@ def describe(
         batch=batch,
         threads=threads,
         frozen=freeze,
-        mutates_buffers=bool(signature.buffers_to_mutate),
+        mutates_buffers=_mutates_buffers(program),
         torch_version=_torch_version(),
     )
+
+
+def _mutates_buffers(program: ExportedProgram) -> bool:
+    """Whether the module writes to its own buffers or parameters."""
+    if not program.graph_signature.buffers and not program.graph_signature.parameters:
+        return False
+    # The signature tells only once in-place operators, views of buffers included, have been made functional.
+    outputs = program.run_decompositions({}).graph_signature.output_specs
+    return any(spec.kind.name in ("BUFFER_MUTATION", "PARAMETER_MUTATION") for spec in outputs)
 
 
 def _torch_version() -> str:
