@@ -53,6 +53,7 @@ def _compile(definition: Definition, package: Path) -> None:
             example_kwargs=dict(definition.kwargs),
             dynamic=definition.dynamic,
             threads=definition.threads,
+            freeze=definition.freeze,
             options=options,
         )
 

@@ -9,6 +9,7 @@ are tiny unless they say otherwise: the time to compile them is the time before 
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,8 +25,9 @@ class Definition:
 
     `make` gives the module; `args` and `kwargs` are example arguments; `dynamic` is torch.export's
     `dynamic_shapes`. A `foreign` model is compiled by torch alone, so that its package carries no
-    metadata of ours. `options` are inductor's. `companions` are the models of a package that holds several.
-    An `alone` model is compiled in a process of its own, since inductor picks a code generator only once.
+    metadata of ours. `freeze` is `compile_package`'s, `options` are inductor's. `companions` are the models
+    of a package that holds several. An `alone` model is compiled in a process of its own, since inductor picks
+    a code generator only once.
     """
 
     make: Callable[[], nn.Module]
@@ -34,6 +36,7 @@ class Definition:
     dynamic: Any = None
     threads: int = 1
     foreign: bool = False
+    freeze: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     alone: bool = False
     companions: Mapping[str, Definition] = field(default_factory=dict)
@@ -201,6 +204,36 @@ def scalars() -> Definition:
 
 
 @model
+def zero_rows() -> Definition:
+    """A batch that may be empty, in a package of ours: a `Dim` without a least size."""
+    return Definition(
+        lambda: nn.Linear(3, 2), (torch.randn(4, 3),), dynamic={"input": {0: Dim("batch", max=16)}}
+    )
+
+
+@model
+def frozen() -> Definition:
+    """Weights folded into the code by inductor's freezing."""
+    return Definition(
+        lambda: nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 10)).eval(),
+        (torch.randn(4, 32),),
+        dynamic={"input": {0: Dim("batch", min=1, max=32)}},
+        freeze=True,
+    )
+
+
+@model
+def ordered() -> Definition:
+    """Containers that only torch's own pytree knows, going in and coming out."""
+
+    class Ordered(nn.Module):
+        def forward(self, pairs: OrderedDict[str, Tensor]) -> OrderedDict[str, Tensor]:
+            return OrderedDict(sum=pairs["b"] + pairs["a"], difference=pairs["b"] - pairs["a"])
+
+    return Definition(Ordered, (OrderedDict(b=torch.randn(3), a=torch.randn(3)),))
+
+
+@model
 def pair() -> Definition:
     """Two models in one package, `double` and `square`; foreign, since one call compiles one model."""
 
@@ -362,18 +395,19 @@ def mutating() -> Definition:
     class Mutating(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.register_buffer("runs", torch.zeros(1))
+            # Not one element: torch 2.13 compiled the first value of such a buffer into the code.
+            self.register_buffer("runs", torch.zeros(16))
 
         def forward(self, x: Tensor) -> Tensor:
             self.runs.add_(1)
             return x + self.runs
 
-    return Definition(Mutating, (torch.zeros(4),))
+    return Definition(Mutating, (torch.zeros(16),))
 
 
 @model
 def aliasing() -> Definition:
-    """Outputs that are the model's own constants: a buffer, a view of a parameter; and one that is an input."""
+    """Outputs that alias: a buffer, a view of a parameter, and an input itself. torch 2.13 clones the constants."""
 
     class Aliasing(nn.Module):
         def __init__(self) -> None:
