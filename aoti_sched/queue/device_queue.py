@@ -276,22 +276,16 @@ class DeviceQueue:
     def tick(self, now: float) -> list[Command]:
         """Time has passed: every live job whose deadline is not after `now` expires."""
         commands: list[Command] = []
-        touched: list[RunnerState] = []
-        while self._deadlines and (self._deadlines[0][0] <= now or self._is_dead(self._deadlines[0][2])):
-            _, _, job = heapq.heappop(self._deadlines)
+        while self._deadlines:
+            deadline, _, job = self._deadlines[0]
             if self._is_dead(job):
+                heapq.heappop(self._deadlines)
                 self._dead_deadlines -= 1
-                continue
-            if job.state is JobState.RUNNING:
-                job.happens(Fact.EXPIRE)
+            elif deadline <= now:
+                self._expire(job, now, commands)
             else:
-                self._leave_queue(job, Fact.EXPIRE, now)
-            job.source.runner.counters.expired += 1
-            touched.append(job.source.runner)
-            commands.append(Expire(job))
+                break
         self._dispatch(now, commands)
-        for runner in touched:
-            self._see_if_drained(runner, commands)
         self._wake = None
         self._ask_for_wake(commands)
         return commands
@@ -348,12 +342,18 @@ class DeviceQueue:
         self._ready.enter(job.source)
 
     def _dispatch(self, now: float, commands: list[Command]) -> None:
-        """Give free slots and lanes to the best jobs, and the room that this makes to those at the gate."""
+        """Give free slots and lanes to the best jobs, and the room that this makes to those at the gate.
+
+        A job whose deadline has passed is not launched, whichever fact finds it first.
+        """
         self._open_gates()
         while True:
             job = self._ready.best()
             if job is None or not (job.holds or self._free_lanes):
                 return
+            if job.deadline is not None and job.deadline <= now:  # this fact came before its tick
+                self._expire(job, now, commands)
+                continue
             source = job.source
             source.queue.remove(job)
             self._free_room(job)
@@ -405,7 +405,7 @@ class DeviceQueue:
             source.queue.remove(job)
             self._free_room(job)
             self._ready.enter(source)
-        if job.deadline is not None and fact is not Fact.EXPIRE:  # an expired one has surfaced already
+        if job.deadline is not None:
             self._count_dead_deadline()
         if isinstance(source, Lease):
             self._retire_if_over(source)
@@ -438,6 +438,17 @@ class DeviceQueue:
     @staticmethod
     def _is_dead(job: Job) -> bool:
         return job.state > JobState.RUNNING
+
+    def _expire(self, job: Job, now: float, commands: list[Command]) -> None:
+        if job.state is JobState.RUNNING:
+            job.happens(Fact.EXPIRE)
+            self._count_dead_deadline()
+        else:
+            self._leave_queue(job, Fact.EXPIRE, now)
+        runner = job.source.runner
+        runner.counters.expired += 1
+        commands.append(Expire(job))
+        self._see_if_drained(runner, commands)
 
     def _ask_for_wake(self, commands: list[Command]) -> None:
         if self._deadlines and (self._wake is None or self._deadlines[0][0] < self._wake):
