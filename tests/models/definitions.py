@@ -395,7 +395,6 @@ def mutating() -> Definition:
     class Mutating(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            # Not one element: torch 2.13 compiled the first value of such a buffer into the code.
             self.register_buffer("runs", torch.zeros(16))
 
         def forward(self, x: Tensor) -> Tensor:
@@ -403,6 +402,22 @@ def mutating() -> Definition:
             return x + self.runs
 
     return Definition(Mutating, (torch.zeros(16),))
+
+
+@model
+def counter() -> Definition:
+    """Counts its runs in one element, which torch 2.13 takes for a constant of its first value unless told not to."""
+
+    class Counter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("runs", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.runs.add_(1)
+            return x + self.runs
+
+    return Definition(Counter, (torch.zeros(3),))
 
 
 @model
