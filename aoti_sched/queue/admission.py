@@ -6,7 +6,10 @@ import msgspec
 
 
 class Bounds(msgspec.Struct, frozen=True):
-    """How much may be queued (not running) at once. None is no bound; `bytes` counts the inputs."""
+    """How much may be queued (not running) at once. None is no bound; `bytes` counts the inputs.
+
+    A held lease has its runner's bounds once more, for itself: see `DeviceQueue._full`.
+    """
 
     jobs: int | None = 1024
     bytes: int | None = None
@@ -48,3 +51,10 @@ class Load:
         if bounds.jobs is not None and bounds.jobs < 1:
             return f"{self.name} queues no jobs"
         return None
+
+    def within_bounds(self, *leased: Load) -> bool:
+        """Whether the bounds are kept. What leases queue is bounded by themselves, and counted here too."""
+        bounds = self.bounds
+        jobs = self.jobs - sum(load.jobs for load in leased)
+        size = self.bytes - sum(load.bytes for load in leased)
+        return (bounds.jobs is None or jobs <= bounds.jobs) and (bounds.bytes is None or size <= bounds.bytes)

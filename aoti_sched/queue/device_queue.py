@@ -85,7 +85,7 @@ def _must_be_lawful(job: Job) -> None:
 
 
 def _gate_of(source: Source) -> JobQueue:
-    return source.runner.gate
+    return source.gate
 
 
 def _queue_of(source: Source) -> JobQueue:
@@ -97,8 +97,8 @@ def _has_free_slot(source: Source) -> bool:
 
 
 def _has_room(source: Source) -> bool:
-    head = source.runner.gate.head()
-    return head is not None and source.runner.load.refusal(head.bytes) is None
+    head = source.gate.head()
+    return head is not None and source.load.refusal(head.bytes) is None
 
 
 class DeviceQueue:
@@ -155,8 +155,8 @@ class DeviceQueue:
             return []
         runner.phase = Phase.TERMINATED
         commands: list[Command] = []
-        queues = [runner.gate, runner.queue, *(lease.queue for lease in runner.leases.values())]
-        for job in [job for queue in queues for job in queue.jobs()]:
+        sources: list[Source] = [runner, *runner.leases.values()]
+        for job in [job for source in sources for job in (*source.gate.jobs(), *source.queue.jobs())]:
             self._leave_queue(job, Fact.REVOKE, now)
             runner.counters.revoked += 1
             error = RunnerClosedError(f"runner {runner.name!r} was terminated while the request was queued")
@@ -206,8 +206,8 @@ class DeviceQueue:
         job.source.live += 1
         if self._full(job) is not None:
             job.happens(Fact.HOLD)
-            runner.gate.push(job)
-            self._gates.enter(runner)
+            job.source.gate.push(job)
+            self._look_at_gate(job.source)
         else:
             self._admit(job)
         self._dispatch(now, commands)
@@ -306,7 +306,9 @@ class DeviceQueue:
         source, runner = job.source, job.source.runner
         if isinstance(source, Lease):
             if runner.phase >= Phase.TERMINATED:
-                return RunnerClosedError(f"runner {runner.name!r} was terminated; its leases are gone")
+                return RunnerClosedError(
+                    f"runner {runner.name!r} is {runner.phase.name.lower()}; its leases are gone"
+                )
             if source.released:
                 return LeaseError(
                     f"lease {source.id} of runner {runner.name!r} (slot {source.slot}) was released; take a new one "
@@ -316,7 +318,7 @@ class DeviceQueue:
             return RunnerClosedError(
                 f"runner {runner.name!r} is {runner.phase.name.lower()}; it takes no new requests"
             )
-        never = runner.load.never_fits(job.bytes) or self.load.never_fits(job.bytes)
+        never = source.load.never_fits(job.bytes) or self.load.never_fits(job.bytes)
         if never is not None:
             return QueueFullError(f"runner {runner.name!r}: the request can never be queued, {never}")
         full = None if wait else self._full(job)
@@ -327,27 +329,36 @@ class DeviceQueue:
         )
 
     def _full(self, job: Job) -> str | None:
-        """Why a job can't be queued now. Nobody passes those who wait at a gate already."""
-        runner = job.source.runner
-        reason = runner.load.refusal(job.bytes) or self.load.refusal(job.bytes)
-        if reason is None and (len(runner.gate) or self._gates.best() is not None):
+        """Why a job can't be queued now. Nobody passes those who wait at a gate already.
+
+        A held lease answers for its own jobs alone. Those in the queue may wait for the very slot it
+        holds: were its jobs held back by them, neither would ever go on.
+        """
+        source = job.source
+        reason = source.load.refusal(job.bytes)
+        waiting = len(source.gate) > 0
+        if not isinstance(source, Lease):
+            reason = reason or self.load.refusal(job.bytes)
+            waiting = waiting or self._gates.best() is not None
+        if reason is None and waiting:
             reason = "earlier requests are waiting for room"
         return reason
 
     def _admit(self, job: Job) -> None:
         job.happens(Fact.ADMIT)
-        self.load.add(job.bytes)
-        job.source.runner.load.add(job.bytes)
-        job.source.queue.push(job)
-        self._ready.enter(job.source)
+        source = job.source
+        for load in self._loads_of(source):
+            load.add(job.bytes)
+        source.queue.push(job)
+        self._ready.enter(source)
 
     def _dispatch(self, now: float, commands: list[Command]) -> None:
         """Give free slots and lanes to the best jobs, and the room that this makes to those at the gate.
 
         A job whose deadline has passed is not launched, whichever fact finds it first.
         """
-        self._open_gates()
         while True:
+            self._open_gates()
             job = self._ready.best()
             if job is None or not (job.holds or self._free_lanes):
                 return
@@ -368,7 +379,6 @@ class DeviceQueue:
                 self._running[job.lane] = job
                 commands.append(Launch(job))
             self._ready.enter(source)
-            self._open_gates()
 
     def _grant(self, job: Job, now: float, commands: list[Command]) -> None:
         runner = job.source.runner
@@ -391,16 +401,24 @@ class DeviceQueue:
             self._admit(job)
             self._gates.enter(runner)
 
+    def _look_at_gate(self, source: Source) -> None:
+        """Its head or the room behind it changed. A runner's gate then contends for the device's room."""
+        if isinstance(source, Lease):
+            while (job := source.gate.head()) is not None and source.load.refusal(job.bytes) is None:
+                source.gate.remove(job)
+                self._admit(job)
+        self._gates.enter(source.runner)
+
     def _leave_queue(self, job: Job, fact: Fact, now: float) -> None:
         """A job that is waiting or queued ends there."""
         waiting = job.state is JobState.WAITING
         job.happens(fact)
         job.finished = now
-        source, runner = job.source, job.source.runner
+        source = job.source
         source.live -= 1
         if waiting:
-            runner.gate.remove(job)
-            self._gates.enter(runner)
+            source.gate.remove(job)
+            self._look_at_gate(source)
         else:
             source.queue.remove(job)
             self._free_room(job)
@@ -411,10 +429,16 @@ class DeviceQueue:
             self._retire_if_over(source)
 
     def _free_room(self, job: Job) -> None:
-        self.load.remove(job.bytes)
-        runner = job.source.runner
-        runner.load.remove(job.bytes)
-        self._gates.enter(runner)
+        source = job.source
+        for load in self._loads_of(source):
+            load.remove(job.bytes)
+        self._look_at_gate(source)
+
+    def _loads_of(self, source: Source) -> tuple[Load, ...]:
+        """Everything that counts a queued job of this source."""
+        if isinstance(source, Lease):
+            return source.load, source.runner.load, self.load
+        return source.load, self.load
 
     def _retire_if_over(self, lease: Lease) -> None:
         runner = lease.runner
@@ -491,24 +515,26 @@ class DeviceQueue:
                 must(not lease.released or lease.live > 0, "a released lease with no jobs is retired")
             sources: list[Source] = [runner, *runner.leases.values()]
             queued = [job for source in sources for job in source.queue.jobs()]
+            gate = [job for source in sources for job in source.gate.jobs()]
             must(all(job.state is JobState.QUEUED for job in queued), "what is in a queue is QUEUED")
-            gate = runner.gate.jobs()
             must(all(job.state is JobState.WAITING for job in gate), "what is at a gate is WAITING")
             must(runner.load.jobs == len(queued), "a runner's load counts its queued jobs")
             must(runner.load.bytes == sum(job.bytes for job in queued), "a runner's load counts its bytes")
+            for lease in runner.leases.values():
+                jobs = lease.queue.jobs()
+                must(lease.load.jobs == len(jobs), "a lease's load counts its queued jobs")
+                must(lease.load.bytes == sum(job.bytes for job in jobs), "a lease's load counts its bytes")
+                must(lease.load.within_bounds(), "no bound of a lease is exceeded")
+                must(
+                    not lease.gate.jobs() or not _has_room(lease),
+                    "nobody waits at a lease's gate when it has room",
+                )
             must(
                 sum(s.live for s in sources) == len(queued) + len(gate) + len(on_lanes),
                 "live jobs are somewhere",
             )
-            for load in (runner.load, self.load):
-                must(
-                    load.bounds.jobs is None or load.jobs <= load.bounds.jobs, "no bound of jobs is exceeded"
-                )
-                must(
-                    load.bounds.bytes is None or load.bytes <= load.bounds.bytes,
-                    "no bound of bytes is exceeded",
-                )
-            if gate and runner.load.refusal(gate[0].bytes) is None:
+            must(runner.load.within_bounds(*_lease_loads(runner)), "no bound of a runner is exceeded")
+            if _has_room(runner):
                 first = self._gates.best()
                 blocked = first is not None and self.load.refusal(first.bytes) is not None
                 must(blocked, "nobody waits at a gate when there is room")
@@ -524,7 +550,13 @@ class DeviceQueue:
             self.load.jobs == queued_jobs and self.load.bytes == queued_bytes,
             "the device's load is its runners'",
         )
+        leases = [load for runner in self.runners.values() for load in _lease_loads(runner)]
+        must(self.load.within_bounds(*leases), "no bound of the device is exceeded")
         must(
             sum(self._is_dead(e[2]) for e in self._deadlines) == self._dead_deadlines,
             "dead deadlines are counted",
         )
+
+
+def _lease_loads(runner: RunnerState) -> list[Load]:
+    return [lease.load for lease in runner.leases.values()]

@@ -39,16 +39,19 @@ class Counters(msgspec.Struct):
 class Source:
     """What jobs draw slots from: a runner with all its slots, or a held lease with its one.
 
+    `queue` holds what was admitted, `load` counts it against its bounds; `gate` holds what waits for room.
     `free` is a stack, so that the slot used last, whose memory is warm, is used next. `live` counts the
     jobs that are waiting, queued or running here, callers that left a running job included.
     """
 
-    __slots__ = ("epoch", "free", "live", "name", "queue")
+    __slots__ = ("epoch", "free", "gate", "live", "load", "name", "queue")
 
-    def __init__(self, name: str, slots: list[int], epoch: int) -> None:
+    def __init__(self, name: str, slots: list[int], epoch: int, load: Load) -> None:
         self.name = name
         self.free = slots
+        self.gate = JobQueue()
         self.queue = JobQueue()
+        self.load = load
         self.live = 0
         self.epoch = epoch
 
@@ -58,15 +61,13 @@ class Source:
 
 
 class RunnerState(Source):
-    """A runner's record: its slots, its queue, what waits at its gate, its held leases, its totals."""
+    """A runner's record: its slots, its queue, its held leases, its totals. Its load counts its leases' too."""
 
-    __slots__ = ("counters", "gate", "leases", "load", "phase", "slots")
+    __slots__ = ("counters", "leases", "phase", "slots")
 
     def __init__(self, name: str, slots: int, load: Load, epoch: int) -> None:
-        super().__init__(name, list(reversed(range(slots))), epoch)
+        super().__init__(name, list(reversed(range(slots))), epoch, load)
         self.slots = slots
-        self.gate = JobQueue()
-        self.load = load
         self.leases: dict[int, Lease] = {}
         self.phase = Phase.OPEN
         self.counters = Counters()
@@ -89,7 +90,8 @@ class Lease(Source):
     __slots__ = ("_runner", "holder", "id", "released", "slot")
 
     def __init__(self, lease_id: int, runner: RunnerState, slot: int, holder: Any) -> None:
-        super().__init__(runner.name, [slot], runner.epoch)
+        load = Load(f"lease {lease_id} of runner {runner.name!r}", runner.load.bounds)
+        super().__init__(runner.name, [slot], runner.epoch, load)
         self._runner = runner
         self.id = lease_id
         self.slot = slot
