@@ -204,7 +204,8 @@ class Dispatcher:
                 drained = self._drained.get(runner.name)
                 if drained is not None and not drained.done():
                     drained.set_result(None)
-            case Reject(error=error):
+            case Reject(job=job, error=error):
+                job.payload = None
                 raise error
             case _:
                 raise TypeError(f"the queue gave an unknown command {command!r}")

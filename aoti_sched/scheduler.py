@@ -318,11 +318,14 @@ class Scheduler:
         self._closed = True
 
         async def work() -> None:
-            await asyncio.gather(*(self._close_runner(r, terminate) for r in list(self._runners.values())))
-            for dispatcher in self._dispatchers.values():
+            closes = [self._close_runner(runner, terminate) for runner in list(self._runners.values())]
+            faults = [f for f in await asyncio.gather(*closes, return_exceptions=True) if f is not None]
+            for dispatcher in self._dispatchers.values():  # whatever became of the models, no thread stays
                 dispatcher.close()
                 await anyio.to_thread.run_sync(dispatcher.executor.close, limiter=self._limiter)
             self._dispatchers.clear()
+            if faults:
+                raise faults[0]
 
         await self._housekeep(work)
 
