@@ -368,6 +368,27 @@ def folding() -> Definition:
 
 
 @model
+def folded_output() -> Definition:
+    """An output that is a folded constant itself, whose memory the C ABI does not tell."""
+
+    class FoldedOutput(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 4))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            square = self.weight.t() @ self.weight
+            return square, x @ square
+
+    return Definition(
+        FoldedOutput,
+        (torch.randn(3, 4),),
+        foreign=True,
+        options={"aot_inductor.use_runtime_constant_folding": True},
+    )
+
+
+@model
 def strided() -> Definition:
     """Constants in odd places: a transposed parameter, a channels-last one, a view with an offset, an empty
     one, and a tensor that is neither parameter nor buffer."""
