@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -25,6 +25,7 @@ from aoti_sched.errors import ConfigError
 Overflow = Literal["reject", "wait"]
 """What happens to a request when a bound is reached: an immediate QueueFullError, or waiting for room."""
 
+_T = TypeVar("_T")
 _Count = Annotated[int, Meta(ge=1)]
 _Seconds = Annotated[float, Meta(gt=0)]
 
@@ -80,16 +81,31 @@ def read_config(path: str | os.PathLike[str]) -> SchedulerConfig:
     """
     file = Path(path)
     try:
-        config = msgspec.toml.decode(file.read_bytes(), type=SchedulerConfig)
+        settings = msgspec.toml.decode(file.read_bytes())
     except OSError as error:
         raise ConfigError(f"{file}: the configuration can't be read: {error.strerror}") from error
     except (msgspec.MsgspecError, ValueError) as error:
         raise ConfigError(f"{file}: {error}") from error
+    # Each device and model by itself first: msgspec's path of a fault in the whole would not name it.
+    for section, kind in (("devices", DeviceConfig), ("models", ModelConfig)):
+        entries = settings.get(section)
+        for name, entry in entries.items() if isinstance(entries, dict) else ():
+            _convert(entry, kind, file, f"{section}.{name}")
+    config = _convert(settings, SchedulerConfig, file)
     models = {
         name: msgspec.structs.replace(model, path=str(file.parent / model.path))
         for name, model in config.models.items()
     }
     return msgspec.structs.replace(config, models=models)
+
+
+def _convert(settings: Any, kind: type[_T], file: Path, section: str = "") -> _T:
+    try:
+        return msgspec.convert(settings, kind)
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at `$")
+        place = f"{section}{path.rstrip('`')}".lstrip(".")
+        raise ConfigError(f"{file}: {place}: {message}" if place else f"{file}: {message}") from error
 
 
 def checked(settings: ModelConfig) -> ModelConfig:
