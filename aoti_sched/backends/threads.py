@@ -84,13 +84,13 @@ class ThreadsExecutor:
     def _serve(self, inbox: queue.SimpleQueue[Work | None]) -> None:
         threads = 0
         while (work := inbox.get()) is not None:
-            if work.threads != threads:
-                threads = work.threads
-                self._set_threads(threads)
             outputs: list[object] | None = None
             error: BaseException | None = None
             started = time.monotonic()
             try:
+                if work.threads != threads:
+                    self._set_threads(work.threads)
+                    threads = work.threads
                 outputs = work.container.run_raw(work.inputs)
             except BaseException as caught:  # noqa: BLE001 -- it is the request's, and must not end the lane
                 error = caught
