@@ -94,7 +94,11 @@ class ExportedCallSpec:
         self._parameters = tuple(parameters)
         self._in_text, self._out_text = in_spec, out_spec
         try:
-            self._root = _parse(json.loads(in_spec)[1])
+            arguments = json.loads(in_spec)[1]
+            positional, named = arguments["children_spec"]
+            self._positional = len(positional["children_spec"])
+            self._names = tuple(json.loads(named["context"]))  # of the keyword arguments
+            self._root = _parse(arguments)
             out = _parse(json.loads(out_spec)[1])
         except (ValueError, LookupError, TypeError) as error:
             raise LoadError(f"model {model!r}: its call spec is not torch's pytree JSON ({error})") from error
@@ -102,41 +106,37 @@ class ExportedCallSpec:
         if inputs is not None and any(isinstance(leaf, LiteralSpec) for leaf in inputs):
             self._literals = tuple(leaf if isinstance(leaf, LiteralSpec) else None for leaf in inputs)
         self._all_tensors = inputs is not None and self._literals is None
-        if self._root is not None:
-            positional, named = self._root.children
-            self._positional = len(positional.children)
-            self._keys = frozenset(named.keys or ())
-            self._flat = _is_flat(positional) and not self._keys
+        self._keys = frozenset(self._names)
+        self._flat = self._root is not None and _is_flat(self._root.children[0]) and not self._keys
         self._unflatten = self._make_unflatten(out, outputs)
 
     def __str__(self) -> str:
+        names = [self._path(index) for index in range(self._positional)]
         if self._root is None:
-            return self._in_text
+            return f"({', '.join([*names, *(f'{name}=' for name in self._names)])})"
         args, kwargs = self._root.children
-        names = [*self._parameters, *(f"args[{i}]" for i in range(len(self._parameters), self._positional))]
-        parts = [f"{name}={child}" if child.kind else name for name, child in zip(names, args.children)]  # noqa: B905
-        parts += [f"{key}={child}" for key, child in zip(kwargs.keys or (), kwargs.children, strict=True)]
+        parts = [f"{n}={child}" if child.kind else n for n, child in zip(names, args.children, strict=True)]
+        parts += [f"{n}={child}" for n, child in zip(self._names, kwargs.children, strict=True)]
         return f"({', '.join(parts)})"
 
     # --- flatten ---------------------------------------------------------------------------------------
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
         """The tensors of a call in the container's order. Raises `InputMismatchError` naming the path."""
+        if len(args) != self._positional or kwargs.keys() != self._keys:
+            args, kwargs = self._bind(args, kwargs)
         root = self._root
         if root is None:
             leaves = self._flatten_by_torch(args, kwargs)
+        elif self._flat:
+            leaves = list(args)
         else:
-            if len(args) != self._positional or kwargs.keys() != self._keys:
-                args, kwargs = self._bind(args, kwargs)
-            if self._flat:
-                leaves = list(args)
-            else:
-                leaves = []
-                positional, named = root.children
-                for index, child in enumerate(positional.children):
-                    self._walk(child, args[index], self._path(index), leaves)
-                for key, child in zip(named.keys or (), named.children):  # noqa: B905 -- equal by construction
-                    self._walk(child, kwargs[key], key, leaves)
+            leaves = []
+            positional, named = root.children
+            for index, child in enumerate(positional.children):
+                self._walk(child, args[index], self._path(index), leaves)
+            for key, child in zip(self._names, named.children):  # noqa: B905 -- equal by construction
+                self._walk(child, kwargs[key], key, leaves)
         if self._all_tensors:
             return leaves
         if self._literals is not None:
@@ -180,7 +180,7 @@ class ExportedCallSpec:
         for leaf, literal in zip(leaves, self._literals or (), strict=True):
             if literal is None:
                 tensors.append(leaf)
-            elif type(leaf) is not type(literal.value) or leaf != literal.value:
+            elif not _same(leaf, literal.value):
                 raise self._misfit(
                     literal.name, f"{literal.value!r}, the value the model was compiled with", f"{leaf!r:.60}"
                 )
@@ -191,13 +191,11 @@ class ExportedCallSpec:
 
         if not hasattr(self, "_torch_spec"):
             self._torch_spec = pytree.treespec_loads(self._in_text)
-        context = self._torch_spec.children()[1].context or []
-        if set(context) == set(kwargs):
-            kwargs = {key: kwargs[key] for key in context}
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        if spec != self._torch_spec:
-            raise self._misfit("", f"arguments of the structure {self._torch_spec}", f"{spec}")
-        return leaves
+        try:
+            return self._torch_spec.flatten_up_to((args, kwargs))
+        except ValueError as error:
+            expected = f"arguments of the structure {self._torch_spec}"
+            raise self._misfit("", expected, str(error).rstrip(".")) from error
 
     def _misfit(self, path: str, expected: str, got: str) -> InputMismatchError:
         return InputMismatchError(self.model, path, expected, got)
@@ -226,6 +224,11 @@ class ExportedCallSpec:
             (i, leaf) for i, leaf in enumerate(outputs or ()) if isinstance(leaf, (LiteralSpec, IntegerSpec))
         ]
         return _with_fixed(fixed, rebuild) if fixed else rebuild
+
+
+def _same(leaf: Any, value: Any) -> bool:
+    """Whether a leaf is the value compiled in: of the same type (1 is not True), and NaN is NaN."""
+    return type(leaf) is type(value) and (leaf == value or repr(leaf) == repr(value))
 
 
 def _only(values: list[Any]) -> Any:
