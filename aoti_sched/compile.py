@@ -7,15 +7,13 @@ for many seconds: call it from a build step or a worker thread, never from the e
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from aoti_sched.errors import CompileError
 from aoti_sched.specs import (
-    METADATA_KEY,
     BatchDim,
     DynamicDim,
     IntegerSpec,
@@ -23,7 +21,9 @@ from aoti_sched.specs import (
     LiteralSpec,
     ModelSpec,
     TensorSpec,
+    spec_to_metadata,
 )
+from aoti_sched.validation import lies_in_order
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +97,7 @@ def compile_package(
             "freezing": freeze,
             # Inductor takes a buffer of one value (a counter, say) for that value even where the module writes to it.
             "joint_graph_constant_folding": not spec.mutates_buffers,
-            "aot_inductor.metadata": {**(metadata or {}), METADATA_KEY: msgspec.json.encode(spec).decode()},
+            "aot_inductor.metadata": {**(metadata or {}), **spec_to_metadata(spec)},
             **(options or {}),
         }
         try:
@@ -224,27 +224,22 @@ class _Reader:
             symbol = symbols[0]
             scale, offset = expression.coeff(symbol, 1), expression.coeff(symbol, 0)
             if scale.is_Integer and scale > 0 and expression == scale * symbol + offset:
-                return DynamicDim(
-                    self.names.get(str(symbol), str(symbol)), low, high, int(scale), int(offset)
-                )
-        return DynamicDim(str(expression), low, high)
+                return DynamicDim(self.named(symbol), low, high, int(scale), int(offset))
+        return DynamicDim(self.named(expression), low, high)
+
+    def named(self, expression: Any) -> str:
+        return re.sub(r"\w+", lambda symbol: self.names.get(symbol[0], symbol[0]), str(expression))
 
 
 def _order(value: Any) -> tuple[int, ...] | None:
     """The memory order of a dense tensor; None when it is not dense."""
-    if value.is_contiguous():
-        return tuple(range(value.dim()))
-    # Outermost first: the larger stride, and of equal strides the larger size, comes first. Hints
-    # stand in for dynamic sizes: the order is a property of the example.
-    strides = [_hint(s) for s in value.stride()]
-    sizes = [_hint(s) for s in value.shape]
-    order = tuple(sorted(range(value.dim()), key=lambda d: (-strides[d], -sizes[d], d)))
-    step = 1
-    for dim in reversed(order):
-        if sizes[dim] != 1 and strides[dim] != step:
-            return None
-        step *= sizes[dim]
-    return order
+    # Hints stand in for dynamic sizes: the order is a property of the example, and asking symbols would guard.
+    sizes = [_hint(size) for size in value.shape]
+    strides = [_hint(stride) for stride in value.stride()]
+    usual = tuple(range(len(sizes)))
+    # Outermost first: the larger stride, and of equal strides the larger size, comes first.
+    by_stride = tuple(sorted(usual, key=lambda dim: (-strides[dim], -sizes[dim], dim)))
+    return next((order for order in (usual, by_stride) if lies_in_order(sizes, strides, order)), None)
 
 
 def _hint(size: Any) -> int:
@@ -256,17 +251,25 @@ def _hint(size: Any) -> int:
 
 
 def _batch_dim(inputs: Sequence[LeafSpec], outputs: Sequence[LeafSpec], dim: int) -> BatchDim | None:
-    """The dimension `dim`, if every tensor has the same dynamic size there and nothing else."""
-    given = [leaf for leaf in inputs if isinstance(leaf, TensorSpec)]
-    leaves = given + [leaf for leaf in outputs if isinstance(leaf, TensorSpec)]
-    if not given or any(len(leaf.shape) <= dim for leaf in leaves):
+    """The dimension `dim`, if every tensor has the same dynamic size there, and nothing else depends on it."""
+    leaves = [leaf for leaf in (*inputs, *outputs) if isinstance(leaf, TensorSpec)]
+    if not any(isinstance(leaf, TensorSpec) for leaf in inputs):
         return None
-    sizes = [leaf.shape[dim] for leaf in leaves]
-    first = sizes[0]
+    if any(not 0 <= dim < len(leaf.shape) for leaf in leaves):
+        return None
+    first = leaves[0].shape[dim]
     if not isinstance(first, DynamicDim) or first.scale != 1 or first.offset:
         return None
-    if any(not isinstance(size, DynamicDim) or str(size).split(":")[0] != first.symbol for size in sizes):
-        return None
+    if any(isinstance(leaf, IntegerSpec) for leaf in outputs):
+        return None  # it may well be the size of the batch, which is not one request's
+    mentions = re.compile(rf"\b{re.escape(first.symbol)}\b")
+    for leaf in leaves:
+        for position, size in enumerate(leaf.shape):
+            if position == dim:
+                if not isinstance(size, DynamicDim) or str(size).split(":")[0] != first.symbol:
+                    return None
+            elif isinstance(size, DynamicDim) and mentions.search(size.symbol):
+                return None  # x @ x.T would have each request's rows meet the others'
     return BatchDim(dim, first.symbol, first.max)
 
 

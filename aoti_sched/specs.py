@@ -8,8 +8,8 @@ the number of inputs. Specs are msgspec Structs, so they can be stored in a pack
 from __future__ import annotations
 
 import enum
+import json
 import re
-from collections.abc import Sequence
 
 import msgspec
 
@@ -41,7 +41,7 @@ class DynamicDim(msgspec.Struct, frozen=True, tag="dynamic"):
 
     def __str__(self) -> str:
         size = self.symbol if self.scale == 1 else f"{self.scale}*{self.symbol}"
-        size += f"+{self.offset}" if self.offset else ""
+        size += f"{self.offset:+d}" if self.offset else ""
         return f"{size}:{self.min}..{'' if self.max is None else self.max}"
 
 
@@ -123,14 +123,20 @@ class ConstantSpec(msgspec.Struct, frozen=True):
     folded: bool
 
 
+def spec_to_metadata(spec: ModelSpec) -> dict[str, str]:
+    """The strings to store in a package so that `spec_from_metadata` finds the spec again."""
+    # Not msgspec's encoder: it writes null for a literal that is infinite or NaN.
+    return {METADATA_KEY: json.dumps(msgspec.to_builtins(spec))}
+
+
 def spec_from_metadata(metadata: dict[str, str]) -> ModelSpec | None:
     """The `ModelSpec` in a package's metadata; None where there is none, or one of a newer format."""
     text = metadata.get(METADATA_KEY)
     if text is None:
         return None
     try:
-        spec = msgspec.json.decode(text, type=ModelSpec)
-    except msgspec.MsgspecError:
+        spec = msgspec.convert(json.loads(text), ModelSpec)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
         return None
     return spec if spec.version == 1 else None
 
@@ -144,7 +150,6 @@ _DTYPE = re.compile(r"expected: \" << \w+_expected_dtype << \"\(at::k(\w+)\)")
 _STATIC = re.compile(r"if \((\d+) != \w+_size\[(\d+)\]\)")
 _LOW = re.compile(r"if \(\w+_size\[(\d+)\] < (\d+)\)")
 _HIGH = re.compile(r"if \(\w+_size\[(\d+)\] > (\d+)\)")
-_STRIDE = re.compile(r"if \((\d+) != \w+_stride\[(\d+)\]\)")
 _NAME = re.compile(r"ConstantHandle (\w+) = ConstantHandle\(input_handles\[\d+\]\)")
 _SIZES = re.compile(r"assert_size_stride\((\w+), \{([^}]*)\}, \{([^}]*)\}, \"input\"\)")
 _DEVICE = re.compile(r"_expected_device_type << \"\d+\((\w+)")
@@ -187,7 +192,7 @@ def specs_from_wrapper(source: str) -> tuple[TensorSpec, ...] | None:
             dtype=_DTYPES[dtype[1]],
             shape=shape,
             device=device[1] if device else "cpu",
-            order=_wrapper_order(strides, shape),
+            order=_wrapper_order(names, strides),
         )
     if not specs or sorted(specs) != list(range(len(specs))):
         return None
@@ -207,16 +212,39 @@ def _wrapper_dim(expression: str, low: int, high: int | None) -> DynamicDim:
     )
 
 
-def _wrapper_order(strides: list[str], shape: Sequence[int | DynamicDim]) -> tuple[int, ...] | None:
-    """Contiguous when the stated strides say so for every static part; otherwise unknown."""
-    expected = 1
-    for dim in reversed(range(len(shape))):
-        size = shape[dim]
-        if strides[dim].rstrip("L") != str(expected) and size != 1:
+_FACTOR = re.compile(r"^(?:(\d+)L?|([a-zA-Z_]\w*))$")
+_Product = tuple[int, tuple[str, ...]]  # a number times symbols, these in alphabetic order
+
+
+def _wrapper_order(sizes: list[str], strides: list[str]) -> tuple[int, ...] | None:
+    """The memory order in which the stated strides make a dense tensor, found from the innermost dimension out.
+
+    None when they make none, or when it can't be told because an expression is no plain product.
+    """
+    order: list[int] = []
+    left = list(range(len(sizes)))
+    step: _Product | None = (1, ())
+    while left:
+        # Of several that would do, the last: a size of 1 has any stride, and the usual order is wanted then.
+        fits = [dim for dim in left if sizes[dim] in ("1", "1L") or _product(strides[dim]) == step]
+        if step is None or not fits:
             return None
-        if not isinstance(size, int):
-            # Left of a dynamic size the strides are expressions. They belong to a dense tensor when
-            # each one mentions the symbol; that much is checked, the arithmetic is the compiler's.
-            return tuple(range(len(shape))) if all(size.symbol in text for text in strides[:dim]) else None
-        expected *= size
-    return tuple(range(len(shape)))
+        order.append(fits[-1])
+        left.remove(fits[-1])
+        size = _product(sizes[fits[-1]])
+        step = None if size is None else (step[0] * size[0], tuple(sorted(step[1] + size[1])))
+    return tuple(reversed(order))
+
+
+def _product(expression: str) -> _Product | None:
+    number = 1
+    symbols = []
+    for factor in expression.split("*"):
+        match = _FACTOR.match(factor.strip())
+        if match is None:
+            return None
+        if match[1]:
+            number *= int(match[1])
+        else:
+            symbols.append(match[2])
+    return number, tuple(sorted(symbols))

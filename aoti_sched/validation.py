@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from aoti_sched.errors import InputMismatchError
+from aoti_sched.errors import ConfigError, InputMismatchError
 from aoti_sched.specs import DynamicDim, TensorSpec
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ class ArityCheck:
                 expected, got = "a strided tensor", f"layout {tensor.layout}"
             elif tensor.device.type != self._device.type:
                 expected, got = f"device {self._device}", f"{tensor.device}"
+            elif tensor.is_neg() or tensor.is_conj():
+                expected, got = "plain values", "a lazily negated or conjugated view"
             else:
                 continue
             raise InputMismatchError(self.model, f"input {index}", expected, got)
@@ -57,8 +59,21 @@ def dense_strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]
     return tuple(strides)
 
 
+def lies_in_order(shape: Sequence[int], strides: Sequence[int], order: Sequence[int]) -> bool:
+    """Whether a tensor is dense with its dimensions in `order`; strides of sizes 0 and 1 don't matter."""
+    if 0 in shape:
+        return True
+    wanted = dense_strides(shape, order)
+    return all(size == 1 or stride == want for size, stride, want in zip(shape, strides, wanted, strict=True))
+
+
 class InputCheck:
-    """Checks a request's tensors against their specs; built once per runner, called once per request."""
+    """Checks a request's tensors against their specs; built once per runner, called once per request.
+
+    Raises:
+        ConfigError: A spec (which a user may have declared) means nothing: no such dtype or device, an order that is
+            none of its dimensions.
+    """
 
     def __init__(self, model: str, specs: Sequence[TensorSpec]) -> None:
         import torch
@@ -74,7 +89,7 @@ class InputCheck:
         # the static sizes, the dynamic ones, rank, device type, device index, contiguous or the order.
         self._plans = []
         for spec in specs:
-            device = torch.device(spec.device)
+            dtype, device = _understood(model, spec)
             static = tuple((i, dim) for i, dim in enumerate(spec.shape) if isinstance(dim, int))
             dynamic = tuple(
                 (
@@ -91,7 +106,7 @@ class InputCheck:
             contiguous = spec.order is not None and spec.order == tuple(range(len(spec.shape)))
             self._plans.append(
                 (
-                    getattr(torch, spec.dtype),
+                    dtype,
                     torch.Size(size for _, size in static) if not dynamic else None,
                     static,
                     dynamic,
@@ -133,7 +148,7 @@ class InputCheck:
                             break
                         if scale != 1 or offset:
                             size, rest = divmod(size - offset, scale)
-                            if rest:
+                            if rest or size < 0:
                                 break
                         seen = bound[symbol]  # type: ignore[index]
                         if seen < 0:
@@ -156,7 +171,7 @@ class InputCheck:
             if contiguous:
                 if not tensor.is_contiguous():
                     break
-            elif order is not None and not _lies_in_order(tensor, order):
+            elif order is not None and not lies_in_order(shape, tensor.stride(), order):
                 break
             if tensor.is_neg() or tensor.is_conj():
                 break
@@ -188,7 +203,7 @@ class InputCheck:
                 self._fail(
                     spec, f"device {spec.device}", f"{tensor.device}", f"Move it with .to({spec.device!r})."
                 )
-            if spec.order is not None and not _lies_in_order(tensor, spec.order):
+            if spec.order is not None and not lies_in_order(shape, tensor.stride(), spec.order):
                 strides = dense_strides(shape, spec.order)
                 hint = (
                     "Pass .contiguous()."
@@ -238,7 +253,7 @@ class InputCheck:
                 "The range was fixed when the model was compiled; beyond it the code reads past its buffers.",
             )  # fmt: skip
         value, rest = divmod(size - wanted.offset, wanted.scale)
-        if rest:
+        if rest or value < 0:
             self._fail(spec, f"a size of the form {wanted} at dimension {dim}", f"{size}")
         seen, where = bound.setdefault(wanted.symbol, (value, f"{spec.name!r} dimension {dim}"))
         if seen != value:
@@ -252,12 +267,18 @@ class InputCheck:
         raise InputMismatchError(self.model, spec.name, expected, got, hint)
 
 
-def _lies_in_order(tensor: torch.Tensor, order: Sequence[int]) -> bool:
-    """Whether a tensor is dense with its dimensions in `order`; strides of sizes 0 and 1 don't matter."""
-    shape = tensor.shape
-    if 0 in shape:
-        return True
-    wanted = dense_strides(shape, order)
-    return all(
-        size == 1 or stride == want for size, stride, want in zip(shape, tensor.stride(), wanted, strict=True)
-    )
+def _understood(model: str, spec: TensorSpec) -> tuple[torch.dtype, torch.device]:
+    import torch
+
+    what = f"model {model!r}, input {spec.name!r}"
+    dtype = getattr(torch, spec.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"{what}: {spec.dtype!r} is no dtype; torch's names are meant, such as 'float32'")
+    if spec.order is not None and sorted(spec.order) != list(range(len(spec.shape))):
+        raise ConfigError(f"{what}: the order {spec.order} is not one of {len(spec.shape)} dimensions")
+    if any(isinstance(dim, DynamicDim) and dim.scale < 1 for dim in spec.shape):
+        raise ConfigError(f"{what}: a dynamic dimension's scale is at least 1")
+    try:
+        return dtype, torch.device(spec.device)
+    except RuntimeError as error:
+        raise ConfigError(f"{what}: {spec.device!r} is no device") from error
