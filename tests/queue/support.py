@@ -1,0 +1,98 @@
+"""What the tests of the core share: a queue that checks itself after every fact, jobs, pictures of state."""
+
+from __future__ import annotations
+
+import enum
+import functools
+
+import msgspec
+
+from aoti_sched.queue.admission import Bounds, Load
+from aoti_sched.queue.device_queue import DeviceQueue, Grant, Launch, Reject
+from aoti_sched.queue.job import Job
+from aoti_sched.queue.lease import Source
+from aoti_sched.queue.order import Contest, JobQueue
+
+FACTS = (
+    "drain_runner",
+    "terminate_runner",
+    "remove_runner",
+    "submit",
+    "complete",
+    "cancel",
+    "tick",
+    "release",
+)
+
+
+class CheckedQueue(DeviceQueue):
+    """A `DeviceQueue` that calls `check()` after every fact, also after one that raised."""
+
+
+def _checked(fact):
+    @functools.wraps(fact)
+    def then_check(self, *args, **kwargs):
+        try:
+            return fact(self, *args, **kwargs)
+        finally:
+            self.check()
+
+    return then_check
+
+
+for _name in FACTS:
+    setattr(CheckedQueue, _name, _checked(getattr(DeviceQueue, _name)))
+
+
+def device(lanes=1, jobs=None, size=None):
+    """A device's queue with no bounds but those given."""
+    return CheckedQueue("cpu", lanes, Bounds(jobs, size))
+
+
+def add(queue, name="m", slots=1, jobs=None, size=None):
+    """A runner with no bounds but those given."""
+    return queue.add_runner(name, slots, Bounds(jobs, size))
+
+
+def launched(commands):
+    """The jobs launched, in order; there is nothing else among the commands."""
+    assert all(type(command) is Launch for command in commands), commands
+    return [command.job for command in commands]
+
+
+def rejected(commands):
+    """The error of the one command, a `Reject`."""
+    (command,) = commands
+    assert type(command) is Reject, command
+    return command.error
+
+
+def take_lease(queue, runner, now=0.0):
+    """A lease that is granted at once."""
+    (command,) = queue.submit(Job(runner, holds=True), now)
+    assert type(command) is Grant, command
+    return command.lease
+
+
+_LOOKED_INTO = (DeviceQueue, Source, JobQueue, Contest, Load)
+
+
+def picture(thing, seen=None):
+    """Everything a queue is, as plain values that can be compared; an object met again is a number."""
+    seen = {} if seen is None else seen
+    if isinstance(thing, (enum.Enum, str, int, float, type(None))):
+        return thing
+    if isinstance(thing, (list, tuple)):
+        return [picture(item, seen) for item in thing]
+    if isinstance(thing, dict):
+        return [(picture(key, seen), picture(value, seen)) for key, value in thing.items()]
+    if id(thing) in seen:
+        return ("seen", seen[id(thing)])
+    seen[id(thing)] = len(seen)
+    if isinstance(thing, msgspec.Struct):
+        return [picture(getattr(thing, name), seen) for name in thing.__struct_fields__]
+    if isinstance(thing, _LOOKED_INTO):
+        slots = [name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())]
+        names = sorted({*slots, *getattr(thing, "__dict__", {})})
+        return [(name, picture(getattr(thing, name), seen)) for name in names]
+    return repr(thing)
