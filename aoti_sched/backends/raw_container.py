@@ -163,8 +163,9 @@ class RawContainer:
         """Where the active constants lie: [start, end) addresses. Folded ones are not told by the C ABI."""
         if not self._can_extract():
             return []
-        tensors = [tensor for _, tensor in self._borrow(inactive=False)]
-        return [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors if t.numel()]
+        # A frozen model's weights may be packed by oneDNN: opaque, without an address, and never an output.
+        tensors = [t for _, t in self._borrow(inactive=False) if t.layout is torch.strided and t.numel()]
+        return [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
 
     # --- the values of constants --------------------------------------------------------------------------
 
