@@ -276,15 +276,8 @@ class DeviceQueue:
     def tick(self, now: float) -> list[Command]:
         """Time has passed: every live job whose deadline is not after `now` expires."""
         commands: list[Command] = []
-        while self._deadlines:
-            deadline, _, job = self._deadlines[0]
-            if self._is_dead(job):
-                heapq.heappop(self._deadlines)
-                self._dead_deadlines -= 1
-            elif deadline <= now:
-                self._expire(job, now, commands)
-            else:
-                break
+        while (entry := self._earliest()) is not None and entry[0] <= now:
+            self._expire(entry[2], now, commands)
         self._dispatch(now, commands)
         self._wake = None
         self._ask_for_wake(commands)
@@ -475,9 +468,17 @@ class DeviceQueue:
         self._see_if_drained(runner, commands)
 
     def _ask_for_wake(self, commands: list[Command]) -> None:
-        if self._deadlines and (self._wake is None or self._deadlines[0][0] < self._wake):
-            self._wake = self._deadlines[0][0]
+        entry = self._earliest()
+        if entry is not None and (self._wake is None or entry[0] < self._wake):
+            self._wake = entry[0]
             commands.append(WakeAt(self._wake))
+
+    def _earliest(self) -> tuple[float, int, Job] | None:
+        """The first deadline of a live job; those of ended jobs before it are dropped."""
+        while self._deadlines and self._is_dead(self._deadlines[0][2]):
+            heapq.heappop(self._deadlines)
+            self._dead_deadlines -= 1
+        return self._deadlines[0] if self._deadlines else None
 
     def _count_dead_deadline(self) -> None:
         """Entries of ended jobs stay in the heap until they surface, or until they outnumber the others."""

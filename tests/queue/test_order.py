@@ -129,21 +129,21 @@ def test_a_head_that_was_overtaken_and_is_head_again_still_goes():
     assert queue.complete(running, 2) == [Launch(normal)]
 
 
-def test_many_overtakings_leave_the_order_and_a_small_contest():
+def test_what_lost_its_turn_does_not_pile_up_behind_the_best():
     queue = device()
-    runner = add(queue)
-    running, normal = Job(runner), Job(runner)
+    a, b = add(queue, "a", slots=2), add(queue, "b")
+    running, best = Job(a), Job(a, HIGH)
     queue.submit(running, 0)
-    queue.submit(normal, 0)
+    queue.submit(best, 0)
     for _ in range(200):
-        high = Job(runner, HIGH)
-        queue.submit(high, 1)
-        queue.cancel(high, 1)
-        other = Job(runner, LOW)
-        queue.submit(other, 1)
-        queue.cancel(other, 1)
-    assert len(queue._ready._heap) < 40
-    assert queue.complete(running, 2) == [Launch(normal)]
+        job = Job(b)
+        queue.submit(job, 1)
+        queue.cancel(job, 1)
+        assert len(queue._ready._heap) < 40
+    last = Job(b)
+    queue.submit(last, 1)
+    assert queue.complete(running, 2) == [Launch(best)]
+    assert queue.complete(best, 3) == [Launch(last)]
 
 
 @pytest.mark.parametrize("lanes", [0, -1])
