@@ -1,0 +1,426 @@
+"""The check of every request: each fault is found, told in a sentence, and nothing else is refused."""
+
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aoti_sched.errors import ConfigError, InputMismatchError
+from aoti_sched.specs import DynamicDim, TensorSpec
+from aoti_sched.validation import ArityCheck, InputCheck, dense_strides, lies_in_order
+
+
+def spec(*shape, name="x", dtype="float32", order=None, device="cpu"):
+    return TensorSpec(name, dtype, shape, device, tuple(range(len(shape))) if order is None else order)
+
+
+def batch(low=1, high=64, scale=1, offset=0):
+    return DynamicDim("batch", low, high, scale, offset)
+
+
+def refused(specs, *tensors):
+    with pytest.raises(InputMismatchError) as caught:
+        InputCheck("m", specs)(tensors)
+    return caught.value
+
+
+def accepted(specs, *tensors):
+    InputCheck("m", specs)(tensors)
+    return True
+
+
+def parts(error):
+    return error.input, error.expected, error.got
+
+
+# --- every kind of fault --------------------------------------------------------------------------------
+
+
+def test_tensors_that_fit_are_accepted():
+    assert accepted([spec(batch(), 8), spec(3, dtype="int64")], torch.zeros(5, 8), torch.arange(3))
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_wrong_number_of_tensors_is_told_with_all_the_inputs(count):
+    error = refused([spec(batch(), 8), spec(3, name="y", dtype="int64")], *[torch.zeros(5, 8)] * count)
+    assert parts(error) == ("", "2 tensor inputs", f"{count}")
+    assert error.hint == "The inputs are x: float32[batch:1..64, 8], y: int64[3]."
+
+
+def test_what_is_no_tensor_is_told_with_its_value():
+    error = refused([spec(3)], [1.0, 2.0, 3.0])
+    assert parts(error) == ("x", "a tensor float32[3]", "list [1.0, 2.0, 3.0]")
+    assert error.hint == "Wrap it with torch.tensor(...)."
+
+
+def test_a_subclass_of_tensor_is_refused():
+    class Wrapped(torch.Tensor):
+        pass
+
+    error = refused([spec(3)], torch.zeros(3).as_subclass(Wrapped))
+    assert parts(error) == ("x", "a plain torch.Tensor", "the subclass Wrapped")
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.Parameter, torch.nn.Buffer])
+def test_parameters_and_buffers_are_plain_enough(wrap):
+    assert accepted([spec(3)], wrap(torch.zeros(3)))
+
+
+def test_a_wrong_number_of_dimensions_is_told():
+    error = refused([spec(batch(), 8)], torch.zeros(5, 8, 1))
+    assert parts(error) == ("x", "2 dimensions, float32[batch:1..64, 8]", "3: shape (5, 8, 1)")
+
+
+def test_a_wrong_static_size_beside_dynamic_ones_is_told():
+    error = refused([spec(batch(), 8)], torch.zeros(5, 7))
+    assert parts(error) == ("x", "size 8 at dimension 1 of float32[batch:1..64, 8]", "7")
+
+
+def test_a_wrong_size_of_a_static_shape_is_told():
+    assert parts(refused([spec(2, 8)], torch.zeros(2, 7))) == (
+        "x",
+        "size 8 at dimension 1 of float32[2, 8]",
+        "7",
+    )
+
+
+@pytest.mark.parametrize("size", [1, 65])
+def test_a_size_out_of_range_is_told_with_the_range(size):
+    error = refused([spec(batch(2, 64), 8)], torch.zeros(size, 8))
+    assert parts(error) == ("x", "size 2 to 64 at dimension 0 of float32[batch:2..64, 8]", str(size))
+    assert error.hint.startswith("The range was fixed when the model was compiled")
+
+
+def test_a_size_below_an_open_range_is_told():
+    assert (
+        refused([spec(batch(2, None))], torch.zeros(1)).expected
+        == "size at least 2 at dimension 0 of float32[batch:2..]"
+    )
+
+
+@pytest.mark.parametrize("size", [2, 64])
+def test_the_bounds_of_a_range_belong_to_it(size):
+    assert accepted([spec(batch(2, 64))], torch.zeros(size))
+
+
+def test_zero_rows_are_accepted_where_the_range_has_them():
+    assert accepted([spec(batch(0), 8)], torch.zeros(0, 8))
+
+
+def test_a_size_without_an_upper_bound_may_be_huge():
+    assert accepted([spec(batch(0, None), 0)], torch.zeros(1 << 40, 0))
+
+
+def test_another_dtype_is_told_with_how_to_convert():
+    error = refused([spec(3)], torch.zeros(3, dtype=torch.float64))
+    assert parts(error) == ("x", "dtype float32", "float64")
+    assert error.hint == "Convert it with .to(torch.float32)."
+
+
+def test_a_sparse_tensor_is_refused():
+    error = refused([spec(3, 3)], torch.eye(3).to_sparse())
+    assert parts(error) == ("x", "a strided tensor", "layout torch.sparse_coo")
+
+
+def test_a_tensor_on_another_device_is_refused():
+    error = refused([spec(3)], torch.zeros(3, device="meta"))
+    assert parts(error) == ("x", "device cpu", "meta")
+    assert error.hint == "Move it with .to('cpu')."
+
+
+def test_a_tensor_on_the_processor_is_no_input_of_another_device():
+    assert parts(refused([spec(3, device="cuda:1")], torch.zeros(3))) == ("x", "device cuda:1", "cpu")
+
+
+def test_a_device_without_an_index_means_any_of_its_kind():
+    assert accepted([spec(3, device="meta")], torch.zeros(3, device="meta"))
+
+
+def test_a_tensor_that_is_not_contiguous_is_told_with_both_strides():
+    error = refused([spec(batch(), 8)], torch.zeros(8, 5).t())
+    assert parts(error) == ("x", "strides (8, 1)", "(1, 5)")
+    assert error.hint == "Pass .contiguous()."
+
+
+def test_every_second_row_is_not_contiguous():
+    assert refused([spec(2, 8)], torch.zeros(4, 8)[::2]).got == "(16, 1)"
+
+
+def test_an_expanded_tensor_is_not_contiguous():
+    assert refused([spec(2, 8)], torch.zeros(8).expand(2, 8)).got == "(0, 1)"
+
+
+def test_a_view_with_an_offset_is_as_good_as_any():
+    assert accepted([spec(2, 8)], torch.zeros(4, 8)[1:3])
+
+
+def test_a_lazily_conjugated_view_is_refused():
+    error = refused([spec(3, dtype="complex64")], torch.zeros(3, dtype=torch.complex64).conj())
+    assert parts(error) == ("x", "plain values", "a lazily negated or conjugated view")
+
+
+def test_a_lazily_negated_view_is_refused():
+    view = torch.zeros(3, dtype=torch.complex64).conj().imag
+    assert view.is_neg()
+    strided = TensorSpec("x", "float32", (3,))
+    assert refused([strided], view).expected == "plain values"
+
+
+def test_the_first_input_that_does_not_fit_is_named():
+    error = refused([spec(3, name=name) for name in "abc"], torch.zeros(3), torch.zeros(4), torch.zeros(5))
+    assert error.input == "b"
+
+
+def test_the_message_is_one_sentence_with_all_of_it():
+    error = refused([spec(batch(), 8)], torch.zeros(5, 7))
+    assert str(error) == (
+        "model 'm', input 'x': expected size 8 at dimension 1 of float32[batch:1..64, 8], got 7."
+    )
+
+
+def test_an_error_comes_through_a_process_boundary_whole():
+    error = refused([spec(3)], torch.zeros(4))
+    copy = pickle.loads(pickle.dumps(error))
+    assert (str(copy), parts(copy)) == (str(error), parts(error))
+
+
+# --- dynamic sizes --------------------------------------------------------------------------------------
+
+
+def test_inputs_that_share_a_symbol_agree():
+    specs = [spec(batch(), 2), spec(3, batch(), name="y")]
+    assert accepted(specs, torch.zeros(5, 2), torch.zeros(3, 5))
+    error = refused(specs, torch.zeros(5, 2), torch.zeros(3, 6))
+    assert parts(error) == ("y", "size 5 at dimension 1, as 'x' dimension 0 has it", "6")
+
+
+def test_one_input_may_have_a_symbol_twice():
+    assert accepted([spec(batch(), batch())], torch.zeros(5, 5))
+    assert refused([spec(batch(), batch())], torch.zeros(5, 6)).expected == (
+        "size 5 at dimension 1, as 'x' dimension 0 has it"
+    )
+
+
+def test_symbols_are_bound_anew_in_every_request():
+    check = InputCheck("m", [spec(batch()), spec(batch(), name="y")])
+    for size in (5, 6):
+        check([torch.zeros(size), torch.zeros(size)])
+    with pytest.raises(InputMismatchError):
+        check([torch.zeros(5), torch.zeros(6)])
+
+
+def test_a_derived_size_agrees_with_what_it_is_derived_from():
+    specs = [spec(batch()), spec(batch(0, None, scale=2, offset=1), name="y")]
+    assert accepted(specs, torch.zeros(5), torch.zeros(11))
+    error = refused(specs, torch.zeros(5), torch.zeros(13))
+    assert parts(error) == ("y", "size 11 at dimension 0, as 'x' dimension 0 has it", "13")
+
+
+def test_a_size_that_no_symbol_gives_is_refused():
+    error = refused([spec(batch(0, None, scale=2, offset=1))], torch.zeros(8))
+    assert parts(error) == ("x", "a size of the form 2*batch+1:0.. at dimension 0", "8")
+
+
+def test_a_size_whose_symbol_would_be_negative_is_refused():
+    specs = [spec(batch(0, None, offset=5)), spec(batch(0, None), name="y")]
+    error = refused(specs, torch.zeros(3), torch.zeros(7))
+    assert parts(error) == ("x", "a size of the form batch+5:0.. at dimension 0", "3")
+
+
+# --- layout ---------------------------------------------------------------------------------------------
+
+CHANNELS_LAST = (0, 2, 3, 1)
+
+
+def image(*shape):
+    return torch.zeros(shape).to(memory_format=torch.channels_last)
+
+
+def test_channels_last_is_accepted_where_it_was_compiled():
+    assert accepted([spec(batch(), 3, 4, 5, order=CHANNELS_LAST)], image(2, 3, 4, 5))
+
+
+def test_contiguous_is_refused_where_channels_last_was_compiled():
+    error = refused([spec(batch(), 3, 4, 5, order=CHANNELS_LAST)], torch.zeros(2, 3, 4, 5))
+    assert parts(error) == ("x", "strides (60, 1, 15, 3)", "(60, 20, 5, 1)")
+    assert error.hint == "Its dimensions must lie in the order (0, 2, 3, 1)."
+
+
+def test_channels_last_is_refused_where_contiguous_was_compiled():
+    assert refused([spec(batch(), 3, 4, 5)], image(2, 3, 4, 5)).expected == "strides (60, 20, 5, 1)"
+
+
+def test_where_the_order_is_unknown_any_will_do():
+    loose = TensorSpec("x", "float32", (batch(), 3, 4, 5))
+    assert accepted([loose], image(2, 3, 4, 5))
+    assert accepted([loose], torch.zeros(2, 3, 4, 5))
+
+
+def test_strides_of_sizes_of_one_do_not_matter():
+    strange = torch.zeros(100).as_strided((1, 3, 1, 5), (77, 1, 13, 3))
+    assert accepted([spec(batch(), 3, 1, 5, order=CHANNELS_LAST)], strange)
+    assert accepted([spec(1, 4)], torch.zeros(100).as_strided((1, 4), (7, 1)))
+
+
+def test_strides_of_an_empty_tensor_do_not_matter():
+    assert accepted([spec(batch(0), 3, 4, 5, order=CHANNELS_LAST)], torch.zeros(0, 3, 4, 5))
+    assert accepted([spec(batch(0), 3)], torch.zeros(3, 0).t())
+
+
+def test_a_scalar_fits_a_spec_without_dimensions():
+    assert accepted([spec()], torch.tensor(1.0))
+
+
+@pytest.mark.parametrize(
+    ("shape", "order", "strides"),
+    [
+        ((), (), ()),
+        ((2, 3, 4), (0, 1, 2), (12, 4, 1)),
+        ((2, 3, 4), (2, 1, 0), (1, 2, 6)),
+        ((2, 3, 4, 5), CHANNELS_LAST, (60, 1, 15, 3)),
+    ],
+)
+def test_dense_strides_follow_the_order(shape, order, strides):
+    assert dense_strides(shape, order) == strides
+
+
+@given(
+    st.lists(st.integers(0, 3), max_size=4).flatmap(
+        lambda s: st.tuples(st.just(s), st.permutations(range(len(s))))
+    )
+)
+def test_a_permuted_dense_tensor_lies_in_its_own_order(case):
+    shape, order = case
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    tensor = torch.zeros([shape[dim] for dim in order]).permute(inverse)
+    assert lies_in_order(tensor.shape, tensor.stride(), order)
+
+
+# --- specs that mean nothing ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (spec(3, dtype="floaty"), "'floaty' is no dtype"),
+        (spec(3, dtype="zeros"), "'zeros' is no dtype"),
+        (spec(3, device="toaster"), "'toaster' is no device"),
+        (spec(3, 4, order=(0, 2)), r"the order \(0, 2\) is not one of 2 dimensions"),
+        (spec(batch(scale=0)), "scale is at least 1"),
+    ],
+)
+def test_a_spec_that_means_nothing_is_refused_with_the_inputs_name(bad, words):
+    with pytest.raises(ConfigError, match=f"model 'm', input 'x': .*{words}"):
+        InputCheck("m", [bad])
+
+
+# --- against an oracle ----------------------------------------------------------------------------------
+
+
+def fits(specs, tensors):
+    """The rules again, as slow and plain as they can be said."""
+    bound = {}
+    for one, tensor in zip(specs, tensors, strict=True):
+        if f"torch.{one.dtype}" != str(tensor.dtype) or len(one.shape) != tensor.dim():
+            return False
+        for size, wanted in zip(tensor.shape, one.shape, strict=True):
+            if isinstance(wanted, int):
+                if size != wanted:
+                    return False
+                continue
+            roots = [n for n in range(size + 1) if wanted.scale * n + wanted.offset == size]
+            if not roots or size < wanted.min or (wanted.max is not None and size > wanted.max):
+                return False
+            if bound.setdefault(wanted.symbol, roots[0]) != roots[0]:
+                return False
+        if one.order is not None and not tensor.permute(one.order).is_contiguous():
+            return False
+    return True
+
+
+dims = st.one_of(
+    st.integers(0, 4),
+    st.builds(
+        DynamicDim,
+        st.sampled_from(["a", "b"]),
+        st.integers(0, 2),
+        st.one_of(st.none(), st.integers(2, 6)),
+        st.sampled_from([1, 1, 1, 2, 3]),
+        st.sampled_from([0, 0, 0, 1, 2]),
+    ),
+)
+
+
+@st.composite
+def tensor_specs(draw):
+    shape = tuple(draw(st.lists(dims, max_size=3)))
+    order = draw(
+        st.one_of(st.none(), st.just(tuple(range(len(shape)))), st.permutations(range(len(shape))).map(tuple))
+    )
+    return TensorSpec("x", draw(st.sampled_from(["float32", "float32", "int64"])), shape, "cpu", order)
+
+
+@st.composite
+def requests(draw):
+    """Specs, and tensors that fit them but for a few changes."""
+    specs = draw(st.lists(tensor_specs(), min_size=1, max_size=3))
+    symbols = {"a": draw(st.integers(0, 4)), "b": draw(st.integers(0, 4))}
+    tensors = []
+    for one in specs:
+        shape = [d if isinstance(d, int) else d.scale * symbols[d.symbol] + d.offset for d in one.shape]
+        order = one.order or tuple(range(len(shape)))
+        if draw(st.integers(0, 5)) == 0 and shape:
+            shape[draw(st.integers(0, len(shape) - 1))] = draw(st.integers(0, 7))
+        if draw(st.integers(0, 9)) == 0:
+            order = tuple(draw(st.permutations(order)))
+        if draw(st.integers(0, 9)) == 0:
+            shape, order = [*shape, 1], (*order, len(order))
+        dtype = torch.float64 if draw(st.integers(0, 9)) == 0 else getattr(torch, one.dtype)
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        tensors.append(torch.zeros([shape[dim] for dim in order], dtype=dtype).permute(inverse))
+    return specs, tensors
+
+
+@given(requests())
+def test_the_fast_check_agrees_with_the_plain_rules(request):
+    specs, tensors = request
+    try:
+        InputCheck("m", specs)(tensors)
+    except InputMismatchError:
+        assert not fits(specs, tensors)
+    else:
+        assert fits(specs, tensors)
+
+
+# --- only the number is known ---------------------------------------------------------------------------
+
+
+def refused_by_arity(*tensors):
+    with pytest.raises(InputMismatchError) as caught:
+        ArityCheck("m", 2, "cpu")(tensors)
+    return parts(caught.value)
+
+
+def test_without_specs_any_plain_tensors_are_accepted_if_their_number_is_right():
+    ArityCheck("m", 2, "cpu")([torch.zeros(3), torch.arange(4)])
+    assert refused_by_arity(torch.zeros(3)) == ("", "2 tensor inputs", "1")
+
+
+class Tagged(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("odd", "expected", "got"),
+    [
+        (torch.zeros(3).as_subclass(Tagged), "a plain torch.Tensor", "the subclass Tagged"),
+        (torch.eye(3).to_sparse(), "a strided tensor", "layout torch.sparse_coo"),
+        (torch.zeros(3, device="meta"), "device cpu", "meta"),
+        (torch.zeros(3, dtype=torch.complex64).conj(), "plain values", "a lazily negated or conjugated view"),
+    ],
+    ids=["subclass", "sparse", "device", "conjugated"],
+)
+def test_without_specs_a_tensor_that_native_code_would_misread_is_refused(odd, expected, got):
+    assert refused_by_arity(torch.zeros(3), odd) == ("input 1", expected, got)
