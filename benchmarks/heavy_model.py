@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import aoti_sched
@@ -35,10 +36,12 @@ def ensure_package() -> Path:
         key.update(source.read_bytes())
     path = CACHE / f"heavy-{key.hexdigest()[:16]}.pt2"
     if not path.exists():
-        making = path.with_name(f"making-{path.name}")  # whoever finds `path` finds all of it
-        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.heavy_model", str(making)]
-        subprocess.run(command, cwd=REPOSITORY, check=True)
-        making.replace(path)
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=CACHE) as folder:
+            making = Path(folder, path.name)
+            command = [sys.executable, "-W", "ignore", "-m", "benchmarks.heavy_model", str(making)]
+            subprocess.run(command, cwd=REPOSITORY, check=True)
+            making.replace(path)  # whole, or not at all
     return path
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ def trained_namer() -> Namer:
         rgb = (shades[right] + 0.08 * torch.randn(64, 3)).clamp(0, 1)
         loss = nn.functional.cross_entropy(namer(rgb), right)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return namer.eval()
 
@@ -98,9 +99,11 @@ def made_once(name: str, compile_to: Callable[[Path], None]) -> Path:
     package = CACHE / f"{name}.pt2"
     if not package.exists() or package.stat().st_mtime < max(file.stat().st_mtime for file in sources):
         print(f"Compiling {name}.pt2; that is done once and takes some seconds.", flush=True)
-        making = CACHE / f"making-{name}.pt2"
-        compile_to(making)
-        making.replace(package)  # whole, or not at all
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=CACHE) as folder:
+            making = Path(folder, package.name)
+            compile_to(making)
+            making.replace(package)  # whole, or not at all
     return package
 
 

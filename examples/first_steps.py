@@ -1,6 +1,6 @@
 """The first five minutes: compile a module, load it, await it, and see what else a runner can do.
 
-    python -m examples.first_steps
+python -m examples.first_steps
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ async def main(package: Path) -> None:
         print(f"lease       slot {lease.slot}: {shades}")
 
         stats = namer.stats
-        print(f"stats       {stats.completed} of {stats.submitted} done, {stats.run_seconds * 1e3:.2f} ms of work")
+        print(
+            f"stats       {stats.completed} of {stats.submitted} done, {stats.run_seconds * 1e3:.2f} ms of work"
+        )
     # Leaving the block finishes what was accepted and frees the models.
 
 

@@ -1,6 +1,6 @@
 """The models in a file: `scheduler.toml` says what is loaded and how, the code only uses it.
 
-    python -m examples.from_config
+python -m examples.from_config
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ async def main() -> None:
         for runner in scheduler.runners.values():
             info = runner.info
             inputs = ", ".join(str(spec) for spec in info.inputs)
-            print(f"{runner.name:<6} {info.instances} instance(s) of {info.threads} thread(s), takes {inputs}")
+            print(
+                f"{runner.name:<6} {info.instances} instance(s) of {info.threads} thread(s), takes {inputs}"
+            )
 
         eye, namer = scheduler.runners["eye"], scheduler.runners["namer"]
         for colour in COLOURS:

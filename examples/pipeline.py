@@ -1,6 +1,6 @@
 """A pipeline: each photo goes through one model and then another, many photos at once, with a short queue.
 
-    python -m examples.pipeline
+python -m examples.pipeline
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ async def main(eye_file: Path, namer_file: Path) -> None:
         items = [asyncio.create_task(colour_in(photo, eye, namer)) for photo in photos]
         await asyncio.sleep(0)  # every item has asked for the eye by now
         stats = eye.stats
-        print(f"eye        {stats.running} running, {stats.queued} queued, {stats.waiting} waiting at the gate")
+        print(
+            f"eye        {stats.running} running, {stats.queued} queued, {stats.waiting} waiting at the gate"
+        )
 
         # Somebody lost interest in the last photo. The others don't notice.
         items[-1].cancel()
@@ -51,7 +53,9 @@ async def main(eye_file: Path, namer_file: Path) -> None:
         print(f"the first  {', '.join(str(answer) for answer in answers[:5])}")
         for runner in (eye, namer):
             stats = runner.stats
-            print(f"{runner.name:<9}  {stats.completed} completed, {stats.cancelled} cancelled, {stats.failed} failed")
+            print(
+                f"{runner.name:<9}  {stats.completed} completed, {stats.cancelled} cancelled, {stats.failed} failed"
+            )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,116 @@
+"""Every example runs as its own first lines say, and prints what a reader should see."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+EXAMPLES = sorted(path for path in (REPOSITORY / "examples").iterdir() if path.suffix == ".py")
+
+# What each program prints, at least.
+PROGRAMS = {
+    "colours": ["eye.pt2", "namer.pt2"],
+    "first_steps": [
+        "namer(rgb) on cpu",
+        "run         ['red', 'blue']",
+        "urgent      ['yellow']",
+        "submit      ['green']",
+        "trace       lane ",
+        "bad input   model 'namer', input 'rgb': expected size 3 at dimension 1",
+        "[['black'], ['white']]",
+        "stats       6 of 6 done",
+    ],
+    "from_config": [
+        "eye    2 instance(s) of 1 thread(s), takes float32[batch:1..16, 3, 64, 64]",
+        "a photo of something orange is called orange",
+        "a photo of something purple is called purple",
+    ],
+    "pipeline": [
+        "1 running, 8 queued",
+        "199 of 200 named correctly, 1 cancelled",
+        "eye        199 completed, 1 cancelled, 0 failed",
+        "namer      199 completed, 0 cancelled, 0 failed",
+    ],
+}
+
+
+def run(*arguments: str) -> str:
+    ran = subprocess.run(
+        [sys.executable, *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_example_runs_and_prints_what_it_should(program):
+    printed = run("-m", f"examples.{program}")
+    for piece in PROGRAMS[program]:
+        assert piece in printed
+
+
+def test_testing_your_app_passes_its_own_tests():
+    path = "examples/testing_your_app.py"
+    written = (REPOSITORY / path).read_text().count("async def test_")
+    assert f"{written} passed" in run("-m", "pytest", "-p", "no:cacheprovider", path)
+
+
+@pytest.fixture
+def web_app():
+    """The address of the web application, served by a process of its own."""
+    command = [sys.executable, "-u", "-m", "examples.web_app", "--port", "0"]
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as server:
+        try:
+            yield _address(server)
+            server.send_signal(signal.SIGINT)
+            rest = server.communicate(timeout=60)[0]
+            assert server.returncode == 0, rest
+        finally:
+            server.kill()
+
+
+def _address(server):
+    printed = []
+    for line in server.stdout:
+        printed.append(line)
+        if found := re.search(r"running on (http://[\d.:]+)", line):
+            return found[1]
+    raise AssertionError("the server did not start:\n" + "".join(printed))
+
+
+def test_web_app_names_colours_and_explains_a_question_that_does_not_fit(web_app):
+    def ask(question):
+        request = urllib.request.Request(f"{web_app}/name", json.dumps(question).encode())
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, json.load(error)
+
+    assert ask({"rgb": [[230, 30, 40], [20, 60, 220]]}) == (200, {"names": ["red", "blue"]})
+    status, answer = ask({"rgb": [[230, 30]]})
+    assert status == 422
+    assert "model 'namer', input 'rgb': expected size 3" in answer["error"]
+
+
+def test_every_example_has_a_test():
+    tests = " ".join(name for name in globals() if name.startswith("test_"))
+    untested = [path.name for path in EXAMPLES if path.stem not in PROGRAMS and path.stem not in tests]
+    assert not untested
+
+
+def test_the_readme_lists_every_example():
+    readme = (REPOSITORY / "examples" / "README.md").read_text()
+    assert not [path.name for path in EXAMPLES if f"`{path.name}`" not in readme]
