@@ -8,7 +8,7 @@ sentence that explains a fault is found by a slow twin. `ArityCheck` is all that
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aoti_sched.errors import ConfigError, InputMismatchError
 from aoti_sched.specs import DynamicDim, TensorSpec
@@ -40,6 +40,8 @@ class ArityCheck:
                 expected, got = "a plain torch.Tensor", f"the subclass {type(tensor).__name__}"
             elif tensor.layout is not self._strided:
                 expected, got = "a strided tensor", f"layout {tensor.layout}"
+            elif tensor.is_nested:
+                expected, got = "a strided tensor", "a nested tensor"
             elif tensor.device.type != self._device.type:
                 expected, got = f"device {self._device}", f"{tensor.device}"
             elif tensor.is_neg() or tensor.is_conj():
@@ -129,7 +131,9 @@ class InputCheck:
         plain = self._plain
         for tensor, plan in zip(tensors, self._plans):  # noqa: B905 -- lengths are equal, this is hot
             dtype, fixed, static, dynamic, rank, device, device_index, contiguous, order = plan
-            if type(tensor) not in plain:
+            if (
+                type(tensor) not in plain or tensor.is_nested
+            ):  # a nested one says that it is strided, and has no sizes
                 break
             shape = tensor.shape
             if fixed is not None:
@@ -219,7 +223,7 @@ class InputCheck:
                     "Call .resolve_neg().resolve_conj().",
                 )
 
-    def _explain_kind(self, spec: TensorSpec, tensor: object) -> None:
+    def _explain_kind(self, spec: TensorSpec, tensor: Any) -> None:
         if not isinstance(tensor, self._tensor):
             self._fail(
                 spec,
@@ -232,6 +236,8 @@ class InputCheck:
                 spec, "a plain torch.Tensor", f"the subclass {type(tensor).__name__}",
                 "Unwrap it, for example with .as_subclass(torch.Tensor) or torch.Tensor.detach.",
             )  # fmt: skip
+        if tensor.is_nested:
+            self._fail(spec, f"a tensor {spec}", "a nested tensor", "Pad it with .to_padded_tensor(...).")
 
     def _explain_size(
         self,
