@@ -12,7 +12,7 @@ from tests.queue.plain_model import LIVE
 from tests.queue.walks import Player, Walk
 
 STEPS = 60
-SEEDS = range(1600)
+SEEDS = range(2400)
 SHARES = 8  # tests to spread the walks over, so that a failure leaves the others to look at
 
 ORDERED = ("launch", "grant", "expire")

@@ -33,7 +33,7 @@ class Walk:
             self.leave,
             self.impossible,
         ]
-        weights = [50, 22, 8, 7, 7, draw.choice([0, 2, 4]), 1]
+        weights = [50, 22, 8, 7, 7, draw.choice([0, 3, 8]), 1]
         while len(self.facts) < steps:
             self.now += draw.choice([0, 0, 0.125, 0.5, 2])
             fact = draw.choices(kinds, weights)[0]()
@@ -66,7 +66,7 @@ class Walk:
         else:
             source, holds = ("runner", draw.randrange(len(model.runners))), draw.random() < 0.2
         deadline = self.now + draw.choice([-0.125, 0, 0.125, 0.5, 1, 3, 9]) if draw.random() < 0.5 else None
-        size, wait = draw.choice([0, 0, 5, 20, 35, 50]), draw.random() < 0.6
+        size, wait = draw.choice([0, 0, 5, 20, 40, 60]), draw.random() < 0.6
         return "submit", (
             self.now,
             len(model.jobs),
