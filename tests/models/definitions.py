@@ -193,6 +193,17 @@ def dtypes() -> Definition:
 
 
 @model
+def complex_numbers() -> Definition:
+    """Complex numbers, whose conjugate torch leaves to be computed later."""
+
+    class Parts(nn.Module):
+        def forward(self, z: Tensor) -> Tensor:
+            return torch.view_as_real(z) * 2
+
+    return Definition(Parts, (torch.randn(4, dtype=torch.complex64),))
+
+
+@model
 def scalars() -> Definition:
     """0-dim tensors go in and come out."""
 
