@@ -79,7 +79,7 @@ class BareModel:
         Raises:
             LoadError, MissingWeightsError: as `RawContainer.update` does.
         """
-        ready = self._container.prepared(tensors, full=True)
+        ready = self._container.prepared({**self._container.made_by_compiler(), **tensors}, full=True)
         update = self._library.function("AOTInductorModelUpdateConstantsMapV2")
         model = self._open()
         handles = handles_of([tensor for _, tensor in ready])

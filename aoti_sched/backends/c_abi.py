@@ -69,7 +69,6 @@ class Function(NamedTuple):
 
 _RUN = (Container, POINTER(Tensor), c_size_t, POINTER(Tensor), c_size_t, Stream, ProxyExecutor)
 _MAP = "its constants travel in a std::unordered_map, which only C++ can build"
-_TUPLE = "its inputs and outputs are std::tuples, which only C++ can build"
 
 _TABLE = (
     # Containers

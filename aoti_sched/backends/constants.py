@@ -86,22 +86,30 @@ def check(model: str, constant: Constant, tensor: torch.Tensor, device_type: str
         problem = f"wants {spec.dtype}, got {str(tensor.dtype).removeprefix('torch.')}"
     elif spec.shape is not None and tuple(tensor.shape) != spec.shape:
         problem = f"wants shape {spec.shape}, got {tuple(tensor.shape)}"
-    elif tensor.numel() * tensor.element_size() > constant.capacity:
-        problem = f"wants at most {constant.capacity} bytes, got {tensor.numel() * tensor.element_size()}"
     if problem:
         raise LoadError(f"{model}: constant {spec.fqn!r} {problem}")
 
 
-def laid_out(constant: Constant, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in the compiled strides, at offset 0 of a storage that holds nothing else: itself, or a copy."""
+def laid_out(model: str, constant: Constant, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in the compiled strides, at offset 0 of a storage that holds nothing else: itself, or a copy.
+
+    Raises LoadError when that is more than the runtime has room for.
+    """
     tensor = tensor.detach().resolve_conj().resolve_neg()
-    own_bytes = tensor.numel() * tensor.element_size()
     stride = tensor.stride() if constant.stride is None else constant.stride
-    if tensor.stride() == stride and tensor.untyped_storage().nbytes() == own_bytes:
-        return tensor
-    if constant.stride is None:
-        return tensor.clone()  # keeps the strides of a dense tensor
-    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    own_bytes = tensor.numel() * tensor.element_size()
+    if tensor.stride() != stride or tensor.untyped_storage().nbytes() != own_bytes:
+        if constant.stride is None:
+            tensor = tensor.clone()  # keeps the strides of a dense tensor
+        else:
+            copy = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
+            tensor = copy.copy_(tensor)
+    if tensor.untyped_storage().nbytes() > constant.capacity:
+        raise LoadError(
+            f"{model}: constant {constant.spec.fqn!r} wants at most {constant.capacity} bytes, "
+            f"got {tensor.untyped_storage().nbytes()}"
+        )
+    return tensor
 
 
 def _listed(names: object) -> str:

@@ -11,7 +11,9 @@ from collections.abc import Iterable
 from ctypes import POINTER, c_char_p, c_int32, c_void_p, py_object
 
 import torch
-from torch._C._aoti import alloc_tensor_by_stealing_from_void_ptr as _steal
+
+# Not the ones for a single tensor: torch 2.13's `alloc_tensor_by_stealing_from_void_ptr` leaks the handle.
+from torch._C._aoti import alloc_tensors_by_stealing_from_void_ptrs as _steal
 from torch._C._aoti import unsafe_alloc_void_ptrs_from_tensors as _handles
 
 from aoti_sched.backends.c_abi import libtorch
@@ -40,7 +42,11 @@ def handles_of(tensors: list[torch.Tensor]) -> list[int]:
 
 def tensors_of(handles: Iterable[int | None]) -> list[torch.Tensor | None]:
     """The tensors of handles that are ours, which are gone afterwards. Null is None: an output left out."""
-    return [None if handle is None else _steal(_capsule_of(handle, None, None)) for handle in handles]
+    slots = list(handles)
+    if None in slots:
+        present = iter(tensors_of([handle for handle in slots if handle is not None]))
+        return [None if handle is None else next(present) for handle in slots]
+    return list(_steal([_capsule_of(handle, None, None) for handle in slots]))
 
 
 def free(handles: Iterable[int | None]) -> None:
@@ -55,7 +61,8 @@ def borrowed(handle: int) -> torch.Tensor:
     own = c_void_p()
     if _new_handle(handle, ctypes.byref(own)) != 0:
         raise LoadError("torch could not take a reference to a model's constant")
-    return _steal(_capsule_of(own, None, None))
+    (tensor,) = _steal([_capsule_of(own, None, None)])
+    return tensor
 
 
 def _dtype_codes() -> dict[int, torch.dtype]:

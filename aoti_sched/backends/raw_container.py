@@ -62,8 +62,9 @@ class RawContainer:
         self._outputs = c_void_p * self.num_outputs
         self._run = library.function(_PREFIX + "Run")
         self._constants: tuple[Constant, ...] | None = None
-        # Which buffer holds every constant: active, inactive. Only the runtime knows of the first.
-        self._complete = [not self.missing_constants(), False]
+        # Which buffer holds every constant: active, inactive. At first only the runtime knows.
+        self._complete = [False, False]
+        self._complete[0] = not self.missing_constants()
 
     def close(self) -> None:
         """Free the container. No call may be going on. Closing twice does nothing."""
@@ -139,11 +140,12 @@ class RawContainer:
         Shapes and strides are known once the active buffer has values, where the model lets them be read.
         """
         if self._constants is None:
+            # Only a complete buffer's layouts can be trusted: what an update was refused for is still there.
+            known = dict(self._borrow(inactive=False)) if self._complete[0] and self._can_extract() else {}
             count = self._get(c_size_t, "GetNumConstants")
-            known = dict(self._borrow(inactive=False)) if count and self._can_extract() else {}
             constants = tuple(self._constant(index, known) for index in range(count))
-            if any(c.stride is None and not c.spec.folded for c in constants):
-                return constants  # to be asked again when there are values
+            if not self._complete[0]:
+                return constants
             self._constants = constants
         return self._constants
 
@@ -199,6 +201,7 @@ class RawContainer:
         """
         full = not self._complete[inactive]
         ready = self.prepared(tensors, full=full, device_type="cpu" if from_cpu else self.device_type)
+        ready += self._rest(ready, full=full, inactive=inactive)
         if user_managed:
             for constant, tensor in ready:
                 given = tensors.get(constant.spec.fqn, tensors.get(constant.spec.name))
@@ -224,32 +227,26 @@ class RawContainer:
                 free(handles)
         if status != 0:
             raise LoadError(f"{self.name}: {_PREFIX}{name} failed: {self.library.root_cause()}")
-        self._complete[inactive] = True
         self._verify_shapes(ready, inactive=inactive)
+        self._complete[inactive] = True
 
     def prepared(
         self, tensors: Mapping[str, torch.Tensor], *, full: bool, device_type: str = "cpu"
     ) -> list[tuple[Constant, torch.Tensor]]:
         """Tensors checked and laid out for the constants they are given for, copied where they must be.
 
-        With `full`, what the compiler made and no state dict has is added from the active buffer.
-
         Raises:
             LoadError, MissingWeightsError: as `update` does.
         """
-        constants = self.constants
-        pairs = select(self.name, constants, tensors, full=full)
+        pairs = select(self.name, self.constants, tensors, full=full)
         for constant, tensor in pairs:
             check(self.name, constant, tensor, device_type)
-        if full and self._can_extract():
-            given = {constant.spec.name for constant, _ in pairs}
-            active = dict(self._borrow(inactive=False))
-            pairs += [
-                (c, active[c.spec.fqn].clone())
-                for c in constants
-                if c.spec.type == "constant" and c.spec.name not in given and c.spec.fqn in active
-            ]
-        return [(constant, laid_out(constant, tensor)) for constant, tensor in pairs]
+        return [(constant, laid_out(self.name, constant, tensor)) for constant, tensor in pairs]
+
+    def made_by_compiler(self) -> dict[str, torch.Tensor]:
+        """Copies of the constants that no state dict has; they are the same in every set."""
+        made = {c.spec.fqn for c in self.constants if c.spec.type == "constant"}
+        return {name: tensor for name, tensor in self.extract().items() if name in made} if made else {}
 
     def update_from_blob(self, path: Path) -> None:
         """Load the weights of a model whose weights lie in a file of their own; once, before the first run.
@@ -346,6 +343,24 @@ class RawContainer:
     def _optional(self, kind: Any, name: str, index: int, *, default: Any) -> Any:
         return self._get(kind, name, index) if self.library.has(_PREFIX + name) else default
 
+    def _rest(
+        self, ready: list[tuple[Constant, torch.Tensor]], *, full: bool, inactive: bool
+    ) -> list[tuple[Constant, torch.Tensor]]:
+        """What must be written beside what is given.
+
+        The runtime copies buffers that an update of the inactive buffer leaves out from the active one, even
+        over those written before.
+        """
+        if not inactive or not self._can_extract():
+            return []
+        values = self.made_by_compiler() if full else self.extract(inactive=True)
+        given = {constant.spec.fqn for constant, _ in ready}
+        return [
+            (c, values[c.spec.fqn])
+            for c in self.constants
+            if c.spec.fqn in values and c.spec.fqn not in given
+        ]
+
     def _verify_shapes(self, pairs: list[tuple[Constant, torch.Tensor]], *, inactive: bool) -> None:
         # A model without weights keeps its shapes to itself until it has some.
         if all(constant.stride is not None for constant, _ in pairs) or not self._can_extract():
@@ -354,7 +369,6 @@ class RawContainer:
         for constant, tensor in pairs:
             shape = present[constant.spec.fqn]
             if shape != tuple(tensor.shape):
-                self._complete[inactive] = False
                 raise LoadError(
                     f"{self.name}: constant {constant.spec.fqn!r} wants shape {shape}, got {tuple(tensor.shape)}. "
                     "The buffer is unusable now; update it in full."

@@ -1,0 +1,81 @@
+"""Containers of compiled models, closed when the test is over; and processes that may die in a test's place."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from aoti_sched.backends.c_abi import Library
+from aoti_sched.backends.raw_container import RawContainer
+from tests.models import ROOT, build
+
+
+@pytest.fixture
+def load() -> Iterator[Callable[..., RawContainer]]:
+    """`load("mlp", instances=2)`: a container of a compiled model."""
+    opened = []
+
+    def open_container(name: str, instances: int = 1) -> RawContainer:
+        container = RawContainer(Library(build(name).library()), instances)
+        opened.append(container)
+        return container
+
+    yield open_container
+    for container in opened:
+        container.close()
+
+
+PRELUDE = """
+import ctypes, sys
+import torch
+from aoti_sched.backends.c_abi import ConstantEntry, Library
+from aoti_sched.backends.handles import handles_of
+from aoti_sched.backends.raw_container import RawContainer
+from aoti_sched.errors import *
+from tests.models import build
+
+def load(name):
+    return RawContainer(Library(build(name).library()))
+"""
+
+
+@pytest.fixture
+def in_own_process() -> Callable[[str], subprocess.CompletedProcess[str]]:
+    """Run lines of Python in a process of their own, with `load` and the C ABI at hand."""
+
+    def run(lines: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", PRELUDE + textwrap.dedent(lines)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+class _MallocInfo(ctypes.Structure):
+    # The last but two of ten sizes is what is handed out, the fifth what is mapped for large blocks.
+    _fields_ = tuple((f"field_{index}", ctypes.c_size_t) for index in range(10))
+
+
+def heap_bytes() -> int:
+    """Bytes that malloc has handed out and not got back, in the whole process."""
+    gc.collect()
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = _MallocInfo
+    info = mallinfo()
+    return int(info.field_7 + info.field_4)
+
+
+def owners(tensor: torch.Tensor) -> int:
+    """How many tensors and handles share a tensor's memory, on both sides of the C ABI."""
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
