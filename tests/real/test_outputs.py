@@ -21,7 +21,6 @@ from aoti_sched import (
 )
 from tests.models import BuiltModel, build
 
-
 # Three times over it adds up 960 products, and eager does so in another order.
 TOLERANCES = {"heavy": {"atol": 1e-4, "rtol": 1e-3}}
 
