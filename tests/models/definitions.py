@@ -501,6 +501,21 @@ def failing() -> Definition:
 
 
 @model
+def fails_on_zeros() -> Definition:
+    """Takes ids from 20 to 29 only, so that warming it up on zeros fails."""
+
+    class Offset(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(10, 4)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.embedding(ids - 20) * 2
+
+    return Definition(Offset, (torch.arange(20, 23),))
+
+
+@model
 def parallel() -> Definition:
     """Kernels of two threads: a reduction, and an embedding whose bad ids are found in a parallel region."""
 
