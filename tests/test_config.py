@@ -1,0 +1,273 @@
+"""Settings: TOML in, checked, each fault told with its place; a scheduler loads the models that a file names."""
+
+import re
+from pathlib import Path
+
+import msgspec
+import pytest
+import structlog
+
+from aoti_sched import Scheduler
+from aoti_sched.config import (
+    DeviceConfig,
+    Limits,
+    ModelConfig,
+    SchedulerConfig,
+    checked,
+    read_config,
+)
+from aoti_sched.errors import ConfigError, PackageNotFoundError, QueueFullError, RunnerClosedError
+from aoti_sched.testing import FakeBackend
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a configuration and return its path."""
+
+    def write(text):
+        file = tmp_path / "scheduler.toml"
+        file.write_text(text)
+        return file
+
+    return write
+
+
+# --- reading --------------------------------------------------------------------------------------------
+
+
+def test_an_empty_file_gives_the_defaults(write):
+    assert read_config(write("")) == SchedulerConfig()
+
+
+def test_every_setting_is_read(write, tmp_path):
+    config = read_config(
+        write("""
+            cache_dir = "/var/cache/models"
+            log_requests = true
+
+            [devices.cpu]
+            lanes = 2
+            limits = { jobs = 2048, bytes = 268435456 }
+
+            [models.encoder]
+            path = "encoder.pt2"
+            model_name = "small"
+            device = "cpu"
+            instances = 2
+            threads = 3
+            overflow = "wait"
+            limits = { jobs = 5 }
+            timeout = 0.5
+            warmup = false
+            sha256 = "abc"
+        """)
+    )
+    assert config == SchedulerConfig(
+        cache_dir="/var/cache/models",
+        log_requests=True,
+        devices={"cpu": DeviceConfig(lanes=2, limits=Limits(2048, 268435456))},
+        models={
+            "encoder": ModelConfig(
+                path=str(tmp_path / "encoder.pt2"),
+                model_name="small",
+                device="cpu",
+                instances=2,
+                threads=3,
+                overflow="wait",
+                limits=Limits(5),
+                timeout=0.5,
+                warmup=False,
+                sha256="abc",
+            )
+        },
+    )
+
+
+def test_the_example_in_the_documentation_is_valid(write):
+    import aoti_sched.config
+
+    example = aoti_sched.config.__doc__.partition("[devices.cpu]")
+    assert set(read_config(write(example[1] + example[2])).models) == {"encoder"}
+
+
+def test_paths_are_relative_to_the_file_and_not_to_the_process(tmp_path, monkeypatch):
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "scheduler.toml").write_text('[models.m]\npath = "../models/m.pt2"\n')
+    monkeypatch.chdir(tmp_path)
+    path = Path(read_config("conf/scheduler.toml").models["m"].path)
+    assert path == Path("conf/../models/m.pt2")
+
+
+def test_absolute_paths_are_left_alone(write):
+    assert read_config(write('[models.m]\npath = "/srv/m.pt2"\n')).models["m"].path == "/srv/m.pt2"
+
+
+def test_whole_seconds_may_be_written_without_a_point(write):
+    timeout = read_config(write('[models.m]\npath = "m.pt2"\ntimeout = 2\n')).models["m"].timeout
+    assert timeout == 2.0
+
+
+def test_a_device_bounds_its_queue_even_when_nothing_is_said(write):
+    assert read_config(write("[devices.cpu]\n")).devices["cpu"].limits == Limits(jobs=4096, bytes=None)
+
+
+def test_a_configuration_crosses_a_wire(write):
+    config = read_config(write('[models.m]\npath = "m.pt2"\n[devices.cpu]\nlanes = 2\n'))
+    assert msgspec.json.decode(msgspec.json.encode(config), type=SchedulerConfig) == config
+
+
+# --- faults ---------------------------------------------------------------------------------------------
+
+FAULTS = {
+    "an unknown setting": ("lanes = 2", "Object contains unknown field `lanes`"),
+    "a wrong type": ('log_requests = "yes"', "log_requests: Expected `bool`, got `str`"),
+    "a section of the wrong type": ("models = 3", "models: Expected `object`, got `int`"),
+    "an entry of the wrong type": ("[models]\nm = 3", "models.m: Expected `object`, got `int`"),
+    "an unknown setting of a model": (
+        '[models.m]\npath = "m"\nlane = 1',
+        "models.m: Object contains unknown field `lane`",
+    ),
+    "a missing path": ("[models.m]\ninstances = 2", "models.m: Object missing required field `path`"),
+    "no instances": ('[models.m]\npath = "m"\ninstances = 0', "models.m.instances: Expected `int` >= 1"),
+    "no threads": ('[models.m]\npath = "m"\nthreads = 0', "models.m.threads: Expected `int` >= 1"),
+    "a timeout of nothing": (
+        '[models.m]\npath = "m"\ntimeout = 0.0',
+        "models.m.timeout: Expected `float` > 0.0",
+    ),
+    "a timeout that is no number": (
+        '[models.m]\npath = "m"\ntimeout = nan',
+        "models.m.timeout: Expected `float` > 0.0",
+    ),
+    "an unknown overflow": (
+        '[models.m]\npath = "m"\noverflow = "drop"',
+        "models.m.overflow: Invalid enum value 'drop'",
+    ),
+    "a bound out of range": (
+        '[models.m]\npath = "m"\nlimits = { jobs = 0 }',
+        "models.m.limits.jobs: Expected `int` >= 1",
+    ),
+    "a bound of the wrong type": (
+        '[devices.cpu]\nlimits = { bytes = "1MB" }',
+        "devices.cpu.limits.bytes: Expected `int | null`, got `str`",
+    ),
+    "no lanes": ("[devices.cpu]\nlanes = 0", "devices.cpu.lanes: Expected `int` >= 1"),
+    "an unknown setting of a device": (
+        "[devices.cpu]\ncores = 2",
+        "devices.cpu: Object contains unknown field `cores`",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "words"), FAULTS.values(), ids=FAULTS)
+def test_a_fault_is_told_with_the_file_and_its_place(write, text, words):
+    file = write(text)
+    with pytest.raises(ConfigError, match=f"^{re.escape(f'{file}: {words}')}"):
+        read_config(file)
+
+
+def test_among_several_models_the_one_at_fault_is_named(write):
+    file = write('[models.good]\npath = "a"\n[models.bad]\npath = 3\n[models.fine]\npath = "b"\n')
+    with pytest.raises(ConfigError, match=r"models\.bad\.path: Expected `str`, got `int`"):
+        read_config(file)
+
+
+@pytest.mark.parametrize("content", [b"[models", b"a = ", b"a = 1\na = 2", b"\xff\xfe", b"\x00"])
+def test_a_file_that_is_no_toml_is_named(tmp_path, content):
+    file = tmp_path / "scheduler.toml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(file))}: "):
+        read_config(file)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    file = tmp_path / "nothing.toml"
+    with pytest.raises(
+        ConfigError, match=f"{re.escape(str(file))}: the configuration can't be read: No such file"
+    ):
+        read_config(file)
+
+
+def test_a_directory_is_no_configuration(tmp_path):
+    with pytest.raises(ConfigError, match="the configuration can't be read: Is a directory"):
+        read_config(tmp_path)
+
+
+def test_settings_given_in_code_are_checked_like_those_of_a_file():
+    with pytest.raises(ConfigError, match=r"load\('m.pt2'\): Expected `int` >= 1 - at `\$.instances`"):
+        checked(ModelConfig(path="m.pt2", instances=0))
+
+
+def test_valid_settings_given_in_code_are_left_as_they_are():
+    settings = ModelConfig(path="m.pt2", timeout=0.5, limits=Limits(7, 8))
+    assert checked(settings) == settings
+
+
+# --- a scheduler from a file ----------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def quiet_logs():
+    with structlog.testing.capture_logs() as logs:
+        yield logs
+
+
+TWO_MODELS = """
+    [devices.cpu]
+    lanes = 3
+
+    [models.encoder]
+    path = "encoder.pt2"
+    timeout = 7.0
+
+    [models.ranker]
+    path = "ranker-v2.pt2"
+    limits = { jobs = 1 }
+"""
+
+
+def backend(**options):
+    return FakeBackend({"encoder": len, "ranker": sorted}, **options)
+
+
+async def test_a_schedulers_models_are_loaded_on_entry_under_their_names(write):
+    fake = backend(auto=True)
+    async with Scheduler(read_config(write(TWO_MODELS)), devices={"cpu": fake}) as scheduler:
+        assert list(scheduler.runners) == ["encoder", "ranker"]
+        assert await scheduler.runners["encoder"].run("abc") == 3
+        assert await scheduler.runners["ranker"].run("cab") == ["a", "b", "c"]
+
+
+async def test_a_device_gets_the_lanes_of_the_file(write):
+    async with Scheduler(read_config(write(TWO_MODELS)), devices={"cpu": backend()}) as scheduler:
+        assert scheduler.stats().devices["cpu"].lanes == 3
+
+
+async def test_a_runner_gets_the_bounds_of_the_file(write):
+    fake = backend(lanes=1)
+    async with Scheduler(read_config(write(TWO_MODELS)), devices={"cpu": fake}) as scheduler:
+        ranker = scheduler.runners["ranker"]
+        futures = [ranker.submit("a"), ranker.submit("b")]  # one runs, one is queued: that is the bound
+        with pytest.raises(QueueFullError):
+            ranker.submit("c")
+        fake.finish_all()
+        assert [await future for future in futures] == [["a"], ["b"]]
+
+
+async def test_a_model_that_is_not_there_stops_the_entry_and_frees_the_others(write):
+    fake = FakeBackend({"encoder": len})
+    scheduler = Scheduler(read_config(write(TWO_MODELS)), devices={"cpu": fake})
+    with pytest.raises(PackageNotFoundError, match="no model 'ranker'"):
+        await scheduler.__aenter__()
+    assert [container.closed for container in fake.containers] == [True]
+    with pytest.raises(RunnerClosedError):
+        await scheduler.load("encoder.pt2")
+
+
+async def test_a_scheduler_is_made_from_a_file(write):
+    async with Scheduler.from_config(write("[devices.cpu]\nlanes = 1\n")) as scheduler:
+        assert scheduler.runners == {}
+
+
+def test_a_scheduler_is_not_made_from_a_faulty_file(write):
+    with pytest.raises(ConfigError, match="unknown field `model`"):
+        Scheduler.from_config(write("[model.encoder]\n"))
