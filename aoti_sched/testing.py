@@ -302,6 +302,7 @@ async def fake_scheduler(backend: FakeBackend, clock: Clock | None = None) -> As
             yield scheduler
         finally:
             closing = asyncio.ensure_future(scheduler.terminate())
+            await settle()  # what is queued has failed now, and will not follow on what finishes
             backend.finish_all()
             await closing
 
