@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,13 +79,16 @@ def compile_package(
     if threads < 1:
         raise CompileError(f"threads={threads}: at least one thread runs a model")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        # torch warns itself, of its own pytree; nothing a caller could mend
+        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
         try:
             program = torch.export.export(
                 module, example_inputs, kwargs=example_kwargs or {}, dynamic_shapes=dynamic
             )
         except Exception as error:  # torch.export raises many kinds; each becomes one sentence with its cause
-            raise CompileError(f"{type(module).__name__} could not be exported: {error}") from error
+            advice = _advice(error, example_inputs, example_kwargs)
+            raise CompileError(f"{type(module).__name__} could not be exported: {error}{advice}") from error
         spec = describe(program, batch_dim=batch_dim, threads=threads, freeze=freeze)
         _check_examples(spec)
         if freeze and spec.mutates_buffers:
@@ -95,6 +99,8 @@ def compile_package(
         inductor = {
             "cpp.threads": threads,
             "freezing": freeze,
+            # Else constants of up to 8 elements (a small bias) would become code, and no update could reach them.
+            "always_keep_tensor_constants": not freeze,
             # Inductor takes a buffer of one value (a counter, say) for that value even where the module writes to it.
             "joint_graph_constant_folding": not spec.mutates_buffers,
             "aot_inductor.metadata": {**(metadata or {}), **spec_to_metadata(spec)},
@@ -107,6 +113,16 @@ def compile_package(
         except Exception as error:
             raise CompileError(f"{type(module).__name__} could not be compiled: {error}") from error
     return target
+
+
+def _advice(error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> str:
+    """What to say about the commonest mistake of all: an example of one row in a dynamic dimension."""
+    from torch.utils import _pytree as pytree
+
+    sizes = [size for leaf in pytree.tree_leaves((args, kwargs)) for size in getattr(leaf, "shape", ())]
+    if "specialized" in str(error) and 1 in sizes:
+        return "\nAn example has size 1, which torch.export takes for a constant: give at least 2 in a dynamic dimension."
+    return ""
 
 
 def describe(

@@ -127,7 +127,7 @@ class Dispatcher:
         return RunnerStats(
             name=runner.name,
             phase=runner.phase.name,
-            waiting=len(runner.gate),
+            waiting=len(runner.gate) + sum(len(lease.gate) for lease in runner.leases.values()),
             queued=runner.load.jobs,
             queued_bytes=runner.load.bytes,
             running=busy - sum(len(lease.free) for lease in runner.leases.values()),

@@ -93,16 +93,19 @@ class Calls:
             raise RunnerClosedError(f"runner {self._runner.name!r}: its event loop is closed")
         return asyncio.run_coroutine_threadsafe(self.run(*args, **kwargs), loop).result()
 
-    def options(self, *, priority: Priority | None = None, timeout: float | None = None) -> Self:
-        """A light view whose requests have this priority and timeout (seconds); what is not given stays."""
+    def options(
+        self, *, priority: Priority | None = None, timeout: float | msgspec.UnsetType | None = msgspec.UNSET
+    ) -> Self:
+        """A light view whose requests have this priority and timeout (seconds; None for no timeout).
+
+        What is not given stays as it is here.
+        """
         old = self._options
-        if timeout is not None and not timeout >= 0:
+        if timeout is msgspec.UNSET:
+            timeout = old.timeout
+        elif timeout is not None and not timeout >= 0:
             raise ValueError(f"timeout={timeout}: seconds, not negative")
-        options = Options(
-            old.priority if priority is None else Priority(priority),
-            old.timeout if timeout is None else timeout,
-        )
-        return self._with(options)
+        return self._with(Options(old.priority if priority is None else Priority(priority), timeout))
 
     def _with(self, options: Options) -> Self:
         return type(self)(self._runner, self._source, options)
@@ -182,7 +185,6 @@ class Runner(RunnerView):
         """What this runner is: specs and their source, runtime, instances, notes worth reading."""
         return msgspec.structs.replace(self._info, epoch=self.epoch)
 
-    @property
     def stats(self) -> RunnerStats:
         """Its numbers now and since its load."""
         return self.dispatcher.runner_stats(self.state)

@@ -367,4 +367,4 @@ def _look_at(outcome: asyncio.Future[Any]) -> None:
 
 
 def _log_slow_close(runner: Runner) -> None:
-    log.warning("closing waits for runs or leases", runner=runner.name, stats=runner.stats)
+    log.warning("closing waits for runs or leases", runner=runner.name, stats=runner.stats())

@@ -6,6 +6,7 @@ values: they cross a wire, and holding one holds nothing of the scheduler.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import msgspec
@@ -13,7 +14,9 @@ import structlog
 
 from aoti_sched.specs import BatchDim, ConstantSpec, LeafSpec, SpecSource
 
-log: Any = structlog.get_logger("aoti_sched")
+log: Any = structlog.wrap_logger(logging.getLogger("aoti_sched"))
+"""Events go through the application's structlog processors to the standard logger `aoti_sched`: unless either is
+configured, warnings are seen on stderr and the rest is silent, as is decent for a library."""
 
 
 class RunnerInfo(msgspec.Struct, frozen=True, kw_only=True):

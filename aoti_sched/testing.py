@@ -249,10 +249,13 @@ class FakeBackend:
         return len(self._executor.pending) if self._executor is not None else 0
 
     async def step(self, error: BaseException | None = None) -> None:
-        """Finish the oldest run, with its function's result or with `error`, and let its awaiters see it."""
-        if self._executor is None or not self._executor.pending:
-            raise LookupError("nothing runs; await backend.queued(1) first")
-        self._executor.step(error)
+        """Finish the oldest run, with its function's result or with `error`, and let its awaiters see it.
+
+        If nothing runs yet, other tasks go on until something does, as with `queued(1)`.
+        """
+        await self.queued(1)
+        if self._executor is not None:
+            self._executor.step(error)
         await settle()
 
     def finish_all(self) -> None:

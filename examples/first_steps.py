@@ -58,7 +58,7 @@ async def main(package: Path) -> None:
             shades = [names(await lease.run(torch.full((1, 3), grey))) for grey in (0.0, 1.0)]
         print(f"lease       slot {lease.slot}: {shades}")
 
-        stats = namer.stats
+        stats = namer.stats()
         print(
             f"stats       {stats.completed} of {stats.submitted} done, {stats.run_seconds * 1e3:.2f} ms of work"
         )

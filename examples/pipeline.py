@@ -39,7 +39,7 @@ async def main(eye_file: Path, namer_file: Path) -> None:
 
         items = [asyncio.create_task(colour_in(photo, eye, namer)) for photo in photos]
         await asyncio.sleep(0)  # every item has asked for the eye by now
-        stats = eye.stats
+        stats = eye.stats()
         print(
             f"eye        {stats.running} running, {stats.queued} queued, {stats.waiting} waiting at the gate"
         )
@@ -52,7 +52,7 @@ async def main(eye_file: Path, namer_file: Path) -> None:
         print(f"photos     {right} of {PHOTOS} named correctly, {cancelled} cancelled")
         print(f"the first  {', '.join(str(answer) for answer in answers[:5])}")
         for runner in (eye, namer):
-            stats = runner.stats
+            stats = runner.stats()
             print(
                 f"{runner.name:<9}  {stats.completed} completed, {stats.cancelled} cancelled, {stats.failed} failed"
             )

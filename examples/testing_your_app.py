@@ -93,7 +93,7 @@ async def test_a_reader_who_leaves_frees_the_place_in_the_queue(
     await aoti_backend.queued(1)
     waiting.cancel()
     await asyncio.wait([waiting])
-    assert judge.stats.queued == 0
-    assert judge.stats.cancelled == 1
+    assert judge.stats().queued == 0
+    assert judge.stats().cancelled == 1
     await aoti_backend.step()
     assert await running == "published"

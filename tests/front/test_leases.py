@@ -40,8 +40,8 @@ async def test_a_lease_holds_one_slot_for_several_runs(aoti_backend, runner):
             slots.add(future.trace.slot)
         assert slots == {lease.slot}
         assert lease.epoch == 1
-        assert runner.stats.held_leases == 1
-    assert (runner.stats.held_leases, runner.stats.free_slots) == (0, 2)
+        assert runner.stats().held_leases == 1
+    assert (runner.stats().held_leases, runner.stats().free_slots) == (0, 2)
 
 
 async def test_runs_of_one_lease_go_one_at_a_time(aoti_backend, runner):
@@ -70,7 +70,7 @@ async def test_a_lease_is_released_by_an_error_and_twice_is_fine(runner):
         async with runner.lease() as lease:
             raise ValueError("mine")
     lease.release()
-    assert runner.stats.free_slots == 2
+    assert runner.stats().free_slots == 2
 
 
 async def test_a_released_lease_says_so(runner):
@@ -83,10 +83,10 @@ async def test_a_released_lease_says_so(runner):
 async def test_a_lease_released_while_it_runs_goes_home_after_the_run(aoti_backend, runner):
     async with runner.lease() as lease:
         future = lease.submit(1)
-    assert runner.stats.held_leases == 1
+    assert runner.stats().held_leases == 1
     await aoti_backend.step()
     assert await future == 2
-    assert (runner.stats.held_leases, runner.stats.free_slots) == (0, 2)
+    assert (runner.stats().held_leases, runner.stats().free_slots) == (0, 2)
 
 
 async def test_a_lease_request_can_time_out(aoti_clock, aoti_backend, runner):
@@ -109,7 +109,7 @@ async def test_cancelling_a_waiting_lease_request_leaves_nothing(aoti_backend, r
         await waiting
     for _ in running:
         await aoti_backend.step()
-    assert (runner.stats.held_leases, runner.stats.free_slots) == (0, 2)
+    assert (runner.stats().held_leases, runner.stats().free_slots) == (0, 2)
 
 
 async def test_a_lease_granted_in_the_moment_of_cancellation_goes_back(aoti_backend, runner):
@@ -119,10 +119,10 @@ async def test_a_lease_granted_in_the_moment_of_cancellation_goes_back(aoti_back
     aoti_backend._executor.step()  # the completion is there, the loop has not seen it
     asyncio.get_running_loop().call_soon(waiting.cancel)  # after the grant, before the task wakes up
     runner.dispatcher._collect()
-    assert runner.stats.held_leases == 1
+    assert runner.stats().held_leases == 1
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    assert runner.stats.held_leases == 0
+    assert runner.stats().held_leases == 0
     await aoti_backend.step()
     await asyncio.gather(*running)
 

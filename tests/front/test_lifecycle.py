@@ -246,8 +246,8 @@ async def test_stats_tell_of_every_device_and_runner(aoti_backend, aoti_schedule
     future, queued = runner.submit(1), runner.submit(2)
     device = aoti_scheduler.stats().devices["cpu"]
     assert (device.executor, device.lanes, device.busy_lanes, device.queued) == ("fake", 2, 1, 1)
-    assert device.runners["m"] == runner.stats
-    assert (runner.stats.running, runner.stats.queued, runner.stats.phase) == (1, 1, "OPEN")
+    assert device.runners["m"] == runner.stats()
+    assert (runner.stats().running, runner.stats().queued, runner.stats().phase) == (1, 1, "OPEN")
     assert runner.info.instances == 1
     future.cancel()
     queued.cancel()

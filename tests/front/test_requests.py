@@ -36,9 +36,9 @@ async def test_a_run_returns_what_the_model_returns(aoti_backend, aoti_scheduler
 async def test_submit_queues_at_once_and_run_only_when_awaited(aoti_backend, aoti_scheduler):
     runner = await load(aoti_scheduler, aoti_backend)
     coroutine = runner.run(1)
-    assert runner.stats.submitted == 0
+    assert runner.stats().submitted == 0
     future = runner.submit(2)
-    assert runner.stats.submitted == 1
+    assert runner.stats().submitted == 1
     coroutine.close()
     future.cancel()
 
@@ -102,7 +102,7 @@ async def test_a_running_request_expires_and_its_slot_comes_home_later(
     await aoti_backend.step()
     await aoti_backend.step()
     assert await after == 4
-    assert runner.stats.expired == 1
+    assert runner.stats().expired == 1
 
 
 async def test_a_timeout_of_zero_never_runs(aoti_backend, aoti_scheduler):
@@ -148,7 +148,7 @@ async def test_cancelling_the_awaiting_task_cancels_the_request(aoti_backend, ao
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert runner.stats.cancelled == 1
+    assert runner.stats().cancelled == 1
     await aoti_backend.step()
     assert await blocker == 0
 
@@ -168,7 +168,7 @@ async def test_wait_for_cancels_what_it_gives_up_on(aoti_backend, aoti_scheduler
     runner = await load(aoti_scheduler, aoti_backend)
     with pytest.raises(asyncio.TimeoutError):
         await asyncio.wait_for(runner.submit(1), timeout=0)
-    assert runner.stats.cancelled == 1
+    assert runner.stats().cancelled == 1
 
 
 async def test_a_failing_model_fails_its_own_request_only(aoti_backend, aoti_scheduler):
@@ -179,7 +179,7 @@ async def test_a_failing_model_fails_its_own_request_only(aoti_backend, aoti_sch
     with pytest.raises(ZeroDivisionError):
         await bad
     assert await good == 0.5
-    assert (runner.stats.failed, runner.stats.completed) == (1, 1)
+    assert (runner.stats().failed, runner.stats().completed) == (1, 1)
 
 
 async def test_a_full_queue_rejects_with_the_numbers(aoti_backend, aoti_scheduler):
@@ -197,7 +197,7 @@ async def test_a_full_queue_rejects_with_the_numbers(aoti_backend, aoti_schedule
 async def test_overflow_wait_holds_requests_until_there_is_room(aoti_backend, aoti_scheduler):
     runner = await load(aoti_scheduler, aoti_backend, limits=Limits(jobs=1), overflow="wait")
     futures = [runner.submit(i) for i in range(5)]
-    assert (runner.stats.running, runner.stats.queued, runner.stats.waiting) == (1, 1, 3)
+    assert (runner.stats().running, runner.stats().queued, runner.stats().waiting) == (1, 1, 3)
     for _ in futures:
         await aoti_backend.step()
     assert await asyncio.gather(*futures) == [0, 2, 4, 6, 8]

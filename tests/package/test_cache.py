@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from aoti_sched.package import cache as package_cache
 from aoti_sched.errors import PackageError
 from aoti_sched.package import Package, open_package
+from aoti_sched.package import cache as package_cache
 from aoti_sched.package.cache import default_cache_dir
 from tests.package.files import elf, write_package
 

@@ -12,8 +12,8 @@ from threading import Barrier
 
 import pytest
 
-from aoti_sched.package import cache as package_cache
 from aoti_sched.errors import PackageError
+from aoti_sched.package import cache as package_cache
 from aoti_sched.package import open_package
 from tests.package.files import elf, write_package
 

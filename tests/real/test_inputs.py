@@ -49,10 +49,10 @@ async def load(scheduler):
 
 async def refused(runner, *args, **kwargs) -> InputMismatchError:
     """The error of a bad call; afterwards nothing was queued, and a good call is answered rightly."""
-    submitted = runner.stats.submitted
+    submitted = runner.stats().submitted
     with pytest.raises(InputMismatchError) as caught:
         runner.submit(*args, **kwargs)
-    assert runner.stats.submitted == submitted
+    assert runner.stats().submitted == submitted
     built = build(runner.name)
     assert_close(await runner.run(*built.args, **built.kwargs), built.module()(*built.args, **built.kwargs))
     assert caught.value.model == runner.name
@@ -243,6 +243,6 @@ async def test_ten_thousand_refusals_leave_nothing_behind(load):
     assert len(gc.get_objects()) - objects < 10
     # 5,000 tensors of 65 rows are 10 MB; the allocator may keep some pages.
     assert psutil.Process().memory_info().rss - memory < 2 << 20
-    stats = runner.stats
+    stats = runner.stats()
     assert (stats.submitted, stats.queued, stats.queued_bytes, stats.running) == (0, 0, 0, 0)
     assert_close(await runner.run(*build("mlp").args), build("mlp").module()(*build("mlp").args))
