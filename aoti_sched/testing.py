@@ -128,6 +128,11 @@ class FakeContainer:
             out_spec="",
         )
 
+    c_run = None
+
+    def own(self, outputs: list[Any]) -> list[Any]:
+        return outputs
+
     def run_raw(self, inputs: Sequence[Any]) -> list[Any]:
         call: FakeCall = inputs[0]
         return [self.function(*call.args, **call.kwargs)]

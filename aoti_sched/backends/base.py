@@ -36,11 +36,32 @@ class ContainerInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Functions of the C ABI that this model lacks, because an older torch compiled it."""
 
 
+class CRun(msgspec.Struct, frozen=True, kw_only=True):
+    """How C runs a container: addresses of its functions, for lanes that never touch Python.
+
+    `name` is what errors call the model.
+    """
+
+    name: str
+    run: int
+    container: int
+    num_inputs: int
+    num_outputs: int
+    last_error: int = 0
+
+
 class Container(Protocol):
     """A loaded model: one set of constants and `info.instances` instances."""
 
     @property
     def info(self) -> ContainerInfo: ...
+
+    @property
+    def c_run(self) -> CRun | None:
+        """How C runs it; None where only `run_raw` can."""
+
+    def own(self, outputs: list[Any]) -> list[Any]:
+        """The same outputs, but copies of those that share memory with the weights."""
 
     def run_raw(self, inputs: Sequence[Any]) -> list[Any]:
         """Run once and wait. At most `info.instances` callers at a time; inputs are validated already.

@@ -231,6 +231,12 @@ class Library:
         self._functions[name] = function
         return function
 
+    def address(self, name: str) -> int:
+        """A function's address, for callers in C; 0 when this library lacks it."""
+        if not self.has(name):
+            return 0
+        return ctypes.cast(getattr(self._cdll, name), c_void_p).value or 0
+
     def call(self, name: str, *arguments: Any) -> None:
         """Call a function and raise LoadError, with the root cause in its text, when it fails."""
         if self.function(name)(*arguments) != 0:
@@ -245,19 +251,24 @@ class Library:
         return _without_backtrace((text.value or b"").decode(errors="replace"))
 
     def root_cause(self) -> str:
-        """Why the last call on this thread failed, in one text without a C++ backtrace.
+        """Why the last call on this thread failed, in one text without a C++ backtrace."""
+        return explain_failure(self.last_error(), _torch_last_error())
 
-        The runtime's own message is the cause itself, unless it only says that a call into torch failed;
-        then torch knows the cause. Torch's message may be an older one of the same thread, so it is only
-        asked when the runtime points to it or is silent.
-        """
-        own = self.last_error()
-        if own and "API call failed" not in own:
-            return own
-        cause = _torch_last_error()
-        if cause and own:
-            return f"{cause} (in {own.partition('(')[0]})"
-        return cause or own or "the runtime gave no reason; what it printed to stderr may tell"
+
+def explain_failure(own: str, torchs: str) -> str:
+    """One text for a failure, from the runtime's words and torch's, without a C++ backtrace.
+
+    The runtime's own message is the cause itself, unless it only says that a call into torch failed;
+    then torch knows the cause. Torch's message may be an older one of the same thread, so it only counts
+    when the runtime points to it or is silent.
+    """
+    own = _without_backtrace(own)
+    if own and "API call failed" not in own:
+        return own
+    cause = _without_backtrace(torchs)
+    if cause and own:
+        return f"{cause} (in {own.partition('(')[0]})"
+    return cause or own or "the runtime gave no reason; what it printed to stderr may tell"
 
 
 def _torch_last_error() -> str:

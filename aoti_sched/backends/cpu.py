@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ from typing import Any
 import msgspec
 import torch
 
-from aoti_sched.backends.base import ContainerInfo, Executor, Loaded, LoadRequest
+from aoti_sched.backends.base import ContainerInfo, CRun, Executor, Loaded, LoadRequest
 from aoti_sched.backends.c_abi import FUNCTIONS, Library, libtorch
+from aoti_sched.backends.executor import open_executor
 from aoti_sched.backends.raw_container import RawContainer
-from aoti_sched.backends.threads import ThreadsExecutor
 from aoti_sched.backends.torch_runner import TorchRunnerContainer
 from aoti_sched.backends.weights import load_weights
 from aoti_sched.errors import PlatformMismatchError
@@ -32,7 +33,7 @@ class CpuDevice:
         return available_cores()
 
     def open_executor(self, lanes: int) -> Executor:
-        return ThreadsExecutor(self.name, lanes, set_threads)
+        return open_executor(self.name, lanes, self.cores(), set_threads)
 
     def load(self, request: LoadRequest) -> Loaded:
         package = open_package(request.path, sha256=request.sha256)
@@ -80,7 +81,10 @@ class CpuContainer:
         load_weights(raw, extracted)
         if any(constant.spec.folded for constant in raw.constants):
             raw.fold(inactive=False)  # now, and not in the first request
-        self._constant_memory = raw.constant_memory()  # an output that lies there is a weight itself
+        self._c_run = raw.c_run()
+        self._constants_start: list[int] = []
+        self._constants_end: list[int] = []
+        self._remember(raw.constant_memory())  # an output that lies there is a weight itself
         self._info: ContainerInfo | None = None
 
     @property
@@ -100,13 +104,23 @@ class CpuContainer:
             )
         return self._info
 
-    def run_raw(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-        outputs = self._raw.run(inputs)
-        if self._constant_memory:
+    @property
+    def c_run(self) -> CRun:
+        return self._c_run
+
+    def own(self, outputs: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        starts = self._constants_start
+        if starts:
             for index, tensor in enumerate(outputs):
-                if tensor is not None and self._is_constant(tensor):
-                    outputs[index] = tensor.clone()
+                if tensor is not None:
+                    address = tensor.data_ptr()
+                    place = bisect_right(starts, address)
+                    if place and address < self._constants_end[place - 1]:
+                        outputs[index] = tensor.clone()
         return outputs
+
+    def run_raw(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        return self.own(self._raw.run(inputs))
 
     def warm_up(self, make_inputs: Callable[[], Sequence[torch.Tensor]]) -> None:
         """Also learns where folded constants lie: two results that live at once can only share those."""
@@ -120,15 +134,16 @@ class CpuContainer:
                     continue
                 start = new.data_ptr()
                 if start == old.data_ptr() and start not in own:
-                    self._constant_memory.append((start, start + new.numel() * new.element_size()))
+                    self._remember([(start, start + new.numel() * new.element_size())])
             before = now
 
     def close(self) -> None:
         self._raw.close()
 
-    def _is_constant(self, tensor: torch.Tensor) -> bool:
-        address = tensor.data_ptr()
-        return any(start <= address < end for start, end in self._constant_memory)
+    def _remember(self, memory: list[tuple[int, int]]) -> None:
+        both = sorted({*zip(self._constants_start, self._constants_end, strict=True), *memory})
+        self._constants_start = [start for start, _ in both]
+        self._constants_end = [end for _, end in both]
 
 
 def missing_functions(library: Library) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from aoti_sched.backends.base import CRun
 from aoti_sched.backends.c_abi import ConstantEntry, Library
 from aoti_sched.backends.constants import TYPES, Constant, check, laid_out, select
 from aoti_sched.backends.handles import DTYPES, borrowed, free, handles_of, tensors_of
@@ -90,6 +91,17 @@ class RawContainer:
             RunError: the model failed; the text is the root cause. The inputs are the caller's again.
         """
         return self._run_with(self._run, tensors, stream, proxy_executor)
+
+    def c_run(self) -> CRun:
+        """How C runs it, for lanes that never touch Python; they check nothing."""
+        return CRun(
+            name=self.name,
+            run=self.library.address(_PREFIX + "Run"),
+            container=self._open(),
+            num_inputs=self.num_inputs,
+            num_outputs=self.num_outputs,
+            last_error=self.library.address("AOTInductorGetLastError"),
+        )
 
     def run_single_threaded(
         self, tensors: Sequence[torch.Tensor], *, stream: int | None = None, proxy_executor: int | None = None

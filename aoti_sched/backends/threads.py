@@ -38,14 +38,26 @@ class ThreadsExecutor:
         lanes: How many.
         set_threads: Sets the calling thread's intra-op thread count; called on the lane's thread when a
             work asks for another count than the one before.
+        ring: Tells of completions in the place of a descriptor of its own.
     """
 
     kind = "threads"
 
-    def __init__(self, name: str, lanes: int, set_threads: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        lanes: int,
+        set_threads: Callable[[int], None],
+        *,
+        ring: Callable[[], None] | None = None,
+    ) -> None:
         self.lanes = lanes
         self._set_threads = set_threads
-        self._bell = Bell()
+        self._bell: Bell | None = None
+        if ring is None:
+            self._bell = Bell()
+            ring = self._bell.ring
+        self._ring = ring
         self._done: deque[Completion] = deque()
         self._inboxes: list[queue.SimpleQueue[Work | None]] = [queue.SimpleQueue() for _ in range(lanes)]
         self._threads = [
@@ -61,15 +73,16 @@ class ThreadsExecutor:
         self._inboxes[lane].put(work)
 
     def drain(self) -> list[Completion]:
-        self._bell.hush()
+        if self._bell is not None:
+            self._bell.hush()
         done = self._done
         completions = [done.popleft() for _ in range(min(len(done), DRAIN_LIMIT))]
         if done:
-            self._bell.ring()
+            self._ring()
         return completions
 
     def fileno(self) -> int:
-        return self._bell.fd
+        return self._bell.fd if self._bell is not None else -1
 
     def close(self) -> None:
         if self._closed:
@@ -79,7 +92,8 @@ class ThreadsExecutor:
             inbox.put(None)
         for thread in self._threads:
             thread.join()
-        self._bell.close()
+        if self._bell is not None:
+            self._bell.close()
 
     def _serve(self, inbox: queue.SimpleQueue[Work | None]) -> None:
         threads = 0
@@ -99,4 +113,4 @@ class ThreadsExecutor:
             del work, outputs, error
             self._done.append(completion)
             del completion
-            self._bell.ring()
+            self._ring()

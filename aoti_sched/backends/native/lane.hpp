@@ -1,0 +1,130 @@
+// Lanes: native threads that run compiled models, one work at a time each, and never touch Python.
+//
+// Nothing here knows torch or Python. Models, their errors and tensors arrive as function pointers and
+// handles, so one build serves every torch, and the tests drive it with a small C library.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace aoti {
+
+using Handle = void*;  // AtenTensorHandle
+
+// The C ABI of a model: AOTInductorModelContainerRun and AOTInductorGetLastError.
+using RunFunction = std::int32_t (*)(void* container, Handle* inputs, std::size_t num_inputs, Handle* outputs,
+                                     std::size_t num_outputs, void* stream, void* proxy_executor);
+using LastErrorFunction = std::int32_t (*)(const char** text);
+// Waits until the stream's device work is complete; 0 is success.
+using FenceFunction = std::int32_t (*)(void* argument);
+
+// What lanes need of torch. Each may be null but `delete_tensor`.
+struct Runtime {
+  std::int32_t (*delete_tensor)(Handle) = nullptr;
+  const char* (*root_cause)() = nullptr;  // torch_exception_get_what_without_backtrace
+  void (*set_omp_threads)(int) = nullptr;
+  int (*set_mkl_threads)(int) = nullptr;
+  int (*init_threads)() = nullptr;  // makes torch set the thread's count now, and not over ours later
+};
+
+// How one model is run; shared by all its works.
+struct Model {
+  RunFunction run = nullptr;
+  void* container = nullptr;
+  std::size_t num_inputs = 0;
+  std::size_t num_outputs = 0;
+  LastErrorFunction last_error = nullptr;
+  void* proxy_executor = nullptr;
+  int threads = 1;
+};
+
+struct Work {
+  std::uint64_t token = 0;
+  const Model* model = nullptr;
+  std::vector<Handle> inputs;  // owned by the work until the model steals them
+  void* stream = nullptr;
+  FenceFunction fence = nullptr;
+  void* fence_argument = nullptr;
+};
+
+struct Completion {
+  std::uint64_t token = 0;
+  std::int32_t status = 0;
+  std::vector<Handle> outputs;  // owned by whoever drains; null where the model left one out
+  std::string error;  // the runtime's own words for a failure
+  std::string cause;  // torch's, which may be about an earlier failure of the same thread
+  std::int64_t started = 0;   // nanoseconds of the monotonic clock
+  std::int64_t finished = 0;
+};
+
+// Runs a work on the calling thread. Every exception becomes a status; handles are never lost.
+Completion run_work(const Runtime& runtime, Work& work);
+
+// Makes a descriptor readable while completions wait.
+class Bell {
+ public:
+  Bell();
+  ~Bell();
+  Bell(const Bell&) = delete;
+  Bell& operator=(const Bell&) = delete;
+  void ring();
+  void hush();
+  int descriptor() const { return read_end_; }
+
+ private:
+  int read_end_ = -1;
+  int write_end_ = -1;
+};
+
+class Lanes {
+ public:
+  static constexpr std::size_t kDepth = 2;  // one running, one next
+
+  // `names` are the threads'; `affinities` a core for each lane, or negative. Throws std::system_error.
+  Lanes(Runtime runtime, std::vector<std::string> names, std::vector<int> affinities, int cores);
+  ~Lanes();
+  Lanes(const Lanes&) = delete;
+  Lanes& operator=(const Lanes&) = delete;
+
+  std::size_t count() const { return lanes_.size(); }
+  int descriptor() const { return bell_.descriptor(); }
+  const Runtime& runtime() const { return runtime_; }
+  void ring() { bell_.ring(); }
+
+  // False when the lane holds two works already, or is closed; the work is then untouched.
+  bool submit(std::size_t lane, Work& work);
+
+  // At most `limit` completions, oldest first; the bell stays rung while there are more.
+  std::vector<Completion> drain(std::size_t limit);
+
+  // Waits for what was submitted, then joins the threads. Closing twice does nothing.
+  void close();
+
+ private:
+  struct Lane;
+  void serve(Lane& lane);
+  bool wait_for_work(Lane& lane);
+  void finish(Completion&& completion);
+
+  Runtime runtime_;
+  int cores_;
+  std::atomic<int> awake_{0};  // lanes that run or spin
+  std::vector<std::unique_ptr<Lane>> lanes_;
+  std::mutex done_mutex_;
+  std::vector<Completion> done_;
+  std::size_t taken_ = 0;  // of done_
+  bool rung_ = false;      // guarded by done_mutex_
+  Bell bell_;
+  std::mutex close_mutex_;
+  bool closed_ = false;
+};
+
+}  // namespace aoti
