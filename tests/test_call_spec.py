@@ -239,6 +239,11 @@ def test_a_misfit_deep_inside_names_its_path(options, path, expected, got):
     assert (error.model, error.input, error.expected, error.got) == ("m", path, expected, got)
 
 
+def test_a_type_that_is_only_called_like_a_builtin_one_is_refused():
+    impostor = type("dict", (dict,), {})
+    assert refused(nested(), torch.zeros(()), impostor(k=1), scale=torch.zeros(())).input == "options"
+
+
 def test_a_misfit_of_an_argument_without_a_name_gives_its_place():
     a = torch.zeros(())
     assert refused(call_spec((a, [a])), a, (a,)).input == "args[1]"
