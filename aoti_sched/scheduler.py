@@ -70,6 +70,7 @@ class Scheduler:
         self._runners: dict[str, Runner] = {}
         self._names: set[str] = set()  # of runners, those still loading included
         self._closing: dict[str, asyncio.Future[None]] = {}
+        self._all_closed: asyncio.Future[None] | None = None
         self._tasks: TaskGroup | None = None
         self._closed = False
 
@@ -110,11 +111,12 @@ class Scheduler:
     ) -> None:
         if self._tasks is None:
             return
-        try:
-            await self._close_all(terminate=kind is not None)
-        finally:
-            self._leaving.set()
-            await asyncio.shield(self._house)
+        with anyio.CancelScope(shield=True):  # anyio would cancel each wait in here anew
+            try:
+                await self._close_all(terminate=kind is not None)
+            finally:
+                self._leaving.set()
+                await asyncio.shield(self._house)
 
     async def _keep_house(self, ready: asyncio.Event) -> None:
         """The task that owns the task group, so that a scheduler may be entered in one task and left in another."""
@@ -231,6 +233,8 @@ class Scheduler:
             runner = await self._housekeep(work)
         except asyncio.CancelledError:
             wanted = False  # the load goes on in its thread; what it brings is freed there
+            if name in self._runners:  # it had just succeeded
+                await self._close_runner(self._runners[name], terminate=True)
             raise
         finally:
             if name not in self._runners:
@@ -313,8 +317,6 @@ class Scheduler:
         await asyncio.shield(closing)
 
     async def _close_all(self, *, terminate: bool) -> None:
-        if self._closed and not self._runners:
-            return
         self._closed = True
 
         async def work() -> None:
@@ -327,7 +329,12 @@ class Scheduler:
             if faults:
                 raise faults[0]
 
-        await self._housekeep(work)
+        if self._all_closed is None:
+            self._all_closed = self._start(work)
+        elif terminate:  # whoever closes already has less to wait for
+            for runner in list(self._runners.values()):
+                runner.dispatcher.drain(runner.state, terminate=True)
+        await asyncio.shield(self._all_closed)
 
     # --- housekeeping --------------------------------------------------------------------------------
 
