@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 
 from aoti_sched import Scheduler
 
@@ -23,6 +24,13 @@ def extracted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AOTI_SCHED_CACHE", str(directory))
         yield directory
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """Tests that fail ten thousand runs on purpose need not read of each."""
+    with structlog.testing.capture_logs():
+        yield
 
 
 @pytest.fixture
