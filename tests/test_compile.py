@@ -223,6 +223,7 @@ NO_BATCH = {
         (torch.zeros(3), torch.zeros(4)),
         ({0: BATCH}, {0: Dim("other", min=1, max=8)}),
     ),
+    "a size that is one more": (double, (torch.zeros(4),), ({0: Dim("n", min=1, max=8) + 1},)),
     "its size as an output": (lambda x: (x + 1, x.shape[0]), (torch.zeros(3),), ({0: BATCH},)),
     "no input at all": (lambda: torch.zeros(3), (), None),
 }
@@ -239,7 +240,13 @@ def test_requests_can_not_be_batched_with(function, args, dynamic):
 @pytest.mark.parametrize("dim", [-1, 1, 7])
 def test_a_batch_dimension_that_is_not_there_is_refused(dim):
     with pytest.raises(CompileError, match=f"batch_dim={dim}"):
-        described(lambda x: x.sum(1), torch.zeros(3, 4), dynamic=({0: BATCH},), batch_dim=dim)
+        described(double, torch.zeros(3), dynamic=({0: BATCH},), batch_dim=dim)
+
+
+def test_a_scalar_has_no_batch_dimension_from_either_end():
+    for dim in (0, -1):
+        with pytest.raises(CompileError, match=f"batch_dim={dim}"):
+            described(double, torch.tensor(1.0), batch_dim=dim)
 
 
 # --- the module -----------------------------------------------------------------------------------------
