@@ -488,14 +488,14 @@ def test_closes_of_the_scheduler_at_once_wait_for_the_same_end(run):
         async with serving() as (scheduler, heavy, _):
             futures = [heavy.submit(*HEAVY.args) for _ in range(3)]
 
-            async def close(how):
-                await how()
+            async def close():
+                await scheduler.aclose()
                 assert all(future.done() for future in futures)
                 assert not scheduler.runners
                 assert not scheduler.stats().devices
 
-            await asyncio.gather(close(scheduler.aclose), close(scheduler.aclose), close(heavy.aclose))
-            await close(scheduler.aclose)
+            await asyncio.gather(close(), heavy.aclose(), close())
+            await close()
 
     run(main())
 
