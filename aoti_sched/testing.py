@@ -253,12 +253,15 @@ class FakeBackend:
         """How many runs wait for a step."""
         return len(self._executor.pending) if self._executor is not None else 0
 
-    async def step(self, error: BaseException | None = None) -> None:
+    async def step(self, error: BaseException | None = None, *, patience: float = 5.0) -> None:
         """Finish the oldest run, with its function's result or with `error`, and let its awaiters see it.
 
         If nothing runs yet, other tasks go on until something does, as with `queued(1)`.
+
+        Raises:
+            LookupError: Nothing does, for `patience` seconds of real time.
         """
-        await self.queued(1)
+        await self.queued(1, patience=patience)
         if self._executor is not None:
             self._executor.step(error)
         await settle()

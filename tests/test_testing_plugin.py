@@ -262,13 +262,22 @@ async def test_a_model_that_raises_fails_its_own_run_only(aoti_backend, aoti_sch
     assert await good == 0.5
 
 
-async def test_a_step_with_nothing_to_finish_says_what_to_do(aoti_backend, aoti_scheduler):
-    with pytest.raises(LookupError, match=r"nothing runs; await backend.queued\(1\) first"):
-        await aoti_backend.step()
+async def test_a_step_lets_other_tasks_go_on_until_there_is_something_to_finish(aoti_backend, aoti_scheduler):
+    aoti_backend.models["m"] = len
+    runner = await aoti_scheduler.load("m.pt2")
+    answer = asyncio.ensure_future(runner.run("abc"))
+    await aoti_backend.step()
+    assert answer.done()
+    assert await answer == 3
+
+
+async def test_a_step_that_nothing_comes_for_ends_in_words(aoti_backend, aoti_scheduler):
+    with pytest.raises(LookupError, match="1 runs were expected to wait for a step, 0 do"):
+        await aoti_backend.step(patience=0.0)
     aoti_backend.models["m"] = len
     await aoti_scheduler.load("m.pt2")
-    with pytest.raises(LookupError, match="nothing runs"):
-        await aoti_backend.step()
+    with pytest.raises(LookupError, match="1 runs were expected"):
+        await aoti_backend.step(patience=0.0)
 
 
 async def test_waiting_for_runs_that_never_come_ends_in_words(aoti_backend, aoti_scheduler):
