@@ -1,0 +1,308 @@
+"""The soak: random work on real models, everything that can happen to a request at once, then nothing is left.
+
+200 clients call four runners with random inputs, cancel, set timeouts, send what does not fit, hold leases, and
+close runners that others use, while they are loaded again. Every request ends exactly once, every result is the
+eager module's, and at the end nothing is left of it all. `AOTI_SCHED_SOAK_SECONDS` says how long (10), and
+`AOTI_SCHED_SOAK_SEED` repeats a run's decisions; the interleaving is the machine's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import random
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+import psutil
+import pytest
+import torch
+from torch.testing import assert_close
+
+from aoti_sched import (
+    DeadlineExceededError,
+    InputMismatchError,
+    LeaseError,
+    Limits,
+    Priority,
+    QueueFullError,
+    RunError,
+    Runner,
+    RunnerClosedError,
+    Scheduler,
+)
+from aoti_sched.backends.raw_container import RawContainer
+from tests.models import build
+
+SECONDS = float(os.environ.get("AOTI_SCHED_SOAK_SECONDS", "10"))
+SEED = int(os.environ.get("AOTI_SCHED_SOAK_SEED") or random.SystemRandom().randrange(1 << 32))
+CLIENTS = 200
+INPUTS = 32
+GROWTH = 16 << 20
+"""Bytes that the process may grow by after the first third; every leak that matters is larger."""
+
+
+@dataclass
+class Model:
+    """What to load, and its right answers by input."""
+
+    name: str
+    settings: dict[str, object]
+    inputs: list[tuple[torch.Tensor, ...]]
+    misfits: list[tuple[object, ...]]
+    failing: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
+    answers: list[object] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        module = build(self.name).module()
+        with torch.no_grad():
+            self.answers = [module(*args) for args in self.inputs]
+
+
+def models(rng: random.Random) -> list[Model]:
+    torch.manual_seed(rng.randrange(1 << 32))
+
+    def attention_args() -> tuple[torch.Tensor, torch.Tensor]:
+        batch, length = rng.randint(1, 8), rng.randint(1, 32)
+        return torch.randn(batch, length, 16), torch.arange(length) < torch.randint(1, length + 1, (batch, 1))
+
+    return [
+        Model(
+            "mlp",
+            {"instances": 2},
+            [(torch.randn(rng.randint(1, 64), 8),) for _ in range(INPUTS)],
+            [(torch.randn(65, 8),), (torch.randn(2, 8).double(),), (), (None,), (torch.randn(8, 2).t(),)],
+        ),
+        Model(
+            "attention",
+            {"overflow": "wait", "limits": Limits(jobs=16)},
+            [attention_args() for _ in range(INPUTS)],
+            [(torch.randn(2, 5, 16), torch.ones(2, 6, dtype=torch.bool)), (torch.randn(2, 5, 16),)],
+        ),
+        Model(
+            "failing",
+            {"limits": Limits(jobs=24), "instances": 2},
+            [(torch.randint(10, (rng.randint(1, 64),)),) for _ in range(INPUTS)],
+            [(torch.zeros(3),), (torch.zeros(65, dtype=torch.int64),)],
+            [(torch.tensor([10]),), (torch.tensor([3, -11, 4]),)],
+        ),
+        Model("canary", {"timeout": 30.0}, [(torch.randn(32, 16),) for _ in range(INPUTS)], [(torch.randn(31, 16),)]),
+    ]  # fmt: skip
+
+
+class Soak:
+    """One scheduler under 200 clients. `ends` counts how requests ended, by kind."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.models = models(rng)
+        self.runners: dict[str, Runner] = {}
+        self.ends: Counter[str] = Counter()
+        self.started = 0
+        self.over = False
+        self.totals: Counter[str] = Counter()
+
+    async def run(self, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        async with Scheduler() as scheduler:
+            self.scheduler = scheduler
+            for model in self.models:
+                await self.load(model)
+            loop.call_later(seconds, self.stop)
+            clients = [self.client(random.Random(self.rng.random())) for _ in range(CLIENTS)]
+            await asyncio.gather(*clients, self.replace_runners(random.Random(self.rng.random())))
+            for runner in self.runners.values():
+                self.count(runner)
+                await self.must_be_home(runner)
+            assert scheduler.stats().devices["cpu"].busy_lanes == 0
+            assert scheduler.stats().devices["cpu"].queued == 0
+        assert not scheduler.runners
+
+    def stop(self) -> None:
+        self.over = True
+
+    async def load(self, model: Model) -> None:
+        self.runners[model.name] = await self.scheduler.load(
+            build(model.name).path, name=model.name, **model.settings
+        )
+
+    async def replace_runners(self, rng: random.Random) -> None:
+        """Close a runner that is in use and load it again, over and over; sometimes give up a load midway."""
+        while not self.over:
+            model = rng.choice(self.models)
+            runner = self.runners[model.name]
+            await (runner.terminate() if rng.random() < 0.5 else runner.aclose())
+            self.count(runner)
+            assert (runner.stats().queued, runner.stats().running, runner.stats().held_leases) == (0, 0, 0)
+            if rng.random() < 0.3:
+                task = asyncio.create_task(self.load(model))
+                for _ in range(rng.randrange(20)):
+                    await asyncio.sleep(0)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                if not task.cancelled():
+                    task.result()
+                    continue
+            await self.load(model)
+
+    async def client(self, rng: random.Random) -> None:
+        calls = (
+            self.plain,
+            self.plain,
+            self.cancelled,
+            self.timed_out,
+            self.misfit,
+            self.failed,
+            self.leased,
+        )
+        while not self.over:
+            model = rng.choice(self.models)
+            runner = self.runners[model.name]
+            await rng.choice(calls)(rng, model, runner)
+            await asyncio.sleep(
+                0
+            )  # a refusal needs no turn of the loop, and would keep the others from theirs
+
+    # --- what clients do ---------------------------------------------------------------------------------
+
+    async def plain(self, rng: random.Random, model: Model, runner: Runner) -> None:
+        which = rng.randrange(INPUTS)
+        view = runner.options(priority=rng.choice(list(Priority)))
+        await self.ending(view.run(*model.inputs[which]), model, which)
+
+    async def cancelled(self, rng: random.Random, model: Model, runner: Runner) -> None:
+        which = rng.randrange(INPUTS)
+        task = asyncio.create_task(runner.run(*model.inputs[which]))
+        for _ in range(rng.randrange(4)):
+            await asyncio.sleep(0)
+        task.cancel()
+        await self.ending(task, model, which)
+
+    async def timed_out(self, rng: random.Random, model: Model, runner: Runner) -> None:
+        which = rng.randrange(INPUTS)
+        view = runner.options(timeout=rng.choice([0, 1e-5, 1e-4, 1e-3, 1e-2]))
+        if rng.random() < 0.5:
+            await self.ending(view.run(*model.inputs[which]), model, which)
+        else:
+            await self.ending(asyncio.wait_for(runner.run(*model.inputs[which]), 1e-3), model, which)
+
+    async def misfit(self, rng: random.Random, model: Model, runner: Runner) -> None:
+        with pytest.raises(InputMismatchError, match=f"model '{model.name}'"):
+            runner.submit(*rng.choice(model.misfits))
+
+    async def failed(self, rng: random.Random, model: Model, runner: Runner) -> None:
+        if model.failing:
+            await self.ending(runner.run(*rng.choice(model.failing)), model, None)
+
+    async def leased(self, rng: random.Random, model: Model, runner: Runner) -> None:
+        view = runner.options(timeout=rng.choice([0.001, 0.1, 10.0]))
+        self.started += 1
+        try:
+            async with view.lease() as lease:
+                self.ends["granted"] += 1
+                for _ in range(rng.randrange(4)):
+                    which = rng.randrange(INPUTS)
+                    if rng.random() < 0.2:
+                        task = asyncio.create_task(lease.run(*model.inputs[which]))
+                        await asyncio.sleep(0)
+                        task.cancel()
+                        await self.ending(task, model, which)
+                    else:
+                        await self.ending(lease.run(*model.inputs[which]), model, which)
+                if rng.random() < 0.2:
+                    lease.release()
+                    with pytest.raises((LeaseError, RunnerClosedError)):
+                        lease.submit(*model.inputs[0])
+        except (DeadlineExceededError, RunnerClosedError, QueueFullError) as error:
+            self.ends[f"lease: {type(error).__name__}"] += 1
+
+    async def ending(self, request, model: Model, which: int | None) -> None:
+        """Await a request to its one end, which must be a right one."""
+        self.started += 1
+        try:
+            result = await request
+        except (DeadlineExceededError, RunnerClosedError, QueueFullError) as error:
+            self.ends[type(error).__name__] += 1
+        except RunError:
+            assert which is None, "a good request failed"
+            self.ends["RunError"] += 1
+        except asyncio.TimeoutError:
+            self.ends["wait_for"] += 1
+        except asyncio.CancelledError:
+            self.ends["cancelled"] += 1
+        else:
+            assert which is not None, "a bad request succeeded"
+            assert_close(result, model.answers[which])
+            self.ends["right"] += 1
+
+    # --- the account -------------------------------------------------------------------------------------
+
+    def count(self, runner: Runner) -> None:
+        stats = runner.stats()
+        ended = ("completed", "failed", "rejected", "expired", "cancelled", "revoked")
+        for kind in ("submitted", *ended):
+            self.totals[kind] += getattr(stats, kind)
+        assert stats.submitted == sum(getattr(stats, kind) for kind in ended), stats
+
+    async def must_be_home(self, runner: Runner) -> None:
+        """Whatever callers left behind on the lanes is over: a request of each slot goes through."""
+        model = next(model for model in self.models if model.name == runner.name)
+        leases = [runner.lease() for _ in range(runner.info.instances)]
+        for lease in leases:
+            assert_close(await (await lease.__aenter__()).run(*model.inputs[0]), model.answers[0])
+        for lease in leases:
+            await lease.__aexit__(None, None, None)
+        stats = runner.stats()
+        assert (stats.waiting, stats.queued, stats.queued_bytes, stats.running) == (0, 0, 0, 0)
+        assert (stats.held_leases, stats.free_slots) == (0, runner.info.instances)
+
+
+class Census:
+    """What a process has: to be the same before and after."""
+
+    def __init__(self) -> None:
+        gc.collect()
+        objects = gc.get_objects()
+        self.tensors = sum(type(each) is torch.Tensor for each in objects)
+        self.containers = sum(type(each) is RawContainer and each._handle is not None for each in objects)
+        process = psutil.Process()
+        self.descriptors = process.num_fds()
+        self.lanes = sorted(t.name for t in threading.enumerate() if t.name.startswith("aoti"))
+        self.memory = process.memory_info().rss
+
+
+@pytest.mark.soak
+def test_the_soak():
+    sys.__stderr__.write(
+        f"\nsoak: seed {SEED}, {SECONDS:g} s (AOTI_SCHED_SOAK_SEED={SEED} repeats its decisions)\n"
+    )
+    rng = random.Random(SEED)
+    soak = Soak(rng)
+    asyncio.run(soak.run(SECONDS / 3))  # until whatever is allocated once has been
+    soak.ends.clear()
+    soak.started = 0
+    soak.totals.clear()
+    before = Census()
+    soak.over = False
+    started = time.monotonic()
+    asyncio.run(soak.run(SECONDS * 2 / 3))
+    soak.runners.clear()
+    del soak.scheduler
+    after = Census()
+    sys.__stderr__.write(
+        f"soak: {soak.started} requests in {time.monotonic() - started:.1f} s, memory grew by "
+        f"{(after.memory - before.memory) / 2**20:.1f} MiB; {dict(soak.ends)}\n"
+    )
+    assert sum(soak.ends.values()) == soak.started
+    assert soak.ends["right"] > 0
+    assert (after.tensors, after.containers, after.descriptors, after.lanes) == (
+        before.tensors,
+        before.containers,
+        before.descriptors,
+        before.lanes,
+    )
+    assert after.memory - before.memory < GROWTH
