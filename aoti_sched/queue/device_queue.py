@@ -208,9 +208,13 @@ class DeviceQueue:
             job.happens(Fact.HOLD)
             job.source.gate.push(job)
             self._look_at_gate(job.source)
+            self._dispatch(now, commands)
+        elif self._is_uncontended(job):
+            job.happens(Fact.ADMIT)
+            self._launch(job, now, commands)
         else:
             self._admit(job)
-        self._dispatch(now, commands)
+            self._dispatch(now, commands)
         if job.deadline is not None:
             self._ask_for_wake(commands)
         return commands
@@ -361,17 +365,26 @@ class DeviceQueue:
             source = job.source
             source.queue.remove(job)
             self._free_room(job)
-            job.happens(Fact.LAUNCH)
-            job.slot = source.free.pop()
-            job.epoch = source.epoch
-            job.started = now
-            if job.holds:
-                self._grant(job, now, commands)
-            else:
-                job.lane = self._free_lanes.pop()
-                self._running[job.lane] = job
-                commands.append(Launch(job))
+            self._launch(job, now, commands)
             self._ready.enter(source)
+
+    def _is_uncontended(self, job: Job) -> bool:
+        """Whether a slot and a lane are free for it and nobody else wants them: then it need not queue."""
+        free = job.source.free and self._free_lanes
+        return bool(free) and not job.holds and self._ready.best() is None
+
+    def _launch(self, job: Job, now: float, commands: list[Command]) -> None:
+        source = job.source
+        job.happens(Fact.LAUNCH)
+        job.slot = source.free.pop()
+        job.epoch = source.epoch
+        job.started = now
+        if job.holds:
+            self._grant(job, now, commands)
+        else:
+            job.lane = self._free_lanes.pop()
+            self._running[job.lane] = job
+            commands.append(Launch(job))
 
     def _grant(self, job: Job, now: float, commands: list[Command]) -> None:
         runner = job.source.runner
