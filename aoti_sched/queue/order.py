@@ -35,10 +35,10 @@ class JobQueue:
         self._size -= 1
 
     def head(self) -> Job | None:
-        if not self._size:  # by far the commonest answer
-            return None
-        best_class = next(jobs for jobs in self._classes if jobs)
-        return next(iter(best_class.values()))
+        for jobs in self._classes:
+            if jobs:
+                return next(iter(jobs.values()))
+        return None
 
     def jobs(self) -> list[Job]:
         """All jobs in the order in which they would go."""
