@@ -3,6 +3,7 @@
 #include <cerrno>
 #include <chrono>
 #include <exception>
+#include <iterator>
 #include <system_error>
 #include <utility>
 
@@ -46,6 +47,19 @@ void explain(const Runtime& runtime, const Model& model, Completion& completion)
   if (text != nullptr) completion.cause = text;
 }
 
+// A call into the model or the device; what it throws becomes a status and a text.
+template <typename Call>
+std::int32_t guard(std::string& error, Call call) {
+  try {
+    return call();
+  } catch (const std::exception& thrown) {
+    error = thrown.what();
+  } catch (...) {
+    error = "the model threw something that is no std::exception";
+  }
+  return -1;
+}
+
 void free_handles(const Runtime& runtime, std::vector<Handle>& handles) {
   for (Handle& handle : handles) {
     if (handle != nullptr) runtime.delete_tensor(std::exchange(handle, nullptr));
@@ -60,23 +74,21 @@ Completion run_work(const Runtime& runtime, Work& work) {
   completion.token = work.token;
   completion.outputs.assign(model.num_outputs, nullptr);
   completion.started = now();
-  try {
-    completion.status = model.run(model.container, work.inputs.data(), work.inputs.size(), completion.outputs.data(),
-                                  completion.outputs.size(), work.stream, model.proxy_executor);
-    if (completion.status != 0) explain(runtime, model, completion);
-    if (work.fence != nullptr) {
-      const std::int32_t fenced = work.fence(work.fence_argument);
-      if (fenced != 0 && completion.status == 0) {
-        completion.status = fenced;
-        completion.error = "waiting for the device failed with status " + std::to_string(fenced);
-      }
+  completion.status = guard(completion.error, [&] {
+    const std::int32_t status =
+        model.run(model.container, work.inputs.data(), work.inputs.size(), completion.outputs.data(),
+                  completion.outputs.size(), work.stream, model.proxy_executor);
+    if (status != 0) explain(runtime, model, completion);
+    return status;
+  });
+  if (work.fence != nullptr) {  // after a failure too: what was launched before it may still use what we free
+    std::string error;
+    const std::int32_t fenced = guard(error, [&] { return work.fence(work.fence_argument); });
+    if (fenced != 0 && completion.status == 0) {
+      completion.status = fenced;
+      if (error.empty()) error = "waiting for the device failed with status " + std::to_string(fenced);
+      completion.error = std::move(error);
     }
-  } catch (const std::exception& error) {
-    completion.status = -1;
-    completion.error = error.what();
-  } catch (...) {
-    completion.status = -1;
-    completion.error = "the model threw something that is no std::exception";
   }
   completion.finished = now();
   free_handles(runtime, work.inputs);  // what the model stole is null
@@ -154,7 +166,7 @@ Lanes::Lanes(Runtime runtime, std::vector<std::string> names, std::vector<int> a
 
 Lanes::~Lanes() {
   close();
-  for (std::size_t index = taken_; index < done_.size(); ++index) free_handles(runtime_, done_[index].outputs);
+  for (Completion& completion : done_) free_handles(runtime_, completion.outputs);
 }
 
 bool Lanes::submit(std::size_t index, Work& work) {
@@ -178,14 +190,12 @@ std::vector<Completion> Lanes::drain(std::size_t limit) {
   bool more = false;
   {
     std::lock_guard lock(done_mutex_);
-    if (taken_ == 0 && done_.size() <= limit) {
+    if (done_.size() <= limit) {
       taken.swap(done_);
     } else {
-      while (taken_ < done_.size() && taken.size() < limit) taken.push_back(std::move(done_[taken_++]));
-      if (taken_ == done_.size()) {
-        done_.clear();
-        taken_ = 0;
-      }
+      const auto end = done_.begin() + static_cast<std::ptrdiff_t>(limit);
+      taken.assign(std::make_move_iterator(done_.begin()), std::make_move_iterator(end));
+      done_.erase(done_.begin(), end);
     }
     more = rung_ = !done_.empty();
   }

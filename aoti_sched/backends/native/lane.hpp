@@ -119,9 +119,8 @@ class Lanes {
   std::atomic<int> awake_{0};  // lanes that run or spin
   std::vector<std::unique_ptr<Lane>> lanes_;
   std::mutex done_mutex_;
-  std::vector<Completion> done_;
-  std::size_t taken_ = 0;  // of done_
-  bool rung_ = false;      // guarded by done_mutex_
+  std::vector<Completion> done_;  // guarded by done_mutex_
+  bool rung_ = false;             // guarded by done_mutex_
   Bell bell_;
   std::mutex close_mutex_;
   bool closed_ = false;

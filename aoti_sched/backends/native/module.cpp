@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <atomic>
+#include <memory>
 #include <stdexcept>
 
 #include <pthread.h>
@@ -64,13 +65,22 @@ class PyLanes {
   PyLanes(std::vector<std::string> names, std::vector<int> affinities, int cores, std::uintptr_t delete_tensor,
           std::uintptr_t root_cause, std::uintptr_t init_threads, std::uintptr_t set_omp_threads,
           std::uintptr_t set_mkl_threads)
-      : born_(forks), lanes_(runtime(delete_tensor, root_cause, init_threads, set_omp_threads, set_mkl_threads),
-                             std::move(names), std::move(affinities), cores) {}
+      : born_(forks),
+        lanes_(std::make_unique<aoti::Lanes>(
+            runtime(delete_tensor, root_cause, init_threads, set_omp_threads, set_mkl_threads), std::move(names),
+            std::move(affinities), cores)) {}
+
+  ~PyLanes() {
+    // In a forked child the threads are missing, and joining them would never end: let the memory be.
+    if (forks != born_) static_cast<void>(lanes_.release());
+  }
+  PyLanes(const PyLanes&) = delete;
+  PyLanes& operator=(const PyLanes&) = delete;
 
   void submit(std::size_t lane, std::uint64_t token, const PyModel& model, nb::list inputs, std::uintptr_t stream,
               std::uintptr_t fence, std::uintptr_t fence_argument) {
     refuse_in_child();
-    if (lane >= lanes_.count()) throw nb::index_error("no such lane");
+    if (lane >= lanes_->count()) throw nb::index_error("no such lane");
     aoti::Work work;
     work.token = token;
     work.model = &model.model;
@@ -79,33 +89,34 @@ class PyLanes {
     work.fence = at<aoti::FenceFunction>(fence);
     work.fence_argument = at<void*>(fence_argument);
     check_count(model, work);
-    if (!lanes_.submit(lane, work)) throw std::runtime_error("the lane is full or closed; nothing was submitted");
+    if (!lanes_->submit(lane, work)) throw std::runtime_error("the lane is full or closed; nothing was submitted");
   }
 
   nb::list drain(std::size_t limit) {
     refuse_in_child();
     nb::list taken;
-    for (aoti::Completion& completion : lanes_.drain(limit)) taken.append(give(completion));
+    for (aoti::Completion& completion : lanes_->drain(limit)) taken.append(give(completion));
     return taken;
   }
 
   nb::object run_here(const PyModel& model, nb::list inputs) {
+    refuse_in_child();
     aoti::Work work;
     work.model = &model.model;
     work.inputs = take(inputs);
     check_count(model, work);
-    aoti::Completion completion = aoti::run_work(lanes_.runtime(), work);
+    aoti::Completion completion = aoti::run_work(lanes_->runtime(), work);
     return give(completion);
   }
 
-  void ring() { lanes_.ring(); }
-  int fileno() const { return lanes_.descriptor(); }
-  std::size_t count() const { return lanes_.count(); }
+  void ring() { lanes_->ring(); }
+  int fileno() const { return lanes_->descriptor(); }
+  std::size_t count() const { return lanes_->count(); }
 
   void close() {
     if (forks != born_) return;
     nb::gil_scoped_release released;
-    lanes_.close();
+    lanes_->close();
   }
 
  private:
@@ -133,7 +144,7 @@ class PyLanes {
   }
 
   int born_;
-  aoti::Lanes lanes_;
+  std::unique_ptr<aoti::Lanes> lanes_;
 };
 
 }  // namespace

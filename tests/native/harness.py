@@ -1,0 +1,93 @@
+"""What tests of the lanes share: lanes over the C model library, works of fake tensors, and how completions come."""
+
+from __future__ import annotations
+
+import select
+from typing import Any, NamedTuple
+
+from aoti_sched.backends.native import _native
+from tests.native.library import Container, capsule, library, new_prefix, pointer
+
+FOREVER = 60.0
+"""Seconds after which a test that waits in vain fails; no test that passes comes near."""
+
+
+# Lanes hold no Python object: models and their containers must live as long as there may be works of theirs.
+_kept: list[tuple[_native.Model, Container]] = []
+
+
+class Done(NamedTuple):
+    """One completion; outputs as plain handles."""
+
+    token: int
+    outputs: list[int | None] | None
+    error: tuple[str, str] | None
+    started: float
+    finished: float
+
+
+def open_lanes(count: int = 1, cores: int = 2, prefix: str | None = None) -> _native.Lanes:
+    c = library()
+    prefix = prefix or new_prefix()
+    return _native.Lanes(
+        [f"{prefix}{lane}" for lane in range(count)],
+        [],
+        cores,
+        delete_tensor=c.address("torch_delete_tensor"),
+        root_cause=c.address("torch_root_cause"),
+        init_threads=c.address("torch_init_threads"),
+        set_omp_threads=c.address("torch_set_omp_threads"),
+        set_mkl_threads=c.address("torch_set_mkl_threads"),
+    )
+
+
+def model(container: Container, inputs: int = 0, outputs: int = 0, **others: int) -> _native.Model:
+    c = library()
+    made = _native.Model(
+        run=c.address("model_run"),
+        container=container.address,
+        num_inputs=inputs,
+        num_outputs=outputs,
+        last_error=c.address("model_last_error"),
+        **others,
+    )
+    _kept.append((made, container))
+    return made
+
+
+def tensors(count: int) -> list[int]:
+    return [library().new_tensor() for _ in range(count)]
+
+
+def submit(
+    lanes: _native.Lanes,
+    one: _native.Model,
+    inputs: list[int] | None = None,
+    *,
+    lane: int = 0,
+    token: int = 0,
+) -> None:
+    lanes.submit(lane, token, one, [capsule(handle) for handle in inputs or []])
+
+
+def readable(lanes: _native.Lanes) -> bool:
+    return bool(select.select([lanes], [], [], 0)[0])
+
+
+def drain(lanes: _native.Lanes, limit: int = 256) -> list[Done]:
+    return [done(one) for one in lanes.drain(limit)]
+
+
+def done(taken: Any) -> Done:
+    token, outputs, error, started, finished = taken
+    handles = None if outputs is None else [None if one is None else pointer(one) for one in outputs]
+    return Done(token, handles, error, started, finished)
+
+
+def collect(lanes: _native.Lanes, count: int) -> list[Done]:
+    """The next `count` completions, waited for through the descriptor as an event loop does."""
+    completions: list[Done] = []
+    while len(completions) < count:
+        assert select.select([lanes], [], [], FOREVER)[0], f"{len(completions)} of {count} completions came"
+        completions += drain(lanes)
+    return completions

@@ -1,0 +1,192 @@
+#define _GNU_SOURCE
+#include "model_library.h"
+
+#include <pthread.h>
+#include <stdlib.h>
+#include <time.h>
+
+enum { MOST_CALLS = 65536 };
+
+struct tensor {
+  int deletes;
+};
+
+static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER; /* guards everything below, and the containers' records */
+static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
+static int live;
+static int begun;
+static int calls;
+static struct {
+  char name[16];
+  char function;
+  int count;
+} called[MOST_CALLS];
+
+/* The words of a failure belong to the thread that failed: any other finds none. */
+static _Thread_local const char* last_error;
+static _Thread_local const char* root_cause;
+
+static struct timespec in_a_minute(void) {
+  struct timespec until;
+  clock_gettime(CLOCK_REALTIME, &until);
+  until.tv_sec += 60;
+  return until;
+}
+
+/* --- tensors -------------------------------------------------------------------------------------------------- */
+
+void* new_tensor(void) {
+  struct tensor* tensor = calloc(1, sizeof *tensor);
+  pthread_mutex_lock(&mutex);
+  ++live;
+  pthread_mutex_unlock(&mutex);
+  return tensor;
+}
+
+int32_t torch_delete_tensor(void* handle) {
+  struct tensor* tensor = handle;
+  pthread_mutex_lock(&mutex);
+  ++tensor->deletes;
+  --live;
+  pthread_mutex_unlock(&mutex);
+#ifdef FREE_TENSORS
+  free(tensor);
+#endif
+  return 0;
+}
+
+int tensor_deletes(void* handle) {
+  pthread_mutex_lock(&mutex);
+  const int deletes = ((struct tensor*)handle)->deletes;
+  pthread_mutex_unlock(&mutex);
+  return deletes;
+}
+
+int live_tensors(void) {
+  pthread_mutex_lock(&mutex);
+  const int now = live;
+  pthread_mutex_unlock(&mutex);
+  return now;
+}
+
+/* --- runs ----------------------------------------------------------------------------------------------------- */
+
+static int enter(struct container* container, size_t num_inputs, size_t num_outputs, void* stream, void* proxy) {
+  int waited_in_vain = 0;
+  const struct timespec until = in_a_minute();
+  pthread_mutex_lock(&mutex);
+  ++container->runs;
+  if (++container->inside > container->most_inside) container->most_inside = container->inside;
+  container->began = ++begun;
+  container->num_inputs = num_inputs;
+  container->num_outputs = num_outputs;
+  container->stream = stream;
+  container->proxy_executor = proxy;
+  pthread_cond_broadcast(&changed);
+  while (container->gated && !waited_in_vain) waited_in_vain = pthread_cond_timedwait(&changed, &mutex, &until);
+  pthread_mutex_unlock(&mutex);
+  return waited_in_vain;
+}
+
+static void leave(struct container* container) {
+  pthread_mutex_lock(&mutex);
+  --container->inside;
+  pthread_mutex_unlock(&mutex);
+}
+
+int32_t model_run(struct container* container, void** inputs, size_t num_inputs, void** outputs, size_t num_outputs,
+                  void* stream, void* proxy_executor) {
+  const int waited_in_vain = enter(container, num_inputs, num_outputs, stream, proxy_executor);
+  for (size_t i = 0; i < num_inputs; ++i) {
+    if (!(container->stolen >> i & 1)) continue;
+    if (container->passes_on && i < num_outputs) {
+      outputs[i] = inputs[i];
+    } else {
+      torch_delete_tensor(inputs[i]);
+    }
+    inputs[i] = NULL;
+  }
+  for (size_t i = 0; i < num_outputs; ++i) {
+    if (container->made >> i & 1) outputs[i] = new_tensor();
+  }
+  last_error = waited_in_vain ? "nobody opened the gate" : container->error;
+  root_cause = container->cause;
+  leave(container);
+  if (container->throws == THROWS_STANDARD) throw_standard(container->error);
+  if (container->throws == THROWS_OTHER) throw_other();
+  return waited_in_vain ? -2 : container->status;
+}
+
+int32_t model_last_error(const char** text) {
+  *text = last_error;
+  return 0;
+}
+
+const char* torch_root_cause(void) { return root_cause; }
+
+int32_t device_fence(struct fence* fence) {
+  pthread_mutex_lock(&mutex);
+  ++fence->calls;
+  pthread_mutex_unlock(&mutex);
+  if (fence->throws) throw_standard("the device is lost");
+  return fence->status;
+}
+
+int wait_until_inside(struct container* container, int runs) {
+  int waited_in_vain = 0;
+  const struct timespec until = in_a_minute();
+  pthread_mutex_lock(&mutex);
+  while (container->inside < runs && !waited_in_vain) {
+    waited_in_vain = pthread_cond_timedwait(&changed, &mutex, &until);
+  }
+  pthread_mutex_unlock(&mutex);
+  return !waited_in_vain;
+}
+
+void open_gate(struct container* container) {
+  pthread_mutex_lock(&mutex);
+  container->gated = 0;
+  pthread_cond_broadcast(&changed);
+  pthread_mutex_unlock(&mutex);
+}
+
+/* --- thread counts -------------------------------------------------------------------------------------------- */
+
+static void record(char function, int count) {
+  pthread_mutex_lock(&mutex);
+  if (calls < MOST_CALLS) {
+    pthread_getname_np(pthread_self(), called[calls].name, sizeof called[calls].name);
+    called[calls].function = function;
+    called[calls].count = count;
+    ++calls;
+  }
+  pthread_mutex_unlock(&mutex);
+}
+
+int torch_init_threads(void) {
+  record('i', 0);
+  return 0;
+}
+
+void torch_set_omp_threads(int count) { record('o', count); }
+
+int torch_set_mkl_threads(int count) {
+  record('m', count);
+  return 0;
+}
+
+int thread_calls(void) {
+  pthread_mutex_lock(&mutex);
+  const int now = calls;
+  pthread_mutex_unlock(&mutex);
+  return now;
+}
+
+int thread_call(int n, char name[16], char* function) {
+  pthread_mutex_lock(&mutex);
+  for (int i = 0; i < 16; ++i) name[i] = called[n].name[i];
+  *function = called[n].function;
+  const int count = called[n].count;
+  pthread_mutex_unlock(&mutex);
+  return count;
+}

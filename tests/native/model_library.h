@@ -1,0 +1,73 @@
+/* What a compiled model and torch are to the lanes, scripted: the tests say what each run does, and count.
+ *
+ * A container is a plain struct that the test fills in, field by field. Nothing here ever frees a tensor's memory
+ * (unless FREE_TENSORS is defined), so that freeing one twice is counted and not fatal. */
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { THROWS_NOTHING, THROWS_STANDARD, THROWS_OTHER };
+
+struct container {
+  /* The script. */
+  int32_t status;      /* what the run returns */
+  int32_t throws;      /* or throws instead */
+  const char* error;   /* the runtime's words for it */
+  const char* cause;   /* torch's words for it */
+  uint64_t stolen;     /* bit i: input i is taken, and its slot nulled */
+  uint64_t made;       /* bit i: output i is made; the others stay null */
+  int32_t passes_on;   /* outputs are the stolen inputs themselves */
+  int32_t gated;       /* the run waits for open_gate */
+  /* The record. */
+  int32_t runs;        /* that were begun */
+  int32_t inside;      /* that go on now */
+  int32_t most_inside; /* that went on at once */
+  int32_t began;       /* the last run's place among all runs of the process */
+  uint64_t num_inputs; /* and what it was given */
+  uint64_t num_outputs;
+  void* stream;
+  void* proxy_executor;
+};
+
+/* The C ABI of a model. */
+int32_t model_run(struct container* container, void** inputs, size_t num_inputs, void** outputs, size_t num_outputs,
+                  void* stream, void* proxy_executor);
+int32_t model_last_error(const char** text);
+
+/* What lanes need of torch. */
+int32_t torch_delete_tensor(void* handle);
+const char* torch_root_cause(void);
+int torch_init_threads(void);
+void torch_set_omp_threads(int count);
+int torch_set_mkl_threads(int count);
+
+/* A device's fence: its argument says what it returns, and how often it was called. */
+struct fence {
+  int32_t status;
+  int32_t throws;
+  int32_t calls;
+};
+int32_t device_fence(struct fence* fence);
+
+/* For the tests. Those that wait give up after a minute: then they return 0. */
+void* new_tensor(void);
+int tensor_deletes(void* handle);
+int live_tensors(void);
+int wait_until_inside(struct container* container, int runs);
+void open_gate(struct container* container);
+/* How often a thread count was set, and the n-th time: on which thread, by which function ('i', 'o', 'm'), to what. */
+int thread_calls(void);
+int thread_call(int n, char name[16], char* function);
+
+/* Of model_throws.cpp: C can't. */
+void throw_standard(const char* what);
+void throw_other(void);
+
+#ifdef __cplusplus
+}
+#endif
