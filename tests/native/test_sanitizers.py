@@ -1,0 +1,63 @@
+"""The C++ alone, under ThreadSanitizer and AddressSanitizer: a seeded stress of submits, errors and closes."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from tests.native.library import HERE, NATIVE, compile_once
+
+SANITIZERS = {
+    "thread": ("-fsanitize=thread",),
+    "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DFREE_TENSORS"),
+}
+SEEDS = (1, 2)
+ROUNDS = 20
+
+
+def compile_with(sanitizer, name, *sources):
+    try:
+        return compile_once(name, [*sources], *SANITIZERS[sanitizer])
+    except (RuntimeError, OSError) as error:
+        pytest.fail(
+            f"the {sanitizer} sanitizer could not be tried; it comes with gcc (libtsan, libasan): {error}"
+        )
+
+
+def run(program, *arguments):
+    # ThreadSanitizer knows where a kernel puts a program only while it does not place it at random.
+    fixed = ["setarch", "-R"] if shutil.which("setarch") else []
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=1"}
+    return subprocess.run(
+        [*fixed, str(program), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env=environment,
+    )
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_lanes_under_stress_give_a_sanitizer_nothing_to_say(sanitizer, seed):
+    sources = [HERE / "stress.cpp", HERE / "model_library.c", HERE / "model_throws.cpp", NATIVE / "lane.cpp"]
+    result = run(compile_with(sanitizer, "stress", *sources), seed, ROUNDS)
+    assert (result.stdout, result.stderr, result.returncode) == (f"{ROUNDS} rounds\n", "", 0)
+
+
+@pytest.mark.parametrize(
+    ("sanitizer", "fault", "report"),
+    [
+        ("thread", "race", "data race"),
+        ("address", "use after free", "heap-use-after-free"),
+        ("address", "leak", "detected memory leaks"),
+        ("address", "overflow", "signed integer overflow"),
+    ],
+)
+def test_the_sanitizers_see_what_they_are_there_for(sanitizer, fault, report):
+    """Or the test above could not fail."""
+    result = run(compile_with(sanitizer, "faults", HERE / "faults.cpp"), fault)
+    assert result.returncode != 0
+    assert report in result.stderr
