@@ -15,9 +15,8 @@ import msgspec
 
 from aoti_sched.backends.base import Completion, Executor, Work
 from aoti_sched.errors import DeadlineExceededError
-from aoti_sched.queue.device_queue import (
+from aoti_sched.queue.command import (
     Command,
-    DeviceQueue,
     Drained,
     Expire,
     Grant,
@@ -26,6 +25,7 @@ from aoti_sched.queue.device_queue import (
     Revoke,
     WakeAt,
 )
+from aoti_sched.queue.device_queue import DeviceQueue
 from aoti_sched.queue.job import Job, JobState
 from aoti_sched.queue.lease import Phase
 from aoti_sched.telemetry import DeviceStats, RunnerStats, log

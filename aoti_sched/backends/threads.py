@@ -6,28 +6,18 @@ Waking the loop costs a write to one descriptor per burst of completions. A hop 
 
 from __future__ import annotations
 
-import atexit
 import queue
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable
 
+from aoti_sched.backends.at_exit import close_at_exit
 from aoti_sched.backends.base import Completion, Work
 from aoti_sched.backends.bell import Bell
 
 DRAIN_LIMIT = 256
 """Completions per `drain`, so that a burst does not hold the loop."""
-
-_open: weakref.WeakSet[ThreadsExecutor] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_all() -> None:
-    """At interpreter exit, wait for what runs: a thread that comes back from native code later would crash."""
-    for executor in list(_open):
-        executor.close()
 
 
 class ThreadsExecutor:
@@ -67,7 +57,7 @@ class ThreadsExecutor:
         self._closed = False
         for thread in self._threads:
             thread.start()
-        _open.add(self)
+        close_at_exit(self)
 
     def submit(self, lane: int, work: Work) -> None:
         self._inboxes[lane].put(work)

@@ -15,61 +15,21 @@ from __future__ import annotations
 import heapq
 import math
 
-import msgspec
-
 from aoti_sched.errors import AotiSchedError, LeaseError, QueueFullError, RunnerClosedError
 from aoti_sched.queue.admission import Bounds, Load
+from aoti_sched.queue.command import (
+    Command,
+    Drained,
+    Expire,
+    Grant,
+    Launch,
+    Reject,
+    Revoke,
+    WakeAt,
+)
 from aoti_sched.queue.job import Fact, IllegalFactError, Job, JobState, Priority
 from aoti_sched.queue.lease import Lease, Phase, RunnerState, Source
 from aoti_sched.queue.order import Contest, JobQueue
-
-
-class Launch(msgspec.Struct, frozen=True):
-    """Run this job now, on its lane."""
-
-    job: Job
-
-
-class Grant(msgspec.Struct, frozen=True):
-    """This job asked for a lease; here it is."""
-
-    job: Job
-    lease: Lease
-
-
-class Reject(msgspec.Struct, frozen=True):
-    """Admission refused this job. Only `submit` answers so."""
-
-    job: Job
-    error: AotiSchedError
-
-
-class Expire(msgspec.Struct, frozen=True):
-    """This job's deadline has passed."""
-
-    job: Job
-
-
-class Revoke(msgspec.Struct, frozen=True):
-    """This accepted job will not run: its runner was terminated."""
-
-    job: Job
-    error: AotiSchedError
-
-
-class Drained(msgspec.Struct, frozen=True):
-    """Nothing of this runner is queued, running or held any more; it may be removed."""
-
-    runner: RunnerState
-
-
-class WakeAt(msgspec.Struct, frozen=True):
-    """Call `tick` at this time; it replaces the time asked for before."""
-
-    at: float
-
-
-Command = Launch | Grant | Reject | Expire | Revoke | Drained | WakeAt
 
 
 def _must_be_lawful(job: Job) -> None:

@@ -5,29 +5,19 @@ A container that has no C function to call (torch's own runner) runs on a Python
 
 from __future__ import annotations
 
-import atexit
 import ctypes
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 from torch._C._aoti import alloc_tensors_by_stealing_from_void_ptrs as steal_all
 from torch._C._aoti import unsafe_alloc_void_ptrs_from_tensors as handles_of
 
+from aoti_sched.backends.at_exit import close_at_exit
 from aoti_sched.backends.base import Completion, CRun, Work
 from aoti_sched.backends.c_abi import explain_failure, libtorch
 from aoti_sched.backends.native import _native
 from aoti_sched.backends.threads import DRAIN_LIMIT, ThreadsExecutor
 from aoti_sched.errors import RunError, UnsupportedLoopError
-
-_open: weakref.WeakSet[NativeExecutor] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_all() -> None:
-    """At interpreter exit, wait for what runs: torch is about to be torn down under it."""
-    for executor in list(_open):
-        executor.close()
 
 
 class NativeExecutor:
@@ -56,11 +46,11 @@ class NativeExecutor:
             set_omp_threads=_address("omp_set_num_threads"),
             set_mkl_threads=_address("MKL_Set_Num_Threads_Local"),
         )
-        self._models: dict[tuple[int, int], _native.Model] = {}
+        self._models: dict[tuple[int, int, int], _native.Model] = {}
         self._works: dict[int, tuple[Work, CRun]] = {}
         self._count = 0
         self._stand_in: ThreadsExecutor | None = None
-        _open.add(self)
+        close_at_exit(self)
 
     def submit(self, lane: int, work: Work) -> None:
         run = work.container.c_run
@@ -72,12 +62,16 @@ class NativeExecutor:
             self._stand_in.submit(lane, work)
             return
         self._count = token = self._count + 1
-        self._works[token] = work, run
+        model = self._model(run, work.threads)
+        capsules = handles_of(list(work.inputs))
         try:
-            self._native.submit(lane, token, self._model(run, work.threads), handles_of(list(work.inputs)))
-        except RuntimeError as error:
-            del self._works[token]
-            raise UnsupportedLoopError(f"device {self._name}: {error}") from error
+            self._native.submit(lane, token, model, capsules)
+        except BaseException as error:
+            steal_all(capsules)  # nothing was taken: the handles are ours to free
+            if isinstance(error, RuntimeError):
+                raise UnsupportedLoopError(f"device {self._name}: {error}") from error
+            raise
+        self._works[token] = work, run
 
     def drain(self) -> list[Completion]:
         taken = self._native.drain(DRAIN_LIMIT)
@@ -93,7 +87,6 @@ class NativeExecutor:
         self._native.close()
         if self._stand_in is not None:
             self._stand_in.close()
-        _open.discard(self)
 
     def _completion(
         self,
@@ -109,10 +102,14 @@ class NativeExecutor:
             error = RunError(f"{run.name}: the run failed: {explain_failure(own, cause)}")
             return Completion(work.token, None, error, started, finished)
         outputs = steal_all(capsules) if None not in capsules else [c and steal_all([c])[0] for c in capsules]
-        return Completion(work.token, work.container.own(outputs), None, started, finished)
+        try:
+            outputs = work.container.own(outputs)
+        except Exception as error:  # noqa: BLE001 -- it is the request's; the others drained with it go on
+            return Completion(work.token, None, error, started, finished)
+        return Completion(work.token, outputs, None, started, finished)
 
     def _model(self, run: CRun, threads: int) -> _native.Model:
-        key = run.container, threads
+        key = run.run, run.container, threads  # another model may come to lie where a closed one lay
         model = self._models.get(key)
         if model is None:
             model = self._models[key] = _native.Model(
