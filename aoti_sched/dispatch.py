@@ -183,7 +183,11 @@ class Dispatcher:
                 job = command.job  # type: ignore[union-attr]
                 future: RunFuture = job.payload
                 work = Work(future.container, future.take_inputs(), future.threads, job)
-                self.executor.submit(job.lane, work)
+                try:
+                    self.executor.submit(job.lane, work)
+                except Exception as error:  # noqa: BLE001 -- the lane took nothing: the request fails, its slot comes home
+                    now = self._clock.time()
+                    self._finish(Completion(job, None, error, now, now), now)
             else:
                 self._perform_rare(command)
 

@@ -298,3 +298,22 @@ def test_the_manual_clock_is_the_schedulers_clock():
     clock.advance(10)
     assert fired == [6.0, 7.0]
     assert clock.time() == 15.0
+
+
+async def test_a_lane_that_takes_nothing_fails_the_request_and_loses_no_slot(
+    aoti_backend, aoti_scheduler, monkeypatch
+):
+    runner = await load(aoti_scheduler, aoti_backend)
+
+    def refuse(lane, work):
+        raise RuntimeError("this lane is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(aoti_backend._executor, "submit", refuse)
+        future = runner.submit(1)
+        with pytest.raises(RuntimeError, match="this lane is gone"):
+            await future
+    assert (runner.stats().failed, runner.stats().free_slots) == (1, 1)
+    again = runner.submit(2)
+    await aoti_backend.step()
+    assert await again == 4
