@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import hashlib
 import json
 import signal
@@ -275,7 +276,8 @@ async def test_failed_runs_among_good_ones_touch_nobody_else(scheduler):
             assert isinstance(result, RunError)
 
 
-async def test_ten_thousand_failed_runs_leak_neither_handle_nor_memory(scheduler):
+async def test_ten_thousand_failed_runs_leak_neither_handle_nor_memory(scheduler, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("aoti_sched"), "disabled", True)  # pytest keeps each warning in memory
     built = build("failing")
     runner = await scheduler.load(built.path, instances=2)
     inputs = []
