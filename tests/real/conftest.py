@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import os
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
 import structlog
+import torch
 
 from aoti_sched import Scheduler
 
 ROOT = Path(__file__).resolve().parents[2]
+NATIVE = importlib.util.find_spec("aoti_sched.backends.native._native") is not None
+EXECUTORS = ["native", "threads"] if NATIVE else ["threads"]  # without a compiler there is the one
+
+
+def living_lanes() -> list[str]:
+    """The names of this process's lanes. One that was joined may take a moment to vanish from /proc."""
+    names = []
+    for _ in range(10_000):
+        names = [thread.name for thread in threading.enumerate()]
+        for task in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                names.append((task / "comm").read_text().strip())
+        names = sorted(name for name in names if name.startswith("aoti:"))
+        if not names:
+            break
+        os.sched_yield()
+    return names
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -24,6 +45,16 @@ def extracted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AOTI_SCHED_CACHE", str(directory))
         yield directory
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_eager_thread() -> Iterator[None]:
+    """Eager modules answer on one thread. On two, the first call of sin, tanh and the like is rarely wrong by 1e-4:
+    MKL then chooses its kernels, and torch 2.13 lets both threads into that at once."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -27,6 +27,7 @@ from aoti_sched import (
 from aoti_sched.backends.raw_container import RawContainer
 from tests.models import build
 from tests.models.definitions import DEFINITIONS
+from tests.real.conftest import EXECUTORS, living_lanes
 
 HEAVY = DEFINITIONS["heavy"]()
 LIGHT = DEFINITIONS["mlp"]()
@@ -38,15 +39,19 @@ def open_containers() -> set[RawContainer]:
     return {each for each in gc.get_objects() if type(each) is RawContainer and each._handle is not None}
 
 
-@pytest.fixture(params=["asyncio", "uvloop"])
-def run(request):
-    """Runs a coroutine on either loop; afterwards no container and no lane is left."""
+@pytest.fixture(
+    params=[(loop, executor) for executor in EXECUTORS for loop in ("asyncio", "uvloop")], ids="-".join
+)
+def run(request, monkeypatch):
+    """Runs a coroutine on either loop and executor; afterwards no container and no lane is left."""
+    loop, executor = request.param
+    monkeypatch.setenv("AOTI_SCHED_EXECUTOR", executor)
 
     def run(main):
         before = open_containers()
-        {"asyncio": asyncio.run, "uvloop": uvloop.run}[request.param](main)
+        {"asyncio": asyncio.run, "uvloop": uvloop.run}[loop](main)
         assert open_containers() <= before
-        assert not [thread for thread in threading.enumerate() if thread.name.startswith("aoti:")]
+        assert living_lanes() == []
 
     return run
 
@@ -543,7 +548,7 @@ def test_an_anyio_scope_cancelled_around_the_block_waits_for_the_close(run):
                 scope.cancel()
         assert all(future.done() for future in futures)
         assert not scheduler.runners
-        assert not [thread for thread in threading.enumerate() if thread.name.startswith("aoti:")]
+        assert living_lanes() == []
 
     run(main())
 
@@ -703,9 +708,13 @@ else:
 """
 
 
-@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-@pytest.mark.parametrize("way", ["left_open", "exits", "loading", "in_thread", "blocked"])
-def test_a_process_that_ends_with_work_in_flight_neither_hangs_nor_crashes(python, way, loop):
-    process = python(PROGRAM, way, loop)
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize(
+    ("way", "loop"),
+    [("left_open", "asyncio"), ("left_open", "uvloop"), ("exits", "asyncio"), ("exits", "uvloop"),
+     ("loading", "asyncio"), ("in_thread", "asyncio"), ("blocked", "asyncio")],
+)  # fmt: skip
+def test_a_process_that_ends_with_work_in_flight_neither_hangs_nor_crashes(python, way, loop, executor):
+    process = python(PROGRAM, way, loop, AOTI_SCHED_EXECUTOR=executor)
     assert process.returncode == (3 if way == "exits" else 0), process.stderr
     assert "Fatal Python error" not in process.stderr

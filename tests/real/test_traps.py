@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import logging
 import hashlib
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -277,7 +277,9 @@ async def test_failed_runs_among_good_ones_touch_nobody_else(scheduler):
 
 
 async def test_ten_thousand_failed_runs_leak_neither_handle_nor_memory(scheduler, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("aoti_sched"), "disabled", True)  # pytest keeps each warning in memory
+    monkeypatch.setattr(
+        logging.getLogger("aoti_sched"), "disabled", True
+    )  # pytest keeps each warning in memory
     built = build("failing")
     runner = await scheduler.load(built.path, instances=2)
     inputs = []
