@@ -1,13 +1,16 @@
-"""Without the compiled module there are no native lanes: then their tests are left out, and the header says so."""
+"""Without the compiled module there are no native lanes: then their tests are left out, and the summary says so."""
 
 from __future__ import annotations
 
 import importlib.util
+
+import pytest
 
 _BUILT = importlib.util.find_spec("aoti_sched.backends.native._native") is not None
 
 collect_ignore = [] if _BUILT else ["test_lanes.py", "test_fork_and_exit.py", "test_executor.py"]
 
 
-def pytest_report_header() -> str:
-    return f"native lanes: {'built' if _BUILT else 'NOT BUILT, so their tests are left out'}"
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not _BUILT:
+        terminalreporter.write_line(f"NATIVE LANES ARE NOT BUILT: {', '.join(collect_ignore)} were left out")

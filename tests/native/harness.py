@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import select
+import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from aoti_sched.backends.native import _native
@@ -24,6 +28,15 @@ class Done(NamedTuple):
     error: tuple[str, str] | None
     started: float
     finished: float
+
+
+def tries() -> Iterator[None]:
+    """Try again and again, letting others have the core between; in vain for ever is a failure."""
+    until = time.monotonic() + FOREVER
+    while time.monotonic() < until:
+        yield
+        os.sched_yield()
+    raise AssertionError("it never came to be")
 
 
 def open_lanes(count: int = 1, cores: int = 2, prefix: str | None = None) -> _native.Lanes:
@@ -68,6 +81,14 @@ def submit(
     token: int = 0,
 ) -> None:
     lanes.submit(lane, token, one, [capsule(handle) for handle in inputs or []])
+
+
+def submit_when_there_is_room(lanes: _native.Lanes, one: _native.Model, *, token: int = 0) -> None:
+    """Submit a work without inputs, as soon as the lane takes it."""
+    for _ in tries():
+        with contextlib.suppress(RuntimeError):
+            submit(lanes, one, token=token)
+            return
 
 
 def readable(lanes: _native.Lanes) -> bool:

@@ -12,7 +12,19 @@ from pathlib import Path
 import pytest
 
 from aoti_sched.backends.native import _native
-from tests.native.harness import FOREVER, collect, done, drain, model, open_lanes, readable, submit, tensors
+from tests.native.harness import (
+    FOREVER,
+    collect,
+    done,
+    drain,
+    model,
+    open_lanes,
+    readable,
+    submit,
+    submit_when_there_is_room,
+    tensors,
+    tries,
+)
 from tests.native.library import (
     THROWS_OTHER,
     THROWS_STANDARD,
@@ -419,24 +431,12 @@ def test_draining_when_nothing_is_there_gives_nothing(lanes):
 
 def finish_without_draining(c, lanes, count):
     """So many completions that wait to be drained; tokens from 0."""
-    one = model(Container())
+    one, last = model(Container()), Container(gated=1)
     for token in range(count - 1):
-        while True:
-            try:
-                submit(lanes, one, token=token)
-                break
-            except RuntimeError:
-                os.sched_yield()  # the lane is full for a moment
-    last = Container(gated=1)
-    while True:
-        try:
-            submit(lanes, model(last), token=count - 1)
-            break
-        except RuntimeError:
-            os.sched_yield()
+        submit_when_there_is_room(lanes, one, token=token)
+    submit_when_there_is_room(lanes, model(last), token=count - 1)
     c.wait_until_inside(last)  # all before it are done
     c.open_gate(last)
-    return last
 
 
 def test_a_burst_is_drained_in_bounded_portions_oldest_first(c, lanes):
@@ -516,8 +516,9 @@ def test_closing_waits_for_what_runs_and_for_what_is_next(c, gated):
     submit(lanes, model(Container()), token=2)
     closer = threading.Thread(target=lanes.close)
     closer.start()
-    while f"{prefix}1" in thread_names(prefix):
-        os.sched_yield()  # the idle lane ends at once: closing has begun
+    for _ in tries():
+        if f"{prefix}1" not in thread_names(prefix):
+            break  # the idle lane has ended: closing has begun
     assert closer.is_alive()
     assert thread_names(prefix) == [f"{prefix}0"]
     c.open_gate(gated)

@@ -50,7 +50,7 @@ class Lanes:
         fence: int = 0,
         fence_argument: int = 0,
     ) -> None:
-        """Hand a work to a lane; the inputs' handles are taken. Raises when nothing was taken."""
+        """Hand a work to a lane; the inputs' handles are taken. When it raises, they are still the caller's to free."""
 
     def drain(self, limit: int) -> list[Taken]:
         """At most `limit` completions, oldest first."""

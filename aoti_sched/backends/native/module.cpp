@@ -173,7 +173,7 @@ NB_MODULE(_native, module) {
            nb::arg("set_mkl_threads") = 0)
       .def("submit", &PyLanes::submit, nb::arg("lane"), nb::arg("token"), nb::arg("model"), nb::arg("inputs"),
            nb::arg("stream") = 0, nb::arg("fence") = 0, nb::arg("fence_argument") = 0,
-           "Hand a work to a lane; the inputs' handles are taken. Raises when nothing was taken.")
+           "Hand a work to a lane; the inputs' handles are taken. When it raises, they are still the caller's to free.")
       .def("drain", &PyLanes::drain, nb::arg("limit"),
            "Completions as (token, outputs, error, started, finished); outputs must be turned into tensors.")
       .def("run_here", &PyLanes::run_here, nb::arg("model"), nb::arg("inputs"),
