@@ -206,7 +206,10 @@ class Scheduler:
         wanted = True
 
         async def work() -> Runner | None:
-            dispatcher, device = self._dispatcher(settings.device)
+            device = await self._device(settings.device)
+            if self._closed:
+                return None
+            dispatcher = self._dispatcher(settings.device, device)
             request = LoadRequest(
                 name=name,
                 path=Path(settings.path),
@@ -273,12 +276,14 @@ class Scheduler:
         )
         return runner
 
-    def _dispatcher(self, name: str) -> tuple[Dispatcher, Device]:
+    async def _device(self, name: str) -> Device:
         device = self._devices.get(name)
         if device is None:
-            from aoti_sched.backends.devices import open_device
+            opened = await anyio.to_thread.run_sync(_open_device, name, limiter=self._limiter)
+            device = self._devices.setdefault(name, opened)  # another load may have been quicker
+        return device
 
-            device = self._devices[name] = open_device(name)
+    def _dispatcher(self, name: str, device: Device) -> Dispatcher:
         dispatcher = self._dispatchers.get(name)
         if dispatcher is None:
             settings = self._config.devices.get(name, DeviceConfig())
@@ -292,7 +297,7 @@ class Scheduler:
                 log_requests=self._config.log_requests,
             )
             log.info("device opened", device=name, executor=dispatcher.executor.kind, lanes=lanes)
-        return dispatcher, device
+        return dispatcher
 
     # --- closing -------------------------------------------------------------------------------------
 
@@ -365,6 +370,13 @@ class Scheduler:
 
     async def _housekeep(self, work: Callable[[], Awaitable[_T]]) -> _T:
         return await asyncio.shield(self._start(work))
+
+
+def _open_device(name: str) -> Device:
+    """Off the loop: the first backend imports torch, which takes a second or two."""
+    from aoti_sched.backends.devices import open_device
+
+    return open_device(name)
 
 
 def _look_at(outcome: asyncio.Future[Any]) -> None:

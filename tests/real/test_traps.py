@@ -508,3 +508,27 @@ async def test_more_requests_than_instances_never_keep_another_models_lane(sched
     assert_close(await light.run(*built.args), built.module()(*built.args))
     assert not futures[-1].done()
     await asyncio.gather(*futures)
+
+
+def test_the_first_load_imports_torch_off_the_loops_thread(python):
+    process = python(
+        """
+        import asyncio, sys, threading, aoti_sched
+
+        class Watch:
+            def find_spec(self, name, path=None, target=None):
+                if name == "torch":
+                    print("imported by", threading.current_thread() is threading.main_thread())
+
+        sys.meta_path.insert(0, Watch())
+
+        async def main():
+            async with aoti_sched.Scheduler() as scheduler:
+                await scheduler.load(sys.argv[1])
+
+        asyncio.run(main())
+        """,
+        build("mlp").path,
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines() == ["imported by False"]
