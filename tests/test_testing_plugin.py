@@ -13,7 +13,10 @@ from aoti_sched.testing import FakeBackend, ManualClock, fake_scheduler, settle
 
 pytest_plugins = ["pytester"]
 
-STRICT = ("-o", "asyncio_mode=auto", "-o", "asyncio_default_fixture_loop_scope=function", "-W", "error")
+# Installed for development, our plugin is imported through a hook that pytest can't look at; it says so.
+EDITABLE = "ignore:Module already imported so cannot be rewritten:pytest.PytestAssertRewriteWarning"
+LOOP_SCOPE = "asyncio_default_fixture_loop_scope=function"
+STRICT = ("-o", "asyncio_mode=auto", "-o", LOOP_SCOPE, "-W", "error", "-W", EDITABLE)
 ROOT = Path(__file__).resolve().parents[1]
 
 
