@@ -159,6 +159,11 @@ def _threads(
             "more they would write past their arrays."
         )
         threads = limit
+    if threads > 1:
+        notes.append(
+            f"Its kernels run on {threads} threads, where an error (an index out of range, say) ends the process instead "
+            "of raising RunError."
+        )
     cores = device.cores()
     if instances * threads > cores:
         notes.append(
