@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import weakref
 
@@ -286,8 +287,9 @@ def test_it_runs_on_uvloop():
             runner = await scheduler.load("m.pt2")
             return await asyncio.gather(*(runner.run(i) for i in range(100)))
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as loop_runner:
-        assert loop_runner.run(main()) == [3 * i for i in range(100)]
+    loop = uvloop.new_event_loop()
+    with contextlib.closing(loop):
+        assert loop.run_until_complete(main()) == [3 * i for i in range(100)]
 
 
 def test_the_manual_clock_is_the_schedulers_clock():
