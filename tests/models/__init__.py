@@ -78,6 +78,12 @@ def build_here(name: str) -> None:
     _build(name, here=True)
 
 
+def compile_apart(scratch: str) -> None:
+    """Give this process a compiler cache of its own: models that share their code (the same module, its weights here
+    or there) share its files by content, and torch rewrites some of them in place while another package reads them."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(scratch, str(os.getpid())))
+
+
 def _build(name: str, *, here: bool) -> BuiltModel:
     definition = DEFINITIONS[name]()
     directory = CACHE / f"{name}-{_key(name)}"

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
-from tests.models import DEFINITIONS, build_here
+from tests.models import DEFINITIONS, build_here, compile_apart
 
 
 def main(names: list[str]) -> None:
@@ -18,7 +19,11 @@ def main(names: list[str]) -> None:
     if unknown:
         sys.exit(f"no such model: {', '.join(unknown)}; there are {', '.join(DEFINITIONS)}")
     start = time.monotonic()
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        ProcessPoolExecutor(2, mp_context=context, initializer=compile_apart, initargs=(scratch,)) as pool,
+    ):
         futures = {pool.submit(build_here, name): name for name in names}
         for done, future in enumerate(as_completed(futures), 1):
             future.result()
