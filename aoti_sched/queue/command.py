@@ -10,7 +10,7 @@ from aoti_sched.queue.lease import Lease, RunnerState
 
 
 class Launch(msgspec.Struct, frozen=True):
-    """Run this job now, on its lane."""
+    """Run this job now: on its lane, or, when `job.inline` is set, right here on the loop's own thread."""
 
     job: Job
 
@@ -36,7 +36,7 @@ class Expire(msgspec.Struct, frozen=True):
 
 
 class Revoke(msgspec.Struct, frozen=True):
-    """This accepted job will not run: its runner was terminated."""
+    """This accepted job will not run; the error says why."""
 
     job: Job
     error: AotiSchedError
@@ -48,10 +48,20 @@ class Drained(msgspec.Struct, frozen=True):
     runner: RunnerState
 
 
+class BarrierReached(msgspec.Struct, frozen=True):
+    """This runner's barrier is closed, every slot is home and nothing launches: its constants may be swapped."""
+
+    runner: RunnerState
+
+
+class NextTurn(msgspec.Struct, frozen=True):
+    """Call `turn` in the loop's next turn."""
+
+
 class WakeAt(msgspec.Struct, frozen=True):
     """Call `tick` at this time; it replaces the time asked for before."""
 
     at: float
 
 
-Command = Launch | Grant | Reject | Expire | Revoke | Drained | WakeAt
+Command = Launch | Grant | Reject | Expire | Revoke | Drained | BarrierReached | NextTurn | WakeAt

@@ -5,9 +5,10 @@ commands that follow. The same facts give the same commands, always. An illegal 
 `IllegalFactError` and changes nothing. O(log n) per fact in the queued jobs, O(1) in idle runners.
 
 A job's way: `submit` puts it at the gate (when there is no room and it may wait) or into its source's
-queue; a source (a runner, or a held lease) that has a job and a free slot contends for a lane; `Launch`
-gives the best job its slot and lane; `complete` brings both home. What a job can go through stands in
-`job.TRANSITIONS`.
+queue; a source (a runner, or a held lease) that has a job and a free slot contends for a lane, or, when
+its run is short, for the loop's own thread (`placement`); `Launch` gives the best job its slot and lane;
+`complete` brings both home. What a job can go through stands in `job.TRANSITIONS`. A `barrier` between
+two epochs holds a runner's queue until every slot is home.
 """
 
 from __future__ import annotations
@@ -15,21 +16,32 @@ from __future__ import annotations
 import heapq
 import math
 
-from aoti_sched.errors import AotiSchedError, LeaseError, QueueFullError, RunnerClosedError
+from aoti_sched.errors import (
+    AotiSchedError,
+    LeaseError,
+    QueueFullError,
+    RunnerClosedError,
+    UpdateAbortedError,
+)
+from aoti_sched.queue import barrier
 from aoti_sched.queue.admission import Bounds, Load
 from aoti_sched.queue.command import (
+    BarrierReached,
     Command,
     Drained,
     Expire,
     Grant,
     Launch,
+    NextTurn,
     Reject,
     Revoke,
     WakeAt,
 )
+from aoti_sched.queue.invariants import check
 from aoti_sched.queue.job import Fact, IllegalFactError, Job, JobState, Priority
 from aoti_sched.queue.lease import Lease, Phase, RunnerState, Source
 from aoti_sched.queue.order import Contest, JobQueue
+from aoti_sched.queue.placement import INLINE_BUDGET, LOOP, Placing
 
 
 def _must_be_lawful(job: Job) -> None:
@@ -52,28 +64,54 @@ def _queue_of(source: Source) -> JobQueue:
     return source.queue
 
 
-def _has_free_slot(source: Source) -> bool:
-    return bool(source.free)
+def _can_start(source: Source) -> bool:
+    return bool(source.free) and not source.closed
 
 
-def _has_room(source: Source) -> bool:
-    head = source.gate.head()
-    return head is not None and source.load.refusal(head.bytes) is None
+def _wants_a_lane(source: Source, head: Job) -> bool:
+    return _can_start(source) and not head.holds and not source.runner.placing.inline(head.bytes)
+
+
+def _wants_the_loop(source: Source, head: Job) -> bool:
+    return _can_start(source) and not head.holds and source.runner.placing.inline(head.bytes)
+
+
+def _wants_a_lease(source: Source, head: Job) -> bool:
+    return _can_start(source) and head.holds
+
+
+def _better(one: Job | None, other: Job | None) -> Job | None:
+    """Which of them goes first."""
+    if one is None or other is None:
+        return one or other
+    return one if (one.priority, one.id) < (other.priority, other.id) else other
+
+
+def _has_room(source: Source, head: Job) -> bool:
+    return source.load.refusal(head.bytes) is None
 
 
 class DeviceQueue:
     """The queue of one device with `lanes` lanes; at most `bounds` may be queued over all its runners."""
 
-    def __init__(self, name: str, lanes: int, bounds: Bounds | None = None) -> None:
+    def __init__(
+        self, name: str, lanes: int, bounds: Bounds | None = None, *, inline_budget: float = INLINE_BUDGET
+    ) -> None:
         if lanes < 1:
             raise IllegalFactError(f"{name}: a device has at least one lane, not {lanes}")
         self.name = name
         self.lanes = lanes
+        self.inline_budget = inline_budget  # seconds per turn of the loop
         self.load = Load(f"device {name}", bounds or Bounds())
         self.runners: dict[str, RunnerState] = {}
         self._free_lanes = list(reversed(range(lanes)))
         self._running: dict[int, Job] = {}  # by lane
-        self._ready = Contest(_queue_of, _has_free_slot)
+        self.following: dict[int, Job] = {}  # by lane: handed to it behind the running one, on the same slot
+        self._ready = Contest(_queue_of, _wants_a_lane)
+        self._ready_inline = Contest(_queue_of, _wants_the_loop)
+        self._ready_to_lease = Contest(_queue_of, _wants_a_lease)
+        self._inline_left = inline_budget
+        self._turn_asked = False
         self._gates = Contest(_gate_of, _has_room)
         self._deadlines: list[tuple[float, int, Job]] = []
         self._dead_deadlines = 0
@@ -84,28 +122,43 @@ class DeviceQueue:
     @property
     def busy_lanes(self) -> int:
         """How many lanes run something."""
-        return len(self._running)
+        return self.lanes - len(self._free_lanes)
 
     # --- facts about runners -------------------------------------------------------------------------
 
     def add_runner(
-        self, name: str, slots: int, bounds: Bounds | None = None, *, epoch: int = 1
+        self,
+        name: str,
+        slots: int,
+        bounds: Bounds | None = None,
+        *,
+        epoch: int = 1,
+        placing: Placing | None = None,
     ) -> RunnerState:
         if name in self.runners:
             raise IllegalFactError(f"{self.name} has a runner {name!r} already")
         if slots < 1:
             raise IllegalFactError(f"runner {name!r}: at least one slot, not {slots}")
-        runner = RunnerState(name, slots, Load(f"runner {name!r}", bounds or Bounds()), epoch)
+        load = Load(f"runner {name!r}", bounds or Bounds())
+        runner = RunnerState(name, slots, load, epoch, placing or Placing())
         self.runners[name] = runner
         return runner
 
-    def drain_runner(self, runner: RunnerState, now: float) -> list[Command]:  # noqa: ARG002 -- facts take now
-        """Refuse new work from now on and finish what was accepted, held leases included."""
+    def drain_runner(self, runner: RunnerState, now: float) -> list[Command]:
+        """Refuse new work from now on and finish what was accepted, held leases included.
+
+        What awaits an epoch could wait for ever, and is revoked.
+        """
         self._known(runner)
         if runner.phase is Phase.OPEN:
             runner.phase = Phase.DRAINING
         commands: list[Command] = []
-        self._see_if_drained(runner, commands)
+        for job in list(runner.awaiting.values()):
+            error = RunnerClosedError(
+                f"runner {runner.name!r} is draining; epoch {job.min_epoch}, which the request waits for, has not come"
+            )
+            self._revoke(job, error, now, commands)
+        self._see_what_is_over(runner, commands)
         return commands
 
     def terminate_runner(self, runner: RunnerState, now: float) -> list[Command]:
@@ -116,16 +169,15 @@ class DeviceQueue:
         runner.phase = Phase.TERMINATED
         commands: list[Command] = []
         sources: list[Source] = [runner, *runner.leases.values()]
-        for job in [job for source in sources for job in (*source.gate.jobs(), *source.queue.jobs())]:
-            self._leave_queue(job, Fact.REVOKE, now)
-            runner.counters.revoked += 1
+        queued = [job for source in sources for job in (*source.gate.jobs(), *source.queue.jobs())]
+        for job in [*runner.awaiting.values(), *queued]:
             error = RunnerClosedError(f"runner {runner.name!r} was terminated while the request was queued")
-            commands.append(Revoke(job, error))
+            self._revoke(job, error, now, commands)
         for lease in list(runner.leases.values()):
             lease.released = True
             self._retire_if_over(lease)
         self._dispatch(now, commands)  # the room that was freed may let others in
-        self._see_if_drained(runner, commands)
+        self._see_what_is_over(runner, commands)
         return commands
 
     def remove_runner(self, runner: RunnerState) -> None:
@@ -134,8 +186,47 @@ class DeviceQueue:
         if runner.phase is not Phase.DRAINED:
             raise IllegalFactError(f"runner {runner.name!r} is {runner.phase.name}, it can't be removed")
         del self.runners[runner.name]
-        self._ready.leave(runner)
-        self._gates.leave(runner)
+        for contest in (self._ready, self._ready_inline, self._ready_to_lease, self._gates):
+            contest.leave(runner)
+
+    def close_barrier(self, runner: RunnerState, now: float, *, abort: bool = False) -> list[Command]:
+        """Start nothing more of this runner, but for its held leases; `BarrierReached` follows when every slot is home.
+
+        With `abort`, what is queued (and not a held lease's) is revoked and does not wait.
+        """
+        self._known(runner)
+        barrier.close(runner)
+        commands: list[Command] = []
+        if abort:
+            for job in [*runner.gate.jobs(), *runner.queue.jobs()]:
+                error = UpdateAbortedError(
+                    f"runner {runner.name!r}: an update of its weights with barrier='abort' failed what was queued; "
+                    "send the request again"
+                )
+                self._revoke(job, error, now, commands)
+            self._dispatch(now, commands)
+        self._see_what_is_over(runner, commands)
+        return commands
+
+    def open_barrier(self, runner: RunnerState, now: float, *, epoch: int | None = None) -> list[Command]:
+        """Go on, on another epoch when one is given. Jobs that waited for it now take their place in the queue."""
+        self._known(runner)
+        barrier.open_on(runner, epoch)
+        commands: list[Command] = []
+        if epoch is not None:
+            self._serve_epoch(runner, now, commands)
+        self._enter(runner)
+        self._dispatch(now, commands)
+        self._see_what_is_over(runner, commands)
+        return commands
+
+    def turn(self, now: float) -> list[Command]:
+        """A new turn of the loop has begun: it has its whole budget of inline runs again."""
+        self._inline_left = self.inline_budget
+        self._turn_asked = LOOP in self._running  # what runs there belongs to this turn, too
+        commands: list[Command] = [NextTurn()] if self._turn_asked else []
+        self._dispatch(now, commands)
+        return commands
 
     # --- facts about jobs ----------------------------------------------------------------------------
 
@@ -164,17 +255,21 @@ class DeviceQueue:
             heapq.heappush(self._deadlines, (job.deadline, job.id, job))
         commands: list[Command] = []
         job.source.live += 1
-        if self._full(job) is not None:
+        if job.min_epoch > job.source.epoch:
+            job.happens(Fact.HOLD)
+            runner.awaiting[job.id] = job
+        elif self._full(job) is not None:
             job.happens(Fact.HOLD)
             job.source.gate.push(job)
             self._look_at_gate(job.source)
             self._dispatch(now, commands)
-        elif self._is_uncontended(job):
+        elif (lane := self._uncontended_lane(job)) is not None:
             job.happens(Fact.ADMIT)
-            self._launch(job, now, commands)
+            self._launch(job, lane, now, commands)
         else:
             self._admit(job)
             self._dispatch(now, commands)
+            self._follow(job.source, now, commands)
         if job.deadline is not None:
             self._ask_for_wake(commands)
         return commands
@@ -193,7 +288,7 @@ class DeviceQueue:
         `job.state` then says whether its caller is still there (DONE, FAILED) or had left. `started` and
         `finished` are the lane's own stamps, where it has better ones than the launch and `now`.
         """
-        if self._running.get(job.lane) is not job:
+        if self._running.get(job.lane) is not job and self.following.get(job.lane) is not job:
             raise IllegalFactError(f"job {job.id} is {job.state.name} and not on a lane: it can't complete")
         left = job.state is not JobState.RUNNING
         job.happens(Fact.SUCCEED if ok else Fact.FAIL)
@@ -211,16 +306,23 @@ class DeviceQueue:
             counters.failed += 1
         if not left and job.deadline is not None:
             self._count_dead_deadline()
-        del self._running[job.lane]
-        self._free_lanes.append(job.lane)
-        source.free.append(job.slot)
+        self._leave_lane(job)
+        if job.inline:
+            self._inline_left -= seconds
+            counters.inline += 1
         source.live -= 1
         commands: list[Command] = []
         if isinstance(source, Lease):
             self._retire_if_over(source)
-        self._ready.enter(source)
-        self._dispatch(now, commands)
-        self._see_if_drained(runner, commands)
+        too_long = job.inline and seconds > self.inline_budget
+        moved = (ok or too_long) and runner.placing.learn(job.bytes, seconds, too_long=too_long)
+        if self.load.jobs:  # nobody waits for room, a slot or a lane when nothing is queued
+            for other in (runner, *runner.leases.values()) if moved else (source,):
+                self._enter(other)
+            self._dispatch(now, commands)
+            self._follow(source, now, commands)
+        if runner.closed or runner.phase is not Phase.OPEN:
+            self._see_what_is_over(runner, commands)
         return commands
 
     def cancel(self, job: Job, now: float) -> list[Command]:
@@ -234,7 +336,7 @@ class DeviceQueue:
             self._leave_queue(job, Fact.CANCEL, now)
         job.source.runner.counters.cancelled += 1
         self._dispatch(now, commands)
-        self._see_if_drained(job.source.runner, commands)
+        self._see_what_is_over(job.source.runner, commands)
         return commands
 
     def tick(self, now: float) -> list[Command]:
@@ -254,7 +356,7 @@ class DeviceQueue:
             lease.released = True
             self._retire_if_over(lease)
             self._dispatch(now, commands)
-            self._see_if_drained(lease.runner, commands)
+            self._see_what_is_over(lease.runner, commands)
         return commands
 
     # --- what follows from facts ---------------------------------------------------------------------
@@ -278,6 +380,16 @@ class DeviceQueue:
         never = source.load.never_fits(job.bytes) or self.load.never_fits(job.bytes)
         if never is not None:
             return QueueFullError(f"runner {runner.name!r}: the request can never be queued, {never}")
+        if job.min_epoch > source.epoch:
+            error = barrier.epoch_refusal(job)
+            if error is not None:
+                return error
+            most = runner.load.bounds.jobs
+            if most is not None and len(runner.awaiting) >= most:
+                return QueueFullError(
+                    f"runner {runner.name!r}: {len(runner.awaiting)} requests wait for an epoch, the bound is {most}"
+                )
+            return None
         full = None if wait else self._full(job)
         if full is None:
             return None
@@ -307,7 +419,18 @@ class DeviceQueue:
         for load in self._loads_of(source):
             load.add(job.bytes)
         source.queue.push(job)
-        self._ready.enter(source)
+        self._enter(source)
+
+    def _enter(self, source: Source) -> None:
+        """Its head or its slots changed: it contends again."""
+        head = source.queue.head()
+        if head is not None and _can_start(source):
+            if head.holds:
+                self._ready_to_lease.enter_with(source, head)
+            elif source.runner.placing.inline(head.bytes):
+                self._ready_inline.enter_with(source, head)
+            else:
+                self._ready.enter_with(source, head)
 
     def _dispatch(self, now: float, commands: list[Command]) -> None:
         """Give free slots and lanes to the best jobs, and the room that this makes to those at the gate.
@@ -316,8 +439,8 @@ class DeviceQueue:
         """
         while True:
             self._open_gates()
-            job = self._ready.best()
-            if job is None or not (job.holds or self._free_lanes):
+            job = self._next()
+            if job is None:
                 return
             if job.deadline is not None and job.deadline <= now:  # this fact came before its tick
                 self._expire(job, now, commands)
@@ -325,15 +448,37 @@ class DeviceQueue:
             source = job.source
             source.queue.remove(job)
             self._free_room(job)
-            self._launch(job, now, commands)
-            self._ready.enter(source)
+            lane = LOOP if job.holds or source.runner.placing.inline(job.bytes) else self._free_lanes[-1]
+            self._launch(job, lane, now, commands)
+            self._enter(source)
 
-    def _is_uncontended(self, job: Job) -> bool:
-        """Whether a slot and a lane are free for it and nobody else wants them: then it need not queue."""
-        free = job.source.free and self._free_lanes
-        return bool(free) and not job.holds and self._ready.best() is None
+    def _next(self) -> Job | None:
+        """The best of the jobs that have a slot and a place to run."""
+        job = self._ready_to_lease.best()
+        if self._free_lanes:
+            job = _better(job, self._ready.best())
+        if self._loop_is_free():
+            job = _better(job, self._ready_inline.best())
+        return job
 
-    def _launch(self, job: Job, now: float, commands: list[Command]) -> None:
+    def _loop_is_free(self) -> bool:
+        return LOOP not in self._running and self._inline_left > 0
+
+    def _uncontended_lane(self, job: Job) -> int | None:
+        """The lane it can have at once, since a slot and the lane are free and nobody else wants them; or None."""
+        source = job.source
+        if job.holds or not _can_start(source):
+            return None
+        inline = source.runner.placing.inline(job.bytes)
+        if self.load.jobs:
+            contest = self._ready_inline if inline else self._ready
+            if len(source.queue) or contest.best() is not None:  # its own queue may wait for another place
+                return None
+        if inline:
+            return LOOP if self._loop_is_free() else None
+        return self._free_lanes[-1] if self._free_lanes else None
+
+    def _launch(self, job: Job, lane: int, now: float, commands: list[Command]) -> None:
         source = job.source
         job.happens(Fact.LAUNCH)
         job.slot = source.free.pop()
@@ -341,10 +486,59 @@ class DeviceQueue:
         job.started = now
         if job.holds:
             self._grant(job, now, commands)
+            return
+        job.lane = lane
+        self._running[lane] = job
+        commands.append(Launch(job))
+        if lane != LOOP:
+            self._free_lanes.pop()
+            if source.runner.placing.follows(job.bytes):
+                source.followed.append(lane)
+            return
+        job.inline = True
+        if not self._turn_asked:
+            self._turn_asked = True
+            commands.append(NextTurn())
+
+    def _leave_lane(self, job: Job) -> None:
+        """Its lane and slot come home, or go to the one that follows it."""
+        lane, source = job.lane, job.source
+        follower = self.following.pop(lane, None)
+        if follower is job:  # the lane would not take it
+            source.followed.append(lane)
+        elif follower is None:
+            del self._running[lane]
+            source.free.append(job.slot)
+            if lane != LOOP:
+                self._free_lanes.append(lane)
+                if lane in source.followed:
+                    source.followed.remove(lane)
         else:
-            job.lane = self._free_lanes.pop()
-            self._running[job.lane] = job
+            self._running[lane] = follower
+            source.followed.append(lane)
+
+    def _follow(self, source: Source, now: float, commands: list[Command]) -> None:
+        """Hand the source's next jobs to lanes that run short ones of it, unless a better job waits for a lane."""
+        placing = source.runner.placing
+        while source.followed and not source.closed and (job := source.queue.head()) is not None:
+            if job.holds or not placing.follows(job.bytes) or placing.inline(job.bytes):
+                return
+            if job.deadline is not None and job.deadline <= now:
+                return
+            first = self._ready.best()
+            if first is not None and (first.priority, first.id) < (job.priority, job.id):
+                return
+            source.queue.remove(job)
+            self._free_room(job)
+            job.happens(Fact.LAUNCH)
+            job.lane = source.followed.pop()
+            job.slot = self._running[job.lane].slot
+            job.epoch = source.epoch
+            job.started = now
+            self.following[job.lane] = job
             commands.append(Launch(job))
+            self._enter(source)
+            self._dispatch(now, commands)  # the room it left may let others in
 
     def _grant(self, job: Job, now: float, commands: list[Command]) -> None:
         runner = job.source.runner
@@ -383,12 +577,13 @@ class DeviceQueue:
         source = job.source
         source.live -= 1
         if waiting:
-            source.gate.remove(job)
-            self._look_at_gate(source)
+            if source.runner.awaiting.pop(job.id, None) is None:
+                source.gate.remove(job)
+                self._look_at_gate(source)
         else:
             source.queue.remove(job)
             self._free_room(job)
-            self._ready.enter(source)
+            self._enter(source)
         if job.deadline is not None:
             self._count_dead_deadline()
         if isinstance(source, Lease):
@@ -412,9 +607,30 @@ class DeviceQueue:
             del runner.leases[lease.id]
             runner.free.append(lease.free.pop())
             self._ready.leave(lease)
-            self._ready.enter(runner)
+            self._ready_inline.leave(lease)
+            self._enter(runner)
 
-    def _see_if_drained(self, runner: RunnerState, commands: list[Command]) -> None:
+    def _revoke(self, job: Job, error: AotiSchedError, now: float, commands: list[Command]) -> None:
+        self._leave_queue(job, Fact.REVOKE, now)
+        job.source.runner.counters.revoked += 1
+        commands.append(Revoke(job, error))
+
+    def _serve_epoch(self, runner: RunnerState, now: float, commands: list[Command]) -> None:
+        """The runner's epoch has changed: who waited for it may queue, who can't have theirs any more is told."""
+        for job in [*runner.gate.jobs(), *runner.queue.jobs()]:
+            error = barrier.epoch_refusal(job)
+            if error is not None:
+                self._revoke(job, error, now, commands)
+        for job in [job for job in runner.awaiting.values() if job.min_epoch <= runner.epoch]:
+            del runner.awaiting[job.id]
+            self._ids += 1
+            job.id = self._ids  # its turn counts from now
+            runner.gate.push(job)
+        self._look_at_gate(runner)
+
+    def _see_what_is_over(self, runner: RunnerState, commands: list[Command]) -> None:
+        if runner.closed and barrier.reach(runner):
+            commands.append(BarrierReached(runner))
         if runner.phase in (Phase.DRAINING, Phase.TERMINATED) and runner.idle:
             runner.phase = Phase.DRAINED
             commands.append(Drained(runner))
@@ -438,7 +654,7 @@ class DeviceQueue:
         runner = job.source.runner
         runner.counters.expired += 1
         commands.append(Expire(job))
-        self._see_if_drained(runner, commands)
+        self._see_what_is_over(runner, commands)
 
     def _ask_for_wake(self, commands: list[Command]) -> None:
         entry = self._earliest()
@@ -465,72 +681,4 @@ class DeviceQueue:
 
     def check(self) -> None:
         """State the invariants; raises AssertionError. For tests, after every fact."""
-
-        def must(truth: bool, sentence: str) -> None:
-            if not truth:
-                raise AssertionError(f"{self.name}: {sentence}")
-
-        must(len(self._free_lanes) + len(self._running) == self.lanes, "each lane is free or runs one job")
-        must(
-            sorted([*self._free_lanes, *self._running]) == list(range(self.lanes)),
-            "no lane is lost or doubled",
-        )
-        queued_jobs = queued_bytes = 0
-        for runner in self.runners.values():
-            on_lanes = [job for job in self._running.values() if job.source.runner is runner]
-            held = [lease.slot for lease in runner.leases.values()]
-            own = [job.slot for job in on_lanes if job.source is runner]
-            must(
-                sorted([*runner.free, *held, *own]) == list(range(runner.slots)), "free + leased = all slots"
-            )
-            for lease in runner.leases.values():
-                busy = [job for job in on_lanes if job.source is lease]
-                must(len(busy) + len(lease.free) == 1, "a lease runs at most one job at a time")
-                must(not lease.released or lease.live > 0, "a released lease with no jobs is retired")
-            sources: list[Source] = [runner, *runner.leases.values()]
-            queued = [job for source in sources for job in source.queue.jobs()]
-            gate = [job for source in sources for job in source.gate.jobs()]
-            must(all(job.state is JobState.QUEUED for job in queued), "what is in a queue is QUEUED")
-            must(all(job.state is JobState.WAITING for job in gate), "what is at a gate is WAITING")
-            must(runner.load.jobs == len(queued), "a runner's load counts its queued jobs")
-            must(runner.load.bytes == sum(job.bytes for job in queued), "a runner's load counts its bytes")
-            for lease in runner.leases.values():
-                jobs = lease.queue.jobs()
-                must(lease.load.jobs == len(jobs), "a lease's load counts its queued jobs")
-                must(lease.load.bytes == sum(job.bytes for job in jobs), "a lease's load counts its bytes")
-                must(lease.load.within_bounds(), "no bound of a lease is exceeded")
-                must(
-                    not lease.gate.jobs() or not _has_room(lease),
-                    "nobody waits at a lease's gate when it has room",
-                )
-            must(
-                sum(s.live for s in sources) == len(queued) + len(gate) + len(on_lanes),
-                "live jobs are somewhere",
-            )
-            must(runner.load.within_bounds(*_lease_loads(runner)), "no bound of a runner is exceeded")
-            if _has_room(runner):
-                first = self._gates.best()
-                blocked = first is not None and self.load.refusal(first.bytes) is not None
-                must(blocked, "nobody waits at a gate when there is room")
-            must((runner.phase is not Phase.DRAINED) or runner.idle, "a drained runner is idle")
-            if self._free_lanes:
-                must(
-                    not any(s.free and len(s.queue) for s in sources),
-                    "no job waits while a lane and a slot are free",
-                )
-            queued_jobs += len(queued)
-            queued_bytes += sum(job.bytes for job in queued)
-        must(
-            self.load.jobs == queued_jobs and self.load.bytes == queued_bytes,
-            "the device's load is its runners'",
-        )
-        leases = [load for runner in self.runners.values() for load in _lease_loads(runner)]
-        must(self.load.within_bounds(*leases), "no bound of the device is exceeded")
-        must(
-            sum(self._is_dead(e[2]) for e in self._deadlines) == self._dead_deadlines,
-            "dead deadlines are counted",
-        )
-
-
-def _lease_loads(runner: RunnerState) -> list[Load]:
-    return [lease.load for lease in runner.leases.values()]
+        check(self)

@@ -23,7 +23,7 @@ class JobState(enum.IntEnum):
     """Where a job is. The first four are alive, the others are ends."""
 
     NEW = 0  # not yet submitted
-    WAITING = 1  # held at the gate until admission has room (overflow="wait")
+    WAITING = 1  # held until admission has room (overflow="wait"), or until its epoch is published
     QUEUED = 2
     RUNNING = 3
     DONE = 4
@@ -31,7 +31,7 @@ class JobState(enum.IntEnum):
     REJECTED = 6
     EXPIRED = 7
     CANCELLED = 8
-    REVOKED = 9  # its runner was terminated
+    REVOKED = 9  # its runner was terminated, an update aborted it, or its epoch was rolled back
 
 
 class Fact(enum.IntEnum):
@@ -94,7 +94,8 @@ class Job(msgspec.Struct, eq=False):
 
     `source` is what the job draws its slot from: its runner, or a held lease. A job with `holds` set asks
     for a lease and not for a run. `bytes` counts the inputs. Times are seconds on the caller's clock;
-    `deadline` is absolute.
+    `deadline` is absolute. It runs on constants of `min_epoch` or later. `lane` is `LOOP` for a run on the
+    loop's own thread, and then `inline` is set.
     """
 
     source: Source
@@ -103,10 +104,12 @@ class Job(msgspec.Struct, eq=False):
     bytes: int = 0
     holds: bool = False
     payload: Any = None
+    min_epoch: int = 0
 
     id: int = -1
     state: JobState = JobState.NEW
     lane: int = -1
+    inline: bool = False
     slot: int = -1
     epoch: int = 0
     submitted: float = 0.0

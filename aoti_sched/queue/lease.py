@@ -8,7 +8,9 @@ from typing import Any
 import msgspec
 
 from aoti_sched.queue.admission import Load
+from aoti_sched.queue.job import Job
 from aoti_sched.queue.order import JobQueue
+from aoti_sched.queue.placement import Placing
 
 
 class Phase(enum.IntEnum):
@@ -34,6 +36,8 @@ class Counters(msgspec.Struct):
     run_seconds: float = 0.0
     wasted_seconds: float = 0.0
     """Run time of jobs whose caller had left, by cancellation or timeout."""
+    inline: int = 0
+    """Runs on the loop's own thread."""
 
 
 class Source:
@@ -41,10 +45,11 @@ class Source:
 
     `queue` holds what was admitted, `load` counts it against its bounds; `gate` holds what waits for room.
     `free` is a stack, so that the slot used last, whose memory is warm, is used next. `live` counts the
-    jobs that are waiting, queued or running here, callers that left a running job included.
+    jobs that are waiting, queued or running here, callers that left a running job included. A `closed`
+    source gives out no slot. `followed` are lanes that run a short job of this source and may be given its next.
     """
 
-    __slots__ = ("epoch", "free", "gate", "live", "load", "name", "queue")
+    __slots__ = ("closed", "epoch", "followed", "free", "gate", "live", "load", "name", "queue")
 
     def __init__(self, name: str, slots: list[int], epoch: int, load: Load) -> None:
         self.name = name
@@ -54,6 +59,8 @@ class Source:
         self.load = load
         self.live = 0
         self.epoch = epoch
+        self.closed = False
+        self.followed: list[int] = []
 
     @property
     def runner(self) -> RunnerState:
@@ -61,16 +68,23 @@ class Source:
 
 
 class RunnerState(Source):
-    """A runner's record: its slots, its queue, its held leases, its totals. Its load counts its leases' too."""
+    """A runner's record: its slots, its queue, its held leases, its totals. Its load counts its leases' too.
 
-    __slots__ = ("counters", "leases", "phase", "slots")
+    `published` is the highest epoch there has been. `awaiting` holds jobs whose epoch is yet to come.
+    """
 
-    def __init__(self, name: str, slots: int, load: Load, epoch: int) -> None:
+    __slots__ = ("awaiting", "counters", "leases", "phase", "placing", "published", "reached", "slots")
+
+    def __init__(self, name: str, slots: int, load: Load, epoch: int, placing: Placing) -> None:
         super().__init__(name, list(reversed(range(slots))), epoch, load)
         self.slots = slots
         self.leases: dict[int, Lease] = {}
         self.phase = Phase.OPEN
         self.counters = Counters()
+        self.placing = placing
+        self.published = epoch
+        self.reached = False
+        self.awaiting: dict[int, Job] = {}
 
     @property
     def runner(self) -> RunnerState:
@@ -78,7 +92,12 @@ class RunnerState(Source):
 
     @property
     def idle(self) -> bool:
-        return not (self.live or self.leases)
+        return not (self.live or self.leases or self.closed)
+
+    @property
+    def home(self) -> bool:
+        """Whether every slot is."""
+        return len(self.free) == self.slots
 
 
 class Lease(Source):

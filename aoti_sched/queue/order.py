@@ -56,7 +56,9 @@ class Contest:
 
     __slots__ = ("_eligible", "_entered", "_heap", "_queue_of")
 
-    def __init__(self, queue_of: Callable[[Source], JobQueue], eligible: Callable[[Source], bool]) -> None:
+    def __init__(
+        self, queue_of: Callable[[Source], JobQueue], eligible: Callable[[Source, Job], bool]
+    ) -> None:
         self._heap: list[tuple[int, int, Source]] = []
         self._entered: dict[Source, int] = {}  # each source's latest entry; older ones are stale
         self._queue_of = queue_of
@@ -65,7 +67,12 @@ class Contest:
     def enter(self, source: Source) -> None:
         """Call when a source's head or eligibility may have changed; entering twice does no harm."""
         head = self._queue_of(source).head()
-        if head is None or self._entered.get(source) == head.id or not self._eligible(source):
+        if head is not None and self._eligible(source, head):
+            self.enter_with(source, head)
+
+    def enter_with(self, source: Source, head: Job) -> None:
+        """`enter`, by one who knows the head and that it is eligible."""
+        if self._entered.get(source) == head.id:
             return
         heapq.heappush(self._heap, (head.priority, head.id, source))
         self._entered[source] = head.id
@@ -82,7 +89,7 @@ class Contest:
         while heap:
             _, job_id, source = heap[0]
             head = self._queue_of(source).head()
-            if head is not None and head.id == job_id and self._eligible(source):
+            if head is not None and head.id == job_id and self._eligible(source, head):
                 return head
             heapq.heappop(heap)
             if self._entered.get(source) == job_id:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+LOOP = -1
 LIVE = ("WAITING", "QUEUED", "RUNNING")
-COUNTS = ("submitted", "completed", "failed", "rejected", "expired", "cancelled", "revoked")
+COUNTS = ("submitted", "completed", "failed", "rejected", "expired", "cancelled", "revoked", "inline")
 SECONDS = ("queue_seconds", "run_seconds", "wasted_seconds")
 
 
@@ -29,6 +30,26 @@ class Runner:
     removed: bool = False
     counters: dict = field(default_factory=lambda: dict.fromkeys((*COUNTS, *SECONDS), 0))
     freed: dict = field(default_factory=dict)  # slot: when it was last freed, as a running number
+    choice: str = "lane"
+    limit: float = 0
+    follow_limit: float = 0
+    times: dict = field(
+        default_factory=dict
+    )  # how long runs took, by the number of bits of their inputs' size
+    epoch: int = 1
+    published: int = 1
+    closed: bool = False
+    reached: bool = False
+
+    def bound(self, size):
+        recent = sorted(self.times.get(size.bit_length(), [])[-32:])
+        return recent[math.ceil(0.9 * len(recent)) - 1] if len(recent) >= 8 else math.inf
+
+    def inline(self, size):
+        return self.choice == "inline" or (self.choice == "auto" and self.bound(size) < self.limit)
+
+    def short(self, size):
+        return self.bound(size) < self.follow_limit
 
 
 @dataclass(eq=False)
@@ -36,6 +57,7 @@ class Lease:
     number: int
     runner: Runner
     slot: int
+    epoch: int
     released: bool = False
     over: bool = False
 
@@ -49,7 +71,11 @@ class Job:
     deadline: float | None
     bytes: int
     holds: bool
+    min_epoch: int = 0
     state: str = "NEW"
+    awaiting: bool = False  # WAITING for its epoch, and not for room
+    behind: bool = False  # on its lane, but not yet the one that runs
+    opened: float | None = None  # when its lane could be given a next one, as a running number
     id: int = 0
     on_lane: bool = False
     lane: int = -1
@@ -62,13 +88,23 @@ class Job:
         return self.state in LIVE or self.on_lane
 
     @property
+    def inline(self):
+        return self.on_lane and self.lane == LOOP
+
+    @property
+    def source(self):
+        return self.lease or self.runner
+
+    @property
     def rank(self):
         return (self.priority, self.id)
 
 
 class PlainModel:
-    def __init__(self, lanes, jobs, size):
+    def __init__(self, lanes, jobs, size, budget):
         self.lanes = lanes
+        self.budget = self.budget_left = budget
+        self.turn_asked = False
         self.jobs_bound = math.inf if jobs is None else jobs
         self.bytes_bound = math.inf if size is None else size
         self.runners = []
@@ -80,14 +116,15 @@ class PlainModel:
 
     # --- facts -----------------------------------------------------------------------------------------
 
-    def add_runner(self, name, slots, jobs, size):
+    def add_runner(self, name, slots, jobs, size, choice="lane", limit=0, follow_limit=0):
         if any(runner.name == name and not runner.removed for runner in self.runners):
             raise Illegal
         bounds = (math.inf if bound is None else bound for bound in (jobs, size))
-        self.runners.append(Runner(name, slots, *bounds))
+        runner = Runner(name, slots, *bounds, choice=choice, limit=limit, follow_limit=follow_limit)
+        self.runners.append(runner)
         return []
 
-    def submit(self, now, number, source, priority, deadline, size, holds, wait):
+    def submit(self, now, number, source, priority, deadline, size, holds, wait, min_epoch=0):
         """`source` is ("runner", number) or ("lease", number); a job's number seen before is a resubmission."""
         kind, which = source
         lease = self.leases[which - 1] if kind == "lease" else None
@@ -95,7 +132,9 @@ class PlainModel:
         if number < len(self.jobs) or (lease and holds):
             raise Illegal
         self.ids += 1
-        job = Job(number, runner, lease, priority, deadline, size, holds, id=self.ids, submitted=now)
+        job = Job(
+            number, runner, lease, priority, deadline, size, holds, min_epoch, id=self.ids, submitted=now
+        )
         self.jobs.append(job)
         runner.counters["submitted"] += 1
         refusal = self.refusal(job, wait)
@@ -105,16 +144,26 @@ class PlainModel:
         if deadline is not None and deadline <= now:
             self.end(job, "EXPIRED")
             return [("expire", number)]
+        if min_epoch > job.source.epoch:
+            job.state, job.awaiting = "WAITING", True
+            return []
         job.state = "WAITING" if self.must_wait(job) else "QUEUED"
-        return self.settle(now)
+        admitted = job.state == "QUEUED"
+        commands = self.settle(now)
+        return commands + self.follow(job.source, now) if admitted else commands
 
     def complete(self, now, number, ok):
         job = self.jobs[number]
         if not job.on_lane:
             raise Illegal
-        counters, seconds = job.runner.counters, now - job.started
+        runner = job.runner
+        counters, seconds = runner.counters, now - job.started
         counters["queue_seconds"] += job.started - job.submitted
         counters["run_seconds"] += seconds
+        inline = job.inline
+        if inline:
+            self.budget_left -= seconds
+            counters["inline"] += 1
         job.on_lane = False
         if job.state != "RUNNING":
             counters["wasted_seconds"] += seconds
@@ -122,12 +171,38 @@ class PlainModel:
             self.end(job, "DONE", "completed")
         else:
             self.end(job, "FAILED")
-        self.moments += 1
-        self.lanes_freed[job.lane] = self.moments
-        if job.lease is None:
-            job.runner.freed[job.slot] = self.moments
+        self.leave_lane(job)
         self.retire()
-        return self.settle(now)
+        self.learn(job, seconds, ok=ok, inline=inline)
+        commands = self.settle(now, drained=False)
+        return commands + self.follow(job.source, now) + self.over()
+
+    def leave_lane(self, job):
+        self.moments += 1
+        others = [other for other in self.jobs if other.on_lane and other.lane == job.lane]
+        if job.behind:
+            (first,) = others
+            first.opened, job.behind = self.moments, False
+        elif others:
+            (next_one,) = others
+            next_one.behind, next_one.opened = False, self.moments
+        else:
+            self.lanes_freed[job.lane] = self.moments
+            if job.lease is None:
+                job.runner.freed[job.slot] = self.moments
+
+    def learn(self, job, seconds, *, ok, inline):
+        runner = job.runner
+        if runner.choice != "auto" and not runner.follow_limit:
+            return
+        if inline and seconds > self.budget:
+            runner.times.pop(job.bytes.bit_length(), None)
+        elif ok:
+            runner.times.setdefault(job.bytes.bit_length(), []).append(seconds)
+
+    def turn(self, now):
+        self.budget_left, self.turn_asked = self.budget, any(job.inline for job in self.jobs)
+        return [("next turn",)] * self.turn_asked + self.settle(now)
 
     def cancel(self, now, number):
         job = self.jobs[number]
@@ -142,7 +217,7 @@ class PlainModel:
         due = [
             job for job in self.jobs if job.state in LIVE and job.deadline is not None and job.deadline <= now
         ]
-        for job in sorted(due, key=lambda job: (job.deadline, job.id)):
+        for job in sorted(due, key=lambda job: (job.deadline, job.number)):
             self.end(job, "EXPIRED")
             self.retire()
             commands.append(("expire", job.number))
@@ -157,7 +232,11 @@ class PlainModel:
         runner = self.known(number)
         if runner.phase == "OPEN":
             runner.phase = "DRAINING"
-        return self.settle(now)
+        commands = []
+        for job in self.awaiting(runner):
+            self.end(job, "REVOKED")
+            commands.append(("revoke", job.number))
+        return commands + self.settle(now)
 
     def terminate_runner(self, now, number):
         runner = self.known(number)
@@ -165,7 +244,7 @@ class PlainModel:
             return []
         runner.phase = "TERMINATED"
         commands = []
-        for job in self.of(runner, "WAITING", "QUEUED"):
+        for job in self.awaiting(runner) + self.of(runner, "WAITING", "QUEUED"):
             self.end(job, "REVOKED")
             commands.append(("revoke", job.number))
         for lease in self.leases:
@@ -181,6 +260,39 @@ class PlainModel:
         runner.removed = True
         return []
 
+    def close_barrier(self, now, number, abort):
+        runner = self.known(number)
+        if runner.closed or runner.phase == "DRAINED":
+            raise Illegal
+        runner.closed = True
+        commands = []
+        if abort:
+            for job in self.of(runner, "WAITING", "QUEUED"):
+                if job.lease is None:
+                    self.end(job, "REVOKED")
+                    commands.append(("revoke", job.number))
+        return commands + self.settle(now)
+
+    def open_barrier(self, now, number, epoch):
+        runner = self.known(number)
+        if not runner.closed or (epoch is not None and not runner.reached):
+            raise Illegal
+        if epoch is not None and not 1 <= epoch <= runner.published + 1:
+            raise Illegal
+        runner.closed = runner.reached = False
+        commands = []
+        if epoch is not None:
+            runner.epoch, runner.published = epoch, max(runner.published, epoch)
+            for job in self.of(runner, "WAITING", "QUEUED"):
+                if job.lease is None and job.min_epoch > epoch:
+                    self.end(job, "REVOKED")
+                    commands.append(("revoke", job.number))
+            for job in self.awaiting(runner):
+                if job.min_epoch <= epoch:
+                    self.ids += 1
+                    job.id, job.awaiting = self.ids, False
+        return commands + self.settle(now)
+
     # --- looking at everything -------------------------------------------------------------------------
 
     def known(self, number):
@@ -189,7 +301,10 @@ class PlainModel:
         return self.runners[number]
 
     def of(self, runner, *states):
-        return [job for job in self.jobs if job.runner is runner and job.state in states]
+        return [job for job in self.jobs if job.runner is runner and job.state in states and not job.awaiting]
+
+    def awaiting(self, runner):
+        return [job for job in self.jobs if job.runner is runner and job.state == "WAITING" and job.awaiting]
 
     def of_lease(self, lease, *states):
         return [job for job in self.jobs if job.lease is lease and job.state in states]
@@ -226,6 +341,11 @@ class PlainModel:
             return "LeaseError"
         if job.lease is None and runner.phase != "OPEN":
             return "RunnerClosedError"
+        if job.min_epoch > job.source.epoch:
+            never = job.bytes > min(runner.bytes, self.bytes_bound) or min(runner.jobs, self.jobs_bound) < 1
+            if not never and (job.lease or job.min_epoch <= runner.published):
+                return "EpochError"
+            return "QueueFullError" if never or len(self.awaiting(runner)) >= runner.jobs else None
         never = job.bytes > min(runner.bytes, self.bytes_bound) or min(runner.jobs, self.jobs_bound) < 1
         return "QueueFullError" if never or (not wait and self.must_wait(job)) else None
 
@@ -238,27 +358,38 @@ class PlainModel:
         taken = {job.lane for job in self.jobs if job.on_lane}
         return [lane for lane in range(self.lanes) if lane not in taken]
 
-    def best(self):
-        """The best of the jobs that lead their source's queue and have a slot to go to."""
-        heads = []
+    def heads(self):
+        """The first of each source's queue, if there is a slot for it."""
         for runner in self.runners:
             queued = [job for job in self.of(runner, "QUEUED") if job.lease is None]
-            if queued and self.free_slots(runner):
-                heads.append(min(queued, key=lambda job: job.rank))
+            if queued and self.free_slots(runner) and not runner.closed:
+                yield min(queued, key=lambda job: job.rank)
         for lease in self.leases:
             queued = self.of_lease(lease, "QUEUED")
             if queued and not any(job.lease is lease and job.on_lane for job in self.jobs):
-                heads.append(min(queued, key=lambda job: job.rank))
+                yield min(queued, key=lambda job: job.rank)
+
+    def best_for_a_lane(self):
+        heads = [job for job in self.heads() if not job.holds and not job.runner.inline(job.bytes)]
         return min(heads, key=lambda job: job.rank, default=None)
+
+    def best(self):
+        """The best of those that have a slot and a place to run: a lane, the loop, or none for a lease."""
+        loop_is_free = not any(job.inline for job in self.jobs) and self.budget_left > 0
+
+        def has_a_place(job):
+            return job.holds or (loop_is_free if job.runner.inline(job.bytes) else bool(self.free_lanes()))
+
+        return min(filter(has_a_place, self.heads()), key=lambda job: job.rank, default=None)
 
     # --- what follows ----------------------------------------------------------------------------------
 
-    def settle(self, now):
+    def settle(self, now, *, drained=True):
         commands = []
         while True:
             self.admit()
             job = self.best()
-            if job is None or not (job.holds or self.free_lanes()):
+            if job is None:
                 break
             if job.deadline is not None and job.deadline <= now:
                 self.end(job, "EXPIRED")
@@ -273,14 +404,45 @@ class PlainModel:
             if job.holds:
                 job.runner.counters["queue_seconds"] += now - job.submitted
                 self.end(job, "DONE", "completed")
-                lease = Lease(len(self.leases) + 1, job.runner, job.slot)
+                lease = Lease(len(self.leases) + 1, job.runner, job.slot, job.runner.epoch)
                 self.leases.append(lease)
                 commands.append(("grant", job.number, lease.number, lease.slot))
-            else:
-                job.lane = freed_last(self.free_lanes(), self.lanes_freed)
-                job.state, job.on_lane = "RUNNING", True
-                commands.append(("launch", job.number, job.lane, job.slot))
-        return commands + self.drained()
+                continue
+            inline = job.runner.inline(job.bytes)
+            job.lane = LOOP if inline else freed_last(self.free_lanes(), self.lanes_freed)
+            job.state, job.on_lane = "RUNNING", True
+            if not inline and job.runner.short(job.bytes):
+                self.moments += 1
+                job.opened = self.moments
+            commands.append(("launch", job.number, job.lane, job.slot))
+            if inline and not self.turn_asked:
+                self.turn_asked = True
+                commands.append(("next turn",))
+        return commands + self.over() if drained else commands
+
+    def follow(self, source, now):
+        """Give the source's next jobs to lanes that run short ones of it and have none behind."""
+        commands = []
+        while True:
+            on_lanes = [job for job in self.jobs if job.on_lane and job.source is source]
+            taken = {job.lane for job in on_lanes if job.behind}
+            firsts = [
+                job for job in on_lanes if job.opened is not None and not job.behind and job.lane not in taken
+            ]
+            queued = [job for job in self.jobs if job.state == "QUEUED" and job.source is source]
+            if not firsts or not queued or getattr(source, "closed", False):
+                return commands
+            head = min(queued, key=lambda job: job.rank)
+            runner, rival = head.runner, self.best_for_a_lane()
+            if head.holds or runner.inline(head.bytes) or not runner.short(head.bytes):
+                return commands
+            if (head.deadline is not None and head.deadline <= now) or (rival and rival.rank < head.rank):
+                return commands
+            first = max(firsts, key=lambda job: job.opened)
+            head.state, head.on_lane, head.behind = "RUNNING", True, True
+            head.lane, head.slot, head.started = first.lane, first.slot, now
+            commands.append(("launch", head.number, head.lane, head.slot))
+            commands += self.settle(now, drained=False)
 
     def admit(self):
         for lease in self.leases:
@@ -307,12 +469,16 @@ class PlainModel:
                 self.moments += 1
                 lease.runner.freed[lease.slot] = self.moments
 
-    def drained(self):
+    def over(self):
+        """Barriers that are reached now, runners that are drained now."""
         commands = []
         for runner in self.runners:
+            if runner.closed and not runner.reached and len(self.free_slots(runner)) == runner.slots:
+                runner.reached = True
+                commands.append(("reached", self.runners.index(runner)))
             held = any(lease.runner is runner and not lease.over for lease in self.leases)
             live = any(job.runner is runner and job.live for job in self.jobs)
-            if runner.phase in ("DRAINING", "TERMINATED") and not held and not live:
+            if runner.phase in ("DRAINING", "TERMINATED") and not (held or live or runner.closed):
                 runner.phase = "DRAINED"
                 commands.append(("drained", self.runners.index(runner)))
         return commands

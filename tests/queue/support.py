@@ -22,6 +22,9 @@ FACTS = (
     "cancel",
     "tick",
     "release",
+    "close_barrier",
+    "open_barrier",
+    "turn",
 )
 
 

@@ -121,6 +121,55 @@ def a_smaller_bound_for_the_device(s):
     s.queue.load.bounds = Bounds(0)
 
 
+def a_job_on_another_lane(s):
+    s.running.lane = 9
+
+
+def a_turn_that_nobody_asked_for(s):
+    s.queue._inline_left = 0
+
+
+def a_closed_lease(s):
+    s.idle_lease.closed = True
+
+
+def one_who_awaits_an_epoch_queued(s):
+    s.runner.awaiting[99] = Job(s.runner, min_epoch=2, state=JobState.QUEUED)
+
+
+def one_who_awaits_what_has_been(s):
+    s.runner.awaiting[99] = Job(s.runner, min_epoch=1, state=JobState.WAITING)
+
+
+def one_in_the_queue_who_can_not_have_its_epoch(s):
+    s.queued.min_epoch = 2
+
+
+def a_run_on_another_epoch(s):
+    s.running.epoch = 2
+
+
+def an_epoch_never_published(s):
+    s.runner.epoch = s.running.epoch = 2
+
+
+def a_barrier_reached_while_open(s):
+    s.runner.reached = True
+
+
+def a_barrier_not_reached(s):
+    idle = add(s.queue, "idle")
+    idle.closed = True
+
+
+def one_that_follows_nothing(s):
+    s.queue.following[2] = Job(s.runner, lane=2)
+
+
+def a_lane_open_to_another(s):
+    s.busy_lease.followed.append(s.running.lane)
+
+
 def a_dead_deadline_too_many(s):
     s.queue._dead_deadlines += 1
 
@@ -129,7 +178,7 @@ def a_dead_deadline_too_many(s):
     ("break_it", "sentence"),
     [
         (a_lane_too_many, "each lane is free or runs one job"),
-        (a_lane_twice, "no lane is lost or doubled"),
+        (a_lane_twice, "each lane is free or runs one job"),
         (a_slot_too_many, "free \\+ leased = all slots"),
         (a_slot_lost, "free \\+ leased = all slots"),
         (a_busy_lease_with_a_free_slot, "a lease runs at most one job at a time"),
@@ -147,10 +196,28 @@ def a_dead_deadline_too_many(s):
         (a_smaller_bound_of_bytes_for_the_runner, "no bound of a runner is exceeded"),
         (a_bigger_bound_for_the_runner, "nobody waits at a gate when there is room"),
         (a_busy_runner_drained, "a drained runner is idle"),
-        (a_slot_for_those_in_the_queue, "no job waits while a lane and a slot are free"),
+        (a_slot_for_those_in_the_queue, "no job waits while a slot and a place to run are free"),
         (a_devices_job_uncounted, "the device's load is its runners'"),
         (a_devices_byte_uncounted, "the device's load is its runners'"),
         (a_smaller_bound_for_the_device, "no bound of the device is exceeded"),
+        (a_job_on_another_lane, "a job knows its lane"),
+        (a_turn_that_nobody_asked_for, "a turn with inline runs has a next"),
+        (a_closed_lease, "a held lease is never closed"),
+        (one_who_awaits_an_epoch_queued, "what awaits an epoch is WAITING"),
+        (one_who_awaits_what_has_been, "nobody awaits an epoch that has been"),
+        (one_in_the_queue_who_can_not_have_its_epoch, "what is queued can have its epoch"),
+        (a_run_on_another_epoch, "nothing runs on another epoch"),
+        (an_epoch_never_published, "an epoch was published"),
+        (a_barrier_reached_while_open, "a barrier is reached while it is closed and every slot is home"),
+        (a_barrier_not_reached, "a barrier that can be reached is"),
+        (
+            one_that_follows_nothing,
+            "what follows on a lane has the source, slot and epoch of what runs there",
+        ),
+        (
+            a_lane_open_to_another,
+            "a lane that may be given a next job runs one of the source and has no next",
+        ),
         (a_dead_deadline_too_many, "dead deadlines are counted"),
     ],
     ids=lambda part: getattr(part, "__name__", None),

@@ -39,7 +39,8 @@ def compare_ends(walk, player):
         assert (queue.runners.get(real.name) is real) is not plain.removed
         leases = [lease.number for lease in model.leases if lease.runner is plain and not lease.over]
         assert sorted(real.leases) == leases
-    assert queue.busy_lanes == sum(job.on_lane for job in model.jobs)
+        assert (real.epoch, real.published, real.closed) == (plain.epoch, plain.published, plain.closed)
+    assert queue.busy_lanes == len({job.lane for job in model.jobs if job.on_lane and not job.inline})
 
 
 def wake_is_asked_for_the_earliest(walk_jobs, player, *, exact):
@@ -93,8 +94,8 @@ def test_the_walks_go_everywhere():
                 said |= {command[0] if command[0] != "reject" else command[2] for command in answer}
         ends |= set(states(walk.model))
     assert said == {
-        *("launch", "grant", "expire", "revoke", "drained"),
-        *("QueueFullError", "RunnerClosedError", "LeaseError"),
+        *("launch", "grant", "expire", "revoke", "drained", "reached", "next turn"),
+        *("QueueFullError", "RunnerClosedError", "LeaseError", "EpochError"),
     }
     assert ends == {
         *LIVE,

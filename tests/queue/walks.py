@@ -5,8 +5,20 @@ from __future__ import annotations
 import random
 
 from aoti_sched.queue.admission import Bounds
-from aoti_sched.queue.device_queue import DeviceQueue, Drained, Expire, Grant, Launch, Reject, Revoke, WakeAt
+from aoti_sched.queue.command import (
+    BarrierReached,
+    Drained,
+    Expire,
+    Grant,
+    Launch,
+    NextTurn,
+    Reject,
+    Revoke,
+    WakeAt,
+)
+from aoti_sched.queue.device_queue import DeviceQueue
 from aoti_sched.queue.job import IllegalFactError, Job
+from aoti_sched.queue.placement import LOOP, Placement, Placing
 from tests.queue.plain_model import LIVE, Illegal, PlainModel
 
 
@@ -20,7 +32,10 @@ class Walk:
         self.draw = random.Random(seed)
         self.now = 0.0
         draw = self.draw
-        self.device = (draw.randint(1, 3), draw.choice([None, 1, 3, 6]), draw.choice([None, 60]))
+        budget = draw.choice([0.125, 0.5, 2])
+        self.device = (draw.randint(1, 3), draw.choice([None, 1, 3, 6]), draw.choice([None, 60]), budget)
+        # Some walks are about barriers, some about placement; one about everything goes nowhere.
+        self.barriers, self.short_runs = draw.random() < 0.5, draw.random() < 0.5
         self.model = PlainModel(*self.device)
         self.facts = [self.add_runner() for _ in range(draw.randint(1, 3))]
         self.answers = [self.answer(*fact) for fact in self.facts]
@@ -32,10 +47,15 @@ class Walk:
             self.release,
             self.leave,
             self.impossible,
+            self.turn,
+            self.barrier,
         ]
-        weights = [50, 22, 8, 7, 7, draw.choice([0, 3, 8]), 1]
+        weights = [50, 22, 8, 7, 7, draw.choice([0, 3, 8]), 1, 8, 12 * self.barriers]
+        if self.short_runs:
+            weights[1] = 45
+        pauses = [0, 0, 0, 0.125] if self.short_runs else [0, 0, 0.125, 0.5, 2]
         while len(self.facts) < steps:
-            self.now += draw.choice([0, 0, 0.125, 0.5, 2])
+            self.now += draw.choice(pauses)
             fact = draw.choices(kinds, weights)[0]()
             if fact is not None:
                 self.facts.append(fact)
@@ -56,7 +76,12 @@ class Walk:
     def add_runner(self):
         draw = self.draw
         bounds = (draw.choice([None, 1, 2, 5]), draw.choice([None, 40]))
-        return "add_runner", (f"r{len(self.model.runners)}", draw.randint(1, 3), *bounds)
+        placing = (
+            draw.choice(["lane", "lane", "inline", "auto"]),
+            draw.choice([0.25, 1]),
+            draw.choice([0, 0.25, 1]),
+        )
+        return "add_runner", (f"r{len(self.model.runners)}", draw.randint(1, 3), *bounds, *placing)
 
     def submit(self):
         draw, model = self.draw, self.model
@@ -67,6 +92,9 @@ class Walk:
             source, holds = ("runner", draw.randrange(len(model.runners))), draw.random() < 0.2
         deadline = self.now + draw.choice([-0.125, 0, 0.125, 0.5, 1, 3, 9]) if draw.random() < 0.5 else None
         size, wait = draw.choice([0, 0, 5, 20, 40, 60]), draw.random() < 0.6
+        if self.short_runs:
+            size = draw.choice([0, 0, 0, 5])
+        min_epoch = draw.choice([0, 0, 0, 1, 2, 3]) if self.barriers else 0
         return "submit", (
             self.now,
             len(model.jobs),
@@ -76,6 +104,7 @@ class Walk:
             size,
             holds,
             wait,
+            min_epoch,
         )
 
     def complete(self):
@@ -88,6 +117,19 @@ class Walk:
 
     def tick(self):
         return "tick", (self.now,)
+
+    def turn(self):
+        return ("turn", (self.now,)) if self.model.turn_asked else None
+
+    def barrier(self):
+        """Close one, or open it on the same, the next or an earlier epoch."""
+        draw, runners = self.draw, self.model.runners
+        number = draw.randrange(len(runners))
+        runner = runners[number]
+        if not runner.closed and draw.random() < 0.9:
+            return "close_barrier", (self.now, number, draw.random() < 0.3)
+        epochs = [None, runner.published + 1, draw.randint(1, runner.published), runner.published + 2]
+        return "open_barrier", (self.now, number, draw.choices(epochs, [3, 5, 3, 1])[0])
 
     def release(self):
         leases = [lease.number for lease in self.model.leases]
@@ -123,8 +165,8 @@ class Walk:
 class Player:
     """Puts a walk's facts to a real `DeviceQueue` and says its commands in the plain model's words."""
 
-    def __init__(self, lanes, jobs, size):
-        self.queue = DeviceQueue("cpu", lanes, Bounds(jobs, size))
+    def __init__(self, lanes, jobs, size, budget):
+        self.queue = DeviceQueue("cpu", lanes, Bounds(jobs, size), inline_budget=budget)
         self.runners = []
         self.jobs = []
         self.leases = []
@@ -148,6 +190,7 @@ class Player:
                 self.wake = at
             case Launch(job=job):
                 assert job.epoch == job.source.epoch
+                assert job.inline == (job.lane == LOOP)
                 yield "launch", job.payload, job.lane, job.slot
             case Grant(job=job, lease=lease):
                 assert job.slot == lease.slot
@@ -161,16 +204,21 @@ class Player:
                 yield "revoke", job.payload
             case Drained(runner=runner):
                 yield "drained", self.runners.index(runner)
+            case BarrierReached(runner=runner):
+                yield "reached", self.runners.index(runner)
+            case NextTurn():
+                yield ("next turn",)
 
-    def add_runner(self, name, slots, jobs, size):
-        self.runners.append(self.queue.add_runner(name, slots, Bounds(jobs, size)))
+    def add_runner(self, name, slots, jobs, size, choice="lane", limit=0, follow_limit=0):
+        placing = Placing(Placement(choice), limit, follow_limit=follow_limit)
+        self.runners.append(self.queue.add_runner(name, slots, Bounds(jobs, size), placing=placing))
         return []
 
-    def submit(self, now, number, source, priority, deadline, size, holds, wait):
+    def submit(self, now, number, source, priority, deadline, size, holds, wait, min_epoch=0):
         kind, which = source
         owner = self.leases[which - 1] if kind == "lease" else self.runners[which]
         if number == len(self.jobs):
-            self.jobs.append(Job(owner, priority, deadline, size, holds, number))
+            self.jobs.append(Job(owner, priority, deadline, size, holds, number, min_epoch))
         return self.queue.submit(self.jobs[number], now, wait=wait)
 
     def complete(self, now, number, ok):
@@ -181,6 +229,15 @@ class Player:
 
     def tick(self, now):
         return self.queue.tick(now)
+
+    def turn(self, now):
+        return self.queue.turn(now)
+
+    def close_barrier(self, now, number, abort):
+        return self.queue.close_barrier(self.runners[number], now, abort=abort)
+
+    def open_barrier(self, now, number, epoch):
+        return self.queue.open_barrier(self.runners[number], now, epoch=epoch)
 
     def release(self, now, number):
         return self.queue.release(self.leases[number - 1], now)

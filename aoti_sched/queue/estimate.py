@@ -1,0 +1,65 @@
+"""Estimate: how long a run takes, learned from the runs there were."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections import deque
+
+WINDOW = 32
+"""Runs that are remembered."""
+
+KNOWN_AFTER = 8
+"""Runs after which something is known."""
+
+QUANTILE = 0.9
+"""Of the remembered runs, this share took no longer than the bound: one run in ten may be an outlier."""
+
+
+class ServiceTime:
+    """The service time of one kind of run: a high quantile of the last `WINDOW` runs."""
+
+    __slots__ = ("_recent", "_sorted", "bound")
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque()
+        self._sorted: list[float] = []
+        self.bound = math.inf
+        """Seconds that a run will hardly exceed; infinite while too little is known."""
+
+    def learn(self, seconds: float) -> None:
+        ordered = self._sorted
+        if len(self._recent) == WINDOW:
+            del ordered[bisect_left(ordered, self._recent.popleft())]
+        self._recent.append(seconds)
+        insort(ordered, seconds)
+        if len(ordered) >= KNOWN_AFTER:
+            self.bound = ordered[math.ceil(QUANTILE * len(ordered)) - 1]
+
+
+class ServiceTimes:
+    """A runner's service times by the size of the inputs, in classes of powers of two.
+
+    A model that takes inputs of many sizes is quick with small ones and slow with large ones; what was
+    learned of the one says nothing of the other.
+    """
+
+    __slots__ = ("_by_class",)
+
+    def __init__(self) -> None:
+        self._by_class: dict[int, ServiceTime] = {}
+
+    def bound(self, size: int) -> float:
+        """Seconds that a run on inputs of `size` bytes will hardly exceed; infinite while too little is known."""
+        known = self._by_class.get(size.bit_length())
+        return math.inf if known is None else known.bound
+
+    def learn(self, size: int, seconds: float) -> None:
+        known = self._by_class.get(size.bit_length())
+        if known is None:
+            known = self._by_class[size.bit_length()] = ServiceTime()
+        known.learn(seconds)
+
+    def forget(self, size: int) -> None:
+        """What was known of inputs of this size is not true any more."""
+        self._by_class.pop(size.bit_length(), None)

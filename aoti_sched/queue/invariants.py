@@ -1,0 +1,133 @@
+"""What is true of a `DeviceQueue` after every fact, whatever it was."""
+
+# ruff: noqa: SLF001 -- the invariants are about what is inside
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aoti_sched.queue.job import JobState
+from aoti_sched.queue.lease import Phase
+from aoti_sched.queue.placement import LOOP
+
+if TYPE_CHECKING:
+    from aoti_sched.queue.admission import Load
+    from aoti_sched.queue.device_queue import DeviceQueue
+    from aoti_sched.queue.lease import RunnerState, Source
+
+
+def check(queue: DeviceQueue) -> None:
+    """Raise AssertionError, with the sentence that is not true."""
+
+    def must(truth: bool, sentence: str) -> None:
+        if not truth:
+            raise AssertionError(f"{queue.name}: {sentence}")
+
+    busy = [lane for lane in queue._running if lane != LOOP]
+    must(sorted([*queue._free_lanes, *busy]) == list(range(queue.lanes)), "each lane is free or runs one job")
+    must(
+        all(job.lane == lane and job.inline == (lane == LOOP) for lane, job in queue._running.items()),
+        "a job knows its lane",
+    )
+    must(
+        queue._turn_asked or (LOOP not in queue._running and queue._inline_left == queue.inline_budget),
+        "a turn with inline runs has a next",
+    )
+    queued_jobs = queued_bytes = 0
+    for runner in queue.runners.values():
+        on_lanes = [job for job in queue._running.values() if job.source.runner is runner]
+        held = [lease.slot for lease in runner.leases.values()]
+        own = [job.slot for job in on_lanes if job.source is runner]
+        must(sorted([*runner.free, *held, *own]) == list(range(runner.slots)), "free + leased = all slots")
+        for lease in runner.leases.values():
+            runs = [job for job in on_lanes if job.source is lease]
+            must(len(runs) + len(lease.free) == 1, "a lease runs at most one job at a time")
+            must(not lease.released or lease.live > 0, "a released lease with no jobs is retired")
+        sources: list[Source] = [runner, *runner.leases.values()]
+        queued = [job for source in sources for job in source.queue.jobs()]
+        gate = [job for source in sources for job in source.gate.jobs()]
+        must(all(job.state is JobState.QUEUED for job in queued), "what is in a queue is QUEUED")
+        must(all(job.state is JobState.WAITING for job in gate), "what is at a gate is WAITING")
+        must(runner.load.jobs == len(queued), "a runner's load counts its queued jobs")
+        must(runner.load.bytes == sum(job.bytes for job in queued), "a runner's load counts its bytes")
+        for lease in runner.leases.values():
+            jobs = lease.queue.jobs()
+            must(lease.load.jobs == len(jobs), "a lease's load counts its queued jobs")
+            must(lease.load.bytes == sum(job.bytes for job in jobs), "a lease's load counts its bytes")
+            must(lease.load.within_bounds(), "no bound of a lease is exceeded")
+            must(
+                not _has_room(lease),
+                "nobody waits at a lease's gate when it has room",
+            )
+            must(not lease.closed, "a held lease is never closed")
+        awaiting = list(runner.awaiting.values())
+        must(all(job.state is JobState.WAITING for job in awaiting), "what awaits an epoch is WAITING")
+        must(
+            all(job.min_epoch > runner.published for job in awaiting), "nobody awaits an epoch that has been"
+        )
+        must(
+            all(job.min_epoch <= job.source.epoch for job in (*queued, *gate)),
+            "what is queued can have its epoch",
+        )
+        must(all(job.epoch == job.source.epoch for job in on_lanes), "nothing runs on another epoch")
+        must(1 <= runner.epoch <= runner.published, "an epoch was published")
+        must(
+            not runner.reached or (runner.closed and runner.home),
+            "a barrier is reached while it is closed and every slot is home",
+        )
+        following = [job for job in queue.following.values() if job.source.runner is runner]
+        for job in following:
+            first = queue._running.get(job.lane)
+            must(
+                first is not None
+                and (first.source, first.slot, first.epoch) == (job.source, job.slot, job.epoch),
+                "what follows on a lane has the source, slot and epoch of what runs there",
+            )
+        for source in sources:
+            open_lanes = source.followed
+            must(
+                all(
+                    queue._running[lane].source is source and lane not in queue.following
+                    for lane in open_lanes
+                ),
+                "a lane that may be given a next job runs one of the source and has no next",
+            )
+        must(runner.reached or not (runner.closed and runner.home), "a barrier that can be reached is")
+        must(
+            sum(s.live for s in sources)
+            == len(queued) + len(gate) + len(awaiting) + len(on_lanes) + len(following),
+            "live jobs are somewhere",
+        )
+        must(runner.load.within_bounds(*_lease_loads(runner)), "no bound of a runner is exceeded")
+        if _has_room(runner):
+            first = queue._gates.best()
+            blocked = first is not None and queue.load.refusal(first.bytes) is not None
+            must(blocked, "nobody waits at a gate when there is room")
+        must((runner.phase is not Phase.DRAINED) or runner.idle, "a drained runner is idle")
+        for source in sources:
+            head = source.queue.head()
+            if head is not None and source.free and not source.closed:
+                here = head.holds or runner.placing.inline(head.bytes)
+                place = (head.holds or queue._loop_is_free()) if here else bool(queue._free_lanes)
+                must(not place, "no job waits while a slot and a place to run are free")
+        queued_jobs += len(queued)
+        queued_bytes += sum(job.bytes for job in queued)
+    must(
+        queue.load.jobs == queued_jobs and queue.load.bytes == queued_bytes,
+        "the device's load is its runners'",
+    )
+    leases = [load for runner in queue.runners.values() for load in _lease_loads(runner)]
+    must(queue.load.within_bounds(*leases), "no bound of the device is exceeded")
+    must(
+        sum(queue._is_dead(e[2]) for e in queue._deadlines) == queue._dead_deadlines,
+        "dead deadlines are counted",
+    )
+
+
+def _has_room(source: Source) -> bool:
+    head = source.gate.head()
+    return head is not None and source.load.refusal(head.bytes) is None
+
+
+def _lease_loads(runner: RunnerState) -> list[Load]:
+    return [lease.load for lease in runner.leases.values()]
