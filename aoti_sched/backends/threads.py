@@ -6,15 +6,18 @@ Waking the loop costs a write to one descriptor per burst of completions. A hop 
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from aoti_sched.backends.at_exit import close_at_exit
 from aoti_sched.backends.base import Completion, Work
 from aoti_sched.backends.bell import Bell
+from aoti_sched.backends.run_here import refused, run_here, without_frames
+from aoti_sched.errors import UnsupportedLoopError
 
 DRAIN_LIMIT = 256
 """Completions per `drain`, so that a burst does not hold the loop."""
@@ -28,6 +31,7 @@ class ThreadsExecutor:
         lanes: How many.
         set_threads: Sets the calling thread's intra-op thread count; called on the lane's thread when a
             work asks for another count than the one before.
+        affinity: A core for each lane; None leaves them to the system.
         ring: Tells of completions in the place of a descriptor of its own.
     """
 
@@ -38,10 +42,13 @@ class ThreadsExecutor:
         name: str,
         lanes: int,
         set_threads: Callable[[int], None],
+        affinity: Sequence[int] | None = None,
         *,
         ring: Callable[[], None] | None = None,
     ) -> None:
         self.lanes = lanes
+        self._name = name
+        self._process = os.getpid()
         self._set_threads = set_threads
         self._bell: Bell | None = None
         if ring is None:
@@ -50,9 +57,10 @@ class ThreadsExecutor:
         self._ring = ring
         self._done: deque[Completion] = deque()
         self._inboxes: list[queue.SimpleQueue[Work | None]] = [queue.SimpleQueue() for _ in range(lanes)]
+        cores: Sequence[int | None] = affinity or [None] * lanes
         self._threads = [
-            threading.Thread(target=self._serve, args=(inbox,), name=f"aoti:{name}:{lane}", daemon=True)
-            for lane, inbox in enumerate(self._inboxes)
+            threading.Thread(target=self._serve, args=(inbox, core), name=f"aoti:{name}:{lane}", daemon=True)
+            for lane, (inbox, core) in enumerate(zip(self._inboxes, cores, strict=True))
         ]
         self._closed = False
         for thread in self._threads:
@@ -60,7 +68,12 @@ class ThreadsExecutor:
         close_at_exit(self)
 
     def submit(self, lane: int, work: Work) -> None:
+        if os.getpid() != self._process:
+            raise self._forked()
         self._inboxes[lane].put(work)
+
+    def run_here(self, work: Work) -> Completion:
+        return run_here(work) if os.getpid() == self._process else refused(work, self._forked())
 
     def drain(self) -> list[Completion]:
         if self._bell is not None:
@@ -85,7 +98,14 @@ class ThreadsExecutor:
         if self._bell is not None:
             self._bell.close()
 
-    def _serve(self, inbox: queue.SimpleQueue[Work | None]) -> None:
+    def _forked(self) -> UnsupportedLoopError:
+        return UnsupportedLoopError(
+            f"device {self._name}: the process was forked after the lanes were made; make a new Scheduler in the child"
+        )
+
+    def _serve(self, inbox: queue.SimpleQueue[Work | None], core: int | None) -> None:
+        if core is not None:
+            os.sched_setaffinity(0, {core})  # 0 is the calling thread
         threads = 0
         while (work := inbox.get()) is not None:
             outputs: list[object] | None = None
@@ -97,7 +117,7 @@ class ThreadsExecutor:
                     threads = work.threads
                 outputs = work.container.run_raw(work.inputs)
             except BaseException as caught:  # noqa: BLE001 -- it is the request's, and must not end the lane
-                error = caught
+                error = without_frames(caught)
             completion = Completion(work.token, outputs, error, started, time.monotonic())
             # Let go of the job's tensors before anybody can see it finished.
             del work, outputs, error

@@ -8,12 +8,15 @@ import contextlib
 import select
 import threading
 import time
+import traceback
 import weakref
 
 import psutil
 import pytest
+import torch
 
 from aoti_sched.backends.base import Work
+from aoti_sched.backends.c_abi import libtorch
 from aoti_sched.errors import RunError
 
 FOREVER = 60.0
@@ -22,6 +25,8 @@ FOREVER = 60.0
 
 class Function:
     """A container that calls a function with its inputs."""
+
+    c_run = None
 
     def __init__(self, function):
         self.function = function
@@ -36,6 +41,23 @@ def work(function, *inputs, token=None, threads=1):
 
 class Tensor:
     """Something that can be watched for being let go."""
+
+
+set_mkl_threads = getattr(libtorch, "MKL_Set_Num_Threads_Local", lambda count: 0)  # not every torch has MKL
+MKL = hasattr(libtorch, "MKL_Set_Num_Threads_Local")
+
+
+def thread_counts():
+    """The calling thread's intra-op threads: OpenMP's and MKL's (0 where it has none of its own)."""
+    mkl = set_mkl_threads(0)
+    set_mkl_threads(mkl)
+    return libtorch.omp_get_max_threads(), mkl
+
+
+def set_thread_counts(openmp, mkl):
+    torch.get_num_threads()  # or it sets the count when it is asked later
+    libtorch.omp_set_num_threads(openmp)
+    set_mkl_threads(mkl)
 
 
 def readable(executor):
@@ -134,6 +156,36 @@ class ExecutorContract:
         del completion
         assert watched() is None
 
+    def test_a_run_here_is_over_when_it_comes_back(self, executor):
+        token = object()
+        completion = executor.run_here(work(lambda a, b: [a + b], 1, 2, token=token))
+        assert completion.token is token
+        assert (completion.outputs, completion.error) == ([3], None)
+        assert not readable(executor)
+        assert executor.drain() == []
+
+    def test_a_run_here_runs_on_the_thread_that_calls(self, executor):
+        completion = executor.run_here(work(lambda: [threading.get_ident()]))
+        assert completion.outputs == [threading.get_ident()]
+
+    def test_a_run_here_that_fails_comes_back_with_its_token_and_error(self, executor):
+        error = RunError("no")
+
+        def fail():
+            raise error
+
+        completion = executor.run_here(work(fail, token="mine"))
+        assert (completion.token, completion.outputs, completion.error) == ("mine", None, error)
+        assert executor.run_here(work(lambda: ["fine"])).outputs == ["fine"]
+
+    def test_a_run_here_lets_its_inputs_go(self, executor):
+        inputs = [Tensor(), Tensor()]
+        watched = [weakref.ref(tensor) for tensor in inputs]
+        completion = executor.run_here(work(lambda *_: [], *inputs))
+        inputs.clear()
+        assert completion.error is None
+        assert [tensor() for tensor in watched] == [None, None]
+
     def test_closing_twice_does_nothing(self, executor):
         executor.close()
         executor.close()
@@ -217,6 +269,86 @@ class LanesContract(ExecutorContract):
             ("aoti:cpu:0", 2),
             ("aoti:cpu:1", 2),
         ]
+
+    def test_a_run_here_waits_for_no_lane(self, executor):
+        go = threading.Event()
+        for lane in range(2):
+            executor.submit(lane, work(lambda: must(go)))
+        assert executor.run_here(work(lambda: ["here"])).outputs == ["here"]
+        go.set()
+        assert len(collect(executor, 2)) == 2
+
+    def test_stamps_of_runs_here_are_of_the_same_clock(self, executor):
+        before = time.monotonic()
+        completions = [executor.run_here(work(lambda: None)), *self.run(executor, work(lambda: None))]
+        stamps = [stamp for one in completions for stamp in (one.started, one.finished)]
+        assert stamps == sorted(stamps)
+        assert before <= stamps[0]
+
+    @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit])
+    def test_not_even_an_error_that_ends_programs_comes_out_of_a_run_here(self, executor, error):
+        def fail():
+            raise error
+
+        assert isinstance(executor.run_here(work(fail)).error, error)
+
+    @pytest.mark.parametrize("error", [RunError, ValueError])
+    def test_an_error_that_is_kept_keeps_no_tensors(self, executor, error):
+        """Those of the run nor those that its callers have."""
+
+        def fail(tensor):
+            beside.append(weakref.ref(local := Tensor()))
+            raise error(f"no, said {id(local)}")
+
+        def fail_here(tensor):
+            return executor.run_here(work(fail, tensor)).error
+
+        def fail_on_a_lane(tensor):
+            (completion,) = self.run(executor, work(fail, tensor))
+            return completion.error
+
+        for run in (fail_here, fail_on_a_lane):
+            beside = []
+            tensor = Tensor()
+            beside.append(weakref.ref(tensor))
+            kept = run(tensor)
+            del tensor
+            assert isinstance(kept, error)
+            assert [one() for one in beside] == [None, None]
+
+    def test_an_error_that_no_one_foresaw_says_where_it_was_raised(self, executor):
+        def surprise():
+            return 1 // 0
+
+        on_lane = self.run(executor, work(surprise))[0].error
+        here = executor.run_here(work(surprise)).error
+        for error in (on_lane, here):
+            text = "".join(traceback.format_exception(error))
+            assert "in surprise" in text
+            assert "return 1 // 0" in text
+
+    @pytest.mark.parametrize("fails", [False, True])
+    @pytest.mark.parametrize("mkl", [0, 1, 3] if MKL else [0])
+    @pytest.mark.parametrize("openmp", [1, 3])
+    def test_a_run_here_has_the_threads_it_asks_for_and_its_thread_has_its_own_again_after(
+        self, executor, openmp, mkl, fails
+    ):
+        inside = []
+
+        def look():
+            inside.append(thread_counts())
+            if fails:
+                raise RunError("no")
+
+        def body():
+            set_thread_counts(openmp, mkl)
+            executor.run_here(work(look, threads=3))
+            inside.append(thread_counts())
+
+        thread = threading.Thread(target=body)
+        thread.start()
+        thread.join()
+        assert inside == [(3, 3 if MKL else 0), (openmp, mkl)]
 
     def test_closing_waits_for_what_was_submitted(self):
         executor = self.open(1)

@@ -39,16 +39,26 @@ def tries() -> Iterator[None]:
     raise AssertionError("it never came to be")
 
 
-def open_lanes(count: int = 1, cores: int = 2, prefix: str | None = None) -> _native.Lanes:
+def numbers() -> _native.Tensors:
+    """Handles of the C library's tensors as plain numbers; those that a run gives are the test's own."""
+    return _native.Tensors(
+        int, lambda handles: [*map(capsule, handles)], lambda capsules: [*map(pointer, capsules)]
+    )
+
+
+def open_lanes(
+    count: int = 1, cores: int = 2, prefix: str | None = None, tensors: _native.Tensors | None = None
+) -> _native.Lanes:
     c = library()
     prefix = prefix or new_prefix()
     return _native.Lanes(
         [f"{prefix}{lane}" for lane in range(count)],
         [],
         cores,
+        tensors or numbers(),
         delete_tensor=c.address("torch_delete_tensor"),
         root_cause=c.address("torch_root_cause"),
-        init_threads=c.address("torch_init_threads"),
+        get_threads=c.address("torch_get_threads"),
         set_omp_threads=c.address("torch_set_omp_threads"),
         set_mkl_threads=c.address("torch_set_mkl_threads"),
     )
@@ -79,8 +89,15 @@ def submit(
     *,
     lane: int = 0,
     token: int = 0,
+    threads: int = 1,
 ) -> None:
-    lanes.submit(lane, token, one, [capsule(handle) for handle in inputs or []])
+    lanes.submit(lane, token, one, inputs or [], threads)
+
+
+def run_here(
+    lanes: _native.Lanes, one: _native.Model, inputs: list[int] | None = None, *, threads: int = 1
+) -> Done:
+    return done(lanes.run_here(one, inputs or [], threads))
 
 
 def submit_when_there_is_room(lanes: _native.Lanes, one: _native.Model, *, token: int = 0) -> None:
@@ -100,9 +117,10 @@ def drain(lanes: _native.Lanes, limit: int = 256) -> list[Done]:
 
 
 def done(taken: Any) -> Done:
-    token, outputs, error, started, finished = taken
-    handles = None if outputs is None else [None if one is None else pointer(one) for one in outputs]
-    return Done(token, handles, error, started, finished)
+    token, result, started, finished = taken
+    if isinstance(result, tuple):
+        return Done(token, None, result, started, finished)
+    return Done(token, result, None, started, finished)
 
 
 def collect(lanes: _native.Lanes, count: int) -> list[Done]:

@@ -65,10 +65,14 @@ class Container(ctypes.Structure):
         ("made", c_uint64),
         ("passes_on", c_int32),
         ("gated", c_int32),
+        ("probe", c_void_p),
+        ("omp_threads", c_int32),
+        ("mkl_threads", c_int32),
         ("runs", c_int32),
         ("inside", c_int32),
         ("most_inside", c_int32),
         ("began", c_int32),
+        ("probed", c_int32),
         ("num_inputs", c_uint64),
         ("num_outputs", c_uint64),
         ("stream", c_void_p),
@@ -97,13 +101,16 @@ class Library:
         self._cdll = cdll = ctypes.CDLL(str(path))
         cdll.new_tensor.restype = c_void_p
         cdll.tensor_deletes.argtypes = cdll.torch_delete_tensor.argtypes = (c_void_p,)
+        cdll.break_tensor.argtypes = (c_void_p,)
         cdll.wait_until_inside.argtypes = (POINTER(Container), c_int)
         cdll.open_gate.argtypes = (POINTER(Container),)
         cdll.thread_call.argtypes = (c_int, c_char_p, POINTER(c_char))
         self.new_tensor = cdll.new_tensor
         self.deletes = cdll.tensor_deletes
         self.live = cdll.live_tensors
+        self.set_omp_threads, self.set_mkl_threads = cdll.torch_set_omp_threads, cdll.torch_set_mkl_threads
         self.open_gate = cdll.open_gate
+        self.break_tensor = cdll.break_tensor
 
     def address(self, name: str) -> int:
         return ctypes.cast(getattr(self._cdll, name), c_void_p).value or 0
@@ -111,12 +118,20 @@ class Library:
     def wait_until_inside(self, container: Container, runs: int = 1) -> None:
         assert self._cdll.wait_until_inside(container, runs), "the run was not begun"
 
+    def counts(self) -> tuple[int, int]:
+        """The calling thread's intra-op threads: OpenMP's and MKL's."""
+        return self._cdll.omp_threads(), self._cdll.mkl_threads()
+
+    def name_thread(self, name: str) -> None:
+        """Name the calling thread as the system knows it."""
+        self._cdll.name_thread(name.encode())
+
     def delete(self, *handles: int) -> None:
         for handle in handles:
             self._cdll.torch_delete_tensor(handle)
 
     def thread_calls(self, prefix: str) -> list[tuple[str, str, int]]:
-        """(thread, function, count) of every time that a thread of such a name was told its thread count."""
+        """(thread, function, count) of every time that a thread of such a name asked or was told its thread count."""
         calls = []
         name, function = ctypes.create_string_buffer(16), c_char()
         for n in range(self._cdll.thread_calls()):

@@ -9,6 +9,7 @@ enum { MOST_CALLS = 65536 };
 
 struct tensor {
   int deletes;
+  int broken;
 };
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER; /* guards everything below, and the containers' records */
@@ -25,6 +26,8 @@ static struct {
 /* The words of a failure belong to the thread that failed: any other finds none. */
 static _Thread_local const char* last_error;
 static _Thread_local const char* root_cause;
+static _Thread_local int omp_count = 4;
+static _Thread_local int mkl_count = 0;
 
 static struct timespec in_a_minute(void) {
   struct timespec until;
@@ -62,6 +65,28 @@ int tensor_deletes(void* handle) {
   return deletes;
 }
 
+int32_t torch_new_tensor_handle(void** tensor, void** made) {
+  if (((struct tensor*)*tensor)->broken) return 1;
+  pthread_mutex_lock(&mutex);
+  ++live;
+  pthread_mutex_unlock(&mutex);
+  *made = *tensor;
+  return 0;
+}
+
+void break_tensor(void* handle) { ((struct tensor*)handle)->broken = 1; }
+
+void* torch_wrap_nothing(void* handle) {
+  (void)handle;
+  return NULL;
+}
+
+void* torch_wrap_throws(void* handle) {
+  (void)handle;
+  throw_standard("torch is out of memory");
+  return NULL;
+}
+
 int live_tensors(void) {
   pthread_mutex_lock(&mutex);
   const int now = live;
@@ -78,6 +103,8 @@ static int enter(struct container* container, size_t num_inputs, size_t num_outp
   ++container->runs;
   if (++container->inside > container->most_inside) container->most_inside = container->inside;
   container->began = ++begun;
+  container->omp_threads = omp_count;
+  container->mkl_threads = mkl_count;
   container->num_inputs = num_inputs;
   container->num_outputs = num_outputs;
   container->stream = stream;
@@ -97,6 +124,7 @@ static void leave(struct container* container) {
 int32_t model_run(struct container* container, void** inputs, size_t num_inputs, void** outputs, size_t num_outputs,
                   void* stream, void* proxy_executor) {
   const int waited_in_vain = enter(container, num_inputs, num_outputs, stream, proxy_executor);
+  if (container->probe != NULL) container->probed = container->probe();
   for (size_t i = 0; i < num_inputs; ++i) {
     if (!(container->stolen >> i & 1)) continue;
     if (container->passes_on && i < num_outputs) {
@@ -170,17 +198,26 @@ static void record(char function, int count) {
   pthread_mutex_unlock(&mutex);
 }
 
-int torch_init_threads(void) {
-  record('i', 0);
-  return 0;
+int torch_get_threads(void) {
+  record('g', omp_count);
+  return omp_count;
 }
 
-void torch_set_omp_threads(int count) { record('o', count); }
+void torch_set_omp_threads(int count) {
+  record('o', count);
+  omp_count = count;
+}
 
 int torch_set_mkl_threads(int count) {
+  const int before = mkl_count;
   record('m', count);
-  return 0;
+  mkl_count = count;
+  return before;
 }
+
+void name_thread(const char* name) { pthread_setname_np(pthread_self(), name); }
+int omp_threads(void) { return omp_count; }
+int mkl_threads(void) { return mkl_count; }
 
 int thread_calls(void) {
   pthread_mutex_lock(&mutex);

@@ -23,11 +23,15 @@ struct container {
   uint64_t made;       /* bit i: output i is made; the others stay null */
   int32_t passes_on;   /* outputs are the stolen inputs themselves */
   int32_t gated;       /* the run waits for open_gate */
+  int (*probe)(void);  /* the run calls this, if it is given */
   /* The record. */
+  int32_t omp_threads; /* of the last run's thread */
+  int32_t mkl_threads;
   int32_t runs;        /* that were begun */
   int32_t inside;      /* that go on now */
   int32_t most_inside; /* that went on at once */
   int32_t began;       /* the last run's place among all runs of the process */
+  int32_t probed;      /* what the probe returned */
   uint64_t num_inputs; /* and what it was given */
   uint64_t num_outputs;
   void* stream;
@@ -45,9 +49,15 @@ int32_t other_model_run(struct container* container, void** inputs, size_t num_i
 /* What lanes need of torch. */
 int32_t torch_delete_tensor(void* handle);
 const char* torch_root_cause(void);
-int torch_init_threads(void);
+int torch_get_threads(void);
 void torch_set_omp_threads(int count);
 int torch_set_mkl_threads(int count);
+
+/* How torch makes a handle of a tensor, and Python's tensor of a handle. It makes no second handle of a broken one. */
+int32_t torch_new_tensor_handle(void** tensor, void** made);
+void break_tensor(void* handle);
+void* torch_wrap_nothing(void* handle);
+void* torch_wrap_throws(void* handle);
 
 /* A device's fence: its argument says what it returns, and how often it was called. */
 struct fence {
@@ -63,7 +73,12 @@ int tensor_deletes(void* handle);
 int live_tensors(void);
 int wait_until_inside(struct container* container, int runs);
 void open_gate(struct container* container);
-/* How often a thread count was set, and the n-th time: on which thread, by which function ('i', 'o', 'm'), to what. */
+void name_thread(const char* name);
+/* The calling thread's counts now: OpenMP's, and MKL's, which is 0 until it is set. */
+int omp_threads(void);
+int mkl_threads(void);
+/* How often a thread count was asked for or set, and the n-th time: on which thread, by which function ('g', 'o', 'm'),
+ * and the count. */
 int thread_calls(void);
 int thread_call(int n, char name[16], char* function);
 

@@ -1,4 +1,5 @@
-// The lanes alone, under a sanitizer: rounds of producers, drainers, ringers and closers over the C model library.
+// The lanes alone, under a sanitizer: rounds of producers, which run some works themselves, drainers, ringers and
+// closers over the C model library.
 //
 // Which runs fail, and how, and when the lanes are closed is drawn from a seed; the arguments are the seed and the
 // number of rounds. Returns 0 when nothing was lost: each accepted work came back once or was freed with the lanes,
@@ -53,7 +54,6 @@ std::vector<std::unique_ptr<Scripted>> make_models(std::mt19937& random) {
     made->model.num_inputs = random() % 4;
     made->model.num_outputs = 2;
     made->model.last_error = &model_last_error;
-    made->model.threads = 1 + static_cast<int>(random() % 2);
     models.push_back(std::move(made));
   }
   return models;
@@ -63,7 +63,7 @@ aoti::Runtime runtime() {
   aoti::Runtime made;
   made.delete_tensor = &torch_delete_tensor;
   made.root_cause = &torch_root_cause;
-  made.init_threads = &torch_init_threads;
+  made.get_threads = &torch_get_threads;
   made.set_omp_threads = &torch_set_omp_threads;
   made.set_mkl_threads = &torch_set_mkl_threads;
   return made;
@@ -92,13 +92,34 @@ struct Round {
   aoti::Lanes lanes;                  // the last to be made, the first to go: its threads use the rest
 };
 
+// One of the models on this thread, as the loop runs short ones, while the lanes run others.
+void run_here(const Round& round, const Scripted& scripted, int threads) {
+  const int omp = omp_threads();
+  const int mkl = mkl_threads();
+  aoti::Work work;
+  work.model = &scripted.model;
+  work.threads = threads;
+  for (std::size_t i = 0; i < scripted.model.num_inputs; ++i) work.inputs.push_back(new_tensor());
+  const aoti::Completion completion = aoti::run_here(round.lanes.runtime(), work);
+  check(omp_threads() == omp && mkl_threads() == mkl, "a thread has its own counts again after a run here");
+  for (aoti::Handle handle : work.inputs) check(handle == nullptr, "a run here leaves no input");
+  for (aoti::Handle handle : completion.outputs) {
+    check(completion.status == 0 || handle == nullptr, "a failed run gives no outputs");
+    if (handle != nullptr) torch_delete_tensor(handle);
+  }
+}
+
 void produce(Round& round, unsigned seed) {
   std::mt19937 random(seed);
+  torch_set_omp_threads(1 + static_cast<int>(random() % 3));
+  torch_set_mkl_threads(static_cast<int>(random() % 3));
   for (int made = 0; made < kWorks;) {
     const Scripted& scripted = *round.models[random() % round.models.size()];
+    if (random() % 4 == 0) run_here(round, scripted, 1 + static_cast<int>(random() % 3));
     aoti::Work work;
     work.token = ++round.tokens;
     work.model = &scripted.model;
+    work.threads = 1 + static_cast<int>(random() % 2);
     for (std::size_t i = 0; i < scripted.model.num_inputs; ++i) work.inputs.push_back(new_tensor());
     if (random() % 4 == 0) {
       work.fence = reinterpret_cast<aoti::FenceFunction>(&device_fence);

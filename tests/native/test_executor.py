@@ -1,11 +1,13 @@
 """`NativeExecutor` keeps the executors' contract: its stand-in threads with Python functions, its lanes with C models."""
 
 import contextlib
+import os
 import subprocess
 import sys
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import psutil
 import pytest
@@ -14,10 +16,12 @@ import torch
 from aoti_sched.backends.base import CRun, LoadRequest, Work
 from aoti_sched.backends.cpu import CpuDevice, set_threads
 from aoti_sched.backends.executor import open_executor
+from aoti_sched.backends.native import executor as native
 from aoti_sched.backends.native.executor import NativeExecutor
-from aoti_sched.errors import RunError, UnsupportedLoopError
+from aoti_sched.errors import RunError
 from tests.backends.executor_contract import FOREVER, Function, LanesContract, collect, must, readable, work
-from tests.native.library import ROOT, THROWS_OTHER, THROWS_STANDARD, Container, library
+from tests.native.c_model import CModel, Gated, handles
+from tests.native.library import ROOT, THROWS_OTHER, THROWS_STANDARD
 
 
 class TestNativeExecutorsStandIns(LanesContract):
@@ -36,43 +40,11 @@ class TestNativeExecutorsStandIns(LanesContract):
         return NativeExecutor("cpu", lanes, 2, set_threads)
 
 
-class CModel:
-    """A container that C runs as its script says; `own` is what becomes of its outputs."""
-
-    def __init__(self, inputs=1, outputs=1, *, function="model_run", own=lambda outputs: outputs, **script):
-        self.script = Container(**{"stolen": 2**inputs - 1, "passes_on": 1, **script})
-        self.own = own
-        self.c_run = CRun(
-            name="model 'scripted'",
-            run=library().address(function),
-            container=self.script.address,
-            num_inputs=inputs,
-            num_outputs=outputs,
-            last_error=library().address("model_last_error"),
-        )
-
-    def work(self, *inputs, token=None, threads=1):
-        return Work(self, inputs, threads, token)
-
-
-class Gated(CModel):
-    def __init__(self):
-        super().__init__(0, 0, gated=1)
-
-    def wait_until_inside(self, runs=1):
-        library().wait_until_inside(self.script, runs)
-
-    def open_gate(self):
-        library().open_gate(self.script)
-
-
-def handles(tensor):
-    """How many references to a tensor C holds."""
-    return tensor._use_count() - 1
-
-
-@pytest.fixture
-def executor():
+@pytest.fixture(params=["directly", "through capsules"])
+def executor(request, monkeypatch):
+    """With both ways from tensors to handles and back; which one is taken depends on the torch."""
+    if request.param == "through capsules":
+        monkeypatch.setattr(native, "WRAP", "a name that this torch has no function of")
     with contextlib.closing(NativeExecutor("cpu", 2, 2, set_threads)) as executor:
         yield executor
 
@@ -222,9 +194,7 @@ def test_a_third_work_of_a_lane_is_refused_and_leaves_no_handle_behind(executor,
     executor.submit(0, gated.work())
     gated.wait_until_inside()
     executor.submit(0, CModel().work(torch.ones(1)))
-    with pytest.raises(
-        UnsupportedLoopError, match="device cpu: the lane is full or closed; nothing was submitted"
-    ):
+    with pytest.raises(RuntimeError, match=r"^device cpu: lane 0 is full or closed; nothing was submitted$"):
         executor.submit(0, CModel().work(tensor))
     assert handles(tensor) == 0
     gated.open_gate()
@@ -284,9 +254,23 @@ def test_closing_waits_for_c_models_and_for_python_containers(monkeypatch):
 def test_a_closed_executor_refuses_and_leaves_no_handle_behind(executor):
     tensor = torch.ones(2)
     executor.close()
-    with pytest.raises(UnsupportedLoopError, match="full or closed"):
+    with pytest.raises(RuntimeError, match="full or closed"):
         executor.submit(0, CModel().work(tensor))
     assert handles(tensor) == 0
+
+
+def test_each_lane_stays_on_the_core_it_is_given():
+    cores = sorted(os.sched_getaffinity(0))
+    affinity = [cores[-1], cores[0]]
+    with contextlib.closing(NativeExecutor("here", 2, 2, set_threads, affinity)) as executor:
+        for lane in range(2):
+            run(executor, CModel(0, 0).work(), lane=lane)
+        tids = {
+            (task / "comm").read_text().strip(): int(task.name) for task in Path("/proc/self/task").iterdir()
+        }
+        assert [os.sched_getaffinity(tids[f"aoti:here:{lane}"]) for lane in range(2)] == [
+            {c} for c in affinity
+        ]
 
 
 def test_closing_gives_the_threads_and_descriptors_back():

@@ -10,7 +10,7 @@ from tests.native.library import ROOT, library
 
 PRELUDE = """
 import gc, os, sys
-from tests.native.harness import collect, drain, model, open_lanes, readable, submit, tensors
+from tests.native.harness import collect, drain, model, open_lanes, readable, run_here, submit, tensors
 from tests.native.library import Container, capsule, library
 
 c = library()
@@ -41,7 +41,15 @@ def compiled():
 
 def run(lines):
     result = subprocess.run(
-        [sys.executable, "-X", "faulthandler", "-c", PRELUDE + textwrap.dedent(lines)],
+        [
+            sys.executable,
+            "-X",
+            "faulthandler",
+            "-W",
+            "ignore::DeprecationWarning",
+            "-c",
+            PRELUDE + textwrap.dedent(lines),
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -58,7 +66,7 @@ REFUSAL = "the process was forked after the lanes were made; make a new Schedule
 
 
 @pytest.mark.parametrize(
-    "use", ["submit(lanes, model(Container()))", "lanes.drain(1)", "lanes.run_here(model(Container()), [])"]
+    "use", ["submit(lanes, model(Container()))", "lanes.drain(1)", "run_here(lanes, model(Container()))"]
 )
 def test_a_forked_child_is_refused_in_words(use):
     lines = f"""

@@ -15,11 +15,12 @@ from aoti_sched.backends.native import _native
 from tests.native.harness import (
     FOREVER,
     collect,
-    done,
     drain,
     model,
+    numbers,
     open_lanes,
     readable,
+    run_here,
     submit,
     submit_when_there_is_room,
     tensors,
@@ -30,7 +31,6 @@ from tests.native.library import (
     THROWS_STANDARD,
     Container,
     Fence,
-    capsule,
     library,
     new_prefix,
 )
@@ -116,8 +116,7 @@ def test_an_input_may_come_back_as_an_output(c, lanes):
 
 def test_the_model_is_given_the_counts_the_stream_and_the_proxy_executor(lanes, c):
     container = Container()
-    inputs = [capsule(handle) for handle in tensors(3)]
-    lanes.submit(0, 1, model(container, 3, 2, proxy_executor=0x1230), inputs, stream=0x4560)
+    lanes.submit(0, 1, model(container, 3, 2, proxy_executor=0x1230), tensors(3), 1, stream=0x4560)
     collect(lanes, 1)
     assert (container.num_inputs, container.num_outputs) == (3, 2)
     assert (container.stream, container.proxy_executor) == (0x4560, 0x1230)
@@ -199,7 +198,7 @@ def test_a_failed_run_is_followed_by_the_next(lanes, fault):
 
 def run_fenced(lanes, container, fence):
     address = library().address("device_fence")
-    lanes.submit(0, 0, model(container, 0, 1), [], fence=address, fence_argument=fence.address)
+    lanes.submit(0, 0, model(container, 0, 1), [], 1, fence=address, fence_argument=fence.address)
     (completion,) = collect(lanes, 1)
     return completion
 
@@ -234,27 +233,27 @@ def test_the_device_is_waited_for_after_a_failed_run_too_and_the_runs_own_words_
 # --- what is refused, and that nothing is taken then ------------------------------------------------------
 
 
-def refuse(c, lanes, error, match, one, count, *, lane=0):
-    inputs = tensors(count)
+def refuse(lanes, error, match, one, inputs, *, lane=0):
     with pytest.raises(error, match=match):
         submit(lanes, one, inputs, lane=lane)
-    assert [c.deletes(handle) for handle in inputs] == [0] * count
-    c.delete(*inputs)  # they stayed the caller's
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_a_wrong_number_of_inputs_is_refused_and_the_handles_stay_the_callers(c, lanes, count):
-    container = Container()
-    refuse(c, lanes, ValueError, "wrong number of inputs", model(container, 2), count)
+def test_a_wrong_number_of_inputs_is_refused_before_a_handle_is_made(c, lanes, count):
+    container, inputs = Container(), tensors(count)
+    refuse(lanes, ValueError, "wrong number of inputs", model(container, 2), inputs)
     assert container.runs == 0
+    assert [c.deletes(handle) for handle in inputs] == [0] * count
+    c.delete(*inputs)
 
 
-def test_a_third_work_of_a_lane_is_refused_and_the_handles_stay_the_callers(c, lanes, gated):
-    one = model(gated, 1)
+def test_a_third_work_of_a_lane_is_refused_and_its_handles_are_freed(c, lanes, gated):
+    one, inputs = model(gated, 1), tensors(1)
     submit(lanes, one, tensors(1), token=1)
     c.wait_until_inside(gated)
     submit(lanes, one, tensors(1), token=2)
-    refuse(c, lanes, RuntimeError, "full or closed; nothing was submitted", one, 1)
+    refuse(lanes, RuntimeError, "lane 0 is full or closed; nothing was submitted", one, inputs)
+    assert c.deletes(inputs[0]) == 1
     c.open_gate(gated)
     assert [completion.token for completion in collect(lanes, 2)] == [1, 2]
 
@@ -270,25 +269,21 @@ def test_a_lane_takes_work_again_as_soon_as_a_completion_is_seen(lanes):
 
 
 def test_a_lane_that_is_not_there_is_refused(c, lanes):
-    refuse(c, lanes, IndexError, "no such lane", model(Container(), 1), 1, lane=1)
+    inputs = tensors(1)
+    refuse(lanes, IndexError, "no such lane", model(Container(), 1), inputs, lane=1)
+    c.delete(*inputs)
 
 
-def test_a_closed_lane_refuses_and_the_handles_stay_the_callers(c, lanes):
+def test_a_closed_lane_refuses_and_the_handles_are_freed(c, lanes):
+    inputs = tensors(1)
     lanes.close()
-    refuse(c, lanes, RuntimeError, "full or closed; nothing was submitted", model(Container(), 1), 1)
-
-
-def test_what_is_no_tensors_capsule_is_refused_and_the_others_stay_the_callers(c, lanes):
-    (handle,) = tensors(1)
-    with pytest.raises(ValueError, match="PyCapsule"):
-        lanes.submit(0, 1, model(Container(), 2), [capsule(handle), "no capsule"])
-    assert c.deletes(handle) == 0
-    c.delete(handle)
+    refuse(lanes, RuntimeError, "full or closed; nothing was submitted", model(Container(), 1), inputs)
+    assert c.deletes(inputs[0]) == 1
 
 
 def test_lanes_without_a_way_to_free_tensors_are_refused():
     with pytest.raises(ValueError, match="delete_tensor must be given"):
-        _native.Lanes(["lane"], [], 2, delete_tensor=0)
+        _native.Lanes(["lane"], [], 2, numbers(), delete_tensor=0)
 
 
 def test_a_model_without_a_run_function_is_refused():
@@ -379,7 +374,9 @@ def test_a_name_longer_than_the_system_takes_is_cut(c):
 def test_a_lane_stays_on_the_core_it_is_given(c):
     core = max(os.sched_getaffinity(0))
     prefix = new_prefix()
-    lanes = _native.Lanes([f"{prefix}0"], [core], 2, delete_tensor=c.address("torch_delete_tensor"))
+    lanes = _native.Lanes(
+        [f"{prefix}0"], [core], 2, numbers(), delete_tensor=c.address("torch_delete_tensor")
+    )
     submit(lanes, model(Container()))
     collect(lanes, 1)
     (task,) = [task for task in Path("/proc/self/task").iterdir() if prefix in (task / "comm").read_text()]
@@ -392,9 +389,9 @@ def test_the_thread_count_is_set_on_the_lane_by_both_functions_and_only_when_it_
     lanes = open_lanes(2, prefix=prefix)
     container = Container()
     for count in (2, 2, 1, 1, 2):
-        submit(lanes, model(container, threads=count))
+        submit(lanes, model(container), threads=count)
         collect(lanes, 1)
-    submit(lanes, model(container, threads=2), lane=1)
+    submit(lanes, model(container), lane=1, threads=2)
     collect(lanes, 1)
     lanes.close()
     first, second = f"{prefix}0", f"{prefix}1"
@@ -408,10 +405,10 @@ def test_the_thread_count_is_set_on_the_lane_by_both_functions_and_only_when_it_
 def test_torch_sets_a_lanes_thread_count_before_the_lane_does(c):
     prefix = new_prefix()
     lanes = open_lanes(prefix=prefix)
-    submit(lanes, model(Container(), threads=3))
+    submit(lanes, model(Container()), threads=3)
     collect(lanes, 1)
     lanes.close()
-    assert [function for _, function, _ in c.thread_calls(prefix)] == ["i", "o", "m"]
+    assert [function for _, function, _ in c.thread_calls(prefix)] == ["g", "o", "m"]
 
 
 # --- how the loop hears of it -----------------------------------------------------------------------------
@@ -480,9 +477,7 @@ def test_another_may_ring(lanes):
 
 def test_a_run_here_gives_the_same_as_a_lanes(c, lanes):
     inputs = tensors(2)
-    completion = done(
-        lanes.run_here(model(Container(made=0b1, stolen=0b1), 2, 2), [capsule(one) for one in inputs])
-    )
+    completion = run_here(lanes, model(Container(made=0b1, stolen=0b1), 2, 2), inputs)
     output, left_out = completion.outputs
     assert (left_out, completion.error) == (None, None)
     assert completion.started <= completion.finished
@@ -495,14 +490,79 @@ def test_a_run_here_gives_the_same_as_a_lanes(c, lanes):
 def test_a_run_here_that_fails_gives_words_and_frees_everything(c, lanes, fault):
     inputs = tensors(1)
     container = Container(made=0b1, error=b"no", **fault)
-    completion = done(lanes.run_here(model(container, 1, 1), [capsule(inputs[0])]))
+    completion = run_here(lanes, model(container, 1, 1), inputs)
     assert (completion.outputs, completion.error) == (None, ("no", ""))
     assert c.deletes(inputs[0]) == 1
 
 
-def test_a_run_here_with_a_wrong_number_of_inputs_is_refused(c, lanes):
+def test_a_run_here_with_a_wrong_number_of_inputs_is_refused_before_a_handle_is_made(c, lanes):
+    inputs = tensors(2)
     with pytest.raises(ValueError, match="wrong number of inputs"):
-        lanes.run_here(model(Container(), 1), [])
+        run_here(lanes, model(Container(), 1), inputs)
+    assert [c.deletes(handle) for handle in inputs] == [0, 0]
+    c.delete(*inputs)
+
+
+def with_counts(omp, mkl, function):
+    """Call a function on a new thread that has these thread counts; what it returns, and the counts afterwards."""
+    outcome = []
+
+    def body():
+        library().set_omp_threads(omp)
+        library().set_mkl_threads(mkl)
+        outcome.extend((function(), library().counts()))
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    return outcome
+
+
+@pytest.mark.parametrize("fault", [{}, {"status": 1}, {"throws": THROWS_STANDARD}], ids=str)
+@pytest.mark.parametrize("mkl", [0, 2, 3, 5], ids=lambda count: f"mkl {count}")
+@pytest.mark.parametrize("omp", [2, 3], ids=lambda count: f"omp {count}")
+def test_a_run_here_has_the_threads_it_asks_for_and_its_thread_has_its_own_again_after(
+    lanes, omp, mkl, fault
+):
+    container = Container(**fault)
+    completion, counts = with_counts(omp, mkl, lambda: run_here(lanes, model(container), threads=3))
+    assert (container.omp_threads, container.mkl_threads) == (3, 3)
+    assert counts == (omp, mkl)
+    assert (completion.error is None) == (not fault)
+
+
+def test_torch_is_asked_for_the_threads_count_before_a_run_here_sets_it(c, lanes):
+    prefix = new_prefix()
+
+    def body():
+        library().name_thread(prefix)
+        run_here(lanes, model(Container()), threads=3)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert c.thread_calls(prefix) == [
+        (prefix, "g", 4),
+        (prefix, "o", 3),
+        (prefix, "m", 3),
+        (prefix, "o", 4),
+        (prefix, "m", 0),
+    ]
+
+
+def test_where_the_count_can_not_be_asked_for_a_run_here_changes_none(c):
+    lanes = _native.Lanes(
+        [],
+        [],
+        2,
+        numbers(),
+        delete_tensor=c.address("torch_delete_tensor"),
+        set_omp_threads=c.address("torch_set_omp_threads"),
+        set_mkl_threads=c.address("torch_set_mkl_threads"),
+    )
+    container = Container()
+    with_counts(2, 0, lambda: run_here(lanes, model(container), threads=3))
+    assert (container.omp_threads, container.mkl_threads) == (2, 0)
 
 
 # --- the end ----------------------------------------------------------------------------------------------

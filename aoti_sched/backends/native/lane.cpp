@@ -66,8 +66,7 @@ void free_handles(const Runtime& runtime, std::vector<Handle>& handles) {
   }
 }
 
-}  // namespace
-
+// Runs a work on the calling thread with the intra-op threads it has.
 Completion run_work(const Runtime& runtime, Work& work) {
   const Model& model = *work.model;
   Completion completion;
@@ -94,6 +93,37 @@ Completion run_work(const Runtime& runtime, Work& work) {
   free_handles(runtime, work.inputs);  // what the model stole is null
   if (completion.status != 0) free_handles(runtime, completion.outputs);
   return completion;
+}
+
+// Gives the calling thread so many intra-op threads, and at the end those that it had.
+class ThreadsHere {
+ public:
+  ThreadsHere(const Runtime& runtime, int count) : runtime_(runtime), count_(count) {
+    if (runtime.get_threads == nullptr) return;  // what can't be put back is not changed
+    omp_before_ = runtime.get_threads();
+    if (runtime.set_omp_threads != nullptr && omp_before_ != count) runtime.set_omp_threads(count);
+    if (runtime.set_mkl_threads != nullptr) mkl_before_ = runtime.set_mkl_threads(count);
+  }
+  ~ThreadsHere() {
+    if (runtime_.get_threads == nullptr) return;
+    if (runtime_.set_omp_threads != nullptr && omp_before_ != count_) runtime_.set_omp_threads(omp_before_);
+    if (runtime_.set_mkl_threads != nullptr && mkl_before_ != count_) runtime_.set_mkl_threads(mkl_before_);
+  }
+  ThreadsHere(const ThreadsHere&) = delete;
+  ThreadsHere& operator=(const ThreadsHere&) = delete;
+
+ private:
+  const Runtime& runtime_;
+  const int count_;
+  int omp_before_ = 0;
+  int mkl_before_ = 0;  // 0 is MKL's word for the process's count
+};
+
+}  // namespace
+
+Completion run_here(const Runtime& runtime, Work& work) {
+  const ThreadsHere threads(runtime, work.threads);
+  return run_work(runtime, work);
 }
 
 // --- Bell -------------------------------------------------------------------------------------------------
@@ -272,7 +302,7 @@ void Lanes::serve(Lane& lane) {
 #elif defined(__APPLE__)
   pthread_setname_np(lane.name.c_str());
 #endif
-  if (runtime_.init_threads != nullptr) runtime_.init_threads();
+  if (runtime_.get_threads != nullptr) runtime_.get_threads();
   int threads = 0;
   awake_.fetch_add(1, std::memory_order_relaxed);
   while (wait_for_work(lane)) {
@@ -284,8 +314,8 @@ void Lanes::serve(Lane& lane) {
       --lane.queued;
       lane.running = 1;
     }
-    if (work.model->threads != threads) {
-      threads = work.model->threads;
+    if (work.threads != threads) {
+      threads = work.threads;
       if (runtime_.set_omp_threads != nullptr) runtime_.set_omp_threads(threads);
       if (runtime_.set_mkl_threads != nullptr) runtime_.set_mkl_threads(threads);
     }

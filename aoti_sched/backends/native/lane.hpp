@@ -30,9 +30,11 @@ using FenceFunction = std::int32_t (*)(void* argument);
 struct Runtime {
   std::int32_t (*delete_tensor)(Handle) = nullptr;
   const char* (*root_cause)() = nullptr;  // torch_exception_get_what_without_backtrace
+  // The calling thread's own intra-op threads. Torch sets a thread's count when it is first asked for it, so it is
+  // asked before a count is set, or it would do so later over ours.
+  int (*get_threads)() = nullptr;
   void (*set_omp_threads)(int) = nullptr;
-  int (*set_mkl_threads)(int) = nullptr;
-  int (*init_threads)() = nullptr;  // makes torch set the thread's count now, and not over ours later
+  int (*set_mkl_threads)(int) = nullptr;  // returns what it was
 };
 
 // How one model is run; shared by all its works.
@@ -43,13 +45,13 @@ struct Model {
   std::size_t num_outputs = 0;
   LastErrorFunction last_error = nullptr;
   void* proxy_executor = nullptr;
-  int threads = 1;
 };
 
 struct Work {
   std::uint64_t token = 0;
   const Model* model = nullptr;
   std::vector<Handle> inputs;  // owned by the work until the model steals them
+  int threads = 1;             // intra-op threads of the run
   void* stream = nullptr;
   FenceFunction fence = nullptr;
   void* fence_argument = nullptr;
@@ -65,8 +67,9 @@ struct Completion {
   std::int64_t finished = 0;
 };
 
-// Runs a work on the calling thread. Every exception becomes a status; handles are never lost.
-Completion run_work(const Runtime& runtime, Work& work);
+// Runs a work on the calling thread. Every exception becomes a status; handles are never lost. The thread's intra-op
+// threads are the work's during the run, and afterwards what they were.
+Completion run_here(const Runtime& runtime, Work& work);
 
 // Makes a descriptor readable while completions wait.
 class Bell {

@@ -1,0 +1,92 @@
+#include "tensors.hpp"
+
+#include <stdexcept>
+#include <utility>
+
+namespace nb = nanobind;
+
+namespace aoti {
+
+Tensors::Tensors(nb::object type, nb::object to_capsules, nb::object from_capsules, NewHandle new_handle, Wrap wrap)
+    : type_(std::move(type)),
+      to_capsules_(std::move(to_capsules)),
+      from_capsules_(std::move(from_capsules)),
+      address_(nb::steal(PyUnicode_InternFromString("_cdata"))),
+      new_handle_(new_handle),
+      wrap_(wrap) {
+  if ((new_handle == nullptr) != (wrap == nullptr)) throw std::invalid_argument("new_handle and wrap: both or none");
+}
+
+std::vector<Handle> Tensors::handles_of(nb::handle tensors, std::size_t count, const Runtime& runtime) const {
+  const nb::object fast = nb::steal(PySequence_Fast(tensors.ptr(), "the inputs are no sequence"));
+  if (!fast.is_valid()) throw nb::python_error();
+  if (static_cast<std::size_t>(PySequence_Fast_GET_SIZE(fast.ptr())) != count) {
+    // The runtime throws across its C boundary for this; here it is still the caller's own mistake.
+    throw std::invalid_argument("wrong number of inputs");
+  }
+  std::vector<Handle> handles(count);
+  if (new_handle_ == nullptr) {
+    const nb::object capsules = to_capsules_(fast);
+    for (std::size_t i = 0; i < count; ++i) {
+      handles[i] = PyCapsule_GetPointer(nb::object(capsules[i]).ptr(), nullptr);
+      if (handles[i] == nullptr) throw nb::python_error();
+    }
+    return handles;
+  }
+  for (std::size_t i = 0; i < count; ++i) {
+    PyObject* const tensor = PySequence_Fast_GET_ITEM(fast.ptr(), static_cast<Py_ssize_t>(i));
+    if (reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != type_.ptr()) {
+      const int is_tensor = PyObject_IsInstance(tensor, type_.ptr());
+      if (is_tensor < 0) throw nb::python_error();
+      if (is_tensor == 0) throw nb::type_error("an input is no tensor");
+    }
+    const nb::object address = nb::steal(PyObject_GetAttr(tensor, address_.ptr()));
+    if (!address.is_valid()) throw nb::python_error();
+    handles[i] = PyLong_AsVoidPtr(address.ptr());
+    if (handles[i] == nullptr) throw nb::type_error("an input has no memory of a tensor");
+  }
+  for (std::size_t i = 0; i < count; ++i) {
+    // A tensor of C++ is one pointer to what `_cdata` is the address of.
+    void* tensor = handles[i];
+    if (new_handle_(&tensor, &handles[i]) == 0) continue;
+    for (std::size_t made = 0; made < i; ++made) runtime.delete_tensor(handles[made]);
+    throw std::runtime_error("torch made no handle for an input");
+  }
+  return handles;
+}
+
+nb::object Tensors::tensors_of(std::vector<Handle>& handles, const Runtime& runtime) const {
+  if (wrap_ == nullptr) {
+    nb::list capsules;
+    for (Handle handle : handles) {
+      if (handle != nullptr) capsules.append(nb::steal(PyCapsule_New(handle, nullptr, nullptr)));
+    }
+    const nb::object made = from_capsules_(capsules);
+    if (capsules.size() == handles.size()) return made;
+    nb::list tensors;
+    std::size_t next = 0;
+    for (Handle handle : handles) tensors.append(handle == nullptr ? nb::none() : nb::object(made[next++]));
+    return tensors;
+  }
+  nb::object tensors = nb::steal(PyList_New(static_cast<Py_ssize_t>(handles.size())));
+  bool failed = !tensors.is_valid();
+  for (std::size_t i = 0; i < handles.size(); ++i) {
+    PyObject* tensor = nullptr;
+    if (handles[i] == nullptr) {
+      tensor = nb::none().release().ptr();
+    } else {
+      try {
+        if (!failed) tensor = wrap_(handles[i]);
+      } catch (...) {  // torch's own type for an error that Python has been told of
+      }
+      runtime.delete_tensor(std::exchange(handles[i], nullptr));
+      failed = failed || tensor == nullptr;
+    }
+    if (tensors.is_valid()) PyList_SET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i), tensor);
+  }
+  if (PyErr_Occurred() != nullptr) throw nb::python_error();
+  if (failed) throw std::runtime_error("torch made no tensor of an output");
+  return tensors;
+}
+
+}  // namespace aoti
