@@ -1,7 +1,7 @@
 """The contracts of the machinery: Container, Executor, Device. A backend does everything and decides nothing.
 
 All of it is blocking and knows no event loop. The front calls `Device.load` and `Container.close` from
-worker threads, `Executor.submit` and `Executor.drain` from the loop's thread.
+worker threads, `Executor.submit`, `Executor.drain` and `Executor.run_here` from the loop's thread.
 """
 
 from __future__ import annotations
@@ -34,12 +34,14 @@ class ContainerInfo(msgspec.Struct, frozen=True, kw_only=True):
     constants: tuple[ConstantSpec, ...] = ()
     missing: tuple[str, ...] = ()
     """Functions of the C ABI that this model lacks, because an older torch compiled it."""
+    inline: bool = True
+    """Whether short runs may be placed on the loop's own thread without being asked for."""
 
 
-class CRun(msgspec.Struct, frozen=True, kw_only=True):
+class CRun(msgspec.Struct, kw_only=True, eq=False):
     """How C runs a container: addresses of its functions, for lanes that never touch Python.
 
-    `name` is what errors call the model.
+    `name` is what errors call the model; `native` is what native lanes keep of it.
     """
 
     name: str
@@ -48,6 +50,7 @@ class CRun(msgspec.Struct, frozen=True, kw_only=True):
     num_inputs: int
     num_outputs: int
     last_error: int = 0
+    native: Any = None
 
 
 class Container(Protocol):
@@ -72,6 +75,47 @@ class Container(Protocol):
 
     def warm_up(self, make_inputs: Callable[[], Sequence[Any]]) -> None:
         """Run once per instance plus one, serially, before traffic; raises as `run_raw` does."""
+
+    # Live weights: one caller at a time, in a worker thread, but for `swap`; runs go on meanwhile unless said otherwise.
+
+    @property
+    def updatable(self) -> str:
+        """ "" when its weights can be replaced live, otherwise the reason in a sentence."""
+
+    @property
+    def folds(self) -> bool:
+        """Whether it has constants that are computed from others."""
+
+    @property
+    def inactive_ready(self) -> bool:
+        """Whether the inactive buffer holds a full set."""
+
+    @property
+    def inactive_bytes(self) -> int:
+        """Memory that the inactive buffer holds now; 0 when it is free."""
+
+    def stage(self, weights: object, *, partial: bool = False, check_finite: bool = False) -> int:
+        """Write a full set into the inactive buffer and return its bytes; what `partial` leaves out is the active one's.
+
+        Raises:
+            ConstantMismatchError: with every fault at once. Nothing was written: a set kept there is still ready.
+            WeightsFileError, WeightsTypeError: they can't be read.
+        """
+
+    def fold(self) -> None:
+        """Compute the inactive buffer's folded constants. Takes an instance; after a failure only `rebuild` helps."""
+
+    def swap(self) -> None:
+        """Exchange the buffers; quick, on the loop's thread. No run may be going on."""
+
+    def free_inactive(self) -> None:
+        """Give the inactive buffer's memory back."""
+
+    def extract(self, *, inactive: bool = False) -> dict[str, Any]:
+        """Copies of the constants by FQN."""
+
+    def rebuild(self) -> None:
+        """Put a fresh container with the active weights in this one's place. No run may be going on."""
 
     def close(self) -> None:
         """Free the container. No run may be going on. Closing twice does nothing."""
@@ -107,6 +151,13 @@ class Executor(Protocol):
 
     def submit(self, lane: int, work: Work) -> None:
         """Hand a work to a lane. Never blocks."""
+
+    def run_here(self, work: Work) -> Completion:
+        """Run a work on the calling thread, which waits for it; no lane hears of it.
+
+        During the run the thread's intra-op thread counts are the work's, afterwards what they were. Never raises for
+        a run that fails: the completion carries the error, and no handle is lost.
+        """
 
     def drain(self) -> list[Completion]:
         """The completions that are there now, a bounded number; the descriptor stays readable for the rest."""
@@ -153,8 +204,8 @@ class Device(Protocol):
     def cores(self) -> int:
         """How many cores this process may use: the default number of lanes on a CPU."""
 
-    def open_executor(self, lanes: int) -> Executor:
-        """Start the lanes."""
+    def open_executor(self, lanes: int, affinity: Sequence[int] | None = None) -> Executor:
+        """Start the lanes; with `affinity`, each bound to the core of that number."""
 
     def load(self, request: LoadRequest) -> Loaded:
         """Read, check, extract and load one model. Blocking, for seconds.

@@ -7,12 +7,12 @@ were those. So each tensor is checked here, and laid out as the compiled code ex
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
-from aoti_sched.errors import LoadError, MissingWeightsError
+from aoti_sched.errors import ConstantMismatchError, LoadError, MissingWeightsError
 from aoti_sched.specs import ConstantSpec
 
 TYPES = ("unknown", "parameter", "buffer", "constant", "folded")
@@ -74,8 +74,61 @@ def required(spec: ConstantSpec) -> bool:
     return spec.type not in ("folded", "constant")
 
 
+def fitting(
+    model: str,
+    constants: Sequence[Constant],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
+    device_type: str,
+    partial: bool,
+    check_finite: bool,
+) -> dict[str, torch.Tensor]:
+    """New values by FQN, checked as a whole set, or as a part of one.
+
+    Raises:
+        ConstantMismatchError: with everything that is wrong with the set, and not just the first.
+    """
+    by_name = {constant.spec.name: constant for constant in constants}
+    by_name.update({constant.spec.fqn: constant for constant in constants})
+    fit: dict[str, torch.Tensor] = {}
+    faults: list[tuple[str, str]] = []
+    for name, tensor in tensors:
+        constant = by_name.get(name)
+        if constant is None:
+            faults.append((name, "is no constant of it, or was small enough to be compiled into the code"))
+        elif constant.spec.folded:
+            faults.append((name, "is computed from other constants; give those"))
+        elif constant.spec.fqn in fit:
+            faults.append((name, "is given twice"))
+        else:
+            fit[constant.spec.fqn] = tensor
+            wrong = problem(constant, tensor, device_type)
+            if not wrong and check_finite and not _is_finite(tensor):
+                wrong = "has values that are not finite"
+            if wrong:
+                faults.append((constant.spec.fqn, wrong))
+    if not partial:
+        missing = [c.spec.fqn for c in constants if required(c.spec) and c.spec.fqn not in fit]
+        faults += [(fqn, "is missing") for fqn in missing]
+    if faults:
+        raise ConstantMismatchError(model, tuple(faults))
+    return fit
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    values = tensor.detach()
+    return not (values.is_floating_point() or values.is_complex()) or bool(values.isfinite().all())
+
+
 def check(model: str, constant: Constant, tensor: torch.Tensor, device_type: str) -> None:
-    """Raise LoadError unless the tensor can be this constant. A CPU tensor may be one on any device."""
+    """Raise LoadError unless the tensor can be this constant."""
+    wrong = problem(constant, tensor, device_type)
+    if wrong:
+        raise LoadError(f"{model}: constant {constant.spec.fqn!r} {wrong}")
+
+
+def problem(constant: Constant, tensor: torch.Tensor, device_type: str) -> str:
+    """Why the tensor can't be this constant; "" when it can. A CPU tensor may be one on any device."""
     spec = constant.spec
     problem = ""
     if tensor.layout != torch.strided or tensor.is_quantized:
@@ -86,8 +139,7 @@ def check(model: str, constant: Constant, tensor: torch.Tensor, device_type: str
         problem = f"wants {spec.dtype}, got {str(tensor.dtype).removeprefix('torch.')}"
     elif spec.shape is not None and tuple(tensor.shape) != spec.shape:
         problem = f"wants shape {spec.shape}, got {tuple(tensor.shape)}"
-    if problem:
-        raise LoadError(f"{model}: constant {spec.fqn!r} {problem}")
+    return problem
 
 
 def laid_out(model: str, constant: Constant, tensor: torch.Tensor) -> torch.Tensor:

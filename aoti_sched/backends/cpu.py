@@ -18,10 +18,16 @@ from aoti_sched.backends.c_abi import FUNCTIONS, Library, libtorch
 from aoti_sched.backends.executor import open_executor
 from aoti_sched.backends.raw_container import RawContainer
 from aoti_sched.backends.torch_runner import TorchRunnerContainer
+from aoti_sched.backends.weight_source import open_weights
 from aoti_sched.backends.weights import load_weights
 from aoti_sched.errors import PlatformMismatchError
 from aoti_sched.package import Extracted, check_platform, open_package
 from aoti_sched.specs import spec_from_metadata
+
+_NEEDED_FOR_UPDATES = (
+    "AOTInductorModelContainerUpdateConstantBufferPairs",
+    "AOTInductorModelContainerExtractConstantsMapEntries",
+)
 
 
 class CpuDevice:
@@ -32,8 +38,8 @@ class CpuDevice:
     def cores(self) -> int:
         return available_cores()
 
-    def open_executor(self, lanes: int) -> Executor:
-        return open_executor(self.name, lanes, self.cores(), set_threads)
+    def open_executor(self, lanes: int, affinity: Sequence[int] | None = None) -> Executor:
+        return open_executor(self.name, lanes, self.cores(), set_threads, affinity)
 
     def load(self, request: LoadRequest) -> Loaded:
         package = open_package(request.path, sha256=request.sha256)
@@ -77,14 +83,19 @@ class CpuContainer:
 
     def __init__(self, raw: RawContainer, request: LoadRequest, extracted: Extracted) -> None:
         self._raw = raw
+        self._name = request.name
         self._instances = request.instances
         load_weights(raw, extracted)
-        if any(constant.spec.folded for constant in raw.constants):
+        self.folds = any(constant.spec.folded for constant in raw.constants)
+        if self.folds:
             raw.fold(inactive=False)  # now, and not in the first request
         self._c_run = raw.c_run()
+        self._inactive_bytes = 0
+        # An output that lies where constants lie is a weight itself; so is one that warming up found to be folded.
         self._constants_start: list[int] = []
         self._constants_end: list[int] = []
-        self._remember(raw.constant_memory())  # an output that lies there is a weight itself
+        self._folded_outputs: set[int] = set()
+        self._know_memory()
         self._info: ContainerInfo | None = None
 
     @property
@@ -109,6 +120,9 @@ class CpuContainer:
         return self._c_run
 
     def own(self, outputs: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        for index in self._folded_outputs:
+            tensor = outputs[index]
+            outputs[index] = None if tensor is None else tensor.clone()
         starts = self._constants_start
         if starts:
             for index, tensor in enumerate(outputs):
@@ -123,27 +137,85 @@ class CpuContainer:
         return self.own(self._raw.run(inputs))
 
     def warm_up(self, make_inputs: Callable[[], Sequence[torch.Tensor]]) -> None:
-        """Also learns where folded constants lie: two results that live at once can only share those."""
+        """Also learns which outputs are folded constants: two results that live at once can only share those."""
         before: list[torch.Tensor | None] = []
         for _ in range(self._instances + 1):
             inputs = make_inputs()
             now = self._raw.run(inputs)
             own = {tensor.data_ptr() for tensor in inputs}
-            for old, new in zip(before, now, strict=False):
+            for index, (old, new) in enumerate(zip(before, now, strict=False)):
                 if old is None or new is None or not new.numel():
                     continue
                 start = new.data_ptr()
                 if start == old.data_ptr() and start not in own:
-                    self._remember([(start, start + new.numel() * new.element_size())])
+                    self._folded_outputs.add(index)
             before = now
 
     def close(self) -> None:
         self._raw.close()
 
-    def _remember(self, memory: list[tuple[int, int]]) -> None:
-        both = sorted({*zip(self._constants_start, self._constants_end, strict=True), *memory})
+    def _know_memory(self) -> None:
+        both = sorted({*self._raw.constant_memory(), *self._raw.constant_memory(inactive=True)})
         self._constants_start = [start for start, _ in both]
         self._constants_end = [end for _, end in both]
+
+    # --- live weights ----------------------------------------------------------------------------------
+
+    @property
+    def updatable(self) -> str:
+        constants = self._raw.constants
+        if not constants or any(constant.spec.fqn.startswith("_frozen_param") for constant in constants):
+            return "they were compiled into its code (freeze=True)"
+        lacking = [line for line in self.info.missing if line.startswith(_NEEDED_FOR_UPDATES)]
+        return f"an older torch compiled it; its library lacks {', '.join(lacking)}" if lacking else ""
+
+    @property
+    def inactive_ready(self) -> bool:
+        return self._raw.ready(inactive=True)
+
+    @property
+    def inactive_bytes(self) -> int:
+        return self._inactive_bytes
+
+    def stage(self, weights: object, *, partial: bool = False, check_finite: bool = False) -> int:
+        with open_weights(weights) as tensors:
+            size = self._raw.stage(self._name, tensors, partial=partial, check_finite=check_finite)
+        self._inactive_bytes = size
+        self._know_memory()  # before anything can run on it
+        return size
+
+    def fold(self) -> None:
+        self._raw.fold(inactive=True)
+
+    def swap(self) -> None:
+        self._raw.swap()
+
+    def free_inactive(self) -> None:
+        self._raw.free_inactive()
+        self._inactive_bytes = 0
+        self._know_memory()
+
+    def extract(self, *, inactive: bool = False) -> dict[str, torch.Tensor]:
+        return self._raw.extract(inactive=inactive)
+
+    def rebuild(self) -> None:
+        # When folding the inactive buffer throws, the runtime gives the instance it folded with back to the others while
+        # that one's maps still point into the inactive buffer (`run_const_fold` in model_container.h): it would run on it.
+        old = self._raw
+        raw = RawContainer(old.library, self._instances)
+        raw.name = old.name
+        try:
+            raw.update(old.extract(), inactive=False)
+            if self.folds:
+                raw.fold(inactive=False)
+        except BaseException:
+            raw.close()
+            raise
+        self._raw = raw
+        self._c_run = raw.c_run()
+        self._inactive_bytes = 0
+        self._know_memory()
+        old.close()
 
 
 def missing_functions(library: Library) -> tuple[str, ...]:

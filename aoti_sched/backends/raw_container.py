@@ -8,7 +8,7 @@ never on the active buffer while runs go on. A swap waits for the runs that are 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from ctypes import POINTER, byref, c_bool, c_char_p, c_int32, c_size_t, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 
 from aoti_sched.backends.base import CRun
 from aoti_sched.backends.c_abi import ConstantEntry, Library
-from aoti_sched.backends.constants import TYPES, Constant, check, laid_out, select
+from aoti_sched.backends.constants import TYPES, Constant, check, fitting, laid_out, select
 from aoti_sched.backends.handles import DTYPES, borrowed, free, handles_of, tensors_of
 from aoti_sched.errors import InputMismatchError, LoadError, MissingWeightsError, RunError, RunnerClosedError
 from aoti_sched.specs import ConstantSpec
@@ -173,12 +173,16 @@ class RawContainer:
         present = {name for name, _ in self._borrow(inactive=inactive)}
         return tuple(c.spec.fqn for c in self.constants if not c.spec.folded and c.spec.fqn not in present)
 
-    def constant_memory(self) -> list[tuple[int, int]]:
-        """Where the active constants lie: [start, end) addresses. Folded ones are not told by the C ABI."""
-        if not self._can_extract():
+    def ready(self, *, inactive: bool) -> bool:
+        """Whether a buffer holds a full set."""
+        return self._complete[inactive]
+
+    def constant_memory(self, *, inactive: bool = False) -> list[tuple[int, int]]:
+        """Where a buffer's constants lie: [start, end) addresses. Folded ones are not told by the C ABI."""
+        if not self._can_extract() or (inactive and not self._complete[1]):
             return []
         # A frozen model's weights may be packed by oneDNN: opaque, without an address, and never an output.
-        tensors = [t for _, t in self._borrow(inactive=False) if t.layout is torch.strided and t.numel()]
+        tensors = [t for _, t in self._borrow(inactive=inactive) if t.layout is torch.strided and t.numel()]
         return [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
 
     # --- the values of constants --------------------------------------------------------------------------
@@ -188,6 +192,32 @@ class RawContainer:
         if inactive and not self._complete[1]:
             return {}  # what a freed buffer holds points into freed memory
         return {name: tensor.clone() for name, tensor in self._borrow(inactive=inactive)}
+
+    def stage(
+        self, model: str, weights: Iterable[tuple[str, torch.Tensor]], *, partial: bool, check_finite: bool
+    ) -> int:
+        """Write a full set into the inactive buffer; returns its bytes. Runs may go on. `model` is for errors.
+
+        Raises:
+            ConstantMismatchError: The set does not fit. Nothing was written.
+        """
+        fit = fitting(
+            model,
+            self.constants,
+            weights,
+            device_type=self.device_type,
+            partial=partial,
+            check_finite=check_finite,
+        )
+        active = dict(self._borrow(inactive=False)) if self._can_extract() else {}
+        for constant in self.constants:
+            spec = constant.spec
+            if not spec.folded and spec.fqn not in fit and spec.fqn in active:
+                fit[spec.fqn] = active[spec.fqn]  # made by the compiler, or left out of a part
+        ready = [(c, laid_out(self.name, c, fit[c.spec.fqn])) for c in self.constants if c.spec.fqn in fit]
+        self._complete[1] = False
+        self._write("UpdateConstantBufferPairs", ready, inactive=True, full=True)
+        return sum(tensor.numel() * tensor.element_size() for _, tensor in ready)
 
     def update(
         self,
@@ -227,13 +257,24 @@ class RawContainer:
             name = "UpdateUserManagedConstantBufferPairs"
         elif from_cpu:
             name = "UpdateConstantBufferFromCpuPairs"
+        self._write(name, ready, inactive=inactive, full=full, lend=user_managed)
+
+    def _write(
+        self,
+        name: str,
+        ready: list[tuple[Constant, torch.Tensor]],
+        *,
+        inactive: bool,
+        full: bool,
+        lend: bool = False,
+    ) -> None:
         update = self.library.function(_PREFIX + name)
         container = self._open()
         handles = handles_of([tensor for _, tensor in ready])
         try:
             status = update(container, entries(ready, handles), len(ready), inactive, full)
         finally:
-            if user_managed:
+            if lend:
                 self._lent += handles
             else:
                 free(handles)

@@ -18,7 +18,7 @@ from torch._C._aoti import AOTIModelContainerRunnerCpu
 from aoti_sched.backends.base import ContainerInfo, LoadRequest
 from aoti_sched.backends.raw_container import RawContainer
 from aoti_sched.backends.weights import load_weights, read_stored
-from aoti_sched.errors import LoadError, RunError
+from aoti_sched.errors import LoadError, RunError, UpdateError
 from aoti_sched.package import Extracted
 from aoti_sched.telemetry import log
 
@@ -105,6 +105,38 @@ class TorchRunnerContainer:
 
     def close(self) -> None:
         self._runner = None
+
+    # --- live weights: torch's runner can't fold, extract or be rebuilt, so a failed update could not be undone
+
+    updatable = (
+        "it calls custom operators, so it runs through torch's own runner, which can't undo a failed update"
+    )
+    folds = False
+    inactive_ready = False
+    inactive_bytes = 0
+
+    def stage(self, weights: object, *, partial: bool = False, check_finite: bool = False) -> int:
+        del weights, partial, check_finite
+        raise self._not_updatable()
+
+    def fold(self) -> None:
+        raise self._not_updatable()
+
+    def swap(self) -> None:
+        raise self._not_updatable()
+
+    def free_inactive(self) -> None:
+        raise self._not_updatable()
+
+    def extract(self, *, inactive: bool = False) -> dict[str, torch.Tensor]:
+        del inactive
+        raise self._not_updatable()
+
+    def rebuild(self) -> None:
+        raise self._not_updatable()
+
+    def _not_updatable(self) -> UpdateError:
+        return UpdateError(f"model {self._name!r}: {self.updatable}")
 
 
 def gil_during(call: Callable[[], object]) -> str:
