@@ -6,7 +6,9 @@ from aoti_sched.errors import (
     AotiSchedError,
     CompileError,
     ConfigError,
+    ConstantMismatchError,
     DeadlineExceededError,
+    EpochError,
     InputMismatchError,
     InstructionSetError,
     LeaseError,
@@ -23,6 +25,10 @@ from aoti_sched.errors import (
     RunError,
     RunnerClosedError,
     UnsupportedLoopError,
+    UpdateAbortedError,
+    UpdateError,
+    WeightsFileError,
+    WeightsTypeError,
 )
 from aoti_sched.future import RunFuture, Trace
 from aoti_sched.queue.job import Priority
@@ -30,17 +36,20 @@ from aoti_sched.runner import Lease, Runner, RunnerView
 from aoti_sched.scheduler import Scheduler
 from aoti_sched.specs import BatchDim, ConstantSpec, DynamicDim, ModelSpec, SpecSource, TensorSpec
 from aoti_sched.telemetry import DeviceStats, RunnerInfo, RunnerStats, SchedulerStats
+from aoti_sched.update import UpdateReport
 
 __all__ = [
     "AotiSchedError",
     "BatchDim",
     "CompileError",
     "ConfigError",
+    "ConstantMismatchError",
     "ConstantSpec",
     "DeadlineExceededError",
     "DeviceConfig",
     "DeviceStats",
     "DynamicDim",
+    "EpochError",
     "InputMismatchError",
     "InstructionSetError",
     "Lease",
@@ -73,5 +82,10 @@ __all__ = [
     "TensorSpec",
     "Trace",
     "UnsupportedLoopError",
+    "UpdateAbortedError",
+    "UpdateError",
+    "UpdateReport",
+    "WeightsFileError",
+    "WeightsTypeError",
     "compile_package",
 ]

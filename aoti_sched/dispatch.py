@@ -16,11 +16,13 @@ import msgspec
 from aoti_sched.backends.base import Completion, Executor, Work
 from aoti_sched.errors import DeadlineExceededError
 from aoti_sched.queue.command import (
+    BarrierReached,
     Command,
     Drained,
     Expire,
     Grant,
     Launch,
+    NextTurn,
     Reject,
     Revoke,
     WakeAt,
@@ -80,6 +82,7 @@ class Dispatcher:
         self._log_requests = log_requests
         self._timer: Timer | None = None
         self._drained: dict[str, asyncio.Future[None]] = {}
+        self._reached: dict[str, asyncio.Future[None]] = {}
         loop.add_reader(executor.fileno(), self._collect)
 
     def deadline(self, timeout: float) -> float:
@@ -115,6 +118,17 @@ class Dispatcher:
         self.queue.remove_runner(runner)
         self._drained.pop(runner.name, None)
 
+    def close_barrier(self, runner: RunnerState, *, abort: bool) -> asyncio.Future[None]:
+        """Hold back what is queued; the future is done when every slot of the runner is home."""
+        reached = self._reached[runner.name] = self.loop.create_future()
+        self._perform(self.queue.close_barrier(runner, self._clock.time(), abort=abort))
+        return reached
+
+    def open_barrier(self, runner: RunnerState, epoch: int | None) -> None:
+        """Let it go on; with `epoch`, on other constants."""
+        self._reached.pop(runner.name, None)
+        self._perform(self.queue.open_barrier(runner, self._clock.time(), epoch=epoch))
+
     def close(self) -> None:
         """Stop listening; the executor is closed elsewhere, since that waits."""
         self.loop.remove_reader(self.executor.fileno())
@@ -124,15 +138,20 @@ class Dispatcher:
     def runner_stats(self, runner: RunnerState) -> RunnerStats:
         totals = msgspec.structs.asdict(runner.counters)
         busy = runner.slots - len(runner.free)
+        busy += sum(job.source.runner is runner for job in self.queue.following.values())
         return RunnerStats(
             name=runner.name,
             phase=runner.phase.name,
-            waiting=len(runner.gate) + sum(len(lease.gate) for lease in runner.leases.values()),
+            waiting=len(runner.gate)
+            + len(runner.awaiting)
+            + sum(len(s.gate) for s in runner.leases.values()),
             queued=runner.load.jobs,
             queued_bytes=runner.load.bytes,
             running=busy - sum(len(lease.free) for lease in runner.leases.values()),
             held_leases=len(runner.leases),
             free_slots=len(runner.free),
+            epoch=runner.epoch,
+            updating=runner.closed,
             **totals,
         )
 
@@ -154,16 +173,23 @@ class Dispatcher:
         """The executor's descriptor is readable: hand each completion to the queue."""
         now = self._clock.time()
         for completion in self.executor.drain():
-            self._finish(completion, now)
+            self._perform(self._complete(completion, now))  # the next launches first: lanes should not wait
+            self._settle(completion)
 
-    def _finish(self, completion: Completion, now: float) -> None:
+    def _complete(self, completion: Completion, now: float) -> list[Command]:
+        return self.queue.complete(
+            completion.token,
+            now,
+            ok=completion.error is None,
+            started=completion.started,
+            finished=completion.finished,
+        )
+
+    def _settle(self, completion: Completion) -> None:
+        """Tell the caller how the run ended."""
         job: Job = completion.token
         error = completion.error
-        commands = self.queue.complete(
-            job, now, ok=error is None, started=completion.started, finished=completion.finished
-        )
         future, job.payload = job.payload, None
-        self._perform(commands)  # the next launches first: lanes should not wait for callbacks
         if future is not None and not future.done():
             if error is None:
                 future.deliver(completion.outputs or [])
@@ -177,19 +203,25 @@ class Dispatcher:
             self._log_job(job)
 
     def _perform(self, commands: list[Command]) -> None:
-        for command in commands:
-            kind = type(command)
-            if kind is Launch:
-                job = command.job  # type: ignore[union-attr]
-                future: RunFuture = job.payload
-                work = Work(future.container, future.take_inputs(), future.threads, job)
+        for command in commands:  # what follows from a run that is over at once joins the end of the list
+            if type(command) is not Launch:
+                self._perform_rare(command)
+                continue
+            job = command.job
+            future: RunFuture = job.payload
+            work = Work(future.container, future.take_inputs(), future.threads, job)
+            if job.inline:
+                completion = self.executor.run_here(work)
+            else:
                 try:
                     self.executor.submit(job.lane, work)
                 except Exception as error:  # noqa: BLE001 -- the lane took nothing: the request fails, its slot comes home
                     now = self._clock.time()
-                    self._finish(Completion(job, None, error, now, now), now)
-            else:
-                self._perform_rare(command)
+                    completion = Completion(job, None, error, now, now)
+                else:
+                    continue
+            commands += self._complete(completion, self._clock.time())
+            self._settle(completion)
 
     def _perform_rare(self, command: Command) -> None:
         match command:
@@ -204,6 +236,12 @@ class Dispatcher:
                 if self._timer is not None:
                     self._timer.cancel()
                 self._timer = self._clock.call_at(at, self._tick)
+            case NextTurn():
+                self.loop.call_soon(self._turn)
+            case BarrierReached(runner=runner):
+                reached = self._reached[runner.name]
+                if not reached.done():  # whoever waited may have given up
+                    reached.set_result(None)
             case Drained(runner=runner):
                 drained = self._drained.get(runner.name)
                 if drained is not None and not drained.done():
@@ -225,12 +263,16 @@ class Dispatcher:
         self._timer = None
         self._perform(self.queue.tick(self._clock.time()))
 
+    def _turn(self) -> None:
+        self._perform(self.queue.turn(self._clock.time()))
+
     def _log_job(self, job: Job) -> None:
         log.info(
             "request",
             runner=job.source.name,
             device=self.queue.name,
             state=job.state.name,
+            placement="inline" if job.inline else "lane",
             epoch=job.epoch,
             queue_seconds=round(job.started - job.submitted, 6) if job.started else None,
             run_seconds=round(job.finished - job.started, 6) if job.started else None,

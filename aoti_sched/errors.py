@@ -68,6 +68,24 @@ class CompileError(AotiSchedError):
     """`compile_package` could not export or compile the module."""
 
 
+# --- weights ----------------------------------------------------------------------------------------
+
+
+class WeightsFileError(AotiSchedError):
+    """New weights could not be read from a file: missing, damaged, foreign, or changed while being read.
+
+    `path` is the file: the one the caller named, or a shard that its index names.
+    """
+
+    def __init__(self, message: str, *, path: str = "") -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class WeightsTypeError(AotiSchedError, TypeError):
+    """What was given as weights is no mapping, pairs or path; or an entry is no name with a tensor."""
+
+
 # --- requests ---------------------------------------------------------------------------------------
 
 
@@ -105,6 +123,34 @@ class DeadlineExceededError(AotiSchedError, TimeoutError):
 
 class RunnerClosedError(AotiSchedError):
     """The runner (or its whole scheduler) is draining, closed or terminated."""
+
+
+class EpochError(AotiSchedError):
+    """A request asked for an epoch (`min_epoch`) that was rolled back, or that its lease can't have."""
+
+
+class ConstantMismatchError(AotiSchedError, ValueError):
+    """New weights do not fit the model. Nothing has changed.
+
+    `model` is the runner's name, `faults` all that is wrong, as (FQN, problem) pairs.
+    """
+
+    def __init__(self, model: str, faults: tuple[tuple[str, str], ...]) -> None:
+        self.model = model
+        self.faults = faults
+        listed = "; ".join(f"{fqn!r} {problem}" for fqn, problem in self.faults)
+        super().__init__(f"model {model!r}: the new weights do not fit: {listed}")
+
+    def __reduce__(self) -> tuple[type, tuple[str, tuple[tuple[str, str], ...]]]:
+        return type(self), (self.model, self.faults)
+
+
+class UpdateError(AotiSchedError):
+    """The weights of a runner can't be changed so: frozen, nothing staged, nothing kept to go back to."""
+
+
+class UpdateAbortedError(AotiSchedError):
+    """The request was queued when an update with `barrier="abort"` closed its runner's barrier. Send it again."""
 
 
 class LeaseError(AotiSchedError):

@@ -19,12 +19,14 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     """Where and when a request ran. Times are seconds on the scheduler's clock (`time.monotonic`).
 
     `started` and `finished` are the lane's stamps around the run; for a request that has not run they
-    are 0.0, and `lane` and `slot` are -1.
+    are 0.0, and `lane` and `slot` are -1. `placement` is "lane" or, for a run on the event loop's own
+    thread, "inline"; then there is no lane, either.
     """
 
     runner: str
     device: str
     state: str
+    placement: str
     lane: int
     slot: int
     epoch: int
@@ -65,6 +67,7 @@ class RunFuture(asyncio.Future[Any]):
             runner=self._runner.name,
             device=self._runner.device,
             state=job.state.name,
+            placement="inline" if job.inline else "lane",
             lane=job.lane,
             slot=job.slot,
             epoch=job.epoch,

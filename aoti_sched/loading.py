@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from aoti_sched.call_spec import CallSpec, ExportedCallSpec
-from aoti_sched.errors import AotiSchedError, LoadError
+from aoti_sched.errors import AotiSchedError, ConfigError, LoadError
+from aoti_sched.queue.placement import FOLLOW_LIMIT, Placement, Placing
 from aoti_sched.specs import (
     DynamicDim,
     ModelSpec,
@@ -31,6 +32,7 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     container: Container
     call_spec: CallSpec
     input_check: Check | None
+    placing: Placing
     info: RunnerInfo
 
 
@@ -46,7 +48,6 @@ def prepare(
     Raises:
         PackageError, LoadError: as `Scheduler.load` tells them; nothing stays loaded.
     """
-    own: ModelSpec | None = None
     loaded = device.load(request)
     try:
         own = spec_from_metadata(loaded.metadata)
@@ -78,6 +79,7 @@ def _prepare(  # noqa: PLR0917 -- one caller, all of them needed
         parameters=own.parameters if own is not None else (),
     )
     threads, notes = _threads(device, settings, own, loaded)
+    placing = _placing(settings, threads, allowed=facts.inline)
     check = _check(name, specs, facts.num_inputs, device.name)
     if settings.warmup and specs is not None and not (own is not None and own.mutates_buffers):
         notes.extend(_warm_up(container, specs, name))
@@ -116,7 +118,7 @@ def _prepare(  # noqa: PLR0917 -- one caller, all of them needed
         metadata=loaded.metadata,
         notes=tuple(notes),
     )
-    return Prepared(container=container, call_spec=call_spec, input_check=check, info=info)
+    return Prepared(container=container, call_spec=call_spec, input_check=check, placing=placing, info=info)
 
 
 def _find_specs(
@@ -174,6 +176,18 @@ def _threads(
             "too many threads", runner=settings.path, instances=instances, threads=threads, cores=cores
         )
     return threads, notes
+
+
+def _placing(settings: ModelConfig, threads: int, *, allowed: bool) -> Placing:
+    choice = Placement(settings.placement)
+    if choice is Placement.INLINE and threads > 1:
+        raise ConfigError(
+            f"load({settings.path!r}): placement='inline' runs on the loop's own thread alone, and the model's runs use "
+            f"{threads}; say threads=1, or placement='lane'"
+        )
+    if choice is Placement.AUTO and (threads > 1 or not allowed):
+        choice = Placement.LANE
+    return Placing(choice, settings.inline_limit, follow_limit=FOLLOW_LIMIT if allowed else 0.0)
 
 
 def example_inputs(specs: Sequence[TensorSpec]) -> list[Any]:

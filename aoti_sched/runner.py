@@ -16,6 +16,7 @@ from aoti_sched.errors import RunnerClosedError, UnsupportedLoopError
 from aoti_sched.future import RunFuture
 from aoti_sched.queue.job import Job, Priority
 from aoti_sched.telemetry import RunnerInfo, RunnerStats
+from aoti_sched.update import Barrier, Inactive, LiveWeights, UpdateReport
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from aoti_sched.dispatch import Dispatcher
     from aoti_sched.queue.lease import Lease as LeaseState
     from aoti_sched.queue.lease import RunnerState, Source
+    from aoti_sched.specs import ConstantSpec
+    from aoti_sched.update import Updates
     from aoti_sched.validation import Check
 
 
@@ -35,6 +38,7 @@ class Options(msgspec.Struct, frozen=True):
 
     priority: Priority = Priority.NORMAL
     timeout: float | None = None
+    min_epoch: int = 0
 
 
 class Calls:
@@ -73,6 +77,8 @@ class Calls:
         job = Job(self._source, options.priority, None, size)
         if options.timeout is not None:
             job.deadline = runner.dispatcher.deadline(options.timeout)
+        if options.min_epoch:
+            job.min_epoch = options.min_epoch
         job.payload = future = RunFuture(runner, job, inputs)
         runner.dispatcher.submit(job, wait=runner.waits)
         return future
@@ -94,18 +100,29 @@ class Calls:
         return asyncio.run_coroutine_threadsafe(self.run(*args, **kwargs), loop).result()
 
     def options(
-        self, *, priority: Priority | None = None, timeout: float | msgspec.UnsetType | None = msgspec.UNSET
+        self,
+        *,
+        priority: Priority | None = None,
+        timeout: float | msgspec.UnsetType | None = msgspec.UNSET,
+        min_epoch: int | None = None,
     ) -> Self:
         """A light view whose requests have this priority and timeout (seconds; None for no timeout).
 
-        What is not given stays as it is here.
+        With `min_epoch` they run on the weights of that epoch or a later one: they wait for its publication, and
+        fail with EpochError when it was rolled back. What is not given stays as it is here.
         """
         old = self._options
         if timeout is msgspec.UNSET:
             timeout = old.timeout
         elif timeout is not None and not timeout >= 0:
             raise ValueError(f"timeout={timeout}: seconds, not negative")
-        return self._with(Options(old.priority if priority is None else Priority(priority), timeout))
+        return self._with(
+            Options(
+                old.priority if priority is None else Priority(priority),
+                timeout,
+                old.min_epoch if min_epoch is None else min_epoch,
+            )
+        )
 
     def _with(self, options: Options) -> Self:
         return type(self)(self._runner, self._source, options)
@@ -142,7 +159,9 @@ class Runner(RunnerView):
         "name",
         "state",
         "threads",
+        "updates",
         "waits",
+        "weights",
     )
 
     def __init__(
@@ -156,6 +175,7 @@ class Runner(RunnerView):
         dispatcher: Dispatcher,
         options: Options,
         waits: bool,
+        updates: Updates,
         close: Callable[[Runner, bool], Awaitable[None]],
     ) -> None:
         super().__init__(self, state, options)
@@ -169,6 +189,8 @@ class Runner(RunnerView):
         self.loop = dispatcher.loop
         self.threads = info.threads
         self.waits = waits
+        self.updates = updates
+        self.weights = LiveWeights()
         self._info = info
         self._close = close
 
@@ -177,17 +199,136 @@ class Runner(RunnerView):
 
     @property
     def epoch(self) -> int:
-        """How many sets of constants have been published; the ones it was loaded with are the first."""
+        """Which set of weights serves: 1 is the one it was loaded with, and each set published gets the next number."""
         return self.state.epoch
 
     @property
     def info(self) -> RunnerInfo:
         """What this runner is: specs and their source, runtime, instances, notes worth reading."""
-        return msgspec.structs.replace(self._info, epoch=self.epoch)
+        weights = self.weights
+        return msgspec.structs.replace(
+            self._info,
+            epoch=self.epoch,
+            staged=weights.inactive is Inactive.STAGED,
+            previous_epoch=weights.previous_epoch if weights.inactive is Inactive.PREVIOUS else None,
+            inactive_bytes=self.container.inactive_bytes,
+        )
 
     def stats(self) -> RunnerStats:
         """Its numbers now and since its load."""
         return self.dispatcher.runner_stats(self.state)
+
+    # --- live weights --------------------------------------------------------------------------------
+
+    async def update(
+        self,
+        weights: object,
+        *,
+        partial: bool = False,
+        fold: bool = True,
+        barrier: Barrier = "drain",
+        keep_previous: bool = True,
+        check_finite: bool = False,
+        timeout: float | None = None,
+    ) -> UpdateReport:
+        """Replace the weights between two requests: each runs on the old set or on the new one, never on both.
+
+        Staging goes on beside the requests; then what runs (and held leases) is waited for, what is queued waits, and the
+        sets are exchanged. The tensors are copied; don't write to them until this returns.
+
+        Args:
+            weights: A mapping of names (FQNs) to tensors such as a state dict, (name, tensor) pairs, or the path of a
+                `.safetensors` file or torch checkpoint.
+            partial: Keep the current values of what is not given; otherwise every parameter and buffer must be.
+            fold: Compute now what the model folds from its constants, and not in the first request.
+            barrier: "drain" lets queued requests wait; "abort" fails them with UpdateAbortedError.
+            keep_previous: Keep the old set in memory, for `rollback`.
+            check_finite: Refuse NaN and infinities.
+            timeout: Seconds for all of it; when they pass, nothing has changed.
+
+        Raises:
+            ConstantMismatchError: The set does not fit; every fault is listed, and nothing has changed.
+            WeightsFileError, WeightsTypeError: The weights can't be read.
+            UpdateError: This model's weights can't be updated live.
+            DeadlineExceededError: The timeout passed.
+            RunnerClosedError: The runner is closing.
+        """
+        reports = await self.updates.update(
+            {self: weights},
+            partial=partial,
+            fold=fold,
+            barrier=barrier,
+            keep_previous=keep_previous,
+            check_finite=check_finite,
+            timeout=timeout,
+        )
+        return reports[self]
+
+    async def stage(
+        self,
+        weights: object,
+        *,
+        partial: bool = False,
+        fold: bool = True,
+        check_finite: bool = False,
+        timeout: float | None = None,
+    ) -> None:
+        """The first half of `update`: write the new set beside the one that serves. A previous set kept there is gone."""
+        await self.updates.stage(
+            self, weights, partial=partial, fold=fold, check_finite=check_finite, timeout=timeout
+        )
+
+    async def commit(
+        self,
+        *,
+        barrier: Barrier = "drain",
+        keep_previous: bool = True,
+        timeout: float | None = None,
+    ) -> UpdateReport:
+        """The second half of `update`: publish the staged set.
+
+        Raises:
+            UpdateError: Nothing is staged.
+        """
+        reports = await self.updates.commit(
+            [self], barrier=barrier, keep_previous=keep_previous, timeout=timeout
+        )
+        return reports[self]
+
+    async def discard(self) -> None:
+        """Drop the staged set and give its memory back; without one, nothing happens."""
+        await self.updates.free(self, Inactive.STAGED)
+
+    async def rollback(
+        self,
+        *,
+        barrier: Barrier = "drain",
+        timeout: float | None = None,
+    ) -> UpdateReport:
+        """Go back to the previous set, and to its epoch. The set left is kept in turn: a second rollback returns to it.
+
+        Raises:
+            UpdateError: None is kept: there was no update, `keep_previous` was off, or another set was staged since.
+        """
+        return (await self.updates.rollback([self], barrier=barrier, timeout=timeout))[self]
+
+    async def free_previous(self) -> None:
+        """Give the memory of the previous set back; there is no way back to it then."""
+        await self.updates.free(self, Inactive.PREVIOUS)
+
+    def constants(self) -> dict[str, ConstantSpec]:
+        """What can be updated, and what is folded from it, by FQN."""
+        return {spec.fqn: spec for spec in self._info.constants}
+
+    async def extract(self, *, inactive: bool = False) -> dict[str, Any]:
+        """Copies of the weights that serve (or of the inactive set) by FQN.
+
+        Raises:
+            UpdateError: There is no inactive set.
+        """
+        return await self.updates.extract(self, inactive=inactive)
+
+    # --- leaving -------------------------------------------------------------------------------------
 
     async def drain(self) -> None:
         """Refuse new requests and wait until all accepted ones, held leases included, are through."""
@@ -244,6 +385,7 @@ class LeaseContext:
         job = Job(self._source, options.priority, None, 0, holds=True)
         if options.timeout is not None:
             job.deadline = runner.dispatcher.deadline(options.timeout)
+        job.min_epoch = options.min_epoch
         job.payload = future = RunFuture(runner, job, None)
         runner.dispatcher.submit(job, wait=runner.waits)
         try:
@@ -252,7 +394,7 @@ class LeaseContext:
             if future.done() and not future.cancelled() and future.exception() is None:
                 runner.dispatcher.release(future.result())  # granted, but cancelled before it could be taken
             raise
-        self._lease = Lease(runner, state, msgspec.structs.replace(options, timeout=None))
+        self._lease = Lease(runner, state, msgspec.structs.replace(options, timeout=None, min_epoch=0))
         return self._lease
 
     async def __aexit__(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,10 +16,12 @@ from anyio.abc import TaskGroup
 from aoti_sched import loading
 from aoti_sched.backends.base import LoadRequest
 from aoti_sched.config import (
+    INLINE_LIMIT,
     DeviceConfig,
     Limits,
     ModelConfig,
     Overflow,
+    PlacementName,
     SchedulerConfig,
     checked,
     read_config,
@@ -30,6 +32,7 @@ from aoti_sched.queue.admission import Bounds
 from aoti_sched.queue.device_queue import DeviceQueue
 from aoti_sched.runner import Options, Runner
 from aoti_sched.telemetry import SchedulerStats, log
+from aoti_sched.update import Barrier, UpdateReport, Updates
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -94,6 +97,7 @@ class Scheduler:
             raise UnsupportedLoopError("a Scheduler is entered once; make a new one")
         self._loop = asyncio.get_running_loop()
         self._limiter = anyio.CapacityLimiter(2)  # loads and deletes: they compete with runs for cores
+        self._updates = Updates(self._start, anyio.CapacityLimiter(2), self._clock or LoopClock(self._loop))
         self._leaving = asyncio.Event()
         ready = asyncio.Event()
         self._house = asyncio.create_task(self._keep_house(ready), name="aoti_sched housekeeping")
@@ -145,6 +149,8 @@ class Scheduler:
         overflow: Overflow = "reject",
         limits: Limits | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 -- of the requests to come, not of this call
+        placement: PlacementName = "auto",
+        inline_limit: float = INLINE_LIMIT,
         warmup: bool = True,
         sha256: str | None = None,
         inputs: Sequence[TensorSpec] | None = None,
@@ -163,6 +169,9 @@ class Scheduler:
             overflow: When a bound is reached: "reject" with QueueFullError, or "wait" for room.
             limits: Bounds of this runner's queue.
             timeout: Default timeout of its requests, in seconds.
+            placement: "lane"; "inline", on the loop's own thread, at most 1 ms per turn of the loop; or "auto": on lanes
+                until its runs are known to be shorter than `inline_limit`, and then inline.
+            inline_limit: Seconds; less than what a hop to another thread costs is worth it.
             warmup: Run it on zeros before it takes requests.
             sha256: Refuse the file, before anything of it is mapped, unless its digest is this one.
             inputs: Specs of its tensor inputs, where the package does not bring its own.
@@ -181,10 +190,61 @@ class Scheduler:
             overflow=overflow,
             limits=limits or Limits(),
             timeout=timeout,
+            placement=placement,
+            inline_limit=inline_limit,
             warmup=warmup,
             sha256=sha256,
         )
         return await self._load(name or Path(path).stem, checked(settings), inputs)
+
+    async def update(
+        self,
+        changes: Mapping[Runner, object],
+        *,
+        partial: bool = False,
+        fold: bool = True,
+        barrier: Barrier = "drain",
+        keep_previous: bool = True,
+        check_finite: bool = False,
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> dict[Runner, UpdateReport]:
+        """Replace the weights of several runners at one instant, all or none; for the rest as `Runner.update`.
+
+        A client that calls one of them and then another never meets the new set and then an old one.
+        """
+        self._must_own(changes)
+        return await self._updates.update(
+            changes,
+            partial=partial,
+            fold=fold,
+            barrier=barrier,
+            keep_previous=keep_previous,
+            check_finite=check_finite,
+            timeout=timeout,
+        )
+
+    async def commit(
+        self,
+        *runners: Runner,
+        barrier: Barrier = "drain",
+        keep_previous: bool = True,
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> dict[Runner, UpdateReport]:
+        """Publish what is staged on several runners at one instant, all or none."""
+        self._must_own(runners)
+        return await self._updates.commit(
+            runners, barrier=barrier, keep_previous=keep_previous, timeout=timeout
+        )
+
+    async def rollback(
+        self,
+        *runners: Runner,
+        barrier: Barrier = "drain",
+        timeout: float | None = None,  # noqa: ASYNC109
+    ) -> dict[Runner, UpdateReport]:
+        """Take several runners back to their previous sets at one instant, all or none."""
+        self._must_own(runners)
+        return await self._updates.rollback(runners, barrier=barrier, timeout=timeout)
 
     async def aclose(self) -> None:
         """Finish what was accepted and free every model and lane. Shielded; closing twice is fine."""
@@ -253,13 +313,14 @@ class Scheduler:
         bounds = Bounds(settings.limits.jobs, settings.limits.bytes)
         runner = Runner(
             info,
-            state=dispatcher.queue.add_runner(name, info.instances, bounds),
+            state=dispatcher.queue.add_runner(name, info.instances, bounds, placing=prepared.placing),
             container=prepared.container,
             call_spec=prepared.call_spec,
             input_check=prepared.input_check,
             dispatcher=dispatcher,
             options=Options(timeout=settings.timeout),
             waits=settings.overflow == "wait",
+            updates=self._updates,
             close=self._close_runner,
         )
         self._runners[name] = runner
@@ -287,13 +348,17 @@ class Scheduler:
         dispatcher = self._dispatchers.get(name)
         if dispatcher is None:
             settings = self._config.devices.get(name, DeviceConfig())
-            lanes = settings.lanes or device.cores()
+            lanes = settings.lanes or len(settings.affinity or ()) or device.cores()
+            if settings.affinity is not None and len(settings.affinity) != lanes:
+                raise ConfigError(
+                    f"devices.{name}: affinity names {len(settings.affinity)} cores for {lanes} lanes; one for each is needed"
+                )
             bounds = Bounds(settings.limits.jobs, settings.limits.bytes)
             dispatcher = self._dispatchers[name] = Dispatcher(
                 self._loop,
                 self._clock or LoopClock(self._loop),
                 DeviceQueue(name, lanes, bounds),
-                device.open_executor(lanes),
+                device.open_executor(lanes, settings.affinity),
                 log_requests=self._config.log_requests,
             )
             log.info("device opened", device=name, executor=dispatcher.executor.kind, lanes=lanes)
@@ -312,8 +377,9 @@ class Scheduler:
                 slow = self._loop.call_later(SLOW_CLOSE, _log_slow_close, runner)
                 await drained
                 slow.cancel()
-                runner.dispatcher.remove(runner.state)
-                await anyio.to_thread.run_sync(runner.container.close, limiter=self._limiter)
+                async with runner.weights.turn:  # an update under way ends first
+                    runner.dispatcher.remove(runner.state)
+                    await anyio.to_thread.run_sync(runner.container.close, limiter=self._limiter)
                 del self._runners[runner.name], self._closing[runner.name]
                 self._names.discard(runner.name)
                 log.info("model closed", runner=runner.name, device=runner.device)
@@ -342,6 +408,12 @@ class Scheduler:
         await asyncio.shield(self._all_closed)
 
     # --- housekeeping --------------------------------------------------------------------------------
+
+    def _must_own(self, runners: Iterable[Runner]) -> None:
+        self._must_be_open()
+        for runner in runners:
+            if self._runners.get(runner.name) is not runner:
+                raise RunnerClosedError(f"runner {runner.name!r} is closed, or belongs to another scheduler")
 
     def _must_be_open(self) -> None:
         if self._tasks is None:

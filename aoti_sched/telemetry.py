@@ -20,7 +20,9 @@ configured, warnings are seen on stderr and the rest is silent, as is decent for
 
 
 class RunnerInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What a runner is. Does not change while it lives, but for `epoch`.
+    """What a runner is. Does not change while it lives, but for `epoch` and what its inactive buffer holds.
+
+    That is a `staged` set, the set of `previous_epoch` (None when that is not kept), or nothing; `inactive_bytes` is its memory.
 
     `runtime` is "c_abi" or "torch runner", `gil` what a run does with it. `spec_source` says where `inputs` come
     from; with "arity only" nothing but the number of tensors is checked. `notes` are sentences a person
@@ -44,12 +46,19 @@ class RunnerInfo(msgspec.Struct, frozen=True, kw_only=True):
     batch: BatchDim | None
     frozen: bool | None
     constants: tuple[ConstantSpec, ...]
+    staged: bool = False
+    previous_epoch: int | None = None
+    inactive_bytes: int = 0
     metadata: dict[str, str]
     notes: tuple[str, ...]
 
 
 class RunnerStats(msgspec.Struct, frozen=True, kw_only=True):
-    """A runner's numbers now (`queued` to `free_slots`) and since its load (the rest)."""
+    """A runner's numbers now (`waiting` to `updating`) and since its load (the rest).
+
+    `waiting` requests wait for room or for an epoch, `queued` ones for a slot and a lane. While `updating`, an update's
+    barrier holds back what is queued. `inline` counts the runs on the event loop's own thread.
+    """
 
     name: str
     phase: str
@@ -59,6 +68,8 @@ class RunnerStats(msgspec.Struct, frozen=True, kw_only=True):
     running: int
     held_leases: int
     free_slots: int
+    epoch: int
+    updating: bool
     submitted: int
     completed: int
     failed: int
@@ -69,6 +80,7 @@ class RunnerStats(msgspec.Struct, frozen=True, kw_only=True):
     queue_seconds: float
     run_seconds: float
     wasted_seconds: float
+    inline: int
 
 
 class DeviceStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -33,7 +33,7 @@ import pytest
 from aoti_sched.backends.base import Completion, ContainerInfo, Executor, Loaded, LoadRequest, Work
 from aoti_sched.backends.bell import Bell
 from aoti_sched.dispatch import Clock
-from aoti_sched.errors import PackageNotFoundError
+from aoti_sched.errors import ConstantMismatchError, PackageNotFoundError
 from aoti_sched.scheduler import Scheduler
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -113,10 +113,18 @@ class _AnyCall:
 
 
 class FakeContainer:
-    """A Python function in a container's place."""
+    """A Python function in a container's place.
 
-    def __init__(self, function: Callable[..., Any], instances: int) -> None:
+    Its weights are a dict of any values, of which an update must give all. `faults` makes the next "stage", "fold", "swap",
+    "free_inactive" or "rebuild" fail with the error given for it.
+    """
+
+    def __init__(self, function: Callable[..., Any], instances: int, weights: Mapping[str, Any]) -> None:
         self.function = function
+        self.weights = dict(weights)
+        self.inactive: dict[str, Any] | None = None
+        self.faults: dict[str, Exception] = {}
+        self.folds = False
         self.closed = False
         self.info = ContainerInfo(
             runtime="fake",
@@ -126,6 +134,7 @@ class FakeContainer:
             num_outputs=None,
             in_spec="",
             out_spec="",
+            inline=False,  # a run that waits for its step takes no time that could be learned
         )
 
     c_run = None
@@ -139,6 +148,52 @@ class FakeContainer:
 
     def warm_up(self, make_inputs: Callable[[], Sequence[Any]]) -> None:
         """A function is warm."""
+
+    updatable = ""
+
+    @property
+    def inactive_ready(self) -> bool:
+        return self.inactive is not None
+
+    @property
+    def inactive_bytes(self) -> int:
+        return len(self.inactive or {})
+
+    def stage(self, weights: object, *, partial: bool = False, check_finite: bool = False) -> int:
+        del check_finite
+        self._fail("stage")
+        given: dict[str, Any] = dict(weights)  # type: ignore[call-overload]
+        faults = [(name, "is unknown") for name in given if name not in self.weights]
+        faults += [(name, "is missing") for name in self.weights if name not in given and not partial]
+        if faults:
+            raise ConstantMismatchError("fake", tuple(faults))
+        self.inactive = {**self.weights, **given}
+        return len(self.inactive)
+
+    def fold(self) -> None:
+        self._fail("fold")
+
+    def swap(self) -> None:
+        self._fail("swap")
+        if self.inactive is None:
+            raise RuntimeError("the inactive buffer holds nothing")
+        self.weights, self.inactive = self.inactive, self.weights
+
+    def free_inactive(self) -> None:
+        self._fail("free_inactive")
+        self.inactive = None
+
+    def extract(self, *, inactive: bool = False) -> dict[str, Any]:
+        return dict(self.inactive or {}) if inactive else dict(self.weights)
+
+    def rebuild(self) -> None:
+        self._fail("rebuild")
+        self.inactive = None
+
+    def _fail(self, step: str) -> None:
+        error = self.faults.pop(step, None)
+        if error is not None:
+            raise error
 
     def close(self) -> None:
         self.closed = True
@@ -164,9 +219,15 @@ class FakeExecutor:
         if self.auto:
             self.step()
 
+    def run_here(self, work: Work) -> Completion:
+        return self._run(work, None)
+
     def step(self, error: BaseException | None = None) -> None:
         """Finish the work that was submitted first, with its function's result or with `error`."""
-        work = self.pending.popleft()
+        self._done.append(self._run(self.pending.popleft(), error))
+        self._bell.ring()
+
+    def _run(self, work: Work, error: BaseException | None) -> Completion:
         started = self._time()
         outputs = None
         if error is None:
@@ -174,8 +235,7 @@ class FakeExecutor:
                 outputs = work.container.run_raw(work.inputs)
             except Exception as raised:  # noqa: BLE001 -- it is the request's
                 error = raised
-        self._done.append(Completion(work.token, outputs, error, started, self._time()))
-        self._bell.ring()
+        return Completion(work.token, outputs, error, started, self._time())
 
     def drain(self) -> list[Completion]:
         self._bell.hush()
@@ -200,6 +260,7 @@ class FakeBackend:
 
     Args:
         models: Functions by the runner's name or the package's stem.
+        weights: What a model's weights are when it is loaded, by the same names.
         lanes: How many runs go on at once.
         auto: Whether runs finish by themselves; otherwise call `step`.
         clock: Where runs get their times from.
@@ -209,12 +270,14 @@ class FakeBackend:
         self,
         models: Mapping[str, Callable[..., Any]] | None = None,
         *,
+        weights: Mapping[str, Mapping[str, Any]] | None = None,
         lanes: int = 2,
         auto: bool = False,
         clock: Clock | None = None,
         name: str = "cpu",
     ) -> None:
         self.models = dict(models or {})
+        self.weights = dict(weights or {})
         self.name = name
         self.containers: list[FakeContainer] = []
         self._lanes = lanes
@@ -225,7 +288,8 @@ class FakeBackend:
     def cores(self) -> int:
         return self._lanes
 
-    def open_executor(self, lanes: int) -> Executor:
+    def open_executor(self, lanes: int, affinity: Sequence[int] | None = None) -> Executor:
+        del affinity
         self._executor = FakeExecutor(lanes, self._clock, auto=self._auto)
         return self._executor
 
@@ -237,7 +301,8 @@ class FakeBackend:
                 f"Add one: backend.models[{request.name!r}] = function",
                 path=str(request.path),
             )
-        container = FakeContainer(function, request.instances)
+        weights = self.weights.get(request.name) or self.weights.get(Path(request.path).stem) or {}
+        container = FakeContainer(function, request.instances, weights)
         self.containers.append(container)
         return Loaded(
             container=container,

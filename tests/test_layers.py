@@ -19,7 +19,7 @@ LAYERS = {
     "words": ["call_spec", "compile", "config", "package", "specs", "telemetry", "validation"],
     "queue": ["queue"],
     "backends": ["backends"],
-    "front": ["", "dispatch", "future", "loading", "runner", "scheduler", "testing"],
+    "front": ["", "dispatch", "future", "loading", "runner", "scheduler", "testing", "update"],
 }
 MAY_IMPORT = {
     "errors": set(),
@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "backends": {"errors", "words", "backends"},
     "front": set(LAYERS),
 }
-ASYNCIO_LIVES_IN = {"dispatch", "future", "runner", "scheduler", "testing"}
+ASYNCIO_LIVES_IN = {"dispatch", "future", "runner", "scheduler", "testing", "update"}
 NOT_FOR_THE_QUEUE = {
     "asyncio",
     "concurrent",

@@ -1,7 +1,7 @@
 """The soak: random work on real models, everything that can happen to a request at once, then nothing is left.
 
 200 clients call four runners with random inputs, cancel, set timeouts, send what does not fit, hold leases, and
-close runners that others use, while they are loaded again. Every request ends exactly once, every result is the
+close runners that others use, while they are loaded again, and while their weights are replaced by equal ones. Every request ends exactly once, every result is the
 eager module's, and at the end nothing is left of it all. `AOTI_SCHED_SOAK_SECONDS` says how long (10), and
 `AOTI_SCHED_SOAK_SEED` repeats a run's decisions; the interleaving is the machine's own.
 """
@@ -32,6 +32,7 @@ from aoti_sched import (
     Runner,
     RunnerClosedError,
     Scheduler,
+    UpdateError,
 )
 from aoti_sched.backends.raw_container import RawContainer
 from tests.models import build
@@ -55,9 +56,11 @@ class Model:
     misfits: list[tuple[object, ...]]
     failing: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
     answers: list[object] = field(default_factory=list)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         module = build(self.name).module()
+        self.weights = module.state_dict()
         with torch.no_grad():
             self.answers = [module(*args) for args in self.inputs]
 
@@ -114,7 +117,11 @@ class Soak:
                 await self.load(scheduler, model)
             loop.call_later(seconds, self.stop)
             clients = [self.client(random.Random(self.rng.random())) for _ in range(CLIENTS)]
-            await asyncio.gather(*clients, self.replace_runners(scheduler, random.Random(self.rng.random())))
+            await asyncio.gather(
+                *clients,
+                self.replace_runners(scheduler, random.Random(self.rng.random())),
+                self.replace_weights(random.Random(self.rng.random())),
+            )
             for runner in self.runners.values():
                 self.account_for(runner)
                 await self.must_be_home(runner)
@@ -148,6 +155,36 @@ class Soak:
                     task.result()
                     continue
             await self.load(scheduler, model)
+
+    async def replace_weights(self, rng: random.Random) -> None:
+        """Update, in one step or two, go back, give up midway: the answers stay the same."""
+        while not self.over:
+            model = rng.choice(self.models)
+            runner = self.runners[model.name]
+            task = asyncio.create_task(self.change(rng, model, runner))
+            if rng.random() < 0.2:
+                for _ in range(rng.randrange(6)):
+                    await asyncio.sleep(0)
+                task.cancel()
+            (end,) = await asyncio.gather(task, return_exceptions=True)
+            expected = (UpdateError, RunnerClosedError, DeadlineExceededError, asyncio.CancelledError)
+            assert not isinstance(end, BaseException) or isinstance(end, expected), repr(end)
+            self.ends[f"update {type(end).__name__}"] += 1
+
+    async def change(self, rng: random.Random, model: Model, runner: Runner) -> None:
+        match rng.randrange(6):
+            case 0:
+                await runner.update(model.weights)
+            case 1:
+                await runner.update(model.weights, timeout=rng.choice([1e-4, 1e-3, 1e-2]))
+            case 2:
+                await runner.update({}, partial=True, keep_previous=False)
+            case 3:
+                await runner.rollback()
+            case 4:
+                await runner.stage(model.weights)
+            case _:
+                await runner.commit()
 
     async def client(self, rng: random.Random) -> None:
         calls = (

@@ -1,0 +1,459 @@
+"""Live weights: the transaction that brings new constants between two requests, on one runner or on many at once.
+
+The order of events: stage into the inactive buffers, off the loop, while runs go on; fold what is computed from
+constants, holding a lease; close the barrier of every runner concerned; once all slots are home, swap all and open
+the barriers on the new epochs, in one piece of code that nothing can come between. Whatever fails or is given up
+before the swap leaves every runner on the epoch that it serves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+import msgspec
+
+from aoti_sched.errors import DeadlineExceededError, RunnerClosedError, UpdateError
+from aoti_sched.queue.job import Priority
+from aoti_sched.queue.lease import Phase
+from aoti_sched.telemetry import log
+
+if TYPE_CHECKING:
+    from aoti_sched.dispatch import Clock
+    from aoti_sched.runner import Runner
+
+_T = TypeVar("_T")
+
+Barrier = Literal["drain", "abort"]
+"""What happens to queued requests while the weights change: they wait, or they fail with UpdateAbortedError."""
+
+
+class UpdateReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What an update, commit or rollback did to one runner. Times are in seconds.
+
+    `stage_seconds` and `fold_seconds` passed while requests were served (they are 0.0 for a rollback). From
+    `drain_seconds` (waiting for runs and leases that were under way) and `swap_seconds` comes `pause_seconds`: how long the
+    barrier was closed. `waited` is how many requests were queued when it opened.
+    """
+
+    runner: str
+    epoch: int
+    bytes: int
+    stage_seconds: float
+    fold_seconds: float
+    drain_seconds: float
+    swap_seconds: float
+    pause_seconds: float
+    waited: int
+
+
+class Inactive(enum.Enum):
+    """What the inactive buffer of a container holds."""
+
+    NOTHING = "nothing"
+    STAGED = "a staged set"
+    PREVIOUS = "the previous set"
+
+
+class LiveWeights:
+    """A runner's side of its updates: whose turn it is, and what the inactive buffer holds."""
+
+    def __init__(self) -> None:
+        self.turn = asyncio.Lock()  # one writer per container, in the order of their calls
+        self.inactive = Inactive.NOTHING
+        self.previous_epoch = 0
+        self.staged = _Staged()
+
+
+class _Staged(msgspec.Struct):
+    """What staging cost."""
+
+    bytes: int = 0
+    stage_seconds: float = 0.0
+    fold_seconds: float = 0.0
+
+
+class _Attempt:
+    """One call on its way. It can be given up until it is settled."""
+
+    def __init__(self) -> None:
+        self.scope = anyio.CancelScope()
+        self.settled = False
+
+    async def settle(self) -> None:
+        """From here it takes effect. Who gave it up was told that it does not: then it ends here."""
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        self.settled = True
+
+
+class Updates:
+    """Changes the weights of one scheduler's runners.
+
+    Args:
+        start: Runs a coroutine to its end in the scheduler's task group.
+        limiter: Of the threads that stage, fold and free.
+        clock: The scheduler's.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[Callable[[], Awaitable[Any]]], asyncio.Future[Any]],
+        limiter: anyio.CapacityLimiter,
+        clock: Clock,
+    ) -> None:
+        self._start = start
+        self._limiter = limiter
+        self._clock = clock
+
+    async def update(
+        self,
+        changes: Mapping[Runner, object],
+        *,
+        partial: bool,
+        fold: bool,
+        check_finite: bool,
+        barrier: Barrier,
+        keep_previous: bool,
+        timeout: float | None,  # noqa: ASYNC109 -- on the scheduler's clock
+    ) -> dict[Runner, UpdateReport]:
+        async def work(attempt: _Attempt) -> dict[Runner, UpdateReport]:
+            staged: list[Runner] = []
+            async with _turns(changes):
+                try:
+                    for runner, weights in changes.items():
+                        await self._stage(
+                            runner, weights, partial=partial, fold=fold, check_finite=check_finite
+                        )
+                        staged.append(runner)
+                    return await self._commit(attempt, staged, barrier, keep_previous=keep_previous)
+                finally:
+                    await self._drop(staged, Inactive.STAGED)
+
+        return await self._carry_out("update", changes, work, timeout)
+
+    async def stage(
+        self,
+        runner: Runner,
+        weights: object,
+        *,
+        partial: bool,
+        fold: bool,
+        check_finite: bool,
+        timeout: float | None,  # noqa: ASYNC109
+    ) -> None:
+        async def work(attempt: _Attempt) -> None:
+            async with _turns([runner]):
+                await self._stage(runner, weights, partial=partial, fold=fold, check_finite=check_finite)
+                try:
+                    await attempt.settle()
+                except BaseException:
+                    await self._drop([runner], Inactive.STAGED)
+                    raise
+
+        await self._carry_out("stage", [runner], work, timeout)
+
+    async def commit(
+        self,
+        runners: Sequence[Runner],
+        *,
+        barrier: Barrier,
+        keep_previous: bool,
+        timeout: float | None,  # noqa: ASYNC109
+    ) -> dict[Runner, UpdateReport]:
+        runners = list(dict.fromkeys(runners))
+
+        async def work(attempt: _Attempt) -> dict[Runner, UpdateReport]:
+            async with _turns(runners):
+                return await self._commit(attempt, runners, barrier, keep_previous=keep_previous)
+
+        return await self._carry_out("commit", runners, work, timeout)
+
+    async def rollback(
+        self,
+        runners: Sequence[Runner],
+        *,
+        barrier: Barrier,
+        timeout: float | None,  # noqa: ASYNC109
+    ) -> dict[Runner, UpdateReport]:
+        runners = list(dict.fromkeys(runners))
+
+        async def work(attempt: _Attempt) -> dict[Runner, UpdateReport]:
+            async with _turns(runners):
+                for runner in runners:
+                    _must_hold(runner, Inactive.PREVIOUS, "rollback() has nothing to go back to")
+                epochs = {runner: runner.weights.previous_epoch for runner in runners}
+                for runner in runners:
+                    runner.weights.staged = _Staged()
+                return await self._publish(attempt, epochs, barrier)
+
+        return await self._carry_out("rollback", runners, work, timeout)
+
+    async def free(self, runner: Runner, held: Inactive) -> None:
+        """Give back the inactive buffer's memory, if that is what it holds."""
+
+        async def work(_: _Attempt) -> None:
+            async with _turns([runner]):
+                _must_be_open(runner)
+                if runner.weights.inactive is held:
+                    await self._free_inactive(runner)
+
+        await self._carry_out("free", [runner], work, None)
+
+    async def extract(self, runner: Runner, *, inactive: bool) -> dict[str, Any]:
+        async def work(_: _Attempt) -> dict[str, Any]:
+            async with _turns([runner]):
+                _must_be_open(runner)
+                if inactive and runner.weights.inactive is Inactive.NOTHING:
+                    raise UpdateError(
+                        f"runner {runner.name!r}: extract(inactive=True), but the inactive buffer holds nothing"
+                    )
+                extract = runner.container.extract
+                return await self._in_thread(lambda: extract(inactive=inactive))
+
+        return await self._carry_out("extract", [runner], work, None)
+
+    # --- the steps -----------------------------------------------------------------------------------
+
+    async def _stage(
+        self, runner: Runner, weights: object, *, partial: bool, fold: bool, check_finite: bool
+    ) -> None:
+        _must_be_open(runner)
+        container, live = runner.container, runner.weights
+        if container.updatable:
+            raise UpdateError(
+                f"runner {runner.name!r}: its weights can't be updated live: {container.updatable}"
+            )
+        began = self._clock.time()
+        with _overwriting(runner):
+            size = await self._in_thread(
+                lambda: container.stage(weights, partial=partial, check_finite=check_finite)
+            )
+        live.inactive = Inactive.STAGED
+        staged = self._clock.time()
+        try:
+            if fold and container.folds:
+                await self._fold(runner)
+        except BaseException:
+            await self._drop([runner], Inactive.STAGED)
+            raise
+        live.staged = _Staged(size, staged - began, self._clock.time() - staged)
+
+    async def _fold(self, runner: Runner) -> None:
+        """Fold the inactive buffer. That takes an instance, so it holds a lease."""
+        reached = None
+        _must_be_open(runner)
+        try:
+            async with runner.options(priority=Priority.HIGH, timeout=None, min_epoch=0).lease():
+                try:
+                    await self._in_thread(runner.container.fold)
+                except Exception:
+                    # The runtime leaves the instance it folded with on the inactive buffer: nothing may start there.
+                    reached = runner.dispatcher.close_barrier(runner.state, abort=False)
+                    raise
+        except Exception:
+            if reached is not None:
+                with anyio.CancelScope(shield=True):
+                    await self._rebuild(runner, reached)
+            raise
+
+    async def _rebuild(self, runner: Runner, reached: asyncio.Future[None]) -> None:
+        """Put a fresh container with the current weights in the place of one that a failed fold left inconsistent."""
+        await reached
+        runner.weights.inactive = Inactive.NOTHING
+        try:
+            await self._in_thread(runner.container.rebuild)
+        except Exception as error:
+            _retire(runner, "container can't be rebuilt", error)
+            raise
+        finally:
+            runner.dispatcher.open_barrier(runner.state, None)
+        log.warning("container rebuilt", runner=runner.name, why="folding constants failed")
+
+    async def _commit(
+        self, attempt: _Attempt, runners: Sequence[Runner], barrier: Barrier, *, keep_previous: bool
+    ) -> dict[Runner, UpdateReport]:
+        for runner in runners:
+            _must_hold(runner, Inactive.STAGED, "commit() has nothing to publish; call stage(weights) first")
+        reports = await self._publish(attempt, {r: r.state.published + 1 for r in runners}, barrier)
+        if not keep_previous:
+            await self._drop(runners, Inactive.PREVIOUS)
+        return reports
+
+    async def _publish(
+        self, attempt: _Attempt, epochs: Mapping[Runner, int], barrier: Barrier
+    ) -> dict[Runner, UpdateReport]:
+        """Swap every runner's buffers at one instant, and let them go on, each on its epoch."""
+        runners = _in_order(epochs)
+        for runner in runners:
+            _must_be_open(runner)
+        closed = self._clock.time()
+        reached = [r.dispatcher.close_barrier(r.state, abort=barrier == "abort") for r in runners]
+        try:
+            for one in reached:
+                await one
+            await attempt.settle()
+            drained = self._clock.time()
+            _swap_all(runners)
+        except BaseException:
+            for runner in runners:
+                runner.dispatcher.open_barrier(runner.state, None)
+            raise
+        # From the exchange to the end there is nothing that waits: no request comes between the runners.
+        swapped = self._clock.time()
+        reports = {}
+        for runner in runners:
+            live = runner.weights
+            live.inactive, live.previous_epoch = Inactive.PREVIOUS, runner.epoch
+            reports[runner] = UpdateReport(
+                runner=runner.name,
+                epoch=epochs[runner],
+                drain_seconds=drained - closed,
+                swap_seconds=swapped - drained,
+                pause_seconds=swapped - closed,
+                waited=len(runner.state.queue) + len(runner.state.gate),
+                **msgspec.structs.asdict(live.staged),
+            )
+        for runner in runners:
+            runner.dispatcher.open_barrier(runner.state, epochs[runner])
+        for runner in runners:
+            report = msgspec.structs.asdict(reports[runner])
+            log.info("weights published", device=runner.device, **report)
+        return reports
+
+    async def _free_inactive(self, runner: Runner) -> None:
+        with _overwriting(runner):
+            await self._in_thread(runner.container.free_inactive)
+
+    async def _drop(self, runners: Sequence[Runner], held: Inactive) -> None:
+        """Free what nobody wants any more. What comes of it changes nothing for who waits for the outcome."""
+        with anyio.CancelScope(shield=True):
+            for runner in runners:
+                if runner.weights.inactive is not held:
+                    continue
+                try:
+                    await self._free_inactive(runner)
+                except Exception as error:  # noqa: BLE001 -- the memory is written over by the next update
+                    log.warning("weights can't be freed", runner=runner.name, error=str(error))
+                    if held is Inactive.STAGED:
+                        runner.weights.inactive = Inactive.NOTHING  # it is not to be published
+
+    # --- how they are carried out --------------------------------------------------------------------
+
+    async def _in_thread(self, call: Callable[[], _T]) -> _T:
+        """A blocking call; it goes on to its end when it is given up, and so does its caller."""
+        return await anyio.to_thread.run_sync(call, limiter=self._limiter)
+
+    async def _carry_out(
+        self,
+        what: str,
+        runners: Sequence[Runner] | Mapping[Runner, object],
+        work: Callable[[_Attempt], Awaitable[_T]],
+        timeout: float | None,  # noqa: ASYNC109
+    ) -> _T:
+        """Let the scheduler do the work. The caller may leave, or run out of time: then it is given up where it can be."""
+        if not runners:
+            raise UpdateError(f"{what}: no runner was given")
+        if timeout is not None and not timeout >= 0:
+            raise ValueError(f"timeout={timeout}: seconds, not negative")
+        for runner in runners:
+            _must_be_open(runner)
+        attempt = _Attempt()
+        late = asyncio.get_running_loop().create_future()
+
+        async def within() -> list[_T]:
+            with attempt.scope:
+                return [await work(attempt)]
+            return []  # given up
+
+        def expire() -> None:
+            if not attempt.settled:
+                attempt.scope.cancel()
+                late.set_result(None)
+
+        outcome = self._start(within)
+        timer = None if timeout is None else self._clock.call_at(self._clock.time() + timeout, expire)
+        try:
+            await asyncio.wait({outcome, late}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            if not attempt.settled:
+                attempt.scope.cancel()
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+        if late.done():
+            names = ", ".join(repr(runner.name) for runner in runners)
+            raise DeadlineExceededError(
+                f"{what} of {names}: the timeout of {timeout:.3g} s passed; nothing has changed"
+            )
+        (result,) = outcome.result()
+        return result  # type: ignore[no-any-return]
+
+
+def _in_order(runners: Sequence[Runner] | Mapping[Runner, object]) -> list[Runner]:
+    """The one order in which several runners are locked and closed, so that two updates can't wait for each other."""
+    return sorted(runners, key=lambda runner: (runner.device, runner.name))
+
+
+@asynccontextmanager
+async def _turns(runners: Sequence[Runner] | Mapping[Runner, object]) -> AsyncIterator[None]:
+    """Be the one that may change the weights of all these runners."""
+    async with AsyncExitStack() as stack:
+        for runner in _in_order(runners):
+            await stack.enter_async_context(runner.weights.turn)
+        yield
+
+
+@contextmanager
+def _overwriting(runner: Runner) -> Iterator[None]:
+    """Afterwards the inactive buffer holds nothing of what it held; unless this fails and has not touched it."""
+    live = runner.weights
+    held, live.inactive = live.inactive, Inactive.NOTHING
+    try:
+        yield
+    except BaseException:
+        if runner.container.inactive_ready:
+            live.inactive = held
+        raise
+
+
+def _swap_all(runners: Sequence[Runner]) -> None:
+    swapped: list[Runner] = []
+    try:
+        for runner in runners:
+            runner.container.swap()
+            swapped.append(runner)
+    except BaseException:
+        for runner in reversed(swapped):
+            try:
+                runner.container.swap()
+            except Exception as error:  # noqa: BLE001, PERF203 -- the error that led here is raised
+                _retire(runner, "container can't go back to its weights", error)
+        raise
+
+
+def _retire(runner: Runner, why: str, error: Exception) -> None:
+    """Its container is not to be run again: better no answer than a wrong one."""
+    log.error(why, runner=runner.name, error=str(error), exc_info=error)
+    runner.dispatcher.drain(runner.state, terminate=True)
+
+
+def _must_be_open(runner: Runner) -> None:
+    if runner.state.phase is not Phase.OPEN:
+        raise RunnerClosedError(
+            f"runner {runner.name!r} is {runner.state.phase.name.lower()}; its weights can't be changed"
+        )
+
+
+def _must_hold(runner: Runner, wanted: Inactive, otherwise: str) -> None:
+    _must_be_open(runner)
+    if runner.weights.inactive is not wanted:
+        raise UpdateError(
+            f"runner {runner.name!r}: {otherwise}: the inactive buffer holds {runner.weights.inactive.value}"
+        )
