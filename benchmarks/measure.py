@@ -1,6 +1,6 @@
-"""What every benchmark measures with: a ticker on the event loop, percentiles, medians, the machine's name.
+"""What the workloads measure with: a ticker on the event loop, percentiles, the machine's name.
 
-Nothing here knows a model or a scheduler. Durations are seconds; only tables and files speak milliseconds.
+Nothing here knows a model or a scheduler. Durations are seconds; only tables and pictures speak other units.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import datetime as dt
 import platform
-import statistics
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -82,11 +81,6 @@ def this_machine() -> Machine:
         cores=available_cores(),
         processor=_processor(),
     )
-
-
-def median_by_field(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The median of each field over the repetitions of one measurement."""
-    return {field: statistics.median(row[field] for row in rows) for field in rows[0]}
 
 
 def _processor() -> str:

@@ -1,154 +1,234 @@
-"""A benchmark's results for people: a table of medians and ratios, the figures as JSON, a picture."""
+"""The results for people and programs: tables of medians and ratios, what was wanted beside it, and JSON."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import statistics
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .workloads import Figure, Measured, Target
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from .measure import Machine
 
-COLOURS = ("#8a8a8a", "#d9730d", "#2a6fbb", "#b03a48")
-
 
 @dataclass(frozen=True)
 class Result:
-    """One contestant: medians over the repetitions, each repetition's figures, and the last one's lags. Seconds."""
+    """One entrant's repetitions. The table shows their medians, and the best of the first figure."""
 
     name: str
     note: str
-    median: dict[str, float]
-    repetitions: list[dict[str, float]]
-    lags: list[float]
+    repetitions: list[Measured]
+
+    def median(self, field: str) -> float:
+        return statistics.median(measured.figures[field] for measured in self.repetitions)
+
+    def best(self, figure: Figure) -> float:
+        choose = max if figure.more_is_better else min
+        return choose(measured.figures[figure.field] for measured in self.repetitions)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was wanted, and what was measured: of the medians, which count, and of the best repetitions.
+
+    None where an entrant was left out.
+    """
+
+    target: Target
+    measured: float | None
+    best: float | None
+
+    @property
+    def met(self) -> bool | None:
+        if self.measured is None:
+            return None
+        target = self.target
+        return (target.most is None or self.measured <= target.most) and (
+            target.least is None or self.measured >= target.least
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """One workload's results. `baseline` names the result that the others are held against."""
+
+    key: str
+    title: str
+    figures: tuple[Figure, ...]
+    baseline: str | None
+    targets: list[Target]
+    results: list[Result]
+    left_out: dict[str, list[str]]
+    """Entrants that are missing here, and the packages that they would need."""
+
+    def result(self, name: str | None) -> Result | None:
+        return next((result for result in self.results if result.name == name), None)
+
+    def figure(self, field: str) -> Figure:
+        return next(figure for figure in self.figures if figure.field == field)
+
+    def ratio(self, result: Result, field: str) -> float | None:
+        """The figure's median as a multiple of the baseline's; None where there is no baseline."""
+        base = self.result(self.baseline)
+        return None if base is None else _quotient(result.median(field), base.median(field))
+
+    @property
+    def others(self) -> list[float]:
+        """The share of all cores that other processes took, in each measurement."""
+        return [repetition.others for result in self.results for repetition in result.repetitions]
+
+    def verdicts(self) -> list[Verdict]:
+        return [self._verdict(target) for target in self.targets]
+
+    def _verdict(self, target: Target) -> Verdict:
+        result, base = self.result(target.entrant), self.result(target.against)
+        if result is None or (target.against is not None and base is None):
+            return Verdict(target, None, None)
+        figure = self.figure(target.figure)
+        median, best = result.median(figure.field), result.best(figure)
+        if base is not None:
+            return Verdict(
+                target, _quotient(median, base.median(figure.field)), _quotient(best, base.best(figure))
+            )
+        return Verdict(target, median, best)
 
 
 @dataclass(frozen=True)
 class Report:
-    """A whole benchmark. `baseline` names the result that the others are held against."""
+    """A whole run of the benchmarks."""
 
-    title: str
     machine: Machine
     settings: dict[str, Any]
-    baseline: str
-    results: list[Result]
+    parts: list[Part] = field(default_factory=list)
 
-    def ratio(self, result: Result, figure: str) -> float | None:
-        """The figure as a multiple of the baseline's; None where that says nothing."""
-        base = next(r for r in self.results if r.name == self.baseline).median[figure]
-        value = result.median[figure]
-        return value / base if base and value else None
+    @property
+    def place(self) -> str:
+        """Where and when, and how much was going on there otherwise."""
+        return f"{self.machine}; {disturbance([share for part in self.parts for share in part.others])}"
 
 
-def print_table(console: Console, report: Report) -> None:
+def print_part(console: Console, part: Part) -> None:
+    """A table of medians over the repetitions, with the best one of the first figure and its ratio to the baseline."""
     from rich.table import Table
 
-    letter = report.baseline.split()[0]
-    seconds, repetitions = report.settings["seconds"], report.settings["repetitions"]
-    table = Table(
-        title=report.title, caption=f"lag: ms; medians of {repetitions} repetitions of {seconds:g} s"
-    )
-    table.add_column("contestant", no_wrap=True)
-    for heading in ("runs/s", f"÷ {letter}", "lag p50", "p99", f"÷ {letter}", "max"):
-        table.add_column(heading, justify="right")
-    for result in report.results:
-        median = result.median
-        rate = median["runs_per_second"]
-        table.add_row(
-            result.name,
-            f"{rate:.1f}" if rate else "",
-            _multiple(report.ratio(result, "runs_per_second")),
-            _milliseconds(median["lag_p50"]),
-            _milliseconds(median["lag_p99"]),
-            _multiple(report.ratio(result, "lag_p99")),
-            _milliseconds(median["lag_max"]),
-        )
+    first, *others = part.figures
+    count = max((len(result.repetitions) for result in part.results), default=0)
+    table = Table(title=part.title, title_justify="left", caption=_caption(part, count))
+    table.add_column("", no_wrap=True)
+    table.add_column(first.heading, justify="right")
+    if count > 1:
+        table.add_column("best", justify="right")
+    if part.baseline:
+        table.add_column(f"÷ {part.baseline}", justify="right")
+    for figure in others:
+        table.add_column(figure.heading, justify="right")
+    for result in part.results:
+        row = [number(result.median(first.field) * first.unit)]
+        if count > 1:
+            row.append(number(result.best(first) * first.unit))
+        if part.baseline:
+            row.append(number(part.ratio(result, first.field)))
+        row.extend(number(result.median(figure.field) * figure.unit) for figure in others)
+        table.add_row(result.name, *row)
     console.print(table)
-    for result in report.results:
-        console.print(f"{result.name}: {result.note}", style="dim", highlight=False)
-    console.print(str(report.machine), style="dim", highlight=False)
+    for name, packages in part.left_out.items():
+        console.print(f"{name} was left out: {', '.join(packages)} not installed", style="yellow")
+    console.print()
+
+
+def print_verdicts(console: Console, report: Report) -> None:
+    """Everything that was wanted, beside what was measured."""
+    from rich.table import Table
+
+    table = Table(title="what is wanted", title_justify="left")
+    table.add_column("")
+    for heading in ("wanted", "measured", "of bests"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    words = {True: "[green]yes[/]", False: "[red]no[/]", None: ""}
+    for part in report.parts:
+        for verdict in part.verdicts():
+            sentence = f"({part.key}) {verdict.target.sentence}"
+            numbers = (
+                wanted(part, verdict),
+                told(part, verdict, verdict.measured),
+                told(part, verdict, verdict.best),
+            )
+            table.add_row(sentence, *numbers, words[verdict.met])
+    console.print(table)
+    console.print(report.place, style="dim", highlight=False)
+
+
+def wanted(part: Part, verdict: Verdict) -> str:
+    target, unit = verdict.target, _unit(part, verdict.target)
+    if target.most is not None:
+        return f"≤ {number(target.most * unit)}"
+    return f"≥ {number((target.least or 0.0) * unit)}"
+
+
+def told(part: Part, verdict: Verdict, value: float | None) -> str:
+    """A number that was measured, in the target's unit."""
+    return "left out" if value is None else number(value * _unit(part, verdict.target))
 
 
 def write_json(report: Report, path: Path) -> None:
-    """All figures (seconds), each repetition's too; not the single lags."""
-    results = [
+    """All figures, those of single repetitions too, in seconds, bytes and counts."""
+    parts = [
         {
-            "name": result.name,
-            "note": result.note,
-            "median": result.median,
-            "ratios": {figure: report.ratio(result, figure) for figure in result.median},
-            "repetitions": result.repetitions,
+            "key": part.key,
+            "title": part.title,
+            "baseline": part.baseline,
+            "left_out": part.left_out,
+            "results": [
+                {
+                    "name": result.name,
+                    "note": result.note,
+                    "median": {name: result.median(name) for name in result.repetitions[0].figures},
+                    "ratios": {name: part.ratio(result, name) for name in result.repetitions[0].figures},
+                    "repetitions": [asdict(repetition) for repetition in result.repetitions],
+                }
+                for result in part.results
+            ],
+            "targets": [{**asdict(verdict), "met": verdict.met} for verdict in part.verdicts()],
         }
-        for result in report.results
+        for part in report.parts
     ]
-    document = {
-        "title": report.title,
-        "machine": asdict(report.machine),
-        "settings": report.settings,
-        "baseline": report.baseline,
-        "results": results,
-    }
+    document = {"machine": asdict(report.machine), "settings": report.settings, "parts": parts}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def draw(report: Report, path: Path) -> None:
-    """Write a PNG: every lag of the last repetition on a logarithmic axis, and beside it the runs per second."""
-    import numpy as np
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 5.5), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
-    chance = np.random.default_rng(0)
-    rows = range(len(report.results))
-    for row, (result, colour) in enumerate(zip(report.results, COLOURS, strict=True)):
-        lags = np.maximum(np.array(result.lags) * 1e3, 0.01)
-        heights = row + chance.uniform(-0.13, 0.13, len(lags))
-        left.scatter(lags, heights, s=7, alpha=0.25, linewidths=0, color=colour)
-        for name, width in (("lag_p50", 1), ("lag_p99", 3), ("lag_max", 1)):
-            value = max(result.median[name] * 1e3, 0.01)
-            left.plot([value, value], [row - 0.25, row + 0.25], color="black", linewidth=width)
-        rate = result.median["runs_per_second"]
-        right.barh(row, rate, height=0.4, color=colour)
-        right.annotate(
-            f"{rate:.1f}" if rate else "",
-            (rate, row),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9.5,
-        )
-    left.set_xscale("log")
-    left.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    left.set_xlabel(
-        "lag of the event loop: how late a sleep of 1 ms woke up (ms); bars: p50, p99 (bold), max"
-    )
-    left.set_yticks(rows, [_summary(result) for result in report.results], linespacing=1.4)
-    left.set_ylim(len(report.results) - 0.5, -0.5)
-    right.set_xlabel("runs per second")
-    right.margins(x=0.25)
-    right.tick_params(left=False)
-    for axes in (left, right):
-        axes.grid(visible=True, axis="x", color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(report.title, fontsize=13)
-    figure.supxlabel(str(report.machine), fontsize=8.5, color="#666666")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+def number(value: float | None) -> str:
+    """Three digits that matter, thousands apart; nothing for None."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _summary(result: Result) -> str:
-    p50, p99, most = (_milliseconds(result.median[name]) for name in ("lag_p50", "lag_p99", "lag_max"))
-    return f"{result.name}\n{result.note}\np50 {p50}, p99 {p99}, max {most} ms"
+def _caption(part: Part, count: int) -> str:
+    best = "most" if part.figures[0].more_is_better else "least"
+    repeated = f"medians of {count} repetitions; best: the {best}" if count > 1 else "one run"
+    return f"{repeated}; {disturbance(part.others)}"
 
 
-def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
+def disturbance(others: list[float]) -> str:
+    """How much other processes were in the way, in words."""
+    if not others:
+        return "nothing measured"
+    return f"others took {statistics.median(others):.0%} of the cores (median; at most {max(others):.0%})"
 
 
-def _multiple(value: float | None) -> str:
-    return "" if value is None else f"{value:.2g}"
+def _unit(part: Part, target: Target) -> float:
+    """A ratio has none; a bound on a figure itself is told in the figure's unit."""
+    if target.against is not None:
+        return 1.0
+    return part.figure(target.figure).unit
+
+
+def _quotient(value: float, base: float) -> float | None:
+    return value / base if base else None

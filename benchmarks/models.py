@@ -1,0 +1,93 @@
+"""The networks that are measured: one so small that all else costs more, and one that fills a core for tens of ms.
+
+Each is compiled once into `.cache/bench/`, in a process of its own, so that no trace of inductor (its worker
+processes, its threads) is left in a process that measures. The same module with the same weights is also
+exported to ONNX, for the contestants that read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import aoti_sched
+
+if TYPE_CHECKING:
+    import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CACHE = REPOSITORY / ".cache" / "bench"
+
+SHAPES = {"tiny": (1, 64), "heavy": (256, 1024)}
+"""The models by name, and what each takes. Sizes are fixed, so that every compiler may make the best of them."""
+
+EXPORTERS = ("onnx", "onnxscript")
+"""What torch needs to export to ONNX."""
+
+
+def module(name: str) -> torch.nn.Module:
+    """The network, with the same weights whenever it is asked for."""
+    import torch
+
+    torch.manual_seed(0)
+    if name == "tiny":
+        layers = [torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 64)]
+    else:
+        layers = [torch.nn.Linear(1024, 1024) if n % 2 == 0 else torch.nn.GELU() for n in range(5)]
+    return torch.nn.Sequential(*layers).eval()
+
+
+def example(name: str) -> torch.Tensor:
+    """The input of every run, so that all contestants' answers can be compared."""
+    import torch
+
+    rows, width = SHAPES[name]
+    return torch.sin(torch.arange(rows * width, dtype=torch.float32)).reshape(rows, width)
+
+
+def can_export() -> bool:
+    """Whether torch has what it needs to export to ONNX."""
+    return all(importlib.util.find_spec(package) for package in EXPORTERS)
+
+
+def ensure(name: str, kind: str) -> Path:
+    """A model's file of one kind ("pt2", "frozen.pt2" or "onnx"); made now if it is not in the cache."""
+    library = Path(aoti_sched.__file__).parent
+    key = hashlib.sha256(f"{version('torch')} {platform.machine()}".encode())
+    for source in (Path(__file__), library / "compile.py", library / "specs.py"):
+        key.update(source.read_bytes())
+    path = CACHE / f"{name}-{key.hexdigest()[:16]}.{kind}"
+    if not path.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=CACHE) as folder:
+            making = Path(folder, path.name)
+            command = [sys.executable, "-W", "ignore", "-m", "benchmarks.models", name, kind, str(making)]
+            made = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+            if made.returncode:
+                raise RuntimeError(f"{name}.{kind} could not be made:\n{made.stdout}{made.stderr}")
+            making.replace(path)  # whole, or not at all
+    return path
+
+
+def make(name: str, kind: str, path: Path) -> None:
+    """Compile or export, one intra-op thread per run."""
+    import torch
+
+    network, inputs = module(name), (example(name),)
+    if kind == "onnx":
+        torch.onnx.export(
+            network, inputs, path, input_names=["x"], dynamo=True, external_data=False, verbose=False
+        )
+    else:
+        aoti_sched.compile_package(network, inputs, path, threads=1, freeze=kind.startswith("frozen"))
+
+
+if __name__ == "__main__":
+    make(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
