@@ -1,9 +1,10 @@
 """The soak: random work on real models, everything that can happen to a request at once, then nothing is left.
 
 200 clients call four runners with random inputs, cancel, set timeouts, send what does not fit, hold leases, and
-close runners that others use, while they are loaded again, and while their weights are replaced by equal ones. Every request ends exactly once, every result is the
-eager module's, and at the end nothing is left of it all. `AOTI_SCHED_SOAK_SECONDS` says how long (10), and
-`AOTI_SCHED_SOAK_SEED` repeats a run's decisions; the interleaving is the machine's own.
+close runners that others use, while they are loaded again, and while their weights are replaced by equal ones.
+Every request, lease and update ends exactly once, every result is the eager module's, and at the end nothing is
+left of it all. `AOTI_SCHED_SOAK_SECONDS` says how long (10), and `AOTI_SCHED_SOAK_SEED` repeats a run's decisions;
+the interleaving is the machine's own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import os
 import random
 import sys
 from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import psutil
 import pytest
@@ -97,19 +101,19 @@ def models(rng: random.Random) -> list[Model]:
 
 
 class Soak:
-    """One scheduler under 200 clients. `ends` counts how requests ended, by kind."""
+    """One scheduler under 200 clients. What began is counted by kind ("request", "lease", "update"), how it ended, too."""
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
         self.models = models(rng)
         self.runners: dict[str, Runner] = {}
-        self.ends: Counter[str] = Counter()
-        self.started = 0
+        self.began: Counter[str] = Counter()
+        self.ends: Counter[tuple[str, str]] = Counter()
         self.over = False
 
     async def run(self, seconds: float) -> None:
         self.over = False
-        self.started = 0
+        self.began.clear()
         self.ends.clear()
         loop = asyncio.get_running_loop()
         async with Scheduler() as scheduler:
@@ -160,31 +164,40 @@ class Soak:
         """Update, in one step or two, go back, give up midway: the answers stay the same."""
         while not self.over:
             model = rng.choice(self.models)
-            runner = self.runners[model.name]
-            task = asyncio.create_task(self.change(rng, model, runner))
-            if rng.random() < 0.2:
-                for _ in range(rng.randrange(6)):
-                    await asyncio.sleep(0)
-                task.cancel()
-            (end,) = await asyncio.gather(task, return_exceptions=True)
-            expected = (UpdateError, RunnerClosedError, DeadlineExceededError, asyncio.CancelledError)
-            assert not isinstance(end, BaseException) or isinstance(end, expected), repr(end)
-            self.ends[f"update {type(end).__name__}"] += 1
+            change, expected = self.change(rng, model, self.runners[model.name])
+            with self.one("update") as ends:
+                task = asyncio.create_task(change)
+                if rng.random() < 0.2:
+                    for _ in range(rng.randrange(6)):
+                        await asyncio.sleep(0)
+                    task.cancel()
+                    expected = (*expected, asyncio.CancelledError)
+                try:
+                    await task
+                except expected as error:
+                    ends(type(error).__name__)
+                else:
+                    ends("done")
 
-    async def change(self, rng: random.Random, model: Model, runner: Runner) -> None:
+    def change(
+        self, rng: random.Random, model: Model, runner: Runner
+    ) -> tuple[Coroutine[Any, Any, object], tuple[type[BaseException], ...]]:
+        """A change of a runner's weights, and the errors that it may rightly end with."""
+        closed = (RunnerClosedError,)
         match rng.randrange(6):
             case 0:
-                await runner.update(model.weights)
+                return runner.update(model.weights), closed
             case 1:
-                await runner.update(model.weights, timeout=rng.choice([1e-4, 1e-3, 1e-2]))
+                timeout = rng.choice([1e-4, 1e-3, 1e-2])
+                return runner.update(model.weights, timeout=timeout), (*closed, DeadlineExceededError)
             case 2:
-                await runner.update({}, partial=True, keep_previous=False)
+                return runner.update({}, partial=True, keep_previous=False), closed
             case 3:
-                await runner.rollback()
+                return runner.rollback(), (*closed, UpdateError)  # nothing is kept
             case 4:
-                await runner.stage(model.weights)
+                return runner.stage(model.weights), closed
             case _:
-                await runner.commit()
+                return runner.commit(), (*closed, UpdateError)  # nothing is staged
 
     async def client(self, rng: random.Random) -> None:
         calls = (
@@ -200,9 +213,8 @@ class Soak:
             model = rng.choice(self.models)
             runner = self.runners[model.name]
             await rng.choice(calls)(rng, model, runner)
-            await asyncio.sleep(
-                0
-            )  # a refusal needs no turn of the loop, and would keep the others from theirs
+            # A refusal needs no turn of the loop, and would keep the others from theirs.
+            await asyncio.sleep(0)
 
     # --- what clients do ---------------------------------------------------------------------------------
 
@@ -237,46 +249,55 @@ class Soak:
 
     async def leased(self, rng: random.Random, model: Model, runner: Runner) -> None:
         view = runner.options(timeout=rng.choice([0.001, 0.1, 10.0]))
-        self.started += 1
-        try:
-            async with view.lease() as lease:
-                self.ends["granted"] += 1
-                for _ in range(rng.randrange(4)):
-                    which = rng.randrange(INPUTS)
+        with self.one("lease") as ends:
+            try:
+                async with view.lease() as lease:
+                    ends("granted")
+                    for _ in range(rng.randrange(4)):
+                        which = rng.randrange(INPUTS)
+                        if rng.random() < 0.2:
+                            task = asyncio.create_task(lease.run(*model.inputs[which]))
+                            await asyncio.sleep(0)
+                            task.cancel()
+                            await self.ending(task, model, which)
+                        else:
+                            await self.ending(lease.run(*model.inputs[which]), model, which)
                     if rng.random() < 0.2:
-                        task = asyncio.create_task(lease.run(*model.inputs[which]))
-                        await asyncio.sleep(0)
-                        task.cancel()
-                        await self.ending(task, model, which)
-                    else:
-                        await self.ending(lease.run(*model.inputs[which]), model, which)
-                if rng.random() < 0.2:
-                    lease.release()
-                    with pytest.raises((LeaseError, RunnerClosedError)):
-                        lease.submit(*model.inputs[0])
-        except (DeadlineExceededError, RunnerClosedError, QueueFullError) as error:
-            self.ends[f"lease: {type(error).__name__}"] += 1
+                        lease.release()
+                        with pytest.raises((LeaseError, RunnerClosedError)):
+                            lease.submit(*model.inputs[0])
+            except (DeadlineExceededError, RunnerClosedError, QueueFullError) as error:
+                ends(type(error).__name__)
 
     async def ending(self, request, model: Model, which: int | None) -> None:
         """Await a request to its one end, which must be a right one."""
-        self.started += 1
-        try:
-            result = await request
-        except (DeadlineExceededError, RunnerClosedError, QueueFullError) as error:
-            self.ends[type(error).__name__] += 1
-        except RunError:
-            assert which is None, "a good request failed"
-            self.ends["RunError"] += 1
-        except asyncio.TimeoutError:
-            self.ends["wait_for"] += 1
-        except asyncio.CancelledError:
-            self.ends["cancelled"] += 1
-        else:
-            assert which is not None, "a bad request succeeded"
-            assert_close(result, model.answers[which])
-            self.ends["right"] += 1
+        with self.one("request") as ends:
+            try:
+                result = await request
+            except (DeadlineExceededError, RunnerClosedError, QueueFullError) as error:
+                ends(type(error).__name__)
+            except RunError:
+                assert which is None, "a good request failed"
+                ends("RunError")
+            except asyncio.TimeoutError:
+                ends("wait_for")
+            except asyncio.CancelledError:
+                ends("cancelled")
+            else:
+                assert which is not None, "a bad request succeeded"
+                assert_close(result, model.answers[which])
+                ends("right")
 
     # --- the account -------------------------------------------------------------------------------------
+
+    @contextmanager
+    def one(self, kind: str) -> Iterator[Callable[[str], None]]:
+        """One of this kind begins; within the block it is to tell how it ended, once."""
+        self.began[kind] += 1
+        ends: list[str] = []
+        yield ends.append
+        assert len(ends) == 1, f"a {kind} ended {len(ends)} times: {ends}"
+        self.ends[kind, ends[0]] += 1
 
     def account_for(self, runner: Runner) -> None:
         stats = runner.stats()
@@ -324,11 +345,14 @@ def test_the_soak(executor, monkeypatch):
     asyncio.run(soak.run(SECONDS / 2))
     after = Census()
     sys.__stderr__.write(
-        f"soak: {soak.started} requests in its second half, memory grew by "
-        f"{(after.memory - before.memory) / 2**20:.1f} MiB; {dict(soak.ends)}\n"
+        f"soak: {dict(soak.began)} in its second half, memory grew by "
+        f"{(after.memory - before.memory) / 2**20:.1f} MiB; "
+        f"{ {f'{kind} {end}': count for (kind, end), count in sorted(soak.ends.items())} }\n"
     )
-    assert sum(soak.ends.values()) == soak.started
-    assert soak.ends["right"] > 0
+    for kind, began in soak.began.items():
+        assert sum(count for (of, _), count in soak.ends.items() if of == kind) == began
+    for end in [("request", "right"), ("lease", "granted"), ("update", "done")]:
+        assert soak.ends[end] > 0
     assert (after.tensors, after.containers, after.descriptors, after.lanes) == (
         before.tensors,
         before.containers,
