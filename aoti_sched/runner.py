@@ -141,7 +141,7 @@ class RunnerView(Calls):
 
         The slot is granted in the order of the queue, with this view's priority and timeout.
         """
-        return LeaseContext(self._runner, self._source, self._options)
+        return LeaseContext(self._runner, self._source, self._options, waits=self._runner.waits)
 
 
 class Runner(RunnerView):
@@ -328,6 +328,15 @@ class Runner(RunnerView):
         """
         return await self.updates.extract(self, inactive=inactive)
 
+    def lease_for_update(self) -> LeaseContext:
+        """A slot for the library's own work on the weights, before all that has no HIGH priority.
+
+        Bounds are there against callers who send too much, so none refuses it: where the queue is full, it waits for the
+        first place, even with overflow="reject". Nobody passes it there but HIGH requests that came before it, and it
+        weighs no bytes; so it gets its place with the next launches, unless nothing is launched because leases are held.
+        """
+        return LeaseContext(self, self.state, Options(priority=Priority.HIGH), waits=True)
+
     # --- leaving -------------------------------------------------------------------------------------
 
     async def drain(self) -> None:
@@ -370,12 +379,13 @@ class Lease(Calls):
 class LeaseContext:
     """Waits for a slot on entry, gives it back on exit."""
 
-    __slots__ = ("_lease", "_options", "_runner", "_source")
+    __slots__ = ("_lease", "_options", "_runner", "_source", "_waits")
 
-    def __init__(self, runner: Runner, source: Source, options: Options) -> None:
+    def __init__(self, runner: Runner, source: Source, options: Options, *, waits: bool) -> None:
         self._runner = runner
         self._source = source
         self._options = options
+        self._waits = waits
         self._lease: Lease | None = None
 
     async def __aenter__(self) -> Lease:
@@ -387,7 +397,7 @@ class LeaseContext:
             job.deadline = runner.dispatcher.deadline(options.timeout)
         job.min_epoch = options.min_epoch
         job.payload = future = RunFuture(runner, job, None)
-        runner.dispatcher.submit(job, wait=runner.waits)
+        runner.dispatcher.submit(job, wait=self._waits)
         try:
             state = await future
         except asyncio.CancelledError:

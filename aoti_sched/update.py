@@ -20,7 +20,6 @@ import anyio.to_thread
 import msgspec
 
 from aoti_sched.errors import DeadlineExceededError, RunnerClosedError, UpdateError
-from aoti_sched.queue.job import Priority
 from aoti_sched.queue.lease import Phase
 from aoti_sched.telemetry import log
 
@@ -249,7 +248,7 @@ class Updates:
         reached = None
         _must_be_open(runner)
         try:
-            async with runner.options(priority=Priority.HIGH, timeout=None, min_epoch=0).lease():
+            async with runner.lease_for_update():
                 try:
                     await self._in_thread(runner.container.fold)
                 except Exception:

@@ -9,7 +9,8 @@ import time
 
 import anyio
 
-from aoti_sched import Scheduler
+from aoti_sched import Limits, Scheduler
+from aoti_sched.config import DeviceConfig, SchedulerConfig
 from aoti_sched.testing import FakeBackend, ManualClock, settle
 
 PLACES = {"a": "cpu", "b": "other", "c": "cpu"}
@@ -93,14 +94,19 @@ class Fleet:
 
 
 @contextlib.asynccontextmanager
-async def fleet(names="abc", *, auto=True, lanes=2, **options):
-    """A `Fleet`; hand-stepped unless `auto`. What hangs in the block is a TimeoutError after half a minute."""
+async def fleet(names="abc", *, auto=True, lanes=2, room=None, **options):
+    """A `Fleet`; hand-stepped unless `auto`; each device queues so many jobs as it has `room`.
+
+    What hangs in the block is a TimeoutError after half a minute.
+    """
     clock = ManualClock()
+    limits = DeviceConfig(limits=Limits(jobs=room))
+    config = SchedulerConfig(devices=dict.fromkeys(PLACES.values(), limits))
     backends = {
         name: FakeBackend(auto=auto, lanes=lanes, clock=clock, name=name)
         for name in sorted(set(PLACES.values()))
     }
-    async with Scheduler(devices=backends, clock=clock) as scheduler:
+    async with Scheduler(config, devices=backends, clock=clock) as scheduler:
         its = Fleet(scheduler, clock, backends)
         for name in names:
             await its.load(name, **options)
@@ -125,7 +131,7 @@ class Held:
 
         def held(*args, **kwargs):
             self._entered.set()
-            assert self._go_on.wait(10), f"{step} was never let go on"
+            assert self._go_on.wait(60), f"{step} was never let go on"  # a test hangs for half of that
             return call(*args, **kwargs)
 
         setattr(runner.container, step, held)

@@ -428,18 +428,136 @@ async def test_a_rebuild_waits_for_held_leases_but_not_so_the_caller():
         await its.update(3)
 
 
-@pytest.mark.xfail(raises=aoti_sched.QueueFullError, reason="the fold's lease is refused like any request")
+# --- the fold's lease, when the queue is full -----------------------------------------------------------
+
+
 async def test_an_update_that_folds_works_while_the_queue_is_full():
     async with fleet("a", auto=False, limits=Limits(jobs=2)) as its:
         (a,) = its
         a.container.folds = True
-        futures = [a.submit() for _ in range(3)]
+        running, *queued = [a.submit() for _ in range(3)]
         updating = later(its.update(2))
-        await until(lambda: a.container.inactive or updating.done())
+        await until(lambda: a.stats().waiting)
+        with pytest.raises(aoti_sched.QueueFullError):  # callers are bounded as before
+            a.submit()
+        its.backends["cpu"].finish_all()
+        await updating
+        for future in (running, *queued):
+            assert await future == (future.trace.epoch,) * 2
+        assert a.stats().rejected == 1
+        await its.must_be_sound()
+
+
+async def test_a_fold_gets_its_place_when_another_runner_has_filled_the_device():
+    async with fleet("ac", auto=False, lanes=1, room=2) as its:
+        a, c = its
+        a.container.folds = True
+        others = [c.submit() for _ in range(3)]
+        updating = later(its.update(2, a))
+        await until(lambda: a.stats().waiting)
+        await its.backends[
+            "cpu"
+        ].step()  # a place is free, and a's slot has been all along: no lane is needed
+        await updating
+        its.backends["cpu"].finish_all()
+        await asyncio.gather(*others)
+        await its.must_be_sound()
+
+
+async def test_a_fold_goes_before_those_who_wait_for_room_but_for_urgent_ones():
+    async with fleet("a", auto=False, limits=Limits(jobs=1), overflow="wait") as its:
+        (a,) = its
+        a.container.folds = True
+        running, queued = a.submit(), a.submit()
+        urgent = a.options(priority=Priority.HIGH).submit()
+        waiting = [a.submit() for _ in range(3)]
+        held = Held(a, "fold")
+        updating = later(its.update(2))
+        await until(lambda: a.stats().waiting == 5)
+        its.backends["cpu"].finish_all()
+        await held.reached()
+        assert all(future.done() for future in (running, queued, urgent))
+        assert not any(future.done() for future in waiting), "the fold has the slot"
+        held.go_on()
+        await updating
+        await asyncio.gather(*waiting)
+        await its.must_be_sound()
+
+
+async def test_a_fold_at_a_full_queue_waits_for_a_held_lease_whose_runs_go_on():
+    async with fleet("a", limits=Limits(jobs=1)) as its:
+        (a,) = its
+        a.container.folds = True
+        async with a.lease() as lease:
+            queued = a.submit()
+            updating = later(its.update(2))
+            await until(lambda: a.stats().waiting)
+            assert await lease.run() == (1, 1)
+            assert not queued.done()
+            assert not updating.done()
+        await updating
+        assert await queued == (1, 1)
+        await its.must_be_sound()
+
+
+async def test_updates_that_fold_side_by_side_on_a_full_device_all_come_through():
+    async with fleet("ac", auto=False, room=1, limits=Limits(jobs=1)) as its:
+        for runner in its:
+            runner.container.folds = True
+        a, c = its
+        running = [a.submit(), c.submit(), a.submit()]
+        both = its.update(2), its.update(3, c), its.update(4, a)
+        updating = [later(update) for update in both]
+        await until(lambda: a.stats().waiting)
+        its.backends["cpu"].finish_all()
+        await asyncio.gather(*updating, *running)
+        assert its.epochs == [3, 3]
+        await its.must_be_sound()
+
+
+@pytest.mark.parametrize("how", ["cancel", "timeout"])
+async def test_a_fold_that_waits_for_room_can_be_given_up(how):
+    async with fleet("a", auto=False, limits=Limits(jobs=1)) as its:
+        (a,) = its
+        a.container.folds = True
+        futures = [a.submit(), a.submit()]
+        updating = later(a.update(weights(2), timeout=5))
+        await until(lambda: a.stats().waiting)
+        if how == "cancel":
+            await gone(updating)
+        else:
+            its.clock.advance(5)
+            with pytest.raises(aoti_sched.DeadlineExceededError):
+                await updating
+        await its.quiet()
+        assert (a.stats().waiting, a.info.inactive_bytes) == (0, 0)
+        its.backends["cpu"].finish_all()
+        assert await asyncio.gather(*futures) == [(1, 1), (1, 1)]
+        await its.must_be_sound()
+        await its.update(3)
+
+
+@pytest.mark.parametrize("way", ["aclose", "terminate"])
+async def test_closing_while_a_fold_waits_for_room_ends_the_update(way):
+    async with fleet("a", auto=False, limits=Limits(jobs=1)) as its:
+        (a,) = its
+        a.container.folds = True
+        running, queued = a.submit(), a.submit()
+        updating = later(a.update(weights(2)))
+        await until(lambda: a.stats().waiting)
+        closing = later(getattr(a, way)())
         await settle()
         its.backends["cpu"].finish_all()
-        await asyncio.gather(*futures)
-        await updating
+        with pytest.raises(aoti_sched.RunnerClosedError):
+            await updating
+        await closing
+        assert await running == (1, 1)
+        if way == "aclose":
+            assert await queued == (1, 1)
+        else:
+            with pytest.raises(aoti_sched.RunnerClosedError):
+                await queued
+        its.runners.clear()
 
 
 # --- giving up ----------------------------------------------------------------------------------------
@@ -447,7 +565,7 @@ async def test_an_update_that_folds_works_while_the_queue_is_full():
 
 @pytest.mark.parametrize("step", ["stage", "fold"])
 async def test_a_step_in_its_thread_is_given_up_after_it_and_the_caller_leaves_at_once(step):
-    async with fleet("a") as its:
+    async with fleet("a", instances=2) as its:  # folding has one of them
         (a,) = its
         a.container.folds = True
         await its.update(2)
