@@ -14,9 +14,10 @@ from pathlib import Path
 from . import models
 from .measure import this_machine
 from .picture import draw
+from .plan import QUICK, Entrant, Measured, Scale, Workload
 from .report import Part, Report, Result, print_part, print_verdicts, write_json
 from .workers import Worker
-from .workloads import QUICK, Entrant, Measured, Scale, Workload, programme
+from .workloads import programme
 
 WIDTH = 100
 """Columns, where the output is no terminal."""

@@ -59,6 +59,12 @@ class Contestant:
         return replace(self, name=f"{self.name}, frozen", kind="frozen.pt2")
 
 
+def beginning(answer: Any) -> tuple[float, ...]:
+    """The first numbers of a model's answer, in whichever form the contestant gives it."""
+    first = answer[0] if isinstance(answer, list) else answer
+    return tuple(float(value) for value in first.reshape(-1)[:4])
+
+
 # --- the stock runner -----------------------------------------------------------------------------------
 
 

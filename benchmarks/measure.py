@@ -17,6 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 TICK = 0.001
+LAGS = {"p50": 50, "p99": 99, "max": 100}
+"""What is told of the loop's lag, and which percentile each is."""
 
 
 @asynccontextmanager
@@ -53,6 +55,11 @@ def percentile(values: Sequence[float], percent: float) -> float:
     ordered = sorted(values)
     rank = -(-len(ordered) * percent // 100)
     return ordered[max(0, int(rank) - 1)]
+
+
+def lag_figures(lags: Sequence[float]) -> dict[str, float]:
+    """What a `ticker` collected, as figures: "lag_p50" and so on."""
+    return {f"lag_{name}": percentile(lags, percent) for name, percent in LAGS.items()}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""The networks that are measured: one so small that all else costs more, and one that fills a core for tens of ms.
+"""The networks that are measured: one so small that all else costs more, one that fills a core for tens of ms, and one
+whose weights take 100 MB.
 
 Each is compiled once into `.cache/bench/`, in a process of its own, so that no trace of inductor (its worker
 processes, its threads) is left in a process that measures. The same module with the same weights is also
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).resolve().parents[1]
 CACHE = REPOSITORY / ".cache" / "bench"
 
-SHAPES = {"tiny": (1, 64), "heavy": (256, 1024)}
+SHAPES = {"tiny": (1, 64), "heavy": (256, 1024), "large": (32, 2048)}
 """The models by name, and what each takes. Sizes are fixed, so that every compiler may make the best of them."""
 
 EXPORTERS = ("onnx", "onnxscript")
@@ -40,7 +41,10 @@ def module(name: str) -> torch.nn.Module:
     if name == "tiny":
         layers = [torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 64)]
     else:
-        layers = [torch.nn.Linear(1024, 1024) if n % 2 == 0 else torch.nn.GELU() for n in range(5)]
+        width, depth = (1024, 3) if name == "heavy" else (2048, 6)
+        layers = [
+            torch.nn.Linear(width, width) if n % 2 == 0 else torch.nn.GELU() for n in range(2 * depth - 1)
+        ]
     return torch.nn.Sequential(*layers).eval()
 
 

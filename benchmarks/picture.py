@@ -14,11 +14,11 @@ Panel = Callable[[Axes], None]
 
 GREY, ORANGE, BLUE, RED, GREEN, VIOLET = "#8a8a8a", "#d9730d", "#2a6fbb", "#b03a48", "#3b8a4f", "#7a5195"
 FAMILIES = (
-    (("bare", "to_thread", "thread pool"), GREY),
-    (("thread lanes",), VIOLET),
-    (("native",), ORANGE),
-    (("auto",), BLUE),
-    (("OpenVINO", "ONNX"), GREEN),
+    (("bare", "to_thread", "thread pool", "stock runner"), GREY),
+    (("thread lanes", "C ABI"), VIOLET),
+    (("native", "memcpy"), ORANGE),
+    (("auto", "aoti_sched"), BLUE),
+    (("OpenVINO", "ONNX", "serving alone"), GREEN),
 )
 """One colour for a kind of contestant, by how its name begins."""
 
@@ -51,8 +51,10 @@ def _panels(part: Part) -> list[Panel]:
             return [lambda axes: _times(axes, part)]
         case "b":
             return [lambda axes: _rates(axes, part, part.title)]
-        case "c":
+        case "c" | "g":
             return [lambda axes: _rates(axes, part, _titles(part)[0]), lambda axes: _lags(axes, part)]
+        case "f":
+            return [lambda axes: _swaps(axes, part)]
         case "d":
             words = ("depth", "runners")
             return [lambda axes, word=word: _costs(axes, part, word) for word in words]  # type: ignore[misc]
@@ -87,6 +89,24 @@ def _rates(axes: Axes, part: Part, title: str) -> None:
     axes.set_xlim(right=1.3 * max(result.median("rate") for result in part.results))
     axes.set_xlabel(f"{part.figures[0].heading} (in brackets as a multiple of the {part.baseline}'s)")
     _dress(axes, title, part.results)
+
+
+def _swaps(axes: Axes, part: Part) -> None:
+    """Bars up to the median, a stroke at the longest, a ring at what one run takes."""
+    for row, result in enumerate(part.results):
+        middle, most, run = (result.median(name) * 1e3 for name in ("swap", "swap_max", "run"))
+        stuck = result.median("stuck")
+        axes.barh(row, middle, height=0.55, color=_colour(result))
+        axes.plot([most, most], [row - 0.3, row + 0.3], color="#333333", linewidth=1.6)
+        axes.plot([middle, most], [row, row], color="#333333", linewidth=0.6)
+        axes.plot(run, row, "o", markerfacecolor="white", markeredgecolor="#333333", markersize=5)
+        _label(axes, row, most, f"{stuck:.0%} did not return in time" if stuck else number(middle))
+    axes.set_xscale("log")
+    axes.set_xlim(right=30 * max(result.median("swap_max") * 1e3 for result in part.results))
+    axes.set_xlabel(
+        "ms until new weights serve: bar p50, stroke the longest; ring: a run, as its caller times it (p50)"
+    )
+    _dress(axes, part.title.partition(":")[0], part.results)
 
 
 def _lags(axes: Axes, part: Part) -> None:

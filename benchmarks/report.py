@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .workloads import Figure, Measured, Target
+from .plan import Figure, Measured, Target
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -17,7 +17,8 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from .workloads import Entrant, Measured, Scale, programme
+from .plan import Entrant, Measured, Scale
+from .workloads import programme
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -1,7 +1,6 @@
-"""The workloads: what each contestant is made to do, and which figures come of it.
+"""The workloads (a) to (e), and the list of them all.
 
-A workload has entrants, one for each line of its table. An entrant is opened in a process of its own and gives
-a function that measures for so many seconds. Durations are seconds.
+(a) to (c) and (e) run a model under clients, (d) the scheduler alone; those of live weights are in `live_weights.py`.
 """
 
 from __future__ import annotations
@@ -13,9 +12,8 @@ import itertools
 import random
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 from aoti_sched import Scheduler
@@ -28,101 +26,10 @@ from aoti_sched.queue.job import Job
 from aoti_sched.testing import FakeBackend
 
 from . import contestants as field_of
-from . import models
-from .contestants import Contestant, Run, Setting
-from .measure import percentile, ticker
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How much is measured. `pace` multiplies every measurement's seconds."""
-
-    repetitions: int = 7
-    pace: float = 1.0
-    depths: tuple[int, ...] = (10, 100, 1_000, 10_000, 100_000)
-    runners: tuple[int, ...] = (1, 10, 100, 1_000)
-    requests: int = 1_000_000
-
-
-QUICK = Scale(repetitions=2, pace=0.1, depths=(10, 1_000), runners=(1, 100), requests=20_000)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One repetition's figures; `series` holds values over the course of it, for the picture.
-
-    `others` is the share of all cores that other processes took meanwhile; whoever asked for it fills it in.
-    """
-
-    figures: dict[str, float]
-    series: dict[str, list[float]] = field(default_factory=dict)
-    others: float = 0.0
-
-
-Measure = Callable[[float], Awaitable[Measured]]
-
-
-@dataclass(frozen=True)
-class Opened:
-    """An entrant that is ready: how to measure it, and the first numbers of its answer, where it has one."""
-
-    measure: Measure
-    answer: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
-class Entrant:
-    """One line of a workload's table."""
-
-    name: str
-    note: str
-    open: Callable[[], AbstractAsyncContextManager[Opened]]
-    environment: Mapping[str, str] = field(default_factory=dict)
-    uvloop: bool = False
-    missing: Sequence[str] = ()
-    files: tuple[tuple[str, str], ...] = ()
-    """The models it needs, and of which kind each."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One column: a field of the figures, its heading with the unit, and what to multiply it with for that unit."""
-
-    field: str
-    heading: str
-    unit: float = 1.0
-    more_is_better: bool = False
-
-
-@dataclass(frozen=True)
-class Target:
-    """What is wanted: an entrant's figure, as a multiple of another's (or as it is), at most or at least so much.
-
-    `figure` names the field. Without `against`, the bound is in the figure's own unit.
-    """
-
-    sentence: str
-    entrant: str
-    figure: str
-    against: str | None = None
-    most: float | None = None
-    least: float | None = None
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A table. Ratios are those of the first figure, to the `baseline`."""
-
-    key: str
-    title: str
-    entrants: Callable[[Scale], list[Entrant]]
-    figures: tuple[Figure, ...]
-    baseline: str | None
-    targets: Callable[[Scale], list[Target]]
-    seconds: float
-    warm_up: float
-    repeated: bool = True
-
+from . import live_weights, models
+from .contestants import Contestant, Run, Setting, beginning
+from .measure import LAGS, lag_figures, percentile, ticker
+from .plan import Entrant, Figure, Measured, Opened, Scale, Target, Workload
 
 # --- (a) to (c), (e): a model under clients ---------------------------------------------------------------
 
@@ -141,7 +48,7 @@ def serving(
         async def opened() -> AsyncIterator[Opened]:
             async with contestant.open(given) as run:
                 answer = run() if contestant.blocking else await run()
-                yield Opened(functools.partial(measure, contestant, given, run), _beginning(answer))
+                yield Opened(functools.partial(measure, contestant, given, run), beginning(answer))
 
         return Entrant(
             contestant.name,
@@ -154,12 +61,6 @@ def serving(
         )
 
     return [entrant(contestant) for contestant in entering]
-
-
-def _beginning(answer: Any) -> tuple[float, ...]:
-    """The first numbers of a model's answer, in whichever form the contestant gives it."""
-    first = answer[0] if isinstance(answer, list) else answer
-    return tuple(float(value) for value in first.reshape(-1)[:4])
 
 
 async def one_client(contestant: Contestant, setting: Setting, run: Run, seconds: float) -> Measured:
@@ -214,11 +115,7 @@ async def heavy_runs(contestant: Contestant, setting: Setting, run: Run, seconds
         until = started + seconds
         requests = sum(await asyncio.gather(*(_ask(call, until) for _ in range(setting.clients))))
         took = time.perf_counter() - started
-    lag = {f"lag_{name}": percentile(lags, percent) for name, percent in LAGS.items()}
-    return Measured({"rate": requests / took, **lag})
-
-
-LAGS = {"p50": 50, "p99": 99, "max": 100}
+    return Measured({"rate": requests / took, **lag_figures(lags)})
 
 
 async def _many_requests(requests: int, run: Run, clients: int) -> None:
@@ -485,5 +382,6 @@ def programme() -> dict[str, Workload]:
             warm_up=0.0,
             repeated=False,
         ),
+        *live_weights.workloads(),
     ]  # fmt: skip
     return {workload.key: workload for workload in workloads}

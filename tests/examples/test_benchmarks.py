@@ -7,19 +7,22 @@ import io
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from benchmarks import contestants
+from benchmarks import contestants, live_weights
 from benchmarks.__main__ import must_agree
+from benchmarks.live_weights import InThreads, Span, swap_figures
 from benchmarks.measure import Machine, percentile, ticker
 from benchmarks.picture import draw
+from benchmarks.plan import QUICK, Figure, Measured, Target
 from benchmarks.report import Part, Report, Result, print_part, print_verdicts, write_json
 from benchmarks.workers import Worker
-from benchmarks.workloads import QUICK, Figure, Measured, Target, programme
+from benchmarks.workloads import programme
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CHOSEN = {
@@ -28,6 +31,8 @@ CHOSEN = {
     "c": ["bare loop", "thread pool", "auto"],
     "d": ["core, depth 10", "core, depth 1,000", "front, depth 10", "front, depth 1,000"],
     "e": ["auto"],
+    "f": ["stock runner, 1 caller", "aoti_sched, 1 caller", "aoti_sched, 2 callers"],
+    "g": ["serving alone", "memcpy", "aoti_sched", "stock runner"],
 }
 
 
@@ -75,7 +80,7 @@ def test_a_run_writes_every_repetition_of_every_contestant_as_json(quick):
 
 
 def test_times_and_rates_of_a_run_are_positive(quick):
-    first = {"a": "p50", "b": "rate", "c": "rate", "d": "cost", "e": "rss"}
+    first = {"a": "p50", "b": "rate", "c": "rate", "d": "cost", "e": "rss", "f": "swap", "g": "rate"}
     for part in quick[1]["parts"]:
         assert all(result["median"][first[part["key"]]] > 0 for result in part["results"])
 
@@ -220,6 +225,25 @@ def test_every_target_names_entrants_and_figures_that_there_are():
 
 
 # --- measuring ------------------------------------------------------------------------------------------
+
+
+def test_a_swap_is_held_against_the_longest_run_that_was_under_way_in_it():
+    runs = [Span(0, 4), Span(4, 5), Span(5, 30)]
+    figures = swap_figures([Span(3, 6), Span(3, 4.5), Span(4.2, 4.7)], runs)
+    assert figures["over"] == pytest.approx(0.5 - 1)
+    assert (figures["swap"], figures["swap_max"], figures["run"]) == (1.5, 3, 4)
+    assert figures["stuck"] == 0
+    assert swap_figures([Span(40, 43)], runs)["over"] == 3
+
+
+def test_a_swap_that_returns_only_when_its_callers_are_gone_is_given_up(monkeypatch):
+    monkeypatch.setattr(live_weights, "PATIENCE", 0.05)
+    staged, forever = [], threading.Event()
+    callers = InThreads(2, lambda: time.sleep(0.001))
+    measured = callers.measure(staged.append, lambda: forever.wait(0.2), seconds=0.0)
+    assert staged == [0]
+    assert measured.figures["stuck"] == 1
+    assert measured.figures["swap"] == pytest.approx(0.05)
 
 
 def test_a_percentile_is_one_of_the_values():
