@@ -173,7 +173,8 @@ async def c_abi_swaps(callers: int) -> AsyncIterator[Opened]:
     x, sets = models.example("heavy"), _sets("heavy")
 
     def stage(number: int) -> None:
-        raw.stage("heavy", sets[(number + 1) % 2].items(), partial=False, check_finite=False)
+        weights = sets[(number + 1) % 2].items()
+        raw.stage(raw.full_set("heavy", weights, partial=False, check_finite=False))
 
     threads = InThreads(callers, lambda: raw.run([x]))
     measure = functools.partial(threads.measure, stage, raw.swap)

@@ -179,7 +179,8 @@ class CpuContainer:
 
     def stage(self, weights: object, *, partial: bool = False, check_finite: bool = False) -> int:
         with open_weights(weights) as tensors:
-            size = self._raw.stage(self._name, tensors, partial=partial, check_finite=check_finite)
+            ready = self._raw.full_set(self._name, tensors, partial=partial, check_finite=check_finite)
+        size = self._raw.stage(ready)  # not before a file was found to be still the one that was read
         self._inactive_bytes = size
         self._know_memory()  # before anything can run on it
         return size

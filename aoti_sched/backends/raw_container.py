@@ -193,13 +193,13 @@ class RawContainer:
             return {}  # what a freed buffer holds points into freed memory
         return {name: tensor.clone() for name, tensor in self._borrow(inactive=inactive)}
 
-    def stage(
+    def full_set(
         self, model: str, weights: Iterable[tuple[str, torch.Tensor]], *, partial: bool, check_finite: bool
-    ) -> int:
-        """Write a full set into the inactive buffer; returns its bytes. Runs may go on. `model` is for errors.
+    ) -> list[tuple[Constant, torch.Tensor]]:
+        """A full set, checked and laid out, for `stage`; what a part leaves out is the active buffer's. `model` is for errors.
 
         Raises:
-            ConstantMismatchError: The set does not fit. Nothing was written.
+            ConstantMismatchError: The set does not fit.
         """
         fit = fitting(
             model,
@@ -214,7 +214,10 @@ class RawContainer:
             spec = constant.spec
             if not spec.folded and spec.fqn not in fit and spec.fqn in active:
                 fit[spec.fqn] = active[spec.fqn]  # made by the compiler, or left out of a part
-        ready = [(c, laid_out(self.name, c, fit[c.spec.fqn])) for c in self.constants if c.spec.fqn in fit]
+        return [(c, laid_out(self.name, c, fit[c.spec.fqn])) for c in self.constants if c.spec.fqn in fit]
+
+    def stage(self, ready: list[tuple[Constant, torch.Tensor]]) -> int:
+        """Write a `full_set` into the inactive buffer; returns its bytes. Runs may go on."""
         self._complete[1] = False
         self._write("UpdateConstantBufferPairs", ready, inactive=True, full=True)
         return sum(tensor.numel() * tensor.element_size() for _, tensor in ready)

@@ -16,9 +16,11 @@ import psutil
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from aoti_sched import ConstantMismatchError, Runner, Scheduler, UpdateError
+from aoti_sched import ConstantMismatchError, RunError, Runner, Scheduler, UpdateError, WeightsFileError
+from aoti_sched.backends import raw_container
 from examples.semantic_search import packages
 from tests.models import build
 from tests.real.conftest import EXECUTORS
@@ -222,13 +224,14 @@ async def test_a_thousand_updates_leave_nothing_behind():
                 if number % 100 == 0:
                     await runner.free_previous()
             gc.collect()
-            return process.memory_info().rss, process.num_fds()
+            tensors = sum(type(each) is torch.Tensor for each in gc.get_objects())
+            return process.memory_info().rss, (process.num_fds(), tensors)
 
         await updates(300)
-        memory, descriptors = await updates(200)
-        after, descriptors_after = await updates(1000)
+        memory, handles = await updates(200)
+        after, handles_after = await updates(1000)
     assert after - memory < 4 << 20
-    assert descriptors_after == descriptors
+    assert handles_after == handles
 
 
 async def test_a_refused_set_lists_every_fault_and_changes_nothing():
@@ -248,6 +251,149 @@ async def test_a_refused_set_lists_every_fault_and_changes_nothing():
         assert number_in(await runner.run(torch.randn(32, 16))) == 2
         await runner.rollback()  # what was kept is still there
         assert number_in(await runner.run(torch.randn(32, 16))) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "fault"),
+    [
+        ("first", torch.zeros(16, 15), r"wants shape \(16, 16\), got \(16, 15\)"),
+        ("first", torch.zeros(16, 16).double(), "wants float32, got float64"),
+        ("first", torch.zeros(16, 16).to_sparse(), "wants a dense tensor"),
+        ("first", torch.zeros(16, 16, device="meta"), "wants a tensor on cpu, got one on meta"),
+        ("count", torch.zeros(3, 3), "wants int64, got float32"),
+        ("last", torch.full((5, 7), float("nan")), "has values that are not finite"),
+        ("last", torch.full((5, 7), float("-inf")), "has values that are not finite"),
+        ("surplus", torch.zeros(1), "is no constant of it"),
+    ],
+)
+async def test_what_does_not_fit_is_named_with_what_was_wanted(name, tensor, fault):
+    async with Scheduler() as scheduler:
+        runner = await scheduler.load(build("canary").path)
+        weights = {**canary_weights(2), name: tensor}
+        with pytest.raises(ConstantMismatchError, match=f"{name}.*{fault}") as caught:
+            await runner.update(weights, check_finite=True)
+        assert [fqn for fqn, _ in caught.value.faults] == [name]
+        assert number_in(await runner.run(torch.randn(32, 16))) == 1
+        await runner.update(canary_weights(3), check_finite=True)
+        assert number_in(await runner.run(torch.randn(32, 16))) == 3
+
+
+async def test_a_name_that_comes_twice_and_one_that_is_folded_are_faults_too():
+    async with Scheduler() as scheduler:
+        runner = await scheduler.load(build("folding").path)
+        (folded,) = [name for name, spec in runner.constants().items() if spec.folded]
+        given = build("folding").module().state_dict()
+        pairs = [*given.items(), ("bias", given["bias"]), (folded, torch.zeros(4, 4))]
+        with pytest.raises(ConstantMismatchError) as caught:
+            await runner.update(iter(pairs))
+        assert caught.value.faults == (
+            ("bias", "is given twice"),
+            (folded, "is computed from other constants; give those"),
+        )
+
+
+async def test_infinities_pass_where_nobody_asks():
+    async with Scheduler() as scheduler:
+        runner = await scheduler.load(build("canary").path)
+        await runner.update({**canary_weights(2), "last": torch.full((5, 7), float("inf"))})
+        assert float("inf") in (await runner.run(torch.randn(32, 16)))[0]
+
+
+async def test_views_of_all_kinds_arrive_as_what_they_show():
+    """Strides, an offset, a storage that holds more, an expanded one: the runtime would copy what lies beneath."""
+    async with Scheduler() as scheduler:
+        runner = await scheduler.load(build("canary").path)
+        shown = {
+            "first": torch.arange(256.0).reshape(16, 16).t(),
+            "middle": torch.arange(300.0)[100:228:2],
+            "count": torch.arange(3).expand(3, 3),
+            "last": torch.arange(70.0).reshape(10, 7)[5:],
+        }
+        await runner.update(shown)
+        extracted = await runner.extract()
+        assert all(torch.equal(extracted[name], tensor) for name, tensor in shown.items())
+
+
+async def test_weights_come_from_files_and_a_file_that_can_not_be_trusted_changes_nothing(tmp_path):
+    one, other, changing = (tmp_path / name for name in ("two.safetensors", "three.pt", "changing"))
+    save_file(canary_weights(2), one)
+    torch.save({"state_dict": canary_weights(3)}, other)
+    save_file(canary_weights(4), changing)
+
+    async def seen():
+        return number_in(await runner.run(torch.randn(32, 16)))
+
+    async with Scheduler() as scheduler:
+        runner = await scheduler.load(build("canary").path)
+        await runner.update(one)
+        assert await seen() == 2
+        await runner.update(str(other), check_finite=True)
+        assert await seen() == 3
+
+        (tmp_path / "cut").write_bytes(one.read_bytes()[:-1])
+        (tmp_path / "foreign").write_bytes(b"no weights at all")
+        for file, fault in [("cut", "is truncated"), ("foreign", "is neither"), ("none", "There is no")]:
+            with pytest.raises(WeightsFileError, match=fault):
+                await runner.update(tmp_path / file)
+        fitting = raw_container.fitting
+
+        def meanwhile(*args, **kwargs):
+            fit = fitting(*args, **kwargs)
+            save_file(canary_weights(5), changing)
+            return fit
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(raw_container, "fitting", meanwhile)
+            with pytest.raises(WeightsFileError, match="changed while it was being read"):
+                await runner.update(changing)
+        assert (runner.epoch, await seen()) == (3, 3)
+        await runner.rollback()
+        assert await seen() == 2
+        await runner.update(changing)
+        assert await seen() == 5
+
+
+async def test_a_container_whose_fold_failed_is_rebuilt_under_load_and_serves_what_it_served(
+    executor, monkeypatch
+):
+    built = build("folding")
+    module = built.module()
+    over = False
+    async with Scheduler() as scheduler:
+        runner = await scheduler.load(built.path, instances=2, overflow="wait")
+        with torch.no_grad():
+            module.weight.mul_(2)
+            await runner.update(module.state_dict())
+            expected = module(*built.args)
+
+        async def client():
+            while not over:
+                future = runner.submit(*built.args)
+                assert_close(await future, expected)
+                assert future.trace.epoch == 2
+                await asyncio.sleep(0)
+
+        clients = [asyncio.create_task(client()) for _ in range(8)]
+        for _ in range(5):
+            old = runner.container.c_run.container
+            with monkeypatch.context() as patch:
+                patch.setattr(runner.container._raw, "fold", broken)
+                with pytest.raises(RunError, match="no fold"):
+                    await runner.update({name: value * 3 for name, value in module.state_dict().items()})
+            assert runner.container.c_run.container != old
+            assert (runner.info.staged, runner.info.previous_epoch, runner.epoch) == (False, None, 2)
+        over = True
+        await asyncio.gather(*clients)
+        assert runner.stats().failed == 0
+        with torch.no_grad():
+            module.weight.mul_(2)
+            assert (await runner.update(module.state_dict())).epoch == 3
+            assert_close(await runner.run(*built.args), module(*built.args))
+
+
+def broken(*, inactive):
+    assert inactive
+    raise RunError("no fold")
 
 
 async def test_part_of_the_weights_is_merged_over_those_that_serve():
