@@ -8,7 +8,7 @@ import pytest
 import structlog
 
 import aoti_sched
-from aoti_sched import Limits, Priority, Scheduler
+from aoti_sched import Limits, Priority, Scheduler, update
 from aoti_sched.testing import FakeBackend, settle
 from tests.front.support import Held, fleet, until, weights
 
@@ -695,6 +695,65 @@ async def test_memory_is_given_back_even_when_nobody_waits_for_it():
         its.sets[a][2] = 2
         await its.must_be_sound()
         assert (a.epoch, a.info.inactive_bytes) == (2, 0)
+
+
+@pytest.fixture
+def without_threads(monkeypatch):
+    """What blocks is called on the loop, after one turn: an update then takes the same turns each time."""
+
+    async def here(self, call):
+        await asyncio.sleep(0)
+        return call()
+
+    monkeypatch.setattr(update.Updates, "_in_thread", here)
+
+
+@pytest.mark.parametrize("how", ["cancel", "timeout"])
+@pytest.mark.parametrize("options", [{}, {"keep_previous": False}], ids=["kept", "freed"])
+async def test_an_update_given_up_at_any_turn_of_the_loop_has_changed_all_or_nothing(
+    how, options, without_threads
+):
+    """Of three runners on two devices, all of which fold and are in use: so this is every await there is."""
+    turns, finished, outcomes, held_up = 0, False, set(), 0
+    while not finished:
+        async with fleet(auto=False, instances=2) as its:
+            for runner in its:
+                runner.container.folds = True
+            await its.update(2)
+            in_use = [runner.submit() for runner in its]
+            updating = later(its.scheduler.update({r: weights(3) for r in its}, timeout=5, **options))
+            for turn in range(turns):
+                if turn == 40:
+                    for backend in its.backends.values():
+                        backend.finish_all()
+                await asyncio.sleep(0)
+            finished = updating.done()
+            held_up += all(runner.stats().updating for runner in its)
+            if how == "cancel":
+                updating.cancel()
+            else:
+                its.clock.advance(5)
+            for backend in its.backends.values():
+                backend.finish_all()
+            (end,) = await asyncio.gather(updating, return_exceptions=True)
+            await its.quiet()
+            outcomes.add((type(end).__name__, its.epochs[0]))
+            assert len(set(its.epochs)) == 1, "all or none"
+            if its.epochs[0] == 3:
+                for runner in its:
+                    its.sets[runner][3] = 3
+            for future in in_use:
+                assert await future == (2, 2)
+            await its.must_be_sound()
+            await its.update(4)
+            await its.must_be_sound()
+        turns += 1
+    gave_up = "CancelledError" if how == "cancel" else "DeadlineExceededError"
+    assert {(gave_up, 2), ("dict", 3)} <= outcomes
+    assert outcomes <= {(gave_up, 2), ("dict", 3), ("CancelledError", 3)}, (
+        "a timeout says that nothing has changed"
+    )
+    assert held_up > 5
 
 
 # --- held leases --------------------------------------------------------------------------------------
