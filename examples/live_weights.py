@@ -43,9 +43,8 @@ STEPS = 4  # of training, between two updates
 PACE = 0.15  # seconds from one update to the next, unless training takes longer
 MISTAKE = 35  # after so many updates, noise is published
 WATCHED = 400  # so many of the latest answers are watched
-ALARM = (
-    0.2  # when their share of right ones falls so far below the best there was, the weights are rolled back
-)
+# When their share of right ones falls so far below the best there was, the weights are rolled back.
+ALARM = 0.2
 
 MISTAKEN = "#d1242f"
 
@@ -77,9 +76,8 @@ class Observed:
 
     answers: list[Answer] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
-    published: dict[int, State] = field(
-        default_factory=dict
-    )  # each epoch's weights, to compute its answers again
+    # Each epoch's weights, to compute its answers again.
+    published: dict[int, State] = field(default_factory=dict)
     noise: int = 0  # the epoch that should not have been
     lost: int = 0  # requests that were not answered
     alarm: asyncio.Event = field(default_factory=asyncio.Event)
@@ -160,9 +158,8 @@ async def improve(reader: Runner, digits: Digits, observed: Observed) -> None:
 
 async def serve(package: Path, train: Digits, held_out: Digits) -> Observed:
     observed, done = Observed(), asyncio.Event()
-    next(
-        training(DigitClassifier(), train)
-    )  # torch imports its compiler at the first step: seconds, the GIL held
+    # torch imports its compiler at the first step of training: seconds, the GIL held.
+    next(training(DigitClassifier(), train))
     async with aoti_sched.Scheduler() as scheduler:
         reader = await scheduler.load(package, name="reader", instances=2)
         clients = asyncio.gather(*(ask(reader, n, held_out, observed, done) for n in range(CLIENTS)))

@@ -32,9 +32,8 @@ _torchs_words = getattr(libtorch, "torch_exception_get_what_without_backtrace", 
 if _torchs_words is not None:
     _torchs_words.restype = c_char_p
 _set_openmp = getattr(libtorch, "omp_set_num_threads", None)
-_set_mkl = getattr(
-    libtorch, "MKL_Set_Num_Threads_Local", None
-)  # returns what it was; 0 is the process's count
+# It returns what it was; 0 is the process's count.
+_set_mkl = getattr(libtorch, "MKL_Set_Num_Threads_Local", None)
 
 
 def run_here(work: Work) -> Completion:

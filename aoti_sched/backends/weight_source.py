@@ -203,10 +203,8 @@ class _Entry(msgspec.Struct):
 def _read_safetensors(path: Path, file: io.BufferedReader) -> Iterator[Named]:
     # The header promises data without a gap, so the file is read from front to end.
     for name, dtype, shape in _safetensors_layout(path, file):
-        yield (
-            name,
-            _read_tensor(path, file, name, dtype, shape),
-        )  # no variable here keeps it: it is the caller's
+        # No variable here keeps the tensor: it is the caller's.
+        yield name, _read_tensor(path, file, name, dtype, shape)
 
 
 def _read_tensor(

@@ -457,9 +457,8 @@ def test_completions_that_come_between_two_portions_come_after_them(c, lanes):
 
 def test_a_burst_rings_once(c, lanes):
     finish_without_draining(c, lanes, 20)
-    assert (
-        int.from_bytes(os.read(lanes.fileno(), 4096), sys.byteorder) == 1
-    )  # an eventfd's sum, or a pipe's all
+    rung = os.read(lanes.fileno(), 4096)  # an eventfd's sum, or all that is in a pipe
+    assert int.from_bytes(rung, sys.byteorder) == 1
     lanes.close()
     assert not readable(lanes)  # the last of them did not ring either
     assert len(drain(lanes)) == 20
