@@ -391,6 +391,30 @@ async def test_a_container_whose_fold_failed_is_rebuilt_under_load_and_serves_wh
             assert_close(await runner.run(*built.args), module(*built.args))
 
 
+@pytest.mark.parametrize("which", [0, 1, 2])
+async def test_a_swap_that_fails_on_one_of_three_is_taken_back_on_those_before(executor, which, monkeypatch):
+    async with Scheduler() as scheduler:
+        path = build("canary").path
+        runners = [await scheduler.load(path, name=f"canary{index}") for index in range(3)]
+
+        async def seen():
+            return [number_in(await runner.run(torch.randn(32, 16))) for runner in runners]
+
+        def no_swap():
+            raise RunError("no swap")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(runners[which].container, "swap", no_swap)
+            with pytest.raises(RunError, match="no swap"):
+                await scheduler.update({runner: canary_weights(2) for runner in runners})
+        assert await seen() == [1, 1, 1]
+        assert [(runner.epoch, runner.info.inactive_bytes) for runner in runners] == [(1, 0)] * 3
+        await scheduler.update({runner: canary_weights(3) for runner in runners})
+        assert await seen() == [3, 3, 3]
+        await scheduler.rollback(*runners)
+        assert await seen() == [1, 1, 1]
+
+
 def broken(*, inactive):
     assert inactive
     raise RunError("no fold")
