@@ -234,6 +234,7 @@ def test_a_swap_is_held_against_the_longest_run_that_was_under_way_in_it():
     assert (figures["swap"], figures["swap_max"], figures["run"]) == (1.5, 3, 4)
     assert figures["stuck"] == 0
     assert swap_figures([Span(40, 43)], runs)["over"] == 3
+    assert swap_figures([Span(3, 6)], runs, pauses=[1.5])["over"] == 1.5 - 4  # the long run came after it
 
 
 def test_a_swap_that_returns_only_when_its_callers_are_gone_is_given_up(monkeypatch):
