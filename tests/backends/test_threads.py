@@ -11,6 +11,7 @@ import pytest
 from aoti_sched.backends.bell import Bell
 from aoti_sched.backends.threads import ThreadsExecutor
 from aoti_sched.testing import FakeExecutor, ManualClock
+from tests.backends.batch_contract import BatchContract, StagingContract
 from tests.backends.executor_contract import ExecutorContract, LanesContract, collect, work
 from tests.models import ROOT
 
@@ -72,6 +73,30 @@ class TestFakeExecutor(ExecutorContract):
 
 
 class TestAutomaticFakeExecutor(ExecutorContract):
+    def open(self, lanes):
+        return FakeExecutor(lanes, None, auto=True)
+
+
+# --- batches --------------------------------------------------------------------------------------------
+
+
+class TestBatchesOnThreads(StagingContract):
+    def open(self, lanes):
+        return ThreadsExecutor("cpu", lanes, lambda count: None)
+
+
+class TestBatchesOnTheFakeExecutor(BatchContract):
+    """It calls the function for each member."""
+
+    def open(self, lanes):
+        return FakeExecutor(lanes, ManualClock(), auto=False)
+
+    def finish(self, executor):
+        while executor.pending:
+            executor.step()
+
+
+class TestBatchesOnTheAutomaticFakeExecutor(BatchContract):
     def open(self, lanes):
         return FakeExecutor(lanes, None, auto=True)
 
