@@ -42,7 +42,13 @@ def run(program, *arguments):
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_lanes_under_stress_give_a_sanitizer_nothing_to_say(sanitizer, seed):
-    sources = [HERE / "stress.cpp", HERE / "model_library.c", HERE / "model_throws.cpp", NATIVE / "lane.cpp"]
+    sources = [
+        HERE / "stress.cpp",
+        HERE / "model_library.c",
+        HERE / "model_throws.cpp",
+        NATIVE / "lane.cpp",
+        NATIVE / "batch.cpp",
+    ]
     result = run(compile_with(sanitizer, "stress", *sources), seed, ROUNDS)
     assert (result.stdout, result.stderr, result.returncode) == (f"{ROUNDS} rounds\n", "", 0)
 
