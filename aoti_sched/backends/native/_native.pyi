@@ -5,8 +5,8 @@ from typing import Any, TypeAlias
 
 Taken: TypeAlias = tuple[int, list[Any] | tuple[str, str], float, float]
 """Token, outputs (None where one was left out) or the runtime's and torch's words for a failure, start and end in
-seconds of the monotonic clock. A batch's outputs are two lists: of the whole ones, where the members' are views of them,
-and of each member's list."""
+seconds of the monotonic clock. A batch's outputs are two lists: of the whole ones (None where the members' are copies), and
+of each member's list."""
 
 class ForkedError(RuntimeError):
     """A forked child used the lanes of its parent, whose threads it does not have."""

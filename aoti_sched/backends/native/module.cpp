@@ -217,7 +217,7 @@ class PyLanes {
   }
 
   // (token, outputs or (runtime's words, torch's words), started, finished); times in seconds. A batch's outputs are two
-  // lists: of the whole ones, where the members' are views of them, and of each member's list.
+  // lists: of the whole ones (None where the members' are copies), and of each member's list.
   nb::object give(aoti::Completion& completion) const {
     nb::object result;
     if (completion.status == 0) {
