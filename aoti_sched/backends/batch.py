@@ -119,7 +119,8 @@ def gather(name: str, batch: Batch, memories: list[torch.Tensor | None] | None =
             f"{name}: {len(batch.members)} members with {sum(batch.rows)} rows are no batch of {batch.padded_rows} rows"
         )
     inputs = []
-    with torch.no_grad():
+    # Memory made in a caller's inference mode could not be written by torch outside of one.
+    with torch.inference_mode(mode=False), torch.no_grad():
         for index, plan in enumerate(batch.plan.inputs):
             parts = [member[index] for member in batch.members]
             sizes = _whole_sizes(name, batch, index, parts)
@@ -148,43 +149,50 @@ def split(name: str, batch: Batch, outputs: Sequence[torch.Tensor | None]) -> li
         raise RunError(
             f"{name}: the run failed: it gave {len(outputs)} outputs, expected {len(plan.outputs)}"
         )
+    surplus = batch.padded_rows - sum(batch.rows)
     members: list[list[torch.Tensor | None]] = [[] for _ in batch.members]
     for index, (how, output) in enumerate(zip(plan.outputs, outputs, strict=True)):
-        if output is not None:
-            _check_output(name, batch, index, output)
-        first = 0
-        for member, inputs, rows in zip(members, batch.members, batch.rows, strict=True):
-            part = None
-            if output is not None:
-                part = output.narrow(how.dim, first, rows)
-                for cut in how.ragged:
-                    length = inputs[cut.input].shape[cut.input_dim]
-                    part = part.narrow(cut.dim, 0, length)
-                if plan.detach_rows:
-                    part = part.clone()
-            member.append(part)
-            first += rows
+        if output is None:
+            for member in members:
+                member.append(None)
+            continue
+        _check_output(name, batch, index, output)
+        parts = output.split_with_sizes([*batch.rows, surplus], how.dim)
+        for member, inputs, whole in zip(members, batch.members, parts, strict=False):
+            part = whole
+            for cut in how.ragged:
+                part = part.narrow(cut.dim, 0, inputs[cut.input].shape[cut.input_dim])
+            member.append(part.clone() if plan.detach_rows else part)
     return members
 
 
 def _whole_sizes(name: str, batch: Batch, index: int, parts: list[torch.Tensor]) -> list[int]:
     """The sizes of an input of the whole batch, and a check that each member fits."""
     plan = batch.plan.inputs[index]
+    dtype = parts[0].dtype
     sizes = list(parts[0].shape)
     for number, (part, rows) in enumerate(zip(parts, batch.rows, strict=True)):
-        what = f"{name}: the run failed: input {index} of request {number} of the batch"
-        if part.dim() != len(plan.order):
-            raise RunError(f"{what} has {part.dim()} dimensions, not {len(plan.order)}")
-        if part.dtype != parts[0].dtype:
-            raise RunError(f"{what} is of another dtype than that of the first")
-        for dim, size in enumerate(part.shape):
-            wanted = rows if dim == plan.dim else sizes[dim]
-            if dim in plan.ragged:
-                sizes[dim] = max(size, wanted)
-            elif size != wanted:
-                raise RunError(f"{what} has size {size} in dimension {dim}, not {wanted}")
+        shape = list(part.shape)
+        if len(shape) == len(sizes) == len(plan.order):
+            sizes[plan.dim] = rows
+            for dim in plan.ragged:
+                sizes[dim] = max(sizes[dim], shape[dim])
+                shape[dim] = sizes[dim]
+        if shape != sizes or part.dim() != len(plan.order) or part.dtype is not dtype:
+            raise RunError(
+                f"{name}: the run failed: input {index} of request {number} of the batch {_misfit(plan, part, dtype, sizes)}"
+            )
     sizes[plan.dim] = batch.padded_rows
     return sizes
+
+
+def _misfit(plan: InputPlan, part: torch.Tensor, dtype: torch.dtype, sizes: list[int]) -> str:
+    if part.dim() != len(plan.order):
+        return f"has {part.dim()} dimensions, not {len(plan.order)}"
+    if part.dtype is not dtype:
+        return "is of another dtype than that of the first"
+    dim = next(dim for dim, size in enumerate(sizes) if size != part.shape[dim] and dim not in plan.ragged)
+    return f"has size {part.shape[dim]} in dimension {dim}, not {sizes[dim]}"
 
 
 def _dense(sizes: Sequence[int], order: Sequence[int]) -> tuple[list[int], int]:

@@ -498,6 +498,17 @@ class StagingContract(GatheringContract):
         first, *others = self.addresses(executor, model, big, small, big, small)
         assert others == [first] * 3
 
+    @pytest.mark.parametrize("first", [True, False])
+    def test_batches_inside_inference_mode_and_outside_share_memory(self, executor, first):
+        model = self.watching()
+        members = [[one.requires_grad_()] for one in matrices(1, 2)]
+        for mode in (first, not first, first):
+            with torch.inference_mode(mode):
+                outputs = self.outputs(executor, model, batch_of(plan(), members))
+            assert all(same(output, x * 2) for (output,), (x,) in zip(outputs, members, strict=True))
+            assert not any(output.requires_grad for (output,) in outputs)
+        assert len(set(model.seen)) == 1
+
     def test_memory_grows_by_more_than_is_asked_for(self, executor):
         model = self.watching()
         batches = [batch_of(plan(), [[one] for one in matrices(n)]) for n in range(1, 65)]
