@@ -31,6 +31,7 @@ from typing import Any, TypeVar
 import pytest
 
 from aoti_sched.backends.base import Completion, ContainerInfo, Executor, Loaded, LoadRequest, Work
+from aoti_sched.backends.batch import Staging
 from aoti_sched.backends.bell import Bell
 from aoti_sched.dispatch import Clock
 from aoti_sched.errors import ConstantMismatchError, PackageNotFoundError
@@ -138,6 +139,7 @@ class FakeContainer:
         )
 
     c_run = None
+    staging = Staging("fake")  # of no use: there is nothing to put together
 
     def own(self, outputs: list[Any]) -> list[Any]:
         return outputs
@@ -232,7 +234,10 @@ class FakeExecutor:
         outputs = None
         if error is None:
             try:
-                outputs = work.container.run_raw(work.inputs)
+                run = work.container.run_raw
+                outputs = (
+                    run(work.inputs) if work.batch is None else [run(inputs) for inputs in work.batch.members]
+                )
             except Exception as raised:  # noqa: BLE001 -- it is the request's
                 error = raised
         return Completion(work.token, outputs, error, started, self._time())

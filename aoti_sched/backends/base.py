@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from aoti_sched.backends.batch import Batch, Staging
 from aoti_sched.call_spec import CallSpec
 from aoti_sched.specs import ConstantSpec
 
@@ -41,7 +42,8 @@ class ContainerInfo(msgspec.Struct, frozen=True, kw_only=True):
 class CRun(msgspec.Struct, kw_only=True, eq=False):
     """How C runs a container: addresses of its functions, for lanes that never touch Python.
 
-    `name` is what errors call the model; `native` is what native lanes keep of it.
+    `name` is what errors call the model; `native` is what native lanes keep of it, `native_plan` the plan of its last
+    batch as they know it.
     """
 
     name: str
@@ -51,6 +53,7 @@ class CRun(msgspec.Struct, kw_only=True, eq=False):
     num_outputs: int
     last_error: int = 0
     native: Any = None
+    native_plan: Any = None
 
 
 class Container(Protocol):
@@ -62,6 +65,10 @@ class Container(Protocol):
     @property
     def c_run(self) -> CRun | None:
         """How C runs it; None where only `run_raw` can."""
+
+    @property
+    def staging(self) -> Staging:
+        """Where Python puts batches together; cleared when the container is closed."""
 
     def own(self, outputs: list[Any]) -> list[Any]:
         """The same outputs, but copies of those that share memory with the weights."""
@@ -122,16 +129,24 @@ class Container(Protocol):
 
 
 class Work(msgspec.Struct, frozen=True, eq=False):
-    """One run for a lane. `token` comes back with the completion and is not looked at."""
+    """One run for a lane. `token` comes back with the completion and is not looked at.
+
+    With a `batch` it is the run of that batch, and `inputs` is ().
+    """
 
     container: Container
     inputs: Sequence[Any]
     threads: int
     token: Any
+    batch: Batch | None = None
 
 
 class Completion(msgspec.Struct, frozen=True, eq=False):
-    """The end of one work. Either `outputs` or `error`; times are seconds of `time.monotonic`."""
+    """The end of one work. Either `outputs` or `error`; times are seconds of `time.monotonic`.
+
+    The `outputs` of a batch are a list of outputs for each member. It was started before its members were put together, and
+    finished after they were taken apart.
+    """
 
     token: Any
     outputs: list[Any] | None

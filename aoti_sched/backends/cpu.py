@@ -14,6 +14,7 @@ import msgspec
 import torch
 
 from aoti_sched.backends.base import ContainerInfo, CRun, Executor, Loaded, LoadRequest
+from aoti_sched.backends.batch import Staging
 from aoti_sched.backends.c_abi import FUNCTIONS, Library, libtorch
 from aoti_sched.backends.executor import open_executor
 from aoti_sched.backends.raw_container import RawContainer
@@ -90,6 +91,7 @@ class CpuContainer:
         if self.folds:
             raw.fold(inactive=False)  # now, and not in the first request
         self._c_run = raw.c_run()
+        self.staging = Staging(raw.name)
         self._inactive_bytes = 0
         # An output that lies where constants lie is a weight itself; so is one that warming up found to be folded.
         self._constants_start: list[int] = []
@@ -153,6 +155,8 @@ class CpuContainer:
 
     def close(self) -> None:
         self._raw.close()
+        self.staging.clear()
+        self._c_run.native = None  # with what native lanes keep
 
     def _know_memory(self) -> None:
         both = sorted({*self._raw.constant_memory(), *self._raw.constant_memory(inactive=True)})

@@ -10,7 +10,7 @@ import ctypes
 import functools
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import POINTER, c_char_p, c_int32, c_size_t, c_void_p
 from typing import Any
@@ -45,12 +45,22 @@ def run_here(work: Work) -> Completion:
         with intra_op_threads(work.threads):
             run = work.container.c_run
             if run is None:
-                outputs = work.container.run_raw(work.inputs)
+                outputs = run_raw(work)
+            elif work.batch is None:
+                outputs = _call_own(work, run, work.inputs)
             else:
-                outputs = work.container.own(_call(run, list(work.inputs)))
+                outputs = work.container.staging.run(work.batch, functools.partial(_call_own, work, run))
     except BaseException as caught:  # noqa: BLE001 -- it is the request's
         error = without_frames(caught)
     return Completion(work.token, outputs, error, started, time.monotonic())
+
+
+def run_raw(work: Work) -> list[Any]:
+    """Run a work, one request's or a batch, by its container's own `run_raw`."""
+    container = work.container
+    if work.batch is None:
+        return container.run_raw(work.inputs)
+    return container.staging.run(work.batch, container.run_raw)
 
 
 def refused(work: Work, error: BaseException) -> Completion:
@@ -93,6 +103,10 @@ def without_frames(error: BaseException) -> BaseException:
         link.__traceback__ = None
         link = link.__cause__ or link.__context__
     return error
+
+
+def _call_own(work: Work, run: CRun, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    return work.container.own(_call(run, list(tensors)))
 
 
 def _call(run: CRun, tensors: list[torch.Tensor]) -> list[torch.Tensor | None]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from aoti_sched.backends.at_exit import close_at_exit
 from aoti_sched.backends.base import Completion, Work
 from aoti_sched.backends.bell import Bell
-from aoti_sched.backends.run_here import refused, run_here, without_frames
+from aoti_sched.backends.run_here import refused, run_here, run_raw, without_frames
 from aoti_sched.errors import UnsupportedLoopError
 
 DRAIN_LIMIT = 256
@@ -115,7 +115,7 @@ class ThreadsExecutor:
                 if work.threads != threads:
                     self._set_threads(work.threads)
                     threads = work.threads
-                outputs = work.container.run_raw(work.inputs)
+                outputs = run_raw(work)
             except BaseException as caught:  # noqa: BLE001 -- it is the request's, and must not end the lane
                 error = without_frames(caught)
             completion = Completion(work.token, outputs, error, started, time.monotonic())

@@ -16,6 +16,7 @@ import torch
 from torch._C._aoti import AOTIModelContainerRunnerCpu
 
 from aoti_sched.backends.base import ContainerInfo, LoadRequest
+from aoti_sched.backends.batch import Staging
 from aoti_sched.backends.raw_container import RawContainer
 from aoti_sched.backends.weights import load_weights, read_stored
 from aoti_sched.errors import LoadError, RunError, UpdateError
@@ -31,6 +32,7 @@ class TorchRunnerContainer:
         self._name = request.name
         self._instances = request.instances
         self._gil = "held"
+        self.staging = Staging(raw.name)
         stored = read_stored(raw.name, extracted)
         if extracted.weights_blob is not None:
             raise LoadError(
@@ -105,6 +107,7 @@ class TorchRunnerContainer:
 
     def close(self) -> None:
         self._runner = None
+        self.staging.clear()
 
     # --- live weights: torch's runner can't fold, extract or be rebuilt, so a failed update could not be undone
 

@@ -8,9 +8,13 @@ import threading
 
 import pytest
 
+from aoti_sched.backends.base import Work
+from aoti_sched.backends.batch import Batch
 from aoti_sched.backends.bell import Bell
 from aoti_sched.backends.threads import ThreadsExecutor
+from aoti_sched.errors import RunError
 from aoti_sched.testing import FakeExecutor, ManualClock
+from tests.backends.batch_contract import BatchContract, Rows, StagingContract, plan
 from tests.backends.executor_contract import ExecutorContract, LanesContract, collect, work
 from tests.models import ROOT
 
@@ -72,6 +76,46 @@ class TestFakeExecutor(ExecutorContract):
 
 
 class TestAutomaticFakeExecutor(ExecutorContract):
+    def open(self, lanes):
+        return FakeExecutor(lanes, None, auto=True)
+
+
+# --- batches --------------------------------------------------------------------------------------------
+
+
+class TestBatchesOnThreads(StagingContract):
+    def open(self, lanes):
+        return ThreadsExecutor("cpu", lanes, lambda count: None)
+
+
+class TestBatchesOnTheFakeExecutor(BatchContract):
+    """It calls the function for each member."""
+
+    def open(self, lanes):
+        return FakeExecutor(lanes, ManualClock(), auto=False)
+
+    def finish(self, executor):
+        while executor.pending:
+            executor.step()
+
+
+def test_a_step_of_the_fake_executor_finishes_a_batch_or_fails_it_whole():
+    called = []
+    executor = FakeExecutor(1, ManualClock(), auto=False)
+    model = Rows(lambda x: [called.append(x)], 1, lambda outputs: outputs)
+    batches = [Work(model, (), 1, n, Batch(plan(), [[1], [2]], [1, 1], 2, 0)) for n in range(2)]
+    for one in batches:
+        executor.submit(0, one)
+    assert (len(executor.pending), called) == (2, [])
+    executor.step()
+    executor.step(RunError("no"))
+    first, second = executor.drain()
+    assert (first.outputs, called) == ([[None], [None]], [1, 2])
+    assert (second.outputs, str(second.error)) == (None, "no")
+    executor.close()
+
+
+class TestBatchesOnTheAutomaticFakeExecutor(BatchContract):
     def open(self, lanes):
         return FakeExecutor(lanes, None, auto=True)
 

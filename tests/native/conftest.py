@@ -11,7 +11,14 @@ _BUILT = importlib.util.find_spec("aoti_sched.backends.native._native") is not N
 collect_ignore = (
     []
     if _BUILT
-    else ["test_lanes.py", "test_fork_and_exit.py", "test_executor.py", "test_tensors.py", "test_stub.py"]
+    else [
+        "test_batches.py",
+        "test_executor.py",
+        "test_fork_and_exit.py",
+        "test_lanes.py",
+        "test_stub.py",
+        "test_tensors.py",
+    ]
 )
 
 

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import itertools
 import subprocess
-from ctypes import POINTER, c_char, c_char_p, c_int, c_int32, c_uint64, c_void_p
+from ctypes import POINTER, c_char, c_char_p, c_int, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from filelock import FileLock
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 NATIVE = ROOT / "aoti_sched" / "backends" / "native"
+C_SOURCES = [HERE / "model_library.c", HERE / "tensor_library.c", HERE / "model_throws.cpp"]
 CACHE = ROOT / ".cache" / "native"
 
 THROWS_STANDARD, THROWS_OTHER = 1, 2
@@ -23,7 +24,7 @@ THROWS_STANDARD, THROWS_OTHER = 1, 2
 
 def compile_once(name: str, sources: list[Path], *flags: str) -> Path:
     """The product of these C and C++ sources, from the cache or compiled now."""
-    headers = [HERE / "model_library.h", NATIVE / "lane.hpp"]
+    headers = [HERE / "model_library.h", *(NATIVE / f"{name}.hpp" for name in ("batch", "handle", "lane"))]
     content = [path.read_bytes() for path in (*sources, *headers)]
     digest = hashlib.sha256(repr((content, flags)).encode()).hexdigest()[:16]
     product = CACHE / digest / name
@@ -66,6 +67,7 @@ class Container(ctypes.Structure):
         ("passes_on", c_int32),
         ("gated", c_int32),
         ("probe", c_void_p),
+        ("more_rows", c_int64),
         ("omp_threads", c_int32),
         ("mkl_threads", c_int32),
         ("runs", c_int32),
@@ -104,10 +106,15 @@ class Library:
         cdll.break_tensor.argtypes = (c_void_p,)
         cdll.wait_until_inside.argtypes = (POINTER(Container), c_int)
         cdll.open_gate.argtypes = (POINTER(Container),)
+        cdll.new_matrix.argtypes = (c_int64, c_int64, c_int32, c_int)
+        cdll.new_matrix.restype = c_void_p
+        cdll.is_matrix_of.argtypes = (c_void_p, c_int64, c_int64, c_int)
         cdll.thread_call.argtypes = (c_int, c_char_p, POINTER(c_char))
         self.new_tensor = cdll.new_tensor
         self.deletes = cdll.tensor_deletes
-        self.live = cdll.live_tensors
+        self.live, self.live_storages = cdll.live_tensors, cdll.live_storages
+        self.new_matrix, self.refuse_torch_call = cdll.new_matrix, cdll.refuse_torch_call
+        self.is_matrix_of = cdll.is_matrix_of
         self.set_omp_threads, self.set_mkl_threads = cdll.torch_set_omp_threads, cdll.torch_set_mkl_threads
         self.open_gate = cdll.open_gate
         self.break_tensor = cdll.break_tensor
@@ -142,7 +149,7 @@ class Library:
 
 @functools.cache
 def library() -> Library:
-    sources = [HERE / "model_library.c", HERE / "model_throws.cpp"]
+    sources = C_SOURCES
     return Library(compile_once("model_library.so", sources, "-shared", "-fPIC"))
 
 

@@ -2,19 +2,12 @@
 #include "model_library.h"
 
 #include <pthread.h>
-#include <stdlib.h>
 #include <time.h>
 
 enum { MOST_CALLS = 65536 };
 
-struct tensor {
-  int deletes;
-  int broken;
-};
-
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER; /* guards everything below, and the containers' records */
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
-static int live;
 static int begun;
 static int calls;
 static struct {
@@ -34,64 +27,6 @@ static struct timespec in_a_minute(void) {
   clock_gettime(CLOCK_REALTIME, &until);
   until.tv_sec += 60;
   return until;
-}
-
-/* --- tensors -------------------------------------------------------------------------------------------------- */
-
-void* new_tensor(void) {
-  struct tensor* tensor = calloc(1, sizeof *tensor);
-  pthread_mutex_lock(&mutex);
-  ++live;
-  pthread_mutex_unlock(&mutex);
-  return tensor;
-}
-
-int32_t torch_delete_tensor(void* handle) {
-  struct tensor* tensor = handle;
-  pthread_mutex_lock(&mutex);
-  ++tensor->deletes;
-  --live;
-  pthread_mutex_unlock(&mutex);
-#ifdef FREE_TENSORS
-  free(tensor);
-#endif
-  return 0;
-}
-
-int tensor_deletes(void* handle) {
-  pthread_mutex_lock(&mutex);
-  const int deletes = ((struct tensor*)handle)->deletes;
-  pthread_mutex_unlock(&mutex);
-  return deletes;
-}
-
-int32_t torch_new_tensor_handle(void** tensor, void** made) {
-  if (((struct tensor*)*tensor)->broken) return 1;
-  pthread_mutex_lock(&mutex);
-  ++live;
-  pthread_mutex_unlock(&mutex);
-  *made = *tensor;
-  return 0;
-}
-
-void break_tensor(void* handle) { ((struct tensor*)handle)->broken = 1; }
-
-void* torch_wrap_nothing(void* handle) {
-  (void)handle;
-  return NULL;
-}
-
-void* torch_wrap_throws(void* handle) {
-  (void)handle;
-  throw_standard("torch is out of memory");
-  return NULL;
-}
-
-int live_tensors(void) {
-  pthread_mutex_lock(&mutex);
-  const int now = live;
-  pthread_mutex_unlock(&mutex);
-  return now;
 }
 
 /* --- runs ----------------------------------------------------------------------------------------------------- */
@@ -115,10 +50,15 @@ static int enter(struct container* container, size_t num_inputs, size_t num_outp
   return waited_in_vain;
 }
 
-static void leave(struct container* container) {
+static int32_t leave(struct container* container, int waited_in_vain) {
   pthread_mutex_lock(&mutex);
   --container->inside;
   pthread_mutex_unlock(&mutex);
+  last_error = waited_in_vain ? "nobody opened the gate" : container->error;
+  root_cause = container->cause;
+  if (container->throws == THROWS_STANDARD) throw_standard(container->error);
+  if (container->throws == THROWS_OTHER) throw_other();
+  return waited_in_vain ? -2 : container->status;
 }
 
 int32_t model_run(struct container* container, void** inputs, size_t num_inputs, void** outputs, size_t num_outputs,
@@ -137,12 +77,23 @@ int32_t model_run(struct container* container, void** inputs, size_t num_inputs,
   for (size_t i = 0; i < num_outputs; ++i) {
     if (container->made >> i & 1) outputs[i] = new_tensor();
   }
-  last_error = waited_in_vain ? "nobody opened the gate" : container->error;
-  root_cause = container->cause;
-  leave(container);
-  if (container->throws == THROWS_STANDARD) throw_standard(container->error);
-  if (container->throws == THROWS_OTHER) throw_other();
-  return waited_in_vain ? -2 : container->status;
+  return leave(container, waited_in_vain);
+}
+
+int32_t row_model_run(struct container* container, void** inputs, size_t num_inputs, void** outputs, size_t num_outputs,
+                      void* stream, void* proxy_executor) {
+  const int waited_in_vain = enter(container, num_inputs, num_outputs, stream, proxy_executor);
+  for (size_t i = 0; i < num_outputs; ++i) {
+    if (!(container->made >> i & 1)) continue;
+    void* const input = inputs[i % num_inputs];
+    outputs[i] = container->passes_on ? view_of_matrix(input) : next_matrix(input, container->more_rows);
+  }
+  for (size_t i = 0; i < num_inputs; ++i) {
+    if (!(container->stolen >> i & 1)) continue;
+    torch_delete_tensor(inputs[i]);
+    inputs[i] = NULL;
+  }
+  return leave(container, waited_in_vain);
 }
 
 int32_t other_model_run(struct container* container, void** inputs, size_t num_inputs, void** outputs,
@@ -158,6 +109,7 @@ int32_t model_last_error(const char** text) {
 }
 
 const char* torch_root_cause(void) { return root_cause; }
+void set_root_cause(const char* words) { root_cause = words; }
 
 int32_t device_fence(struct fence* fence) {
   pthread_mutex_lock(&mutex);

@@ -24,6 +24,7 @@ struct container {
   int32_t passes_on;   /* outputs are the stolen inputs themselves */
   int32_t gated;       /* the run waits for open_gate */
   int (*probe)(void);  /* the run calls this, if it is given */
+  int64_t more_rows;   /* of the outputs of row_model_run than its inputs have */
   /* The record. */
   int32_t omp_threads; /* of the last run's thread */
   int32_t mkl_threads;
@@ -42,6 +43,10 @@ struct container {
 int32_t model_run(struct container* container, void** inputs, size_t num_inputs, void** outputs, size_t num_outputs,
                   void* stream, void* proxy_executor);
 int32_t model_last_error(const char** text);
+/* A run over matrices. Output i is made of input i modulo their number: a view of it (passes_on), or a new matrix whose bytes
+ * are greater by one. It may be left out when torch refuses. */
+int32_t row_model_run(struct container* container, void** inputs, size_t num_inputs, void** outputs, size_t num_outputs,
+                      void* stream, void* proxy_executor);
 /* Another model's run, which does nothing and succeeds. */
 int32_t other_model_run(struct container* container, void** inputs, size_t num_inputs, void** outputs,
                         size_t num_outputs, void* stream, void* proxy_executor);
@@ -59,6 +64,27 @@ void break_tensor(void* handle);
 void* torch_wrap_nothing(void* handle);
 void* torch_wrap_throws(void* handle);
 
+/* What batches need of torch. The number of a dtype is the size of its elements. The which-th call from now on is refused, 1
+ * being the next; 0 stands for none. */
+int32_t torch_get_data_ptr(void* handle, void** data);
+int32_t torch_get_dim(void* handle, int64_t* dims);
+int32_t torch_get_sizes(void* handle, int64_t** sizes);
+int32_t torch_get_strides(void* handle, int64_t** strides);
+int32_t torch_get_dtype(void* handle, int32_t* dtype);
+size_t torch_dtype_element_size(int32_t dtype);
+int32_t torch_empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype,
+                            int32_t device_type, int32_t device_index, void** made);
+int32_t torch_reinterpret_tensor(void* handle, int64_t dims, const int64_t* sizes, const int64_t* strides, int64_t offset,
+                                 void** made);
+int32_t torch_clone(void* handle, void** made);
+void refuse_torch_call(int which);
+
+/* Matrices, every byte of which has one value. Those that make one give null when torch refuses. */
+void* new_matrix(int64_t rows, int64_t columns, int32_t dtype, int value);
+void* view_of_matrix(void* handle);
+void* next_matrix(void* handle, int64_t more_rows);
+int is_matrix_of(void* handle, int64_t rows, int64_t columns, int value);
+
 /* A device's fence: its argument says what it returns, and how often it was called. */
 struct fence {
   int32_t status;
@@ -71,6 +97,8 @@ int32_t device_fence(struct fence* fence);
 void* new_tensor(void);
 int tensor_deletes(void* handle);
 int live_tensors(void);
+int live_storages(void);
+void set_root_cause(const char* words); /* of the calling thread */
 int wait_until_inside(struct container* container, int runs);
 void open_gate(struct container* container);
 void name_thread(const char* name);

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from tests.native.library import HERE, NATIVE, compile_once
+from tests.native.library import C_SOURCES, HERE, NATIVE, compile_once
 
 SANITIZERS = {
     "thread": ("-fsanitize=thread",),
@@ -42,9 +42,21 @@ def run(program, *arguments):
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_lanes_under_stress_give_a_sanitizer_nothing_to_say(sanitizer, seed):
-    sources = [HERE / "stress.cpp", HERE / "model_library.c", HERE / "model_throws.cpp", NATIVE / "lane.cpp"]
+    sources = [HERE / "stress.cpp", *C_SOURCES, NATIVE / "lane.cpp", NATIVE / "batch.cpp"]
     result = run(compile_with(sanitizer, "stress", *sources), seed, ROUNDS)
     assert (result.stdout, result.stderr, result.returncode) == (f"{ROUNDS} rounds\n", "", 0)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_batches_under_stress_give_a_sanitizer_nothing_to_say(sanitizer, seed):
+    sources = [HERE / "stress_batches.cpp", *C_SOURCES, NATIVE / "lane.cpp", NATIVE / "batch.cpp"]
+    result = run(compile_with(sanitizer, "stress_batches", *sources), seed, ROUNDS)
+    assert (result.stdout.splitlines()[-1:], result.stderr, result.returncode) == (
+        [f"{ROUNDS} rounds"],
+        "",
+        0,
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
 """Native lanes: threads that run compiled models and never touch Python. Addresses are plain integers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 Taken: TypeAlias = tuple[int, list[Any] | tuple[str, str], float, float]
 """Token, outputs (None where one was left out) or the runtime's and torch's words for a failure, start and end in
-seconds of the monotonic clock."""
+seconds of the monotonic clock. A batch's outputs are two lists: of the whole ones (None where the members' are copies), and
+of each member's list."""
 
 class ForkedError(RuntimeError):
     """A forked child used the lanes of its parent, whose threads it does not have."""
@@ -38,6 +39,38 @@ class Tensors:
         wrap: int = 0,
     ) -> None: ...
 
+class Shim:
+    """Torch's functions by which batches are put together and taken apart, and its number for CPUs."""
+
+    def __init__(
+        self,
+        *,
+        get_data_ptr: int,
+        get_dim: int,
+        get_sizes: int,
+        get_strides: int,
+        get_dtype: int,
+        dtype_element_size: int,
+        empty_strided: int,
+        reinterpret_tensor: int,
+        clone: int,
+        delete_tensor: int,
+        cpu: int,
+    ) -> None: ...
+
+class Plan:
+    """How a model's batches are put together and taken apart: for each input its dimension of rows, its order in memory,
+    its ragged dimensions and one padding element for each dtype; for each output its dimension of rows, and as (dimension,
+    input, dimension of that input) what is cut back."""
+
+    def __init__(
+        self,
+        shim: Shim,
+        inputs: Sequence[tuple[int, Sequence[int], Sequence[int], Mapping[int, bytes]]],
+        outputs: Sequence[tuple[int, Sequence[tuple[int, int, int]]]],
+        detach_rows: bool,
+    ) -> None: ...
+
 class Lanes:
     """A device's lanes. After a fork, the child's copy refuses to work."""
 
@@ -67,11 +100,40 @@ class Lanes:
     ) -> None:
         """Hand a work to a lane. When it raises, nothing was taken."""
 
+    def submit_batch(
+        self,
+        lane: int,
+        token: int,
+        model: Model,
+        plan: Plan,
+        members: Sequence[Sequence[Any]],
+        rows: Sequence[int],
+        padded_rows: int,
+        slot: int,
+        threads: int,
+        stream: int = 0,
+        fence: int = 0,
+        fence_argument: int = 0,
+    ) -> object:
+        """As `submit`. What it returns must be kept until the work is drained: the lane reads the members' memory."""
+
     def drain(self, limit: int) -> list[Taken]:
         """At most so many completions, oldest first, as (token, outputs or error, started, finished)."""
 
     def run_here(self, model: Model, inputs: Sequence[Any], threads: int) -> Taken:
         """Run on the calling thread, the GIL held; a completion as of `drain`. The thread has its own counts again after."""
+
+    def run_batch_here(
+        self,
+        model: Model,
+        plan: Plan,
+        members: Sequence[Sequence[Any]],
+        rows: Sequence[int],
+        padded_rows: int,
+        slot: int,
+        threads: int,
+    ) -> Taken:
+        """As `run_here`."""
 
     def ring(self) -> None:
         """Make the descriptor readable."""

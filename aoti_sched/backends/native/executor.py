@@ -7,21 +7,37 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._C._aoti import alloc_tensors_by_stealing_from_void_ptrs, unsafe_alloc_void_ptrs_from_tensors
 
 from aoti_sched.backends.at_exit import close_at_exit
 from aoti_sched.backends.base import Completion, CRun, Work
+from aoti_sched.backends.batch import Batch, BatchPlan, gather, split
 from aoti_sched.backends.c_abi import explain_failure, libtorch
+from aoti_sched.backends.handles import DTYPES
 from aoti_sched.backends.native import _native
 from aoti_sched.backends.run_here import refused, run_here, without_frames
 from aoti_sched.backends.threads import DRAIN_LIMIT, ThreadsExecutor
-from aoti_sched.errors import RunError, UnsupportedLoopError
+from aoti_sched.errors import AotiSchedError, RunError, UnsupportedLoopError
 
 WRAP = "_Z16THPVariable_WrapRKN2at10TensorBaseE"
 """`THPVariable_Wrap(const at::TensorBase&)`, by which torch's C++ makes a tensor one of Python's."""
+
+SHIM = (
+    "get_data_ptr",
+    "get_dim",
+    "get_sizes",
+    "get_strides",
+    "get_dtype",
+    "dtype_element_size",
+    "empty_strided",
+    "_reinterpret_tensor",
+    "clone",
+    "delete_tensor_object",
+)
+"""What batches take of torch's `shim.h`, where each name begins with `aoti_torch_`."""
 
 
 class NativeExecutor:
@@ -61,6 +77,8 @@ class NativeExecutor:
             set_mkl_threads=_address("MKL_Set_Num_Threads_Local"),
         )
         self._works: dict[int, Work] = {}  # the lanes hold no Python object: what they work on lives here
+        self._members: dict[int, object] = {}  # and the members of batches
+        self._shim = _shim()
         self._count = 0
         self._stand_in: ThreadsExecutor | None = None
         close_at_exit(self)
@@ -72,8 +90,26 @@ class NativeExecutor:
             return
         self._count = token = self._count + 1
         self._works[token] = work
+        batch = work.batch
         try:
-            self._native.submit(lane, token, run.native or _prepare(run), work.inputs, work.threads)
+            model = run.native or _prepare(run)
+            if batch is None:
+                self._native.submit(lane, token, model, work.inputs, work.threads)
+            elif self._shim is None:
+                # Not into what is kept for the slot: the work that is running now may still read it.
+                self._native.submit(lane, token, model, gather(run.name, batch), work.threads)
+            else:
+                self._members[token] = self._native.submit_batch(
+                    lane,
+                    token,
+                    model,
+                    _plan(self._shim, run, batch),
+                    batch.members,
+                    batch.rows,
+                    batch.padded_rows,
+                    batch.slot,
+                    work.threads,
+                )
         except Exception as error:  # noqa: BLE001 -- it is raised again, in our words
             del self._works[token]
             raise self._plain(error) from None
@@ -82,15 +118,29 @@ class NativeExecutor:
         run = work.container.c_run
         if run is None:
             return run_here(work)
+        batch = work.batch
         try:
-            taken = self._native.run_here(run.native or _prepare(run), work.inputs, work.threads)
+            model = run.native or _prepare(run)
+            if batch is None:
+                taken = self._native.run_here(model, work.inputs, work.threads)
+            elif self._shim is None:
+                return run_here(work)
+            else:
+                taken = self._native.run_batch_here(
+                    model,
+                    _plan(self._shim, run, batch),
+                    batch.members,
+                    batch.rows,
+                    batch.padded_rows,
+                    batch.slot,
+                    work.threads,
+                )
         except Exception as error:  # noqa: BLE001 -- it is the request's
             return refused(work, self._plain(error))
-        return _completion(work, taken)
+        return self._completion(work, taken)
 
     def drain(self) -> list[Completion]:
-        pop = self._works.pop
-        completions = [_completion(pop(taken[0]), taken) for taken in self._native.drain(DRAIN_LIMIT)]
+        completions = [self._drained(taken) for taken in self._native.drain(DRAIN_LIMIT)]
         if self._stand_in is not None:
             completions += self._stand_in.drain()
         return completions
@@ -103,6 +153,40 @@ class NativeExecutor:
         if self._stand_in is not None:
             self._stand_in.close()
 
+    def _drained(self, taken: _native.Taken) -> Completion:
+        work = self._works.pop(taken[0])
+        if work.batch is not None:
+            self._members.pop(taken[0], None)
+        return self._completion(work, taken)
+
+    def _completion(self, work: Work, taken: _native.Taken) -> Completion:
+        _, result, started, finished = taken
+        if isinstance(result, tuple):
+            run: Any = work.container.c_run
+            error = RunError(f"{run.name}: the run failed: {explain_failure(*result)}")
+            return Completion(work.token, None, error, started, finished)
+        try:
+            outputs = (
+                work.container.own(result) if work.batch is None else self._own(work, work.batch, result)
+            )
+        except Exception as caught:  # noqa: BLE001 -- it is the request's; the others drained with it go on
+            return Completion(work.token, None, without_frames(caught), started, finished)
+        return Completion(work.token, outputs, None, started, finished)
+
+    def _own(self, work: Work, batch: Batch, result: list[Any]) -> list[Any]:
+        """A batch's outputs for each member, none of which shares memory with the weights."""
+        container = work.container
+        run: Any = container.c_run
+        if self._shim is None:
+            return split(run.name, batch, container.own(result))
+        whole: list[Any] = result[0]
+        members: list[Any] = result[1]
+        if not batch.plan.detach_rows:
+            own = container.own(list(whole))
+            if any(one is not other for one, other in zip(own, whole, strict=True)):
+                return split(run.name, batch, own)
+        return members
+
     def _stand_in_lanes(self) -> ThreadsExecutor:
         if self._stand_in is None:
             self._stand_in = ThreadsExecutor(
@@ -114,7 +198,7 @@ class NativeExecutor:
         """What the lanes refused, in the words of this package."""
         if isinstance(error, _native.ForkedError):
             return UnsupportedLoopError(f"device {self._name}: {error}")
-        if isinstance(error, RuntimeError):
+        if isinstance(error, RuntimeError) and not isinstance(error, AotiSchedError):
             return RuntimeError(f"device {self._name}: {error}")
         return error
 
@@ -131,17 +215,62 @@ def _prepare(run: CRun) -> _native.Model:
     return model
 
 
-def _completion(work: Work, taken: _native.Taken) -> Completion:
-    _, result, started, finished = taken
-    if isinstance(result, tuple):
-        run: Any = work.container.c_run
-        error = RunError(f"{run.name}: the run failed: {explain_failure(*result)}")
-        return Completion(work.token, None, error, started, finished)
+class _Prepared(NamedTuple):
+    """A plan as the lanes know it; what ragged inputs are padded with depends on their dtypes."""
+
+    plan: BatchPlan
+    ragged: tuple[int, ...]
+    dtypes: list[torch.dtype]
+    native: _native.Plan
+
+
+def _plan(shim: _native.Shim, run: CRun, batch: Batch) -> _native.Plan:
+    """A batch's plan as the lanes know it. One is kept with the model, whose batches have the same one."""
+    known: _Prepared | None = run.native_plan
+    if (
+        known is None
+        or known.plan is not batch.plan
+        or (known.ragged and known.dtypes != _dtypes(known.ragged, batch))
+    ):
+        plan = batch.plan
+        ragged = tuple(index for index, one in enumerate(plan.inputs) if one.ragged)
+        dtypes = _dtypes(ragged, batch)
+        pads = {
+            index: _pad(plan.inputs[index].pad, dtype) for index, dtype in zip(ragged, dtypes, strict=False)
+        }
+        native = _native.Plan(
+            shim,
+            [(one.dim, one.order, one.ragged, pads.get(index, {})) for index, one in enumerate(plan.inputs)],
+            [(one.dim, [(cut.dim, cut.input, cut.input_dim) for cut in one.ragged]) for one in plan.outputs],
+            plan.detach_rows,
+        )
+        run.native_plan = known = _Prepared(plan, ragged, dtypes, native)
+    return known.native
+
+
+def _dtypes(inputs: Sequence[int], batch: Batch) -> list[torch.dtype]:
+    return [batch.members[0][index].dtype for index in inputs] if batch.members else []
+
+
+def _pad(value: float, dtype: torch.dtype) -> dict[int, bytes]:
+    """The bytes of an element of this value by the number of its dtype; nothing where the dtype has no such value."""
     try:
-        outputs = work.container.own(result)
-    except Exception as caught:  # noqa: BLE001 -- it is the request's; the others drained with it go on
-        return Completion(work.token, None, without_frames(caught), started, finished)
-    return Completion(work.token, outputs, None, started, finished)
+        element = torch.empty(1, dtype=dtype).fill_(value)
+    except RuntimeError:
+        return {}
+    return {
+        code: bytes(element.view(torch.uint8).tolist()) for code, known in DTYPES.items() if known == dtype
+    }
+
+
+def _shim() -> _native.Shim | None:
+    """Torch's functions by which lanes put batches together; None where this torch lacks one."""
+    addresses = {name: _address(f"aoti_torch_{name}") for name in SHIM}
+    if not all(addresses.values()):
+        return None
+    addresses["reinterpret_tensor"] = addresses.pop("_reinterpret_tensor")
+    addresses["delete_tensor"] = addresses.pop("delete_tensor_object")
+    return _native.Shim(**addresses, cpu=libtorch.aoti_torch_device_type_cpu())
 
 
 def _tensors() -> _native.Tensors:

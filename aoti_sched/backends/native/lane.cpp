@@ -66,6 +66,21 @@ void free_handles(const Runtime& runtime, std::vector<Handle>& handles) {
   }
 }
 
+// What is done with a batch's tensors before its run or after it, as `guard` does it; torch's words go with its refusals.
+template <typename Call>
+std::int32_t guard_torch(const Runtime& runtime, Completion& completion, Call call) {
+  return guard(completion.error, [&] {
+    try {
+      call();
+    } catch (const TorchRefused&) {
+      const char* const text = runtime.root_cause != nullptr ? runtime.root_cause() : nullptr;
+      if (text != nullptr) completion.cause = text;
+      throw;
+    }
+    return 0;
+  });
+}
+
 // Runs a work on the calling thread with the intra-op threads it has.
 Completion run_work(const Runtime& runtime, Work& work) {
   const Model& model = *work.model;
@@ -73,13 +88,20 @@ Completion run_work(const Runtime& runtime, Work& work) {
   completion.token = work.token;
   completion.outputs.assign(model.num_outputs, nullptr);
   completion.started = now();
-  completion.status = guard(completion.error, [&] {
-    const std::int32_t status =
-        model.run(model.container, work.inputs.data(), work.inputs.size(), completion.outputs.data(),
-                  completion.outputs.size(), work.stream, model.proxy_executor);
-    if (status != 0) explain(runtime, model, completion);
-    return status;
-  });
+  Batch* const batch = work.batch.get();
+  if (batch != nullptr) {
+    completion.members = batch->rows.size();
+    completion.status = guard_torch(runtime, completion, [&] { gather(*batch, work.inputs); });
+  }
+  if (completion.status == 0) {
+    completion.status = guard(completion.error, [&] {
+      const std::int32_t status =
+          model.run(model.container, work.inputs.data(), work.inputs.size(), completion.outputs.data(),
+                    completion.outputs.size(), work.stream, model.proxy_executor);
+      if (status != 0) explain(runtime, model, completion);
+      return status;
+    });
+  }
   if (work.fence != nullptr) {  // after a failure too: what was launched before it may still use what we free
     std::string error;
     const std::int32_t fenced = guard(error, [&] { return work.fence(work.fence_argument); });
@@ -89,9 +111,16 @@ Completion run_work(const Runtime& runtime, Work& work) {
       completion.error = std::move(error);
     }
   }
+  if (batch != nullptr && completion.status == 0) {
+    completion.status = guard_torch(runtime, completion, [&] { split(*batch, completion.outputs, completion.parts); });
+    if (batch->plan->detach_rows) free_handles(runtime, completion.outputs);
+  }
   completion.finished = now();
   free_handles(runtime, work.inputs);  // what the model stole is null
-  if (completion.status != 0) free_handles(runtime, completion.outputs);
+  if (completion.status != 0) {
+    free_handles(runtime, completion.outputs);
+    free_handles(runtime, completion.parts);
+  }
   return completion;
 }
 
@@ -196,7 +225,10 @@ Lanes::Lanes(Runtime runtime, std::vector<std::string> names, std::vector<int> a
 
 Lanes::~Lanes() {
   close();
-  for (Completion& completion : done_) free_handles(runtime_, completion.outputs);
+  for (Completion& completion : done_) {
+    free_handles(runtime_, completion.outputs);
+    free_handles(runtime_, completion.parts);
+  }
 }
 
 bool Lanes::submit(std::size_t index, Work& work) {

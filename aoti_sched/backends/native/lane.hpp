@@ -15,9 +15,10 @@
 #include <thread>
 #include <vector>
 
-namespace aoti {
+#include "batch.hpp"
+#include "handle.hpp"
 
-using Handle = void*;  // AtenTensorHandle
+namespace aoti {
 
 // The C ABI of a model: AOTInductorModelContainerRun and AOTInductorGetLastError.
 using RunFunction = std::int32_t (*)(void* container, Handle* inputs, std::size_t num_inputs, Handle* outputs,
@@ -50,7 +51,8 @@ struct Model {
 struct Work {
   std::uint64_t token = 0;
   const Model* model = nullptr;
-  std::vector<Handle> inputs;  // owned by the work until the model steals them
+  std::vector<Handle> inputs;  // owned by the work until the model steals them; those of a batch are made by its run
+  std::unique_ptr<Batch> batch;
   int threads = 1;             // intra-op threads of the run
   void* stream = nullptr;
   FenceFunction fence = nullptr;
@@ -61,6 +63,10 @@ struct Completion {
   std::uint64_t token = 0;
   std::int32_t status = 0;
   std::vector<Handle> outputs;  // owned by whoever drains; null where the model left one out
+  // Of a batch: each member's part of each output, member after member, owned as the outputs are. The outputs are there
+  // beside them, unless the parts are copies.
+  std::vector<Handle> parts;
+  std::size_t members = 0;  // 0: no batch
   std::string error;  // the runtime's own words for a failure
   std::string cause;  // torch's, which may be about an earlier failure of the same thread
   std::int64_t started = 0;   // nanoseconds of the monotonic clock

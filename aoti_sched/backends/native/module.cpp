@@ -1,15 +1,22 @@
 // The Python face of the lanes. Tensors come and go as themselves; everything else is numbers.
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <atomic>
+#include <map>
 #include <memory>
 #include <stdexcept>
+#include <tuple>
+#include <unordered_map>
+#include <utility>
 
 #include <pthread.h>
 
+#include "batch.hpp"
 #include "lane.hpp"
 #include "tensors.hpp"
 
@@ -25,7 +32,22 @@ struct Forked : std::runtime_error {
 };
 
 struct PyModel {
+  explicit PyModel(aoti::Model its_model) : model(its_model) {}
+  PyModel(const PyModel&) = delete;
+  PyModel& operator=(const PyModel&) = delete;
+
   aoti::Model model;
+  std::unordered_map<std::size_t, std::unique_ptr<aoti::Staging>> stagings;  // by slot
+
+  aoti::Staging* staging(std::size_t slot) {
+    std::unique_ptr<aoti::Staging>& staging = stagings[slot];
+    if (staging == nullptr) staging = std::make_unique<aoti::Staging>();
+    return staging.get();
+  }
+};
+
+struct PyPlan {
+  std::shared_ptr<const aoti::Plan> plan;
 };
 
 template <typename Function>
@@ -35,6 +57,49 @@ Function at(std::uintptr_t address) {
 
 nb::object text(const std::string& bytes) {
   return nb::steal(PyUnicode_DecodeUTF8(bytes.data(), static_cast<Py_ssize_t>(bytes.size()), "replace"));
+}
+
+aoti::Shim shim(std::uintptr_t get_data_ptr, std::uintptr_t get_dim, std::uintptr_t get_sizes,
+                std::uintptr_t get_strides, std::uintptr_t get_dtype, std::uintptr_t dtype_element_size,
+                std::uintptr_t empty_strided, std::uintptr_t reinterpret_tensor, std::uintptr_t clone,
+                std::uintptr_t delete_tensor, std::int32_t cpu) {
+  aoti::Shim shim;
+  const auto set = [](auto& function, std::uintptr_t address) {
+    if (address == 0) throw std::invalid_argument("each function must be given");
+    function = at<std::remove_reference_t<decltype(function)>>(address);
+  };
+  set(shim.get_data_ptr, get_data_ptr);
+  set(shim.get_dim, get_dim);
+  set(shim.get_sizes, get_sizes);
+  set(shim.get_strides, get_strides);
+  set(shim.get_dtype, get_dtype);
+  set(shim.dtype_element_size, dtype_element_size);
+  set(shim.empty_strided, empty_strided);
+  set(shim.reinterpret_tensor, reinterpret_tensor);
+  set(shim.clone, clone);
+  set(shim.delete_tensor, delete_tensor);
+  shim.cpu = cpu;
+  return shim;
+}
+
+using PyInput = std::tuple<std::size_t, std::vector<std::size_t>, std::vector<std::size_t>, std::map<int, nb::bytes>>;
+using PyOutput = std::tuple<std::size_t, std::vector<std::tuple<std::size_t, std::size_t, std::size_t>>>;
+
+std::shared_ptr<const aoti::Plan> make_plan(const aoti::Shim& shim, const std::vector<PyInput>& inputs,
+                                            const std::vector<PyOutput>& outputs, bool detach_rows) {
+  std::vector<aoti::InputPlan> all_in;
+  for (const auto& [dim, order, ragged, pads] : inputs) {
+    aoti::InputPlan input{dim, order, ragged, {}};
+    for (const auto& [dtype, pad] : pads) input.pads[dtype] = std::string(pad.c_str(), pad.size());
+    all_in.push_back(std::move(input));
+  }
+  std::vector<aoti::OutputPlan> all_out;
+  for (const auto& [dim, ragged] : outputs) {
+    aoti::OutputPlan output{dim, {}};
+    for (const auto& [of, input, input_dim] : ragged) output.ragged.push_back({of, input, input_dim});
+    all_out.push_back(std::move(output));
+  }
+  return std::make_shared<const aoti::Plan>(shim, std::move(all_in), std::move(all_out), detach_rows);
 }
 
 class PyLanes {
@@ -59,13 +124,16 @@ class PyLanes {
               std::uintptr_t stream, std::uintptr_t fence, std::uintptr_t fence_argument) {
     if (lane >= lanes_->count()) throw nb::index_error("no such lane");
     aoti::Work work = make_work(model, inputs, threads);
-    work.token = token;
-    work.stream = at<void*>(stream);
-    work.fence = at<aoti::FenceFunction>(fence);
-    work.fence_argument = at<void*>(fence_argument);
-    if (lanes_->submit(lane, work)) return;
-    for (aoti::Handle handle : work.inputs) lanes_->runtime().delete_tensor(handle);
-    throw std::runtime_error("lane " + std::to_string(lane) + " is full or closed; nothing was submitted");
+    hand_over(lane, token, work, stream, fence, fence_argument);
+  }
+
+  nb::object submit_batch(std::size_t lane, std::uint64_t token, PyModel& model, const PyPlan& plan, nb::handle members,
+                          nb::handle rows, std::int64_t padded_rows, std::size_t slot, int threads,
+                          std::uintptr_t stream, std::uintptr_t fence, std::uintptr_t fence_argument) {
+    if (lane >= lanes_->count()) throw nb::index_error("no such lane");
+    auto [work, tensors] = make_batch(model, plan, members, rows, padded_rows, slot, threads);
+    hand_over(lane, token, work, stream, fence, fence_argument);
+    return tensors;
   }
 
   nb::list drain(std::size_t limit) {
@@ -77,6 +145,13 @@ class PyLanes {
 
   nb::object run_here(const PyModel& model, nb::handle inputs, int threads) {
     aoti::Work work = make_work(model, inputs, threads);
+    aoti::Completion completion = aoti::run_here(lanes_->runtime(), work);
+    return give(completion);
+  }
+
+  nb::object run_batch_here(PyModel& model, const PyPlan& plan, nb::handle members, nb::handle rows,
+                            std::int64_t padded_rows, std::size_t slot, int threads) {
+    auto [work, tensors] = make_batch(model, plan, members, rows, padded_rows, slot, threads);
     aoti::Completion completion = aoti::run_here(lanes_->runtime(), work);
     return give(completion);
   }
@@ -113,15 +188,55 @@ class PyLanes {
     return work;
   }
 
-  // (token, outputs or (runtime's words, torch's words), started, finished); times in seconds.
+  // A batch and the tensors that must be kept until it is over.
+  std::pair<aoti::Work, nb::object> make_batch(PyModel& model, const PyPlan& plan, nb::handle members, nb::handle rows,
+                                               std::int64_t padded_rows, std::size_t slot, int threads) const {
+    refuse_in_child();
+    if (plan.plan->inputs.size() != model.model.num_inputs || plan.plan->outputs.size() != model.model.num_outputs) {
+      throw std::invalid_argument("the plan is not this model's: it has other numbers of inputs or outputs");
+    }
+    std::vector<aoti::Handle> borrowed;
+    nb::object tensors = tensors_.borrow(members, model.model.num_inputs, borrowed);
+    aoti::Work work;
+    work.model = &model.model;
+    work.threads = threads;
+    work.batch = std::make_unique<aoti::Batch>(plan.plan, model.staging(slot), std::move(borrowed),
+                                               nb::cast<std::vector<std::int64_t>>(rows), padded_rows);
+    return {std::move(work), std::move(tensors)};
+  }
+
+  void hand_over(std::size_t lane, std::uint64_t token, aoti::Work& work, std::uintptr_t stream, std::uintptr_t fence,
+                 std::uintptr_t fence_argument) {
+    work.token = token;
+    work.stream = at<void*>(stream);
+    work.fence = at<aoti::FenceFunction>(fence);
+    work.fence_argument = at<void*>(fence_argument);
+    if (lanes_->submit(lane, work)) return;
+    for (aoti::Handle handle : work.inputs) lanes_->runtime().delete_tensor(handle);
+    throw std::runtime_error("lane " + std::to_string(lane) + " is full or closed; nothing was submitted");
+  }
+
+  // (token, outputs or (runtime's words, torch's words), started, finished); times in seconds. A batch's outputs are two
+  // lists: of the whole ones (None where the members' are copies), and of each member's list.
   nb::object give(aoti::Completion& completion) const {
     nb::object result;
     if (completion.status == 0) {
       try {
-        result = tensors_.tensors_of(completion.outputs, lanes_->runtime());
+        const nb::object outputs = tensors_.tensors_of(completion.outputs, lanes_->runtime());
+        result = outputs;
+        if (completion.members > 0) {
+          nb::list both;
+          both.append(outputs);
+          std::vector<aoti::Handle> parts = std::exchange(completion.parts, {});  // from here on they are not ours
+          both.append(tensors_.lists_of(parts, completion.members, lanes_->runtime()));
+          result = both;
+        }
       } catch (const std::exception& error) {  // this run's alone: the others that are drained with it go on
         completion.status = -1;
         completion.error = error.what();
+        for (aoti::Handle part : completion.parts) {
+          if (part != nullptr) lanes_->runtime().delete_tensor(part);
+        }
       }
     }
     if (completion.status != 0) result = nb::make_tuple(text(completion.error), text(completion.cause));
@@ -154,8 +269,8 @@ NB_MODULE(_native, module) {
           [](PyModel* self, std::uintptr_t run, std::uintptr_t container, std::size_t num_inputs,
              std::size_t num_outputs, std::uintptr_t last_error, std::uintptr_t proxy_executor) {
             if (run == 0) throw std::invalid_argument("run must be given");
-            new (self) PyModel{{at<aoti::RunFunction>(run), at<void*>(container), num_inputs, num_outputs,
-                                at<aoti::LastErrorFunction>(last_error), at<void*>(proxy_executor)}};
+            new (self) PyModel({at<aoti::RunFunction>(run), at<void*>(container), num_inputs, num_outputs,
+                                at<aoti::LastErrorFunction>(last_error), at<void*>(proxy_executor)});
           },
           nb::kw_only(), nb::arg("run"), nb::arg("container"), nb::arg("num_inputs"), nb::arg("num_outputs"),
           nb::arg("last_error") = 0, nb::arg("proxy_executor") = 0);
@@ -171,6 +286,29 @@ NB_MODULE(_native, module) {
           nb::arg("type"), nb::arg("to_capsules"), nb::arg("from_capsules"), nb::kw_only(),
           nb::arg("new_handle") = 0, nb::arg("wrap") = 0);
 
+  nb::class_<aoti::Shim>(module, "Shim")
+      .def(
+          "__init__",
+          [](aoti::Shim* self, std::uintptr_t get_data_ptr, std::uintptr_t get_dim, std::uintptr_t get_sizes,
+             std::uintptr_t get_strides, std::uintptr_t get_dtype, std::uintptr_t dtype_element_size,
+             std::uintptr_t empty_strided, std::uintptr_t reinterpret_tensor, std::uintptr_t clone,
+             std::uintptr_t delete_tensor, std::int32_t cpu) {
+            new (self) aoti::Shim(shim(get_data_ptr, get_dim, get_sizes, get_strides, get_dtype, dtype_element_size,
+                                       empty_strided, reinterpret_tensor, clone, delete_tensor, cpu));
+          },
+          nb::kw_only(), nb::arg("get_data_ptr"), nb::arg("get_dim"), nb::arg("get_sizes"), nb::arg("get_strides"),
+          nb::arg("get_dtype"), nb::arg("dtype_element_size"), nb::arg("empty_strided"),
+          nb::arg("reinterpret_tensor"), nb::arg("clone"), nb::arg("delete_tensor"), nb::arg("cpu"));
+
+  nb::class_<PyPlan>(module, "Plan")
+      .def(
+          "__init__",
+          [](PyPlan* self, const aoti::Shim& shim, const std::vector<PyInput>& inputs,
+             const std::vector<PyOutput>& outputs, bool detach_rows) {
+            new (self) PyPlan{make_plan(shim, inputs, outputs, detach_rows)};
+          },
+          nb::arg("shim"), nb::arg("inputs"), nb::arg("outputs"), nb::arg("detach_rows"));
+
   nb::class_<PyLanes>(module, "Lanes")
       .def(nb::init<std::vector<std::string>, std::vector<int>, int, aoti::Tensors, std::uintptr_t, std::uintptr_t,
                     std::uintptr_t, std::uintptr_t, std::uintptr_t>(),
@@ -180,11 +318,17 @@ NB_MODULE(_native, module) {
       .def("submit", &PyLanes::submit, nb::arg("lane"), nb::arg("token"), nb::arg("model"), nb::arg("inputs"),
            nb::arg("threads"), nb::arg("stream") = 0, nb::arg("fence") = 0, nb::arg("fence_argument") = 0,
            "Hand a work to a lane. When it raises, nothing was taken.")
+      .def("submit_batch", &PyLanes::submit_batch, nb::arg("lane"), nb::arg("token"), nb::arg("model"),
+           nb::arg("plan"), nb::arg("members"), nb::arg("rows"), nb::arg("padded_rows"), nb::arg("slot"),
+           nb::arg("threads"), nb::arg("stream") = 0, nb::arg("fence") = 0, nb::arg("fence_argument") = 0,
+           "As `submit`. What it returns must be kept until the work is drained: the lane reads the members' memory.")
       .def("drain", &PyLanes::drain, nb::arg("limit"),
            "At most so many completions, oldest first, as (token, outputs or error, started, finished).")
       .def("run_here", &PyLanes::run_here, nb::arg("model"), nb::arg("inputs"), nb::arg("threads"),
            "Run on the calling thread, the GIL held; a completion as of `drain`. The thread has its own counts again "
            "after.")
+      .def("run_batch_here", &PyLanes::run_batch_here, nb::arg("model"), nb::arg("plan"), nb::arg("members"),
+           nb::arg("rows"), nb::arg("padded_rows"), nb::arg("slot"), nb::arg("threads"), "As `run_here`.")
       .def("ring", &PyLanes::ring, "Make the descriptor readable.")
       .def("fileno", &PyLanes::fileno)
       .def("count", &PyLanes::count)

@@ -17,13 +17,40 @@ Tensors::Tensors(nb::object type, nb::object to_capsules, nb::object from_capsul
   if ((new_handle == nullptr) != (wrap == nullptr)) throw std::invalid_argument("new_handle and wrap: both or none");
 }
 
-std::vector<Handle> Tensors::handles_of(nb::handle tensors, std::size_t count, const Runtime& runtime) const {
-  const nb::object fast = nb::steal(PySequence_Fast(tensors.ptr(), "the inputs are no sequence"));
+namespace {
+
+// The items of a list or tuple of `count`.
+nb::object items_of(nb::handle sequence, std::size_t count) {
+  nb::object fast = nb::steal(PySequence_Fast(sequence.ptr(), "the inputs are no sequence"));
   if (!fast.is_valid()) throw nb::python_error();
   if (static_cast<std::size_t>(PySequence_Fast_GET_SIZE(fast.ptr())) != count) {
     // The runtime throws across its C boundary for this; here it is still the caller's own mistake.
     throw std::invalid_argument("wrong number of inputs");
   }
+  return fast;
+}
+
+PyObject* item(const nb::object& fast, std::size_t index) {
+  return PySequence_Fast_GET_ITEM(fast.ptr(), static_cast<Py_ssize_t>(index));
+}
+
+}  // namespace
+
+void* Tensors::address_of(PyObject* tensor) const {
+  if (reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != type_.ptr()) {
+    const int is_tensor = PyObject_IsInstance(tensor, type_.ptr());
+    if (is_tensor < 0) throw nb::python_error();
+    if (is_tensor == 0) throw nb::type_error("an input is no tensor");
+  }
+  const nb::object address = nb::steal(PyObject_GetAttr(tensor, address_.ptr()));
+  if (!address.is_valid()) throw nb::python_error();
+  void* const pointer = PyLong_AsVoidPtr(address.ptr());
+  if (pointer == nullptr) throw nb::type_error("an input has no memory of a tensor");
+  return pointer;
+}
+
+std::vector<Handle> Tensors::handles_of(nb::handle tensors, std::size_t count, const Runtime& runtime) const {
+  const nb::object fast = items_of(tensors, count);
   std::vector<Handle> handles(count);
   if (new_handle_ == nullptr) {
     const nb::object capsules = to_capsules_(fast);
@@ -33,18 +60,7 @@ std::vector<Handle> Tensors::handles_of(nb::handle tensors, std::size_t count, c
     }
     return handles;
   }
-  for (std::size_t i = 0; i < count; ++i) {
-    PyObject* const tensor = PySequence_Fast_GET_ITEM(fast.ptr(), static_cast<Py_ssize_t>(i));
-    if (reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != type_.ptr()) {
-      const int is_tensor = PyObject_IsInstance(tensor, type_.ptr());
-      if (is_tensor < 0) throw nb::python_error();
-      if (is_tensor == 0) throw nb::type_error("an input is no tensor");
-    }
-    const nb::object address = nb::steal(PyObject_GetAttr(tensor, address_.ptr()));
-    if (!address.is_valid()) throw nb::python_error();
-    handles[i] = PyLong_AsVoidPtr(address.ptr());
-    if (handles[i] == nullptr) throw nb::type_error("an input has no memory of a tensor");
-  }
+  for (std::size_t i = 0; i < count; ++i) handles[i] = address_of(item(fast, i));
   for (std::size_t i = 0; i < count; ++i) {
     // A tensor of C++ is one pointer to what `_cdata` is the address of.
     void* tensor = handles[i];
@@ -53,6 +69,24 @@ std::vector<Handle> Tensors::handles_of(nb::handle tensors, std::size_t count, c
     throw std::runtime_error("torch made no handle for an input");
   }
   return handles;
+}
+
+nb::object Tensors::borrow(nb::handle lists, std::size_t count, std::vector<Handle>& borrowed) const {
+  const nb::object outer = nb::steal(PySequence_Fast(lists.ptr(), "the members are no sequence"));
+  if (!outer.is_valid()) throw nb::python_error();
+  const auto members = static_cast<std::size_t>(PySequence_Fast_GET_SIZE(outer.ptr()));
+  nb::object tensors = nb::steal(PyTuple_New(static_cast<Py_ssize_t>(members * count)));
+  if (!tensors.is_valid()) throw nb::python_error();
+  borrowed.resize(members * count);
+  for (std::size_t member = 0, next = 0; member < members; ++member) {
+    const nb::object fast = items_of(item(outer, member), count);
+    for (std::size_t i = 0; i < count; ++i, ++next) {
+      PyObject* const tensor = item(fast, i);
+      PyTuple_SET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(next), nb::borrow(tensor).release().ptr());
+      borrowed[next] = address_of(tensor);
+    }
+  }
+  return tensors;
 }
 
 nb::object Tensors::tensors_of(std::vector<Handle>& handles, const Runtime& runtime) const {
@@ -87,6 +121,17 @@ nb::object Tensors::tensors_of(std::vector<Handle>& handles, const Runtime& runt
   if (PyErr_Occurred() != nullptr) throw nb::python_error();
   if (failed) throw std::runtime_error("torch made no tensor of an output");
   return tensors;
+}
+
+nb::object Tensors::lists_of(std::vector<Handle>& handles, std::size_t lists, const Runtime& runtime) const {
+  const nb::object tensors = tensors_of(handles, runtime);
+  const std::size_t each = handles.size() / lists;
+  nb::list made;
+  for (std::size_t list = 0; list < lists; ++list) {
+    made.append(nb::steal(PyList_GetSlice(tensors.ptr(), static_cast<Py_ssize_t>(list * each),
+                                          static_cast<Py_ssize_t>((list + 1) * each))));
+  }
+  return made;
 }
 
 }  // namespace aoti

@@ -27,7 +27,16 @@ class Tensors {
   // A list of the handles' tensors, None where one is null. The handles are gone afterwards, whatever happens.
   nanobind::object tensors_of(std::vector<Handle>& handles, const Runtime& runtime) const;
 
+  // Torch's own tensor in each of Python's, of lists or tuples of `count` each, one list after the other. No handles are
+  // made: the tensors live as long as the tuple of them that is returned, whatever becomes of the lists.
+  nanobind::object borrow(nanobind::handle lists, std::size_t count, std::vector<Handle>& borrowed) const;
+
+  // A list of so many lists, which share the handles' tensors evenly. The handles are gone afterwards.
+  nanobind::object lists_of(std::vector<Handle>& handles, std::size_t lists, const Runtime& runtime) const;
+
  private:
+  void* address_of(PyObject* tensor) const;
+
   nanobind::object type_;
   nanobind::object to_capsules_;
   nanobind::object from_capsules_;

@@ -1,0 +1,8 @@
+// What stands for a tensor here.
+#pragma once
+
+namespace aoti {
+
+using Handle = void*;  // AtenTensorHandle
+
+}  // namespace aoti

@@ -1,0 +1,267 @@
+/* Tensors as the lanes know them: counted, and of those that have memory also what torch's shim does with them. */
+#define _GNU_SOURCE
+#include "model_library.h"
+
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { MOST_DIMS = 4 };
+
+struct storage {
+  int owners; /* guarded by the mutex */
+  size_t bytes;
+  unsigned char data[];
+};
+
+struct tensor {
+  struct tensor* self; /* so that a handle is, as torch's are, the address of a pointer to what is meant */
+  int deletes;
+  int broken;
+  struct storage* storage; /* null: a tensor without memory, only to be counted */
+  int32_t dtype;
+  int64_t dims;
+  int64_t offset;
+  int64_t sizes[MOST_DIMS];
+  int64_t strides[MOST_DIMS];
+};
+
+static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
+static int live;
+static int live_memory;
+static int calls_until_refusal; /* 0: none is refused */
+
+static void must(int holds, const char* what) {
+  if (holds) return;
+  fprintf(stderr, "not so: %s\n", what);
+  abort();
+}
+
+static struct tensor* at(void* handle) { return *(struct tensor**)handle; }
+
+static struct tensor* make(void) {
+  struct tensor* tensor = calloc(1, sizeof *tensor);
+  tensor->self = tensor;
+  pthread_mutex_lock(&mutex);
+  ++live;
+  pthread_mutex_unlock(&mutex);
+  return tensor;
+}
+
+/* --- counted ---------------------------------------------------------------------------------------------------- */
+
+void* new_tensor(void) { return make(); }
+
+int32_t torch_delete_tensor(void* handle) {
+  struct tensor* tensor = handle;
+  pthread_mutex_lock(&mutex);
+  ++tensor->deletes;
+  --live;
+  struct storage* storage = tensor->storage;
+  const int last = storage != NULL && --storage->owners == 0;
+  live_memory -= last;
+  pthread_mutex_unlock(&mutex);
+#ifdef FREE_TENSORS
+  if (last) free(storage);
+  free(tensor);
+#endif
+  return 0;
+}
+
+int tensor_deletes(void* handle) {
+  pthread_mutex_lock(&mutex);
+  const int deletes = ((struct tensor*)handle)->deletes;
+  pthread_mutex_unlock(&mutex);
+  return deletes;
+}
+
+int32_t torch_new_tensor_handle(void** tensor, void** made) {
+  if (((struct tensor*)*tensor)->broken) return 1;
+  pthread_mutex_lock(&mutex);
+  ++live;
+  pthread_mutex_unlock(&mutex);
+  *made = *tensor;
+  return 0;
+}
+
+void break_tensor(void* handle) { ((struct tensor*)handle)->broken = 1; }
+
+void* torch_wrap_nothing(void* handle) {
+  (void)handle;
+  return NULL;
+}
+
+void* torch_wrap_throws(void* handle) {
+  (void)handle;
+  throw_standard("torch is out of memory");
+  return NULL;
+}
+
+int live_tensors(void) {
+  pthread_mutex_lock(&mutex);
+  const int now = live;
+  pthread_mutex_unlock(&mutex);
+  return now;
+}
+
+int live_storages(void) {
+  pthread_mutex_lock(&mutex);
+  const int now = live_memory;
+  pthread_mutex_unlock(&mutex);
+  return now;
+}
+
+/* --- with memory ------------------------------------------------------------------------------------------------ */
+
+void refuse_torch_call(int which) {
+  pthread_mutex_lock(&mutex);
+  calls_until_refusal = which;
+  pthread_mutex_unlock(&mutex);
+}
+
+static int refused(void) {
+  pthread_mutex_lock(&mutex);
+  const int is = calls_until_refusal > 0 && --calls_until_refusal == 0;
+  pthread_mutex_unlock(&mutex);
+  if (is) set_root_cause("torch refused");
+  return is;
+}
+
+static unsigned char* data_of(const struct tensor* tensor) {
+  return tensor->storage == NULL ? NULL : tensor->storage->data + tensor->offset * tensor->dtype;
+}
+
+int32_t torch_get_data_ptr(void* handle, void** data) {
+  *data = data_of(at(handle));
+  return refused();
+}
+
+int32_t torch_get_dim(void* handle, int64_t* dims) {
+  *dims = at(handle)->dims;
+  return refused();
+}
+
+int32_t torch_get_sizes(void* handle, int64_t** sizes) {
+  *sizes = at(handle)->sizes;
+  return refused();
+}
+
+int32_t torch_get_strides(void* handle, int64_t** strides) {
+  *strides = at(handle)->strides;
+  return refused();
+}
+
+int32_t torch_get_dtype(void* handle, int32_t* dtype) {
+  *dtype = at(handle)->dtype;
+  return refused();
+}
+
+size_t torch_dtype_element_size(int32_t dtype) { return (size_t)dtype; }
+
+static void shape(struct tensor* tensor, int64_t dims, const int64_t* sizes, const int64_t* strides) {
+  int64_t last = tensor->offset;
+  int empty = 0;
+  must(dims <= MOST_DIMS, "a tensor has few dimensions");
+  tensor->dims = dims;
+  for (int64_t i = 0; i < dims; ++i) {
+    must(sizes[i] >= 0, "a size is a number of things");
+    tensor->sizes[i] = sizes[i];
+    tensor->strides[i] = strides[i];
+    empty = empty || sizes[i] == 0;
+    last += (sizes[i] - 1) * strides[i];
+  }
+  must(empty || (size_t)(last + 1) * (size_t)tensor->dtype <= tensor->storage->bytes, "a tensor lies in its memory");
+}
+
+int32_t torch_empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype,
+                            int32_t device_type, int32_t device_index, void** made) {
+  (void)device_type, (void)device_index;
+  if (refused()) return 1;
+  int64_t elements = 1;
+  for (int64_t i = 0; i < dims; ++i) elements *= sizes[i];
+  struct tensor* tensor = make();
+  const size_t bytes = (size_t)elements * (size_t)dtype;
+  tensor->storage = malloc(sizeof *tensor->storage + bytes);
+  tensor->storage->owners = 1;
+  tensor->storage->bytes = bytes;
+  memset(tensor->storage->data, 0xab, bytes);
+  tensor->dtype = dtype;
+  shape(tensor, dims, sizes, strides);
+  pthread_mutex_lock(&mutex);
+  ++live_memory;
+  pthread_mutex_unlock(&mutex);
+  *made = tensor;
+  return 0;
+}
+
+int32_t torch_reinterpret_tensor(void* handle, int64_t dims, const int64_t* sizes, const int64_t* strides, int64_t offset,
+                                 void** made) {
+  if (refused()) return 1;
+  const struct tensor* whole = at(handle);
+  struct tensor* tensor = make();
+  tensor->storage = whole->storage;
+  tensor->dtype = whole->dtype;
+  tensor->offset = whole->offset + offset;
+  pthread_mutex_lock(&mutex);
+  ++tensor->storage->owners;
+  pthread_mutex_unlock(&mutex);
+  shape(tensor, dims, sizes, strides);
+  *made = tensor;
+  return 0;
+}
+
+static void* copy(const struct tensor* matrix, int64_t rows) {
+  const int64_t sizes[] = {rows, matrix->sizes[1]};
+  const int64_t strides[] = {matrix->sizes[1], 1};
+  void* made = NULL;
+  must(matrix->dims == 2, "what is copied is a matrix");
+  if (torch_empty_strided(2, sizes, strides, matrix->dtype, 0, 0, &made)) return NULL;
+  const size_t element = (size_t)matrix->dtype;
+  for (int64_t i = 0; i < rows && i < matrix->sizes[0]; ++i) {
+    for (int64_t j = 0; j < matrix->sizes[1]; ++j) {
+      memcpy(data_of(made) + (i * strides[0] + j) * matrix->dtype,
+             data_of(matrix) + (i * matrix->strides[0] + j * matrix->strides[1]) * matrix->dtype, element);
+    }
+  }
+  return made;
+}
+
+int32_t torch_clone(void* handle, void** made) {
+  *made = copy(at(handle), at(handle)->sizes[0]);
+  return *made == NULL;
+}
+
+void* new_matrix(int64_t rows, int64_t columns, int32_t dtype, int value) {
+  const int64_t sizes[] = {rows, columns};
+  const int64_t strides[] = {columns, 1};
+  void* made = NULL;
+  if (torch_empty_strided(2, sizes, strides, dtype, 0, 0, &made)) return NULL;
+  memset(data_of(made), value, ((struct tensor*)made)->storage->bytes);
+  return made;
+}
+
+void* view_of_matrix(void* handle) {
+  const struct tensor* matrix = at(handle);
+  void* made = NULL;
+  return torch_reinterpret_tensor(handle, matrix->dims, matrix->sizes, matrix->strides, 0, &made) ? NULL : made;
+}
+
+void* next_matrix(void* handle, int64_t more_rows) {
+  const int64_t rows = at(handle)->sizes[0] + more_rows;
+  struct tensor* made = copy(at(handle), rows < 0 ? 0 : rows);
+  if (made == NULL) return NULL;
+  for (size_t i = 0; i < made->storage->bytes; ++i) ++made->storage->data[i];
+  return made;
+}
+
+int is_matrix_of(void* handle, int64_t rows, int64_t columns, int value) {
+  const struct tensor* matrix = at(handle);
+  if (matrix->dims != 2 || matrix->sizes[0] != rows || matrix->sizes[1] != columns) return 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns * matrix->dtype; ++j) {
+      if (matrix->strides[1] != 1 || data_of(matrix)[i * matrix->strides[0] * matrix->dtype + j] != value) return 0;
+    }
+  }
+  return 1;
+}
