@@ -10,7 +10,7 @@ from aoti_sched.queue.lease import Lease, RunnerState
 
 
 class Launch(msgspec.Struct, frozen=True):
-    """Run this job now: on its lane, or, when `job.inline` is set, right here on the loop's own thread."""
+    """Run this job now, with all its `members` when it has any: on its lane, or, when `job.inline` is set, right here."""
 
     job: Job
 

@@ -6,14 +6,13 @@ commands that follow. The same facts give the same commands, always. An illegal 
 
 A job's way: `submit` puts it at the gate (when there is no room and it may wait) or into its source's
 queue; a source (a runner, or a held lease) that has a job and a free slot contends for a lane, or, when
-its run is short, for the loop's own thread (`placement`); `Launch` gives the best job its slot and lane;
-`complete` brings both home. What a job can go through stands in `job.TRANSITIONS`. A `barrier` between
-two epochs holds a runner's queue until every slot is home.
+its run is short, for the loop's own thread (`placement`); `Launch` gives the best job its slot and lane, and takes
+along what may run with it (`batch`); `complete` brings both home. What a job can go through stands in
+`job.TRANSITIONS`. A `barrier` between two epochs holds a runner's queue until every slot is home.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 
 from aoti_sched.errors import (
@@ -25,6 +24,7 @@ from aoti_sched.errors import (
 )
 from aoti_sched.queue import barrier
 from aoti_sched.queue.admission import Bounds, Load
+from aoti_sched.queue.batch import Batching, Company
 from aoti_sched.queue.command import (
     BarrierReached,
     Command,
@@ -42,6 +42,7 @@ from aoti_sched.queue.job import Fact, IllegalFactError, Job, JobState, Priority
 from aoti_sched.queue.lease import Lease, Phase, RunnerState, Source
 from aoti_sched.queue.order import Contest, JobQueue
 from aoti_sched.queue.placement import INLINE_BUDGET, LOOP, Placing
+from aoti_sched.queue.timers import Timers
 
 
 def _must_be_lawful(job: Job) -> None:
@@ -54,6 +55,8 @@ def _must_be_lawful(job: Job) -> None:
         raise IllegalFactError("a job's deadline is not a number")
     if job.holds and isinstance(job.source, Lease):
         raise IllegalFactError(f"lease {job.source.id} holds one slot and can't lease it again")
+    if job.key is not None and (job.holds or job.rows < 1):
+        raise IllegalFactError("a job with a key runs, and has rows")
 
 
 def _gate_of(source: Source) -> JobQueue:
@@ -91,6 +94,11 @@ def _has_room(source: Source, head: Job) -> bool:
     return source.load.refusal(head.bytes) is None
 
 
+def _company(runner: RunnerState) -> Company:
+    """Of a runner that makes batches."""
+    return runner.company  # type: ignore[return-value]
+
+
 class DeviceQueue:
     """The queue of one device with `lanes` lanes; at most `bounds` may be queued over all its runners."""
 
@@ -113,8 +121,8 @@ class DeviceQueue:
         self._inline_left = inline_budget
         self._turn_asked = False
         self._gates = Contest(_gate_of, _has_room)
-        self._deadlines: list[tuple[float, int, Job]] = []
-        self._dead_deadlines = 0
+        self.timers = Timers()
+        self._gathering: list[RunnerState] = []  # jobs that may have company have come to them in this turn
         self._wake: float | None = None
         self._ids = 0
         self._lease_ids = 0
@@ -134,13 +142,14 @@ class DeviceQueue:
         *,
         epoch: int = 1,
         placing: Placing | None = None,
+        batching: Batching | None = None,
     ) -> RunnerState:
         if name in self.runners:
             raise IllegalFactError(f"{self.name} has a runner {name!r} already")
         if slots < 1:
             raise IllegalFactError(f"runner {name!r}: at least one slot, not {slots}")
         load = Load(f"runner {name!r}", bounds or Bounds())
-        runner = RunnerState(name, slots, load, epoch, placing or Placing())
+        runner = RunnerState(name, slots, load, epoch, placing or Placing(), batching=batching)
         self.runners[name] = runner
         return runner
 
@@ -158,6 +167,10 @@ class DeviceQueue:
                 f"runner {runner.name!r} is draining; epoch {job.min_epoch}, which the request waits for, has not come"
             )
             self._revoke(job, error, now, commands)
+        if runner.company is not None:
+            runner.company.hurry(now)
+            self._enter(runner)
+        self._dispatch(now, commands)
         self._see_what_is_over(runner, commands)
         return commands
 
@@ -204,7 +217,7 @@ class DeviceQueue:
                     "send the request again"
                 )
                 self._revoke(job, error, now, commands)
-            self._dispatch(now, commands)
+        self._dispatch(now, commands)
         self._see_what_is_over(runner, commands)
         return commands
 
@@ -225,7 +238,13 @@ class DeviceQueue:
         self._inline_left = self.inline_budget
         self._turn_asked = LOOP in self._running  # what runs there belongs to this turn, too
         commands: list[Command] = [NextTurn()] if self._turn_asked else []
+        gathering, self._gathering = self._gathering, []
+        for runner in gathering:
+            _company(runner).turn(now)
+            self._enter(runner)
         self._dispatch(now, commands)
+        for runner in gathering:
+            self._follow(runner, now, commands)
         return commands
 
     # --- facts about jobs ----------------------------------------------------------------------------
@@ -252,7 +271,7 @@ class DeviceQueue:
                 job.happens(Fact.EXPIRE)
                 runner.counters.expired += 1
                 return [Expire(job)]
-            heapq.heappush(self._deadlines, (job.deadline, job.id, job))
+            self.timers.watch(job, job.deadline)
         commands: list[Command] = []
         job.source.live += 1
         if job.min_epoch > job.source.epoch:
@@ -263,11 +282,13 @@ class DeviceQueue:
             job.source.gate.push(job)
             self._look_at_gate(job.source)
             self._dispatch(now, commands)
-        elif (lane := self._uncontended_lane(job)) is not None:
+        elif (lane := self._uncontended_lane(job, now)) is not None:
             job.happens(Fact.ADMIT)
+            if self._may_have_company(job):
+                self._arrives(runner, commands)
             self._launch(job, lane, now, commands)
         else:
-            self._admit(job)
+            self._admit(job, now, commands)
             self._dispatch(now, commands)
             self._follow(job.source, now, commands)
         if job.deadline is not None:
@@ -290,32 +311,23 @@ class DeviceQueue:
         """
         if self._running.get(job.lane) is not job and self.following.get(job.lane) is not job:
             raise IllegalFactError(f"job {job.id} is {job.state.name} and not on a lane: it can't complete")
-        left = job.state is not JobState.RUNNING
-        job.happens(Fact.SUCCEED if ok else Fact.FAIL)
-        job.started = job.started if started is None else started
-        job.finished = now if finished is None else finished
         source, runner = job.source, job.source.runner
-        counters, seconds = runner.counters, job.finished - job.started
-        counters.queue_seconds += job.started - job.submitted
-        counters.run_seconds += seconds
-        if left:
-            counters.wasted_seconds += seconds
-        elif ok:
-            counters.completed += 1
-        else:
-            counters.failed += 1
-        if not left and job.deadline is not None:
-            self._count_dead_deadline()
-        self._leave_lane(job)
-        if job.inline:
-            self._inline_left -= seconds
-            counters.inline += 1
-        source.live -= 1
+        started = job.started if started is None else started
+        finished = now if finished is None else finished
+        seconds = finished - started
+        inline, size = job.inline, job.size
         commands: list[Command] = []
+        if job.members:
+            self._end_batch(job, ok, started, finished)
+        else:
+            self._end(job, Fact.SUCCEED if ok else Fact.FAIL, started, finished, seconds)
+        self._leave_lane(job, now, commands)
+        if inline:
+            self._inline_left -= seconds
         if isinstance(source, Lease):
             self._retire_if_over(source)
-        too_long = job.inline and seconds > self.inline_budget
-        moved = (ok or too_long) and runner.placing.learn(job.bytes, seconds, too_long=too_long)
+        too_long = inline and seconds > self.inline_budget
+        moved = (ok or too_long) and runner.placing.learn(size, seconds, too_long=too_long)
         if self.load.jobs:  # nobody waits for room, a slot or a lane when nothing is queued
             for other in (runner, *runner.leases.values()) if moved else (source,):
                 self._enter(other)
@@ -330,8 +342,7 @@ class DeviceQueue:
         commands: list[Command] = []
         if job.state is JobState.RUNNING:
             job.happens(Fact.CANCEL)
-            if job.deadline is not None:
-                self._count_dead_deadline()
+            self.timers.ended(job)
         else:
             self._leave_queue(job, Fact.CANCEL, now)
         job.source.runner.counters.cancelled += 1
@@ -342,10 +353,10 @@ class DeviceQueue:
     def tick(self, now: float) -> list[Command]:
         """Time has passed: every live job whose deadline is not after `now` expires."""
         commands: list[Command] = []
-        while (entry := self._earliest()) is not None and entry[0] <= now:
-            self._expire(entry[2], now, commands)
-        self._dispatch(now, commands)
         self._wake = None
+        while (job := self.timers.due(now)) is not None:
+            self._expire(job, now, commands)
+        self._dispatch(now, commands)
         self._ask_for_wake(commands)
         return commands
 
@@ -355,8 +366,8 @@ class DeviceQueue:
         if not lease.released:
             lease.released = True
             self._retire_if_over(lease)
-            self._dispatch(now, commands)
-            self._see_what_is_over(lease.runner, commands)
+        self._dispatch(now, commands)
+        self._see_what_is_over(lease.runner, commands)
         return commands
 
     # --- what follows from facts ---------------------------------------------------------------------
@@ -413,13 +424,40 @@ class DeviceQueue:
             reason = "earlier requests are waiting for room"
         return reason
 
-    def _admit(self, job: Job) -> None:
+    def _admit(self, job: Job, now: float, commands: list[Command]) -> None:
         job.happens(Fact.ADMIT)
         source = job.source
         for load in self._loads_of(source):
             load.add(job.bytes)
-        source.queue.push(job)
+        if self._may_have_company(job):
+            runner = source.runner
+            self._arrives(runner, commands)
+            key = _company(runner).enter(job, now, runner.placing.times.bound(job.bytes))
+            if not key.ripe and key.ripe_at < math.inf:
+                self.timers.watch_key(runner, job.key, key)
+                self._ask_for_wake(commands)
+        else:
+            source.queue.push(job)
         self._enter(source)
+
+    def _may_have_company(self, job: Job) -> bool:
+        """Whether others may run with it: it has a key, and draws its slot from a runner that makes batches."""
+        return (
+            job.key is not None and job.source is job.source.runner and job.source.runner.company is not None
+        )
+
+    def _arrives(self, runner: RunnerState, commands: list[Command]) -> None:
+        """A job that may have company has come in this turn of the loop."""
+        company = _company(runner)
+        if not company.arrived:
+            self._gathering.append(runner)
+        company.arrives()
+        self._ask_for_turn(commands)
+
+    def _ask_for_turn(self, commands: list[Command]) -> None:
+        if not self._turn_asked:
+            self._turn_asked = True
+            commands.append(NextTurn())
 
     def _enter(self, source: Source) -> None:
         """Its head or its slots changed: it contends again."""
@@ -437,8 +475,9 @@ class DeviceQueue:
 
         A job whose deadline has passed is not launched, whichever fact finds it first.
         """
+        self._ripen(now)
         while True:
-            self._open_gates()
+            self._open_gates(now, commands)
             job = self._next()
             if job is None:
                 return
@@ -446,11 +485,17 @@ class DeviceQueue:
                 self._expire(job, now, commands)
                 continue
             source = job.source
-            source.queue.remove(job)
-            self._free_room(job)
+            self._unqueue(job)
             lane = LOOP if job.holds or source.runner.placing.inline(job.bytes) else self._free_lanes[-1]
             self._launch(job, lane, now, commands)
             self._enter(source)
+
+    def _ripen(self, now: float) -> None:
+        """Let take part what has waited for company long enough."""
+        while (found := self.timers.ripe(now)) is not None:
+            runner, name = found
+            _company(runner).see(name, now)
+            self._enter(runner)
 
     def _next(self) -> Job | None:
         """The best of the jobs that have a slot and a place to run."""
@@ -464,13 +509,16 @@ class DeviceQueue:
     def _loop_is_free(self) -> bool:
         return LOOP not in self._running and self._inline_left > 0
 
-    def _uncontended_lane(self, job: Job) -> int | None:
+    def _uncontended_lane(self, job: Job, now: float) -> int | None:
         """The lane it can have at once, since a slot and the lane are free and nobody else wants them; or None."""
         source = job.source
         if job.holds or not _can_start(source):
             return None
+        if self._may_have_company(job) and _company(source.runner).waits:
+            return None
         inline = source.runner.placing.inline(job.bytes)
         if self.load.jobs:
+            self._ripen(now)
             contest = self._ready_inline if inline else self._ready
             if len(source.queue) or contest.best() is not None:  # its own queue may wait for another place
                 return None
@@ -479,43 +527,138 @@ class DeviceQueue:
         return self._free_lanes[-1] if self._free_lanes else None
 
     def _launch(self, job: Job, lane: int, now: float, commands: list[Command]) -> None:
+        """A job, and what goes with it, gets its slot and, unless it holds a lease, its lane."""
         source = job.source
-        job.happens(Fact.LAUNCH)
-        job.slot = source.free.pop()
-        job.epoch = source.epoch
-        job.started = now
         if job.holds:
+            job.happens(Fact.LAUNCH)
+            job.slot = source.free.pop()
+            job.epoch = source.epoch
+            job.started = now
             self._grant(job, now, commands)
             return
-        job.lane = lane
+        self._start(job, lane, source.free.pop(), now, commands)
         self._running[lane] = job
         commands.append(Launch(job))
-        if lane != LOOP:
+        if lane == LOOP:
+            self._ask_for_turn(commands)
+        else:
             self._free_lanes.pop()
-            if source.runner.placing.follows(job.bytes):
+            if source.runner.placing.follows(job.size):
                 source.followed.append(lane)
-            return
-        job.inline = True
-        if not self._turn_asked:
-            self._turn_asked = True
-            commands.append(NextTurn())
 
-    def _leave_lane(self, job: Job) -> None:
-        """Its lane and slot come home, or go to the one that follows it."""
+    def _start(self, job: Job, lane: int, slot: int, now: float, commands: list[Command]) -> None:
+        """It runs there, and with it what may and is queued."""
+        job.size = job.bytes
+        if self._may_have_company(job):
+            self._take_along(job, lane == LOOP, now, commands)
+        for member in job.members or (job,):
+            member.happens(Fact.LAUNCH)
+            member.lane = lane
+            member.inline = lane == LOOP
+            member.slot = slot
+            member.epoch = job.source.epoch
+            member.started = now
+
+    def _take_along(self, job: Job, inline: bool, now: float, commands: list[Command]) -> None:
+        """Find the job's company among what is queued, in its order, as long as there is room for the next."""
+        runner = job.source.runner
+        company, placing = _company(runner), runner.placing
+        members, rows = [job], job.rows
+        while (other := company.queue.head_of(job.key)) is not None:
+            if rows + other.rows > company.rule.max_rows:
+                break
+            if inline and not placing.grows(job.size + other.bytes):
+                break
+            if other.deadline is not None and other.deadline <= now:
+                self._expire(other, now, commands)
+                continue
+            self._unqueue(other)
+            members.append(other)
+            rows += other.rows
+            job.size += other.bytes
+        if len(members) > 1:
+            job.members = tuple(members)
+            for member in members:
+                member.batch = len(members)
+            runner.counters.batches += 1
+            runner.counters.batched += len(members)
+
+    def _end(self, job: Job, fact: Fact, started: float, finished: float, seconds: float) -> None:
+        """A job's run of so many seconds is over, whether its caller is still there or had left."""
+        left = job.state is not JobState.RUNNING
+        job.happens(fact)
+        job.started, job.finished = started, finished
+        counters = job.source.runner.counters
+        counters.queue_seconds += started - job.submitted
+        counters.run_seconds += seconds
+        if left:
+            counters.wasted_seconds += seconds
+        elif fact is Fact.SUCCEED:
+            counters.completed += 1
+        else:
+            counters.failed += 1
+        if job.inline:
+            counters.inline += 1
+        if not left:
+            self.timers.ended(job)
+        job.source.live -= 1
+
+    def _end_batch(self, leader: Job, ok: bool, started: float, finished: float) -> None:
+        """Each member has its part of the run by its rows. One that failed says nothing of any one of them: they are run again."""
+        rows = sum(member.rows for member in leader.members)
+        counters = leader.source.runner.counters
+        again = []
+        for member in leader.members:
+            seconds = (finished - started) * member.rows / rows
+            if ok or member.state is not JobState.RUNNING:
+                self._end(member, Fact.SUCCEED if ok else Fact.FAIL, started, finished, seconds)
+            else:
+                counters.run_seconds += seconds
+                counters.wasted_seconds += seconds
+                again.append(member)
+        leader.members = ()
+        leader.rest = tuple(again)
+
+    def _leave_lane(self, job: Job, now: float, commands: list[Command]) -> None:
+        """Its lane and slot come home, or go to the one that follows it, or to those who have to be run again."""
         lane, source = job.lane, job.source
+        again = self._next_of(job, now)
         follower = self.following.pop(lane, None)
         if follower is job:  # the lane would not take it
-            source.followed.append(lane)
-        elif follower is None:
+            if again is None:
+                source.followed.append(lane)
+        elif follower is not None:
+            self._running[lane] = follower
+            if again is None and not follower.again:
+                source.followed.append(lane)
+        elif again is None:
             del self._running[lane]
             source.free.append(job.slot)
             if lane != LOOP:
                 self._free_lanes.append(lane)
-                if lane in source.followed:
-                    source.followed.remove(lane)
-        else:
-            self._running[lane] = follower
-            source.followed.append(lane)
+        if lane in source.followed and (again is not None or lane not in self._running):
+            source.followed.remove(lane)
+        if again is not None:
+            if follower is None:
+                self._running[lane] = again
+            else:  # it is on the lane already, or was to be
+                self.following[lane] = again
+            commands.append(Launch(again))
+
+    def _next_of(self, job: Job, now: float) -> Job | None:
+        """Who of a failed batch is run next, alone, on the slot it had; whoever has left meanwhile is passed over."""
+        rest, job.rest = job.rest, ()
+        for index, member in enumerate(rest):
+            if member.state is JobState.RUNNING:
+                member.rest = rest[index + 1 :]
+                member.again = True
+                member.batch = 1
+                member.size = member.bytes
+                member.started = now
+                member.source.runner.counters.retried += 1
+                return member
+            member.source.live -= 1
+        return None
 
     def _follow(self, source: Source, now: float, commands: list[Command]) -> None:
         """Hand the source's next jobs to lanes that run short ones of it, unless a better job waits for a lane."""
@@ -528,14 +671,10 @@ class DeviceQueue:
             first = self._ready.best()
             if first is not None and (first.priority, first.id) < (job.priority, job.id):
                 return
-            source.queue.remove(job)
-            self._free_room(job)
-            job.happens(Fact.LAUNCH)
-            job.lane = source.followed.pop()
-            job.slot = self._running[job.lane].slot
-            job.epoch = source.epoch
-            job.started = now
-            self.following[job.lane] = job
+            self._unqueue(job)
+            lane = source.followed.pop()
+            self._start(job, lane, self._running[lane].slot, now, commands)
+            self.following[lane] = job
             commands.append(Launch(job))
             self._enter(source)
             self._dispatch(now, commands)  # the room it left may let others in
@@ -550,15 +689,14 @@ class DeviceQueue:
         job.finished = now
         runner.counters.completed += 1
         runner.counters.queue_seconds += now - job.submitted
-        if job.deadline is not None:
-            self._count_dead_deadline()
+        self.timers.ended(job)
         commands.append(Grant(job, lease))
 
-    def _open_gates(self) -> None:
+    def _open_gates(self, now: float, commands: list[Command]) -> None:
         while (job := self._gates.best()) is not None and self.load.refusal(job.bytes) is None:
             runner = job.source.runner
             runner.gate.remove(job)
-            self._admit(job)
+            self._admit(job, now, commands)
             self._gates.enter(runner)
 
     def _look_at_gate(self, source: Source) -> None:
@@ -566,7 +704,7 @@ class DeviceQueue:
         if isinstance(source, Lease):
             while (job := source.gate.head()) is not None and source.load.refusal(job.bytes) is None:
                 source.gate.remove(job)
-                self._admit(job)
+                self._admit(job, job.submitted, [])  # nothing follows from it but that it is queued
         self._gates.enter(source.runner)
 
     def _leave_queue(self, job: Job, fact: Fact, now: float) -> None:
@@ -581,16 +719,19 @@ class DeviceQueue:
                 source.gate.remove(job)
                 self._look_at_gate(source)
         else:
-            source.queue.remove(job)
-            self._free_room(job)
+            self._unqueue(job)
             self._enter(source)
-        if job.deadline is not None:
-            self._count_dead_deadline()
+        self.timers.ended(job)
         if isinstance(source, Lease):
             self._retire_if_over(source)
 
-    def _free_room(self, job: Job) -> None:
+    def _unqueue(self, job: Job) -> None:
+        """It leaves its queue, and the room that it had."""
         source = job.source
+        if self._may_have_company(job):
+            _company(source.runner).leave(job)
+        else:
+            source.queue.remove(job)
         for load in self._loads_of(source):
             load.remove(job.bytes)
         self._look_at_gate(source)
@@ -639,16 +780,12 @@ class DeviceQueue:
         if self.runners.get(runner.name) is not runner:
             raise IllegalFactError(f"{self.name} has no runner {runner.name!r}")
 
-    # --- deadlines -----------------------------------------------------------------------------------
-
-    @staticmethod
-    def _is_dead(job: Job) -> bool:
-        return job.state > JobState.RUNNING
+    # --- time ----------------------------------------------------------------------------------------
 
     def _expire(self, job: Job, now: float, commands: list[Command]) -> None:
         if job.state is JobState.RUNNING:
             job.happens(Fact.EXPIRE)
-            self._count_dead_deadline()
+            self.timers.ended(job)
         else:
             self._leave_queue(job, Fact.EXPIRE, now)
         runner = job.source.runner
@@ -657,25 +794,10 @@ class DeviceQueue:
         self._see_what_is_over(runner, commands)
 
     def _ask_for_wake(self, commands: list[Command]) -> None:
-        entry = self._earliest()
-        if entry is not None and (self._wake is None or entry[0] < self._wake):
-            self._wake = entry[0]
-            commands.append(WakeAt(self._wake))
-
-    def _earliest(self) -> tuple[float, int, Job] | None:
-        """The first deadline of a live job; those of ended jobs before it are dropped."""
-        while self._deadlines and self._is_dead(self._deadlines[0][2]):
-            heapq.heappop(self._deadlines)
-            self._dead_deadlines -= 1
-        return self._deadlines[0] if self._deadlines else None
-
-    def _count_dead_deadline(self) -> None:
-        """Entries of ended jobs stay in the heap until they surface, or until they outnumber the others."""
-        self._dead_deadlines += 1
-        if self._dead_deadlines > len(self._deadlines) // 2 + 16:
-            self._deadlines = [entry for entry in self._deadlines if not self._is_dead(entry[2])]
-            heapq.heapify(self._deadlines)
-            self._dead_deadlines = 0
+        at = self.timers.next()
+        if at is not None and (self._wake is None or at < self._wake):
+            self._wake = at
+            commands.append(WakeAt(at))
 
     # --- invariants ----------------------------------------------------------------------------------
 

@@ -54,6 +54,20 @@ class ServiceTimes:
         known = self._by_class.get(size.bit_length())
         return math.inf if known is None else known.bound
 
+    def grown(self, size: int) -> float:
+        """`bound`, and where that is not known, what the nearest smaller size makes likely: a run takes no longer per byte."""
+        known = self.bound(size)
+        if known < math.inf:
+            return known
+        bits = size.bit_length()
+        nearest = max(
+            (smaller for smaller in self._by_class if smaller < bits and self._knows(smaller)), default=-1
+        )
+        return math.inf if nearest < 0 else self._by_class[nearest].bound * 2.0 ** (bits - nearest)
+
+    def _knows(self, bits: int) -> bool:
+        return self._by_class[bits].bound < math.inf
+
     def learn(self, size: int, seconds: float) -> None:
         known = self._by_class.get(size.bit_length())
         if known is None:

@@ -4,14 +4,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from aoti_sched.queue.job import JobState
+from aoti_sched.queue.job import Job, JobState
 from aoti_sched.queue.lease import Phase
 from aoti_sched.queue.placement import LOOP
+from aoti_sched.queue.timers import is_over
 
 if TYPE_CHECKING:
     from aoti_sched.queue.admission import Load
+    from aoti_sched.queue.batch import Company
     from aoti_sched.queue.device_queue import DeviceQueue
     from aoti_sched.queue.lease import RunnerState, Source
 
@@ -30,8 +33,11 @@ def check(queue: DeviceQueue) -> None:
         "a job knows its lane",
     )
     must(
-        queue._turn_asked or (LOOP not in queue._running and queue._inline_left == queue.inline_budget),
-        "a turn with inline runs has a next",
+        queue._turn_asked
+        or (
+            LOOP not in queue._running and queue._inline_left == queue.inline_budget and not queue._gathering
+        ),
+        "a turn with inline runs, or with jobs that may have company, has a next",
     )
     queued_jobs = queued_bytes = 0
     for runner in queue.runners.values():
@@ -92,10 +98,12 @@ def check(queue: DeviceQueue) -> None:
                 ),
                 "a lane that may be given a next job runs one of the source and has no next",
             )
+        if runner.company is not None:
+            _check_company(queue, runner, queued, must)
         must(runner.reached or not (runner.closed and runner.home), "a barrier that can be reached is")
         must(
             sum(s.live for s in sources)
-            == len(queued) + len(gate) + len(awaiting) + len(on_lanes) + len(following),
+            == len(queued) + len(gate) + len(awaiting) + sum(map(_live, [*on_lanes, *following])),
             "live jobs are somewhere",
         )
         must(runner.load.within_bounds(*_lease_loads(runner)), "no bound of a runner is exceeded")
@@ -119,14 +127,49 @@ def check(queue: DeviceQueue) -> None:
     leases = [load for runner in queue.runners.values() for load in _lease_loads(runner)]
     must(queue.load.within_bounds(*leases), "no bound of the device is exceeded")
     must(
-        sum(queue._is_dead(e[2]) for e in queue._deadlines) == queue._dead_deadlines,
+        sum(is_over(entry[2]) for entry in queue.timers.deadlines) == queue.timers.dead,
         "dead deadlines are counted",
     )
+
+
+def _live(job: Job) -> int:
+    """How many jobs one that was launched stands for."""
+    return len(job.members or (job,)) + len(job.rest)
 
 
 def _has_room(source: Source) -> bool:
     head = source.gate.head()
     return head is not None and source.load.refusal(head.bytes) is None
+
+
+def _check_company(
+    queue: DeviceQueue, runner: RunnerState, queued: list[Job], must: Callable[[bool, str], None]
+) -> None:
+    company: Company = runner.company  # type: ignore[assignment]
+    for job in [*queue._running.values(), *queue.following.values()]:
+        if job.source is runner and job.members:
+            must(job.members[0] is job and len(job.members) > 1, "a batch is led by its first")
+            must(all(member.key == job.key for member in job.members), "a batch is of one key")
+            must(
+                sum(member.rows for member in job.members) <= company.rule.max_rows,
+                "a batch has not too many rows",
+            )
+            must(
+                all((m.lane, m.slot, m.epoch) == (job.lane, job.slot, job.epoch) for m in job.members),
+                "a batch runs in one place",
+            )
+    keyed = [job for job in queued if job.source is runner and job.key is not None and not job.holds]
+    must(company.keys.keys() == {job.key for job in keyed}, "each key that has jobs is known, and no other")
+    for name, key in company.keys.items():
+        alike = [job for job in keyed if job.key == name]
+        must((key.jobs, key.rows) == (len(alike), sum(job.rows for job in alike)), "a key counts its jobs")
+        must(not key.held or key.ripe or queue._turn_asked, "what is held until the next turn has one")
+        wakes = queue._wake is not None and queue._wake <= key.ripe_at
+        must(key.ripe or key.held or wakes, "what waits for company is not forgotten")
+    must(
+        bool(company.arrived) == (runner in queue._gathering),
+        "who has had jobs in this turn hears of its end",
+    )
 
 
 def _lease_loads(runner: RunnerState) -> list[Load]:

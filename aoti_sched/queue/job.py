@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -94,8 +95,13 @@ class Job(msgspec.Struct, eq=False):
 
     `source` is what the job draws its slot from: its runner, or a held lease. A job with `holds` set asks
     for a lease and not for a run. `bytes` counts the inputs. Times are seconds on the caller's clock;
-    `deadline` is absolute. It runs on constants of `min_epoch` or later. `lane` is `LOOP` for a run on the
-    loop's own thread, and then `inline` is set.
+    `deadline` is absolute. It runs on constants of `min_epoch` or later. Jobs with an equal `key` may run as one, as
+    long as they have not too many `rows` together. `lane` is `LOOP` for a run on the loop's own thread, and then
+    `inline` is set.
+
+    The first of a batch, its leader, has all jobs that run with it as `members`, itself first, and stands for them on
+    its lane; `size` is the bytes of all their inputs. `rest` are members of a failed batch that have yet to be run
+    again, one after the other, and `again` is set for one that is. `batch` is how many jobs ran as one with this one.
     """
 
     source: Source
@@ -105,6 +111,8 @@ class Job(msgspec.Struct, eq=False):
     holds: bool = False
     payload: Any = None
     min_epoch: int = 0
+    rows: int = 1
+    key: Hashable = None
 
     id: int = -1
     state: JobState = JobState.NEW
@@ -115,6 +123,11 @@ class Job(msgspec.Struct, eq=False):
     submitted: float = 0.0
     started: float = 0.0
     finished: float = 0.0
+    size: int = 0
+    members: tuple[Job, ...] = ()
+    rest: tuple[Job, ...] = ()
+    again: bool = False
+    batch: int = 1
 
     def happens(self, fact: Fact) -> None:
         """Move to the next state by the table, or raise `IllegalFactError` and change nothing."""

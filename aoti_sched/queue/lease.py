@@ -8,8 +8,9 @@ from typing import Any
 import msgspec
 
 from aoti_sched.queue.admission import Load
+from aoti_sched.queue.batch import Batching, Company
 from aoti_sched.queue.job import Job
-from aoti_sched.queue.order import JobQueue
+from aoti_sched.queue.order import JobQueue, KeyedQueue
 from aoti_sched.queue.placement import Placing
 
 
@@ -35,9 +36,15 @@ class Counters(msgspec.Struct):
     queue_seconds: float = 0.0
     run_seconds: float = 0.0
     wasted_seconds: float = 0.0
-    """Run time of jobs whose caller had left, by cancellation or timeout."""
+    """Run time of jobs whose caller had left, by cancellation or timeout, and of batches that failed."""
     inline: int = 0
-    """Runs on the loop's own thread."""
+    """Jobs that ran on the loop's own thread."""
+    batches: int = 0
+    """Launches of several jobs as one."""
+    batched: int = 0
+    """Jobs that were in them."""
+    retried: int = 0
+    """Jobs that were run again by themselves, since their batch had failed."""
 
 
 class Source:
@@ -70,13 +77,37 @@ class Source:
 class RunnerState(Source):
     """A runner's record: its slots, its queue, its held leases, its totals. Its load counts its leases' too.
 
-    `published` is the highest epoch there has been. `awaiting` holds jobs whose epoch is yet to come.
+    `published` is the highest epoch there has been. `awaiting` holds jobs whose epoch is yet to come. `company` is there
+    if its jobs may run as one, and then its queue knows their keys.
     """
 
-    __slots__ = ("awaiting", "counters", "leases", "phase", "placing", "published", "reached", "slots")
+    __slots__ = (
+        "awaiting",
+        "company",
+        "counters",
+        "leases",
+        "phase",
+        "placing",
+        "published",
+        "reached",
+        "slots",
+    )
 
-    def __init__(self, name: str, slots: int, load: Load, epoch: int, placing: Placing) -> None:
+    def __init__(
+        self,
+        name: str,
+        slots: int,
+        load: Load,
+        epoch: int,
+        placing: Placing,
+        *,
+        batching: Batching | None = None,
+    ) -> None:
         super().__init__(name, list(reversed(range(slots))), epoch, load)
+        self.company: Company | None = None
+        if batching is not None:
+            self.queue = KeyedQueue()
+            self.company = Company(batching, self.queue)
         self.slots = slots
         self.leases: dict[int, Lease] = {}
         self.phase = Phase.OPEN

@@ -12,7 +12,10 @@ from dataclasses import dataclass, field
 
 LOOP = -1
 LIVE = ("WAITING", "QUEUED", "RUNNING")
-COUNTS = ("submitted", "completed", "failed", "rejected", "expired", "cancelled", "revoked", "inline")
+COUNTS = (
+    *("submitted", "completed", "failed", "rejected", "expired", "cancelled", "revoked", "inline"),
+    *("batches", "batched", "retried"),
+)
 SECONDS = ("queue_seconds", "run_seconds", "wasted_seconds")
 
 
@@ -40,6 +43,21 @@ class Runner:
     published: int = 1
     closed: bool = False
     reached: bool = False
+    max_rows: int | None = None  # of a batch; None: it makes none
+    max_delay: float = 0
+    keys: dict = field(default_factory=dict)  # those that have jobs queued
+    arrived: int = 0  # jobs with keys, in this turn of the loop
+    gathering: bool = False
+    hurries: bool = False
+
+    def grows(self, size):
+        """Whether a batch on the loop's thread may grow to this size."""
+        known = [bits for bits in self.times if bits < size.bit_length() and len(self.times[bits]) >= 8]
+        bound = self.bound(size)
+        if bound == math.inf and known:
+            bits = max(known)
+            bound = self.bound(2**bits - 1) * 2 ** (size.bit_length() - bits)
+        return self.choice == "inline" or bound < self.limit
 
     def bound(self, size):
         recent = sorted(self.times.get(size.bit_length(), [])[-32:])
@@ -50,6 +68,13 @@ class Runner:
 
     def short(self, size):
         return self.bound(size) < self.follow_limit
+
+
+@dataclass(eq=False)
+class Key:
+    held: bool = False
+    ripe: bool = False
+    ripe_at: float = math.inf
 
 
 @dataclass(eq=False)
@@ -72,6 +97,8 @@ class Job:
     bytes: int
     holds: bool
     min_epoch: int = 0
+    rows: int = 1
+    key: str | None = None
     state: str = "NEW"
     awaiting: bool = False  # WAITING for its epoch, and not for room
     behind: bool = False  # on its lane, but not yet the one that runs
@@ -82,10 +109,19 @@ class Job:
     slot: int = -1
     submitted: float = 0
     started: float = 0
+    members: list = field(default_factory=list)  # of a batch, on its leader, itself first
+    total: int = 0  # bytes of the launch
+    rest: list = field(default_factory=list)  # to be run again, one by one
+    aboard: bool = False  # runs, or is to be run again, with another that stands for it
+    again: bool = False
 
     @property
     def live(self):
-        return self.state in LIVE or self.on_lane
+        return self.state in LIVE or self.on_lane or self.aboard
+
+    @property
+    def keyed(self):
+        return self.key is not None and self.lease is None and self.runner.max_rows is not None
 
     @property
     def inline(self):
@@ -113,27 +149,33 @@ class PlainModel:
         self.ids = 0
         self.moments = 0
         self.lanes_freed = {}
+        self.gatherers = []  # runners to which jobs with keys have come in this turn, in that order
 
     # --- facts -----------------------------------------------------------------------------------------
 
-    def add_runner(self, name, slots, jobs, size, choice="lane", limit=0, follow_limit=0):
+    def add_runner(self, name, slots, jobs, size, choice="lane", limit=0, follow_limit=0, batching=None):
         if any(runner.name == name and not runner.removed for runner in self.runners):
             raise Illegal
         bounds = (math.inf if bound is None else bound for bound in (jobs, size))
         runner = Runner(name, slots, *bounds, choice=choice, limit=limit, follow_limit=follow_limit)
+        runner.max_rows, runner.max_delay = batching or (None, 0)
         self.runners.append(runner)
         return []
 
-    def submit(self, now, number, source, priority, deadline, size, holds, wait, min_epoch=0):
+    def submit(
+        self, now, number, source, priority, deadline, size, holds, wait, min_epoch=0, rows=1, key=None
+    ):
         """`source` is ("runner", number) or ("lease", number); a job's number seen before is a resubmission."""
         kind, which = source
         lease = self.leases[which - 1] if kind == "lease" else None
         runner = lease.runner if lease else self.runners[which]
-        if number < len(self.jobs) or (lease and holds):
+        if number < len(self.jobs) or (lease and holds) or (key is not None and (holds or rows < 1)):
             raise Illegal
         self.ids += 1
         job = Job(
-            number, runner, lease, priority, deadline, size, holds, min_epoch, id=self.ids, submitted=now
+            *(number, runner, lease, priority, deadline, size, holds, min_epoch, rows, key),
+            id=self.ids,
+            submitted=now,
         )
         self.jobs.append(job)
         runner.counters["submitted"] += 1
@@ -147,62 +189,104 @@ class PlainModel:
         if min_epoch > job.source.epoch:
             job.state, job.awaiting = "WAITING", True
             return []
-        job.state = "WAITING" if self.must_wait(job) else "QUEUED"
-        admitted = job.state == "QUEUED"
-        commands = self.settle(now)
+        admitted = not self.must_wait(job)
+        job.state = "WAITING"
+        commands = self.queue(job, now) if admitted else []
+        commands += self.settle(now)
         return commands + self.follow(job.source, now) if admitted else commands
 
     def complete(self, now, number, ok):
         job = self.jobs[number]
         if not job.on_lane:
             raise Illegal
-        runner = job.runner
-        counters, seconds = runner.counters, now - job.started
-        counters["queue_seconds"] += job.started - job.submitted
-        counters["run_seconds"] += seconds
-        inline = job.inline
+        runner, inline, seconds = job.runner, job.inline, now - job.started
+        members, job.members = job.members or [job], []
+        rows = sum(member.rows for member in members)
+        job.on_lane = False
+        for member in members:
+            part = seconds if len(members) == 1 else seconds * member.rows / rows
+            runner.counters["run_seconds"] += part
+            member.aboard = False
+            if len(members) > 1 and not ok and member.state == "RUNNING":
+                runner.counters["wasted_seconds"] += part
+                member.aboard = True
+                job.rest.append(member)
+                continue
+            runner.counters["queue_seconds"] += member.started - member.submitted
+            runner.counters["inline"] += inline
+            if member.state != "RUNNING":
+                runner.counters["wasted_seconds"] += part
+            elif ok:
+                self.end(member, "DONE", "completed")
+            else:
+                self.end(member, "FAILED")
         if inline:
             self.budget_left -= seconds
-            counters["inline"] += 1
-        job.on_lane = False
-        if job.state != "RUNNING":
-            counters["wasted_seconds"] += seconds
-        elif ok:
-            self.end(job, "DONE", "completed")
-        else:
-            self.end(job, "FAILED")
-        self.leave_lane(job)
+        commands = self.leave_lane(job, now)
         self.retire()
         self.learn(job, seconds, ok=ok, inline=inline)
-        commands = self.settle(now, drained=False)
+        commands += self.settle(now, drained=False)
         return commands + self.follow(job.source, now) + self.over()
 
-    def leave_lane(self, job):
+    def leave_lane(self, job, now):
         self.moments += 1
         others = [other for other in self.jobs if other.on_lane and other.lane == job.lane]
+        rerun = self.next_of(job)
         if job.behind:
             (first,) = others
-            first.opened, job.behind = self.moments, False
+            job.behind = False
+            if rerun is None:
+                first.opened = self.moments
         elif others:
             (next_one,) = others
-            next_one.behind, next_one.opened = False, self.moments
-        else:
+            next_one.behind = False
+            if rerun is None and not next_one.again:
+                next_one.opened = self.moments
+        elif rerun is None:
             self.lanes_freed[job.lane] = self.moments
             if job.lease is None:
                 job.runner.freed[job.slot] = self.moments
+        if rerun is None:
+            return []
+        rerun.on_lane, rerun.again, rerun.behind = True, True, bool(others)
+        rerun.started, rerun.total = now, rerun.bytes
+        rerun.opened = None
+        rerun.runner.counters["retried"] += 1
+        return [("launch", rerun.number, rerun.lane, rerun.slot, ())]
+
+    def next_of(self, job):
+        """Who of a failed batch is run again next."""
+        rest, job.rest = job.rest, []
+        while rest:
+            member = rest.pop(0)
+            member.aboard = False
+            if member.state == "RUNNING":
+                member.rest = rest
+                return member
+        return None
 
     def learn(self, job, seconds, *, ok, inline):
         runner = job.runner
         if runner.choice != "auto" and not runner.follow_limit:
             return
         if inline and seconds > self.budget:
-            runner.times.pop(job.bytes.bit_length(), None)
+            runner.times.pop(job.total.bit_length(), None)
         elif ok:
-            runner.times.setdefault(job.bytes.bit_length(), []).append(seconds)
+            runner.times.setdefault(job.total.bit_length(), []).append(seconds)
 
     def turn(self, now):
         self.budget_left, self.turn_asked = self.budget, any(job.inline for job in self.jobs)
-        return [("next turn",)] * self.turn_asked + self.settle(now)
+        commands = [("next turn",)] * self.turn_asked
+        gatherers, self.gatherers = self.gatherers, []
+        for runner in gatherers:
+            runner.gathering = runner.gathering and runner.arrived > 1
+            runner.arrived = 0
+            for key in runner.keys.values():
+                key.held = False
+        commands += self.settle(now)
+        for runner in gatherers:
+            commands += self.follow(runner, now)
+        return commands
 
     def cancel(self, now, number):
         job = self.jobs[number]
@@ -232,6 +316,7 @@ class PlainModel:
         runner = self.known(number)
         if runner.phase == "OPEN":
             runner.phase = "DRAINING"
+        runner.hurries = True
         commands = []
         for job in self.awaiting(runner):
             self.end(job, "REVOKED")
@@ -361,13 +446,16 @@ class PlainModel:
     def heads(self):
         """The first of each source's queue, if there is a slot for it."""
         for runner in self.runners:
-            queued = [job for job in self.of(runner, "QUEUED") if job.lease is None]
+            queued = [job for job in self.of(runner, "QUEUED") if job.lease is None and self.contends(job)]
             if queued and self.free_slots(runner) and not runner.closed:
                 yield min(queued, key=lambda job: job.rank)
         for lease in self.leases:
             queued = self.of_lease(lease, "QUEUED")
             if queued and not any(job.lease is lease and job.on_lane for job in self.jobs):
                 yield min(queued, key=lambda job: job.rank)
+
+    def contends(self, job):
+        return not job.keyed or job.runner.keys[job.key].ripe
 
     def best_for_a_lane(self):
         heads = [job for job in self.heads() if not job.holds and not job.runner.inline(job.bytes)]
@@ -384,10 +472,79 @@ class PlainModel:
 
     # --- what follows ----------------------------------------------------------------------------------
 
+    def queue(self, job, now):
+        """A job is queued; one with a key may have to wait for company."""
+        self.forget_keys()
+        job.state, runner = "QUEUED", job.runner
+        if not job.keyed:
+            return []
+        if not runner.arrived:
+            self.gatherers.append(runner)
+        runner.arrived += 1
+        runner.gathering = runner.gathering or runner.arrived > 1
+        key = runner.keys.setdefault(job.key, Key())
+        if not key.ripe:
+            key.held = key.held or runner.gathering
+            if runner.max_delay:
+                latest = math.inf if job.deadline is None else job.deadline - runner.bound(job.bytes)
+                key.ripe_at = min(key.ripe_at, job.submitted + runner.max_delay, latest)
+        self.ripen(now)
+        return self.ask_for_turn()
+
+    def ask_for_turn(self):
+        asked, self.turn_asked = self.turn_asked, True
+        return [] if asked else [("next turn",)]
+
+    def alike(self, runner, name):
+        jobs = self.of(runner, "QUEUED")
+        return [job for job in jobs if job.keyed and job.key == name]
+
+    def forget_keys(self):
+        """Those without jobs."""
+        for runner in self.runners:
+            runner.keys = {name: key for name, key in runner.keys.items() if self.alike(runner, name)}
+
+    def ripen(self, now):
+        """Keys that wait no longer."""
+        self.forget_keys()
+        for runner in self.runners:
+            for name, key in runner.keys.items():
+                rows = sum(job.rows for job in self.alike(runner, name))
+                alone = runner.max_delay and rows < runner.max_rows and now < key.ripe_at
+                if runner.hurries or not (key.held or alone):
+                    key.ripe = True
+
+    def take_along(self, job, now, *, inline):
+        """The job's company, in its order, while the next one has room."""
+        members, rows, job.total, commands = [job], job.rows, job.bytes, []
+        while job.keyed and (others := self.alike(job.runner, job.key)):
+            other = min(others, key=lambda job: job.rank)
+            if rows + other.rows > job.runner.max_rows:
+                break
+            if inline and not job.runner.grows(job.total + other.bytes):
+                break
+            if other.deadline is not None and other.deadline <= now:
+                self.end(other, "EXPIRED")
+                commands.append(("expire", other.number))
+                continue
+            other.state, other.aboard = "RUNNING", True
+            members.append(other)
+            rows += other.rows
+            job.total += other.bytes
+        if len(members) > 1:
+            job.members = members
+            job.runner.counters["batches"] += 1
+            job.runner.counters["batched"] += len(members)
+        for member in members:
+            member.lane, member.slot, member.started = job.lane, job.slot, job.started
+        return commands, tuple(member.number for member in job.members)
+
     def settle(self, now, *, drained=True):
         commands = []
+        self.ripen(now)
         while True:
-            self.admit()
+            commands += self.admit(now)
+            self.ripen(now)
             job = self.best()
             if job is None:
                 break
@@ -411,13 +568,14 @@ class PlainModel:
             inline = job.runner.inline(job.bytes)
             job.lane = LOOP if inline else freed_last(self.free_lanes(), self.lanes_freed)
             job.state, job.on_lane = "RUNNING", True
-            if not inline and job.runner.short(job.bytes):
+            expired, members = self.take_along(job, now, inline=inline)
+            commands += expired
+            if not inline and job.runner.short(job.total):
                 self.moments += 1
                 job.opened = self.moments
-            commands.append(("launch", job.number, job.lane, job.slot))
-            if inline and not self.turn_asked:
-                self.turn_asked = True
-                commands.append(("next turn",))
+            commands.append(("launch", job.number, job.lane, job.slot, members))
+            if inline:
+                commands += self.ask_for_turn()
         return commands + self.over() if drained else commands
 
     def follow(self, source, now):
@@ -429,7 +587,12 @@ class PlainModel:
             firsts = [
                 job for job in on_lanes if job.opened is not None and not job.behind and job.lane not in taken
             ]
-            queued = [job for job in self.jobs if job.state == "QUEUED" and job.source is source]
+            self.ripen(now)
+            queued = [
+                job
+                for job in self.jobs
+                if job.state == "QUEUED" and job.source is source and self.contends(job)
+            ]
             if not firsts or not queued or getattr(source, "closed", False):
                 return commands
             head = min(queued, key=lambda job: job.rank)
@@ -441,10 +604,12 @@ class PlainModel:
             first = max(firsts, key=lambda job: job.opened)
             head.state, head.on_lane, head.behind = "RUNNING", True, True
             head.lane, head.slot, head.started = first.lane, first.slot, now
-            commands.append(("launch", head.number, head.lane, head.slot))
+            expired, members = self.take_along(head, now, inline=False)
+            commands += [*expired, ("launch", head.number, head.lane, head.slot, members)]
             commands += self.settle(now, drained=False)
 
-    def admit(self):
+    def admit(self, now):
+        commands = []
         for lease in self.leases:
             while gate := self.of_lease(lease, "WAITING"):
                 head = min(gate, key=lambda job: job.rank)
@@ -455,7 +620,8 @@ class PlainModel:
             head = min(heads, key=lambda job: job.rank)
             if not self.fits_device(head):
                 break
-            head.state = "QUEUED"
+            commands += self.queue(head, now)
+        return commands
 
     def end(self, job, state, count=None):
         job.state = state

@@ -8,10 +8,12 @@ import functools
 import msgspec
 
 from aoti_sched.queue.admission import Bounds, Load
+from aoti_sched.queue.batch import Company, Key
 from aoti_sched.queue.device_queue import DeviceQueue, Grant, Launch, Reject
 from aoti_sched.queue.job import Job
 from aoti_sched.queue.lease import Source
 from aoti_sched.queue.order import Contest, JobQueue
+from aoti_sched.queue.timers import Timers
 
 FACTS = (
     "drain_runner",
@@ -77,7 +79,7 @@ def take_lease(queue, runner, now=0.0):
     return command.lease
 
 
-_LOOKED_INTO = (DeviceQueue, Source, JobQueue, Contest, Load)
+_LOOKED_INTO = (DeviceQueue, Source, JobQueue, Contest, Load, Company, Key, Timers)
 
 
 def picture(thing, seen=None):

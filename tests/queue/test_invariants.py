@@ -171,7 +171,7 @@ def a_lane_open_to_another(s):
 
 
 def a_dead_deadline_too_many(s):
-    s.queue._dead_deadlines += 1
+    s.queue.timers.dead += 1
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,10 @@ def a_dead_deadline_too_many(s):
         (a_devices_byte_uncounted, "the device's load is its runners'"),
         (a_smaller_bound_for_the_device, "no bound of the device is exceeded"),
         (a_job_on_another_lane, "a job knows its lane"),
-        (a_turn_that_nobody_asked_for, "a turn with inline runs has a next"),
+        (
+            a_turn_that_nobody_asked_for,
+            "a turn with inline runs, or with jobs that may have company, has a next",
+        ),
         (a_closed_lease, "a held lease is never closed"),
         (one_who_awaits_an_epoch_queued, "what awaits an epoch is WAITING"),
         (one_who_awaits_what_has_been, "nobody awaits an epoch that has been"),

@@ -5,6 +5,8 @@ A failure names its seed; `Walk(seed, STEPS)` is that walk again.
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 import pytest
 
@@ -45,6 +47,11 @@ def compare_ends(walk, player):
 
 def wake_is_asked_for_the_earliest(walk_jobs, player, *, exact):
     deadlines = [j.deadline for j in walk_jobs if j.deadline is not None and j.state.name in LIVE]
+    companies = [runner.company for runner in player.runners if runner.company is not None]
+    keys = [key for company in companies for key in company.keys.values()]
+    deadlines += [key.ripe_at for key in keys if not (key.ripe or key.held) and key.ripe_at < math.inf]
+    if any(key.held for key in keys):
+        exact = False  # its time may have been seen already
     if not deadlines:
         return not exact or player.wake is None
     return player.wake == min(deadlines) if exact else player.wake <= min(deadlines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 from aoti_sched.queue.admission import Bounds
+from aoti_sched.queue.batch import Batching
 from aoti_sched.queue.command import (
     BarrierReached,
     Drained,
@@ -17,7 +18,7 @@ from aoti_sched.queue.command import (
     WakeAt,
 )
 from aoti_sched.queue.device_queue import DeviceQueue
-from aoti_sched.queue.job import IllegalFactError, Job
+from aoti_sched.queue.job import IllegalFactError, Job, JobState
 from aoti_sched.queue.placement import LOOP, Placement, Placing
 from tests.queue.plain_model import LIVE, Illegal, PlainModel
 
@@ -36,6 +37,7 @@ class Walk:
         self.device = (draw.randint(1, 3), draw.choice([None, 1, 3, 6]), draw.choice([None, 60]), budget)
         # Some walks are about barriers, some about placement; one about everything goes nowhere.
         self.barriers, self.short_runs = draw.random() < 0.5, draw.random() < 0.5
+        self.batches = draw.random() < 0.5
         self.model = PlainModel(*self.device)
         self.facts = [self.add_runner() for _ in range(draw.randint(1, 3))]
         self.answers = [self.answer(*fact) for fact in self.facts]
@@ -81,7 +83,10 @@ class Walk:
             draw.choice([0.25, 1]),
             draw.choice([0, 0.25, 1]),
         )
-        return "add_runner", (f"r{len(self.model.runners)}", draw.randint(1, 3), *bounds, *placing)
+        batching = (draw.randint(2, 5), draw.choice([0, 0, 0.25, 1]))
+        batching = batching if self.batches and draw.random() < 0.7 else None
+        name = f"r{len(self.model.runners)}"
+        return "add_runner", (name, draw.randint(1, 3), *bounds, *placing, batching)
 
     def submit(self):
         draw, model = self.draw, self.model
@@ -95,6 +100,9 @@ class Walk:
         if self.short_runs:
             size = draw.choice([0, 0, 0, 5])
         min_epoch = draw.choice([0, 0, 0, 1, 2, 3]) if self.barriers else 0
+        rows, key = draw.choice([(1, "k"), (1, "k"), (1, "k"), (2, "k"), (1, "l"), (0, None)])
+        if not self.batches or (holds and draw.random() < 0.9):
+            rows, key = 1, None
         return "submit", (
             self.now,
             len(model.jobs),
@@ -105,6 +113,8 @@ class Walk:
             holds,
             wait,
             min_epoch,
+            rows,
+            key,
         )
 
     def complete(self):
@@ -191,7 +201,10 @@ class Player:
             case Launch(job=job):
                 assert job.epoch == job.source.epoch
                 assert job.inline == (job.lane == LOOP)
-                yield "launch", job.payload, job.lane, job.slot
+                for member in job.members:
+                    assert (member.lane, member.slot, member.epoch) == (job.lane, job.slot, job.epoch)
+                members = tuple(member.payload for member in job.members)
+                yield "launch", job.payload, job.lane, job.slot, members
             case Grant(job=job, lease=lease):
                 assert job.slot == lease.slot
                 self.leases.append(lease)
@@ -209,17 +222,26 @@ class Player:
             case NextTurn():
                 yield ("next turn",)
 
-    def add_runner(self, name, slots, jobs, size, choice="lane", limit=0, follow_limit=0):
+    def add_runner(self, name, slots, jobs, size, choice="lane", limit=0, follow_limit=0, batching=None):
         placing = Placing(Placement(choice), limit, follow_limit=follow_limit)
-        self.runners.append(self.queue.add_runner(name, slots, Bounds(jobs, size), placing=placing))
+        batching = None if batching is None else Batching(*batching)
+        runner = self.queue.add_runner(name, slots, Bounds(jobs, size), placing=placing, batching=batching)
+        self.runners.append(runner)
         return []
 
-    def submit(self, now, number, source, priority, deadline, size, holds, wait, min_epoch=0):
+    def submit(
+        self, now, number, source, priority, deadline, size, holds, wait, min_epoch=0, rows=1, key=None
+    ):
         kind, which = source
         owner = self.leases[which - 1] if kind == "lease" else self.runners[which]
         if number == len(self.jobs):
-            self.jobs.append(Job(owner, priority, deadline, size, holds, number, min_epoch))
-        return self.queue.submit(self.jobs[number], now, wait=wait)
+            self.jobs.append(Job(owner, priority, deadline, size, holds, number, min_epoch, rows, key))
+        try:
+            return self.queue.submit(self.jobs[number], now, wait=wait)
+        except IllegalFactError:
+            if self.jobs[number].state is JobState.NEW:
+                del self.jobs[number]  # there never was such a job
+            raise
 
     def complete(self, now, number, ok):
         return self.queue.complete(self.jobs[number], now, ok=ok)
