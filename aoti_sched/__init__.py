@@ -1,7 +1,7 @@
 """An embeddable asyncio scheduler for PyTorch models compiled ahead of time by AOTInductor."""
 
 from aoti_sched.compile import compile_package
-from aoti_sched.config import DeviceConfig, Limits, ModelConfig, SchedulerConfig
+from aoti_sched.config import Batching, DeviceConfig, Limits, ModelConfig, SchedulerConfig
 from aoti_sched.errors import (
     AotiSchedError,
     CompileError,
@@ -41,6 +41,7 @@ from aoti_sched.update import UpdateReport
 __all__ = [
     "AotiSchedError",
     "BatchDim",
+    "Batching",
     "CompileError",
     "ConfigError",
     "ConstantMismatchError",

@@ -56,6 +56,29 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     limits: Limits = Limits(jobs=4096)
 
 
+class Batching(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Requests that come together run as one, and each gets its own rows back.
+
+    Args:
+        max_size: Rows of one batch; by default what the model was compiled for, or 64.
+        max_delay: Seconds that a request waits for others to join it, though never past a deadline. With 0.0, only those go
+            together that would have waited anyway, or come in the same turn of the loop.
+        dim: The dimension along which the rows of every input and output lie; by default what the package says, or 0.
+        pad_to: Run the model with one of these numbers of rows only, for models that were compiled for them or would
+            compile anew; "powers_of_two" for 1, 2, 4 and so on. What is padded is zeros, and never given back.
+        ragged: Inputs, by name, that may differ in their other free dimensions within a batch, and what they are padded with to
+            the longest: `{"input_ids": 0, "attention_mask": 0}`. Without, only requests of the same sizes go together.
+        detach_rows: Give each request a copy of its rows, and not a view of all of them.
+    """
+
+    max_size: _Count | None = None
+    max_delay: Annotated[float, Meta(ge=0)] = 0.0
+    dim: Annotated[int, Meta(ge=0)] | None = None
+    pad_to: Annotated[tuple[_Count, ...], Meta(min_length=1)] | Literal["powers_of_two"] | None = None
+    ragged: dict[str, bool | float] = {}
+    detach_rows: bool = False
+
+
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One model, as `Scheduler.load` takes it; see there."""
 
@@ -69,6 +92,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     timeout: _Seconds | None = None
     placement: PlacementName = "auto"
     inline_limit: _Seconds = INLINE_LIMIT
+    batching: Batching | bool | None = None
     warmup: bool = True
     sha256: str | None = None
 

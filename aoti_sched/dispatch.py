@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
 from aoti_sched.backends.base import Completion, Executor, Work
+from aoti_sched.backends.batch import Batch
 from aoti_sched.errors import DeadlineExceededError
 from aoti_sched.queue.command import (
     BarrierReached,
@@ -177,8 +178,9 @@ class Dispatcher:
             self._settle(completion)
 
     def _complete(self, completion: Completion, now: float) -> list[Command]:
+        token = completion.token
         return self.queue.complete(
-            completion.token,
+            token[0] if type(token) is tuple else token,
             now,
             ok=completion.error is None,
             started=completion.started,
@@ -186,19 +188,35 @@ class Dispatcher:
         )
 
     def _settle(self, completion: Completion) -> None:
-        """Tell the caller how the run ended."""
-        job: Job = completion.token
-        error = completion.error
+        """Tell the caller, or all callers of a batch, how the run ended."""
+        token, error, outputs = completion.token, completion.error, completion.outputs
+        if type(token) is not tuple:
+            self._settle_job(token, error, outputs)
+        elif error is None:
+            for job, own in zip(token, outputs or (), strict=True):
+                self._settle_job(job, None, own)
+        else:
+            for job in token:
+                if job.state is not JobState.RUNNING:  # otherwise it is run again, by itself
+                    self._settle_job(job, error, None)
+        if error is not None:
+            jobs = token if type(token) is tuple else (token,)
+            log.warning(
+                "run failed",
+                runner=jobs[0].source.name,
+                device=self.queue.name,
+                job=jobs[0].id,
+                batch_size=len(jobs),
+                error=str(error),
+            )
+
+    def _settle_job(self, job: Job, error: BaseException | None, outputs: list[Any] | None) -> None:
         future, job.payload = job.payload, None
         if future is not None and not future.done():
             if error is None:
-                future.deliver(completion.outputs or [])
+                future.deliver(outputs or [])
             else:
                 future.refuse(error)
-        if error is not None:
-            log.warning(
-                "run failed", runner=job.source.name, device=self.queue.name, job=job.id, error=str(error)
-            )
         if self._log_requests:
             self._log_job(job)
 
@@ -208,8 +226,7 @@ class Dispatcher:
                 self._perform_rare(command)
                 continue
             job = command.job
-            future: RunFuture = job.payload
-            work = Work(future.container, future.take_inputs(), future.threads, job)
+            work = _work(job)
             if job.inline:
                 completion = self.executor.run_here(work)
             else:
@@ -217,7 +234,7 @@ class Dispatcher:
                     self.executor.submit(job.lane, work)
                 except Exception as error:  # noqa: BLE001 -- the lane took nothing: the request fails, its slot comes home
                     now = self._clock.time()
-                    completion = Completion(job, None, error, now, now)
+                    completion = Completion(work.token, None, error, now, now)
                 else:
                     continue
             commands += self._complete(completion, self._clock.time())
@@ -277,6 +294,21 @@ class Dispatcher:
             queue_seconds=round(job.started - job.submitted, 6) if job.started else None,
             run_seconds=round(job.finished - job.started, 6) if job.started else None,
         )
+
+
+def _work(job: Job) -> Work:
+    """What a launched job, and all that run with it, are to an executor. A batch's token are its jobs, the leader first."""
+    future: RunFuture = job.payload
+    grouping = future.grouping
+    if grouping is None:
+        return Work(future.container, future.take_inputs(), future.threads, job)
+    if not job.members and grouping.padded(job.rows) == job.rows:
+        return Work(future.container, future.take_inputs(), future.threads, job)
+    jobs = job.members or (job,)
+    rows = [member.rows for member in jobs]
+    members = [member.payload.inputs for member in jobs]
+    batch = Batch(grouping.plan, members, rows, grouping.padded(sum(rows)), job.slot)
+    return Work(future.container, (), future.threads, jobs, batch)
 
 
 def _deadline_error(job: Job) -> DeadlineExceededError:

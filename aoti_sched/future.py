@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from aoti_sched.backends.base import Container
+    from aoti_sched.batching import Grouping
     from aoti_sched.queue.job import Job
     from aoti_sched.runner import Runner
 
@@ -20,7 +21,7 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
 
     `started` and `finished` are the lane's stamps around the run; for a request that has not run they
     are 0.0, and `lane` and `slot` are -1. `placement` is "lane" or, for a run on the event loop's own
-    thread, "inline"; then there is no lane, either.
+    thread, "inline"; then there is no lane, either. `batch_size` is how many requests ran as one.
     """
 
     runner: str
@@ -74,6 +75,7 @@ class RunFuture(asyncio.Future[Any]):
             queued=job.submitted,
             started=job.started,
             finished=job.finished,
+            batch_size=job.batch,
         )
 
     def cancel(self, msg: Any = None) -> bool:
@@ -94,6 +96,15 @@ class RunFuture(asyncio.Future[Any]):
     def threads(self) -> int:
         return self._runner.threads
 
+    @property
+    def grouping(self) -> Grouping | None:
+        return self._runner.grouping
+
+    @property
+    def inputs(self) -> Sequence[Any]:
+        """For a batch: should it fail, its requests are run again one by one."""
+        return self._inputs or ()
+
     def take_inputs(self) -> Sequence[Any]:
         """The inputs, once: from then on the lane alone keeps them alive."""
         inputs, self._inputs = self._inputs, None
@@ -101,6 +112,7 @@ class RunFuture(asyncio.Future[Any]):
 
     def deliver(self, outputs: list[Any]) -> None:
         """Resolve with a run's outputs in the structure that the module returned."""
+        self._inputs = None
         try:
             result = self._runner.call_spec.unflatten(outputs)
         except Exception as error:  # noqa: BLE001 -- a user's pytree type may raise anything; it is this request's

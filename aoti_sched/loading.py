@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from aoti_sched.batching import Grouping, group, of_calls
 from aoti_sched.call_spec import CallSpec, ExportedCallSpec
+from aoti_sched.config import Batching
 from aoti_sched.errors import AotiSchedError, ConfigError, LoadError
 from aoti_sched.queue.placement import FOLLOW_LIMIT, Placement, Placing
 from aoti_sched.specs import (
@@ -33,6 +35,7 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     call_spec: CallSpec
     input_check: Check | None
     placing: Placing
+    grouping: Grouping | None
     info: RunnerInfo
 
 
@@ -78,6 +81,7 @@ def _prepare(  # noqa: PLR0917 -- one caller, all of them needed
         outputs=own.outputs if own is not None and leaves_known else None,
         parameters=own.parameters if own is not None else (),
     )
+    grouping, specs = _grouping(settings, loaded, own, specs, name)
     threads, notes = _threads(device, settings, own, loaded)
     placing = _placing(settings, threads, allowed=facts.inline)
     check = _check(name, specs, facts.num_inputs, device.name)
@@ -113,12 +117,36 @@ def _prepare(  # noqa: PLR0917 -- one caller, all of them needed
         outputs=own.outputs if own is not None and leaves_known else (),
         spec_source=source,
         batch=own.batch if own is not None else None,
+        max_batch=1 if grouping is None else grouping.rule.max_rows,
         frozen=own.frozen if own is not None else None,
         constants=facts.constants,
         metadata=loaded.metadata,
         notes=tuple(notes),
     )
-    return Prepared(container=container, call_spec=call_spec, input_check=check, placing=placing, info=info)
+    return Prepared(
+        container=container,
+        call_spec=call_spec,
+        input_check=check,
+        placing=placing,
+        grouping=grouping,
+        info=info,
+    )
+
+
+def _grouping(
+    settings: ModelConfig,
+    loaded: Loaded,
+    own: ModelSpec | None,
+    specs: tuple[TensorSpec, ...] | None,
+    name: str,
+) -> tuple[Grouping | None, tuple[TensorSpec, ...] | None]:
+    """How requests are batched, if that is wanted, and the specs that they are checked against then."""
+    wanted = Batching() if settings.batching is True else settings.batching
+    if not wanted:
+        return None, specs
+    if loaded.call_spec is not None:
+        return of_calls(wanted), specs
+    return group(name, wanted, specs, own, loaded.container.info.num_outputs)
 
 
 def _find_specs(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from aoti_sched.backends.base import Container
+    from aoti_sched.batching import Grouping
     from aoti_sched.call_spec import CallSpec
     from aoti_sched.dispatch import Dispatcher
     from aoti_sched.queue.lease import Lease as LeaseState
@@ -75,6 +76,11 @@ class Calls:
         for tensor in inputs:
             size += tensor.nbytes
         job = Job(self._source, options.priority, None, size)
+        grouping = runner.grouping
+        if grouping is not None:
+            job.rows, key = grouping.measure(inputs)
+            if self._source is runner.state:
+                job.key = key
         if options.timeout is not None:
             job.deadline = runner.dispatcher.deadline(options.timeout)
         if options.min_epoch:
@@ -154,6 +160,7 @@ class Runner(RunnerView):
         "container",
         "device",
         "dispatcher",
+        "grouping",
         "input_check",
         "loop",
         "name",
@@ -172,6 +179,7 @@ class Runner(RunnerView):
         container: Container,
         call_spec: CallSpec,
         input_check: Check | None,
+        grouping: Grouping | None,
         dispatcher: Dispatcher,
         options: Options,
         waits: bool,
@@ -185,6 +193,7 @@ class Runner(RunnerView):
         self.container = container
         self.call_spec = call_spec
         self.input_check = input_check
+        self.grouping = grouping
         self.dispatcher = dispatcher
         self.loop = dispatcher.loop
         self.threads = info.threads

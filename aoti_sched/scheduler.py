@@ -17,6 +17,7 @@ from aoti_sched import loading
 from aoti_sched.backends.base import LoadRequest
 from aoti_sched.config import (
     INLINE_LIMIT,
+    Batching,
     DeviceConfig,
     Limits,
     ModelConfig,
@@ -151,6 +152,7 @@ class Scheduler:
         timeout: float | None = None,  # noqa: ASYNC109 -- of the requests to come, not of this call
         placement: PlacementName = "auto",
         inline_limit: float = INLINE_LIMIT,
+        batching: Batching | bool | None = None,
         warmup: bool = True,
         sha256: str | None = None,
         inputs: Sequence[TensorSpec] | None = None,
@@ -172,6 +174,7 @@ class Scheduler:
             placement: "lane"; "inline", on the loop's own thread, at most 1 ms per turn of the loop; or "auto": on lanes
                 until its runs are known to be shorter than `inline_limit`, and then inline.
             inline_limit: Seconds; less than what a hop to another thread costs is worth it.
+            batching: Run requests that come together as one; True asks for what the package says of the model.
             warmup: Run it on zeros before it takes requests.
             sha256: Refuse the file, before anything of it is mapped, unless its digest is this one.
             inputs: Specs of its tensor inputs, where the package does not bring its own.
@@ -192,6 +195,7 @@ class Scheduler:
             timeout=timeout,
             placement=placement,
             inline_limit=inline_limit,
+            batching=batching,
             warmup=warmup,
             sha256=sha256,
         )
@@ -311,9 +315,14 @@ class Scheduler:
     ) -> Runner:
         info = prepared.info
         bounds = Bounds(settings.limits.jobs, settings.limits.bytes)
+        grouping = prepared.grouping
+        rule = None if grouping is None else grouping.rule
         runner = Runner(
             info,
-            state=dispatcher.queue.add_runner(name, info.instances, bounds, placing=prepared.placing),
+            state=dispatcher.queue.add_runner(
+                name, info.instances, bounds, placing=prepared.placing, batching=rule
+            ),
+            grouping=grouping,
             container=prepared.container,
             call_spec=prepared.call_spec,
             input_check=prepared.input_check,

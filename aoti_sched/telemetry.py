@@ -44,6 +44,7 @@ class RunnerInfo(msgspec.Struct, frozen=True, kw_only=True):
     outputs: tuple[LeafSpec, ...]
     spec_source: SpecSource
     batch: BatchDim | None
+    max_batch: int = 1
     frozen: bool | None
     constants: tuple[ConstantSpec, ...]
     staged: bool = False
@@ -81,6 +82,9 @@ class RunnerStats(msgspec.Struct, frozen=True, kw_only=True):
     run_seconds: float
     wasted_seconds: float
     inline: int
+    batches: int
+    batched: int
+    retried: int
 
 
 class DeviceStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,7 +19,7 @@ LAYERS = {
     "words": ["call_spec", "compile", "config", "package", "specs", "telemetry", "validation"],
     "queue": ["queue"],
     "backends": ["backends"],
-    "front": ["", "dispatch", "future", "loading", "runner", "scheduler", "testing", "update"],
+    "front": ["", "batching", "dispatch", "future", "loading", "runner", "scheduler", "testing", "update"],
 }
 MAY_IMPORT = {
     "errors": set(),

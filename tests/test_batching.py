@@ -1,0 +1,153 @@
+"""What a model's specs and a user's wish make of batching: plans, keys, padding, and reasons why not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from aoti_sched import Batching, ConfigError, DynamicDim, ModelSpec, TensorSpec
+from aoti_sched.batching import MAX_SIZE, group
+from aoti_sched.specs import BatchDim, IntegerSpec, LiteralSpec
+
+BATCH = DynamicDim("batch", min=1, max=8)
+LENGTH = DynamicDim("length", min=1, max=32)
+
+
+def spec(*shape, name="x", order="contiguous"):
+    return TensorSpec(
+        name, "float32", shape, order=tuple(range(len(shape))) if order == "contiguous" else order
+    )
+
+
+def model(*inputs, outputs=(), **fields):
+    return ModelSpec(inputs=inputs, outputs=outputs, parameters=(), batch=BatchDim(0, "batch", 8), **fields)
+
+
+def grouped(*inputs, wanted=None, outputs=None, own=True, **fields):
+    outputs = (spec(BATCH, 4, name="out"),) if outputs is None else outputs
+    described = model(*inputs, outputs=outputs, **fields) if own else None
+    return group("m", wanted or Batching(), inputs, described, 1)
+
+
+def test_the_package_says_along_which_dimension_and_how_many():
+    grouping, specs = grouped(spec(BATCH, 16))
+    assert grouping.rule.max_rows == 8
+    assert specs == (spec(BATCH, 16),)
+    (plan,) = grouping.plan.inputs
+    assert (plan.dim, plan.ragged) == (0, ())
+
+
+@pytest.mark.parametrize(("wanted", "rows"), [(4, 4), (100, 8), (None, 8)])
+def test_no_more_rows_than_were_compiled_for(wanted, rows):
+    assert grouped(spec(BATCH, 16), wanted=Batching(max_size=wanted))[0].rule.max_rows == rows
+
+
+def test_without_a_compiled_bound_there_is_ours():
+    free = DynamicDim("batch", min=1)
+    assert grouped(spec(free, 16))[0].rule.max_rows == MAX_SIZE
+    assert grouped(spec(free, 16), wanted=Batching(max_size=500))[0].rule.max_rows == 500
+
+
+def test_requests_measure_in_rows_and_go_with_those_whose_other_sizes_agree():
+    grouping, _ = grouped(spec(BATCH, LENGTH), outputs=(spec(BATCH, LENGTH, name="out"),))
+    assert grouping.measure([torch.zeros(3, 5)]) == (3, (5,))
+    assert grouping.measure([torch.zeros(1, 7)]) == (1, (7,))
+    assert grouping.measure([torch.zeros(9, 7)]) == (9, None)
+    assert grouping.measure([torch.zeros(0, 7)]) == (0, None)
+
+
+def test_ragged_dimensions_need_not_agree_and_outputs_are_cut_back():
+    inputs = (spec(BATCH, LENGTH, name="ids"), spec(BATCH, LENGTH, name="mask"))
+    grouping, _ = grouped(
+        *inputs,
+        wanted=Batching(ragged={"ids": 7, "mask": False}),
+        outputs=(spec(BATCH, LENGTH, 4, name="out"), LiteralSpec("n", 1)),
+    )
+    assert grouping.measure([torch.zeros(1, 5), torch.zeros(1, 5)]) == (1, 0)
+    assert [(plan.ragged, plan.pad) for plan in grouping.plan.inputs] == [((1,), 7), ((1,), False)]
+    (back,) = grouping.plan.outputs[0].ragged
+    assert (back.dim, back.input, back.input_dim) == (1, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("pad_to", "rows", "padded"),
+    [
+        (None, 3, 3),
+        ("powers_of_two", 3, 4),
+        ("powers_of_two", 5, 8),
+        ((2, 6), 1, 2),
+        ((6, 2), 3, 6),
+    ],
+)
+def test_rows_are_padded_to_the_next_size(pad_to, rows, padded):
+    grouping, _ = grouped(spec(BATCH, 16), wanted=Batching(pad_to=pad_to))
+    assert grouping.padded(rows) == padded
+
+
+def test_the_largest_size_bounds_the_batch():
+    assert grouped(spec(BATCH, 16), wanted=Batching(pad_to=(2, 6)))[0].rule.max_rows == 6
+    assert grouped(spec(BATCH, 16), wanted=Batching(pad_to="powers_of_two", max_size=6))[0].sizes == (
+        1,
+        2,
+        4,
+        6,
+    )
+    assert grouped(spec(BATCH, 16), wanted=Batching(pad_to=(2, 4, 8), max_size=3))[0].sizes == (2, 4)
+
+
+def test_a_model_compiled_for_one_number_of_rows_takes_fewer_and_is_padded():
+    grouping, specs = grouped(spec(4, 16), own=False)
+    assert (grouping.rule.max_rows, grouping.padded(1), grouping.padded(4)) == (4, 4, 4)
+    assert specs[0].shape == (DynamicDim("rows", min=1, max=4), 16)
+
+
+def test_another_dimension_may_hold_the_rows():
+    grouping, _ = grouped(spec(16, BATCH), wanted=Batching(dim=1), outputs=(spec(2, BATCH, name="out"),))
+    assert grouping.measure([torch.zeros(16, 3)]) == (3, 0)
+    assert grouping.plan.outputs[0].dim == 1
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "reason"),
+    [
+        ((), {}, "nothing is known of its inputs"),
+        ((spec(BATCH, 2),), {"mutates_buffers": True}, "it writes to its buffers"),
+        ((spec(BATCH, 2), spec(name="t")), {}, "input 't' .* has no dimension 0"),
+        ((spec(BATCH, 2), spec(3, name="t")), {}, "different sizes in dimension 0"),
+        ((spec(DynamicDim("n", scale=2)),), {}, "no number of rows"),
+        ((spec(BATCH, 2, order=None),), {}, "how input 'x' lies in memory is not known"),
+        ((spec(4, 2),), {"wanted": Batching(pad_to=(2,))}, "compiled for 4 rows, so pad_to can only be"),
+        (
+            (spec(BATCH, 2),),
+            {"wanted": Batching(pad_to=(16,))},
+            "asks for 16 rows, it was compiled for at most 8",
+        ),
+        (
+            (spec(BATCH, 2),),
+            {"wanted": Batching(ragged={"y": 0})},
+            "ragged names .'y'.; its inputs are .'x'.",
+        ),
+        (
+            (spec(BATCH, LENGTH), spec(BATCH, LENGTH, name="mask")),
+            {"wanted": Batching(ragged={"x": 0})},
+            "what input 'mask' has too",
+        ),
+        ((spec(BATCH, 2),), {"outputs": (IntegerSpec("n"),)}, "output 'n' is computed from the sizes"),
+        (
+            (spec(BATCH, 2),),
+            {"outputs": (spec(4, name="out"),)},
+            "output 'out' .* has no rows in dimension 0",
+        ),
+        (
+            (spec(BATCH, LENGTH),),
+            {
+                "wanted": Batching(ragged={"x": 0}),
+                "outputs": (spec(BATCH, DynamicDim("length", scale=2), name="out"),),
+            },
+            "can't be cut back",
+        ),
+    ],
+)
+def test_what_cannot_be_batched_is_refused_with_the_reason(inputs, options, reason):
+    with pytest.raises(ConfigError, match=rf"model 'm': its requests can't be batched: .*{reason}"):
+        grouped(*inputs, **options)
