@@ -242,8 +242,8 @@ class Dispatcher:
 
     def _perform_rare(self, command: Command) -> None:
         match command:
-            case Expire(job=job):
-                self._fail(job, _deadline_error(job))
+            case Expire(job=job, takes=takes):
+                self._fail(job, _deadline_error(job, takes))
             case Grant(job=job, lease=lease):
                 future, job.payload, lease.holder = job.payload, None, None
                 future.set_result(lease)
@@ -311,8 +311,13 @@ def _work(job: Job) -> Work:
     return Work(future.container, (), future.threads, jobs, batch)
 
 
-def _deadline_error(job: Job) -> DeadlineExceededError:
+def _deadline_error(job: Job, takes: float | None) -> DeadlineExceededError:
     timeout = (job.deadline or 0.0) - job.submitted
+    if takes is not None:
+        return DeadlineExceededError(
+            f"runner {job.source.name!r}: the request's timeout of {timeout:.3g} s can't be met any more: a run takes about "
+            f"{takes:.3g} s; it was not started"
+        )
     if job.lane >= 0:
         where = "running; its result will be dropped"
     else:

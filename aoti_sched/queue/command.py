@@ -30,9 +30,10 @@ class Reject(msgspec.Struct, frozen=True):
 
 
 class Expire(msgspec.Struct, frozen=True):
-    """This job's deadline has passed."""
+    """This job's deadline has passed; or, when the run `takes` longer (in seconds) than is left, it can't be met any more."""
 
     job: Job
+    takes: float | None = None
 
 
 class Revoke(msgspec.Struct, frozen=True):

@@ -40,7 +40,7 @@ from aoti_sched.queue.command import (
 from aoti_sched.queue.invariants import check
 from aoti_sched.queue.job import Fact, IllegalFactError, Job, JobState, Priority
 from aoti_sched.queue.lease import Lease, Phase, RunnerState, Source
-from aoti_sched.queue.order import Contest, JobQueue
+from aoti_sched.queue.order import UNHURRIED, Contest, JobQueue, rank
 from aoti_sched.queue.placement import INLINE_BUDGET, LOOP, Placing
 from aoti_sched.queue.timers import Timers
 
@@ -87,7 +87,7 @@ def _better(one: Job | None, other: Job | None) -> Job | None:
     """Which of them goes first."""
     if one is None or other is None:
         return one or other
-    return one if (one.priority, one.id) < (other.priority, other.id) else other
+    return one if rank(one) < rank(other) else other
 
 
 def _has_room(source: Source, head: Job) -> bool:
@@ -260,6 +260,7 @@ class DeviceQueue:
         self._ids += 1
         job.id = self._ids
         job.submitted = now
+        job.due = now + UNHURRIED if job.deadline is None else job.deadline
         runner.counters.submitted += 1
         error = self._refusal(job, wait=wait)
         if error is not None:
@@ -481,8 +482,7 @@ class DeviceQueue:
             job = self._next()
             if job is None:
                 return
-            if job.deadline is not None and job.deadline <= now:  # this fact came before its tick
-                self._expire(job, now, commands)
+            if self._is_late(job, now, commands):
                 continue
             source = job.source
             self._unqueue(job)
@@ -516,6 +516,8 @@ class DeviceQueue:
             return None
         if self._may_have_company(job) and _company(source.runner).waits:
             return None
+        if job.deadline is not None and source.runner.placing.ends(job.bytes, now) > job.deadline:
+            return None  # it may be too late for it
         inline = source.runner.placing.inline(job.bytes)
         if self.load.jobs:
             self._ripen(now)
@@ -569,8 +571,7 @@ class DeviceQueue:
                 break
             if inline and not placing.grows(job.size + other.bytes):
                 break
-            if other.deadline is not None and other.deadline <= now:
-                self._expire(other, now, commands)
+            if self._is_late(other, now, commands):
                 continue
             self._unqueue(other)
             members.append(other)
@@ -666,10 +667,12 @@ class DeviceQueue:
         while source.followed and not source.closed and (job := source.queue.head()) is not None:
             if job.holds or not placing.follows(job.bytes) or placing.inline(job.bytes):
                 return
-            if job.deadline is not None and job.deadline <= now:
+            if job.deadline is not None and (
+                job.deadline <= now or placing.ends(job.bytes, now) > job.deadline
+            ):
                 return
             first = self._ready.best()
-            if first is not None and (first.priority, first.id) < (job.priority, job.id):
+            if first is not None and rank(first) < rank(job):
                 return
             self._unqueue(job)
             lane = source.followed.pop()
@@ -782,7 +785,24 @@ class DeviceQueue:
 
     # --- time ----------------------------------------------------------------------------------------
 
-    def _expire(self, job: Job, now: float, commands: list[Command]) -> None:
+    def _is_late(self, job: Job, now: float, commands: list[Command]) -> bool:
+        """Whether a job that is to start must not: its deadline has passed, or can't be met, by what is known of its runs.
+
+        What is known may have become wrong, and only runs can tell: so every so often one is tried all the same.
+        """
+        if job.deadline is None:
+            return False
+        if job.deadline <= now:  # this fact came before its tick
+            self._expire(job, now, commands)
+            return True
+        placing = job.source.runner.placing
+        ends = placing.ends(job.bytes, now)
+        if ends <= job.deadline or placing.times.doubt(job.bytes):
+            return False
+        self._expire(job, now, commands, ends - now)
+        return True
+
+    def _expire(self, job: Job, now: float, commands: list[Command], takes: float | None = None) -> None:
         if job.state is JobState.RUNNING:
             job.happens(Fact.EXPIRE)
             self.timers.ended(job)
@@ -790,7 +810,7 @@ class DeviceQueue:
             self._leave_queue(job, Fact.EXPIRE, now)
         runner = job.source.runner
         runner.counters.expired += 1
-        commands.append(Expire(job))
+        commands.append(Expire(job, takes))
         self._see_what_is_over(runner, commands)
 
     def _ask_for_wake(self, commands: list[Command]) -> None:

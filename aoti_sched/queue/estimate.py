@@ -15,19 +15,26 @@ KNOWN_AFTER = 8
 QUANTILE = 0.9
 """Of the remembered runs, this share took no longer than the bound: one run in ten may be an outlier."""
 
+PATIENCE = 8
+"""Of the jobs that are given up since their runs are believed to take too long, every one in so many is run all the same."""
+
 
 class ServiceTime:
-    """The service time of one kind of run: a high quantile of the last `WINDOW` runs."""
+    """The service time of one kind of run, by the last `WINDOW` runs."""
 
-    __slots__ = ("_recent", "_sorted", "bound")
+    __slots__ = ("_recent", "_sorted", "bound", "doubts", "typical")
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque()
         self._sorted: list[float] = []
         self.bound = math.inf
-        """Seconds that a run will hardly exceed; infinite while too little is known."""
+        """Seconds that a run will hardly exceed, a high quantile; infinite while too little is known."""
+        self.typical = 0.0
+        """Seconds that half of the runs take at most; 0.0 while too little is known."""
+        self.doubts = 0
 
     def learn(self, seconds: float) -> None:
+        self.doubts = 0
         ordered = self._sorted
         if len(self._recent) == WINDOW:
             del ordered[bisect_left(ordered, self._recent.popleft())]
@@ -35,6 +42,7 @@ class ServiceTime:
         insort(ordered, seconds)
         if len(ordered) >= KNOWN_AFTER:
             self.bound = ordered[math.ceil(QUANTILE * len(ordered)) - 1]
+            self.typical = ordered[len(ordered) // 2]
 
 
 class ServiceTimes:
@@ -64,6 +72,17 @@ class ServiceTimes:
             (smaller for smaller in self._by_class if smaller < bits and self._knows(smaller)), default=-1
         )
         return math.inf if nearest < 0 else self._by_class[nearest].bound * 2.0 ** (bits - nearest)
+
+    def typical(self, size: int) -> float:
+        """Seconds that half of the runs on inputs of `size` bytes take at most; 0.0 while too little is known."""
+        known = self._by_class.get(size.bit_length())
+        return 0.0 if known is None else known.typical
+
+    def doubt(self, size: int) -> bool:
+        """Whether to run a job that is believed to take too long all the same, so that a wrong belief can be corrected."""
+        known = self._by_class[size.bit_length()]
+        known.doubts = (known.doubts + 1) % PATIENCE
+        return known.doubts == 0
 
     def _knows(self, bits: int) -> bool:
         return self._by_class[bits].bound < math.inf

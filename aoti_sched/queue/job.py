@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Priority(enum.IntEnum):
-    """Policy class of a request. A higher class always goes first; within a class, first in first out."""
+    """Policy class of a request. A higher class always goes first; within a class, the earliest deadline."""
 
     HIGH = 0
     NORMAL = 1
@@ -123,6 +123,7 @@ class Job(msgspec.Struct, eq=False):
     submitted: float = 0.0
     started: float = 0.0
     finished: float = 0.0
+    due: float = 0.0  # its deadline, or when it is taken to be due without one
     size: int = 0
     members: tuple[Job, ...] = ()
     rest: tuple[Job, ...] = ()

@@ -1,8 +1,9 @@
-"""Order: which job goes next. Priority classes, first in first out within; across runners and keys the same rule."""
+"""Order: which job goes next. Priority classes, the earliest deadline within; across runners and keys the same rule."""
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
@@ -12,42 +13,100 @@ from aoti_sched.queue.job import Job, Priority
 _T = TypeVar("_T", bound=Hashable)
 
 
+UNHURRIED = 10.0
+"""Seconds. A job without a deadline is ordered as if it were due so long after its submission: behind those that are in a
+hurry, but not for ever."""
+
+Rank = tuple[int, float, int]
+
+
+def rank(job: Job) -> Rank:
+    """The least goes first: the higher class, then the earlier deadline, then who came first."""
+    return (job.priority, job.due, job.id)
+
+
+class Line:
+    """Jobs of one class, the earliest due first. O(1) for those that come in that order, O(log n) for others."""
+
+    __slots__ = ("_early", "_heap", "_in_order", "_last")
+
+    def __init__(self) -> None:
+        # OrderedDict is a linked list: unlike a dict's, its first key is found in O(1) after many deletions.
+        self._in_order: OrderedDict[int, Job] = OrderedDict()
+        self._last = -math.inf  # when the last of them is due
+        self._early: dict[int, Job] = {}  # those that came after one that is due later
+        self._heap: list[tuple[float, int, Job]] = []  # of these, and of some that have left
+
+    def __len__(self) -> int:
+        return len(self._in_order) + len(self._early)
+
+    def push(self, job: Job) -> None:
+        if not self._in_order or job.due > self._last or (job.due == self._last and job.id > self._last_id()):
+            self._in_order[job.id] = job
+            self._last = job.due
+        else:
+            self._early[job.id] = job
+            heapq.heappush(self._heap, (job.due, job.id, job))
+
+    def remove(self, job: Job) -> None:
+        if self._in_order.pop(job.id, None) is not None:
+            return
+        del self._early[job.id]
+        if len(self._heap) > 2 * len(self._early) + 16:
+            self._heap = [(early.due, early.id, early) for early in self._early.values()]
+            heapq.heapify(self._heap)
+
+    def head(self) -> Job | None:
+        heap = self._heap
+        while heap and heap[0][1] not in self._early:
+            heapq.heappop(heap)
+        if not self._in_order:
+            return heap[0][2] if heap else None
+        first = next(iter(self._in_order.values()))
+        return heap[0][2] if heap and heap[0][:2] < (first.due, first.id) else first
+
+    def jobs(self) -> list[Job]:
+        return sorted([*self._in_order.values(), *self._early.values()], key=rank)
+
+    def _last_id(self) -> int:
+        return next(reversed(self._in_order))
+
+
 class JobQueue:
-    """The waiting jobs of one source. Push, remove and pop are O(1)."""
+    """The waiting jobs of one source."""
 
     __slots__ = ("_classes", "_size")
 
     def __init__(self) -> None:
-        # OrderedDict is a linked list: unlike a dict's, its first key is found in O(1) after many deletions.
-        self._classes: tuple[OrderedDict[int, Job], ...] = tuple(OrderedDict() for _ in Priority)
+        self._classes: tuple[Line, ...] = tuple(Line() for _ in Priority)
         self._size = 0
 
     def __len__(self) -> int:
         return self._size
 
     def push(self, job: Job) -> None:
-        self._classes[job.priority][job.id] = job
+        self._classes[job.priority].push(job)
         self._size += 1
 
     def remove(self, job: Job) -> None:
-        del self._classes[job.priority][job.id]
+        self._classes[job.priority].remove(job)
         self._size -= 1
 
     def head(self) -> Job | None:
-        for jobs in self._classes:
-            if jobs:
-                return next(iter(jobs.values()))
+        for line in self._classes:
+            if len(line):
+                return line.head()
         return None
 
     def jobs(self) -> list[Job]:
         """All jobs in the order in which they would go."""
-        return [job for jobs in self._classes for job in jobs.values()]
+        return [job for line in self._classes for job in line.jobs()]
 
 
 class Contest(Generic[_T]):
     """Queues contending for something (a lane, room, the next place in a larger queue), best head job first.
 
-    What has the queue, a source or a key, stands for it. A heap of (priority, id, source) entries that are not updated but checked when they surface: an entry
+    What has the queue, a source or a key, stands for it. A heap of (rank, source) entries that are not updated but checked when they surface: an entry
     counts if its job still heads its source's queue and the source is `eligible`. A source enters (or
     re-enters) when its head or its eligibility changes; so each fact costs O(log n), and a source that
     has no work costs nothing.
@@ -56,7 +115,7 @@ class Contest(Generic[_T]):
     __slots__ = ("_eligible", "_entered", "_heap", "_queue_of")
 
     def __init__(self, queue_of: Callable[[_T], JobQueue], eligible: Callable[[_T, Job], bool]) -> None:
-        self._heap: list[tuple[int, int, _T]] = []
+        self._heap: list[tuple[Rank, int, _T]] = []
         self._entered: dict[_T, int] = {}  # each source's latest entry; older ones are stale
         self._queue_of = queue_of
         self._eligible = eligible
@@ -71,7 +130,7 @@ class Contest(Generic[_T]):
         """`enter`, by one who knows the head and that it is eligible."""
         if self._entered.get(source) == head.id:
             return
-        heapq.heappush(self._heap, (head.priority, head.id, source))
+        heapq.heappush(self._heap, (rank(head), head.id, source))
         self._entered[source] = head.id
         if len(self._heap) > 2 * len(self._entered) + 16:
             self._drop_stale()
@@ -149,7 +208,7 @@ class KeyedQueue(JobQueue):
 
     def jobs(self) -> list[Job]:
         found = [job for alike in self._by_key.values() for job in alike.jobs()]
-        return sorted(found, key=lambda job: (job.priority, job.id))
+        return sorted(found, key=rank)
 
 
 _NONE = JobQueue()

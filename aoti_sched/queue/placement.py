@@ -57,6 +57,10 @@ class Placing:
         """Whether a run on inputs of `size` bytes is short enough to be handed to a lane ahead of time."""
         return self.times.bound(size) < self.follow_limit
 
+    def ends(self, size: int, now: float) -> float:
+        """When a run on inputs of `size` bytes that starts now will typically be over."""
+        return now + self.times.typical(size)
+
     def grows(self, size: int) -> bool:
         """Whether a batch on the loop's thread may grow to `size` bytes."""
         return self.choice is Placement.INLINE or self.times.grown(size) < self.limit

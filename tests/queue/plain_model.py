@@ -45,6 +45,9 @@ class Runner:
     reached: bool = False
     max_rows: int | None = None  # of a batch; None: it makes none
     max_delay: float = 0
+    doubts: dict = field(
+        default_factory=dict
+    )  # jobs given up as late, by the number of bits of their inputs' size
     keys: dict = field(default_factory=dict)  # those that have jobs queued
     arrived: int = 0  # jobs with keys, in this turn of the loop
     gathering: bool = False
@@ -65,6 +68,10 @@ class Runner:
 
     def inline(self, size):
         return self.choice == "inline" or (self.choice == "auto" and self.bound(size) < self.limit)
+
+    def typical(self, size):
+        recent = sorted(self.times.get(size.bit_length(), [])[-32:])
+        return recent[len(recent) // 2] if len(recent) >= 8 else 0
 
     def short(self, size):
         return self.bound(size) < self.follow_limit
@@ -132,8 +139,12 @@ class Job:
         return self.lease or self.runner
 
     @property
+    def due(self):
+        return self.submitted + 10 if self.deadline is None else self.deadline
+
+    @property
     def rank(self):
-        return (self.priority, self.id)
+        return (self.priority, self.due, self.id)
 
 
 class PlainModel:
@@ -271,8 +282,10 @@ class PlainModel:
             return
         if inline and seconds > self.budget:
             runner.times.pop(job.total.bit_length(), None)
+            runner.doubts.pop(job.total.bit_length(), None)
         elif ok:
             runner.times.setdefault(job.total.bit_length(), []).append(seconds)
+            runner.doubts.pop(job.total.bit_length(), None)
 
     def turn(self, now):
         self.budget_left, self.turn_asked = self.budget, any(job.inline for job in self.jobs)
@@ -514,6 +527,16 @@ class PlainModel:
                 if runner.hurries or not (key.held or alone):
                     key.ripe = True
 
+    def is_late(self, job, now):
+        """Its deadline has passed, or can't be met; of the latter every eighth in a row is run all the same."""
+        if job.deadline is None or job.deadline <= now:
+            return job.deadline is not None
+        if now + job.runner.typical(job.bytes) <= job.deadline:
+            return False
+        doubts, bits = job.runner.doubts, job.bytes.bit_length()
+        doubts[bits] = (doubts.get(bits, 0) + 1) % 8
+        return doubts[bits] != 0
+
     def take_along(self, job, now, *, inline):
         """The job's company, in its order, while the next one has room."""
         members, rows, job.total, commands = [job], job.rows, job.bytes, []
@@ -523,7 +546,7 @@ class PlainModel:
                 break
             if inline and not job.runner.grows(job.total + other.bytes):
                 break
-            if other.deadline is not None and other.deadline <= now:
+            if self.is_late(other, now):
                 self.end(other, "EXPIRED")
                 commands.append(("expire", other.number))
                 continue
@@ -548,7 +571,7 @@ class PlainModel:
             job = self.best()
             if job is None:
                 break
-            if job.deadline is not None and job.deadline <= now:
+            if self.is_late(job, now):
                 self.end(job, "EXPIRED")
                 self.retire()
                 commands.append(("expire", job.number))
@@ -599,7 +622,9 @@ class PlainModel:
             runner, rival = head.runner, self.best_for_a_lane()
             if head.holds or runner.inline(head.bytes) or not runner.short(head.bytes):
                 return commands
-            if (head.deadline is not None and head.deadline <= now) or (rival and rival.rank < head.rank):
+            ends = now + runner.typical(head.bytes)
+            too_late = head.deadline is not None and (head.deadline <= now or ends > head.deadline)
+            if too_late or (rival and rival.rank < head.rank):
                 return commands
             first = max(firsts, key=lambda job: job.opened)
             head.state, head.on_lane, head.behind = "RUNNING", True, True

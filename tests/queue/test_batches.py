@@ -208,7 +208,7 @@ def test_nobody_is_made_to_wait_past_a_deadline():
     submitted(queue, [patient], now=2)
     queue.submit(late, 2)
     assert queue.tick(2) == [WakeAt(2.75)]
-    assert batches(queue.tick(2.75)) == [[patient, late]]
+    assert batches(queue.tick(2.75)) == [[late, patient]]
 
 
 def test_members_that_leave_before_the_launch_are_left_out():
@@ -230,7 +230,7 @@ def test_members_that_leave_while_it_runs_are_dropped_and_their_time_is_wasted()
     queue.complete(first, 1)
     queue.cancel(cancelled, 1.5)
     assert Expire(expired) in queue.tick(2)
-    queue.complete(stays, 4)
+    queue.complete(expired, 4)  # it was due first, and led
     assert [one.state for one in (stays, cancelled, expired)] == [
         JobState.DONE,
         JobState.CANCELLED,
