@@ -18,6 +18,7 @@ collect_ignore = (
         "test_lanes.py",
         "test_stub.py",
         "test_tensors.py",
+        "test_without_torch.py",
     ]
 )
 
