@@ -1,6 +1,6 @@
 """Models that a torch before 2.13 compiled take and give their constants in a C++ map, and are updated all the same.
 
-Their libraries are played by this torch's, with all functions hidden that came after the torch they pretend to be of.
+`older.py` plays their libraries.
 """
 
 from __future__ import annotations
@@ -11,38 +11,16 @@ import sys
 import pytest
 import torch
 
-from aoti_sched import ConstantMismatchError, Scheduler, UpdateError
 from aoti_sched.backends import cpu
 from aoti_sched.backends.base import LoadRequest
-from aoti_sched.backends.c_abi import FUNCTIONS, Library
-from aoti_sched.backends.constant_map import map_type, misplaces
+from aoti_sched.backends.constant_map import misplaces
 from aoti_sched.backends.cpu import CpuDevice
 from aoti_sched.backends.raw_container import RawContainer
 from aoti_sched.errors import LoadError, MissingCapabilityError, MissingWeightsError
 from tests.backends.conftest import heap_bytes, owners
+from tests.backends.older import NATIVE, OlderLibrary, with_maps
 from tests.backends.test_raw_container import canary_set, eager, seen
 from tests.models import build
-
-NATIVE = "aoti_sched.backends.native._native"
-with_maps = pytest.mark.skipif(map_type() is None, reason="the native module is not built")
-
-
-def version(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split(".")))
-
-
-class OlderLibrary(Library):
-    """A library as if an older torch had compiled it."""
-
-    compiled_by = "2.12"
-
-    def has(self, name: str) -> bool:
-        return version(FUNCTIONS[name].since) <= version(self.compiled_by) and super().has(name)
-
-    def function(self, name: str):
-        if not self.has(name):
-            raise MissingCapabilityError(name)
-        return super().function(name)
 
 
 @pytest.fixture(params=["2.8", "2.12"])
@@ -246,7 +224,7 @@ def test_a_model_whose_constants_can_not_be_read_is_not_updated(compiler, load_o
     )
 
 
-# --- a device's container, and a scheduler ----------------------------------------------------------------
+# --- a device's container --------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -301,30 +279,3 @@ def test_outputs_that_are_weights_are_copies(older_models, load_device):
 def test_weights_beside_the_library_are_loaded(name, monkeypatch, load_device):
     monkeypatch.setattr(cpu, "Library", OlderLibrary)  # of torch 2.12: blobs came after 2.8
     torch.testing.assert_close(load_device(name).run_raw(build(name).args), [eager(name)])
-
-
-@with_maps
-async def test_a_runner_is_updated_and_rolled_back(older_models):
-    x = torch.randn(32, 16)
-    async with Scheduler() as scheduler:
-        runner = await scheduler.load(build("canary").path, instances=2)
-        report = await runner.update(canary_set(2))
-        assert report.epoch == 2
-        assert set((await runner.run(x))[0].flatten().tolist()) == {2.0}
-        with pytest.raises(ConstantMismatchError):
-            await runner.update({**canary_set(3), "last": torch.zeros(7, 5)})
-        await runner.update({"last": torch.full((5, 7), 4.0)}, partial=True)
-        assert set((await runner.run(x))[0].flatten().tolist()) == {2.0, 4.0}
-        await runner.rollback()
-        assert set((await runner.run(x))[0].flatten().tolist()) == {2.0}
-        assert torch.equal((await runner.extract())["last"], torch.full((5, 7), 2.0))
-
-
-async def test_without_maps_a_runners_update_is_refused_and_it_serves_on(monkeypatch, older_models):
-    monkeypatch.setenv("AOTI_SCHED_EXECUTOR", "threads")
-    monkeypatch.setitem(sys.modules, NATIVE, None)
-    async with Scheduler() as scheduler:
-        runner = await scheduler.load(build("canary").path)
-        with pytest.raises(UpdateError, match=r"can't be updated live: a torch before 2.13 .*C\+\+ compiler"):
-            await runner.update(canary_set(2))
-        assert set((await runner.run(torch.randn(32, 16)))[0].flatten().tolist()) == {1.0}
