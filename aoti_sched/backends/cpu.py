@@ -25,11 +25,6 @@ from aoti_sched.errors import PlatformMismatchError
 from aoti_sched.package import Extracted, check_platform, open_package
 from aoti_sched.specs import spec_from_metadata
 
-_NEEDED_FOR_UPDATES = (
-    "AOTInductorModelContainerUpdateConstantBufferPairs",
-    "AOTInductorModelContainerExtractConstantsMapEntries",
-)
-
 
 class CpuDevice:
     """This machine's CPU, as much of it as the process may use."""
@@ -170,8 +165,7 @@ class CpuContainer:
         constants = self._raw.constants
         if not constants or any(constant.spec.fqn.startswith("_frozen_param") for constant in constants):
             return "they were compiled into its code (freeze=True)"
-        lacking = [line for line in self.info.missing if line.startswith(_NEEDED_FOR_UPDATES)]
-        return f"an older torch compiled it; its library lacks {', '.join(lacking)}" if lacking else ""
+        return self._raw.why_not_updatable
 
     @property
     def inactive_ready(self) -> bool:

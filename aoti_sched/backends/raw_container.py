@@ -11,16 +11,27 @@ import ctypes
 from collections.abc import Iterable, Mapping, Sequence
 from ctypes import POINTER, byref, c_bool, c_char_p, c_int32, c_size_t, c_uint64, c_void_p
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from aoti_sched.backends.base import CRun
 from aoti_sched.backends.c_abi import ConstantEntry, Library
+from aoti_sched.backends.constant_map import EXTRACT, EXTRACT_ENTRIES, map_type, why_not_updatable
 from aoti_sched.backends.constants import TYPES, Constant, check, fitting, laid_out, select
 from aoti_sched.backends.handles import DTYPES, borrowed, free, handles_of, tensors_of
-from aoti_sched.errors import InputMismatchError, LoadError, MissingWeightsError, RunError, RunnerClosedError
+from aoti_sched.errors import (
+    InputMismatchError,
+    LoadError,
+    MissingCapabilityError,
+    MissingWeightsError,
+    RunError,
+    RunnerClosedError,
+)
 from aoti_sched.specs import ConstantSpec
+
+if TYPE_CHECKING:
+    from aoti_sched.backends.native._native import ConstantMap
 
 _PREFIX = "AOTInductorModelContainer"
 
@@ -173,6 +184,11 @@ class RawContainer:
         present = {name for name, _ in self._borrow(inactive=inactive)}
         return tuple(c.spec.fqn for c in self.constants if not c.spec.folded and c.spec.fqn not in present)
 
+    @property
+    def why_not_updatable(self) -> str:
+        """Why its constants can't be replaced while it serves; "" when they can."""
+        return why_not_updatable(self.library, self.constants)
+
     def ready(self, *, inactive: bool) -> bool:
         """Whether a buffer holds a full set."""
         return self._complete[inactive]
@@ -271,18 +287,28 @@ class RawContainer:
         full: bool,
         lend: bool = False,
     ) -> None:
-        update = self.library.function(_PREFIX + name)
+        name = _PREFIX + name
+        map_name = name.removesuffix("Pairs")
+        takes_map = not self.library.has(name) and self.library.has(map_name)
+        if takes_map and (why_not := self.why_not_updatable):
+            raise MissingCapabilityError(f"{self.name}: its constants can't be written: {why_not}")
+        name = map_name if takes_map else name
+        update = self.library.function(name)
         container = self._open()
         handles = handles_of([tensor for _, tensor in ready])
         try:
-            status = update(container, entries(ready, handles), len(ready), inactive, full)
+            if takes_map:
+                constants = mapped(ready, handles)
+                status = update(container, constants.address(), inactive, full)
+            else:
+                status = update(container, entries(ready, handles), len(ready), inactive, full)
         finally:
             if lend:
                 self._lent += handles
             else:
                 free(handles)
         if status != 0:
-            raise LoadError(f"{self.name}: {_PREFIX}{name} failed: {self.library.root_cause()}")
+            raise LoadError(f"{self.name}: {name} failed: {self.library.root_cause()}")
         self._verify_shapes(ready, inactive=inactive)
         self._complete[inactive] = True
 
@@ -369,17 +395,32 @@ class RawContainer:
         return tuple(self._get(c_char_p, name, index).decode() for index in range(self._get(c_size_t, count)))
 
     def _can_extract(self) -> bool:
-        return self.library.has(_PREFIX + "ExtractConstantsMapEntries")
+        return self.library.has(EXTRACT_ENTRIES) or (self.library.has(EXTRACT) and map_type() is not None)
 
     def _borrow(self, *, inactive: bool) -> list[tuple[str, torch.Tensor]]:
         """A buffer's constants by FQN, in the container's own memory: not to be kept."""
+        return [(fqn, borrowed(handle)) for fqn, handle in self._handles(inactive=inactive)]
+
+    def _handles(self, *, inactive: bool) -> list[tuple[str, int]]:
+        """A buffer's constants by FQN, in the runtime's order; the handles stay the container's."""
+        made = None if self.library.has(EXTRACT_ENTRIES) else map_type()
+        if made is not None and self.library.has(EXTRACT):
+            constants = made([])
+            self._call("ExtractConstantsMap", constants.address(), inactive)
+            found = dict(constants.pairs())
+            count = self._get(c_size_t, "GetNumConstants")
+            return [(fqn, found[fqn]) for fqn in map(self._fqn, range(count)) if fqn in found]
         entries = POINTER(ConstantEntry)()
-        count = c_size_t()
-        self._call("ExtractConstantsMapEntries", byref(entries), byref(count), inactive)
-        return [(entries[i].name.decode(), borrowed(entries[i].handle)) for i in range(count.value)]
+        size = c_size_t()
+        self._call("ExtractConstantsMapEntries", byref(entries), byref(size), inactive)
+        return [(entries[i].name.decode(), entries[i].handle) for i in range(size.value)]
+
+    def _fqn(self, index: int) -> str:
+        fqn: str = self._get(c_char_p, "GetConstantOriginalFQN", index).decode()
+        return fqn
 
     def _constant(self, index: int, known: dict[str, torch.Tensor]) -> Constant:
-        fqn = self._get(c_char_p, "GetConstantOriginalFQN", index).decode()
+        fqn = self._fqn(index)
         capacity = self._optional(c_size_t, "GetConstantDataSize", index, default=0)
         kind = self._optional(c_int32, "GetConstantType", index, default=0)
         folded = bool(self._optional(c_bool, "GetConstantFromFolded", index, default=False))
@@ -435,3 +476,13 @@ def entries(pairs: list[tuple[Constant, torch.Tensor]], handles: list[int]) -> c
     """The array that the C ABI takes: each constant's internal name and its handle."""
     names = [constant.spec.name.encode() for constant, _ in pairs]
     return (ConstantEntry * len(pairs))(*map(ConstantEntry, names, handles))
+
+
+def mapped(pairs: list[tuple[Constant, torch.Tensor]], handles: list[int]) -> ConstantMap:
+    """`entries` as a map, for older models. It must live as long as C uses its address."""
+    made = map_type()
+    if made is None:
+        raise MissingCapabilityError(
+            "aoti_sched was installed without a C++ compiler, and builds no C++ maps"
+        )
+    return made([(constant.spec.name, handle) for (constant, _), handle in zip(pairs, handles, strict=True)])

@@ -359,8 +359,8 @@ def test_extracted_constants_are_copies_that_outlive_the_container(load):
 
 def test_a_model_that_cannot_tell_its_constants_is_trusted_to_have_them(built, monkeypatch):
     library = Library(built("mlp").library())
-    lacking = "AOTInductorModelContainerExtractConstantsMapEntries"
-    monkeypatch.setattr(library, "has", lambda name: name != lacking)
+    lacking = "AOTInductorModelContainerExtractConstantsMap"
+    monkeypatch.setattr(library, "has", lambda name: not name.startswith(lacking))
     container = RawContainer(library)
     torch.testing.assert_close(container.run(build("mlp").args), [eager("mlp")])
     assert {c.spec.shape for c in container.constants} == {None}

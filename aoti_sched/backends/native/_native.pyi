@@ -71,6 +71,17 @@ class Plan:
         detach_rows: bool,
     ) -> None: ...
 
+class ConstantMap:
+    """Names and handles in a `std::unordered_map`, as models compiled before torch 2.13 take and give their constants. The
+    handles stay their owners'."""
+
+    def __init__(self, pairs: Sequence[tuple[str, int]]) -> None: ...
+    def address(self) -> int:
+        """Where the map lies, for as long as this lives."""
+
+    def pairs(self) -> list[tuple[str, int]]:
+        """What it holds, in no order."""
+
 class Lanes:
     """A device's lanes. After a fork, the child's copy refuses to work."""
 

@@ -2,6 +2,7 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/map.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -49,6 +50,27 @@ struct PyModel {
 struct PyPlan {
   std::shared_ptr<const aoti::Plan> plan;
 };
+
+// The compiled models' code reads and fills this very map, so its std::string must be theirs. Torch's wheels have the new
+// one since 2.6; a module built with the old one does without maps.
+#if !defined(_GLIBCXX_USE_CXX11_ABI) || _GLIBCXX_USE_CXX11_ABI
+#define AOTI_CONSTANT_MAPS
+struct PyConstantMap {
+  explicit PyConstantMap(const std::vector<std::pair<std::string, std::uintptr_t>>& pairs) {
+    for (const auto& [name, handle] : pairs) map.emplace(name, reinterpret_cast<aoti::Handle>(handle));
+  }
+
+  std::uintptr_t address() { return reinterpret_cast<std::uintptr_t>(&map); }
+
+  std::vector<std::pair<std::string, std::uintptr_t>> pairs() const {
+    std::vector<std::pair<std::string, std::uintptr_t>> pairs;
+    for (const auto& [name, handle] : map) pairs.emplace_back(name, reinterpret_cast<std::uintptr_t>(handle));
+    return pairs;
+  }
+
+  std::unordered_map<std::string, aoti::Handle> map;
+};
+#endif
 
 template <typename Function>
 Function at(std::uintptr_t address) {
@@ -308,6 +330,13 @@ NB_MODULE(_native, module) {
             new (self) PyPlan{make_plan(shim, inputs, outputs, detach_rows)};
           },
           nb::arg("shim"), nb::arg("inputs"), nb::arg("outputs"), nb::arg("detach_rows"));
+
+#ifdef AOTI_CONSTANT_MAPS
+  nb::class_<PyConstantMap>(module, "ConstantMap")
+      .def(nb::init<const std::vector<std::pair<std::string, std::uintptr_t>>&>(), nb::arg("pairs"))
+      .def("address", &PyConstantMap::address, "Where the map lies, for as long as this lives.")
+      .def("pairs", &PyConstantMap::pairs, "What it holds, in no order.");
+#endif
 
   nb::class_<PyLanes>(module, "Lanes")
       .def(nb::init<std::vector<std::string>, std::vector<int>, int, aoti::Tensors, std::uintptr_t, std::uintptr_t,
