@@ -237,6 +237,12 @@ def test_a_swap_is_held_against_the_longest_run_that_was_under_way_in_it():
     assert swap_figures([Span(3, 6)], runs, pauses=[1.5])["over"] == 1.5 - 4  # the long run came after it
 
 
+def test_a_swap_that_was_given_up_counts_as_such_whatever_the_clock_says():
+    began = [n * 1234.567 for n in range(100)]
+    assert all(Span(at, at + live_weights.PATIENCE).given_up for at in began)
+    assert not any(Span(at, at + 0.99 * live_weights.PATIENCE).given_up for at in began)
+
+
 def test_a_swap_that_returns_only_when_its_callers_are_gone_is_given_up(monkeypatch):
     monkeypatch.setattr(live_weights, "PATIENCE", 0.05)
     staged, forever = [], threading.Event()
