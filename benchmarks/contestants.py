@@ -13,13 +13,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import aoti_sched
 from aoti_sched.backends.executor import CHOICE
 from aoti_sched.package import open_package
 
 from . import models
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Run = Callable[[], Any]
 """Runs the model once: returns an awaitable, or, where the contestant blocks, the answer."""
@@ -68,15 +71,21 @@ def beginning(answer: Any) -> tuple[float, ...]:
 # --- the stock runner -----------------------------------------------------------------------------------
 
 
-def _stock(setting: Setting) -> Callable[[], list[Any]]:
+def stock_runner(setting: Setting) -> Callable[[list[Tensor]], list[Tensor]]:
     """torch's own container runner, the quickest of the stock ways: `aoti_load_package` adds 10 µs of pytrees."""
     import torch
     from torch._C._aoti import AOTIModelContainerRunnerCpu
 
     torch.set_num_threads(1)  # of this thread and those born later
     library = open_package(models.ensure(setting.model, setting.kind)).extract().library
-    run = AOTIModelContainerRunnerCpu(str(library), setting.instances).run
-    x = models.example(setting.model)
+    run: Callable[[list[Tensor]], list[Tensor]] = AOTIModelContainerRunnerCpu(
+        str(library), setting.instances
+    ).run
+    return run
+
+
+def _stock(setting: Setting) -> Callable[[], list[Tensor]]:
+    run, x = stock_runner(setting), models.example(setting.model)
     return lambda: run([x])
 
 
@@ -99,12 +108,16 @@ async def thread_pool(setting: Setting) -> AsyncIterator[Run]:
 # --- this library ---------------------------------------------------------------------------------------
 
 
-def scheduled(placement: Literal["auto", "lane"]) -> Callable[[Setting], AbstractAsyncContextManager[Run]]:
+def scheduled(
+    placement: Literal["auto", "lane"], batching: aoti_sched.Batching | None = None
+) -> Callable[[Setting], AbstractAsyncContextManager[Run]]:
     @asynccontextmanager
     async def open_runner(setting: Setting) -> AsyncIterator[Run]:
         async with aoti_sched.Scheduler() as scheduler:
             package = models.ensure(setting.model, setting.kind)
-            runner = await scheduler.load(package, instances=setting.instances, placement=placement)
+            runner = await scheduler.load(
+                package, instances=setting.instances, placement=placement, batching=batching
+            )
             yield partial(runner.run, models.example(setting.model))
 
     return open_runner

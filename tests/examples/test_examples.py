@@ -18,6 +18,15 @@ EXAMPLES = sorted(path for path in (REPOSITORY / "examples").iterdir() if path.s
 
 # What each program prints, at least.
 PROGRAMS = {
+    "batching": [
+        "one by one  4,000 requests in 4,000 runs",
+        "batched     4,000 requests in ",
+        "answers     the same",
+        "batch_size  [",
+        "rows        3 asked for, as many returned",
+        "bad song    1000 failed: model 'batched': the run failed: index out of bounds",
+        "the others  4 answered",
+    ],
     "colours": ["eye.pt2", "namer.pt2"],
     "first_steps": [
         "namer(rgb) on cpu",
