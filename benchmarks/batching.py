@@ -90,7 +90,7 @@ AUTO = replace(
 )
 NATIVE = replace(
     field_of.NATIVE,
-    name="native lanes, batching",
+    name="native, batching",
     note="aoti_sched, native lanes, which put batches together without the GIL",
     open=scheduled("lane", TOGETHER),
     kind=BATCHED,
@@ -129,7 +129,7 @@ def rate_targets(scale: Scale) -> list[Target]:
     targets = []
     for clients in CLIENTS:
         targets += [
-            Target(f"rate, {_called(who, clients)}, times the bare loop's", _called(who, clients), "rate", bare, least=least)
+            Target(f"rate, {_called(who, clients)}, over the bare loop's", _called(who, clients), "rate", bare, least=least)
             for who, least in ((AUTO, 1.5), (NATIVE, 1.5), (HAND_WRITTEN, 2.0))
         ]  # fmt: skip
     return targets
@@ -285,7 +285,7 @@ def workloads() -> list[Workload]:
         ),
         Workload(
             "i",
-            "(i) tiny model, half of what is reached without batching: time per request",
+            "(i) tiny model, half load, batching: time per request",
             half_loads,
             (Figure("p99", "p99 µs", 1e6), Figure("p50", "p50 µs", 1e6), Figure("offered", "requests/s")),
             field_of.AUTO.name,

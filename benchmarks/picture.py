@@ -33,10 +33,10 @@ def draw(report: Report, path: Path) -> None:
     rows = -(-len(panels) // 2)
     layout = ConstrainedLayoutEngine(hspace=0.06, wspace=0.05)
     figure = Figure(figsize=(15, 4.6 * rows + 0.8), layout=layout)
-    places = figure.subplots(rows, 2, squeeze=False).flat
+    places = list(figure.subplots(rows, 2, squeeze=False).flat)
     for panel, axes in zip(panels, places, strict=False):
         panel(axes)
-    for axes in list(places)[len(panels) :]:
+    for axes in places[len(panels) :]:
         axes.remove()
     figure.supxlabel(report.place, fontsize=9, color="#666666")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,10 @@ def _times(axes: Axes, part: Part) -> None:
         axes.plot([p50, p99], [row, row], color="#333333", linewidth=0.6)
         _label(axes, row, p99, f"{number(p50)}{_multiple(part, result, 'p50')}")
     axes.set_xscale("log")
-    axes.set_xlim(right=10 * max(result.median("p99") * 1e6 for result in part.results))
+    axes.set_xlim(
+        0.3 * min(result.median("p50") * 1e6 for result in part.results),
+        10 * max(result.median("p99") * 1e6 for result in part.results),
+    )
     base = f"(in brackets as a multiple of the {part.baseline}'s)"
     axes.set_xlabel(f"µs per request: bar p50 {base}, stroke p99")
     _dress(axes, part.title, part.results)
