@@ -285,7 +285,7 @@ class DeviceQueue:
             self._dispatch(now, commands)
         elif (lane := self._uncontended_lane(job, now)) is not None:
             job.happens(Fact.ADMIT)
-            if self._may_have_company(job):
+            if job.key is not None and self._may_have_company(job):
                 self._arrives(runner, commands)
             self._launch(job, lane, now, commands)
         else:
@@ -430,7 +430,7 @@ class DeviceQueue:
         source = job.source
         for load in self._loads_of(source):
             load.add(job.bytes)
-        if self._may_have_company(job):
+        if job.key is not None and self._may_have_company(job):
             runner = source.runner
             self._arrives(runner, commands)
             key = _company(runner).enter(job, now, runner.placing.times.bound(job.bytes))
@@ -442,7 +442,7 @@ class DeviceQueue:
         self._enter(source)
 
     def _may_have_company(self, job: Job) -> bool:
-        """Whether others may run with it: it has a key, and draws its slot from a runner that makes batches."""
+        """Whether others may run with a job that has a key: it draws its slot from a runner that makes batches."""
         return (
             job.key is not None and job.source is job.source.runner and job.source.runner.company is not None
         )
@@ -476,13 +476,14 @@ class DeviceQueue:
 
         A job whose deadline has passed is not launched, whichever fact finds it first.
         """
-        self._ripen(now)
+        if self.timers.keys:
+            self._ripen(now)
         while True:
             self._open_gates(now, commands)
             job = self._next()
             if job is None:
                 return
-            if self._is_late(job, now, commands):
+            if job.deadline is not None and self._is_late(job, job.deadline, now, commands):
                 continue
             source = job.source
             self._unqueue(job)
@@ -514,13 +515,14 @@ class DeviceQueue:
         source = job.source
         if job.holds or not _can_start(source):
             return None
-        if self._may_have_company(job) and _company(source.runner).waits:
+        if job.key is not None and self._may_have_company(job) and _company(source.runner).waits:
             return None
         if job.deadline is not None and source.runner.placing.ends(job.bytes, now) > job.deadline:
             return None  # it may be too late for it
         inline = source.runner.placing.inline(job.bytes)
         if self.load.jobs:
-            self._ripen(now)
+            if self.timers.keys:
+                self._ripen(now)
             contest = self._ready_inline if inline else self._ready
             if len(source.queue) or contest.best() is not None:  # its own queue may wait for another place
                 return None
@@ -551,7 +553,7 @@ class DeviceQueue:
     def _start(self, job: Job, lane: int, slot: int, now: float, commands: list[Command]) -> None:
         """It runs there, and with it what may and is queued."""
         job.size = job.bytes
-        if self._may_have_company(job):
+        if job.key is not None and self._may_have_company(job):
             self._take_along(job, lane == LOOP, now, commands)
         for member in job.members or (job,):
             member.happens(Fact.LAUNCH)
@@ -571,7 +573,7 @@ class DeviceQueue:
                 break
             if inline and not placing.grows(job.size + other.bytes):
                 break
-            if self._is_late(other, now, commands):
+            if other.deadline is not None and self._is_late(other, other.deadline, now, commands):
                 continue
             self._unqueue(other)
             members.append(other)
@@ -600,7 +602,7 @@ class DeviceQueue:
             counters.failed += 1
         if job.inline:
             counters.inline += 1
-        if not left:
+        if not left and job.deadline is not None:
             self.timers.ended(job)
         job.source.live -= 1
 
@@ -623,7 +625,7 @@ class DeviceQueue:
     def _leave_lane(self, job: Job, now: float, commands: list[Command]) -> None:
         """Its lane and slot come home, or go to the one that follows it, or to those who have to be run again."""
         lane, source = job.lane, job.source
-        again = self._next_of(job, now)
+        again = self._next_of(job, now) if job.rest else None
         follower = self.following.pop(lane, None)
         if follower is job:  # the lane would not take it
             if again is None:
@@ -637,7 +639,7 @@ class DeviceQueue:
             source.free.append(job.slot)
             if lane != LOOP:
                 self._free_lanes.append(lane)
-        if lane in source.followed and (again is not None or lane not in self._running):
+        if source.followed and lane in source.followed and (again is not None or lane not in self._running):
             source.followed.remove(lane)
         if again is not None:
             if follower is None:
@@ -731,7 +733,7 @@ class DeviceQueue:
     def _unqueue(self, job: Job) -> None:
         """It leaves its queue, and the room that it had."""
         source = job.source
-        if self._may_have_company(job):
+        if job.key is not None and self._may_have_company(job):
             _company(source.runner).leave(job)
         else:
             source.queue.remove(job)
@@ -785,19 +787,17 @@ class DeviceQueue:
 
     # --- time ----------------------------------------------------------------------------------------
 
-    def _is_late(self, job: Job, now: float, commands: list[Command]) -> bool:
+    def _is_late(self, job: Job, deadline: float, now: float, commands: list[Command]) -> bool:
         """Whether a job that is to start must not: its deadline has passed, or can't be met, by what is known of its runs.
 
         What is known may have become wrong, and only runs can tell: so every so often one is tried all the same.
         """
-        if job.deadline is None:
-            return False
-        if job.deadline <= now:  # this fact came before its tick
+        if deadline <= now:  # this fact came before its tick
             self._expire(job, now, commands)
             return True
         placing = job.source.runner.placing
         ends = placing.ends(job.bytes, now)
-        if ends <= job.deadline or placing.times.doubt(job.bytes):
+        if ends <= deadline or placing.times.doubt(job.bytes):
             return False
         self._expire(job, now, commands, ends - now)
         return True

@@ -41,7 +41,7 @@ class Line:
         return len(self._in_order) + len(self._early)
 
     def push(self, job: Job) -> None:
-        if not self._in_order or job.due > self._last or (job.due == self._last and job.id > self._last_id()):
+        if job.due > self._last or not self._in_order or (job.due == self._last and job.id > self._last_id()):
             self._in_order[job.id] = job
             self._last = job.due
         else:
@@ -57,13 +57,18 @@ class Line:
             heapq.heapify(self._heap)
 
     def head(self) -> Job | None:
+        if not self._early:
+            for first in self._in_order.values():
+                return first
+            return None
         heap = self._heap
-        while heap and heap[0][1] not in self._early:
+        while heap[0][1] not in self._early:
             heapq.heappop(heap)
-        if not self._in_order:
-            return heap[0][2] if heap else None
-        first = next(iter(self._in_order.values()))
-        return heap[0][2] if heap and heap[0][:2] < (first.due, first.id) else first
+        for first in self._in_order.values():
+            if (first.due, first.id) < heap[0][:2]:
+                return first
+            break
+        return heap[0][2]
 
     def jobs(self) -> list[Job]:
         return sorted([*self._in_order.values(), *self._early.values()], key=rank)
@@ -94,8 +99,9 @@ class JobQueue:
 
     def head(self) -> Job | None:
         for line in self._classes:
-            if len(line):
-                return line.head()
+            head = line.head()
+            if head is not None:
+                return head
         return None
 
     def jobs(self) -> list[Job]:
@@ -115,7 +121,7 @@ class Contest(Generic[_T]):
     __slots__ = ("_eligible", "_entered", "_heap", "_queue_of")
 
     def __init__(self, queue_of: Callable[[_T], JobQueue], eligible: Callable[[_T, Job], bool]) -> None:
-        self._heap: list[tuple[Rank, int, _T]] = []
+        self._heap: list[tuple[int, float, int, _T]] = []
         self._entered: dict[_T, int] = {}  # each source's latest entry; older ones are stale
         self._queue_of = queue_of
         self._eligible = eligible
@@ -130,7 +136,7 @@ class Contest(Generic[_T]):
         """`enter`, by one who knows the head and that it is eligible."""
         if self._entered.get(source) == head.id:
             return
-        heapq.heappush(self._heap, (rank(head), head.id, source))
+        heapq.heappush(self._heap, (head.priority, head.due, head.id, source))
         self._entered[source] = head.id
         if len(self._heap) > 2 * len(self._entered) + 16:
             self._drop_stale()
@@ -143,7 +149,7 @@ class Contest(Generic[_T]):
         """The job that goes next, still queued; None when no source is eligible."""
         heap = self._heap
         while heap:
-            _, job_id, source = heap[0]
+            _, _, job_id, source = heap[0]
             head = self._queue_of(source).head()
             if head is not None and head.id == job_id and self._eligible(source, head):
                 return head
@@ -153,7 +159,7 @@ class Contest(Generic[_T]):
         return None
 
     def _drop_stale(self) -> None:
-        self._heap = [entry for entry in self._heap if self._entered.get(entry[2]) == entry[1]]
+        self._heap = [entry for entry in self._heap if self._entered.get(entry[3]) == entry[2]]
         heapq.heapify(self._heap)
 
 

@@ -21,12 +21,12 @@ def is_over(job: Job) -> bool:
 class Timers:
     """What a device waits for. Entries that have come to nothing are dropped when they surface."""
 
-    __slots__ = ("_keys", "_serial", "dead", "deadlines")
+    __slots__ = ("_serial", "dead", "deadlines", "keys")
 
     def __init__(self) -> None:
         self.deadlines: list[tuple[float, int, Job]] = []
         self.dead = 0  # entries of `deadlines` whose jobs have ended
-        self._keys: list[tuple[float, int, RunnerState, Hashable, Key]] = []
+        self.keys: list[tuple[float, int, RunnerState, Hashable, Key]] = []
         self._serial = 0
 
     def watch(self, job: Job, deadline: float) -> None:
@@ -51,14 +51,14 @@ class Timers:
     def watch_key(self, runner: RunnerState, name: Hashable, key: Key) -> None:
         """Until it is ripe. Call again when its time has changed."""
         self._serial += 1
-        heapq.heappush(self._keys, (key.ripe_at, self._serial, runner, name, key))
+        heapq.heappush(self.keys, (key.ripe_at, self._serial, runner, name, key))
 
     def ripe(self, now: float) -> tuple[RunnerState, Hashable] | None:
         """A key whose time has come, once."""
         at = self._earliest_key()
         if at is None or at > now:
             return None
-        _, _, runner, name, _ = heapq.heappop(self._keys)
+        _, _, runner, name, _ = heapq.heappop(self.keys)
         return runner, name
 
     def next(self) -> float | None:
@@ -76,7 +76,7 @@ class Timers:
         return deadlines[0][0] if deadlines else None
 
     def _earliest_key(self) -> float | None:
-        keys = self._keys
+        keys = self.keys
         while keys and (keys[0][4].ripe or not keys[0][4].jobs):
             heapq.heappop(keys)
         return keys[0][0] if keys else None

@@ -80,6 +80,15 @@ def test_what_left_a_line_out_of_order_does_not_pile_up():
     assert line.jobs() == [jobs[-1], jobs[0]]
 
 
+def test_the_next_of_those_out_of_order_goes_when_the_first_has_left():
+    line = Line()
+    late, first, second = (Job(None, id=number, due=due) for number, due in enumerate((9.0, 1.0, 2.0)))
+    for job in (late, first, second):
+        line.push(job)
+    line.remove(first)
+    assert line.head() is second
+
+
 def test_a_job_that_can_not_make_its_deadline_is_not_started():
     queue = device()
     runner = learning(queue)
