@@ -37,9 +37,6 @@ class Line:
         self._early: dict[int, Job] = {}  # those that came after one that is due later
         self._heap: list[tuple[float, int, Job]] = []  # of these, and of some that have left
 
-    def __len__(self) -> int:
-        return len(self._in_order) + len(self._early)
-
     def push(self, job: Job) -> None:
         if job.due > self._last or not self._in_order or (job.due == self._last and job.id > self._last_id()):
             self._in_order[job.id] = job
