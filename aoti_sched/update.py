@@ -19,7 +19,6 @@ import anyio.lowlevel
 import anyio.to_thread
 import msgspec
 
-from aoti_sched.backends.background import give_way
 from aoti_sched.errors import DeadlineExceededError, RunnerClosedError, UpdateError
 from aoti_sched.queue.lease import Phase
 from aoti_sched.telemetry import log
@@ -232,7 +231,7 @@ class Updates:
         began = self._clock.time()
         with _overwriting(runner):
             size = await self._in_thread(
-                lambda: give_way(lambda: container.stage(weights, partial=partial, check_finite=check_finite))
+                lambda: container.stage(weights, partial=partial, check_finite=check_finite)
             )
         live.inactive = Inactive.STAGED
         staged = self._clock.time()
