@@ -13,7 +13,7 @@ help:
 	@echo "make test-fallback  what runs models, on an installation that found no compiler (10 minutes)"
 	@echo "make wheels    wheels with and without a compiler, looked into"
 	@echo "make soak      a minute of random work on real models, checked"
-	@echo "make bench     what a request costs, side by side with other ways and runtimes (10 minutes)"
+	@echo "make bench     what a request costs, side by side with other ways and runtimes (20 minutes)"
 	@echo "make lint      ruff and mypy"
 	@echo "make coverage  branch coverage of aoti_sched/queue, which must be complete"
 
