@@ -288,6 +288,8 @@ class DeviceQueue:
             if job.key is not None and self._may_have_company(job):
                 self._arrives(runner, commands)
             self._launch(job, lane, now, commands)
+            if self.load.jobs:  # what waited for company may have done so long enough
+                self._dispatch(now, commands)
         else:
             self._admit(job, now, commands)
             self._dispatch(now, commands)
@@ -628,7 +630,7 @@ class DeviceQueue:
         again = self._next_of(job, now) if job.rest else None
         follower = self.following.pop(lane, None)
         if follower is job:  # the lane would not take it
-            if again is None:
+            if again is None and not self._running[lane].again:
                 source.followed.append(lane)
         elif follower is not None:
             self._running[lane] = follower

@@ -246,7 +246,7 @@ class PlainModel:
         if job.behind:
             (first,) = others
             job.behind = False
-            if rerun is None:
+            if rerun is None and not first.again:
                 first.opened = self.moments
         elif others:
             (next_one,) = others
