@@ -445,9 +445,7 @@ class DeviceQueue:
 
     def _may_have_company(self, job: Job) -> bool:
         """Whether others may run with a job that has a key: it draws its slot from a runner that makes batches."""
-        return (
-            job.key is not None and job.source is job.source.runner and job.source.runner.company is not None
-        )
+        return job.source is job.source.runner and job.source.runner.company is not None
 
     def _arrives(self, runner: RunnerState, commands: list[Command]) -> None:
         """A job that may have company has come in this turn of the loop."""
@@ -799,7 +797,7 @@ class DeviceQueue:
             return True
         placing = job.source.runner.placing
         ends = placing.ends(job.bytes, now)
-        if ends <= deadline or placing.times.doubt(job.bytes):
+        if job.holds or ends <= deadline or placing.times.doubt(job.bytes):  # a lease is no run
             return False
         self._expire(job, now, commands, ends - now)
         return True

@@ -531,7 +531,7 @@ class PlainModel:
         """Its deadline has passed, or can't be met; of the latter every eighth in a row is run all the same."""
         if job.deadline is None or job.deadline <= now:
             return job.deadline is not None
-        if now + job.runner.typical(job.bytes) <= job.deadline:
+        if job.holds or now + job.runner.typical(job.bytes) <= job.deadline:
             return False
         doubts, bits = job.runner.doubts, job.bytes.bit_length()
         doubts[bits] = (doubts.get(bits, 0) + 1) % 8

@@ -166,6 +166,15 @@ def test_any_fact_sees_that_the_delay_is_over():
     assert batches(queue.submit(newcomer, DELAY)) == [[waiting]]
 
 
+def test_a_launch_that_nobody_contends_for_sees_it_too():
+    queue = device()
+    runner = add(queue, slots=2, delay=DELAY)
+    other = add(queue, "inline", placing=Placing(Placement.INLINE))
+    waiting, newcomer = job(runner), job(other, key=None)
+    submitted(queue, [waiting])
+    assert batches(queue.submit(newcomer, DELAY)) == [[newcomer], [waiting]]
+
+
 def test_a_full_batch_waits_for_nobody():
     queue = device()
     runner = add(queue, rows=2, delay=DELAY)

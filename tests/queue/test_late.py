@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from aoti_sched.queue.admission import Bounds
-from aoti_sched.queue.command import Expire, Launch, WakeAt
+from aoti_sched.queue.command import Expire, Grant, Launch, WakeAt
 from aoti_sched.queue.estimate import PATIENCE
 from aoti_sched.queue.job import Job, JobState, Priority
 from aoti_sched.queue.order import UNHURRIED, Line
@@ -102,6 +102,12 @@ def test_one_that_just_makes_it_is():
     queue = device()
     job = Job(learning(queue), deadline=1.0)
     assert queue.submit(job, 0) == [Launch(job), WakeAt(1.0)]
+
+
+def test_a_lease_is_no_run_and_is_granted_until_its_deadline():
+    queue = device()
+    job = Job(learning(queue), deadline=0.5, holds=True)
+    assert [type(command) for command in queue.submit(job, 0)] == [Grant]
 
 
 def test_while_too_little_is_known_nobody_is_given_up():
