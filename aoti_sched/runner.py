@@ -147,7 +147,7 @@ class RunnerView(Calls):
 
         The slot is granted in the order of the queue, with this view's priority and timeout.
         """
-        return LeaseContext(self._runner, self._source, self._options, waits=self._runner.waits)
+        return LeaseContext(self._runner, self._source, self._options)
 
 
 class Runner(RunnerView):
@@ -338,13 +338,11 @@ class Runner(RunnerView):
         return await self.updates.extract(self, inactive=inactive)
 
     def lease_for_update(self) -> LeaseContext:
-        """A slot for the library's own work on the weights, before all that has no HIGH priority.
+        """A slot for the library's own work on the weights: the next that is free, but for HIGH requests before it.
 
-        Bounds are there against callers who send too much, so none refuses it: where the queue is full, it waits for the
-        first place, even with overflow="reject". Nobody passes it there but HIGH requests that came before it, and it
-        weighs no bytes; so it gets its place with the next launches, unless nothing is launched because leases are held.
+        Bounds are there against callers who send too much, so none holds it back.
         """
-        return LeaseContext(self, self.state, Options(priority=Priority.HIGH), waits=True)
+        return LeaseContext(self, self.state, Options(priority=Priority.HIGH), exempt=True)
 
     # --- leaving -------------------------------------------------------------------------------------
 
@@ -388,25 +386,25 @@ class Lease(Calls):
 class LeaseContext:
     """Waits for a slot on entry, gives it back on exit."""
 
-    __slots__ = ("_lease", "_options", "_runner", "_source", "_waits")
+    __slots__ = ("_exempt", "_lease", "_options", "_runner", "_source")
 
-    def __init__(self, runner: Runner, source: Source, options: Options, *, waits: bool) -> None:
+    def __init__(self, runner: Runner, source: Source, options: Options, *, exempt: bool = False) -> None:
         self._runner = runner
         self._source = source
         self._options = options
-        self._waits = waits
+        self._exempt = exempt
         self._lease: Lease | None = None
 
     async def __aenter__(self) -> Lease:
         runner, options = self._runner, self._options
         if _get_running_loop() is not runner.loop:
             raise _wrong_loop(runner)
-        job = Job(self._source, options.priority, None, 0, holds=True)
+        job = Job(self._source, options.priority, None, 0, holds=True, exempt=self._exempt)
         if options.timeout is not None:
             job.deadline = runner.dispatcher.deadline(options.timeout)
         job.min_epoch = options.min_epoch
         job.payload = future = RunFuture(runner, job, None)
-        runner.dispatcher.submit(job, wait=self._waits)
+        runner.dispatcher.submit(job, wait=runner.waits)
         try:
             state = await future
         except asyncio.CancelledError:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import msgspec
+
+if TYPE_CHECKING:
+    from aoti_sched.queue.job import Job
 
 
 class Bounds(msgspec.Struct, frozen=True):
@@ -16,29 +21,32 @@ class Bounds(msgspec.Struct, frozen=True):
 
 
 class Load:
-    """What is queued, held against its bounds."""
+    """What is queued, held against its bounds. Of the `jobs`, those that are `exempt` take no room."""
 
-    __slots__ = ("bounds", "bytes", "jobs", "name")
+    __slots__ = ("bounds", "bytes", "exempt", "jobs", "name")
 
     def __init__(self, name: str, bounds: Bounds) -> None:
         self.name = name
         self.bounds = bounds
         self.jobs = 0
         self.bytes = 0
+        self.exempt = 0
 
-    def add(self, size: int) -> None:
+    def add(self, job: Job) -> None:
         self.jobs += 1
-        self.bytes += size
+        self.bytes += job.bytes
+        self.exempt += job.exempt
 
-    def remove(self, size: int) -> None:
+    def remove(self, job: Job) -> None:
         self.jobs -= 1
-        self.bytes -= size
+        self.bytes -= job.bytes
+        self.exempt -= job.exempt
 
     def refusal(self, size: int) -> str | None:
         """Why a job with inputs of `size` bytes does not fit now; None when it does."""
         bounds = self.bounds
-        if bounds.jobs is not None and self.jobs >= bounds.jobs:
-            return f"{self.name} has {self.jobs} jobs queued, its bound is {bounds.jobs}"
+        if bounds.jobs is not None and self.jobs - self.exempt >= bounds.jobs:
+            return f"{self.name} has {self.jobs - self.exempt} jobs queued, its bound is {bounds.jobs}"
         if bounds.bytes is not None and self.bytes + size > bounds.bytes:
             return f"{self.name} has {self.bytes} bytes of inputs queued; {size} more exceed its bound of {bounds.bytes}"
         return None
@@ -55,6 +63,6 @@ class Load:
     def within_bounds(self, *leased: Load) -> bool:
         """Whether the bounds are kept. What leases queue is bounded by themselves, and counted here too."""
         bounds = self.bounds
-        jobs = self.jobs - sum(load.jobs for load in leased)
+        jobs = self.jobs - self.exempt - sum(load.jobs for load in leased)
         size = self.bytes - sum(load.bytes for load in leased)
         return (bounds.jobs is None or jobs <= bounds.jobs) and (bounds.bytes is None or size <= bounds.bytes)

@@ -55,6 +55,8 @@ def _must_be_lawful(job: Job) -> None:
         raise IllegalFactError("a job's deadline is not a number")
     if job.holds and isinstance(job.source, Lease):
         raise IllegalFactError(f"lease {job.source.id} holds one slot and can't lease it again")
+    if job.exempt and (not job.holds or job.bytes):
+        raise IllegalFactError("only what takes a lease is exempt from bounds, and has no inputs")
     if job.key is not None and (job.holds or job.rows < 1):
         raise IllegalFactError("a job with a key runs, and has rows")
 
@@ -392,7 +394,7 @@ class DeviceQueue:
                 f"runner {runner.name!r} is {runner.phase.name.lower()}; it takes no new requests"
             )
         never = source.load.never_fits(job.bytes) or self.load.never_fits(job.bytes)
-        if never is not None:
+        if never is not None and not job.exempt:
             return QueueFullError(f"runner {runner.name!r}: the request can never be queued, {never}")
         if job.min_epoch > source.epoch:
             error = barrier.epoch_refusal(job)
@@ -417,6 +419,8 @@ class DeviceQueue:
         A held lease answers for its own jobs alone. Those in the queue may wait for the very slot it
         holds: were its jobs held back by them, neither would ever go on.
         """
+        if job.exempt:
+            return None
         source = job.source
         reason = source.load.refusal(job.bytes)
         waiting = len(source.gate) > 0
@@ -431,7 +435,7 @@ class DeviceQueue:
         job.happens(Fact.ADMIT)
         source = job.source
         for load in self._loads_of(source):
-            load.add(job.bytes)
+            load.add(job)
         if job.key is not None and self._may_have_company(job):
             runner = source.runner
             self._arrives(runner, commands)
@@ -738,7 +742,7 @@ class DeviceQueue:
         else:
             source.queue.remove(job)
         for load in self._loads_of(source):
-            load.remove(job.bytes)
+            load.remove(job)
         self._look_at_gate(source)
 
     def _loads_of(self, source: Source) -> tuple[Load, ...]:

@@ -96,7 +96,8 @@ class Job(msgspec.Struct, eq=False):
     `source` is what the job draws its slot from: its runner, or a held lease. A job with `holds` set asks
     for a lease and not for a run. `bytes` counts the inputs. Times are seconds on the caller's clock;
     `deadline` is absolute. It runs on constants of `min_epoch` or later. Jobs with an equal `key` may run as one, as
-    long as they have not too many `rows` together. `lane` is `LOOP` for a run on the loop's own thread, and then
+    long as they have not too many `rows` together. One that is `exempt` is the library's own, and no bound, which are there
+    against callers, holds it back; it takes no room from others, either. `lane` is `LOOP` for a run on the loop's own thread, and then
     `inline` is set.
 
     The first of a batch, its leader, has all jobs that run with it as `members`, itself first, and stands for them on
@@ -113,6 +114,7 @@ class Job(msgspec.Struct, eq=False):
     min_epoch: int = 0
     rows: int = 1
     key: Hashable = None
+    exempt: bool = False
 
     id: int = -1
     state: JobState = JobState.NEW

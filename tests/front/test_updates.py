@@ -437,7 +437,7 @@ async def test_an_update_that_folds_works_while_the_queue_is_full():
         a.container.folds = True
         running, *queued = [a.submit() for _ in range(3)]
         updating = later(its.update(2))
-        await until(lambda: a.stats().waiting)
+        await until(lambda: a.stats().queued == 3)
         with pytest.raises(aoti_sched.QueueFullError):  # callers are bounded as before
             a.submit()
         its.backends["cpu"].finish_all()
@@ -448,23 +448,19 @@ async def test_an_update_that_folds_works_while_the_queue_is_full():
         await its.must_be_sound()
 
 
-async def test_a_fold_gets_its_place_when_another_runner_has_filled_the_device():
+async def test_a_fold_waits_for_nothing_but_a_slot_when_another_runner_has_filled_the_device():
     async with fleet("ac", auto=False, lanes=1, room=2) as its:
         a, c = its
         a.container.folds = True
         others = [c.submit() for _ in range(3)]
-        updating = later(its.update(2, a))
-        await until(lambda: a.stats().waiting)
-        await its.backends[
-            "cpu"
-        ].step()  # a place is free, and a's slot has been all along: no lane is needed
-        await updating
+        await its.update(2, a)
+        assert not any(future.done() for future in others)
         its.backends["cpu"].finish_all()
         await asyncio.gather(*others)
         await its.must_be_sound()
 
 
-async def test_a_fold_goes_before_those_who_wait_for_room_but_for_urgent_ones():
+async def test_a_fold_goes_before_those_who_are_queued_and_those_who_wait_for_room():
     async with fleet("a", auto=False, limits=Limits(jobs=1), overflow="wait") as its:
         (a,) = its
         a.container.folds = True
@@ -473,14 +469,14 @@ async def test_a_fold_goes_before_those_who_wait_for_room_but_for_urgent_ones():
         waiting = [a.submit() for _ in range(3)]
         held = Held(a, "fold")
         updating = later(its.update(2))
-        await until(lambda: a.stats().waiting == 5)
+        await until(lambda: a.stats().queued == 2)
         its.backends["cpu"].finish_all()
         await held.reached()
-        assert all(future.done() for future in (running, queued, urgent))
-        assert not any(future.done() for future in waiting), "the fold has the slot"
+        assert running.done()
+        assert not any(future.done() for future in (queued, urgent, *waiting)), "the fold has the slot"
         held.go_on()
         await updating
-        await asyncio.gather(*waiting)
+        await asyncio.gather(queued, urgent, *waiting)
         await its.must_be_sound()
 
 
@@ -491,7 +487,7 @@ async def test_a_fold_at_a_full_queue_waits_for_a_held_lease_whose_runs_go_on():
         async with a.lease() as lease:
             queued = a.submit()
             updating = later(its.update(2))
-            await until(lambda: a.stats().waiting)
+            await until(lambda: a.stats().queued == 2)
             assert await lease.run() == (1, 1)
             assert not queued.done()
             assert not updating.done()
@@ -508,7 +504,7 @@ async def test_updates_that_fold_side_by_side_on_a_full_device_all_come_through(
         running = [a.submit(), c.submit(), a.submit()]
         both = its.update(2), its.update(3, c), its.update(4, a)
         updating = [later(update) for update in both]
-        await until(lambda: a.stats().waiting)
+        await until(lambda: a.stats().queued == 2)
         its.backends["cpu"].finish_all()
         await asyncio.gather(*updating, *running)
         assert its.epochs == [3, 3]
@@ -516,13 +512,13 @@ async def test_updates_that_fold_side_by_side_on_a_full_device_all_come_through(
 
 
 @pytest.mark.parametrize("how", ["cancel", "timeout"])
-async def test_a_fold_that_waits_for_room_can_be_given_up(how):
+async def test_a_fold_that_waits_behind_a_full_queue_can_be_given_up(how):
     async with fleet("a", auto=False, limits=Limits(jobs=1)) as its:
         (a,) = its
         a.container.folds = True
         futures = [a.submit(), a.submit()]
         updating = later(a.update(weights(2), timeout=5))
-        await until(lambda: a.stats().waiting)
+        await until(lambda: a.stats().queued == 2)
         if how == "cancel":
             await gone(updating)
         else:
@@ -530,7 +526,7 @@ async def test_a_fold_that_waits_for_room_can_be_given_up(how):
             with pytest.raises(aoti_sched.DeadlineExceededError):
                 await updating
         await its.quiet()
-        assert (a.stats().waiting, a.info.inactive_bytes) == (0, 0)
+        assert (a.stats().queued, a.info.inactive_bytes) == (1, 0)
         its.backends["cpu"].finish_all()
         assert await asyncio.gather(*futures) == [(1, 1), (1, 1)]
         await its.must_be_sound()
@@ -538,13 +534,13 @@ async def test_a_fold_that_waits_for_room_can_be_given_up(how):
 
 
 @pytest.mark.parametrize("way", ["aclose", "terminate"])
-async def test_closing_while_a_fold_waits_for_room_ends_the_update(way):
+async def test_closing_while_a_fold_waits_for_a_slot_ends_the_update(way):
     async with fleet("a", auto=False, limits=Limits(jobs=1)) as its:
         (a,) = its
         a.container.folds = True
         running, queued = a.submit(), a.submit()
         updating = later(a.update(weights(2)))
-        await until(lambda: a.stats().waiting)
+        await until(lambda: a.stats().queued == 2)
         closing = later(getattr(a, way)())
         await settle()
         its.backends["cpu"].finish_all()

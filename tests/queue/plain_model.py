@@ -106,6 +106,7 @@ class Job:
     min_epoch: int = 0
     rows: int = 1
     key: str | None = None
+    exempt: bool = False  # from bounds
     state: str = "NEW"
     awaiting: bool = False  # WAITING for its epoch, and not for room
     behind: bool = False  # on its lane, but not yet the one that runs
@@ -174,17 +175,30 @@ class PlainModel:
         return []
 
     def submit(
-        self, now, number, source, priority, deadline, size, holds, wait, min_epoch=0, rows=1, key=None
+        self,
+        now,
+        number,
+        source,
+        priority,
+        deadline,
+        size,
+        holds,
+        wait,
+        min_epoch=0,
+        rows=1,
+        key=None,
+        exempt=False,
     ):
         """`source` is ("runner", number) or ("lease", number); a job's number seen before is a resubmission."""
         kind, which = source
         lease = self.leases[which - 1] if kind == "lease" else None
         runner = lease.runner if lease else self.runners[which]
-        if number < len(self.jobs) or (lease and holds) or (key is not None and (holds or rows < 1)):
+        unlawful = (lease and holds) or (key is not None and (holds or rows < 1))
+        if number < len(self.jobs) or unlawful or (exempt and (not holds or size)):
             raise Illegal
         self.ids += 1
         job = Job(
-            *(number, runner, lease, priority, deadline, size, holds, min_epoch, rows, key),
+            *(number, runner, lease, priority, deadline, size, holds, min_epoch, rows, key, exempt),
             id=self.ids,
             submitted=now,
         )
@@ -410,11 +424,12 @@ class PlainModel:
     def fits(self, job):
         """Whether the bounds that belong to the job's own source have room for it."""
         queued = self.of_lease(job.lease, "QUEUED") if job.lease else self.of(job.runner, "QUEUED")
+        queued = [other for other in queued if not other.exempt]
         size = sum(other.bytes for other in queued)
         return len(queued) < job.runner.jobs and size + job.bytes <= job.runner.bytes
 
     def fits_device(self, job):
-        queued = [other for other in self.jobs if other.state == "QUEUED"]
+        queued = [other for other in self.jobs if other.state == "QUEUED" and not other.exempt]
         size = sum(other.bytes for other in queued)
         return len(queued) < self.jobs_bound and size + job.bytes <= self.bytes_bound
 
@@ -426,6 +441,8 @@ class PlainModel:
                 yield head
 
     def must_wait(self, job):
+        if job.exempt:
+            return False
         if job.lease is not None:
             return bool(self.of_lease(job.lease, "WAITING")) or not self.fits(job)
         own_gate = [other for other in self.of(job.runner, "WAITING") if other.lease is None]
@@ -441,10 +458,12 @@ class PlainModel:
             return "RunnerClosedError"
         if job.min_epoch > job.source.epoch:
             never = job.bytes > min(runner.bytes, self.bytes_bound) or min(runner.jobs, self.jobs_bound) < 1
+            never = never and not job.exempt
             if not never and (job.lease or job.min_epoch <= runner.published):
                 return "EpochError"
             return "QueueFullError" if never or len(self.awaiting(runner)) >= runner.jobs else None
         never = job.bytes > min(runner.bytes, self.bytes_bound) or min(runner.jobs, self.jobs_bound) < 1
+        never = never and not job.exempt
         return "QueueFullError" if never or (not wait and self.must_wait(job)) else None
 
     def free_slots(self, runner):

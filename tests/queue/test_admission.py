@@ -7,7 +7,7 @@ import pytest
 from aoti_sched.errors import QueueFullError
 from aoti_sched.queue.admission import Bounds
 from aoti_sched.queue.device_queue import DeviceQueue, Launch
-from aoti_sched.queue.job import Job, JobState, Priority
+from aoti_sched.queue.job import IllegalFactError, Job, JobState, Priority
 from tests.queue.support import add, device, rejected, take_lease
 
 HIGH, NORMAL, LOW = Priority.HIGH, Priority.NORMAL, Priority.LOW
@@ -346,3 +346,35 @@ def test_a_cancelled_head_of_a_leases_gate_lets_the_next_one_in():
         queue.submit(job, 0, wait=True)
     queue.cancel(big, 1)
     assert small.state is JobState.QUEUED
+
+
+def test_what_is_exempt_is_held_back_by_no_bound_and_takes_no_room_from_others():
+    queue = device(jobs=2)
+    runner = add(queue, jobs=1)
+    running, queued, second = Job(runner), Job(runner), Job(runner)
+    queue.submit(running, 0)
+    queue.submit(queued, 0)
+    leases = [Job(runner, Priority.HIGH, holds=True, exempt=True) for _ in range(3)]
+    for lease in leases:
+        assert queue.submit(lease, 0) == []
+        assert lease.state is JobState.QUEUED
+    assert "has 1 jobs queued, its bound is 1" in str(rejected(queue.submit(second, 0)))
+    assert [command.job for command in queue.complete(running, 1)] == [leases[0]]
+
+
+def test_what_is_exempt_passes_those_who_wait_at_a_gate():
+    queue = device()
+    runner = add(queue, jobs=1)
+    running, queued, waiting = (Job(runner) for _ in range(3))
+    lease = Job(runner, Priority.HIGH, holds=True, exempt=True)
+    for job in (running, queued, waiting, lease):
+        queue.submit(job, 0, wait=True)
+    assert [job.state.name for job in (queued, waiting, lease)] == ["QUEUED", "WAITING", "QUEUED"]
+
+
+@pytest.mark.parametrize("fields", [{"holds": False}, {"holds": True, "bytes": 1}])
+def test_only_what_takes_a_lease_and_has_no_inputs_is_exempt(fields):
+    queue = device()
+    runner = add(queue)
+    with pytest.raises(IllegalFactError, match="exempt"):
+        queue.submit(Job(runner, exempt=True, **fields), 0)

@@ -103,6 +103,9 @@ class Walk:
         rows, key = draw.choice([(1, "k"), (1, "k"), (1, "k"), (2, "k"), (1, "l"), (0, None)])
         if not self.batches or (holds and draw.random() < 0.9):
             rows, key = 1, None
+        exempt = holds and draw.random() < 0.4
+        if exempt and draw.random() < 0.9:
+            size = 0
         return "submit", (
             self.now,
             len(model.jobs),
@@ -115,6 +118,7 @@ class Walk:
             min_epoch,
             rows,
             key,
+            exempt,
         )
 
     def complete(self):
@@ -229,13 +233,12 @@ class Player:
         self.runners.append(runner)
         return []
 
-    def submit(
-        self, now, number, source, priority, deadline, size, holds, wait, min_epoch=0, rows=1, key=None
-    ):
+    def submit(self, now, number, source, priority, deadline, size, holds, wait, *rest):
+        """`rest` are a job's further fields, in their order: min_epoch, rows, key, exempt."""
         kind, which = source
         owner = self.leases[which - 1] if kind == "lease" else self.runners[which]
         if number == len(self.jobs):
-            self.jobs.append(Job(owner, priority, deadline, size, holds, number, min_epoch, rows, key))
+            self.jobs.append(Job(owner, priority, deadline, size, holds, number, *rest))
         try:
             return self.queue.submit(self.jobs[number], now, wait=wait)
         except IllegalFactError:
