@@ -139,7 +139,7 @@ class Dispatcher:
     def runner_stats(self, runner: RunnerState) -> RunnerStats:
         totals = msgspec.structs.asdict(runner.counters)
         busy = runner.slots - len(runner.free)
-        busy += sum(job.source.runner is runner for job in self.queue.following.values())
+        busy += sum(job.source.runner is runner for job in self.queue.lanes.following.values())
         return RunnerStats(
             name=runner.name,
             phase=runner.phase.name,
@@ -161,7 +161,7 @@ class Dispatcher:
         return DeviceStats(
             name=queue.name,
             executor=self.executor.kind,
-            lanes=queue.lanes,
+            lanes=queue.lanes.count,
             busy_lanes=queue.busy_lanes,
             queued=queue.load.jobs,
             queued_bytes=queue.load.bytes,

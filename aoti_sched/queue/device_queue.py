@@ -17,12 +17,10 @@ import math
 
 from aoti_sched.errors import (
     AotiSchedError,
-    LeaseError,
-    QueueFullError,
     RunnerClosedError,
     UpdateAbortedError,
 )
-from aoti_sched.queue import barrier
+from aoti_sched.queue import barrier, refusal
 from aoti_sched.queue.admission import Bounds, Load
 from aoti_sched.queue.batch import Batching, Company
 from aoti_sched.queue.command import (
@@ -39,6 +37,7 @@ from aoti_sched.queue.command import (
 )
 from aoti_sched.queue.invariants import check
 from aoti_sched.queue.job import Fact, IllegalFactError, Job, JobState, Priority
+from aoti_sched.queue.lanes import Lanes
 from aoti_sched.queue.lease import Lease, Phase, RunnerState, Source
 from aoti_sched.queue.order import UNHURRIED, Contest, JobQueue, rank
 from aoti_sched.queue.placement import INLINE_BUDGET, LOOP, Placing
@@ -110,17 +109,12 @@ class DeviceQueue:
         if lanes < 1:
             raise IllegalFactError(f"{name}: a device has at least one lane, not {lanes}")
         self.name = name
-        self.lanes = lanes
-        self.inline_budget = inline_budget  # seconds per turn of the loop
+        self.lanes = Lanes(lanes, inline_budget)
         self.load = Load(f"device {name}", bounds or Bounds())
         self.runners: dict[str, RunnerState] = {}
-        self._free_lanes = list(reversed(range(lanes)))
-        self._running: dict[int, Job] = {}  # by lane
-        self.following: dict[int, Job] = {}  # by lane: handed to it behind the running one, on the same slot
         self._ready = Contest(_queue_of, _wants_a_lane)
         self._ready_inline = Contest(_queue_of, _wants_the_loop)
         self._ready_to_lease = Contest(_queue_of, _wants_a_lease)
-        self._inline_left = inline_budget
         self._turn_asked = False
         self._gates = Contest(_gate_of, _has_room)
         self.timers = Timers()
@@ -132,7 +126,7 @@ class DeviceQueue:
     @property
     def busy_lanes(self) -> int:
         """How many lanes run something."""
-        return self.lanes - len(self._free_lanes)
+        return self.lanes.count - len(self.lanes.free)
 
     # --- facts about runners -------------------------------------------------------------------------
 
@@ -237,8 +231,8 @@ class DeviceQueue:
 
     def turn(self, now: float) -> list[Command]:
         """A new turn of the loop has begun: it has its whole budget of inline runs again."""
-        self._inline_left = self.inline_budget
-        self._turn_asked = LOOP in self._running  # what runs there belongs to this turn, too
+        self.lanes.inline_left = self.lanes.inline_budget
+        self._turn_asked = LOOP in self.lanes.running  # what runs there belongs to this turn, too
         commands: list[Command] = [NextTurn()] if self._turn_asked else []
         gathering, self._gathering = self._gathering, []
         for runner in gathering:
@@ -264,7 +258,10 @@ class DeviceQueue:
         job.submitted = now
         job.due = now + UNHURRIED if job.deadline is None else job.deadline
         runner.counters.submitted += 1
-        error = self._refusal(job, wait=wait)
+        error: AotiSchedError | None = refusal.for_good(job, self.load)
+        if error is None and not wait and job.min_epoch <= job.source.epoch:
+            full = self._full(job)
+            error = None if full is None else refusal.for_now(job, full)
         if error is not None:
             job.happens(Fact.REJECT)
             runner.counters.rejected += 1
@@ -314,7 +311,8 @@ class DeviceQueue:
         `job.state` then says whether its caller is still there (DONE, FAILED) or had left. `started` and
         `finished` are the lane's own stamps, where it has better ones than the launch and `now`.
         """
-        if self._running.get(job.lane) is not job and self.following.get(job.lane) is not job:
+        lanes = self.lanes
+        if not lanes.hold(job):
             raise IllegalFactError(f"job {job.id} is {job.state.name} and not on a lane: it can't complete")
         source, runner = job.source, job.source.runner
         started = job.started if started is None else started
@@ -326,12 +324,14 @@ class DeviceQueue:
             self._end_batch(job, ok, started, finished)
         else:
             self._end(job, Fact.SUCCEED if ok else Fact.FAIL, started, finished, seconds)
-        self._leave_lane(job, now, commands)
+        again = lanes.leave(job, now)
+        if again is not None:
+            commands.append(Launch(again))
         if inline:
-            self._inline_left -= seconds
+            lanes.inline_left -= seconds
         if isinstance(source, Lease):
             self._retire_if_over(source)
-        too_long = inline and seconds > self.inline_budget
+        too_long = inline and seconds > lanes.inline_budget
         moved = (ok or too_long) and runner.placing.learn(size, seconds, too_long=too_long)
         if self.load.jobs:  # nobody waits for room, a slot or a lane when nothing is queued
             for other in (runner, *runner.leases.values()) if moved else (source,):
@@ -376,42 +376,6 @@ class DeviceQueue:
         return commands
 
     # --- what follows from facts ---------------------------------------------------------------------
-
-    def _refusal(self, job: Job, *, wait: bool) -> AotiSchedError | None:
-        source, runner = job.source, job.source.runner
-        if isinstance(source, Lease):
-            if runner.phase >= Phase.TERMINATED:
-                return RunnerClosedError(
-                    f"runner {runner.name!r} is {runner.phase.name.lower()}; its leases are gone"
-                )
-            if source.released:
-                return LeaseError(
-                    f"lease {source.id} of runner {runner.name!r} (slot {source.slot}) was released; take a new one "
-                    "with runner.lease()"
-                )
-        elif runner.phase is not Phase.OPEN:
-            return RunnerClosedError(
-                f"runner {runner.name!r} is {runner.phase.name.lower()}; it takes no new requests"
-            )
-        never = source.load.never_fits(job.bytes) or self.load.never_fits(job.bytes)
-        if never is not None and not job.exempt:
-            return QueueFullError(f"runner {runner.name!r}: the request can never be queued, {never}")
-        if job.min_epoch > source.epoch:
-            error = barrier.epoch_refusal(job)
-            if error is not None:
-                return error
-            most = runner.load.bounds.jobs
-            if most is not None and len(runner.awaiting) >= most:
-                return QueueFullError(
-                    f"runner {runner.name!r}: {len(runner.awaiting)} requests wait for an epoch, the bound is {most}"
-                )
-            return None
-        full = None if wait else self._full(job)
-        if full is None:
-            return None
-        return QueueFullError(
-            f"runner {runner.name!r}: {full}. Send less, raise the bound, or load with overflow='wait'"
-        )
 
     def _full(self, job: Job) -> str | None:
         """Why a job can't be queued now. Nobody passes those who wait at a gate already.
@@ -489,11 +453,13 @@ class DeviceQueue:
                 return
             if job.deadline is not None and self._is_late(job, job.deadline, now, commands):
                 continue
-            source = job.source
             self._unqueue(job)
-            lane = LOOP if job.holds or source.runner.placing.inline(job.bytes) else self._free_lanes[-1]
-            self._launch(job, lane, now, commands)
-            self._enter(source)
+            if job.holds:
+                self._grant(job, now, commands)
+            else:
+                inline = job.source.runner.placing.inline(job.bytes)
+                self._launch(job, LOOP if inline else self.lanes.free[-1], now, commands)
+            self._enter(job.source)
 
     def _ripen(self, now: float) -> None:
         """Let take part what has waited for company long enough."""
@@ -505,14 +471,11 @@ class DeviceQueue:
     def _next(self) -> Job | None:
         """The best of the jobs that have a slot and a place to run."""
         job = self._ready_to_lease.best()
-        if self._free_lanes:
+        if self.lanes.free:
             job = _better(job, self._ready.best())
-        if self._loop_is_free():
+        if self.lanes.loop_is_free():
             job = _better(job, self._ready_inline.best())
         return job
-
-    def _loop_is_free(self) -> bool:
-        return LOOP not in self._running and self._inline_left > 0
 
     def _uncontended_lane(self, job: Job, now: float) -> int | None:
         """The lane it can have at once, since a slot and the lane are free and nobody else wants them; or None."""
@@ -531,28 +494,16 @@ class DeviceQueue:
             if len(source.queue) or contest.best() is not None:  # its own queue may wait for another place
                 return None
         if inline:
-            return LOOP if self._loop_is_free() else None
-        return self._free_lanes[-1] if self._free_lanes else None
+            return LOOP if self.lanes.loop_is_free() else None
+        return self.lanes.free[-1] if self.lanes.free else None
 
     def _launch(self, job: Job, lane: int, now: float, commands: list[Command]) -> None:
-        """A job, and what goes with it, gets its slot and, unless it holds a lease, its lane."""
-        source = job.source
-        if job.holds:
-            job.happens(Fact.LAUNCH)
-            job.slot = source.free.pop()
-            job.epoch = source.epoch
-            job.started = now
-            self._grant(job, now, commands)
-            return
-        self._start(job, lane, source.free.pop(), now, commands)
-        self._running[lane] = job
+        """A job, and what goes with it, gets its slot and its lane."""
+        self._start(job, lane, job.source.free.pop(), now, commands)
+        self.lanes.take(job)
         commands.append(Launch(job))
         if lane == LOOP:
             self._ask_for_turn(commands)
-        else:
-            self._free_lanes.pop()
-            if source.runner.placing.follows(job.size):
-                source.followed.append(lane)
 
     def _start(self, job: Job, lane: int, slot: int, now: float, commands: list[Command]) -> None:
         """It runs there, and with it what may and is queued."""
@@ -626,47 +577,6 @@ class DeviceQueue:
         leader.members = ()
         leader.rest = tuple(again)
 
-    def _leave_lane(self, job: Job, now: float, commands: list[Command]) -> None:
-        """Its lane and slot come home, or go to the one that follows it, or to those who have to be run again."""
-        lane, source = job.lane, job.source
-        again = self._next_of(job, now) if job.rest else None
-        follower = self.following.pop(lane, None)
-        if follower is job:  # the lane would not take it
-            if again is None and not self._running[lane].again:
-                source.followed.append(lane)
-        elif follower is not None:
-            self._running[lane] = follower
-            if again is None and not follower.again:
-                source.followed.append(lane)
-        elif again is None:
-            del self._running[lane]
-            source.free.append(job.slot)
-            if lane != LOOP:
-                self._free_lanes.append(lane)
-        if source.followed and lane in source.followed and (again is not None or lane not in self._running):
-            source.followed.remove(lane)
-        if again is not None:
-            if follower is None:
-                self._running[lane] = again
-            else:  # it is on the lane already, or was to be
-                self.following[lane] = again
-            commands.append(Launch(again))
-
-    def _next_of(self, job: Job, now: float) -> Job | None:
-        """Who of a failed batch is run next, alone, on the slot it had; whoever has left meanwhile is passed over."""
-        rest, job.rest = job.rest, ()
-        for index, member in enumerate(rest):
-            if member.state is JobState.RUNNING:
-                member.rest = rest[index + 1 :]
-                member.again = True
-                member.batch = 1
-                member.size = member.bytes
-                member.started = now
-                member.source.runner.counters.retried += 1
-                return member
-            member.source.live -= 1
-        return None
-
     def _follow(self, source: Source, now: float, commands: list[Command]) -> None:
         """Hand the source's next jobs to lanes that run short ones of it, unless a better job waits for a lane."""
         placing = source.runner.placing
@@ -682,14 +592,19 @@ class DeviceQueue:
                 return
             self._unqueue(job)
             lane = source.followed.pop()
-            self._start(job, lane, self._running[lane].slot, now, commands)
-            self.following[lane] = job
+            self._start(job, lane, self.lanes.running[lane].slot, now, commands)
+            self.lanes.following[lane] = job
             commands.append(Launch(job))
             self._enter(source)
             self._dispatch(now, commands)  # the room it left may let others in
 
     def _grant(self, job: Job, now: float, commands: list[Command]) -> None:
+        """What asked for a lease gets its slot, for which no lane is needed, and is done."""
         runner = job.source.runner
+        job.happens(Fact.LAUNCH)
+        job.slot = runner.free.pop()
+        job.epoch = runner.epoch
+        job.started = now
         self._lease_ids += 1
         lease = Lease(self._lease_ids, runner, job.slot, job.payload)
         runner.leases[lease.id] = lease

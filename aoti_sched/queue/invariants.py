@@ -26,22 +26,27 @@ def check(queue: DeviceQueue) -> None:
         if not truth:
             raise AssertionError(f"{queue.name}: {sentence}")
 
-    busy = [lane for lane in queue._running if lane != LOOP]
-    must(sorted([*queue._free_lanes, *busy]) == list(range(queue.lanes)), "each lane is free or runs one job")
+    busy = [lane for lane in queue.lanes.running if lane != LOOP]
     must(
-        all(job.lane == lane and job.inline == (lane == LOOP) for lane, job in queue._running.items()),
+        sorted([*queue.lanes.free, *busy]) == list(range(queue.lanes.count)),
+        "each lane is free or runs one job",
+    )
+    must(
+        all(job.lane == lane and job.inline == (lane == LOOP) for lane, job in queue.lanes.running.items()),
         "a job knows its lane",
     )
     must(
         queue._turn_asked
         or (
-            LOOP not in queue._running and queue._inline_left == queue.inline_budget and not queue._gathering
+            LOOP not in queue.lanes.running
+            and queue.lanes.inline_left == queue.lanes.inline_budget
+            and not queue._gathering
         ),
         "a turn with inline runs, or with jobs that may have company, has a next",
     )
     queued_jobs = queued_bytes = 0
     for runner in queue.runners.values():
-        on_lanes = [job for job in queue._running.values() if job.source.runner is runner]
+        on_lanes = [job for job in queue.lanes.running.values() if job.source.runner is runner]
         held = [lease.slot for lease in runner.leases.values()]
         own = [job.slot for job in on_lanes if job.source is runner]
         must(sorted([*runner.free, *held, *own]) == list(range(runner.slots)), "free + leased = all slots")
@@ -81,9 +86,9 @@ def check(queue: DeviceQueue) -> None:
             not runner.reached or (runner.closed and runner.home),
             "a barrier is reached while it is closed and every slot is home",
         )
-        following = [job for job in queue.following.values() if job.source.runner is runner]
+        following = [job for job in queue.lanes.following.values() if job.source.runner is runner]
         for job in following:
-            first = queue._running.get(job.lane)
+            first = queue.lanes.running.get(job.lane)
             must(
                 first is not None
                 and (first.source, first.slot, first.epoch) == (job.source, job.slot, job.epoch),
@@ -93,7 +98,7 @@ def check(queue: DeviceQueue) -> None:
             open_lanes = source.followed
             must(
                 all(
-                    queue._running[lane].source is source and lane not in queue.following
+                    queue.lanes.running[lane].source is source and lane not in queue.lanes.following
                     for lane in open_lanes
                 ),
                 "a lane that may be given a next job runs one of the source and has no next",
@@ -116,7 +121,7 @@ def check(queue: DeviceQueue) -> None:
             head = source.queue.head()
             if head is not None and source.free and not source.closed:
                 here = head.holds or runner.placing.inline(head.bytes)
-                place = (head.holds or queue._loop_is_free()) if here else bool(queue._free_lanes)
+                place = (head.holds or queue.lanes.loop_is_free()) if here else bool(queue.lanes.free)
                 must(not place, "no job waits while a slot and a place to run are free")
         queued_jobs += len(queued)
         queued_bytes += sum(job.bytes for job in queued)
@@ -146,7 +151,7 @@ def _check_company(
     queue: DeviceQueue, runner: RunnerState, queued: list[Job], must: Callable[[bool, str], None]
 ) -> None:
     company: Company = runner.company  # type: ignore[assignment]
-    for job in [*queue._running.values(), *queue.following.values()]:
+    for job in [*queue.lanes.running.values(), *queue.lanes.following.values()]:
         if job.source is runner and job.members:
             must(job.members[0] is job and len(job.members) > 1, "a batch is led by its first")
             must(all(member.key == job.key for member in job.members), "a batch is of one key")

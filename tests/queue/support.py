@@ -11,6 +11,7 @@ from aoti_sched.queue.admission import Bounds, Load
 from aoti_sched.queue.batch import Company, Key
 from aoti_sched.queue.device_queue import DeviceQueue, Grant, Launch, Reject
 from aoti_sched.queue.job import Job
+from aoti_sched.queue.lanes import Lanes
 from aoti_sched.queue.lease import Source
 from aoti_sched.queue.order import Contest, JobQueue
 from aoti_sched.queue.timers import Timers
@@ -79,7 +80,7 @@ def take_lease(queue, runner, now=0.0):
     return command.lease
 
 
-_LOOKED_INTO = (DeviceQueue, Source, JobQueue, Contest, Load, Company, Key, Timers)
+_LOOKED_INTO = (DeviceQueue, Source, JobQueue, Contest, Load, Company, Key, Lanes, Timers)
 
 
 def picture(thing, seen=None):

@@ -360,7 +360,7 @@ def test_a_batch_on_the_loops_thread_grows_as_far_as_its_run_is_likely_to_be_sho
     for _ in range(8):
         runner.placing.times.learn(15, SHORT)
     queue.complete(batch[0], 0, started=0, finished=SHORT)
-    (running,) = queue._running.values()
+    (running,) = queue.lanes.running.values()
     assert running.batch == len(jobs) - 15, (
         "15 bytes are known to take as long as one, so the rest may go at once"
     )
@@ -385,14 +385,14 @@ def test_nothing_is_believed_of_sizes_below_all_that_is_known():
     assert not runner.placing.grows(3)
 
 
-def following(ok=True):
-    """A lane that runs a short job and has a batch behind it, on the same slot."""
+def following():
+    """A lane that runs a short job, and may be given the next ones of its runner ahead."""
     queue = device()
     runner = add(queue, placing=Placing(Placement.LANE, follow_limit=2.0))
     for _ in range(8):
         lesson = Job(runner)
         queue.submit(lesson, 0)
-        queue.complete(lesson, 0, ok=True, started=0, finished=1)
+        queue.complete(lesson, 0, started=0, finished=1)
     first = job(runner)
     queue.submit(first, 0)
     queue.turn(0)
@@ -407,7 +407,7 @@ def test_a_batch_is_handed_ahead():
     queue.submit(behind[2], 0)
     queue.turn(0)
     assert batches(queue.complete(first, 1)) == [behind[1:]]
-    assert queue.following == {0: behind[1]}
+    assert queue.lanes.following == {0: behind[1]}
     queue.complete(behind[0], 2)
     queue.complete(behind[1], 3)
     assert all(one.state is JobState.DONE for one in behind)
@@ -426,14 +426,14 @@ def failed_with_one_behind():
     queue.complete(one, 2)
     queue.submit(last, 2)
     queue.turn(2)
-    assert queue.following == {0: last}
+    assert queue.lanes.following == {0: last}
     return queue, runner, (two, three), last
 
 
 def test_reruns_go_behind_what_the_lane_was_given_already():
     queue, runner, (two, three), last = failed_with_one_behind()
     assert queue.complete(two, 3, ok=False) == [Launch(two)]
-    assert queue.following == {0: two}
+    assert queue.lanes.following == {0: two}
     assert queue.complete(last, 4) == []
     assert queue.complete(two, 5) == [Launch(three)]
     assert queue.complete(three, 6) == []
@@ -449,6 +449,28 @@ def test_a_lane_that_runs_something_again_is_given_nothing_ahead():
     queue.turn(4)
     queue.complete(two, 5)
     assert batches(queue.complete(three, 6)) == [[newcomer]]
+
+
+def test_a_lane_where_a_batch_is_run_again_is_given_nothing_ahead_when_what_was_behind_ends_first():
+    queue, runner, first = following()
+    one, other = [job(runner) for _ in range(2)], [job(runner) for _ in range(2)]
+    second = job(runner, key=None)
+    queue.submit(second, 0)
+    for each in one:
+        queue.submit(each, 0)
+    queue.turn(0)
+    queue.complete(first, 1)  # second runs, the one batch is behind it
+    queue.complete(second, 2)
+    for each in other:
+        queue.submit(each, 2)
+    queue.turn(2)
+    queue.submit(job(runner, key=None, priority=Priority.LOW), 2)
+    assert (queue.lanes.running, queue.lanes.following) == ({0: one[0]}, {0: other[0]})
+    assert queue.complete(one[0], 3, ok=False) == [Launch(one[0])]  # behind the other batch
+    assert queue.complete(other[0], 4, ok=False) == [Launch(other[0])]  # behind the first of the one
+    assert queue.complete(other[0], 5) == [Launch(other[1])]
+    assert queue.complete(other[1], 5) == []
+    assert queue.complete(one[0], 6) == [Launch(one[1])]
 
 
 def test_a_rerun_that_its_lane_would_not_take_fails_and_the_next_is_tried():

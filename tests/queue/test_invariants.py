@@ -29,11 +29,11 @@ def test_a_sound_queue_passes():
 
 
 def a_lane_too_many(s):
-    s.queue._free_lanes.append(9)
+    s.queue.lanes.free.append(9)
 
 
 def a_lane_twice(s):
-    s.queue._free_lanes[0] = s.running.lane
+    s.queue.lanes.free[0] = s.running.lane
 
 
 def a_slot_too_many(s):
@@ -126,7 +126,7 @@ def a_job_on_another_lane(s):
 
 
 def a_turn_that_nobody_asked_for(s):
-    s.queue._inline_left = 0
+    s.queue.lanes.inline_left = 0
 
 
 def a_closed_lease(s):
@@ -163,7 +163,7 @@ def a_barrier_not_reached(s):
 
 
 def one_that_follows_nothing(s):
-    s.queue.following[2] = Job(s.runner, lane=2)
+    s.queue.lanes.following[2] = Job(s.runner, lane=2)
 
 
 def a_lane_open_to_another(s):

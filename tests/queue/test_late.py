@@ -163,5 +163,5 @@ def test_a_job_that_would_be_late_is_not_handed_ahead():
     late, gone = Job(runner, deadline=0.5), Job(runner, deadline=0.25)
     queue.submit(late, 0)
     queue.submit(gone, 0)
-    assert queue.following == {}
+    assert queue.lanes.following == {}
     assert late.state is gone.state is JobState.QUEUED

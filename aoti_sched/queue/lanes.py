@@ -1,0 +1,84 @@
+"""Lanes: what runs where, what was handed ahead to a lane, and what is left of the loop's turn.
+
+Whoever runs has a slot of its source, too. A job that follows another on its lane shares that one's slot, since the two never
+run at once; and so do the members of a failed batch that are run again there, one after the other.
+"""
+
+from __future__ import annotations
+
+from aoti_sched.queue.job import Job, JobState
+from aoti_sched.queue.placement import LOOP
+
+
+class Lanes:
+    """A device's lanes, and the loop's own thread as one more place to run (`LOOP`), for `inline_budget` seconds a turn."""
+
+    __slots__ = ("count", "following", "free", "inline_budget", "inline_left", "running")
+
+    def __init__(self, count: int, inline_budget: float) -> None:
+        self.count = count
+        self.free = list(reversed(range(count)))  # a stack: the lane used last may still be awake
+        self.running: dict[int, Job] = {}  # by lane; of a batch, its leader
+        self.following: dict[int, Job] = {}  # by lane: handed to it behind the running one
+        self.inline_budget = inline_budget
+        self.inline_left = inline_budget
+
+    def hold(self, job: Job) -> bool:
+        """Whether it was launched, and is not complete."""
+        return self.running.get(job.lane) is job or self.following.get(job.lane) is job
+
+    def loop_is_free(self) -> bool:
+        return LOOP not in self.running and self.inline_left > 0
+
+    def take(self, job: Job) -> None:
+        """It runs on `job.lane`. A lane that runs a short job may be given the next one of its source."""
+        self.running[job.lane] = job
+        if job.lane != LOOP:
+            self.free.pop()
+            if job.source.runner.placing.follows(job.size):
+                job.source.followed.append(job.lane)
+
+    def leave(self, job: Job, now: float) -> Job | None:
+        """Its lane and slot come home, or go on to the one that follows it, or to who of its batch has to be run again.
+
+        Returns the latter, which is to be launched. A lane that has someone to run again is given nothing ahead.
+        """
+        lane, source = job.lane, job.source
+        again = _next_of(job, now) if job.rest else None
+        follower = self.following.pop(lane, None)
+        opens = False
+        if follower is job:  # the lane would not take it
+            opens = again is None and not self.running[lane].again
+        elif follower is not None:
+            self.running[lane] = follower
+            opens = again is None and not follower.again
+        elif again is None:
+            del self.running[lane]
+            source.free.append(job.slot)
+            if lane != LOOP:
+                self.free.append(lane)
+        else:
+            self.running[lane] = again
+        if again is not None and follower is not None:  # it is on the lane already, or was to be
+            self.following[lane] = again
+        if opens:
+            source.followed.append(lane)
+        elif source.followed and lane in source.followed:
+            source.followed.remove(lane)
+        return again
+
+
+def _next_of(job: Job, now: float) -> Job | None:
+    """Who of a failed batch is run next, alone; whoever has left meanwhile is passed over."""
+    rest, job.rest = job.rest, ()
+    for index, member in enumerate(rest):
+        if member.state is JobState.RUNNING:
+            member.rest = rest[index + 1 :]
+            member.again = True
+            member.batch = 1
+            member.size = member.bytes
+            member.started = now
+            member.source.runner.counters.retried += 1
+            return member
+        member.source.live -= 1
+    return None
