@@ -81,10 +81,11 @@ def _prepare(  # noqa: PLR0917 -- one caller, all of them needed
         outputs=own.outputs if own is not None and leaves_known else None,
         parameters=own.parameters if own is not None else (),
     )
-    grouping, specs = _grouping(settings, loaded, own, specs, name)
+    # With batching, a request may have fewer rows than a run; the model itself is never run with fewer than it takes.
+    grouping, of_requests = _grouping(settings, loaded, own, specs, name)
     threads, notes = _threads(device, settings, own, loaded)
     placing = _placing(settings, threads, allowed=facts.inline)
-    check = _check(name, specs, facts.num_inputs, device.name)
+    check = _check(name, of_requests, facts.num_inputs, device.name)
     if settings.warmup and specs is not None and not (own is not None and own.mutates_buffers):
         notes.extend(_warm_up(container, specs, name))
         facts = container.info  # a warm container knows more of itself
@@ -113,7 +114,7 @@ def _prepare(  # noqa: PLR0917 -- one caller, all of them needed
         threads=threads,
         epoch=1,
         signature=str(call_spec),
-        inputs=own.inputs if own is not None and leaves_known else tuple(specs or ()),
+        inputs=own.inputs if own is not None and leaves_known else tuple(of_requests or ()),
         outputs=own.outputs if own is not None and leaves_known else (),
         spec_source=source,
         batch=own.batch if own is not None else None,

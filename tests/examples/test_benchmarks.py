@@ -252,7 +252,7 @@ def test_a_swap_that_was_given_up_counts_as_such_whatever_the_clock_says():
 def test_a_swap_that_returns_only_when_its_callers_are_gone_is_given_up(monkeypatch):
     monkeypatch.setattr(live_weights, "PATIENCE", 0.05)
     staged, forever = [], threading.Event()
-    callers = InThreads(2, lambda: time.sleep(0.001))
+    callers = InThreads(2, lambda: None)
     measured = callers.measure(staged.append, lambda: forever.wait(0.2), seconds=0.0)
     assert staged == [0]
     assert measured.figures["stuck"] == 1

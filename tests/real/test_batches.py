@@ -11,7 +11,7 @@ import torch
 from torch.testing import assert_close
 
 import aoti_sched
-from aoti_sched import Batching, Scheduler
+from aoti_sched import Batching, Scheduler, loading
 from tests.models import build
 from tests.real.conftest import EXECUTORS
 
@@ -109,6 +109,18 @@ async def test_a_model_compiled_for_two_rows_takes_one_and_padding_is_never_retu
             await runner.run(torch.randn(3, 3, 8, 8))
 
 
+async def test_a_model_compiled_for_two_rows_is_never_run_with_one_not_even_to_warm_it_up(monkeypatch):
+    made = []
+    example_inputs = loading.example_inputs
+    monkeypatch.setattr(
+        loading, "example_inputs", lambda specs: made.append(example_inputs(specs)) or made[-1]
+    )
+    async with Scheduler() as scheduler:
+        await scheduler.load(build("conv").path, batching=True)
+    assert [[tuple(tensor.shape) for tensor in inputs] for inputs in made] == [[(2, 3, 8, 8)]] * len(made)
+    assert made
+
+
 async def test_one_request_that_the_model_refuses_fails_alone(executor):
     built = build("failing")
     async with Scheduler() as scheduler:
@@ -146,7 +158,8 @@ async def test_many_clients_with_cancellations_lose_nothing(executor):
                 x = torch.randn(rng.randint(1, 4), 8)
                 future = runner.submit(x)
                 if rng.random() < 0.2:
-                    await asyncio.sleep(rng.random() * 0.002)
+                    for _ in range(rng.randrange(8)):  # turns of the loop: before, in and after its run
+                        await asyncio.sleep(0)
                     future.cancel()
                 if not future.cancelled():
                     assert_close(await future, module(x))

@@ -179,8 +179,10 @@ async def test_answers_are_the_eager_modules_on_the_epochs_weights(executor, nam
                 report = await runner.update(sets[epoch])
                 assert report.epoch == epoch
                 if epoch % 5 == 0:
-                    await runner.rollback()
-                    await asyncio.sleep(0.002)
+                    back = await runner.rollback()
+                    future = runner.submit(*built.args)
+                    await future
+                    assert future.trace.epoch == back.epoch
                     assert (await runner.rollback()).epoch == epoch
             over = True
 
