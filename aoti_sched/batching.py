@@ -6,6 +6,7 @@ is what both need to know of a model: along which dimension its rows lie, what m
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
@@ -111,6 +112,7 @@ def group(
     leaves: Sequence[LeafSpec | None] = (
         own.outputs if own is not None and own.outputs else [None] * (outputs or 0)
     )
+    _must_be_free_of(name, dim, symbol, [*specs, *leaves])
     back = tuple(_output(name, dim, symbol, leaf, ragged) for leaf in leaves)
     grouping = Grouping(
         BatchPlan(tuple(plans), back, detach_rows=wanted.detach_rows),
@@ -129,7 +131,13 @@ def _rows(
     name: str, wanted: Batching, specs: Sequence[TensorSpec], known: BatchDim | None
 ) -> tuple[int, int | None, str, int | None]:
     """The row dimension, the most rows the model takes, the dimension's symbol, and its size if that was compiled in."""
-    dim = wanted.dim if wanted.dim is not None else known.dim if known is not None else 0
+    if wanted.dim is None and known is None:
+        raise _impossible(
+            name,
+            "its package does not say along which dimension requests' rows lie, or they depend on one another; if you know "
+            "better, say so: Batching(dim=0)",
+        )
+    dim = known.dim if wanted.dim is None and known is not None else wanted.dim or 0
     found = set()
     for spec in specs:
         if not 0 <= dim < len(spec.shape):
@@ -146,6 +154,21 @@ def _rows(
     return dim, size.max, size.symbol, None
 
 
+def _must_be_free_of(name: str, dim: int, symbol: str, leaves: Sequence[LeafSpec | None]) -> None:
+    """Where another size depends on the number of rows, one request's rows meet the others' (x @ x.T)."""
+    if not symbol:
+        return
+    mentions = re.compile(rf"\b{re.escape(symbol)}\b")
+    for leaf in leaves:
+        if not isinstance(leaf, TensorSpec):
+            continue
+        for position, size in enumerate(leaf.shape):
+            if position != dim and isinstance(size, DynamicDim) and mentions.search(size.symbol):
+                raise _impossible(
+                    name, f"dimension {position} of {leaf.name!r} ({leaf}) depends on the number of rows"
+                )
+
+
 def _sizes(name: str, wanted: Batching, most: int | None, static: int | None) -> tuple[int, ...]:
     """The numbers of rows that the model is run with; empty where any will do."""
     if static is not None:
@@ -155,7 +178,7 @@ def _sizes(name: str, wanted: Batching, most: int | None, static: int | None) ->
     if wanted.pad_to is None:
         return ()
     if wanted.pad_to == "powers_of_two":
-        most = wanted.max_size or most or MAX_SIZE
+        most = min((size for size in (wanted.max_size, most) if size is not None), default=MAX_SIZE)
         sizes = [1 << bits for bits in range(most.bit_length()) if 1 << bits <= most]
         return tuple(sizes) if sizes[-1] == most else (*sizes, most)
     if most is not None and max(wanted.pad_to) > most:

@@ -63,7 +63,8 @@ class Batching(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         max_size: Rows of one batch; by default what the model was compiled for, or 64.
         max_delay: Seconds that a request waits for others to join it, though never past a deadline. With 0.0, only those go
             together that would have waited anyway, or come in the same turn of the loop.
-        dim: The dimension along which the rows of every input and output lie; by default what the package says, or 0.
+        dim: The dimension along which the rows of every input and output lie. A package that `compile_package` made says it by
+            itself; of another one, only you know that a request's rows do not depend on one another.
         pad_to: Run the model with one of these numbers of rows only, for models that were compiled for them or would
             compile anew; "powers_of_two" for 1, 2, 4 and so on. What is padded is zeros, and never given back.
         ragged: Inputs, by name, that may differ in their other free dimensions within a batch, and what they are padded with to

@@ -26,7 +26,8 @@ class RunnerInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     `runtime` is "c_abi" or "torch runner", `gil` what a run does with it. `spec_source` says where `inputs` come
     from; with "arity only" nothing but the number of tensors is checked. `notes` are sentences a person
-    should read: what costs speed, what is not checked, what was adapted.
+    should read: what costs speed, what is not checked, what was adapted. `batch` is what the package says of its rows,
+    `max_batch` how many of them run as one; 1 without batching.
     """
 
     name: str
@@ -58,7 +59,9 @@ class RunnerStats(msgspec.Struct, frozen=True, kw_only=True):
     """A runner's numbers now (`waiting` to `updating`) and since its load (the rest).
 
     `waiting` requests wait for room or for an epoch, `queued` ones for a slot and a lane. While `updating`, an update's
-    barrier holds back what is queued. `inline` counts the runs on the event loop's own thread.
+    barrier holds back what is queued. `running` counts runs, of which a batch is one. `inline` counts requests that ran on the
+    event loop's own thread, `batches` the runs of several requests as one, `batched` the requests in them, and `retried` those
+    that were run again by themselves since their batch had failed.
     """
 
     name: str

@@ -75,6 +75,7 @@ def test_ragged_dimensions_need_not_agree_and_outputs_are_cut_back():
         (None, 3, 3),
         ("powers_of_two", 3, 4),
         ("powers_of_two", 5, 8),
+        ("powers_of_two", 8, 8),
         ((2, 6), 1, 2),
         ((6, 2), 3, 6),
     ],
@@ -95,8 +96,15 @@ def test_the_largest_size_bounds_the_batch():
     assert grouped(spec(BATCH, 16), wanted=Batching(pad_to=(2, 4, 8), max_size=3))[0].sizes == (2, 4)
 
 
+def test_nothing_is_padded_beyond_what_was_compiled_for():
+    six = DynamicDim("batch", min=1, max=6)
+    grouping, _ = grouped(spec(six, 2), wanted=Batching(pad_to="powers_of_two", max_size=100))
+    assert grouping.sizes == (1, 2, 4, 6)
+    assert grouping.rule.max_rows == 6
+
+
 def test_a_model_compiled_for_one_number_of_rows_takes_fewer_and_is_padded():
-    grouping, specs = grouped(spec(4, 16), own=False)
+    grouping, specs = grouped(spec(4, 16), own=False, wanted=Batching(dim=0))
     assert (grouping.rule.max_rows, grouping.padded(1), grouping.padded(4)) == (4, 4, 4)
     assert specs[0].shape == (DynamicDim("rows", min=1, max=4), 16)
 
@@ -111,6 +119,13 @@ def test_another_dimension_may_hold_the_rows():
     ("inputs", "options", "reason"),
     [
         ((), {}, "nothing is known of its inputs"),
+        ((spec(4, 2),), {"own": False}, "its package does not say along which dimension"),
+        ((spec(BATCH, BATCH),), {}, r"dimension 1 of 'x' .* depends on the number of rows"),
+        (
+            (spec(BATCH, 2),),
+            {"outputs": (spec(BATCH, DynamicDim("2*batch"), name="out"),)},
+            r"dimension 1 of 'out' .* depends on the number of rows",
+        ),
         ((spec(BATCH, 2),), {"mutates_buffers": True}, "it writes to its buffers"),
         ((spec(BATCH, 2), spec(name="t")), {}, "input 't' .* has no dimension 0"),
         ((spec(BATCH, 2), spec(3, name="t")), {}, "different sizes in dimension 0"),

@@ -39,7 +39,8 @@ async def test_rows_of_one_batch_equal_those_of_single_runs_at_every_size(execut
     built = build(name)
     module = built.module()
     async with Scheduler() as scheduler:
-        runner = await scheduler.load(built.path, batching=True, placement=placement)
+        batching = Batching(dim=0) if built.definition.foreign else True
+        runner = await scheduler.load(built.path, batching=batching, placement=placement)
         most = min(runner.info.max_batch, 16)
         (example,) = built.args
         for size in range(1, most + 1):
@@ -98,7 +99,7 @@ async def test_a_model_compiled_for_two_rows_takes_one_and_padding_is_never_retu
     built = build("conv")
     module = built.module()
     async with Scheduler() as scheduler:
-        runner = await scheduler.load(built.path, batching=Batching(), placement="lane")
+        runner = await scheduler.load(built.path, batching=Batching(dim=0), placement="lane")
         requests = [(torch.randn(1, 3, 8, 8),) for _ in range(7)]
         answers, _ = await together(runner, requests)
         for (image,), answer in zip(requests, answers, strict=True):
@@ -116,7 +117,7 @@ async def test_a_model_compiled_for_two_rows_is_never_run_with_one_not_even_to_w
         loading, "example_inputs", lambda specs: made.append(example_inputs(specs)) or made[-1]
     )
     async with Scheduler() as scheduler:
-        await scheduler.load(build("conv").path, batching=True)
+        await scheduler.load(build("conv").path, batching=Batching(dim=0))
     assert [[tuple(tensor.shape) for tensor in inputs] for inputs in made] == [[(2, 3, 8, 8)]] * len(made)
     assert made
 
