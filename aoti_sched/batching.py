@@ -48,11 +48,11 @@ class Grouping:
         self._dim = plan.inputs[0].dim if plan.inputs else None
 
     def measure(self, inputs: Sequence[torch.Tensor]) -> tuple[int, Hashable]:
-        """How many rows a request has, and its key: those with the same one may go together; None goes alone."""
+        """How many rows a request has, and its key: those with the same one may go together; without rows, it has none."""
         if self._dim is None:
             return 1, 0
         rows = inputs[0].shape[self._dim]
-        if not 0 < rows <= self.rule.max_rows:
+        if not rows:
             return rows, None
         return rows, tuple(inputs[index].shape[dim] for index, dim in self._alike) if self._alike else 0
 

@@ -52,7 +52,7 @@ def test_requests_measure_in_rows_and_go_with_those_whose_other_sizes_agree():
     grouping, _ = grouped(spec(BATCH, LENGTH), outputs=(spec(BATCH, LENGTH, name="out"),))
     assert grouping.measure([torch.zeros(3, 5)]) == (3, (5,))
     assert grouping.measure([torch.zeros(1, 7)]) == (1, (7,))
-    assert grouping.measure([torch.zeros(9, 7)]) == (9, None)
+    assert grouping.measure([torch.zeros(9, 7)]) == (9, (7,))
     assert grouping.measure([torch.zeros(0, 7)]) == (0, None)
 
 

@@ -77,6 +77,16 @@ def test_the_first_that_does_not_fit_ends_the_batch_so_that_nobody_is_passed():
     assert batches(queue.complete(one, 2)) == [[large, small]]
 
 
+def test_one_that_is_larger_than_a_batch_goes_alone_in_its_place():
+    queue = device()
+    runner = add(queue, rows=4)
+    first = busy(queue, runner)
+    one, large, two = submitted(queue, [job(runner), job(runner, 9), job(runner)])
+    assert batches(queue.complete(first, 1)) == [[one]]
+    assert batches(queue.complete(one, 2)) == [[large]]
+    assert batches(queue.complete(large, 3)) == [[two]]
+
+
 def test_only_equal_keys_go_together_and_a_job_without_one_goes_alone():
     queue = device()
     runner = add(queue)
@@ -182,6 +192,12 @@ def test_a_full_batch_waits_for_nobody():
     submitted(queue, [one])
     queue.turn(0)
     assert batches(queue.submit(two, 0.25)) == [[one, two]]
+
+
+def test_one_that_is_larger_than_a_batch_waits_for_nobody():
+    queue = device()
+    large = job(add(queue, rows=4, delay=DELAY), 9)
+    assert batches(queue.submit(large, 0)) == [[large]]
 
 
 def test_a_full_batch_that_came_in_one_turn_goes_at_its_end():

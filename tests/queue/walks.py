@@ -100,7 +100,7 @@ class Walk:
         if self.short_runs:
             size = draw.choice([0, 0, 0, 5])
         min_epoch = draw.choice([0, 0, 0, 1, 2, 3]) if self.barriers else 0
-        rows, key = draw.choice([(1, "k"), (1, "k"), (1, "k"), (2, "k"), (1, "l"), (0, None)])
+        rows, key = draw.choice([(1, "k"), (1, "k"), (1, "k"), (2, "k"), (6, "k"), (1, "l"), (0, None)])
         if not self.batches or (holds and draw.random() < 0.9):
             rows, key = 1, None
         exempt = holds and draw.random() < 0.4
