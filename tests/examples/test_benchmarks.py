@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import io
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -251,9 +252,19 @@ def test_a_swap_that_was_given_up_counts_as_such_whatever_the_clock_says():
 
 def test_a_swap_that_returns_only_when_its_callers_are_gone_is_given_up(monkeypatch):
     monkeypatch.setattr(live_weights, "PATIENCE", 0.05)
-    staged, forever = [], threading.Event()
-    callers = InThreads(2, lambda: None)
-    measured = callers.measure(staged.append, lambda: forever.wait(0.2), seconds=0.0)
+    staged, callers, called = [], set(), threading.Event()
+
+    def run():
+        callers.add(threading.current_thread())
+        called.set()
+        os.sched_yield()
+
+    def swap():  # starved by its callers, it returns when the last of them is gone, be that early or late
+        called.wait()
+        for caller in list(callers):
+            caller.join()
+
+    measured = InThreads(2, run).measure(staged.append, swap, seconds=0.0)
     assert staged == [0]
     assert measured.figures["stuck"] == 1
     assert measured.figures["swap"] == pytest.approx(0.05)
