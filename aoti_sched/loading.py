@@ -60,7 +60,7 @@ def prepare(
         raise
 
 
-def _prepare(  # noqa: PLR0917 -- one caller, all of them needed
+def _prepare(
     device: Device,
     request: LoadRequest,
     settings: ModelConfig,

@@ -6,8 +6,6 @@ import enum
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 if TYPE_CHECKING:
     from aoti_sched.queue.lease import Source
 
@@ -90,7 +88,7 @@ class IllegalFactError(Exception):
     """A fact that can't happen in this state; a bug of the caller's. Nothing was changed."""
 
 
-class Job(msgspec.Struct, eq=False):
+class Job:
     """One request. The queue owns all fields but `payload`, which belongs to the caller and is not looked at.
 
     `source` is what the job draws its slot from: its runner, or a held lease. A job with `holds` set asks
@@ -105,32 +103,73 @@ class Job(msgspec.Struct, eq=False):
     again, one after the other, and `again` is set for one that is. `batch` is how many jobs ran as one with this one.
     """
 
-    source: Source
-    priority: int = Priority.NORMAL
-    deadline: float | None = None
-    bytes: int = 0
-    holds: bool = False
-    payload: Any = None
-    min_epoch: int = 0
-    rows: int = 1
-    key: Hashable = None
-    exempt: bool = False
+    __slots__ = (
+        "again",
+        "batch",
+        "bytes",
+        "deadline",
+        "due",
+        "epoch",
+        "exempt",
+        "finished",
+        "holds",
+        "id",
+        "inline",
+        "key",
+        "lane",
+        "members",
+        "min_epoch",
+        "payload",
+        "priority",
+        "rest",
+        "rows",
+        "size",
+        "slot",
+        "source",
+        "started",
+        "state",
+        "submitted",
+    )
 
-    id: int = -1
-    state: JobState = JobState.NEW
-    lane: int = -1
-    inline: bool = False
-    slot: int = -1
-    epoch: int = 0
-    submitted: float = 0.0
-    started: float = 0.0
-    finished: float = 0.0
-    due: float = 0.0  # its deadline, or when it is taken to be due without one
-    size: int = 0
-    members: tuple[Job, ...] = ()
-    rest: tuple[Job, ...] = ()
-    again: bool = False
-    batch: int = 1
+    def __init__(
+        self,
+        source: Source,
+        priority: int = Priority.NORMAL,
+        deadline: float | None = None,
+        bytes: int = 0,
+        holds: bool = False,
+        payload: Any = None,
+        min_epoch: int = 0,
+        rows: int = 1,
+        key: Hashable = None,
+        exempt: bool = False,
+    ) -> None:
+        self.source = source
+        self.priority = priority
+        self.deadline = deadline
+        self.bytes = bytes
+        self.holds = holds
+        self.payload = payload
+        self.min_epoch = min_epoch
+        self.rows = rows
+        self.key = key
+        self.exempt = exempt
+
+        self.id = -1
+        self.state = JobState.NEW
+        self.lane = -1
+        self.inline = False
+        self.slot = -1
+        self.epoch = 0
+        self.submitted = 0.0
+        self.started = 0.0
+        self.finished = 0.0
+        self.due = 0.0  # its deadline, or when it is taken to be due without one
+        self.size = 0
+        self.members: tuple[Job, ...] = ()
+        self.rest: tuple[Job, ...] = ()
+        self.again = False
+        self.batch = 1
 
     def happens(self, fact: Fact) -> None:
         """Move to the next state by the table, or raise `IllegalFactError` and change nothing."""

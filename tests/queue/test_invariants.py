@@ -8,7 +8,7 @@ from aoti_sched.queue.admission import Bounds
 from aoti_sched.queue.device_queue import DeviceQueue
 from aoti_sched.queue.job import Job, JobState
 from aoti_sched.queue.lease import Phase
-from tests.queue.support import add, take_lease
+from tests.queue.support import add, somewhere, take_lease
 
 
 class Scene:
@@ -134,11 +134,11 @@ def a_closed_lease(s):
 
 
 def one_who_awaits_an_epoch_queued(s):
-    s.runner.awaiting[99] = Job(s.runner, min_epoch=2, state=JobState.QUEUED)
+    s.runner.awaiting[99] = somewhere(Job(s.runner, min_epoch=2), state=JobState.QUEUED)
 
 
 def one_who_awaits_what_has_been(s):
-    s.runner.awaiting[99] = Job(s.runner, min_epoch=1, state=JobState.WAITING)
+    s.runner.awaiting[99] = somewhere(Job(s.runner, min_epoch=1), state=JobState.WAITING)
 
 
 def one_in_the_queue_who_can_not_have_its_epoch(s):
@@ -163,7 +163,7 @@ def a_barrier_not_reached(s):
 
 
 def one_that_follows_nothing(s):
-    s.queue.lanes.following[2] = Job(s.runner, lane=2)
+    s.queue.lanes.following[2] = somewhere(Job(s.runner), lane=2)
 
 
 def a_lane_open_to_another(s):

@@ -8,7 +8,7 @@ from aoti_sched.queue.estimate import PATIENCE
 from aoti_sched.queue.job import Job, JobState, Priority
 from aoti_sched.queue.order import UNHURRIED, Line
 from aoti_sched.queue.placement import Placement, Placing
-from tests.queue.support import add, device
+from tests.queue.support import add, device, somewhere
 
 
 def learning(queue, seconds=1.0, runs=8, slots=1):
@@ -70,7 +70,7 @@ def test_deadlines_order_across_runners():
 
 def test_what_left_a_line_out_of_order_does_not_pile_up():
     line = Line()
-    jobs = [Job(None, id=number, due=float(-number)) for number in range(200)]
+    jobs = [somewhere(Job(None), id=number, due=float(-number)) for number in range(200)]
     for job in jobs:
         line.push(job)
     for job in jobs[1:-1]:
@@ -82,7 +82,9 @@ def test_what_left_a_line_out_of_order_does_not_pile_up():
 
 def test_the_next_of_those_out_of_order_goes_when_the_first_has_left():
     line = Line()
-    late, first, second = (Job(None, id=number, due=due) for number, due in enumerate((9.0, 1.0, 2.0)))
+    late, first, second = (
+        somewhere(Job(None), id=number, due=due) for number, due in enumerate((9.0, 1.0, 2.0))
+    )
     for job in (late, first, second):
         line.push(job)
     line.remove(first)

@@ -8,7 +8,7 @@ import pytest
 
 from aoti_sched.queue.admission import Bounds
 from aoti_sched.queue.job import TRANSITIONS, Fact, IllegalFactError, Job, JobState
-from tests.queue.support import add, device, picture, take_lease
+from tests.queue.support import add, device, picture, somewhere, take_lease
 
 PAIRS = list(itertools.product(JobState, Fact))
 LEGAL = [(state, fact) for state, fact in PAIRS if fact in TRANSITIONS[state]]
@@ -36,7 +36,7 @@ def test_every_state_can_be_reached():
 @pytest.mark.parametrize("pair", LEGAL, ids=named)
 def test_what_is_in_the_table_happens(pair):
     state, fact = pair
-    job = Job(add(device()), state=state)
+    job = somewhere(Job(add(device())), state=state)
     job.happens(fact)
     assert job.state is TRANSITIONS[state][fact]
 
@@ -44,7 +44,7 @@ def test_what_is_in_the_table_happens(pair):
 @pytest.mark.parametrize("pair", ILLEGAL, ids=named)
 def test_what_is_not_in_the_table_raises_and_changes_nothing(pair):
     state, fact = pair
-    job = Job(add(device()), state=state, id=7)
+    job = somewhere(Job(add(device())), state=state, id=7)
     before = picture(job)
     with pytest.raises(IllegalFactError, match=f"job 7 is {state.name}: {fact.name} can't happen to it"):
         job.happens(fact)
