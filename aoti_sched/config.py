@@ -22,8 +22,15 @@ from msgspec import Meta
 
 from aoti_sched.errors import ConfigError
 
-Overflow = Literal["reject", "wait"]
-"""What happens to a request when a bound is reached: an immediate QueueFullError, or waiting for room."""
+Overflow = Literal["reject", "wait", "shed"]
+"""What happens to a request when a bound is reached: an immediate QueueFullError; waiting for room; or the worst of those
+queued, itself included, is dropped: of the lowest class, then with the latest deadline, then the newest."""
+
+Admission = Literal["bounded", "predictive"]
+"""What admission looks at: the bounds alone, or also whether a request could be finished by its deadline."""
+
+OnFailure = Literal["report", "rebuild"]
+"""What follows when runs fail again and again: `stats().health` says so; or the container is built anew, too."""
 
 PlacementName = Literal["auto", "lane", "inline"]
 """Where runs go: on a lane; inline, on the loop's own thread; or inline once they are known to be short."""
@@ -35,23 +42,32 @@ _T = TypeVar("_T")
 _Count = Annotated[int, Meta(ge=1)]
 _Core = Annotated[int, Meta(ge=0)]
 _Seconds = Annotated[float, Meta(gt=0)]
+_Share = Annotated[float, Meta(gt=0, lt=1e9)]
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How much may be queued (not running) at once; `bytes` counts the inputs. None is no bound."""
+    """How much may be queued (not running) at once; `bytes` counts the inputs. None is no bound.
+
+    `tenant_jobs` is for each tenant of a model (`runner.options(tenant=...)`), and means nothing for a device.
+    """
 
     jobs: _Count | None = 1024
     bytes: _Count | None = None
+    tenant_jobs: _Count | None = None
 
 
 class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One device.
 
     `lanes` is how many runs go on at once; by default one per core of the process. `affinity` binds each
-    lane's thread to one core, by number; by default the system places them.
+    lane's thread to one core, by number; by default the system places them. Runs never use more than `cores` together, each as
+    many as it has threads; by default what the process may use. A request that was queued for `max_wait` seconds
+    is overdue, and every second run is of the one that came first, whatever its priority class; None for strict classes.
     """
 
     lanes: _Count | None = None
+    cores: _Count | None = None
+    max_wait: Annotated[float, Meta(ge=0)] | None = None
     affinity: tuple[_Core, ...] | None = None
     limits: Limits = Limits(jobs=4096)
 
@@ -88,7 +104,10 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     device: str = "cpu"
     instances: _Count = 1
     threads: _Count | None = None
+    share: _Share = 1.0
     overflow: Overflow = "reject"
+    admission: Admission = "bounded"
+    on_failure: OnFailure = "report"
     limits: Limits = Limits()
     timeout: _Seconds | None = None
     placement: PlacementName = "auto"

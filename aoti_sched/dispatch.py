@@ -21,16 +21,18 @@ from aoti_sched.queue.command import (
     Command,
     Drained,
     Expire,
+    Failing,
     Grant,
     Launch,
     NextTurn,
     Reject,
     Revoke,
+    Shed,
     WakeAt,
 )
 from aoti_sched.queue.device_queue import DeviceQueue
 from aoti_sched.queue.job import Job, JobState
-from aoti_sched.queue.lease import Phase
+from aoti_sched.queue.lease import UNHEALTHY, Phase
 from aoti_sched.telemetry import DeviceStats, RunnerStats, log
 
 if TYPE_CHECKING:
@@ -75,12 +77,14 @@ class Dispatcher:
         executor: Executor,
         *,
         log_requests: bool,
+        on_failing: Callable[[RunnerState], None],
     ) -> None:
         self.queue = queue
         self.executor = executor
         self.loop = loop
         self._clock = clock
         self._log_requests = log_requests
+        self._on_failing = on_failing
         self._timer: Timer | None = None
         self._drained: dict[str, asyncio.Future[None]] = {}
         self._reached: dict[str, asyncio.Future[None]] = {}
@@ -143,7 +147,8 @@ class Dispatcher:
         return RunnerStats(
             name=runner.name,
             phase=runner.phase.name,
-            waiting=len(runner.gate)
+            health="failing" if runner.failures >= UNHEALTHY else "ok",
+            waiting=len(runner.waiting())
             + len(runner.awaiting)
             + sum(len(s.gate) for s in runner.leases.values()),
             queued=runner.load.jobs,
@@ -163,6 +168,8 @@ class Dispatcher:
             executor=self.executor.kind,
             lanes=queue.lanes.count,
             busy_lanes=queue.busy_lanes,
+            cores=queue.lanes.cores,
+            free_cores=queue.lanes.free_cores,
             queued=queue.load.jobs,
             queued_bytes=queue.load.bytes,
             runners={name: self.runner_stats(runner) for name, runner in queue.runners.items()},
@@ -247,8 +254,10 @@ class Dispatcher:
             case Grant(job=job, lease=lease):
                 future, job.payload, lease.holder = job.payload, None, None
                 future.set_result(lease)
-            case Revoke(job=job, error=error):
+            case Revoke(job=job, error=error) | Shed(job=job, error=error):
                 self._fail(job, error)
+            case Failing(runner=runner):
+                self._on_failing(runner)
             case WakeAt(at=at):
                 if self._timer is not None:
                     self._timer.cancel()

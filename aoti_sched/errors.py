@@ -117,8 +117,31 @@ class QueueFullError(AotiSchedError):
     """Admission refused a request because a bound of its queue is reached."""
 
 
+class ShedError(QueueFullError):
+    """A queued request was dropped from a full queue to make room for a better one (overflow="shed")."""
+
+
 class DeadlineExceededError(AotiSchedError, TimeoutError):
-    """The request's timeout passed while it was waiting, queued or running."""
+    """The request's timeout passed while it was waiting, queued or running, or can't be met any more."""
+
+
+class DeadlineUnreachableError(DeadlineExceededError):
+    """Admission refused a request because it would be finished too late (admission="predictive").
+
+    `predicted` is in how many seconds it would be finished, `timeout` in how many it had to be.
+    """
+
+    def __init__(self, runner: str, predicted: float, timeout: float) -> None:
+        self.runner = runner
+        self.predicted = predicted
+        self.timeout = timeout
+        super().__init__(
+            f"runner {runner!r}: the request would be finished in about {predicted:.3g} s, its timeout is {timeout:.3g} s; "
+            "send less, or give it more time"
+        )
+
+    def __reduce__(self) -> "tuple[type[DeadlineUnreachableError], tuple[str, float, float]]":
+        return type(self), (self.runner, self.predicted, self.timeout)
 
 
 class RunnerClosedError(AotiSchedError):

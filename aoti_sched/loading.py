@@ -36,6 +36,8 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     input_check: Check | None
     placing: Placing
     grouping: Grouping | None
+    width: int
+    """Cores that a run takes on a lane."""
     info: RunnerInfo
 
 
@@ -45,8 +47,9 @@ def prepare(
     settings: ModelConfig,
     declared: Sequence[TensorSpec] | None,
     executor: str,
+    cores: int,
 ) -> Prepared:
-    """Load one model, find its specs and warm it up.
+    """Load one model, find its specs and warm it up. Its runs may use so many `cores`.
 
     Raises:
         PackageError, LoadError: as `Scheduler.load` tells them; nothing stays loaded.
@@ -54,7 +57,7 @@ def prepare(
     loaded = device.load(request)
     try:
         own = spec_from_metadata(loaded.metadata)
-        return _prepare(device, request, settings, declared, executor, loaded, own)
+        return _prepare(device, request, settings, declared, executor, cores, loaded, own)
     except BaseException:
         loaded.container.close()
         raise
@@ -66,6 +69,7 @@ def _prepare(
     settings: ModelConfig,
     declared: Sequence[TensorSpec] | None,
     executor: str,
+    cores: int,
     loaded: Loaded,
     own: ModelSpec | None,
 ) -> Prepared:
@@ -83,7 +87,7 @@ def _prepare(
     )
     # With batching, a request may have fewer rows than a run; the model itself is never run with fewer than it takes.
     grouping, of_requests = _grouping(settings, loaded, own, specs, name)
-    threads, notes = _threads(device, settings, own, loaded)
+    threads, notes = _threads(cores, settings, own, loaded)
     placing = _placing(settings, threads, allowed=facts.inline)
     check = _check(name, of_requests, facts.num_inputs, device.name)
     if settings.warmup and specs is not None and not (own is not None and own.mutates_buffers):
@@ -130,6 +134,7 @@ def _prepare(
         input_check=check,
         placing=placing,
         grouping=grouping,
+        width=threads,
         info=info,
     )
 
@@ -178,7 +183,7 @@ def _check(name: str, specs: Sequence[TensorSpec] | None, arity: int | None, dev
 
 
 def _threads(
-    device: Device, settings: ModelConfig, own: ModelSpec | None, loaded: Loaded
+    cores: int, settings: ModelConfig, own: ModelSpec | None, loaded: Loaded
 ) -> tuple[int, list[str]]:
     """Intra-op threads per run, and what there is to say about them."""
     notes = []
@@ -190,19 +195,18 @@ def _threads(
             "more they would write past their arrays."
         )
         threads = limit
+    if threads > cores:
+        notes.append(f"threads={threads} was lowered to {cores}, the cores there are.")
+        threads = cores
     if threads > 1:
         notes.append(
             f"Its kernels run on {threads} threads, where an error (an index out of range, say) ends the process instead "
             "of raising RunError."
         )
-    cores = device.cores()
     if instances * threads > cores:
         notes.append(
-            f"{instances} instances of {threads} threads each are more than the {cores} cores of this process; "
-            "runs will get in each other's way."
-        )
-        log.warning(
-            "too many threads", runner=settings.path, instances=instances, threads=threads, cores=cores
+            f"{instances} instances of {threads} threads each are more than the {cores} cores there are; "
+            f"{max(1, cores // threads)} of them run at once."
         )
     return threads, notes
 

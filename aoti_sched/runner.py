@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from asyncio import _get_running_loop  # the public one raises; this one is for the hot path
+from collections.abc import Hashable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ class Options(msgspec.Struct, frozen=True):
     priority: Priority = Priority.NORMAL
     timeout: float | None = None
     min_epoch: int = 0
+    tenant: Hashable = None
 
 
 class Calls:
@@ -58,7 +60,9 @@ class Calls:
         Raises:
             InputMismatchError: The arguments do not fit; nothing was queued.
             QueueFullError: A bound is reached (with overflow="reject").
-            DeadlineExceededError: The timeout passed, queued or running.
+            ShedError: It was queued, and dropped for a better one (with overflow="shed").
+            DeadlineExceededError: The timeout passed, queued or running, or can't be met any more.
+            DeadlineUnreachableError: The timeout could not be met, so it was not queued (with admission="predictive").
             RunnerClosedError: The runner takes no requests any more.
             RunError: The model failed; the text is torch's root cause.
         """
@@ -75,7 +79,7 @@ class Calls:
         size = 0
         for tensor in inputs:
             size += tensor.nbytes
-        job = Job(self._source, options.priority, None, size)
+        job = Job(self._source, options.priority, None, size, tenant=options.tenant)
         grouping = runner.grouping
         if grouping is not None:
             job.rows, key = grouping.measure(inputs)
@@ -111,13 +115,18 @@ class Calls:
         priority: Priority | None = None,
         timeout: float | msgspec.UnsetType | None = msgspec.UNSET,
         min_epoch: int | None = None,
+        tenant: Hashable | msgspec.UnsetType = msgspec.UNSET,
     ) -> Self:
         """A light view whose requests have this priority and timeout (seconds; None for no timeout).
 
+        Requests of one `tenant` (a customer's name, say) share the runner equally with those of each other one; those of none
+        are a tenant, too.
         With `min_epoch` they run on the weights of that epoch or a later one: they wait for its publication, and
         fail with EpochError when it was rolled back. What is not given stays as it is here.
         """
         old = self._options
+        if tenant is not msgspec.UNSET:
+            hash(tenant)  # what can't be hashed is refused here, and not by each request
         if timeout is msgspec.UNSET:
             timeout = old.timeout
         elif timeout is not None and not timeout >= 0:
@@ -127,6 +136,7 @@ class Calls:
                 old.priority if priority is None else Priority(priority),
                 timeout,
                 old.min_epoch if min_epoch is None else min_epoch,
+                old.tenant if tenant is msgspec.UNSET else tenant,
             )
         )
 
@@ -164,6 +174,7 @@ class Runner(RunnerView):
         "input_check",
         "loop",
         "name",
+        "rebuilds",
         "state",
         "threads",
         "updates",
@@ -183,6 +194,7 @@ class Runner(RunnerView):
         dispatcher: Dispatcher,
         options: Options,
         waits: bool,
+        rebuilds: bool,
         updates: Updates,
         close: Callable[[Runner, bool], Awaitable[None]],
     ) -> None:
@@ -198,6 +210,7 @@ class Runner(RunnerView):
         self.loop = dispatcher.loop
         self.threads = info.threads
         self.waits = waits
+        self.rebuilds = rebuilds
         self.updates = updates
         self.weights = LiveWeights()
         self._info = info
@@ -399,7 +412,9 @@ class LeaseContext:
         runner, options = self._runner, self._options
         if _get_running_loop() is not runner.loop:
             raise _wrong_loop(runner)
-        job = Job(self._source, options.priority, None, 0, holds=True, exempt=self._exempt)
+        job = Job(
+            self._source, options.priority, None, 0, holds=True, exempt=self._exempt, tenant=options.tenant
+        )
         if options.timeout is not None:
             job.deadline = runner.dispatcher.deadline(options.timeout)
         job.min_epoch = options.min_epoch

@@ -17,10 +17,12 @@ from aoti_sched import loading
 from aoti_sched.backends.base import LoadRequest
 from aoti_sched.config import (
     INLINE_LIMIT,
+    Admission,
     Batching,
     DeviceConfig,
     Limits,
     ModelConfig,
+    OnFailure,
     Overflow,
     PlacementName,
     SchedulerConfig,
@@ -31,6 +33,8 @@ from aoti_sched.dispatch import Clock, Dispatcher, LoopClock
 from aoti_sched.errors import ConfigError, RunnerClosedError, UnsupportedLoopError
 from aoti_sched.queue.admission import Bounds
 from aoti_sched.queue.device_queue import DeviceQueue
+from aoti_sched.queue.lease import UNHEALTHY
+from aoti_sched.queue.policy import Policy
 from aoti_sched.runner import Options, Runner
 from aoti_sched.telemetry import SchedulerStats, log
 from aoti_sched.update import Barrier, UpdateReport, Updates
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
 
     from aoti_sched.backends.base import Device
     from aoti_sched.loading import Prepared
+    from aoti_sched.queue.lease import RunnerState
     from aoti_sched.specs import TensorSpec
 
 _T = TypeVar("_T")
@@ -99,7 +104,7 @@ class Scheduler:
         self._loop = asyncio.get_running_loop()
         self._limiter = anyio.CapacityLimiter(2)  # loads and deletes: they compete with runs for cores
         self._updates = Updates(self._start, anyio.CapacityLimiter(2), self._clock or LoopClock(self._loop))
-        self._leaving = asyncio.Event()
+        self._errands: asyncio.Queue[Callable[[], Awaitable[object]] | None] = asyncio.Queue()
         ready = asyncio.Event()
         self._house = asyncio.create_task(self._keep_house(ready), name="aoti_sched housekeeping")
         await ready.wait()
@@ -120,14 +125,18 @@ class Scheduler:
             try:
                 await self._close_all(terminate=kind is not None)
             finally:
-                self._leaving.set()
+                self._errands.put_nowait(None)
                 await asyncio.shield(self._house)
 
     async def _keep_house(self, ready: asyncio.Event) -> None:
-        """The task that owns the task group, so that a scheduler may be entered in one task and left in another."""
+        """The task that owns the task group, so that a scheduler may be entered in one task and left in another.
+
+        It starts what is asked for where no task runs, until there are no more errands.
+        """
         async with anyio.create_task_group() as self._tasks:
             ready.set()
-            await self._leaving.wait()
+            while (errand := await self._errands.get()) is not None:
+                self._start(errand)
 
     @property
     def runners(self) -> Mapping[str, Runner]:
@@ -147,7 +156,10 @@ class Scheduler:
         device: str = "cpu",
         instances: int = 1,
         threads: int | None = None,
+        share: float = 1.0,
         overflow: Overflow = "reject",
+        admission: Admission = "bounded",
+        on_failure: OnFailure = "report",
         limits: Limits | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 -- of the requests to come, not of this call
         placement: PlacementName = "auto",
@@ -168,7 +180,13 @@ class Scheduler:
             device: Where it shall run.
             instances: Copies that can run at once (they share one set of weights).
             threads: Intra-op threads per run; by default what it was compiled for.
-            overflow: When a bound is reached: "reject" with QueueFullError, or "wait" for room.
+            share: Of the device's time, when other models want it, too: one with 2.0 gets twice that of one with 1.0.
+            overflow: When a bound is reached: "reject" with QueueFullError; "wait" for room; or "shed" the worst of those
+                queued: of the lowest class, then with the latest deadline, then the newest.
+            admission: "predictive" refuses a request that could not be finished by its deadline, by what is known of the runs
+                there were, with DeadlineUnreachableError; "bounded" looks at the bounds alone.
+            on_failure: When five runs in a row have failed: "report" it in `stats().health` and the log, or also "rebuild" the
+                container from the package with the current weights. What is queued waits for that.
             limits: Bounds of this runner's queue.
             timeout: Default timeout of its requests, in seconds.
             placement: "lane"; "inline", on the loop's own thread, at most 1 ms per turn of the loop; or "auto": on lanes
@@ -190,7 +208,10 @@ class Scheduler:
             device=device,
             instances=instances,
             threads=threads,
+            share=share,
             overflow=overflow,
+            admission=admission,
+            on_failure=on_failure,
             limits=limits or Limits(),
             timeout=timeout,
             placement=placement,
@@ -289,6 +310,7 @@ class Scheduler:
                 settings,
                 inputs,
                 dispatcher.executor.kind,
+                dispatcher.queue.lanes.cores,
                 limiter=self._limiter,
             )
             if not wanted or self._closed:
@@ -314,13 +336,22 @@ class Scheduler:
         self, name: str, settings: ModelConfig, prepared: Prepared, dispatcher: Dispatcher
     ) -> Runner:
         info = prepared.info
-        bounds = Bounds(settings.limits.jobs, settings.limits.bytes)
+        limits = settings.limits
+        bounds = Bounds(limits.jobs, limits.bytes, limits.tenant_jobs)
         grouping = prepared.grouping
         rule = None if grouping is None else grouping.rule
         runner = Runner(
             info,
             state=dispatcher.queue.add_runner(
-                name, info.instances, bounds, placing=prepared.placing, batching=rule
+                name,
+                info.instances,
+                bounds,
+                placing=prepared.placing,
+                batching=rule,
+                width=prepared.width,
+                share=settings.share,
+                sheds=settings.overflow == "shed",
+                predicts=settings.admission == "predictive",
             ),
             grouping=grouping,
             container=prepared.container,
@@ -329,6 +360,7 @@ class Scheduler:
             dispatcher=dispatcher,
             options=Options(timeout=settings.timeout),
             waits=settings.overflow == "wait",
+            rebuilds=settings.on_failure == "rebuild",
             updates=self._updates,
             close=self._close_runner,
         )
@@ -362,16 +394,30 @@ class Scheduler:
                 raise ConfigError(
                     f"devices.{name}: affinity names {len(settings.affinity)} cores for {lanes} lanes; one for each is needed"
                 )
+            if settings.limits.tenant_jobs is not None:
+                raise ConfigError(
+                    f"devices.{name}: tenant_jobs bounds each tenant of a model; set it in the model's limits"
+                )
             bounds = Bounds(settings.limits.jobs, settings.limits.bytes)
+            cores = settings.cores or device.cores()
+            policy = Policy(max_wait=settings.max_wait)
             dispatcher = self._dispatchers[name] = Dispatcher(
                 self._loop,
                 self._clock or LoopClock(self._loop),
-                DeviceQueue(name, lanes, bounds),
+                DeviceQueue(name, lanes, bounds, cores=cores, policy=policy),
                 device.open_executor(lanes, settings.affinity),
                 log_requests=self._config.log_requests,
+                on_failing=self._look_after,
             )
             log.info("device opened", device=name, executor=dispatcher.executor.kind, lanes=lanes)
         return dispatcher
+
+    def _look_after(self, state: RunnerState) -> None:
+        """The last runs of a runner have all failed."""
+        runner = self._runners[state.name]
+        log.warning("runs fail again and again", runner=runner.name, device=runner.device, failures=UNHEALTHY)
+        if runner.rebuilds:
+            self._errands.put_nowait(lambda: self._updates.renew(runner))
 
     # --- closing -------------------------------------------------------------------------------------
 

@@ -61,11 +61,13 @@ class RunnerStats(msgspec.Struct, frozen=True, kw_only=True):
     `waiting` requests wait for room or for an epoch, `queued` ones for a slot and a lane. While `updating`, an update's
     barrier holds back what is queued. `running` counts runs, of which a batch is one. `inline` counts requests that ran on the
     event loop's own thread, `batches` the runs of several requests as one, `batched` the requests in them, and `retried` those
-    that were run again by themselves since their batch had failed.
+    that were run again by themselves since their batch had failed. `health` is "ok", or "failing" once five runs in a row have
+    failed, until one succeeds.
     """
 
     name: str
     phase: str
+    health: str
     waiting: int
     queued: int
     queued_bytes: int
@@ -81,6 +83,7 @@ class RunnerStats(msgspec.Struct, frozen=True, kw_only=True):
     expired: int
     cancelled: int
     revoked: int
+    shed: int
     queue_seconds: float
     run_seconds: float
     wasted_seconds: float
@@ -91,12 +94,14 @@ class RunnerStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeviceStats(msgspec.Struct, frozen=True, kw_only=True):
-    """A device's numbers now."""
+    """A device's numbers now. Runs on lanes take `cores` - `free_cores` of its cores, as many each as they use threads."""
 
     name: str
     executor: str
     lanes: int
     busy_lanes: int
+    cores: int
+    free_cores: int
     queued: int
     queued_bytes: int
     runners: dict[str, RunnerStats]

@@ -204,6 +204,16 @@ class Updates:
 
         await self._carry_out("free", [runner], work, None)
 
+    async def renew(self, runner: Runner) -> None:
+        """Put a fresh container with the current weights in the place of one whose runs fail. What is queued waits for it.
+
+        A staged or previous set is gone then.
+        """
+        async with _turns([runner]):
+            if runner.state.phase is Phase.OPEN:
+                reached = runner.dispatcher.close_barrier(runner.state, abort=False)
+                await self._rebuild(runner, reached, "its runs failed")
+
     async def extract(self, runner: Runner, *, inactive: bool) -> dict[str, Any]:
         async def work(_: _Attempt) -> dict[str, Any]:
             async with _turns([runner]):
@@ -258,11 +268,11 @@ class Updates:
         except Exception:
             if reached is not None:
                 with anyio.CancelScope(shield=True):
-                    await self._rebuild(runner, reached)
+                    await self._rebuild(runner, reached, "folding constants failed")
             raise
 
-    async def _rebuild(self, runner: Runner, reached: asyncio.Future[None]) -> None:
-        """Put a fresh container with the current weights in the place of one that a failed fold left inconsistent."""
+    async def _rebuild(self, runner: Runner, reached: asyncio.Future[None], why: str) -> None:
+        """Behind a barrier, put a fresh container with the current weights in the place of one that can't be trusted."""
         await reached
         runner.weights.inactive = Inactive.NOTHING
         try:
@@ -272,7 +282,7 @@ class Updates:
             raise
         finally:
             runner.dispatcher.open_barrier(runner.state, None)
-        log.warning("container rebuilt", runner=runner.name, why="folding constants failed")
+        log.warning("container rebuilt", runner=runner.name, why=why)
 
     async def _commit(
         self, attempt: _Attempt, runners: Sequence[Runner], barrier: Barrier, *, keep_previous: bool

@@ -152,8 +152,8 @@ FAULTS = {
     ),
     "no lanes": ("[devices.cpu]\nlanes = 0", "devices.cpu.lanes: Expected `int` >= 1"),
     "an unknown setting of a device": (
-        "[devices.cpu]\ncores = 2",
-        "devices.cpu: Object contains unknown field `cores`",
+        "[devices.cpu]\nkernels = 2",
+        "devices.cpu: Object contains unknown field `kernels`",
     ),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -13,11 +14,13 @@ if TYPE_CHECKING:
 class Bounds(msgspec.Struct, frozen=True):
     """How much may be queued (not running) at once. None is no bound; `bytes` counts the inputs.
 
-    A held lease has its runner's bounds once more, for itself: see `DeviceQueue._full`.
+    `tenant_jobs` bounds what one tenant of a runner has queued or waiting for room. A held lease has its runner's
+    bounds of jobs and bytes once more, for itself: see `DeviceQueue._full`.
     """
 
     jobs: int | None = 1024
     bytes: int | None = None
+    tenant_jobs: int | None = None
 
 
 class Load:
@@ -41,6 +44,15 @@ class Load:
         self.jobs -= 1
         self.bytes -= job.bytes
         self.exempt -= job.exempt
+
+    def lacks_room(self, size: int, without: Sequence[Job]) -> bool:
+        """Whether a job of `size` bytes would not fit even without these, of whom none is exempt."""
+        bounds = self.bounds
+        if bounds.jobs is not None and self.jobs - self.exempt - len(without) >= bounds.jobs:
+            return True
+        return bounds.bytes is not None and (
+            self.bytes + size - sum(job.bytes for job in without) > bounds.bytes
+        )
 
     def refusal(self, size: int) -> str | None:
         """Why a job with inputs of `size` bytes does not fit now; None when it does."""

@@ -13,7 +13,7 @@ from collections.abc import Hashable
 import msgspec
 
 from aoti_sched.queue.job import Job
-from aoti_sched.queue.order import KeyedQueue
+from aoti_sched.queue.order import JobQueue
 
 
 class Batching(msgspec.Struct, frozen=True):
@@ -44,7 +44,7 @@ class Company:
 
     __slots__ = ("arrived", "gathering", "hurries", "keys", "queue", "rule")
 
-    def __init__(self, rule: Batching, queue: KeyedQueue) -> None:
+    def __init__(self, rule: Batching, queue: JobQueue) -> None:
         self.rule = rule
         self.queue = queue
         self.keys: dict[Hashable, Key] = {}
@@ -99,6 +99,11 @@ class Company:
         if self.hurries or not (key.held or alone):
             key.ripe = True
             self.queue.show(name)
+
+    def holds_back(self, job: Job) -> bool:
+        """Whether a queued job waits for the turn of the loop to end."""
+        key = self.keys[job.key]
+        return key.held and not key.ripe
 
     def turn(self, now: float) -> None:
         """The turn of the loop is over."""

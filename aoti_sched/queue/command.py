@@ -36,6 +36,13 @@ class Expire(msgspec.Struct, frozen=True):
     takes: float | None = None
 
 
+class Shed(msgspec.Struct, frozen=True):
+    """This queued job makes room for a better one; the error says so."""
+
+    job: Job
+    error: AotiSchedError
+
+
 class Revoke(msgspec.Struct, frozen=True):
     """This accepted job will not run; the error says why."""
 
@@ -55,6 +62,12 @@ class BarrierReached(msgspec.Struct, frozen=True):
     runner: RunnerState
 
 
+class Failing(msgspec.Struct, frozen=True):
+    """The last `UNHEALTHY` runs of this runner have all failed."""
+
+    runner: RunnerState
+
+
 class NextTurn(msgspec.Struct, frozen=True):
     """Call `turn` in the loop's next turn."""
 
@@ -65,4 +78,6 @@ class WakeAt(msgspec.Struct, frozen=True):
     at: float
 
 
-Command = Launch | Grant | Reject | Expire | Revoke | Drained | BarrierReached | NextTurn | WakeAt
+Command = (
+    Launch | Grant | Reject | Expire | Shed | Revoke | Drained | BarrierReached | Failing | NextTurn | WakeAt
+)

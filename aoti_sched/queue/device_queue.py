@@ -7,16 +7,22 @@ commands that follow. The same facts give the same commands, always. An illegal 
 A job's way: `submit` puts it at the gate (when there is no room and it may wait) or into its source's
 queue; a source (a runner, or a held lease) that has a job and a free slot contends for a lane, or, when
 its run is short, for the loop's own thread (`placement`); `Launch` gives the best job its slot and lane, and takes
-along what may run with it (`batch`); `complete` brings both home. What a job can go through stands in
+along what may run with it (`batch`); `complete` brings both home. The best is of the highest class, then of the runner and
+the tenant that had the least for its share (`fair`), then the earliest due (`policy`); and who waited too long has every second turn. What a job can go through stands in
 `job.TRANSITIONS`. A `barrier` between two epochs holds a runner's queue until every slot is home.
 """
 
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import msgspec
 
 from aoti_sched.errors import (
     AotiSchedError,
+    DeadlineUnreachableError,
     RunnerClosedError,
     UpdateAbortedError,
 )
@@ -28,19 +34,25 @@ from aoti_sched.queue.command import (
     Command,
     Drained,
     Expire,
+    Failing,
     Grant,
     Launch,
     NextTurn,
     Reject,
     Revoke,
+    Shed,
     WakeAt,
 )
+from aoti_sched.queue.fair import Ledger
+from aoti_sched.queue.forecast import Backlog, waiting_time
 from aoti_sched.queue.invariants import check
 from aoti_sched.queue.job import Fact, IllegalFactError, Job, JobState, Priority
 from aoti_sched.queue.lanes import Lanes
-from aoti_sched.queue.lease import Lease, Phase, RunnerState, Source
-from aoti_sched.queue.order import UNHURRIED, Contest, JobQueue, rank
+from aoti_sched.queue.lease import UNHEALTHY, Lease, Phase, RunnerState, Source
+from aoti_sched.queue.order import Contest, Rank
+from aoti_sched.queue.overload import Scope, Worst, victims
 from aoti_sched.queue.placement import INLINE_BUDGET, LOOP, Placing
+from aoti_sched.queue.policy import Policy
 from aoti_sched.queue.timers import Timers
 
 
@@ -60,39 +72,16 @@ def _must_be_lawful(job: Job) -> None:
         raise IllegalFactError("a job with a key runs, and has rows")
 
 
-def _gate_of(source: Source) -> JobQueue:
-    return source.gate
-
-
-def _queue_of(source: Source) -> JobQueue:
-    return source.queue
-
-
 def _can_start(source: Source) -> bool:
     return bool(source.free) and not source.closed
 
 
-def _wants_a_lane(source: Source, head: Job) -> bool:
-    return _can_start(source) and not head.holds and not source.runner.placing.inline(head.bytes)
-
-
-def _wants_the_loop(source: Source, head: Job) -> bool:
-    return _can_start(source) and not head.holds and source.runner.placing.inline(head.bytes)
-
-
-def _wants_a_lease(source: Source, head: Job) -> bool:
-    return _can_start(source) and head.holds
-
-
-def _better(one: Job | None, other: Job | None) -> Job | None:
-    """Which of them goes first."""
-    if one is None or other is None:
-        return one or other
-    return one if rank(one) < rank(other) else other
-
-
-def _has_room(source: Source, head: Job) -> bool:
-    return source.load.refusal(head.bytes) is None
+def _place_at_gate(runner: RunnerState) -> Rank | None:
+    """Among those who wait for the device's room, if it has room itself."""
+    head = runner.gate.head()
+    if head is None or runner.load.refusal(head.bytes) is not None:
+        return None
+    return (head.priority, head.due, head.id)
 
 
 def _company(runner: RunnerState) -> Company:
@@ -100,23 +89,57 @@ def _company(runner: RunnerState) -> Company:
     return runner.company  # type: ignore[return-value]
 
 
+def _expected(job: Job, size: int) -> float:
+    """Core seconds that a run of this job's runner on so many bytes will take; 0 while that is not known."""
+    runner = job.source.runner
+    return runner.width * runner.placing.times.typical(size)
+
+
+def _is_counted(job: Job) -> bool:
+    """Whether it counts against its tenant's bound."""
+    runner = job.source.runner
+    return runner.counts_tenants and job.source is runner and not job.exempt
+
+
 class DeviceQueue:
     """The queue of one device with `lanes` lanes; at most `bounds` may be queued over all its runners."""
 
     def __init__(
-        self, name: str, lanes: int, bounds: Bounds | None = None, *, inline_budget: float = INLINE_BUDGET
+        self,
+        name: str,
+        lanes: int,
+        bounds: Bounds | None = None,
+        *,
+        inline_budget: float = INLINE_BUDGET,
+        cores: int | None = None,
+        policy: Policy | None = None,
     ) -> None:
+        """`cores` (as many as lanes, if not given) is what the runs on lanes may take together."""
         if lanes < 1:
             raise IllegalFactError(f"{name}: a device has at least one lane, not {lanes}")
+        cores = lanes if cores is None else cores
+        if cores < 1:
+            raise IllegalFactError(f"{name}: a device has at least one core, not {cores}")
         self.name = name
-        self.lanes = Lanes(lanes, inline_budget)
+        self.policy = policy or Policy()
+        self.lanes = Lanes(lanes, cores, inline_budget)
         self.load = Load(f"device {name}", bounds or Bounds())
         self.runners: dict[str, RunnerState] = {}
-        self._ready = Contest(_queue_of, _wants_a_lane)
-        self._ready_inline = Contest(_queue_of, _wants_the_loop)
-        self._ready_to_lease = Contest(_queue_of, _wants_a_lease)
+        self.ledger = Ledger(self.policy.fair)
+        self._ready: Contest[Source] = Contest(self._place_for_a_lane)
+        self._ready_inline: Contest[Source] = Contest(self._place_for_the_loop)
+        self._ready_to_lease: Contest[Source] = Contest(self._place_for_a_lease)
+        self._overdue: Contest[Source] = Contest(self._age_for_a_lane)
+        self._overdue_inline: Contest[Source] = Contest(self._age_for_the_loop)
+        self._regular_turn = False  # the last launch was of an overdue job
         self._turn_asked = False
-        self._gates = Contest(_gate_of, _has_room)
+        self._gates: Contest[RunnerState] = Contest(_place_at_gate)
+        self._max_wait = self.policy.max_wait
+        self._predicts = False  # whether some runner does; then these are kept:
+        self._backlog = Backlog()
+        self._busy_runners = 0  # that have something queued,
+        self._busy_shares = 0.0  # and their shares together
+        self._worst = Worst()
         self.timers = Timers()
         self._gathering: list[RunnerState] = []  # jobs that may have company have come to them in this turn
         self._wake: float | None = None
@@ -139,14 +162,49 @@ class DeviceQueue:
         epoch: int = 1,
         placing: Placing | None = None,
         batching: Batching | None = None,
+        width: int = 1,
+        share: float = 1.0,
+        sheds: bool = False,
+        predicts: bool = False,
     ) -> RunnerState:
+        """A runner that gives out `slots`. Its runs take `width` cores each on a lane; it has its `share` of the device's time.
+
+        With `sheds`, queued jobs make room for better ones; with `predicts`, jobs that would end too late are refused.
+        """
         if name in self.runners:
             raise IllegalFactError(f"{self.name} has a runner {name!r} already")
         if slots < 1:
             raise IllegalFactError(f"runner {name!r}: at least one slot, not {slots}")
+        if not 1 <= width <= self.lanes.cores:
+            raise IllegalFactError(
+                f"runner {name!r}: {width} cores for a run, {self.name} has {self.lanes.cores}"
+            )
+        if not 0.0 < share < math.inf:
+            raise IllegalFactError(f"runner {name!r}: a share is a positive number, not {share}")
+        if batching is not None and self.policy.max_wait is not None:
+            delay = min(batching.max_delay, self.policy.max_wait)  # who is overdue waits for no company
+            batching = msgspec.structs.replace(batching, max_delay=delay)
         load = Load(f"runner {name!r}", bounds or Bounds())
-        runner = RunnerState(name, slots, load, epoch, placing or Placing(), batching=batching)
+        runner = RunnerState(
+            name,
+            slots,
+            load,
+            epoch,
+            placing or Placing(),
+            self.ledger.open(name, share),
+            batching=batching,
+            width=width,
+            share=share,
+            sheds=sheds,
+            predicts=predicts,
+        )
         self.runners[name] = runner
+        if predicts and not self._predicts:
+            self._predicts = True
+            for other in self.runners.values():
+                for source in (other, *other.leases.values()):
+                    for job in source.queue.jobs():
+                        self._foresee(job)
         return runner
 
     def drain_runner(self, runner: RunnerState, now: float) -> list[Command]:
@@ -177,9 +235,10 @@ class DeviceQueue:
             return []
         runner.phase = Phase.TERMINATED
         commands: list[Command] = []
-        sources: list[Source] = [runner, *runner.leases.values()]
-        queued = [job for source in sources for job in (*source.gate.jobs(), *source.queue.jobs())]
-        for job in [*runner.awaiting.values(), *queued]:
+        jobs = [*runner.awaiting.values(), *runner.waiting(), *runner.queue.jobs()]
+        for lease in runner.leases.values():
+            jobs += [*lease.gate.jobs(), *lease.queue.jobs()]
+        for job in jobs:
             error = RunnerClosedError(f"runner {runner.name!r} was terminated while the request was queued")
             self._revoke(job, error, now, commands)
         for lease in list(runner.leases.values()):
@@ -195,8 +254,9 @@ class DeviceQueue:
         if runner.phase is not Phase.DRAINED:
             raise IllegalFactError(f"runner {runner.name!r} is {runner.phase.name}, it can't be removed")
         del self.runners[runner.name]
-        for contest in (self._ready, self._ready_inline, self._ready_to_lease, self._gates):
-            contest.leave(runner)
+        self.ledger.close(runner.name)
+        self._forget(runner)
+        self._gates.leave(runner)
 
     def close_barrier(self, runner: RunnerState, now: float, *, abort: bool = False) -> list[Command]:
         """Start nothing more of this runner, but for its held leases; `BarrierReached` follows when every slot is home.
@@ -207,7 +267,7 @@ class DeviceQueue:
         barrier.close(runner)
         commands: list[Command] = []
         if abort:
-            for job in [*runner.gate.jobs(), *runner.queue.jobs()]:
+            for job in [*runner.waiting(), *runner.queue.jobs()]:
                 error = UpdateAbortedError(
                     f"runner {runner.name!r}: an update of its weights with barrier='abort' failed what was queued; "
                     "send the request again"
@@ -256,12 +316,19 @@ class DeviceQueue:
         self._ids += 1
         job.id = self._ids
         job.submitted = now
-        job.due = now + UNHURRIED if job.deadline is None else job.deadline
+        job.due = self.policy.due(now, job.deadline)
         runner.counters.submitted += 1
         error: AotiSchedError | None = refusal.for_good(job, self.load)
-        if error is None and not wait and job.min_epoch <= job.source.epoch:
-            full = self._full(job)
-            error = None if full is None else refusal.for_now(job, full)
+        full: str | None = None
+        shed: Sequence[Job] = ()
+        if error is None and job.min_epoch <= job.source.epoch:
+            if runner.predicts:
+                error = self._unreachable(job, now)
+            if error is None:
+                full = self._full(job)
+                if full is not None and not wait:
+                    shed = self._to_shed(job) if runner.sheds else ()
+                    error = None if shed else refusal.for_now(job, full)
         if error is not None:
             job.happens(Fact.REJECT)
             runner.counters.rejected += 1
@@ -273,23 +340,32 @@ class DeviceQueue:
                 return [Expire(job)]
             self.timers.watch(job, job.deadline)
         commands: list[Command] = []
+        if shed:
+            for other in shed:
+                self._shed(other, now, commands)
+            full = self._full(job)
         job.source.live += 1
         if job.min_epoch > job.source.epoch:
             job.happens(Fact.HOLD)
             runner.awaiting[job.id] = job
-        elif self._full(job) is not None:
+        elif full is not None:
             job.happens(Fact.HOLD)
-            job.source.gate.push(job)
-            self._look_at_gate(job.source)
+            self._wait_for_room(job)
             self._dispatch(now, commands)
         elif (lane := self._uncontended_lane(job, now)) is not None:
             job.happens(Fact.ADMIT)
+            job.expected = _expected(job, job.bytes)
+            self.ledger.enter(job)
+            self.ledger.leave(job)
+            self._regular_turn = False
             if job.key is not None and self._may_have_company(job):
                 self._arrives(runner, commands)
             self._launch(job, lane, now, commands)
             if self.load.jobs:  # what waited for company may have done so long enough
                 self._dispatch(now, commands)
         else:
+            if _is_counted(job):
+                self._count_tenant(job)
             self._admit(job, now, commands)
             self._dispatch(now, commands)
             self._follow(job.source, now, commands)
@@ -318,14 +394,21 @@ class DeviceQueue:
         started = job.started if started is None else started
         finished = now if finished is None else finished
         seconds = finished - started
-        inline, size = job.inline, job.size
+        inline, size, size_of_batch = job.inline, job.size, job.batch
         commands: list[Command] = []
         if job.members:
             self._end_batch(job, ok, started, finished)
         else:
             self._end(job, Fact.SUCCEED if ok else Fact.FAIL, started, finished, seconds)
+        if ok:
+            runner.failures = 0
+        elif size_of_batch == 1:
+            runner.failures += 1
+            if runner.failures == UNHEALTHY:
+                commands.append(Failing(runner))
         again = lanes.leave(job, now)
         if again is not None:
+            self.ledger.launch(again)
             commands.append(Launch(again))
         if inline:
             lanes.inline_left -= seconds
@@ -378,7 +461,7 @@ class DeviceQueue:
     # --- what follows from facts ---------------------------------------------------------------------
 
     def _full(self, job: Job) -> str | None:
-        """Why a job can't be queued now. Nobody passes those who wait at a gate already.
+        """Why a job can't be queued now. Nobody passes those who wait already.
 
         A held lease answers for its own jobs alone. Those in the queue may wait for the very slot it
         holds: were its jobs held back by them, neither would ever go on.
@@ -387,21 +470,153 @@ class DeviceQueue:
             return None
         source = job.source
         reason = source.load.refusal(job.bytes)
-        waiting = len(source.gate) > 0
-        if not isinstance(source, Lease):
-            reason = reason or self.load.refusal(job.bytes)
-            waiting = waiting or self._gates.best() is not None
-        if reason is None and waiting:
+        if reason is None and source is source.runner:
+            if source.runner.counts_tenants:
+                reason = self._tenant_full(source.runner, job)
+            if reason is None:
+                reason = self.load.refusal(job.bytes)
+        if reason is None and self._others_wait(job):
             reason = "earlier requests are waiting for room"
         return reason
 
-    def _admit(self, job: Job, now: float, commands: list[Command]) -> None:
-        job.happens(Fact.ADMIT)
+    def _others_wait(self, job: Job) -> bool:
+        """Whether there are some for room whom it may not pass."""
+        source, runner = job.source, job.source.runner
+        if len(source.gate):
+            return True
+        if source is not runner:
+            return False
+        return self._gates.best() is not None or (runner.counts_tenants and job.tenant in runner.tenant_lines)
+
+    def _tenant_full(self, runner: RunnerState, job: Job) -> str | None:
+        """Why a job of this tenant can't be queued now, nor wait at the gate."""
+        most = runner.load.bounds.tenant_jobs
+        if most is None or runner.tenant_jobs.get(job.tenant, 0) < most:
+            return None
+        return f"tenant {job.tenant!r} has {most} jobs queued, its bound is {most}"
+
+    def _wait_for_room(self, job: Job) -> None:
+        """At its source's gate, or, if its tenant has too many there and in the queue, in line before it."""
         source = job.source
+        if _is_counted(job):
+            runner = source.runner
+            line = runner.tenant_lines.get(job.tenant)
+            if line or self._tenant_full(runner, job) is not None:
+                if line is None:
+                    line = runner.tenant_lines[job.tenant] = OrderedDict()
+                line[job.id] = job
+                return
+            self._count_tenant(job)
+        source.gate.push(job)
+        self._look_at_gate(source)
+
+    def _count_tenant(self, job: Job) -> None:
+        jobs = job.source.runner.tenant_jobs
+        jobs[job.tenant] = jobs.get(job.tenant, 0) + 1
+
+    def _uncount_tenant(self, job: Job) -> None:
+        """One of its tenant's has left the gate or the queue: the next in line may have its place."""
+        runner, tenant = job.source.runner, job.tenant
+        runner.tenant_jobs[tenant] -= 1
+        if not runner.tenant_jobs[tenant]:
+            del runner.tenant_jobs[tenant]
+        line = runner.tenant_lines.get(tenant)
+        if line is None:
+            return
+        if line:
+            _, first = line.popitem(last=False)
+            self._count_tenant(first)
+            runner.gate.push(first)
+            self._look_at_gate(runner)
+        if not line:
+            del runner.tenant_lines[tenant]
+
+    def _to_shed(self, job: Job) -> Sequence[Job]:
+        """Who is shed so that it can be queued; nobody if that does not help, or others wait for room already."""
+        runner = job.source.runner
+        if job.source is not runner or self._others_wait(job):
+            return ()
+        most = runner.load.bounds.tenant_jobs
+
+        def tenant_lacks_room(without: Sequence[Job]) -> bool:
+            return most is not None and runner.tenant_jobs.get(job.tenant, 0) - len(without) >= most
+
+        return victims(
+            job,
+            [
+                Scope(runner.worst_of.get(job.tenant) or Worst(), tenant_lacks_room),
+                Scope(runner.worst, lambda without: runner.load.lacks_room(job.bytes, without)),
+                Scope(self._worst, lambda without: self.load.lacks_room(job.bytes, without)),
+            ],
+        )
+
+    def _shed(self, job: Job, now: float, commands: list[Command]) -> None:
+        self._leave_queue(job, Fact.SHED, now)
+        job.source.runner.counters.shed += 1
+        commands.append(Shed(job, refusal.shed(job)))
+
+    def _unreachable(self, job: Job, now: float) -> DeadlineUnreachableError | None:
+        """Whether it would be finished too late, by what is known; of those that would, every so often one is tried."""
+        runner, deadline = job.source.runner, job.deadline
+        times = runner.placing.times
+        if (
+            deadline is None
+            or deadline <= now
+            or job.holds
+            or job.source is not runner
+            or not times.knows(job.bytes)
+        ):
+            return None
+        takes = self._waiting_time(job, now) + times.typical(job.bytes)
+        if now + takes <= deadline:
+            return None
+        if times.doubt(job.bytes):
+            job.tried = True
+            return None
+        return DeadlineUnreachableError(runner.name, takes, deadline - now)
+
+    def _waiting_time(self, job: Job, now: float) -> float:
+        """Seconds until a job that comes now will probably start."""
+        runner, cores = job.source.runner, self.lanes.cores
+        if (
+            not self.load.jobs
+            and _can_start(runner)
+            and self._has_place(runner, runner.placing.inline(job.bytes))
+        ):
+            return 0.0
+        running = running_own = 0.0
+        for other in self.lanes.launched():
+            expected = _expected(other, other.size)
+            rest = max(0.0, expected - (now - other.started) * other.source.runner.width)
+            running += rest
+            if other.source.runner is runner:
+                running_own += rest
+        return waiting_time(
+            everything=self._backlog.ahead_of(job.priority),
+            own=runner.backlog.ahead_of(job.priority),
+            running=running,
+            running_own=running_own,
+            cores=cores,
+            capacity=min(cores, runner.slots * runner.width),
+            fraction=runner.share / (self._busy_shares + (0.0 if runner.backlog.jobs else runner.share)),
+        )
+
+    def _admit(self, job: Job, now: float, commands: list[Command]) -> None:
+        """It is queued. Where its tenant is counted, that was done."""
+        job.happens(Fact.ADMIT)
+        source, runner = job.source, job.source.runner
+        job.expected = _expected(job, job.bytes)
+        if self._predicts:
+            self._foresee(job)
         for load in self._loads_of(source):
             load.add(job)
+        self.ledger.enter(job)
+        if self._max_wait is not None and not job.holds:
+            source.arrivals.push(job.submitted, job)
+        if runner.sheds and source is runner and not job.holds:
+            for worst in self._worsts_of(job):
+                worst.push(job)
         if job.key is not None and self._may_have_company(job):
-            runner = source.runner
             self._arrives(runner, commands)
             key = _company(runner).enter(job, now, runner.placing.times.bound(job.bytes))
             if not key.ripe and key.ripe_at < math.inf:
@@ -410,6 +625,23 @@ class DeviceQueue:
         else:
             source.queue.push(job)
         self._enter(source)
+
+    def _foresee(self, job: Job) -> None:
+        """It is queued: so much more is to be done before what comes now."""
+        runner = job.source.runner
+        if not runner.backlog.jobs:
+            self._busy_runners += 1
+            self._busy_shares += runner.share
+        self._backlog.add(job)
+        runner.backlog.add(job)
+
+    def _worsts_of(self, job: Job) -> tuple[Worst, ...]:
+        """What keeps a queued job of a runner that sheds."""
+        runner = job.source.runner
+        of_tenant = runner.worst_of.get(job.tenant)
+        if of_tenant is None:
+            of_tenant = runner.worst_of[job.tenant] = Worst()
+        return of_tenant, runner.worst, self._worst
 
     def _may_have_company(self, job: Job) -> bool:
         """Whether others may run with a job that has a key: it draws its slot from a runner that makes batches."""
@@ -428,16 +660,77 @@ class DeviceQueue:
             self._turn_asked = True
             commands.append(NextTurn())
 
+    # --- who goes next -------------------------------------------------------------------------------
+
+    def _place_for_a_lane(self, source: Source) -> Rank | None:
+        head = source.queue.head()
+        if head is None or head.holds or not _can_start(source) or source.runner.placing.inline(head.bytes):
+            return None
+        return self._rank(head)
+
+    def _place_for_the_loop(self, source: Source) -> Rank | None:
+        head = source.queue.head()
+        if (
+            head is None
+            or head.holds
+            or not _can_start(source)
+            or not source.runner.placing.inline(head.bytes)
+        ):
+            return None
+        return self._rank(head)
+
+    def _place_for_a_lease(self, source: Source) -> Rank | None:
+        head = source.queue.head()
+        return self._rank(head) if head is not None and head.holds and _can_start(source) else None
+
+    def _rank(self, head: Job) -> Rank:
+        """Of its source among the others, the least first."""
+        priority, accounts = head.priority, head.source.runner.accounts
+        return (priority, accounts[priority].virtual if accounts else 0.0, head.due, head.id)
+
+    def _age_for_a_lane(self, source: Source) -> Rank | None:
+        return self._age(source, inline=False)
+
+    def _age_for_the_loop(self, source: Source) -> Rank | None:
+        return self._age(source, inline=True)
+
+    def _age(self, source: Source, *, inline: bool) -> Rank | None:
+        """Of a source among those that may have overdue jobs: the job that came first."""
+        oldest = source.arrivals.first
+        if oldest is None or not _can_start(source) or source.runner.placing.inline(oldest.bytes) != inline:
+            return None
+        if (
+            oldest.key is not None
+            and self._may_have_company(oldest)
+            and _company(source.runner).holds_back(oldest)
+        ):
+            return None
+        return (oldest.submitted, oldest.id)
+
     def _enter(self, source: Source) -> None:
         """Its head or its slots changed: it contends again."""
         head = source.queue.head()
+        if self._max_wait is not None:
+            self._overdue.enter(source)
+            self._overdue_inline.enter(source)
         if head is not None and _can_start(source):
             if head.holds:
-                self._ready_to_lease.enter_with(source, head)
+                self._ready_to_lease.enter_as(source, self._rank(head))
             elif source.runner.placing.inline(head.bytes):
-                self._ready_inline.enter_with(source, head)
+                self._ready_inline.enter_as(source, self._rank(head))
             else:
-                self._ready.enter_with(source, head)
+                self._ready.enter_as(source, self._rank(head))
+
+    def _forget(self, source: Source) -> None:
+        """It is gone for good."""
+        for contest in (
+            self._ready,
+            self._ready_inline,
+            self._ready_to_lease,
+            self._overdue,
+            self._overdue_inline,
+        ):
+            contest.leave(source)
 
     def _dispatch(self, now: float, commands: list[Command]) -> None:
         """Give free slots and lanes to the best jobs, and the room that this makes to those at the gate.
@@ -448,7 +741,10 @@ class DeviceQueue:
             self._ripen(now)
         while True:
             self._open_gates(now, commands)
-            job = self._next()
+            job = None if self._max_wait is None else self._overdue_one(now)
+            overdue = job is not None
+            if job is None:
+                job = self._next(now)
             if job is None:
                 return
             if job.deadline is not None and self._is_late(job, job.deadline, now, commands):
@@ -457,6 +753,7 @@ class DeviceQueue:
             if job.holds:
                 self._grant(job, now, commands)
             else:
+                self._regular_turn = overdue
                 inline = job.source.runner.placing.inline(job.bytes)
                 self._launch(job, LOOP if inline else self.lanes.free[-1], now, commands)
             self._enter(job.source)
@@ -468,14 +765,48 @@ class DeviceQueue:
             _company(runner).see(name, now)
             self._enter(runner)
 
-    def _next(self) -> Job | None:
-        """The best of the jobs that have a slot and a place to run."""
-        job = self._ready_to_lease.best()
+    def _next(self, now: float) -> Job | None:
+        """The best of the jobs that have a slot and a place to run, cores included.
+
+        Who is first in line for a lane and does not find cores enough is not passed by others: it would wait for ever.
+        """
+        first: Source | None = self._ready_to_lease.best()
         if self.lanes.free:
-            job = _better(job, self._ready.best())
+            overdue = None if self._max_wait is None else self._oldest(self._overdue, now)
+            if overdue is None or overdue.source.runner.width <= self.lanes.free_cores:
+                best = self._ready.best()
+                if best is not None and best.runner.width <= self.lanes.free_cores:
+                    first = self._better(first, best)
         if self.lanes.loop_is_free():
-            job = _better(job, self._ready_inline.best())
-        return job
+            first = self._better(first, self._ready_inline.best())
+        return None if first is None else first.queue.head()
+
+    def _better(self, one: Source | None, other: Source | None) -> Source | None:
+        """Whose first job goes before the other's."""
+        if one is None or other is None:
+            return one or other
+        mine, others = one.queue.head(), other.queue.head()
+        if mine is None or others is None:
+            return one if others is None else other
+        return one if self._rank(mine) < self._rank(others) else other
+
+    def _overdue_one(self, now: float) -> Job | None:
+        """Who has waited too long and has a place to run, if this launch may be one of those."""
+        on_lane = self._oldest(self._overdue, now) if self.lanes.free else None
+        if on_lane is not None and on_lane.source.runner.width > self.lanes.free_cores:
+            on_lane = None
+        on_loop = self._oldest(self._overdue_inline, now) if self.lanes.loop_is_free() else None
+        if on_lane is None or on_loop is None:
+            return on_lane or on_loop
+        return on_lane if (on_lane.submitted, on_lane.id) < (on_loop.submitted, on_loop.id) else on_loop
+
+    def _oldest(self, contest: Contest[Source], now: float) -> Job | None:
+        """Who of them came first, if it is overdue and their turn."""
+        if self._max_wait is None or self._regular_turn:
+            return None
+        source = contest.best()
+        oldest = None if source is None else source.arrivals.first
+        return oldest if oldest is not None and now - oldest.submitted >= self._max_wait else None
 
     def _uncontended_lane(self, job: Job, now: float) -> int | None:
         """The lane it can have at once, since a slot and the lane are free and nobody else wants them; or None."""
@@ -484,8 +815,8 @@ class DeviceQueue:
             return None
         if job.key is not None and self._may_have_company(job) and _company(source.runner).waits:
             return None
-        if job.deadline is not None and source.runner.placing.ends(job.bytes, now) > job.deadline:
-            return None  # it may be too late for it
+        if job.deadline is not None and self._would_be_late(job, job.deadline, now):
+            return None
         inline = source.runner.placing.inline(job.bytes)
         if self.load.jobs:
             if self.timers.keys:
@@ -493,9 +824,16 @@ class DeviceQueue:
             contest = self._ready_inline if inline else self._ready
             if len(source.queue) or contest.best() is not None:  # its own queue may wait for another place
                 return None
-        if inline:
-            return LOOP if self.lanes.loop_is_free() else None
-        return self.lanes.free[-1] if self.lanes.free else None
+        if not self._has_place(source.runner, inline):
+            return None
+        return LOOP if inline else self.lanes.free[-1]
+
+    def _has_place(self, runner: RunnerState, inline: bool) -> bool:
+        """Whether a run may start there now."""
+        lanes = self.lanes
+        return lanes.loop_is_free() if inline else bool(lanes.free) and runner.width <= lanes.free_cores
+
+    # --- launches and their ends ---------------------------------------------------------------------
 
     def _launch(self, job: Job, lane: int, now: float, commands: list[Command]) -> None:
         """A job, and what goes with it, gets its slot and its lane."""
@@ -508,6 +846,7 @@ class DeviceQueue:
     def _start(self, job: Job, lane: int, slot: int, now: float, commands: list[Command]) -> None:
         """It runs there, and with it what may and is queued."""
         job.size = job.bytes
+        self.ledger.launch(job)
         if job.key is not None and self._may_have_company(job):
             self._take_along(job, lane == LOOP, now, commands)
         for member in job.members or (job,):
@@ -524,6 +863,9 @@ class DeviceQueue:
         company, placing = _company(runner), runner.placing
         members, rows = [job], job.rows
         while (other := company.queue.head_of(job.key)) is not None:
+            if other.deadline is not None and other.deadline <= now:
+                self._expire(other, now, commands)
+                continue
             if rows + other.rows > company.rule.max_rows:
                 break
             if inline and not placing.grows(job.size + other.bytes):
@@ -531,6 +873,7 @@ class DeviceQueue:
             if other.deadline is not None and self._is_late(other, other.deadline, now, commands):
                 continue
             self._unqueue(other)
+            self.ledger.launch(other)
             members.append(other)
             rows += other.rows
             job.size += other.bytes
@@ -545,18 +888,15 @@ class DeviceQueue:
         """A job's run of so many seconds is over, whether its caller is still there or had left."""
         left = job.state is not JobState.RUNNING
         job.happens(fact)
+        self._count_run(job, started, seconds)
         job.started, job.finished = started, finished
         counters = job.source.runner.counters
-        counters.queue_seconds += started - job.submitted
-        counters.run_seconds += seconds
         if left:
             counters.wasted_seconds += seconds
         elif fact is Fact.SUCCEED:
             counters.completed += 1
         else:
             counters.failed += 1
-        if job.inline:
-            counters.inline += 1
         if not left and job.deadline is not None:
             self.timers.ended(job)
         job.source.live -= 1
@@ -564,18 +904,28 @@ class DeviceQueue:
     def _end_batch(self, leader: Job, ok: bool, started: float, finished: float) -> None:
         """Each member has its part of the run by its rows. One that failed says nothing of any one of them: they are run again."""
         rows = sum(member.rows for member in leader.members)
-        counters = leader.source.runner.counters
         again = []
         for member in leader.members:
             seconds = (finished - started) * member.rows / rows
             if ok or member.state is not JobState.RUNNING:
                 self._end(member, Fact.SUCCEED if ok else Fact.FAIL, started, finished, seconds)
             else:
-                counters.run_seconds += seconds
-                counters.wasted_seconds += seconds
+                self._count_run(member, started, seconds)
+                member.source.runner.counters.wasted_seconds += seconds
                 again.append(member)
         leader.members = ()
         leader.rest = tuple(again)
+
+    def _count_run(self, job: Job, started: float, seconds: float) -> None:
+        """One more run of a job, or its part of one, has taken so long."""
+        runner = job.source.runner
+        counters = runner.counters
+        if not job.again:
+            counters.queue_seconds += started - job.submitted
+        counters.run_seconds += seconds
+        if job.inline:
+            counters.inline += 1
+        self.ledger.settle(job, seconds * runner.width)
 
     def _follow(self, source: Source, now: float, commands: list[Command]) -> None:
         """Hand the source's next jobs to lanes that run short ones of it, unless a better job waits for a lane."""
@@ -584,19 +934,33 @@ class DeviceQueue:
             if job.holds or not placing.follows(job.bytes) or placing.inline(job.bytes):
                 return
             if job.deadline is not None and (
-                job.deadline <= now or placing.ends(job.bytes, now) > job.deadline
+                job.deadline <= now or self._would_be_late(job, job.deadline, now)
             ):
                 return
-            first = self._ready.best()
-            if first is not None and rank(first) < rank(job):
+            rival = self._ready.best()
+            if rival is not None:
+                first = rival.queue.head()
+                if first is not None and self._rank(first) < self._rank(job):
+                    return
+            if self._max_wait is not None and self._overdue_waits(source, now):
                 return
             self._unqueue(job)
+            self._regular_turn = False
             lane = source.followed.pop()
             self._start(job, lane, self.lanes.running[lane].slot, now, commands)
             self.lanes.following[lane] = job
             commands.append(Launch(job))
             self._enter(source)
             self._dispatch(now, commands)  # the room it left may let others in
+
+    def _overdue_waits(self, source: Source, now: float) -> bool:
+        """Whether a lane of this source had better come free, for one that has waited too long."""
+        if self._max_wait is None or self._regular_turn:
+            return False
+        if self._oldest(self._overdue, now) is not None:
+            return True
+        oldest = source.arrivals.first
+        return oldest is not None and now - oldest.submitted >= self._max_wait
 
     def _grant(self, job: Job, now: float, commands: list[Command]) -> None:
         """What asked for a lease gets its slot, for which no lane is needed, and is done."""
@@ -617,8 +981,10 @@ class DeviceQueue:
         commands.append(Grant(job, lease))
 
     def _open_gates(self, now: float, commands: list[Command]) -> None:
-        while (job := self._gates.best()) is not None and self.load.refusal(job.bytes) is None:
-            runner = job.source.runner
+        while (runner := self._gates.best()) is not None:
+            job = runner.gate.head()
+            if job is None or self.load.refusal(job.bytes) is not None:
+                return
             runner.gate.remove(job)
             self._admit(job, now, commands)
             self._gates.enter(runner)
@@ -639,9 +1005,7 @@ class DeviceQueue:
         source = job.source
         source.live -= 1
         if waiting:
-            if source.runner.awaiting.pop(job.id, None) is None:
-                source.gate.remove(job)
-                self._look_at_gate(source)
+            self._leave_line(job)
         else:
             self._unqueue(job)
             self._enter(source)
@@ -649,15 +1013,47 @@ class DeviceQueue:
         if isinstance(source, Lease):
             self._retire_if_over(source)
 
+    def _leave_line(self, job: Job) -> None:
+        """It waits no more: for its epoch, in the line of its tenant, or at the gate."""
+        source, runner = job.source, job.source.runner
+        if runner.awaiting.pop(job.id, None) is not None:
+            return
+        line = runner.tenant_lines.get(job.tenant) if source is runner else None
+        if line is not None and line.pop(job.id, None) is not None:
+            if not line:
+                del runner.tenant_lines[job.tenant]
+            return
+        source.gate.remove(job)
+        if _is_counted(job):
+            self._uncount_tenant(job)
+        self._look_at_gate(source)
+
     def _unqueue(self, job: Job) -> None:
         """It leaves its queue, and the room that it had."""
-        source = job.source
+        source, runner = job.source, job.source.runner
         if job.key is not None and self._may_have_company(job):
-            _company(source.runner).leave(job)
+            _company(runner).leave(job)
         else:
             source.queue.remove(job)
         for load in self._loads_of(source):
             load.remove(job)
+        if self._predicts:
+            self._backlog.remove(job)
+            runner.backlog.remove(job)
+            if not runner.backlog.jobs:
+                self._busy_runners -= 1
+                # Sums of floats drift; nobody has no share.
+                self._busy_shares = self._busy_shares - runner.share if self._busy_runners else 0.0
+        self.ledger.leave(job)
+        if self._max_wait is not None and not job.holds:
+            source.arrivals.remove(job)
+        if runner.sheds and source is runner and not job.holds:
+            for worst in self._worsts_of(job):
+                worst.left()
+            if not runner.worst_of[job.tenant].alive:
+                del runner.worst_of[job.tenant]
+        if runner.counts_tenants and _is_counted(job):
+            self._uncount_tenant(job)
         self._look_at_gate(source)
 
     def _loads_of(self, source: Source) -> tuple[Load, ...]:
@@ -671,8 +1067,7 @@ class DeviceQueue:
         if lease.released and not lease.live and lease.id in runner.leases:
             del runner.leases[lease.id]
             runner.free.append(lease.free.pop())
-            self._ready.leave(lease)
-            self._ready_inline.leave(lease)
+            self._forget(lease)
             self._enter(runner)
 
     def _revoke(self, job: Job, error: AotiSchedError, now: float, commands: list[Command]) -> None:
@@ -682,7 +1077,7 @@ class DeviceQueue:
 
     def _serve_epoch(self, runner: RunnerState, now: float, commands: list[Command]) -> None:
         """The runner's epoch has changed: who waited for it may queue, who can't have theirs any more is told."""
-        for job in [*runner.gate.jobs(), *runner.queue.jobs()]:
+        for job in [*runner.waiting(), *runner.queue.jobs()]:
             error = barrier.epoch_refusal(job)
             if error is not None:
                 self._revoke(job, error, now, commands)
@@ -690,7 +1085,7 @@ class DeviceQueue:
             del runner.awaiting[job.id]
             self._ids += 1
             job.id = self._ids  # its turn counts from now
-            runner.gate.push(job)
+            self._wait_for_room(job)
         self._look_at_gate(runner)
 
     def _see_what_is_over(self, runner: RunnerState, commands: list[Command]) -> None:
@@ -714,12 +1109,20 @@ class DeviceQueue:
         if deadline <= now:  # this fact came before its tick
             self._expire(job, now, commands)
             return True
-        placing = job.source.runner.placing
-        ends = placing.ends(job.bytes, now)
-        if job.holds or ends <= deadline or placing.times.doubt(job.bytes):  # a lease is no run
+        if not self._would_be_late(job, deadline, now):
             return False
-        self._expire(job, now, commands, ends - now)
+        times = job.source.runner.placing.times
+        if times.doubt(job.bytes):
+            job.tried = True
+            return False
+        self._expire(job, now, commands, times.typical(job.bytes))
         return True
+
+    def _would_be_late(self, job: Job, deadline: float, now: float) -> bool:
+        """Whether a run that starts now would end after its deadline, by what is known. A lease is no run."""
+        if not self.policy.expire_late or job.holds or job.tried:
+            return False
+        return job.source.runner.placing.ends(job.bytes, now) > deadline
 
     def _expire(self, job: Job, now: float, commands: list[Command], takes: float | None = None) -> None:
         if job.state is JobState.RUNNING:

@@ -78,6 +78,10 @@ class ServiceTimes:
         known = self._by_class.get(size.bit_length())
         return 0.0 if known is None else known.typical
 
+    def knows(self, size: int) -> bool:
+        """Whether enough runs on inputs of about `size` bytes have been seen."""
+        return self.bound(size) < math.inf
+
     def doubt(self, size: int) -> bool:
         """Whether to run a job that is believed to take too long all the same, so that a wrong belief can be corrected."""
         known = self._by_class[size.bit_length()]

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING
 
 from aoti_sched.queue.job import Job, JobState
@@ -44,6 +44,8 @@ def check(queue: DeviceQueue) -> None:
         ),
         "a turn with inline runs, or with jobs that may have company, has a next",
     )
+    on_cores = sum(job.source.runner.width for lane, job in queue.lanes.running.items() if lane != LOOP)
+    must(queue.lanes.free_cores == queue.lanes.cores - on_cores >= 0, "what is on lanes has its cores")
     queued_jobs = queued_bytes = 0
     for runner in queue.runners.values():
         on_lanes = [job for job in queue.lanes.running.values() if job.source.runner is runner]
@@ -57,6 +59,7 @@ def check(queue: DeviceQueue) -> None:
         sources: list[Source] = [runner, *runner.leases.values()]
         queued = [job for source in sources for job in source.queue.jobs()]
         gate = [job for source in sources for job in source.gate.jobs()]
+        in_line = [job for line in runner.tenant_lines.values() for job in line.values()]
         must(all(job.state is JobState.QUEUED for job in queued), "what is in a queue is QUEUED")
         must(all(job.state is JobState.WAITING for job in gate), "what is at a gate is WAITING")
         must(runner.load.jobs == len(queued), "a runner's load counts its queued jobs")
@@ -71,6 +74,7 @@ def check(queue: DeviceQueue) -> None:
                 "nobody waits at a lease's gate when it has room",
             )
             must(not lease.closed, "a held lease is never closed")
+        _check_tenants(runner, must)
         awaiting = list(runner.awaiting.values())
         must(all(job.state is JobState.WAITING for job in awaiting), "what awaits an epoch is WAITING")
         must(
@@ -108,21 +112,28 @@ def check(queue: DeviceQueue) -> None:
         must(runner.reached or not (runner.closed and runner.home), "a barrier that can be reached is")
         must(
             sum(s.live for s in sources)
-            == len(queued) + len(gate) + len(awaiting) + sum(map(_live, [*on_lanes, *following])),
+            == len(queued)
+            + len(gate)
+            + len(in_line)
+            + len(awaiting)
+            + sum(map(_live, [*on_lanes, *following])),
             "live jobs are somewhere",
         )
         must(runner.load.within_bounds(*_lease_loads(runner)), "no bound of a runner is exceeded")
         if _has_room(runner):
-            first = queue._gates.best()
-            blocked = first is not None and queue.load.refusal(first.bytes) is not None
+            at_gate = queue._gates.best()
+            waits = None if at_gate is None else at_gate.gate.head()
+            blocked = waits is not None and queue.load.refusal(waits.bytes) is not None
             must(blocked, "nobody waits at a gate when there is room")
         must((runner.phase is not Phase.DRAINED) or runner.idle, "a drained runner is idle")
         for source in sources:
             head = source.queue.head()
             if head is not None and source.free and not source.closed:
                 here = head.holds or runner.placing.inline(head.bytes)
-                place = (head.holds or queue.lanes.loop_is_free()) if here else bool(queue.lanes.free)
+                lane = bool(queue.lanes.free) and not _waits_for_cores(queue)
+                place = (head.holds or queue.lanes.loop_is_free()) if here else lane
                 must(not place, "no job waits while a slot and a place to run are free")
+        _check_accounts(queue, runner, queued, must)
         queued_jobs += len(queued)
         queued_bytes += sum(job.bytes for job in queued)
     must(
@@ -134,6 +145,74 @@ def check(queue: DeviceQueue) -> None:
     must(
         sum(is_over(entry[2]) for entry in queue.timers.deadlines) == queue.timers.dead,
         "dead deadlines are counted",
+    )
+
+
+def _waits_for_cores(queue: DeviceQueue) -> bool:
+    """Whether one that is first in line for a lane, or may be, needs more cores than are free."""
+    sources = [s for runner in queue.runners.values() for s in (runner, *runner.leases.values())]
+    return any(
+        source.free
+        and not source.closed
+        and len(source.queue)
+        and source.runner.width > queue.lanes.free_cores
+        for source in sources
+    )
+
+
+def _check_tenants(runner: RunnerState, must: Callable[[bool, str], None]) -> None:
+    most = runner.load.bounds.tenant_jobs
+    counted: dict[Hashable, int] = {}
+    for job in (*runner.gate.jobs(), *runner.queue.jobs()):
+        if most is not None and not job.exempt:
+            counted[job.tenant] = counted.get(job.tenant, 0) + 1
+    must(runner.tenant_jobs == counted, "what a tenant has at the gate and in the queue is counted")
+    must(most is None or max(counted.values(), default=0) <= most, "no bound of a tenant is exceeded")
+    for tenant, line in runner.tenant_lines.items():
+        must(bool(line) and counted.get(tenant) == most, "nobody waits for its tenant when there is room")
+        must(
+            all(job.state is JobState.WAITING and job.tenant == tenant for job in line.values()),
+            "what waits for its tenant is WAITING",
+        )
+
+
+def _check_accounts(
+    queue: DeviceQueue, runner: RunnerState, queued: list[Job], must: Callable[[bool, str], None]
+) -> None:
+    launched = [job for job in queue.lanes.launched() if job.source.runner is runner]
+    running = [job for first in launched for job in first.members or (first,)]
+    for priority, account in enumerate(runner.accounts):
+        of_class = [job for job in queued if job.priority == priority]
+        must(
+            account.queued == len(of_class)
+            and account.running == sum(job.priority == priority for job in running),
+            "a runner's account knows what is queued and runs",
+        )
+        must(account.balance <= 0.0, "what was used is paid for")
+        for tenant, own in runner.tenants[priority].accounts.items():
+            mine = [job for job in of_class if job.source is runner and job.tenant == tenant]
+            runs = [
+                j for j in running if j.source is runner and j.tenant == tenant and j.priority == priority
+            ]
+            must(
+                (own.queued, own.running) == (len(mine), len(runs)),
+                "a tenant's account knows what is queued and runs",
+            )
+    must(
+        runner.backlog.jobs == (len(queued) if queue._predicts else 0),
+        "what is queued is foreseen",
+    )
+    oldest = [job for job in queued if not job.holds] if queue.policy.max_wait is not None else []
+    sources: list[Source] = [runner, *runner.leases.values()]
+    must(
+        sorted(job.id for source in sources for job in source.arrivals.jobs())
+        == sorted(j.id for j in oldest),
+        "what may become overdue is watched",
+    )
+    may_go = [j for j in queued if runner.sheds and j.source is runner and not j.holds]
+    must(
+        runner.worst.alive == len(may_go) == sum(worst.alive for worst in runner.worst_of.values()),
+        "what may be shed is known",
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from aoti_sched.queue.fair import Account
     from aoti_sched.queue.lease import Source
 
 
@@ -31,6 +32,7 @@ class JobState(enum.IntEnum):
     EXPIRED = 7
     CANCELLED = 8
     REVOKED = 9  # its runner was terminated, an update aborted it, or its epoch was rolled back
+    SHED = 10  # dropped from a full queue to make room for a better one
 
 
 class Fact(enum.IntEnum):
@@ -45,6 +47,7 @@ class Fact(enum.IntEnum):
     EXPIRE = 6
     CANCEL = 7
     REVOKE = 8
+    SHED = 9
 
 
 TRANSITIONS: dict[JobState, dict[Fact, JobState]] = {
@@ -65,6 +68,7 @@ TRANSITIONS: dict[JobState, dict[Fact, JobState]] = {
         Fact.EXPIRE: JobState.EXPIRED,
         Fact.CANCEL: JobState.CANCELLED,
         Fact.REVOKE: JobState.REVOKED,
+        Fact.SHED: JobState.SHED,
     },
     # A running job that expires or is cancelled ends for its caller at once; its lane and slot come home
     # with the completion, which then finds the job at its end and changes nothing more.
@@ -80,6 +84,7 @@ TRANSITIONS: dict[JobState, dict[Fact, JobState]] = {
     JobState.EXPIRED: {Fact.SUCCEED: JobState.EXPIRED, Fact.FAIL: JobState.EXPIRED},
     JobState.CANCELLED: {Fact.SUCCEED: JobState.CANCELLED, Fact.FAIL: JobState.CANCELLED},
     JobState.REVOKED: {},
+    JobState.SHED: {},
 }
 """Every transition of a job. A fact that is not in its state's row is illegal."""
 
@@ -95,15 +100,19 @@ class Job:
     for a lease and not for a run. `bytes` counts the inputs. Times are seconds on the caller's clock;
     `deadline` is absolute. It runs on constants of `min_epoch` or later. Jobs with an equal `key` may run as one, as
     long as they have not too many `rows` together. One that is `exempt` is the library's own, and no bound, which are there
-    against callers, holds it back; it takes no room from others, either. `lane` is `LOOP` for a run on the loop's own thread, and then
+    against callers, holds it back; it takes no room from others, either. A runner's `tenant`s share it equally. `lane` is `LOOP` for a run on the loop's own thread, and then
     `inline` is set.
 
     The first of a batch, its leader, has all jobs that run with it as `members`, itself first, and stands for them on
     its lane; `size` is the bytes of all their inputs. `rest` are members of a failed batch that have yet to be run
     again, one after the other, and `again` is set for one that is. `batch` is how many jobs ran as one with this one.
+
+    It is `expected` to take so many core seconds, by what was known of others like it when it was queued. At its launch that is
+    charged to its runner, and to its tenant's `account`.
     """
 
     __slots__ = (
+        "account",
         "again",
         "batch",
         "bytes",
@@ -111,6 +120,7 @@ class Job:
         "due",
         "epoch",
         "exempt",
+        "expected",
         "finished",
         "holds",
         "id",
@@ -129,6 +139,8 @@ class Job:
         "started",
         "state",
         "submitted",
+        "tenant",
+        "tried",
     )
 
     def __init__(
@@ -143,6 +155,7 @@ class Job:
         rows: int = 1,
         key: Hashable = None,
         exempt: bool = False,
+        tenant: Hashable = None,
     ) -> None:
         self.source = source
         self.priority = priority
@@ -154,6 +167,7 @@ class Job:
         self.rows = rows
         self.key = key
         self.exempt = exempt
+        self.tenant = tenant
 
         self.id = -1
         self.state = JobState.NEW
@@ -164,12 +178,15 @@ class Job:
         self.submitted = 0.0
         self.started = 0.0
         self.finished = 0.0
-        self.due = 0.0  # its deadline, or when it is taken to be due without one
+        self.due = 0.0  # what orders jobs of one class and tenant: see `Policy.due`
         self.size = 0
         self.members: tuple[Job, ...] = ()
         self.rest: tuple[Job, ...] = ()
         self.again = False
         self.batch = 1
+        self.expected = 0.0
+        self.account: Account | None = None
+        self.tried = False  # believed to be late, and let go on all the same
 
     def happens(self, fact: Fact) -> None:
         """Move to the next state by the table, or raise `IllegalFactError` and change nothing."""

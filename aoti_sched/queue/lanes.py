@@ -11,12 +11,25 @@ from aoti_sched.queue.placement import LOOP
 
 
 class Lanes:
-    """A device's lanes, and the loop's own thread as one more place to run (`LOOP`), for `inline_budget` seconds a turn."""
+    """A device's lanes, and the loop's own thread as one more place to run (`LOOP`), for `inline_budget` seconds a turn.
 
-    __slots__ = ("count", "following", "free", "inline_budget", "inline_left", "running")
+    A run on a lane takes as many of the device's `cores` as its runner is wide.
+    """
 
-    def __init__(self, count: int, inline_budget: float) -> None:
+    __slots__ = (
+        "cores",
+        "count",
+        "following",
+        "free",
+        "free_cores",
+        "inline_budget",
+        "inline_left",
+        "running",
+    )
+
+    def __init__(self, count: int, cores: int, inline_budget: float) -> None:
         self.count = count
+        self.cores = self.free_cores = cores
         self.free = list(reversed(range(count)))  # a stack: the lane used last may still be awake
         self.running: dict[int, Job] = {}  # by lane; of a batch, its leader
         self.following: dict[int, Job] = {}  # by lane: handed to it behind the running one
@@ -30,11 +43,16 @@ class Lanes:
     def loop_is_free(self) -> bool:
         return LOOP not in self.running and self.inline_left > 0
 
+    def launched(self) -> list[Job]:
+        """What was launched and is not complete; of a batch, its leader."""
+        return [*self.running.values(), *self.following.values()]
+
     def take(self, job: Job) -> None:
         """It runs on `job.lane`. A lane that runs a short job may be given the next one of its source."""
         self.running[job.lane] = job
         if job.lane != LOOP:
             self.free.pop()
+            self.free_cores -= job.source.runner.width
             if job.source.runner.placing.follows(job.size):
                 job.source.followed.append(job.lane)
 
@@ -57,6 +75,7 @@ class Lanes:
             source.free.append(job.slot)
             if lane != LOOP:
                 self.free.append(lane)
+                self.free_cores += source.runner.width
         else:
             self.running[lane] = again
         if again is not None and follower is not None:  # it is on the lane already, or was to be

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import enum
+from collections import OrderedDict
+from collections.abc import Hashable
 from typing import Any
 
 import msgspec
 
 from aoti_sched.queue.admission import Load
 from aoti_sched.queue.batch import Batching, Company
-from aoti_sched.queue.job import Job
-from aoti_sched.queue.order import JobQueue, KeyedQueue
+from aoti_sched.queue.fair import Account, Turns
+from aoti_sched.queue.forecast import Backlog
+from aoti_sched.queue.job import Job, Priority
+from aoti_sched.queue.order import NOBODY, InOrder, JobQueue
+from aoti_sched.queue.overload import Worst
 from aoti_sched.queue.placement import Placing
 
 
@@ -33,6 +38,7 @@ class Counters(msgspec.Struct):
     expired: int = 0
     cancelled: int = 0
     revoked: int = 0
+    shed: int = 0
     queue_seconds: float = 0.0
     run_seconds: float = 0.0
     wasted_seconds: float = 0.0
@@ -47,31 +53,50 @@ class Counters(msgspec.Struct):
     """Jobs that were run again by themselves, since their batch had failed."""
 
 
+UNHEALTHY = 5
+"""Failed runs in a row that make a runner a failing one."""
+
+
 class Source:
     """What jobs draw slots from: a runner with all its slots, or a held lease with its one.
 
     `queue` holds what was admitted, `load` counts it against its bounds; `gate` holds what waits for room.
     `free` is a stack, so that the slot used last, whose memory is warm, is used next. `live` counts the
     jobs that are waiting, queued or running here, callers that left a running job included. A `closed`
-    source gives out no slot. `followed` are lanes that run a short job of this source and may be given its next.
+    source gives out no slot. `runner` is the one whose slots they are. `followed` are lanes that run a short job of this source and may be given its next.
+    `arrivals` is its queue by the time of submission, kept where jobs may become overdue.
     """
 
-    __slots__ = ("closed", "epoch", "followed", "free", "gate", "live", "load", "name", "queue")
+    __slots__ = (
+        "arrivals",
+        "closed",
+        "epoch",
+        "followed",
+        "free",
+        "gate",
+        "live",
+        "load",
+        "name",
+        "queue",
+        "runner",
+    )
 
-    def __init__(self, name: str, slots: list[int], epoch: int, load: Load) -> None:
+    def __init__(self, name: str, slots: list[int], epoch: int, load: Load, queue: JobQueue) -> None:
         self.name = name
         self.free = slots
         self.gate = JobQueue()
-        self.queue = JobQueue()
+        self.queue = queue
+        self.arrivals = InOrder()
         self.load = load
         self.live = 0
         self.epoch = epoch
         self.closed = False
         self.followed: list[int] = []
+        self.runner: RunnerState
 
-    @property
-    def runner(self) -> RunnerState:
-        raise AttributeError("a bare source has no runner")
+
+def _no_account(_: int, __: Hashable) -> Account:
+    return NOBODY
 
 
 class RunnerState(Source):
@@ -79,18 +104,35 @@ class RunnerState(Source):
 
     `published` is the highest epoch there has been. `awaiting` holds jobs whose epoch is yet to come. `company` is there
     if its jobs may run as one, and then its queue knows their keys.
+
+    A run takes `width` cores on a lane. By class, `accounts` are of its part of the device's time, and `tenants` of theirs of its
+    own. Of each tenant, `tenant_jobs` counts what is queued or at the gate, where that is bounded, and `tenant_lines` hold who waits
+    for that. `worst` are queued jobs that may be shed, if any may; `worst_of` the same, by tenant. `failures` were in a row.
     """
 
     __slots__ = (
+        "accounts",
         "awaiting",
+        "backlog",
         "company",
         "counters",
+        "counts_tenants",
+        "failures",
         "leases",
         "phase",
         "placing",
+        "predicts",
         "published",
         "reached",
+        "share",
+        "sheds",
         "slots",
+        "tenant_jobs",
+        "tenant_lines",
+        "tenants",
+        "width",
+        "worst",
+        "worst_of",
     )
 
     def __init__(
@@ -100,15 +142,32 @@ class RunnerState(Source):
         load: Load,
         epoch: int,
         placing: Placing,
+        accounts: tuple[Account, ...],
         *,
         batching: Batching | None = None,
+        width: int = 1,
+        share: float = 1.0,
+        sheds: bool = False,
+        predicts: bool = False,
     ) -> None:
-        super().__init__(name, list(reversed(range(slots))), epoch, load)
-        self.company: Company | None = None
-        if batching is not None:
-            self.queue = KeyedQueue()
-            self.company = Company(batching, self.queue)
+        self.tenants = tuple(Turns() for _ in Priority)
+        queue = JobQueue(self.account_of) if accounts else JobQueue(_no_account)
+        super().__init__(name, list(reversed(range(slots))), epoch, load, queue)
+        self.company = None if batching is None else Company(batching, self.queue)
+        self.runner = self
         self.slots = slots
+        self.accounts = accounts
+        self.width = width
+        self.share = share
+        self.counts_tenants = load.bounds.tenant_jobs is not None
+        self.tenant_jobs: dict[Hashable, int] = {}
+        self.tenant_lines: dict[Hashable, OrderedDict[int, Job]] = {}
+        self.backlog = Backlog()
+        self.predicts = predicts
+        self.sheds = sheds
+        self.worst = Worst()
+        self.worst_of: dict[Hashable, Worst] = {}
+        self.failures = 0
         self.leases: dict[int, Lease] = {}
         self.phase = Phase.OPEN
         self.counters = Counters()
@@ -117,9 +176,14 @@ class RunnerState(Source):
         self.reached = False
         self.awaiting: dict[int, Job] = {}
 
-    @property
-    def runner(self) -> RunnerState:
-        return self
+    def account_of(self, priority: int, tenant: Hashable) -> Account:
+        """Of its own time."""
+        return self.tenants[priority].of(tenant)
+
+    def waiting(self) -> list[Job]:
+        """For room: at the gate, and in lines before it."""
+        lines = [job for line in self.tenant_lines.values() for job in line.values()]
+        return [*self.gate.jobs(), *lines]
 
     @property
     def idle(self) -> bool:
@@ -137,17 +201,13 @@ class Lease(Source):
     Released, it takes no new jobs; its slot goes home when the last of its accepted jobs is through.
     """
 
-    __slots__ = ("_runner", "holder", "id", "released", "slot")
+    __slots__ = ("holder", "id", "released", "slot")
 
     def __init__(self, lease_id: int, runner: RunnerState, slot: int, holder: Any) -> None:
         load = Load(f"lease {lease_id} of runner {runner.name!r}", runner.load.bounds)
-        super().__init__(runner.name, [slot], runner.epoch, load)
-        self._runner = runner
+        super().__init__(runner.name, [slot], runner.epoch, load, JobQueue())
+        self.runner = runner
         self.id = lease_id
         self.slot = slot
         self.holder = holder
         self.released = False
-
-    @property
-    def runner(self) -> RunnerState:
-        return self._runner

@@ -1,217 +1,277 @@
-"""Order: which job goes next. Priority classes, the earliest deadline within; across runners and keys the same rule."""
+"""Order: which job goes next. The priority class, then whose turn it is, then the earliest deadline.
+
+Jobs that differ in nothing but their deadlines stand in one line, in order. Lines contend within a queue, by their first
+jobs; queues contend for lanes and for room. All of it is O(log n), and O(1) where jobs come in the order in which they go.
+"""
 
 from __future__ import annotations
 
 import heapq
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
+from aoti_sched.queue.fair import Account
 from aoti_sched.queue.job import Job, Priority
 
 _T = TypeVar("_T", bound=Hashable)
 
+Rank = tuple[float, ...]
+"""What is compared: the least goes first. It ends in a job's id, so no two are equal."""
 
-UNHURRIED = 10.0
-"""Seconds. A job without a deadline is ordered as if it were due so long after its submission: behind those that are in a
-hurry, but not for ever."""
-
-Rank = tuple[int, float, int]
-
-
-def rank(job: Job) -> Rank:
-    """The least goes first: the higher class, then the earlier deadline, then who came first."""
-    return (job.priority, job.due, job.id)
+NOBODY = Account()
+"""For lines between which there are no turns: it is never charged."""
 
 
-class Line:
-    """Jobs of one class, the earliest due first. O(1) for those that come in that order, O(log n) for others."""
+class Contest(Generic[_T]):
+    """Things contending for something, the one with the least rank first.
 
-    __slots__ = ("_early", "_heap", "_in_order", "_last")
+    A heap of (rank, thing) entries that are not updated but checked when they surface. A thing must enter (or re-enter)
+    when its rank falls or it becomes eligible, and need not when its rank rises: so each fact costs O(log n), and
+    what has no work costs nothing.
 
-    def __init__(self) -> None:
-        # OrderedDict is a linked list: unlike a dict's, its first key is found in O(1) after many deletions.
-        self._in_order: OrderedDict[int, Job] = OrderedDict()
-        self._last = -math.inf  # when the last of them is due
-        self._early: dict[int, Job] = {}  # those that came after one that is due later
-        self._heap: list[tuple[float, int, Job]] = []  # of these, and of some that have left
+    Args:
+        rank_of: A thing's rank now; None while it is not eligible.
+    """
 
-    def push(self, job: Job) -> None:
-        if job.due > self._last or not self._in_order or (job.due == self._last and job.id > self._last_id()):
-            self._in_order[job.id] = job
-            self._last = job.due
-        else:
-            self._early[job.id] = job
-            heapq.heappush(self._heap, (job.due, job.id, job))
+    __slots__ = ("_entered", "_heap", "_rank_of")
 
-    def remove(self, job: Job) -> None:
-        if self._in_order.pop(job.id, None) is not None:
+    def __init__(self, rank_of: Callable[[_T], Rank | None]) -> None:
+        self._rank_of = rank_of
+        self._heap: list[tuple[Rank, _T]] = []
+        self._entered: dict[_T, Rank] = {}  # each thing's latest entry; older ones are stale
+
+    def enter(self, thing: _T) -> None:
+        """Call when its rank may have fallen or it may have become eligible; entering twice does no harm."""
+        rank = self._rank_of(thing)
+        if rank is not None:
+            self.enter_as(thing, rank)
+
+    def enter_as(self, thing: _T, rank: Rank) -> None:
+        """`enter`, by one who knows the rank and that it is eligible."""
+        if self._entered.get(thing) == rank:
             return
-        del self._early[job.id]
-        if len(self._heap) > 2 * len(self._early) + 16:
-            self._heap = [(early.due, early.id, early) for early in self._early.values()]
+        heapq.heappush(self._heap, (rank, thing))
+        self._entered[thing] = rank
+        if len(self._heap) > 2 * len(self._entered) + 16:
+            self._heap = [entry for entry in self._heap if self._entered.get(entry[1]) == entry[0]]
             heapq.heapify(self._heap)
 
-    def head(self) -> Job | None:
-        if not self._early:
-            for first in self._in_order.values():
-                return first
-            return None
+    def leave(self, thing: _T) -> None:
+        """Forget a thing that is gone for good."""
+        self._entered.pop(thing, None)
+
+    def best(self) -> _T | None:
+        """The thing that goes next; None when none is eligible."""
         heap = self._heap
-        while heap[0][1] not in self._early:
+        while heap:
+            rank, thing = heap[0]
+            current = self._rank_of(thing)
+            if current == rank:
+                return thing
             heapq.heappop(heap)
-        for first in self._in_order.values():
-            if (first.due, first.id) < heap[0][:2]:
-                return first
-            break
-        return heap[0][2]
+            if self._entered.get(thing) == rank:
+                del self._entered[thing]
+                if current is not None:
+                    self.enter_as(thing, current)
+        return None
+
+
+class InOrder:
+    """Jobs by a number, ties by their ids; the least goes `first`.
+
+    Most come in the order in which they go, and stand in `_in_order`. Those that must go before its last stand in a heap.
+    """
+
+    __slots__ = ("_early", "_heap", "_in_order", "_last", "first")
+
+    def __init__(self) -> None:
+        self.first: Job | None = None
+        # OrderedDict is a linked list: unlike a dict's, its first key is found in O(1) after many deletions.
+        self._in_order: OrderedDict[int, tuple[float, int, Job]] = OrderedDict()
+        self._last: tuple[float, int] = (0.0, 0)  # of those in order
+        self._early: dict[int, Job] = {}
+        self._heap: list[tuple[float, int, Job]] = []  # of these, and of some that have left
+
+    def push(self, number: float, job: Job) -> None:
+        follows = bool(self._in_order)
+        if not follows or (number, job.id) > self._last:
+            self._in_order[job.id] = (number, job.id, job)
+            self._last = (number, job.id)
+        else:
+            follows = False
+            self._early[job.id] = job
+            heapq.heappush(self._heap, (number, job.id, job))
+        if not follows:
+            self.first = self._least()
+
+    def remove(self, job: Job) -> None:
+        if self._in_order.pop(job.id, None) is None:
+            del self._early[job.id]
+            if len(self._heap) > 2 * len(self._early) + 16:
+                self._heap = [entry for entry in self._heap if entry[1] in self._early]
+                heapq.heapify(self._heap)
+        if job is self.first:
+            self.first = self._least()
 
     def jobs(self) -> list[Job]:
-        return sorted([*self._in_order.values(), *self._early.values()], key=rank)
+        return [*(entry[2] for entry in self._in_order.values()), *self._early.values()]
 
-    def _last_id(self) -> int:
-        return next(reversed(self._in_order))
+    def _least(self) -> Job | None:
+        heap = self._heap
+        while heap and heap[0][1] not in self._early:
+            heapq.heappop(heap)
+        for first in self._in_order.values():
+            return heap[0][2] if heap and heap[0] < first else first[2]
+        return heap[0][2] if heap else None
+
+
+class Line(InOrder):
+    """Jobs of one class, tenant and key, the earliest due first."""
+
+    __slots__ = ("account", "key", "priority")
+
+    def __init__(self, priority: int, account: Account, key: Hashable) -> None:
+        super().__init__()
+        self.priority = priority
+        self.account = account
+        self.key = key
+
+    def rank(self) -> Rank | None:
+        first = self.first
+        return None if first is None else (self.priority, self.account.virtual, first.due, first.id)
+
+
+class Lines:
+    """Lines that have jobs, the one whose first job goes next before the others. The `only` one needs no contest."""
+
+    __slots__ = ("_contest", "lines", "only")
+
+    def __init__(self) -> None:
+        self.lines: dict[Line, None] = {}
+        self.only: Line | None = None
+        self._contest: Contest[Line] = Contest(Line.rank)
+
+    def changed(self, line: Line) -> None:
+        """Jobs have come to it or left it."""
+        if line is self.only:
+            if line.first is None:
+                self.only = None
+                self.lines.clear()
+            return
+        lines = self.lines
+        if line.first is not None:
+            if not lines:
+                self.only = line
+            elif self.only is not None:  # until now it did not contend
+                self._contest.enter(self.only)
+                self.only = None
+            lines[line] = None
+            if self.only is None:
+                self._contest.enter(line)
+        elif line in lines:
+            del lines[line]
+            self._contest.leave(line)
+            if len(lines) == 1:
+                (self.only,) = lines
+                self._contest = Contest(Line.rank)
+
+    def first(self) -> Job | None:
+        """Of all of them."""
+        line = self.only or self._contest.best()
+        return None if line is None else line.first
 
 
 class JobQueue:
-    """The waiting jobs of one source."""
+    """The jobs of one source that wait for the same thing.
 
-    __slots__ = ("_classes", "_size")
+    Args:
+        account_of: Gives a tenant's account of a class; without, tenants and keys make no difference.
+    """
 
-    def __init__(self) -> None:
-        self._classes: tuple[Line, ...] = tuple(Line() for _ in Priority)
+    __slots__ = ("_account_of", "_by_key", "_hidden", "_lines", "_many", "_plain", "_shown", "_size")
+
+    def __init__(self, account_of: Callable[[int, Hashable], Account] | None = None) -> None:
+        self._account_of = account_of
+        self._plain = tuple(
+            Line(priority, NOBODY if account_of is None else account_of(priority, None), None)
+            for priority in Priority
+        )  # of jobs without tenant and key, by class
+        self._lines: dict[tuple[int, Hashable, Hashable], Line] = {}
+        self._many = 64
+        self._shown = Lines()
+        self._by_key: dict[Hashable, Lines] = {}
+        self._hidden: set[Hashable] = set()
         self._size = 0
 
     def __len__(self) -> int:
         return self._size
 
     def push(self, job: Job) -> None:
-        self._classes[job.priority].push(job)
+        line = self._line_of(job)
+        line.push(job.due, job)
         self._size += 1
+        self._changed(line)
 
     def remove(self, job: Job) -> None:
-        self._classes[job.priority].remove(job)
+        line = self._line_of(job)
+        line.remove(job)
         self._size -= 1
+        self._changed(line)
 
     def head(self) -> Job | None:
-        for line in self._classes:
-            head = line.head()
-            if head is not None:
-                return head
-        return None
-
-    def jobs(self) -> list[Job]:
-        """All jobs in the order in which they would go."""
-        return [job for line in self._classes for job in line.jobs()]
-
-
-class Contest(Generic[_T]):
-    """Queues contending for something (a lane, room, the next place in a larger queue), best head job first.
-
-    What has the queue, a source or a key, stands for it. A heap of (rank, source) entries that are not updated but checked when they surface: an entry
-    counts if its job still heads its source's queue and the source is `eligible`. A source enters (or
-    re-enters) when its head or its eligibility changes; so each fact costs O(log n), and a source that
-    has no work costs nothing.
-    """
-
-    __slots__ = ("_eligible", "_entered", "_heap", "_queue_of")
-
-    def __init__(self, queue_of: Callable[[_T], JobQueue], eligible: Callable[[_T, Job], bool]) -> None:
-        self._heap: list[tuple[int, float, int, _T]] = []
-        self._entered: dict[_T, int] = {}  # each source's latest entry; older ones are stale
-        self._queue_of = queue_of
-        self._eligible = eligible
-
-    def enter(self, source: _T) -> None:
-        """Call when a source's head or eligibility may have changed; entering twice does no harm."""
-        head = self._queue_of(source).head()
-        if head is not None and self._eligible(source, head):
-            self.enter_with(source, head)
-
-    def enter_with(self, source: _T, head: Job) -> None:
-        """`enter`, by one who knows the head and that it is eligible."""
-        if self._entered.get(source) == head.id:
-            return
-        heapq.heappush(self._heap, (head.priority, head.due, head.id, source))
-        self._entered[source] = head.id
-        if len(self._heap) > 2 * len(self._entered) + 16:
-            self._drop_stale()
-
-    def leave(self, source: _T) -> None:
-        """Forget a source that is gone for good."""
-        self._entered.pop(source, None)
-
-    def best(self) -> Job | None:
-        """The job that goes next, still queued; None when no source is eligible."""
-        heap = self._heap
-        while heap:
-            _, _, job_id, source = heap[0]
-            head = self._queue_of(source).head()
-            if head is not None and head.id == job_id and self._eligible(source, head):
-                return head
-            heapq.heappop(heap)
-            if self._entered.get(source) == job_id:
-                del self._entered[source]
-        return None
-
-    def _drop_stale(self) -> None:
-        self._heap = [entry for entry in self._heap if self._entered.get(entry[3]) == entry[2]]
-        heapq.heapify(self._heap)
-
-
-class KeyedQueue(JobQueue):
-    """The waiting jobs of a runner that may run some of them as one: those with the same key stand together.
-
-    A key can be hidden: its jobs wait, but do not contend. They are hidden and shown by whoever knows why.
-    """
-
-    __slots__ = ("_by_key", "_contest", "_hidden")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._by_key: dict[Hashable, JobQueue] = {}
-        self._hidden: set[Hashable] = set()
-        self._contest: Contest[Hashable] = Contest(
-            lambda key: self._by_key.get(key, _NONE), lambda key, _: key not in self._hidden
-        )
-
-    def push(self, job: Job) -> None:
-        alike = self._by_key.get(job.key)
-        if alike is None:
-            alike = self._by_key[job.key] = JobQueue()
-        alike.push(job)
-        self._size += 1
-        self._contest.enter(job.key)
-
-    def remove(self, job: Job) -> None:
-        alike = self._by_key[job.key]
-        alike.remove(job)
-        self._size -= 1
-        if len(alike):
-            self._contest.enter(job.key)
-        else:
-            del self._by_key[job.key]
-            self._contest.leave(job.key)
-
-    def head(self) -> Job | None:
-        return self._contest.best()
+        """The first of what is shown."""
+        only = self._shown.only
+        return self._shown.first() if only is None else only.first
 
     def head_of(self, key: Hashable) -> Job | None:
-        """The first of those with this key, hidden or not."""
-        return self._by_key.get(key, _NONE).head()
+        """The first of those with this key."""
+        lines = self._by_key.get(key)
+        return None if lines is None else lines.first()
 
     def hide(self, key: Hashable) -> None:
+        """Keep back jobs of this key that come from now on; there are none yet."""
         self._hidden.add(key)
 
     def show(self, key: Hashable) -> None:
-        if key in self._hidden:
-            self._hidden.remove(key)
-            self._contest.enter(key)
+        """Let the jobs of a hidden key take part."""
+        self._hidden.discard(key)
+        lines = self._by_key.get(key)
+        for line in () if lines is None else list(lines.lines):
+            self._shown.changed(line)
 
     def jobs(self) -> list[Job]:
-        found = [job for alike in self._by_key.values() for job in alike.jobs()]
-        return sorted(found, key=rank)
+        """All jobs, by class, due time and arrival."""
+        return sorted(
+            [job for line in (*self._plain, *self._lines.values()) for job in line.jobs()],
+            key=lambda job: (job.priority, job.due, job.id),
+        )
 
+    def _line_of(self, job: Job) -> Line:
+        """Where a job stands, or will."""
+        account_of = self._account_of
+        if account_of is None or (job.tenant is None and job.key is None):
+            return self._plain[job.priority]
+        name = (job.priority, job.tenant, job.key)
+        line = self._lines.get(name)
+        if line is None:
+            if len(self._lines) >= self._many:  # most of the time, lines without jobs are kept for what comes
+                self._lines = {name: line for name, line in self._lines.items() if line.first}
+                self._many = max(64, 2 * len(self._lines))
+            line = self._lines[name] = Line(job.priority, NOBODY, job.key)
+        if line.first is None:
+            line.account = account_of(job.priority, job.tenant)
+        return line
 
-_NONE = JobQueue()
+    def _changed(self, line: Line) -> None:
+        key = line.key
+        if key is not None:
+            lines = self._by_key.get(key)
+            if lines is None:
+                lines = self._by_key[key] = Lines()
+            lines.changed(line)
+            if not lines.lines:
+                del self._by_key[key]
+            if key in self._hidden:
+                return
+        self._shown.changed(line)

@@ -71,8 +71,6 @@ class Placing:
         One run on the loop's thread that was `too_long` for a whole turn's budget is enough to send what is
         like it back to the lanes, to be learned anew.
         """
-        if self.choice is not Placement.AUTO and not self.follow_limit:
-            return False
         times = self.times
         before = self.inline(size)
         if too_long:

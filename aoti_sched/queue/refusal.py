@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aoti_sched.errors import AotiSchedError, LeaseError, QueueFullError, RunnerClosedError
+from aoti_sched.errors import AotiSchedError, LeaseError, QueueFullError, RunnerClosedError, ShedError
 from aoti_sched.queue.barrier import epoch_refusal
 from aoti_sched.queue.lease import Lease, Phase
 
@@ -21,6 +21,8 @@ def for_good(job: Job, device: Load) -> AotiSchedError | None:
         if error is not None:
             return error
     never = source.load.never_fits(job.bytes) or device.never_fits(job.bytes)
+    if never is None and runner.counts_tenants and source is runner and runner.load.bounds.tenant_jobs == 0:
+        never = f"runner {runner.name!r} queues no jobs of a tenant"
     if never is not None and not job.exempt:
         return QueueFullError(f"runner {runner.name!r}: the request can never be queued, {never}")
     return None if job.min_epoch <= source.epoch else _by_its_epoch(job)
@@ -30,6 +32,14 @@ def for_now(job: Job, full: str) -> QueueFullError:
     """There is no room, for this reason."""
     return QueueFullError(
         f"runner {job.source.name!r}: {full}. Send less, raise the bound, or load with overflow='wait'"
+    )
+
+
+def shed(job: Job) -> ShedError:
+    """It was queued, and makes room."""
+    return ShedError(
+        f"runner {job.source.name!r}: the queue is full, and the request was dropped for a better one (overflow='shed'): send less, "
+        "or give it a higher priority or an earlier deadline"
     )
 
 

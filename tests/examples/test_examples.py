@@ -43,11 +43,27 @@ PROGRAMS = {
         "a photo of something orange is called orange",
         "a photo of something purple is called purple",
     ],
+    "overload": [
+        "capacity    ",
+        "0.5 times the capacity, no bound",
+        "5 times the capacity, a bound, the worst dropped",
+        "5 times the capacity, refused by prediction",
+        " answered in time, which half of them knew after ",
+        " refused: it could not have been in time, which half of them knew after ",
+        " of those in time were a paying customer's",
+    ],
     "pipeline": [
         "1 running, 8 queued",
         "199 of 200 named correctly, 1 cancelled",
         "eye        199 completed, 1 cancelled, 0 failed",
         "namer      199 completed, 0 cancelled, 0 failed",
+    ],
+    "two_tenants": [
+        "alone       a look takes ",
+        "one queue   the first look took ",
+        "tenants     the first look took ",
+        "of 400: runner 'bounded': tenant 'archivist' has 100 jobs queued, its bound is 100.",
+        "of the archive were answered, and 20 of 20 looks",
     ],
 }
 

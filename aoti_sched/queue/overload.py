@@ -1,0 +1,75 @@
+"""Overload: which queued jobs are dropped to protect the rest. The worst first: lowest class, latest deadline, newest."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Sequence
+
+from aoti_sched.queue.job import Job, JobState
+
+
+def goodness(job: Job) -> tuple[float, float, int]:
+    """The worst has the least."""
+    return (-job.priority, -math.inf if job.deadline is None else -job.deadline, -job.id)
+
+
+class Worst:
+    """Queued jobs, the worst first. Those that have left are dropped when they surface, or outnumber the others."""
+
+    __slots__ = ("_heap", "alive")
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[tuple[float, float, int], Job]] = []
+        self.alive = 0
+
+    def push(self, job: Job) -> None:
+        heapq.heappush(self._heap, (goodness(job), job))
+        self.alive += 1
+
+    def left(self) -> None:
+        """One of its jobs is queued no more."""
+        self.alive -= 1
+        if len(self._heap) > 2 * self.alive + 16:
+            self._heap = [entry for entry in self._heap if entry[1].state is JobState.QUEUED]
+            heapq.heapify(self._heap)
+
+    def pop(self) -> Job | None:
+        heap = self._heap
+        while heap:
+            job = heapq.heappop(heap)[1]
+            if job.state is JobState.QUEUED:
+                return job
+        return None
+
+    def put_back(self, job: Job) -> None:
+        heapq.heappush(self._heap, (goodness(job), job))
+
+
+class Scope:
+    """What shares a bound: who of it may be shed, and whether a newcomer lacks room there when some are gone."""
+
+    __slots__ = ("lacks_room", "worst")
+
+    def __init__(self, worst: Worst, lacks_room: Callable[[Sequence[Job]], bool]) -> None:
+        self.worst = worst
+        self.lacks_room = lacks_room
+
+
+def victims(newcomer: Job, scopes: Sequence[Scope]) -> list[Job]:
+    """Who must go so that the newcomer fits, the worst first; nobody, when it is the worst itself or that is not enough."""
+    chosen: list[Job] = []
+    taken: list[tuple[Worst, Job]] = []
+    enough = True
+    for scope in scopes:
+        while enough and scope.lacks_room(chosen):
+            job = scope.worst.pop()
+            if job is not None:
+                taken.append((scope.worst, job))
+            if job is None or goodness(newcomer) < goodness(job):
+                enough = False
+            elif job not in chosen:
+                chosen.append(job)
+    for worst, job in taken:  # they are still queued
+        worst.put_back(job)
+    return chosen if enough else []
