@@ -14,6 +14,7 @@ from aoti_sched.queue.job import Job
 from aoti_sched.queue.lanes import Lanes
 from aoti_sched.queue.lease import Source
 from aoti_sched.queue.order import Contest, JobQueue
+from aoti_sched.queue.policy import Policy
 from aoti_sched.queue.timers import Timers
 
 FACTS = (
@@ -50,14 +51,28 @@ for _name in FACTS:
     setattr(CheckedQueue, _name, _checked(getattr(DeviceQueue, _name)))
 
 
-def device(lanes=1, jobs=None, size=None):
+def device(lanes=1, jobs=None, size=None, *, cores=None, **policy):
     """A device's queue with no bounds but those given."""
-    return CheckedQueue("cpu", lanes, Bounds(jobs, size))
+    return CheckedQueue("cpu", lanes, Bounds(jobs, size), cores=cores, policy=Policy(**policy))
 
 
-def add(queue, name="m", slots=1, jobs=None, size=None):
+def add(queue, name="m", slots=1, jobs=None, size=None, *, tenant_jobs=None, **rest):
     """A runner with no bounds but those given."""
-    return queue.add_runner(name, slots, Bounds(jobs, size))
+    return queue.add_runner(name, slots, Bounds(jobs, size, tenant_jobs), **rest)
+
+
+def teach(queue, runner, seconds, *, size=0, runs=8, now=0.0):
+    """Runs of that length, one after the other, while nothing else wants a place."""
+    for _ in range(runs):
+        queue.turn(now)
+        job = Job(runner, bytes=size)
+        assert job in launches(queue.submit(job, now))
+        queue.complete(job, now, started=now, finished=now + seconds)
+
+
+def launches(commands):
+    """The jobs launched, in order, whatever else there is among the commands."""
+    return [command.job for command in commands if type(command) is Launch]
 
 
 def launched(commands):

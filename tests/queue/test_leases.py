@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 
 from aoti_sched.errors import LeaseError, RunnerClosedError
-from aoti_sched.queue.admission import Bounds, Load
+from aoti_sched.queue.admission import Bounds
 from aoti_sched.queue.device_queue import Drained, Expire, Grant, Launch
 from aoti_sched.queue.job import Job, JobState, Priority
-from aoti_sched.queue.lease import Source
 from tests.queue.support import add, device, launched, rejected, take_lease
 
 
@@ -234,8 +233,3 @@ def test_a_lease_of_a_removed_runner_says_so():
     error = rejected(queue.submit(Job(lease), 3))
     assert str(error) == "runner 'm' is drained; its leases are gone"
     assert queue.release(lease, 4) == []
-
-
-def test_a_source_that_is_neither_runner_nor_lease_has_no_runner():
-    with pytest.raises(AttributeError, match="a bare source has no runner"):
-        Source("bare", [0], 1, Load("bare", Bounds())).runner  # noqa: B018 -- reading it is the test

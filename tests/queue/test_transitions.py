@@ -134,6 +134,12 @@ def revoked(queue, runner, job):
     queue.terminate_runner(runner, 1)
 
 
+def shed(queue, runner, job):
+    runner.sheds = True
+    queued(queue, runner, job)
+    queue.submit(Job(runner, priority=0), 1)
+
+
 WAYS = {
     new: JobState.NEW,
     waiting: JobState.WAITING,
@@ -151,6 +157,7 @@ WAYS = {
     cancelled_and_completed: JobState.CANCELLED,
     cancelled_and_its_lane_given_on: JobState.CANCELLED,
     revoked: JobState.REVOKED,
+    shed: JobState.SHED,
 }
 FACTS = {
     "submit": (lambda queue, job: queue.submit(job, 7), [new]),

@@ -4,43 +4,60 @@ from __future__ import annotations
 
 import random
 
+from aoti_sched.errors import ShedError
 from aoti_sched.queue.admission import Bounds
 from aoti_sched.queue.batch import Batching
 from aoti_sched.queue.command import (
     BarrierReached,
     Drained,
     Expire,
+    Failing,
     Grant,
     Launch,
     NextTurn,
     Reject,
     Revoke,
+    Shed,
     WakeAt,
 )
 from aoti_sched.queue.device_queue import DeviceQueue
-from aoti_sched.queue.job import IllegalFactError, Job, JobState
+from aoti_sched.queue.job import IllegalFactError, Job
 from aoti_sched.queue.placement import LOOP, Placement, Placing
-from tests.queue.plain_model import LIVE, Illegal, PlainModel
+from aoti_sched.queue.policy import Policy
+from tests.queue.plain_model import PlainModel
+from tests.queue.plain_parts import LIVE, Illegal
 
 
 class Walk:
     """Facts of one walk as (method, arguments), chosen by what the plain model says is there.
 
-    Times are multiples of 1/8, so that sums of them are exact.
+    Times are multiples of 1/8, and shares powers of two, so that sums of them are exact.
     """
 
     def __init__(self, seed, steps):
         self.draw = random.Random(seed)
         self.now = 0.0
         draw = self.draw
+        # Each walk is about some of the rules; one about everything goes nowhere.
+        self.batches, self.tenants = draw.random() < 0.5, draw.random() < 0.5
+        self.barriers, self.short_runs = draw.random() < (0.2 if self.batches else 0.4), draw.random() < 0.5
+        self.wide, self.tight = draw.random() < 0.3, draw.random() < 0.4
+        known = self.tight or draw.random() < 0.6
         budget = draw.choice([0.125, 0.5, 2])
-        self.device = (draw.randint(1, 3), draw.choice([None, 1, 3, 6]), draw.choice([None, 60]), budget)
-        # Some walks are about barriers, some about placement; one about everything goes nowhere.
-        self.barriers, self.short_runs = draw.random() < 0.5, draw.random() < 0.5
-        self.batches = draw.random() < 0.5
-        self.model = PlainModel(*self.device)
-        self.facts = [self.add_runner() for _ in range(draw.randint(1, 3))]
-        self.answers = [self.answer(*fact) for fact in self.facts]
+        bounds = draw.choice([None, None, 9] if self.batches else [None, 1, 3, 6]), draw.choice([None, 60])
+        lanes = draw.randint(1, 3)
+        self.cores = draw.randint(1, lanes + 2) if self.wide else lanes
+        self.device = {"lanes": lanes, "jobs": bounds[0], "size": bounds[1], "budget": budget}
+        self.device |= {"cores": self.cores if self.wide else None}
+        self.device |= {"order": draw.choice(["deadline", "deadline", "arrival"])}
+        self.device |= {"fair": draw.random() < 0.75, "expire_late": draw.random() < 0.75}
+        self.device |= {"max_wait": draw.choice([None, None, 0, 0.5, 2])}
+        self.model = PlainModel(**self.device)
+        self.facts, self.answers, self.ripe_times = [], [], []
+        for _ in range(draw.randint(1, 2 if self.batches else 3)):
+            self.put(self.add_runner())
+        if known:
+            self.learn()
         kinds = [
             self.submit,
             self.complete,
@@ -52,16 +69,38 @@ class Walk:
             self.turn,
             self.barrier,
         ]
-        weights = [50, 22, 8, 7, 7, draw.choice([0, 3, 8]), 1, 8, 12 * self.barriers]
+        leaving = draw.choice([0, 0, 0, 0, 1, 8] if self.batches else [0, 0, 3, 8])
+        weights = [50, 22, 8, 7, 7, leaving, 1, 8, 12 * self.barriers]
         if self.short_runs:
             weights[1] = 45
-        pauses = [0, 0, 0, 0.125] if self.short_runs else [0, 0, 0.125, 0.5, 2]
-        while len(self.facts) < steps:
+        if self.batches:
+            weights[0], weights[1] = 90, 35
+        pauses = [0, 0, 0, 0.125] if self.short_runs or self.batches else [0, 0, 0.125, 0.5, 2]
+        self.succeeds = draw.choice([0.8, 0.8, 0.95, 0.4])
+        for _ in range(steps):
             self.now += draw.choice(pauses)
-            fact = draw.choices(kinds, weights)[0]()
-            if fact is not None:
-                self.facts.append(fact)
-                self.answers.append(self.answer(*fact))
+            self.put(draw.choices(kinds, weights)[0]())
+
+    def put(self, fact):
+        if fact is not None:
+            self.facts.append(fact)
+            self.answers.append(self.answer(*fact))
+            self.ripe_times.append((self.model.ripe_times(), self.model.ripe_times(held=True)))
+
+    def learn(self):
+        """Some runs, one after the other, so that it is known from the start how long they take."""
+        draw, model = self.draw, self.model
+        for which in range(len(model.runners)):
+            for size in draw.sample([0, 5, 10] if self.short_runs else [0, 5, 20], draw.randint(1, 3)):
+                usual = 1 if self.tight and draw.random() < 0.5 else draw.choice([0.125, 0.25])
+                for _ in range(8):
+                    wish = {"priority": 1, "deadline": None, "bytes": size, "holds": False}
+                    number = len(model.jobs)
+                    self.put(("submit", (self.now, number, ("runner", which), False, wish)))
+                    self.now += draw.choice([usual, usual, usual, 0.125, 0.5])
+                    if model.jobs[number].run:
+                        self.put(("complete", (self.now, number, True)))
+                    self.put(self.turn())
 
     def answer(self, method, arguments):
         try:
@@ -77,53 +116,66 @@ class Walk:
 
     def add_runner(self):
         draw = self.draw
-        bounds = (draw.choice([None, 1, 2, 5]), draw.choice([None, 40]))
+        tenant_jobs = draw.choice([None, 1, 2]) if self.tenants else None
+        jobs = draw.choice([None, None, 5] if self.batches else [None, 1, 2, 5])
+        bounds = (jobs, draw.choice([None, 40]), tenant_jobs)
         placing = (
             draw.choice(["lane", "lane", "inline", "auto"]),
-            draw.choice([0.25, 1]),
-            draw.choice([0, 0.25, 1]),
+            draw.choice([0.25, 1, 2]),
+            draw.choice([0, 1, 1] if self.short_runs else [0, 0.25, 1]),
         )
-        batching = (draw.randint(2, 5), draw.choice([0, 0, 0.25, 1]))
-        batching = batching if self.batches and draw.random() < 0.7 else None
-        name = f"r{len(self.model.runners)}"
-        return "add_runner", (name, draw.randint(1, 3), *bounds, *placing, batching)
+        rest = {
+            "width": draw.randint(1, min(self.cores, 3)) if self.wide else 1,
+            "share": draw.choice([0.5, 1.0, 1.0, 2.0]),
+            "sheds": draw.random() < 0.3,
+            "predicts": draw.random() < 0.4,
+            "batching": None,
+        }
+        if self.batches and draw.random() < 0.8:
+            rest["batching"] = (draw.choice([1, 4, 5, 8, 8, 8]), draw.choice([0, 0, 0, 0.125, 0.5, 2]))
+        return "add_runner", (f"r{len(self.model.runners)}", draw.randint(1, 3), bounds, placing, rest)
 
     def submit(self):
         draw, model = self.draw, self.model
-        leases = [lease.number for lease in model.leases][-4:]
-        if leases and draw.random() < 0.4:
+        leases = [lease.number for lease in model.leases if not lease.over or draw.random() < 0.1][-4:]
+        runners = [runner for runner in model.runners if runner.phase == "OPEN" or draw.random() < 0.1]
+        runners = runners or model.runners
+        if leases and draw.random() < (0.15 if self.batches else 0.4):
             source, holds = ("lease", draw.choice(leases)), False
+            runner = model.leases[source[1] - 1].runner
         else:
-            source, holds = ("runner", draw.randrange(len(model.runners))), draw.random() < 0.2
-        deadline = self.now + draw.choice([-0.125, 0, 0.125, 0.5, 1, 3, 9]) if draw.random() < 0.5 else None
-        size, wait = draw.choice([0, 0, 5, 20, 40, 60]), draw.random() < 0.6
-        if self.short_runs:
-            size = draw.choice([0, 0, 0, 5])
-        min_epoch = draw.choice([0, 0, 0, 1, 2, 3]) if self.barriers else 0
-        rows, key = draw.choice([(1, "k"), (1, "k"), (1, "k"), (2, "k"), (6, "k"), (1, "l"), (0, None)])
-        if not self.batches or (holds and draw.random() < 0.9):
-            rows, key = 1, None
-        exempt = holds and draw.random() < 0.4
-        if exempt and draw.random() < 0.9:
-            size = 0
-        return "submit", (
-            self.now,
-            len(model.jobs),
-            source,
-            draw.choice([0, 1, 1, 2]),
-            deadline,
-            size,
-            holds,
-            wait,
-            min_epoch,
-            rows,
-            key,
-            exempt,
-        )
+            source, holds = (
+                ("runner", model.runners.index(draw.choice(runners))),
+                draw.random() < (0.05 if self.batches else 0.15),
+            )
+            runner = model.runners[source[1]]
+        after = [0.125, 0.25, 0.5, 1] if self.tight else [-0.125, 0, 0.125, 0.5, 1, 3, 9]
+        hurried = draw.random() < (0.8 if self.tight else 0.25 if self.batches else 0.5)
+        deadline = self.now + draw.choice(after) if hurried else None
+        size = draw.choice([0, 0, 5] if self.short_runs or self.tight else [0, 0, 5, 20, 40, 60])
+        wish = {
+            "priority": draw.choice([0, 1, 1, 1, 2]),
+            "deadline": deadline,
+            "bytes": size,
+            "holds": holds,
+            "min_epoch": draw.choice([0, 0, 0, 1, 2, 3]) if self.barriers else 0,
+            "tenant": draw.choice([None, "a", "b", "c"]) if self.tenants else None,
+            "rows": draw.choice([0, 1, 1, 1, 2, 3, 5]),
+            "key": draw.choice([None, "k", "k", "k", "k", "l"]) if self.batches else None,
+        }
+        if holds or runner.batching is None or not 1 <= wish["rows"] <= runner.batching[0]:
+            wish["key"] = None
+        if holds and draw.random() < 0.4:
+            wish["exempt"] = True
+            if draw.random() < 0.9:
+                wish["bytes"] = 0
+        wait = not runner.sheds and draw.random() < 0.6
+        return "submit", (self.now, len(model.jobs), source, wait, wish)
 
     def complete(self):
-        number = self.some_job(lambda job: job.on_lane)
-        return None if number is None else ("complete", (self.now, number, self.draw.random() < 0.8))
+        number = self.some_job(lambda job: job.run is not None and job.run.members[0] is job)
+        succeeds = self.draw.random() < self.succeeds
+        return None if number is None else ("complete", (self.now, number, succeeds))
 
     def cancel(self):
         number = self.some_job(lambda job: job.state in LIVE)
@@ -138,8 +190,9 @@ class Walk:
     def barrier(self):
         """Close one, or open it on the same, the next or an earlier epoch."""
         draw, runners = self.draw, self.model.runners
-        number = draw.randrange(len(runners))
-        runner = runners[number]
+        closed = [runner for runner in runners if runner.closed]
+        runner = draw.choice(closed if closed and draw.random() < 0.6 else runners)
+        number = runners.index(runner)
         if not runner.closed and draw.random() < 0.9:
             return "close_barrier", (self.now, number, draw.random() < 0.3)
         epochs = [None, runner.published + 1, draw.randint(1, runner.published), runner.published + 2]
@@ -169,9 +222,10 @@ class Walk:
             [
                 ("complete", (self.now, job, True)),
                 ("cancel", (self.now, job)),
-                ("submit", (self.now, job, ("runner", 0), 1, None, 0, False, True)),
+                ("submit", (self.now, job, ("runner", 0), True, {})),
                 ("remove_runner", (draw.randrange(len(model.runners)),)),
-                ("add_runner", (model.runners[-1].name, 1, None, None)),
+                ("add_runner", (model.runners[-1].name, 1, (None, None, None), ("lane", 0, 0), {})),
+                ("add_runner", ("too wide", 1, (None, None, None), ("lane", 0, 0), {"width": 9})),
             ]
         )
 
@@ -179,8 +233,9 @@ class Walk:
 class Player:
     """Puts a walk's facts to a real `DeviceQueue` and says its commands in the plain model's words."""
 
-    def __init__(self, lanes, jobs, size, budget):
-        self.queue = DeviceQueue("cpu", lanes, Bounds(jobs, size), inline_budget=budget)
+    def __init__(self, lanes, jobs, size, budget, cores, **policy):
+        bounds, policy = Bounds(jobs, size), Policy(**policy)
+        self.queue = DeviceQueue("cpu", lanes, bounds, inline_budget=budget, cores=cores, policy=policy)
         self.runners = []
         self.jobs = []
         self.leases = []
@@ -203,12 +258,11 @@ class Player:
                 )
                 self.wake = at
             case Launch(job=job):
-                assert job.epoch == job.source.epoch
-                assert job.inline == (job.lane == LOOP)
-                for member in job.members:
-                    assert (member.lane, member.slot, member.epoch) == (job.lane, job.slot, job.epoch)
-                members = tuple(member.payload for member in job.members)
-                yield "launch", job.payload, job.lane, job.slot, members
+                for member in job.members or (job,):
+                    assert member.epoch == job.source.epoch
+                    assert member.inline == (job.lane == LOOP)
+                    assert (member.lane, member.slot, member.started) == (job.lane, job.slot, job.started)
+                yield "launch", job.payload, job.lane, job.slot, tuple(each.payload for each in job.members)
             case Grant(job=job, lease=lease):
                 assert job.slot == lease.slot
                 self.leases.append(lease)
@@ -219,6 +273,11 @@ class Player:
                 yield "expire", job.payload
             case Revoke(job=job):
                 yield "revoke", job.payload
+            case Shed(job=job, error=error):
+                assert type(error) is ShedError
+                yield "shed", job.payload
+            case Failing(runner=runner):
+                yield "failing", self.runners.index(runner)
             case Drained(runner=runner):
                 yield "drained", self.runners.index(runner)
             case BarrierReached(runner=runner):
@@ -226,25 +285,23 @@ class Player:
             case NextTurn():
                 yield ("next turn",)
 
-    def add_runner(self, name, slots, jobs, size, choice="lane", limit=0, follow_limit=0, batching=None):
+    def add_runner(self, name, slots, bounds, placing, rest):
+        choice, limit, follow_limit = placing
         placing = Placing(Placement(choice), limit, follow_limit=follow_limit)
-        batching = None if batching is None else Batching(*batching)
-        runner = self.queue.add_runner(name, slots, Bounds(jobs, size), placing=placing, batching=batching)
-        self.runners.append(runner)
+        if rest.get("batching"):
+            rest = rest | {"batching": Batching(*rest["batching"])}
+        self.runners.append(self.queue.add_runner(name, slots, Bounds(*bounds), placing=placing, **rest))
         return []
 
-    def submit(self, now, number, source, priority, deadline, size, holds, wait, *rest):
-        """`rest` are a job's further fields, in their order: min_epoch, rows, key, exempt."""
+    def submit(self, now, number, source, wait, wish):
         kind, which = source
         owner = self.leases[which - 1] if kind == "lease" else self.runners[which]
-        if number == len(self.jobs):
-            self.jobs.append(Job(owner, priority, deadline, size, holds, number, *rest))
-        try:
+        if number < len(self.jobs):
             return self.queue.submit(self.jobs[number], now, wait=wait)
-        except IllegalFactError:
-            if self.jobs[number].state is JobState.NEW:
-                del self.jobs[number]  # there never was such a job
-            raise
+        job = Job(owner, payload=number, **wish)
+        commands = self.queue.submit(job, now, wait=wait)  # an unlawful one is none
+        self.jobs.append(job)
+        return commands
 
     def complete(self, now, number, ok):
         return self.queue.complete(self.jobs[number], now, ok=ok)

@@ -1,0 +1,207 @@
+"""What the plain model keeps: accounts, runners, leases, jobs and runs. Nothing is counted here that can be looked up."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+LOOP = -1
+LIVE = ("WAITING", "QUEUED", "RUNNING")
+COUNTS = (
+    *("submitted", "completed", "failed", "rejected", "expired", "cancelled", "revoked", "inline"),
+    *("shed", "batches", "batched", "retried"),
+)
+SECONDS = ("queue_seconds", "run_seconds", "wasted_seconds")
+UNHURRIED = 10.0  # seconds after which a job without a deadline takes its turn among those that have one
+OWN = ("the runner itself",)  # in place of a tenant
+
+
+class Illegal(Exception):
+    """The fact can't happen now."""
+
+
+@dataclass(eq=False)
+class Account:
+    """How much device time somebody had, by weight; `balance` is what was charged too much."""
+
+    share: float
+    virtual: float = 0.0
+    balance: float = 0.0
+
+    def charge(self, seconds):
+        self.balance += seconds
+        if self.balance > 0:
+            self.virtual += self.balance / self.share
+            self.balance = 0.0
+
+    def lift(self, floor):
+        if self.virtual <= floor:
+            self.virtual, self.balance = floor, 0.0
+
+
+@dataclass(eq=False)
+class Runner:
+    name: str
+    slots: int
+    jobs: float  # the bounds; infinite where there is none
+    bytes: float
+    tenant_jobs: float
+    choice: str = "lane"
+    limit: float = 0
+    follow_limit: float = 0
+    width: int = 1
+    share: float = 1.0
+    sheds: bool = False
+    predicts: bool = False
+    batching: tuple | None = None  # (most rows, longest delay)
+    phase: str = "OPEN"
+    removed: bool = False
+    counters: dict = field(default_factory=lambda: dict.fromkeys((*COUNTS, *SECONDS), 0))
+    freed: dict = field(default_factory=dict)  # slot: when it was last freed, as a running number
+    times: dict = field(default_factory=dict)  # how long runs took, by the number of bits of their size
+    doubts: dict = field(default_factory=dict)  # by the number of bits of the size
+    accounts: dict = field(default_factory=dict)  # by (tenant or OWN, class)
+    floors: dict = field(default_factory=dict)  # of its tenants, by class
+    has_tenants: bool = False  # before the first that has a name, there are no accounts of tenants
+    gathering: bool = False
+    got: int = 0  # jobs that may be put together, since the last turn
+    held: set = field(default_factory=set)  # keys that wait for the next turn
+    ripe: set = field(default_factory=set)  # keys that wait no more
+    ripe_at: dict = field(default_factory=dict)  # by key
+    failures: int = 0  # in a row
+    failing: bool = False
+    epoch: int = 1
+    published: int = 1
+    closed: bool = False
+    reached: bool = False
+
+    def known(self, size):
+        """The last runs on inputs of that size, shortest first; none while there are too few."""
+        recent = sorted(self.times.get(size.bit_length(), [])[-32:])
+        return recent if len(recent) >= 8 else []
+
+    def bound(self, size):
+        recent = self.known(size)
+        return recent[math.ceil(0.9 * len(recent)) - 1] if recent else math.inf
+
+    def typical(self, size):
+        recent = self.known(size)
+        return recent[len(recent) // 2] if recent else None
+
+    def expected(self, size):
+        """Device time of a run."""
+        typical = self.typical(size)
+        return 0.0 if typical is None else self.width * typical
+
+    def inline(self, size):
+        return self.choice == "inline" or (self.choice == "auto" and self.bound(size) < self.limit)
+
+    def grows(self, size):
+        """Whether a batch that runs inline may have so many bytes."""
+        if self.choice == "inline":
+            return True
+        bits = size.bit_length()
+        smaller = [kind for kind in range(bits + 1) if self.known((1 << kind) >> 1)]
+        return (
+            bool(smaller) and self.bound((1 << smaller[-1]) >> 1) * 2.0 ** (bits - smaller[-1]) < self.limit
+        )
+
+    def short(self, size):
+        return self.bound(size) < self.follow_limit
+
+    def account(self, tenant, kind):
+        share = self.share if tenant is OWN else 1.0
+        return self.accounts.setdefault((tenant, kind), Account(share))
+
+
+@dataclass(eq=False)
+class Lease:
+    number: int
+    runner: Runner
+    slot: int
+    epoch: int
+    released: bool = False
+    over: bool = False
+
+
+@dataclass(eq=False)
+class Job:
+    number: int
+    runner: Runner
+    lease: Lease | None
+    priority: int
+    deadline: float | None
+    bytes: int
+    holds: bool
+    min_epoch: int = 0
+    tenant: str | None = None
+    rows: int = 1
+    key: str | None = None
+    exempt: bool = False  # from bounds
+    state: str = "NEW"
+    waits_for: str = ""  # while it is WAITING: "epoch", "tenant" (one of its own to leave) or "room"
+    id: int = 0
+    submitted: float = 0
+    unchecked: bool = False  # was let through once and is not asked again whether it is late
+    expected: float = 0.0  # device time, as known when it was queued
+    charged: float = 0.0  # at its launch, to these accounts
+    accounts: list = field(default_factory=list)
+    run: Run | None = None
+
+    @property
+    def live(self):
+        return self.state in LIVE or self.run is not None
+
+    @property
+    def source(self):
+        return self.lease or self.runner
+
+    @property
+    def together(self):
+        """The key under which it may be put together with others."""
+        alone = self.runner.batching is None or self.lease is not None or self.holds
+        return None if alone else self.key
+
+    def accounts_now(self, fair):
+        """Its runner's and, unless it is a lease's, its tenant's."""
+        names = [OWN] if self.lease or not fair else [OWN, self.tenant]
+        return [self.runner.account(name, self.priority) for name in names]
+
+
+@dataclass(eq=False)
+class Run:
+    """What was launched: one job or a batch, the leader first."""
+
+    members: list
+    lane: int
+    slot: int
+    started: float
+    expected: float  # device time
+    behind: bool = False  # on its lane, but not yet the one that runs
+    again: bool = False  # one of a failed batch
+    to_come: list = field(default_factory=list)  # others of that batch, to be run after it
+    opened: float | None = None  # when its lane could be given a next one, as a running number
+
+    @property
+    def source(self):
+        return self.members[0].source
+
+    @property
+    def runner(self):
+        return self.members[0].runner
+
+    @property
+    def bytes(self):
+        return sum(job.bytes for job in self.members)
+
+    def part(self, job, seconds):
+        """What falls to one of its jobs."""
+        if len(self.members) == 1:
+            return seconds
+        rows = sum(member.rows for member in self.members)
+        return seconds * job.rows / rows if rows else seconds / len(self.members)
+
+
+def freed_last(free, freed):
+    """The one used last; of those never used, the lowest."""
+    return max(free, key=lambda number: (freed.get(number, 0), -number))

@@ -1,0 +1,281 @@
+"""The plain rules of room: what fits, who waits where, who is shed, and who could not be done in time."""
+
+from __future__ import annotations
+
+import math
+
+
+class Room:
+    """The half of the plain model that decides what is queued."""
+
+    def of(self, runner, *states):
+        """Jobs of a runner, its leases' too; not those that wait for an epoch or for others of their tenant."""
+        return [
+            job
+            for job in self.jobs
+            if job.runner is runner and job.state in states and job.waits_for in ("", "room")
+        ]
+
+    def of_lease(self, lease, *states):
+        return [job for job in self.jobs if job.lease is lease and job.state in states]
+
+    def own(self, runner, *states):
+        return [job for job in self.of(runner, *states) if job.lease is None]
+
+    def waiting_for(self, what, runner):
+        return [
+            job
+            for job in self.jobs
+            if job.runner is runner and job.state == "WAITING" and job.waits_for == what
+        ]
+
+    def line(self, runner, tenant):
+        """Those who wait for others of the same tenant, first in first out."""
+        line = [job for job in self.waiting_for("tenant", runner) if job.tenant == tenant]
+        return sorted(line, key=lambda job: job.id)
+
+    # --- what fits -------------------------------------------------------------------------------------
+
+    def fits_tenant(self, job, without=()):
+        if job.exempt:
+            return True
+        same = [
+            other
+            for other in self.own(job.runner, "WAITING", "QUEUED")
+            if other.tenant == job.tenant and not other.exempt
+        ]
+        return len([other for other in same if other not in without]) < job.runner.tenant_jobs
+
+    def fits(self, job, without=()):
+        """Whether the bounds that belong to the job's own source have room for it."""
+        queued = self.of_lease(job.lease, "QUEUED") if job.lease else self.of(job.runner, "QUEUED")
+        queued = [other for other in queued if other not in without and not other.exempt]
+        size = sum(other.bytes for other in queued)
+        return len(queued) < job.runner.jobs and size + job.bytes <= job.runner.bytes
+
+    def fits_device(self, job, without=()):
+        queued = [
+            other
+            for other in self.jobs
+            if other.state == "QUEUED" and other not in without and not other.exempt
+        ]
+        size = sum(other.bytes for other in queued)
+        return len(queued) < self.jobs_bound and size + job.bytes <= self.bytes_bound
+
+    def never_fits(self, job):
+        if job.exempt:
+            return False
+        jobs = [job.runner.jobs, self.jobs_bound] + [job.runner.tenant_jobs] * (job.lease is None)
+        return job.bytes > min(job.runner.bytes, self.bytes_bound) or min(jobs) < 1
+
+    # --- who waits -------------------------------------------------------------------------------------
+
+    def gate_rank(self, job):
+        return (job.priority, self.due(job), job.id)
+
+    def gate_heads(self):
+        """The first at each runner's gate that would fit its runner: they contend for the device's room."""
+        for runner in self.runners:
+            gate = self.own(runner, "WAITING")
+            if gate and self.fits(head := min(gate, key=self.gate_rank)):
+                yield head
+
+    def others_wait(self, job):
+        """Whether there are some whom it may not pass."""
+        if job.lease is not None:
+            return bool(self.of_lease(job.lease, "WAITING"))
+        return bool(
+            self.line(job.runner, job.tenant) or self.own(job.runner, "WAITING") or list(self.gate_heads())
+        )
+
+    def must_wait(self, job):
+        if job.exempt:
+            return False
+        if self.others_wait(job) or not self.fits(job):
+            return True
+        return job.lease is None and not (self.fits_device(job) and self.fits_tenant(job))
+
+    def waits_where(self, job):
+        if job.lease is None and (self.line(job.runner, job.tenant) or not self.fits_tenant(job)):
+            self.met.add("waits for its tenant")
+            return "tenant"
+        return "room"
+
+    def open_gates(self, now):
+        commands = []
+        for runner in self.runners:
+            for tenant in {job.tenant for job in self.waiting_for("tenant", runner)}:
+                while (line := self.line(runner, tenant)) and self.fits_tenant(line[0]):
+                    line[0].waits_for = "room"
+        for lease in self.leases:
+            while gate := self.of_lease(lease, "WAITING"):
+                head = min(gate, key=self.gate_rank)
+                if not self.fits(head):
+                    break
+                commands += self.enter(head, now)
+        while heads := list(self.gate_heads()):
+            head = min(heads, key=self.gate_rank)
+            if not self.fits_device(head):
+                break
+            commands += self.enter(head, now)
+        return commands
+
+    def enter(self, job, now):
+        """It is queued."""
+        self.lift(job)
+        job.state, job.waits_for = "QUEUED", ""
+        job.expected = job.runner.expected(job.bytes)
+        return [] if job.together is None else self.joins(job, now)
+
+    # --- who is refused or shed ------------------------------------------------------------------------
+
+    def refusal(self, job, now):
+        """Why a job is not even held against the bounds."""
+        runner = job.runner
+        if job.lease is not None and runner.phase in ("TERMINATED", "DRAINED"):
+            return "RunnerClosedError"
+        if job.lease is not None and job.lease.released:
+            return "LeaseError"
+        if job.lease is None and runner.phase != "OPEN":
+            return "RunnerClosedError"
+        if self.never_fits(job):
+            return "QueueFullError"
+        if job.min_epoch > job.source.epoch:
+            if job.lease or job.min_epoch <= runner.published:
+                return "EpochError"
+            return "QueueFullError" if len(self.waiting_for("epoch", runner)) >= runner.jobs else None
+        return "DeadlineUnreachableError" if self.unreachable(job, now) else None
+
+    def to_shed(self, job):
+        """Who is shed for it to be queued, in that order; None when that would not help either."""
+        if not self.must_wait(job):
+            return []
+        if not job.runner.sheds or job.lease or self.others_wait(job):
+            return None
+
+        def badness(other):
+            return (other.priority, math.inf if other.deadline is None else other.deadline, other.id)
+
+        own = [other for other in self.own(job.runner, "QUEUED") if not other.holds]
+        tenants = [other for other in own if other.tenant == job.tenant]
+        shedding = [runner for runner in self.runners if runner.sheds]
+        all_there_are = [
+            other for runner in shedding for other in self.own(runner, "QUEUED") if not other.holds
+        ]
+        chosen = []
+        bounds = ((self.fits_tenant, tenants), (self.fits, own), (self.fits_device, all_there_are))
+        for fits, candidates in bounds:
+            while not fits(job, chosen):
+                worse = [other for other in candidates if badness(other) > badness(job)]
+                worse = [other for other in worse if other not in chosen]
+                if not worse:
+                    return None
+                chosen.append(max(worse, key=badness))
+        if len(chosen) > 1:
+            self.met.add("several are shed")
+        return chosen
+
+    def unreachable(self, job, now):
+        """Whether, by what is known, it could not be done by its deadline; one in eight is given a try."""
+        runner, typical = job.runner, job.runner.typical(job.bytes)
+        if not runner.predicts or job.lease or job.holds or typical is None:
+            return False
+        if job.deadline is None or job.deadline <= now:
+            return False
+        if now + self.wait(job, now) + typical <= job.deadline or self.tried(job):
+            return False
+        self.met.add("refused by prediction")
+        return True
+
+    def wait(self, job, now):
+        queued = [other for other in self.jobs if other.state == "QUEUED"]
+        runner = job.runner
+        if not queued and self.can_start(runner) and self.has_place(job):
+            return 0.0
+        busy = {other.runner for other in queued} | {runner}
+        ahead = [other for other in queued if other.priority <= job.priority]
+        ahead_all = sum(other.expected for other in ahead)
+        ahead_own = sum(other.expected for other in ahead if other.runner is runner)
+
+        def rest(run):
+            return max(0.0, run.runner.expected(run.bytes) - (now - run.started) * run.runner.width)
+
+        running = sum(map(rest, self.runs))
+        running_own = sum(rest(run) for run in self.runs if run.runner is runner)
+        capacity = min(self.cores, runner.slots * runner.width)
+        fraction = runner.share / sum(other.share for other in self.runners if other in busy)
+        self.met.add("waits by prediction")
+        return max(
+            min((running + ahead_all) / self.cores, ahead_own / (capacity * fraction) + running / self.cores),
+            (ahead_own + running_own) / capacity,
+        )
+
+    # --- which keys are ripe ---------------------------------------------------------------------------
+
+    def ripens_at(self, job):
+        """When it makes its key ripe, were there no more to come; before all times for at once."""
+        runner, delay = job.runner, job.runner.batching[1]
+        if not delay or self.max_wait == 0:
+            return -math.inf
+        at = job.submitted + (delay if self.max_wait is None else min(delay, self.max_wait))
+        return at if job.deadline is None else min(at, job.deadline - runner.bound(job.bytes))
+
+    def would_wait(self, job, now):
+        """Whether one that comes to an empty queue would wait for others to go with it."""
+        if job.together is None:
+            return False
+        gathers = job.runner.gathering or job.runner.got > 0
+        return gathers or (job.rows < job.runner.batching[0] and self.ripens_at(job) > now)
+
+    def came(self, job):
+        """One more that may be put together is queued, or launched at once."""
+        if job.together is None:
+            return []
+        job.runner.got += 1
+        job.runner.gathering |= job.runner.got > 1
+        return self.ask_for_turn()
+
+    def joins(self, job, now):
+        """It is queued, and its key has one more."""
+        runner, key = job.runner, job.together
+        commands = self.came(job)
+        if self.of_key(runner, key) == [job]:  # what was true of those before is forgotten
+            runner.ripe.discard(key)
+            runner.held.discard(key)
+            runner.ripe_at.pop(key, None)
+        if key not in runner.ripe and runner.gathering:
+            self.met.add("gathers")
+            runner.held.add(key)
+        runner.ripe_at[key] = min(runner.ripe_at.get(key, math.inf), self.ripens_at(job))
+        self.see_ripeness(runner, key, now)
+        return commands
+
+    def of_key(self, runner, key):
+        return [job for job in self.own(runner, "QUEUED") if job.together == key]
+
+    def ripen(self, now):
+        """See which keys are ripe by now, because of the time, the turn, or one that is overdue."""
+        for job in self.jobs:
+            if job.state == "QUEUED" and not self.is_ripe(job):
+                self.see_ripeness(job.runner, job.together, now)
+
+    def see_ripeness(self, runner, key, now):
+        """A key that is ripe stays it as long as jobs of it are queued."""
+        rows = sum(job.rows for job in self.of_key(runner, key))
+        full = rows >= runner.batching[0] or now >= runner.ripe_at[key]
+        if runner.phase != "OPEN" or (full and key not in runner.held):
+            runner.ripe.add(key)
+        elif key not in runner.ripe:
+            self.met.add("ripens")
+
+    def is_ripe(self, job):
+        return job.together is None or job.together in job.runner.ripe
+
+    def ripe_times(self, *, held=False):
+        """When keys that wait get ripe; with `held`, also of those that wait for the next turn in any case."""
+        return {
+            job.runner.ripe_at[job.together]
+            for job in self.jobs
+            if job.state == "QUEUED" and not self.is_ripe(job)
+            if held or job.together not in job.runner.held
+        }

@@ -1,0 +1,234 @@
+"""`max_wait`: however many better jobs there are, none waits past it, but for what runs."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from aoti_sched.queue.admission import Bounds
+from aoti_sched.queue.batch import Batching
+from aoti_sched.queue.command import Expire, Grant
+from aoti_sched.queue.device_queue import DeviceQueue
+from aoti_sched.queue.job import Job, Priority
+from aoti_sched.queue.placement import Placement, Placing
+from aoti_sched.queue.policy import Policy
+from tests.queue.load import Load, Stream
+from tests.queue.support import add, device, launched, launches, take_lease, teach
+
+HIGH, NORMAL, LOW = Priority.HIGH, Priority.NORMAL, Priority.LOW
+MAX_WAIT = 2.0
+RUN = 1 / 16
+
+
+def saturated(lanes, *, max_wait=MAX_WAIT, follow_limit=0.0):
+    """A device that HIGH requests keep busy all the time, a runner of others, and the load."""
+    queue = DeviceQueue("cpu", lanes, Bounds(None, None), policy=Policy(max_wait=max_wait))
+    runner = add(queue, "high", slots=lanes, placing=Placing(follow_limit=follow_limit))
+    others = add(queue, "low", slots=lanes)
+    return Load(queue, [Stream(lambda: Job(runner, HIGH), RUN, depth=2 * lanes + 2)]), others
+
+
+def send_sometimes(load, runner, every, count):
+    """A LOW request every so many seconds; gives those sent."""
+    sent, once = [], Stream(None, RUN, depth=0)
+    for number in range(count):
+        load.run_until(number * every + RUN / 2)
+        job = Job(runner, LOW)
+        sent.append(job)
+        load.submit(job, once)
+    load.run_until(count * every + MAX_WAIT + 4 * RUN)
+    return sent
+
+
+def waits(jobs):
+    return [job.started - job.submitted for job in jobs if job.lane >= 0]
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_without_it_better_jobs_can_keep_out_others_for_ever(lanes):
+    load, runner = saturated(lanes, max_wait=None)
+    assert waits(send_sometimes(load, runner, 1.0, 20)) == []
+
+
+@pytest.mark.parametrize("follow_limit", [0.0, 1.0])
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_no_job_waits_past_it_but_for_what_runs(lanes, follow_limit):
+    load, runner = saturated(lanes, follow_limit=follow_limit)
+    jobs = send_sometimes(load, runner, 1.0, 20)
+    assert len(waits(jobs)) == 20
+    ahead = 2 if follow_limit else 1  # a lane may have been given one more, before
+    assert max(waits(jobs)) <= MAX_WAIT + ahead * RUN
+
+
+def test_it_does_not_turn_the_classes_upside_down():
+    load, runner = saturated(1)
+    jobs = send_sometimes(load, runner, 0.25, 40)
+    low = [job.priority == LOW for job in load.launched]
+    assert not any(one and other for one, other in itertools.pairwise(low))
+    assert min(waits(jobs)) >= MAX_WAIT
+
+
+# --- the rule, fact by fact ---------------------------------------------------------------------------
+
+
+def run_all(queue, first, now):
+    """Complete what runs at that time, and return the jobs in the order of their launches."""
+    order = [first]
+    for job in order:
+        order += launched(queue.complete(job, now))
+    return order
+
+
+def test_every_second_launch_is_of_the_overdue_one_that_came_first():
+    queue = device(max_wait=2.0)
+    runner, other = add(queue), add(queue, "other")
+    first = Job(runner, HIGH)
+    queue.submit(first, 0.0)
+    overdue = [Job(other, LOW), Job(runner, LOW), Job(other)]
+    for job in overdue:
+        queue.submit(job, 0.0)
+    better = [Job(runner, HIGH) for _ in range(3)]
+    for job in better:
+        queue.submit(job, 1.0)
+    order = run_all(queue, first, 2.0)
+    assert order == [first, overdue[0], better[0], overdue[1], better[1], overdue[2], better[2]]
+
+
+def test_until_then_nothing_is_overdue():
+    queue = device(max_wait=2.0)
+    runner = add(queue)
+    first, low, high = Job(runner), Job(runner, LOW), Job(runner, HIGH)
+    for job in (first, low, high):
+        queue.submit(job, 0.0)
+    assert launched(queue.complete(first, 1.875)) == [high]
+    assert launched(queue.complete(high, 2.0)) == [low]
+
+
+def test_an_overdue_job_whose_slots_are_busy_holds_up_no_other():
+    queue = device(lanes=2, max_wait=2.0)
+    a, b = add(queue, "a"), add(queue, "b")
+    busy, other = Job(a), Job(b)
+    queue.submit(busy, 0.0)
+    queue.submit(other, 0.0)
+    overdue, better = Job(a, LOW), Job(b, HIGH)
+    queue.submit(overdue, 0.0)
+    queue.submit(better, 1.0)
+    assert launched(queue.complete(other, 5.0)) == [better]
+    assert launched(queue.complete(busy, 6.0)) == [overdue]
+
+
+def test_one_that_waits_for_a_lease_is_never_overdue():
+    queue = device(max_wait=2.0)
+    runner = add(queue)
+    first, holds, high = Job(runner), Job(runner, LOW, holds=True), Job(runner, HIGH)
+    for job in (first, holds, high):
+        queue.submit(job, 0.0)
+    assert launched(queue.complete(first, 9.0)) == [high]
+    (command,) = queue.complete(high, 9.0)
+    assert type(command) is Grant
+
+
+def test_a_leases_job_can_be_overdue():
+    queue = device(max_wait=2.0)
+    runner, other = add(queue), add(queue, "other")
+    lease = take_lease(queue, runner)
+    first, held, high = Job(other), Job(lease, LOW), Job(other, HIGH)
+    for job in (first, held, high):
+        queue.submit(job, 0.0)
+    assert launched(queue.complete(first, 2.0)) == [held]
+
+
+def test_an_overdue_job_whose_deadline_has_passed_expires_and_the_next_has_the_turn():
+    queue = device(max_wait=2.0)
+    runner = add(queue)
+    first, gone, overdue, high = (
+        Job(runner),
+        Job(runner, LOW, deadline=3.0),
+        Job(runner, LOW),
+        Job(runner, HIGH),
+    )
+    for job in (first, gone, overdue, high):
+        queue.submit(job, 0.0)
+    expired, then = queue.complete(first, 3.0)
+    assert expired == Expire(gone)
+    assert then.job is overdue
+
+
+def test_an_overdue_short_run_has_its_turn_on_the_loop():
+    queue = device(max_wait=2.0)
+    quick, others = add(queue, "quick", placing=Placing(Placement.INLINE)), add(queue, "others")
+    blocker, running = Job(others), Job(quick)
+    queue.submit(blocker, 0.0)
+    queue.submit(running, 0.0)
+    overdue, better = Job(quick, LOW), Job(quick, HIGH)
+    queue.submit(overdue, 0.0)
+    queue.submit(better, 0.0)
+    assert launches(queue.complete(running, 2.0, started=0.0, finished=0.0)) == [overdue]
+
+
+def test_an_overdue_wide_run_is_waited_for_and_narrow_ones_do_not_pass_it():
+    queue = device(lanes=2, max_wait=2.0)
+    wide, narrow = add(queue, "wide", width=2), add(queue, "narrow", slots=2)
+    running = [Job(narrow, HIGH), Job(narrow, HIGH)]
+    for job in running:
+        queue.submit(job, 0.0)
+    overdue, better = Job(wide, LOW), Job(narrow, HIGH)
+    queue.submit(overdue, 0.0)
+    queue.submit(better, 1.0)
+    assert launched(queue.complete(running[0], 2.0)) == []
+    assert launched(queue.complete(running[1], 3.0)) == [overdue]
+    assert launched(queue.complete(overdue, 4.0)) == [better]
+
+
+def test_a_key_that_waits_for_company_waits_no_more_when_it_is_overdue():
+    queue = device(max_wait=2.0)
+    runner = add(queue, batching=Batching(8, 100.0))
+    job = Job(runner, key="k")
+    queue.submit(job, 0.0)
+    assert launches(queue.tick(1.875)) == []
+    assert launches(queue.tick(2.0)) == [job]
+
+
+def test_it_takes_riders_along():
+    queue = device(max_wait=2.0)
+    runner = add(queue, batching=Batching(8))
+    first = Job(runner)
+    queue.submit(first, 0.0)
+    overdue, rider, high = Job(runner, LOW, key="k"), Job(runner, LOW, key="k"), Job(runner, HIGH)
+    queue.submit(overdue, 0.0)
+    queue.submit(rider, 1.0)
+    queue.submit(high, 1.0)
+    queue.turn(1.0)
+    assert launches(queue.complete(first, 2.0)) == [overdue]
+    assert overdue.members == (overdue, rider)
+
+
+def test_reruns_leave_the_turns_as_they_are():
+    queue = device(max_wait=2.0)
+    runner = add(queue, batching=Batching(8))
+    first = Job(runner)
+    queue.submit(first, 0.0)
+    batch = [Job(runner, HIGH, key="k") for _ in range(2)]
+    for job in batch:
+        queue.submit(job, 0.0)
+    queue.turn(0.0)
+    assert launches(queue.complete(first, 1.0)) == [batch[0]]  # a regular turn
+    overdue, high = Job(runner, LOW), Job(runner, HIGH)
+    queue.submit(overdue, 1.0)
+    queue.submit(high, 1.0)
+    assert launches(queue.complete(batch[0], 3.0, ok=False)) == [batch[0]]
+    assert launches(queue.complete(batch[0], 3.0)) == [batch[1]]
+    assert launches(queue.complete(batch[1], 3.0)) == [overdue]
+
+
+def test_late_jobs_expire_though_they_are_overdue():
+    queue = device(max_wait=2.0)
+    runner = add(queue)
+    teach(queue, runner, 1.0)
+    first, late, high = Job(runner), Job(runner, LOW, deadline=3.5), Job(runner, HIGH)
+    for job in (first, late, high):
+        queue.submit(job, 0.0)
+    expired, then = queue.complete(first, 3.0)
+    assert expired == Expire(late, 1.0)
+    assert then.job is high
