@@ -15,7 +15,6 @@ the tenant that had the least for its share (`fair`), then the earliest due (`po
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import msgspec
@@ -29,6 +28,7 @@ from aoti_sched.errors import (
 from aoti_sched.queue import barrier, refusal
 from aoti_sched.queue.admission import Bounds, Load
 from aoti_sched.queue.batch import Batching, Company
+from aoti_sched.queue.choice import Choice, can_start
 from aoti_sched.queue.command import (
     BarrierReached,
     Command,
@@ -44,15 +44,14 @@ from aoti_sched.queue.command import (
     WakeAt,
 )
 from aoti_sched.queue.fair import Ledger
-from aoti_sched.queue.forecast import Backlog, waiting_time
+from aoti_sched.queue.forecast import Forecast, expected
 from aoti_sched.queue.invariants import check
 from aoti_sched.queue.job import Fact, IllegalFactError, Job, JobState, Priority
 from aoti_sched.queue.lanes import Lanes
 from aoti_sched.queue.lease import UNHEALTHY, Lease, Phase, RunnerState, Source
-from aoti_sched.queue.order import Contest, Rank
-from aoti_sched.queue.overload import Scope, Worst, victims
 from aoti_sched.queue.placement import INLINE_BUDGET, LOOP, Placing
 from aoti_sched.queue.policy import Policy
+from aoti_sched.queue.room import Room
 from aoti_sched.queue.timers import Timers
 
 
@@ -72,33 +71,9 @@ def _must_be_lawful(job: Job) -> None:
         raise IllegalFactError("a job with a key runs, and has rows")
 
 
-def _can_start(source: Source) -> bool:
-    return bool(source.free) and not source.closed
-
-
-def _place_at_gate(runner: RunnerState) -> Rank | None:
-    """Among those who wait for the device's room, if it has room itself."""
-    head = runner.gate.head()
-    if head is None or runner.load.refusal(head.bytes) is not None:
-        return None
-    return (head.priority, head.due, head.id)
-
-
 def _company(runner: RunnerState) -> Company:
     """Of a runner that makes batches."""
     return runner.company  # type: ignore[return-value]
-
-
-def _expected(job: Job, size: int) -> float:
-    """Core seconds that a run of this job's runner on so many bytes will take; 0 while that is not known."""
-    runner = job.source.runner
-    return runner.width * runner.placing.times.typical(size)
-
-
-def _is_counted(job: Job) -> bool:
-    """Whether it counts against its tenant's bound."""
-    runner = job.source.runner
-    return runner.counts_tenants and job.source is runner and not job.exempt
 
 
 class DeviceQueue:
@@ -123,23 +98,14 @@ class DeviceQueue:
         self.name = name
         self.policy = policy or Policy()
         self.lanes = Lanes(lanes, cores, inline_budget)
-        self.load = Load(f"device {name}", bounds or Bounds())
+        self.room = Room(name, bounds or Bounds())
+        self.load = self.room.load
         self.runners: dict[str, RunnerState] = {}
         self.ledger = Ledger(self.policy.fair)
-        self._ready: Contest[Source] = Contest(self._place_for_a_lane)
-        self._ready_inline: Contest[Source] = Contest(self._place_for_the_loop)
-        self._ready_to_lease: Contest[Source] = Contest(self._place_for_a_lease)
-        self._overdue: Contest[Source] = Contest(self._age_for_a_lane)
-        self._overdue_inline: Contest[Source] = Contest(self._age_for_the_loop)
-        self._regular_turn = False  # the last launch was of an overdue job
+        self._watches_age = self.policy.max_wait is not None
+        self._choice = Choice(self.lanes, self.policy.max_wait)
+        self._forecast = Forecast(self.lanes)
         self._turn_asked = False
-        self._gates: Contest[RunnerState] = Contest(_place_at_gate)
-        self._max_wait = self.policy.max_wait
-        self._predicts = False  # whether some runner does; then these are kept:
-        self._backlog = Backlog()
-        self._busy_runners = 0  # that have something queued,
-        self._busy_shares = 0.0  # and their shares together
-        self._worst = Worst()
         self.timers = Timers()
         self._gathering: list[RunnerState] = []  # jobs that may have company have come to them in this turn
         self._wake: float | None = None
@@ -199,12 +165,12 @@ class DeviceQueue:
             predicts=predicts,
         )
         self.runners[name] = runner
-        if predicts and not self._predicts:
-            self._predicts = True
+        if predicts and not self._forecast.kept:
+            self._forecast.kept = True
             for other in self.runners.values():
                 for source in (other, *other.leases.values()):
                     for job in source.queue.jobs():
-                        self._foresee(job)
+                        self._forecast.add(job)
         return runner
 
     def drain_runner(self, runner: RunnerState, now: float) -> list[Command]:
@@ -223,7 +189,7 @@ class DeviceQueue:
             self._revoke(job, error, now, commands)
         if runner.company is not None:
             runner.company.hurry(now)
-            self._enter(runner)
+            self._choice.enter(runner)
         self._dispatch(now, commands)
         self._see_what_is_over(runner, commands)
         return commands
@@ -255,8 +221,8 @@ class DeviceQueue:
             raise IllegalFactError(f"runner {runner.name!r} is {runner.phase.name}, it can't be removed")
         del self.runners[runner.name]
         self.ledger.close(runner.name)
-        self._forget(runner)
-        self._gates.leave(runner)
+        self._choice.forget(runner)
+        self.room.gates.leave(runner)
 
     def close_barrier(self, runner: RunnerState, now: float, *, abort: bool = False) -> list[Command]:
         """Start nothing more of this runner, but for its held leases; `BarrierReached` follows when every slot is home.
@@ -284,7 +250,7 @@ class DeviceQueue:
         commands: list[Command] = []
         if epoch is not None:
             self._serve_epoch(runner, now, commands)
-        self._enter(runner)
+        self._choice.enter(runner)
         self._dispatch(now, commands)
         self._see_what_is_over(runner, commands)
         return commands
@@ -297,7 +263,7 @@ class DeviceQueue:
         gathering, self._gathering = self._gathering, []
         for runner in gathering:
             _company(runner).turn(now)
-            self._enter(runner)
+            self._choice.enter(runner)
         self._dispatch(now, commands)
         for runner in gathering:
             self._follow(runner, now, commands)
@@ -325,9 +291,9 @@ class DeviceQueue:
             if runner.predicts:
                 error = self._unreachable(job, now)
             if error is None:
-                full = self._full(job)
+                full = self.room.full(job)
                 if full is not None and not wait:
-                    shed = self._to_shed(job) if runner.sheds else ()
+                    shed = self.room.make_way(job) if runner.sheds else ()
                     error = None if shed else refusal.for_now(job, full)
         if error is not None:
             job.happens(Fact.REJECT)
@@ -343,30 +309,28 @@ class DeviceQueue:
         if shed:
             for other in shed:
                 self._shed(other, now, commands)
-            full = self._full(job)
+            full = self.room.full(job)
         job.source.live += 1
         if job.min_epoch > job.source.epoch:
             job.happens(Fact.HOLD)
             runner.awaiting[job.id] = job
         elif full is not None:
             job.happens(Fact.HOLD)
-            self._wait_for_room(job)
+            self.room.wait(job)
             self._dispatch(now, commands)
         elif (lane := self._uncontended_lane(job, now)) is not None:
             job.happens(Fact.ADMIT)
-            job.expected = _expected(job, job.bytes)
+            job.expected = expected(job, job.bytes)
             self.ledger.enter(job)
             self.ledger.leave(job)
-            self._regular_turn = False
+            self._choice.launches(chosen=False)
             if job.key is not None and self._may_have_company(job):
                 self._arrives(runner, commands)
             self._launch(job, lane, now, commands)
             if self.load.jobs:  # what waited for company may have done so long enough
                 self._dispatch(now, commands)
         else:
-            if _is_counted(job):
-                self._count_tenant(job)
-            self._admit(job, now, commands)
+            self._admit(job, now, commands, waited=False)
             self._dispatch(now, commands)
             self._follow(job.source, now, commands)
         if job.deadline is not None:
@@ -418,7 +382,7 @@ class DeviceQueue:
         moved = (ok or too_long) and runner.placing.learn(size, seconds, too_long=too_long)
         if self.load.jobs:  # nobody waits for room, a slot or a lane when nothing is queued
             for other in (runner, *runner.leases.values()) if moved else (source,):
-                self._enter(other)
+                self._choice.enter(other)
             self._dispatch(now, commands)
             self._follow(source, now, commands)
         if runner.closed or runner.phase is not Phase.OPEN:
@@ -460,96 +424,6 @@ class DeviceQueue:
 
     # --- what follows from facts ---------------------------------------------------------------------
 
-    def _full(self, job: Job) -> str | None:
-        """Why a job can't be queued now. Nobody passes those who wait already.
-
-        A held lease answers for its own jobs alone. Those in the queue may wait for the very slot it
-        holds: were its jobs held back by them, neither would ever go on.
-        """
-        if job.exempt:
-            return None
-        source = job.source
-        reason = source.load.refusal(job.bytes)
-        if reason is None and source is source.runner:
-            if source.runner.counts_tenants:
-                reason = self._tenant_full(source.runner, job)
-            if reason is None:
-                reason = self.load.refusal(job.bytes)
-        if reason is None and self._others_wait(job):
-            reason = "earlier requests are waiting for room"
-        return reason
-
-    def _others_wait(self, job: Job) -> bool:
-        """Whether there are some for room whom it may not pass."""
-        source, runner = job.source, job.source.runner
-        if len(source.gate):
-            return True
-        if source is not runner:
-            return False
-        return self._gates.best() is not None or (runner.counts_tenants and job.tenant in runner.tenant_lines)
-
-    def _tenant_full(self, runner: RunnerState, job: Job) -> str | None:
-        """Why a job of this tenant can't be queued now, nor wait at the gate."""
-        most = runner.load.bounds.tenant_jobs
-        if most is None or runner.tenant_jobs.get(job.tenant, 0) < most:
-            return None
-        return f"tenant {job.tenant!r} has {most} jobs queued, its bound is {most}"
-
-    def _wait_for_room(self, job: Job) -> None:
-        """At its source's gate, or, if its tenant has too many there and in the queue, in line before it."""
-        source = job.source
-        if _is_counted(job):
-            runner = source.runner
-            line = runner.tenant_lines.get(job.tenant)
-            if line or self._tenant_full(runner, job) is not None:
-                if line is None:
-                    line = runner.tenant_lines[job.tenant] = OrderedDict()
-                line[job.id] = job
-                return
-            self._count_tenant(job)
-        source.gate.push(job)
-        self._look_at_gate(source)
-
-    def _count_tenant(self, job: Job) -> None:
-        jobs = job.source.runner.tenant_jobs
-        jobs[job.tenant] = jobs.get(job.tenant, 0) + 1
-
-    def _uncount_tenant(self, job: Job) -> None:
-        """One of its tenant's has left the gate or the queue: the next in line may have its place."""
-        runner, tenant = job.source.runner, job.tenant
-        runner.tenant_jobs[tenant] -= 1
-        if not runner.tenant_jobs[tenant]:
-            del runner.tenant_jobs[tenant]
-        line = runner.tenant_lines.get(tenant)
-        if line is None:
-            return
-        if line:
-            _, first = line.popitem(last=False)
-            self._count_tenant(first)
-            runner.gate.push(first)
-            self._look_at_gate(runner)
-        if not line:
-            del runner.tenant_lines[tenant]
-
-    def _to_shed(self, job: Job) -> Sequence[Job]:
-        """Who is shed so that it can be queued; nobody if that does not help, or others wait for room already."""
-        runner = job.source.runner
-        if job.source is not runner or self._others_wait(job):
-            return ()
-        most = runner.load.bounds.tenant_jobs
-
-        def tenant_lacks_room(without: Sequence[Job]) -> bool:
-            return most is not None and runner.tenant_jobs.get(job.tenant, 0) - len(without) >= most
-
-        return victims(
-            job,
-            [
-                Scope(runner.worst_of.get(job.tenant) or Worst(), tenant_lacks_room),
-                Scope(runner.worst, lambda without: runner.load.lacks_room(job.bytes, without)),
-                Scope(self._worst, lambda without: self.load.lacks_room(job.bytes, without)),
-            ],
-        )
-
     def _shed(self, job: Job, now: float, commands: list[Command]) -> None:
         self._leave_queue(job, Fact.SHED, now)
         job.source.runner.counters.shed += 1
@@ -567,7 +441,10 @@ class DeviceQueue:
             or not times.knows(job.bytes)
         ):
             return None
-        takes = self._waiting_time(job, now) + times.typical(job.bytes)
+        idle = not self.load.jobs and can_start(runner)
+        inline = runner.placing.inline(job.bytes)
+        at_once = idle and self._choice.has_place(runner, inline=inline)
+        takes = times.typical(job.bytes) + (0.0 if at_once else self._forecast.waiting_time(job, now))
         if now + takes <= deadline:
             return None
         if times.doubt(job.bytes):
@@ -575,47 +452,17 @@ class DeviceQueue:
             return None
         return DeadlineUnreachableError(runner.name, takes, deadline - now)
 
-    def _waiting_time(self, job: Job, now: float) -> float:
-        """Seconds until a job that comes now will probably start."""
-        runner, cores = job.source.runner, self.lanes.cores
-        if (
-            not self.load.jobs
-            and _can_start(runner)
-            and self._has_place(runner, runner.placing.inline(job.bytes))
-        ):
-            return 0.0
-        running = running_own = 0.0
-        for other in self.lanes.launched():
-            expected = _expected(other, other.size)
-            rest = max(0.0, expected - (now - other.started) * other.source.runner.width)
-            running += rest
-            if other.source.runner is runner:
-                running_own += rest
-        return waiting_time(
-            everything=self._backlog.ahead_of(job.priority),
-            own=runner.backlog.ahead_of(job.priority),
-            running=running,
-            running_own=running_own,
-            cores=cores,
-            capacity=min(cores, runner.slots * runner.width),
-            fraction=runner.share / (self._busy_shares + (0.0 if runner.backlog.jobs else runner.share)),
-        )
-
-    def _admit(self, job: Job, now: float, commands: list[Command]) -> None:
-        """It is queued. Where its tenant is counted, that was done."""
+    def _admit(self, job: Job, now: float, commands: list[Command], *, waited: bool) -> None:
+        """It is queued."""
         job.happens(Fact.ADMIT)
         source, runner = job.source, job.source.runner
-        job.expected = _expected(job, job.bytes)
-        if self._predicts:
-            self._foresee(job)
-        for load in self._loads_of(source):
-            load.add(job)
+        job.expected = expected(job, job.bytes)
+        if self._forecast.kept:
+            self._forecast.add(job)
+        self.room.take(job, waited=waited)
         self.ledger.enter(job)
-        if self._max_wait is not None and not job.holds:
+        if self._watches_age and not job.holds:
             source.arrivals.push(job.submitted, job)
-        if runner.sheds and source is runner and not job.holds:
-            for worst in self._worsts_of(job):
-                worst.push(job)
         if job.key is not None and self._may_have_company(job):
             self._arrives(runner, commands)
             key = _company(runner).enter(job, now, runner.placing.times.bound(job.bytes))
@@ -624,24 +471,7 @@ class DeviceQueue:
                 self._ask_for_wake(commands)
         else:
             source.queue.push(job)
-        self._enter(source)
-
-    def _foresee(self, job: Job) -> None:
-        """It is queued: so much more is to be done before what comes now."""
-        runner = job.source.runner
-        if not runner.backlog.jobs:
-            self._busy_runners += 1
-            self._busy_shares += runner.share
-        self._backlog.add(job)
-        runner.backlog.add(job)
-
-    def _worsts_of(self, job: Job) -> tuple[Worst, ...]:
-        """What keeps a queued job of a runner that sheds."""
-        runner = job.source.runner
-        of_tenant = runner.worst_of.get(job.tenant)
-        if of_tenant is None:
-            of_tenant = runner.worst_of[job.tenant] = Worst()
-        return of_tenant, runner.worst, self._worst
+        self._choice.enter(source)
 
     def _may_have_company(self, job: Job) -> bool:
         """Whether others may run with a job that has a key: it draws its slot from a runner that makes batches."""
@@ -660,78 +490,6 @@ class DeviceQueue:
             self._turn_asked = True
             commands.append(NextTurn())
 
-    # --- who goes next -------------------------------------------------------------------------------
-
-    def _place_for_a_lane(self, source: Source) -> Rank | None:
-        head = source.queue.head()
-        if head is None or head.holds or not _can_start(source) or source.runner.placing.inline(head.bytes):
-            return None
-        return self._rank(head)
-
-    def _place_for_the_loop(self, source: Source) -> Rank | None:
-        head = source.queue.head()
-        if (
-            head is None
-            or head.holds
-            or not _can_start(source)
-            or not source.runner.placing.inline(head.bytes)
-        ):
-            return None
-        return self._rank(head)
-
-    def _place_for_a_lease(self, source: Source) -> Rank | None:
-        head = source.queue.head()
-        return self._rank(head) if head is not None and head.holds and _can_start(source) else None
-
-    def _rank(self, head: Job) -> Rank:
-        """Of its source among the others, the least first."""
-        priority, accounts = head.priority, head.source.runner.accounts
-        return (priority, accounts[priority].virtual if accounts else 0.0, head.due, head.id)
-
-    def _age_for_a_lane(self, source: Source) -> Rank | None:
-        return self._age(source, inline=False)
-
-    def _age_for_the_loop(self, source: Source) -> Rank | None:
-        return self._age(source, inline=True)
-
-    def _age(self, source: Source, *, inline: bool) -> Rank | None:
-        """Of a source among those that may have overdue jobs: the job that came first."""
-        oldest = source.arrivals.first
-        if oldest is None or not _can_start(source) or source.runner.placing.inline(oldest.bytes) != inline:
-            return None
-        if (
-            oldest.key is not None
-            and self._may_have_company(oldest)
-            and _company(source.runner).holds_back(oldest)
-        ):
-            return None
-        return (oldest.submitted, oldest.id)
-
-    def _enter(self, source: Source) -> None:
-        """Its head or its slots changed: it contends again."""
-        head = source.queue.head()
-        if self._max_wait is not None:
-            self._overdue.enter(source)
-            self._overdue_inline.enter(source)
-        if head is not None and _can_start(source):
-            if head.holds:
-                self._ready_to_lease.enter_as(source, self._rank(head))
-            elif source.runner.placing.inline(head.bytes):
-                self._ready_inline.enter_as(source, self._rank(head))
-            else:
-                self._ready.enter_as(source, self._rank(head))
-
-    def _forget(self, source: Source) -> None:
-        """It is gone for good."""
-        for contest in (
-            self._ready,
-            self._ready_inline,
-            self._ready_to_lease,
-            self._overdue,
-            self._overdue_inline,
-        ):
-            contest.leave(source)
-
     def _dispatch(self, now: float, commands: list[Command]) -> None:
         """Give free slots and lanes to the best jobs, and the room that this makes to those at the gate.
 
@@ -741,10 +499,7 @@ class DeviceQueue:
             self._ripen(now)
         while True:
             self._open_gates(now, commands)
-            job = None if self._max_wait is None else self._overdue_one(now)
-            overdue = job is not None
-            if job is None:
-                job = self._next(now)
+            job = self._choice.next(now)
             if job is None:
                 return
             if job.deadline is not None and self._is_late(job, job.deadline, now, commands):
@@ -753,65 +508,22 @@ class DeviceQueue:
             if job.holds:
                 self._grant(job, now, commands)
             else:
-                self._regular_turn = overdue
+                self._choice.launches(chosen=True)
                 inline = job.source.runner.placing.inline(job.bytes)
                 self._launch(job, LOOP if inline else self.lanes.free[-1], now, commands)
-            self._enter(job.source)
+            self._choice.enter(job.source)
 
     def _ripen(self, now: float) -> None:
         """Let take part what has waited for company long enough."""
         while (found := self.timers.ripe(now)) is not None:
             runner, name = found
             _company(runner).see(name, now)
-            self._enter(runner)
-
-    def _next(self, now: float) -> Job | None:
-        """The best of the jobs that have a slot and a place to run, cores included.
-
-        Who is first in line for a lane and does not find cores enough is not passed by others: it would wait for ever.
-        """
-        first: Source | None = self._ready_to_lease.best()
-        if self.lanes.free:
-            overdue = None if self._max_wait is None else self._oldest(self._overdue, now)
-            if overdue is None or overdue.source.runner.width <= self.lanes.free_cores:
-                best = self._ready.best()
-                if best is not None and best.runner.width <= self.lanes.free_cores:
-                    first = self._better(first, best)
-        if self.lanes.loop_is_free():
-            first = self._better(first, self._ready_inline.best())
-        return None if first is None else first.queue.head()
-
-    def _better(self, one: Source | None, other: Source | None) -> Source | None:
-        """Whose first job goes before the other's."""
-        if one is None or other is None:
-            return one or other
-        mine, others = one.queue.head(), other.queue.head()
-        if mine is None or others is None:
-            return one if others is None else other
-        return one if self._rank(mine) < self._rank(others) else other
-
-    def _overdue_one(self, now: float) -> Job | None:
-        """Who has waited too long and has a place to run, if this launch may be one of those."""
-        on_lane = self._oldest(self._overdue, now) if self.lanes.free else None
-        if on_lane is not None and on_lane.source.runner.width > self.lanes.free_cores:
-            on_lane = None
-        on_loop = self._oldest(self._overdue_inline, now) if self.lanes.loop_is_free() else None
-        if on_lane is None or on_loop is None:
-            return on_lane or on_loop
-        return on_lane if (on_lane.submitted, on_lane.id) < (on_loop.submitted, on_loop.id) else on_loop
-
-    def _oldest(self, contest: Contest[Source], now: float) -> Job | None:
-        """Who of them came first, if it is overdue and their turn."""
-        if self._max_wait is None or self._regular_turn:
-            return None
-        source = contest.best()
-        oldest = None if source is None else source.arrivals.first
-        return oldest if oldest is not None and now - oldest.submitted >= self._max_wait else None
+            self._choice.enter(runner)
 
     def _uncontended_lane(self, job: Job, now: float) -> int | None:
         """The lane it can have at once, since a slot and the lane are free and nobody else wants them; or None."""
         source = job.source
-        if job.holds or not _can_start(source):
+        if job.holds or not can_start(source):
             return None
         if job.key is not None and self._may_have_company(job) and _company(source.runner).waits:
             return None
@@ -821,17 +533,13 @@ class DeviceQueue:
         if self.load.jobs:
             if self.timers.keys:
                 self._ripen(now)
-            contest = self._ready_inline if inline else self._ready
-            if len(source.queue) or contest.best() is not None:  # its own queue may wait for another place
+            if len(source.queue) or self._choice.is_wanted(
+                inline=inline
+            ):  # its own queue may wait for another place
                 return None
-        if not self._has_place(source.runner, inline):
+        if not self._choice.has_place(source.runner, inline=inline):
             return None
         return LOOP if inline else self.lanes.free[-1]
-
-    def _has_place(self, runner: RunnerState, inline: bool) -> bool:
-        """Whether a run may start there now."""
-        lanes = self.lanes
-        return lanes.loop_is_free() if inline else bool(lanes.free) and runner.width <= lanes.free_cores
 
     # --- launches and their ends ---------------------------------------------------------------------
 
@@ -937,30 +645,16 @@ class DeviceQueue:
                 job.deadline <= now or self._would_be_late(job, job.deadline, now)
             ):
                 return
-            rival = self._ready.best()
-            if rival is not None:
-                first = rival.queue.head()
-                if first is not None and self._rank(first) < self._rank(job):
-                    return
-            if self._max_wait is not None and self._overdue_waits(source, now):
+            if not self._choice.may_follow(job, now):
                 return
             self._unqueue(job)
-            self._regular_turn = False
+            self._choice.launches(chosen=False)
             lane = source.followed.pop()
             self._start(job, lane, self.lanes.running[lane].slot, now, commands)
             self.lanes.following[lane] = job
             commands.append(Launch(job))
-            self._enter(source)
+            self._choice.enter(source)
             self._dispatch(now, commands)  # the room it left may let others in
-
-    def _overdue_waits(self, source: Source, now: float) -> bool:
-        """Whether a lane of this source had better come free, for one that has waited too long."""
-        if self._max_wait is None or self._regular_turn:
-            return False
-        if self._oldest(self._overdue, now) is not None:
-            return True
-        oldest = source.arrivals.first
-        return oldest is not None and now - oldest.submitted >= self._max_wait
 
     def _grant(self, job: Job, now: float, commands: list[Command]) -> None:
         """What asked for a lease gets its slot, for which no lane is needed, and is done."""
@@ -981,21 +675,8 @@ class DeviceQueue:
         commands.append(Grant(job, lease))
 
     def _open_gates(self, now: float, commands: list[Command]) -> None:
-        while (runner := self._gates.best()) is not None:
-            job = runner.gate.head()
-            if job is None or self.load.refusal(job.bytes) is not None:
-                return
-            runner.gate.remove(job)
-            self._admit(job, now, commands)
-            self._gates.enter(runner)
-
-    def _look_at_gate(self, source: Source) -> None:
-        """Its head or the room behind it changed. A runner's gate then contends for the device's room."""
-        if isinstance(source, Lease):
-            while (job := source.gate.head()) is not None and source.load.refusal(job.bytes) is None:
-                source.gate.remove(job)
-                self._admit(job, job.submitted, [])  # nothing follows from it but that it is queued
-        self._gates.enter(source.runner)
+        while (job := self.room.next_admitted()) is not None:
+            self._admit(job, now, commands, waited=True)
 
     def _leave_queue(self, job: Job, fact: Fact, now: float) -> None:
         """A job that is waiting or queued ends there."""
@@ -1005,28 +686,14 @@ class DeviceQueue:
         source = job.source
         source.live -= 1
         if waiting:
-            self._leave_line(job)
+            if source.runner.awaiting.pop(job.id, None) is None:
+                self.room.leave(job)
         else:
             self._unqueue(job)
-            self._enter(source)
+            self._choice.enter(source)
         self.timers.ended(job)
         if isinstance(source, Lease):
             self._retire_if_over(source)
-
-    def _leave_line(self, job: Job) -> None:
-        """It waits no more: for its epoch, in the line of its tenant, or at the gate."""
-        source, runner = job.source, job.source.runner
-        if runner.awaiting.pop(job.id, None) is not None:
-            return
-        line = runner.tenant_lines.get(job.tenant) if source is runner else None
-        if line is not None and line.pop(job.id, None) is not None:
-            if not line:
-                del runner.tenant_lines[job.tenant]
-            return
-        source.gate.remove(job)
-        if _is_counted(job):
-            self._uncount_tenant(job)
-        self._look_at_gate(source)
 
     def _unqueue(self, job: Job) -> None:
         """It leaves its queue, and the room that it had."""
@@ -1035,40 +702,20 @@ class DeviceQueue:
             _company(runner).leave(job)
         else:
             source.queue.remove(job)
-        for load in self._loads_of(source):
-            load.remove(job)
-        if self._predicts:
-            self._backlog.remove(job)
-            runner.backlog.remove(job)
-            if not runner.backlog.jobs:
-                self._busy_runners -= 1
-                # Sums of floats drift; nobody has no share.
-                self._busy_shares = self._busy_shares - runner.share if self._busy_runners else 0.0
+        if self._forecast.kept:
+            self._forecast.remove(job)
         self.ledger.leave(job)
-        if self._max_wait is not None and not job.holds:
+        if self._watches_age and not job.holds:
             source.arrivals.remove(job)
-        if runner.sheds and source is runner and not job.holds:
-            for worst in self._worsts_of(job):
-                worst.left()
-            if not runner.worst_of[job.tenant].alive:
-                del runner.worst_of[job.tenant]
-        if runner.counts_tenants and _is_counted(job):
-            self._uncount_tenant(job)
-        self._look_at_gate(source)
-
-    def _loads_of(self, source: Source) -> tuple[Load, ...]:
-        """Everything that counts a queued job of this source."""
-        if isinstance(source, Lease):
-            return source.load, source.runner.load, self.load
-        return source.load, self.load
+        self.room.give_back(job)
 
     def _retire_if_over(self, lease: Lease) -> None:
         runner = lease.runner
         if lease.released and not lease.live and lease.id in runner.leases:
             del runner.leases[lease.id]
             runner.free.append(lease.free.pop())
-            self._forget(lease)
-            self._enter(runner)
+            self._choice.forget(lease)
+            self._choice.enter(runner)
 
     def _revoke(self, job: Job, error: AotiSchedError, now: float, commands: list[Command]) -> None:
         self._leave_queue(job, Fact.REVOKE, now)
@@ -1085,8 +732,8 @@ class DeviceQueue:
             del runner.awaiting[job.id]
             self._ids += 1
             job.id = self._ids  # its turn counts from now
-            self._wait_for_room(job)
-        self._look_at_gate(runner)
+            self.room.wait(job)
+        self.room.gates.enter(runner)
 
     def _see_what_is_over(self, runner: RunnerState, commands: list[Command]) -> None:
         if runner.closed and barrier.reach(runner):

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from aoti_sched.queue.job import Job, Priority
+
+if TYPE_CHECKING:
+    from aoti_sched.queue.lanes import Lanes
 
 
 class Backlog:
@@ -32,30 +37,62 @@ class Backlog:
         return sum(self._seconds[: priority + 1])
 
 
-def waiting_time(
-    *,
-    everything: float,
-    own: float,
-    running: float,
-    running_own: float,
-    cores: int,
-    capacity: int,
-    fraction: float,
-) -> float:
-    """Seconds until a job that is queued now starts.
+class Forecast:
+    """One device's. It is kept from the first runner on that wants to know, and until then costs nothing."""
 
-    It starts no later than when all that is queued before it is done, and no later than when its runner's own queue is done
-    at the rate that the runner's share of the device gives it; and no sooner than its runner's slots can get through what runs there and that queue.
+    __slots__ = ("_backlog", "_busy", "_lanes", "_shares", "kept")
 
-    Args:
-        everything: Core seconds that are queued on the device, of its class and higher ones.
-        own: Those of them that are its runner's.
-        running: Core seconds that what runs will still take,
-        running_own: and what of it is its runner's.
-        cores: Of the device.
-        capacity: How many of them its runner can use at once.
-        fraction: Its runner's share among those that have something queued, itself included.
-    """
-    in_order = (running + everything) / cores
-    by_share = own / (capacity * fraction) + running / cores
-    return max(min(in_order, by_share), (own + running_own) / capacity)
+    def __init__(self, lanes: Lanes) -> None:
+        self._lanes = lanes
+        self.kept = False
+        self._backlog = Backlog()
+        self._busy = 0  # runners that have something queued,
+        self._shares = 0.0  # and their shares together
+
+    def add(self, job: Job) -> None:
+        """It is queued."""
+        runner = job.source.runner
+        if not runner.backlog.jobs:
+            self._busy += 1
+            self._shares += runner.share
+        self._backlog.add(job)
+        runner.backlog.add(job)
+
+    def remove(self, job: Job) -> None:
+        """It is queued no more."""
+        runner = job.source.runner
+        self._backlog.remove(job)
+        runner.backlog.remove(job)
+        if not runner.backlog.jobs:
+            self._busy -= 1
+            # Sums of floats drift; nobody has no share.
+            self._shares = self._shares - runner.share if self._busy else 0.0
+
+    def waiting_time(self, job: Job, now: float) -> float:
+        """Seconds until a job that comes now starts, unless it can at once.
+
+        It starts no later than when all that is queued before it is done, and no later than when its runner's own queue is done
+        at the rate that the runner's share of the device gives it; and no sooner than its runner's slots can get through what runs there
+        and that queue.
+        """
+        runner, cores = job.source.runner, self._lanes.cores
+        running = running_own = 0.0
+        for other in self._lanes.launched():
+            width = other.source.runner.width
+            rest = max(0.0, expected(other, other.size) - (now - other.started) * width)
+            running += rest
+            if other.source.runner is runner:
+                running_own += rest
+        everything = self._backlog.ahead_of(job.priority)
+        own = runner.backlog.ahead_of(job.priority)
+        capacity = min(cores, runner.slots * runner.width)
+        fraction = runner.share / (self._shares + (0.0 if runner.backlog.jobs else runner.share))
+        in_order = (running + everything) / cores
+        by_share = own / (capacity * fraction) + running / cores
+        return max(min(in_order, by_share), (own + running_own) / capacity)
+
+
+def expected(job: Job, size: int) -> float:
+    """Core seconds that a run of this job's runner on so many bytes will take; 0 while that is not known."""
+    runner = job.source.runner
+    return runner.width * runner.placing.times.typical(size)

@@ -121,7 +121,7 @@ def check(queue: DeviceQueue) -> None:
         )
         must(runner.load.within_bounds(*_lease_loads(runner)), "no bound of a runner is exceeded")
         if _has_room(runner):
-            at_gate = queue._gates.best()
+            at_gate = queue.room.gates.best()
             waits = None if at_gate is None else at_gate.gate.head()
             blocked = waits is not None and queue.load.refusal(waits.bytes) is not None
             must(blocked, "nobody waits at a gate when there is room")
@@ -199,7 +199,7 @@ def _check_accounts(
                 "a tenant's account knows what is queued and runs",
             )
     must(
-        runner.backlog.jobs == (len(queued) if queue._predicts else 0),
+        runner.backlog.jobs == (len(queued) if queue._forecast.kept else 0),
         "what is queued is foreseen",
     )
     oldest = [job for job in queued if not job.holds] if queue.policy.max_wait is not None else []

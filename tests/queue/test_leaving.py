@@ -188,8 +188,8 @@ def test_a_removed_runner_is_forgotten_everywhere():
     queue.submit(Job(runner), 0, wait=True)
     queue.terminate_runner(runner, 1)
     queue.remove_runner(runner)
-    assert runner not in queue._ready._entered
-    assert runner not in queue._gates._entered
+    assert runner not in queue._choice._runs._entered
+    assert runner not in queue.room.gates._entered
 
 
 @pytest.mark.parametrize("phase", [Phase.OPEN, Phase.DRAINING, Phase.TERMINATED])
