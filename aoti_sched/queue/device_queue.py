@@ -104,7 +104,7 @@ class DeviceQueue:
         self.ledger = Ledger(self.policy.fair)
         self._watches_age = self.policy.max_wait is not None
         self._choice = Choice(self.lanes, self.policy.max_wait)
-        self._forecast = Forecast(self.lanes)
+        self._forecast = Forecast(self.lanes, fair=self.policy.fair)
         self._turn_asked = False
         self.timers = Timers()
         self._gathering: list[RunnerState] = []  # jobs that may have company have come to them in this turn
@@ -379,7 +379,7 @@ class DeviceQueue:
         if isinstance(source, Lease):
             self._retire_if_over(source)
         too_long = inline and seconds > lanes.inline_budget
-        moved = (ok or too_long) and runner.placing.learn(size, seconds, too_long=too_long)
+        moved = (ok or too_long) and runner.placing.learn(size, seconds, now, too_long=too_long)
         if self.load.jobs:  # nobody waits for room, a slot or a lane when nothing is queued
             for other in (runner, *runner.leases.values()) if moved else (source,):
                 self._choice.enter(other)
@@ -447,7 +447,7 @@ class DeviceQueue:
         takes = times.typical(job.bytes) + (0.0 if at_once else self._forecast.waiting_time(job, now))
         if now + takes <= deadline:
             return None
-        if times.doubt(job.bytes):
+        if times.doubt(job.bytes, now):
             job.tried = True
             return None
         return DeadlineUnreachableError(runner.name, takes, deadline - now)
@@ -759,17 +759,24 @@ class DeviceQueue:
         if not self._would_be_late(job, deadline, now):
             return False
         times = job.source.runner.placing.times
-        if times.doubt(job.bytes):
+        if times.doubt(job.bytes, now):
             job.tried = True
             return False
-        self._expire(job, now, commands, times.typical(job.bytes))
+        self._expire(job, now, commands, self._takes(job))
         return True
 
     def _would_be_late(self, job: Job, deadline: float, now: float) -> bool:
         """Whether a run that starts now would end after its deadline, by what is known. A lease is no run."""
         if not self.policy.expire_late or job.holds or job.tried:
             return False
-        return job.source.runner.placing.ends(job.bytes, now) > deadline
+        return now + self._takes(job) > deadline
+
+    def _takes(self, job: Job) -> float:
+        """Seconds that it may need, by what is known. Where nobody else waits, half a chance is good enough to try."""
+        times = job.source.runner.placing.times
+        if self.load.jobs <= (job.state is JobState.QUEUED):
+            return times.typical(job.bytes)
+        return times.bound(job.bytes) if times.knows(job.bytes) else 0.0
 
     def _expire(self, job: Job, now: float, commands: list[Command], takes: float | None = None) -> None:
         if job.state is JobState.RUNNING:

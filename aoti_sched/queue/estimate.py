@@ -15,14 +15,18 @@ KNOWN_AFTER = 8
 QUANTILE = 0.9
 """Of the remembered runs, this share took no longer than the bound: one run in ten may be an outlier."""
 
-PATIENCE = 8
-"""Of the jobs that are given up since their runs are believed to take too long, every one in so many is run all the same."""
+PATIENCE = 1.0
+"""Seconds, at least, without a run of a kind, while jobs are given up since runs of that kind are believed to take too long. Then one
+is run all the same. A kind that runs anyway needs no such try."""
+
+GRAIN = 2.0**-30
+"""Seconds, about a nanosecond. Means are whole numbers of it, so that their sums are exact, in whatever order."""
 
 
 class ServiceTime:
     """The service time of one kind of run, by the last `WINDOW` runs."""
 
-    __slots__ = ("_recent", "_sorted", "bound", "doubts", "typical")
+    __slots__ = ("_recent", "_sorted", "_total", "bound", "mean", "seen", "typical")
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque()
@@ -31,18 +35,25 @@ class ServiceTime:
         """Seconds that a run will hardly exceed, a high quantile; infinite while too little is known."""
         self.typical = 0.0
         """Seconds that half of the runs take at most; 0.0 while too little is known."""
-        self.doubts = 0
+        self.mean = 0.0
+        """Seconds that so many runs take one by one, per run: what sums are made of. 0.0 while too little is known."""
+        self.seen = 0.0  # when a run was last learned of, or tried
+        self._total = 0  # of the remembered, in grains
 
-    def learn(self, seconds: float) -> None:
-        self.doubts = 0
+    def learn(self, seconds: float, now: float) -> None:
+        self.seen = now
         ordered = self._sorted
         if len(self._recent) == WINDOW:
-            del ordered[bisect_left(ordered, self._recent.popleft())]
+            oldest = self._recent.popleft()
+            del ordered[bisect_left(ordered, oldest)]
+            self._total -= round(oldest / GRAIN)
         self._recent.append(seconds)
+        self._total += round(seconds / GRAIN)
         insort(ordered, seconds)
         if len(ordered) >= KNOWN_AFTER:
             self.bound = ordered[math.ceil(QUANTILE * len(ordered)) - 1]
             self.typical = ordered[len(ordered) // 2]
+            self.mean = self._total // len(ordered) * GRAIN
 
 
 class ServiceTimes:
@@ -78,24 +89,31 @@ class ServiceTimes:
         known = self._by_class.get(size.bit_length())
         return 0.0 if known is None else known.typical
 
+    def mean(self, size: int) -> float:
+        """Seconds that a run on inputs of `size` bytes takes on an average; 0.0 while too little is known."""
+        known = self._by_class.get(size.bit_length())
+        return 0.0 if known is None else known.mean
+
     def knows(self, size: int) -> bool:
         """Whether enough runs on inputs of about `size` bytes have been seen."""
         return self.bound(size) < math.inf
 
-    def doubt(self, size: int) -> bool:
+    def doubt(self, size: int, now: float) -> bool:
         """Whether to run a job that is believed to take too long all the same, so that a wrong belief can be corrected."""
         known = self._by_class[size.bit_length()]
-        known.doubts = (known.doubts + 1) % PATIENCE
-        return known.doubts == 0
+        if now - known.seen < max(PATIENCE, 8 * known.bound):
+            return False
+        known.seen = now
+        return True
 
     def _knows(self, bits: int) -> bool:
         return self._by_class[bits].bound < math.inf
 
-    def learn(self, size: int, seconds: float) -> None:
+    def learn(self, size: int, seconds: float, now: float) -> None:
         known = self._by_class.get(size.bit_length())
         if known is None:
             known = self._by_class[size.bit_length()] = ServiceTime()
-        known.learn(seconds)
+        known.learn(seconds, now)
 
     def forget(self, size: int) -> None:
         """What was known of inputs of this size is not true any more."""

@@ -13,37 +13,37 @@ if TYPE_CHECKING:
 class Backlog:
     """Device time that is queued, in core seconds, as far as it is known; by priority class."""
 
-    __slots__ = ("_jobs", "_seconds", "jobs")
+    __slots__ = ("_seconds", "jobs")
 
     def __init__(self) -> None:
         self.jobs = 0
-        self._jobs = [0] * len(Priority)
         self._seconds = [0.0] * len(Priority)
 
     def add(self, job: Job) -> None:
         self.jobs += 1
-        self._jobs[job.priority] += 1
         self._seconds[job.priority] += job.expected
 
     def remove(self, job: Job) -> None:
-        priority = job.priority
         self.jobs -= 1
-        self._jobs[priority] -= 1
-        # Sums of floats drift; an empty backlog is none.
-        self._seconds[priority] = self._seconds[priority] - job.expected if self._jobs[priority] else 0.0
+        self._seconds[job.priority] -= job.expected
 
     def ahead_of(self, priority: int) -> float:
         """Of this class and the higher ones."""
         return sum(self._seconds[: priority + 1])
 
+    def within(self, priority: int) -> float:
+        """Of this class."""
+        return self._seconds[priority]
+
 
 class Forecast:
     """One device's. It is kept from the first runner on that wants to know, and until then costs nothing."""
 
-    __slots__ = ("_backlog", "_busy", "_lanes", "_shares", "kept")
+    __slots__ = ("_backlog", "_busy", "_fair", "_lanes", "_shares", "kept")
 
-    def __init__(self, lanes: Lanes) -> None:
+    def __init__(self, lanes: Lanes, *, fair: bool) -> None:
         self._lanes = lanes
+        self._fair = fair
         self.kept = False
         self._backlog = Backlog()
         self._busy = 0  # runners that have something queued,
@@ -57,12 +57,20 @@ class Forecast:
             self._shares += runner.share
         self._backlog.add(job)
         runner.backlog.add(job)
+        own = runner.backlog_of.get(job.tenant)
+        if own is None:
+            own = runner.backlog_of[job.tenant] = Backlog()
+        own.add(job)
 
     def remove(self, job: Job) -> None:
         """It is queued no more."""
         runner = job.source.runner
         self._backlog.remove(job)
         runner.backlog.remove(job)
+        own = runner.backlog_of[job.tenant]
+        own.remove(job)
+        if not own.jobs:
+            del runner.backlog_of[job.tenant]
         if not runner.backlog.jobs:
             self._busy -= 1
             # Sums of floats drift; nobody has no share.
@@ -73,7 +81,7 @@ class Forecast:
 
         It starts no later than when all that is queued before it is done, and no later than when its runner's own queue is done
         at the rate that the runner's share of the device gives it; and no sooner than its runner's slots can get through what runs there
-        and that queue.
+        and that queue. Of its runner's queue that counts which its tenant has to wait for.
         """
         runner, cores = job.source.runner, self._lanes.cores
         running = running_own = 0.0
@@ -85,6 +93,11 @@ class Forecast:
                 running_own += rest
         everything = self._backlog.ahead_of(job.priority)
         own = runner.backlog.ahead_of(job.priority)
+        if self._fair:  # no more of the other tenants' is before it than its own tenant has
+            mine = runner.backlog_of.get(job.tenant)
+            busy = len(runner.backlog_of) + (mine is None)
+            of_tenant = 0.0 if mine is None else mine.within(job.priority)
+            own = min(own, runner.backlog.ahead_of(job.priority - 1) + of_tenant * busy)
         capacity = min(cores, runner.slots * runner.width)
         fraction = runner.share / (self._shares + (0.0 if runner.backlog.jobs else runner.share))
         in_order = (running + everything) / cores
@@ -95,4 +108,4 @@ class Forecast:
 def expected(job: Job, size: int) -> float:
     """Core seconds that a run of this job's runner on so many bytes will take; 0 while that is not known."""
     runner = job.source.runner
-    return runner.width * runner.placing.times.typical(size)
+    return runner.width * runner.placing.times.mean(size)

@@ -114,6 +114,7 @@ class RunnerState(Source):
         "accounts",
         "awaiting",
         "backlog",
+        "backlog_of",
         "company",
         "counters",
         "counts_tenants",
@@ -163,6 +164,7 @@ class RunnerState(Source):
         self.tenant_jobs: dict[Hashable, int] = {}
         self.tenant_lines: dict[Hashable, OrderedDict[int, Job]] = {}
         self.backlog = Backlog()
+        self.backlog_of: dict[Hashable, Backlog] = {}  # by tenant
         self.predicts = predicts
         self.sheds = sheds
         self.worst = Worst()

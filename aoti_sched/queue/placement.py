@@ -57,15 +57,11 @@ class Placing:
         """Whether a run on inputs of `size` bytes is short enough to be handed to a lane ahead of time."""
         return self.times.bound(size) < self.follow_limit
 
-    def ends(self, size: int, now: float) -> float:
-        """When a run on inputs of `size` bytes that starts now will typically be over."""
-        return now + self.times.typical(size)
-
     def grows(self, size: int) -> bool:
         """Whether a batch on the loop's thread may grow to `size` bytes."""
         return self.choice is Placement.INLINE or self.times.grown(size) < self.limit
 
-    def learn(self, size: int, seconds: float, *, too_long: bool) -> bool:
+    def learn(self, size: int, seconds: float, now: float, *, too_long: bool) -> bool:
         """A run took so long. Says whether others of that size now belong in another place.
 
         One run on the loop's thread that was `too_long` for a whole turn's budget is enough to send what is
@@ -76,5 +72,5 @@ class Placing:
         if too_long:
             times.forget(size)
         else:
-            times.learn(size, seconds)
+            times.learn(size, seconds, now)
         return before is not self.inline(size)

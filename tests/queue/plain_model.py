@@ -122,7 +122,7 @@ class PlainModel(Room, Order):
             self.settle_accounts(job, part * runner.width)
             job.run = None
         commands = [] if failed_together else self.see_health(runner, ok=ok)
-        self.learn(run, seconds, ok=ok)
+        self.learn(run, seconds, now, ok=ok)
         commands += self.leave_lane(run, now)
         self.retire()
         commands += self.settle(now, over=False)
@@ -349,13 +349,13 @@ class PlainModel(Room, Order):
         again = Run([job], run.lane, run.slot, now, 0.0, behind, again=True, to_come=to_come)
         return self.start(again)
 
-    def learn(self, run, seconds, *, ok):
+    def learn(self, run, seconds, now, *, ok):
         runner, kind = run.runner, run.bytes.bit_length()
         if run.lane == LOOP and seconds > self.budget:
             runner.times.pop(kind, None)
         elif ok:
             runner.times.setdefault(kind, []).append(seconds)
-            runner.doubts.pop(kind, None)
+            runner.seen[kind] = now
 
     def see_health(self, runner, *, ok):
         if ok:

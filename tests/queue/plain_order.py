@@ -164,15 +164,15 @@ class Order:
         typical = job.runner.typical(job.bytes)
         if not self.expire_late or job.holds or job.unchecked or job.deadline is None or typical is None:
             return False
-        return now + typical > job.deadline
+        others = any(other.state == "QUEUED" and other is not job for other in self.jobs)
+        return now + (job.runner.bound(job.bytes) if others else typical) > job.deadline
 
-    def tried(self, job):
-        """Of those who can hardly be done in time, every eighth is run all the same: times change."""
-        doubts, kind = job.runner.doubts, job.bytes.bit_length()
-        doubts[kind] = doubts.get(kind, 0) + 1
-        if doubts[kind] < 8:
+    def tried(self, job, now):
+        """Of those who can hardly be done in time, one is run all the same when none was for long: times change."""
+        seen, kind = job.runner.seen, job.bytes.bit_length()
+        if now - seen[kind] < max(1.0, 8 * job.runner.bound(job.bytes)):
             return False
-        doubts[kind] = 0
+        seen[kind] = now
         job.unchecked = True
         self.met.add("tried all the same")
         return True
@@ -181,7 +181,7 @@ class Order:
         """Whether it is not launched but expires."""
         if job.deadline is not None and job.deadline <= now:
             return True
-        if not self.is_late(job, now) or self.tried(job):
+        if not self.is_late(job, now) or self.tried(job, now):
             return False
         self.met.add("late")
         return True

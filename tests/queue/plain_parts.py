@@ -59,7 +59,9 @@ class Runner:
     counters: dict = field(default_factory=lambda: dict.fromkeys((*COUNTS, *SECONDS), 0))
     freed: dict = field(default_factory=dict)  # slot: when it was last freed, as a running number
     times: dict = field(default_factory=dict)  # how long runs took, by the number of bits of their size
-    doubts: dict = field(default_factory=dict)  # by the number of bits of the size
+    seen: dict = field(
+        default_factory=dict
+    )  # when one was last learned of or tried, by the number of bits of the size
     accounts: dict = field(default_factory=dict)  # by (tenant or OWN, class)
     floors: dict = field(default_factory=dict)  # of its tenants, by class
     has_tenants: bool = False  # before the first that has a name, there are no accounts of tenants
@@ -90,8 +92,9 @@ class Runner:
 
     def expected(self, size):
         """Device time of a run."""
-        typical = self.typical(size)
-        return 0.0 if typical is None else self.width * typical
+        recent = self.known(size)
+        grains = sum(round(seconds * 2.0**30) for seconds in recent)
+        return self.width * (grains // len(recent) * 2.0**-30) if recent else 0.0
 
     def inline(self, size):
         return self.choice == "inline" or (self.choice == "auto" and self.bound(size) < self.limit)

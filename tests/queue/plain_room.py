@@ -182,7 +182,7 @@ class Room:
             return False
         if job.deadline is None or job.deadline <= now:
             return False
-        if now + self.wait(job, now) + typical <= job.deadline or self.tried(job):
+        if now + self.wait(job, now) + typical <= job.deadline or self.tried(job, now):
             return False
         self.met.add("refused by prediction")
         return True
@@ -192,7 +192,7 @@ class Room:
         runner = job.runner
         if not queued and self.can_start(runner) and self.has_place(job):
             return 0.0
-        busy = {other.runner for other in queued} | {runner}
+        runners = {other.runner for other in queued} | {runner}
         ahead = [other for other in queued if other.priority <= job.priority]
         ahead_all = sum(other.expected for other in ahead)
         ahead_own = sum(other.expected for other in ahead if other.runner is runner)
@@ -202,8 +202,16 @@ class Room:
 
         running = sum(map(rest, self.runs))
         running_own = sum(rest(run) for run in self.runs if run.runner is runner)
+        if self.fair:
+            of_tenant = [other for other in queued if other.runner is runner and other.tenant == job.tenant]
+            same = sum(other.expected for other in of_tenant if other.priority == job.priority)
+            higher = sum(
+                other.expected for other in queued if other.runner is runner and other.priority < job.priority
+            )
+            busy = {other.tenant for other in queued if other.runner is runner} | {job.tenant}
+            ahead_own = min(ahead_own, higher + same * len(busy))
         capacity = min(self.cores, runner.slots * runner.width)
-        fraction = runner.share / sum(other.share for other in self.runners if other in busy)
+        fraction = runner.share / sum(other.share for other in self.runners if other in runners)
         self.met.add("waits by prediction")
         return max(
             min((running + ahead_all) / self.cores, ahead_own / (capacity * fraction) + running / self.cores),

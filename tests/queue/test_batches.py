@@ -374,7 +374,7 @@ def test_a_batch_on_the_loops_thread_grows_as_far_as_its_run_is_likely_to_be_sho
     assert batch[0].lane == LOOP
     assert len(batch) == 15  # of 8 to 15 bytes, which may take 8 s; 16 bytes may take as long as the limit
     for _ in range(8):
-        runner.placing.times.learn(15, SHORT)
+        runner.placing.times.learn(15, SHORT, 0.0)
     queue.complete(batch[0], 0, started=0, finished=SHORT)
     (running,) = queue.lanes.running.values()
     assert running.batch == len(jobs) - 15, (
@@ -397,7 +397,7 @@ def test_nothing_is_believed_of_sizes_below_all_that_is_known():
     times = runner.placing.times
     assert not runner.placing.grows(3)
     assert runner.placing.grows(100)
-    times.learn(1, SHORT)  # too little to know
+    times.learn(1, SHORT, 0.0)  # too little to know
     assert not runner.placing.grows(3)
 
 

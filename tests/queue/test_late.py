@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from aoti_sched.queue.admission import Bounds
 from aoti_sched.queue.command import Expire, Grant, Launch, WakeAt
-from aoti_sched.queue.estimate import PATIENCE
 from aoti_sched.queue.job import Job, JobState, Priority
 from aoti_sched.queue.order import InOrder
 from aoti_sched.queue.placement import Placement, Placing
@@ -128,30 +127,45 @@ def test_a_lane_goes_to_the_next_that_can_make_it():
     assert queue.complete(running, 1) == [Expire(late, 1.0), Launch(good)]
 
 
-def test_every_eighth_is_tried_since_what_is_believed_may_be_wrong():
+def test_one_is_tried_when_none_ran_for_long_since_what_is_believed_may_be_wrong():
     queue = device()
     runner = learning(queue)
     tried = []
-    for _ in range(2 * PATIENCE):
-        job = Job(runner, deadline=0.5)
-        queue.submit(job, 0)
+    for now in range(20):
+        job = Job(runner, deadline=now + 0.5)
+        queue.submit(job, now)
         tried.append(job.state is JobState.RUNNING)
         if job.state is JobState.RUNNING:
-            queue.complete(job, 0, ok=False)  # which teaches nothing
-    assert tried == 2 * ([False] * (PATIENCE - 1) + [True])
+            queue.complete(job, now, ok=False)  # which teaches nothing
+    assert [now for now in range(20) if tried[now]] == [8, 16]  # eight times as long as a run
 
 
-def test_a_run_that_teaches_makes_the_count_begin_anew():
+def test_a_run_that_teaches_makes_a_try_needless():
     queue = device()
     runner = learning(queue)
-    for _ in range(PATIENCE - 1):
-        queue.submit(Job(runner, deadline=0.5), 0)
     lesson = Job(runner)
-    queue.submit(lesson, 0)
-    queue.complete(lesson, 0, started=0, finished=1)
-    job = Job(runner, deadline=0.5)
-    queue.submit(job, 0)
+    queue.submit(lesson, 7)
+    queue.complete(lesson, 7, started=6, finished=7)
+    job = Job(runner, deadline=8.5)
+    queue.submit(job, 8)
     assert job.state is JobState.EXPIRED
+
+
+def test_where_others_wait_a_job_must_be_likely_to_be_in_time_and_where_none_does_half_a_chance_will_do():
+    queue = device()
+    runner = learning(queue)
+    for seconds in (2.0, 2.0, 2.0):  # of eleven runs
+        lesson = Job(runner)
+        queue.submit(lesson, 0)
+        queue.complete(lesson, 0, started=0, finished=seconds)
+    running, alone = Job(runner), Job(runner, deadline=1.5)
+    queue.submit(running, 0)
+    queue.submit(alone, 0)
+    assert queue.complete(running, 0, ok=False) == [Launch(alone)]
+    first, other = Job(runner, deadline=1.5), Job(runner)
+    queue.submit(first, 0)
+    queue.submit(other, 0)
+    assert queue.complete(alone, 0, ok=False) == [Expire(first, 2.0), Launch(other)]
 
 
 def test_a_job_that_would_be_late_is_not_handed_ahead():

@@ -48,7 +48,7 @@ def test_a_run_that_would_take_too_long_is_refused():
 
 def test_the_error_says_what_was_predicted():
     queue, runner = predicting()
-    error = rejected(queue.submit(Job(runner, deadline=8.5), 8.0))
+    error = rejected(queue.submit(Job(runner, deadline=7.5), 7.0))
     assert isinstance(error, TimeoutError)
     assert (error.runner, error.predicted, error.timeout) == ("m", 1.0, 0.5)
 
@@ -170,28 +170,35 @@ def test_a_deadline_that_has_passed_is_no_matter_of_prediction():
     assert queue.submit(job, 2.0) == [Expire(job)]
 
 
-def test_every_eighth_is_let_through_and_runs_though_it_is_late():
+def test_one_is_let_through_when_none_ran_for_long_and_runs_though_it_is_late():
     queue, runner = predicting()
     first = Job(runner)
     queue.submit(first, 0.0)
-    for _ in range(7):
-        assert refused(queue, Job(runner, deadline=1.5))
-    eighth = Job(runner, deadline=1.5)
-    assert not refused(queue, eighth)
-    assert eighth.state is JobState.QUEUED
-    assert launched(queue.complete(first, 1.0, ok=False)) == [eighth]
+    assert refused(queue, Job(runner, deadline=8.0), 7.5)
+    tried = Job(runner, deadline=8.75)
+    assert not refused(queue, tried, 8.0)
+    assert tried.state is JobState.QUEUED
+    assert refused(queue, Job(runner, deadline=8.75), 8.0)
+    assert launched(queue.complete(first, 8.0, ok=False)) == [tried]
 
 
-def test_the_doubts_are_those_of_late_jobs():
+def test_a_job_that_was_let_through_by_what_was_believed_may_be_late_when_its_turn_comes():
     queue, runner = predicting()
-    first = Job(runner)
+    first, late = Job(runner), Job(runner, deadline=2.0)
     queue.submit(first, 0.0)
-    for _ in range(6):
-        assert refused(queue, Job(runner, deadline=1.5))
-    late = Job(runner, deadline=2.0)
     assert not refused(queue, late)
     assert queue.complete(first, 1.5, ok=False) == [Expire(late, 1.0)]
-    assert not refused(queue, Job(runner, deadline=2.0), 1.5)
+
+
+@pytest.mark.parametrize(("fair", "predicted"), [(True, 2.0), (False, 7.0)])
+def test_a_tenant_waits_for_as_much_of_the_others_as_it_has_itself(fair, predicted):
+    queue, runner = predicting(policy={"fair": fair})
+    for _ in range(6):
+        queue.submit(Job(runner, tenant="floods"), 0.0)
+    assert earliest(queue, runner, tenant="modest") == predicted
+    assert earliest(queue, runner, tenant="floods") == 7.0
+    queue.submit(Job(runner, tenant="modest"), 0.0)
+    assert earliest(queue, runner, tenant="modest") == (1 + 2 + 1 if fair else 8.0)
 
 
 def test_other_reasons_come_before_and_want_of_room_after():

@@ -229,6 +229,6 @@ def test_late_jobs_expire_though_they_are_overdue():
     first, late, high = Job(runner), Job(runner, LOW, deadline=3.5), Job(runner, HIGH)
     for job in (first, late, high):
         queue.submit(job, 0.0)
-    expired, then = queue.complete(first, 3.0)
+    expired, then = queue.complete(first, 3.0, ok=False)
     assert expired == Expire(late, 1.0)
     assert then.job is high

@@ -189,3 +189,31 @@ def test_those_whose_epoch_comes_stand_in_line_where_there_are_too_many():
 def test_a_bound_of_none_of_a_tenants_jobs_refuses_all():
     queue, runner, _ = scene(0)
     rejected(queue.submit(Job(runner, tenant="a"), 0.0, wait=True))
+
+
+def test_tenants_that_are_gone_are_forgotten():
+    queue = device()
+    runner = add(queue)
+    for number in range(1000):
+        job = Job(runner, tenant=number)
+        queue.submit(job, number)
+        waits = Job(runner, tenant=-number - 1)
+        queue.submit(waits, number)
+        queue.complete(job, number, started=number, finished=number)
+        queue.complete(waits, number, started=number, finished=number)
+    assert len(runner.tenants[Priority.NORMAL].accounts) < 200
+    assert len(runner.queue._lines) < 200
+    assert None in runner.tenants[Priority.NORMAL].accounts
+
+
+def test_a_tenant_that_has_had_much_is_not_forgotten_by_being_away():
+    queue = device()
+    runner = add(queue)
+    first = Job(runner, tenant="much")
+    queue.submit(first, 0)
+    queue.complete(first, 100)
+    for number in range(200):
+        job = Job(runner, tenant=number)
+        queue.submit(job, 100)
+        queue.complete(job, 100)
+    assert "much" in runner.tenants[Priority.NORMAL].accounts

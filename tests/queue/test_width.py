@@ -139,5 +139,5 @@ def test_a_run_takes_at_least_one_core_and_no_more_than_there_are(width):
 
 @pytest.mark.parametrize("cores", [0, -1])
 def test_a_device_has_at_least_one_core(cores):
-    with pytest.raises(IllegalFactError):
+    with pytest.raises(IllegalFactError, match=f"cpu: a device has at least one core, not {cores}"):
         device(cores=cores)
