@@ -1,7 +1,8 @@
 """The soak: random work on real models, everything that can happen to a request at once, then nothing is left.
 
 200 clients call four runners with random inputs, cancel, set timeouts, send what does not fit, hold leases, and
-close runners that others use, while they are loaded again, and while their weights are replaced by equal ones.
+close runners that others use, while they are loaded again, and while their weights are replaced by equal ones. They are
+tenants of models with different shares, whose queues wait, shed or predict, and one is built anew when its runs fail.
 Every request, lease and update ends exactly once, every result is the eager module's, and at the end nothing is
 left of it all. `AOTI_SCHED_SOAK_SECONDS` says how long (10), and `AOTI_SCHED_SOAK_SEED` repeats a run's decisions;
 the interleaving is the machine's own.
@@ -27,6 +28,7 @@ from torch.testing import assert_close
 
 from aoti_sched import (
     DeadlineExceededError,
+    DeviceConfig,
     InputMismatchError,
     LeaseError,
     Limits,
@@ -36,6 +38,7 @@ from aoti_sched import (
     Runner,
     RunnerClosedError,
     Scheduler,
+    SchedulerConfig,
     UpdateError,
 )
 from aoti_sched.backends.raw_container import RawContainer
@@ -46,6 +49,7 @@ SECONDS = float(os.environ.get("AOTI_SCHED_SOAK_SECONDS", "10"))
 SEED = int(os.environ.get("AOTI_SCHED_SOAK_SEED") or random.SystemRandom().randrange(1 << 32))
 CLIENTS = 200
 INPUTS = 32
+TENANTS = (None, "one", "another", "third")
 GROWTH = 24 << 20
 """Bytes that the process may grow by in the second half; a leak of a kilobyte per request is more."""
 
@@ -79,19 +83,19 @@ def models(rng: random.Random) -> list[Model]:
     return [
         Model(
             "mlp",
-            {"instances": 2},
+            {"instances": 2, "overflow": "shed", "admission": "predictive", "limits": Limits(jobs=32)},
             [(torch.randn(rng.randint(1, 64), 8),) for _ in range(INPUTS)],
             [(torch.randn(65, 8),), (torch.randn(2, 8).double(),), (), (None,), (torch.randn(8, 2).t(),)],
         ),
         Model(
             "attention",
-            {"overflow": "wait", "limits": Limits(jobs=16)},
+            {"overflow": "wait", "limits": Limits(jobs=16, tenant_jobs=8), "share": 2.0},
             [attention_args() for _ in range(INPUTS)],
             [(torch.randn(2, 5, 16), torch.ones(2, 6, dtype=torch.bool)), (torch.randn(2, 5, 16),)],
         ),
         Model(
             "failing",
-            {"limits": Limits(jobs=24), "instances": 2},
+            {"limits": Limits(jobs=24, tenant_jobs=12), "instances": 2, "on_failure": "rebuild"},
             [(torch.randint(10, (rng.randint(1, 64),)),) for _ in range(INPUTS)],
             [(torch.zeros(3),), (torch.zeros(65, dtype=torch.int64),)],
             [(torch.tensor([10]),), (torch.tensor([3, -11, 4]),)],
@@ -116,7 +120,8 @@ class Soak:
         self.began.clear()
         self.ends.clear()
         loop = asyncio.get_running_loop()
-        async with Scheduler() as scheduler:
+        config = SchedulerConfig(devices={"cpu": DeviceConfig(max_wait=0.05)})
+        async with Scheduler(config) as scheduler:
             for model in self.models:
                 await self.load(scheduler, model)
             loop.call_later(seconds, self.stop)
@@ -220,7 +225,7 @@ class Soak:
 
     async def plain(self, rng: random.Random, model: Model, runner: Runner) -> None:
         which = rng.randrange(INPUTS)
-        view = runner.options(priority=rng.choice(list(Priority)))
+        view = runner.options(priority=rng.choice(list(Priority)), tenant=rng.choice(TENANTS))
         await self.ending(view.run(*model.inputs[which]), model, which)
 
     async def cancelled(self, rng: random.Random, model: Model, runner: Runner) -> None:
@@ -233,7 +238,7 @@ class Soak:
 
     async def timed_out(self, rng: random.Random, model: Model, runner: Runner) -> None:
         which = rng.randrange(INPUTS)
-        view = runner.options(timeout=rng.choice([0, 1e-5, 1e-4, 1e-3, 1e-2]))
+        view = runner.options(timeout=rng.choice([0, 1e-5, 1e-4, 1e-3, 1e-2]), tenant=rng.choice(TENANTS))
         if rng.random() < 0.5:
             await self.ending(view.run(*model.inputs[which]), model, which)
         else:
@@ -301,7 +306,7 @@ class Soak:
 
     def account_for(self, runner: Runner) -> None:
         stats = runner.stats()
-        ended = ("completed", "failed", "rejected", "expired", "cancelled", "revoked")
+        ended = ("completed", "failed", "rejected", "expired", "cancelled", "revoked", "shed")
         assert stats.submitted == sum(getattr(stats, kind) for kind in ended), stats
 
     async def must_be_home(self, runner: Runner) -> None:
