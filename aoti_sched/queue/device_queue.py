@@ -57,7 +57,7 @@ from aoti_sched.queue.timers import Timers
 
 def _must_be_lawful(job: Job) -> None:
     """Refuse a job that no order or bound is defined for; the front makes none."""
-    if not 0 <= job.priority < len(Priority):
+    if not Priority.HIGH <= job.priority <= Priority.LOW:
         raise IllegalFactError(f"there is no priority class {job.priority}")
     if job.bytes < 0:
         raise IllegalFactError(f"a job's inputs have {job.bytes} bytes")

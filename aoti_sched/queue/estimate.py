@@ -29,7 +29,7 @@ class ServiceTime:
     __slots__ = ("_recent", "_sorted", "_total", "bound", "mean", "seen", "typical")
 
     def __init__(self) -> None:
-        self._recent: deque[float] = deque()
+        self._recent: deque[tuple[float, int]] = deque()  # seconds, and the same in grains
         self._sorted: list[float] = []
         self.bound = math.inf
         """Seconds that a run will hardly exceed, a high quantile; infinite while too little is known."""
@@ -44,11 +44,12 @@ class ServiceTime:
         self.seen = now
         ordered = self._sorted
         if len(self._recent) == WINDOW:
-            oldest = self._recent.popleft()
+            oldest, grains = self._recent.popleft()
             del ordered[bisect_left(ordered, oldest)]
-            self._total -= round(oldest / GRAIN)
-        self._recent.append(seconds)
-        self._total += round(seconds / GRAIN)
+            self._total -= grains
+        grains = round(seconds / GRAIN)
+        self._recent.append((seconds, grains))
+        self._total += grains
         insort(ordered, seconds)
         if len(ordered) >= KNOWN_AFTER:
             self.bound = ordered[math.ceil(QUANTILE * len(ordered)) - 1]

@@ -169,7 +169,7 @@ class Lines:
             lines[line] = None
             if self.only is None:
                 self._contest.enter(line)
-        elif line in lines:
+        else:
             del lines[line]
             self._contest.leave(line)
             if len(lines) == 1:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from aoti_sched.queue.admission import Bounds
 from aoti_sched.queue.batch import Batching
 from aoti_sched.queue.device_queue import DeviceQueue
-from aoti_sched.queue.job import Job, Priority
+from aoti_sched.queue.job import IllegalFactError, Job, Priority
 from aoti_sched.queue.policy import Policy
 from tests.queue.load import Load, Stream
 from tests.queue.support import add, device, launched, launches, take_lease, teach
@@ -321,3 +323,9 @@ def test_a_batch_is_paid_by_its_tenants_according_to_their_rows():
         now += 2.0
     big_1, big_2, *small_ones = rest
     assert order[1:] == [*small_ones[:2], big_1, small_ones[2], big_2]
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, math.inf, math.nan])
+def test_a_share_is_a_positive_number(share):
+    with pytest.raises(IllegalFactError, match=r"runner 'm': a share is a positive number, not "):
+        add(device(), share=share)
