@@ -210,9 +210,13 @@ class Updates:
         A staged or previous set is gone then.
         """
         async with _turns([runner]):
-            if runner.state.phase is Phase.OPEN:
-                reached = runner.dispatcher.close_barrier(runner.state, abort=False)
-                await self._rebuild(runner, reached, "its runs failed")
+            if runner.state.phase is not Phase.OPEN:
+                return
+            reached = runner.dispatcher.close_barrier(runner.state, abort=False)
+            try:
+                await self._rebuild(runner, reached, "its runs failed", usable=True)
+            except Exception as error:  # noqa: BLE001 -- what there was serves on
+                log.error("container can't be rebuilt", runner=runner.name, error=str(error), exc_info=error)
 
     async def extract(self, runner: Runner, *, inactive: bool) -> dict[str, Any]:
         async def work(_: _Attempt) -> dict[str, Any]:
@@ -268,17 +272,20 @@ class Updates:
         except Exception:
             if reached is not None:
                 with anyio.CancelScope(shield=True):
-                    await self._rebuild(runner, reached, "folding constants failed")
+                    await self._rebuild(runner, reached, "folding constants failed", usable=False)
             raise
 
-    async def _rebuild(self, runner: Runner, reached: asyncio.Future[None], why: str) -> None:
-        """Behind a barrier, put a fresh container with the current weights in the place of one that can't be trusted."""
+    async def _rebuild(
+        self, runner: Runner, reached: asyncio.Future[None], why: str, *, usable: bool
+    ) -> None:
+        """Behind a barrier, put a fresh container with the current weights in the place of one that is not, or hardly, `usable`."""
         await reached
         runner.weights.inactive = Inactive.NOTHING
         try:
             await self._in_thread(runner.container.rebuild)
         except Exception as error:
-            _retire(runner, "container can't be rebuilt", error)
+            if not usable:  # nothing is to run on it when the barrier opens
+                _retire(runner, "container can't be rebuilt", error)
             raise
         finally:
             runner.dispatcher.open_barrier(runner.state, None)

@@ -81,6 +81,7 @@ class CpuContainer:
         self._raw = raw
         self._name = request.name
         self._instances = request.instances
+        self._extracted = extracted
         load_weights(raw, extracted)
         self.folds = any(constant.spec.folded for constant in raw.constants)
         if self.folds:
@@ -204,7 +205,10 @@ class CpuContainer:
         raw = RawContainer(old.library, self._instances)
         raw.name = old.name
         try:
-            raw.update(old.extract(), inactive=False)
+            if self.updatable:  # so they are the package's own still
+                load_weights(raw, self._extracted)
+            else:
+                raw.update(old.extract(), inactive=False)
             if self.folds:
                 raw.fold(inactive=False)
         except BaseException:

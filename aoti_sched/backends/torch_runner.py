@@ -33,7 +33,7 @@ class TorchRunnerContainer:
         self._instances = request.instances
         self._gil = "held"
         self.staging = Staging(raw.name)
-        stored = read_stored(raw.name, extracted)
+        self._extracted = extracted
         if extracted.weights_blob is not None:
             raise LoadError(
                 f"{raw.name}: it needs torch's own runner, which can't load weights from a blob here. Compile it with the "
@@ -44,24 +44,28 @@ class TorchRunnerContainer:
         self._counts = raw.num_inputs, raw.num_outputs
         self._constants = tuple(constant.spec for constant in raw.constants)
         raw.close()
-        try:
-            self._runner: AOTIModelContainerRunnerCpu | None = AOTIModelContainerRunnerCpu(
-                str(extracted.library), request.instances
-            )
-            if stored:
-                names = {spec.fqn: spec.name for spec in self._constants}
-                self._runner.update_constant_buffer({names[f]: t for f, t in stored.items()}, False, False)
-        except RuntimeError as error:
-            raise LoadError(
-                f"model {request.name!r}: torch's runner could not be made: {error}. A custom operator must be "
-                "registered (imported) before its model is loaded."
-            ) from error
+        self._runner: AOTIModelContainerRunnerCpu | None = self._make()
         log.warning(
             "model runs through torch's own runner",
             runner=request.name,
             why="it calls custom operators, which need a proxy executor",
             cost="the GIL is held for the whole run: the event loop stands still meanwhile",
         )
+
+    def _make(self) -> AOTIModelContainerRunnerCpu:
+        """A runner with the package's weights."""
+        try:
+            runner = AOTIModelContainerRunnerCpu(str(self._extracted.library), self._instances)
+            stored = read_stored(f"model {self._name!r}", self._extracted)
+            if stored:
+                names = {spec.fqn: spec.name for spec in self._constants}
+                runner.update_constant_buffer({names[f]: t for f, t in stored.items()}, False, False)
+        except RuntimeError as error:
+            raise LoadError(
+                f"model {self._name!r}: torch's runner could not be made: {error}. A custom operator must be "
+                "registered (imported) before its model is loaded."
+            ) from error
+        return runner
 
     @property
     def info(self) -> ContainerInfo:
@@ -109,7 +113,10 @@ class TorchRunnerContainer:
         self._runner = None
         self.staging.clear()
 
-    # --- live weights: torch's runner can't fold, extract or be rebuilt, so a failed update could not be undone
+    def rebuild(self) -> None:
+        self._runner = self._make()  # its weights are the package's: they can't be changed
+
+    # --- live weights: torch's runner can't fold or extract, so a failed update could not be undone
 
     updatable = (
         "it calls custom operators, so it runs through torch's own runner, which can't undo a failed update"
@@ -133,9 +140,6 @@ class TorchRunnerContainer:
 
     def extract(self, *, inactive: bool = False) -> dict[str, torch.Tensor]:
         del inactive
-        raise self._not_updatable()
-
-    def rebuild(self) -> None:
         raise self._not_updatable()
 
     def _not_updatable(self) -> UpdateError:
