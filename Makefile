@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fallback wheels soak bench lint coverage clean
+.PHONY: help demo test test-fallback wheels soak bench simulate lint coverage clean
 
 help:
 	@echo "make demo      compile two real models (once) and serve them side by side"
@@ -14,6 +14,7 @@ help:
 	@echo "make wheels    wheels with and without a compiler, looked into"
 	@echo "make soak      a minute of random work on real models, checked"
 	@echo "make bench     what a request costs, side by side with other ways and runtimes (20 minutes)"
+	@echo "make simulate  what the scheduling rules do under load, in virtual time, and the pictures of docs/scheduling.md (6 minutes)"
 	@echo "make lint      ruff and mypy"
 	@echo "make coverage  branch coverage of aoti_sched/queue, which must be complete"
 
@@ -63,6 +64,18 @@ bench: $(VENV)/bench
 $(VENV)/bench: $(VENV)/installed
 	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	touch $@
+
+SIMULATE := $(BIN)/python -m benchmarks.simulate --out docs/images
+ONE_MODEL := --devices 1 --models 1 --runs 0.01,0.01 --requests 50000
+
+simulate: $(VENV)/installed
+	$(SIMULATE) --name overload --policies fifo,priority,edf,fair,default,predictive
+	$(SIMULATE) --name one-model $(ONE_MODEL) --timeouts 0.2 --policies fifo,priority,edf,fair,default,predictive
+	$(SIMULATE) --name full-queue $(ONE_MODEL) --bounds 64,64 --policies fifo,default,shed
+	$(SIMULATE) --name shares --parts model --devices 1 --models 4 --skew 0 --even --runs 0.001,0.1 --shares 1,1,2,4 \
+		--timeouts none --classes 0,1,0 --load 4 --requests 100000 --policies fifo,default
+	$(SIMULATE) --name tenants --parts tenant $(ONE_MODEL) --tenants 4 --tenant-skew 2 \
+		--timeouts 0.2 --classes 0,1,0 --load 2 --policies fifo,default
 
 lint: $(VENV)/installed
 	$(BIN)/python -m ruff check .
