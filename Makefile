@@ -5,12 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fallback wheels soak bench simulate lint coverage clean
+.PHONY: help demo test test-fallback test-compiled wheels soak bench simulate lint coverage clean
 
 help:
 	@echo "make demo      compile two real models (once) and serve them side by side"
 	@echo "make test      the whole test suite"
 	@echo "make test-fallback  what runs models, on an installation that found no compiler (10 minutes)"
+	@echo "make test-compiled  the tests of the rules, on compiled ones, as an installation has them"
 	@echo "make wheels    wheels with and without a compiler, looked into"
 	@echo "make soak      a minute of random work on real models, checked"
 	@echo "make bench     what a request costs, side by side with other ways and runtimes (20 minutes)"
@@ -19,7 +20,7 @@ help:
 	@echo "make coverage  branch coverage of aoti_sched/queue, which must be complete"
 
 # One stamp stands for the environment; it is made again when what it is made from changes.
-NATIVE := $(wildcard aoti_sched/backends/native/*.?pp) aoti_sched/backends/native/CMakeLists.txt
+NATIVE := CMakeLists.txt aoti_sched/backends/native/CMakeLists.txt $(wildcard aoti_sched/backends/native/*.?pp)
 
 $(VENV)/installed: pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
@@ -37,13 +38,23 @@ test: $(VENV)/installed
 	$(BIN)/python -m tests.models
 	$(BIN)/python -m pytest
 
-# Beside the environment, another whose own aoti_sched was installed as where there is no compiler. Torch and all else is the first one's.
+# Beside the environment, two whose own aoti_sched is another: one installed as where there is no compiler, and one whose rules are
+# compiled, as installations have them that are not for development. Torch and all else is the first one's.
 FALLBACK := $(VENV)/fallback
+COMPILED := $(VENV)/compiled
 
-$(FALLBACK)/installed: $(VENV)/installed
-	$(PYTHON) -m venv $(FALLBACK)
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(FALLBACK)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth"
-	CC=/nonexistent CXX=/nonexistent $(FALLBACK)/bin/python -m pip install --quiet --no-deps --ignore-installed --editable .
+$(FALLBACK)/python $(COMPILED)/python: $(VENV)/%/python: $(VENV)/installed
+	$(PYTHON) -m venv $(@D)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth"
+	touch $@
+
+$(FALLBACK)/installed: $(FALLBACK)/python
+	CC=/nonexistent CXX=/nonexistent $(@D)/bin/python -m pip install --quiet --no-deps --ignore-installed --editable .
+	touch $@
+
+$(COMPILED)/installed: $(COMPILED)/python $(wildcard compiled/*) $(wildcard aoti_sched/queue/*.py)
+	$(@D)/bin/python -m pip install --quiet --no-deps --ignore-installed --editable . --config-settings cmake.define.COMPILED_RULES=ON
+	$(@D)/bin/python -m aoti_sched.backends.native
 	touch $@
 
 test-fallback: $(FALLBACK)/installed
@@ -51,14 +62,17 @@ test-fallback: $(FALLBACK)/installed
 	$(BIN)/python -m tests.models
 	$(FALLBACK)/bin/python -m pytest -m 'not soak' tests/backends tests/native tests/front tests/real
 
+test-compiled: $(COMPILED)/installed
+	$(COMPILED)/bin/python -m pytest tests/queue
+
 wheels: $(VENV)/installed
 	$(BIN)/python -m pytest tests/wheels.py
 
 soak: $(VENV)/installed
 	AOTI_SCHED_SOAK_SECONDS=60 $(BIN)/python -m pytest -m soak -s
 
-bench: $(VENV)/bench
-	$(BIN)/python -m benchmarks
+bench: $(VENV)/bench $(COMPILED)/installed
+	$(COMPILED)/bin/python -m benchmarks
 
 # Other runtimes to be held against; where they can't be had, the benchmarks say so and leave them out.
 $(VENV)/bench: $(VENV)/installed

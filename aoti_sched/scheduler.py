@@ -31,6 +31,7 @@ from aoti_sched.config import (
 )
 from aoti_sched.dispatch import Clock, Dispatcher, LoopClock
 from aoti_sched.errors import ConfigError, RunnerClosedError, UnsupportedLoopError
+from aoti_sched.queue import device_queue
 from aoti_sched.queue.admission import Bounds
 from aoti_sched.queue.device_queue import DeviceQueue
 from aoti_sched.queue.lease import UNHEALTHY
@@ -51,6 +52,8 @@ _T = TypeVar("_T")
 
 SLOW_CLOSE = 60.0
 """Seconds after which a close that still waits for runs or leases is logged, as asyncpg's pool does."""
+
+RULES = "python" if device_queue.__file__.endswith(".py") else "compiled"
 
 
 class Scheduler:
@@ -145,7 +148,7 @@ class Scheduler:
 
     def stats(self) -> SchedulerStats:
         """Numbers of every device and runner, now."""
-        return SchedulerStats(devices={name: d.stats() for name, d in self._dispatchers.items()})
+        return SchedulerStats(devices={name: d.stats() for name, d in self._dispatchers.items()}, rules=RULES)
 
     async def load(
         self,

@@ -108,6 +108,7 @@ class DeviceStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything, by device."""
+    """Everything, by device. `rules` says whether what decides is "compiled" or "python"."""
 
     devices: dict[str, DeviceStats]
+    rules: str

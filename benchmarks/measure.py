@@ -71,15 +71,19 @@ class Machine:
     python: str
     cores: int
     processor: str
+    rules: str
+    """Whether this library's rules are "compiled", as where it is installed, or "python", as where it is worked on."""
 
     def __str__(self) -> str:
         return (
-            f"{self.date}, torch {self.torch}, Python {self.python}, {self.cores} cores of {self.processor}"
+            f"{self.date}, torch {self.torch}, Python {self.python}, rules {self.rules}, "
+            f"{self.cores} cores of {self.processor}"
         )
 
 
 def this_machine() -> Machine:
     from aoti_sched.backends.cpu import available_cores
+    from aoti_sched.scheduler import RULES
 
     return Machine(
         date=dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -87,6 +91,7 @@ def this_machine() -> Machine:
         python=platform.python_version(),
         cores=available_cores(),
         processor=_processor(),
+        rules=RULES,
     )
 
 

@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 MISSING = "/nonexistent"
 
 
-def wheel(into: Path, **environment: str) -> Path:
-    command = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", into, ROOT)
+def wheel(into: Path, *settings: str, **environment: str) -> Path:
+    command = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", into, *settings, ROOT)
     result = subprocess.run(
         command, env={**os.environ, **environment}, capture_output=True, text=True, check=False
     )
@@ -32,6 +32,7 @@ def files(built: Path) -> list[str]:
 
 def lanes(built: Path, into: Path) -> subprocess.CompletedProcess[str]:
     """What the package says of its lanes, unpacked: without `site`, which would find the one that is installed here."""
+    into.mkdir(exist_ok=True)
     zipfile.ZipFile(built).extractall(into)
     path = os.pathsep.join([str(into), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
     return subprocess.run(
@@ -54,12 +55,20 @@ def fallback(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return wheel(tmp_path_factory.mktemp("fallback"), CC=MISSING, CXX=MISSING)
 
 
-def test_a_wheel_brings_the_native_module_for_this_python(native, tmp_path):
-    (module,) = [name for name in files(native) if name.endswith(".so")]
-    assert module.startswith("aoti_sched/backends/native/_native.")
+def test_a_wheel_brings_the_native_module_and_compiled_rules_for_this_python(native, tmp_path):
+    modules = {name.partition(".")[0] for name in files(native) if name.endswith(".so")}
+    rules = {f"aoti_sched/queue/{path.stem}" for path in (ROOT / "aoti_sched" / "queue").glob("[!_]*.py")}
+    assert modules == {
+        "aoti_sched/backends/native/_native",
+        "aoti_sched/queue/_compiled__mypyc",  # what those of the rules share
+        *rules,
+    }
     assert not native.name.endswith("-none-any.whl")
     said = lanes(native, tmp_path)
-    assert (said.returncode, said.stdout) == (0, "aoti_sched: lanes are native threads\n")
+    assert (said.returncode, said.stdout) == (
+        0,
+        "aoti_sched: lanes are native threads, the rules are compiled\n",
+    )
 
 
 def test_without_a_compiler_a_wheel_is_built_all_the_same_for_every_python(fallback, tmp_path):
@@ -68,6 +77,15 @@ def test_without_a_compiler_a_wheel_is_built_all_the_same_for_every_python(fallb
     said = lanes(fallback, tmp_path)
     assert (said.returncode, said.stdout) == (1, "")
     assert "LANES ARE PYTHON THREADS" in said.stderr
+
+
+def test_a_wheel_can_be_had_whose_rules_are_python(tmp_path):
+    built = wheel(tmp_path / "built", "--config-settings", "cmake.define.COMPILED_RULES=OFF")
+    said = lanes(built, tmp_path / "unpacked")
+    assert (said.returncode, said.stdout) == (
+        0,
+        "aoti_sched: lanes are native threads, the rules are Python\n",
+    )
 
 
 def test_both_wheels_bring_the_same_python_and_no_sources(native, fallback):

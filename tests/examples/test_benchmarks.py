@@ -162,7 +162,7 @@ def part():
 
 @pytest.fixture
 def report(part):
-    return Report(Machine("today", "2.13", "3.11", 2, "a processor"), {}, [part])
+    return Report(Machine("today", "2.13", "3.11", 2, "a processor", "compiled"), {}, [part])
 
 
 def printed(print_it, thing):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 
 import pytest
@@ -10,6 +11,7 @@ import structlog
 
 import aoti_sched
 from aoti_sched import Scheduler
+from aoti_sched.queue.device_queue import DeviceQueue
 from aoti_sched.testing import FakeBackend, fake_scheduler, settle
 
 
@@ -249,5 +251,8 @@ async def test_stats_tell_of_every_device_and_runner(aoti_backend, aoti_schedule
     assert device.runners["m"] == runner.stats()
     assert (runner.stats().running, runner.stats().queued, runner.stats().phase) == (1, 1, "OPEN")
     assert runner.info.instances == 1
+    assert aoti_scheduler.stats().rules == (
+        "python" if inspect.isfunction(DeviceQueue.submit) else "compiled"
+    )
     future.cancel()
     queued.cancel()

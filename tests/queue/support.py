@@ -32,23 +32,29 @@ FACTS = (
 )
 
 
-class CheckedQueue(DeviceQueue):
-    """A `DeviceQueue` that calls `check()` after every fact, also after one that raised."""
+class CheckedQueue:
+    """A `DeviceQueue` that calls `check()` after every fact, also after one that raised.
+
+    It has a queue and is none, since a class that was compiled has no heirs that are not.
+    """
+
+    def __init__(self, *args, **kwargs):
+        self.unchecked = DeviceQueue(*args, **kwargs)
+
+    def __getattr__(self, name):
+        thing = getattr(self.unchecked, name)
+        return _checked(self.unchecked, thing) if name in FACTS else thing
 
 
-def _checked(fact):
+def _checked(queue, fact):
     @functools.wraps(fact)
-    def then_check(self, *args, **kwargs):
+    def then_check(*args, **kwargs):
         try:
-            return fact(self, *args, **kwargs)
+            return fact(*args, **kwargs)
         finally:
-            self.check()
+            queue.check()
 
     return then_check
-
-
-for _name in FACTS:
-    setattr(CheckedQueue, _name, _checked(getattr(DeviceQueue, _name)))
 
 
 def device(lanes=1, jobs=None, size=None, *, cores=None, **policy):
@@ -102,7 +108,7 @@ def somewhere(job, **fields):
     return job
 
 
-_LOOKED_INTO = (DeviceQueue, Source, Job, JobQueue, Contest, Load, Company, Key, Lanes, Timers)
+_LOOKED_INTO = (CheckedQueue, DeviceQueue, Source, Job, JobQueue, Contest, Load, Company, Key, Lanes, Timers)
 
 
 def picture(thing, seen=None):
@@ -120,7 +126,14 @@ def picture(thing, seen=None):
     if isinstance(thing, msgspec.Struct):
         return [picture(getattr(thing, name), seen) for name in thing.__struct_fields__]
     if isinstance(thing, _LOOKED_INTO):
-        slots = [name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())]
-        names = sorted({*slots, *getattr(thing, "__dict__", {})})
+        names = sorted({*_fields(type(thing)), *getattr(thing, "__dict__", {})})
         return [(name, picture(getattr(thing, name), seen)) for name in names]
     return repr(thing)
+
+
+def _fields(kind):
+    """The names of what objects of this class have beside a `__dict__`, by Python's word for them or by mypyc's."""
+    compiled = getattr(kind, "__mypyc_attrs__", None)
+    if compiled is not None:
+        return [name for name in compiled if name != "__dict__"]
+    return [name for one in kind.__mro__ for name in getattr(one, "__slots__", ())]

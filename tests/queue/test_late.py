@@ -70,7 +70,8 @@ def test_deadlines_order_across_runners():
 
 def test_what_left_a_line_out_of_order_does_not_pile_up():
     line = InOrder()
-    jobs = [somewhere(Job(None), id=number, due=float(-number)) for number in range(200)]
+    runner = add(device())
+    jobs = [somewhere(Job(runner), id=number, due=float(-number)) for number in range(200)]
     for job in jobs:
         line.push(job.due, job)
     for job in jobs[1:-1]:
@@ -82,8 +83,9 @@ def test_what_left_a_line_out_of_order_does_not_pile_up():
 
 def test_the_next_of_those_out_of_order_goes_when_the_first_has_left():
     line = InOrder()
+    runner = add(device())
     late, first, second = (
-        somewhere(Job(None), id=number, due=due) for number, due in enumerate((9.0, 1.0, 2.0))
+        somewhere(Job(runner), id=number, due=due) for number, due in enumerate((9.0, 1.0, 2.0))
     )
     for job in (late, first, second):
         line.push(job.due, job)

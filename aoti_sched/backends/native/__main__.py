@@ -1,4 +1,5 @@
-"""`python -m aoti_sched.backends.native` tells which lanes this installation has; it fails where they are Python threads.
+"""`python -m aoti_sched.backends.native` tells which lanes this installation has, and whether its rules are compiled; it fails
+where lanes are Python threads.
 
 An installation succeeds without the native module, be it that no compiler was at hand or that the compiler failed. So this
 is how one knows.
@@ -14,7 +15,7 @@ import sys
 
 def main() -> int:
     if importlib.util.find_spec("aoti_sched.backends.native._native") is not None:
-        print("aoti_sched: lanes are native threads")  # noqa: T201 -- this is what it is for
+        print(f"aoti_sched: lanes are native threads, the rules {_rules()}")  # noqa: T201 -- this is what it is for
         return 0
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
     why = "no C++ compiler was found" if compiler is None else f"{compiler} did not build it"
@@ -24,6 +25,11 @@ def main() -> int:
         file=sys.stderr,
     )
     return 1
+
+
+def _rules() -> str:
+    rules = importlib.util.find_spec("aoti_sched.queue.device_queue")
+    return "are Python" if rules is None or str(rules.origin).endswith(".py") else "are compiled"
 
 
 sys.exit(main())
