@@ -1,7 +1,7 @@
 """What the rules of `aoti_sched.queue` do under load: the very same core in virtual time, on requests that are drawn from a seed.
 
 Work comes at a multiple of what the devices can do, and is served by first come, first served, and by one rule more each time.
-Nothing is loaded and no run takes any time: a million requests take about half a minute. What the simulator leaves out is all that is
+Nothing is loaded and no run takes any time: a million requests take about a minute. What the simulator leaves out is all that is
 not in the core: the event loop, hops between threads, and that runs on neighbouring cores slow each other down.
 """
 
@@ -220,8 +220,7 @@ def table(outcomes: Sequence[Outcome], title: str) -> Any:
             f"{outcome.useful:.1%}",
             f"{outcome.busy:.1%}",
             *("" if isnan(part) else f"{part:.0%}" for part in outcome.kept),
-            number(outcome.p50 * 1e3),
-            number(outcome.p99 * 1e3),
+            *("" if isnan(seconds) else number(seconds * 1e3) for seconds in (outcome.p50, outcome.p99)),
             f"{outcome.jain:.3f}",
             f"{outcome.least:.2f}",
             *(f"{part:.1%}" for part in ends),

@@ -16,7 +16,7 @@ Axes = Any
 
 BLACK, GOLD = "#222222", "#c9a227"
 COLOURS = dict(zip(RULES, (GREY, VIOLET, ORANGE, GOLD, BLUE, GREEN, RED), strict=True))
-STYLES = dict(zip(RULES, ("-", "-", "-", "-", "-", "--", ":"), strict=True))
+STYLES = dict(zip(RULES, ("-", "-", "-", "-", "-", (0, (2, 2)), ":"), strict=True))
 """The last ones often lie upon each other."""
 CLASSES = ("high", "normal", "low")
 
@@ -41,7 +41,7 @@ def draw_overload(outcomes: Sequence[Outcome], title: str, path: Path) -> None:
         panel(axes)
     for axes in places[len(panels) :]:
         axes.remove()
-    figure.suptitle(textwrap.fill(title, 150), fontsize=10, x=0.01, ha="left")
+    figure.suptitle(textwrap.fill(title, 125), fontsize=10, x=0.01, ha="left")
     _save(figure, path)
 
 
@@ -98,6 +98,7 @@ def _names(outcomes: Sequence[Outcome]) -> list[str]:
 def _goodput(axes: Axes, outcomes: Sequence[Outcome]) -> None:
     _possible(axes, outcomes)
     _lines(axes, outcomes, lambda o: o.goodput)
+    axes.set_ylim(0, max(1.1, 1.07 * max(outcome.goodput for outcome in outcomes)))
     axes.legend(frameon=False, loc="lower left", fontsize=9, ncols=2)
     _plain(axes, "goodput: answers in time per second ÷ capacity")
 
@@ -127,7 +128,7 @@ def _possible(axes: Axes, outcomes: Sequence[Outcome]) -> None:
     """What there is to be had: all that comes, and no more than can be done."""
     loads = _loads(outcomes)
     axes.plot(loads, [min(load, 1.0) for load in loads], color=BLACK, linewidth=7, alpha=0.12, zorder=0)
-    axes.set_ylim(0, max(1.1, 1.1 * max(outcome.goodput for outcome in outcomes)))
+    axes.set_ylim(0, 1.1)
 
 
 def _lines(
@@ -137,7 +138,7 @@ def _lines(
         mine = sorted((o for o in outcomes if o.rules == name), key=lambda o: o.scenario.load)
         axes.plot(
             [o.scenario.load for o in mine], [value(o) for o in mine], marker="o", markersize=3.5,
-            color=COLOURS[name], linestyle=STYLES[name], linewidth=width, label=name,
+            color=COLOURS[name], linestyle=STYLES[name], linewidth=1.7 * width if name == "default" else width, label=name,
         )  # fmt: skip
     loads = _loads(outcomes)
     axes.set_xscale("log")
