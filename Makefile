@@ -11,7 +11,7 @@ help:
 	@echo "make demo      compile two real models (once) and serve them side by side"
 	@echo "make test      the whole test suite"
 	@echo "make test-fallback  what runs models, on an installation that found no compiler (10 minutes)"
-	@echo "make test-compiled  the tests of the rules, on compiled ones, as an installation has them"
+	@echo "make test-compiled  the tests of what is compiled where it is installed, on that"
 	@echo "make wheels    wheels with and without a compiler, looked into"
 	@echo "make soak      a minute of random work on real models, checked"
 	@echo "make bench     what a request costs, side by side with other ways and runtimes (20 minutes)"
@@ -38,8 +38,8 @@ test: $(VENV)/installed
 	$(BIN)/python -m tests.models
 	$(BIN)/python -m pytest
 
-# Beside the environment, two whose own aoti_sched is another: one installed as where there is no compiler, and one whose rules are
-# compiled, as installations have them that are not for development. Torch and all else is the first one's.
+# Beside the environment, two whose own aoti_sched is another: one installed as where there is no compiler, and one in which is
+# compiled what installations have compiled that are not for development. Torch and all else is the first one's.
 FALLBACK := $(VENV)/fallback
 COMPILED := $(VENV)/compiled
 
@@ -52,9 +52,9 @@ $(FALLBACK)/installed: $(FALLBACK)/python
 	CC=/nonexistent CXX=/nonexistent $(@D)/bin/python -m pip install --quiet --no-deps --ignore-installed --editable .
 	touch $@
 
-$(COMPILED)/installed: $(COMPILED)/python $(wildcard compiled/*) $(wildcard aoti_sched/queue/*.py)
-	$(@D)/bin/python -m pip install --quiet --no-deps --ignore-installed --editable . --config-settings cmake.define.COMPILED_RULES=ON
-	$(@D)/bin/python -m aoti_sched.backends.native
+$(COMPILED)/installed: $(COMPILED)/python $(wildcard compiled/* aoti_sched/*.py aoti_sched/queue/*.py)
+	$(@D)/bin/python -m pip install --quiet --no-deps --ignore-installed --editable . --config-settings cmake.define.COMPILED_MODULES=ON
+	$(@D)/bin/python -m aoti_sched.backends.native | grep "rules are compiled"
 	touch $@
 
 test-fallback: $(FALLBACK)/installed
@@ -63,7 +63,7 @@ test-fallback: $(FALLBACK)/installed
 	$(FALLBACK)/bin/python -m pytest -m 'not soak' tests/backends tests/native tests/front tests/real
 
 test-compiled: $(COMPILED)/installed
-	$(COMPILED)/bin/python -m pytest tests/queue
+	$(COMPILED)/bin/python -m pytest tests/queue tests/front tests/test_call_spec.py tests/test_validation.py
 
 wheels: $(VENV)/installed
 	$(BIN)/python -m pytest tests/wheels.py

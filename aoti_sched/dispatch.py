@@ -59,8 +59,7 @@ class LoopClock:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-
-    time = staticmethod(time.monotonic)
+        self.time = time.monotonic
 
     def call_at(self, when: float, callback: Callable[[], None]) -> Timer:
         return self._loop.call_later(max(0.0, when - time.monotonic()), callback)
@@ -308,16 +307,16 @@ class Dispatcher:
 def _work(job: Job) -> Work:
     """What a launched job, and all that run with it, are to an executor. A batch's token are its jobs, the leader first."""
     future: RunFuture = job.payload
-    grouping = future.grouping
-    if grouping is None:
-        return Work(future.container, future.take_inputs(), future.threads, job)
-    if not job.members and grouping.padded(job.rows) == job.rows:
-        return Work(future.container, future.take_inputs(), future.threads, job)
+    runner = future.runner
+    grouping = runner.grouping
+    if grouping is None or (not job.members and grouping.padded(job.rows) == job.rows):
+        inputs, future.inputs = future.inputs, ()  # from now on the lane alone keeps them alive
+        return Work(runner.container, inputs, runner.threads, job)
     jobs = job.members or (job,)
     rows = [member.rows for member in jobs]
     members = [member.payload.inputs for member in jobs]
     batch = Batch(grouping.plan, members, rows, grouping.padded(sum(rows)), job.slot)
-    return Work(future.container, (), future.threads, jobs, batch)
+    return Work(runner.container, (), runner.threads, jobs, batch)
 
 
 def _deadline_error(job: Job, takes: float | None) -> DeadlineExceededError:

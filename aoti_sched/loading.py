@@ -21,7 +21,7 @@ from aoti_sched.specs import (
     specs_from_wrapper,
 )
 from aoti_sched.telemetry import RunnerInfo, log
-from aoti_sched.validation import ArityCheck, Check, InputCheck
+from aoti_sched.validation import ArityCheck, Check, InputCheck, count_bytes
 
 if TYPE_CHECKING:
     from aoti_sched.backends.base import Container, Device, Loaded, LoadRequest
@@ -33,7 +33,7 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
     container: Container
     call_spec: CallSpec
-    input_check: Check | None
+    input_check: Check
     placing: Placing
     grouping: Grouping | None
     width: int
@@ -176,10 +176,10 @@ def _find_specs(
     return None, SpecSource.ARITY
 
 
-def _check(name: str, specs: Sequence[TensorSpec] | None, arity: int | None, device: str) -> Check | None:
+def _check(name: str, specs: Sequence[TensorSpec] | None, arity: int | None, device: str) -> Check:
     if specs is not None:
         return InputCheck(name, specs)
-    return None if arity is None else ArityCheck(name, arity, device)
+    return count_bytes if arity is None else ArityCheck(name, arity, device)
 
 
 def _threads(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from aoti_sched.errors import RunnerClosedError, UnsupportedLoopError
-from aoti_sched.future import RunFuture
+from aoti_sched.future import RunFuture, future_of
 from aoti_sched.queue.job import Job, Priority
 from aoti_sched.telemetry import RunnerInfo, RunnerStats
 from aoti_sched.update import Barrier, Inactive, LiveWeights, UpdateReport
@@ -74,12 +74,10 @@ class Calls:
         if _get_running_loop() is not runner.loop:
             raise _wrong_loop(runner)
         inputs = runner.call_spec.flatten(args, kwargs)
-        if runner.input_check is not None:
-            runner.input_check(inputs)
-        size = 0
-        for tensor in inputs:
-            size += tensor.nbytes
-        job = Job(self._source, options.priority, None, size, tenant=options.tenant)
+        size = runner.input_check(inputs)
+        job = Job(self._source, options.priority, None, size)
+        if options.tenant is not None:
+            job.tenant = options.tenant
         grouping = runner.grouping
         if grouping is not None:
             job.rows, key = grouping.measure(inputs)
@@ -89,7 +87,7 @@ class Calls:
             job.deadline = runner.dispatcher.deadline(options.timeout)
         if options.min_epoch:
             job.min_epoch = options.min_epoch
-        job.payload = future = RunFuture(runner, job, inputs)
+        future = future_of(runner, job, inputs)
         runner.dispatcher.submit(job, wait=runner.waits)
         return future
 
@@ -189,7 +187,7 @@ class Runner(RunnerView):
         state: RunnerState,
         container: Container,
         call_spec: CallSpec,
-        input_check: Check | None,
+        input_check: Check,
         grouping: Grouping | None,
         dispatcher: Dispatcher,
         options: Options,
@@ -418,7 +416,7 @@ class LeaseContext:
         if options.timeout is not None:
             job.deadline = runner.dispatcher.deadline(options.timeout)
         job.min_epoch = options.min_epoch
-        job.payload = future = RunFuture(runner, job, None)
+        future = future_of(runner, job, ())
         runner.dispatcher.submit(job, wait=runner.waits)
         try:
             state = await future

@@ -7,6 +7,7 @@ sentence that explains a fault is found by a slow twin. `ArityCheck` is all that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,16 @@ from aoti_sched.specs import DynamicDim, TensorSpec
 if TYPE_CHECKING:
     import torch
 
-Check = Callable[[Sequence["torch.Tensor"]], None]
-"""Raises InputMismatchError for tensors that do not fit."""
+Check = Callable[[Sequence["torch.Tensor"]], int]
+"""The bytes of a request's tensors; raises InputMismatchError where they do not fit."""
+
+
+def count_bytes(tensors: Sequence[torch.Tensor]) -> int:
+    """The check where nothing is known of what a model takes."""
+    total = 0
+    for tensor in tensors:
+        total += tensor.nbytes
+    return total
 
 
 class ArityCheck:
@@ -32,7 +41,7 @@ class ArityCheck:
         self._plain = {torch.Tensor, torch.nn.Parameter}
         self._strided = torch.strided
 
-    def __call__(self, tensors: Sequence[torch.Tensor]) -> None:
+    def __call__(self, tensors: Sequence[torch.Tensor]) -> int:
         if len(tensors) != self.arity:
             raise InputMismatchError(self.model, "", f"{self.arity} tensor inputs", f"{len(tensors)}")
         for index, tensor in enumerate(tensors):
@@ -49,6 +58,7 @@ class ArityCheck:
             else:
                 continue
             raise InputMismatchError(self.model, f"input {index}", expected, got)
+        return count_bytes(tensors)
 
 
 def dense_strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
@@ -120,9 +130,14 @@ class InputCheck:
                 )
             )
         self._unbound = [-1] * len(self._symbols)
+        self._bytes: int | None = None
+        """Of all, where they are always the same."""
+        if not self._symbols:
+            sizes = [math.prod(size for _, size in static) for _, _, static, *_ in self._plans]
+            self._bytes = sum(plan[0].itemsize * size for plan, size in zip(self._plans, sizes, strict=True))
 
-    def __call__(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Raise `InputMismatchError` for the first tensor that does not fit; return None when all fit."""
+    def __call__(self, tensors: Sequence[torch.Tensor]) -> int:
+        """The bytes of the tensors when all fit; raises `InputMismatchError` for the first that does not."""
         if len(tensors) != len(self._plans):
             raise InputMismatchError(
                 self.model, "", f"{len(self._plans)} tensor inputs", f"{len(tensors)}", self._names_hint()
@@ -177,11 +192,12 @@ class InputCheck:
                     break
             elif order is not None and not lies_in_order(shape, tensor.stride(), order):
                 break
-            if tensor.is_neg() or tensor.is_conj():
+            if tensor.is_neg() or (dtype.is_complex and tensor.is_conj()):
                 break
         else:
-            return
+            return count_bytes(tensors) if self._bytes is None else self._bytes
         self._explain(tensors)
+        return count_bytes(tensors)
 
     def _names_hint(self) -> str:
         return "The inputs are " + ", ".join(f"{s.name}: {s}" for s in self.specs) + "."

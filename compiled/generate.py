@@ -1,4 +1,5 @@
-"""Makes C of the rules, by mypyc: `python compiled/generate.py FOLDER`, in the repository's root.
+"""Makes C of the rules, and of what every request goes through on its way to them and back, by mypyc:
+`python compiled/generate.py FOLDER`, in the repository's root.
 
 Prints a line for each extension module: its full name, the folder of mypyc's own C, and the sources to compile. The modules stay
 Python as they are: what is compiled is the same text, and takes its place where it could be.
@@ -14,21 +15,28 @@ from pathlib import Path
 
 from mypyc.build import include_dir, mypycify
 
-PACKAGE = Path("aoti_sched/queue")
-SEEN = Path("aoti_sched/errors.py")
+PACKAGE = Path("aoti_sched")
+RULES = sorted(PACKAGE.glob("queue/[!_]*.py"))
+WAY = [PACKAGE / name for name in ("call_spec.py", "dispatch.py", "validation.py")]
+SEEN = PACKAGE / "errors.py"
 """Read for its types, but not compiled. No other import is followed: behind `aoti_sched` itself lies torch."""
 
 
 def main(folder: str) -> None:
     gc.disable()  # half of the time otherwise
-    modules = [str(path) for path in sorted(PACKAGE.glob("*.py")) if path.name != "__init__.py"]
-    options = ["--config-file=", "--follow-imports=skip", f"--cache-dir={folder}/mypy"]
+    modules = [str(path) for path in (*RULES, *WAY)]
+    options = [
+        "--config-file=",
+        "--follow-imports=skip",
+        "--ignore-missing-imports",
+        f"--cache-dir={folder}/mypy",
+    ]
     with contextlib.redirect_stdout(sys.stderr):
         extensions = mypycify(
             [*options, *modules, str(SEEN)],
             only_compile_paths=modules,
             target_dir=folder,
-            group_name="aoti_sched.queue._compiled",
+            group_name="aoti_sched._compiled",
         )
     for extension in extensions:
         print(shlex.join([extension.name, include_dir(), *extension.sources]))

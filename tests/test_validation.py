@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from aoti_sched.errors import ConfigError, InputMismatchError
 from aoti_sched.specs import DynamicDim, TensorSpec
-from aoti_sched.validation import ArityCheck, InputCheck, dense_strides, lies_in_order
+from aoti_sched.validation import ArityCheck, InputCheck, count_bytes, dense_strides, lies_in_order
 
 
 def spec(*shape, name="x", dtype="float32", order=None, device="cpu"):
@@ -431,3 +431,17 @@ class Tagged(torch.Tensor):
 )
 def test_without_specs_a_tensor_that_native_code_would_misread_is_refused(odd, expected, got):
     assert refused_by_arity(torch.zeros(3), odd) == ("input 1", expected, got)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        lambda: InputCheck("m", [spec(2, 3), spec(4, dtype="int64")]),
+        lambda: InputCheck("m", [spec(batch(), 3), spec(4, dtype="int64")]),
+        lambda: ArityCheck("m", 2, "cpu"),
+        lambda: count_bytes,
+    ],
+    ids=["fixed sizes", "dynamic sizes", "arity", "nothing"],
+)
+def test_every_check_counts_the_bytes(check):
+    assert check()([torch.zeros(2, 3), torch.zeros(4, dtype=torch.int64)]) == 2 * 3 * 4 + 4 * 8
