@@ -1,8 +1,9 @@
 """Choice: which of the queued jobs goes next, among those that have a slot and a place to run.
 
 Sources contend with their first jobs: for a lane, for the loop's own thread, for a lease. The class decides, then what
-the runner had for its share (`fair`), then when the job is due. Where jobs may become overdue, every second launch is of the one that
-came first.
+the runner had for its share (`fair`), then when the job is due. Where jobs may become overdue, every second launch is of the
+one that came first, as long as these don't take more than a quarter of the time: where more comes than can be done, everything is
+overdue sooner or later, and there would be no classes and shares any more.
 """
 
 from __future__ import annotations
@@ -80,10 +81,15 @@ def _first(contest: Contest[Source]) -> Job | None:
     return None if source is None else source.queue.head()
 
 
+OVERDUE_PART = 0.25
+"""Of the core time, what launches of overdue jobs get at most."""
+
+
 class Choice:
     """Chooses for one device's `lanes`. A job is overdue after `max_wait` seconds in the queue; None: never."""
 
     __slots__ = (
+        "_credit",
         "_lanes",
         "_lease",
         "_loop",
@@ -100,6 +106,7 @@ class Choice:
         self._max_wait = max_wait
         self._regular = False  # the next launch is not of an overdue job, since the last one was
         self._was_overdue = False  # the one that was chosen last
+        self._credit = 0.0  # core seconds, below zero while overdue jobs have had more than their part
         self._runs: Contest[Source] = Contest(_for_a_lane)
         self._loop: Contest[Source] = Contest(_for_the_loop)
         self._lease: Contest[Source] = Contest(_for_a_lease)
@@ -147,9 +154,15 @@ class Choice:
             first = _better(first, _first(self._loop))
         return first
 
-    def launches(self, *, chosen: bool) -> None:
+    def launches(self, job: Job, *, chosen: bool) -> None:
         """The one that was chosen last runs; or one that was not chosen here."""
+        if self._max_wait is None:
+            return
         self._regular = chosen and self._was_overdue
+        if self._regular:
+            self._credit -= job.expected * (1 - OVERDUE_PART)
+        else:
+            self._credit = min(0.0, self._credit + job.expected * OVERDUE_PART)
 
     def is_wanted(self, *, inline: bool) -> bool:
         """Whether somebody queued could start on the loop, or on a lane, were it free."""
@@ -165,7 +178,7 @@ class Choice:
         first = _first(self._runs)
         if first is not None and _rank(first) < _rank(job):
             return False
-        if self._max_wait is None or self._regular:
+        if self._max_wait is None or self._regular or self._credit < 0.0:
             return True
         oldest = job.source.arrivals.first
         waits = oldest is not None and now - oldest.submitted >= self._max_wait
@@ -184,7 +197,7 @@ class Choice:
 
     def _overdue(self, contest: Contest[Source], now: float) -> Job | None:
         """Who of them came first, if it is overdue and it is the turn of those."""
-        if self._max_wait is None or self._regular:
+        if self._max_wait is None or self._regular or self._credit < 0.0:
             return None
         source = contest.best()
         oldest = None if source is None else source.arrivals.first

@@ -323,7 +323,7 @@ class DeviceQueue:
             job.expected = expected(job, job.bytes)
             self.ledger.enter(job)
             self.ledger.leave(job)
-            self._choice.launches(chosen=False)
+            self._choice.launches(job, chosen=False)
             if job.key is not None and self._may_have_company(job):
                 self._arrives(runner, commands)
             self._launch(job, lane, now, commands)
@@ -508,7 +508,7 @@ class DeviceQueue:
             if job.holds:
                 self._grant(job, now, commands)
             else:
-                self._choice.launches(chosen=True)
+                self._choice.launches(job, chosen=True)
                 inline = job.source.runner.placing.inline(job.bytes)
                 self._launch(job, LOOP if inline else self.lanes.free[-1], now, commands)
             self._choice.enter(job.source)
@@ -648,7 +648,7 @@ class DeviceQueue:
             if not self._choice.may_follow(job, now):
                 return
             self._unqueue(job)
-            self._choice.launches(chosen=False)
+            self._choice.launches(job, chosen=False)
             lane = source.followed.pop()
             self._start(job, lane, self.lanes.running[lane].slot, now, commands)
             self.lanes.following[lane] = job

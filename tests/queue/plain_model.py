@@ -33,7 +33,7 @@ class PlainModel(Room, Order):
         self.order, self.fair, self.expire_late, self.max_wait = order, fair, expire_late, max_wait
         self.budget = self.budget_left = budget
         self.turn_asked = False
-        self.regular_turn = False
+        self.regular_turn, self.credit = False, 0.0
         self.jobs_bound = math.inf if jobs is None else jobs
         self.bytes_bound = math.inf if size is None else size
         self.floors = {}  # of the runners' accounts, by class
@@ -98,7 +98,7 @@ class PlainModel(Room, Order):
         job.expected = job.runner.expected(job.bytes)
         self.lift(job)
         commands += self.came(job) + self.launch(job, now)
-        self.regular_turn = False
+        self.launched(job, overdue=False)
         return commands + self.settle(now)
 
     def complete(self, now, number, ok):
@@ -242,7 +242,7 @@ class PlainModel(Room, Order):
                 if overdue:
                     self.met.add("overdue")
                 commands += self.launch(job, now)
-                self.regular_turn = overdue
+                self.launched(job, overdue=overdue)
         return commands + self.over() if over else commands
 
     def slot_for(self, job):
@@ -315,12 +315,12 @@ class PlainModel(Room, Order):
             passed = head.deadline is not None and head.deadline <= now
             if passed or self.is_late(head, now) or (rival and self.rank(rival) < self.rank(head)):
                 return commands
-            if not self.regular_turn:
+            if self.may_be_overdue():
                 wants = [job for job in self.overdue_heads(now) if not job.runner.inline(job.bytes)]
                 if wants or [job for job in self.overdue(now) if job.source is source]:
                     return commands
             commands += self.launch(head, now, max(firsts, key=lambda run: run.opened))
-            self.regular_turn = False
+            self.launched(head, overdue=False)
             commands += self.settle(now, over=False)
 
     def leave_lane(self, run, now):

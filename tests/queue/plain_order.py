@@ -121,11 +121,22 @@ class Order:
         queued = [job for job in self.jobs if job.state == "QUEUED" and not job.holds]
         return [job for job in queued if now - job.submitted >= self.max_wait]
 
+    def may_be_overdue(self):
+        """Whether the next launch may be of an overdue one: not two in a row, and no more than a quarter of the time."""
+        return not self.regular_turn and self.credit >= 0
+
+    def launched(self, job, *, overdue):
+        self.regular_turn = overdue
+        if overdue:
+            self.credit -= job.charged * 0.75
+        else:
+            self.credit = min(0.0, self.credit + job.charged * 0.25)
+
     def overdue_heads(self, now):
         """Of each source that can start, the one of them that came first."""
         for source in (*self.runners, *self.leases):
             overdue = [job for job in self.overdue(now) if job.source is source]
-            if overdue and self.can_start(source) and not self.regular_turn:
+            if overdue and self.can_start(source) and self.may_be_overdue():
                 oldest = min(overdue, key=lambda job: (job.submitted, job.id))
                 if (
                     oldest.together is None

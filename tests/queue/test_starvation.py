@@ -232,3 +232,16 @@ def test_late_jobs_expire_though_they_are_overdue():
     expired, then = queue.complete(first, 3.0, ok=False)
     assert expired == Expire(late, 1.0)
     assert then.job is high
+
+
+def test_where_everything_is_overdue_it_takes_a_quarter_of_the_time():
+    """Their runs are ten times as long, and of two launches one would be theirs."""
+    queue = DeviceQueue("cpu", 1, Bounds(None, None), policy=Policy(max_wait=MAX_WAIT))
+    high, low = add(queue, "high"), add(queue, "low")
+    teach(queue, high, RUN)
+    teach(queue, low, 10 * RUN)
+    often = Stream(lambda: Job(high, HIGH), RUN, depth=100)
+    seldom = Stream(lambda: Job(low, LOW), 10 * RUN, depth=100)
+    load = Load(queue, [often, seldom])
+    load.run(2000)
+    assert seldom.served / (seldom.served + often.served) == pytest.approx(0.25, rel=0.05)
