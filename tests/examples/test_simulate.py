@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks.simulation import RULES, TRACES, Requests, Scenario, Simulation, entitled, measure, places
 
 from aoti_sched.queue.job import JobState
 from benchmarks import simulate
+from benchmarks.simulation import RULES, TRACES, Requests, Scenario, Simulation, entitled, measure, places
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = Scenario(requests=3000, devices=2, lanes=2, models=20)
