@@ -57,7 +57,9 @@ async def test_runs_that_are_short_are_learned_to_go_inline(executor, expected):
             assert_close(await future, expected)
             places.append(future.trace.placement)
         assert places[0] == "lane"
-        assert "inline" in places  # where the machine stops one for longer than a turn's budget, it is learned anew
+        assert (
+            "inline" in places
+        )  # where the machine stops one for longer than a turn's budget, it is learned anew
 
 
 async def test_a_client_that_awaits_inline_runs_in_a_tight_loop_lets_others_run(executor):
