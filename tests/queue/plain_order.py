@@ -101,7 +101,7 @@ class Order:
     def uncontended(self, job, now):
         """Whether a job that comes now may start at once, since nobody else wants what it needs."""
         queued = any(other.state == "QUEUED" and other.source is job.source for other in self.jobs)
-        if job.holds or queued or not self.can_start(job.source) or self.would_wait(job, now):
+        if job.holds or queued or not self.can_start(job.source) or self.would_wait(job):
             return False
         if self.is_late(job, now):
             return False

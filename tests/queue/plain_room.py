@@ -228,12 +228,12 @@ class Room:
         at = job.submitted + (delay if self.max_wait is None else min(delay, self.max_wait))
         return at if job.deadline is None else min(at, job.deadline - runner.bound(job.bytes))
 
-    def would_wait(self, job, now):
-        """Whether one that comes to an empty queue would wait for others to go with it."""
+    def would_wait(self, job):
+        """Whether one that comes to an empty queue is queued, since others may go with it; some are ripe at once there."""
         if job.together is None:
             return False
-        gathers = job.runner.gathering or job.runner.got > 0
-        return gathers or (job.rows < job.runner.batching[0] and self.ripens_at(job) > now)
+        delays = job.runner.batching[1] > 0 and self.max_wait != 0
+        return delays or job.runner.gathering or job.runner.got > 0
 
     def came(self, job):
         """One more that may be put together is queued, or launched at once."""

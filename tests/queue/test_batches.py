@@ -9,7 +9,7 @@ from aoti_sched.queue.batch import Batching
 from aoti_sched.queue.command import BarrierReached, Drained, Expire, Launch, NextTurn, Revoke, WakeAt
 from aoti_sched.queue.job import IllegalFactError, Job, JobState, Priority
 from aoti_sched.queue.placement import LOOP, Placement, Placing
-from tests.queue.support import CheckedQueue, device, take_lease
+from tests.queue.support import CheckedQueue, device, take_lease, teach
 
 DELAY = 1.0
 
@@ -131,6 +131,16 @@ def test_where_several_come_in_one_turn_they_are_gathered_from_the_second_on():
     assert queue.submit(again[0], 1) == [NextTurn()]
     assert queue.submit(again[1], 1) == []
     assert batches(queue.turn(1)) == [again]
+
+
+def test_one_that_is_late_when_it_comes_has_come_all_the_same():
+    queue = device()
+    runner = add(queue, slots=2)
+    teach(queue, runner, 1.0)
+    late, other = job(runner, deadline=0.5), job(runner)
+    assert queue.submit(late, 0.0) == [NextTurn(), Expire(late, 1.0)]
+    assert queue.submit(other, 0.0) == []  # the second in this turn
+    assert batches(queue.turn(0.0)) == [[other]]
 
 
 def test_a_turn_with_one_job_ends_the_gathering():

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 
 from aoti_sched.queue.admission import Bounds
+from aoti_sched.queue.batch import Batching, Key
 from aoti_sched.queue.device_queue import DeviceQueue
 from aoti_sched.queue.job import Job, JobState
 from aoti_sched.queue.lease import Phase
+from aoti_sched.queue.policy import Policy
 from tests.queue.support import add, somewhere, take_lease
 
 
@@ -227,6 +229,199 @@ def a_dead_deadline_too_many(s):
 )
 def test_a_broken_invariant_is_named(break_it, sentence):
     scene = Scene()
+    break_it(scene)
+    with pytest.raises(AssertionError, match=f"cpu: {sentence}"):
+        scene.queue.check()
+
+
+class Shared:
+    """A queue whose runner has tenants, makes batches, predicts and sheds. A batch of two runs on one lane, the other is free.
+
+    One job waits for company, and behind it, in line, another of the same tenant.
+    """
+
+    def __init__(self):
+        self.queue = queue = DeviceQueue("cpu", 2, policy=Policy(max_wait=9.0))
+        self.runner = runner = add(
+            queue, slots=2, tenant_jobs=1, batching=Batching(4, 1.0), sheds=True, predicts=True
+        )
+        self.leader, self.rider, self.queued, self.in_line = (
+            Job(runner, key="k", tenant=tenant) for tenant in ("a", "b", "a", "a")
+        )
+        queue.submit(self.leader, 0.0)
+        queue.submit(self.rider, 0.0)
+        queue.turn(0.0)
+        queue.tick(1.0)
+        queue.submit(self.queued, 1.0)
+        queue.turn(1.0)
+        queue.submit(self.in_line, 1.0, wait=True)
+
+
+def test_a_sound_queue_with_all_rules_passes():
+    scene = Shared()
+    scene.queue.check()
+    assert scene.leader.members == (scene.leader, scene.rider)
+    states = [job.state for job in (scene.rider, scene.queued, scene.in_line)]
+    assert states == [JobState.RUNNING, JobState.QUEUED, JobState.WAITING]
+
+
+def a_core_too_many(s):
+    s.queue.lanes.free_cores += 1
+
+
+def more_on_lanes_than_there_are_cores(s):
+    s.queue.lanes.cores = 0
+    s.queue.lanes.free_cores = -1
+
+
+def a_tenants_job_counted_twice(s):
+    s.runner.tenant_jobs["a"] += 1
+
+
+def a_smaller_bound_for_tenants(s):
+    s.runner.load.bounds = Bounds(None, None, 0)
+
+
+def a_bigger_bound_for_tenants(s):
+    s.runner.load.bounds = Bounds(None, None, 2)
+
+
+def one_in_line_queued(s):
+    s.in_line.state = JobState.QUEUED
+
+
+def one_in_the_line_of_another_tenant(s):
+    s.in_line.tenant = "b"
+
+
+def a_job_that_is_not_on_its_runners_account(s):
+    s.runner.accounts[s.queued.priority].queued -= 1
+
+
+def a_run_that_is_not_on_its_runners_account(s):
+    s.runner.accounts[s.leader.priority].running -= 1
+
+
+def a_debt(s):
+    s.runner.accounts[s.leader.priority].balance = 1.0
+
+
+def a_job_that_is_not_on_its_tenants_account(s):
+    s.queued.account.queued -= 1
+
+
+def a_run_that_is_not_on_its_tenants_account(s):
+    s.rider.account.running -= 1
+
+
+def a_job_unforeseen(s):
+    s.runner.backlog.jobs -= 1
+
+
+def one_whose_age_nobody_knows(s):
+    s.runner.arrivals.remove(s.queued)
+
+
+def one_that_can_not_be_shed(s):
+    s.runner.worst.alive -= 1
+
+
+def one_that_can_not_be_shed_for_its_tenant(s):
+    s.runner.worst_of["a"].alive -= 1
+
+
+def a_batch_led_by_another(s):
+    s.leader.members = (s.rider, s.leader)
+
+
+def a_batch_of_one(s):
+    s.leader.members = (s.leader,)
+    s.rider.state = JobState.DONE
+
+
+def a_batch_of_two_keys(s):
+    s.rider.key = "l"
+
+
+def a_batch_too_large(s):
+    s.rider.rows = 4
+
+
+def a_batch_in_two_places(s):
+    s.rider.slot = s.leader.slot + 1
+
+
+def a_key_without_jobs(s):
+    s.runner.company.keys["l"] = Key()
+
+
+def a_keys_job_uncounted(s):
+    s.runner.company.keys["k"].jobs -= 1
+
+
+def a_keys_row_uncounted(s):
+    s.runner.company.keys["k"].rows -= 1
+
+
+def a_key_held_for_ever(s):
+    s.runner.company.keys["k"].held = True
+
+
+def a_key_forgotten(s):
+    s.queue._wake = None
+
+
+def a_turn_of_which_one_does_not_hear(s):
+    s.runner.company.arrived = 1
+
+
+@pytest.mark.parametrize(
+    ("break_it", "sentence"),
+    [
+        (a_core_too_many, "what is on lanes has its cores"),
+        (more_on_lanes_than_there_are_cores, "what is on lanes has its cores"),
+        (a_tenants_job_counted_twice, "what a tenant has at the gate and in the queue is counted"),
+        (a_smaller_bound_for_tenants, "no bound of a tenant is exceeded"),
+        (a_bigger_bound_for_tenants, "nobody waits for its tenant when there is room"),
+        (one_in_line_queued, "what waits for its tenant is WAITING"),
+        (one_in_the_line_of_another_tenant, "what waits for its tenant is WAITING"),
+        (
+            a_job_that_is_not_on_its_runners_account,
+            "a runner's account knows what is queued and runs",
+        ),
+        (
+            a_run_that_is_not_on_its_runners_account,
+            "a runner's account knows what is queued and runs",
+        ),
+        (a_debt, "what was used is paid for"),
+        (
+            a_job_that_is_not_on_its_tenants_account,
+            "a tenant's account knows what is queued and runs",
+        ),
+        (
+            a_run_that_is_not_on_its_tenants_account,
+            "a tenant's account knows what is queued and runs",
+        ),
+        (a_job_unforeseen, "what is queued is foreseen"),
+        (one_whose_age_nobody_knows, "what may become overdue is watched"),
+        (one_that_can_not_be_shed, "what may be shed is known"),
+        (one_that_can_not_be_shed_for_its_tenant, "what may be shed is known"),
+        (a_batch_led_by_another, "a batch is led by its first"),
+        (a_batch_of_one, "a batch is led by its first"),
+        (a_batch_of_two_keys, "a batch is of one key"),
+        (a_batch_too_large, "a batch has not too many rows"),
+        (a_batch_in_two_places, "a batch runs in one place"),
+        (a_key_without_jobs, "each key that has jobs is known, and no other"),
+        (a_keys_job_uncounted, "a key counts its jobs"),
+        (a_keys_row_uncounted, "a key counts its jobs"),
+        (a_key_held_for_ever, "what is held until the next turn has one"),
+        (a_key_forgotten, "what waits for company is not forgotten"),
+        (a_turn_of_which_one_does_not_hear, "who has had jobs in this turn hears of its end"),
+    ],
+    ids=lambda part: getattr(part, "__name__", None),
+)
+def test_a_broken_invariant_of_sharing_and_batches_is_named(break_it, sentence):
+    scene = Shared()
     break_it(scene)
     with pytest.raises(AssertionError, match=f"cpu: {sentence}"):
         scene.queue.check()

@@ -95,6 +95,23 @@ def test_every_second_launch_is_of_the_overdue_one_that_came_first():
     assert order == [first, overdue[0], better[0], overdue[1], better[1], overdue[2], better[2]]
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_whose_epoch_came_late_is_as_old_as_it_is(same):
+    """Its place in the queue counts from its epoch, its age does not."""
+    queue = device(max_wait=2.0)
+    busy = Job(add(queue, "busy"))
+    runner, other = add(queue), add(queue, "other")
+    queue.submit(busy, 0.0)
+    first, second = Job(runner, LOW, min_epoch=2), Job(runner if same else other, deadline=9.0)
+    queue.submit(first, 0.0)
+    queue.submit(second, 1.0)
+    queue.close_barrier(runner, 1.0)
+    queue.open_barrier(runner, 1.0, epoch=2)
+    assert first.id > second.id
+    assert launched(queue.complete(busy, 5.0)) == [first]
+    assert launched(queue.complete(first, 5.0)) == [second]
+
+
 def test_until_then_nothing_is_overdue():
     queue = device(max_wait=2.0)
     runner = add(queue)
@@ -245,3 +262,18 @@ def test_where_everything_is_overdue_it_takes_a_quarter_of_the_time():
     load = Load(queue, [often, seldom])
     load.run(2000)
     assert seldom.served / (seldom.served + often.served) == pytest.approx(0.25, rel=0.05)
+
+
+def test_where_lanes_are_handed_jobs_ahead_the_overdue_have_their_quarter_too():
+    queue = DeviceQueue("cpu", 1, Bounds(None, None), policy=Policy(max_wait=MAX_WAIT))
+    runner = add(queue, placing=Placing(follow_limit=1.0))
+    teach(queue, runner, RUN)
+    load = Load(queue, [Stream(lambda: Job(runner, HIGH), RUN)])
+    once = Stream(None, RUN, depth=0)
+    for _ in range(8):
+        load.submit(Job(runner, LOW), once)
+    load.run_until(MAX_WAIT + 40 * RUN)
+    classes = [job.priority for job in load.launched]
+    first = classes.index(LOW)
+    assert MAX_WAIT <= load.launched[first].started <= MAX_WAIT + 2 * RUN
+    assert classes[first : first + 32] == [LOW, HIGH, HIGH, HIGH] * 8

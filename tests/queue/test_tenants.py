@@ -217,3 +217,14 @@ def test_a_tenant_that_has_had_much_is_not_forgotten_by_being_away():
         queue.submit(job, 100)
         queue.complete(job, 100)
     assert "much" in runner.tenants[Priority.NORMAL].accounts
+
+
+def test_what_is_exempt_is_not_counted_and_waits_in_no_line():
+    queue, runner, _ = scene(slots=2)
+    take_lease(queue, runner)
+    take_lease(queue, runner)
+    lease, other = (Job(runner, tenant="a", holds=True, exempt=True) for _ in range(2))
+    first, second = Job(runner, tenant="a"), Job(runner, tenant="a")
+    assert send(queue, lease, first, second, other) == [QUEUED, QUEUED, WAITING, QUEUED]
+    queue.cancel(lease, 1.0)
+    assert second.state is WAITING
