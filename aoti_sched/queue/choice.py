@@ -158,11 +158,17 @@ class Choice:
         """The one that was chosen last runs; or one that was not chosen here."""
         if self._max_wait is None:
             return
-        self._regular = chosen and self._was_overdue
-        if self._regular:
-            self._credit -= job.expected * (1 - OVERDUE_PART)
-        else:
-            self._credit = min(0.0, self._credit + job.expected * OVERDUE_PART)
+        self._regular = job.overdue = chosen and self._was_overdue
+
+    def took(self, job: Job, seconds: float) -> None:
+        """Its run is over, and took so many core seconds."""
+        if self._max_wait is not None:
+            part = -(1 - OVERDUE_PART) if job.overdue else OVERDUE_PART
+            self._credit = min(0.0, self._credit + seconds * part)
+
+    def rests(self) -> None:
+        """Nobody waits: what overdue jobs have had is nobody's loss any more."""
+        self._credit = 0.0
 
     def is_wanted(self, *, inline: bool) -> bool:
         """Whether somebody queued could start on the loop, or on a lane, were it free."""

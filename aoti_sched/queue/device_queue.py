@@ -324,6 +324,8 @@ class DeviceQueue:
             self.ledger.enter(job)
             self.ledger.leave(job)
             self._choice.launches(job, chosen=False)
+            if not self.load.jobs:
+                self._choice.rests()
             if job.key is not None and self._may_have_company(job):
                 self._arrives(runner, commands)
             self._launch(job, lane, now, commands)
@@ -428,6 +430,7 @@ class DeviceQueue:
         self._leave_queue(job, Fact.SHED, now)
         job.source.runner.counters.shed += 1
         commands.append(Shed(job, refusal.shed(job)))
+        self._see_what_is_over(job.source.runner, commands)
 
     def _unreachable(self, job: Job, now: float) -> DeadlineUnreachableError | None:
         """Whether it would be finished too late, by what is known; of those that would, every so often one is tried."""
@@ -634,6 +637,7 @@ class DeviceQueue:
         if job.inline:
             counters.inline += 1
         self.ledger.settle(job, seconds * runner.width)
+        self._choice.took(job, seconds * runner.width)
 
     def _follow(self, source: Source, now: float, commands: list[Command]) -> None:
         """Hand the source's next jobs to lanes that run short ones of it, unless a better job waits for a lane."""

@@ -126,6 +126,10 @@ def check(queue: DeviceQueue) -> None:
             blocked = waits is not None and queue.load.refusal(waits.bytes) is not None
             must(blocked, "nobody waits at a gate when there is room")
         must((runner.phase is not Phase.DRAINED) or runner.idle, "a drained runner is idle")
+        must(
+            runner.phase not in (Phase.DRAINING, Phase.TERMINATED) or not runner.idle,
+            "a runner that is leaving and idle is drained",
+        )
         for source in sources:
             head = source.queue.head()
             if head is not None and source.free and not source.closed:

@@ -129,6 +129,7 @@ class Job:
         "lane",
         "members",
         "min_epoch",
+        "overdue",
         "payload",
         "priority",
         "rest",
@@ -186,6 +187,7 @@ class Job:
         self.batch = 1
         self.expected = 0.0
         self.account: Account | None = None
+        self.overdue = False  # launched out of order, for it had waited too long
         self.tried = False  # believed to be late, and let go on all the same
 
     def happens(self, fact: Fact) -> None:

@@ -99,6 +99,8 @@ class PlainModel(Room, Order):
         self.lift(job)
         commands += self.came(job) + self.launch(job, now)
         self.launched(job, overdue=False)
+        if not any(other.state == "QUEUED" for other in self.jobs):
+            self.credit = 0.0
         return commands + self.settle(now)
 
     def complete(self, now, number, ok):
@@ -120,6 +122,7 @@ class PlainModel(Room, Order):
             if job.state == "RUNNING" and not failed_together:
                 self.end(job, "DONE" if ok else "FAILED", "completed" if ok else "failed")
             self.settle_accounts(job, part * runner.width)
+            self.took(job, part * runner.width)
             job.run = None
         commands = [] if failed_together else self.see_health(runner, ok=ok)
         self.learn(run, seconds, now, ok=ok)
@@ -208,7 +211,7 @@ class PlainModel(Room, Order):
             for job in self.waiting_for("epoch", runner):
                 if job.min_epoch <= epoch:
                     self.ids += 1
-                    job.id, job.waits_for = self.ids, "tenant"
+                    job.id, job.waits_for = self.ids, "room" if job.exempt else "tenant"
         return commands + self.settle(now)
 
     # --- looking at everything -------------------------------------------------------------------------

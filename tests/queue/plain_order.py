@@ -126,11 +126,10 @@ class Order:
         return not self.regular_turn and self.credit >= 0
 
     def launched(self, job, *, overdue):
-        self.regular_turn = overdue
-        if overdue:
-            self.credit -= job.charged * 0.75
-        else:
-            self.credit = min(0.0, self.credit + job.charged * 0.25)
+        self.regular_turn = job.overdue = overdue
+
+    def took(self, job, seconds):
+        self.credit = min(0.0, self.credit + seconds * (-0.75 if job.overdue else 0.25))
 
     def overdue_heads(self, now):
         """Of each source that can start, the one of them that came first."""

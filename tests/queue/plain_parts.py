@@ -145,6 +145,7 @@ class Job:
     waits_for: str = ""  # while it is WAITING: "epoch", "tenant" (one of its own to leave) or "room"
     id: int = 0
     submitted: float = 0
+    overdue: bool = False  # launched for having waited too long
     unchecked: bool = False  # was let through once and is not asked again whether it is late
     expected: float = 0.0  # device time, as known when it was queued
     charged: float = 0.0  # at its launch, to these accounts

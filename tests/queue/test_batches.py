@@ -297,6 +297,28 @@ def test_members_of_a_failed_batch_are_run_again_one_by_one_and_only_the_bad_one
     assert (counters.completed, counters.failed, counters.retried, counters.wasted_seconds) == (3, 1, 3, 1.0)
 
 
+def test_who_is_run_again_was_in_the_queue_until_its_batch_ran():
+    queue, runner, (one, two) = failed_batch(2)
+    queue.complete(one, 2, ok=False)
+    queue.complete(one, 3)
+    queue.complete(two, 4)
+    assert runner.counters.queue_seconds == pytest.approx(2.0)  # each up to the launch of the batch
+    assert runner.counters.run_seconds == pytest.approx(1 + 1 + 2)
+
+
+def test_runs_on_the_loop_count_for_each_member_and_each_rerun():
+    queue = device()
+    runner = add(queue, placing=Placing(Placement.INLINE))
+    first = busy(queue, runner)
+    one, two = submitted(queue, [job(runner), job(runner)])
+    queue.complete(first, 0)
+    queue.complete(one, 0, ok=False)
+    assert runner.counters.inline == 3
+    queue.complete(one, 0)
+    queue.complete(two, 0)
+    assert runner.counters.inline == 5
+
+
 def test_who_has_left_is_not_run_again():
     queue, runner, (one, two, three) = failed_batch()
     queue.cancel(one, 1.5)
@@ -469,12 +491,23 @@ def test_reruns_go_behind_what_the_lane_was_given_already():
 def test_a_lane_that_runs_something_again_is_given_nothing_ahead():
     queue, runner, (two, three), last = failed_with_one_behind()
     queue.complete(two, 3, ok=False)
-    queue.complete(last, 4)
+    queue.complete(last, 4, started=3, finished=4)  # short as ever: a lane might be given another
     newcomer = job(runner)
     assert batches(queue.submit(newcomer, 4)) == []
     queue.turn(4)
     queue.complete(two, 5)
     assert batches(queue.complete(three, 6)) == [[newcomer]]
+
+
+def test_nor_is_one_where_the_last_of_a_batch_is_run_again():
+    queue, runner, (two, three), last = failed_with_one_behind()
+    queue.cancel(three, 2)
+    queue.complete(two, 3, ok=False)
+    queue.complete(last, 4, started=3, finished=4)  # short as ever: a lane might be given another
+    newcomer = job(runner)
+    assert batches(queue.submit(newcomer, 4)) == []
+    queue.turn(4)
+    assert batches(queue.complete(two, 5)) == [[newcomer]]
 
 
 def test_a_lane_where_a_batch_is_run_again_is_given_nothing_ahead_when_what_was_behind_ends_first():

@@ -168,6 +168,46 @@ def test_who_comes_back_gets_no_credit_for_its_absence():
     assert 9 <= len(away.runs) - runs <= 11
 
 
+def test_who_waits_all_the_time_keeps_its_turn_when_more_of_it_comes():
+    """What it has queued could not run, so it has not had its part: this is no absence."""
+    queue = device()
+    a, b = add(queue, "a"), add(queue, "b")
+    queue.close_barrier(a, 0.0)
+    of_b, of_a = [Job(b) for _ in range(6)], [Job(a) for _ in range(5)]
+    queue.submit(of_b[0], 0.0)
+    queue.submit(of_a[0], 0.0)
+    for job in of_b[1:]:
+        queue.submit(job, 0.0)
+    for now in range(3):
+        queue.complete(of_b[now], now + 1.0)
+    for job in of_a[1:]:
+        queue.submit(job, 3.0)
+    queue.open_barrier(a, 3.0)
+    order = run_all(queue, of_b[3])[1:]
+    assert "".join("a" if job in of_a else "b" for job in order) == "aaaabab"  # b has had four seconds
+
+
+def test_what_is_paid_back_is_lost_to_one_that_is_away():
+    queue = device()
+    a, b = add(queue, "a"), add(queue, "b")
+    teach(queue, a, 4.0)
+    teach(queue, b, 1.0)
+    quick = Job(a)
+    queue.submit(quick, 0.0)
+    queue.complete(quick, 0.0)  # four seconds were charged, and none was used
+    for _ in range(50):
+        alone = Job(b)
+        queue.submit(alone, 0.0)
+        queue.complete(alone, 0.0, started=0.0, finished=1.0)
+    of_b, of_a = [Job(b) for _ in range(6)], [Job(a) for _ in range(2)]
+    for job in (of_b[0], *of_a, *of_b[1:]):
+        queue.submit(job, 0.0)
+    order = run_all(queue, of_b[0])
+    assert (
+        "".join("a" if job in of_a else "b" for job in order) == "babbbabb"
+    )  # the first of a cost four seconds
+
+
 def test_who_had_more_than_its_part_while_alone_is_not_made_to_wait_for_it():
     queue = device()
     a, b = stream_of(queue, "a", 1.0), stream_of(queue, "b", 1.0)

@@ -59,6 +59,15 @@ def test_a_job_without_a_deadline_is_taken_to_be_due_some_time():
     assert launched_in_order(queue, runner, [later, unhurried, sooner]) == [sooner, unhurried, later]
 
 
+def test_it_is_due_so_long_after_it_came():
+    queue = device()
+    runner = add(queue)
+    running, hurried, unhurried = Job(runner), Job(runner, deadline=UNHURRIED + 1), Job(runner)
+    for job, now in ((running, 0), (hurried, 0), (unhurried, 5)):
+        queue.submit(job, now)
+    assert queue.complete(running, 5) == [Launch(hurried)]
+
+
 def test_deadlines_order_across_runners():
     queue = device()
     one, other = add(queue, "one"), add(queue, "other")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from aoti_sched.errors import QueueFullError, ShedError
-from aoti_sched.queue.command import Expire, Shed, WakeAt
+from aoti_sched.queue.command import Drained, Expire, Shed, WakeAt
 from aoti_sched.queue.job import Job, JobState, Priority
 from tests.queue.support import add, device, rejected, take_lease
 
@@ -215,3 +215,16 @@ def test_a_full_queue_settles_on_the_best(after):
     for job in jobs:
         queue.submit(job, 0.0)
     assert sorted(job.deadline for job in jobs if job.state is JobState.QUEUED) == [3.0, 4.0]
+
+
+def test_a_runner_that_leaves_is_drained_when_its_last_one_is_shed_for_anothers():
+    queue = device(jobs=1)
+    running = Job(add(queue, "busy"))
+    leaving, other = add(queue, "leaving", sheds=True), add(queue, "other", sheds=True)
+    last, newcomer = Job(leaving, LOW), Job(other, HIGH)
+    queue.submit(running, 0.0)
+    queue.submit(last, 0.0)
+    assert queue.drain_runner(leaving, 0.0) == []
+    shed, drained = queue.submit(newcomer, 0.0)
+    assert shed.job is last
+    assert drained == Drained(leaving)

@@ -8,7 +8,7 @@ import pytest
 
 from aoti_sched.queue.admission import Bounds
 from aoti_sched.queue.batch import Batching
-from aoti_sched.queue.command import Expire, Grant
+from aoti_sched.queue.command import Expire, Grant, WakeAt
 from aoti_sched.queue.device_queue import DeviceQueue
 from aoti_sched.queue.job import Job, Priority
 from aoti_sched.queue.placement import Placement, Placing
@@ -202,9 +202,39 @@ def test_a_key_that_waits_for_company_waits_no_more_when_it_is_overdue():
     queue = device(max_wait=2.0)
     runner = add(queue, batching=Batching(8, 100.0))
     job = Job(runner, key="k")
-    queue.submit(job, 0.0)
+    assert WakeAt(2.0) in queue.submit(job, 0.0)
     assert launches(queue.tick(1.875)) == []
     assert launches(queue.tick(2.0)) == [job]
+
+
+def test_one_that_is_held_until_the_turn_ends_has_no_turn_before():
+    queue = device(max_wait=2.0)
+    runner = add(queue, batching=Batching(8))
+    first, gathered = Job(runner, key="k"), [Job(runner, LOW, key="k") for _ in range(2)]
+    for job in (first, *gathered):
+        queue.submit(job, 0.0)
+    other = Job(add(queue, "other"))
+    queue.submit(other, 1.0)
+    assert launches(queue.complete(first, 3.0)) == [other]
+    queue.turn(3.0)
+    assert launches(queue.complete(other, 3.0)) == [gathered[0]]
+    assert gathered[0].members == (gathered[0], gathered[1])
+
+
+@pytest.mark.parametrize("first", ["inline", "lane"])
+def test_of_those_on_the_loop_and_those_on_lanes_the_one_that_came_first_has_the_turn(first):
+    queue = device(max_wait=2.0)
+    quick, other = add(queue, "quick", placing=Placing(Placement.AUTO, 0.5)), add(queue, "other")
+    teach(queue, quick, 0.125)
+    blocker = Job(quick, bytes=100)  # on the only lane, in the only slot of what else would go inline
+    queue.submit(blocker, 0.0)
+    on_loop, on_lane = Job(quick, LOW), Job(other, LOW)
+    older, younger = (on_loop, on_lane) if first == "inline" else (on_lane, on_loop)
+    queue.submit(older, 0.0)
+    queue.submit(younger, 1.0)
+    assert launches(queue.complete(blocker, 5.0)) == [older, younger]
+    assert on_loop.inline
+    assert not on_lane.inline
 
 
 def test_it_takes_riders_along():
@@ -276,4 +306,38 @@ def test_where_lanes_are_handed_jobs_ahead_the_overdue_have_their_quarter_too():
     classes = [job.priority for job in load.launched]
     first = classes.index(LOW)
     assert MAX_WAIT <= load.launched[first].started <= MAX_WAIT + 2 * RUN
-    assert classes[first : first + 32] == [LOW, HIGH, HIGH, HIGH] * 8
+    assert classes[first : first + 32].count(LOW) == pytest.approx(8, abs=1)
+
+
+def test_what_overdue_ones_have_had_is_forgotten_when_nobody_waits():
+    queue = device(max_wait=MAX_WAIT)
+    runner = add(queue)
+    running, other, overdue = Job(runner, HIGH), Job(runner, HIGH), Job(runner, LOW)
+    for job, now in ((running, 0.0), (overdue, 0.0), (other, 2.0)):
+        queue.submit(job, now)
+    assert launches(queue.complete(running, 3.0)) == [overdue]
+    assert launches(queue.complete(overdue, 103.0)) == [other]  # a hundred seconds of an overdue one
+    queue.complete(other, 104.0)
+    first = Job(runner, HIGH)
+    queue.submit(first, 110.0)
+    low, high = Job(runner, LOW), Job(runner, HIGH)
+    queue.submit(low, 110.0)
+    queue.submit(high, 110.0)
+    assert launches(queue.complete(first, 113.0)) == [low]
+
+
+@pytest.mark.parametrize("ok", [True, False])
+def test_runs_that_teach_nothing_count_for_the_time_they_took(ok):
+    queue = device(max_wait=MAX_WAIT)
+    runner = add(queue, slots=1)
+    order, now = [], 0.0
+    running = Job(runner, HIGH)
+    queue.submit(running, now)
+    for _ in range(40):
+        queue.submit(Job(runner, LOW), now)
+        queue.submit(Job(runner, HIGH), now)
+    for _ in range(40):
+        now += 1.0
+        (running,) = launches(queue.complete(running, now, ok=ok))
+        order.append(running.priority == LOW)
+    assert sum(order[4:]) == pytest.approx(9, abs=1)

@@ -206,6 +206,13 @@ def test_tenants_that_are_gone_are_forgotten():
     assert None in runner.tenants[Priority.NORMAL].accounts
 
 
+def test_a_tenant_that_has_something_queued_is_not_forgotten():
+    queue, runner, _ = scene(None)
+    for _ in range(2):
+        for number in range(70):
+            queue.submit(Job(runner, tenant=number), 0.0)  # and `check()` finds both on one account
+
+
 def test_a_tenant_that_has_had_much_is_not_forgotten_by_being_away():
     queue = device()
     runner = add(queue)
