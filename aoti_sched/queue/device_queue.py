@@ -585,6 +585,7 @@ class DeviceQueue:
                 continue
             self._unqueue(other)
             self.ledger.launch(other)
+            other.overdue = job.overdue
             members.append(other)
             rows += other.rows
             job.size += other.bytes

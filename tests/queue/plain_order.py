@@ -126,7 +126,9 @@ class Order:
         return not self.regular_turn and self.credit >= 0
 
     def launched(self, job, *, overdue):
-        self.regular_turn = job.overdue = overdue
+        self.regular_turn = overdue
+        for member in job.run.members:
+            member.overdue = overdue
 
     def took(self, job, seconds):
         self.credit = min(0.0, self.credit + seconds * (-0.75 if job.overdue else 0.25))

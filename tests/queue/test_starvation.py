@@ -341,3 +341,19 @@ def test_runs_that_teach_nothing_count_for_the_time_they_took(ok):
         (running,) = launches(queue.complete(running, now, ok=ok))
         order.append(running.priority == LOW)
     assert sum(order[4:]) == pytest.approx(9, abs=1)
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_a_batch_that_is_overdue_takes_of_their_quarter_with_all_its_members(rows):
+    queue = DeviceQueue("cpu", 1, Bounds(None, None), policy=Policy(max_wait=MAX_WAIT))
+    high, low = add(queue, "high"), add(queue, "low", batching=Batching(rows))
+    often = Stream(lambda: Job(high, HIGH), RUN, depth=100)
+    seldom = Stream(lambda: Job(low, LOW, key="k"), 10 * RUN, depth=400)
+    load = Load(queue, [often, seldom])
+    while load.now < 200.0:
+        load.step()
+        queue.turn(load.now)
+    runs = [job for job in load.launched if job.finished > job.started > 20.0]
+    time = sum(job.finished - job.started for job in runs)
+    of_low = sum(job.finished - job.started for job in runs if job.priority == LOW)
+    assert of_low / time == pytest.approx(0.25, rel=0.05)
