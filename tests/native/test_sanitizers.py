@@ -42,7 +42,13 @@ def run(program, *arguments):
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_lanes_under_stress_give_a_sanitizer_nothing_to_say(sanitizer, seed):
-    sources = [HERE / "stress.cpp", *C_SOURCES, NATIVE / "lane.cpp", NATIVE / "batch.cpp"]
+    sources = [
+        HERE / "stress.cpp",
+        *C_SOURCES,
+        NATIVE / "lane.cpp",
+        NATIVE / "batch.cpp",
+        NATIVE / "stream.cpp",
+    ]
     result = run(compile_with(sanitizer, "stress", *sources), seed, ROUNDS)
     assert (result.stdout, result.stderr, result.returncode) == (f"{ROUNDS} rounds\n", "", 0)
 
@@ -50,7 +56,13 @@ def test_lanes_under_stress_give_a_sanitizer_nothing_to_say(sanitizer, seed):
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_batches_under_stress_give_a_sanitizer_nothing_to_say(sanitizer, seed):
-    sources = [HERE / "stress_batches.cpp", *C_SOURCES, NATIVE / "lane.cpp", NATIVE / "batch.cpp"]
+    sources = [
+        HERE / "stress_batches.cpp",
+        *C_SOURCES,
+        NATIVE / "lane.cpp",
+        NATIVE / "batch.cpp",
+        NATIVE / "stream.cpp",
+    ]
     result = run(compile_with(sanitizer, "stress_batches", *sources), seed, ROUNDS)
     assert (result.stdout.splitlines()[-1:], result.stderr, result.returncode) == (
         [f"{ROUNDS} rounds"],

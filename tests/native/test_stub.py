@@ -93,8 +93,8 @@ def test_the_stub_says_what_the_module_is():
         ("        inputs: Sequence[Any],", "        tensors: Sequence[Any],", "Lanes.submit"),
         ("delete_tensor: int,\n        root", "delete_tensor: int = 0,\n        root", "Lanes.__init__"),
         (
-            "slot: int,\n        threads: int,\n    )",
-            "slot: int,\n        threads: int = 1,\n    )",
+            "slot: int,\n        threads: int,\n        on",
+            "slot: int,\n        threads: int = 1,\n        on",
             "Lanes.run_batch_here",
         ),
         (

@@ -71,6 +71,44 @@ class Plan:
         detach_rows: bool,
     ) -> None: ...
 
+class Device:
+    """A device as lanes know it: torch's number for its kind, its own number, whether it takes one work of the process at a time, and
+    functions by name: `new_handle`, `get_device_type` and `copy` of torch; `guard` and `unguard` where there are current streams;
+    `set_context`, `copy_in`, `copy_out`, `allocate_host`, `free_host` and `explain` of a driver."""
+
+    def __init__(
+        self,
+        shim: Shim,
+        *,
+        type: int,
+        index: int,
+        one_at_a_time: bool,
+        functions: Mapping[str, int],
+        context: int = 0,
+    ) -> None: ...
+
+class Stream:
+    """A slot's stream. `fence` returns a status or `wait` throws, each given the `argument`. `brought` says of each input whether
+    it is copied to the device when it lies on the host; with `home`, outputs are copied to the host."""
+
+    def __init__(
+        self,
+        device: Device,
+        *,
+        handle: int,
+        fence: int = 0,
+        wait: int = 0,
+        argument: int,
+        brought: Sequence[bool],
+        home: bool,
+    ) -> None: ...
+
+def take_turn() -> None:
+    """Wait for the process's turn on a device that takes one work at a time; it may be taken again by the same thread."""
+
+def end_turn() -> None:
+    """End it, on the same thread."""
+
 class ConstantMap:
     """Names and handles in a `std::unordered_map`, as models compiled before torch 2.13 take and give their constants. The
     handles stay their owners'."""
@@ -108,6 +146,7 @@ class Lanes:
         stream: int = 0,
         fence: int = 0,
         fence_argument: int = 0,
+        on: Stream | None = None,
     ) -> None:
         """Hand a work to a lane. When it raises, nothing was taken."""
 
@@ -125,14 +164,15 @@ class Lanes:
         stream: int = 0,
         fence: int = 0,
         fence_argument: int = 0,
+        on: Stream | None = None,
     ) -> object:
         """As `submit`. What it returns must be kept until the work is drained: the lane reads the members' memory."""
 
     def drain(self, limit: int) -> list[Taken]:
         """At most so many completions, oldest first, as (token, outputs or error, started, finished)."""
 
-    def run_here(self, model: Model, inputs: Sequence[Any], threads: int) -> Taken:
-        """Run on the calling thread, the GIL held; a completion as of `drain`. The thread has its own counts again after."""
+    def run_here(self, model: Model, inputs: Sequence[Any], threads: int, on: Stream | None = None) -> Taken:
+        """Run on the calling thread, the GIL held unless it is on a device; a completion as of `drain`. The thread has its own counts again after."""
 
     def run_batch_here(
         self,
@@ -143,6 +183,7 @@ class Lanes:
         padded_rows: int,
         slot: int,
         threads: int,
+        on: Stream | None = None,
     ) -> Taken:
         """As `run_here`."""
 

@@ -5,7 +5,6 @@ A container that has no C function to call (torch's own runner) runs on a Python
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from aoti_sched.backends.base import Completion, CRun, Work
 from aoti_sched.backends.batch import Batch, BatchPlan, gather, split
 from aoti_sched.backends.c_abi import explain_failure, libtorch
 from aoti_sched.backends.handles import DTYPES
+from aoti_sched.backends.handles import address_of as _address
 from aoti_sched.backends.native import _native
 from aoti_sched.backends.run_here import refused, run_here, without_frames
 from aoti_sched.backends.threads import DRAIN_LIMIT, ThreadsExecutor
@@ -78,23 +78,29 @@ class NativeExecutor:
         )
         self._works: dict[int, Work] = {}  # the lanes hold no Python object: what they work on lives here
         self._members: dict[int, object] = {}  # and the members of batches
-        self._shim = _shim()
+        self._shim = shim_of_torch()
+        self.lost: Callable[[], str] = str  # a device says more
         self._count = 0
         self._stand_in: ThreadsExecutor | None = None
         close_at_exit(self)
 
     def submit(self, lane: int, work: Work) -> None:
         run = work.container.c_run
-        if run is None:
+        if run is None or (run.slots and not self._can_gather(work)):
             self._stand_in_lanes().submit(lane, work)
             return
+        on = None
+        if run.slots:
+            slot = run.slots[work.slot]
+            slot.begin(work)
+            on = slot.native
         self._count = token = self._count + 1
         self._works[token] = work
         batch = work.batch
         try:
             model = run.native or _prepare(run)
             if batch is None:
-                self._native.submit(lane, token, model, work.inputs, work.threads)
+                self._native.submit(lane, token, model, work.inputs, work.threads, on=on)
             elif self._shim is None:
                 # Not into what is kept for the slot: the work that is running now may still read it.
                 self._native.submit(lane, token, model, gather(run.name, batch), work.threads)
@@ -109,6 +115,7 @@ class NativeExecutor:
                     batch.padded_rows,
                     batch.slot,
                     work.threads,
+                    on=on,
                 )
         except Exception as error:  # noqa: BLE001 -- it is raised again, in our words
             del self._works[token]
@@ -116,13 +123,18 @@ class NativeExecutor:
 
     def run_here(self, work: Work) -> Completion:
         run = work.container.c_run
-        if run is None:
+        if run is None or (run.slots and not self._can_gather(work)):
             return run_here(work)
         batch = work.batch
+        on = None
         try:
+            if run.slots:
+                slot = run.slots[work.slot]
+                slot.begin(work)
+                on = slot.native
             model = run.native or _prepare(run)
             if batch is None:
-                taken = self._native.run_here(model, work.inputs, work.threads)
+                taken = self._native.run_here(model, work.inputs, work.threads, on)
             elif self._shim is None:
                 return run_here(work)
             else:
@@ -134,6 +146,7 @@ class NativeExecutor:
                     batch.padded_rows,
                     batch.slot,
                     work.threads,
+                    on,
                 )
         except Exception as error:  # noqa: BLE001 -- it is the request's
             return refused(work, self._plain(error))
@@ -161,14 +174,18 @@ class NativeExecutor:
 
     def _completion(self, work: Work, taken: _native.Taken) -> Completion:
         _, result, started, finished = taken
+        run: Any = work.container.c_run
         if isinstance(result, tuple):
-            run: Any = work.container.c_run
-            error = RunError(f"{run.name}: the run failed: {explain_failure(*result)}")
+            error: BaseException = RunError(f"{run.name}: the run failed: {explain_failure(*result)}")
+            if run.slots:
+                error = run.slots[work.slot].device.judged(error)
             return Completion(work.token, None, error, started, finished)
         try:
             outputs = (
                 work.container.own(result) if work.batch is None else self._own(work, work.batch, result)
             )
+            if run.slots:
+                run.slots[work.slot].hand_over(work, outputs)
         except Exception as caught:  # noqa: BLE001 -- it is the request's; the others drained with it go on
             return Completion(work.token, None, without_frames(caught), started, finished)
         return Completion(work.token, outputs, None, started, finished)
@@ -186,6 +203,15 @@ class NativeExecutor:
             if any(one is not other for one, other in zip(own, whole, strict=True)):
                 return split(run.name, batch, own)
         return members
+
+    def _can_gather(self, work: Work) -> bool:
+        """Whether a device's lane can put a batch together, which it does in the host's memory; others are torch's to gather."""
+        batch = work.batch
+        if batch is None:
+            return True
+        if self._shim is None or batch.plan.detach_rows:
+            return False
+        return all(tensor.is_cpu for member in batch.members for tensor in member)
 
     def _stand_in_lanes(self) -> ThreadsExecutor:
         if self._stand_in is None:
@@ -263,7 +289,7 @@ def _pad(value: float, dtype: torch.dtype) -> dict[int, bytes]:
     }
 
 
-def _shim() -> _native.Shim | None:
+def shim_of_torch() -> _native.Shim | None:
     """Torch's functions by which lanes put batches together; None where this torch lacks one."""
     addresses = {name: _address(f"aoti_torch_{name}") for name in SHIM}
     if not all(addresses.values()):
@@ -283,9 +309,3 @@ def _tensors() -> _native.Tensors:
         new_handle=new_handle if wrap else 0,
         wrap=wrap if new_handle else 0,
     )
-
-
-def _address(name: str) -> int:
-    """The address of one of torch's functions; 0 where this torch has none of that name."""
-    function = getattr(libtorch, name, None)
-    return 0 if function is None else ctypes.cast(function, ctypes.c_void_p).value or 0

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <exception>
 #include <iterator>
+#include <optional>
 #include <system_error>
 #include <utility>
 
@@ -93,24 +94,43 @@ Completion run_work(const Runtime& runtime, Work& work) {
     completion.members = batch->rows.size();
     completion.status = guard_torch(runtime, completion, [&] { gather(*batch, work.inputs); });
   }
+  std::optional<Stream::Run> on;  // from here until the device is done
+  if (work.on != nullptr && completion.status == 0) {
+    completion.status = guard_torch(runtime, completion, [&] {
+      on.emplace(*work.on);
+      on->bring(work.inputs);
+    });
+  }
+  void* const stream = work.on != nullptr ? work.on->handle() : work.stream;
   if (completion.status == 0) {
     completion.status = guard(completion.error, [&] {
       const std::int32_t status =
           model.run(model.container, work.inputs.data(), work.inputs.size(), completion.outputs.data(),
-                    completion.outputs.size(), work.stream, model.proxy_executor);
+                    completion.outputs.size(), stream, model.proxy_executor);
       if (status != 0) explain(runtime, model, completion);
       return status;
     });
   }
-  if (work.fence != nullptr) {  // after a failure too: what was launched before it may still use what we free
+  if (on && completion.status == 0) {
+    completion.status = guard_torch(runtime, completion, [&] { on->send_home(completion.outputs); });
+  }
+  if (on || work.fence != nullptr) {  // after a failure too: what was launched before it may still use what we free
     std::string error;
-    const std::int32_t fenced = guard(error, [&] { return work.fence(work.fence_argument); });
+    const std::int32_t fenced = guard(error, [&] {
+      if (!on) return work.fence(work.fence_argument);
+      on->fence();
+      return 0;
+    });
     if (fenced != 0 && completion.status == 0) {
       completion.status = fenced;
       if (error.empty()) error = "waiting for the device failed with status " + std::to_string(fenced);
       completion.error = std::move(error);
     }
   }
+  if (on && completion.status == 0) {
+    completion.status = guard_torch(runtime, completion, [&] { on->land(completion.outputs); });
+  }
+  on.reset();
   if (batch != nullptr && completion.status == 0) {
     completion.status = guard_torch(runtime, completion, [&] { split(*batch, completion.outputs, completion.parts); });
     if (batch->plan->detach_rows) free_handles(runtime, completion.outputs);

@@ -17,6 +17,7 @@
 
 #include "batch.hpp"
 #include "handle.hpp"
+#include "stream.hpp"
 
 namespace aoti {
 
@@ -24,9 +25,6 @@ namespace aoti {
 using RunFunction = std::int32_t (*)(void* container, Handle* inputs, std::size_t num_inputs, Handle* outputs,
                                      std::size_t num_outputs, void* stream, void* proxy_executor);
 using LastErrorFunction = std::int32_t (*)(const char** text);
-// Waits until the stream's device work is complete; 0 is success.
-using FenceFunction = std::int32_t (*)(void* argument);
-
 // What lanes need of torch. Each may be null but `delete_tensor`.
 struct Runtime {
   std::int32_t (*delete_tensor)(Handle) = nullptr;
@@ -57,6 +55,7 @@ struct Work {
   void* stream = nullptr;
   FenceFunction fence = nullptr;
   void* fence_argument = nullptr;
+  std::shared_ptr<Stream> on;  // a slot's stream, in the place of the three above
 };
 
 struct Completion {

@@ -19,6 +19,7 @@
 
 #include "batch.hpp"
 #include "lane.hpp"
+#include "stream.hpp"
 #include "tensors.hpp"
 
 namespace nb = nanobind;
@@ -49,6 +50,14 @@ struct PyModel {
 
 struct PyPlan {
   std::shared_ptr<const aoti::Plan> plan;
+};
+
+struct PyDevice {
+  std::shared_ptr<const aoti::Device> device;
+};
+
+struct PyStream {
+  std::shared_ptr<aoti::Stream> stream;
 };
 
 // The compiled models' code reads and fills this very map, so its std::string must be theirs. Torch's wheels have the new
@@ -104,6 +113,50 @@ aoti::Shim shim(std::uintptr_t get_data_ptr, std::uintptr_t get_dim, std::uintpt
   return shim;
 }
 
+std::shared_ptr<const aoti::Device> make_device(const aoti::Shim& shim, std::int32_t type, std::int32_t index,
+                                                bool one_at_a_time,
+                                                const std::map<std::string, std::uintptr_t>& functions,
+                                                std::uintptr_t context) {
+  auto made = std::make_shared<aoti::Device>();
+  aoti::Device& device = *made;
+  std::size_t found = 0;
+  const auto set = [&](auto& function, const char* name) {
+    const auto entry = functions.find(name);
+    if (entry == functions.end()) return;
+    function = at<std::remove_reference_t<decltype(function)>>(entry->second);
+    ++found;
+  };
+  device.shim = shim;
+  device.type = type;
+  device.index = index;
+  device.one_at_a_time = one_at_a_time;
+  device.driver.context = at<void*>(context);
+  set(device.new_handle, "new_handle");
+  set(device.get_device_type, "get_device_type");
+  set(device.copy, "copy");
+  set(device.guard, "guard");
+  set(device.unguard, "unguard");
+  set(device.driver.set_context, "set_context");
+  set(device.driver.copy_in, "copy_in");
+  set(device.driver.copy_out, "copy_out");
+  set(device.driver.allocate_host, "allocate_host");
+  set(device.driver.free_host, "free_host");
+  set(device.driver.explain, "explain");
+  if (found != functions.size()) throw std::invalid_argument("a device has no function of that name");
+  if (device.new_handle == nullptr || device.get_device_type == nullptr || device.copy == nullptr) {
+    throw std::invalid_argument("new_handle, get_device_type and copy must be given");
+  }
+  if ((device.guard == nullptr) != (device.unguard == nullptr)) {
+    throw std::invalid_argument("guard and unguard: both or none");
+  }
+  const aoti::Driver& driver = device.driver;
+  const bool some = driver.copy_in != nullptr || driver.copy_out != nullptr || driver.allocate_host != nullptr;
+  const bool all = driver.set_context != nullptr && driver.copy_in != nullptr && driver.copy_out != nullptr &&
+                   driver.allocate_host != nullptr && driver.free_host != nullptr;
+  if (some && !all) throw std::invalid_argument("a driver's functions: all or none");
+  return made;
+}
+
 using PyInput = std::tuple<std::size_t, std::vector<std::size_t>, std::vector<std::size_t>, std::map<int, nb::bytes>>;
 using PyOutput = std::tuple<std::size_t, std::vector<std::tuple<std::size_t, std::size_t, std::size_t>>>;
 
@@ -143,17 +196,20 @@ class PyLanes {
   PyLanes& operator=(const PyLanes&) = delete;
 
   void submit(std::size_t lane, std::uint64_t token, const PyModel& model, nb::handle inputs, int threads,
-              std::uintptr_t stream, std::uintptr_t fence, std::uintptr_t fence_argument) {
+              std::uintptr_t stream, std::uintptr_t fence, std::uintptr_t fence_argument, const PyStream* on) {
     if (lane >= lanes_->count()) throw nb::index_error("no such lane");
     aoti::Work work = make_work(model, inputs, threads);
+    if (on != nullptr) work.on = on->stream;
     hand_over(lane, token, work, stream, fence, fence_argument);
   }
 
   nb::object submit_batch(std::size_t lane, std::uint64_t token, PyModel& model, const PyPlan& plan, nb::handle members,
                           nb::handle rows, std::int64_t padded_rows, std::size_t slot, int threads,
-                          std::uintptr_t stream, std::uintptr_t fence, std::uintptr_t fence_argument) {
+                          std::uintptr_t stream, std::uintptr_t fence, std::uintptr_t fence_argument,
+                          const PyStream* on) {
     if (lane >= lanes_->count()) throw nb::index_error("no such lane");
     auto [work, tensors] = make_batch(model, plan, members, rows, padded_rows, slot, threads);
+    if (on != nullptr) work.on = on->stream;
     hand_over(lane, token, work, stream, fence, fence_argument);
     return tensors;
   }
@@ -165,17 +221,15 @@ class PyLanes {
     return taken;
   }
 
-  nb::object run_here(const PyModel& model, nb::handle inputs, int threads) {
+  nb::object run_here(const PyModel& model, nb::handle inputs, int threads, const PyStream* on) {
     aoti::Work work = make_work(model, inputs, threads);
-    aoti::Completion completion = aoti::run_here(lanes_->runtime(), work);
-    return give(completion);
+    return give_here(work, on);
   }
 
   nb::object run_batch_here(PyModel& model, const PyPlan& plan, nb::handle members, nb::handle rows,
-                            std::int64_t padded_rows, std::size_t slot, int threads) {
+                            std::int64_t padded_rows, std::size_t slot, int threads, const PyStream* on) {
     auto [work, tensors] = make_batch(model, plan, members, rows, padded_rows, slot, threads);
-    aoti::Completion completion = aoti::run_here(lanes_->runtime(), work);
-    return give(completion);
+    return give_here(work, on);
   }
 
   void ring() { lanes_->ring(); }
@@ -225,6 +279,18 @@ class PyLanes {
     work.batch = std::make_unique<aoti::Batch>(plan.plan, model.staging(slot), std::move(borrowed),
                                                nb::cast<std::vector<std::int64_t>>(rows), padded_rows);
     return {std::move(work), std::move(tensors)};
+  }
+
+  nb::object give_here(aoti::Work& work, const PyStream* on) const {
+    aoti::Completion completion;
+    if (on == nullptr) {
+      completion = aoti::run_here(lanes_->runtime(), work);
+    } else {
+      work.on = on->stream;
+      const nb::gil_scoped_release released;  // a device is waited for, perhaps one that Python works on, too
+      completion = aoti::run_here(lanes_->runtime(), work);
+    }
+    return give(completion);
   }
 
   void hand_over(std::size_t lane, std::uint64_t token, aoti::Work& work, std::uintptr_t stream, std::uintptr_t fence,
@@ -331,6 +397,38 @@ NB_MODULE(_native, module) {
           },
           nb::arg("shim"), nb::arg("inputs"), nb::arg("outputs"), nb::arg("detach_rows"));
 
+  nb::class_<PyDevice>(module, "Device")
+      .def(
+          "__init__",
+          [](PyDevice* self, const aoti::Shim& shim, std::int32_t type, std::int32_t index, bool one_at_a_time,
+             const std::map<std::string, std::uintptr_t>& functions, std::uintptr_t context) {
+            new (self) PyDevice{make_device(shim, type, index, one_at_a_time, functions, context)};
+          },
+          nb::arg("shim"), nb::kw_only(), nb::arg("type"), nb::arg("index"), nb::arg("one_at_a_time"),
+          nb::arg("functions"), nb::arg("context") = 0);
+
+  nb::class_<PyStream>(module, "Stream")
+      .def(
+          "__init__",
+          [](PyStream* self, const PyDevice& device, std::uintptr_t handle, std::uintptr_t fence, std::uintptr_t wait,
+             std::uintptr_t argument, std::vector<bool> brought, bool home) {
+            if ((fence == 0) == (wait == 0)) throw std::invalid_argument("fence and wait: one of both");
+            const aoti::Fence how{at<aoti::FenceFunction>(fence), at<void (*)(void*)>(wait), at<void*>(argument)};
+            new (self) PyStream{
+                std::make_shared<aoti::Stream>(device.device, at<void*>(handle), how, std::move(brought), home)};
+          },
+          nb::arg("device"), nb::kw_only(), nb::arg("handle"), nb::arg("fence") = 0, nb::arg("wait") = 0,
+          nb::arg("argument"), nb::arg("brought"), nb::arg("home"));
+
+  module.def(
+      "take_turn",
+      [] {
+        const nb::gil_scoped_release released;
+        aoti::process_turn().lock();
+      },
+      "Wait for the process's turn on a device that takes one work at a time; it may be taken again by the same thread.");
+  module.def("end_turn", [] { aoti::process_turn().unlock(); }, "End it, on the same thread.");
+
 #ifdef AOTI_CONSTANT_MAPS
   nb::class_<PyConstantMap>(module, "ConstantMap")
       .def(nb::init<const std::vector<std::pair<std::string, std::uintptr_t>>&>(), nb::arg("pairs"))
@@ -346,18 +444,22 @@ NB_MODULE(_native, module) {
            nb::arg("set_mkl_threads") = 0)
       .def("submit", &PyLanes::submit, nb::arg("lane"), nb::arg("token"), nb::arg("model"), nb::arg("inputs"),
            nb::arg("threads"), nb::arg("stream") = 0, nb::arg("fence") = 0, nb::arg("fence_argument") = 0,
+           nb::arg("on").none() = nb::none(),
            "Hand a work to a lane. When it raises, nothing was taken.")
       .def("submit_batch", &PyLanes::submit_batch, nb::arg("lane"), nb::arg("token"), nb::arg("model"),
            nb::arg("plan"), nb::arg("members"), nb::arg("rows"), nb::arg("padded_rows"), nb::arg("slot"),
            nb::arg("threads"), nb::arg("stream") = 0, nb::arg("fence") = 0, nb::arg("fence_argument") = 0,
+           nb::arg("on").none() = nb::none(),
            "As `submit`. What it returns must be kept until the work is drained: the lane reads the members' memory.")
       .def("drain", &PyLanes::drain, nb::arg("limit"),
            "At most so many completions, oldest first, as (token, outputs or error, started, finished).")
       .def("run_here", &PyLanes::run_here, nb::arg("model"), nb::arg("inputs"), nb::arg("threads"),
-           "Run on the calling thread, the GIL held; a completion as of `drain`. The thread has its own counts again "
+           nb::arg("on").none() = nb::none(),
+           "Run on the calling thread, the GIL held unless it is on a device; a completion as of `drain`. The thread has its own counts again "
            "after.")
       .def("run_batch_here", &PyLanes::run_batch_here, nb::arg("model"), nb::arg("plan"), nb::arg("members"),
-           nb::arg("rows"), nb::arg("padded_rows"), nb::arg("slot"), nb::arg("threads"), "As `run_here`.")
+           nb::arg("rows"), nb::arg("padded_rows"), nb::arg("slot"), nb::arg("threads"),
+           nb::arg("on").none() = nb::none(), "As `run_here`.")
       .def("ring", &PyLanes::ring, "Make the descriptor readable.")
       .def("fileno", &PyLanes::fileno)
       .def("count", &PyLanes::count)

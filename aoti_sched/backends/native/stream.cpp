@@ -1,0 +1,201 @@
+#include "stream.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+namespace aoti {
+
+namespace {
+
+constexpr std::size_t kAlignment = 64;
+
+void demand(std::int32_t status, const char* function) {
+  if (status != 0) throw TorchRefused(function);
+}
+
+void demand(const Driver& driver, std::int32_t status, const std::string& what) {
+  if (status == 0) return;
+  const char* words = nullptr;
+  std::string text = what + " failed with status " + std::to_string(status);
+  if (driver.explain != nullptr && driver.explain(status, &words) == 0 && words != nullptr) text += std::string(": ") + words;
+  throw std::runtime_error(text);
+}
+
+struct Layout {
+  bool known = false;
+  char* data = nullptr;
+  std::int64_t* sizes = nullptr;
+  std::int64_t* strides = nullptr;
+  std::int64_t dims = 0;
+  std::int32_t dtype = 0;
+  std::size_t bytes = 0;  // from its first element to its last, whatever lies between
+};
+
+Layout layout_of(const Shim& shim, Handle tensor) {
+  Layout layout;
+  void* data = nullptr;
+  demand(shim.get_dim(tensor, &layout.dims), "get_dim");
+  demand(shim.get_sizes(tensor, &layout.sizes), "get_sizes");
+  demand(shim.get_strides(tensor, &layout.strides), "get_strides");
+  demand(shim.get_dtype(tensor, &layout.dtype), "get_dtype");
+  demand(shim.get_data_ptr(tensor, &data), "get_data_ptr");
+  layout.known = true;
+  layout.data = static_cast<char*>(data);
+  std::int64_t last = 0;
+  for (std::int64_t dim = 0; dim < layout.dims; ++dim) {
+    if (layout.sizes[dim] == 0) return layout;
+    last += (layout.sizes[dim] - 1) * layout.strides[dim];
+  }
+  layout.bytes = static_cast<std::size_t>(last + 1) * shim.dtype_element_size(layout.dtype);
+  return layout;
+}
+
+// A tensor of the same sizes and strides on another device.
+Handle like(const Shim& shim, const Layout& layout, std::int32_t type, std::int32_t index) {
+  Handle made = nullptr;
+  demand(shim.empty_strided(layout.dims, layout.sizes, layout.strides, layout.dtype, type, index, &made),
+         "empty_strided");
+  return made;
+}
+
+std::size_t aligned(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+}  // namespace
+
+std::recursive_mutex& process_turn() {
+  static std::recursive_mutex turn;
+  return turn;
+}
+
+// --- Pinned -----------------------------------------------------------------------------------------------
+
+Pinned::~Pinned() {
+  if (memory_ == nullptr) return;
+  driver_.set_context(driver_.context);
+  driver_.free_host(memory_);
+}
+
+char* Pinned::of(std::size_t bytes) {
+  if (bytes > bytes_) {
+    // Twice as much as before, so that works that grow bit by bit do not each make it anew.
+    const std::size_t wanted = std::max(bytes, 2 * bytes_);
+    if (memory_ != nullptr) driver_.free_host(std::exchange(memory_, nullptr));
+    bytes_ = 0;
+    demand(driver_, driver_.allocate_host(&memory_, wanted), "cuMemAllocHost");
+    bytes_ = wanted;
+  }
+  return static_cast<char*>(memory_);
+}
+
+// --- Stream -----------------------------------------------------------------------------------------------
+
+Stream::Stream(std::shared_ptr<const Device> device, void* handle, Fence fence, std::vector<bool> brought, bool home)
+    : device_(std::move(device)),
+      handle_(handle),
+      fence_(fence),
+      brought_(std::move(brought)),
+      home_(home),
+      in_(device_->driver),
+      out_(device_->driver) {}
+
+Stream::Run::Run(Stream& stream) : stream_(stream), device_(*stream.device_) {
+  if (device_.one_at_a_time) turn_ = std::unique_lock(process_turn());
+  const Driver& driver = device_.driver;
+  if (driver.set_context != nullptr) demand(driver, driver.set_context(driver.context), "cuCtxSetCurrent");
+  if (device_.guard != nullptr) demand(device_.guard(stream.handle_, device_.index, &guard_), "create_stream_guard");
+}
+
+Stream::Run::~Run() {
+  for (Handle handle : held_) device_.shim.delete_tensor(handle);
+  for (const Home& home : homes_) {
+    if (home.tensor != nullptr) device_.shim.delete_tensor(home.tensor);
+  }
+  if (guard_ != nullptr) device_.unguard(guard_);
+}
+
+void Stream::Run::bring(std::vector<Handle>& inputs) {
+  const Shim& shim = device_.shim;
+  const Driver& driver = device_.driver;
+  std::vector<Layout> layouts(inputs.size());  // of what is brought
+  std::size_t bytes = 0;
+  for (std::size_t input = 0; input < inputs.size(); ++input) {
+    std::int32_t type = 0;
+    demand(device_.get_device_type(inputs[input], &type), "get_device_type");
+    const bool brings = input < stream_.brought_.size() && stream_.brought_[input] && type == shim.cpu &&
+                        device_.type != shim.cpu;
+    if (!brings) continue;
+    layouts[input] = layout_of(shim, inputs[input]);
+    bytes += aligned(layouts[input].bytes);
+  }
+  char* staged = driver.copy_in != nullptr && bytes > 0 ? stream_.in_.of(bytes) : nullptr;
+  for (std::size_t input = 0; input < inputs.size(); ++input) {
+    const Layout& layout = layouts[input];
+    if (layout.known) {
+      const Handle there = like(shim, layout, device_.type, device_.index);
+      const Handle here = std::exchange(inputs[input], there);
+      held_.push_back(here);
+      if (layout.bytes > 0 && driver.copy_in != nullptr) {
+        void* target = nullptr;
+        demand(shim.get_data_ptr(there, &target), "get_data_ptr");
+        std::memcpy(staged, layout.data, layout.bytes);
+        demand(driver,
+               driver.copy_in(reinterpret_cast<std::uintptr_t>(target), staged, layout.bytes, stream_.handle_),
+               "cuMemcpyHtoDAsync");
+        staged += aligned(layout.bytes);
+      } else if (layout.bytes > 0) {
+        demand(device_.copy(there, here, 0), "copy_");
+      }
+    }
+    Handle held = nullptr;
+    demand(device_.new_handle(inputs[input], &held), "new_tensor_handle");
+    held_.push_back(held);
+  }
+}
+
+void Stream::Run::send_home(const std::vector<Handle>& outputs) {
+  if (!stream_.home_) return;
+  const Shim& shim = device_.shim;
+  const Driver& driver = device_.driver;
+  std::vector<Layout> layouts(outputs.size());
+  std::size_t bytes = 0;
+  for (std::size_t output = 0; output < outputs.size(); ++output) {
+    std::int32_t type = 0;
+    if (outputs[output] == nullptr) continue;
+    demand(device_.get_device_type(outputs[output], &type), "get_device_type");
+    if (type != device_.type) continue;
+    layouts[output] = layout_of(shim, outputs[output]);
+    homes_.push_back({output, nullptr, nullptr, nullptr, layouts[output].bytes});
+    bytes += aligned(layouts[output].bytes);
+  }
+  char* staged = driver.copy_out != nullptr && bytes > 0 ? stream_.out_.of(bytes) : nullptr;
+  for (Home& home : homes_) {
+    const Layout& layout = layouts[home.output];
+    home.tensor = like(shim, layout, shim.cpu, 0);
+    if (home.bytes == 0) continue;
+    if (driver.copy_out == nullptr) {
+      demand(device_.copy(home.tensor, outputs[home.output], 0), "copy_");
+      continue;
+    }
+    demand(shim.get_data_ptr(home.tensor, &home.to), "get_data_ptr");
+    demand(driver, driver.copy_out(staged, reinterpret_cast<std::uintptr_t>(layout.data), home.bytes, stream_.handle_),
+           "cuMemcpyDtoHAsync");
+    home.from = staged;
+    staged += aligned(home.bytes);
+  }
+}
+
+void Stream::Run::fence() {
+  const Fence& fence = stream_.fence_;
+  if (fence.wait != nullptr) fence.wait(fence.argument);
+  if (fence.fence != nullptr) demand(device_.driver, fence.fence(fence.argument), "waiting for the device");
+}
+
+void Stream::Run::land(std::vector<Handle>& outputs) {
+  for (Home& home : homes_) {
+    if (home.from != nullptr) std::memcpy(home.to, home.from, home.bytes);
+    device_.shim.delete_tensor(std::exchange(outputs[home.output], std::exchange(home.tensor, nullptr)));
+  }
+}
+
+}  // namespace aoti

@@ -1,0 +1,639 @@
+#define _GNU_SOURCE
+#include "simulated_cuda.h"
+
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+enum { MOST_STREAMS = 256, MOST_BLOCKS = 8192, MOST_PINNED = 512, DEVICES = 2 };
+
+struct sim_context {
+  int device;
+};
+
+enum kind { KERNEL, COPY, RECORD, WAIT };
+
+struct op {
+  struct op* next;
+  enum kind kind;
+  uint64_t seq;
+  struct sim_kernel kernel; /* of copies, only its ranges: what is written first, then what is read */
+  int wait_stream;          /* of waits: for which stream to come how far */
+  uint64_t wait_seq;
+};
+
+struct sim_stream {
+  int index; /* 0 is the default one */
+  int alive;
+  uint64_t seq;                 /* of the last piece of work that was given */
+  uint64_t done;                /* of the last that is done */
+  uint64_t known[MOST_STREAMS]; /* what is given from now on comes after this much of each other stream */
+  struct op* first;
+  struct op* last;
+};
+
+struct sim_event {
+  int stream;
+  uint64_t seq;
+  uint64_t known[MOST_STREAMS];
+};
+
+struct block {
+  char* start;
+  size_t bytes;
+  int in_use;
+  int stream; /* whose pool it is of */
+  uint64_t recorded[MOST_STREAMS]; /* not to be given again before each stream has come so far */
+};
+
+static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER; /* guards everything below */
+static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
+static struct sim_context contexts[DEVICES];
+static struct sim_stream streams[MOST_STREAMS];
+static int most_streams = 1;
+static struct block* blocks;
+static int most_blocks;
+static struct {
+  void* start;
+  size_t bytes;
+} pinned[MOST_PINNED];
+static size_t allocated, limit;
+static int started, held, steps, microseconds, broken, breaks_next, faults, waiting, events, kernels, kernels_waiting,
+    most_kernels_waiting;
+static char first_fault[256];
+static _Thread_local CUcontext current;
+
+static void fault(const char* format, ...) {
+  if (faults++ > 0) return;
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(first_fault, sizeof first_fault, format, arguments);
+  va_end(arguments);
+}
+
+static struct timespec in_a_minute(void) {
+  struct timespec until;
+  clock_gettime(CLOCK_REALTIME, &until);
+  until.tv_sec += 60;
+  return until;
+}
+
+static struct sim_stream* at(CUstream stream) { return stream == NULL ? &streams[0] : stream; }
+
+static int overlap(const struct sim_range* one, const struct sim_range* other) {
+  const char *a = one->start, *b = other->start;
+  return (one->written || other->written) && a < b + other->bytes && b < a + one->bytes;
+}
+
+static struct block* block_of(const void* address) {
+  for (int i = 0; i < most_blocks; ++i) {
+    if ((char*)address >= blocks[i].start && (char*)address < blocks[i].start + blocks[i].bytes) return &blocks[i];
+  }
+  return NULL;
+}
+
+static int is_pinned(const void* address, size_t bytes) {
+  for (int i = 0; i < MOST_PINNED; ++i) {
+    const char* start = pinned[i].start;
+    if (start != NULL && (char*)address >= start && (char*)address + bytes <= start + pinned[i].bytes) return 1;
+  }
+  return 0;
+}
+
+/* --- the device ------------------------------------------------------------------------------------------------- */
+
+static struct sim_stream* next_stream(void) {
+  static int turn;
+  for (int i = 0; i < most_streams; ++i) {
+    struct sim_stream* stream = &streams[(turn + i) % most_streams];
+    const struct op* op = stream->first;
+    if (op == NULL) continue;
+    if (op->kind == WAIT && streams[op->wait_stream].done < op->wait_seq && !broken) continue;
+    turn = stream->index + 1;
+    return stream;
+  }
+  return NULL;
+}
+
+static void perform(struct op* op) {
+  if (op->kind == KERNEL) {
+    if (breaks_next) {
+      broken = breaks_next;
+      breaks_next = 0;
+    }
+    ++kernels;
+    --kernels_waiting;
+  }
+  const int works = !broken;
+  const int sleeps = microseconds;
+  for (int i = 0; works && i < op->kernel.ranges; ++i) {
+    const struct sim_range* range = &op->kernel.range[i];
+    if (op->kind == KERNEL && range->bytes > 0 && block_of(range->start) == NULL) fault("a kernel uses no device memory");
+  }
+  pthread_mutex_unlock(&mutex);
+  if (sleeps > 0) {
+    const struct timespec time = {sleeps / 1000000, sleeps % 1000000 * 1000L};
+    nanosleep(&time, NULL);
+  }
+  if (works && op->kind == COPY) {
+    memcpy((void*)op->kernel.range[0].start, op->kernel.range[1].start, op->kernel.range[0].bytes);
+  }
+  if (op->kind == KERNEL) {
+    if (works) op->kernel.run(op->kernel.argument);
+    if (op->kernel.done != NULL) op->kernel.done(op->kernel.argument);
+  }
+  pthread_mutex_lock(&mutex);
+}
+
+static void* device(void* nothing) {
+  (void)nothing;
+  pthread_mutex_lock(&mutex);
+  for (;;) {
+    struct sim_stream* stream = held && steps == 0 ? NULL : next_stream();
+    if (stream == NULL) {
+      pthread_cond_wait(&changed, &mutex);
+      continue;
+    }
+    struct op* op = stream->first;
+    perform(op);
+    stream->first = op->next;
+    if (stream->first == NULL) stream->last = NULL;
+    stream->done = op->seq;
+    if (steps > 0) --steps;
+    free(op);
+    pthread_cond_broadcast(&changed);
+  }
+  return NULL;
+}
+
+/* Is what the other stream still has to do ordered before what this one is given now? */
+static void check_order(const struct sim_stream* stream, const struct op* given) {
+  for (int i = 0; i < most_streams; ++i) {
+    if (i == stream->index) continue;
+    for (const struct op* op = streams[i].first; op != NULL; op = op->next) {
+      if (op->seq <= stream->known[i]) continue;
+      for (int a = 0; a < given->kernel.ranges; ++a) {
+        for (int b = 0; b < op->kernel.ranges; ++b) {
+          if (overlap(&given->kernel.range[a], &op->kernel.range[b])) {
+            fault("streams %d and %d use the same memory, and nothing orders them", stream->index, i);
+          }
+        }
+      }
+    }
+  }
+  for (int a = 0; a < given->kernel.ranges; ++a) {
+    const struct block* block = block_of(given->kernel.range[a].start);
+    if (block != NULL && !block->in_use) fault("memory is used that was given back");
+  }
+}
+
+static int give(CUstream handle, struct op op) {
+  struct sim_stream* stream = at(handle);
+  pthread_mutex_lock(&mutex);
+  if (current == NULL && handle == NULL) fault("the default stream is used without a context");
+  int error = broken;
+  if (error == 0 && handle == NULL && current == NULL) error = CUDA_ERROR_INVALID_CONTEXT;
+  if (error == 0 && handle != NULL && !stream->alive) {
+    fault("a stream is used that is gone");
+    error = CUDA_ERROR_INVALID_VALUE;
+  }
+  if (error == 0) {
+    check_order(stream, &op);
+    struct op* given = malloc(sizeof *given);
+    *given = op;
+    given->seq = ++stream->seq;
+    given->next = NULL;
+    if (stream->last != NULL) stream->last->next = given;
+    if (stream->first == NULL) stream->first = given;
+    stream->last = given;
+    if (op.kind == KERNEL && ++kernels_waiting > most_kernels_waiting) most_kernels_waiting = kernels_waiting;
+    pthread_cond_broadcast(&changed);
+  }
+  pthread_mutex_unlock(&mutex);
+  return error;
+}
+
+int sim_launch(CUstream stream, const struct sim_kernel* kernel) {
+  const int error = give(stream, (struct op){.kind = KERNEL, .kernel = *kernel});
+  if (error != 0 && kernel->done != NULL) kernel->done(kernel->argument);
+  return error;
+}
+
+/* --- the driver ------------------------------------------------------------------------------------------------- */
+
+int cuInit(unsigned flags) {
+  (void)flags;
+  pthread_mutex_lock(&mutex);
+  if (!started) {
+    started = 1;
+    for (int i = 0; i < DEVICES; ++i) contexts[i].device = i;
+    for (int i = 0; i < MOST_STREAMS; ++i) streams[i].index = i;
+    streams[0].alive = 1;
+    blocks = calloc(MOST_BLOCKS, sizeof *blocks);
+    pthread_t thread;
+    pthread_create(&thread, NULL, device, NULL);
+    pthread_detach(thread);
+  }
+  pthread_mutex_unlock(&mutex);
+  return CUDA_SUCCESS;
+}
+
+int cuDeviceGetCount(int* count) {
+  *count = DEVICES;
+  return CUDA_SUCCESS;
+}
+
+int cuDeviceGet(int* device, int ordinal) {
+  *device = ordinal;
+  return ordinal >= 0 && ordinal < DEVICES ? CUDA_SUCCESS : CUDA_ERROR_INVALID_DEVICE;
+}
+
+int cuDeviceGetName(char* name, int bytes, int device) {
+  snprintf(name, (size_t)bytes, "Simulated %d", device);
+  return CUDA_SUCCESS;
+}
+
+int cuDevicePrimaryCtxRetain(CUcontext* context, int device) {
+  *context = &contexts[device];
+  return CUDA_SUCCESS;
+}
+
+int cuDevicePrimaryCtxRelease_v2(int device) {
+  (void)device;
+  return CUDA_SUCCESS;
+}
+
+int cuCtxGetCurrent(CUcontext* context) {
+  *context = current;
+  return CUDA_SUCCESS;
+}
+
+int cuCtxSetCurrent(CUcontext context) {
+  current = context;
+  return CUDA_SUCCESS;
+}
+
+int cuStreamCreate(CUstream* made, unsigned flags) {
+  int error = current == NULL ? CUDA_ERROR_INVALID_CONTEXT : CUDA_ERROR_OUT_OF_MEMORY;
+  pthread_mutex_lock(&mutex);
+  if (flags != 1) fault("a stream waits for the default one: it was made without CU_STREAM_NON_BLOCKING");
+  for (int i = 1; current != NULL && i < MOST_STREAMS; ++i) {
+    if (streams[i].alive || streams[i].first != NULL) continue;
+    streams[i].alive = 1;
+    if (i >= most_streams) most_streams = i + 1;
+    *made = &streams[i];
+    error = broken;
+    break;
+  }
+  pthread_mutex_unlock(&mutex);
+  return error;
+}
+
+int cuStreamDestroy_v2(CUstream stream) {
+  pthread_mutex_lock(&mutex);
+  if (stream->first != NULL && !broken) fault("a stream is destroyed that has work to do");
+  stream->alive = 0;
+  pthread_mutex_unlock(&mutex);
+  return CUDA_SUCCESS;
+}
+
+int cuStreamSynchronize(CUstream handle) {
+  struct sim_stream* stream = at(handle);
+  const struct timespec until = in_a_minute();
+  int waited_in_vain = 0;
+  pthread_mutex_lock(&mutex);
+  if (current == NULL) fault("a stream is waited for without a context");
+  const uint64_t seq = stream->seq;
+  ++waiting;
+  pthread_cond_broadcast(&changed);
+  while (stream->done < seq && !broken && !waited_in_vain) {
+    waited_in_vain = pthread_cond_timedwait(&changed, &mutex, &until);
+  }
+  --waiting;
+  if (waited_in_vain) fault("nobody let the device go on");
+  const int error = waited_in_vain ? CUDA_ERROR_UNKNOWN : broken;
+  pthread_mutex_unlock(&mutex);
+  return error;
+}
+
+int cuCtxSynchronize(void) {
+  int error = CUDA_SUCCESS;
+  for (int i = 0; i < MOST_STREAMS && error == CUDA_SUCCESS; ++i) error = cuStreamSynchronize(&streams[i]);
+  return error;
+}
+
+int cuStreamQuery(CUstream handle) {
+  const struct sim_stream* stream = at(handle);
+  pthread_mutex_lock(&mutex);
+  const int error = broken ? broken : stream->done < stream->seq ? CUDA_ERROR_NOT_READY : CUDA_SUCCESS;
+  pthread_mutex_unlock(&mutex);
+  return error;
+}
+
+int cuEventCreate(CUevent* made, unsigned flags) {
+  (void)flags;
+  if (current == NULL) return CUDA_ERROR_INVALID_CONTEXT;
+  *made = calloc(1, sizeof **made);
+  pthread_mutex_lock(&mutex);
+  ++events;
+  const int error = broken;
+  pthread_mutex_unlock(&mutex);
+  return error;
+}
+
+int cuEventDestroy_v2(CUevent event) {
+  pthread_mutex_lock(&mutex);
+  --events;
+  pthread_mutex_unlock(&mutex);
+  free(event);
+  return CUDA_SUCCESS;
+}
+
+int cuEventRecord(CUevent event, CUstream handle) {
+  const int error = give(handle, (struct op){.kind = RECORD});
+  if (error != 0) return error;
+  const struct sim_stream* stream = at(handle);
+  pthread_mutex_lock(&mutex);
+  event->stream = stream->index;
+  event->seq = stream->seq;
+  memcpy(event->known, stream->known, sizeof event->known);
+  event->known[stream->index] = stream->seq;
+  pthread_mutex_unlock(&mutex);
+  return CUDA_SUCCESS;
+}
+
+int cuStreamWaitEvent(CUstream handle, CUevent event, unsigned flags) {
+  (void)flags;
+  struct sim_stream* stream = at(handle);
+  const int error = give(handle, (struct op){.kind = WAIT, .wait_stream = event->stream, .wait_seq = event->seq});
+  if (error != 0) return error;
+  pthread_mutex_lock(&mutex);
+  for (int i = 0; i < MOST_STREAMS; ++i) {
+    if (event->known[i] > stream->known[i]) stream->known[i] = event->known[i];
+  }
+  pthread_mutex_unlock(&mutex);
+  return CUDA_SUCCESS;
+}
+
+int cuMemAllocHost_v2(void** made, size_t bytes) {
+  if (current == NULL) return CUDA_ERROR_INVALID_CONTEXT;
+  int error = CUDA_ERROR_OUT_OF_MEMORY;
+  pthread_mutex_lock(&mutex);
+  for (int i = 0; i < MOST_PINNED; ++i) {
+    if (pinned[i].start != NULL) continue;
+    pinned[i].start = *made = malloc(bytes);
+    pinned[i].bytes = bytes;
+    error = broken;
+    break;
+  }
+  pthread_mutex_unlock(&mutex);
+  return error;
+}
+
+int cuMemFreeHost(void* memory) {
+  pthread_mutex_lock(&mutex);
+  for (int i = 0; i < MOST_PINNED; ++i) {
+    if (pinned[i].start != memory) continue;
+    const struct sim_range all = {memory, pinned[i].bytes, 1};
+    for (int j = 0; j < most_streams; ++j) {
+      for (const struct op* op = streams[j].first; op != NULL; op = op->next) {
+        for (int k = 0; k < op->kernel.ranges; ++k) {
+          if (overlap(&all, &op->kernel.range[k]) && !broken) fault("pinned memory is freed that a copy still uses");
+        }
+      }
+    }
+    pinned[i].start = NULL;
+    free(memory);
+    break;
+  }
+  pthread_mutex_unlock(&mutex);
+  return CUDA_SUCCESS;
+}
+
+static int copy(void* to, const void* from, size_t bytes, CUstream stream) {
+  struct op op = {.kind = COPY, .kernel = {.ranges = 2, .range = {{to, bytes, 1}, {from, bytes, 0}}}};
+  return give(stream, op);
+}
+
+static void must_be(int holds, const char* what) {
+  if (holds) return;
+  pthread_mutex_lock(&mutex);
+  fault("%s", what);
+  pthread_mutex_unlock(&mutex);
+}
+
+static int lies(int pinned_memory, const void* address, size_t bytes) {
+  pthread_mutex_lock(&mutex);
+  const int it_does = pinned_memory ? is_pinned(address, bytes) : block_of(address) != NULL;
+  pthread_mutex_unlock(&mutex);
+  return it_does;
+}
+
+int cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, size_t bytes, CUstream stream) {
+  must_be(lies(1, from, bytes), "a copy to the device starts from memory that is not pinned");
+  must_be(lies(0, (void*)to, bytes), "a copy to the device ends in no device memory");
+  return copy((void*)to, from, bytes, stream);
+}
+
+int cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, size_t bytes, CUstream stream) {
+  must_be(lies(1, to, bytes), "a copy from the device ends in memory that is not pinned");
+  must_be(lies(0, (void*)from, bytes), "a copy from the device starts in no device memory");
+  return copy(to, (void*)from, bytes, stream);
+}
+
+int cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream stream) {
+  return copy((void*)to, (void*)from, bytes, stream);
+}
+
+int cuGetErrorName(int error, const char** words) {
+  *words = error == CUDA_ERROR_ILLEGAL_ADDRESS ? "CUDA_ERROR_ILLEGAL_ADDRESS" : "CUDA_ERROR_UNKNOWN";
+  return CUDA_SUCCESS;
+}
+
+int cuGetErrorString(int error, const char** words) {
+  *words = error == CUDA_ERROR_ILLEGAL_ADDRESS ? "an illegal memory access was encountered" : "unknown error";
+  return CUDA_SUCCESS;
+}
+
+/* --- memory ----------------------------------------------------------------------------------------------------- */
+
+static int is_free_for(const struct block* block, int stream) {
+  if (block->in_use || block->stream != stream) return 0;
+  for (int i = 0; i < most_streams; ++i) {
+    if (streams[i].done < block->recorded[i]) return 0;
+  }
+  return 1;
+}
+
+void* sim_allocate(size_t bytes, CUstream handle) {
+  const int stream = at(handle)->index;
+  const size_t rounded = (bytes + 511) / 512 * 512 + (bytes == 0) * 512;
+  void* made = NULL;
+  cuInit(0);
+  pthread_mutex_lock(&mutex);
+  if (limit == 0 || allocated + rounded <= limit) {
+    struct block* found = NULL;
+    for (int i = 0; i < most_blocks && found == NULL; ++i) {
+      if (blocks[i].bytes == rounded && is_free_for(&blocks[i], stream)) found = &blocks[i];
+    }
+    if (found == NULL && most_blocks < MOST_BLOCKS) {
+      found = &blocks[most_blocks++];
+      found->start = malloc(rounded);
+      found->bytes = rounded;
+      found->stream = stream;
+      memset(found->start, 0xab, rounded);
+    }
+    if (found != NULL) {
+      found->in_use = 1;
+      memset(found->recorded, 0, sizeof found->recorded);
+      allocated += rounded;
+      made = found->start;
+    }
+  }
+  pthread_mutex_unlock(&mutex);
+  return made;
+}
+
+void sim_record_use(void* memory, CUstream handle) {
+  const struct sim_stream* stream = at(handle);
+  pthread_mutex_lock(&mutex);
+  struct block* block = block_of(memory);
+  if (block == NULL) {
+    fault("a use is recorded of no device memory");
+  } else {
+    block->recorded[stream->index] = UINT64_MAX; /* until it is given back: what comes before that counts */
+  }
+  pthread_mutex_unlock(&mutex);
+}
+
+void sim_free(void* memory) {
+  pthread_mutex_lock(&mutex);
+  struct block* block = block_of(memory);
+  if (block == NULL || !block->in_use) {
+    fault("device memory is given back twice");
+    pthread_mutex_unlock(&mutex);
+    return;
+  }
+  const struct sim_range all = {block->start, block->bytes, 1};
+  for (int i = 0; i < most_streams; ++i) {
+    if (block->recorded[i] == UINT64_MAX) {
+      block->recorded[i] = streams[i].seq;
+      continue;
+    }
+    if (i == block->stream || broken) continue;
+    for (const struct op* op = streams[i].first; op != NULL; op = op->next) {
+      for (int k = 0; k < op->kernel.ranges; ++k) {
+        if (overlap(&all, &op->kernel.range[k])) fault("memory is given back that stream %d still has to use", i);
+      }
+    }
+  }
+  block->in_use = 0;
+  allocated -= block->bytes;
+  pthread_mutex_unlock(&mutex);
+}
+
+size_t sim_allocated(void) {
+  pthread_mutex_lock(&mutex);
+  const size_t now = allocated;
+  pthread_mutex_unlock(&mutex);
+  return now;
+}
+
+/* --- the test's hand -------------------------------------------------------------------------------------------- */
+
+#define SET(statement)           \
+  pthread_mutex_lock(&mutex);    \
+  statement;                     \
+  pthread_cond_broadcast(&changed); \
+  pthread_mutex_unlock(&mutex)
+
+#define GET(name, expression)   \
+  int name(void) {              \
+    pthread_mutex_lock(&mutex); \
+    const int now = expression; \
+    pthread_mutex_unlock(&mutex); \
+    return now;                 \
+  }
+
+void sim_memory_limit(size_t bytes) { SET(limit = bytes); }
+void sim_hold(void) { SET(held = 1); }
+void sim_go(void) { SET(held = 0); }
+void sim_take(int time) { SET(microseconds = time); }
+void sim_break(int error) { SET(breaks_next = error); }
+GET(sim_waiting, waiting)
+GET(sim_events, events)
+GET(sim_kernels, kernels)
+GET(sim_most_kernels_waiting, most_kernels_waiting)
+
+static int all_pending(void) {
+  int pending = 0;
+  for (int i = 0; i < most_streams; ++i) pending += (int)(streams[i].seq - streams[i].done);
+  return pending;
+}
+
+static int alive(void) {
+  int count = 0;
+  for (int i = 1; i < most_streams; ++i) count += streams[i].alive;
+  return count;
+}
+
+static int count_pinned(void) {
+  int count = 0;
+  for (int i = 0; i < MOST_PINNED; ++i) count += pinned[i].start != NULL;
+  return count;
+}
+
+GET(sim_streams, alive())
+GET(sim_pinned, count_pinned())
+
+static int wait_until(int (*count)(void), int least) {
+  const struct timespec until = in_a_minute();
+  int waited_in_vain = 0;
+  pthread_mutex_lock(&mutex);
+  while (count() < least && !waited_in_vain) waited_in_vain = pthread_cond_timedwait(&changed, &mutex, &until);
+  pthread_mutex_unlock(&mutex);
+  return !waited_in_vain;
+}
+
+static int waiting_now(void) { return waiting; }
+int sim_wait_until_pending(int count) { return wait_until(all_pending, count); }
+int sim_wait_until_waiting(int count) { return wait_until(waiting_now, count); }
+
+int sim_step(void) {
+  pthread_mutex_lock(&mutex);
+  const int can = next_stream() != NULL;
+  if (can) {
+    ++steps;
+    pthread_cond_broadcast(&changed);
+    while (steps > 0) pthread_cond_wait(&changed, &mutex);
+  }
+  pthread_mutex_unlock(&mutex);
+  return can;
+}
+
+int sim_pending(CUstream stream) {
+  pthread_mutex_lock(&mutex);
+  const int pending = (int)(at(stream)->seq - at(stream)->done);
+  pthread_mutex_unlock(&mutex);
+  return pending;
+}
+
+int sim_faults(const char** first) {
+  pthread_mutex_lock(&mutex);
+  const int count = faults;
+  if (first != NULL) *first = first_fault;
+  pthread_mutex_unlock(&mutex);
+  return count;
+}
+
+void sim_repair(void) {
+  pthread_mutex_lock(&mutex);
+  held = microseconds = broken = breaks_next = faults = kernels = most_kernels_waiting = 0;
+  limit = 0;
+  first_fault[0] = 0;
+  pthread_cond_broadcast(&changed);
+  pthread_mutex_unlock(&mutex);
+}

@@ -1,0 +1,102 @@
+/* A simulated CUDA device: the part of the driver's API that the lanes use, over a thread that is the device, an allocator
+ * like torch's, and checks of what on a real device would only sometimes go wrong.
+ *
+ * Work on a stream is done in its order by the device thread, at once, when the test says so (hold, step), or after a time.
+ * What breaks a rule is counted, and the first of it told in words:
+ *  - device memory is used that is not there, or was given back while another stream still had to use it;
+ *  - two streams touch the same memory, one of them writing, and no event or synchronization orders them;
+ *  - a stream is used without a context, or a copy that should be asynchronous starts from memory that is not pinned. */
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum {
+  CUDA_SUCCESS = 0,
+  CUDA_ERROR_INVALID_VALUE = 1,
+  CUDA_ERROR_OUT_OF_MEMORY = 2,
+  CUDA_ERROR_INVALID_DEVICE = 101,
+  CUDA_ERROR_INVALID_CONTEXT = 201,
+  CUDA_ERROR_NOT_READY = 600,
+  CUDA_ERROR_ILLEGAL_ADDRESS = 700,
+  CUDA_ERROR_UNKNOWN = 999,
+};
+
+/* The driver's own, by its own names. */
+typedef struct sim_context* CUcontext;
+typedef struct sim_stream* CUstream;
+typedef struct sim_event* CUevent;
+typedef uint64_t CUdeviceptr;
+int cuInit(unsigned flags);
+int cuDeviceGetCount(int* count);
+int cuDeviceGet(int* device, int ordinal);
+int cuDeviceGetName(char* name, int bytes, int device);
+int cuDevicePrimaryCtxRetain(CUcontext* context, int device);
+int cuDevicePrimaryCtxRelease_v2(int device);
+int cuCtxGetCurrent(CUcontext* context);
+int cuCtxSetCurrent(CUcontext context);
+int cuStreamCreate(CUstream* stream, unsigned flags);
+int cuStreamDestroy_v2(CUstream stream);
+int cuStreamSynchronize(CUstream stream);
+int cuStreamQuery(CUstream stream);
+int cuStreamWaitEvent(CUstream stream, CUevent event, unsigned flags);
+int cuEventCreate(CUevent* event, unsigned flags);
+int cuEventDestroy_v2(CUevent event);
+int cuEventRecord(CUevent event, CUstream stream);
+int cuMemAllocHost_v2(void** made, size_t bytes);
+int cuMemFreeHost(void* memory);
+int cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, size_t bytes, CUstream stream);
+int cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, size_t bytes, CUstream stream);
+int cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream stream);
+int cuCtxSynchronize(void);
+int cuGetErrorName(int error, const char** words);
+int cuGetErrorString(int error, const char** words);
+
+/* A kernel: the device calls `run` with `argument`, and `done` with it afterwards, whatever becomes of the device. */
+struct sim_range {
+  const void* start;
+  size_t bytes;
+  int written;
+};
+struct sim_kernel {
+  void (*run)(void* argument);
+  void (*done)(void* argument);
+  void* argument;
+  int ranges;
+  struct sim_range range[4];
+};
+int sim_launch(CUstream stream, const struct sim_kernel* kernel);
+
+/* Device memory as torch's caching allocator gives it: what is given back is given again to the same stream at once, without
+ * waiting, and to no other. Another stream's use must be recorded before. Null when the device has no more. */
+void* sim_allocate(size_t bytes, CUstream stream);
+void sim_free(void* memory);
+void sim_record_use(void* memory, CUstream stream);
+size_t sim_allocated(void);    /* bytes in use */
+void sim_memory_limit(size_t bytes); /* 0: none */
+
+/* The test's hand on the device. */
+void sim_hold(void);             /* nothing is done any more, but by sim_step */
+void sim_go(void);               /* everything is done as it comes */
+void sim_take(int microseconds); /* each piece of work takes so long */
+int sim_step(void);              /* one piece of work is done; 0 when none can be */
+int sim_pending(CUstream stream);
+int sim_wait_until_pending(int count); /* on all streams; 0 after a minute in vain */
+int sim_waiting(void);           /* threads that wait for a stream now */
+int sim_wait_until_waiting(int count);
+void sim_break(int error);       /* the next kernel breaks the device: from then on every call fails so */
+void sim_repair(void);           /* a device like new, and all counts at zero; nothing may be pending */
+int sim_faults(const char** first);
+int sim_streams(void);           /* that are there now, beside the default one */
+int sim_events(void);
+int sim_pinned(void);
+int sim_kernels(void);           /* that were run */
+int sim_most_kernels_waiting(void); /* at once, on all streams */
+
+#ifdef __cplusplus
+}
+#endif
