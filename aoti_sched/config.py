@@ -114,6 +114,8 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     inline_limit: _Seconds = INLINE_LIMIT
     batching: Batching | bool | None = None
     warmup: bool = True
+    copy_inputs: bool = False
+    copy_outputs: Literal["cpu"] | None = None
     sha256: str | None = None
 
 

@@ -165,6 +165,7 @@ class Dispatcher:
         return DeviceStats(
             name=queue.name,
             executor=self.executor.kind,
+            lost=self.executor.lost(),
             lanes=queue.lanes.count,
             busy_lanes=queue.busy_lanes,
             cores=queue.lanes.cores,
@@ -311,12 +312,12 @@ def _work(job: Job) -> Work:
     grouping = runner.grouping
     if grouping is None or (not job.members and grouping.padded(job.rows) == job.rows):
         inputs, future.inputs = future.inputs, ()  # from now on the lane alone keeps them alive
-        return Work(runner.container, inputs, runner.threads, job)
+        return Work(runner.container, inputs, runner.threads, job, slot=job.slot)
     jobs = job.members or (job,)
     rows = [member.rows for member in jobs]
     members = [member.payload.inputs for member in jobs]
     batch = Batch(grouping.plan, members, rows, grouping.padded(sum(rows)), job.slot)
-    return Work(runner.container, (), runner.threads, jobs, batch)
+    return Work(runner.container, (), runner.threads, jobs, batch, job.slot)
 
 
 def _deadline_error(job: Job, takes: float | None) -> DeadlineExceededError:

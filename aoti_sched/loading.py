@@ -76,6 +76,7 @@ def _prepare(
     container, name = loaded.container, request.name
     facts = container.info
     specs, source = _find_specs(own, declared, loaded.wrapper_source, facts.num_inputs, name)
+    specs = _on(device.name, specs)
     leaves_known = own is not None and source is SpecSource.PACKAGE
     call_spec = loaded.call_spec or ExportedCallSpec(
         name,
@@ -89,7 +90,7 @@ def _prepare(
     grouping, of_requests = _grouping(settings, loaded, own, specs, name)
     threads, notes = _threads(cores, settings, own, loaded)
     placing = _placing(settings, threads, allowed=facts.inline)
-    check = _check(name, of_requests, facts.num_inputs, device.name)
+    check = _check(name, of_requests, facts.num_inputs, device.name, copies=settings.copy_inputs)
     if settings.warmup and specs is not None and not (own is not None and own.mutates_buffers):
         notes.extend(_warm_up(container, specs, name))
         facts = container.info  # a warm container knows more of itself
@@ -100,6 +101,10 @@ def _prepare(
         )
     if facts.reason:
         notes.append(facts.reason)
+    if not facts.verified:
+        notes.append(
+            f"What runs models on {device.name.partition(':')[0]} was tested on a simulated device only, not on a real one."
+        )
     if own is not None and own.frozen:
         notes.append("Compiled with freeze=True: the weights are part of the code and can't be updated live.")
     if own is not None and own.mutates_buffers:
@@ -124,6 +129,7 @@ def _prepare(
         batch=own.batch if own is not None else None,
         max_batch=1 if grouping is None else grouping.rule.max_rows,
         frozen=own.frozen if own is not None else None,
+        verified=facts.verified,
         constants=facts.constants,
         metadata=loaded.metadata,
         notes=tuple(notes),
@@ -176,10 +182,23 @@ def _find_specs(
     return None, SpecSource.ARITY
 
 
-def _check(name: str, specs: Sequence[TensorSpec] | None, arity: int | None, device: str) -> Check:
+def _on(device: str, specs: tuple[TensorSpec, ...] | None) -> tuple[TensorSpec, ...] | None:
+    """The specs as of a model on this device: it was compiled on one of the same kind, perhaps of another number."""
+    kind = device.partition(":")[0]
+    if specs is None or kind == "cpu":
+        return specs
+    return tuple(
+        msgspec.structs.replace(spec, device=device) if spec.device.partition(":")[0] == kind else spec
+        for spec in specs
+    )
+
+
+def _check(
+    name: str, specs: Sequence[TensorSpec] | None, arity: int | None, device: str, *, copies: bool
+) -> Check:
     if specs is not None:
-        return InputCheck(name, specs)
-    return count_bytes if arity is None else ArityCheck(name, arity, device)
+        return InputCheck(name, specs, copies=copies)
+    return count_bytes if arity is None else ArityCheck(name, arity, device, copies=copies)
 
 
 def _threads(

@@ -87,6 +87,8 @@ class Calls:
             job.deadline = runner.dispatcher.deadline(options.timeout)
         if options.min_epoch:
             job.min_epoch = options.min_epoch
+        if runner.arrive is not None:
+            inputs = runner.arrive(inputs)
         future = future_of(runner, job, inputs)
         runner.dispatcher.submit(job, wait=runner.waits)
         return future
@@ -164,6 +166,7 @@ class Runner(RunnerView):
     __slots__ = (
         "_close",
         "_info",
+        "arrive",
         "call_spec",
         "container",
         "device",
@@ -201,6 +204,9 @@ class Runner(RunnerView):
         self.device = info.device
         self.state = state
         self.container = container
+        self.arrive = getattr(
+            container, "arrive", None
+        )  # on a device: what the inputs depend on, and who uses the outputs
         self.call_spec = call_spec
         self.input_check = input_check
         self.grouping = grouping

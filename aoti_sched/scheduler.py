@@ -7,7 +7,7 @@ import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -169,6 +169,8 @@ class Scheduler:
         inline_limit: float = INLINE_LIMIT,
         batching: Batching | bool | None = None,
         warmup: bool = True,
+        copy_inputs: bool = False,
+        copy_outputs: Literal["cpu"] | None = None,
         sha256: str | None = None,
         inputs: Sequence[TensorSpec] | None = None,
     ) -> Runner:
@@ -180,7 +182,7 @@ class Scheduler:
             path: The package.
             name: The runner's name, in errors, logs and stats; by default the file's stem.
             model_name: Which model, when the package holds several.
-            device: Where it shall run.
+            device: Where it shall run: "cpu", "cuda:0", "xpu:0", "mps".
             instances: Copies that can run at once (they share one set of weights).
             threads: Intra-op threads per run; by default what it was compiled for.
             share: Of the device's time, when other models want it, too: one with 2.0 gets twice that of one with 1.0.
@@ -197,6 +199,8 @@ class Scheduler:
             inline_limit: Seconds; less than what a hop to another thread costs is worth it.
             batching: Run requests that come together as one; True asks for what the package says of the model.
             warmup: Run it on zeros before it takes requests.
+            copy_inputs: On a device, copy inputs there that are in the host's memory; otherwise they are refused.
+            copy_outputs: "cpu" brings a device's outputs to the host's memory; by default they stay.
             sha256: Refuse the file, before anything of it is mapped, unless its digest is this one.
             inputs: Specs of its tensor inputs, where the package does not bring its own.
 
@@ -221,6 +225,8 @@ class Scheduler:
             inline_limit=inline_limit,
             batching=batching,
             warmup=warmup,
+            copy_inputs=copy_inputs,
+            copy_outputs=copy_outputs,
             sha256=sha256,
         )
         return await self._load(name or Path(path).stem, checked(settings), inputs)
@@ -305,6 +311,8 @@ class Scheduler:
                 instances=settings.instances,
                 sha256=settings.sha256,
                 cache_dir=Path(self._config.cache_dir) if self._config.cache_dir else None,
+                copy_inputs=settings.copy_inputs,
+                copy_outputs=settings.copy_outputs,
             )
             prepared = await anyio.to_thread.run_sync(
                 loading.prepare,

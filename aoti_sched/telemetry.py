@@ -27,7 +27,8 @@ class RunnerInfo(msgspec.Struct, frozen=True, kw_only=True):
     `runtime` is "c_abi" or "torch runner", `gil` what a run does with it. `spec_source` says where `inputs` come
     from; with "arity only" nothing but the number of tensors is checked. `notes` are sentences a person
     should read: what costs speed, what is not checked, what was adapted. `batch` is what the package says of its rows,
-    `max_batch` how many of them run as one; 1 without batching.
+    `max_batch` how many of them run as one; 1 without batching. `verified` is False where this code has not run on a real device of
+    that kind yet, but on a simulated one (`docs/devices.md`).
     """
 
     name: str
@@ -51,6 +52,7 @@ class RunnerInfo(msgspec.Struct, frozen=True, kw_only=True):
     staged: bool = False
     previous_epoch: int | None = None
     inactive_bytes: int = 0
+    verified: bool = True
     metadata: dict[str, str]
     notes: tuple[str, ...]
 
@@ -94,10 +96,11 @@ class RunnerStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeviceStats(msgspec.Struct, frozen=True, kw_only=True):
-    """A device's numbers now. Runs on lanes take `cores` - `free_cores` of its cores, as many each as they use threads."""
+    """A device's numbers now. `lost` says why nothing runs on it any more, "" while it works. Runs on lanes take `cores` - `free_cores` of its cores, as many each as they use threads."""
 
     name: str
     executor: str
+    lost: str = ""
     lanes: int
     busy_lanes: int
     cores: int

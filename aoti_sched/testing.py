@@ -212,6 +212,7 @@ class FakeExecutor:
         self.closed = False
         self._clock = clock
         self.auto = auto
+        self.lost: Callable[[], str] = str
         self._done: deque[Completion] = deque()
         self._bell = Bell()
 

@@ -30,14 +30,18 @@ def count_bytes(tensors: Sequence[torch.Tensor]) -> int:
 
 
 class ArityCheck:
-    """Checks that there are as many inputs as the model takes, and that each is a plain dense tensor."""
+    """Checks that there are as many inputs as the model takes, and that each is a plain dense tensor on its device.
 
-    def __init__(self, model: str, arity: int, device: str) -> None:
+    With `copies` it may be on the host, too.
+    """
+
+    def __init__(self, model: str, arity: int, device: str, *, copies: bool = False) -> None:
         import torch
 
         self.model = model
         self.arity = arity
         self._device = torch.device(device)
+        self._copies = copies
         self._plain = {torch.Tensor, torch.nn.Parameter}
         self._strided = torch.strided
 
@@ -51,8 +55,11 @@ class ArityCheck:
                 expected, got = "a strided tensor", f"layout {tensor.layout}"
             elif tensor.is_nested:
                 expected, got = "a strided tensor", "a nested tensor"
-            elif tensor.device.type != self._device.type:
-                expected, got = f"device {self._device}", f"{tensor.device}"
+            elif tensor.device.type != self._device.type and not (self._copies and tensor.is_cpu):
+                hint = _move_hint(str(self._device), tensor)
+                raise InputMismatchError(
+                    self.model, f"input {index}", f"device {self._device}", f"{tensor.device}", hint
+                )
             elif tensor.is_neg() or tensor.is_conj():
                 expected, got = "plain values", "a lazily negated or conjugated view"
             else:
@@ -79,19 +86,27 @@ def lies_in_order(shape: Sequence[int], strides: Sequence[int], order: Sequence[
     return all(size == 1 or stride == want for size, stride, want in zip(shape, strides, wanted, strict=True))
 
 
+def _move_hint(device: str, tensor: torch.Tensor) -> str:
+    hint = f"Move it with .to({device!r})"
+    return f"{hint}, or load the model with copy_inputs=True." if tensor.is_cpu else f"{hint}."
+
+
 class InputCheck:
     """Checks a request's tensors against their specs; built once per runner, called once per request.
+
+    With `copies`, inputs of a device may be on the host, too.
 
     Raises:
         ConfigError: A spec (which a user may have declared) means nothing: no such dtype or device, an order that is
             none of its dimensions.
     """
 
-    def __init__(self, model: str, specs: Sequence[TensorSpec]) -> None:
+    def __init__(self, model: str, specs: Sequence[TensorSpec], *, copies: bool = False) -> None:
         import torch
 
         self.model = model
         self.specs = tuple(specs)
+        self._copies = copies
         self._strided = torch.strided
         self._tensor = torch.Tensor
         self._plain = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
@@ -183,9 +198,10 @@ class InputCheck:
             if device == "cpu":
                 if not tensor.is_cpu:
                     break
-            elif tensor.device.type != device or (
-                device_index is not None and tensor.device.index != device_index
-            ):
+            elif (
+                tensor.device.type != device
+                or (device_index is not None and tensor.device.index != device_index)
+            ) and not (self._copies and tensor.is_cpu):
                 break
             if contiguous:
                 if not tensor.is_contiguous():
@@ -219,10 +235,11 @@ class InputCheck:
                 )  # fmt: skip
             if tensor.layout is not self._strided:
                 self._fail(spec, "a strided tensor", f"layout {tensor.layout}", "Call .to_dense() first.")
-            if tensor.device.type != plan[5] or (plan[6] is not None and tensor.device.index != plan[6]):
-                self._fail(
-                    spec, f"device {spec.device}", f"{tensor.device}", f"Move it with .to({spec.device!r})."
-                )
+            elsewhere = tensor.device.type != plan[5] or (
+                plan[6] is not None and tensor.device.index != plan[6]
+            )
+            if elsewhere and not (self._copies and tensor.is_cpu):
+                self._fail(spec, f"device {spec.device}", f"{tensor.device}", _move_hint(spec.device, tensor))
             if spec.order is not None and not lies_in_order(shape, tensor.stride(), spec.order):
                 strides = dense_strides(shape, spec.order)
                 hint = (

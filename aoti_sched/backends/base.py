@@ -37,13 +37,15 @@ class ContainerInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Functions of the C ABI that this model lacks, because an older torch compiled it."""
     inline: bool = True
     """Whether short runs may be placed on the loop's own thread without being asked for."""
+    verified: bool = True
+    """Whether this way to run a model has run on a real device of its kind."""
 
 
 class CRun(msgspec.Struct, kw_only=True, eq=False):
     """How C runs a container: addresses of its functions, for lanes that never touch Python.
 
     `name` is what errors call the model; `native` is what native lanes keep of it, `native_plan` the plan of its last
-    batch as they know it.
+    batch as they know it. `slots` are the streams of a device, one for each of the container's slots; () on a CPU.
     """
 
     name: str
@@ -54,6 +56,7 @@ class CRun(msgspec.Struct, kw_only=True, eq=False):
     last_error: int = 0
     native: Any = None
     native_plan: Any = None
+    slots: Sequence[Any] = ()
 
 
 class Container(Protocol):
@@ -131,7 +134,8 @@ class Container(Protocol):
 class Work(msgspec.Struct, frozen=True, eq=False):
     """One run for a lane. `token` comes back with the completion and is not looked at.
 
-    With a `batch` it is the run of that batch, and `inputs` is ().
+    With a `batch` it is the run of that batch, and `inputs` is (). `slot` is the container's that it runs in: on a device, each
+    has a stream of its own.
     """
 
     container: Container
@@ -139,6 +143,7 @@ class Work(msgspec.Struct, frozen=True, eq=False):
     threads: int
     token: Any
     batch: Batch | None = None
+    slot: int = 0
 
 
 class Completion(msgspec.Struct, frozen=True, eq=False):
@@ -156,7 +161,9 @@ class Completion(msgspec.Struct, frozen=True, eq=False):
 
 
 class Executor(Protocol):
-    """A device's lanes. Each runs one work at a time."""
+    """A device's lanes. Each runs one work at a time. `lost` says why nothing runs on its device any more; "" while it works."""
+
+    lost: Callable[[], str]
 
     @property
     def kind(self) -> str: ...
@@ -193,6 +200,10 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     instances: int
     sha256: str | None
     cache_dir: Path | None
+    copy_inputs: bool = False
+    """Whether inputs on the host are copied to the device."""
+    copy_outputs: str | None = None
+    """"cpu" for outputs on the host; None leaves them where the model makes them."""
 
 
 class Loaded(msgspec.Struct, frozen=True, kw_only=True, eq=False):

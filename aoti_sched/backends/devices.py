@@ -2,18 +2,67 @@
 
 from __future__ import annotations
 
+import re
+from typing import TYPE_CHECKING, Any
+
 from aoti_sched.backends.base import Device
 from aoti_sched.errors import ConfigError
 
+if TYPE_CHECKING:
+    from aoti_sched.backends.streams import Accelerator
+
+_NAME = re.compile(r"(cpu|mps)|(cuda|xpu)(?::(\d+))?")
+
 
 def open_device(name: str) -> Device:
-    """The device of a name like "cpu".
+    """The device of a name: "cpu", "cuda:0", "xpu:0" or "mps". "cuda" is "cuda:0".
 
     Raises:
-        ConfigError: There is no such device, or it is not supported yet.
+        ConfigError: There is no such device here, or torch was built without that kind.
     """
-    if name == "cpu":
+    parts = _NAME.fullmatch(name)
+    if parts is None:
+        raise ConfigError(f"device {name!r}: expected 'cpu', 'cuda:0', 'xpu:0' or 'mps', or another number")
+    if parts[1] == "cpu":
         from aoti_sched.backends.cpu import CpuDevice
 
         return CpuDevice()
-    raise ConfigError(f"device {name!r}: only 'cpu' is supported so far")
+    return _accelerator(name, parts[1] or parts[2], int(parts[3] or 0))
+
+
+def _accelerator(name: str, kind: str, index: int) -> Accelerator:
+    import torch
+
+    module: Any = getattr(torch, kind)
+    if kind == "mps":
+        if not torch.backends.mps.is_available():
+            raise ConfigError(f"device {name!r}: {_absent('MPS', built=torch.backends.mps.is_built())}")
+        from aoti_sched.backends.mps import MpsDevice
+
+        return MpsDevice()
+    if kind == "cuda":
+        built = torch.version.cuda is not None
+    else:
+        built = torch.xpu._is_compiled()  # noqa: SLF001
+    count = module.device_count() if built else 0
+    if count == 0:
+        raise ConfigError(f"device {name!r}: {_absent(kind.upper(), built=built)}")
+    if index >= count:
+        there = ", ".join(f"{kind}:{number}" for number in range(count))
+        raise ConfigError(f"device {name!r}: there is no such device; there is {there}")
+    if kind == "cuda":
+        from aoti_sched.backends.cuda import CudaDevice
+        from aoti_sched.backends.cuda_driver import Driver
+
+        return CudaDevice(index, Driver())
+    from aoti_sched.backends.xpu import XpuDevice
+
+    return XpuDevice(index)
+
+
+def _absent(kind: str, *, built: bool) -> str:
+    import torch
+
+    if built:
+        return f"torch finds no {kind} device here"
+    return f"this torch ({torch.__version__}) was built without {kind}; install one that was built with it"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable
 from ctypes import POINTER, c_char_p, c_int32, c_void_p, py_object
+from typing import Any
 
 import torch
 
@@ -32,6 +33,17 @@ _delete.restype = c_int32
 _new_handle = libtorch.aoti_torch_new_tensor_handle
 _new_handle.argtypes = (c_void_p, POINTER(c_void_p))
 _new_handle.restype = c_int32
+
+
+def address_of(name: str) -> int:
+    """The address of one of torch's functions; 0 where this torch has none of that name."""
+    function = getattr(libtorch, name, None)
+    return 0 if function is None else ctypes.cast(function, c_void_p).value or 0
+
+
+def capsule_of(pointer: int) -> Any:
+    """A pointer as torch's bindings take it (`void*`): in a capsule without a name."""
+    return _capsule_of(pointer, None, None)
 
 
 def handles_of(tensors: list[torch.Tensor]) -> list[int]:

@@ -8,7 +8,7 @@ never on the active buffer while runs go on. A swap waits for the runs that are 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from ctypes import POINTER, byref, c_bool, c_char_p, c_int32, c_size_t, c_uint64, c_void_p
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -232,10 +232,35 @@ class RawContainer:
                 fit[spec.fqn] = active[spec.fqn]  # made by the compiler, or left out of a part
         return [(c, laid_out(self.name, c, fit[c.spec.fqn])) for c in self.constants if c.spec.fqn in fit]
 
-    def stage(self, ready: list[tuple[Constant, torch.Tensor]]) -> int:
-        """Write a `full_set` into the inactive buffer; returns its bytes. Runs may go on."""
+    def stage(
+        self,
+        ready: list[tuple[Constant, torch.Tensor]],
+        *,
+        at_once: int | None = None,
+        bring: Callable[[list[torch.Tensor]], list[torch.Tensor]] | None = None,
+    ) -> int:
+        """Write a `full_set` into the inactive buffer; returns its bytes. Runs may go on.
+
+        Args:
+            ready: The set.
+            at_once: Bytes to be written in one call, as far as constants can be written apart from others; by default all.
+            bring: Copies host tensors to the model's device. It is asked for those that the model can't copy itself, so many
+                at once.
+        """
         self._complete[1] = False
-        self._write("UpdateConstantBufferPairs", ready, inactive=True, full=True)
+        groups = [ready] if at_once is None else _groups(ready, at_once)
+        for number, group in enumerate(groups):
+            name, given = "UpdateConstantBufferPairs", group
+            here = [place for place, (_, tensor) in enumerate(group) if tensor.is_cpu]
+            if bring is not None and here and self.device_type != "cpu":
+                if self.library.has(_PREFIX + "UpdateConstantBufferFromCpuPairs"):
+                    name = "UpdateConstantBufferFromCpuPairs"
+                else:
+                    given = list(group)
+                    for place, tensor in zip(here, bring([group[p][1] for p in here]), strict=True):
+                        given[place] = (group[place][0], tensor)
+            self._write(name, given, inactive=True, full=len(groups) == 1)
+            self._complete[1] = number == len(groups) - 1
         return sum(tensor.numel() * tensor.element_size() for _, tensor in ready)
 
     def update(
@@ -470,6 +495,30 @@ class RawContainer:
                     f"{self.name}: constant {constant.spec.fqn!r} wants shape {shape}, got {tuple(tensor.shape)}. "
                     "The buffer is unusable now; update it in full."
                 )
+
+
+def _groups(
+    ready: list[tuple[Constant, torch.Tensor]], at_once: int
+) -> list[list[tuple[Constant, torch.Tensor]]]:
+    """A set in groups of so many bytes, or of one constant that has more.
+
+    What is no parameter is all in the last group, however large: the runtime copies those that a call leaves out from the
+    active buffer, even over those that were written before.
+    """
+    apart = [pair for pair in ready if pair[0].spec.type == "parameter" and pair[1].numel()]
+    together = [pair for pair in ready if pair[0].spec.type != "parameter" or not pair[1].numel()]
+    groups: list[list[tuple[Constant, torch.Tensor]]] = []
+    room = 0
+    for pair in apart:
+        size = pair[1].numel() * pair[1].element_size()
+        if not groups or size > room:
+            groups.append([])
+            room = at_once
+        groups[-1].append(pair)
+        room -= size
+    if together or not groups:
+        groups.append(together)
+    return groups
 
 
 def entries(pairs: list[tuple[Constant, torch.Tensor]], handles: list[int]) -> ctypes.Array[ConstantEntry]:

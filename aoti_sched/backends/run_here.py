@@ -44,7 +44,7 @@ def run_here(work: Work) -> Completion:
     try:
         with intra_op_threads(work.threads):
             run = work.container.c_run
-            if run is None:
+            if run is None or run.slots:
                 outputs = run_raw(work)
             elif work.batch is None:
                 outputs = _call_own(work, run, work.inputs)
@@ -58,6 +58,12 @@ def run_here(work: Work) -> Completion:
 def run_raw(work: Work) -> list[Any]:
     """Run a work, one request's or a batch, by its container's own `run_raw`."""
     container = work.container
+    run_work = getattr(
+        container, "run_work", None
+    )  # of a container on a device, which has more to do around a run
+    if run_work is not None:
+        outputs: list[Any] = run_work(work)
+        return outputs
     if work.batch is None:
         return container.run_raw(work.inputs)
     return container.staging.run(work.batch, container.run_raw)

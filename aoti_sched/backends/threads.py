@@ -63,6 +63,7 @@ class ThreadsExecutor:
             for lane, (inbox, core) in enumerate(zip(self._inboxes, cores, strict=True))
         ]
         self._closed = False
+        self.lost: Callable[[], str] = str  # a device says more
         for thread in self._threads:
             thread.start()
         close_at_exit(self)

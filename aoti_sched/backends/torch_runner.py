@@ -1,7 +1,7 @@
 """torch's own container runner, for models that the C ABI can't run from here.
 
 A custom operator is reached through a proxy executor, which only torch's C++ can build;
-`torch._C._aoti.AOTIModelContainerRunnerCpu` builds its own from the files beside the library. What it
+`torch._C._aoti.AOTIModelContainerRunner*` builds its own from the files beside the library. There is one for each kind of device. What it
 costs: on torch 2.13 the binding holds the GIL for the whole run, so the event loop stands still meanwhile.
 """
 
@@ -11,12 +11,15 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch._C._aoti import AOTIModelContainerRunnerCpu
+from torch._C import _aoti
 
 from aoti_sched.backends.base import ContainerInfo, LoadRequest
 from aoti_sched.backends.batch import Staging
+from aoti_sched.backends.handles import capsule_of
 from aoti_sched.backends.raw_container import RawContainer
 from aoti_sched.backends.weights import load_weights, read_stored
 from aoti_sched.errors import LoadError, RunError, UpdateError
@@ -27,12 +30,15 @@ from aoti_sched.telemetry import log
 class TorchRunnerContainer:
     """The stock runner behind the container's contract. `raw` describes the model, and is closed then."""
 
-    def __init__(self, raw: RawContainer, request: LoadRequest, extracted: Extracted) -> None:
+    def __init__(
+        self, raw: RawContainer, request: LoadRequest, extracted: Extracted, *, device: str = "cpu"
+    ) -> None:
         self._library = raw.library
         self._name = request.name
         self._instances = request.instances
         self._gil = "held"
         self.staging = Staging(raw.name)
+        self._device_name = device
         self._extracted = extracted
         if extracted.weights_blob is not None:
             raise LoadError(
@@ -44,7 +50,7 @@ class TorchRunnerContainer:
         self._counts = raw.num_inputs, raw.num_outputs
         self._constants = tuple(constant.spec for constant in raw.constants)
         raw.close()
-        self._runner: AOTIModelContainerRunnerCpu | None = self._make()
+        self._runner: Any = self._make()
         log.warning(
             "model runs through torch's own runner",
             runner=request.name,
@@ -52,14 +58,15 @@ class TorchRunnerContainer:
             cost="the GIL is held for the whole run: the event loop stands still meanwhile",
         )
 
-    def _make(self) -> AOTIModelContainerRunnerCpu:
+    def _make(self) -> Any:
         """A runner with the package's weights."""
         try:
-            runner = AOTIModelContainerRunnerCpu(str(self._extracted.library), self._instances)
+            runner = stock_runner(self._device_name, self._extracted.library, self._instances)
             stored = read_stored(f"model {self._name!r}", self._extracted)
             if stored:
                 names = {spec.fqn: spec.name for spec in self._constants}
-                runner.update_constant_buffer({names[f]: t for f, t in stored.items()}, False, False)
+                constants = {names[f]: t.to(self._device_name) for f, t in stored.items()}
+                runner.update_constant_buffer(constants, False, False)
         except RuntimeError as error:
             raise LoadError(
                 f"model {self._name!r}: torch's runner could not be made: {error}. A custom operator must be "
@@ -92,12 +99,17 @@ class TorchRunnerContainer:
         return outputs
 
     def run_raw(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        return self._run_on(inputs)
+
+    def _run_on(self, inputs: Sequence[torch.Tensor], stream: int = 0) -> list[torch.Tensor | None]:
+        """Run on a device's stream, which the runner takes as a capsule; 0 for the current one, or none."""
         runner = self._runner
         if runner is None:
             raise RunError(f"model {self._name!r} is closed")
         try:
             with torch.no_grad():
-                outputs: list[torch.Tensor | None] = list(runner.run(list(inputs)))
+                on = (capsule_of(stream),) if stream else ()
+                outputs: list[torch.Tensor | None] = list(runner.run(list(inputs), *on))
         except RuntimeError as error:
             cause = self._library.root_cause() or str(error)
             raise RunError(f"model {self._name!r}: the run failed: {cause}") from error
@@ -144,6 +156,27 @@ class TorchRunnerContainer:
 
     def _not_updatable(self) -> UpdateError:
         return UpdateError(f"model {self._name!r}: {self.updatable}")
+
+
+def stock_runner(device: str, library: Path, instances: int) -> Any:
+    """Torch's own runner for a model on a device ("cpu", "cuda:0", "xpu:0", "mps").
+
+    CUDA's and XPU's are told the device and where the model's kernels lie, which is beside its library.
+
+    Raises:
+        LoadError: This torch was built without that kind of device.
+        RuntimeError: Torch could not load the model.
+    """
+    kind = device.partition(":")[0]
+    name = f"AOTIModelContainerRunner{kind.capitalize()}"
+    runner = getattr(_aoti, name, None)
+    if runner is None:
+        raise LoadError(
+            f"{library.name}: it needs torch's own runner for {kind}, {name}, which this torch ({torch.__version__}) has not"
+        )
+    if kind in ("cuda", "xpu"):
+        return runner(str(library), instances, device, str(library.parent))
+    return runner(str(library), instances)
 
 
 def gil_during(call: Callable[[], object]) -> str:

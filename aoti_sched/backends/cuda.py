@@ -1,0 +1,151 @@
+"""CUDA: a stream of the driver's own for each slot, on which lanes launch, copy and wait without the GIL."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+
+from aoti_sched.backends.cuda_driver import DISABLE_TIMING, NON_BLOCKING, NOT_READY, Driver
+from aoti_sched.backends.streams import Accelerator, Stream
+from aoti_sched.errors import RunError
+from aoti_sched.telemetry import log
+
+
+class CudaDevice(Accelerator):
+    """One CUDA device.
+
+    Args:
+        index: Its number, as torch and the driver count.
+        driver: The driver.
+        module: Torch's module for it.
+        type: Torch's word for its kind. (The tests have one whose driver is simulated.)
+    """
+
+    def __init__(self, index: int, driver: Driver, *, module: Any = torch.cuda, type: str = "cuda") -> None:
+        self.type = type
+        self.index = index
+        self.driver = driver
+        self.module = module
+        self.context = driver.primary_context(index)
+        self._events: deque[int] = deque()  # that nobody uses now
+        self._lost = ""
+
+    def open_stream(self) -> CudaStream:
+        return CudaStream(self)
+
+    def record(self) -> CudaEvent:
+        event = CudaEvent(self)
+        with self.driver.current(self.context):  # the default stream is one of the current context
+            self.driver.call(
+                "cuEventRecord", event.handle, self.module.current_stream(self.index).cuda_stream
+            )
+        return event
+
+    def current_stream(self) -> Any:
+        return self.module.current_stream(self.index)
+
+    def settle(self) -> None:
+        with self.driver.current(self.context):
+            self.driver.call("cuStreamSynchronize", None)
+
+    def synchronize(self) -> None:
+        self.module.synchronize(self.index)
+
+    @contextmanager
+    def keeping_current(self) -> Iterator[None]:
+        with self.driver.current(None), self.module.device(self.index):
+            yield
+
+    def native_functions(self) -> dict[str, int]:
+        address = self.driver.address
+        return {
+            "guard": self.address("aoti_torch_create_cuda_stream_guard"),
+            "unguard": self.address("aoti_torch_delete_cuda_stream_guard"),
+            "set_context": address("cuCtxSetCurrent"),
+            "copy_in": address("cuMemcpyHtoDAsync_v2"),
+            "copy_out": address("cuMemcpyDtoHAsync_v2"),
+            "allocate_host": address("cuMemAllocHost_v2"),
+            "free_host": address("cuMemFreeHost"),
+            "explain": address("cuGetErrorString"),
+        }
+
+    @property
+    def native_context(self) -> int:
+        return self.context
+
+    def lost(self) -> str:
+        return self._lost
+
+    def look_after_failure(self) -> None:
+        if self._lost:
+            return
+        with self.driver.current(self.context):
+            # An error that stays is what every later call returns, whatever it is asked for.
+            status = self.driver.status("cuStreamQuery", None)
+        if status not in (0, NOT_READY):
+            self._lost = self.driver.explain(status)
+            log.error("device lost", device=self.name, error=self._lost)
+
+    # --- events are kept for the next request
+
+    def take_event(self) -> int:
+        try:
+            return self._events.popleft()
+        except IndexError:
+            with self.driver.current(self.context):
+                return self.driver.make("cuEventCreate", DISABLE_TIMING)
+
+    def give_event(self, handle: int) -> None:
+        self._events.append(handle)
+
+
+class CudaEvent:
+    """An event of the device's, given back when nobody refers to it: whoever waits for it has been told by then."""
+
+    __slots__ = ("_device", "handle")
+
+    def __init__(self, device: CudaDevice) -> None:
+        self._device = device
+        self.handle = device.take_event()
+
+    def __del__(self) -> None:
+        handle = getattr(self, "handle", 0)
+        if handle:
+            self._device.give_event(handle)
+
+
+class CudaStream(Stream):
+    """A stream that does not wait for the default one."""
+
+    def __init__(self, device: CudaDevice) -> None:
+        self._device = device
+        self._driver = device.driver
+        with self._driver.current(device.context):
+            self.handle = self._driver.make("cuStreamCreate", NON_BLOCKING)
+        self.of_torch = device.module.ExternalStream(self.handle, device=device.index)
+
+    def wait_for(self, event: CudaEvent) -> None:
+        self._driver.call("cuStreamWaitEvent", self.handle, event.handle, 0)
+
+    def current(self) -> AbstractContextManager[object]:
+        made: AbstractContextManager[object] = self._device.module.stream(self.of_torch)
+        return made
+
+    def fence(self) -> None:
+        with self._driver.current(self._device.context):
+            status = self._driver.status("cuStreamSynchronize", self.handle)
+        if status != 0:
+            raise RunError(f"waiting for the device failed: {self._driver.explain(status)}")
+
+    def native_fence(self) -> dict[str, int]:
+        return {"fence": self._driver.address("cuStreamSynchronize"), "argument": self.handle}
+
+    def close(self) -> None:
+        if self.handle:
+            with self._driver.current(self._device.context):
+                self._driver.status("cuStreamDestroy_v2", self.handle)
+            self.handle = 0

@@ -1,0 +1,118 @@
+"""CUDA's driver, as much of it as streams need, through ctypes: found at run time, so that nothing links against CUDA.
+
+Calls release the GIL. The functions are described in the CUDA Driver API reference; `_v2` is what the header's macros make of a
+name. What blocks is `cuStreamSynchronize`, and `cuInit` at first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
+from typing import Any
+
+from aoti_sched.errors import ConfigError, RunError
+
+NON_BLOCKING = 1
+"""`CU_STREAM_NON_BLOCKING`: a stream that does not wait for the default one, nor it for that."""
+DISABLE_TIMING = 2
+"""`CU_EVENT_DISABLE_TIMING`."""
+NOT_READY = 600
+"""`CUDA_ERROR_NOT_READY`: a stream has work to do."""
+
+_FUNCTIONS: dict[str, tuple[Any, ...]] = {
+    "cuInit": (c_uint,),
+    "cuDeviceGetCount": (POINTER(c_int),),
+    "cuDeviceGet": (POINTER(c_int), c_int),
+    "cuDevicePrimaryCtxRetain": (POINTER(c_void_p), c_int),
+    "cuCtxGetCurrent": (POINTER(c_void_p),),
+    "cuCtxSetCurrent": (c_void_p,),
+    "cuStreamCreate": (POINTER(c_void_p), c_uint),
+    "cuStreamDestroy_v2": (c_void_p,),
+    "cuStreamSynchronize": (c_void_p,),
+    "cuStreamQuery": (c_void_p,),
+    "cuStreamWaitEvent": (c_void_p, c_void_p, c_uint),
+    "cuEventCreate": (POINTER(c_void_p), c_uint),
+    "cuEventDestroy_v2": (c_void_p,),
+    "cuEventRecord": (c_void_p, c_void_p),
+    "cuMemcpyHtoDAsync_v2": (c_uint64, c_void_p, c_size_t, c_void_p),
+    "cuMemcpyDtoHAsync_v2": (c_void_p, c_uint64, c_size_t, c_void_p),
+    "cuMemAllocHost_v2": (POINTER(c_void_p), c_size_t),
+    "cuMemFreeHost": (c_void_p,),
+    "cuGetErrorName": (c_int, POINTER(c_char_p)),
+    "cuGetErrorString": (c_int, POINTER(c_char_p)),
+}
+
+
+class Driver:
+    """The driver's library.
+
+    Raises:
+        ConfigError: There is no such library, it is too old, or it can't be initialized.
+    """
+
+    def __init__(self, library: str = "libcuda.so.1") -> None:
+        try:
+            self._cdll = ctypes.CDLL(library)
+            for name, arguments in _FUNCTIONS.items():
+                function = self._cdll[name]
+                function.argtypes, function.restype = arguments, c_int
+                setattr(self._cdll, name, function)
+        except (OSError, AttributeError) as error:
+            raise ConfigError(f"CUDA's driver can't be used: {error}") from error
+        status = self.status("cuInit", 0)
+        if status != 0:
+            raise ConfigError(f"CUDA's driver can't be initialized: {self.explain(status)}")
+
+    def status(self, function: str, *arguments: Any) -> int:
+        """Call a function; 0 is success."""
+        status: int = getattr(self._cdll, function)(*arguments)
+        return status
+
+    def call(self, function: str, *arguments: Any) -> None:
+        """Call a function and raise RunError, with the driver's words, when it fails."""
+        status = self.status(function, *arguments)
+        if status != 0:
+            raise RunError(f"{function} failed: {self.explain(status)}")
+
+    def make(self, function: str, argument: int) -> int:
+        """Call a function that makes something, and return its handle."""
+        made = c_void_p()
+        self.call(function, byref(made), argument)
+        return made.value or 0
+
+    def address(self, function: str) -> int:
+        return ctypes.cast(getattr(self._cdll, function), c_void_p).value or 0
+
+    def explain(self, status: int) -> str:
+        """The driver's name and words for a status."""
+        texts = []
+        for function in ("cuGetErrorName", "cuGetErrorString"):
+            text = c_char_p()
+            if self.status(function, status, byref(text)) == 0 and text.value:
+                texts.append(text.value.decode(errors="replace"))
+        return ": ".join(texts) or f"status {status}"
+
+    def device_count(self) -> int:
+        count = c_int()
+        self.call("cuDeviceGetCount", byref(count))
+        return count.value
+
+    def primary_context(self, index: int) -> int:
+        """The context that torch uses on a device, too; kept for the process's life."""
+        device = c_int()
+        self.call("cuDeviceGet", byref(device), index)
+        return self.make("cuDevicePrimaryCtxRetain", device.value)
+
+    @contextmanager
+    def current(self, context: int | None) -> Iterator[None]:
+        """The context is the calling thread's current one inside, and what was it before is so again; None changes nothing inside."""
+        before = c_void_p()
+        self.call("cuCtxGetCurrent", byref(before))
+        if context is not None and before.value != context:
+            self.call("cuCtxSetCurrent", context)
+        try:
+            yield
+        finally:
+            self.status("cuCtxSetCurrent", before)

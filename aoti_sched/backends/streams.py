@@ -1,0 +1,542 @@
+"""What devices have in common whose runs go on streams: CUDA, XPU and MPS.
+
+A run is launched on its slot's stream by one thread, which then waits for the device (the *fence*) without the GIL. So a completed run
+is complete on the device, too: its inputs may be freed, its slot given to the next, and a barrier needs no other fence.
+
+- On the way in, the slot's stream waits for an event on the stream that was the caller's current one when it called.
+- Inputs are held until the fence: the model lets go of them when it has launched.
+- On the way out, outputs are recorded on the caller's stream: their memory is of the slot's pool, and would be given to the slot's
+  next run while the caller's own work may still read it.
+
+How streams, events and fences are made is each device's own (`Accelerator`); `StreamContainer` is what runs on them.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+
+from aoti_sched.backends.base import ContainerInfo, CRun, Executor, Loaded, LoadRequest, Work
+from aoti_sched.backends.c_abi import Library, libtorch
+from aoti_sched.backends.container import CAbiContainer
+from aoti_sched.backends.cpu import available_cores, set_threads
+from aoti_sched.backends.executor import open_executor
+from aoti_sched.backends.handles import address_of
+from aoti_sched.backends.raw_container import RawContainer
+from aoti_sched.backends.torch_runner import TorchRunnerContainer
+from aoti_sched.errors import DeviceLostError, LoadError, PlatformMismatchError
+from aoti_sched.package import Extracted, check_platform, open_package
+from aoti_sched.specs import TensorSpec, spec_from_metadata, specs_from_wrapper
+from aoti_sched.telemetry import log
+
+if TYPE_CHECKING:
+    from aoti_sched.backends.constants import Constant
+    from aoti_sched.backends.native import _native
+
+STAGED_AT_ONCE = 64 << 20
+"""Bytes of constants that are written in one call; between two calls, what serves has the device's copy engine."""
+
+LANES = 4
+"""The least lanes by default: each mostly waits for its device, and needs no core of its own for that."""
+
+
+class Arrived(list[Any]):
+    """A request's inputs, and what was current when it came: an event after all that they depend on, and the stream that will
+    use the outputs."""
+
+    __slots__ = ("consumer", "event")
+
+    def __init__(self, inputs: Sequence[Any], event: Any, consumer: Any) -> None:
+        super().__init__(inputs)
+        self.event = event
+        self.consumer = consumer
+
+
+class Stream(ABC):
+    """One stream, owned. `handle` is what a model is given, `of_torch` torch's object for it; None where there is none."""
+
+    handle: int = 0
+    of_torch: Any = None
+
+    @abstractmethod
+    def wait_for(self, event: Any) -> None:
+        """What comes next on this stream comes after the event. Does not block."""
+
+    @abstractmethod
+    def current(self) -> AbstractContextManager[object]:
+        """Torch's operations inside go on this stream."""
+
+    @abstractmethod
+    def fence(self) -> None:
+        """Wait, the GIL released, until all its work is complete.
+
+        Raises:
+            RuntimeError: The device failed.
+        """
+
+    @abstractmethod
+    def native_fence(self) -> dict[str, int]:
+        """How C waits: `fence` or `wait`, the address of a function, and its `argument`; 0 for both functions where C can't."""
+
+    def close(self) -> None:  # noqa: B027 -- a device may have nothing to do
+        """Give it back; nothing may be going on."""
+
+
+class Accelerator(ABC):
+    """One device. `type` is torch's word for its kind, `index` its number among those."""
+
+    type: str
+    index = 0
+    verified = False
+    """Whether this code has run on a real device of this kind."""
+    one_at_a_time = False
+    """Whether it takes one work of the whole process at a time."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.type}:{self.index}"
+
+    def cores(self) -> int:
+        """How many lanes there are by default, and how many of them may work at once."""
+        return max(LANES, available_cores())
+
+    def open_executor(self, lanes: int, affinity: Sequence[int] | None = None) -> Executor:
+        executor = open_executor(self.name, lanes, available_cores(), set_threads, affinity)
+        executor.lost = self.lost
+        return executor
+
+    # --- streams ---------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def open_stream(self) -> Stream:
+        """A stream that nobody else has."""
+
+    @abstractmethod
+    def record(self) -> Any:
+        """An event after all that the calling thread's current stream has been given; None where there is no such thing."""
+
+    @abstractmethod
+    def current_stream(self) -> Any:
+        """Torch's object for the calling thread's current stream, for `Tensor.record_stream`; None where there is none."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Wait for the default stream, on which the runtime writes constants."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait for all streams."""
+
+    def native_functions(self) -> dict[str, int]:
+        """Of the device's own functions those that native lanes call, by `_native.Device`'s names."""
+        return {}
+
+    @property
+    def native_context(self) -> int:
+        return 0
+
+    def address(self, function: str) -> int:
+        """The address of one of torch's functions, or 0."""
+        return address_of(function)
+
+    def turn(self) -> AbstractContextManager[object]:
+        """The process's turn, on a device that takes one work at a time."""
+        return nullcontext()
+
+    def keeping_current(self) -> AbstractContextManager[object]:
+        """Whatever is done inside leaves the calling thread's current device as it was."""
+        return nullcontext()
+
+    def lost(self) -> str:
+        """Why nothing runs on it any more; "" while it works."""
+        return ""
+
+    def look_after_failure(self) -> None:  # noqa: B027 -- a device may have no way to know
+        """A run has failed: find out whether the device is lost."""
+
+    def must_work(self) -> None:
+        """Raise DeviceLostError unless the device works."""
+        why = self.lost()
+        if why:
+            raise DeviceLostError(
+                f"device {self.name} is lost: {why}. Nothing runs on it until the process is started again.",
+                device=self.name,
+            )
+
+    def judged(self, error: BaseException) -> BaseException:
+        """A failed run's error, or that the device is lost with it."""
+        self.look_after_failure()
+        why = self.lost()
+        if not why or isinstance(error, DeviceLostError):
+            return error
+        return DeviceLostError(f"device {self.name} is lost: {why}. {error}", device=self.name)
+
+    @functools.cached_property
+    def native(self) -> _native.Device | None:
+        """The device as native lanes know it; None where they can't run on it."""
+        try:
+            from aoti_sched.backends.native import _native
+            from aoti_sched.backends.native.executor import shim_of_torch
+        except ImportError:
+            return None
+        shim = shim_of_torch()
+        functions = {
+            "new_handle": self.address("aoti_torch_new_tensor_handle"),
+            "get_device_type": self.address("aoti_torch_get_device_type"),
+            "copy": self.address("aoti_torch_copy_"),
+            **self.native_functions(),
+        }
+        if shim is None or not all(functions.values()):
+            return None
+        return _native.Device(
+            shim,
+            type=self._number(),
+            index=self.index,
+            one_at_a_time=self.one_at_a_time,
+            functions=functions,
+            context=self.native_context,
+        )
+
+    def _number(self) -> int:
+        """Torch's number for this kind of device."""
+        kind = "privateuse1" if self.type == torch._C._get_privateuse1_backend_name() else self.type  # noqa: SLF001
+        number: int = getattr(libtorch, f"aoti_torch_device_type_{kind}")()
+        return number
+
+    # --- loading ---------------------------------------------------------------------------------------
+
+    def load(self, request: LoadRequest) -> Loaded:
+        """As `Device.load`. The calling thread's current device is afterwards what it was: torch's loader changes it."""
+        package = open_package(request.path, sha256=request.sha256)
+        model = package.model(request.model_name)
+        check_platform(model)
+        if model.device not in ("", self.type):
+            raise PlatformMismatchError(
+                f"{request.path}: model {model.name!r} was compiled for {model.device}, not for {self.type}",
+                path=str(request.path),
+            )
+        if request.copy_outputs not in (None, "cpu"):
+            raise LoadError(f"copy_outputs={request.copy_outputs!r}: 'cpu' or None")
+        extracted = package.extract(model, request.cache_dir)
+        own = spec_from_metadata(model.metadata)
+        if own is not None and own.mutates_buffers:
+            request = msgspec.structs.replace(request, instances=1)
+        wrapper = package.wrapper_source(model)
+        if own is not None:
+            specs = [leaf for leaf in own.inputs if isinstance(leaf, TensorSpec)]
+        else:
+            specs = list(specs_from_wrapper(wrapper) or ()) if wrapper is not None else []
+        self.must_work()
+        with self.keeping_current(), self.turn():
+            raw = RawContainer(
+                Library(extracted.library), request.instances, self.name, str(extracted.library.parent)
+            )
+            raw.name = f"model {request.name!r}"
+            try:
+                on_host = tuple(index for index, spec in enumerate(specs) if spec.device == "cpu")
+                make = StreamTorchRunner if model.needs_proxy_executor else StreamContainer
+                container = make(self, raw, request, extracted, on_host)
+            except BaseException:
+                raw.close()
+                raise
+        return Loaded(
+            container=container,
+            metadata=model.metadata,
+            wrapper_source=wrapper,
+            sha256=package.sha256,
+            thread_limit=model.thread_limit,
+            fixed_threads=1,
+        )
+
+
+class Slot:
+    """One of a container's slots: a stream that is its alone, and what is done around a run on it."""
+
+    def __init__(
+        self, device: Accelerator, stream: Stream, on_host: Sequence[bool], request: LoadRequest
+    ) -> None:
+        self.device = device
+        self.stream = stream
+        self._on_host = on_host  # of each input, whether it belongs there
+        self._copies = request.copy_inputs
+        self._home = request.copy_outputs == "cpu"
+        self.native: _native.Stream | None = None
+        fence = stream.native_fence()
+        if device.native is not None and (fence.get("fence") or fence.get("wait")):
+            from aoti_sched.backends.native import _native
+
+            brought = [self._copies and not here for here in on_host]
+            self.native = _native.Stream(
+                device.native, handle=stream.handle, brought=brought, home=self._home, **fence
+            )
+
+    def begin(self, work: Work) -> None:
+        """Before a run is launched: its stream waits for what the inputs depend on. Does not block.
+
+        Raises:
+            DeviceLostError: The device works no more.
+        """
+        self.device.must_work()
+        for inputs in _arrivals(work):
+            event = getattr(inputs, "event", None)
+            if event is not None:
+                self.stream.wait_for(event)
+
+    def hand_over(self, work: Work, outputs: list[Any]) -> None:
+        """Outputs (of a batch: each member's) are used on their caller's stream from now on."""
+        if self._home:
+            return
+        each = outputs if work.batch is not None else [outputs]
+        for inputs, own in zip(_arrivals(work), each, strict=True):
+            consumer = getattr(inputs, "consumer", None)
+            for tensor in own if consumer is not None else ():
+                if tensor is not None and not tensor.is_cpu:
+                    tensor.record_stream(consumer)
+
+    def brought(self, inputs: Sequence[Any]) -> list[Any]:
+        """The inputs where the model wants them, in Python's way: inside `stream.current()`."""
+        if not self._copies:
+            return list(inputs)
+        return [
+            self._bring(tensor) if tensor.is_cpu and not here else tensor
+            for tensor, here in zip(inputs, self._on_host, strict=True)
+        ]
+
+    def _bring(self, tensor: torch.Tensor) -> torch.Tensor:
+        there = torch.empty_strided(
+            tensor.size(), tensor.stride(), dtype=tensor.dtype, device=self.device.name
+        )
+        return there.copy_(tensor.detach())
+
+    def home(self, outputs: list[Any]) -> list[Any]:
+        """The outputs where they are wanted."""
+        return [None if tensor is None else tensor.cpu() for tensor in outputs] if self._home else outputs
+
+    @contextmanager
+    def run(self, work: Work) -> Iterator[None]:
+        """A run of Python's inside; when it comes out, the device is done, whatever has failed."""
+        with self.device.turn(), torch.no_grad():
+            self.begin(work)
+            try:
+                with self.stream.current():
+                    yield
+            except BaseException:
+                try:
+                    self.stream.fence()
+                except RuntimeError:
+                    log.debug("the device failed after its run", device=self.device.name)
+                raise
+            self.stream.fence()
+
+
+class OnStreams:
+    """What a container has whose runs go on streams, be they called through the C ABI or by torch's runner."""
+
+    staging: Any
+
+    def _open_slots(
+        self, device: Accelerator, request: LoadRequest, inputs: int, on_host: Sequence[int]
+    ) -> None:
+        self._device = device
+        self._host_outputs = request.copy_outputs == "cpu"
+        marks = [index in on_host for index in range(inputs)]
+        self._slots: list[Slot] = []
+        for _ in range(request.instances):
+            self._slots.append(Slot(device, device.open_stream(), marks, request))
+        self._house = device.open_stream()
+        """For what is no request's: folding, copies."""
+
+    def _close_slots(self) -> None:
+        for slot in self._slots:
+            slot.native = None  # with its pinned memory
+            slot.stream.close()
+        if self._slots:
+            self._house.close()
+        self._slots = []
+
+    def arrive(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        """A request's inputs, on the caller's thread and under its current stream."""
+        event = None if all(tensor.is_cpu for tensor in inputs) else self._device.record()
+        consumer = None if self._host_outputs else self._device.current_stream()
+        return Arrived(inputs, event, consumer)
+
+    def run_work(self, work: Work) -> list[Any]:
+        """A work from beginning to end on the calling thread, in Python's way."""
+        slot = self._slots[work.slot]
+        try:
+            with slot.run(work):
+                batch = work.batch
+                if batch is None:
+                    outputs = self._once(slot, work.inputs)
+                else:
+                    members = [slot.brought(member) for member in batch.members]
+                    there = msgspec.structs.replace(batch, members=members)
+                    outputs = self.staging.run(there, functools.partial(self._once, slot))
+        except Exception as error:  # noqa: BLE001 -- it is raised again, perhaps as another
+            raise self._device.judged(error) from None
+        slot.hand_over(work, outputs)
+        return outputs
+
+    def _once(self, slot: Slot, inputs: Sequence[Any]) -> list[Any]:
+        """One run of the model inside `slot.run`."""
+        raise NotImplementedError
+
+
+class StreamContainer(OnStreams, CAbiContainer):
+    """A container on a device, run through the C ABI: each of its slots has a stream."""
+
+    def __init__(
+        self,
+        device: Accelerator,
+        raw: RawContainer,
+        request: LoadRequest,
+        extracted: Extracted,
+        on_host: Sequence[int],
+    ) -> None:
+        self._device_name = device.name
+        self._resources = str(extracted.library.parent)
+        self._open_slots(device, request, raw.num_inputs, on_host)
+        self._turns = 0  # whose turn it is to be warmed up
+        try:
+            super().__init__(raw, request, extracted)
+            device.settle()
+            self._know_c_run()
+        except BaseException:
+            self._close_slots()
+            raise
+
+    @property
+    def info(self) -> ContainerInfo:
+        return msgspec.structs.replace(super().info, inline=False, verified=self._device.verified)
+
+    def _know_c_run(self) -> None:
+        self._c_run.slots = self._slots
+
+    @property
+    def c_run(self) -> CRun | None:  # type: ignore[override]
+        """None where only Python can wait for the device."""
+        return self._c_run if self._slots and self._slots[0].native is not None else None
+
+    def own(self, outputs: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """Outputs that are weights are copied on a stream of their own, and that is waited for: the weights may be written next."""
+        if self._aliases(outputs):
+            with self._device.turn(), self._house.current():
+                super().own(outputs)
+                self._house.fence()
+        return outputs
+
+    def run_raw(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        return self.run_work(Work(self, self.arrive(inputs), 1, None))
+
+    def close(self) -> None:
+        self._raw.close()
+        self.staging.clear()
+        self._c_run.native = None
+        self._c_run.slots = ()
+        self._close_slots()
+
+    def _once(self, slot: Slot, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        outputs = self._raw.run(slot.brought(inputs), stream=slot.stream.handle)
+        return slot.home(CAbiContainer.own(self, outputs))
+
+    def _run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        """A run of warming up: outputs as the model gave them, each time in the next slot."""
+        slot = self._slots[self._turns % len(self._slots)]
+        self._turns += 1
+        with slot.run(Work(self, self.arrive(inputs), 1, None)):
+            return self._raw.run(slot.brought(inputs), stream=slot.stream.handle)
+
+    # --- live weights ----------------------------------------------------------------------------------
+
+    def _fold(self, raw: RawContainer, *, inactive: bool) -> None:
+        with self._device.turn():
+            raw.fold(inactive=inactive, stream=self._house.handle)
+            self._house.fence()
+
+    def _write(self, ready: list[tuple[Constant, torch.Tensor]]) -> int:
+        self._device.must_work()
+        if any(not tensor.is_cpu for _, tensor in ready):
+            self._device.synchronize()  # what computes them may go on, on any stream
+        with self._device.keeping_current(), self._device.turn():
+            size = self._raw.stage(ready, at_once=STAGED_AT_ONCE, bring=self._bring)
+            self._device.settle()  # the runtime does not wait for copies from device to device
+        return size
+
+    def _bring(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Host tensors on the device, for models that can't take them from the host."""
+        with self._house.current():
+            brought = [
+                torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=self._device.name).copy_(t)
+                for t in tensors
+            ]
+            self._house.fence()
+        return brought
+
+    def extract(self, *, inactive: bool = False) -> dict[str, torch.Tensor]:
+        with self._device.turn():
+            constants = super().extract(inactive=inactive)
+            self._device.settle()
+        return constants
+
+    def rebuild(self) -> None:
+        with self._device.keeping_current(), self._device.turn():
+            super().rebuild()
+            self._device.settle()
+        self._know_c_run()
+
+    def _another(self) -> RawContainer:
+        raw = RawContainer(self._raw.library, self._instances, self._device_name, self._resources)
+        raw.name = self._raw.name
+        return raw
+
+
+class StreamTorchRunner(OnStreams, TorchRunnerContainer):
+    """Torch's own runner on a device."""
+
+    def __init__(
+        self,
+        device: Accelerator,
+        raw: RawContainer,
+        request: LoadRequest,
+        extracted: Extracted,
+        on_host: Sequence[int],
+    ) -> None:
+        self._open_slots(device, request, raw.num_inputs, on_host)
+        self._turns = 0
+        try:
+            super().__init__(raw, request, extracted, device=device.name)
+            device.settle()
+        except BaseException:
+            self._close_slots()
+            raise
+
+    @property
+    def info(self) -> ContainerInfo:
+        return msgspec.structs.replace(super().info, inline=False, verified=self._device.verified)
+
+    def run_raw(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        slot = self._turns % len(self._slots)
+        return self.run_work(Work(self, self.arrive(inputs), 1, None, slot=slot))
+
+    def warm_up(self, make_inputs: Callable[[], Sequence[torch.Tensor]]) -> None:
+        for _ in self._slots:
+            self.run_raw(make_inputs())
+            self._turns += 1
+        super().warm_up(make_inputs)
+
+    def _once(self, slot: Slot, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        return slot.home(self._run_on(slot.brought(inputs), slot.stream.handle))
+
+    def close(self) -> None:
+        super().close()
+        self._close_slots()
+
+
+def _arrivals(work: Work) -> Sequence[Sequence[Any]]:
+    return work.batch.members if work.batch is not None else (work.inputs,)

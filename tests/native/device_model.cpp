@@ -1,0 +1,295 @@
+// A compiled model as AOTInductor makes them for CUDA, over the simulated device: y = x * w, one row after the other, with w in
+// two buffers on the device. It launches and returns; what it took is freed then, whether or not the device is done.
+//
+// As torch's runtime does, it writes constants on the default stream, waits only for copies from the host, and leaves its
+// device the calling thread's current one.
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "simulated_cuda.h"
+
+using Handle = void*;
+
+extern "C" {
+// Of torch's shim.
+std::int32_t aoti_torch_get_data_ptr(Handle, void**);
+std::int32_t aoti_torch_get_sizes(Handle, std::int64_t**);
+std::int32_t aoti_torch_get_device_type(Handle, std::int32_t*);
+std::int32_t aoti_torch_empty_strided(std::int64_t, const std::int64_t*, const std::int64_t*, std::int32_t, std::int32_t,
+                                      std::int32_t, Handle*);
+std::int32_t aoti_torch_delete_tensor_object(Handle);
+std::int32_t aoti_torch_device_type_privateuse1();
+std::int32_t aoti_torch_device_type_cpu();
+std::int32_t aoti_torch_dtype_float32();
+std::int32_t aoti_torch_create_cuda_stream_guard(void* stream, std::int32_t index, void** made);
+std::int32_t aoti_torch_delete_cuda_stream_guard(void* guard);
+}
+
+namespace {
+
+constexpr std::int64_t kWidth = 4;
+constexpr std::size_t kBytes = kWidth * sizeof(float);
+
+thread_local std::string last_error;
+
+struct Buffer {
+  float* weight = nullptr;
+  Handle tensor = nullptr;  // whose memory it is
+};
+
+struct Container {
+  std::int32_t device = 0;
+  std::array<Buffer, 2> buffers;
+  int active = 0;
+  int writes = 0;
+};
+
+struct Product {
+  float* y;
+  const float* x;
+  const float* w;
+  std::int64_t rows;
+};
+
+void multiply(void* argument) {
+  const Product& product = *static_cast<Product*>(argument);
+  for (std::int64_t i = 0; i < product.rows * kWidth; ++i) product.y[i] = product.x[i] * product.w[i % kWidth];
+}
+
+struct Write {
+  float* to;
+  const float* from;  // on the device, or null
+  std::array<float, kWidth> values;
+};
+
+void write(void* argument) {
+  const Write& write = *static_cast<Write*>(argument);
+  std::memcpy(write.to, write.from != nullptr ? write.from : write.values.data(), kBytes);
+}
+
+template <typename Argument>
+int launch(void* stream, void (*run)(void*), Argument argument, std::vector<sim_range> ranges) {
+  sim_kernel kernel{};
+  kernel.run = run;
+  kernel.done = [](void* done) { delete static_cast<Argument*>(done); };
+  kernel.argument = new Argument(argument);
+  kernel.ranges = static_cast<int>(ranges.size());
+  std::copy(ranges.begin(), ranges.end(), kernel.range);
+  return sim_launch(static_cast<CUstream>(stream), &kernel);
+}
+
+std::int32_t check(int error, const char* what) {
+  if (error == 0) return 0;
+  const char* words = "";
+  cuGetErrorString(error, &words);
+  last_error = std::string(what) + ": " + words;
+  return 1;
+}
+
+std::int32_t release(Buffer& buffer) {
+  buffer.weight = nullptr;
+  if (buffer.tensor != nullptr) aoti_torch_delete_tensor_object(std::exchange(buffer.tensor, nullptr));
+  return 0;
+}
+
+std::int32_t fill(Container& container, Buffer& buffer, const float* from, bool on_device) {
+  if (buffer.weight == nullptr) {
+    const std::int64_t size = kWidth;
+    const std::int64_t stride = 1;
+    void* guard = nullptr;
+    void* data = nullptr;
+    aoti_torch_create_cuda_stream_guard(nullptr, container.device, &guard);
+    const std::int32_t status =
+        aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_float32(), aoti_torch_device_type_privateuse1(),
+                                 container.device, &buffer.tensor);
+    aoti_torch_delete_cuda_stream_guard(guard);
+    if (status != 0) return check(CUDA_ERROR_OUT_OF_MEMORY, "cudaMalloc");
+    aoti_torch_get_data_ptr(buffer.tensor, &data);
+    buffer.weight = static_cast<float*>(data);
+  }
+  Write job{buffer.weight, on_device ? from : nullptr, {}};
+  std::vector<sim_range> ranges{{buffer.weight, kBytes, 1}};
+  if (on_device) {
+    ranges.push_back({from, kBytes, 0});
+  } else {
+    std::memcpy(job.values.data(), from, kBytes);
+  }
+  ++container.writes;
+  int error = launch(nullptr, &write, job, ranges);
+  if (error == 0 && !on_device) error = cuStreamSynchronize(nullptr);
+  return check(error, "cudaMemcpy");
+}
+
+struct Entry {
+  const char* name;
+  Handle handle;
+};
+
+std::int32_t update(Container* container, const Entry* entries, std::size_t count, bool inactive, bool from_host) {
+  for (std::size_t i = 0; i < count; ++i) {
+    void* data = nullptr;
+    std::int32_t type = 0;
+    aoti_torch_get_data_ptr(entries[i].handle, &data);
+    aoti_torch_get_device_type(entries[i].handle, &type);
+    const bool on_device = type != aoti_torch_device_type_cpu();
+    if (!on_device && !from_host) {
+      last_error = "update_constant_buffer: constant 'w' is on the host";
+      return 1;
+    }
+    const int which = inactive ? 1 - container->active : container->active;
+    if (fill(*container, container->buffers[which], static_cast<float*>(data), on_device)) return 1;
+  }
+  return 0;
+}
+
+}  // namespace
+
+extern "C" {
+
+std::int32_t AOTInductorModelContainerCreateWithDevice(Container** made, std::size_t, const char* device,
+                                                       const char* resources) {
+  const std::string name = device;
+  if (resources == nullptr) {
+    last_error = "no directory with the kernels was given";
+    return 1;
+  }
+  auto* container = new Container;
+  if (name.find(':') != std::string::npos) container->device = std::stoi(name.substr(name.find(':') + 1));
+  CUcontext context = nullptr;
+  cuInit(0);
+  cuDevicePrimaryCtxRetain(&context, container->device);
+  cuCtxSetCurrent(context);
+  const std::array<float, kWidth> ones{1, 1, 1, 1};
+  if (fill(*container, container->buffers[0], ones.data(), false)) return 1;
+  *made = container;
+  return 0;
+}
+
+std::int32_t AOTInductorModelContainerDelete(Container* container) {
+  for (Buffer& buffer : container->buffers) release(buffer);
+  delete container;
+  return 0;
+}
+
+std::int32_t AOTInductorModelContainerRun(Container* container, Handle* inputs, std::size_t, Handle* outputs,
+                                          std::size_t, void* stream, void*) {
+  void* guard = nullptr;
+  void* x = nullptr;
+  void* y = nullptr;
+  std::int64_t* sizes = nullptr;
+  std::int32_t type = 0;
+  const Handle input = std::exchange(inputs[0], nullptr);
+  aoti_torch_create_cuda_stream_guard(stream, container->device, &guard);
+  aoti_torch_get_device_type(input, &type);
+  aoti_torch_get_sizes(input, &sizes);
+  aoti_torch_get_data_ptr(input, &x);
+  const std::int64_t rows = sizes[0];
+  const std::int64_t shape[] = {rows, kWidth};
+  const std::int64_t strides[] = {kWidth, 1};
+  const float* const w = container->buffers[container->active].weight;
+  const std::size_t bytes = static_cast<std::size_t>(rows) * kBytes;
+  std::int32_t status = 0;
+  if (type != aoti_torch_device_type_privateuse1()) {
+    last_error = "an input is not on the device";
+    status = 1;
+  } else if (aoti_torch_empty_strided(2, shape, strides, aoti_torch_dtype_float32(),
+                                      aoti_torch_device_type_privateuse1(), container->device, &outputs[0])) {
+    last_error = "aoti_torch_empty_strided(...) API call failed";
+    status = 1;
+  } else if (rows > 0) {
+    aoti_torch_get_data_ptr(outputs[0], &y);
+    status = check(launch(stream, &multiply, Product{static_cast<float*>(y), static_cast<const float*>(x), w, rows},
+                          {{y, bytes, 1}, {x, bytes, 0}, {w, kBytes, 0}}),
+                   "launch");
+  }
+  aoti_torch_delete_tensor_object(input);
+  aoti_torch_delete_cuda_stream_guard(guard);
+  return status;
+}
+
+std::int32_t AOTInductorModelContainerGetNumInputs(Container*, std::size_t* count) {
+  *count = 1;
+  return 0;
+}
+std::int32_t AOTInductorModelContainerGetInputName(Container*, std::size_t, const char** name) {
+  *name = "x";
+  return 0;
+}
+std::int32_t AOTInductorModelContainerGetNumOutputs(Container*, std::size_t* count) {
+  *count = 1;
+  return 0;
+}
+std::int32_t AOTInductorModelContainerGetOutputName(Container*, std::size_t, const char** name) {
+  *name = "y";
+  return 0;
+}
+std::int32_t AOTInductorModelContainerGetCallSpec(Container*, const char** in, const char** out) {
+  *in =
+      R"([1, {"type": "builtins.tuple", "context": "null", "children_spec": [{"type": "builtins.tuple", "context": "null", "children_spec": [{"type": null, "context": null, "children_spec": []}]}, {"type": "builtins.dict", "context": "[]", "children_spec": []}]}])";
+  *out = R"([1, {"type": null, "context": null, "children_spec": []}])";
+  return 0;
+}
+std::int32_t AOTInductorModelContainerGetNumConstants(Container*, std::size_t* count) {
+  *count = 1;
+  return 0;
+}
+std::int32_t AOTInductorModelContainerGetConstantName(Container*, std::size_t, const char** name) {
+  *name = "w";
+  return 0;
+}
+std::int32_t AOTInductorModelContainerGetConstantOriginalFQN(Container*, std::size_t, const char** name) {
+  *name = "weight";
+  return 0;
+}
+std::int32_t AOTInductorModelContainerGetConstantDtype(Container*, std::size_t, std::int32_t* dtype) {
+  *dtype = aoti_torch_dtype_float32();
+  return 0;
+}
+std::int32_t AOTInductorModelContainerGetConstantFromFolded(Container*, std::size_t, bool* folded) {
+  *folded = false;
+  return 0;
+}
+std::int32_t AOTInductorModelContainerGetConstantType(Container*, std::size_t, std::int32_t* type) {
+  *type = 1;  // a parameter
+  return 0;
+}
+std::int32_t AOTInductorModelContainerGetConstantDataSize(Container*, std::size_t, std::size_t* bytes) {
+  *bytes = kBytes;
+  return 0;
+}
+std::int32_t AOTInductorModelContainerExtractConstantsMapEntries(Container* container, const Entry** entries,
+                                                                 std::size_t* count, bool inactive) {
+  thread_local Entry extracted{};
+  const Buffer& buffer = container->buffers[inactive ? 1 - container->active : container->active];
+  extracted = {"weight", buffer.tensor};
+  *entries = &extracted;
+  *count = buffer.tensor != nullptr;
+  return 0;
+}
+std::int32_t AOTInductorModelContainerUpdateConstantBufferPairs(Container* container, const Entry* entries,
+                                                                std::size_t count, bool inactive, bool) {
+  return update(container, entries, count, inactive, false);
+}
+#ifndef OLDER
+std::int32_t AOTInductorModelContainerUpdateConstantBufferFromCpuPairs(Container* container, const Entry* entries,
+                                                                       std::size_t count, bool inactive, bool) {
+  return update(container, entries, count, inactive, true);
+}
+#endif
+std::int32_t AOTInductorModelContainerRunConstantFolding(Container*, bool, void*, void*) { return 0; }
+std::int32_t AOTInductorModelContainerSwapConstantBuffer(Container* container) {
+  container->active = 1 - container->active;
+  return 0;
+}
+std::int32_t AOTInductorModelContainerFreeInactiveConstantBuffer(Container* container) {
+  return release(container->buffers[1 - container->active]);
+}
+std::int32_t AOTInductorGetLastError(const char** text) {
+  *text = last_error.c_str();
+  return 0;
+}
+}
