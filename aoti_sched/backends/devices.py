@@ -40,10 +40,8 @@ def _accelerator(name: str, kind: str, index: int) -> Accelerator:
         from aoti_sched.backends.mps import MpsDevice
 
         return MpsDevice()
-    if kind == "cuda":
-        built = torch.version.cuda is not None
-    else:
-        built = torch.xpu._is_compiled()  # noqa: SLF001
+    built = kind == "cuda" and torch.version.cuda is not None
+    built = built or (kind == "xpu" and torch.xpu._is_compiled())  # noqa: SLF001
     count = module.device_count() if built else 0
     if count == 0:
         raise ConfigError(f"device {name!r}: {_absent(kind.upper(), built=built)}")

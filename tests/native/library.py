@@ -16,7 +16,9 @@ from filelock import FileLock
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 NATIVE = ROOT / "aoti_sched" / "backends" / "native"
-C_SOURCES = [HERE / "model_library.c", HERE / "tensor_library.c", HERE / "model_throws.cpp"]
+C_SOURCES = [
+    HERE / name for name in ("model_library.c", "tensor_library.c", "simulated_cuda.c", "model_throws.cpp")
+]
 CACHE = ROOT / ".cache" / "native"
 
 THROWS_STANDARD, THROWS_OTHER = 1, 2

@@ -47,6 +47,10 @@ int32_t model_last_error(const char** text);
  * are greater by one. It may be left out when torch refuses. */
 int32_t row_model_run(struct container* container, void** inputs, size_t num_inputs, void** outputs, size_t num_outputs,
                       void* stream, void* proxy_executor);
+/* A run over matrices on the device (below): output i is made there of input i modulo their number by a kernel on the stream, which adds
+ * one to each byte. It takes the inputs and returns before the device is done, also when it fails (`status`). */
+int32_t device_model_run(struct container* container, void** inputs, size_t num_inputs, void** outputs, size_t num_outputs,
+                         void* stream, void* proxy_executor);
 /* Another model's run, which does nothing and succeeds. */
 int32_t other_model_run(struct container* container, void** inputs, size_t num_inputs, void** outputs,
                         size_t num_outputs, void* stream, void* proxy_executor);
@@ -78,6 +82,14 @@ int32_t torch_reinterpret_tensor(void* handle, int64_t dims, const int64_t* size
                                  void** made);
 int32_t torch_clone(void* handle, void** made);
 void refuse_torch_call(int which);
+
+/* The simulated device beside the host, by torch's numbers for their kinds. Memory on it is of the thread's current stream. */
+enum { ON_HOST = 0, ON_DEVICE = 1 };
+int32_t torch_get_device_type(void* handle, int32_t* type);
+int32_t torch_new_handle_of(void* handle, void** made); /* a second tensor of the same memory */
+int32_t torch_copy(void* to, void* from, int32_t non_blocking);
+int32_t torch_guard_stream(void* stream, int32_t index, void** made);
+int32_t torch_unguard_stream(void* guard);
 
 /* Matrices, every byte of which has one value. Those that make one give null when torch refuses. */
 void* new_matrix(int64_t rows, int64_t columns, int32_t dtype, int value);

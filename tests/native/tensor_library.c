@@ -1,6 +1,7 @@
 /* Tensors as the lanes know them: counted, and of those that have memory also what torch's shim does with them. */
 #define _GNU_SOURCE
 #include "model_library.h"
+#include "simulated_cuda.h"
 
 #include <pthread.h>
 #include <stdio.h>
@@ -11,8 +12,9 @@ enum { MOST_DIMS = 4 };
 
 struct storage {
   int owners; /* guarded by the mutex */
+  int32_t device_type;
   size_t bytes;
-  unsigned char data[];
+  unsigned char* data;
 };
 
 struct tensor {
@@ -30,6 +32,7 @@ struct tensor {
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static int live;
 static int live_memory;
+static _Thread_local CUstream current_stream;
 static int calls_until_refusal; /* 0: none is refused */
 
 static void must(int holds, const char* what) {
@@ -62,7 +65,9 @@ int32_t torch_delete_tensor(void* handle) {
   const int last = storage != NULL && --storage->owners == 0;
   live_memory -= last;
   pthread_mutex_unlock(&mutex);
+  if (last && storage->device_type == ON_DEVICE) sim_free(storage->data);
 #ifdef FREE_TENSORS
+  if (last && storage->device_type == ON_HOST) free(storage->data);
   if (last) free(storage);
   free(tensor);
 #endif
@@ -176,16 +181,18 @@ static void shape(struct tensor* tensor, int64_t dims, const int64_t* sizes, con
 
 int32_t torch_empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype,
                             int32_t device_type, int32_t device_index, void** made) {
-  (void)device_type, (void)device_index;
+  (void)device_index;
   if (refused()) return 1;
   int64_t elements = 1;
   for (int64_t i = 0; i < dims; ++i) elements *= sizes[i];
   struct tensor* tensor = make();
   const size_t bytes = (size_t)elements * (size_t)dtype;
-  tensor->storage = malloc(sizeof *tensor->storage + bytes);
+  tensor->storage = malloc(sizeof *tensor->storage);
   tensor->storage->owners = 1;
   tensor->storage->bytes = bytes;
-  memset(tensor->storage->data, 0xab, bytes);
+  tensor->storage->device_type = device_type;
+  tensor->storage->data = device_type == ON_DEVICE ? sim_allocate(bytes, current_stream) : malloc(bytes + 1);
+  if (device_type == ON_HOST) memset(tensor->storage->data, 0xab, bytes);
   tensor->dtype = dtype;
   shape(tensor, dims, sizes, strides);
   pthread_mutex_lock(&mutex);
@@ -253,6 +260,79 @@ void* next_matrix(void* handle, int64_t more_rows) {
   if (made == NULL) return NULL;
   for (size_t i = 0; i < made->storage->bytes; ++i) ++made->storage->data[i];
   return made;
+}
+
+/* --- on the device ----------------------------------------------------------------------------------------------- */
+
+int32_t torch_get_device_type(void* handle, int32_t* type) {
+  *type = at(handle)->storage->device_type;
+  return refused();
+}
+
+int32_t torch_new_handle_of(void* handle, void** made) {
+  *made = view_of_matrix(handle);
+  return *made == NULL;
+}
+
+int32_t torch_copy(void* to, void* from, int32_t non_blocking) {
+  (void)to, (void)from, (void)non_blocking;
+  return 1; /* the driver copies */
+}
+
+int32_t torch_guard_stream(void* stream, int32_t index, void** made) {
+  (void)index;
+  if (refused()) return 1;
+  CUstream* before = malloc(sizeof(CUstream));
+  *before = current_stream;
+  current_stream = stream;
+  *made = before;
+  return 0;
+}
+
+int32_t torch_unguard_stream(void* guard) {
+  current_stream = *(CUstream*)guard;
+  free(guard);
+  return 0;
+}
+
+struct addition {
+  const unsigned char* from;
+  unsigned char* to;
+  size_t bytes;
+};
+
+static void add_one(void* argument) {
+  const struct addition* addition = argument;
+  for (size_t i = 0; i < addition->bytes; ++i) addition->to[i] = (unsigned char)(addition->from[i] + 1);
+}
+
+int32_t device_model_run(struct container* container, void** inputs, size_t num_inputs, void** outputs, size_t num_outputs,
+                         void* stream, void* proxy_executor) {
+  int32_t error = container->status;
+  void* guard = NULL;
+  (void)proxy_executor;
+  if (torch_guard_stream(stream, 0, &guard)) return 1;
+  for (size_t i = 0; i < num_outputs && num_inputs > 0; ++i) {
+    const struct tensor* input = at(inputs[i % num_inputs]);
+    must(input->storage->device_type == ON_DEVICE, "an input is on the device");
+    if (!(container->made >> i & 1)) continue;
+    if (torch_empty_strided(input->dims, input->sizes, input->strides, input->dtype, ON_DEVICE, 0, &outputs[i])) {
+      error = 1;
+      break;
+    }
+    struct addition* addition = malloc(sizeof *addition);
+    *addition = (struct addition){data_of(input), data_of(outputs[i]), at(outputs[i])->storage->bytes};
+    const struct sim_kernel kernel = {
+        add_one, free, addition, 2, {{addition->to, addition->bytes, 1}, {addition->from, addition->bytes, 0}}};
+    const int launched = sim_launch(stream, &kernel);
+    if (launched != 0) error = launched;
+  }
+  for (size_t i = 0; i < num_inputs; ++i) {
+    torch_delete_tensor(inputs[i]);
+    inputs[i] = NULL;
+  }
+  torch_unguard_stream(guard);
+  return error;
 }
 
 int is_matrix_of(void* handle, int64_t rows, int64_t columns, int value) {

@@ -12,6 +12,7 @@ SANITIZERS = {
     "thread": ("-fsanitize=thread",),
     "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DFREE_TENSORS"),
 }
+NATIVE_SOURCES = [NATIVE / f"{name}.cpp" for name in ("lane", "batch", "stream")]
 SEEDS = (1, 2)
 ROUNDS = 20
 
@@ -69,6 +70,38 @@ def test_batches_under_stress_give_a_sanitizer_nothing_to_say(sanitizer, seed):
         "",
         0,
     )
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_streams_under_stress_give_a_sanitizer_nothing_to_say(sanitizer, seed):
+    sources = [HERE / "stress_streams.cpp", *C_SOURCES, *NATIVE_SOURCES]
+    result = run(compile_with(sanitizer, "stress_streams", *sources), seed, ROUNDS)
+    assert (result.stdout, result.stderr, result.returncode) == (f"{ROUNDS} rounds\n", "", 0)
+
+
+@pytest.mark.parametrize(
+    ("line", "instead", "words"),
+    [
+        ("held_.push_back(held);", "shim.delete_tensor(held);", "memory is given back that stream"),
+        ("if (fence.fence != nullptr) demand(", "if (fence.fence == nullptr) demand(", "not so"),
+        ("held_.push_back(here);", "shim.delete_tensor(here); held_.push_back(there);", ""),
+    ],
+    ids=["inputs are not held", "the device is not waited for", "a handle is freed twice"],
+)
+def test_the_stress_of_streams_sees_what_it_is_there_for(line, instead, words, tmp_path):
+    """Or it could not fail."""
+    source = (NATIVE / "stream.cpp").read_text()
+    assert source.count(line) == 1
+    broken = tmp_path / "stream.cpp"
+    broken.write_text(source.replace(line, instead))
+    others = [path for path in NATIVE_SOURCES if path.name != "stream.cpp"]
+    program = compile_with(
+        "address", "stress_streams", HERE / "stress_streams.cpp", *C_SOURCES, *others, broken
+    )
+    result = run(program, 1, ROUNDS)
+    assert result.returncode != 0
+    assert words in result.stderr
 
 
 @pytest.mark.parametrize(

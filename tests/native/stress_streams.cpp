@@ -1,0 +1,182 @@
+// Lanes whose works run on a simulated device, under a sanitizer: each slot has a stream, and its works come from the host or
+// from the device, go home or stay, fail before or after they have launched, or find the device broken.
+//
+// The arguments are the seed and the number of rounds. Returns 0 when the device saw no rule broken, every result was right, and
+// nothing was lost.
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include <poll.h>
+
+#include "lane.hpp"
+#include "model_library.h"
+#include "simulated_cuda.h"
+
+namespace {
+
+constexpr int kWorks = 60;  // of each slot, in each round
+
+void check(bool holds, const char* what) {
+  if (holds) return;
+  const char* fault = "";
+  sim_faults(&fault);
+  std::fprintf(stderr, "not so: %s (%s)\n", what, fault);
+  std::exit(1);
+}
+
+template <typename Function, typename Given>
+void set(Function& function, Given given) {
+  function = reinterpret_cast<Function>(given);
+}
+
+std::shared_ptr<const aoti::Device> device(CUcontext context) {
+  auto made = std::make_shared<aoti::Device>();
+  set(made->shim.get_data_ptr, &torch_get_data_ptr);
+  set(made->shim.get_dim, &torch_get_dim);
+  set(made->shim.get_sizes, &torch_get_sizes);
+  set(made->shim.get_strides, &torch_get_strides);
+  set(made->shim.get_dtype, &torch_get_dtype);
+  set(made->shim.dtype_element_size, &torch_dtype_element_size);
+  set(made->shim.empty_strided, &torch_empty_strided);
+  set(made->shim.reinterpret_tensor, &torch_reinterpret_tensor);
+  set(made->shim.clone, &torch_clone);
+  set(made->shim.delete_tensor, &torch_delete_tensor);
+  made->shim.cpu = ON_HOST;
+  set(made->new_handle, &torch_new_handle_of);
+  set(made->get_device_type, &torch_get_device_type);
+  set(made->copy, &torch_copy);
+  set(made->guard, &torch_guard_stream);
+  set(made->unguard, &torch_unguard_stream);
+  made->type = ON_DEVICE;
+  made->driver.context = context;
+  set(made->driver.set_context, &cuCtxSetCurrent);
+  set(made->driver.copy_in, &cuMemcpyHtoDAsync_v2);
+  set(made->driver.copy_out, &cuMemcpyDtoHAsync_v2);
+  set(made->driver.allocate_host, &cuMemAllocHost_v2);
+  set(made->driver.free_host, &cuMemFreeHost);
+  set(made->driver.explain, &cuGetErrorString);
+  return made;
+}
+
+struct Slot {
+  container script{};
+  aoti::Model model;
+  CUstream stream = nullptr;
+  std::shared_ptr<aoti::Stream> on;
+  bool home = false;
+  int value = 0;  // of the last work's input
+  std::int64_t rows = 0;
+};
+
+aoti::Handle input(std::mt19937& random, Slot& slot, const aoti::Device& device) {
+  slot.value = static_cast<int>(random() % 200);
+  slot.rows = static_cast<std::int64_t>(random() % 40);
+  const aoti::Handle host = new_matrix(slot.rows, 3, 4, slot.value);
+  if (random() % 2 == 0 || slot.rows == 0) return host;
+  // On the device already: as if the caller had made it on a stream of its own and waited for it.
+  aoti::Handle there = nullptr;
+  const std::int64_t sizes[] = {slot.rows, 3};
+  const std::int64_t strides[] = {3, 1};
+  void* to = nullptr;
+  void* from = nullptr;
+  device.shim.empty_strided(2, sizes, strides, 4, ON_DEVICE, 0, &there);
+  device.shim.get_data_ptr(there, &to);
+  device.shim.get_data_ptr(host, &from);
+  std::copy_n(static_cast<char*>(from), slot.rows * 12, static_cast<char*>(to));
+  torch_delete_tensor(host);
+  return there;
+}
+
+void play(std::mt19937& random, CUcontext context) {
+  const int tensors = live_tensors();
+  const bool breaks = random() % 3 == 0;
+  const auto its_device = device(context);
+  cuCtxSetCurrent(context);
+  {
+    std::vector<std::unique_ptr<Slot>> slots;
+    for (int i = 0; i < 3; ++i) {
+      auto slot = std::make_unique<Slot>();
+      slot->script.made = 3;
+      slot->script.error = "scripted";
+      slot->script.status = random() % 6 == 0;
+      slot->model.run = reinterpret_cast<aoti::RunFunction>(&device_model_run);
+      slot->model.container = &slot->script;
+      slot->model.num_inputs = 1;
+      slot->model.num_outputs = 2;
+      slot->home = random() % 2 == 0;
+      check(cuStreamCreate(&slot->stream, 1) == 0, "a stream can be made");
+      aoti::Fence fence;
+      set(fence.fence, &cuStreamSynchronize);
+      fence.argument = slot->stream;
+      slot->on = std::make_shared<aoti::Stream>(its_device, slot->stream, fence, std::vector<bool>{true}, slot->home);
+      slots.push_back(std::move(slot));
+    }
+    aoti::Runtime runtime;
+    runtime.delete_tensor = &torch_delete_tensor;
+    runtime.root_cause = &torch_root_cause;
+    aoti::Lanes lanes(runtime, std::vector<std::string>(2, "aoti:stress"), {}, 1);
+    std::vector<int> left(slots.size(), kWorks);
+    int under_way = 0;
+    const auto submit = [&](std::size_t index) {
+      Slot& slot = *slots[index];
+      aoti::Work work;
+      work.token = index;
+      work.model = &slot.model;
+      work.inputs.push_back(input(random, slot, *its_device));
+      work.on = slot.on;
+      --left[index];
+      ++under_way;
+      for (std::size_t lane = random() % 2; !lanes.submit(lane, work); lane = 1 - lane) std::this_thread::yield();
+    };
+    sim_take(random() % 2 == 0 ? 0 : 20);
+    for (std::size_t index = 0; index < slots.size(); ++index) submit(index);
+    while (under_way > 0) {
+      pollfd descriptor{lanes.descriptor(), POLLIN, 0};
+      poll(&descriptor, 1, 60000);
+      for (aoti::Completion& completion : lanes.drain(2)) {
+        --under_way;
+        Slot& slot = *slots[completion.token];
+        check(completion.status != 0 || slot.script.status == 0, "a scripted failure is one");
+        check(breaks || completion.status == 0 || slot.script.status != 0, "what works does");
+        for (aoti::Handle handle : completion.outputs) {
+          if (handle == nullptr) continue;
+          std::int32_t type = -1;
+          torch_get_device_type(handle, &type);
+          check(type == (slot.home ? ON_HOST : ON_DEVICE), "outputs are where they are wanted");
+          check(is_matrix_of(handle, slot.rows, 3, slot.value + 1) == 1, "a completed run is complete on the device");
+          torch_delete_tensor(handle);
+        }
+        if (breaks && left[completion.token] == kWorks / 2) sim_break(CUDA_ERROR_ILLEGAL_ADDRESS);
+        if (left[completion.token] > 0) submit(completion.token);
+      }
+    }
+    lanes.close();
+    for (auto& slot : slots) {
+      slot->on.reset();
+      cuStreamDestroy_v2(slot->stream);
+    }
+  }
+  check(sim_faults(nullptr) == 0, "no rule is broken");
+  check(live_tensors() == tensors && sim_pinned() == 0 && sim_allocated() == 0, "nothing is lost");
+  sim_repair();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  check(argc == 3, "arguments: seed, rounds");
+  std::mt19937 random(static_cast<unsigned>(std::atoi(argv[1])));
+  const int rounds = std::atoi(argv[2]);
+  CUcontext context = nullptr;
+  cuInit(0);
+  cuDevicePrimaryCtxRetain(&context, 0);
+  for (int round = 0; round < rounds; ++round) play(random, context);
+  std::printf("%d rounds\n", rounds);
+}
