@@ -30,6 +30,7 @@ class CudaDevice(Accelerator):
         self.index = index
         self.driver = driver
         self.module = module
+        module.init()
         self.context = driver.primary_context(index)
         self._events: deque[int] = deque()  # that nobody uses now
         self._lost = ""
@@ -129,7 +130,8 @@ class CudaStream(Stream):
         self.of_torch = device.module.ExternalStream(self.handle, device=device.index)
 
     def wait_for(self, event: CudaEvent) -> None:
-        self._driver.call("cuStreamWaitEvent", self.handle, event.handle, 0)
+        with self._driver.current(self._device.context):
+            self._driver.call("cuStreamWaitEvent", self.handle, event.handle, 0)
 
     def current(self) -> AbstractContextManager[object]:
         made: AbstractContextManager[object] = self._device.module.stream(self.of_torch)

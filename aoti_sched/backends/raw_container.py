@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from ctypes import POINTER, byref, c_bool, c_char_p, c_int32, c_size_t, c_uint64, c_void_p
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -237,29 +238,32 @@ class RawContainer:
         ready: list[tuple[Constant, torch.Tensor]],
         *,
         at_once: int | None = None,
-        bring: Callable[[list[torch.Tensor]], list[torch.Tensor]] | None = None,
+        bring: Callable[[list[torch.Tensor]], AbstractContextManager[list[torch.Tensor]]] | None = None,
     ) -> int:
         """Write a `full_set` into the inactive buffer; returns its bytes. Runs may go on.
 
         Args:
             ready: The set.
             at_once: Bytes to be written in one call, as far as constants can be written apart from others; by default all.
-            bring: Copies host tensors to the model's device. It is asked for those that the model can't copy itself, so many
-                at once.
+            bring: Copies host tensors to the model's device, for as long as its context lasts. It is asked for those that the
+                model can't copy itself, so many at once.
         """
         self._complete[1] = False
         groups = [ready] if at_once is None else _groups(ready, at_once)
         for number, group in enumerate(groups):
-            name, given = "UpdateConstantBufferPairs", group
+            name = "UpdateConstantBufferPairs"
             here = [place for place, (_, tensor) in enumerate(group) if tensor.is_cpu]
-            if bring is not None and here and self.device_type != "cpu":
+            there: AbstractContextManager[list[torch.Tensor]] = nullcontext([])
+            if bring is not None and here:
                 if self.library.has(_PREFIX + "UpdateConstantBufferFromCpuPairs"):
                     name = "UpdateConstantBufferFromCpuPairs"
                 else:
-                    given = list(group)
-                    for place, tensor in zip(here, bring([group[p][1] for p in here]), strict=True):
-                        given[place] = (group[place][0], tensor)
-            self._write(name, given, inactive=True, full=len(groups) == 1)
+                    there = bring([group[place][1] for place in here])
+            with there as brought:
+                given = list(group)
+                for place, tensor in zip(here, brought, strict=False):
+                    given[place] = (group[place][0], tensor)
+                self._write(name, given, inactive=True, full=len(groups) == 1)
             self._complete[1] = number == len(groups) - 1
         return sum(tensor.numel() * tensor.element_size() for _, tensor in ready)
 

@@ -468,15 +468,17 @@ class StreamContainer(OnStreams, CAbiContainer):
             self._device.settle()  # the runtime does not wait for copies from device to device
         return size
 
-    def _bring(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Host tensors on the device, for models that can't take them from the host."""
+    @contextmanager
+    def _bring(self, tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+        """Host tensors on the device, for models that can't take them from the host; inside they are written."""
         with self._house.current():
             brought = [
                 torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=self._device.name).copy_(t)
                 for t in tensors
             ]
             self._house.fence()
-        return brought
+        yield brought
+        self._device.settle()  # the runtime reads them on the default stream, and does not wait
 
     def extract(self, *, inactive: bool = False) -> dict[str, torch.Tensor]:
         with self._device.turn():

@@ -65,9 +65,12 @@ def same(one, other):
 class BatchContract:
     """What the front relies on."""
 
+    lanes = 2
+    """How many lanes it is opened with."""
+
     @pytest.fixture
     def executor(self):
-        with contextlib.closing(self.open(2)) as executor:
+        with contextlib.closing(self.open(self.lanes)) as executor:
             yield executor
 
     @pytest.fixture(params=["on a lane", "here"], autouse=True)

@@ -82,6 +82,9 @@ def must(event):
 class ExecutorContract:
     """What the front relies on."""
 
+    lanes = 2
+    """How many it is opened with."""
+
     def open(self, lanes):
         """An executor of so many lanes, `finish` and all."""
         raise TypeError(f"{type(self).__name__} does not say which executor it tests")
@@ -91,7 +94,7 @@ class ExecutorContract:
 
     @pytest.fixture
     def executor(self):
-        with contextlib.closing(self.open(2)) as executor:
+        with contextlib.closing(self.open(self.lanes)) as executor:
             yield executor
 
     def run(self, executor, *works, lane=0):
@@ -101,7 +104,7 @@ class ExecutorContract:
         return collect(executor, len(works))
 
     def test_it_has_the_lanes_it_was_asked_for(self, executor):
-        assert executor.lanes == 2
+        assert executor.lanes == self.lanes
 
     def test_a_run_comes_back_with_its_token_and_outputs(self, executor):
         token = object()
@@ -192,7 +195,7 @@ class ExecutorContract:
 
     def test_closing_gives_the_descriptors_back(self):
         before = psutil.Process().num_fds()
-        self.open(2).close()
+        self.open(self.lanes).close()
         assert psutil.Process().num_fds() == before
 
 

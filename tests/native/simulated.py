@@ -190,6 +190,9 @@ class Module:
         Stream.simulator = simulator
         self._pool = []
 
+    def init(self):
+        """It is there as soon as it is asked for."""
+
     def device_count(self):
         return 2
 
@@ -201,6 +204,9 @@ class Module:
 
     def _is_in_bad_fork(self):
         return False
+
+    def manual_seed_all(self, seed):
+        """Numbers are drawn on the host."""
 
     def in_context(self, index=0):
         driver = self._simulator.driver

@@ -1,0 +1,655 @@
+"""Devices whose runs go on streams, over the simulated one: the contracts, and in what order things happen.
+
+After every test the device is asked whether a rule was broken (`tests/native/simulated_cuda.h` lists them).
+"""
+
+import gc
+import pickle
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from aoti_sched.backends import cuda_driver, devices, torch_runner
+from aoti_sched.backends.base import LoadRequest, Work
+from aoti_sched.backends.batch import Batch, BatchPlan, InputPlan, OutputPlan
+from aoti_sched.backends.handles import capsule_of
+from aoti_sched.backends.raw_container import _groups
+from aoti_sched.backends.threads import ThreadsExecutor
+from aoti_sched.backends.xpu import POOL
+from aoti_sched.errors import (
+    ConfigError,
+    DeviceLostError,
+    LoadError,
+    PlatformMismatchError,
+    RunError,
+    RunnerClosedError,
+)
+from tests.backends.batch_contract import GatheringContract
+from tests.backends.executor_contract import ExecutorContract, Function, collect
+from tests.backends.simulation import (
+    KINDS,
+    OnDevice,
+    Slots,
+    lanes_of,
+    launch,
+    load,
+    on_device,
+    open_device,
+    work,
+)
+from tests.native.simulated import simulator
+
+
+@pytest.fixture(autouse=True)
+def sim():
+    """The simulated device, which must not have seen a rule broken, and has nothing of the test's afterwards."""
+    sim = simulator()
+    before = sim.allocated(), sim.pinned()
+    yield sim
+    sim.go()
+    if (sim.allocated(), sim.pinned()) != before:
+        gc.collect()
+    fault = sim.faults()
+    left = sim.allocated() - before[0], sim.pinned() - before[1]
+    sim.repair()
+    assert (fault, left) == ("", (0, 0))
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def device(kind):
+    return open_device(kind)
+
+
+@pytest.fixture
+def cuda():
+    return open_device("cuda")
+
+
+@pytest.fixture(params=["native", "threads"])
+def executors(request):
+    """Opens executors of a device, of either kind, and closes them."""
+    opened = []
+
+    def open_executor(device, lanes=None):
+        lanes = lanes or lanes_of("mps" if device.one_at_a_time else "cuda")
+        if request.param == "native":
+            executor = device.open_executor(lanes)
+        else:
+            executor = ThreadsExecutor(device.name, lanes, lambda count: None)
+            executor.lost = device.lost
+        opened.append(executor)
+        return executor
+
+    yield open_executor
+    simulator().go()
+    for executor in opened:
+        executor.close()
+
+
+@pytest.fixture
+def loaded(tmp_path):
+    """Loads the compiled model, and closes what was loaded."""
+    containers = []
+
+    def load_model(device, **options):
+        containers.append(load(device, tmp_path, **options))
+        return containers[-1]
+
+    yield load_model
+    simulator().go()
+    for container in containers:
+        container.close()
+
+
+# --- the contracts ------------------------------------------------------------------------------------------------
+
+
+class OnSimulatedDevice:
+    kind: str
+
+    @pytest.fixture(autouse=True)
+    def slots(self, monkeypatch):
+        self.device = open_device(self.kind)
+        slots = Slots(self.device, 1, 4, copy_inputs=True, copy_outputs="cpu")
+
+        def run_work(function, work):
+            with slots.slots[0].run(work):
+                return function.run_raw(work.inputs)
+
+        monkeypatch.setattr(Function, "run_work", run_work, raising=False)
+        self.slots = slots
+        yield
+        slots.close()
+        del self.device, self.slots  # pytest keeps this object
+
+    @property
+    def lanes(self):
+        return lanes_of(self.kind)
+
+    def open(self, lanes):
+        return self.device.open_executor(lanes)
+
+    def container(self, function, *, inputs=1, outputs=1, own=lambda outputs: outputs):
+        return OnDevice(self.device, self.slots.slots, function, inputs, outputs, own)
+
+
+class TestCudasExecutor(OnSimulatedDevice, ExecutorContract):
+    kind = "cuda"
+
+
+class TestXpusExecutor(OnSimulatedDevice, ExecutorContract):
+    kind = "xpu"
+
+
+class TestMpssExecutor(OnSimulatedDevice, ExecutorContract):
+    kind = "mps"
+
+
+class Batches(OnSimulatedDevice, GatheringContract):
+    """Members lie on the host, are put together there and brought as one; what comes back is at home again."""
+
+    test_an_error_fails_the_whole_batch_and_is_followed_by_the_next = (
+        None  # `4 in x` reads what is on the device
+    )
+    test_outputs_are_let_go_with_the_completion = (
+        None  # what the function made is on the device, and its members' parts are not
+    )
+    test_memory_that_an_output_shares_is_given_up_and_never_written_again = (
+        None  # what comes home shares nothing
+    )
+    test_views_of_different_members_share_one_output = None
+    test_detached_rows_are_copies_and_free_the_whole = None
+    test_outputs_are_what_the_container_makes_its_own = None  # its weights lie on the host
+
+
+class TestBatchesOnCuda(Batches):
+    kind = "cuda"
+
+
+class TestBatchesOnXpu(Batches):
+    kind = "xpu"
+
+
+class TestBatchesOnMps(Batches):
+    kind = "mps"
+
+
+# --- runs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("home", [None, "cpu"])
+@pytest.mark.parametrize("inputs", ["host", "device"])
+def test_a_run_gives_its_outputs_where_they_are_wanted(device, executors, loaded, inputs, home):
+    container = loaded(device, copy_inputs=True, copy_outputs=home)
+    executor = executors(device)
+    x = torch.arange(12.0).reshape(3, 4)
+    executor.submit(0, work(container, x if inputs == "host" else x.to("sim"), token="mine"))
+    (completion,) = collect(executor, 1)
+    assert (completion.token, completion.error) == ("mine", None)
+    (y,) = completion.outputs
+    assert y.device.type == ("cpu" if home else "sim")
+    assert torch.equal(y.cpu(), x)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (1, 4), (3000, 4)], ids=str)
+def test_inputs_of_any_size_are_brought_and_taken_home(device, executors, loaded, shape):
+    container = loaded(device, copy_inputs=True, copy_outputs="cpu")
+    executor = executors(device)
+    for _ in range(2):
+        x = torch.rand(shape)
+        executor.submit(0, work(container, x))
+        (completion,) = collect(executor, 1)
+        assert torch.equal(completion.outputs[0], x)
+
+
+def test_a_run_here_waits_for_the_device(device, executors, loaded):
+    container = loaded(device, copy_inputs=True, copy_outputs="cpu")
+    completion = executors(device).run_here(work(container, torch.ones(2, 4)))
+    assert completion.outputs[0].tolist() == [[1.0] * 4] * 2
+
+
+def test_a_model_that_fails_says_why_and_the_next_run_goes_on(device, executors, loaded):
+    container = loaded(device)  # without copy_inputs, and nobody checked the input
+    executor = executors(device)
+    executor.submit(0, work(container, torch.ones(2, 4)))
+    (failed,) = collect(executor, 1)
+    assert isinstance(failed.error, RunError)
+    assert "an input is not on the device" in str(failed.error)
+    executor.submit(0, work(container, on_device(2, 4)))
+    (completion,) = collect(executor, 1)
+    assert completion.outputs[0].cpu().tolist() == [[1.0] * 4] * 2
+
+
+def test_memory_that_the_device_does_not_have_fails_its_run_alone(cuda, executors, loaded, sim):
+    container = loaded(cuda, copy_inputs=True)
+    executor = executors(cuda)
+    sim.memory_limit(sim.allocated() + 1024)
+    executor.submit(0, work(container, torch.ones(1000, 4)))
+    (failed,) = collect(executor, 1)
+    assert isinstance(failed.error, (RunError, torch.OutOfMemoryError))
+    assert "out of memory" in str(failed.error)
+    assert cuda.lost() == ""
+    sim.memory_limit(0)
+    executor.submit(0, work(container, torch.ones(1000, 4)))
+    assert collect(executor, 1)[0].error is None
+
+
+@pytest.mark.parametrize("where", ["host", "device", "both"])
+def test_batches_are_put_together_wherever_their_members_lie(device, executors, loaded, where):
+    container = loaded(device, copy_inputs=True)
+    executor = executors(device)
+    plan = BatchPlan((InputPlan(0, (0, 1)),), (OutputPlan(0),))
+    members = [torch.full((rows, 4), float(rows)) for rows in (1, 2, 3)]
+    there = [
+        m.to("sim") if where == "device" or (where == "both" and m.shape[0] == 2) else m for m in members
+    ]
+    batch = Batch(plan, [container.arrive([member]) for member in there], [1, 2, 3], 8, 0)
+    for _ in range(2):
+        executor.submit(0, Work(container, (), 1, None, batch))
+        (completion,) = collect(executor, 1)
+        assert completion.error is None
+        for (output,), member in zip(completion.outputs, members, strict=True):
+            assert torch.equal(output.cpu(), member)
+
+
+# --- in what order things happen -------------------------------------------------------------------------------------
+
+
+def test_inputs_are_held_until_the_device_is_done_with_them(cuda, executors, loaded, sim):
+    """The model lets go of them when it has launched, and their memory is of another stream's pool."""
+    container = loaded(cuda)
+    executor = executors(cuda)
+    x = on_device(64, 4)
+    sim.synchronize()
+    sim.hold()
+    in_use = sim.allocated()
+    executor.submit(0, work(container, x))
+    del x
+    sim.wait_until_waiting(1)  # launched, and the lane waits for the device
+    assert sim.allocated() > in_use  # the output is there, and the input still is
+    sim.go()
+    assert collect(executor, 1)[0].error is None
+
+
+def test_a_completion_comes_when_the_device_is_done_and_not_before(device, executors, loaded, sim):
+    container = loaded(device)
+    executor = executors(device)
+    x = on_device(2, 4)
+    sim.synchronize()
+    sim.hold()
+    executor.submit(0, work(container, x))
+    sim.wait_until_waiting(1)
+    assert executor.drain() == []
+    while sim.step():
+        pass
+    assert collect(executor, 1)[0].error is None
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_a_run_waits_for_what_the_callers_stream_was_given_before(device, executors, loaded, sim):
+    container = loaded(device)
+    executor = executors(device)
+    x = on_device(2, 4)
+    other = device.open_stream()
+    sim.synchronize()
+    sim.hold()
+    before = sim.kernels()
+    with other.current():
+        launch(other.handle, writes=[x])
+        one = work(container, x)
+    executor.submit(0, one)
+    sim.wait_until_waiting(1)
+    assert sim.kernels() == before
+    sim.go()
+    assert collect(executor, 1)[0].error is None
+    other.close()
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_outputs_are_recorded_on_the_callers_stream(device, executors, loaded, sim):
+    """Their memory is of the slot's pool: given back while the caller's kernel still reads it, it would be the next run's."""
+    container = loaded(device)
+    executor = executors(device)
+    mine = device.open_stream()
+    with mine.current():
+        x = on_device(2, 4)
+        executor.submit(0, work(container, x))
+    (completion,) = collect(executor, 1)
+    sim.hold()
+    launch(mine.handle, reads=completion.outputs)
+    del completion
+    sim.go()
+    sim.synchronize()
+    mine.close()
+
+
+def test_each_slot_has_a_stream_that_no_other_has(cuda, loaded, sim):
+    first, second = loaded(cuda, instances=3), loaded(cuda, instances=2)
+    handles = [slot.stream.handle for one in (first, second) for slot in one._slots]
+    assert len(set(handles)) == 5
+    assert 0 not in handles
+
+
+def test_slots_run_beside_each_other_on_their_streams(cuda, executors, loaded, sim):
+    container = loaded(cuda, instances=2)
+    executor = executors(cuda)
+    x = on_device(2, 4)
+    sim.synchronize()
+    sim.hold()
+    for slot in range(2):
+        executor.submit(slot, work(container, x, slot=slot))
+    sim.wait_until_waiting(2)
+    assert all(sim.pending(slot.stream.handle) for slot in container._slots)
+    sim.go()
+    assert [one.error for one in collect(executor, 2)] == [None, None]
+
+
+def test_streams_and_pinned_memory_are_given_back(cuda, executors, loaded, sim):
+    before = sim.streams(), sim.pinned()
+    container = loaded(cuda, instances=2, copy_inputs=True, copy_outputs="cpu")
+    executor = executors(cuda)
+    executor.submit(0, work(container, torch.ones(2, 4)))
+    collect(executor, 1)
+    assert sim.streams() == before[0] + 3
+    container.close()
+    assert (sim.streams(), sim.pinned()) == before
+
+
+def test_events_are_used_again(cuda, executors, loaded, sim):
+    container = loaded(cuda)
+    executor = executors(cuda)
+    x = on_device(2, 4)
+    events = []
+    for _ in range(20):
+        executor.submit(0, work(container, x))
+        collect(executor, 1)
+        events.append(sim.events())
+    assert events[5] == events[-1]
+
+
+def test_mps_never_runs_two_at_once(loaded, executors, sim):
+    """Not even for two schedulers, or on the loop's own thread."""
+    sim.repair()
+    device = open_device("mps")
+    containers = [loaded(device), loaded(open_device("mps"))]
+    lanes = [executors(device), executors(device)]
+    x = on_device(2, 4)
+    sim.take(200)
+    before = sim.kernels()
+
+    def run_here():
+        for _ in range(20):
+            assert lanes[0].run_here(work(containers[0], x)).error is None
+
+    def warm_up():
+        containers[1].warm_up(lambda: [x])
+
+    others = [threading.Thread(target=run_here), threading.Thread(target=warm_up)]
+    for other in others:
+        other.start()
+    for _ in range(20):
+        for executor, container in zip(lanes, containers, strict=True):
+            executor.submit(0, work(container, x))
+        for executor in lanes:
+            assert collect(executor, 1)[0].error is None
+    for other in others:
+        other.join(60)
+    assert sim.kernels() - before == 62
+    assert sim.most_kernels_waiting() == 1
+
+
+def test_the_device_sees_when_two_run_at_once(cuda, executors, loaded, sim):
+    """Or the test above could not fail."""
+    container = loaded(cuda, instances=2)
+    executor = executors(cuda)
+    x = on_device(2, 4)
+    sim.synchronize()
+    sim.hold()
+    for slot in range(2):
+        executor.submit(slot, work(container, x, slot=slot))
+    sim.wait_until_waiting(2)
+    sim.go()
+    collect(executor, 2)
+    assert sim.most_kernels_waiting() == 2
+
+
+def test_mps_has_one_lane():
+    with pytest.raises(ConfigError, match=r"device 'sim': lanes=2, but it runs one model at a time"):
+        open_device("mps").open_executor(2)
+    assert open_device("mps").cores() == 1
+
+
+def test_xpus_streams_are_handed_out_once(loaded, sim):
+    device = open_device("xpu")
+    streams = [device.open_stream() for _ in range(POOL)]
+    assert len({stream.handle for stream in streams}) == POOL
+    with pytest.raises(LoadError, match="its 32 streams are taken"):
+        device.open_stream()
+    streams.pop().close()
+    device.open_stream()
+
+
+# --- loading ------------------------------------------------------------------------------------------------------------
+
+
+def test_loading_leaves_the_threads_device_as_it_was(loaded, sim):
+    loaded(simulator().cuda(0))
+    with sim.driver.current(sim.driver.primary_context(0)):
+        before = sim.context
+        loaded(simulator().cuda(1))
+        assert sim.context == before
+    seen = []
+
+    def load_in_thread():
+        loaded(simulator().cuda(1))
+        seen.append(sim.context)
+
+    thread = threading.Thread(target=load_in_thread)
+    thread.start()
+    thread.join()
+    assert seen == [None]
+
+
+def test_a_loaded_model_says_what_it_is_and_that_no_real_device_has_run_it(device, loaded):
+    info = loaded(device, instances=2).info
+    assert (info.runtime, info.instances, info.inline, info.verified) == ("c_abi", 2, False, False)
+
+
+def test_every_slot_is_warmed_up_and_one_more_time(cuda, loaded, sim):
+    container = loaded(cuda, instances=3, copy_inputs=True)
+    before = sim.kernels()
+    container.warm_up(lambda: [torch.zeros(1, 4)])
+    assert sim.kernels() - before == 4
+
+
+def test_a_model_of_another_kind_is_refused(cuda, built, tmp_path):
+    with pytest.raises(PlatformMismatchError, match="was compiled for cpu, not for sim"):
+        cuda.load(
+            LoadRequest(
+                name="mlp",
+                path=built("mlp").path,
+                model_name=None,
+                instances=1,
+                sha256=None,
+                cache_dir=tmp_path,
+            )
+        )
+
+
+# --- weights ------------------------------------------------------------------------------------------------------------
+
+
+def weights(value, device="cpu"):
+    return {"weight": torch.full((4,), value).to(device)}
+
+
+def run_once(executor, container):
+    executor.submit(0, work(container, on_device(1, 4)))
+    (completion,) = collect(executor, 1)
+    return completion.outputs[0].cpu()[0, 0].item()
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["new", "older"])
+@pytest.mark.parametrize("where", ["cpu", "sim"])
+def test_weights_are_replaced_from_the_host_and_from_the_device(device, executors, loaded, where, older):
+    container = loaded(device, older=older)
+    executor = executors(device)
+    assert container.stage(weights(3.0, where)) == 16
+    assert run_once(executor, container) == 1.0
+    container.swap()
+    assert run_once(executor, container) == 3.0
+    assert container.extract()["weight"].tolist() == [3.0] * 4
+    assert container.extract(inactive=True)["weight"].tolist() == [1.0] * 4
+    container.swap()
+    assert run_once(executor, container) == 1.0
+    container.free_inactive()
+
+
+def test_weights_are_on_the_device_before_they_can_be_swapped_in(cuda, loaded, sim):
+    """The runtime itself does not wait for copies from device to device."""
+    container = loaded(cuda)
+    new = weights(3.0, "sim")
+    sim.synchronize()
+    sim.hold()
+    staging = threading.Thread(target=lambda: container.stage(new))
+    staging.start()
+    sim.wait_until_waiting(1)
+    assert staging.is_alive()
+    while staging.is_alive():
+        sim.step()
+    assert container.inactive_ready
+    assert sim.pending() == 0
+
+
+def test_staging_goes_on_beside_a_run_and_its_buffer_is_not_touched(cuda, executors, loaded, sim):
+    container = loaded(cuda)
+    executor = executors(cuda)
+    x = on_device(1, 4)
+    sim.synchronize()
+    sim.hold()
+    executor.submit(0, work(container, x))
+    sim.wait_until_waiting(1)
+    staging = threading.Thread(target=lambda: container.stage(weights(3.0)))
+    staging.start()
+    sim.wait_until_waiting(2)
+    sim.go()
+    staging.join(60)
+    (completion,) = collect(executor, 1)
+    assert completion.outputs[0].cpu()[0, 0].item() == 1.0
+
+
+def test_a_rebuilt_container_has_its_weights_and_its_slots(device, executors, loaded):
+    container = loaded(device)
+    executor = executors(device)
+    container.stage(weights(3.0))
+    container.swap()
+    container.rebuild()
+    assert run_once(executor, container) == 3.0
+
+
+def test_large_sets_are_written_in_bounded_groups_and_what_is_no_parameter_last():
+    def pair(kind, count):
+        return SimpleNamespace(spec=SimpleNamespace(type=kind)), torch.zeros(count, dtype=torch.uint8)
+
+    ready = [
+        pair("buffer", 9),
+        pair("parameter", 6),
+        pair("parameter", 4),
+        pair("parameter", 1),
+        pair("parameter", 0),
+    ]
+    ready += [pair("parameter", 30), pair("constant", 3)]
+    sizes = [
+        [(constant.spec.type[0], tensor.numel()) for constant, tensor in group]
+        for group in _groups(ready, 10)
+    ]
+    assert sizes == [
+        [("p", 6), ("p", 4)],
+        [("p", 1)],
+        [("p", 30)],
+        [("b", 9), ("p", 0), ("c", 3)],
+    ]
+
+
+# --- a lost device --------------------------------------------------------------------------------------------------------
+
+
+def test_an_error_that_stays_means_that_the_device_is_lost(cuda, executors, loaded, sim):
+    container = loaded(cuda)
+    executor = executors(cuda)
+    x = on_device(2, 4)
+    sim.break_device()
+    executor.submit(0, work(container, x))
+    (completion,) = collect(executor, 1)
+    assert isinstance(completion.error, DeviceLostError)
+    assert completion.error.device == "sim:0"
+    assert "device sim:0 is lost: CUDA_ERROR_ILLEGAL_ADDRESS" in str(completion.error)
+    assert executor.lost().startswith("CUDA_ERROR_ILLEGAL_ADDRESS")
+    again = pickle.loads(pickle.dumps(completion.error))
+    assert (str(again), again.device) == (str(completion.error), "sim:0")
+    with pytest.raises(DeviceLostError, match="Nothing runs on it until the process is started again"):
+        loaded(cuda)
+    here = executor.run_here(Work(container, [x], 1, None))
+    assert isinstance(here.error, DeviceLostError)
+
+
+# --- which devices there are ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cpu:1", "mps:0", "", "xpu:-1"])
+def test_a_name_that_means_no_device_is_refused(name):
+    with pytest.raises(ConfigError, match="expected 'cpu', 'cuda:0', 'xpu:0' or 'mps', or another number"):
+        devices.open_device(name)
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "xpu:1", "mps"])
+def test_a_device_that_is_not_here_is_refused_and_the_reason_is_said(name):
+    kind = name.partition(":")[0]
+    if getattr(torch, kind).is_available():
+        pytest.skip(f"{kind} is here")
+    with pytest.raises(
+        ConfigError, match=rf"device '{name}': (this torch .* was built without|torch finds no)"
+    ):
+        devices.open_device(name)
+
+
+def test_a_driver_that_is_not_there_is_said():
+    with pytest.raises(ConfigError, match=r"CUDA's driver can't be used: libnone\.so\.1: cannot open"):
+        cuda_driver.Driver("libnone.so.1")
+    with pytest.raises(ConfigError, match="CUDA's driver can't be used"):
+        cuda_driver.Driver("libm.so.6")
+
+
+# --- torch's own runner ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cuda:1", "xpu:0", "mps"])
+def test_a_stock_runner_that_this_torch_has_not_is_named(name, tmp_path):
+    runner = f"AOTIModelContainerRunner{name.partition(':')[0].capitalize()}"
+    if hasattr(torch._C._aoti, runner):
+        pytest.skip("this torch has it")
+    with pytest.raises(LoadError, match=f"{runner}, which this torch"):
+        torch_runner.stock_runner(name, tmp_path / "model.so", 1)
+
+
+def test_a_stream_is_given_to_the_stock_runner_as_the_capsule_it_takes(built):
+    """The CPU's runner takes one, too, and does not look at it."""
+    model = built("mlp")
+    runner = torch_runner.stock_runner("cpu", model.library(), 1)
+    (output,) = runner.run(list(model.args), capsule_of(0x1230))
+    assert torch.allclose(output, model.module()(*model.args), atol=1e-5)
+
+
+def test_closing_twice_does_nothing(device, loaded):
+    container = loaded(device)
+    container.close()
+    container.close()
+    with pytest.raises(RunnerClosedError):
+        container._raw.run([on_device(1, 4)])

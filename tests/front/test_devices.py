@@ -1,0 +1,157 @@
+"""A scheduler on a device, simulated: requests, weights, and what becomes of them when the device is lost."""
+
+import asyncio
+
+import pytest
+import torch
+
+from aoti_sched import (
+    Batching,
+    ConfigError,
+    DeviceLostError,
+    DynamicDim,
+    InputMismatchError,
+    Scheduler,
+    TensorSpec,
+)
+from tests.backends.simulation import KINDS, open_device
+from tests.native.simulated import model_path, simulator
+
+SPECS = [TensorSpec("x", "float32", (DynamicDim("n", 1, 1000), 4), device="sim", order=(0, 1))]
+
+
+@pytest.fixture(autouse=True)
+def sim():
+    sim = simulator()
+    yield sim
+    sim.go()
+    fault = sim.faults()
+    sim.repair()
+    assert fault == ""
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+async def scheduler(kind):
+    device = open_device(kind)
+    async with Scheduler(devices={device.name: device}) as scheduler:
+        yield scheduler
+        simulator().go()
+
+
+@pytest.fixture
+def load(scheduler):
+    async def load(**options):
+        name = next(iter(scheduler._devices))
+        return await scheduler.load(
+            model_path(), **{"name": "times", "device": name, "inputs": SPECS, **options}
+        )
+
+    return load
+
+
+async def test_requests_run_on_the_device_and_stay_there(load):
+    runner = await load(instances=2)
+    inputs = [torch.full((rows, 4), float(rows)).to("sim") for rows in range(1, 20)]
+    for x, y in zip(inputs, await asyncio.gather(*map(runner.run, inputs)), strict=True):
+        assert y.device.type == "sim"
+        assert torch.equal(y.cpu(), x.cpu())
+
+
+async def test_requests_from_the_host_go_there_and_come_home(load):
+    runner = await load(instances=2, copy_inputs=True, copy_outputs="cpu")
+    inputs = [torch.full((rows, 4), float(rows)) for rows in range(1, 20)]
+    for x, y in zip(inputs, await asyncio.gather(*map(runner.run, inputs)), strict=True):
+        assert torch.equal(y, x)
+
+
+@pytest.mark.parametrize("specs", [SPECS, None], ids=["with specs", "by arity"])
+async def test_an_input_on_the_host_is_refused_and_the_way_out_is_named(load, scheduler, specs):
+    runner = await load(inputs=specs)
+    wanted = next(iter(scheduler._devices))
+    with pytest.raises(InputMismatchError) as caught:
+        await runner.run(torch.ones(2, 4))
+    assert caught.value.got == "cpu"
+    assert caught.value.expected == f"device {wanted}"
+    assert caught.value.hint == f"Move it with .to({wanted!r}), or load the model with copy_inputs=True."
+    assert caught.value.input == ("x" if specs else "input 0")
+
+
+async def test_requests_that_come_together_run_as_one(load):
+    runner = await load(
+        copy_inputs=True, copy_outputs="cpu", batching=Batching(max_size=16, max_delay=0.0, dim=0)
+    )
+    inputs = [torch.full((1, 4), float(number)) for number in range(8)]
+    for x, y in zip(inputs, await asyncio.gather(*map(runner.run, inputs)), strict=True):
+        assert torch.equal(y, x)
+    assert runner.stats().batches >= 1
+
+
+async def test_weights_are_replaced_under_load_and_no_run_reads_what_is_written(load, sim):
+    runner = await load(instances=2, copy_inputs=True, copy_outputs="cpu")
+    sim.take(100)
+    values = set()
+    over = False
+    seen = asyncio.Condition()
+
+    async def ask():
+        while not over:
+            future = runner.submit(torch.ones(1, 4))
+            value = (await future)[0, 0].item()
+            assert value == future.trace.epoch
+            values.add(value)
+            async with seen:
+                seen.notify_all()
+
+    asking = [asyncio.ensure_future(ask()) for _ in range(4)]
+    for epoch in range(2, 8):
+        where = "cpu" if epoch % 2 else "sim"
+        report = await runner.update({"weight": torch.full((4,), float(epoch)).to(where)})
+        assert report.epoch == epoch
+        async with seen:
+            await seen.wait_for(lambda epoch=epoch: float(epoch) in values)
+    over = True
+    await asyncio.gather(*asking)
+    assert values >= {2.0, 3.0, 4.0, 5.0, 6.0, 7.0}
+
+
+async def test_a_runner_says_that_no_real_device_of_its_kind_has_been_tried(load):
+    runner = await load()
+    assert runner.info.verified is False
+    assert any("was tested on a simulated device only" in note for note in runner.info.notes)
+
+
+@pytest.mark.parametrize("kind", ["cuda"])
+async def test_when_a_device_is_lost_what_is_queued_fails_at_once_and_the_numbers_say_so(
+    load, scheduler, sim
+):
+    runner = await load(copy_inputs=True, copy_outputs="cpu")
+    assert scheduler.stats().devices["sim:0"].lost == ""
+    sim.break_device()
+    futures = [runner.submit(torch.ones(1, 4)) for _ in range(10)]
+    outcomes = await asyncio.gather(*futures, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [DeviceLostError] * 10
+    assert scheduler.stats().devices["sim:0"].lost.startswith("CUDA_ERROR_ILLEGAL_ADDRESS")
+    with pytest.raises(DeviceLostError, match=r"Nothing runs on it until the process is started again"):
+        await runner.run(torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("kind", ["cuda"])
+async def test_where_outputs_shall_go_is_the_host_or_nowhere(load):
+    with pytest.raises(ConfigError, match="copy_outputs"):
+        await load(copy_outputs="cuda:1")
+
+
+@pytest.mark.parametrize("kind", ["cuda"])
+async def test_a_cancelled_request_leaves_nothing_behind(load, sim):
+    runner = await load(copy_inputs=True)
+    sim.hold()
+    future = runner.submit(torch.ones(1, 4))
+    await asyncio.to_thread(sim.wait_until_waiting, 1)
+    assert future.cancel()
+    sim.go()
+    assert (await runner.run(torch.ones(1, 4)))[0, 0].item() == 1.0
