@@ -76,7 +76,7 @@ def _prepare(
     container, name = loaded.container, request.name
     facts = container.info
     specs, source = _find_specs(own, declared, loaded.wrapper_source, facts.num_inputs, name)
-    specs = _on(device.name, specs)
+    specs = _on(device.name, specs, declared=source is SpecSource.DECLARED)
     leaves_known = own is not None and source is SpecSource.PACKAGE
     call_spec = loaded.call_spec or ExportedCallSpec(
         name,
@@ -182,13 +182,20 @@ def _find_specs(
     return None, SpecSource.ARITY
 
 
-def _on(device: str, specs: tuple[TensorSpec, ...] | None) -> tuple[TensorSpec, ...] | None:
-    """The specs as of a model on this device: it was compiled on one of the same kind, perhaps of another number."""
+def _on(
+    device: str, specs: tuple[TensorSpec, ...] | None, *, declared: bool
+) -> tuple[TensorSpec, ...] | None:
+    """The specs as of a model on this device: it was compiled on one of the same kind, perhaps of another number.
+
+    Those that a user declared are all of this device: nobody who writes one says where.
+    """
     kind = device.partition(":")[0]
     if specs is None or kind == "cpu":
         return specs
     return tuple(
-        msgspec.structs.replace(spec, device=device) if spec.device.partition(":")[0] == kind else spec
+        msgspec.structs.replace(spec, device=device)
+        if declared or spec.device.partition(":")[0] == kind
+        else spec
         for spec in specs
     )
 

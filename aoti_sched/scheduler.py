@@ -202,12 +202,13 @@ class Scheduler:
             copy_inputs: On a device, copy inputs there that are in the host's memory; otherwise they are refused.
             copy_outputs: "cpu" brings a device's outputs to the host's memory; by default they stay.
             sha256: Refuse the file, before anything of it is mapped, unless its digest is this one.
-            inputs: Specs of its tensor inputs, where the package does not bring its own.
+            inputs: Specs of its tensor inputs, where the package does not bring its own; they are all of the model's device.
 
         Raises:
             PackageError: The file is missing, broken, for another platform or a wider CPU, not the one hashed.
             LoadError: Its library or weights can't be loaded.
-            ConfigError: A setting is out of range, or the name is taken.
+            DeviceLostError: The device has failed before, and works no more.
+            ConfigError: A setting is out of range, the name is taken, or there is no such device.
         """
         settings = ModelConfig(
             path=os.fspath(path),
@@ -410,7 +411,10 @@ class Scheduler:
                     f"devices.{name}: tenant_jobs bounds each tenant of a model; set it in the model's limits"
                 )
             bounds = Bounds(settings.limits.jobs, settings.limits.bytes)
-            cores = settings.cores or device.cores()
+            cores = device.cores()
+            if not name.startswith("cpu"):  # a lane that waits for its device keeps no core busy
+                cores = max(cores, lanes)
+            cores = settings.cores or cores
             policy = Policy(max_wait=settings.max_wait)
             dispatcher = self._dispatchers[name] = Dispatcher(
                 self._loop,

@@ -528,6 +528,23 @@ def test_weights_are_on_the_device_before_they_can_be_swapped_in(cuda, loaded, s
     assert sim.pending() == 0
 
 
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_weights_that_a_stream_still_makes_are_waited_for(device, loaded, sim):
+    container = loaded(device)
+    new = weights(3.0, "sim")
+    mine = device.open_stream()
+    sim.synchronize()
+    sim.hold()
+    launch(mine.handle, writes=[new["weight"]])
+    staging = threading.Thread(target=lambda: container.stage(new))
+    staging.start()
+    sim.wait_until_waiting(1)
+    sim.go()
+    staging.join(60)
+    assert container.inactive_ready
+    mine.close()
+
+
 def test_staging_goes_on_beside_a_run_and_its_buffer_is_not_touched(cuda, executors, loaded, sim):
     container = loaded(cuda)
     executor = executors(cuda)

@@ -8,16 +8,18 @@ import torch
 from aoti_sched import (
     Batching,
     ConfigError,
+    DeviceConfig,
     DeviceLostError,
     DynamicDim,
     InputMismatchError,
     Scheduler,
+    SchedulerConfig,
     TensorSpec,
 )
 from tests.backends.simulation import KINDS, open_device
 from tests.native.simulated import model_path, simulator
 
-SPECS = [TensorSpec("x", "float32", (DynamicDim("n", 1, 1000), 4), device="sim", order=(0, 1))]
+SPECS = [TensorSpec("x", "float32", (DynamicDim("n", 1, 1000), 4), order=(0, 1))]
 
 
 @pytest.fixture(autouse=True)
@@ -155,3 +157,17 @@ async def test_a_cancelled_request_leaves_nothing_behind(load, sim):
     assert future.cancel()
     sim.go()
     assert (await runner.run(torch.ones(1, 4)))[0, 0].item() == 1.0
+
+
+async def test_as_many_runs_wait_for_a_device_at_once_as_there_are_lanes(sim):
+    device = open_device("cuda")
+    config = SchedulerConfig(devices={device.name: DeviceConfig(lanes=12)})
+    async with Scheduler(config, devices={device.name: device}) as scheduler:
+        runner = await scheduler.load(
+            model_path(), name="times", device=device.name, instances=12, inputs=SPECS, copy_inputs=True
+        )
+        sim.hold()
+        futures = [runner.submit(torch.ones(1, 4)) for _ in range(12)]
+        await asyncio.to_thread(sim.wait_until_waiting, 12)
+        sim.go()
+        await asyncio.gather(*futures)
