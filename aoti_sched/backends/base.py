@@ -228,7 +228,7 @@ class Device(Protocol):
     def name(self) -> str: ...
 
     def cores(self) -> int:
-        """How many cores this process may use: the default number of lanes on a CPU."""
+        """How many lanes there are by default: on a CPU, the cores that this process may use."""
 
     def open_executor(self, lanes: int, affinity: Sequence[int] | None = None) -> Executor:
         """Start the lanes; with `affinity`, each bound to the core of that number."""

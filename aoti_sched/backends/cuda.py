@@ -38,12 +38,10 @@ class CudaDevice(Accelerator):
     def open_stream(self) -> CudaStream:
         return CudaStream(self)
 
-    def record(self) -> CudaEvent:
+    def record(self, stream: Any) -> CudaEvent:
         event = CudaEvent(self)
         with self.driver.current(self.context):  # the default stream is one of the current context
-            self.driver.call(
-                "cuEventRecord", event.handle, self.module.current_stream(self.index).cuda_stream
-            )
+            self.driver.call("cuEventRecord", event.handle, stream.cuda_stream)
         return event
 
     def current_stream(self) -> Any:

@@ -52,7 +52,7 @@ class MpsDevice(Accelerator):
     def open_stream(self) -> MpsStream:
         return MpsStream(self)
 
-    def record(self) -> None:
+    def record(self, stream: Any) -> None:
         """There is one stream, and it keeps its order."""
 
     def current_stream(self) -> None:

@@ -118,8 +118,8 @@ class Accelerator(ABC):
         """A stream that nobody else has."""
 
     @abstractmethod
-    def record(self) -> Any:
-        """An event after all that the calling thread's current stream has been given; None where there is no such thing."""
+    def record(self, stream: Any) -> Any:
+        """An event after all that a stream (torch's object) has been given; None where there is no such thing."""
 
     @abstractmethod
     def current_stream(self) -> Any:
@@ -362,9 +362,12 @@ class OnStreams:
 
     def arrive(self, inputs: Sequence[Any]) -> Sequence[Any]:
         """A request's inputs, on the caller's thread and under its current stream."""
-        event = None if all(tensor.is_cpu for tensor in inputs) else self._device.record()
-        consumer = None if self._host_outputs else self._device.current_stream()
-        return Arrived(inputs, event, consumer)
+        from_host = all(tensor.is_cpu for tensor in inputs)
+        if from_host and self._host_outputs:
+            return inputs
+        stream = self._device.current_stream()
+        event = None if from_host else self._device.record(stream)
+        return Arrived(inputs, event, None if self._host_outputs else stream)
 
     def run_work(self, work: Work) -> list[Any]:
         """A work from beginning to end on the calling thread, in Python's way."""

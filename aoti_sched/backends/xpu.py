@@ -44,8 +44,8 @@ class XpuDevice(Accelerator):
         with self._mutex:
             self._taken.discard(handle)
 
-    def record(self) -> Any:
-        return self.module.current_stream(self.index).record_event()
+    def record(self, stream: Any) -> Any:
+        return stream.record_event()
 
     def current_stream(self) -> Any:
         return self.module.current_stream(self.index)
