@@ -57,6 +57,7 @@ class RawContainer:
             raise LoadError(f"{library.name}: instances={instances}, but a container holds at least one")
         self.library = library
         self.name = library.name
+        self.device = device
         self.device_type = device.partition(":")[0]
         self._lent: list[int] = []
         handle = c_void_p()
@@ -190,6 +191,11 @@ class RawContainer:
         """Why its constants can't be replaced while it serves; "" when they can."""
         return why_not_updatable(self.library, self.constants)
 
+    @property
+    def takes_from_cpu(self) -> bool:
+        """Whether the model itself copies constants from the host to its device (compiled by torch 2.13 or newer)."""
+        return self.library.has(_PREFIX + "UpdateConstantBufferFromCpuPairs")
+
     def ready(self, *, inactive: bool) -> bool:
         """Whether a buffer holds a full set."""
         return self._complete[inactive]
@@ -255,7 +261,7 @@ class RawContainer:
             here = [place for place, (_, tensor) in enumerate(group) if tensor.is_cpu]
             there: AbstractContextManager[list[torch.Tensor]] = nullcontext([])
             if bring is not None and here:
-                if self.library.has(_PREFIX + "UpdateConstantBufferFromCpuPairs"):
+                if self.takes_from_cpu:
                     name = "UpdateConstantBufferFromCpuPairs"
                 else:
                     there = bring([group[place][1] for place in here])

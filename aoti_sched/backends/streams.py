@@ -538,6 +538,11 @@ class StreamTorchRunner(OnStreams, TorchRunnerContainer):
     def _once(self, slot: Slot, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         return slot.home(self._run_on(slot.brought(inputs), slot.stream.handle))
 
+    def rebuild(self) -> None:
+        with self._device.keeping_current(), self._device.turn():
+            super().rebuild()
+            self._device.settle()
+
     def close(self) -> None:
         super().close()
         self._close_slots()

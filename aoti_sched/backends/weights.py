@@ -24,7 +24,11 @@ def load_weights(raw: RawContainer, extracted: Extracted) -> None:
     if extracted.weights_blob is not None:
         raw.update_from_blob(extracted.weights_blob)
     elif extracted.stored_weights:
-        raw.update(read_stored(raw.name, extracted), inactive=False)
+        from_cpu = raw.device_type != "cpu" and raw.takes_from_cpu
+        stored = read_stored(raw.name, extracted)
+        if raw.device_type != "cpu" and not from_cpu:
+            stored = {fqn: tensor.to(raw.device) for fqn, tensor in stored.items()}
+        raw.update(stored, inactive=False, from_cpu=from_cpu)
     missing = raw.missing_constants()
     if missing:
         listed = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")

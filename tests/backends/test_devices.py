@@ -17,6 +17,7 @@ from aoti_sched.backends.batch import Batch, BatchPlan, InputPlan, OutputPlan
 from aoti_sched.backends.handles import capsule_of
 from aoti_sched.backends.raw_container import _groups
 from aoti_sched.backends.threads import ThreadsExecutor
+from aoti_sched.backends.weights import load_weights
 from aoti_sched.backends.xpu import POOL
 from aoti_sched.errors import (
     ConfigError,
@@ -26,6 +27,7 @@ from aoti_sched.errors import (
     RunError,
     RunnerClosedError,
 )
+from aoti_sched.package import Extracted, StoredWeight
 from tests.backends.batch_contract import GatheringContract
 from tests.backends.executor_contract import ExecutorContract, Function, collect
 from tests.backends.simulation import (
@@ -510,6 +512,23 @@ def test_weights_are_replaced_from_the_host_and_from_the_device(device, executor
     container.swap()
     assert run_once(executor, container) == 1.0
     container.free_inactive()
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["new", "older"])
+def test_a_container_without_weights_gets_those_of_its_package_from_the_host(
+    cuda, executors, loaded, older, tmp_path
+):
+    """As when a package keeps them in files; this one had some, which are taken for missing."""
+    container = loaded(cuda, older=older)
+    torch.save(torch.full((4,), 5.0), tmp_path / "weight.pt")
+    stored = StoredWeight(tmp_path / "weight.pt", (4,), (1,), 0)
+    package = Extracted(tmp_path, tmp_path / "model.so", None, {"weight": stored})
+    raw = container._raw
+    missing = iter([("weight",), ()])
+    raw.missing_constants = lambda: next(missing)
+    load_weights(raw, package)
+    cuda.settle()
+    assert run_once(executors(cuda), container) == 5.0
 
 
 def test_weights_are_on_the_device_before_they_can_be_swapped_in(cuda, loaded, sim):
