@@ -1,5 +1,5 @@
 // Lanes whose works run on a simulated device, under a sanitizer: each slot has a stream, and its works come from the host or
-// from the device, go home or stay, fail before or after they have launched, or find the device broken.
+// from the device, go home or stay, have the device alone or not, fail before or after they have launched, or find the device broken.
 //
 // The arguments are the seed and the number of rounds. Returns 0 when the device saw no rule broken, every result was right, and
 // nothing was lost.
@@ -36,7 +36,7 @@ void set(Function& function, Given given) {
   function = reinterpret_cast<Function>(given);
 }
 
-std::shared_ptr<const aoti::Device> device(CUcontext context) {
+std::shared_ptr<const aoti::Device> device(CUcontext context, bool one_at_a_time) {
   auto made = std::make_shared<aoti::Device>();
   set(made->shim.get_data_ptr, &torch_get_data_ptr);
   set(made->shim.get_dim, &torch_get_dim);
@@ -55,6 +55,7 @@ std::shared_ptr<const aoti::Device> device(CUcontext context) {
   set(made->guard, &torch_guard_stream);
   set(made->unguard, &torch_unguard_stream);
   made->type = ON_DEVICE;
+  made->one_at_a_time = one_at_a_time;
   made->driver.context = context;
   set(made->driver.set_context, &cuCtxSetCurrent);
   set(made->driver.copy_in, &cuMemcpyHtoDAsync_v2);
@@ -97,7 +98,8 @@ aoti::Handle input(std::mt19937& random, Slot& slot, const aoti::Device& device)
 void play(std::mt19937& random, CUcontext context) {
   const int tensors = live_tensors();
   const bool breaks = random() % 3 == 0;
-  const auto its_device = device(context);
+  const bool one_at_a_time = random() % 4 == 0;
+  const auto its_device = device(context, one_at_a_time);
   cuCtxSetCurrent(context);
   {
     std::vector<std::unique_ptr<Slot>> slots;
@@ -164,6 +166,7 @@ void play(std::mt19937& random, CUcontext context) {
     }
   }
   check(sim_faults(nullptr) == 0, "no rule is broken");
+  check(!one_at_a_time || sim_most_kernels_waiting() <= 2, "one work at a time has the device, whose kernels are two");
   check(live_tensors() == tensors && sim_pinned() == 0 && sim_allocated() == 0, "nothing is lost");
   sim_repair();
 }

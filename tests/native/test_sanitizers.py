@@ -85,9 +85,15 @@ def test_streams_under_stress_give_a_sanitizer_nothing_to_say(sanitizer, seed):
     [
         ("held_.push_back(held);", "shim.delete_tensor(held);", "memory is given back that stream"),
         ("if (fence.fence != nullptr) demand(", "if (fence.fence == nullptr) demand(", "not so"),
+        ("if (device_.one_at_a_time) turn_", "if (false) turn_", "one work at a time has the device"),
         ("held_.push_back(here);", "shim.delete_tensor(here); held_.push_back(there);", ""),
     ],
-    ids=["inputs are not held", "the device is not waited for", "a handle is freed twice"],
+    ids=[
+        "inputs are not held",
+        "the device is not waited for",
+        "no turn is taken",
+        "a handle is freed twice",
+    ],
 )
 def test_the_stress_of_streams_sees_what_it_is_there_for(line, instead, words, tmp_path):
     """Or it could not fail."""
