@@ -61,8 +61,9 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     `lanes` is how many runs go on at once; by default one per core of the process. `affinity` binds each
     lane's thread to one core, by number; by default the system places them. Runs never use more than `cores` together, each as
-    many as it has threads; by default what the process may use, and on other devices than CPUs one for each lane. A request that was queued for `max_wait` seconds
-    is overdue, and every second run is of the one that came first, whatever its priority class; None for strict classes.
+    many as it has threads; by default what the process may use, and on other devices than CPUs one for each lane. A request that
+    was queued for `max_wait` seconds is overdue, and every second run is of the one that came first, whatever its priority class;
+    None for strict classes.
     """
 
     lanes: _Count | None = None

@@ -131,6 +131,7 @@ Completion run_work(const Runtime& runtime, Work& work) {
     completion.status = guard_torch(runtime, completion, [&] { on->land(completion.outputs); });
   }
   on.reset();
+  work.on.reset();  // before the completion is seen: who sees it may close the device
   if (batch != nullptr && completion.status == 0) {
     completion.status = guard_torch(runtime, completion, [&] { split(*batch, completion.outputs, completion.parts); });
     if (batch->plan->detach_rows) free_handles(runtime, completion.outputs);
