@@ -59,6 +59,8 @@ class RawContainer:
         self.name = library.name
         self.device = device
         self.device_type = device.partition(":")[0]
+        # Whether the model itself copies constants from the host to its device (compiled by torch 2.13 or newer).
+        self.takes_from_cpu = library.has(_PREFIX + "UpdateConstantBufferFromCpuPairs")
         self._lent: list[int] = []
         handle = c_void_p()
         directory = None if resources is None else resources.encode()
@@ -192,9 +194,11 @@ class RawContainer:
         return why_not_updatable(self.library, self.constants)
 
     @property
-    def takes_from_cpu(self) -> bool:
-        """Whether the model itself copies constants from the host to its device (compiled by torch 2.13 or newer)."""
-        return self.library.has(_PREFIX + "UpdateConstantBufferFromCpuPairs")
+    def on_host(self) -> frozenset[str]:
+        """Constants, by FQN, that a model for a device wants in the host's memory all the same."""
+        if self.device_type == "cpu" or not self._can_extract():
+            return frozenset()
+        return frozenset(fqn for fqn, tensor in self._borrow(inactive=False) if tensor.is_cpu)
 
     def ready(self, *, inactive: bool) -> bool:
         """Whether a buffer holds a full set."""
@@ -237,6 +241,8 @@ class RawContainer:
             spec = constant.spec
             if not spec.folded and spec.fqn not in fit and spec.fqn in active:
                 fit[spec.fqn] = active[spec.fqn]  # made by the compiler, or left out of a part
+        for fqn in self.on_host & fit.keys():
+            fit[fqn] = fit[fqn].cpu()
         return [(c, laid_out(self.name, c, fit[c.spec.fqn])) for c in self.constants if c.spec.fqn in fit]
 
     def stage(
@@ -256,9 +262,10 @@ class RawContainer:
         """
         self._complete[1] = False
         groups = [ready] if at_once is None else _groups(ready, at_once)
+        stay = self.on_host
         for number, group in enumerate(groups):
             name = "UpdateConstantBufferPairs"
-            here = [place for place, (_, tensor) in enumerate(group) if tensor.is_cpu]
+            here = [place for place, (c, t) in enumerate(group) if t.is_cpu and c.spec.fqn not in stay]
             there: AbstractContextManager[list[torch.Tensor]] = nullcontext([])
             if bring is not None and here:
                 if self.takes_from_cpu:

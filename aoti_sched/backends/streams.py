@@ -97,6 +97,8 @@ class Accelerator(ABC):
     """Whether this code has run on a real device of this kind."""
     one_at_a_time = False
     """Whether it takes one work of the whole process at a time."""
+    takes_from_host = True
+    """Whether a model's own function for constants from the host works there, where it has one."""
 
     @property
     def name(self) -> str:
@@ -234,10 +236,7 @@ class Accelerator(ABC):
             specs = list(specs_from_wrapper(wrapper) or ()) if wrapper is not None else []
         self.must_work()
         with self.keeping_current(), self.turn():
-            raw = RawContainer(
-                Library(extracted.library), request.instances, self.name, str(extracted.library.parent)
-            )
-            raw.name = f"model {request.name!r}"
+            raw = self.open_raw(Library(extracted.library), request.instances, f"model {request.name!r}")
             try:
                 on_host = tuple(index for index, spec in enumerate(specs) if spec.device == "cpu")
                 make = StreamTorchRunner if model.needs_proxy_executor else StreamContainer
@@ -253,6 +252,13 @@ class Accelerator(ABC):
             thread_limit=model.thread_limit,
             fixed_threads=1,
         )
+
+    def open_raw(self, library: Library, instances: int, name: str) -> RawContainer:
+        """A container of a model; its kernels lie beside its library."""
+        raw = RawContainer(library, instances, self.name, str(library.path.parent))
+        raw.name = name
+        raw.takes_from_cpu &= self.takes_from_host
+        return raw
 
 
 class Slot:
@@ -402,8 +408,6 @@ class StreamContainer(OnStreams, CAbiContainer):
         extracted: Extracted,
         on_host: Sequence[int],
     ) -> None:
-        self._device_name = device.name
-        self._resources = str(extracted.library.parent)
         self._open_slots(device, request, raw.num_inputs, on_host)
         self._turns = 0  # whose turn it is to be warmed up
         try:
@@ -461,6 +465,11 @@ class StreamContainer(OnStreams, CAbiContainer):
         with self._device.turn():
             raw.fold(inactive=inactive, stream=self._house.handle)
             self._house.fence()
+            self._device.settle()  # what is no parameter was copied over on the default stream
+
+    def stage(self, weights: object, *, partial: bool = False, check_finite: bool = False) -> int:
+        with self._device.turn():  # laying tensors out is work of the device's, too, when they are there
+            return super().stage(weights, partial=partial, check_finite=check_finite)
 
     def _write(self, ready: list[tuple[Constant, torch.Tensor]]) -> int:
         self._device.must_work()
@@ -496,9 +505,7 @@ class StreamContainer(OnStreams, CAbiContainer):
         self._know_c_run()
 
     def _another(self) -> RawContainer:
-        raw = RawContainer(self._raw.library, self._instances, self._device_name, self._resources)
-        raw.name = self._raw.name
-        return raw
+        return self._device.open_raw(self._raw.library, self._instances, self._raw.name)
 
 
 class StreamTorchRunner(OnStreams, TorchRunnerContainer):

@@ -515,6 +515,22 @@ def test_weights_are_replaced_from_the_host_and_from_the_device(device, executor
 
 
 @pytest.mark.parametrize("older", [False, True], ids=["new", "older"])
+@pytest.mark.parametrize("where", ["cpu", "sim"])
+def test_a_constant_that_belongs_on_the_host_stays_there(device, executors, loaded, where, older):
+    container = loaded(device, older=older, mixed=True)
+    executor = executors(device)
+    container.stage({**weights(3.0, where), "factor": torch.tensor(2.0).to(where)})
+    container.swap()
+    assert run_once(executor, container) == 6.0
+    container.stage(weights(4.0, where), partial=True)
+    container.swap()
+    assert run_once(executor, container) == 8.0
+    assert container.extract()["factor"].device.type == "cpu"
+    container.rebuild()
+    assert run_once(executor, container) == 8.0
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["new", "older"])
 def test_a_container_without_weights_gets_those_of_its_package_from_the_host(
     cuda, executors, loaded, older, tmp_path
 ):

@@ -2,7 +2,9 @@
 // two buffers on the device. It launches and returns; what it took is freed then, whether or not the device is done.
 //
 // As torch's runtime does, it writes constants on the default stream, waits only for copies from the host, and leaves its
-// device the calling thread's current one.
+// device the calling thread's current one. Made for a device without a number, as MPS is, it refuses constants from the host.
+//
+// With MIXED, y = x * w * f: f is a constant of the model that lies in the host's memory, as torch's may.
 #include <array>
 #include <cstdint>
 #include <cstring>
@@ -36,13 +38,22 @@ constexpr std::size_t kBytes = kWidth * sizeof(float);
 
 thread_local std::string last_error;
 
+#ifdef MIXED
+constexpr std::size_t kConstants = 2;
+#else
+constexpr std::size_t kConstants = 1;
+#endif
+
 struct Buffer {
   float* weight = nullptr;
   Handle tensor = nullptr;  // whose memory it is
+  float factor = 1;
+  Handle factor_tensor = nullptr;
 };
 
 struct Container {
   std::int32_t device = 0;
+  bool takes_from_host = true;
   std::array<Buffer, 2> buffers;
   int active = 0;
   int writes = 0;
@@ -52,12 +63,15 @@ struct Product {
   float* y;
   const float* x;
   const float* w;
+  float factor;
   std::int64_t rows;
 };
 
 void multiply(void* argument) {
   const Product& product = *static_cast<Product*>(argument);
-  for (std::int64_t i = 0; i < product.rows * kWidth; ++i) product.y[i] = product.x[i] * product.w[i % kWidth];
+  for (std::int64_t i = 0; i < product.rows * kWidth; ++i) {
+    product.y[i] = product.x[i] * product.w[i % kWidth] * product.factor;
+  }
 }
 
 struct Write {
@@ -93,6 +107,7 @@ std::int32_t check(int error, const char* what) {
 std::int32_t release(Buffer& buffer) {
   buffer.weight = nullptr;
   if (buffer.tensor != nullptr) aoti_torch_delete_tensor_object(std::exchange(buffer.tensor, nullptr));
+  if (buffer.factor_tensor != nullptr) aoti_torch_delete_tensor_object(std::exchange(buffer.factor_tensor, nullptr));
   return 0;
 }
 
@@ -124,6 +139,18 @@ std::int32_t fill(Container& container, Buffer& buffer, const float* from, bool 
   return check(error, "cudaMemcpy");
 }
 
+std::int32_t set_factor(Buffer& buffer, float value) {
+  void* data = nullptr;
+  if (buffer.factor_tensor == nullptr &&
+      aoti_torch_empty_strided(0, nullptr, nullptr, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0,
+                               &buffer.factor_tensor)) {
+    return 1;
+  }
+  aoti_torch_get_data_ptr(buffer.factor_tensor, &data);
+  buffer.factor = *static_cast<float*>(data) = value;
+  return 0;
+}
+
 struct Entry {
   const char* name;
   Handle handle;
@@ -136,11 +163,16 @@ std::int32_t update(Container* container, const Entry* entries, std::size_t coun
     aoti_torch_get_data_ptr(entries[i].handle, &data);
     aoti_torch_get_device_type(entries[i].handle, &type);
     const bool on_device = type != aoti_torch_device_type_cpu();
-    if (!on_device && !from_host) {
-      last_error = "update_constant_buffer: constant 'w' is on the host";
+    const int which = inactive ? 1 - container->active : container->active;
+    const bool on_host = std::strcmp(entries[i].name, "f") == 0;
+    if (on_host ? on_device : !on_device && !(from_host && container->takes_from_host)) {
+      last_error = std::string("update_constant_buffer: constant '") + entries[i].name + "' is on the wrong device";
       return 1;
     }
-    const int which = inactive ? 1 - container->active : container->active;
+    if (on_host) {
+      if (set_factor(container->buffers[which], *static_cast<float*>(data))) return 1;
+      continue;
+    }
     if (fill(*container, container->buffers[which], static_cast<float*>(data), on_device)) return 1;
   }
   return 0;
@@ -158,13 +190,15 @@ std::int32_t AOTInductorModelContainerCreateWithDevice(Container** made, std::si
     return 1;
   }
   auto* container = new Container;
-  if (name.find(':') != std::string::npos) container->device = std::stoi(name.substr(name.find(':') + 1));
+  container->takes_from_host = name.find(':') != std::string::npos;
+  if (container->takes_from_host) container->device = std::stoi(name.substr(name.find(':') + 1));
   CUcontext context = nullptr;
   cuInit(0);
   cuDevicePrimaryCtxRetain(&context, container->device);
   cuCtxSetCurrent(context);
   const std::array<float, kWidth> ones{1, 1, 1, 1};
   if (fill(*container, container->buffers[0], ones.data(), false)) return 1;
+  if (kConstants > 1 && set_factor(container->buffers[0], 1)) return 1;
   *made = container;
   return 0;
 }
@@ -190,7 +224,8 @@ std::int32_t AOTInductorModelContainerRun(Container* container, Handle* inputs, 
   const std::int64_t rows = sizes[0];
   const std::int64_t shape[] = {rows, kWidth};
   const std::int64_t strides[] = {kWidth, 1};
-  const float* const w = container->buffers[container->active].weight;
+  const Buffer& buffer = container->buffers[container->active];
+  const float* const w = buffer.weight;
   const std::size_t bytes = static_cast<std::size_t>(rows) * kBytes;
   std::int32_t status = 0;
   if (type != aoti_torch_device_type_privateuse1()) {
@@ -202,9 +237,8 @@ std::int32_t AOTInductorModelContainerRun(Container* container, Handle* inputs, 
     status = 1;
   } else if (rows > 0) {
     aoti_torch_get_data_ptr(outputs[0], &y);
-    status = check(launch(stream, &multiply, Product{static_cast<float*>(y), static_cast<const float*>(x), w, rows},
-                          {{y, bytes, 1}, {x, bytes, 0}, {w, kBytes, 0}}),
-                   "launch");
+    const Product product{static_cast<float*>(y), static_cast<const float*>(x), w, buffer.factor, rows};
+    status = check(launch(stream, &multiply, product, {{y, bytes, 1}, {x, bytes, 0}, {w, kBytes, 0}}), "launch");
   }
   aoti_torch_delete_tensor_object(input);
   aoti_torch_delete_cuda_stream_guard(guard);
@@ -234,15 +268,15 @@ std::int32_t AOTInductorModelContainerGetCallSpec(Container*, const char** in, c
   return 0;
 }
 std::int32_t AOTInductorModelContainerGetNumConstants(Container*, std::size_t* count) {
-  *count = 1;
+  *count = kConstants;
   return 0;
 }
-std::int32_t AOTInductorModelContainerGetConstantName(Container*, std::size_t, const char** name) {
-  *name = "w";
+std::int32_t AOTInductorModelContainerGetConstantName(Container*, std::size_t index, const char** name) {
+  *name = index == 0 ? "w" : "f";
   return 0;
 }
-std::int32_t AOTInductorModelContainerGetConstantOriginalFQN(Container*, std::size_t, const char** name) {
-  *name = "weight";
+std::int32_t AOTInductorModelContainerGetConstantOriginalFQN(Container*, std::size_t index, const char** name) {
+  *name = index == 0 ? "weight" : "factor";
   return 0;
 }
 std::int32_t AOTInductorModelContainerGetConstantDtype(Container*, std::size_t, std::int32_t* dtype) {
@@ -257,17 +291,17 @@ std::int32_t AOTInductorModelContainerGetConstantType(Container*, std::size_t, s
   *type = 1;  // a parameter
   return 0;
 }
-std::int32_t AOTInductorModelContainerGetConstantDataSize(Container*, std::size_t, std::size_t* bytes) {
-  *bytes = kBytes;
+std::int32_t AOTInductorModelContainerGetConstantDataSize(Container*, std::size_t index, std::size_t* bytes) {
+  *bytes = index == 0 ? kBytes : sizeof(float);
   return 0;
 }
 std::int32_t AOTInductorModelContainerExtractConstantsMapEntries(Container* container, const Entry** entries,
                                                                  std::size_t* count, bool inactive) {
-  thread_local Entry extracted{};
+  thread_local std::array<Entry, 2> extracted{};
   const Buffer& buffer = container->buffers[inactive ? 1 - container->active : container->active];
-  extracted = {"weight", buffer.tensor};
-  *entries = &extracted;
-  *count = buffer.tensor != nullptr;
+  extracted = {Entry{"weight", buffer.tensor}, Entry{"factor", buffer.factor_tensor}};
+  *entries = extracted.data();
+  *count = buffer.tensor != nullptr ? kConstants : 0;
   return 0;
 }
 std::int32_t AOTInductorModelContainerUpdateConstantBufferPairs(Container* container, const Entry* entries,

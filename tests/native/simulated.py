@@ -34,9 +34,9 @@ def driver_path() -> Path:
     )
 
 
-def model_path(*, older: bool = False) -> Path:
-    """The compiled model; an older one can't take constants from the host."""
-    flags = ["-DOLDER"] if older else []
+def model_path(*, older: bool = False, mixed: bool = False) -> Path:
+    """The compiled model; an older one can't take constants from the host, a mixed one has a factor that lies there."""
+    flags = ["-DOLDER"] * older + ["-DMIXED"] * mixed
     return compile_once(
         "device_model.so",
         [HERE / "device_model.cpp"],
