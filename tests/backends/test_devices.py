@@ -404,7 +404,29 @@ def test_mps_never_runs_two_at_once(loaded, executors, sim):
     for other in others:
         other.join(60)
     assert sim.kernels() - before == 62
-    assert sim.most_kernels_waiting() == 1
+    assert sim.most_threads() == 1
+
+
+def test_weights_for_mps_are_laid_out_and_written_between_its_runs(loaded, executors, sim):
+    device = open_device("mps")
+    container, other = loaded(device), loaded(device)
+    executor = executors(device)
+    x, wide = on_device(2, 4), on_device(8)
+    sim.repair()
+    sim.take(200)
+
+    def stage():
+        for _ in range(10):
+            other.stage({"weight": wide[::2]}, check_finite=True)
+
+    staging = threading.Thread(target=stage)
+    staging.start()
+    for _ in range(20):
+        executor.submit(0, work(container, x))
+        assert collect(executor, 1)[0].error is None
+    staging.join(60)
+    assert other.inactive_ready
+    assert sim.most_threads() == 1
 
 
 def test_the_device_sees_when_two_run_at_once(cuda, executors, loaded, sim):
@@ -419,7 +441,7 @@ def test_the_device_sees_when_two_run_at_once(cuda, executors, loaded, sim):
     sim.wait_until_waiting(2)
     sim.go()
     collect(executor, 2)
-    assert sim.most_kernels_waiting() == 2
+    assert sim.most_threads() == 2
 
 
 def test_mps_has_one_lane():

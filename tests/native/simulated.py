@@ -82,7 +82,7 @@ class Simulator:
         torch._register_device_module(KIND, self.module)
         self.hold, self.go, self.step = cuda.sim_hold, cuda.sim_go, cuda.sim_step
         self.repair, self.take, self.memory_limit = cuda.sim_repair, cuda.sim_take, cuda.sim_memory_limit
-        self.kernels, self.most_kernels_waiting = cuda.sim_kernels, cuda.sim_most_kernels_waiting
+        self.kernels, self.most_threads = cuda.sim_kernels, cuda.sim_most_threads
         self.streams, self.pinned, self.events = cuda.sim_streams, cuda.sim_pinned, cuda.sim_events
         self.allocated, self.waiting = cuda.sim_allocated, cuda.sim_waiting
 

@@ -20,6 +20,7 @@ struct op {
   struct op* next;
   enum kind kind;
   uint64_t seq;
+  pthread_t giver;
   struct sim_kernel kernel; /* of copies, only its ranges: what is written first, then what is read */
   int wait_stream;          /* of waits: for which stream to come how far */
   uint64_t wait_seq;
@@ -61,8 +62,7 @@ static struct {
   size_t bytes;
 } pinned[MOST_PINNED];
 static size_t allocated, limit;
-static int started, held, steps, microseconds, broken, breaks_next, faults, waiting, events, kernels, kernels_waiting,
-    most_kernels_waiting;
+static int started, held, steps, microseconds, broken, breaks_next, faults, waiting, events, kernels, most_threads;
 static char first_fault[256];
 static _Thread_local CUcontext current;
 
@@ -125,7 +125,6 @@ static void perform(struct op* op) {
       breaks_next = 0;
     }
     ++kernels;
-    --kernels_waiting;
   }
   const int works = !broken;
   const int sleeps = microseconds;
@@ -190,6 +189,20 @@ static void check_order(const struct sim_stream* stream, const struct op* given)
   }
 }
 
+/* Whose work waits, beside the calling thread's? */
+static void count_threads(void) {
+  pthread_t givers[MOST_STREAMS] = {pthread_self()};
+  int count = 1;
+  for (int i = 0; i < most_streams; ++i) {
+    for (const struct op* op = streams[i].first; op != NULL && count < MOST_STREAMS; op = op->next) {
+      int known = op->kind != KERNEL && op->kind != COPY;
+      for (int t = 0; t < count; ++t) known |= pthread_equal(givers[t], op->giver);
+      if (!known) givers[count++] = op->giver;
+    }
+  }
+  if (count > most_threads) most_threads = count;
+}
+
 static int give(CUstream handle, struct op op) {
   struct sim_stream* stream = at(handle);
   pthread_mutex_lock(&mutex);
@@ -204,12 +217,13 @@ static int give(CUstream handle, struct op op) {
     check_order(stream, &op);
     struct op* given = malloc(sizeof *given);
     *given = op;
+    given->giver = pthread_self();
     given->seq = ++stream->seq;
     given->next = NULL;
     if (stream->last != NULL) stream->last->next = given;
     if (stream->first == NULL) stream->first = given;
     stream->last = given;
-    if (op.kind == KERNEL && ++kernels_waiting > most_kernels_waiting) most_kernels_waiting = kernels_waiting;
+    if (op.kind == KERNEL || op.kind == COPY) count_threads();
     pthread_cond_broadcast(&changed);
   }
   pthread_mutex_unlock(&mutex);
@@ -566,7 +580,7 @@ void sim_break(int error) { SET(breaks_next = error); }
 GET(sim_waiting, waiting)
 GET(sim_events, events)
 GET(sim_kernels, kernels)
-GET(sim_most_kernels_waiting, most_kernels_waiting)
+GET(sim_most_threads, most_threads)
 
 static int all_pending(void) {
   int pending = 0;
@@ -631,7 +645,7 @@ int sim_faults(const char** first) {
 
 void sim_repair(void) {
   pthread_mutex_lock(&mutex);
-  held = microseconds = broken = breaks_next = faults = kernels = most_kernels_waiting = 0;
+  held = microseconds = broken = breaks_next = faults = kernels = most_threads = 0;
   limit = 0;
   first_fault[0] = 0;
   pthread_cond_broadcast(&changed);

@@ -95,7 +95,7 @@ int sim_streams(void);           /* that are there now, beside the default one *
 int sim_events(void);
 int sim_pinned(void);
 int sim_kernels(void);           /* that were run */
-int sim_most_kernels_waiting(void); /* at once, on all streams */
+int sim_most_threads(void);      /* whose kernels and copies were waiting at once, on all streams */
 
 #ifdef __cplusplus
 }
