@@ -55,7 +55,7 @@ class ArityCheck:
                 expected, got = "a strided tensor", f"layout {tensor.layout}"
             elif tensor.is_nested:
                 expected, got = "a strided tensor", "a nested tensor"
-            elif tensor.device.type != self._device.type and not (self._copies and tensor.is_cpu):
+            elif self._lies_elsewhere(tensor) and not (self._copies and tensor.is_cpu):
                 hint = _move_hint(str(self._device), tensor)
                 raise InputMismatchError(
                     self.model, f"input {index}", f"device {self._device}", f"{tensor.device}", hint
@@ -66,6 +66,10 @@ class ArityCheck:
                 continue
             raise InputMismatchError(self.model, f"input {index}", expected, got)
         return count_bytes(tensors)
+
+    def _lies_elsewhere(self, tensor: torch.Tensor) -> bool:
+        there, wanted = tensor.device, self._device
+        return there.type != wanted.type or (wanted.index is not None and there.index != wanted.index)
 
 
 def dense_strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:

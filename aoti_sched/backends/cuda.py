@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from aoti_sched.backends.cuda_driver import DISABLE_TIMING, NON_BLOCKING, NOT_READY, Driver
+from aoti_sched.backends.cuda_driver import CAPTURING, DISABLE_TIMING, NON_BLOCKING, NOT_READY, Driver
 from aoti_sched.backends.streams import Accelerator, Stream
 from aoti_sched.errors import RunError
 from aoti_sched.telemetry import log
@@ -64,6 +64,7 @@ class CudaDevice(Accelerator):
         return {
             "guard": self.address("aoti_torch_create_cuda_stream_guard"),
             "unguard": self.address("aoti_torch_delete_cuda_stream_guard"),
+            "get_context": address("cuCtxGetCurrent"),
             "set_context": address("cuCtxSetCurrent"),
             "copy_in": address("cuMemcpyHtoDAsync_v2"),
             "copy_out": address("cuMemcpyDtoHAsync_v2"),
@@ -85,7 +86,7 @@ class CudaDevice(Accelerator):
         with self.driver.current(self.context):
             # An error that stays is what every later call returns, whatever it is asked for.
             status = self.driver.status("cuStreamQuery", None)
-        if status not in (0, NOT_READY):
+        if status not in (0, NOT_READY, *CAPTURING):
             self._lost = self.driver.explain(status)
             log.error("device lost", device=self.name, error=self._lost)
 

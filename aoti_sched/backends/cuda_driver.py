@@ -20,6 +20,8 @@ DISABLE_TIMING = 2
 """`CU_EVENT_DISABLE_TIMING`."""
 NOT_READY = 600
 """`CUDA_ERROR_NOT_READY`: a stream has work to do."""
+CAPTURING = range(900, 910)
+"""`CUDA_ERROR_STREAM_CAPTURE_*`: what was asked is not allowed while a graph is being recorded, which says nothing of the device."""
 
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuInit": (c_uint,),

@@ -481,6 +481,20 @@ def test_loading_leaves_the_threads_device_as_it_was(loaded, sim):
     assert seen == [None]
 
 
+def test_runs_and_closing_leave_the_threads_device_as_it_was(executors, tmp_path, sim):
+    """The loop's own thread may run and close; what a user does there next must not land on another device."""
+    device = simulator().cuda(0)
+    other = sim.driver.primary_context(1)
+    container = load(device, tmp_path, copy_inputs=True, copy_outputs="cpu")
+    executor = executors(device)
+    with sim.driver.current(other):
+        assert executor.run_here(work(container, torch.ones(2, 4))).error is None
+        assert sim.context == other
+        container.close()
+        gc.collect()
+        assert sim.context == other
+
+
 def test_a_loaded_model_says_what_it_is_and_that_no_real_device_has_run_it(device, loaded):
     info = loaded(device, instances=2).info
     assert (info.runtime, info.instances, info.inline, info.verified) == ("c_abi", 2, False, False)
@@ -672,6 +686,20 @@ def test_an_error_that_stays_means_that_the_device_is_lost(cuda, executors, load
         loaded(cuda)
     here = executor.run_here(Work(container, [x], 1, None))
     assert isinstance(here.error, DeviceLostError)
+
+
+def test_a_driver_that_records_a_graph_is_not_lost(cuda, monkeypatch):
+    """Then it refuses to be asked, which the simulated one never does."""
+    status = cuda.driver.status
+    refused = {"cuStreamQuery": 901}
+    monkeypatch.setattr(
+        cuda.driver, "status", lambda function, *args: refused.get(function) or status(function, *args)
+    )
+    cuda.look_after_failure()
+    assert cuda.lost() == ""
+    refused["cuStreamQuery"] = 700
+    cuda.look_after_failure()
+    assert "ILLEGAL_ADDRESS" in cuda.lost()
 
 
 # --- which devices there are ------------------------------------------------------------------------------------------------

@@ -83,6 +83,16 @@ async def test_an_input_on_the_host_is_refused_and_the_way_out_is_named(load, sc
     assert caught.value.input == ("x" if specs else "input 0")
 
 
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+@pytest.mark.parametrize("specs", [SPECS, None], ids=["with specs", "by arity"])
+async def test_an_input_on_another_device_of_the_kind_is_refused(load, specs):
+    runner = await load(inputs=specs, copy_inputs=True)
+    with pytest.raises(InputMismatchError) as caught:
+        await runner.run(torch.ones(2, 4).to("sim:1"))
+    assert (caught.value.expected, caught.value.got) == ("device sim:0", "sim:1")
+    assert caught.value.hint == "Move it with .to('sim:0')."
+
+
 async def test_requests_that_come_together_run_as_one(load):
     runner = await load(
         copy_inputs=True, copy_outputs="cpu", batching=Batching(max_size=16, max_delay=0.0, dim=0)

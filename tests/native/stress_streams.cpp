@@ -57,6 +57,7 @@ std::shared_ptr<const aoti::Device> device(CUcontext context, bool one_at_a_time
   made->type = ON_DEVICE;
   made->one_at_a_time = one_at_a_time;
   made->driver.context = context;
+  set(made->driver.get_context, &cuCtxGetCurrent);
   set(made->driver.set_context, &cuCtxSetCurrent);
   set(made->driver.copy_in, &cuMemcpyHtoDAsync_v2);
   set(made->driver.copy_out, &cuMemcpyDtoHAsync_v2);

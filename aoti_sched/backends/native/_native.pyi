@@ -74,7 +74,7 @@ class Plan:
 class Device:
     """A device as lanes know it: torch's number for its kind, its own number, whether it takes one work of the process at a time, and
     functions by name: `new_handle`, `get_device_type` and `copy` of torch; `guard` and `unguard` where there are current streams;
-    `set_context`, `copy_in`, `copy_out`, `allocate_host`, `free_host` and `explain` of a driver."""
+    `get_context`, `set_context`, `copy_in`, `copy_out`, `allocate_host`, `free_host` and `explain` of a driver."""
 
     def __init__(
         self,

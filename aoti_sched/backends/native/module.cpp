@@ -136,6 +136,7 @@ std::shared_ptr<const aoti::Device> make_device(const aoti::Shim& shim, std::int
   set(device.copy, "copy");
   set(device.guard, "guard");
   set(device.unguard, "unguard");
+  set(device.driver.get_context, "get_context");
   set(device.driver.set_context, "set_context");
   set(device.driver.copy_in, "copy_in");
   set(device.driver.copy_out, "copy_out");
@@ -151,7 +152,7 @@ std::shared_ptr<const aoti::Device> make_device(const aoti::Shim& shim, std::int
   }
   const aoti::Driver& driver = device.driver;
   const bool some = driver.copy_in != nullptr || driver.copy_out != nullptr || driver.allocate_host != nullptr;
-  const bool all = driver.set_context != nullptr && driver.copy_in != nullptr && driver.copy_out != nullptr &&
+  const bool all = driver.get_context != nullptr && driver.set_context != nullptr && driver.copy_in != nullptr && driver.copy_out != nullptr &&
                    driver.allocate_host != nullptr && driver.free_host != nullptr;
   if (some && !all) throw std::invalid_argument("a driver's functions: all or none");
   return made;

@@ -14,14 +14,6 @@ void demand(std::int32_t status, const char* function) {
   if (status != 0) throw TorchRefused(function);
 }
 
-void demand(const Driver& driver, std::int32_t status, const std::string& what) {
-  if (status == 0) return;
-  const char* words = nullptr;
-  std::string text = what + " failed with status " + std::to_string(status);
-  if (driver.explain != nullptr && driver.explain(status, &words) == 0 && words != nullptr) text += std::string(": ") + words;
-  throw std::runtime_error(text);
-}
-
 struct Layout {
   bool known = false;
   char* data = nullptr;
@@ -63,6 +55,24 @@ std::size_t aligned(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlig
 
 }  // namespace
 
+void demand(const Driver& driver, std::int32_t status, const std::string& what) {
+  if (status == 0) return;
+  const char* words = nullptr;
+  std::string text = what + " failed with status " + std::to_string(status);
+  if (driver.explain != nullptr && driver.explain(status, &words) == 0 && words != nullptr) text += std::string(": ") + words;
+  throw std::runtime_error(text);
+}
+
+InContext::InContext(const Driver& driver) : driver_(driver) {
+  if (driver.set_context == nullptr) return;
+  demand(driver, driver.get_context(&before_), "cuCtxGetCurrent");
+  demand(driver, driver.set_context(driver.context), "cuCtxSetCurrent");
+}
+
+InContext::~InContext() {
+  if (driver_.set_context != nullptr) driver_.set_context(before_);
+}
+
 std::recursive_mutex& process_turn() {
   static std::recursive_mutex turn;
   return turn;
@@ -72,8 +82,12 @@ std::recursive_mutex& process_turn() {
 
 Pinned::~Pinned() {
   if (memory_ == nullptr) return;
-  driver_.set_context(driver_.context);
-  driver_.free_host(memory_);
+  try {
+    const InContext in_context(driver_);
+    driver_.free_host(memory_);
+  } catch (const std::runtime_error&) {
+    // The device is lost, and its memory ends with the process.
+  }
 }
 
 char* Pinned::of(std::size_t bytes) {
@@ -99,10 +113,12 @@ Stream::Stream(std::shared_ptr<const Device> device, void* handle, Fence fence, 
       in_(device_->driver),
       out_(device_->driver) {}
 
-Stream::Run::Run(Stream& stream) : stream_(stream), device_(*stream.device_) {
-  if (device_.one_at_a_time) turn_ = std::unique_lock(process_turn());
-  const Driver& driver = device_.driver;
-  if (driver.set_context != nullptr) demand(driver, driver.set_context(driver.context), "cuCtxSetCurrent");
+Stream::Run::Run(Stream& stream)
+    : stream_(stream),
+      device_(*stream.device_),
+      turn_(process_turn(), std::defer_lock),
+      in_context_(device_.driver) {
+  if (device_.one_at_a_time) turn_.lock();
   if (device_.guard != nullptr) demand(device_.guard(stream.handle_, device_.index, &guard_), "create_stream_guard");
 }
 

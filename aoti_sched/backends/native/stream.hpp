@@ -19,10 +19,11 @@ namespace aoti {
 // Waits until the stream's device work is complete; 0 is success.
 using FenceFunction = std::int32_t (*)(void* argument);
 
-// Of CUDA's driver, or null where torch serves: cuCtxSetCurrent, cuMemcpyHtoDAsync, cuMemcpyDtoHAsync, cuMemAllocHost,
+// Of CUDA's driver, or null where torch serves: cuCtxGetCurrent, cuCtxSetCurrent, cuMemcpyHtoDAsync, cuMemcpyDtoHAsync, cuMemAllocHost,
 // cuMemFreeHost, cuGetErrorString.
 struct Driver {
   void* context = nullptr;
+  std::int32_t (*get_context)(void** context) = nullptr;
   std::int32_t (*set_context)(void* context) = nullptr;
   std::int32_t (*copy_in)(std::uint64_t to, const void* from, std::size_t bytes, void* stream) = nullptr;
   std::int32_t (*copy_out)(void* to, std::uint64_t from, std::size_t bytes, void* stream) = nullptr;
@@ -43,6 +44,22 @@ struct Device {
   std::int32_t index = 0;
   bool one_at_a_time = false;  // of all works in the process
   Driver driver;
+};
+
+// Throws std::runtime_error, with the driver's words, unless the status is 0.
+void demand(const Driver& driver, std::int32_t status, const std::string& what);
+
+// The device's context is the calling thread's current one, and afterwards what it was before: it may be a user's thread.
+class InContext {
+ public:
+  explicit InContext(const Driver& driver);
+  ~InContext();
+  InContext(const InContext&) = delete;
+  InContext& operator=(const InContext&) = delete;
+
+ private:
+  const Driver& driver_;
+  void* before_ = nullptr;
 };
 
 // Held by whoever works on a device that takes one work of the process at a time.
@@ -109,6 +126,7 @@ class Stream {
     Stream& stream_;
     const Device& device_;
     std::unique_lock<std::recursive_mutex> turn_;
+    InContext in_context_;
     void* guard_ = nullptr;
     std::vector<Handle> held_;
     std::vector<Home> homes_;
