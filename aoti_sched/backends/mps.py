@@ -29,6 +29,7 @@ class MpsDevice(Accelerator):
     """The one MPS device. `module` and `type` are torch's module for it and word for its kind (the tests have others)."""
 
     one_at_a_time = True
+    has_addresses = False
     takes_from_host = False  # it is there and refuses them (`update_constant_buffer` in model_container.h)
 
     def __init__(self, *, module: Any = torch.mps, type: str = "mps") -> None:

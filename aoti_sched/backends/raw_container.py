@@ -61,6 +61,8 @@ class RawContainer:
         self.device_type = device.partition(":")[0]
         # Whether the model itself copies constants from the host to its device (compiled by torch 2.13 or newer).
         self.takes_from_cpu = library.has(_PREFIX + "UpdateConstantBufferFromCpuPairs")
+        # Whether a tensor's address tells its place in memory. MPS's is that of an object, its buffer, plus the offset in it.
+        self.has_addresses = True
         self._lent: list[int] = []
         handle = c_void_p()
         directory = None if resources is None else resources.encode()
@@ -205,11 +207,15 @@ class RawContainer:
         return self._complete[inactive]
 
     def constant_memory(self, *, inactive: bool = False) -> list[tuple[int, int]]:
-        """Where a buffer's constants lie: [start, end) addresses. Folded ones are not told by the C ABI."""
+        """Where a buffer's constants lie: [start, end) addresses, or [storage, storage + 1) where there are none. Folded ones are not
+        told by the C ABI."""
         if not self._can_extract() or (inactive and not self._complete[1]):
             return []
         # A frozen model's weights may be packed by oneDNN: opaque, without an address, and never an output.
         tensors = [t for _, t in self._borrow(inactive=inactive) if t.layout is torch.strided and t.numel()]
+        if not self.has_addresses:
+            storages = {t.untyped_storage().data_ptr() for t in tensors}
+            return [(storage, storage + 1) for storage in storages]
         return [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
 
     # --- the values of constants --------------------------------------------------------------------------

@@ -99,6 +99,8 @@ class Accelerator(ABC):
     """Whether it takes one work of the whole process at a time."""
     takes_from_host = True
     """Whether a model's own function for constants from the host works there, where it has one."""
+    has_addresses = True
+    """As `RawContainer.has_addresses`."""
 
     @property
     def name(self) -> str:
@@ -258,6 +260,7 @@ class Accelerator(ABC):
         raw = RawContainer(library, instances, self.name, str(library.path.parent))
         raw.name = name
         raw.takes_from_cpu &= self.takes_from_host
+        raw.has_addresses = self.has_addresses
         return raw
 
 
@@ -432,11 +435,22 @@ class StreamContainer(OnStreams, CAbiContainer):
 
     def own(self, outputs: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """Outputs that are weights are copied on a stream of their own, and that is waited for: the weights may be written next."""
+        if self._host_outputs:  # and lie there
+            return super().own(outputs)
         if self._aliases(outputs):
             with self._device.turn(), self._house.current():
                 super().own(outputs)
                 self._house.fence()
         return outputs
+
+    def _aliases(self, outputs: Sequence[torch.Tensor | None]) -> list[int]:
+        if self._raw.has_addresses:
+            return super()._aliases(outputs)
+        weights = {*self._folded_outputs}
+        for index, tensor in enumerate(outputs):
+            if tensor is not None and tensor.untyped_storage().data_ptr() in self._constants_start:
+                weights.add(index)
+        return [index for index in sorted(weights) if outputs[index] is not None]
 
     def run_raw(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         return self.run_work(Work(self, self.arrive(inputs), 1, None))

@@ -550,6 +550,21 @@ def test_weights_are_replaced_from_the_host_and_from_the_device(device, executor
     container.free_inactive()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_that_are_weights_become_copies(device, kind, loaded, monkeypatch):
+    """On MPS an address is that of an object, plus an offset: a number within the weights' may be anybody's."""
+    container = loaded(device)
+    blob = torch.zeros(8)
+    monkeypatch.setattr(container._raw, "_borrow", lambda *, inactive: [("weight", blob)])
+    container._know_memory()
+    stranger = torch.tensor([]).set_(blob.untyped_storage()[8:16])
+    assert blob.data_ptr() < stranger.data_ptr() < blob.data_ptr() + blob.nbytes
+    outputs = [None, blob[2:], torch.zeros(8), stranger]
+    assert container._aliases(outputs) == ([1] if kind == "mps" else [1, 3])
+    container._folded_outputs = {0, 2}
+    assert sorted(container._aliases(outputs)) == ([1, 2] if kind == "mps" else [1, 2, 3])
+
+
 @pytest.mark.parametrize("older", [False, True], ids=["new", "older"])
 @pytest.mark.parametrize("where", ["cpu", "sim"])
 def test_a_constant_that_belongs_on_the_host_stays_there(device, executors, loaded, where, older):
