@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from asyncio import _get_running_loop  # the public one raises; this one is for the hot path
 from collections.abc import Hashable
+from contextlib import nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,8 @@ from aoti_sched.telemetry import RunnerInfo, RunnerStats
 from aoti_sched.update import Barrier, Inactive, LiveWeights, UpdateReport
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from typing_extensions import Self
 
@@ -107,7 +109,15 @@ class Calls:
             )
         if loop.is_closed():
             raise RunnerClosedError(f"runner {self._runner.name!r}: its event loop is closed")
-        return asyncio.run_coroutine_threadsafe(self.run(*args, **kwargs), loop).result()
+        as_here = self._runner.as_here()
+        return asyncio.run_coroutine_threadsafe(self._run_as(as_here, args, kwargs), loop).result()
+
+    async def _run_as(
+        self, as_there: AbstractContextManager[object], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        with as_there:
+            future = self.submit(*args, **kwargs)
+        return await future
 
     def options(
         self,
@@ -167,6 +177,7 @@ class Runner(RunnerView):
         "_close",
         "_info",
         "arrive",
+        "as_here",
         "call_spec",
         "container",
         "device",
@@ -204,9 +215,11 @@ class Runner(RunnerView):
         self.device = info.device
         self.state = state
         self.container = container
-        self.arrive = getattr(
-            container, "arrive", None
-        )  # on a device: what the inputs depend on, and who uses the outputs
+        # On a device: what the inputs depend on, and who uses the outputs; and, for another thread, its current stream.
+        self.arrive = getattr(container, "arrive", None)
+        self.as_here: Callable[[], AbstractContextManager[object]] = getattr(
+            container, "as_here", nullcontext
+        )
         self.call_spec = call_spec
         self.input_check = input_check
         self.grouping = grouping

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -121,6 +121,8 @@ class CudaEvent:
 class CudaStream(Stream):
     """A stream that does not wait for the default one."""
 
+    _device: CudaDevice
+
     def __init__(self, device: CudaDevice) -> None:
         self._device = device
         self._driver = device.driver
@@ -131,10 +133,6 @@ class CudaStream(Stream):
     def wait_for(self, event: CudaEvent) -> None:
         with self._driver.current(self._device.context):
             self._driver.call("cuStreamWaitEvent", self.handle, event.handle, 0)
-
-    def current(self) -> AbstractContextManager[object]:
-        made: AbstractContextManager[object] = self._device.module.stream(self.of_torch)
-        return made
 
     def fence(self) -> None:
         with self._driver.current(self._device.context):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -90,9 +90,6 @@ class MpsStream(Stream):
 
     def wait_for(self, event: Any) -> None:
         """There are no events."""
-
-    def current(self) -> AbstractContextManager[object]:
-        return nullcontext()
 
     def fence(self) -> None:
         self._device.module.synchronize()

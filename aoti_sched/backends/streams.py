@@ -63,14 +63,15 @@ class Stream(ABC):
 
     handle: int = 0
     of_torch: Any = None
+    _device: Accelerator
 
     @abstractmethod
     def wait_for(self, event: Any) -> None:
         """What comes next on this stream comes after the event. Does not block."""
 
-    @abstractmethod
     def current(self) -> AbstractContextManager[object]:
         """Torch's operations inside go on this stream."""
+        return self._device.under(self.of_torch)
 
     @abstractmethod
     def fence(self) -> None:
@@ -93,6 +94,8 @@ class Accelerator(ABC):
 
     type: str
     index = 0
+    module: Any
+    """Torch's module for its kind."""
     verified = False
     """Whether this code has run on a real device of this kind."""
     one_at_a_time = False
@@ -128,6 +131,11 @@ class Accelerator(ABC):
     @abstractmethod
     def current_stream(self) -> Any:
         """Torch's object for the calling thread's current stream, for `Tensor.record_stream`; None where there is none."""
+
+    def under(self, stream: Any) -> AbstractContextManager[object]:
+        """A stream (torch's object; None where there is no such thing) is the thread's current one inside."""
+        made: AbstractContextManager[object] = nullcontext() if stream is None else self.module.stream(stream)
+        return made
 
     @abstractmethod
     def settle(self) -> None:
@@ -370,13 +378,24 @@ class OnStreams:
         self._slots = []
 
     def arrive(self, inputs: Sequence[Any]) -> Sequence[Any]:
-        """A request's inputs, on the caller's thread and under its current stream."""
+        """A request's inputs, on the caller's thread and under its current stream.
+
+        Raises:
+            DeviceLostError: The device works no more.
+        """
         from_host = all(tensor.is_cpu for tensor in inputs)
         if from_host and self._host_outputs:
             return inputs
         stream = self._device.current_stream()
-        event = None if from_host else self._device.record(stream)
+        try:
+            event = None if from_host else self._device.record(stream)
+        except RuntimeError as error:
+            raise self._device.judged(error) from None
         return Arrived(inputs, event, None if self._host_outputs else stream)
+
+    def as_here(self) -> AbstractContextManager[object]:
+        """The calling thread's current stream is, inside, that of whatever thread enters: a request is made for another thread."""
+        return self._device.under(self._device.current_stream())
 
     def run_work(self, work: Work) -> list[Any]:
         """A work from beginning to end on the calling thread, in Python's way."""

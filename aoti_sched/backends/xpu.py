@@ -76,6 +76,8 @@ class _C10Stream(ctypes.Structure):
 class XpuStream(Stream):
     """One of torch's streams, for as long as it is held."""
 
+    _device: XpuDevice
+
     def __init__(self, device: XpuDevice, of_torch: Any) -> None:
         self._device = device
         self.of_torch = of_torch
@@ -84,10 +86,6 @@ class XpuStream(Stream):
 
     def wait_for(self, event: Any) -> None:
         self.of_torch.wait_event(event)
-
-    def current(self) -> AbstractContextManager[object]:
-        made: AbstractContextManager[object] = self._device.module.stream(self.of_torch)
-        return made
 
     def fence(self) -> None:
         self.of_torch.synchronize()

@@ -12,11 +12,12 @@ from aoti_sched import (
     DeviceLostError,
     DynamicDim,
     InputMismatchError,
+    RunError,
     Scheduler,
     SchedulerConfig,
     TensorSpec,
 )
-from tests.backends.simulation import KINDS, open_device
+from tests.backends.simulation import KINDS, launch, open_device
 from tests.native.simulated import model_path, simulator
 
 SPECS = [TensorSpec("x", "float32", (DynamicDim("n", 1, 1000), 4), order=(0, 1))]
@@ -137,6 +138,32 @@ async def test_a_runner_says_that_no_real_device_of_its_kind_has_been_tried(load
     assert any("was tested on a simulated device only" in note for note in runner.info.notes)
 
 
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+async def test_another_threads_current_stream_is_what_its_request_is_ordered_with(load, scheduler, sim):
+    runner = await load()
+    device = next(iter(scheduler._devices.values()))
+    mine = device.open_stream()
+    x = torch.ones(1, 4).to("sim")
+    sim.synchronize()
+    sim.hold()
+
+    def call():
+        with mine.current():
+            launch(mine.handle, writes=[x])
+            y = runner.run_blocking(x)
+            sim.hold()
+            launch(mine.handle, reads=[y])
+
+    calling = asyncio.ensure_future(asyncio.to_thread(call))
+    await asyncio.to_thread(sim.wait_until_waiting, 1)
+    sim.go()
+    await calling
+    second = runner.submit(x)  # in the first one's memory, were it not recorded on the thread's stream
+    sim.go()
+    await second
+    mine.close()
+
+
 @pytest.mark.parametrize("kind", ["cuda"])
 async def test_when_a_device_is_lost_what_is_queued_fails_at_once_and_the_numbers_say_so(
     load, scheduler, sim
@@ -150,6 +177,20 @@ async def test_when_a_device_is_lost_what_is_queued_fails_at_once_and_the_number
     assert scheduler.stats().devices["sim:0"].lost.startswith("CUDA_ERROR_ILLEGAL_ADDRESS")
     with pytest.raises(DeviceLostError, match=r"Nothing runs on it until the process is started again"):
         await runner.run(torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("kind", ["cuda"])
+async def test_a_device_that_the_callers_own_work_broke_is_lost_as_well(load, scheduler, sim):
+    runner = await load()
+    x = torch.ones(1, 4).to("sim")
+    sim.break_device()
+    launch(0, reads=[x])
+    with sim.module.in_context(), pytest.raises(RunError):
+        sim.driver.call("cuStreamSynchronize", None)
+    for _ in range(2):
+        with pytest.raises(DeviceLostError, match="device sim:0 is lost: CUDA_ERROR_ILLEGAL_ADDRESS"):
+            await runner.run(x)
+    assert scheduler.stats().devices["sim:0"].lost.startswith("CUDA_ERROR_ILLEGAL_ADDRESS")
 
 
 @pytest.mark.parametrize("kind", ["cuda"])
