@@ -71,6 +71,7 @@ class OnDevice(CFunction):
         super().__init__(on_the_stream, inputs, outputs, own)
         self.device = device
         self.c_run.slots = slots
+        slots[0]._on_host = [False] * inputs
 
     def run_work(self, work):
         slot = self.c_run.slots[0]
