@@ -5,7 +5,7 @@ the containers of devices are made from.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -127,7 +127,7 @@ class CAbiContainer:
 
     def stage(self, weights: object, *, partial: bool = False, check_finite: bool = False) -> int:
         with open_weights(weights) as tensors:
-            ready = self._raw.full_set(self._name, tensors, partial=partial, check_finite=check_finite)
+            ready = self._full_set(tensors, partial=partial, check_finite=check_finite)
         size = self._write(ready)  # not before a file was found to be still the one that was read
         self._inactive_bytes = size
         self._know_memory()  # before anything can run on it
@@ -175,6 +175,11 @@ class CAbiContainer:
 
     def _fold(self, raw: RawContainer, *, inactive: bool) -> None:
         raw.fold(inactive=inactive)
+
+    def _full_set(
+        self, tensors: Iterable[tuple[str, torch.Tensor]], *, partial: bool, check_finite: bool
+    ) -> list[tuple[Constant, torch.Tensor]]:
+        return self._raw.full_set(self._name, tensors, partial=partial, check_finite=check_finite)
 
     def _write(self, ready: list[tuple[Constant, torch.Tensor]]) -> int:
         """Write a full set into the inactive buffer; returns its bytes."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -500,9 +500,13 @@ class StreamContainer(OnStreams, CAbiContainer):
             self._house.fence()
             self._device.settle()  # what is no parameter was copied over on the default stream
 
-    def stage(self, weights: object, *, partial: bool = False, check_finite: bool = False) -> int:
+    def _full_set(
+        self, tensors: Iterable[tuple[str, torch.Tensor]], *, partial: bool, check_finite: bool
+    ) -> list[tuple[Constant, torch.Tensor]]:
+        if self._device.one_at_a_time:
+            tensors = list(tensors)  # a file is read now: runs need not wait for that
         with self._device.turn():  # laying tensors out is work of the device's, too, when they are there
-            return super().stage(weights, partial=partial, check_finite=check_finite)
+            return super()._full_set(tensors, partial=partial, check_finite=check_finite)
 
     def _write(self, ready: list[tuple[Constant, torch.Tensor]]) -> int:
         self._device.must_work()
