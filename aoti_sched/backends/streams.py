@@ -303,7 +303,10 @@ class Slot:
         for inputs in _arrivals(work):
             event = getattr(inputs, "event", None)
             if event is not None:
-                self.stream.wait_for(event)
+                try:
+                    self.stream.wait_for(event)
+                except RuntimeError as error:
+                    raise self.device.judged(error) from None
 
     def hand_over(self, work: Work, outputs: list[Any]) -> None:
         """Outputs (of a batch: each member's) are used on their caller's stream from now on."""

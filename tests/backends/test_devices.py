@@ -703,6 +703,26 @@ def test_an_error_that_stays_means_that_the_device_is_lost(cuda, executors, load
     assert isinstance(here.error, DeviceLostError)
 
 
+def test_a_device_that_breaks_before_a_launch_is_lost(cuda, executors, loaded, sim):
+    container = loaded(cuda)
+    executor = executors(cuda)
+    x = on_device(2, 4)
+    ready = work(container, x)
+    sim.break_device()
+    launch(0, reads=[x])
+    with pytest.raises(RunError):
+        cuda.settle()
+
+    def submit():  # native lanes know it at once
+        executor.submit(0, ready)
+        raise collect(executor, 1)[0].error
+
+    for _ in range(2):
+        with pytest.raises(DeviceLostError, match="sim:0 is lost: CUDA_ERROR_ILLEGAL_ADDRESS"):
+            submit()
+    assert executor.lost().startswith("CUDA_ERROR_ILLEGAL_ADDRESS")
+
+
 def test_a_driver_that_records_a_graph_is_not_lost(cuda, monkeypatch):
     """Then it refuses to be asked, which the simulated one never does."""
     status = cuda.driver.status
