@@ -129,7 +129,7 @@ class Room:
 
     # --- who is refused or shed ------------------------------------------------------------------------
 
-    def refusal(self, job, now):
+    def refusal(self, job, now, *, foretell):
         """Why a job is not even held against the bounds."""
         runner = job.runner
         if job.lease is not None and runner.phase in ("TERMINATED", "DRAINED"):
@@ -144,7 +144,7 @@ class Room:
             if job.lease or job.min_epoch <= runner.published:
                 return "EpochError"
             return "QueueFullError" if len(self.waiting_for("epoch", runner)) >= runner.jobs else None
-        return "DeadlineUnreachableError" if self.unreachable(job, now) else None
+        return "DeadlineUnreachableError" if foretell and self.unreachable(job, now) else None
 
     def to_shed(self, job):
         """Who is shed for it to be queued, in that order; None when that would not help either."""
