@@ -14,6 +14,8 @@ timeout = 0.5
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -102,6 +104,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     path: str
     model_name: str | None = None
     device: str = "cpu"
+    devices: tuple[str, ...] | str | None = None
     instances: _Count = 1
     threads: _Count | None = None
     share: _Share = 1.0
@@ -164,6 +167,32 @@ def _convert(settings: Any, kind: type[_T], file: Path, section: str = "") -> _T
         message, _, path = str(error).partition(" - at `$")
         place = f"{section}{path.rstrip('`')}".lstrip(".")
         raise ConfigError(f"{file}: {place}: {message}" if place else f"{file}: {message}") from error
+
+
+def cores_of(device: str, devices: Mapping[str, DeviceConfig]) -> tuple[int, ...] | None:
+    """The cores of "cpu:0", "cpu:1" and so on, which are named for each and are nobody else's; None for other devices.
+
+    Raises:
+        ConfigError: They are not named, or another such device has one of them, too.
+    """
+    numbered = {name: devices[name].affinity or () for name in devices if re.fullmatch(r"cpu:\d+", name)}
+    if not re.fullmatch(r"cpu:\d+", device):
+        return None
+    cores = numbered.get(device, ())
+    if not cores:
+        raise ConfigError(
+            f"device {device!r}: which cores are it? Name them, for each such device others: "
+            f"devices={{{device!r}: DeviceConfig(affinity=(0, 1)), ...}}; 'cpu' alone is all cores there are"
+        )
+    for other, its in numbered.items():
+        shared = sorted({*cores} & {*its})
+        if other != device and shared:
+            raise ConfigError(
+                f"devices.{device}: affinity: core {shared[0]} is {other!r}'s, too; such devices have no core in common"
+            )
+    if len({*cores}) < len(cores):
+        raise ConfigError(f"devices.{device}: affinity={list(cores)}: a core is named twice")
+    return cores
 
 
 def checked(settings: ModelConfig) -> ModelConfig:

@@ -113,6 +113,17 @@ class RunError(AotiSchedError, RuntimeError):
     """The model itself failed while it ran; the text is torch's root cause."""
 
 
+class DeviceLostError(RunError):
+    """A device failed in a way that only ends with the process; nothing runs on it any more.
+
+    `device` is its name. The process must be started again; other devices go on.
+    """
+
+    def __init__(self, message: str, *, device: str = "") -> None:
+        super().__init__(message)
+        self.device = device
+
+
 class QueueFullError(AotiSchedError):
     """Admission refused a request because a bound of its queue is reached."""
 

@@ -27,7 +27,8 @@ class RunnerInfo(msgspec.Struct, frozen=True, kw_only=True):
     `runtime` is "c_abi" or "torch runner", `gil` what a run does with it. `spec_source` says where `inputs` come
     from; with "arity only" nothing but the number of tensors is checked. `notes` are sentences a person
     should read: what costs speed, what is not checked, what was adapted. `batch` is what the package says of its rows,
-    `max_batch` how many of them run as one; 1 without batching.
+    `max_batch` how many of them run as one; 1 without batching. Of a runner on several devices, `device` names them all, `instances` and
+    `inactive_bytes` are of all together, and `replicas` has each, as long as it is in the rotation.
     """
 
     name: str
@@ -51,6 +52,7 @@ class RunnerInfo(msgspec.Struct, frozen=True, kw_only=True):
     staged: bool = False
     previous_epoch: int | None = None
     inactive_bytes: int = 0
+    replicas: tuple[RunnerInfo, ...] = ()
     metadata: dict[str, str]
     notes: tuple[str, ...]
 
@@ -62,7 +64,8 @@ class RunnerStats(msgspec.Struct, frozen=True, kw_only=True):
     barrier holds back what is queued. `running` counts runs, of which a batch is one. `inline` counts requests that ran on the
     event loop's own thread, `batches` the runs of several requests as one, `batched` the requests in them, and `retried` those
     that were run again by themselves since their batch had failed. `health` is "ok", or "failing" once five runs in a row have
-    failed, until one succeeds.
+    failed, until one succeeds. Of a runner on several devices these are the numbers of all together; `replicas` has those of each, by device,
+    also of those that have left. What was moved from one to another is submitted once, and `withdrawn` counts the moves.
     """
 
     name: str
@@ -84,6 +87,7 @@ class RunnerStats(msgspec.Struct, frozen=True, kw_only=True):
     cancelled: int
     revoked: int
     shed: int
+    withdrawn: int
     queue_seconds: float
     run_seconds: float
     wasted_seconds: float
@@ -91,6 +95,7 @@ class RunnerStats(msgspec.Struct, frozen=True, kw_only=True):
     batches: int
     batched: int
     retried: int
+    replicas: dict[str, RunnerStats] = {}
 
 
 class DeviceStats(msgspec.Struct, frozen=True, kw_only=True):
