@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 
     from aoti_sched.dispatch import Clock
     from aoti_sched.future import RunFuture
+    from aoti_sched.queue.lease import Source
     from aoti_sched.runner import Options
 
 
 class ReplicatedRunner(Runner):
     """A loaded model on several devices."""
 
-    __slots__ = ("_clock", "_loaded", "_replicas", "_rotation")
+    __slots__ = ("_clock", "_loaded", "_of_state", "_replicas", "_rotation")
 
     def __init__(
         self,
@@ -42,6 +43,7 @@ class ReplicatedRunner(Runner):
         Calls.__init__(self, self, first.state, options)
         self._loaded = self._replicas = tuple(replicas)
         self._rotation = Rotation([(one.dispatcher.queue, one.state) for one in replicas])
+        self._of_state: dict[Source, Runner] = {one.state: one for one in replicas}
         self._clock = clock
         self._close = close
         self._info = first.info
@@ -71,7 +73,7 @@ class ReplicatedRunner(Runner):
 
     def _choose(self, job: Job) -> Runner:
         self._rotation.place(job, self._clock.time())
-        return next(replica for replica in self._replicas if replica.state is job.source)
+        return self._of_state[job.source]
 
     def leave(self, replica: Runner, why: str) -> int:
         replica.left = why

@@ -536,6 +536,7 @@ class Scheduler:
             for replica in runner.replicas:
                 others = [one for one in runner.replicas if one is not replica]
                 if replica.device == device and any(one.state.phase is Phase.OPEN for one in others):
+                    log.error("device lost", device=device, runner=runner.name, error=str(error))
                     self._leave(replica, f"{device!r} was lost: {error}")
                     self._errands.put_nowait(functools.partial(self._free_lost, replica))
 
@@ -547,7 +548,7 @@ class Scheduler:
 
     def _leave(self, replica: Runner, why: str) -> None:
         moved = replica.whole.leave(replica, why)
-        log.warning("replica left", runner=replica.name, device=replica.device, why=why, moved=moved)
+        log.info("replica left", runner=replica.name, device=replica.device, why=why, moved=moved)
 
     # --- closing -------------------------------------------------------------------------------------
 

@@ -36,6 +36,9 @@ class Rotation:
         is for each slot.
         """
         replicas = self.replicas
+        if len(replicas) == 1:
+            job.source = replicas[0][1]
+            return
         known = not job.holds and all(one.placing.times.knows(job.bytes) for _, one in replicas)
         costs: list[Cost] = []
         for queue, runner in replicas:

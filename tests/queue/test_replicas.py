@@ -153,6 +153,14 @@ def test_the_turns_go_on_when_one_leaves(gone, turns):
     assert [placed(rotation, runners)[1] for _ in range(3)] == turns
 
 
+def test_the_last_one_is_asked_for_nothing():
+    queues, runners, rotation = replicas(1.0, 9.0, jobs=1)
+    rotation.leave(runners[0])
+    queues[1].close_barrier(runners[1], 0.0)
+    assert send(rotation, queues, runners, 1) == [1]
+    assert placed(rotation, runners)[1] == 1
+
+
 # --- what is withdrawn -------------------------------------------------------------------------------
 
 
