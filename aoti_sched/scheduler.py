@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 import anyio.to_thread
+import msgspec
 from anyio.abc import TaskGroup
 
 from aoti_sched import loading
@@ -406,7 +407,7 @@ class Scheduler:
     def _open_replica(
         self, name: str, settings: ModelConfig, prepared: Prepared, dispatcher: Dispatcher, *, alone: bool
     ) -> Runner:
-        info = prepared.info
+        info = msgspec.structs.replace(prepared.info, device=dispatcher.queue.name)
         limits = settings.limits
         bounds = Bounds(limits.jobs, limits.bytes, limits.tenant_jobs)
         grouping = prepared.grouping

@@ -19,7 +19,7 @@ from aoti_sched import (
     Scheduler,
     SchedulerConfig,
 )
-from aoti_sched.testing import FakeBackend, ManualClock, settle
+from aoti_sched.testing import FakeBackend, FakeCall, ManualClock, settle
 from tests.front.support import Held, until, weights
 
 
@@ -398,24 +398,19 @@ async def test_nobody_who_moves_is_refused_for_want_of_room():
         await draining
 
 
-async def test_one_that_could_never_be_queued_where_it_has_to_move_is_told():
+async def test_one_that_could_never_be_queued_where_it_has_to_move_is_told(monkeypatch):
     config = SchedulerConfig(devices={"cpu:1": DeviceConfig(limits=Limits(bytes=1))})
     async with devices(config=config) as its:
         runner = await its.load()
-        blocked = runner.submit()
-        futures = [runner.submit() for _ in range(2)]
-        for future in futures:
-            future.job.bytes = 0
-        moving = next(future for future in futures if future.trace.state == "QUEUED")
-        moving.job.bytes = 2
-        moving.job.source.load.bytes += 2
-        moving.job.source.runner.load.bytes += 0
-        its.scheduler._dispatchers["cpu:0"].queue.load.bytes += 2
+        monkeypatch.setattr(FakeCall, "nbytes", 2)
+        running, queued = (runner.submit() for _ in range(2))
+        assert places([running, queued]) == ["cpu:0"] * 2  # the other one would not take them
         draining = asyncio.ensure_future(its.scheduler.drain_device("cpu:0"))
-        with pytest.raises(aoti_sched.QueueFullError, match="can never be queued"):
-            await moving
+        with pytest.raises(aoti_sched.QueueFullError, match="can never be queued, its inputs are 2 bytes"):
+            await queued
         await its.serve()
-        await asyncio.gather(draining, blocked)
+        await asyncio.gather(draining, running)
+        its.check()
 
 
 async def test_one_that_moved_can_be_cancelled():
@@ -856,6 +851,16 @@ async def test_devices_that_can_not_be_meant_are_refused(options, sentence):
 async def test_all_of_a_kind_is_all_there_are():
     async with devices(3) as its:
         assert (await its.load("m", "cpu:*")).device == "cpu:0, cpu:1, cpu:2"
+
+
+async def test_a_device_is_known_by_the_name_that_it_has_in_the_scheduler():
+    backends = {name: FakeBackend({"m": lambda: 1}, auto=True) for name in ("cuda:0", "cuda:1")}
+    async with Scheduler(devices=backends) as scheduler:
+        runner = await scheduler.load("m.pt2", devices="cuda:*")
+        assert [await runner.run() for _ in range(4)] == [1] * 4
+        assert [one.completed for one in runner.stats().replicas.values()] == [2, 2]
+        await scheduler.drain_device("cuda:0")
+        assert [one.device for one in runner.info.replicas] == ["cuda:1"]
 
 
 async def test_a_load_that_fails_on_one_device_leaves_nothing_on_the_others():
