@@ -62,7 +62,8 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """One device.
 
     `lanes` is how many runs go on at once; by default one per core of the process. `affinity` binds each
-    lane's thread to one core, by number; by default the system places them. Runs never use more than `cores` together, each as
+    lane's thread to one core, by number; by default the system places them. Of "cpu:0", "cpu:1" and so on, which are parts of the
+    CPU, it says which cores they are. Runs never use more than `cores` together, each as
     many as it has threads; by default what the process may use. A request that was queued for `max_wait` seconds
     is overdue, and every second run is of the one that came first, whatever its priority class; None for strict classes.
     """

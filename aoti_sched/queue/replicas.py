@@ -33,7 +33,7 @@ class Rotation:
         """Choose the replica that a new job draws its slot from: where it would be finished first. Ties take turns.
 
         Where nothing is known of its runs at one of them, and for a lease, which may last for any time, that is where the least
-        is for each slot.
+        is for each slot. One that is believed to be slower, and has not run any for long, is tried all the same: only runs can tell.
         """
         replicas = self.replicas
         if len(replicas) == 1:
@@ -57,8 +57,26 @@ class Rotation:
             place for place, (*those, seconds) in enumerate(costs) if those == hindrances and seconds <= most
         ]
         chosen = min(best, key=lambda place: (place - self._turn) % len(replicas))
+        for place, (*those, seconds) in enumerate(costs):
+            if (
+                known
+                and those == hindrances
+                and seconds > most
+                and _is_tried(job, replicas[place][1], seconds, now)
+            ):
+                chosen = place
+                break
         job.source = replicas[chosen][1]
         self._turn = (chosen + 1) % len(replicas)
+
+
+def _is_tried(job: Job, runner: RunnerState, seconds: float, now: float) -> bool:
+    """Whether a job goes to a replica where it would be finished in so many, later than elsewhere, but for its runs alone."""
+    times = runner.placing.times
+    waits = seconds > times.typical(job.bytes)
+    if waits or (job.deadline is not None and now + seconds > job.deadline):
+        return False
+    return times.doubt(job.bytes, now)
 
 
 def _crowd(runner: RunnerState) -> float:

@@ -68,6 +68,38 @@ def test_it_goes_where_it_would_be_finished_and_not_where_it_would_begin_first()
     assert send(rotation, queues, runners, 3) == [0, 0, 0]  # the other one is idle all the while
 
 
+def test_one_that_was_slow_is_tried_when_it_has_run_nothing_for_long():
+    queues, runners, rotation = replicas(0.25, 1.0)
+    assert [placed(rotation, runners, now)[1] for now in (0.0, 7.75, 8.0, 8.0, 15.75, 16.0)] == [
+        0,
+        0,
+        1,
+        0,
+        0,
+        1,
+    ]
+    teach(queues[1], runners[1], 0.25, runs=32, now=16.0)  # it is as quick as the other now
+    assert [placed(rotation, runners, 16.0)[1] for _ in range(4)] == [0, 1, 0, 1]
+
+
+def test_one_whose_deadline_would_pass_is_not_there_to_try():
+    _, runners, rotation = replicas(0.25, 1.0)
+    assert placed(rotation, runners, 9.0, deadline=9.75)[1] == 0
+    assert placed(rotation, runners, 9.0, deadline=10.0)[1] == 1
+
+
+def test_one_where_it_would_wait_is_not_tried():
+    queues, runners, rotation = replicas(0.25, 1.0)
+    queues[1].submit(Job(runners[1]), 9.0)
+    assert placed(rotation, runners, 9.0)[1] == 0
+
+
+def test_one_that_is_held_at_a_barrier_is_not_tried():
+    queues, runners, rotation = replicas(0.25, 1.0)
+    queues[1].close_barrier(runners[1], 9.0)
+    assert placed(rotation, runners, 9.0)[1] == 0
+
+
 def test_what_is_of_a_lower_class_is_not_waited_for():
     queues, runners, rotation = replicas(1.0, 3.0)
     send(rotation, queues, runners, 9, priority=LOW)

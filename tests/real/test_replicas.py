@@ -158,6 +158,9 @@ async def test_a_device_that_is_lost_under_load_loses_what_was_handed_to_it_alon
         await clients.answered(300)
         dispatcher = runner.loaded[1].dispatcher
         dispatcher.executor = Lost(dispatcher.executor, "cpu:1")
+        with anyio.fail_after(60):
+            while len(runner.replicas) == 2:  # noqa: ASYNC110 -- until something is sent there
+                await asyncio.sleep(0)
         await clients.answered(300)
     errors = []
     for number, future in clients.futures.items():
