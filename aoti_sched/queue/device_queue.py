@@ -300,7 +300,7 @@ class DeviceQueue:
         """A new job. With `wait`, it is held at the gate when there is no room, otherwise rejected.
 
         One that stands for a job that was withdrawn at another replica, where its caller has waited `since`, was accepted before:
-        it is not refused for what is predicted.
+        it is not refused for what is predicted, nor for those who await an epoch, too.
         """
         runner = job.source.runner
         if runner.phase is not Phase.DRAINED:  # one that was drained and removed is refused, not unknown
@@ -313,7 +313,7 @@ class DeviceQueue:
         job.submitted = now if since is None else since
         job.due = self.policy.due(job.submitted, job.deadline)
         runner.counters.submitted += 1
-        error: AotiSchedError | None = refusal.for_good(job, self.load)
+        error: AotiSchedError | None = refusal.for_good(job, self.load, moved=since is not None)
         full: str | None = None
         shed: Sequence[Job] = ()
         if error is None and job.min_epoch <= job.source.epoch:

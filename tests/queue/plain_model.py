@@ -75,7 +75,7 @@ class PlainModel(Room, Order):
         job = Job(number, runner, lease, **wish, id=self.ids, submitted=now if since is None else since)
         self.jobs.append(job)
         runner.counters["submitted"] += 1
-        refusal = self.refusal(job, now, foretell=since is None)
+        refusal = self.refusal(job, now, new=since is None)
         awaits = job.min_epoch > job.source.epoch
         shed = [] if awaits or wait or refusal else self.to_shed(job)
         if refusal or shed is None:

@@ -145,7 +145,7 @@ def test_one_whose_slots_are_all_leased_is_passed_over():
     queues, runners, rotation = replicas(1.0, 5.0)
     take_lease(queues[0], runners[0])
     assert send(rotation, queues, runners, 3) == [1, 1, 1]
-    take_lease(*next((queue, add(queue, "n")) for queue in queues[1:]))  # another runner's do not matter
+    take_lease(queues[1], add(queues[1], "n"))  # another runner's does not matter
     assert placed(rotation, runners)[1] == 1
 
 
@@ -324,3 +324,11 @@ def test_what_was_accepted_is_not_refused_by_prediction_or_for_want_of_room():
     assert moved.state is JobState.WAITING
     assert launches(queue.complete(first, 0.5)) == [second]
     assert queue.complete(second, 1.0) == [Launch(moved)]
+
+
+def test_what_was_accepted_is_not_refused_for_others_who_await_the_epoch():
+    queue = device()
+    runner = add(queue, jobs=1)
+    assert queue.submit(Job(runner, min_epoch=2), 0.0, wait=True) == []
+    assert type(rejected(queue.submit(Job(runner, min_epoch=2), 0.0, wait=True))) is QueueFullError
+    assert queue.submit(Job(runner, min_epoch=2), 0.0, wait=True, since=0.0) == []
