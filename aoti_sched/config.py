@@ -14,6 +14,8 @@ timeout = 0.5
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -60,10 +62,10 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """One device.
 
     `lanes` is how many runs go on at once; by default one per core of the process. `affinity` binds each
-    lane's thread to one core, by number; by default the system places them. Runs never use more than `cores` together, each as
-    many as it has threads; by default what the process may use, and on other devices than CPUs one for each lane. A request that
-    was queued for `max_wait` seconds is overdue, and every second run is of the one that came first, whatever its priority class;
-    None for strict classes.
+    lane's thread to one core, by number; by default the system places them. Of "cpu:0", "cpu:1" and so on, which are parts of the
+    CPU, it says which cores they are. Runs never use more than `cores` together, each as many as it has threads; by default what
+    the process may use, and on other devices than CPUs one for each lane. A request that was queued for `max_wait` seconds is
+    overdue, and every second run is of the one that came first, whatever its priority class; None for strict classes.
     """
 
     lanes: _Count | None = None
@@ -103,6 +105,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     path: str
     model_name: str | None = None
     device: str = "cpu"
+    devices: tuple[str, ...] | str | None = None
     instances: _Count = 1
     threads: _Count | None = None
     share: _Share = 1.0
@@ -167,6 +170,37 @@ def _convert(settings: Any, kind: type[_T], file: Path, section: str = "") -> _T
         message, _, path = str(error).partition(" - at `$")
         place = f"{section}{path.rstrip('`')}".lstrip(".")
         raise ConfigError(f"{file}: {place}: {message}" if place else f"{file}: {message}") from error
+
+
+def in_full(device: str) -> str:
+    """A device's name, with its number where torch lets it be left out."""
+    return f"{device}:0" if device in ("cuda", "xpu") else device
+
+
+def cores_of(device: str, devices: Mapping[str, DeviceConfig]) -> tuple[int, ...] | None:
+    """The cores of "cpu:0", "cpu:1" and so on, which are named for each and are nobody else's; None for other devices.
+
+    Raises:
+        ConfigError: They are not named, or another such device has one of them, too.
+    """
+    numbered = {name: devices[name].affinity or () for name in devices if re.fullmatch(r"cpu:\d+", name)}
+    if not re.fullmatch(r"cpu:\d+", device):
+        return None
+    cores = numbered.get(device, ())
+    if not cores:
+        raise ConfigError(
+            f"device {device!r}: which cores are it? Name them, for each such device others: "
+            f"devices={{{device!r}: DeviceConfig(affinity=(0, 1)), ...}}; 'cpu' alone is all cores there are"
+        )
+    for other, its in numbered.items():
+        shared = sorted({*cores} & {*its})
+        if other != device and shared:
+            raise ConfigError(
+                f"devices.{device}: affinity: core {shared[0]} is {other!r}'s, too; such devices have no core in common"
+            )
+    if len({*cores}) < len(cores):
+        raise ConfigError(f"devices.{device}: affinity={list(cores)}: a core is named twice")
+    return cores
 
 
 def checked(settings: ModelConfig) -> ModelConfig:

@@ -15,7 +15,7 @@ import msgspec
 
 from aoti_sched.backends.base import Completion, Executor, Work
 from aoti_sched.backends.batch import Batch
-from aoti_sched.errors import DeadlineExceededError
+from aoti_sched.errors import AotiSchedError, DeadlineExceededError, DeviceLostError
 from aoti_sched.queue.command import (
     BarrierReached,
     Command,
@@ -29,6 +29,7 @@ from aoti_sched.queue.command import (
     Revoke,
     Shed,
     WakeAt,
+    Withdraw,
 )
 from aoti_sched.queue.device_queue import DeviceQueue
 from aoti_sched.queue.job import Job, JobState
@@ -77,6 +78,7 @@ class Dispatcher:
         *,
         log_requests: bool,
         on_failing: Callable[[RunnerState], None],
+        on_lost: Callable[[str, DeviceLostError], None],
     ) -> None:
         self.queue = queue
         self.executor = executor
@@ -84,7 +86,9 @@ class Dispatcher:
         self._clock = clock
         self._log_requests = log_requests
         self._on_failing = on_failing
+        self._on_lost = on_lost
         self._timer: Timer | None = None
+        self._wake = 0.0
         self._drained: dict[str, asyncio.Future[None]] = {}
         self._reached: dict[str, asyncio.Future[None]] = {}
         loop.add_reader(executor.fileno(), self._collect)
@@ -96,6 +100,26 @@ class Dispatcher:
     def submit(self, job: Job, *, wait: bool) -> None:
         """A new job whose `payload` is its future. Raises the error of a rejected one."""
         self._perform(self.queue.submit(job, self._clock.time(), wait=wait))
+
+    def withdraw(self, runner: RunnerState) -> list[Job]:
+        """Take out what is queued; the callers of these jobs wait on."""
+        jobs: list[Job] = []
+        rest: list[Command] = []
+        for command in self.queue.withdraw(runner, self._clock.time()):
+            if isinstance(command, Withdraw):
+                jobs.append(command.job)
+            else:
+                rest.append(command)
+        self._perform(rest)
+        return jobs
+
+    def resubmit(self, job: Job, since: float) -> None:
+        """A job in the place of one that was withdrawn at another replica. Its caller waits already, and is told of a rejection."""
+        future = job.payload
+        try:
+            self._perform(self.queue.submit(job, self._clock.time(), wait=True, since=since))
+        except AotiSchedError as error:
+            future.refuse(error)
 
     def cancel(self, job: Job) -> None:
         """The caller has cancelled this job's future."""
@@ -181,6 +205,7 @@ class Dispatcher:
         """The executor's descriptor is readable: hand each completion to the queue."""
         now = self._clock.time()
         for completion in self.executor.drain():
+            self._see_loss(completion)  # before what is queued is launched there
             self._perform(self._complete(completion, now))  # the next launches first: lanes should not wait
             self._settle(completion)
 
@@ -236,16 +261,23 @@ class Dispatcher:
             work = _work(job)
             if job.inline:
                 completion = self.executor.run_here(work)
+                self._see_loss(completion)
             else:
                 try:
                     self.executor.submit(job.lane, work)
                 except Exception as error:  # noqa: BLE001 -- the lane took nothing: the request fails, its slot comes home
                     now = self._clock.time()
                     completion = Completion(work.token, None, error, now, now)
+                    self._see_loss(completion)
                 else:
                     continue
             commands += self._complete(completion, self._clock.time())
             self._settle(completion)
+
+    def _see_loss(self, completion: Completion) -> None:
+        error = completion.error
+        if error is not None and isinstance(error, DeviceLostError):
+            self._on_lost(self.queue.name, error)
 
     def _perform_rare(self, command: Command) -> None:
         match command:
@@ -260,7 +292,10 @@ class Dispatcher:
                 self._on_failing(runner)
             case WakeAt(at=at):
                 if self._timer is not None:
+                    if self._wake <= at:  # asked for by a fact in the midst of these commands
+                        return
                     self._timer.cancel()
+                self._wake = at
                 self._timer = self._clock.call_at(at, self._tick)
             case NextTurn():
                 self.loop.call_soon(self._turn)

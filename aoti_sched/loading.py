@@ -76,7 +76,9 @@ def _prepare(
     container, name = loaded.container, request.name
     facts = container.info
     specs, source = _find_specs(own, declared, loaded.wrapper_source, facts.num_inputs, name)
-    specs = _on(device.name, specs, declared=source is SpecSource.DECLARED)
+    # A runner on several devices takes its inputs from the host; "cpu:0" is for torch's devices the CPU.
+    place = "cpu" if request.replicated or device.name.startswith("cpu") else device.name
+    specs = _on(place, specs, declared=source is SpecSource.DECLARED)
     leaves_known = own is not None and source is SpecSource.PACKAGE
     call_spec = loaded.call_spec or ExportedCallSpec(
         name,
@@ -90,7 +92,7 @@ def _prepare(
     grouping, of_requests = _grouping(settings, loaded, own, specs, name)
     threads, notes = _threads(cores, settings, own, loaded)
     placing = _placing(settings, threads, allowed=facts.inline)
-    check = _check(name, of_requests, facts.num_inputs, device.name, copies=settings.copy_inputs)
+    check = _check(name, of_requests, facts.num_inputs, place, copies=settings.copy_inputs)
     if settings.warmup and specs is not None and not (own is not None and own.mutates_buffers):
         notes.extend(_warm_up(container, specs, name))
         facts = container.info  # a warm container knows more of itself
@@ -185,17 +187,15 @@ def _find_specs(
 def _on(
     device: str, specs: tuple[TensorSpec, ...] | None, *, declared: bool
 ) -> tuple[TensorSpec, ...] | None:
-    """The specs as of a model on this device: it was compiled on one of the same kind, perhaps of another number.
+    """The specs of inputs that come from this device. What is not on the host is on the model's: it was compiled on one of the same
+    kind, perhaps of another number.
 
     Those that a user declared are all of this device: nobody who writes one says where.
     """
-    kind = device.partition(":")[0]
-    if specs is None or kind == "cpu":
-        return specs
+    if specs is None:
+        return None
     return tuple(
-        msgspec.structs.replace(spec, device=device)
-        if declared or spec.device.partition(":")[0] == kind
-        else spec
+        msgspec.structs.replace(spec, device=device) if declared or spec.device != "cpu" else spec
         for spec in specs
     )
 

@@ -89,6 +89,8 @@ class Calls:
             job.deadline = runner.dispatcher.deadline(options.timeout)
         if options.min_epoch:
             job.min_epoch = options.min_epoch
+        if runner.place is not None and self._source is runner.state:
+            runner = runner.place(job)
         if runner.arrive is not None:
             inputs = runner.arrive(inputs)
         future = future_of(runner, job, inputs)
@@ -171,7 +173,11 @@ class RunnerView(Calls):
 
 
 class Runner(RunnerView):
-    """A loaded model. Made by `Scheduler.load`; closed by `aclose` or with its scheduler."""
+    """A loaded model. Made by `Scheduler.load`; closed by `aclose` or with its scheduler.
+
+    What of it is on one device is a replica. A runner on one device is its own, and one on several has a runner on each
+    (`aoti_sched.replicas`). `place` chooses one for a new job, where there is a choice, and `left` says why one that has left takes none.
+    """
 
     __slots__ = (
         "_close",
@@ -184,14 +190,17 @@ class Runner(RunnerView):
         "dispatcher",
         "grouping",
         "input_check",
+        "left",
         "loop",
         "name",
+        "place",
         "rebuilds",
         "state",
         "threads",
         "updates",
         "waits",
         "weights",
+        "whole",
     )
 
     def __init__(
@@ -230,8 +239,38 @@ class Runner(RunnerView):
         self.rebuilds = rebuilds
         self.updates = updates
         self.weights = LiveWeights()
+        self.whole: Runner = self
+        self.place: Callable[[Job], Runner] | None = None
+        self.left = ""
         self._info = info
         self._close = close
+
+    @property
+    def replicas(self) -> tuple[Runner, ...]:
+        """Those that take requests."""
+        return () if self.left else (self,)
+
+    @property
+    def loaded(self) -> tuple[Runner, ...]:
+        """All there were from the beginning."""
+        return (self,)
+
+    @property
+    def absent(self) -> bool:
+        """Whether it has left, and others serve in its place."""
+        return bool(self.left and self.whole.replicas)
+
+    def leave(self, replica: Runner, why: str) -> int:
+        """This replica takes no more requests; what is queued there goes to others, if there are any. Says how much that was."""
+        replica.left = why
+        self.place = self.nowhere
+        return 0
+
+    def nowhere(self, job: Job) -> Runner:
+        """No replica takes requests any more."""
+        del job
+        why = "; ".join(replica.left for replica in self.loaded)
+        raise RunnerClosedError(f"runner {self.name!r}: no device is left to run on: {why}")
 
     def _with(self, options: Options) -> Self:
         return RunnerView(self, self._source, options)  # type: ignore[return-value]  # a view, not a second owner
@@ -435,15 +474,18 @@ class LeaseContext:
         if options.timeout is not None:
             job.deadline = runner.dispatcher.deadline(options.timeout)
         job.min_epoch = options.min_epoch
+        if runner.place is not None and self._source is runner.state:
+            runner = runner.place(job)
         future = future_of(runner, job, ())
         runner.dispatcher.submit(job, wait=runner.waits)
         try:
             state = await future
         except asyncio.CancelledError:
             if future.done() and not future.cancelled() and future.exception() is None:
-                runner.dispatcher.release(future.result())  # granted, but cancelled before it could be taken
+                # granted, but cancelled before it could be taken; perhaps by another replica than it was asked of
+                future.runner.dispatcher.release(future.result())
             raise
-        self._lease = Lease(runner, state, msgspec.structs.replace(options, timeout=None, min_epoch=0))
+        self._lease = Lease(future.runner, state, msgspec.structs.replace(options, timeout=None, min_epoch=0))
         return self._lease
 
     async def __aexit__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import anyio
 import anyio.to_thread
+import msgspec
 from anyio.abc import TaskGroup
 
 from aoti_sched import loading
@@ -27,15 +29,18 @@ from aoti_sched.config import (
     PlacementName,
     SchedulerConfig,
     checked,
+    cores_of,
+    in_full,
     read_config,
 )
 from aoti_sched.dispatch import Clock, Dispatcher, LoopClock
-from aoti_sched.errors import ConfigError, RunnerClosedError, UnsupportedLoopError
+from aoti_sched.errors import ConfigError, DeviceLostError, RunnerClosedError, UnsupportedLoopError
 from aoti_sched.queue import device_queue
 from aoti_sched.queue.admission import Bounds
 from aoti_sched.queue.device_queue import DeviceQueue
-from aoti_sched.queue.lease import UNHEALTHY
+from aoti_sched.queue.lease import UNHEALTHY, Phase
 from aoti_sched.queue.policy import Policy
+from aoti_sched.replicas import ReplicatedRunner
 from aoti_sched.runner import Options, Runner
 from aoti_sched.telemetry import SchedulerStats, log
 from aoti_sched.update import Barrier, UpdateReport, Updates
@@ -77,11 +82,14 @@ class Scheduler:
     ) -> None:
         self._config = config or SchedulerConfig()
         self._devices = dict(devices or {})
+        self._of_device = {in_full(name): settings for name, settings in self._config.devices.items()}
         self._clock = clock
         self._dispatchers: dict[str, Dispatcher] = {}
         self._runners: dict[str, Runner] = {}
         self._names: set[str] = set()  # of runners, those still loading included
         self._closing: dict[str, asyncio.Future[None]] = {}
+        self._freed: dict[Runner, asyncio.Future[None]] = {}  # replicas
+        self._drained: set[str] = set()  # devices
         self._all_closed: asyncio.Future[None] | None = None
         self._tasks: TaskGroup | None = None
         self._closed = False
@@ -157,6 +165,7 @@ class Scheduler:
         name: str | None = None,
         model_name: str | None = None,
         device: str = "cpu",
+        devices: Sequence[str] | str | None = None,
         instances: int = 1,
         threads: int | None = None,
         share: float = 1.0,
@@ -183,7 +192,10 @@ class Scheduler:
             name: The runner's name, in errors, logs and stats; by default the file's stem.
             model_name: Which model, when the package holds several.
             device: Where it shall run: "cpu", "cuda:0", "xpu:0", "mps".
-            instances: Copies that can run at once (they share one set of weights).
+            devices: In place of `device`, several: one runner with a replica on each, to which requests go where they are predicted to
+                be finished first. `["cpu:0", "cpu:1"]`, or "cuda:*" for all of a kind. On other devices than CPUs it takes
+                `copy_inputs=True` and `copy_outputs="cpu"`: nobody knows beforehand on which device a request runs.
+            instances: Copies that can run at once on a device (they share one set of weights).
             threads: Intra-op threads per run; by default what it was compiled for.
             share: Of the device's time, when other models want it, too: one with 2.0 gets twice that of one with 1.0.
             overflow: When a bound is reached: "reject" with QueueFullError; "wait" for room; or "shed" the worst of those
@@ -214,6 +226,7 @@ class Scheduler:
             path=os.fspath(path),
             model_name=model_name,
             device=device,
+            devices=devices if devices is None or isinstance(devices, str) else tuple(devices),
             instances=instances,
             threads=threads,
             share=share,
@@ -281,6 +294,36 @@ class Scheduler:
         self._must_own(runners)
         return await self._updates.rollback(runners, barrier=barrier, timeout=timeout)
 
+    async def drain_device(self, device: str) -> None:
+        """Take a device out of service: no new requests, no new models. Returns when nothing is left there.
+
+        What is queued there for a runner on several devices moves to its others. What runs there is finished, and so are held leases.
+        A runner on this device alone finishes what it accepted and is closed. Cancelling this does not bring the device back.
+
+        Raises:
+            ConfigError: No model was ever loaded there.
+        """
+        self._must_be_open()
+        device = in_full(device)
+        if device not in self._dispatchers:
+            raise ConfigError(
+                f"drain_device({device!r}): no such device is in use, but {', '.join(map(repr, self._dispatchers)) or 'none'}"
+            )
+        if device not in self._drained:
+            self._drained.add(device)
+            log.info("device drains", device=device)
+        ends = []
+        for replica in [one for runner in self._runners.values() for one in runner.loaded]:
+            if replica.device != device:
+                continue
+            if not replica.left:
+                self._leave(replica, f"{device!r} was drained")
+            if replica.whole.replicas:
+                ends.append(self._free(replica))
+            else:
+                ends.append(asyncio.ensure_future(self._close_runner(replica.whole, terminate=False)))
+        await asyncio.shield(asyncio.gather(*ends))
+
     async def aclose(self) -> None:
         """Finish what was accepted and free every model and lane. Shielded; closing twice is fine."""
         await self._close_all(terminate=False)
@@ -300,11 +343,13 @@ class Scheduler:
         self._names.add(name)
         wanted = True
 
-        async def work() -> Runner | None:
-            device = await self._device(settings.device)
+        loaded: list[tuple[Prepared, Dispatcher]] = []
+
+        async def load_on(place: str) -> None:
+            device = await self._device(place)
             if self._closed:
-                return None
-            dispatcher = self._dispatcher(settings.device, device)
+                return
+            dispatcher = self._dispatcher(place, device)
             request = LoadRequest(
                 name=name,
                 path=Path(settings.path),
@@ -314,6 +359,7 @@ class Scheduler:
                 cache_dir=Path(self._config.cache_dir) if self._config.cache_dir else None,
                 copy_inputs=settings.copy_inputs,
                 copy_outputs=settings.copy_outputs,
+                replicated=settings.devices is not None,
             )
             prepared = await anyio.to_thread.run_sync(
                 loading.prepare,
@@ -325,10 +371,23 @@ class Scheduler:
                 dispatcher.queue.lanes.cores,
                 limiter=self._limiter,
             )
-            if not wanted or self._closed:
-                await anyio.to_thread.run_sync(prepared.container.close, limiter=self._limiter)
-                return None
-            return self._open_runner(name, settings, prepared, dispatcher)
+            loaded.append((prepared, dispatcher))
+
+        async def work() -> Runner | None:
+            try:
+                for place in await self._places(settings):
+                    if not wanted or self._closed:
+                        break
+                    await load_on(place)
+                for _, dispatcher in loaded:
+                    self._must_be_in_service(dispatcher.queue.name)
+                if wanted and not self._closed:
+                    return self._open_runner(name, settings, loaded)
+            except BaseException:
+                await self._unload(loaded)
+                raise
+            await self._unload(loaded)
+            return None
 
         try:
             runner = await self._housekeep(work)
@@ -345,9 +404,24 @@ class Scheduler:
         return runner
 
     def _open_runner(
-        self, name: str, settings: ModelConfig, prepared: Prepared, dispatcher: Dispatcher
+        self, name: str, settings: ModelConfig, loaded: Sequence[tuple[Prepared, Dispatcher]]
     ) -> Runner:
-        info = prepared.info
+        replicas = [
+            self._open_replica(name, settings, prepared, dispatcher, alone=len(loaded) == 1)
+            for prepared, dispatcher in loaded
+        ]
+        runner = replicas[0]
+        if len(replicas) > 1:
+            clock = self._clock or LoopClock(self._loop)
+            options = Options(timeout=settings.timeout)
+            runner = ReplicatedRunner(replicas, options=options, clock=clock, close=self._close_runner)
+        self._runners[name] = runner
+        return runner
+
+    def _open_replica(
+        self, name: str, settings: ModelConfig, prepared: Prepared, dispatcher: Dispatcher, *, alone: bool
+    ) -> Runner:
+        info = msgspec.structs.replace(prepared.info, device=dispatcher.queue.name)
         limits = settings.limits
         bounds = Bounds(limits.jobs, limits.bytes, limits.tenant_jobs)
         grouping = prepared.grouping
@@ -364,6 +438,7 @@ class Scheduler:
                 share=settings.share,
                 sheds=settings.overflow == "shed",
                 predicts=settings.admission == "predictive",
+                foreseen=not alone,
             ),
             grouping=grouping,
             container=prepared.container,
@@ -376,7 +451,6 @@ class Scheduler:
             updates=self._updates,
             close=self._close_runner,
         )
-        self._runners[name] = runner
         log.info(
             "model loaded",
             runner=name,
@@ -390,17 +464,58 @@ class Scheduler:
         )
         return runner
 
+    async def _unload(self, loaded: Sequence[tuple[Prepared, Dispatcher]]) -> None:
+        for prepared, _ in loaded:
+            await anyio.to_thread.run_sync(prepared.container.close, limiter=self._limiter)
+
+    async def _places(self, settings: ModelConfig) -> list[str]:
+        """The devices that a model shall be loaded on."""
+        if settings.devices is None:
+            only = in_full(settings.device)
+            self._must_be_in_service(only)
+            return [only]
+        if settings.device != "cpu":
+            raise ConfigError(f"load({settings.path!r}): give device= or devices=, and not both")
+        wanted = [settings.devices] if isinstance(settings.devices, str) else settings.devices
+        places = []
+        for name in wanted:
+            kind, _, number = name.partition(":")
+            if number != "*":
+                one = in_full(name)
+                self._must_be_in_service(one)
+                places.append(one)
+                continue
+            named = [*self._devices, *(one for one in self._of_device if one not in self._devices)]
+            found = [one for one in named if one.startswith(f"{kind}:")]
+            if not found:
+                count = await anyio.to_thread.run_sync(_count_devices, kind, limiter=self._limiter)
+                found = [f"{kind}:{index}" for index in range(count)]
+            found = [one for one in found if one not in self._drained]
+            if not found:
+                raise ConfigError(f"load({settings.path!r}): devices={name!r}: there is none in service")
+            places += found
+        if not places or len({*places}) < len(places):
+            raise ConfigError(
+                f"load({settings.path!r}): devices={list(wanted)}: name one or more devices, each once"
+            )
+        return places
+
+    def _must_be_in_service(self, device: str) -> None:
+        if device in self._drained:
+            raise ConfigError(f"device {device!r} was drained by drain_device(); load on another one")
+
     async def _device(self, name: str) -> Device:
         device = self._devices.get(name)
         if device is None:
-            opened = await anyio.to_thread.run_sync(_open_device, name, limiter=self._limiter)
+            cores = cores_of(name, self._of_device)
+            opened = await anyio.to_thread.run_sync(_open_device, name, cores, limiter=self._limiter)
             device = self._devices.setdefault(name, opened)  # another load may have been quicker
         return device
 
     def _dispatcher(self, name: str, device: Device) -> Dispatcher:
         dispatcher = self._dispatchers.get(name)
         if dispatcher is None:
-            settings = self._config.devices.get(name, DeviceConfig())
+            settings = self._of_device.get(name, DeviceConfig())
             lanes = settings.lanes or len(settings.affinity or ()) or device.cores()
             if settings.affinity is not None and len(settings.affinity) != lanes:
                 raise ConfigError(
@@ -423,39 +538,78 @@ class Scheduler:
                 device.open_executor(lanes, settings.affinity),
                 log_requests=self._config.log_requests,
                 on_failing=self._look_after,
+                on_lost=self._lose,
             )
             log.info("device opened", device=name, executor=dispatcher.executor.kind, lanes=lanes)
         return dispatcher
 
     def _look_after(self, state: RunnerState) -> None:
         """The last runs of a runner have all failed."""
-        runner = self._runners[state.name]
+        runner = next(one for one in self._runners[state.name].loaded if one.state is state)
         log.warning("runs fail again and again", runner=runner.name, device=runner.device, failures=UNHEALTHY)
         if runner.rebuilds:
             self._errands.put_nowait(lambda: self._updates.renew(runner))
+
+    def _lose(self, device: str, error: DeviceLostError) -> None:
+        """A run has met a device that is lost: who has a replica elsewhere goes on there. Called for each such run."""
+        for runner in list(self._runners.values()):
+            for replica in runner.replicas:
+                others = [one for one in runner.replicas if one is not replica]
+                if replica.device == device and any(one.state.phase is Phase.OPEN for one in others):
+                    log.error("device lost", device=device, runner=runner.name, error=str(error))
+                    self._leave(replica, f"{device!r} was lost: {error}")
+                    self._errands.put_nowait(functools.partial(self._free_lost, replica))
+
+    async def _free_lost(self, replica: Runner) -> None:
+        try:
+            await self._free(replica)
+        except Exception as error:  # noqa: BLE001 -- nobody waits for it
+            log.warning("model can't be freed", runner=replica.name, device=replica.device, error=str(error))
+
+    def _leave(self, replica: Runner, why: str) -> None:
+        moved = replica.whole.leave(replica, why)
+        log.info("replica left", runner=replica.name, device=replica.device, why=why, moved=moved)
 
     # --- closing -------------------------------------------------------------------------------------
 
     async def _close_runner(self, runner: Runner, terminate: bool) -> None:
         if self._runners.get(runner.name) is not runner:
             return  # closed before
-        drained = runner.dispatcher.drain(runner.state, terminate=terminate)
+        for replica in runner.loaded:
+            replica.dispatcher.drain(replica.state, terminate=terminate)
         closing = self._closing.get(runner.name)
         if closing is None:
 
             async def work() -> None:
-                slow = self._loop.call_later(SLOW_CLOSE, _log_slow_close, runner)
-                await drained
-                slow.cancel()
-                async with runner.weights.turn:  # an update under way ends first
-                    runner.dispatcher.remove(runner.state)
-                    await anyio.to_thread.run_sync(runner.container.close, limiter=self._limiter)
+                frees = [self._free(replica) for replica in runner.loaded]
+                faults = [f for f in await asyncio.gather(*frees, return_exceptions=True) if f is not None]
+                if faults:
+                    raise faults[0]
+                for replica in runner.loaded:
+                    del self._freed[replica]
                 del self._runners[runner.name], self._closing[runner.name]
                 self._names.discard(runner.name)
-                log.info("model closed", runner=runner.name, device=runner.device)
 
             closing = self._closing[runner.name] = self._start(work)
         await asyncio.shield(closing)
+
+    def _free(self, replica: Runner) -> asyncio.Future[None]:
+        """Drain what is on one device, and free it; done when it is gone."""
+        freed = self._freed.get(replica)
+        if freed is None:
+            drained = replica.dispatcher.drain(replica.state, terminate=False)
+
+            async def work() -> None:
+                slow = self._loop.call_later(SLOW_CLOSE, _log_slow_close, replica)
+                await drained
+                slow.cancel()
+                async with replica.weights.turn:  # an update under way ends first
+                    replica.dispatcher.remove(replica.state)
+                    await anyio.to_thread.run_sync(replica.container.close, limiter=self._limiter)
+                log.info("model closed", runner=replica.name, device=replica.device)
+
+            freed = self._freed[replica] = self._start(work)
+        return freed
 
     async def _close_all(self, *, terminate: bool) -> None:
         self._closed = True
@@ -474,7 +628,8 @@ class Scheduler:
             self._all_closed = self._start(work)
         elif terminate:  # whoever closes already has less to wait for
             for runner in list(self._runners.values()):
-                runner.dispatcher.drain(runner.state, terminate=True)
+                for replica in runner.loaded:
+                    replica.dispatcher.drain(replica.state, terminate=True)
         await asyncio.shield(self._all_closed)
 
     # --- housekeeping --------------------------------------------------------------------------------
@@ -514,11 +669,17 @@ class Scheduler:
         return await asyncio.shield(self._start(work))
 
 
-def _open_device(name: str) -> Device:
+def _open_device(name: str, cores: Sequence[int] | None) -> Device:
     """Off the loop: the first backend imports torch, which takes a second or two."""
     from aoti_sched.backends.devices import open_device
 
-    return open_device(name)
+    return open_device(name, cores)
+
+
+def _count_devices(kind: str) -> int:
+    from aoti_sched.backends.devices import count_devices
+
+    return count_devices(kind)
 
 
 def _look_at(outcome: asyncio.Future[Any]) -> None:

@@ -28,7 +28,8 @@ class RunnerInfo(msgspec.Struct, frozen=True, kw_only=True):
     from; with "arity only" nothing but the number of tensors is checked. `notes` are sentences a person
     should read: what costs speed, what is not checked, what was adapted. `batch` is what the package says of its rows,
     `max_batch` how many of them run as one; 1 without batching. `verified` is False where this code has not run on a real device of
-    that kind yet, but on a simulated one (`docs/devices.md`).
+    that kind yet, but on a simulated one (`docs/devices.md`). Of a runner on several devices, `device` names them all, `instances`
+    and `inactive_bytes` are of all together, and `replicas` has each, as long as it is in the rotation.
     """
 
     name: str
@@ -53,6 +54,7 @@ class RunnerInfo(msgspec.Struct, frozen=True, kw_only=True):
     previous_epoch: int | None = None
     inactive_bytes: int = 0
     verified: bool = True
+    replicas: tuple[RunnerInfo, ...] = ()
     metadata: dict[str, str]
     notes: tuple[str, ...]
 
@@ -64,7 +66,8 @@ class RunnerStats(msgspec.Struct, frozen=True, kw_only=True):
     barrier holds back what is queued. `running` counts runs, of which a batch is one. `inline` counts requests that ran on the
     event loop's own thread, `batches` the runs of several requests as one, `batched` the requests in them, and `retried` those
     that were run again by themselves since their batch had failed. `health` is "ok", or "failing" once five runs in a row have
-    failed, until one succeeds.
+    failed, until one succeeds. Of a runner on several devices these are the numbers of all together; `replicas` has those of each, by device,
+    also of those that have left. What was moved from one to another is submitted once, and `withdrawn` counts the moves.
     """
 
     name: str
@@ -86,6 +89,7 @@ class RunnerStats(msgspec.Struct, frozen=True, kw_only=True):
     cancelled: int
     revoked: int
     shed: int
+    withdrawn: int
     queue_seconds: float
     run_seconds: float
     wasted_seconds: float
@@ -93,6 +97,7 @@ class RunnerStats(msgspec.Struct, frozen=True, kw_only=True):
     batches: int
     batched: int
     retried: int
+    replicas: dict[str, RunnerStats] = {}
 
 
 class DeviceStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import enum
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -92,7 +93,10 @@ class _Attempt:
 
 
 class Updates:
-    """Changes the weights of one scheduler's runners.
+    """Changes the weights of one scheduler's runners, of each on all its devices.
+
+    What is begun with a runner is carried out on its replicas. One that leaves on the way is left out from there on, as long as others
+    serve in its place.
 
     Args:
         start: Runs a coroutine to its end in the scheduler's task group.
@@ -121,20 +125,26 @@ class Updates:
         keep_previous: bool,
         timeout: float | None,  # noqa: ASYNC109 -- on the scheduler's clock
     ) -> dict[Runner, UpdateReport]:
+        each = {
+            replica: weights
+            for runner, given in changes.items()
+            for replica, weights in _shares(runner, given)
+        }
+
         async def work(attempt: _Attempt) -> dict[Runner, UpdateReport]:
             staged: list[Runner] = []
-            async with _turns(changes):
+            async with _turns(each):
                 try:
-                    for runner, weights in changes.items():
+                    for replica, weights in each.items():
                         await self._stage(
-                            runner, weights, partial=partial, fold=fold, check_finite=check_finite
+                            replica, weights, partial=partial, fold=fold, check_finite=check_finite
                         )
-                        staged.append(runner)
+                        staged.append(replica)
                     return await self._commit(attempt, staged, barrier, keep_previous=keep_previous)
                 finally:
                     await self._drop(staged, Inactive.STAGED)
 
-        return await self._carry_out("update", changes, work, timeout)
+        return _of_each(changes, await self._carry_out("update", changes, work, timeout))
 
     async def stage(
         self,
@@ -146,13 +156,20 @@ class Updates:
         check_finite: bool,
         timeout: float | None,  # noqa: ASYNC109
     ) -> None:
+        each = _shares(runner, weights)
+
         async def work(attempt: _Attempt) -> None:
-            async with _turns([runner]):
-                await self._stage(runner, weights, partial=partial, fold=fold, check_finite=check_finite)
+            staged: list[Runner] = []
+            async with _turns([replica for replica, _ in each]):
                 try:
+                    for replica, share in each:
+                        await self._stage(
+                            replica, share, partial=partial, fold=fold, check_finite=check_finite
+                        )
+                        staged.append(replica)
                     await attempt.settle()
                 except BaseException:
-                    await self._drop([runner], Inactive.STAGED)
+                    await self._drop(staged, Inactive.STAGED)
                     raise
 
         await self._carry_out("stage", [runner], work, timeout)
@@ -166,12 +183,13 @@ class Updates:
         timeout: float | None,  # noqa: ASYNC109
     ) -> dict[Runner, UpdateReport]:
         runners = list(dict.fromkeys(runners))
+        each = _serving(runners)
 
         async def work(attempt: _Attempt) -> dict[Runner, UpdateReport]:
-            async with _turns(runners):
-                return await self._commit(attempt, runners, barrier, keep_previous=keep_previous)
+            async with _turns(each):
+                return await self._commit(attempt, each, barrier, keep_previous=keep_previous)
 
-        return await self._carry_out("commit", runners, work, timeout)
+        return _of_each(runners, await self._carry_out("commit", runners, work, timeout))
 
     async def rollback(
         self,
@@ -181,26 +199,31 @@ class Updates:
         timeout: float | None,  # noqa: ASYNC109
     ) -> dict[Runner, UpdateReport]:
         runners = list(dict.fromkeys(runners))
+        each = _serving(runners)
 
         async def work(attempt: _Attempt) -> dict[Runner, UpdateReport]:
-            async with _turns(runners):
-                for runner in runners:
-                    _must_hold(runner, Inactive.PREVIOUS, "rollback() has nothing to go back to")
-                epochs = {runner: runner.weights.previous_epoch for runner in runners}
-                for runner in runners:
-                    runner.weights.staged = _Staged()
+            async with _turns(each):
+                replicas = _present(each)
+                for replica in replicas:
+                    _must_hold(replica, Inactive.PREVIOUS, "rollback() has nothing to go back to")
+                epochs = {replica: replica.weights.previous_epoch for replica in replicas}
+                for replica in replicas:
+                    replica.weights.staged = _Staged()
                 return await self._publish(attempt, epochs, barrier)
 
-        return await self._carry_out("rollback", runners, work, timeout)
+        return _of_each(runners, await self._carry_out("rollback", runners, work, timeout))
 
     async def free(self, runner: Runner, held: Inactive) -> None:
         """Give back the inactive buffer's memory, if that is what it holds."""
 
+        each = _serving([runner])
+
         async def work(_: _Attempt) -> None:
-            async with _turns([runner]):
-                _must_be_open(runner)
-                if runner.weights.inactive is held:
-                    await self._free_inactive(runner)
+            async with _turns(each):
+                for replica in _present(each):
+                    _must_be_open(replica)
+                    if replica.weights.inactive is held:
+                        await self._free_inactive(replica)
 
         await self._carry_out("free", [runner], work, None)
 
@@ -219,14 +242,17 @@ class Updates:
                 log.error("container can't be rebuilt", runner=runner.name, error=str(error), exc_info=error)
 
     async def extract(self, runner: Runner, *, inactive: bool) -> dict[str, Any]:
+        each = _serving([runner])
+
         async def work(_: _Attempt) -> dict[str, Any]:
-            async with _turns([runner]):
-                _must_be_open(runner)
-                if inactive and runner.weights.inactive is Inactive.NOTHING:
+            async with _turns(each):
+                one = _present(each)[0]  # they all have the same
+                _must_be_open(one)
+                if inactive and one.weights.inactive is Inactive.NOTHING:
                     raise UpdateError(
                         f"runner {runner.name!r}: extract(inactive=True), but the inactive buffer holds nothing"
                     )
-                extract = runner.container.extract
+                extract = one.container.extract
                 return await self._in_thread(lambda: extract(inactive=inactive))
 
         return await self._carry_out("extract", [runner], work, None)
@@ -234,6 +260,17 @@ class Updates:
     # --- the steps -----------------------------------------------------------------------------------
 
     async def _stage(
+        self, runner: Runner, weights: object, *, partial: bool, fold: bool, check_finite: bool
+    ) -> None:
+        try:
+            if not runner.absent:
+                await self._stage_here(runner, weights, partial=partial, fold=fold, check_finite=check_finite)
+        except Exception as error:
+            if not runner.absent:
+                raise
+            log.warning("weights not staged where none are wanted", device=runner.device, error=str(error))
+
+    async def _stage_here(
         self, runner: Runner, weights: object, *, partial: bool, fold: bool, check_finite: bool
     ) -> None:
         _must_be_open(runner)
@@ -294,18 +331,19 @@ class Updates:
     async def _commit(
         self, attempt: _Attempt, runners: Sequence[Runner], barrier: Barrier, *, keep_previous: bool
     ) -> dict[Runner, UpdateReport]:
+        runners = _present(runners)
         for runner in runners:
             _must_hold(runner, Inactive.STAGED, "commit() has nothing to publish; call stage(weights) first")
         reports = await self._publish(attempt, {r: r.state.published + 1 for r in runners}, barrier)
         if not keep_previous:
-            await self._drop(runners, Inactive.PREVIOUS)
+            await self._drop(list(reports), Inactive.PREVIOUS)
         return reports
 
     async def _publish(
         self, attempt: _Attempt, epochs: Mapping[Runner, int], barrier: Barrier
     ) -> dict[Runner, UpdateReport]:
         """Swap every runner's buffers at one instant, and let them go on, each on its epoch."""
-        runners = _in_order(epochs)
+        closing = runners = _in_order(epochs)
         for runner in runners:
             _must_be_open(runner)
         closed = self._clock.time()
@@ -315,9 +353,10 @@ class Updates:
                 await one
             await attempt.settle()
             drained = self._clock.time()
+            runners = _present(runners)
             _swap_all(runners)
         except BaseException:
-            for runner in runners:
+            for runner in closing:
                 runner.dispatcher.open_barrier(runner.state, None)
             raise
         # From the exchange to the end there is nothing that waits: no request comes between the runners.
@@ -335,8 +374,8 @@ class Updates:
                 waited=len(runner.state.queue) + len(runner.state.gate),
                 **msgspec.structs.asdict(live.staged),
             )
-        for runner in runners:
-            runner.dispatcher.open_barrier(runner.state, epochs[runner])
+        for runner in closing:
+            runner.dispatcher.open_barrier(runner.state, epochs[runner] if runner in reports else None)
         for runner in runners:
             report = msgspec.structs.asdict(reports[runner])
             log.info("weights published", device=runner.device, **report)
@@ -377,7 +416,7 @@ class Updates:
             raise UpdateError(f"{what}: no runner was given")
         if timeout is not None and not timeout >= 0:
             raise ValueError(f"timeout={timeout}: seconds, not negative")
-        for runner in runners:
+        for runner in _serving(runners):
             _must_be_open(runner)
         attempt = _Attempt()
         late = asyncio.get_running_loop().create_future()
@@ -410,6 +449,43 @@ class Updates:
             )
         (result,) = outcome.result()
         return result  # type: ignore[no-any-return]
+
+
+def _serving(runners: Iterable[Runner]) -> list[Runner]:
+    """Their replicas; where none is left, those there were, which say so."""
+    return [replica for runner in runners for replica in runner.replicas or runner.loaded]
+
+
+def _present(replicas: Sequence[Runner]) -> list[Runner]:
+    """Those that have not left meanwhile."""
+    return [replica for replica in replicas if not replica.absent]
+
+
+def _shares(runner: Runner, weights: object) -> list[tuple[Runner, object]]:
+    """The weights for each replica; what can be gone through only once is remembered for the next."""
+    replicas = _serving([runner])
+    if not isinstance(weights, Iterator) or len(replicas) == 1:
+        return [(replica, weights) for replica in replicas]
+    return list(zip(replicas, itertools.tee(weights, len(replicas)), strict=True))
+
+
+def _of_each(runners: Iterable[Runner], reports: Mapping[Runner, UpdateReport]) -> dict[Runner, UpdateReport]:
+    """One report for each runner, of what its replicas' say."""
+    return {
+        runner: _together([reports[replica] for replica in runner.loaded if replica in reports])
+        for runner in runners
+    }
+
+
+def _together(reports: list[UpdateReport]) -> UpdateReport:
+    """Staged one after the other, published at one instant."""
+    return msgspec.structs.replace(
+        reports[0],
+        bytes=sum(report.bytes for report in reports),
+        stage_seconds=sum(report.stage_seconds for report in reports),
+        fold_seconds=sum(report.fold_seconds for report in reports),
+        waited=sum(report.waited for report in reports),
+    )
 
 
 def _in_order(runners: Sequence[Runner] | Mapping[Runner, object]) -> list[Runner]:
@@ -455,8 +531,10 @@ def _swap_all(runners: Sequence[Runner]) -> None:
 
 
 def _retire(runner: Runner, why: str, error: Exception) -> None:
-    """Its container is not to be run again: better no answer than a wrong one."""
-    log.error(why, runner=runner.name, error=str(error), exc_info=error)
+    """Its container is not to be run again: better no answer than a wrong one. Other replicas have the right one."""
+    log.error(why, runner=runner.name, device=runner.device, error=str(error), exc_info=error)
+    if not runner.left and len(runner.whole.replicas) > 1:
+        runner.whole.leave(runner, f"its {why} on {runner.device!r}: {error}")
     runner.dispatcher.drain(runner.state, terminate=True)
 
 

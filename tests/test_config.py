@@ -14,6 +14,7 @@ from aoti_sched.config import (
     ModelConfig,
     SchedulerConfig,
     checked,
+    cores_of,
     read_config,
 )
 from aoti_sched.errors import ConfigError, PackageNotFoundError, QueueFullError, RunnerClosedError
@@ -271,3 +272,34 @@ async def test_a_scheduler_is_made_from_a_file(write):
 def test_a_scheduler_is_not_made_from_a_faulty_file(write):
     with pytest.raises(ConfigError, match="unknown field `model`"):
         Scheduler.from_config(write("[model.encoder]\n"))
+
+
+# --- CPU devices ----------------------------------------------------------------------------------------
+
+
+def cpus(**cores):
+    """DeviceConfigs by number: `cpus(_0=(0, 1))`."""
+    return {f"cpu:{name[1:]}": DeviceConfig(affinity=affinity) for name, affinity in cores.items()}
+
+
+def test_a_part_of_the_cpu_is_the_cores_that_are_named_for_it():
+    devices = cpus(_0=(0, 1), _1=(3,)) | {"cpu": DeviceConfig(affinity=(0,))}
+    assert cores_of("cpu:0", devices) == (0, 1)
+    assert cores_of("cpu:1", devices) == (3,)
+    assert cores_of("cpu", devices) is None
+    assert cores_of("cuda:0", devices) is None
+
+
+@pytest.mark.parametrize(
+    ("devices", "sentence"),
+    [
+        ({}, r"device 'cpu:0': which cores are it\? Name them, .*DeviceConfig\(affinity="),
+        (cpus(_0=None), r"device 'cpu:0': which cores are it\?"),
+        (cpus(_0=()), r"device 'cpu:0': which cores are it\?"),
+        (cpus(_0=(0, 1), _7=(1, 2)), r"devices.cpu:0: affinity: core 1 is 'cpu:7''s, too"),
+        (cpus(_0=(1, 1)), r"devices.cpu:0: affinity=\[1, 1\]: a core is named twice"),
+    ],
+)
+def test_cores_that_are_not_named_or_not_its_own_are_refused(devices, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        cores_of("cpu:0", devices)

@@ -19,7 +19,18 @@ LAYERS = {
     "words": ["call_spec", "compile", "config", "package", "specs", "telemetry", "validation"],
     "queue": ["queue"],
     "backends": ["backends"],
-    "front": ["", "batching", "dispatch", "future", "loading", "runner", "scheduler", "testing", "update"],
+    "front": [
+        "",
+        "batching",
+        "dispatch",
+        "future",
+        "loading",
+        "replicas",
+        "runner",
+        "scheduler",
+        "testing",
+        "update",
+    ],
 }
 MAY_IMPORT = {
     "errors": set(),
@@ -28,7 +39,7 @@ MAY_IMPORT = {
     "backends": {"errors", "words", "backends"},
     "front": set(LAYERS),
 }
-ASYNCIO_LIVES_IN = {"dispatch", "future", "runner", "scheduler", "testing", "update"}
+ASYNCIO_LIVES_IN = {"dispatch", "future", "replicas", "runner", "scheduler", "testing", "update"}
 NOT_FOR_THE_QUEUE = {
     "asyncio",
     "concurrent",

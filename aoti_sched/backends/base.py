@@ -204,6 +204,8 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Whether inputs on the host are copied to the device."""
     copy_outputs: str | None = None
     """"cpu" for outputs on the host; None leaves them where the model makes them."""
+    replicated: bool = False
+    """Whether the runner is on several devices; a request then runs on any of them, and may move."""
 
 
 class Loaded(msgspec.Struct, frozen=True, kw_only=True, eq=False):

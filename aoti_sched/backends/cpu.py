@@ -24,12 +24,15 @@ from aoti_sched.specs import spec_from_metadata
 
 
 class CpuDevice:
-    """This machine's CPU, as much of it as the process may use."""
+    """This machine's CPU, as much of it as the process may use; or, by another `name`, so much of that as the numbered `cores` are."""
 
-    name = "cpu"
+    def __init__(self, name: str = "cpu", cores: Sequence[int] | None = None) -> None:
+        self.name = name
+        self._cores = cores
 
     def cores(self) -> int:
-        return available_cores()
+        cores = available_cores()
+        return cores if self._cores is None else min(cores, len(self._cores))
 
     def open_executor(self, lanes: int, affinity: Sequence[int] | None = None) -> Executor:
         return open_executor(self.name, lanes, self.cores(), set_threads, affinity)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from aoti_sched.backends.base import Device
@@ -14,12 +15,16 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"(cpu|mps)|(cuda|xpu)(?::(\d+))?")
 
 
-def open_device(name: str) -> Device:
-    """The device of a name: "cpu", "cuda:0", "xpu:0" or "mps". "cuda" is "cuda:0".
+def open_device(name: str, cores: Sequence[int] | None = None) -> Device:
+    """The device of a name: "cpu", "cuda:0", "xpu:0" or "mps". One like "cpu:0" is these `cores` of the CPU.
 
     Raises:
         ConfigError: There is no such device here, or torch was built without that kind.
     """
+    if cores is not None:
+        from aoti_sched.backends.cpu import CpuDevice
+
+        return CpuDevice(name, cores)
     parts = _NAME.fullmatch(name)
     if parts is None:
         raise ConfigError(f"device {name!r}: expected 'cpu', 'cuda:0', 'xpu:0' or 'mps', or another number")

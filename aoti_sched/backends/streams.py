@@ -30,7 +30,7 @@ from aoti_sched.backends.executor import open_executor
 from aoti_sched.backends.handles import address_of
 from aoti_sched.backends.raw_container import RawContainer
 from aoti_sched.backends.torch_runner import TorchRunnerContainer
-from aoti_sched.errors import DeviceLostError, LoadError, PlatformMismatchError
+from aoti_sched.errors import ConfigError, DeviceLostError, LoadError, PlatformMismatchError
 from aoti_sched.package import Extracted, check_platform, open_package
 from aoti_sched.specs import TensorSpec, spec_from_metadata, specs_from_wrapper
 from aoti_sched.telemetry import log
@@ -235,6 +235,11 @@ class Accelerator(ABC):
             )
         if request.copy_outputs not in (None, "cpu"):
             raise LoadError(f"copy_outputs={request.copy_outputs!r}: 'cpu' or None")
+        if request.replicated and not (request.copy_inputs and request.copy_outputs):
+            raise ConfigError(
+                f"load({str(request.path)!r}): nobody knows beforehand on which of its devices={self.name!r}, ... a request runs, so "
+                "inputs come from the host and outputs go there: say copy_inputs=True, copy_outputs='cpu'"
+            )
         extracted = package.extract(model, request.cache_dir)
         own = spec_from_metadata(model.metadata)
         if own is not None and own.mutates_buffers:

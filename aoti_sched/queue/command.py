@@ -50,6 +50,12 @@ class Revoke(msgspec.Struct, frozen=True):
     error: AotiSchedError
 
 
+class Withdraw(msgspec.Struct, frozen=True):
+    """This accepted job was taken out; its caller waits on, for what becomes of another in its place."""
+
+    job: Job
+
+
 class Drained(msgspec.Struct, frozen=True):
     """Nothing of this runner is queued, running or held any more; it may be removed."""
 
@@ -79,5 +85,16 @@ class WakeAt(msgspec.Struct, frozen=True):
 
 
 Command = (
-    Launch | Grant | Reject | Expire | Shed | Revoke | Drained | BarrierReached | Failing | NextTurn | WakeAt
+    Launch
+    | Grant
+    | Reject
+    | Expire
+    | Shed
+    | Revoke
+    | Withdraw
+    | Drained
+    | BarrierReached
+    | Failing
+    | NextTurn
+    | WakeAt
 )

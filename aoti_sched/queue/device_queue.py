@@ -42,6 +42,7 @@ from aoti_sched.queue.command import (
     Revoke,
     Shed,
     WakeAt,
+    Withdraw,
 )
 from aoti_sched.queue.fair import Ledger
 from aoti_sched.queue.forecast import Forecast, expected
@@ -69,6 +70,10 @@ def _must_be_lawful(job: Job) -> None:
         raise IllegalFactError("only what takes a lease is exempt from bounds, and has no inputs")
     if job.key is not None and (job.holds or job.rows < 1):
         raise IllegalFactError("a job with a key runs, and has rows")
+
+
+def _arrival(job: Job) -> int:
+    return job.id
 
 
 def _company(runner: RunnerState) -> Company:
@@ -132,10 +137,12 @@ class DeviceQueue:
         share: float = 1.0,
         sheds: bool = False,
         predicts: bool = False,
+        foreseen: bool = False,
     ) -> RunnerState:
         """A runner that gives out `slots`. Its runs take `width` cores each on a lane; it has its `share` of the device's time.
 
-        With `sheds`, queued jobs make room for better ones; with `predicts`, jobs that would end too late are refused.
+        With `sheds`, queued jobs make room for better ones; with `predicts`, jobs that would end too late are refused; one
+        that is `foreseen` is asked `when_finished`.
         """
         if name in self.runners:
             raise IllegalFactError(f"{self.name} has a runner {name!r} already")
@@ -165,7 +172,7 @@ class DeviceQueue:
             predicts=predicts,
         )
         self.runners[name] = runner
-        if predicts and not self._forecast.kept:
+        if (predicts or foreseen) and not self._forecast.kept:
             self._forecast.kept = True
             for other in self.runners.values():
                 for source in (other, *other.leases.values()):
@@ -211,6 +218,22 @@ class DeviceQueue:
             lease.released = True
             self._retire_if_over(lease)
         self._dispatch(now, commands)  # the room that was freed may let others in
+        self._see_what_is_over(runner, commands)
+        return commands
+
+    def withdraw(self, runner: RunnerState, now: float) -> list[Command]:
+        """Take out what is waiting or queued, in the order in which it came, to be submitted anew at another replica.
+
+        What draws its slot from a held lease stays, and so does what is `exempt`: that is needed at this very runner.
+        """
+        self._known(runner)
+        jobs = [*runner.awaiting.values(), *runner.waiting(), *runner.queue.jobs()]
+        commands: list[Command] = []
+        for job in sorted((job for job in jobs if not job.exempt), key=_arrival):
+            self._leave_queue(job, Fact.WITHDRAW, now)
+            runner.counters.withdrawn += 1
+            commands.append(Withdraw(job))
+        self._dispatch(now, commands)
         self._see_what_is_over(runner, commands)
         return commands
 
@@ -271,8 +294,14 @@ class DeviceQueue:
 
     # --- facts about jobs ----------------------------------------------------------------------------
 
-    def submit(self, job: Job, now: float, *, wait: bool = False) -> list[Command]:
-        """A new job. With `wait`, it is held at the gate when there is no room, otherwise rejected."""
+    def submit(
+        self, job: Job, now: float, *, wait: bool = False, since: float | None = None
+    ) -> list[Command]:
+        """A new job. With `wait`, it is held at the gate when there is no room, otherwise rejected.
+
+        One that stands for a job that was withdrawn at another replica, where its caller has waited `since`, was accepted before:
+        it is not refused for what is predicted, nor for those who await an epoch, too.
+        """
         runner = job.source.runner
         if runner.phase is not Phase.DRAINED:  # one that was drained and removed is refused, not unknown
             self._known(runner)
@@ -281,14 +310,14 @@ class DeviceQueue:
         _must_be_lawful(job)
         self._ids += 1
         job.id = self._ids
-        job.submitted = now
-        job.due = self.policy.due(now, job.deadline)
+        job.submitted = now if since is None else since
+        job.due = self.policy.due(job.submitted, job.deadline)
         runner.counters.submitted += 1
-        error: AotiSchedError | None = refusal.for_good(job, self.load)
+        error: AotiSchedError | None = refusal.for_good(job, self.load, moved=since is not None)
         full: str | None = None
         shed: Sequence[Job] = ()
         if error is None and job.min_epoch <= job.source.epoch:
-            if runner.predicts:
+            if runner.predicts and since is None:
                 error = self._unreachable(job, now)
             if error is None:
                 full = self.room.full(job)
@@ -424,6 +453,14 @@ class DeviceQueue:
         self._see_what_is_over(lease.runner, commands)
         return commands
 
+    def when_finished(self, job: Job, now: float) -> float:
+        """In how many seconds a job would be finished that came now, by what is known. A question, and no fact: nothing changes."""
+        runner = job.source.runner
+        idle = not self.load.jobs and can_start(runner)
+        at_once = idle and self._choice.has_place(runner, inline=runner.placing.inline(job.bytes))
+        waits = 0.0 if at_once else self._forecast.waiting_time(job, now)
+        return runner.placing.times.typical(job.bytes) + waits
+
     # --- what follows from facts ---------------------------------------------------------------------
 
     def _shed(self, job: Job, now: float, commands: list[Command]) -> None:
@@ -444,10 +481,7 @@ class DeviceQueue:
             or not times.knows(job.bytes)
         ):
             return None
-        idle = not self.load.jobs and can_start(runner)
-        inline = runner.placing.inline(job.bytes)
-        at_once = idle and self._choice.has_place(runner, inline=inline)
-        takes = times.typical(job.bytes) + (0.0 if at_once else self._forecast.waiting_time(job, now))
+        takes = self.when_finished(job, now)
         if now + takes <= deadline:
             return None
         if times.doubt(job.bytes, now):

@@ -33,6 +33,7 @@ class JobState(enum.IntEnum):
     CANCELLED = 8
     REVOKED = 9  # its runner was terminated, an update aborted it, or its epoch was rolled back
     SHED = 10  # dropped from a full queue to make room for a better one
+    WITHDRAWN = 11  # taken out, to be submitted anew at another replica
 
 
 class Fact(enum.IntEnum):
@@ -48,6 +49,7 @@ class Fact(enum.IntEnum):
     CANCEL = 7
     REVOKE = 8
     SHED = 9
+    WITHDRAW = 10
 
 
 TRANSITIONS: dict[JobState, dict[Fact, JobState]] = {
@@ -62,6 +64,7 @@ TRANSITIONS: dict[JobState, dict[Fact, JobState]] = {
         Fact.EXPIRE: JobState.EXPIRED,
         Fact.CANCEL: JobState.CANCELLED,
         Fact.REVOKE: JobState.REVOKED,
+        Fact.WITHDRAW: JobState.WITHDRAWN,
     },
     JobState.QUEUED: {
         Fact.LAUNCH: JobState.RUNNING,
@@ -69,6 +72,7 @@ TRANSITIONS: dict[JobState, dict[Fact, JobState]] = {
         Fact.CANCEL: JobState.CANCELLED,
         Fact.REVOKE: JobState.REVOKED,
         Fact.SHED: JobState.SHED,
+        Fact.WITHDRAW: JobState.WITHDRAWN,
     },
     # A running job that expires or is cancelled ends for its caller at once; its lane and slot come home
     # with the completion, which then finds the job at its end and changes nothing more.
@@ -85,6 +89,7 @@ TRANSITIONS: dict[JobState, dict[Fact, JobState]] = {
     JobState.CANCELLED: {Fact.SUCCEED: JobState.CANCELLED, Fact.FAIL: JobState.CANCELLED},
     JobState.REVOKED: {},
     JobState.SHED: {},
+    JobState.WITHDRAWN: {},
 }
 """Every transition of a job. A fact that is not in its state's row is illegal."""
 

@@ -39,6 +39,8 @@ class Counters(msgspec.Struct):
     cancelled: int = 0
     revoked: int = 0
     shed: int = 0
+    withdrawn: int = 0
+    """Jobs that were taken out, to be submitted anew at another replica."""
     queue_seconds: float = 0.0
     run_seconds: float = 0.0
     wasted_seconds: float = 0.0

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from aoti_sched.queue.job import Job
 
 
-def for_good(job: Job, device: Load) -> AotiSchedError | None:
-    """Why a job can't be taken, whatever room there is; None when it can."""
+def for_good(job: Job, device: Load, *, moved: bool) -> AotiSchedError | None:
+    """Why a job can't be taken, whatever room there is; None when it can. One that has `moved` was accepted at another replica."""
     source, runner = job.source, job.source.runner
     if source is not runner or runner.phase is not Phase.OPEN:
         error = _by_its_source(job)
@@ -25,7 +25,7 @@ def for_good(job: Job, device: Load) -> AotiSchedError | None:
         never = f"runner {runner.name!r} queues no jobs of a tenant"
     if never is not None and not job.exempt:
         return QueueFullError(f"runner {runner.name!r}: the request can never be queued, {never}")
-    return None if job.min_epoch <= source.epoch else _by_its_epoch(job)
+    return None if job.min_epoch <= source.epoch else _by_its_epoch(job, moved)
 
 
 def for_now(job: Job, full: str) -> QueueFullError:
@@ -61,11 +61,11 @@ def _by_its_source(job: Job) -> AotiSchedError | None:
     return None
 
 
-def _by_its_epoch(job: Job) -> AotiSchedError | None:
+def _by_its_epoch(job: Job, moved: bool) -> AotiSchedError | None:
     runner = job.source.runner
     error = epoch_refusal(job)
     most = runner.load.bounds.jobs
-    if error is None and most is not None and len(runner.awaiting) >= most:
+    if error is None and most is not None and not moved and len(runner.awaiting) >= most:
         return QueueFullError(
             f"runner {runner.name!r}: {len(runner.awaiting)} requests wait for an epoch, the bound is {most}"
         )

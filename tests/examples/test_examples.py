@@ -58,6 +58,16 @@ PROGRAMS = {
         "eye        199 completed, 1 cancelled, 0 failed",
         "namer      199 completed, 0 cancelled, 0 failed",
     ],
+    "replicas": [
+        "loaded      sharpness on cpu:0, cpu:1",
+        "answered    200 of 200: ",
+        " on cpu:0, ",
+        " on cpu:1\n",
+        "updated     to epoch 2 on both devices at one instant; ",
+        "drained     cpu:1, ",
+        " requests moved\nanswered    200 of 200: ",
+        "in service  cpu:0\n",
+    ],
     "two_tenants": [
         "alone       a look takes ",
         "one queue   the first look took ",

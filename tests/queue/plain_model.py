@@ -58,10 +58,10 @@ class PlainModel(Room, Order):
         self.runners.append(Runner(name, slots, *bounds, *placing, **rest))
         return []
 
-    def submit(self, now, number, source, wait, wish):
+    def submit(self, now, number, source, wait, wish, since=None):
         """`source` is ("runner", number) or ("lease", number), `wish` what else the job is made of.
 
-        A job's number seen before is a resubmission.
+        A job's number seen before is a resubmission. One with `since` was accepted elsewhere at that time.
         """
         kind, which = source
         lease = self.leases[which - 1] if kind == "lease" else None
@@ -72,10 +72,10 @@ class PlainModel(Room, Order):
         if exempt and (not wish["holds"] or wish["bytes"]):
             raise Illegal
         self.ids += 1
-        job = Job(number, runner, lease, **wish, id=self.ids, submitted=now)
+        job = Job(number, runner, lease, **wish, id=self.ids, submitted=now if since is None else since)
         self.jobs.append(job)
         runner.counters["submitted"] += 1
-        refusal = self.refusal(job, now)
+        refusal = self.refusal(job, now, new=since is None)
         awaits = job.min_epoch > job.source.epoch
         shed = [] if awaits or wait or refusal else self.to_shed(job)
         if refusal or shed is None:
@@ -182,6 +182,19 @@ class PlainModel(Room, Order):
                 lease.released = True
         self.retire()
         return commands + self.settle(now)
+
+    def withdraw(self, now, number):
+        runner = self.known(number)
+        jobs = [job for job in self.jobs if job.runner is runner and job.state in ("WAITING", "QUEUED")]
+        jobs = [job for job in jobs if job.lease is None and not job.exempt]
+        for job in sorted(jobs, key=lambda job: job.id):
+            self.end(job, "WITHDRAWN")
+        self.met |= {f"withdrawn {job.waits_for}" for job in jobs}
+        return [("withdraw", job.number) for job in sorted(jobs, key=lambda job: job.id)] + self.settle(now)
+
+    def when_finished(self, now, number, wish):
+        job = Job(-1, self.known(number), None, **wish, holds=False, deadline=None)
+        return [("in", round(self.wait(job, now) + (job.runner.typical(job.bytes) or 0.0), 9))]
 
     def remove_runner(self, number):
         runner = self.known(number)

@@ -9,7 +9,7 @@ LOOP = -1
 LIVE = ("WAITING", "QUEUED", "RUNNING")
 COUNTS = (
     *("submitted", "completed", "failed", "rejected", "expired", "cancelled", "revoked", "inline"),
-    *("shed", "batches", "batched", "retried"),
+    *("shed", "batches", "batched", "retried", "withdrawn"),
 )
 SECONDS = ("queue_seconds", "run_seconds", "wasted_seconds")
 UNHURRIED = 10.0  # seconds after which a job without a deadline takes its turn among those that have one
@@ -53,6 +53,7 @@ class Runner:
     share: float = 1.0
     sheds: bool = False
     predicts: bool = False
+    foreseen: bool = False
     batching: tuple | None = None  # (most rows, longest delay)
     phase: str = "OPEN"
     removed: bool = False

@@ -129,7 +129,7 @@ class Room:
 
     # --- who is refused or shed ------------------------------------------------------------------------
 
-    def refusal(self, job, now):
+    def refusal(self, job, now, *, new):
         """Why a job is not even held against the bounds."""
         runner = job.runner
         if job.lease is not None and runner.phase in ("TERMINATED", "DRAINED"):
@@ -143,8 +143,9 @@ class Room:
         if job.min_epoch > job.source.epoch:
             if job.lease or job.min_epoch <= runner.published:
                 return "EpochError"
-            return "QueueFullError" if len(self.waiting_for("epoch", runner)) >= runner.jobs else None
-        return "DeadlineUnreachableError" if self.unreachable(job, now) else None
+            full = new and len(self.waiting_for("epoch", runner)) >= runner.jobs
+            return "QueueFullError" if full else None
+        return "DeadlineUnreachableError" if new and self.unreachable(job, now) else None
 
     def to_shed(self, job):
         """Who is shed for it to be queued, in that order; None when that would not help either."""

@@ -16,6 +16,7 @@ from aoti_sched.queue.policy import Policy
 FACTS = (
     "drain_runner",
     "terminate_runner",
+    "withdraw",
     "remove_runner",
     "submit",
     "complete",

@@ -17,7 +17,7 @@ STEPS = 80
 SEEDS = range(2400)
 SHARES = 8  # tests to spread the walks over, so that a failure leaves the others to look at
 
-ORDERED = ("launch", "grant", "expire", "shed")
+ORDERED = ("launch", "grant", "expire", "shed", "withdraw")
 
 
 def sorted_out(commands):
@@ -101,11 +101,12 @@ def test_the_walks_go_everywhere():
         ends |= set(states(walk.model))
     assert said == {
         *("launch", "grant", "expire", "revoke", "shed", "drained", "reached", "failing", "next turn"),
+        *("withdraw", "in"),
         *("QueueFullError", "RunnerClosedError", "LeaseError", "EpochError", "DeadlineUnreachableError"),
     }
     assert ends == {
         *LIVE,
-        *("DONE", "FAILED", "REJECTED", "EXPIRED", "CANCELLED", "REVOKED", "SHED"),
+        *("DONE", "FAILED", "REJECTED", "EXPIRED", "CANCELLED", "REVOKED", "SHED", "WITHDRAWN"),
     }
     assert illegal > 20
 
@@ -115,6 +116,7 @@ def test_the_walks_need_every_rule():
         *("overdue", "waits for cores", "late", "tried all the same", "waits for its tenant"),
         *("refused by prediction", "waits by prediction", "several are shed"),
         *("a batch", "a batch inline", "a batch behind another", "a rider expires", "a rider is late"),
+        *("withdrawn ", "withdrawn room", "withdrawn tenant", "withdrawn epoch"),
         *("grows no more", "run again", "run again behind another"),
         *(
             "gathers",

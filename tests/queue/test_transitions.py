@@ -140,6 +140,11 @@ def shed(queue, runner, job):
     queue.submit(Job(runner, priority=0), 1)
 
 
+def withdrawn(queue, runner, job):
+    queued(queue, runner, job)
+    queue.withdraw(runner, 1)
+
+
 WAYS = {
     new: JobState.NEW,
     waiting: JobState.WAITING,
@@ -158,6 +163,7 @@ WAYS = {
     cancelled_and_its_lane_given_on: JobState.CANCELLED,
     revoked: JobState.REVOKED,
     shed: JobState.SHED,
+    withdrawn: JobState.WITHDRAWN,
 }
 FACTS = {
     "submit": (lambda queue, job: queue.submit(job, 7), [new]),
@@ -240,6 +246,10 @@ def terminating_another_devices_runner(queue, runner, lease):
     queue.terminate_runner(add(device()), 1)
 
 
+def withdrawing_from_another_devices_runner(queue, runner, lease):
+    queue.withdraw(add(device()), 1)
+
+
 def removing_another_devices_runner(queue, runner, lease):
     queue.remove_runner(add(device()))
 
@@ -256,6 +266,7 @@ def removing_another_devices_runner(queue, runner, lease):
         (a_job_for_another_devices_runner, "cpu has no runner 'm'"),
         (draining_another_devices_runner, "cpu has no runner 'm'"),
         (terminating_another_devices_runner, "cpu has no runner 'm'"),
+        (withdrawing_from_another_devices_runner, "cpu has no runner 'm'"),
         (removing_another_devices_runner, "cpu has no runner 'm'"),
     ],
     ids=lambda part: getattr(part, "__name__", None),

@@ -19,6 +19,7 @@ from aoti_sched.queue.command import (
     Revoke,
     Shed,
     WakeAt,
+    Withdraw,
 )
 from aoti_sched.queue.device_queue import DeviceQueue
 from aoti_sched.queue.job import IllegalFactError, Job
@@ -43,6 +44,7 @@ class Walk:
         self.barriers, self.short_runs = draw.random() < (0.2 if self.batches else 0.4), draw.random() < 0.5
         self.wide, self.tight = draw.random() < 0.3, draw.random() < 0.4
         known = self.tight or draw.random() < 0.6
+        self.replicas = draw.random() < 0.3
         budget = draw.choice([0.125, 0.5, 2])
         bounds = draw.choice([None, None, 9] if self.batches else [None, 1, 3, 6]), draw.choice([None, 60])
         lanes = draw.randint(1, 3)
@@ -68,9 +70,11 @@ class Walk:
             self.impossible,
             self.turn,
             self.barrier,
+            self.withdraw,
+            self.when_finished,
         ]
         leaving = draw.choice([0, 0, 0, 0, 1, 8] if self.batches else [0, 0, 3, 8])
-        weights = [50, 22, 8, 7, 7, leaving, 1, 8, 12 * self.barriers]
+        weights = [50, 22, 8, 7, 7, leaving, 1, 8, 12 * self.barriers, 6 * self.replicas, 12 * self.replicas]
         if self.short_runs:
             weights[1] = 45
         if self.batches:
@@ -129,6 +133,7 @@ class Walk:
             "share": draw.choice([0.5, 1.0, 1.0, 2.0]),
             "sheds": draw.random() < 0.3,
             "predicts": draw.random() < 0.4,
+            "foreseen": self.replicas,
             "batching": None,
         }
         if self.batches and draw.random() < 0.8:
@@ -170,6 +175,9 @@ class Walk:
             if draw.random() < 0.9:
                 wish["bytes"] = 0
         wait = not runner.sheds and draw.random() < 0.6
+        if self.replicas and source[0] == "runner" and draw.random() < 0.3:  # withdrawn at another replica
+            since = self.now - draw.choice([0, 0.125, 0.5, 2])
+            return "submit", (self.now, len(model.jobs), source, True, wish, since)
         return "submit", (self.now, len(model.jobs), source, wait, wish)
 
     def complete(self):
@@ -211,6 +219,17 @@ class Walk:
         if runners[number].phase == "DRAINED":
             return "remove_runner", (number,)
         return draw.choice(["drain_runner", "drain_runner", "terminate_runner"]), (self.now, number)
+
+    def withdraw(self):
+        number = self.draw.randrange(len(self.model.runners))
+        return "withdraw", (self.now, number)
+
+    def when_finished(self):
+        draw, runners = self.draw, self.model.runners
+        numbers = [number for number, runner in enumerate(runners) if not runner.removed]
+        tenant = draw.choice([None, "a", "d"])
+        wish = {"priority": draw.choice([0, 1, 2]), "bytes": draw.choice([0, 5, 20]), "tenant": tenant}
+        return ("when_finished", (self.now, draw.choice(numbers), wish)) if numbers else None
 
     def impossible(self):
         """What the state may or may not allow; mostly not."""
@@ -276,12 +295,16 @@ class Player:
             case Shed(job=job, error=error):
                 assert type(error) is ShedError
                 yield "shed", job.payload
+            case Withdraw(job=job):
+                yield "withdraw", job.payload
             case Failing(runner=runner):
                 yield "failing", self.runners.index(runner)
             case Drained(runner=runner):
                 yield "drained", self.runners.index(runner)
             case BarrierReached(runner=runner):
                 yield "reached", self.runners.index(runner)
+            case ("in", _):
+                yield command
             case NextTurn():
                 yield ("next turn",)
 
@@ -293,13 +316,13 @@ class Player:
         self.runners.append(self.queue.add_runner(name, slots, Bounds(*bounds), placing=placing, **rest))
         return []
 
-    def submit(self, now, number, source, wait, wish):
+    def submit(self, now, number, source, wait, wish, since=None):
         kind, which = source
         owner = self.leases[which - 1] if kind == "lease" else self.runners[which]
         if number < len(self.jobs):
-            return self.queue.submit(self.jobs[number], now, wait=wait)
+            return self.queue.submit(self.jobs[number], now, wait=wait, since=since)
         job = Job(owner, payload=number, **wish)
-        commands = self.queue.submit(job, now, wait=wait)  # an unlawful one is none
+        commands = self.queue.submit(job, now, wait=wait, since=since)  # an unlawful one is none
         self.jobs.append(job)
         return commands
 
@@ -329,6 +352,13 @@ class Player:
 
     def terminate_runner(self, now, number):
         return self.queue.terminate_runner(self.runners[number], now)
+
+    def withdraw(self, now, number):
+        return self.queue.withdraw(self.runners[number], now)
+
+    def when_finished(self, now, number, wish):
+        seconds = self.queue.when_finished(Job(self.runners[number], **wish), now)
+        return [("in", round(seconds, 9))]
 
     def remove_runner(self, number):
         self.queue.remove_runner(self.runners[number])
