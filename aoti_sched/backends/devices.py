@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aoti_sched.backends.base import Device
 from aoti_sched.errors import ConfigError
@@ -38,16 +38,13 @@ def open_device(name: str, cores: Sequence[int] | None = None) -> Device:
 def _accelerator(name: str, kind: str, index: int) -> Accelerator:
     import torch
 
-    module: Any = getattr(torch, kind)
     if kind == "mps":
         if not torch.backends.mps.is_available():
             raise ConfigError(f"device {name!r}: {_absent('MPS', built=torch.backends.mps.is_built())}")
         from aoti_sched.backends.mps import MpsDevice
 
         return MpsDevice()
-    built = kind == "cuda" and torch.version.cuda is not None
-    built = built or (kind == "xpu" and torch.xpu._is_compiled())  # noqa: SLF001
-    count = module.device_count() if built else 0
+    built, count = _built(kind), count_devices(kind)
     if count == 0:
         raise ConfigError(f"device {name!r}: {_absent(kind.upper(), built=built)}")
     if index >= count:
@@ -61,6 +58,22 @@ def _accelerator(name: str, kind: str, index: int) -> Accelerator:
     from aoti_sched.backends.xpu import XpuDevice
 
     return XpuDevice(index)
+
+
+def count_devices(kind: str) -> int:
+    """How many devices of a kind like "cuda" this machine has, as far as torch can use them."""
+    import torch
+
+    return getattr(torch, kind).device_count() if _built(kind) else 0
+
+
+def _built(kind: str) -> bool:
+    """Whether this torch was built with a kind of devices that have numbers."""
+    import torch
+
+    if kind == "cuda":
+        return torch.version.cuda is not None
+    return kind == "xpu" and torch.xpu._is_compiled()  # noqa: SLF001
 
 
 def _absent(kind: str, *, built: bool) -> str:

@@ -210,6 +210,71 @@ async def test_a_cancelled_request_leaves_nothing_behind(load, sim):
     assert (await runner.run(torch.ones(1, 4)))[0, 0].item() == 1.0
 
 
+@pytest.fixture
+async def two():
+    """A scheduler on two devices, and how to load the model on both."""
+    devices = {device.name: device for device in (simulator().cuda(0), simulator().cuda(1))}
+    async with Scheduler(devices=devices) as scheduler:
+
+        async def load(**options):
+            return await scheduler.load(
+                model_path(), **{"name": "times", "devices": [*devices], "inputs": SPECS, **options}
+            )
+
+        yield scheduler, load
+        simulator().go()
+
+
+HOST = {"copy_inputs": True, "copy_outputs": "cpu"}
+
+
+async def test_a_runner_on_two_devices_takes_requests_from_the_host_to_either(two):
+    _, load = two
+    runner = await load(**HOST)
+    inputs = [torch.full((rows, 4), float(rows)) for rows in range(1, 21)]
+    for x, y in zip(inputs, await asyncio.gather(*map(runner.run, inputs)), strict=True):
+        assert torch.equal(y, x)
+    await runner.update({"weight": torch.full((4,), 2.0)})
+    assert [await runner.run(inputs[0]) for _ in range(4)] == [pytest.approx(2 * inputs[0])] * 4
+    assert [one.completed > 0 for one in runner.stats().replicas.values()] == [True, True]
+    async with runner.lease() as lease:
+        assert torch.equal(await lease.run(inputs[0]), 2 * inputs[0])
+
+
+async def test_what_is_queued_on_a_device_that_is_lost_runs_on_the_other(two, sim):
+    scheduler, load = two
+    runner = await load(**HOST)
+    sim.hold()
+    inputs = [torch.full((1, 4), float(number)) for number in range(20)]
+    futures = [runner.submit(x) for x in inputs]
+    await asyncio.to_thread(sim.wait_until_waiting, 2)
+    scheduler._devices["sim:0"]._lost = "CUDA_ERROR_ILLEGAL_ADDRESS"
+    sim.go()
+    outcomes = await asyncio.gather(*futures, return_exceptions=True)
+    failed = [y for y in outcomes if isinstance(y, Exception)]
+    assert len(failed) <= 2  # was given to a lane of it
+    assert {type(error) for error in failed} == {DeviceLostError}
+    assert all(torch.equal(y, x) for x, y in zip(inputs, outcomes, strict=True) if y not in failed)
+    assert [one.device for one in runner.info.replicas] == ["sim:1"]
+    assert torch.equal(await runner.run(inputs[3]), inputs[3])
+
+
+async def test_a_runner_on_two_devices_refuses_an_input_that_lies_on_one(two):
+    _, load = two
+    runner = await load(**HOST)
+    with pytest.raises(InputMismatchError) as caught:
+        await runner.run(torch.ones(1, 4).to("sim:1"))
+    assert (caught.value.expected, caught.value.got) == ("device cpu", "sim:1")
+
+
+@pytest.mark.parametrize("options", [{}, {"copy_inputs": True}, {"copy_outputs": "cpu"}])
+async def test_a_runner_on_two_devices_takes_from_the_host_and_brings_there_or_is_refused(two, options):
+    scheduler, load = two
+    with pytest.raises(ConfigError, match="say copy_inputs=True, copy_outputs='cpu'"):
+        await load(**options)
+    assert dict(scheduler.runners) == {}
+
+
 async def test_as_many_runs_wait_for_a_device_at_once_as_there_are_lanes(sim):
     device = open_device("cuda")
     config = SchedulerConfig(devices={device.name: DeviceConfig(lanes=12)})
