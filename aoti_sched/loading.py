@@ -11,7 +11,7 @@ from aoti_sched.batching import Grouping, group, of_calls
 from aoti_sched.call_spec import CallSpec, ExportedCallSpec
 from aoti_sched.config import Batching
 from aoti_sched.errors import AotiSchedError, ConfigError, LoadError
-from aoti_sched.queue.placement import FOLLOW_LIMIT, Placement, Placing
+from aoti_sched.queue.placement import FOLLOW_LIMIT, HOP_OF_ONE, Placement, Placing
 from aoti_sched.specs import (
     DynamicDim,
     ModelSpec,
@@ -246,7 +246,9 @@ def _placing(settings: ModelConfig, threads: int, *, allowed: bool) -> Placing:
         )
     if choice is Placement.AUTO and (threads > 1 or not allowed):
         choice = Placement.LANE
-    return Placing(choice, settings.inline_limit, follow_limit=FOLLOW_LIMIT if allowed else 0.0)
+    return Placing(
+        choice, settings.inline_limit, follow_limit=FOLLOW_LIMIT if allowed else 0.0, hop=HOP_OF_ONE
+    )
 
 
 def example_inputs(specs: Sequence[TensorSpec]) -> list[Any]:

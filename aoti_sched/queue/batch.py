@@ -26,11 +26,12 @@ class Batching(msgspec.Struct, frozen=True):
 class Key:
     """The queued jobs with one key. Once `ripe`, it stays so until none is left."""
 
-    __slots__ = ("held", "jobs", "ripe", "ripe_at", "rows")
+    __slots__ = ("bytes", "held", "jobs", "ripe", "ripe_at", "rows")
 
     def __init__(self) -> None:
         self.jobs = 0
         self.rows = 0
+        self.bytes = 0
         self.held = False  # until the turn of the loop is over
         self.ripe = False
         self.ripe_at = math.inf
@@ -71,6 +72,7 @@ class Company:
             self.queue.hide(job.key)
         key.jobs += 1
         key.rows += job.rows
+        key.bytes += job.bytes
         if not key.ripe:
             key.held = key.held or self.gathering
             if self.rule.max_delay > 0:
@@ -86,9 +88,18 @@ class Company:
         key = self.keys[job.key]
         key.jobs -= 1
         key.rows -= job.rows
+        key.bytes -= job.bytes
         if not key.jobs:
             del self.keys[job.key]
             self.queue.show(job.key)
+
+    def around(self, job: Job) -> tuple[int, int]:
+        """How many bytes, of how many jobs, would run together with a job that is queued no more, itself included, by what is queued."""
+        key = self.keys.get(job.key)
+        if key is None:
+            return job.bytes, 1
+        size, jobs, rows, most = job.bytes + key.bytes, 1 + key.jobs, job.rows + key.rows, self.rule.max_rows
+        return (size, jobs) if rows <= most else (size * most // rows, max(1, jobs * most // rows))
 
     def see(self, name: Hashable, now: float) -> None:
         """Let a key take part, if it waits no longer."""

@@ -541,14 +541,29 @@ class DeviceQueue:
                 return
             if job.deadline is not None and self._is_late(job, job.deadline, now, commands):
                 continue
+            has_choice = self._may_leave_the_loop(job)
             self._unqueue(job)
             if job.holds:
                 self._grant(job, now, commands)
             else:
                 self._choice.launches(job, chosen=True)
-                inline = job.source.runner.placing.inline(job.bytes)
+                placing = job.source.runner.placing
+                inline = placing.inline(job.bytes)
+                if has_choice and not placing.grows(*_company(job.source.runner).around(job)):
+                    inline = False  # there it would leave some of its company behind
                 self._launch(job, LOOP if inline else self.lanes.free[-1], now, commands)
             self._choice.enter(job.source)
+
+    def _may_leave_the_loop(self, job: Job) -> bool:
+        """Whether a lane is free, that nobody waits for, for one that may have company and was chosen for the loop."""
+        runner = job.source.runner
+        return (
+            job.key is not None
+            and self._may_have_company(job)
+            and runner.placing.inline(job.bytes)
+            and self._choice.has_place(runner, inline=False)
+            and not self._choice.is_wanted(inline=False)
+        )
 
     def _ripen(self, now: float) -> None:
         """Let take part what has waited for company long enough."""
@@ -607,13 +622,14 @@ class DeviceQueue:
         runner = job.source.runner
         company, placing = _company(runner), runner.placing
         members, rows = [job], job.rows
+        fits = not inline or placing.grows(*company.around(job))
         while (other := company.queue.head_of(job.key)) is not None:
             if other.deadline is not None and other.deadline <= now:
                 self._expire(other, now, commands)
                 continue
             if rows + other.rows > company.rule.max_rows:
                 break
-            if inline and not placing.grows(job.size + other.bytes):
+            if not fits and not placing.grows(job.size + other.bytes, len(members) + 1):
                 break
             if other.deadline is not None and self._is_late(other, other.deadline, now, commands):
                 continue

@@ -85,6 +85,15 @@ class ServiceTimes:
         )
         return math.inf if nearest < 0 else self._by_class[nearest].bound * 2.0 ** (bits - nearest)
 
+    def one_larger_is_short(self, size: int, limit: float, more: float) -> bool:
+        """Whether a run on larger inputs than of `size` bytes is known to stay below the limit, which is as much higher for each that
+        it is twice as large: a run on smaller inputs takes no longer."""
+        bits = size.bit_length()
+        for larger, known in self._by_class.items():
+            if larger > bits and known.bound < limit + (2.0 ** (larger - bits) - 1) * more:
+                return True
+        return False
+
     def typical(self, size: int) -> float:
         """Seconds that half of the runs on inputs of `size` bytes take at most; 0.0 while too little is known."""
         known = self._by_class.get(size.bit_length())
@@ -117,5 +126,7 @@ class ServiceTimes:
         known.learn(seconds, now)
 
     def forget(self, size: int) -> None:
-        """What was known of inputs of this size is not true any more."""
-        self._by_class.pop(size.bit_length(), None)
+        """What was known of inputs of this size, and of larger ones, is not true any more."""
+        bits = size.bit_length()
+        for larger in [known for known in self._by_class if known >= bits]:
+            del self._by_class[larger]

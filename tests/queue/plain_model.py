@@ -49,7 +49,7 @@ class PlainModel(Room, Order):
     # --- facts -----------------------------------------------------------------------------------------
 
     def add_runner(self, name, slots, bounds, placing, rest):
-        """`bounds` are jobs, bytes and jobs of one tenant; `placing` is the choice and its two limits."""
+        """`bounds` are jobs, bytes and jobs of one tenant; `placing` is the choice, its two limits and the cost of a hop."""
         if any(runner.name == name and not runner.removed for runner in self.runners):
             raise Illegal
         if not 1 <= rest.get("width", 1) <= self.cores:
@@ -276,7 +276,7 @@ class PlainModel(Room, Order):
 
     def launch(self, job, now, behind=None):
         """Run it with those who go along: on a lane or the loop, or `behind` another on its lane and slot."""
-        inline = job.runner.inline(job.bytes)
+        inline = job.runner.inline(job.bytes) and not self.leaves_the_loop(job)
         slot = behind.slot if behind else self.slot_for(job)
         lane = behind.lane if behind else LOOP if inline else freed_last(self.free_lanes(), self.lanes_freed)
         members, commands = self.put_together(job, now, inline=inline)
@@ -368,7 +368,8 @@ class PlainModel(Room, Order):
     def learn(self, run, seconds, now, *, ok):
         runner, kind = run.runner, run.bytes.bit_length()
         if run.lane == LOOP and seconds > self.budget:
-            runner.times.pop(kind, None)
+            for larger in [known for known in runner.times if known >= kind]:
+                del runner.times[larger]
         elif ok:
             runner.times.setdefault(kind, []).append(seconds)
             runner.seen[kind] = now

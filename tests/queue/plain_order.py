@@ -200,12 +200,35 @@ class Order:
 
     # --- batches ---------------------------------------------------------------------------------------
 
+    def company_of(self, leader):
+        """How many bytes, of how many jobs, would run with it, itself included, were all as the average."""
+        others = [job for job in self.own(leader.runner, "QUEUED") if job.together == leader.together]
+        together = [leader, *(job for job in others if job is not leader)]
+        size, rows = sum(job.bytes for job in together), sum(job.rows for job in together)
+        most = leader.runner.batching[0]
+        if rows <= most:
+            return size, len(together)
+        return size * most // rows, max(1, len(together) * most // rows)
+
+    def leaves_the_loop(self, job):
+        """Whether one that was chosen for the loop goes to a lane: it has more company than the loop can take, and nobody waits for
+        the lane."""
+        if job.together is None or not self.free_lanes() or job.runner.width > self.free_cores():
+            return False
+        if any(not head.holds and not head.runner.inline(head.bytes) for head in self.heads()):
+            return False
+        leaves = not job.runner.grows(*self.company_of(job))
+        if leaves:
+            self.met.add("leaves the loop")
+        return leaves
+
     def put_together(self, leader, now, *, inline):
         """Those who run with it, itself first, and the commands for those who can't any more."""
         runner, members, commands = leader.runner, [leader], []
         leader.state = "RUNNING"
         self.take(leader)
         key = leader.together
+        fits = key is None or not inline or runner.grows(*self.company_of(leader))
         while key is not None:
             others = [job for job in self.own(runner, "QUEUED") if job.together == key]
             job = min(others, key=self.tenant_rank, default=None)
@@ -217,7 +240,8 @@ class Order:
                 continue
             if sum(member.rows for member in members) + job.rows > runner.batching[0]:
                 break
-            if inline and not runner.grows(sum(member.bytes for member in members) + job.bytes):
+            size = sum(member.bytes for member in members) + job.bytes
+            if not fits and not runner.grows(size, len(members) + 1):
                 self.met.add("grows no more")
                 break
             if self.too_late(job, now):

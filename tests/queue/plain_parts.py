@@ -49,6 +49,7 @@ class Runner:
     choice: str = "lane"
     limit: float = 0
     follow_limit: float = 0
+    hop: float = 0
     width: int = 1
     share: float = 1.0
     sheds: bool = False
@@ -98,17 +99,26 @@ class Runner:
         return self.width * (grains // len(recent) * 2.0**-30) if recent else 0.0
 
     def inline(self, size):
-        return self.choice == "inline" or (self.choice == "auto" and self.bound(size) < self.limit)
+        if self.choice != "auto":
+            return self.choice == "inline"
+        return self.bound(size) < self.limit or self.short_when_larger(size, self.limit)
 
-    def grows(self, size):
-        """Whether a batch that runs inline may have so many bytes."""
+    def short_when_larger(self, size, limit):
+        bits = size.bit_length()
+        larger = [kind for kind in self.times if kind > bits and self.known((1 << kind) >> 1)]
+        return any(
+            self.bound((1 << kind) >> 1) < limit + (2.0 ** (kind - bits) - 1) * self.hop for kind in larger
+        )
+
+    def grows(self, size, jobs):
+        """Whether a batch of so many jobs that runs inline may have so many bytes."""
         if self.choice == "inline":
             return True
-        bits = size.bit_length()
+        bits, limit = size.bit_length(), self.limit + (jobs - 1) * self.hop
         smaller = [kind for kind in range(bits + 1) if self.known((1 << kind) >> 1)]
-        return (
-            bool(smaller) and self.bound((1 << smaller[-1]) >> 1) * 2.0 ** (bits - smaller[-1]) < self.limit
-        )
+        if smaller and self.bound((1 << smaller[-1]) >> 1) * 2.0 ** (bits - smaller[-1]) < limit:
+            return True
+        return self.short_when_larger(size, limit)
 
     def short(self, size):
         return self.bound(size) < self.follow_limit

@@ -401,6 +401,7 @@ def test_a_batch_on_the_loops_thread_grows_as_far_as_its_run_is_likely_to_be_sho
     queue = inline_device()
     runner = add(queue, rows=64, placing=Placing(Placement.AUTO, LIMIT))
     learned(queue, runner, 1)
+    queue.submit(Job(add(queue, "other")), 0)  # it has the lane
     jobs = gathered(queue, runner, 40, 1)
     (batch,) = batches(queue.turn(0))
     assert batch[0].lane == LOOP
@@ -408,8 +409,7 @@ def test_a_batch_on_the_loops_thread_grows_as_far_as_its_run_is_likely_to_be_sho
     for _ in range(8):
         runner.placing.times.learn(15, SHORT, 0.0)
     queue.complete(batch[0], 0, started=0, finished=SHORT)
-    (running,) = queue.lanes.running.values()
-    assert running.batch == len(jobs) - 15, (
+    assert queue.lanes.running[LOOP].batch == len(jobs) - 15, (
         "15 bytes are known to take as long as one, so the rest may go at once"
     )
 
@@ -422,15 +422,78 @@ def test_a_batch_of_inline_runs_that_were_asked_for_grows_to_its_bound():
     assert jobs[0].inline
 
 
-def test_nothing_is_believed_of_sizes_below_all_that_is_known():
+def test_a_batch_that_the_loop_can_not_take_whole_goes_to_a_lane_that_nobody_wants():
     queue = inline_device()
-    runner = add(queue, placing=Placing(Placement.AUTO, LIMIT))
-    learned(queue, runner, 100)
-    times = runner.placing.times
-    assert not runner.placing.grows(3)
-    assert runner.placing.grows(100)
-    times.learn(1, SHORT, 0.0)  # too little to know
-    assert not runner.placing.grows(3)
+    runner = add(queue, rows=64, placing=Placing(Placement.AUTO, LIMIT))
+    learned(queue, runner, 1)
+    jobs = gathered(queue, runner, 40, 1)
+    (batch,) = batches(queue.turn(0))
+    assert (batch, batch[0].lane) == (jobs, 0)
+
+
+def test_a_batch_that_the_loop_can_take_whole_stays_there_though_a_lane_is_free():
+    queue = inline_device()
+    runner = add(queue, rows=64, placing=Placing(Placement.AUTO, LIMIT))
+    learned(queue, runner, 1)
+    jobs = gathered(queue, runner, 16, 1)
+    (batch,) = batches(queue.turn(0))
+    assert (batch, batch[0].lane) == (jobs, LOOP)
+
+
+def test_no_batch_goes_to_a_lane_that_another_waits_for():
+    queue = inline_device()
+    runner, wide = (
+        add(queue, rows=64, placing=Placing(Placement.AUTO, LIMIT)),
+        queue.add_runner("other", 1, Bounds(None, None)),
+    )
+    learned(queue, runner, 1)
+    running, waiting = Job(wide), Job(wide, priority=Priority.LOW)
+    queue.submit(running, 0)
+    queue.submit(waiting, 0)
+    gathered(queue, runner, 40, 1)
+    (batch,) = batches(queue.turn(0))
+    assert batch[0].lane == LOOP
+    assert len(batch) == 15
+
+
+def test_what_many_take_together_tells_that_one_alone_is_short():
+    """Where requests always come together, one alone is never seen, and it would go to the lanes for ever."""
+    placing = Placing(Placement.AUTO, LIMIT)
+    for _ in range(8):
+        placing.times.learn(64, SHORT, 0.0)
+    assert placing.inline(1)
+    assert placing.grows(3, 3)
+    assert not placing.inline(128)
+
+
+def test_each_request_of_a_batch_may_take_as_much_longer_as_it_would_cost_on_a_lane():
+    placing = Placing(Placement.AUTO, LIMIT, hop=1.0)
+    for _ in range(8):
+        placing.times.learn(64, LIMIT + 60, 0.0)
+    assert not placing.inline(64)
+    assert placing.inline(1)
+    assert not placing.grows(64, 61)
+    assert placing.grows(64, 62)
+
+
+def test_one_run_that_takes_all_the_budget_says_that_larger_ones_are_not_short():
+    placing = Placing(Placement.AUTO, LIMIT)
+    for size in (1, 64):
+        for _ in range(8):
+            placing.times.learn(size, SHORT, 0.0)
+    assert placing.learn(1, BUDGET + 1, 0.0, too_long=True)
+    assert not placing.inline(1)
+    assert not placing.inline(64)
+
+
+def test_too_few_runs_tell_nothing():
+    placing = Placing(Placement.AUTO, LIMIT)
+    for size in (1, 100):
+        for _ in range(7):
+            placing.times.learn(size, SHORT, 0.0)
+    assert not placing.inline(1)
+    assert not placing.grows(3, 1)
+    assert not placing.grows(200, 1)
 
 
 def following():

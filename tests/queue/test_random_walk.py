@@ -117,7 +117,7 @@ def test_the_walks_need_every_rule():
         *("refused by prediction", "waits by prediction", "several are shed"),
         *("a batch", "a batch inline", "a batch behind another", "a rider expires", "a rider is late"),
         *("withdrawn ", "withdrawn room", "withdrawn tenant", "withdrawn epoch"),
-        *("grows no more", "run again", "run again behind another"),
+        *("grows no more", "leaves the loop", "run again", "run again behind another"),
         *(
             "gathers",
             "ripens",

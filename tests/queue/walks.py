@@ -127,6 +127,7 @@ class Walk:
             draw.choice(["lane", "lane", "inline", "auto"]),
             draw.choice([0.25, 1, 2]),
             draw.choice([0, 1, 1] if self.short_runs else [0, 0.25, 1]),
+            draw.choice([0, 0.125]),
         )
         rest = {
             "width": draw.randint(1, min(self.cores, 3)) if self.wide else 1,
@@ -243,8 +244,8 @@ class Walk:
                 ("cancel", (self.now, job)),
                 ("submit", (self.now, job, ("runner", 0), True, {})),
                 ("remove_runner", (draw.randrange(len(model.runners)),)),
-                ("add_runner", (model.runners[-1].name, 1, (None, None, None), ("lane", 0, 0), {})),
-                ("add_runner", ("too wide", 1, (None, None, None), ("lane", 0, 0), {"width": 9})),
+                ("add_runner", (model.runners[-1].name, 1, (None, None, None), ("lane", 0, 0, 0), {})),
+                ("add_runner", ("too wide", 1, (None, None, None), ("lane", 0, 0, 0), {"width": 9})),
             ]
         )
 
@@ -309,8 +310,8 @@ class Player:
                 yield ("next turn",)
 
     def add_runner(self, name, slots, bounds, placing, rest):
-        choice, limit, follow_limit = placing
-        placing = Placing(Placement(choice), limit, follow_limit=follow_limit)
+        choice, limit, follow_limit, hop = placing
+        placing = Placing(Placement(choice), limit, follow_limit=follow_limit, hop=hop)
         if rest.get("batching"):
             rest = rest | {"batching": Batching(*rest["batching"])}
         self.runners.append(self.queue.add_runner(name, slots, Bounds(*bounds), placing=placing, **rest))
