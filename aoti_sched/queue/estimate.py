@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, insort
-from collections import deque
+from bisect import bisect_left
 
 WINDOW = 32
 """Runs that are remembered."""
@@ -12,25 +11,27 @@ WINDOW = 32
 KNOWN_AFTER = 8
 """Runs after which something is known."""
 
-QUANTILE = 0.9
-"""Of the remembered runs, this share took no longer than the bound: one run in ten may be an outlier."""
+OUTLIERS = 10
+"""One in so many of the remembered runs may have taken longer than the bound."""
 
 PATIENCE = 1.0
 """Seconds, at least, without a run of a kind, while jobs are given up since runs of that kind are believed to take too long. Then one
 is run all the same. A kind that runs anyway needs no such try."""
 
 GRAIN = 2.0**-30
-"""Seconds, about a nanosecond. Means are whole numbers of it, so that their sums are exact, in whatever order."""
+"""Seconds, about a nanosecond. Times are whole numbers of it, so that their sums are exact, in whatever order."""
 
 
 class ServiceTime:
     """The service time of one kind of run, by the last `WINDOW` runs."""
 
-    __slots__ = ("_recent", "_sorted", "_total", "bound", "mean", "seen", "typical")
+    __slots__ = ("_oldest", "_recent", "_sorted", "_total", "bound", "mean", "seen", "typical")
 
     def __init__(self) -> None:
-        self._recent: deque[tuple[float, int]] = deque()  # seconds, and the same in grains
-        self._sorted: list[float] = []
+        self._recent: list[int] = []  # in grains; once it is full, the oldest is at `_oldest`
+        self._oldest = 0
+        self._sorted: list[int] = []
+        self._total = 0
         self.bound = math.inf
         """Seconds that a run will hardly exceed, a high quantile; infinite while too little is known."""
         self.typical = 0.0
@@ -38,23 +39,26 @@ class ServiceTime:
         self.mean = 0.0
         """Seconds that so many runs take one by one, per run: what sums are made of. 0.0 while too little is known."""
         self.seen = 0.0  # when a run was last learned of, or tried
-        self._total = 0  # of the remembered, in grains
 
     def learn(self, seconds: float, now: float) -> None:
         self.seen = now
-        ordered = self._sorted
-        if len(self._recent) == WINDOW:
-            oldest, grains = self._recent.popleft()
-            del ordered[bisect_left(ordered, oldest)]
-            self._total -= grains
-        grains = round(seconds / GRAIN)
-        self._recent.append((seconds, grains))
+        grains = int(seconds / GRAIN + 0.5)
+        recent, ordered = self._recent, self._sorted
+        if len(recent) < WINDOW:
+            recent.append(grains)
+        else:
+            oldest = recent[self._oldest]
+            recent[self._oldest] = grains
+            self._oldest = (self._oldest + 1) % WINDOW
+            ordered.pop(bisect_left(ordered, oldest))
+            self._total -= oldest
+        ordered.insert(bisect_left(ordered, grains), grains)
         self._total += grains
-        insort(ordered, seconds)
-        if len(ordered) >= KNOWN_AFTER:
-            self.bound = ordered[math.ceil(QUANTILE * len(ordered)) - 1]
-            self.typical = ordered[len(ordered) // 2]
-            self.mean = self._total // len(ordered) * GRAIN
+        count = len(ordered)
+        if count >= KNOWN_AFTER:
+            self.bound = ordered[count - count // OUTLIERS - 1] * GRAIN
+            self.typical = ordered[count // 2] * GRAIN
+            self.mean = self._total // count * GRAIN
 
 
 class ServiceTimes:
