@@ -66,8 +66,10 @@ def _must_be_lawful(job: Job) -> None:
         raise IllegalFactError("a job's deadline is not a number")
     if job.holds and isinstance(job.source, Lease):
         raise IllegalFactError(f"lease {job.source.id} holds one slot and can't lease it again")
-    if job.exempt and (not job.holds or job.bytes):
-        raise IllegalFactError("only what takes a lease is exempt from bounds, and has no inputs")
+    if job.exempt and (not job.holds or job.bytes or job.min_epoch):
+        raise IllegalFactError(
+            "only what takes a lease is exempt from bounds; it has no inputs and waits for no epoch"
+        )
     if job.key is not None and (job.holds or job.rows < 1):
         raise IllegalFactError("a job with a key runs, and has rows")
 

@@ -69,7 +69,7 @@ class PlainModel(Room, Order):
         exempt = wish.get("exempt", False)
         if number < len(self.jobs) or (lease and wish["holds"]):
             raise Illegal
-        if exempt and (not wish["holds"] or wish["bytes"]):
+        if exempt and (not wish["holds"] or wish["bytes"] or wish["min_epoch"]):
             raise Illegal
         self.ids += 1
         job = Job(number, runner, lease, **wish, id=self.ids, submitted=now if since is None else since)

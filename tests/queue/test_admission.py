@@ -372,8 +372,10 @@ def test_what_is_exempt_passes_those_who_wait_at_a_gate():
     assert [job.state.name for job in (queued, waiting, lease)] == ["QUEUED", "WAITING", "QUEUED"]
 
 
-@pytest.mark.parametrize("fields", [{"holds": False}, {"holds": True, "bytes": 1}])
-def test_only_what_takes_a_lease_and_has_no_inputs_is_exempt(fields):
+@pytest.mark.parametrize(
+    "fields", [{"holds": False}, {"holds": True, "bytes": 1}, {"holds": True, "min_epoch": 2}]
+)
+def test_only_what_takes_a_lease_and_has_no_inputs_and_waits_for_no_epoch_is_exempt(fields):
     queue = device()
     runner = add(queue)
     with pytest.raises(IllegalFactError, match="exempt"):

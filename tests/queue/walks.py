@@ -174,7 +174,7 @@ class Walk:
         if holds and draw.random() < 0.4:
             wish["exempt"] = True
             if draw.random() < 0.9:
-                wish["bytes"] = 0
+                wish["bytes"] = wish["min_epoch"] = 0
         wait = not runner.sheds and draw.random() < 0.6
         if self.replicas and source[0] == "runner" and draw.random() < 0.3:  # withdrawn at another replica
             since = self.now - draw.choice([0, 0.125, 0.5, 2])
