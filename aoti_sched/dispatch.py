@@ -209,6 +209,11 @@ class Dispatcher:
             self._perform(self._complete(completion, now))  # the next launches first: lanes should not wait
             self._settle(completion)
 
+    def _poll(self) -> None:
+        """What was handed to a lane may be back sooner than the loop could fall asleep and be woken. Others had their turn first."""
+        if self.executor.poll():
+            self._collect()
+
     def _complete(self, completion: Completion, now: float) -> list[Command]:
         token = completion.token
         return self.queue.complete(
@@ -264,12 +269,14 @@ class Dispatcher:
                 self._see_loss(completion)
             else:
                 try:
-                    self.executor.submit(job.lane, work)
+                    soon = self.executor.submit(job.lane, work)
                 except Exception as error:  # noqa: BLE001 -- the lane took nothing: the request fails, its slot comes home
                     now = self._clock.time()
                     completion = Completion(work.token, None, error, now, now)
                     self._see_loss(completion)
                 else:
+                    if soon:
+                        self.loop.call_soon(self._poll)
                     continue
             commands += self._complete(completion, self._clock.time())
             self._settle(completion)

@@ -216,11 +216,16 @@ class FakeExecutor:
         self._done: deque[Completion] = deque()
         self._bell = Bell()
 
-    def submit(self, lane: int, work: Work) -> None:
+    def submit(self, lane: int, work: Work) -> bool:
         del lane
         self.pending.append(work)
         if self.auto:
             self.step()
+        return False
+
+    def poll(self) -> bool:
+        """A step is not waited for."""
+        return False
 
     def run_here(self, work: Work) -> Completion:
         return self._run(work, None)

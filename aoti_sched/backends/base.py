@@ -171,8 +171,8 @@ class Executor(Protocol):
     @property
     def lanes(self) -> int: ...
 
-    def submit(self, lane: int, work: Work) -> None:
-        """Hand a work to a lane. Never blocks."""
+    def submit(self, lane: int, work: Work) -> bool:
+        """Hand a work to a lane. Never blocks. Says whether it may be back sooner than its owner could fall asleep and be woken."""
 
     def run_here(self, work: Work) -> Completion:
         """Run a work on the calling thread, which waits for it; no lane hears of it.
@@ -180,6 +180,9 @@ class Executor(Protocol):
         During the run the thread's intra-op thread counts are the work's, afterwards what they were. Never raises for
         a run that fails: the completion carries the error, and no handle is lost.
         """
+
+    def poll(self) -> bool:
+        """Wait for what was submitted last, for no longer than it would take to sleep and be woken. Whether completions are there."""
 
     def drain(self) -> list[Completion]:
         """The completions that are there now, a bounded number; the descriptor stays readable for the rest."""

@@ -68,10 +68,15 @@ class ThreadsExecutor:
             thread.start()
         close_at_exit(self)
 
-    def submit(self, lane: int, work: Work) -> None:
+    def submit(self, lane: int, work: Work) -> bool:
         if os.getpid() != self._process:
             raise self._forked()
         self._inboxes[lane].put(work)
+        return False
+
+    def poll(self) -> bool:
+        """What Python threads do is never back so soon."""
+        return False
 
     def run_here(self, work: Work) -> Completion:
         return run_here(work) if os.getpid() == self._process else refused(work, self._forked())

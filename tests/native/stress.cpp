@@ -5,6 +5,7 @@
 // number of rounds. Returns 0 when nothing was lost: each accepted work came back once or was freed with the lanes,
 // and no tensor is left.
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -162,9 +163,9 @@ void play(std::mt19937& random) {
   {
     Round round(random);
     std::atomic<bool> over{false};
-    std::thread drainer([&round, &over] {
+    std::thread drainer([&round, &over, looks = std::mt19937(random())]() mutable {
       while (!over) {
-        if (readable(round)) take(round, 3);
+        if (readable(round) || round.lanes.poll(std::chrono::microseconds(looks() % 40))) take(round, 3);
         std::this_thread::yield();
       }
     });

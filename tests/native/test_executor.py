@@ -21,6 +21,7 @@ from aoti_sched.backends.native.executor import NativeExecutor
 from aoti_sched.errors import RunError
 from tests.backends.executor_contract import FOREVER, Function, LanesContract, collect, must, readable, work
 from tests.native.c_model import CModel, Gated, handles
+from tests.native.harness import tries
 from tests.native.library import ROOT, THROWS_OTHER, THROWS_STANDARD
 
 
@@ -75,6 +76,60 @@ def test_a_run_comes_back_with_its_token_and_outputs(executor):
     assert completion.error is None
     for output, tensor in zip(completion.outputs, tensors, strict=True):
         assert output.data_ptr() == tensor.data_ptr()
+
+
+def test_one_short_run_alone_is_worth_being_looked_for(executor, monkeypatch):
+    monkeypatch.setattr(native, "WAKE_UP", FOREVER)
+    short = CModel(0, 0)
+    assert not executor.submit(0, short.work())  # nothing is known yet
+    collect(executor, 1)
+    assert executor.submit(0, short.work(token="mine"))
+    assert executor.poll()
+    assert [completion.token for completion in executor.drain()] == ["mine"]
+    assert not readable(executor)
+    assert not executor.poll()  # nothing is on its way
+
+
+def test_two_runs_or_a_long_one_are_not_looked_for(executor, gated, monkeypatch):
+    monkeypatch.setattr(native, "WAKE_UP", FOREVER)
+    run(executor, CModel(0, 0).work())
+    executor.submit(0, gated.work())
+    gated.wait_until_inside()
+    assert not executor.submit(1, CModel(0, 0).work())
+    assert not executor.poll()
+    gated.open_gate()
+    collect(executor, 2)
+    monkeypatch.setattr(native, "WAKE_UP", 0.0)  # so that any run is longer
+    assert not executor.submit(0, CModel(0, 0).work())
+    collect(executor, 1)
+
+
+def test_who_looks_in_vain_looks_more_and_more_rarely(executor, gated, monkeypatch):
+    monkeypatch.setattr(native, "WAKE_UP", FOREVER)
+    monkeypatch.setattr(native, "MOST_VAIN", 7)
+    run(executor, CModel(0, 0).work())
+    passed_up = []
+    for _ in range(5):
+        monkeypatch.setattr(native, "WAKE_UP", FOREVER)
+        chances = 0
+        while not executor.submit(0, CModel(0, 0).work()):
+            collect(executor, 1)
+            chances += 1
+        monkeypatch.setattr(native, "WAKE_UP", 0.0)  # it is not found, or found too late
+        executor.poll()
+        for _ in tries():
+            if executor.drain():
+                break
+        passed_up.append(chances)
+    assert passed_up == [0, 1, 3, 7, 7]
+
+
+def test_where_there_is_one_core_nobody_looks(monkeypatch):
+    monkeypatch.setattr(native, "WAKE_UP", FOREVER)
+    with contextlib.closing(NativeExecutor("cpu", 1, 1, set_threads)) as executor:
+        for _ in range(2):
+            assert not executor.submit(0, CModel(0, 0).work())
+            collect(executor, 1)
 
 
 def test_an_output_that_is_left_out_is_none(executor):

@@ -464,6 +464,33 @@ def test_a_burst_rings_once(c, lanes):
     assert len(drain(lanes)) == 20
 
 
+def test_what_is_found_by_looking_rings_no_bell(lanes):
+    submit(lanes, model(Container()), token=7)
+    assert lanes.poll(FOREVER)
+    assert [completion.token for completion in drain(lanes)] == [7]
+    assert not readable(lanes)
+
+
+def test_who_looks_in_vain_is_rung_for_later(c, lanes, gated):
+    submit(lanes, model(gated), token=7)
+    c.wait_until_inside(gated)
+    assert not lanes.poll(1e-4)
+    assert not readable(lanes)
+    c.open_gate(gated)
+    assert select.select([lanes], [], [], FOREVER)[0]
+    assert [completion.token for completion in drain(lanes)] == [7]
+    assert not readable(lanes)
+
+
+def test_who_looks_when_the_bell_has_rung_finds_it_and_it_is_hushed(c, lanes):
+    finish_without_draining(c, lanes, 2)
+    assert select.select([lanes], [], [], FOREVER)[0]
+    assert lanes.poll(0.0)
+    lanes.close()
+    assert len(drain(lanes)) == 2
+    assert not readable(lanes)
+
+
 def test_another_may_ring(lanes):
     lanes.ring()
     assert readable(lanes)

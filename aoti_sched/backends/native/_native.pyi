@@ -187,6 +187,9 @@ class Lanes:
     ) -> Taken:
         """As `run_here`."""
 
+    def poll(self, seconds: float) -> bool:
+        """Spin until a completion waits, the GIL released, at most so long. Whether one does."""
+
     def ring(self) -> None:
         """Make the descriptor readable."""
 

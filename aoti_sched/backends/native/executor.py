@@ -5,6 +5,8 @@ A container that has no C function to call (torch's own runner) runs on a Python
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -38,6 +40,13 @@ SHIM = (
     "delete_tensor_object",
 )
 """What batches take of torch's `shim.h`, where each name begins with `aoti_torch_`."""
+
+
+WAKE_UP = 60e-6
+"""Seconds that it takes to sleep and to be woken, about: to poll for longer would be dearer."""
+
+MOST_VAIN = 1023
+"""Where polling is always in vain, since lanes sleep or others have their cores, it is tried with one chance in so many."""
 
 
 class NativeExecutor:
@@ -80,15 +89,18 @@ class NativeExecutor:
         self._members: dict[int, object] = {}  # and the members of batches
         self._shim = shim_of_torch()
         self.lost: Callable[[], str] = str  # a device says more
+        self._may_poll = cores > 1
+        self._lately = math.inf  # seconds of the last run that a lane brought back
+        self._to_pass = 0  # so many chances to poll are passed up, since it was in vain
+        self._passed = 0
         self._count = 0
         self._stand_in: ThreadsExecutor | None = None
         close_at_exit(self)
 
-    def submit(self, lane: int, work: Work) -> None:
+    def submit(self, lane: int, work: Work) -> bool:
         run = work.container.c_run
         if run is None or (run.slots and not self._can_gather(work)):
-            self._stand_in_lanes().submit(lane, work)
-            return
+            return self._stand_in_lanes().submit(lane, work)
         on = None
         if run.slots:
             slot = run.slots[work.slot]
@@ -120,6 +132,11 @@ class NativeExecutor:
         except Exception as error:  # noqa: BLE001 -- it is raised again, in our words
             del self._works[token]
             raise self._plain(error) from None
+        # Several come back in bursts, of which the descriptor tells once: that is cheaper than to look for each.
+        if not self._may_poll or len(self._works) != 1 or self._lately > WAKE_UP:
+            return False
+        self._passed += 1
+        return self._passed > self._to_pass
 
     def run_here(self, work: Work) -> Completion:
         run = work.container.c_run
@@ -152,6 +169,17 @@ class NativeExecutor:
             return refused(work, self._plain(error))
         return self._completion(work, taken)
 
+    def poll(self) -> bool:
+        if len(self._works) != 1:
+            return False
+        began = time.monotonic()
+        there = self._native.poll(WAKE_UP)
+        # One that was found late was found because another process had this thread's core, or the lane's.
+        in_time = there and time.monotonic() - began < WAKE_UP
+        self._passed = 0
+        self._to_pass = 0 if in_time else min(2 * self._to_pass + 1, MOST_VAIN)
+        return there
+
     def drain(self) -> list[Completion]:
         completions = [self._drained(taken) for taken in self._native.drain(DRAIN_LIMIT)]
         if self._stand_in is not None:
@@ -168,6 +196,7 @@ class NativeExecutor:
 
     def _drained(self, taken: _native.Taken) -> Completion:
         work = self._works.pop(taken[0])
+        self._lately = taken[3] - taken[2]
         if work.batch is not None:
             self._members.pop(taken[0], None)
         return self._completion(work, taken)

@@ -38,6 +38,18 @@ void relax() {
 #endif
 }
 
+// Looks again and again whether `done`, for so long at most.
+template <typename Done>
+void spin(std::chrono::nanoseconds limit, Done done) {
+  const auto until = Clock::now() + limit;
+  while (Clock::now() < until) {
+    for (int i = 0; i < 32; ++i) {
+      if (done()) return;
+      relax();
+    }
+  }
+}
+
 [[noreturn]] void fail(const char* what) { throw std::system_error(errno, std::generic_category(), what); }
 
 // What is known of a failure; both texts are the calling thread's, so this is the only place to ask.
@@ -267,8 +279,27 @@ bool Lanes::submit(std::size_t index, Work& work) {
   return true;
 }
 
+bool Lanes::poll(std::chrono::nanoseconds limit) {
+  const std::size_t seen = finished_.load(std::memory_order_acquire);
+  {
+    std::lock_guard lock(done_mutex_);
+    if (!done_.empty()) return true;
+    polled_ = true;
+  }
+  spin(limit, [&] { return finished_.load(std::memory_order_acquire) != seen; });
+  std::lock_guard lock(done_mutex_);
+  polled_ = false;
+  silent_ = !rung_ && !done_.empty();
+  return !done_.empty();
+}
+
 std::vector<Completion> Lanes::drain(std::size_t limit) {
-  bell_.hush();
+  bool silent = false;
+  {
+    std::lock_guard lock(done_mutex_);
+    silent = std::exchange(silent_, false);
+  }
+  if (!silent) bell_.hush();
   std::vector<Completion> taken;
   bool more = false;
   {
@@ -308,9 +339,10 @@ void Lanes::finish(Completion&& completion) {
   {
     std::lock_guard lock(done_mutex_);
     done_.push_back(std::move(completion));
-    ring = !rung_;
-    rung_ = true;
+    ring = !rung_ && !polled_;
+    rung_ = rung_ || ring;
   }
+  finished_.fetch_add(1, std::memory_order_release);
   if (ring) bell_.ring();  // once per burst: until the loop has drained, it knows
 }
 
@@ -323,14 +355,7 @@ bool Lanes::wait_for_work(Lane& lane) {
     if (lane.closing) return false;
   }
   if (awake_.load(std::memory_order_relaxed) < cores_) {
-    const auto until = Clock::now() + kSpin;
-    while (Clock::now() < until) {
-      for (int i = 0; i < 32; ++i) {
-        if (lane.signals.load(std::memory_order_acquire) != seen) break;
-        relax();
-      }
-      if (lane.signals.load(std::memory_order_acquire) != seen) break;
-    }
+    spin(kSpin, [&] { return lane.signals.load(std::memory_order_acquire) != seen; });
   }
   std::unique_lock lock(lane.mutex);
   if (lane.queued == 0 && !lane.closing) {

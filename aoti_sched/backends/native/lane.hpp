@@ -6,6 +6,7 @@
 
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -113,6 +114,10 @@ class Lanes {
   // At most `limit` completions, oldest first; the bell stays rung while there are more.
   std::vector<Completion> drain(std::size_t limit);
 
+  // Spins until a completion waits, or for so long at most; says whether one does. What comes meanwhile does not ring the bell: it is
+  // for the caller to drain. One thread at a time.
+  bool poll(std::chrono::nanoseconds limit);
+
   // Waits for what was submitted, then joins the threads. Closing twice does nothing.
   void close();
 
@@ -129,6 +134,9 @@ class Lanes {
   std::mutex done_mutex_;
   std::vector<Completion> done_;  // guarded by done_mutex_
   bool rung_ = false;             // guarded by done_mutex_
+  bool polled_ = false;           // guarded by done_mutex_: somebody looks, and needs no bell
+  bool silent_ = false;           // guarded by done_mutex_: what was found by looking rang no bell
+  std::atomic<std::size_t> finished_{0};  // counts completions, for the loop that polls
   Bell bell_;
   std::mutex close_mutex_;
   bool closed_ = false;

@@ -8,6 +8,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <atomic>
+#include <chrono>
 #include <map>
 #include <memory>
 #include <stdexcept>
@@ -231,6 +232,12 @@ class PyLanes {
                             std::int64_t padded_rows, std::size_t slot, int threads, const PyStream* on) {
     auto [work, tensors] = make_batch(model, plan, members, rows, padded_rows, slot, threads);
     return give_here(work, on);
+  }
+
+  bool poll(double seconds) {
+    refuse_in_child();
+    nb::gil_scoped_release released;
+    return lanes_->poll(std::chrono::nanoseconds(static_cast<std::int64_t>(seconds * 1e9)));
   }
 
   void ring() { lanes_->ring(); }
@@ -461,6 +468,8 @@ NB_MODULE(_native, module) {
       .def("run_batch_here", &PyLanes::run_batch_here, nb::arg("model"), nb::arg("plan"), nb::arg("members"),
            nb::arg("rows"), nb::arg("padded_rows"), nb::arg("slot"), nb::arg("threads"),
            nb::arg("on").none() = nb::none(), "As `run_here`.")
+      .def("poll", &PyLanes::poll, nb::arg("seconds"),
+           "Spin until a completion waits, the GIL released, at most so long. Whether one does.")
       .def("ring", &PyLanes::ring, "Make the descriptor readable.")
       .def("fileno", &PyLanes::fileno)
       .def("count", &PyLanes::count)
