@@ -37,6 +37,7 @@ class CAbiContainer:
         # An output that lies where constants lie is a weight itself; so is one that warming up found to be folded.
         self._constants_start: list[int] = []
         self._constants_end: list[int] = []
+        self._constants_span = (0, 0)
         self._folded_outputs: set[int] = set()
         self._know_memory()
         self._info: ContainerInfo | None = None
@@ -63,6 +64,13 @@ class CAbiContainer:
         return self._c_run
 
     def own(self, outputs: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        low, high = self._constants_span
+        for tensor in outputs:
+            if tensor is not None and low <= tensor.data_ptr() < high:
+                break
+        else:  # nearly always
+            if not self._folded_outputs:
+                return outputs
         for index in self._aliases(outputs):
             outputs[index] = outputs[index].clone()  # type: ignore[union-attr]
         return outputs
@@ -107,6 +115,7 @@ class CAbiContainer:
         both = sorted({*self._raw.constant_memory(), *self._raw.constant_memory(inactive=True)})
         self._constants_start = [start for start, _ in both]
         self._constants_end = [end for _, end in both]
+        self._constants_span = (both[0][0], max(self._constants_end)) if both else (0, 0)
 
     # --- live weights ----------------------------------------------------------------------------------
 
