@@ -34,6 +34,9 @@ Admission = Literal["bounded", "predictive"]
 OnFailure = Literal["report", "rebuild"]
 """What follows when runs fail again and again: `stats().health` says so; or the container is built anew, too."""
 
+Evict = Literal["lru"]
+"""Whose weights are freed when a model needs the memory: those of the idle model that was used the longest ago."""
+
 PlacementName = Literal["auto", "lane", "inline"]
 """Where runs go: on a lane; inline, on the loop's own thread; or inline once they are known to be short."""
 
@@ -66,6 +69,9 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     CPU, it says which cores they are. Runs never use more than `cores` together, each as many as it has threads; by default what
     the process may use, and on other devices than CPUs one for each lane. A request that was queued for `max_wait` seconds is
     overdue, and every second run is of the one that came first, whatever its priority class; None for strict classes.
+
+    The weights of its models take at most `memory_limit` bytes together, staged and previous sets included. A load or an update that would not
+    fit is refused with MemoryLimitError; with `evict="lru"`, models that are idle are parked for it, and come back when they are asked for.
     """
 
     lanes: _Count | None = None
@@ -73,6 +79,8 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     max_wait: Annotated[float, Meta(ge=0)] | None = None
     affinity: tuple[_Core, ...] | None = None
     limits: Limits = Limits(jobs=4096)
+    memory_limit: _Count | None = None
+    evict: Evict | None = None
 
 
 class Batching(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

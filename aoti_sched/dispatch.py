@@ -18,6 +18,7 @@ from aoti_sched.backends.batch import Batch
 from aoti_sched.errors import AotiSchedError, DeadlineExceededError, DeviceLostError
 from aoti_sched.queue.command import (
     BarrierReached,
+    Claimed,
     Command,
     Drained,
     Expire,
@@ -25,7 +26,9 @@ from aoti_sched.queue.command import (
     Grant,
     Launch,
     NextTurn,
+    Park,
     Reject,
+    Return,
     Revoke,
     Shed,
     WakeAt,
@@ -34,7 +37,8 @@ from aoti_sched.queue.command import (
 from aoti_sched.queue.device_queue import DeviceQueue
 from aoti_sched.queue.job import Job, JobState
 from aoti_sched.queue.lease import UNHEALTHY, Phase
-from aoti_sched.telemetry import DeviceStats, RunnerStats, log
+from aoti_sched.queue.memory import Claim, Holding
+from aoti_sched.telemetry import DeviceStats, MemoryStats, RunnerStats, log
 
 if TYPE_CHECKING:
     from aoti_sched.future import RunFuture
@@ -79,6 +83,8 @@ class Dispatcher:
         log_requests: bool,
         on_failing: Callable[[RunnerState], None],
         on_lost: Callable[[str, DeviceLostError], None],
+        on_park: Callable[[RunnerState], None],
+        on_return: Callable[[RunnerState], None],
     ) -> None:
         self.queue = queue
         self.executor = executor
@@ -87,6 +93,8 @@ class Dispatcher:
         self._log_requests = log_requests
         self._on_failing = on_failing
         self._on_lost = on_lost
+        self._on_park = on_park
+        self._on_return = on_return
         self._timer: Timer | None = None
         self._wake = 0.0
         self._drained: dict[str, asyncio.Future[None]] = {}
@@ -157,6 +165,57 @@ class Dispatcher:
         self._reached.pop(runner.name, None)
         self._perform(self.queue.open_barrier(runner, self._clock.time(), epoch=epoch))
 
+    # --- memory ----------------------------------------------------------------------------------------
+
+    def claim(self, holding: Holding, size: int) -> Claim:
+        """Ask for bytes of memory; the claim's payload is a future that is done when they are there.
+
+        Raises:
+            MemoryLimitError: They can't be had.
+        """
+        claim = Claim(holding, size, self.loop.create_future())
+        self._perform(self.queue.claim(claim, self._clock.time()))
+        return claim
+
+    def give_up(self, claim: Claim) -> None:
+        self._perform(self.queue.give_up(claim, self._clock.time()))
+
+    def settle(self, holding: Holding, *, constants: int, inactive: int = 0, fixed: str = "") -> None:
+        """What a model has in truth, and why it must not be parked, if it must not."""
+        now = self._clock.time()
+        self._perform(self.queue.settle(holding, now, constants=constants, inactive=inactive, fixed=fixed))
+
+    def forget(self, holding: Holding) -> None:
+        self._perform(self.queue.forget(holding, self._clock.time()))
+
+    def call_back(self, runner: RunnerState) -> None:
+        """It is needed; raises MemoryLimitError if there is no room for it."""
+        self._perform(self.queue.call_back(runner, self._clock.time()))
+
+    def moved(self, runner: RunnerState) -> asyncio.Future[BaseException | None]:
+        """Of one that leaves or comes: done when it is away or here; with the error of one that could not come."""
+        holding = runner.memory
+        if holding.payload is None:
+            holding.payload = self.loop.create_future()
+        future: asyncio.Future[BaseException | None] = holding.payload
+        return future
+
+    def parked(self, runner: RunnerState) -> None:
+        holding = runner.memory
+        future, holding.payload = holding.payload, None
+        self._perform(self.queue.parked(runner, self._clock.time()))
+        if future is not None:
+            future.set_result(None)
+
+    def returned(self, runner: RunnerState, error: BaseException | None) -> None:
+        holding = runner.memory
+        future, holding.payload = holding.payload, None
+        self._perform(
+            self.queue.returned(runner, self._clock.time(), error="" if error is None else str(error))
+        )
+        if future is not None:
+            future.set_result(error)
+
     def close(self) -> None:
         """Stop listening; the executor is closed elsewhere, since that waits."""
         self.loop.remove_reader(self.executor.fileno())
@@ -180,7 +239,10 @@ class Dispatcher:
             held_leases=len(runner.leases),
             free_slots=len(runner.free),
             epoch=runner.epoch,
-            updating=runner.closed,
+            updating=runner.closed and runner.memory.is_here,
+            parked=not runner.memory.is_here,
+            parks=runner.memory.parked,
+            memory=self.queue.memory.of(runner.memory),
             **totals,
         )
 
@@ -196,7 +258,18 @@ class Dispatcher:
             free_cores=queue.lanes.free_cores,
             queued=queue.load.jobs,
             queued_bytes=queue.load.bytes,
+            memory=self._memory_stats(),
             runners={name: self.runner_stats(runner) for name, runner in queue.runners.items()},
+        )
+
+    def _memory_stats(self) -> MemoryStats:
+        memory = self.queue.memory
+        there = [one for one in memory.holdings if memory.of(one)]
+        return MemoryStats(
+            limit=memory.limit,
+            used=memory.used,
+            inactive=sum(one.inactive for one in there),
+            parked=sum(one.bytes for one in memory.holdings) - sum(one.bytes for one in there),
         )
 
     # --- the way back ----------------------------------------------------------------------------------
@@ -314,6 +387,13 @@ class Dispatcher:
                 drained = self._drained.get(runner.name)
                 if drained is not None and not drained.done():
                     drained.set_result(None)
+            case Claimed(claim=claim):
+                if not claim.payload.done():  # whoever asked may have given up
+                    claim.payload.set_result(None)
+            case Park(runner=runner):
+                self._on_park(runner)
+            case Return(runner=runner):
+                self._on_return(runner)
             case Reject(job=job, error=error):
                 job.payload = None
                 raise error

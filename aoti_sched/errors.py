@@ -56,6 +56,22 @@ class MissingWeightsError(LoadError):
     """The model has constants, but the package brings no values for them."""
 
 
+class MemoryLimitError(AotiSchedError):
+    """A model's weights do not fit into the `memory_limit` of their device, or new ones beside the old.
+
+    `device` is its name; `needed`, `limit` and `used` are in bytes.
+    """
+
+    def __init__(
+        self, message: str, *, device: str = "", needed: int = 0, limit: int = 0, used: int = 0
+    ) -> None:
+        super().__init__(message)
+        self.device = device
+        self.needed = needed
+        self.limit = limit
+        self.used = used
+
+
 class MissingCapabilityError(LoadError):
     """A compiled model lacks a function of the C ABI because an older torch compiled it."""
 

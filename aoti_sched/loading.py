@@ -13,6 +13,7 @@ from aoti_sched.config import Batching
 from aoti_sched.errors import AotiSchedError, ConfigError, LoadError
 from aoti_sched.queue.placement import FOLLOW_LIMIT, HOP_OF_ONE, Placement, Placing
 from aoti_sched.specs import (
+    ConstantSpec,
     DynamicDim,
     ModelSpec,
     SpecSource,
@@ -39,6 +40,8 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     width: int
     """Cores that a run takes on a lane."""
     info: RunnerInfo
+    fixed: str
+    """Why it is not to be parked, "" when it may."""
 
 
 def prepare(
@@ -144,7 +147,17 @@ def _prepare(
         grouping=grouping,
         width=threads,
         info=info,
+        fixed=_fixed(own, facts.constants),
     )
+
+
+def _fixed(own: ModelSpec | None, constants: Sequence[ConstantSpec]) -> str:
+    """A model that writes to its buffers would forget what it wrote. Only our own packages say whether it does."""
+    if own is not None:
+        return "it writes to its buffers" if own.mutates_buffers else ""
+    if any(constant.type == "buffer" for constant in constants):
+        return "it has buffers, and its package does not say whether it writes to them"
+    return ""
 
 
 def _grouping(

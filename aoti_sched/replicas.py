@@ -134,7 +134,7 @@ class ReplicatedRunner(Runner):
         sums = {
             name: sum(getattr(stats, name) for stats in each.values())
             for name in RunnerStats.__struct_fields__
-            if name not in ("name", "phase", "health", "epoch", "updating", "replicas")
+            if name not in ("name", "phase", "health", "epoch", "updating", "parked", "replicas")
         }
         sums["submitted"] -= sums["withdrawn"]
         return RunnerStats(
@@ -143,6 +143,7 @@ class ReplicatedRunner(Runner):
             health="failing" if any(stats.health == "failing" for stats in serving) else "ok",
             epoch=self.epoch,
             updating=any(stats.updating for stats in serving),
+            parked=all(stats.parked for stats in serving),
             replicas=each,
             **sums,
         )

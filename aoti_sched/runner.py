@@ -188,6 +188,7 @@ class Runner(RunnerView):
         "container",
         "device",
         "dispatcher",
+        "fixed",
         "grouping",
         "input_check",
         "left",
@@ -216,6 +217,7 @@ class Runner(RunnerView):
         options: Options,
         waits: bool,
         rebuilds: bool,
+        fixed: str,
         updates: Updates,
         close: Callable[[Runner, bool], Awaitable[None]],
     ) -> None:
@@ -237,6 +239,7 @@ class Runner(RunnerView):
         self.threads = info.threads
         self.waits = waits
         self.rebuilds = rebuilds
+        self.fixed = fixed
         self.updates = updates
         self.weights = LiveWeights()
         self.whole: Runner = self
@@ -328,6 +331,7 @@ class Runner(RunnerView):
             ConstantMismatchError: The set does not fit; every fault is listed, and nothing has changed.
             WeightsFileError, WeightsTypeError: The weights can't be read.
             UpdateError: This model's weights can't be updated live.
+            MemoryLimitError: Two sets do not fit into the device's `memory_limit`.
             DeadlineExceededError: The timeout passed.
             RunnerClosedError: The runner is closing.
         """

@@ -11,6 +11,7 @@ from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import anyio
+import anyio.from_thread
 import anyio.to_thread
 import msgspec
 from anyio.abc import TaskGroup
@@ -35,10 +36,12 @@ from aoti_sched.config import (
 )
 from aoti_sched.dispatch import Clock, Dispatcher, LoopClock
 from aoti_sched.errors import ConfigError, DeviceLostError, RunnerClosedError, UnsupportedLoopError
+from aoti_sched.parking import Parking, account, claim
 from aoti_sched.queue import device_queue
 from aoti_sched.queue.admission import Bounds
 from aoti_sched.queue.device_queue import DeviceQueue
 from aoti_sched.queue.lease import UNHEALTHY, Phase
+from aoti_sched.queue.memory import Holding
 from aoti_sched.queue.policy import Policy
 from aoti_sched.replicas import ReplicatedRunner
 from aoti_sched.runner import Options, Runner
@@ -114,7 +117,9 @@ class Scheduler:
             raise UnsupportedLoopError("a Scheduler is entered once; make a new one")
         self._loop = asyncio.get_running_loop()
         self._limiter = anyio.CapacityLimiter(2)  # loads and deletes: they compete with runs for cores
-        self._updates = Updates(self._start, anyio.CapacityLimiter(2), self._clock or LoopClock(self._loop))
+        limiter = anyio.CapacityLimiter(2)
+        self._parking = Parking(limiter)
+        self._updates = Updates(self._start, self._parking, limiter, self._clock or LoopClock(self._loop))
         self._errands: asyncio.Queue[Callable[[], Awaitable[object]] | None] = asyncio.Queue()
         ready = asyncio.Event()
         self._house = asyncio.create_task(self._keep_house(ready), name="aoti_sched housekeeping")
@@ -219,6 +224,7 @@ class Scheduler:
         Raises:
             PackageError: The file is missing, broken, for another platform or a wider CPU, not the one hashed.
             LoadError: Its library or weights can't be loaded.
+            MemoryLimitError: Its weights do not fit into the device's `memory_limit`.
             DeviceLostError: The device has failed before, and works no more.
             ConfigError: A setting is out of range, the name is taken, or there is no such device.
         """
@@ -343,13 +349,18 @@ class Scheduler:
         self._names.add(name)
         wanted = True
 
-        loaded: list[tuple[Prepared, Dispatcher]] = []
+        loaded: list[tuple[Prepared, Dispatcher, Holding]] = []
 
         async def load_on(place: str) -> None:
             device = await self._device(place)
             if self._closed:
                 return
             dispatcher = self._dispatcher(place, device)
+            holding = Holding(name)
+
+            def make_room(size: int) -> None:
+                anyio.from_thread.run(claim, dispatcher, holding, size)
+
             request = LoadRequest(
                 name=name,
                 path=Path(settings.path),
@@ -360,18 +371,27 @@ class Scheduler:
                 copy_inputs=settings.copy_inputs,
                 copy_outputs=settings.copy_outputs,
                 replicated=settings.devices is not None,
+                make_room=make_room,
             )
-            prepared = await anyio.to_thread.run_sync(
-                loading.prepare,
-                device,
-                request,
-                settings,
-                inputs,
-                dispatcher.executor.kind,
-                dispatcher.queue.lanes.cores,
-                limiter=self._limiter,
-            )
-            loaded.append((prepared, dispatcher))
+            try:
+                prepared = await anyio.to_thread.run_sync(
+                    loading.prepare,
+                    device,
+                    request,
+                    settings,
+                    inputs,
+                    dispatcher.executor.kind,
+                    dispatcher.queue.lanes.cores,
+                    limiter=self._limiter,
+                )
+            except BaseException:
+                dispatcher.forget(holding)
+                raise
+            loaded.append((prepared, dispatcher, holding))
+            takes = prepared.container.constant_bytes
+            if takes > holding.bytes:  # the package did not say so
+                await claim(dispatcher, holding, takes - holding.bytes)
+            dispatcher.settle(holding, constants=takes)
 
         async def work() -> Runner | None:
             try:
@@ -379,7 +399,7 @@ class Scheduler:
                     if not wanted or self._closed:
                         break
                     await load_on(place)
-                for _, dispatcher in loaded:
+                for _, dispatcher, _ in loaded:
                     self._must_be_in_service(dispatcher.queue.name)
                 if wanted and not self._closed:
                     return self._open_runner(name, settings, loaded)
@@ -404,11 +424,11 @@ class Scheduler:
         return runner
 
     def _open_runner(
-        self, name: str, settings: ModelConfig, loaded: Sequence[tuple[Prepared, Dispatcher]]
+        self, name: str, settings: ModelConfig, loaded: Sequence[tuple[Prepared, Dispatcher, Holding]]
     ) -> Runner:
         replicas = [
-            self._open_replica(name, settings, prepared, dispatcher, alone=len(loaded) == 1)
-            for prepared, dispatcher in loaded
+            self._open_replica(name, settings, prepared, dispatcher, holding, alone=len(loaded) == 1)
+            for prepared, dispatcher, holding in loaded
         ]
         runner = replicas[0]
         if len(replicas) > 1:
@@ -419,7 +439,14 @@ class Scheduler:
         return runner
 
     def _open_replica(
-        self, name: str, settings: ModelConfig, prepared: Prepared, dispatcher: Dispatcher, *, alone: bool
+        self,
+        name: str,
+        settings: ModelConfig,
+        prepared: Prepared,
+        dispatcher: Dispatcher,
+        holding: Holding,
+        *,
+        alone: bool,
     ) -> Runner:
         info = msgspec.structs.replace(prepared.info, device=dispatcher.queue.name)
         limits = settings.limits
@@ -439,6 +466,7 @@ class Scheduler:
                 sheds=settings.overflow == "shed",
                 predicts=settings.admission == "predictive",
                 foreseen=not alone,
+                memory=holding,
             ),
             grouping=grouping,
             container=prepared.container,
@@ -448,9 +476,11 @@ class Scheduler:
             options=Options(timeout=settings.timeout),
             waits=settings.overflow == "wait",
             rebuilds=settings.on_failure == "rebuild",
+            fixed=prepared.fixed,
             updates=self._updates,
             close=self._close_runner,
         )
+        account(runner)
         log.info(
             "model loaded",
             runner=name,
@@ -464,9 +494,10 @@ class Scheduler:
         )
         return runner
 
-    async def _unload(self, loaded: Sequence[tuple[Prepared, Dispatcher]]) -> None:
-        for prepared, _ in loaded:
+    async def _unload(self, loaded: Sequence[tuple[Prepared, Dispatcher, Holding]]) -> None:
+        for prepared, dispatcher, holding in loaded:
             await anyio.to_thread.run_sync(prepared.container.close, limiter=self._limiter)
+            dispatcher.forget(holding)
 
     async def _places(self, settings: ModelConfig) -> list[str]:
         """The devices that a model shall be loaded on."""
@@ -530,25 +561,44 @@ class Scheduler:
             if not name.startswith("cpu"):  # a lane that waits for its device keeps no core busy
                 cores = max(cores, lanes)
             cores = settings.cores or cores
+            if settings.evict is not None and settings.memory_limit is None:
+                raise ConfigError(f"devices.{name}: evict={settings.evict!r} needs a memory_limit (in bytes)")
             policy = Policy(max_wait=settings.max_wait)
+            queue = DeviceQueue(
+                name,
+                lanes,
+                bounds,
+                cores=cores,
+                policy=policy,
+                memory_limit=settings.memory_limit,
+                evicts=settings.evict is not None,
+            )
             dispatcher = self._dispatchers[name] = Dispatcher(
                 self._loop,
                 self._clock or LoopClock(self._loop),
-                DeviceQueue(name, lanes, bounds, cores=cores, policy=policy),
+                queue,
                 device.open_executor(lanes, settings.affinity),
                 log_requests=self._config.log_requests,
                 on_failing=self._look_after,
                 on_lost=self._lose,
+                on_park=lambda state: self._run_errand(self._parking.park, state),
+                on_return=lambda state: self._run_errand(self._parking.bring_back, state),
             )
             log.info("device opened", device=name, executor=dispatcher.executor.kind, lanes=lanes)
         return dispatcher
 
     def _look_after(self, state: RunnerState) -> None:
         """The last runs of a runner have all failed."""
-        runner = next(one for one in self._runners[state.name].loaded if one.state is state)
+        runner = self._replica_of(state)
         log.warning("runs fail again and again", runner=runner.name, device=runner.device, failures=UNHEALTHY)
         if runner.rebuilds:
-            self._errands.put_nowait(lambda: self._updates.renew(runner))
+            self._run_errand(self._updates.renew, state)
+
+    def _run_errand(self, errand: Callable[[Runner], Awaitable[object]], state: RunnerState) -> None:
+        self._errands.put_nowait(functools.partial(errand, self._replica_of(state)))
+
+    def _replica_of(self, state: RunnerState) -> Runner:
+        return next(one for one in self._runners[state.name].loaded if one.state is state)
 
     def _lose(self, device: str, error: DeviceLostError) -> None:
         """A run has met a device that is lost: who has a replica elsewhere goes on there. Called for each such run."""
@@ -604,8 +654,10 @@ class Scheduler:
                 await drained
                 slow.cancel()
                 async with replica.weights.turn:  # an update under way ends first
+                    await self._parking.still(replica)
                     replica.dispatcher.remove(replica.state)
                     await anyio.to_thread.run_sync(replica.container.close, limiter=self._limiter)
+                    replica.dispatcher.forget(replica.state.memory)
                 log.info("model closed", runner=replica.name, device=replica.device)
 
             freed = self._freed[replica] = self._start(work)

@@ -63,7 +63,8 @@ class RunnerStats(msgspec.Struct, frozen=True, kw_only=True):
     """A runner's numbers now (`waiting` to `updating`) and since its load (the rest).
 
     `waiting` requests wait for room or for an epoch, `queued` ones for a slot and a lane. While `updating`, an update's
-    barrier holds back what is queued. `running` counts runs, of which a batch is one. `inline` counts requests that ran on the
+    barrier holds back what is queued; while `parked`, its weights are not in memory, and what is queued waits for them. `parks` counts how often
+    that was, `memory` is the bytes its weights take now. `running` counts runs, of which a batch is one. `inline` counts requests that ran on the
     event loop's own thread, `batches` the runs of several requests as one, `batched` the requests in them, and `retried` those
     that were run again by themselves since their batch had failed. `health` is "ok", or "failing" once five runs in a row have
     failed, until one succeeds. Of a runner on several devices these are the numbers of all together; `replicas` has those of each, by device,
@@ -81,6 +82,9 @@ class RunnerStats(msgspec.Struct, frozen=True, kw_only=True):
     free_slots: int
     epoch: int
     updating: bool
+    parked: bool = False
+    memory: int = 0
+    parks: int = 0
     submitted: int
     completed: int
     failed: int
@@ -100,6 +104,16 @@ class RunnerStats(msgspec.Struct, frozen=True, kw_only=True):
     replicas: dict[str, RunnerStats] = {}
 
 
+class MemoryStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What the weights of a device's models take of its memory, in bytes: `used` now, of which `inactive` are staged and previous sets;
+    `parked` is what those would take that are parked. `limit` is the device's `memory_limit`; `used` counts what models are just being loaded into."""
+
+    limit: int | None
+    used: int
+    inactive: int
+    parked: int
+
+
 class DeviceStats(msgspec.Struct, frozen=True, kw_only=True):
     """A device's numbers now. `lost` says why nothing runs on it any more, "" while it works. Runs on lanes take `cores` - `free_cores` of its cores, as many each as they use threads."""
 
@@ -112,6 +126,7 @@ class DeviceStats(msgspec.Struct, frozen=True, kw_only=True):
     free_cores: int
     queued: int
     queued_bytes: int
+    memory: MemoryStats
     runners: dict[str, RunnerStats]
 
 

@@ -116,8 +116,8 @@ class _AnyCall:
 class FakeContainer:
     """A Python function in a container's place.
 
-    Its weights are a dict of any values, of which an update must give all. `faults` makes the next "stage", "fold", "swap",
-    "free_inactive" or "rebuild" fail with the error given for it.
+    Its weights are a dict of any values, of which an update must give all; each counts as a byte. `faults` makes the next "stage", "fold",
+    "swap", "free_inactive", "rebuild", "park" or "unpark" fail with the error given for it.
     """
 
     def __init__(self, function: Callable[..., Any], instances: int, weights: Mapping[str, Any]) -> None:
@@ -127,6 +127,9 @@ class FakeContainer:
         self.faults: dict[str, Exception] = {}
         self.folds = False
         self.closed = False
+        self.parked = False
+        self.constant_bytes = len(self.weights)
+        self.unparkable = ""
         self.info = ContainerInfo(
             runtime="fake",
             gil="held",
@@ -145,6 +148,8 @@ class FakeContainer:
         return outputs
 
     def run_raw(self, inputs: Sequence[Any]) -> list[Any]:
+        if self.parked:
+            raise RuntimeError("a parked model was run")
         call: FakeCall = inputs[0]
         return [self.function(*call.args, **call.kwargs)]
 
@@ -191,6 +196,14 @@ class FakeContainer:
     def rebuild(self) -> None:
         self._fail("rebuild")
         self.inactive = None
+
+    def park(self) -> None:
+        self._fail("park")
+        self.parked = True
+
+    def unpark(self) -> None:
+        self._fail("unpark")
+        self.parked = False
 
     def _fail(self, step: str) -> None:
         error = self.faults.pop(step, None)
@@ -313,6 +326,7 @@ class FakeBackend:
                 path=str(request.path),
             )
         weights = self.weights.get(request.name) or self.weights.get(Path(request.path).stem) or {}
+        request.make_room(len(weights))
         container = FakeContainer(function, request.instances, weights)
         self.containers.append(container)
         return Loaded(

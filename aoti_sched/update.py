@@ -21,11 +21,13 @@ import anyio.to_thread
 import msgspec
 
 from aoti_sched.errors import DeadlineExceededError, RunnerClosedError, UpdateError
+from aoti_sched.parking import claim
 from aoti_sched.queue.lease import Phase
 from aoti_sched.telemetry import log
 
 if TYPE_CHECKING:
     from aoti_sched.dispatch import Clock
+    from aoti_sched.parking import Parking
     from aoti_sched.runner import Runner
 
 _T = TypeVar("_T")
@@ -70,6 +72,10 @@ class LiveWeights:
         self.previous_epoch = 0
         self.staged = _Staged()
 
+    @property
+    def is_empty(self) -> bool:
+        return self.inactive is Inactive.NOTHING
+
 
 class _Staged(msgspec.Struct):
     """What staging cost."""
@@ -100,6 +106,7 @@ class Updates:
 
     Args:
         start: Runs a coroutine to its end in the scheduler's task group.
+        parking: Brings back those that are parked.
         limiter: Of the threads that stage, fold and free.
         clock: The scheduler's.
     """
@@ -107,10 +114,12 @@ class Updates:
     def __init__(
         self,
         start: Callable[[Callable[[], Awaitable[Any]]], asyncio.Future[Any]],
+        parking: Parking,
         limiter: anyio.CapacityLimiter,
         clock: Clock,
     ) -> None:
         self._start = start
+        self._parking = parking
         self._limiter = limiter
         self._clock = clock
 
@@ -133,7 +142,7 @@ class Updates:
 
         async def work(attempt: _Attempt) -> dict[Runner, UpdateReport]:
             staged: list[Runner] = []
-            async with _turns(each):
+            async with self._turns(each):
                 try:
                     for replica, weights in each.items():
                         await self._stage(
@@ -160,7 +169,7 @@ class Updates:
 
         async def work(attempt: _Attempt) -> None:
             staged: list[Runner] = []
-            async with _turns([replica for replica, _ in each]):
+            async with self._turns([replica for replica, _ in each]):
                 try:
                     for replica, share in each:
                         await self._stage(
@@ -186,7 +195,7 @@ class Updates:
         each = _serving(runners)
 
         async def work(attempt: _Attempt) -> dict[Runner, UpdateReport]:
-            async with _turns(each):
+            async with self._turns(each):
                 return await self._commit(attempt, each, barrier, keep_previous=keep_previous)
 
         return _of_each(runners, await self._carry_out("commit", runners, work, timeout))
@@ -202,7 +211,7 @@ class Updates:
         each = _serving(runners)
 
         async def work(attempt: _Attempt) -> dict[Runner, UpdateReport]:
-            async with _turns(each):
+            async with self._turns(each):
                 replicas = _present(each)
                 for replica in replicas:
                     _must_hold(replica, Inactive.PREVIOUS, "rollback() has nothing to go back to")
@@ -219,7 +228,7 @@ class Updates:
         each = _serving([runner])
 
         async def work(_: _Attempt) -> None:
-            async with _turns(each):
+            async with self._turns(each):
                 for replica in _present(each):
                     _must_be_open(replica)
                     if replica.weights.inactive is held:
@@ -232,7 +241,7 @@ class Updates:
 
         A staged or previous set is gone then.
         """
-        async with _turns([runner]):
+        async with self._turns([runner]):
             if runner.state.phase is not Phase.OPEN:
                 return
             reached = runner.dispatcher.close_barrier(runner.state, abort=False)
@@ -245,7 +254,7 @@ class Updates:
         each = _serving([runner])
 
         async def work(_: _Attempt) -> dict[str, Any]:
-            async with _turns(each):
+            async with self._turns(each):
                 one = _present(each)[0]  # they all have the same
                 _must_be_open(one)
                 if inactive and one.weights.inactive is Inactive.NOTHING:
@@ -279,6 +288,8 @@ class Updates:
             raise UpdateError(
                 f"runner {runner.name!r}: its weights can't be updated live: {container.updatable}"
             )
+        if not container.inactive_bytes:
+            await claim(runner.dispatcher, runner.state.memory, container.constant_bytes)
         began = self._clock.time()
         with _overwriting(runner):
             size = await self._in_thread(
@@ -400,6 +411,15 @@ class Updates:
 
     # --- how they are carried out --------------------------------------------------------------------
 
+    @asynccontextmanager
+    async def _turns(self, runners: Sequence[Runner] | Mapping[Runner, object]) -> AsyncIterator[None]:
+        """Be the one that may change the weights of all these runners, which are in memory."""
+        async with AsyncExitStack() as stack:
+            for runner in _in_order(runners):
+                await stack.enter_async_context(runner.weights.turn)
+                await stack.enter_async_context(self._parking.at_home(runner))
+            yield
+
     async def _in_thread(self, call: Callable[[], _T]) -> _T:
         """A blocking call; it goes on to its end when it is given up, and so does its caller."""
         return await anyio.to_thread.run_sync(call, limiter=self._limiter)
@@ -491,15 +511,6 @@ def _together(reports: list[UpdateReport]) -> UpdateReport:
 def _in_order(runners: Sequence[Runner] | Mapping[Runner, object]) -> list[Runner]:
     """The one order in which several runners are locked and closed, so that two updates can't wait for each other."""
     return sorted(runners, key=lambda runner: (runner.device, runner.name))
-
-
-@asynccontextmanager
-async def _turns(runners: Sequence[Runner] | Mapping[Runner, object]) -> AsyncIterator[None]:
-    """Be the one that may change the weights of all these runners."""
-    async with AsyncExitStack() as stack:
-        for runner in _in_order(runners):
-            await stack.enter_async_context(runner.weights.turn)
-        yield
 
 
 @contextmanager

@@ -25,6 +25,7 @@ LAYERS = {
         "dispatch",
         "future",
         "loading",
+        "parking",
         "replicas",
         "runner",
         "scheduler",
@@ -39,7 +40,7 @@ MAY_IMPORT = {
     "backends": {"errors", "words", "backends"},
     "front": set(LAYERS),
 }
-ASYNCIO_LIVES_IN = {"dispatch", "future", "replicas", "runner", "scheduler", "testing", "update"}
+ASYNCIO_LIVES_IN = {"dispatch", "future", "parking", "replicas", "runner", "scheduler", "testing", "update"}
 NOT_FOR_THE_QUEUE = {
     "asyncio",
     "concurrent",

@@ -127,6 +127,29 @@ class Container(Protocol):
     def rebuild(self) -> None:
         """Put a fresh container with the active weights in this one's place. No run may be going on."""
 
+    # Memory: one caller at a time, as above.
+
+    @property
+    def constant_bytes(self) -> int:
+        """Memory that one set of constants takes."""
+
+    @property
+    def unparkable(self) -> str:
+        """ "" when it can be parked without losing anything, otherwise the reason in a few words."""
+
+    def park(self) -> None:
+        """Give the memory of its constants back; there is only `unpark` and `close` then. No run may be going on.
+
+        When it fails, nothing is lost: `unpark` helps all the same.
+        """
+
+    def unpark(self) -> None:
+        """Be what it was before `park`, with the weights that served then. When it fails, it can be tried again.
+
+        Raises:
+            LoadError, DeviceLostError: The weights can't be brought back.
+        """
+
     def close(self) -> None:
         """Free the container. No run may be going on. Closing twice does nothing."""
 
@@ -194,6 +217,10 @@ class Executor(Protocol):
         """Wait for what runs, then end the lanes. Closing twice does nothing."""
 
 
+def _there_is_room(size: int) -> None:
+    """Where memory has no limit."""
+
+
 class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What a device needs to load one model of a package."""
 
@@ -209,6 +236,12 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     """"cpu" for outputs on the host; None leaves them where the model makes them."""
     replicated: bool = False
     """Whether the runner is on several devices; a request then runs on any of them, and may move."""
+    make_room: Callable[[int], None] = _there_is_room
+    """Called before the container is made, with the bytes that its constants will take, as far as the package says. It may wait.
+
+    Raises:
+        MemoryLimitError: They do not fit.
+    """
 
 
 class Loaded(msgspec.Struct, frozen=True, kw_only=True, eq=False):

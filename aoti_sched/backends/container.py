@@ -15,7 +15,7 @@ from aoti_sched.backends.c_abi import FUNCTIONS, Library
 from aoti_sched.backends.constants import Constant
 from aoti_sched.backends.raw_container import RawContainer
 from aoti_sched.backends.weight_source import open_weights
-from aoti_sched.backends.weights import load_weights
+from aoti_sched.backends.weights import give_weights, load_weights
 from aoti_sched.package import Extracted
 
 
@@ -34,6 +34,11 @@ class CAbiContainer:
         self._c_run = raw.c_run()
         self.staging = Staging(raw.name)
         self._inactive_bytes = 0
+        self.constant_bytes = sum(constant.capacity for constant in raw.constants)
+        # Of each buffer, the active one first: whether the package has the same weights.
+        self._packaged = [True, False]
+        self._is_parked = False
+        self._kept: dict[str, torch.Tensor] = {}  # by one that is parked, what the package has not
         # An output that lies where constants lie is a weight itself; so is one that warming up found to be folded.
         self._constants_start: list[int] = []
         self._constants_end: list[int] = []
@@ -137,6 +142,7 @@ class CAbiContainer:
     def stage(self, weights: object, *, partial: bool = False, check_finite: bool = False) -> int:
         with open_weights(weights) as tensors:
             ready = self._full_set(tensors, partial=partial, check_finite=check_finite)
+        self._packaged[1] = False
         size = self._write(ready)  # not before a file was found to be still the one that was read
         self._inactive_bytes = size
         self._know_memory()  # before anything can run on it
@@ -147,6 +153,7 @@ class CAbiContainer:
 
     def swap(self) -> None:
         self._raw.swap()
+        self._packaged.reverse()
 
     def free_inactive(self) -> None:
         self._raw.free_inactive()
@@ -160,22 +167,51 @@ class CAbiContainer:
         # When folding the inactive buffer throws, the runtime gives the instance it folded with back to the others while
         # that one's maps still point into the inactive buffer (`run_const_fold` in model_container.h): it would run on it.
         old = self._raw
+        if self.updatable:  # so they are the package's own still
+            raw = self._fresh(lambda raw: load_weights(raw, self._extracted))
+        else:
+            raw = self._fresh(lambda raw: raw.update(old.extract(), inactive=False))
+        self._become(raw)
+        old.close()
+
+    # --- memory ----------------------------------------------------------------------------------------
+
+    @property
+    def unparkable(self) -> str:
+        return "" if self._packaged[0] else "its weights were updated, and only memory has them"
+
+    def park(self) -> None:
+        self._is_parked = True
+        self._raw.close()
+        self.staging.clear()
+        self._c_run.native = None  # with what native lanes keep
+
+    def unpark(self) -> None:
+        if not self._is_parked:
+            return
+        kept = self._kept
+        self._become(
+            self._fresh(lambda raw: give_weights(raw, kept) if kept else load_weights(raw, self._extracted))
+        )
+        self._kept, self._is_parked = {}, False
+
+    def _fresh(self, fill: Callable[[RawContainer], None]) -> RawContainer:
+        """Another container of the same model, with the weights that are filled in."""
         raw = self._another()
         try:
-            if self.updatable:  # so they are the package's own still
-                load_weights(raw, self._extracted)
-            else:
-                raw.update(old.extract(), inactive=False)
+            fill(raw)
             if self.folds:
                 self._fold(raw, inactive=False)
         except BaseException:
             raw.close()
             raise
+        return raw
+
+    def _become(self, raw: RawContainer) -> None:
         self._raw = raw
         self._c_run = raw.c_run()
         self._inactive_bytes = 0
         self._know_memory()
-        old.close()
 
     # --- what devices do in their own way --------------------------------------------------------------
 

@@ -53,6 +53,7 @@ class CpuDevice:
         if spec is not None and spec.mutates_buffers:
             # Instances share their buffers, and nothing in the runtime guards them (pytorch/pytorch#122824).
             request = msgspec.structs.replace(request, instances=1)
+        request.make_room(model.constant_bytes)
         raw = RawContainer(Library(extracted.library), request.instances)
         raw.name = f"model {request.name!r}"  # in errors: the name the user gave, not the library's
         try:

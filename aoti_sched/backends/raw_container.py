@@ -220,11 +220,13 @@ class RawContainer:
 
     # --- the values of constants --------------------------------------------------------------------------
 
-    def extract(self, *, inactive: bool = False) -> dict[str, torch.Tensor]:
-        """Copies of a buffer's constants by FQN, without the folded ones; {} of an inactive buffer that was freed."""
+    def extract(self, *, inactive: bool = False, host: bool = False) -> dict[str, torch.Tensor]:
+        """Copies of a buffer's constants by FQN, without the folded ones; {} of an inactive buffer that was freed. They lie where the
+        constants do, or all on the host."""
         if inactive and not self._complete[1]:
             return {}  # what a freed buffer holds points into freed memory
-        return {name: tensor.clone() for name, tensor in self._borrow(inactive=inactive)}
+        constants = self._borrow(inactive=inactive)
+        return {name: t.to("cpu", copy=True) if host else t.clone() for name, t in constants}
 
     def full_set(
         self, model: str, weights: Iterable[tuple[str, torch.Tensor]], *, partial: bool, check_finite: bool

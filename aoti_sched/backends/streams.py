@@ -250,6 +250,7 @@ class Accelerator(ABC):
         else:
             specs = list(specs_from_wrapper(wrapper) or ()) if wrapper is not None else []
         self.must_work()
+        request.make_room(model.constant_bytes)
         with self.keeping_current(), self.turn():
             raw = self.open_raw(Library(extracted.library), request.instances, f"model {request.name!r}")
             try:
@@ -549,6 +550,22 @@ class StreamContainer(OnStreams, CAbiContainer):
             self._device.settle()
         self._know_c_run()
 
+    unparkable = ""
+
+    def park(self) -> None:
+        """What the package has not is kept on the host."""
+        with self._device.keeping_current(), self._device.turn():
+            if not self._packaged[0]:
+                self._kept = self._raw.extract(host=True)
+            super().park()
+
+    def unpark(self) -> None:
+        self._device.must_work()
+        with self._device.keeping_current(), self._device.turn():
+            super().unpark()
+            self._device.settle()
+        self._know_c_run()
+
     def _another(self) -> RawContainer:
         return self._device.open_raw(self._raw.library, self._instances, self._raw.name)
 
@@ -594,6 +611,9 @@ class StreamTorchRunner(OnStreams, TorchRunnerContainer):
         with self._device.keeping_current(), self._device.turn():
             super().rebuild()
             self._device.settle()
+
+    def unpark(self) -> None:
+        self.rebuild()
 
     def close(self) -> None:
         super().close()

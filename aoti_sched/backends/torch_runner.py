@@ -49,6 +49,7 @@ class TorchRunnerContainer:
         self._call_spec = raw.call_spec()
         self._counts = raw.num_inputs, raw.num_outputs
         self._constants = tuple(constant.spec for constant in raw.constants)
+        self.constant_bytes = sum(constant.capacity for constant in raw.constants)
         raw.close()
         self._runner: Any = self._make()
         log.warning(
@@ -127,6 +128,15 @@ class TorchRunnerContainer:
 
     def rebuild(self) -> None:
         self._runner = self._make()  # its weights are the package's: they can't be changed
+
+    unparkable = ""
+
+    def park(self) -> None:
+        self._runner = None
+        self.staging.clear()
+
+    def unpark(self) -> None:
+        self._runner = self._make()
 
     # --- live weights: torch's runner can't fold or extract, so a failed update could not be undone
 

@@ -24,11 +24,7 @@ def load_weights(raw: RawContainer, extracted: Extracted) -> None:
     if extracted.weights_blob is not None:
         raw.update_from_blob(extracted.weights_blob)
     elif extracted.stored_weights:
-        from_cpu = raw.device_type != "cpu" and raw.takes_from_cpu
-        stored = read_stored(raw.name, extracted)
-        if raw.device_type != "cpu" and not from_cpu:
-            stored = {fqn: tensor.to(raw.device) for fqn, tensor in stored.items()}
-        raw.update(stored, inactive=False, from_cpu=from_cpu)
+        give_weights(raw, read_stored(raw.name, extracted))
     missing = raw.missing_constants()
     if missing:
         listed = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
@@ -36,6 +32,14 @@ def load_weights(raw: RawContainer, extracted: Extracted) -> None:
             f"{raw.name}: the package brings no weights for {listed}. Compile it with package_constants_in_so=True "
             "(the default), or with package_constants_on_disk_format set."
         )
+
+
+def give_weights(raw: RawContainer, weights: dict[str, torch.Tensor]) -> None:
+    """Write weights that lie on the host into a container's active buffer."""
+    from_cpu = raw.device_type != "cpu" and raw.takes_from_cpu
+    if raw.device_type != "cpu" and not from_cpu:
+        weights = {fqn: tensor.to(raw.device) for fqn, tensor in weights.items()}
+    raw.update(weights, inactive=False, from_cpu=from_cpu)
 
 
 def read_stored(name: str, extracted: Extracted) -> dict[str, torch.Tensor]:

@@ -33,7 +33,7 @@ from aoti_sched.package.archive import FileDigest, Limits, MemberSource, ZipSour
 from aoti_sched.package.cache import unpack
 from aoti_sched.package.library import LIBRARY_SUFFIXES, LibrarySource, is_library
 from aoti_sched.package.platform import KNOWN_ISA, parse_isa, spelled_machine, this_cpu_isa
-from aoti_sched.package.sources import thread_facts, weight_facts
+from aoti_sched.package.sources import WeightFacts, thread_facts, weight_facts
 
 
 class WeightsLocation(enum.Enum):
@@ -75,6 +75,8 @@ class PackagedModel(msgspec.Struct, frozen=True, kw_only=True):
     """By torch's names, such as AVX2 and AVX512. A lower bound: unless told otherwise, torch lets the C++ compiler
     use everything the compiling CPU has (`-march=native`), and does not record what that was."""
     weights: WeightsLocation
+    constant_bytes: int
+    """Of all constants together, those computed from others included; 0 when it is not known, too."""
     needs_proxy_executor: bool
     """It calls operators (or holds objects) that only a proxy executor of torch can reach."""
     thread_limit: int | None
@@ -209,6 +211,7 @@ class Package:
         machine = metadata.get("AOTI_MACHINE", "")
         if not machine and isinstance(self._source, LibrarySource):
             machine = self._source.machine
+        facts = None if layout.wrapper is None else weight_facts(sources[layout.wrapper])
         return PackagedModel(
             path=str(self.path),
             name=layout.name,
@@ -219,14 +222,14 @@ class Package:
             platform=metadata.get("AOTI_PLATFORM", ""),
             machine=spelled_machine(machine),
             cpu_isa=parse_isa(metadata.get("AOTI_CPU_ISA", "")),
-            weights=self._weights(layout, None if layout.wrapper is None else sources[layout.wrapper]),
+            weights=self._weights(layout, facts),
+            constant_bytes=0 if facts is None else facts.bytes,
             needs_proxy_executor=self._needs_proxy_executor(layout),
             thread_limit=threads.limit if sources else 1,
             fixed_threads=threads.fixed,
         )
 
-    def _weights(self, layout: _Layout, wrapper: str | None) -> WeightsLocation:
-        facts = None if wrapper is None else weight_facts(wrapper)
+    def _weights(self, layout: _Layout, facts: WeightFacts | None) -> WeightsLocation:
         if facts is not None and facts.constants == 0:
             return WeightsLocation.NO_CONSTANTS
         if layout.blob is not None:

@@ -27,10 +27,11 @@ class ThreadFacts(msgspec.Struct, frozen=True):
 
 
 class WeightFacts(msgspec.Struct, frozen=True):
-    """How many constants the model has, and whether its library brings their values."""
+    """How many constants the model has, of how many bytes in all, and whether its library brings their values."""
 
     constants: int
     in_library: bool
+    bytes: int = 0
 
 
 _PRAGMA = re.compile(r"#pragma omp parallel[^\n]*\bnum_threads\((\d+)\)")
@@ -48,6 +49,7 @@ _MODEL_BASE = re.compile(
     r":\s*AOTInductorModelBase\(\s*\d+,\s*\d+,\s*(\d+),\s*device_str,\s*"
     r"(?:std::move\()?cubin_dir\)?(?:,\s*(true|false))?\s*\)"
 )
+_DATA_SIZE = re.compile(r"^\s*constants_info_\[\d+\]\.data_size = (\d+);", re.MULTILINE)
 
 
 def thread_facts(sources: Iterable[str]) -> ThreadFacts:
@@ -77,4 +79,5 @@ def weight_facts(wrapper: str) -> WeightFacts | None:
     match = _MODEL_BASE.search(wrapper)
     if match is None:
         return None
-    return WeightFacts(constants=int(match[1]), in_library=match[2] != "false")
+    size = sum(map(int, _DATA_SIZE.findall(wrapper)))
+    return WeightFacts(constants=int(match[1]), in_library=match[2] != "false", bytes=size)

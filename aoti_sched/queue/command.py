@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from aoti_sched.errors import AotiSchedError
@@ -74,6 +76,24 @@ class Failing(msgspec.Struct, frozen=True):
     runner: RunnerState
 
 
+class Claimed(msgspec.Struct, frozen=True):
+    """The memory that this `Claim` asked for is there."""
+
+    claim: Any
+
+
+class Park(msgspec.Struct, frozen=True):
+    """Every slot of this runner is home and nothing launches: free its constants, and say that it is `parked`."""
+
+    runner: RunnerState
+
+
+class Return(msgspec.Struct, frozen=True):
+    """There is room for this runner's constants: bring them back, and say that it has `returned`."""
+
+    runner: RunnerState
+
+
 class NextTurn(msgspec.Struct, frozen=True):
     """Call `turn` in the loop's next turn."""
 
@@ -95,6 +115,9 @@ Command = (
     | Drained
     | BarrierReached
     | Failing
+    | Claimed
+    | Park
+    | Return
     | NextTurn
     | WakeAt
 )

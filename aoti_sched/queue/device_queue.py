@@ -22,6 +22,7 @@ import msgspec
 from aoti_sched.errors import (
     AotiSchedError,
     DeadlineUnreachableError,
+    LoadError,
     RunnerClosedError,
     UpdateAbortedError,
 )
@@ -38,6 +39,7 @@ from aoti_sched.queue.command import (
     Grant,
     Launch,
     NextTurn,
+    Park,
     Reject,
     Revoke,
     Shed,
@@ -50,6 +52,7 @@ from aoti_sched.queue.invariants import check
 from aoti_sched.queue.job import Fact, IllegalFactError, Job, JobState, Priority
 from aoti_sched.queue.lanes import Lanes
 from aoti_sched.queue.lease import UNHEALTHY, Lease, Phase, RunnerState, Source
+from aoti_sched.queue.memory import Claim, Holding, Memory, Stay
 from aoti_sched.queue.placement import INLINE_BUDGET, LOOP, Placing
 from aoti_sched.queue.policy import Policy
 from aoti_sched.queue.room import Room
@@ -95,8 +98,11 @@ class DeviceQueue:
         inline_budget: float = INLINE_BUDGET,
         cores: int | None = None,
         policy: Policy | None = None,
+        memory_limit: int | None = None,
+        evicts: bool = False,
     ) -> None:
-        """`cores` (as many as lanes, if not given) is what the runs on lanes may take together."""
+        """`cores` (as many as lanes, if not given) is what the runs on lanes may take together. With `evicts`, idle runners are parked
+        when others need their part of the `memory_limit` (bytes)."""
         if lanes < 1:
             raise IllegalFactError(f"{name}: a device has at least one lane, not {lanes}")
         cores = lanes if cores is None else cores
@@ -107,6 +113,7 @@ class DeviceQueue:
         self.lanes = Lanes(lanes, cores, inline_budget)
         self.room = Room(name, bounds or Bounds())
         self.load = self.room.load
+        self.memory = Memory(name, memory_limit, evicts=evicts)
         self.runners: dict[str, RunnerState] = {}
         self.ledger = Ledger(self.policy.fair)
         self._watches_age = self.policy.max_wait is not None
@@ -140,11 +147,13 @@ class DeviceQueue:
         sheds: bool = False,
         predicts: bool = False,
         foreseen: bool = False,
+        memory: Holding | None = None,
     ) -> RunnerState:
         """A runner that gives out `slots`. Its runs take `width` cores each on a lane; it has its `share` of the device's time.
 
         With `sheds`, queued jobs make room for better ones; with `predicts`, jobs that would end too late are refused; one
-        that is `foreseen` is asked `when_finished`.
+        that is `foreseen` is asked `when_finished`. `memory` is what was claimed for it, if
+        that was; it is on `hold` then.
         """
         if name in self.runners:
             raise IllegalFactError(f"{self.name} has a runner {name!r} already")
@@ -167,6 +176,7 @@ class DeviceQueue:
             epoch,
             placing or Placing(),
             self.ledger.open(name, share),
+            memory or Holding(name),
             batching=batching,
             width=width,
             share=share,
@@ -174,6 +184,7 @@ class DeviceQueue:
             predicts=predicts,
         )
         self.runners[name] = runner
+        self.memory.lives(runner, held=memory is not None)
         if (predicts or foreseen) and not self._forecast.kept:
             self._forecast.kept = True
             for other in self.runners.values():
@@ -200,7 +211,7 @@ class DeviceQueue:
             runner.company.hurry(now)
             self._choice.enter(runner)
         self._dispatch(now, commands)
-        self._see_what_is_over(runner, commands)
+        self._see_what_is_over(runner, now, commands)
         return commands
 
     def terminate_runner(self, runner: RunnerState, now: float) -> list[Command]:
@@ -220,7 +231,7 @@ class DeviceQueue:
             lease.released = True
             self._retire_if_over(lease)
         self._dispatch(now, commands)  # the room that was freed may let others in
-        self._see_what_is_over(runner, commands)
+        self._see_what_is_over(runner, now, commands)
         return commands
 
     def withdraw(self, runner: RunnerState, now: float) -> list[Command]:
@@ -236,7 +247,7 @@ class DeviceQueue:
             runner.counters.withdrawn += 1
             commands.append(Withdraw(job))
         self._dispatch(now, commands)
-        self._see_what_is_over(runner, commands)
+        self._see_what_is_over(runner, now, commands)
         return commands
 
     def remove_runner(self, runner: RunnerState) -> None:
@@ -265,7 +276,7 @@ class DeviceQueue:
                 )
                 self._revoke(job, error, now, commands)
         self._dispatch(now, commands)
-        self._see_what_is_over(runner, commands)
+        self._see_what_is_over(runner, now, commands)
         return commands
 
     def open_barrier(self, runner: RunnerState, now: float, *, epoch: int | None = None) -> list[Command]:
@@ -277,8 +288,76 @@ class DeviceQueue:
             self._serve_epoch(runner, now, commands)
         self._choice.enter(runner)
         self._dispatch(now, commands)
-        self._see_what_is_over(runner, commands)
+        self._see_what_is_over(runner, now, commands)
         return commands
+
+    # --- facts about memory --------------------------------------------------------------------------
+
+    def claim(self, claim: Claim, now: float) -> list[Command]:
+        """So much memory is wanted for a model that is being loaded, or for new weights of one on `hold`. `Claimed` follows.
+
+        Raises:
+            MemoryLimitError: It can't be had, even if all that is idle is parked.
+        """
+        if claim.holding.runner is not None and not claim.holding.updating:
+            raise IllegalFactError(f"runner {claim.holding.name!r}: memory is claimed for one on hold")
+        return self.memory.claim(claim, now)
+
+    def give_up(self, claim: Claim, now: float) -> list[Command]:
+        """A claim that was not answered yet is not wanted any more."""
+        return self._and_who_waits(self.memory.give_up(claim, now), now)
+
+    def hold(self, runner: RunnerState) -> None:
+        """Its weights are about to be changed: from now on it is not chosen to be parked, until `settle`."""
+        self._known(runner)
+        runner.memory.updating = True
+
+    def settle(
+        self, holding: Holding, now: float, *, constants: int, inactive: int, fixed: str = ""
+    ) -> list[Command]:
+        """What a model has in truth, in bytes, and why it must not be parked, if it must not; nobody changes its weights any more."""
+        holding.fixed, holding.updating = fixed, False
+        return self._and_who_waits(self.memory.settle(holding, constants, inactive, now), now)
+
+    def forget(self, holding: Holding, now: float) -> list[Command]:
+        """A model's memory is free again: it was closed, or could not be loaded."""
+        return self._and_who_waits(self.memory.forget(holding, now), now)
+
+    def call_back(self, runner: RunnerState, now: float) -> list[Command]:
+        """A runner is needed, and not just by requests. `Return` follows, unless it is here.
+
+        Raises:
+            MemoryLimitError: There is no room, even if all that is idle is parked.
+        """
+        self._known(runner)
+        return self.memory.call_back(runner, now)
+
+    def parked(self, runner: RunnerState, now: float) -> list[Command]:
+        """The constants of one that was to `Park` are freed. What is queued asks for them again."""
+        if runner.memory.stay is not Stay.LEAVING or not runner.reached:
+            raise IllegalFactError(f"runner {runner.name!r} was not to be parked")
+        commands = self.memory.parked(runner.memory, now)
+        if runner.load.jobs:
+            self.memory.asks(runner)
+        return self._and_who_waits(commands, now)
+
+    def returned(self, runner: RunnerState, now: float, *, error: str = "") -> list[Command]:
+        """The constants of one that was to `Return` are there; or, with an `error`, can't be brought, and what is queued fails."""
+        if runner.memory.stay is not Stay.COMING:
+            raise IllegalFactError(f"runner {runner.name!r} was not to come back")
+        commands = self.memory.returned(runner.memory, now, ok=not error)
+        if error:
+            what = f"runner {runner.name!r} was parked, and its weights can't be brought back: {error}"
+            for job in [*runner.waiting(), *runner.queue.jobs()]:
+                self._revoke(job, LoadError(what), now, commands)
+        else:
+            barrier.open_on(runner, None)
+            self._choice.enter(runner)
+        self._dispatch(now, commands)
+        self._see_what_is_over(runner, now, commands)
+        return self._and_who_waits(commands, now)
+
+    # --- facts about jobs, and time ------------------------------------------------------------------
 
     def turn(self, now: float) -> list[Command]:
         """A new turn of the loop has begun: it has its whole budget of inline runs again."""
@@ -293,8 +372,6 @@ class DeviceQueue:
         for runner in gathering:
             self._follow(runner, now, commands)
         return commands
-
-    # --- facts about jobs ----------------------------------------------------------------------------
 
     def submit(
         self, job: Job, now: float, *, wait: bool = False, since: float | None = None
@@ -418,8 +495,9 @@ class DeviceQueue:
                 self._choice.enter(other)
             self._dispatch(now, commands)
             self._follow(source, now, commands)
-        if runner.closed or runner.phase is not Phase.OPEN:
-            self._see_what_is_over(runner, commands)
+        runner.used = now
+        if runner.closed or runner.phase is not Phase.OPEN or self.memory.line:
+            self._see_what_is_over(runner, now, commands)
         return commands
 
     def cancel(self, job: Job, now: float) -> list[Command]:
@@ -432,7 +510,7 @@ class DeviceQueue:
             self._leave_queue(job, Fact.CANCEL, now)
         job.source.runner.counters.cancelled += 1
         self._dispatch(now, commands)
-        self._see_what_is_over(job.source.runner, commands)
+        self._see_what_is_over(job.source.runner, now, commands)
         return commands
 
     def tick(self, now: float) -> list[Command]:
@@ -442,7 +520,7 @@ class DeviceQueue:
         while (job := self.timers.due(now)) is not None:
             self._expire(job, now, commands)
         self._dispatch(now, commands)
-        self._ask_for_wake(commands)
+        self._serve_line(now, commands)
         return commands
 
     def release(self, lease: Lease, now: float) -> list[Command]:
@@ -452,7 +530,7 @@ class DeviceQueue:
             lease.released = True
             self._retire_if_over(lease)
         self._dispatch(now, commands)
-        self._see_what_is_over(lease.runner, commands)
+        self._see_what_is_over(lease.runner, now, commands)
         return commands
 
     def when_finished(self, job: Job, now: float) -> float:
@@ -469,7 +547,7 @@ class DeviceQueue:
         self._leave_queue(job, Fact.SHED, now)
         job.source.runner.counters.shed += 1
         commands.append(Shed(job, refusal.shed(job)))
-        self._see_what_is_over(job.source.runner, commands)
+        self._see_what_is_over(job.source.runner, now, commands)
 
     def _unreachable(self, job: Job, now: float) -> DeadlineUnreachableError | None:
         """Whether it would be finished too late, by what is known; of those that would, every so often one is tried."""
@@ -511,6 +589,8 @@ class DeviceQueue:
         else:
             source.queue.push(job)
         self._choice.enter(source)
+        if runner.closed and self.memory.asks(runner):
+            self._serve_line(now, commands)
 
     def _may_have_company(self, job: Job) -> bool:
         """Whether others may run with a job that has a key: it draws its slot from a runner that makes batches."""
@@ -726,6 +806,7 @@ class DeviceQueue:
         runner.live -= 1
         job.happens(Fact.SUCCEED)
         job.finished = now
+        runner.used = now
         runner.counters.completed += 1
         runner.counters.queue_seconds += now - job.submitted
         self.timers.ended(job)
@@ -792,12 +873,26 @@ class DeviceQueue:
             self.room.wait(job)
         self.room.gates.enter(runner)
 
-    def _see_what_is_over(self, runner: RunnerState, commands: list[Command]) -> None:
+    def _see_what_is_over(self, runner: RunnerState, now: float, commands: list[Command]) -> None:
         if runner.closed and barrier.reach(runner):
-            commands.append(BarrierReached(runner))
+            commands.append(BarrierReached(runner) if runner.memory.is_here else Park(runner))
         if runner.phase in (Phase.DRAINING, Phase.TERMINATED) and runner.idle:
             runner.phase = Phase.DRAINED
             commands.append(Drained(runner))
+        if self.memory.line and not runner.busy:
+            self._serve_line(now, commands)
+
+    def _and_who_waits(self, commands: list[Command], now: float) -> list[Command]:
+        """The same, and what follows for those that stand in line for memory."""
+        self._serve_line(now, commands)
+        return commands
+
+    def _serve_line(self, now: float, commands: list[Command]) -> None:
+        for runner in self.memory.serve(now, commands):
+            for job in [*runner.waiting(), *runner.queue.jobs()]:
+                self._revoke(job, self.memory.refusal(runner), now, commands)
+            self._see_what_is_over(runner, now, commands)
+        self._ask_for_wake(commands)
 
     def _known(self, runner: RunnerState) -> None:
         if self.runners.get(runner.name) is not runner:
@@ -844,10 +939,12 @@ class DeviceQueue:
         runner = job.source.runner
         runner.counters.expired += 1
         commands.append(Expire(job, takes))
-        self._see_what_is_over(runner, commands)
+        self._see_what_is_over(runner, now, commands)
 
     def _ask_for_wake(self, commands: list[Command]) -> None:
         at = self.timers.next()
+        if self.memory.wake is not None:
+            at = self.memory.wake if at is None else min(at, self.memory.wake)
         if at is not None and (self._wake is None or at < self._wake):
             self._wake = at
             commands.append(WakeAt(at))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from aoti_sched.queue.job import Job, JobState
 from aoti_sched.queue.lease import Phase
+from aoti_sched.queue.memory import Stay
 from aoti_sched.queue.placement import LOOP
 from aoti_sched.queue.timers import is_over
 
@@ -146,9 +147,47 @@ def check(queue: DeviceQueue) -> None:
     )
     leases = [load for runner in queue.runners.values() for load in _lease_loads(runner)]
     must(queue.load.within_bounds(*leases), "no bound of the device is exceeded")
+    _check_memory(queue, must)
     must(
         sum(is_over(entry[2]) for entry in queue.timers.deadlines) == queue.timers.dead,
         "dead deadlines are counted",
+    )
+
+
+def _check_memory(queue: DeviceQueue, must: Callable[[bool, str], None]) -> None:
+    memory = queue.memory
+    waiting = [claim.holding for claim in memory.claims if claim.returns is not None]
+    there = [one for one in memory.holdings if one.stay is not Stay.AWAY and one not in waiting]
+    must(memory.used == sum(one.bytes for one in there), "what is in memory is counted")
+    must(
+        memory.leaving == sum(one.bytes for one in there if one.stay is Stay.LEAVING),
+        "what leaves memory is counted",
+    )
+    must(memory.promised == sum(claim.bytes for claim in memory.claims), "what was promised is counted")
+    must(
+        not memory.claims
+        or (memory.limit is not None and memory.used + memory.claims[0].bytes > memory.limit),
+        "nobody waits for memory that is free",
+    )
+    must(
+        all(one.stay is Stay.COMING for one in waiting),
+        "who was promised to come back is on the way",
+    )
+    for runner in queue.runners.values():
+        stay = runner.memory.stay
+        must(runner.memory in memory.holdings, "what a runner has of the memory is known")
+        must(
+            runner.closed or stay is Stay.HERE, "nothing of a runner starts while its constants are not there"
+        )
+        must(runner.home or stay in (Stay.HERE, Stay.LEAVING), "nothing runs without constants")
+        must(stay is Stay.HERE or not runner.leases, "who has held leases is not parked")
+        must(
+            runner in memory.line or stay is not Stay.AWAY or not runner.load.jobs,
+            "who is away and asked for stands in line",
+        )
+    must(
+        memory.wake is None or (queue._wake is not None and queue._wake <= memory.wake),
+        "who stands in line is not forgotten",
     )
 
 

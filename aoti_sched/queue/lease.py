@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections import OrderedDict
 from collections.abc import Hashable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -17,6 +18,9 @@ from aoti_sched.queue.job import Job, Priority
 from aoti_sched.queue.order import NOBODY, InOrder, JobQueue
 from aoti_sched.queue.overload import Worst
 from aoti_sched.queue.placement import Placing
+
+if TYPE_CHECKING:
+    from aoti_sched.queue.memory import Holding
 
 
 class Phase(enum.IntEnum):
@@ -110,6 +114,7 @@ class RunnerState(Source):
     A run takes `width` cores on a lane. By class, `accounts` are of its part of the device's time, and `tenants` of theirs of its
     own. Of each tenant, `tenant_jobs` counts what is queued or at the gate, where that is bounded, and `tenant_lines` hold who waits
     for that. `worst` are queued jobs that may be shed, if any may; `worst_of` the same, by tenant. `failures` were in a row.
+    `memory` is what it has of the device's, and `used` when it last ran or gave out a slot.
     """
 
     __slots__ = (
@@ -122,6 +127,7 @@ class RunnerState(Source):
         "counts_tenants",
         "failures",
         "leases",
+        "memory",
         "phase",
         "placing",
         "predicts",
@@ -133,6 +139,7 @@ class RunnerState(Source):
         "tenant_jobs",
         "tenant_lines",
         "tenants",
+        "used",
         "width",
         "worst",
         "worst_of",
@@ -146,6 +153,7 @@ class RunnerState(Source):
         epoch: int,
         placing: Placing,
         accounts: tuple[Account, ...],
+        memory: Holding,
         *,
         batching: Batching | None = None,
         width: int = 1,
@@ -179,6 +187,8 @@ class RunnerState(Source):
         self.published = epoch
         self.reached = False
         self.awaiting: dict[int, Job] = {}
+        self.memory = memory
+        self.used = -math.inf
 
     def account_of(self, priority: int, tenant: Hashable) -> Account:
         """Of its own time."""
@@ -190,8 +200,14 @@ class RunnerState(Source):
         return [*self.gate.jobs(), *lines]
 
     @property
+    def busy(self) -> bool:
+        """Whether anything of it waits for room, is queued, runs or is held. Who awaits an epoch wants nothing yet."""
+        return self.live > len(self.awaiting) or bool(self.leases)
+
+    @property
     def idle(self) -> bool:
-        return not (self.live or self.leases or self.closed)
+        """Whether nobody has or wants anything of it. One that is parked does not wait for anything."""
+        return not (self.live or self.leases or (self.closed and self.memory.is_here))
 
     @property
     def home(self) -> bool:

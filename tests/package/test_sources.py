@@ -85,3 +85,12 @@ def test_a_wrapper_older_than_the_choice_has_its_weights_inside():
 
 def test_a_wrapper_without_the_constructor_says_nothing():
     assert weight_facts("int main() {}") is None
+
+
+def test_the_wrapper_says_how_large_the_constants_are():
+    source = ": AOTInductorModelBase(1, 1, 2, device_str, cubin_dir) {\n"
+    for index, size in enumerate((1024, 36)):
+        source += (
+            f"    constants_info_[{index}].offset = 0;\n    constants_info_[{index}].data_size = {size};\n"
+        )
+    assert weight_facts(source).bytes == 1060

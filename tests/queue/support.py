@@ -26,6 +26,14 @@ FACTS = (
     "close_barrier",
     "open_barrier",
     "turn",
+    "claim",
+    "give_up",
+    "hold",
+    "settle",
+    "forget",
+    "call_back",
+    "parked",
+    "returned",
 )
 
 
@@ -54,9 +62,10 @@ def _checked(queue, fact):
     return then_check
 
 
-def device(lanes=1, jobs=None, size=None, *, cores=None, **policy):
+def device(lanes=1, jobs=None, size=None, *, cores=None, memory=None, evicts=False, **policy):
     """A device's queue with no bounds but those given."""
-    return CheckedQueue("cpu", lanes, Bounds(jobs, size), cores=cores, policy=Policy(**policy))
+    bounds, rules = Bounds(jobs, size), Policy(**policy)
+    return CheckedQueue("cpu", lanes, bounds, cores=cores, policy=rules, memory_limit=memory, evicts=evicts)
 
 
 def add(queue, name="m", slots=1, jobs=None, size=None, *, tenant_jobs=None, **rest):
