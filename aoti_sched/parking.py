@@ -57,8 +57,9 @@ class Parking:
             log.info("model is back", runner=runner.name, device=runner.device, seconds=took)
 
     @asynccontextmanager
-    async def at_home(self, runner: Runner) -> AsyncIterator[None]:
-        """Inside, its weights are in memory and stay there; afterwards it is known what they take.
+    async def at_home(self, runner: Runner, *, needed: bool) -> AsyncIterator[None]:
+        """Inside, its weights are in memory and stay there; afterwards it is known what they take. If they are not `needed`, they may also
+        be parked, and stay so.
 
         Raises:
             MemoryLimitError: It is parked, and there is no room for it.
@@ -68,7 +69,9 @@ class Parking:
             return
         runner.dispatcher.queue.hold(runner.state)
         try:
-            while runner.state.memory.stay is not Stay.HERE:
+            if not needed:
+                await self.still(runner)
+            while needed and runner.state.memory.stay is not Stay.HERE:
                 runner.dispatcher.call_back(runner.state)
                 error = await asyncio.shield(runner.dispatcher.moved(runner.state))
                 if error is not None:

@@ -228,7 +228,7 @@ class Updates:
         each = _serving([runner])
 
         async def work(_: _Attempt) -> None:
-            async with self._turns(each):
+            async with self._turns(each, needed=False):  # one that is parked keeps nothing
                 for replica in _present(each):
                     _must_be_open(replica)
                     if replica.weights.inactive is held:
@@ -412,12 +412,14 @@ class Updates:
     # --- how they are carried out --------------------------------------------------------------------
 
     @asynccontextmanager
-    async def _turns(self, runners: Sequence[Runner] | Mapping[Runner, object]) -> AsyncIterator[None]:
-        """Be the one that may change the weights of all these runners, which are in memory."""
+    async def _turns(
+        self, runners: Sequence[Runner] | Mapping[Runner, object], *, needed: bool = True
+    ) -> AsyncIterator[None]:
+        """Be the one that may change the weights of all these runners, which are in memory if they are `needed`."""
         async with AsyncExitStack() as stack:
             for runner in _in_order(runners):
                 await stack.enter_async_context(runner.weights.turn)
-                await stack.enter_async_context(self._parking.at_home(runner))
+                await stack.enter_async_context(self._parking.at_home(runner, needed=needed))
             yield
 
     async def _in_thread(self, call: Callable[[], _T]) -> _T:

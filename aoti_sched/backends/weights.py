@@ -38,7 +38,8 @@ def give_weights(raw: RawContainer, weights: dict[str, torch.Tensor]) -> None:
     """Write weights that lie on the host into a container's active buffer."""
     from_cpu = raw.device_type != "cpu" and raw.takes_from_cpu
     if raw.device_type != "cpu" and not from_cpu:
-        weights = {fqn: tensor.to(raw.device) for fqn, tensor in weights.items()}
+        stay = raw.on_host if raw.ready(inactive=False) else ()
+        weights = {fqn: t if fqn in stay else t.to(raw.device) for fqn, t in weights.items()}
     raw.update(weights, inactive=False, from_cpu=from_cpu)
 
 

@@ -657,6 +657,52 @@ def test_a_rebuilt_container_has_its_weights_and_its_slots(device, executors, lo
     assert run_once(executor, container) == 3.0
 
 
+@pytest.mark.parametrize("older", [False, True], ids=["new", "older"])
+@pytest.mark.parametrize("mixed", [False, True], ids=["all there", "one on the host"])
+def test_a_parked_container_has_no_memory_on_the_device_and_its_weights_come_back(
+    device, executors, loaded, sim, older, mixed
+):
+    container = loaded(device, instances=lanes_of(device.type), older=older, mixed=mixed)
+    executor = executors(device)
+    set_of = weights(3.0) if not mixed else {**weights(3.0), "factor": torch.tensor(1.0)}
+    for expected in (1.0, 3.0):
+        assert run_once(executor, container) == expected
+        gc.collect()
+        full = sim.allocated()
+        assert container.unparkable == ""
+        container.park()
+        assert sim.allocated() < full
+        container.unpark()
+        assert run_once(executor, container) == expected
+        container.stage(set_of)
+        container.swap()
+        container.free_inactive()
+    container.park()  # and is closed like that
+
+
+def test_what_could_not_be_kept_on_the_host_stays_on_the_device(cuda, executors, loaded, monkeypatch):
+    container = loaded(cuda)
+    executor = executors(cuda)
+    container.stage(weights(3.0))
+    container.swap()
+    container.free_inactive()
+    monkeypatch.setattr(container._raw, "extract", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        container.park()
+    container.unpark()
+    assert run_once(executor, container) == 3.0
+
+
+def test_nothing_comes_back_to_a_device_that_is_lost(cuda, loaded, monkeypatch):
+    container = loaded(cuda)
+    container.park()
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda, "lost", lambda: "it burns")
+        with pytest.raises(DeviceLostError, match="it burns"):
+            container.unpark()
+    container.unpark()
+
+
 def test_large_sets_are_written_in_bounded_groups_and_what_is_no_parameter_last():
     def pair(kind, count):
         return SimpleNamespace(spec=SimpleNamespace(type=kind)), torch.zeros(count, dtype=torch.uint8)

@@ -43,6 +43,16 @@ PROGRAMS = {
         "a photo of something orange is called orange",
         "a photo of something purple is called purple",
     ],
+    "many_models": [
+        "loaded      6 models: 48 MiB are there, 48 MiB parked",
+        " of 200 by models that were there, half of them within ",
+        " of 200 by models that had to come back, half of them within ",
+        "parked      expert-0 ",
+        "memory      the process has grown by ",
+        "all at once 30 answered, all the same",
+        "refused     device 'cpu': model 'one more' needs 16.0 MiB for its weights, and the memory_limit is 50.0 MiB; taken: ",
+        "'expert-0' 16.0 MiB (it has held leases)",
+    ],
     "overload": [
         "capacity    ",
         "0.5 times the capacity, no bound",

@@ -287,3 +287,21 @@ async def test_as_many_runs_wait_for_a_device_at_once_as_there_are_lanes(sim):
         await asyncio.to_thread(sim.wait_until_waiting, 12)
         sim.go()
         await asyncio.gather(*futures)
+
+
+async def test_models_make_room_for_others_on_a_device_and_come_back_with_the_weights_they_had(kind):
+    device = open_device(kind)
+    config = SchedulerConfig(devices={device.name: DeviceConfig(memory_limit=40, evict="lru")})
+    async with Scheduler(config, devices={device.name: device}) as scheduler:
+        options = {"device": device.name, "inputs": SPECS, "copy_inputs": True, "copy_outputs": "cpu"}
+        first = await scheduler.load(model_path(), name="first", **options)
+        assert first.stats().memory == 16
+        await first.update({"weight": torch.full((4,), 3.0)}, keep_previous=False)
+        others = [await scheduler.load(model_path(), name=f"other{number}", **options) for number in range(3)]
+        assert first.stats().parked
+        x = torch.ones(2, 4)
+        for _ in range(3):
+            for runner in (first, *others):
+                wanted = 3 if runner is first else 1
+                assert torch.equal(await runner.run(x), wanted * x)
+        assert scheduler.stats().devices[device.name].memory.used == 32

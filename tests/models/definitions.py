@@ -486,6 +486,15 @@ def heavy() -> Definition:
 
 
 @model
+def wide() -> Definition:
+    """64 MiB of weights, and hardly anything to do with them."""
+    return Definition(
+        make=lambda: nn.Linear(4096, 4096, bias=False),
+        args=(torch.randn(1, 4096),),
+    )
+
+
+@model
 def failing() -> Definition:
     """Fails as it runs when an id is not below 10."""
 
