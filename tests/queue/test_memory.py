@@ -592,12 +592,13 @@ def test_an_update_that_gives_up_on_one_that_is_leaving_changes_nothing():
     assert (queue.memory.leaving, queue.memory.used) == (5, 5)
 
 
-def test_the_earliest_of_the_busy_ones_is_waited_for():
+@pytest.mark.parametrize("sinces", [(3.0, 2.0), (2.0, 3.0)])
+def test_the_earliest_of_the_busy_ones_is_waited_for(sinces):
     queue = limited(10, lanes=4)
     a, other = away(queue, size=5)
     b = load(queue, "b", 4)
     queue.hold(b)
-    for runner, since in ((other, 3.0), (b, 2.0)):
+    for runner, since in zip((other, b), sinces, strict=True):
         queue.submit(Job(runner), 4.0)
         runner.memory.since, runner.memory.took = since, 1.0
     queue.settle(b.memory, 4.0, constants=4, inactive=0)
