@@ -495,7 +495,8 @@ class DeviceQueue:
                 self._choice.enter(other)
             self._dispatch(now, commands)
             self._follow(source, now, commands)
-        runner.used = now
+        if self.memory.evicts:
+            runner.used = now
         if runner.closed or runner.phase is not Phase.OPEN or self.memory.line:
             self._see_what_is_over(runner, now, commands)
         return commands
@@ -806,7 +807,8 @@ class DeviceQueue:
         runner.live -= 1
         job.happens(Fact.SUCCEED)
         job.finished = now
-        runner.used = now
+        if self.memory.evicts:
+            runner.used = now
         runner.counters.completed += 1
         runner.counters.queue_seconds += now - job.submitted
         self.timers.ended(job)

@@ -114,7 +114,7 @@ class RunnerState(Source):
     A run takes `width` cores on a lane. By class, `accounts` are of its part of the device's time, and `tenants` of theirs of its
     own. Of each tenant, `tenant_jobs` counts what is queued or at the gate, where that is bounded, and `tenant_lines` hold who waits
     for that. `worst` are queued jobs that may be shed, if any may; `worst_of` the same, by tenant. `failures` were in a row.
-    `memory` is what it has of the device's, and `used` when it last ran or gave out a slot.
+    `memory` is what it has of the device's, and `used` when it last ran or gave out a slot, where that matters.
     """
 
     __slots__ = (
