@@ -195,7 +195,7 @@ class Updates:
         each = _serving(runners)
 
         async def work(attempt: _Attempt) -> dict[Runner, UpdateReport]:
-            async with self._turns(each):
+            async with self._turns(each, needed=False):  # one that is parked has nothing staged
                 return await self._commit(attempt, each, barrier, keep_previous=keep_previous)
 
         return _of_each(runners, await self._carry_out("commit", runners, work, timeout))
@@ -211,7 +211,7 @@ class Updates:
         each = _serving(runners)
 
         async def work(attempt: _Attempt) -> dict[Runner, UpdateReport]:
-            async with self._turns(each):
+            async with self._turns(each, needed=False):  # nor a previous set
                 replicas = _present(each)
                 for replica in replicas:
                     _must_hold(replica, Inactive.PREVIOUS, "rollback() has nothing to go back to")
@@ -241,9 +241,9 @@ class Updates:
 
         A staged or previous set is gone then.
         """
-        async with self._turns([runner]):
-            if runner.state.phase is not Phase.OPEN:
-                return
+        async with self._turns([runner], needed=False):
+            if runner.state.phase is not Phase.OPEN or not runner.state.memory.is_here:
+                return  # one that is parked comes back in a fresh container
             reached = runner.dispatcher.close_barrier(runner.state, abort=False)
             try:
                 await self._rebuild(runner, reached, "its runs failed", usable=True)

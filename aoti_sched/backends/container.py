@@ -69,19 +69,19 @@ class CAbiContainer:
         return self._c_run
 
     def own(self, outputs: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        low, high = self._constants_span
-        for tensor in outputs:
-            if tensor is not None and low <= tensor.data_ptr() < high:
-                break
-        else:  # nearly always
-            if not self._folded_outputs:
-                return outputs
         for index in self._aliases(outputs):
             outputs[index] = outputs[index].clone()  # type: ignore[union-attr]
         return outputs
 
     def _aliases(self, outputs: Sequence[torch.Tensor | None]) -> list[int]:
         """Which outputs share memory with the weights."""
+        if not self._folded_outputs:
+            low, high = self._constants_span
+            for tensor in outputs:
+                if tensor is not None and low <= tensor.data_ptr() < high:
+                    break
+            else:
+                return []  # nearly always
         found = [index for index in self._folded_outputs if outputs[index] is not None]
         starts = self._constants_start
         if starts:

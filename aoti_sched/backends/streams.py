@@ -612,9 +612,6 @@ class StreamTorchRunner(OnStreams, TorchRunnerContainer):
             super().rebuild()
             self._device.settle()
 
-    def unpark(self) -> None:
-        self.rebuild()
-
     def close(self) -> None:
         super().close()
         self._close_slots()

@@ -136,7 +136,7 @@ class TorchRunnerContainer:
         self.staging.clear()
 
     def unpark(self) -> None:
-        self._runner = self._make()
+        self.rebuild()
 
     # --- live weights: torch's runner can't fold or extract, so a failed update could not be undone
 

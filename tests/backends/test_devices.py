@@ -14,6 +14,7 @@ import torch
 from aoti_sched.backends import cuda_driver, devices, torch_runner
 from aoti_sched.backends.base import LoadRequest, Work
 from aoti_sched.backends.batch import Batch, BatchPlan, InputPlan, OutputPlan
+from aoti_sched.backends.container import CAbiContainer
 from aoti_sched.backends.handles import capsule_of
 from aoti_sched.backends.raw_container import _groups
 from aoti_sched.backends.threads import ThreadsExecutor
@@ -561,6 +562,9 @@ def test_outputs_that_are_weights_become_copies(device, kind, loaded, monkeypatc
     assert blob.data_ptr() < stranger.data_ptr() < blob.data_ptr() + blob.nbytes
     outputs = [None, blob[2:], torch.zeros(8), stranger]
     assert container._aliases(outputs) == ([1] if kind == "mps" else [1, 3])
+    own = CAbiContainer.own(container, list(outputs))
+    assert own[1].untyped_storage().data_ptr() != blob.data_ptr()
+    assert (own[3] is stranger) == (kind == "mps")
     container._folded_outputs = {0, 2}
     assert sorted(container._aliases(outputs)) == ([1, 2] if kind == "mps" else [1, 2, 3])
 

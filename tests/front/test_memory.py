@@ -18,6 +18,7 @@ from aoti_sched import (
     MemoryLimitError,
     Scheduler,
     SchedulerConfig,
+    UpdateError,
 )
 from aoti_sched.testing import FakeBackend, ManualClock, settle
 from tests.front.support import Held, until
@@ -269,6 +270,17 @@ async def test_what_is_not_to_be_had_is_said_and_requests_for_it_fail():
         await b.free_previous()
         assert await a.run() == {1}
         its.check()
+
+
+async def test_a_parked_model_has_nothing_to_publish_or_go_back_to_and_is_not_brought_back_to_say_so():
+    async with shelf(1) as its:
+        a, b = await its.load("a"), await its.load("b")
+        async with b.lease():
+            with pytest.raises(UpdateError, match="has nothing to publish"):
+                await a.commit()
+            with pytest.raises(UpdateError, match="has nothing to go back to"):
+                await a.rollback()
+        assert a.stats().parked
 
 
 async def test_an_update_waits_for_one_that_is_just_leaving():
