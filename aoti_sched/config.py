@@ -128,6 +128,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     warmup: bool = True
     copy_inputs: bool = False
     copy_outputs: Literal["cpu"] | None = None
+    cuda_graphs: bool = False
     sha256: str | None = None
 
 

@@ -57,6 +57,10 @@ def prepare(
     Raises:
         PackageError, LoadError: as `Scheduler.load` tells them; nothing stays loaded.
     """
+    if request.cuda_graphs and not device.records_runs:
+        raise ConfigError(
+            f"load({str(request.path)!r}): cuda_graphs=True, but {device.name!r} has no such thing; it is for 'cuda'"
+        )
     loaded = device.load(request)
     try:
         own = spec_from_metadata(loaded.metadata)

@@ -124,6 +124,7 @@ class ReplicatedRunner(Runner):
             device=", ".join(info.device for info in infos),
             instances=sum(info.instances for info in infos),
             inactive_bytes=sum(info.inactive_bytes for info in infos),
+            cuda_graphs=sum(info.cuda_graphs for info in infos),
             notes=tuple(notes),
             replicas=tuple(infos),
         )

@@ -293,6 +293,7 @@ class Runner(RunnerView):
             staged=weights.inactive is Inactive.STAGED,
             previous_epoch=weights.previous_epoch if weights.inactive is Inactive.PREVIOUS else None,
             inactive_bytes=self.container.inactive_bytes,
+            cuda_graphs=self.container.graphs,
         )
 
     def stats(self) -> RunnerStats:

@@ -185,6 +185,7 @@ class Scheduler:
         warmup: bool = True,
         copy_inputs: bool = False,
         copy_outputs: Literal["cpu"] | None = None,
+        cuda_graphs: bool = False,
         sha256: str | None = None,
         inputs: Sequence[TensorSpec] | None = None,
     ) -> Runner:
@@ -218,6 +219,7 @@ class Scheduler:
             warmup: Run it on zeros before it takes requests.
             copy_inputs: On a device, copy inputs there that are in the host's memory; otherwise they are refused.
             copy_outputs: "cpu" brings a device's outputs to the host's memory; by default they stay.
+            cuda_graphs: On CUDA, record each run by the sizes of its inputs, and launch it as one thing from then on.
             sha256: Refuse the file, before anything of it is mapped, unless its digest is this one.
             inputs: Specs of its tensor inputs, where the package does not bring its own; they are all of the model's device.
 
@@ -247,6 +249,7 @@ class Scheduler:
             warmup=warmup,
             copy_inputs=copy_inputs,
             copy_outputs=copy_outputs,
+            cuda_graphs=cuda_graphs,
             sha256=sha256,
         )
         return await self._load(name or Path(path).stem, checked(settings), inputs)
@@ -370,6 +373,7 @@ class Scheduler:
                 cache_dir=Path(self._config.cache_dir) if self._config.cache_dir else None,
                 copy_inputs=settings.copy_inputs,
                 copy_outputs=settings.copy_outputs,
+                cuda_graphs=settings.cuda_graphs,
                 replicated=settings.devices is not None,
                 make_room=make_room,
             )

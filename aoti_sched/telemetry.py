@@ -20,7 +20,7 @@ configured, warnings are seen on stderr and the rest is silent, as is decent for
 
 
 class RunnerInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What a runner is. Does not change while it lives, but for `epoch` and what its inactive buffer holds.
+    """What a runner is. Does not change while it lives, but for `epoch`, what its inactive buffer holds, and `cuda_graphs`, the runs it has recorded.
 
     That is a `staged` set, the set of `previous_epoch` (None when that is not kept), or nothing; `inactive_bytes` is its memory.
 
@@ -28,8 +28,8 @@ class RunnerInfo(msgspec.Struct, frozen=True, kw_only=True):
     from; with "arity only" nothing but the number of tensors is checked. `notes` are sentences a person
     should read: what costs speed, what is not checked, what was adapted. `batch` is what the package says of its rows,
     `max_batch` how many of them run as one; 1 without batching. `verified` is False where this code has not run on a real device of
-    that kind yet, but on a simulated one (`docs/devices.md`). Of a runner on several devices, `device` names them all, `instances`
-    and `inactive_bytes` are of all together, and `replicas` has each, as long as it is in the rotation.
+    that kind yet, but on a simulated one (`docs/devices.md`). Of a runner on several devices, `device` names them all, `instances`,
+    `inactive_bytes` and `cuda_graphs` are of all together, and `replicas` has each, as long as it is in the rotation.
     """
 
     name: str
@@ -53,6 +53,7 @@ class RunnerInfo(msgspec.Struct, frozen=True, kw_only=True):
     staged: bool = False
     previous_epoch: int | None = None
     inactive_bytes: int = 0
+    cuda_graphs: int = 0
     verified: bool = True
     replicas: tuple[RunnerInfo, ...] = ()
     metadata: dict[str, str]

@@ -129,6 +129,7 @@ class FakeContainer:
         self.closed = False
         self.parked = False
         self.constant_bytes = len(self.weights)
+        self.graphs = 0
         self.unparkable = ""
         self.info = ContainerInfo(
             runtime="fake",
@@ -289,6 +290,8 @@ class FakeBackend:
         auto: Whether runs finish by themselves; otherwise call `step`.
         clock: Where runs get their times from.
     """
+
+    records_runs = False
 
     def __init__(
         self,

@@ -45,7 +45,8 @@ class CRun(msgspec.Struct, kw_only=True, eq=False):
     """How C runs a container: addresses of its functions, for lanes that never touch Python.
 
     `name` is what errors call the model; `native` is what native lanes keep of it, `native_plan` the plan of its last
-    batch as they know it. `slots` are the streams of a device, one for each of the container's slots; () on a CPU.
+    batch as they know it. `slots` are the streams of a device, one for each of the container's slots; () on a CPU. Where runs are recorded,
+    `graph_of` gives what native lanes launch for a work, and None where they can't.
     """
 
     name: str
@@ -57,6 +58,7 @@ class CRun(msgspec.Struct, kw_only=True, eq=False):
     native: Any = None
     native_plan: Any = None
     slots: Sequence[Any] = ()
+    graph_of: Callable[[Work], Any] | None = None
 
 
 class Container(Protocol):
@@ -126,6 +128,10 @@ class Container(Protocol):
 
     def rebuild(self) -> None:
         """Put a fresh container with the active weights in this one's place. No run may be going on."""
+
+    @property
+    def graphs(self) -> int:
+        """Recorded runs that it keeps."""
 
     # Memory: one caller at a time, as above.
 
@@ -234,6 +240,8 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Whether inputs on the host are copied to the device."""
     copy_outputs: str | None = None
     """"cpu" for outputs on the host; None leaves them where the model makes them."""
+    cuda_graphs: bool = False
+    """Whether runs are recorded and launched as one thing."""
     replicated: bool = False
     """Whether the runner is on several devices; a request then runs on any of them, and may move."""
     make_room: Callable[[int], None] = _there_is_room
@@ -264,6 +272,10 @@ class Device(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def records_runs(self) -> bool:
+        """Whether a run can be recorded there, and launched again as one thing (CUDA graphs)."""
 
     def cores(self) -> int:
         """How many lanes there are by default: on a CPU, the cores that this process may use."""

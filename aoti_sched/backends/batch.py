@@ -138,6 +138,18 @@ def gather(name: str, batch: Batch, memories: list[torch.Tensor | None] | None =
     return inputs
 
 
+def whole_shapes(batch: Batch) -> tuple[tuple[int, ...], ...]:
+    """The sizes of the inputs of a batch's one run, if its members fit together."""
+    shapes = []
+    for index, plan in enumerate(batch.plan.inputs):
+        sizes = list(batch.members[0][index].shape)
+        for dim in plan.ragged:
+            sizes[dim] = max(member[index].shape[dim] for member in batch.members)
+        sizes[plan.dim] = batch.padded_rows
+        shapes.append(tuple(sizes))
+    return tuple(shapes)
+
+
 def split(name: str, batch: Batch, outputs: Sequence[torch.Tensor | None]) -> list[list[torch.Tensor | None]]:
     """Each member's own rows of each output; None where the model left an output out.
 

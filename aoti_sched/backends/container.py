@@ -174,6 +174,10 @@ class CAbiContainer:
         self._become(raw)
         old.close()
 
+    @property
+    def graphs(self) -> int:
+        return 0
+
     # --- memory ----------------------------------------------------------------------------------------
 
     @property

@@ -26,6 +26,8 @@ from aoti_sched.specs import spec_from_metadata
 class CpuDevice:
     """This machine's CPU, as much of it as the process may use; or, by another `name`, so much of that as the numbered `cores` are."""
 
+    records_runs = False
+
     def __init__(self, name: str = "cpu", cores: Sequence[int] | None = None) -> None:
         self.name = name
         self._cores = cores

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from aoti_sched.backends.cuda_driver import CAPTURING, DISABLE_TIMING, NON_BLOCKING, NOT_READY, Driver
-from aoti_sched.backends.streams import Accelerator, Stream
+from aoti_sched.backends.cuda_graphs import GraphContainer
+from aoti_sched.backends.streams import Accelerator, Stream, StreamContainer
 from aoti_sched.errors import RunError
 from aoti_sched.telemetry import log
 
@@ -34,6 +36,8 @@ class CudaDevice(Accelerator):
         self.context = driver.primary_context(index)
         self._events: deque[int] = deque()  # that nobody uses now
         self._lost = ""
+        self.recording = threading.Lock()
+        """Held while a run is recorded: meanwhile nobody may wait for the whole device."""
 
     def open_stream(self) -> CudaStream:
         return CudaStream(self)
@@ -52,7 +56,8 @@ class CudaDevice(Accelerator):
             self.driver.call("cuStreamSynchronize", None)
 
     def synchronize(self) -> None:
-        self.module.synchronize(self.index)
+        with self.recording:
+            self.module.synchronize(self.index)
 
     @contextmanager
     def keeping_current(self) -> Iterator[None]:
@@ -70,12 +75,31 @@ class CudaDevice(Accelerator):
             "copy_out": address("cuMemcpyDtoHAsync_v2"),
             "allocate_host": address("cuMemAllocHost_v2"),
             "free_host": address("cuMemFreeHost"),
+            "launch_graph": address("cuGraphLaunch"),
             "explain": address("cuGetErrorString"),
         }
 
     @property
     def native_context(self) -> int:
         return self.context
+
+    # --- graphs
+
+    records_runs = True
+
+    def container(self, *, records: bool) -> Callable[..., StreamContainer]:
+        return GraphContainer if records else StreamContainer
+
+    def launch_graph(self, executable: int, stream: int) -> None:
+        with self.driver.current(self.context):
+            self.driver.call("cuGraphLaunch", executable, stream)
+
+    def numbers_drawn(self) -> int:
+        """How many random numbers the device's default generator has given, in its own count."""
+        drawn: int = self.module.default_generators[self.index].get_offset()
+        return drawn
+
+    # --- faults
 
     def lost(self) -> str:
         return self._lost

@@ -104,6 +104,8 @@ class Accelerator(ABC):
     """Whether a model's own function for constants from the host works there, where it has one."""
     has_addresses = True
     """As `RawContainer.has_addresses`."""
+    records_runs = False
+    """As `Device.records_runs`."""
 
     @property
     def name(self) -> str:
@@ -221,6 +223,11 @@ class Accelerator(ABC):
         number: int = getattr(libtorch, f"aoti_torch_device_type_{kind}")()
         return number
 
+    def container(self, *, records: bool) -> Callable[..., StreamContainer]:
+        """What makes containers there; of those whose runs are recorded, if that is wanted."""
+        del records
+        return StreamContainer
+
     # --- loading ---------------------------------------------------------------------------------------
 
     def load(self, request: LoadRequest) -> Loaded:
@@ -249,13 +256,22 @@ class Accelerator(ABC):
             specs = [leaf for leaf in own.inputs if isinstance(leaf, TensorSpec)]
         else:
             specs = list(specs_from_wrapper(wrapper) or ()) if wrapper is not None else []
+        if request.cuda_graphs and model.needs_proxy_executor:
+            raise ConfigError(
+                f"load({str(request.path)!r}): cuda_graphs=True, but the model calls custom operators, so it runs through torch's own "
+                "runner, which records nothing; leave it out"
+            )
         self.must_work()
         request.make_room(model.constant_bytes)
         with self.keeping_current(), self.turn():
-            raw = self.open_raw(Library(extracted.library), request.instances, f"model {request.name!r}")
+            # A container whose runs are recorded has one instance for all slots (`cuda_graphs.py` says why).
+            instances = 1 if request.cuda_graphs else request.instances
+            raw = self.open_raw(Library(extracted.library), instances, f"model {request.name!r}")
             try:
                 on_host = tuple(index for index, spec in enumerate(specs) if spec.device == "cpu")
-                make = StreamTorchRunner if model.needs_proxy_executor else StreamContainer
+                make: Callable[..., StreamTorchRunner | StreamContainer] = StreamTorchRunner
+                if not model.needs_proxy_executor:
+                    make = self.container(records=request.cuda_graphs)
                 container = make(self, raw, request, extracted, on_host)
             except BaseException:
                 raw.close()
@@ -288,7 +304,7 @@ class Slot:
         self.stream = stream
         self._on_host = on_host  # of each input, whether it belongs there
         self._copies = request.copy_inputs
-        self._home = request.copy_outputs == "cpu"
+        self.copies_home = request.copy_outputs == "cpu"
         self.native: _native.Stream | None = None
         fence = stream.native_fence()
         if device.native is not None and (fence.get("fence") or fence.get("wait")):
@@ -296,7 +312,7 @@ class Slot:
 
             brought = [self._copies and not here for here in on_host]
             self.native = _native.Stream(
-                device.native, handle=stream.handle, brought=brought, home=self._home, **fence
+                device.native, handle=stream.handle, brought=brought, home=self.copies_home, **fence
             )
 
     def begin(self, work: Work) -> None:
@@ -316,7 +332,7 @@ class Slot:
 
     def hand_over(self, work: Work, outputs: list[Any]) -> None:
         """Outputs (of a batch: each member's) are used on their caller's stream from now on."""
-        if self._home:
+        if self.copies_home:
             return
         each = outputs if work.batch is not None else [outputs]
         for inputs, own in zip(_arrivals(work), each, strict=True):
@@ -342,7 +358,9 @@ class Slot:
 
     def home(self, outputs: list[Any]) -> list[Any]:
         """The outputs where they are wanted."""
-        return [None if tensor is None else tensor.cpu() for tensor in outputs] if self._home else outputs
+        return (
+            [None if tensor is None else tensor.cpu() for tensor in outputs] if self.copies_home else outputs
+        )
 
     @contextmanager
     def run(self, work: Work) -> Iterator[None]:

@@ -144,6 +144,7 @@ class TorchRunnerContainer:
         "it calls custom operators, so it runs through torch's own runner, which can't undo a failed update"
     )
     folds = False
+    graphs = 0
     inactive_ready = False
     inactive_bytes = 0
 

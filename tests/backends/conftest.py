@@ -1,4 +1,5 @@
-"""Containers of compiled models, closed when the test is over; and processes that may die in a test's place."""
+"""Containers of compiled models, closed when the test is over; the simulated device and what is opened on it; and processes that may die in a
+test's place."""
 
 from __future__ import annotations
 
@@ -14,7 +15,10 @@ import torch
 
 from aoti_sched.backends.c_abi import Library
 from aoti_sched.backends.raw_container import RawContainer
+from aoti_sched.backends.threads import ThreadsExecutor
+from tests.backends import simulation
 from tests.models import ROOT, build
+from tests.native.simulated import simulator
 
 
 @pytest.fixture
@@ -32,12 +36,65 @@ def load() -> Iterator[Callable[..., RawContainer]]:
         container.close()
 
 
+@pytest.fixture
+def sim():
+    """The simulated device, which must not have seen a rule broken, and has nothing of the test's afterwards."""
+    sim = simulator()
+    before = sim.allocated(), sim.pinned()
+    yield sim
+    sim.go()
+    if (sim.allocated(), sim.pinned()) != before:
+        gc.collect()
+    fault = sim.faults()
+    left = sim.allocated() - before[0], sim.pinned() - before[1]
+    sim.repair()
+    assert (fault, left) == ("", (0, 0))
+
+
+@pytest.fixture(params=["native", "threads"])
+def executors(request):
+    """Opens executors of a device, of either kind, and closes them."""
+    opened = []
+
+    def open_executor(device, lanes=None):
+        lanes = lanes or simulation.lanes_of("mps" if device.one_at_a_time else "cuda")
+        if request.param == "native":
+            executor = device.open_executor(lanes)
+        else:
+            executor = ThreadsExecutor(device.name, lanes, lambda count: None)
+            executor.lost = device.lost
+        opened.append(executor)
+        return executor
+
+    yield open_executor
+    simulator().go()
+    for executor in opened:
+        executor.close()
+
+
+@pytest.fixture
+def loaded(tmp_path):
+    """Loads the compiled model, and closes what was loaded."""
+    containers = []
+
+    def load_model(device, **options):
+        containers.append(simulation.load(device, tmp_path, **options))
+        return containers[-1]
+
+    yield load_model
+    simulator().go()
+    for container in containers:
+        container.close()
+
+
 PRELUDE = """
 import ctypes, sys
 import torch
 from aoti_sched.backends.c_abi import ConstantEntry, Library
 from aoti_sched.backends.handles import handles_of
 from aoti_sched.backends.raw_container import RawContainer
+from aoti_sched.backends.threads import ThreadsExecutor
+from tests.backends import simulation
 from aoti_sched.errors import *
 from tests.models import build
 

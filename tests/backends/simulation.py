@@ -23,11 +23,11 @@ def open_device(kind):
     return getattr(simulator(), kind)()
 
 
-def load(device, cache, *, instances=1, older=False, mixed=False, **options):
-    """The compiled model on a device: y = x * weight, which is ones (mixed: and times a factor on the host, 1)."""
+def load(device, cache, *, instances=1, older=False, mixed=False, chain=False, **options):
+    """The compiled model on a device: y = x * weight, which is ones (mixed: and times a factor on the host, 1; chain: times weight again)."""
     request = LoadRequest(
         name="times",
-        path=model_path(older=older, mixed=mixed),
+        path=model_path(older=older, mixed=mixed, chain=chain),
         model_name=None,
         instances=instances,
         sha256=None,

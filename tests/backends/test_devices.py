@@ -17,7 +17,6 @@ from aoti_sched.backends.batch import Batch, BatchPlan, InputPlan, OutputPlan
 from aoti_sched.backends.container import CAbiContainer
 from aoti_sched.backends.handles import capsule_of
 from aoti_sched.backends.raw_container import _groups
-from aoti_sched.backends.threads import ThreadsExecutor
 from aoti_sched.backends.weights import load_weights
 from aoti_sched.backends.xpu import POOL
 from aoti_sched.errors import (
@@ -46,18 +45,8 @@ from tests.native.simulated import simulator
 
 
 @pytest.fixture(autouse=True)
-def sim():
-    """The simulated device, which must not have seen a rule broken, and has nothing of the test's afterwards."""
-    sim = simulator()
-    before = sim.allocated(), sim.pinned()
-    yield sim
-    sim.go()
-    if (sim.allocated(), sim.pinned()) != before:
-        gc.collect()
-    fault = sim.faults()
-    left = sim.allocated() - before[0], sim.pinned() - before[1]
-    sim.repair()
-    assert (fault, left) == ("", (0, 0))
+def on_the_simulated_device(sim):
+    """Before all else of a test, and after it."""
 
 
 @pytest.fixture(params=KINDS)
@@ -73,42 +62,6 @@ def device(kind):
 @pytest.fixture
 def cuda():
     return open_device("cuda")
-
-
-@pytest.fixture(params=["native", "threads"])
-def executors(request):
-    """Opens executors of a device, of either kind, and closes them."""
-    opened = []
-
-    def open_executor(device, lanes=None):
-        lanes = lanes or lanes_of("mps" if device.one_at_a_time else "cuda")
-        if request.param == "native":
-            executor = device.open_executor(lanes)
-        else:
-            executor = ThreadsExecutor(device.name, lanes, lambda count: None)
-            executor.lost = device.lost
-        opened.append(executor)
-        return executor
-
-    yield open_executor
-    simulator().go()
-    for executor in opened:
-        executor.close()
-
-
-@pytest.fixture
-def loaded(tmp_path):
-    """Loads the compiled model, and closes what was loaded."""
-    containers = []
-
-    def load_model(device, **options):
-        containers.append(load(device, tmp_path, **options))
-        return containers[-1]
-
-    yield load_model
-    simulator().go()
-    for container in containers:
-        container.close()
 
 
 # --- the contracts ------------------------------------------------------------------------------------------------

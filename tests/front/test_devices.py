@@ -104,8 +104,11 @@ async def test_requests_that_come_together_run_as_one(load):
     assert runner.stats().batches >= 1
 
 
-async def test_weights_are_replaced_under_load_and_no_run_reads_what_is_written(load, sim):
-    runner = await load(instances=2, copy_inputs=True, copy_outputs="cpu")
+@pytest.mark.parametrize(
+    ("kind", "graphs"), [*((kind, False) for kind in KINDS), ("cuda", True)], ids=[*KINDS, "cuda graphs"]
+)
+async def test_weights_are_replaced_under_load_and_no_run_reads_what_is_written(load, sim, graphs):
+    runner = await load(instances=2, copy_inputs=True, copy_outputs="cpu", cuda_graphs=graphs)
     sim.take(100)
     values = set()
     over = False
@@ -130,6 +133,34 @@ async def test_weights_are_replaced_under_load_and_no_run_reads_what_is_written(
     over = True
     await asyncio.gather(*asking)
     assert values >= {2.0, 3.0, 4.0, 5.0, 6.0, 7.0}
+    assert runner.info.cuda_graphs == (4 if graphs else 0)  # two slots, two buffers, one size
+
+
+@pytest.mark.parametrize("kind", ["cuda"])
+async def test_recorded_runs_serve_requests_of_any_sizes_alone_and_together(load):
+    options = {"copy_inputs": True, "copy_outputs": "cpu", "cuda_graphs": True, "instances": 2}
+    alone = await load(name="alone", **options)
+    together = await load(
+        name="together", **options, batching=Batching(max_size=8, dim=0, pad_to="powers_of_two")
+    )
+    assert (alone.info.cuda_graphs, together.info.cuda_graphs) == (2, 2)  # warmed up
+    for _ in range(3):
+        inputs = [torch.full((rows, 4), float(rows)) for rows in (1, 2, 3, 1, 2, 3)]
+        for runner in (alone, together):
+            for x, y in zip(inputs, await asyncio.gather(*map(runner.run, inputs)), strict=True):
+                assert torch.equal(y, x)
+    assert alone.info.cuda_graphs <= 6
+    assert together.info.cuda_graphs <= 8
+    assert together.stats().batches >= 1
+
+
+async def test_cuda_graphs_are_refused_where_there_are_none(load, kind, tmp_path):
+    if kind == "cuda":
+        pytest.skip("there are some")
+    with pytest.raises(
+        ConfigError, match=r"cuda_graphs=True, but 'sim.*' has no such thing; it is for 'cuda'"
+    ):
+        await load(cuda_graphs=True)
 
 
 async def test_a_runner_says_that_no_real_device_of_its_kind_has_been_tried(load):

@@ -4,8 +4,15 @@
 // As torch's runtime does, it writes constants on the default stream, waits only for copies from the host, and leaves its
 // device the calling thread's current one. Made for a device without a number, as MPS is, it refuses constants from the host.
 //
+// `RunSingleThreaded` takes the first instance that is free without a look whether there is one; `Run` puts the one that it took with
+// those whose end is not known yet, and takes them all back when it finds no other.
+//
+// With CHAIN, y = x * w * w by two kernels, and what lies between is given back when they are launched. When x has 13 rows, it waits
+// for the device, as models do that look at a value.
+//
 // With MIXED, y = x * w * f: f is a constant of the model that lies in the host's memory, as torch's may.
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -57,6 +64,8 @@ struct Container {
   std::array<Buffer, 2> buffers;
   int active = 0;
   int writes = 0;
+  std::size_t instances = 1;
+  std::atomic<std::size_t> free{1};
 };
 
 struct Product {
@@ -178,39 +187,7 @@ std::int32_t update(Container* container, const Entry* entries, std::size_t coun
   return 0;
 }
 
-}  // namespace
-
-extern "C" {
-
-std::int32_t AOTInductorModelContainerCreateWithDevice(Container** made, std::size_t, const char* device,
-                                                       const char* resources) {
-  const std::string name = device;
-  if (resources == nullptr) {
-    last_error = "no directory with the kernels was given";
-    return 1;
-  }
-  auto* container = new Container;
-  container->takes_from_host = name.find(':') != std::string::npos;
-  if (container->takes_from_host) container->device = std::stoi(name.substr(name.find(':') + 1));
-  CUcontext context = nullptr;
-  cuInit(0);
-  cuDevicePrimaryCtxRetain(&context, container->device);
-  cuCtxSetCurrent(context);
-  const std::array<float, kWidth> ones{1, 1, 1, 1};
-  if (fill(*container, container->buffers[0], ones.data(), false)) return 1;
-  if (kConstants > 1 && set_factor(container->buffers[0], 1)) return 1;
-  *made = container;
-  return 0;
-}
-
-std::int32_t AOTInductorModelContainerDelete(Container* container) {
-  for (Buffer& buffer : container->buffers) release(buffer);
-  delete container;
-  return 0;
-}
-
-std::int32_t AOTInductorModelContainerRun(Container* container, Handle* inputs, std::size_t, Handle* outputs,
-                                          std::size_t, void* stream, void*) {
+std::int32_t run_once(Container* container, Handle* inputs, Handle* outputs, void* stream) {
   void* guard = nullptr;
   void* x = nullptr;
   void* y = nullptr;
@@ -238,11 +215,74 @@ std::int32_t AOTInductorModelContainerRun(Container* container, Handle* inputs, 
   } else if (rows > 0) {
     aoti_torch_get_data_ptr(outputs[0], &y);
     const Product product{static_cast<float*>(y), static_cast<const float*>(x), w, buffer.factor, rows};
+#ifdef CHAIN
+    Handle between = nullptr;
+    void* z = nullptr;
+    aoti_torch_empty_strided(2, shape, strides, aoti_torch_dtype_float32(), aoti_torch_device_type_privateuse1(),
+                             container->device, &between);
+    aoti_torch_get_data_ptr(between, &z);
+    const Product first{static_cast<float*>(z), static_cast<const float*>(x), w, 1, rows};
+    const Product second{static_cast<float*>(y), static_cast<const float*>(z), w, 1, rows};
+    status = check(launch(stream, &multiply, first, {{z, bytes, 1}, {x, bytes, 0}, {w, kBytes, 0}}), "launch");
+    if (status == 0) {
+      status = check(launch(stream, &multiply, second, {{y, bytes, 1}, {z, bytes, 0}, {w, kBytes, 0}}), "launch");
+    }
+    aoti_torch_delete_tensor_object(between);
+    if (status == 0 && rows == 13) status = check(cuStreamSynchronize(static_cast<CUstream>(stream)), "item");
+#else
     status = check(launch(stream, &multiply, product, {{y, bytes, 1}, {x, bytes, 0}, {w, kBytes, 0}}), "launch");
+#endif
   }
   aoti_torch_delete_tensor_object(input);
   aoti_torch_delete_cuda_stream_guard(guard);
   return status;
+}
+
+}  // namespace
+
+extern "C" {
+
+std::int32_t AOTInductorModelContainerCreateWithDevice(Container** made, std::size_t instances, const char* device,
+                                                       const char* resources) {
+  const std::string name = device;
+  if (resources == nullptr) {
+    last_error = "no directory with the kernels was given";
+    return 1;
+  }
+  auto* container = new Container;
+  container->instances = container->free = instances;
+  container->takes_from_host = name.find(':') != std::string::npos;
+  if (container->takes_from_host) container->device = std::stoi(name.substr(name.find(':') + 1));
+  CUcontext context = nullptr;
+  cuInit(0);
+  cuDevicePrimaryCtxRetain(&context, container->device);
+  cuCtxSetCurrent(context);
+  const std::array<float, kWidth> ones{1, 1, 1, 1};
+  if (fill(*container, container->buffers[0], ones.data(), false)) return 1;
+  if (kConstants > 1 && set_factor(container->buffers[0], 1)) return 1;
+  *made = container;
+  return 0;
+}
+
+std::int32_t AOTInductorModelContainerDelete(Container* container) {
+  for (Buffer& buffer : container->buffers) release(buffer);
+  delete container;
+  return 0;
+}
+
+std::int32_t AOTInductorModelContainerRun(Container* container, Handle* inputs, std::size_t, Handle* outputs,
+                                          std::size_t, void* stream, void*) {
+  if (sim_is_recording(static_cast<CUstream>(stream))) sim_fault("Run is recorded, which uses events and locks");
+  const std::int32_t status = run_once(container, inputs, outputs, stream);
+  const std::size_t before = container->free;
+  container->free = (before > 0 ? before : container->instances) - 1;
+  return status;
+}
+
+std::int32_t AOTInductorModelContainerRunSingleThreaded(Container* container, Handle* inputs, std::size_t,
+                                                        Handle* outputs, std::size_t, void* stream, void*) {
+  if (container->free == 0) sim_fault("RunSingleThreaded takes an instance, and none is free");
+  return run_once(container, inputs, outputs, stream);
 }
 
 std::int32_t AOTInductorModelContainerGetNumInputs(Container*, std::size_t* count) {

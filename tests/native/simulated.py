@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-from ctypes import c_char_p, c_size_t, c_void_p
+import itertools
+from ctypes import c_char_p, c_int, c_size_t, c_void_p
 from pathlib import Path
 
 import torch
@@ -34,9 +35,9 @@ def driver_path() -> Path:
     )
 
 
-def model_path(*, older: bool = False, mixed: bool = False) -> Path:
-    """The compiled model; an older one can't take constants from the host, a mixed one has a factor that lies there."""
-    flags = ["-DOLDER"] * older + ["-DMIXED"] * mixed
+def model_path(*, older: bool = False, mixed: bool = False, chain: bool = False) -> Path:
+    """The compiled model; an older one can't take constants from the host, a mixed one has a factor that lies there, a chain is two kernels."""
+    flags = ["-DOLDER"] * older + ["-DMIXED"] * mixed + ["-DCHAIN"] * chain
     return compile_once(
         "device_model.so",
         [HERE / "device_model.cpp"],
@@ -73,6 +74,9 @@ class Simulator:
         cuda.sim_allocated.restype = c_size_t
         cuda.sim_memory_limit.argtypes = (c_size_t,)
         cuda.sim_faults.argtypes = (c_void_p,)
+        cuda.sim_record.argtypes = (c_void_p, c_int)
+        cuda.sim_end.argtypes = (c_void_p, c_void_p)
+        cuda.sim_forget.argtypes = (c_void_p,)
         self._torch = ctypes.CDLL(str(torch_path()))
         self._torch.simulated_current_stream.restype = c_void_p
         self._torch.simulated_set_stream.argtypes = (c_void_p,)
@@ -84,7 +88,7 @@ class Simulator:
         self.repair, self.take, self.memory_limit = cuda.sim_repair, cuda.sim_take, cuda.sim_memory_limit
         self.kernels, self.most_threads = cuda.sim_kernels, cuda.sim_most_threads
         self.streams, self.pinned, self.events = cuda.sim_streams, cuda.sim_pinned, cuda.sim_events
-        self.allocated, self.waiting = cuda.sim_allocated, cuda.sim_waiting
+        self.allocated, self.waiting, self.graphs = cuda.sim_allocated, cuda.sim_waiting, cuda.sim_graphs
 
     def synchronize(self) -> None:
         assert self._cuda.cuCtxSynchronize() == 0
@@ -182,6 +186,53 @@ class Event:
         self._simulator.driver.status("cuEventDestroy_v2", self.handle)
 
 
+class Generator:
+    """Of random numbers, as far as it is asked how many it gave."""
+
+    offset = 0
+
+    def get_offset(self):
+        return self.offset
+
+
+class CUDAGraph:
+    """As torch.cuda's, of the current stream."""
+
+    pools = itertools.count(1)
+
+    def __init__(self, simulator):
+        self._simulator = simulator
+        self._executable = c_void_p()
+        self._pool = None
+
+    def capture_begin(self, pool=None, capture_error_mode="global"):
+        assert capture_error_mode == "thread_local"  # other threads go on with what they do
+        self._pool = pool or (0, next(self.pools))
+        self._stream = self._simulator.current_stream
+        must(self._simulator._cuda.sim_record(self._stream, self._pool[1]))
+
+    def capture_end(self):
+        must(self._simulator._cuda.sim_end(self._stream, ctypes.byref(self._executable)))
+
+    def raw_cuda_graph_exec(self):
+        return self._executable.value
+
+    def pool(self):
+        return self._pool
+
+    def reset(self):
+        if self._executable.value:
+            self._simulator._cuda.sim_forget(self._executable)
+        self._executable.value = None
+
+    __del__ = reset
+
+
+def must(status):
+    if status:
+        raise RuntimeError(f"CUDA error: {simulator().driver.explain(status)}")
+
+
 class Module:
     """What torch.cuda, torch.xpu and torch.mps are to their devices."""
 
@@ -189,6 +240,8 @@ class Module:
         self._simulator = simulator
         Stream.simulator = simulator
         self._pool = []
+        self.default_generators = [Generator() for _ in range(2)]
+        self.CUDAGraph = functools.partial(CUDAGraph, simulator)
 
     def init(self):
         """It is there as soon as it is asked for."""

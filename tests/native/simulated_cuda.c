@@ -8,7 +8,7 @@
 #include <string.h>
 #include <time.h>
 
-enum { MOST_STREAMS = 256, MOST_BLOCKS = 8192, MOST_PINNED = 512, DEVICES = 2 };
+enum { MOST_STREAMS = 256, MOST_BLOCKS = 8192, MOST_PINNED = 512, MOST_OPS = 64, DEVICES = 2 };
 
 struct sim_context {
   int device;
@@ -24,6 +24,15 @@ struct op {
   struct sim_kernel kernel; /* of copies, only its ranges: what is written first, then what is read */
   int wait_stream;          /* of waits: for which stream to come how far */
   uint64_t wait_seq;
+  int pool; /* of the graph it belongs to, or 0 */
+};
+
+struct sim_graph {
+  struct sim_graph* next;
+  int pool;
+  int count;
+  int invalid;
+  struct op ops[MOST_OPS];
 };
 
 struct sim_stream {
@@ -34,6 +43,7 @@ struct sim_stream {
   uint64_t known[MOST_STREAMS]; /* what is given from now on comes after this much of each other stream */
   struct op* first;
   struct op* last;
+  struct sim_graph* recorded; /* what is being recorded */
 };
 
 struct sim_event {
@@ -47,6 +57,7 @@ struct block {
   size_t bytes;
   int in_use;
   int stream; /* whose pool it is of */
+  int pool;   /* or that of graphs; otherwise 0 */
   uint64_t recorded[MOST_STREAMS]; /* not to be given again before each stream has come so far */
 };
 
@@ -56,6 +67,7 @@ static struct sim_context contexts[DEVICES];
 static struct sim_stream streams[MOST_STREAMS];
 static int most_streams = 1;
 static struct block* blocks;
+static struct sim_graph* graphs; /* that are there */
 static int most_blocks;
 static struct {
   void* start;
@@ -185,7 +197,8 @@ static void check_order(const struct sim_stream* stream, const struct op* given)
   }
   for (int a = 0; a < given->kernel.ranges; ++a) {
     const struct block* block = block_of(given->kernel.range[a].start);
-    if (block != NULL && !block->in_use) fault("memory is used that was given back");
+    if (block == NULL || block->in_use || (block->pool != 0 && block->pool == given->pool)) continue;
+    fault("memory is used that was given back");
   }
 }
 
@@ -213,6 +226,17 @@ static int give(CUstream handle, struct op op) {
     fault("a stream is used that is gone");
     error = CUDA_ERROR_INVALID_VALUE;
   }
+  if (error == 0 && stream->recorded != NULL) {
+    struct sim_graph* graph = stream->recorded;
+    if ((op.kind == KERNEL || op.kind == COPY) && graph->count < MOST_OPS) {
+      graph->ops[graph->count++] = op;
+    } else {
+      graph->invalid = 1;
+      error = CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+    }
+    pthread_mutex_unlock(&mutex);
+    return error;
+  }
   if (error == 0) {
     check_order(stream, &op);
     struct op* given = malloc(sizeof *given);
@@ -234,6 +258,95 @@ int sim_launch(CUstream stream, const struct sim_kernel* kernel) {
   const int error = give(stream, (struct op){.kind = KERNEL, .kernel = *kernel});
   if (error != 0 && kernel->done != NULL) kernel->done(kernel->argument);
   return error;
+}
+
+/* --- graphs ----------------------------------------------------------------------------------------------------- */
+
+int sim_record(CUstream handle, int pool) {
+  pthread_mutex_lock(&mutex);
+  struct sim_stream* stream = at(handle);
+  if (stream->recorded != NULL || handle == NULL) fault("a stream is recorded twice, or it is the default one");
+  stream->recorded = calloc(1, sizeof *stream->recorded);
+  stream->recorded->pool = pool;
+  const int error = broken;
+  pthread_mutex_unlock(&mutex);
+  return error;
+}
+
+static void forget_ops(struct sim_graph* graph) {
+  for (int i = 0; i < graph->count; ++i) {
+    if (graph->ops[i].kernel.done != NULL) graph->ops[i].kernel.done(graph->ops[i].kernel.argument);
+  }
+  free(graph);
+}
+
+int sim_end(CUstream handle, CUgraphExec* made) {
+  pthread_mutex_lock(&mutex);
+  struct sim_stream* stream = at(handle);
+  struct sim_graph* graph = stream->recorded;
+  int error = broken;
+  stream->recorded = NULL;
+  if (graph == NULL) error = CUDA_ERROR_INVALID_VALUE;
+  if (error == 0 && graph->invalid) error = CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
+  if (error == 0) {
+    graph->next = graphs;
+    *made = graphs = graph;
+  }
+  pthread_mutex_unlock(&mutex);
+  if (error != 0 && graph != NULL) forget_ops(graph);
+  return error;
+}
+
+void sim_forget(CUgraphExec graph) {
+  int found = 0;
+  pthread_mutex_lock(&mutex);
+  for (struct sim_graph** place = &graphs; *place != NULL; place = &(*place)->next) {
+    if (*place != graph) continue;
+    found = 1;
+    *place = graph->next;
+    break;
+  }
+  if (!found) fault("a graph is forgotten that is gone");
+  for (int i = 0; found && i < most_streams; ++i) {
+    for (const struct op* op = streams[i].first; op != NULL; op = op->next) {
+      for (int k = 0; k < graph->count && !broken; ++k) {
+        if (op->kind == KERNEL && op->kernel.argument == graph->ops[k].kernel.argument) fault("a graph is forgotten that runs");
+      }
+    }
+  }
+  pthread_mutex_unlock(&mutex);
+  if (found) forget_ops(graph);
+}
+
+int cuGraphLaunch(CUgraphExec graph, CUstream stream) {
+  int found = 0;
+  pthread_mutex_lock(&mutex);
+  for (const struct sim_graph* one = graphs; one != NULL; one = one->next) found |= one == graph;
+  if (!found) fault("a graph is launched that is gone");
+  if (current == NULL) fault("a graph is launched without a context");
+  pthread_mutex_unlock(&mutex);
+  if (!found) return CUDA_ERROR_INVALID_VALUE;
+  int error = CUDA_SUCCESS;
+  for (int i = 0; i < graph->count && error == CUDA_SUCCESS; ++i) {
+    struct op op = graph->ops[i];
+    op.kernel.done = NULL; /* its argument is the graph's */
+    op.pool = graph->pool;
+    error = give(stream, op);
+  }
+  return error;
+}
+
+int sim_is_recording(CUstream handle) {
+  pthread_mutex_lock(&mutex);
+  const int is = at(handle)->recorded != NULL;
+  pthread_mutex_unlock(&mutex);
+  return is;
+}
+
+void sim_fault(const char* what) {
+  pthread_mutex_lock(&mutex);
+  fault("%s", what);
+  pthread_mutex_unlock(&mutex);
 }
 
 /* --- the driver ------------------------------------------------------------------------------------------------- */
@@ -320,6 +433,11 @@ int cuStreamSynchronize(CUstream handle) {
   int waited_in_vain = 0;
   pthread_mutex_lock(&mutex);
   if (current == NULL) fault("a stream is waited for without a context");
+  if (stream->recorded != NULL) {
+    stream->recorded->invalid = 1;
+    pthread_mutex_unlock(&mutex);
+    return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+  }
   const uint64_t seq = stream->seq;
   ++waiting;
   pthread_cond_broadcast(&changed);
@@ -335,6 +453,13 @@ int cuStreamSynchronize(CUstream handle) {
 
 int cuCtxSynchronize(void) {
   int error = CUDA_SUCCESS;
+  pthread_mutex_lock(&mutex);
+  for (int i = 0; i < most_streams; ++i) {
+    if (streams[i].recorded == NULL) continue;
+    streams[i].recorded->invalid = 1;
+    error = CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+  }
+  pthread_mutex_unlock(&mutex);
   for (int i = 0; i < MOST_STREAMS && error == CUDA_SUCCESS; ++i) error = cuStreamSynchronize(&streams[i]);
   return error;
 }
@@ -342,7 +467,8 @@ int cuCtxSynchronize(void) {
 int cuStreamQuery(CUstream handle) {
   const struct sim_stream* stream = at(handle);
   pthread_mutex_lock(&mutex);
-  const int error = broken ? broken : stream->done < stream->seq ? CUDA_ERROR_NOT_READY : CUDA_SUCCESS;
+  int error = broken ? broken : stream->done < stream->seq ? CUDA_ERROR_NOT_READY : CUDA_SUCCESS;
+  if (stream->recorded != NULL) error = CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   pthread_mutex_unlock(&mutex);
   return error;
 }
@@ -394,13 +520,13 @@ int cuStreamWaitEvent(CUstream handle, CUevent event, unsigned flags) {
 
 int cuMemAllocHost_v2(void** made, size_t bytes) {
   if (current == NULL) return CUDA_ERROR_INVALID_CONTEXT;
-  int error = CUDA_ERROR_OUT_OF_MEMORY;
   pthread_mutex_lock(&mutex);
-  for (int i = 0; i < MOST_PINNED; ++i) {
+  int error = broken ? broken : CUDA_ERROR_OUT_OF_MEMORY;
+  for (int i = 0; i < MOST_PINNED && !broken; ++i) {
     if (pinned[i].start != NULL) continue;
     pinned[i].start = *made = malloc(bytes);
     pinned[i].bytes = bytes;
-    error = broken;
+    error = CUDA_SUCCESS;
     break;
   }
   pthread_mutex_unlock(&mutex);
@@ -468,14 +594,18 @@ int cuGetErrorName(int error, const char** words) {
 }
 
 int cuGetErrorString(int error, const char** words) {
-  *words = error == CUDA_ERROR_ILLEGAL_ADDRESS ? "an illegal memory access was encountered" : "unknown error";
+  *words = error == CUDA_ERROR_ILLEGAL_ADDRESS            ? "an illegal memory access was encountered"
+           : error == CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED ? "operation not permitted when stream is capturing"
+           : error == CUDA_ERROR_STREAM_CAPTURE_INVALIDATED ? "operation failed due to a previous error during capture"
+                                                            : "unknown error";
   return CUDA_SUCCESS;
 }
 
 /* --- memory ----------------------------------------------------------------------------------------------------- */
 
-static int is_free_for(const struct block* block, int stream) {
-  if (block->in_use || block->stream != stream) return 0;
+static int is_free_for(const struct block* block, int stream, int pool) {
+  if (block->in_use || block->pool != pool || (pool == 0 && block->stream != stream)) return 0;
+  if (pool != 0) return 1;
   for (int i = 0; i < most_streams; ++i) {
     if (streams[i].done < block->recorded[i]) return 0;
   }
@@ -488,16 +618,19 @@ void* sim_allocate(size_t bytes, CUstream handle) {
   void* made = NULL;
   cuInit(0);
   pthread_mutex_lock(&mutex);
+  const struct sim_graph* recorded = at(handle)->recorded;
+  const int pool = recorded == NULL ? 0 : recorded->pool;
   if (limit == 0 || allocated + rounded <= limit) {
     struct block* found = NULL;
     for (int i = 0; i < most_blocks && found == NULL; ++i) {
-      if (blocks[i].bytes == rounded && is_free_for(&blocks[i], stream)) found = &blocks[i];
+      if (blocks[i].bytes == rounded && is_free_for(&blocks[i], stream, pool)) found = &blocks[i];
     }
     if (found == NULL && most_blocks < MOST_BLOCKS) {
       found = &blocks[most_blocks++];
       found->start = malloc(rounded);
       found->bytes = rounded;
       found->stream = stream;
+      found->pool = pool;
       memset(found->start, 0xab, rounded);
     }
     if (found != NULL) {
@@ -537,7 +670,7 @@ void sim_free(void* memory) {
       block->recorded[i] = streams[i].seq;
       continue;
     }
-    if (i == block->stream || broken) continue;
+    if ((i == block->stream && block->pool == 0) || broken) continue;
     for (const struct op* op = streams[i].first; op != NULL; op = op->next) {
       for (int k = 0; k < op->kernel.ranges; ++k) {
         if (overlap(&all, &op->kernel.range[k])) fault("memory is given back that stream %d still has to use", i);
@@ -601,6 +734,13 @@ static int count_pinned(void) {
 }
 
 GET(sim_streams, alive())
+static int count_graphs(void) {
+  int count = 0;
+  for (const struct sim_graph* graph = graphs; graph != NULL; graph = graph->next) ++count;
+  return count;
+}
+
+GET(sim_graphs, count_graphs())
 GET(sim_pinned, count_pinned())
 
 static int wait_until(int (*count)(void), int least) {

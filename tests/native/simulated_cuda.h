@@ -5,7 +5,8 @@
  * What breaks a rule is counted, and the first of it told in words:
  *  - device memory is used that is not there, or was given back while another stream still had to use it;
  *  - two streams touch the same memory, one of them writing, and no event or synchronization orders them;
- *  - a stream is used without a context, or a copy that should be asynchronous starts from memory that is not pinned. */
+ *  - a stream is used without a context, or a copy that should be asynchronous starts from memory that is not pinned;
+ *  - a graph is launched that is gone, or whose memory was given back; or what can't be recorded is done while one is recorded. */
 #pragma once
 
 #include <stddef.h>
@@ -23,6 +24,8 @@ enum {
   CUDA_ERROR_INVALID_CONTEXT = 201,
   CUDA_ERROR_NOT_READY = 600,
   CUDA_ERROR_ILLEGAL_ADDRESS = 700,
+  CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900,
+  CUDA_ERROR_STREAM_CAPTURE_INVALIDATED = 901,
   CUDA_ERROR_UNKNOWN = 999,
 };
 
@@ -30,6 +33,7 @@ enum {
 typedef struct sim_context* CUcontext;
 typedef struct sim_stream* CUstream;
 typedef struct sim_event* CUevent;
+typedef struct sim_graph* CUgraphExec;
 typedef uint64_t CUdeviceptr;
 int cuInit(unsigned flags);
 int cuDeviceGetCount(int* count);
@@ -53,6 +57,7 @@ int cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, size_t bytes, CUstrea
 int cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, size_t bytes, CUstream stream);
 int cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream stream);
 int cuCtxSynchronize(void);
+int cuGraphLaunch(CUgraphExec graph, CUstream stream);
 int cuGetErrorName(int error, const char** words);
 int cuGetErrorString(int error, const char** words);
 
@@ -70,6 +75,15 @@ struct sim_kernel {
   struct sim_range range[4];
 };
 int sim_launch(CUstream stream, const struct sim_kernel* kernel);
+
+/* As torch's CUDAGraph records: what the stream is given until the end becomes a graph, and memory made on it comes from a pool that only
+ * graphs have, of that number; it is theirs until the last of them is gone. Ending gives no graph when something was done that can't be recorded. */
+int sim_record(CUstream stream, int pool);
+int sim_end(CUstream stream, CUgraphExec* graph);
+void sim_forget(CUgraphExec graph);
+int sim_graphs(void); /* that are there now */
+int sim_is_recording(CUstream stream);
+void sim_fault(const char* what); /* a rule was broken */
 
 /* Device memory as torch's caching allocator gives it: what is given back is given again to the same stream at once, without
  * waiting, and to no other. Another stream's use must be recorded before. Null when the device has no more. */

@@ -180,6 +180,25 @@ async def test_inputs_that_another_stream_still_makes_are_waited_for(scheduler, 
             assert torch.allclose(got, one.module(x + number), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["mlp", "attention", "conv", "aliasing"])
+async def test_recorded_runs_give_what_their_model_gives_with_any_weights(scheduler, model, device, name):
+    if not device.startswith("cuda"):
+        pytest.skip("only CUDA has graphs")
+    one = model(name)
+    runner = await scheduler.load(one.path, device=device, instances=2, cuda_graphs=True)
+    inputs = to(device, one.args), to(device, one.kwargs)
+    halved = DEFINITIONS[name]().module().to(device)
+    with torch.no_grad():
+        for parameter in halved.parameters():
+            parameter.mul_(0.5)
+    for module in (None, halved, None, halved):
+        await runner.update((module or one.module).state_dict())
+        for _ in range(3):
+            for outputs in await asyncio.gather(*(runner.run(*inputs[0], **inputs[1]) for _ in range(20))):
+                assert one.matches(outputs, module)
+    assert runner.info.cuda_graphs > 0
+
+
 async def test_whether_a_device_was_tried_is_said(scheduler, model, device):
     runner = await scheduler.load(model("mlp").path, device=device)
     assert runner.info.verified is (device == "cpu")

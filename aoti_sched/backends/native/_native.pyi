@@ -74,7 +74,7 @@ class Plan:
 class Device:
     """A device as lanes know it: torch's number for its kind, its own number, whether it takes one work of the process at a time, and
     functions by name: `new_handle`, `get_device_type` and `copy` of torch; `guard` and `unguard` where there are current streams;
-    `get_context`, `set_context`, `copy_in`, `copy_out`, `allocate_host`, `free_host` and `explain` of a driver."""
+    `get_context`, `set_context`, `copy_in`, `copy_out`, `allocate_host`, `free_host`, `launch_graph` and `explain` of a driver."""
 
     def __init__(
         self,
@@ -101,6 +101,14 @@ class Stream:
         argument: int,
         brought: Sequence[bool],
         home: bool,
+    ) -> None: ...
+
+class Graph:
+    """A recorded run, launched on a slot's stream in the place of the model: what the driver launches, and the tensors that it reads and
+    writes, as handles, which are taken; 0 stands for an output that the model left out."""
+
+    def __init__(
+        self, device: Device, *, executable: int, inputs: Sequence[int], outputs: Sequence[int]
     ) -> None: ...
 
 def take_turn() -> None:
@@ -147,6 +155,7 @@ class Lanes:
         fence: int = 0,
         fence_argument: int = 0,
         on: Stream | None = None,
+        graph: Graph | None = None,
     ) -> None:
         """Hand a work to a lane. When it raises, nothing was taken."""
 
@@ -165,13 +174,21 @@ class Lanes:
         fence: int = 0,
         fence_argument: int = 0,
         on: Stream | None = None,
+        graph: Graph | None = None,
     ) -> object:
         """As `submit`. What it returns must be kept until the work is drained: the lane reads the members' memory."""
 
     def drain(self, limit: int) -> list[Taken]:
         """At most so many completions, oldest first, as (token, outputs or error, started, finished)."""
 
-    def run_here(self, model: Model, inputs: Sequence[Any], threads: int, on: Stream | None = None) -> Taken:
+    def run_here(
+        self,
+        model: Model,
+        inputs: Sequence[Any],
+        threads: int,
+        on: Stream | None = None,
+        graph: Graph | None = None,
+    ) -> Taken:
         """Run on the calling thread, the GIL held unless it is on a device; a completion as of `drain`. The thread has its own counts again after."""
 
     def run_batch_here(
@@ -184,6 +201,7 @@ class Lanes:
         slot: int,
         threads: int,
         on: Stream | None = None,
+        graph: Graph | None = None,
     ) -> Taken:
         """As `run_here`."""
 

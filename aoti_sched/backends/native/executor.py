@@ -99,10 +99,14 @@ class NativeExecutor:
 
     def submit(self, lane: int, work: Work) -> bool:
         run = work.container.c_run
-        if run is None or (run.slots and not self._can_gather(work)):
+        if run is None:
             return self._stand_in_lanes().submit(lane, work)
-        on = None
+        on = graph = None
         if run.slots:
+            if not self._can_gather(work):
+                return self._stand_in_lanes().submit(lane, work)
+            if run.graph_of is not None and (graph := run.graph_of(work)) is None:
+                return self._stand_in_lanes().submit(lane, work)
             slot = run.slots[work.slot]
             slot.begin(work)
             on = slot.native
@@ -112,7 +116,7 @@ class NativeExecutor:
         try:
             model = run.native or _prepare(run)
             if batch is None:
-                self._native.submit(lane, token, model, work.inputs, work.threads, on=on)
+                self._native.submit(lane, token, model, work.inputs, work.threads, on=on, graph=graph)
             elif self._shim is None:
                 # Not into what is kept for the slot: the work that is running now may still read it.
                 self._native.submit(lane, token, model, gather(run.name, batch), work.threads)
@@ -128,6 +132,7 @@ class NativeExecutor:
                     batch.slot,
                     work.threads,
                     on=on,
+                    graph=graph,
                 )
         except Exception as error:  # noqa: BLE001 -- it is raised again, in our words
             del self._works[token]
@@ -143,15 +148,17 @@ class NativeExecutor:
         if run is None or (run.slots and not self._can_gather(work)):
             return run_here(work)
         batch = work.batch
-        on = None
+        on = graph = None
         try:
             if run.slots:
+                if run.graph_of is not None and (graph := run.graph_of(work)) is None:
+                    return run_here(work)
                 slot = run.slots[work.slot]
                 slot.begin(work)
                 on = slot.native
             model = run.native or _prepare(run)
             if batch is None:
-                taken = self._native.run_here(model, work.inputs, work.threads, on)
+                taken = self._native.run_here(model, work.inputs, work.threads, on, graph)
             elif self._shim is None:
                 return run_here(work)
             else:
@@ -164,6 +171,7 @@ class NativeExecutor:
                     batch.slot,
                     work.threads,
                     on,
+                    graph,
                 )
         except Exception as error:  # noqa: BLE001 -- it is the request's
             return refused(work, self._plain(error))

@@ -110,11 +110,15 @@ Completion run_work(const Runtime& runtime, Work& work) {
   if (work.on != nullptr && completion.status == 0) {
     completion.status = guard_torch(runtime, completion, [&] {
       on.emplace(*work.on);
-      on->bring(work.inputs);
+      if (work.graph == nullptr) {
+        on->bring(work.inputs);
+      } else {
+        on->replay(*work.graph, work.inputs, completion.outputs);
+      }
     });
   }
   void* const stream = work.on != nullptr ? work.on->handle() : work.stream;
-  if (completion.status == 0) {
+  if (work.graph == nullptr && completion.status == 0) {
     completion.status = guard(completion.error, [&] {
       const std::int32_t status =
           model.run(model.container, work.inputs.data(), work.inputs.size(), completion.outputs.data(),
@@ -123,7 +127,7 @@ Completion run_work(const Runtime& runtime, Work& work) {
       return status;
     });
   }
-  if (on && completion.status == 0) {
+  if (on && work.graph == nullptr && completion.status == 0) {
     completion.status = guard_torch(runtime, completion, [&] { on->send_home(completion.outputs); });
   }
   if (on || work.fence != nullptr) {  // after a failure too: what was launched before it may still use what we free
@@ -143,6 +147,7 @@ Completion run_work(const Runtime& runtime, Work& work) {
     completion.status = guard_torch(runtime, completion, [&] { on->land(completion.outputs); });
   }
   on.reset();
+  work.graph.reset();
   work.on.reset();  // before the completion is seen: who sees it may close the device
   if (batch != nullptr && completion.status == 0) {
     completion.status = guard_torch(runtime, completion, [&] { split(*batch, completion.outputs, completion.parts); });

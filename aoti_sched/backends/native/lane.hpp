@@ -57,6 +57,7 @@ struct Work {
   FenceFunction fence = nullptr;
   void* fence_argument = nullptr;
   std::shared_ptr<Stream> on;  // a slot's stream, in the place of the three above
+  std::shared_ptr<const Graph> graph;  // launched there in the place of the model
 };
 
 struct Completion {

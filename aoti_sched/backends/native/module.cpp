@@ -61,6 +61,10 @@ struct PyStream {
   std::shared_ptr<aoti::Stream> stream;
 };
 
+struct PyGraph {
+  std::shared_ptr<const aoti::Graph> graph;
+};
+
 // The compiled models' code reads and fills this very map, so its std::string must be theirs. Torch's wheels have the new
 // one since 2.6; a module built with the old one does without maps.
 #if !defined(_GLIBCXX_USE_CXX11_ABI) || _GLIBCXX_USE_CXX11_ABI
@@ -143,6 +147,7 @@ std::shared_ptr<const aoti::Device> make_device(const aoti::Shim& shim, std::int
   set(device.driver.copy_out, "copy_out");
   set(device.driver.allocate_host, "allocate_host");
   set(device.driver.free_host, "free_host");
+  set(device.driver.launch_graph, "launch_graph");
   set(device.driver.explain, "explain");
   if (found != functions.size()) throw std::invalid_argument("a device has no function of that name");
   if (device.new_handle == nullptr || device.get_device_type == nullptr || device.copy == nullptr) {
@@ -198,20 +203,21 @@ class PyLanes {
   PyLanes& operator=(const PyLanes&) = delete;
 
   void submit(std::size_t lane, std::uint64_t token, const PyModel& model, nb::handle inputs, int threads,
-              std::uintptr_t stream, std::uintptr_t fence, std::uintptr_t fence_argument, const PyStream* on) {
+              std::uintptr_t stream, std::uintptr_t fence, std::uintptr_t fence_argument, const PyStream* on,
+              const PyGraph* graph) {
     if (lane >= lanes_->count()) throw nb::index_error("no such lane");
     aoti::Work work = make_work(model, inputs, threads);
-    if (on != nullptr) work.on = on->stream;
+    place(work, model, on, graph);
     hand_over(lane, token, work, stream, fence, fence_argument);
   }
 
   nb::object submit_batch(std::size_t lane, std::uint64_t token, PyModel& model, const PyPlan& plan, nb::handle members,
                           nb::handle rows, std::int64_t padded_rows, std::size_t slot, int threads,
                           std::uintptr_t stream, std::uintptr_t fence, std::uintptr_t fence_argument,
-                          const PyStream* on) {
+                          const PyStream* on, const PyGraph* graph) {
     if (lane >= lanes_->count()) throw nb::index_error("no such lane");
     auto [work, tensors] = make_batch(model, plan, members, rows, padded_rows, slot, threads);
-    if (on != nullptr) work.on = on->stream;
+    place(work, model, on, graph);
     hand_over(lane, token, work, stream, fence, fence_argument);
     return tensors;
   }
@@ -223,15 +229,18 @@ class PyLanes {
     return taken;
   }
 
-  nb::object run_here(const PyModel& model, nb::handle inputs, int threads, const PyStream* on) {
+  nb::object run_here(const PyModel& model, nb::handle inputs, int threads, const PyStream* on, const PyGraph* graph) {
     aoti::Work work = make_work(model, inputs, threads);
-    return give_here(work, on);
+    place(work, model, on, graph);
+    return give_here(work);
   }
 
   nb::object run_batch_here(PyModel& model, const PyPlan& plan, nb::handle members, nb::handle rows,
-                            std::int64_t padded_rows, std::size_t slot, int threads, const PyStream* on) {
+                            std::int64_t padded_rows, std::size_t slot, int threads, const PyStream* on,
+                            const PyGraph* graph) {
     auto [work, tensors] = make_batch(model, plan, members, rows, padded_rows, slot, threads);
-    return give_here(work, on);
+    place(work, model, on, graph);
+    return give_here(work);
   }
 
   bool poll(double seconds) {
@@ -289,12 +298,23 @@ class PyLanes {
     return {std::move(work), std::move(tensors)};
   }
 
-  nb::object give_here(aoti::Work& work, const PyStream* on) const {
+  // Where the work runs, and what is launched there in the place of the model.
+  void place(aoti::Work& work, const PyModel& model, const PyStream* on, const PyGraph* graph) const {
+    if (on != nullptr) work.on = on->stream;
+    if (graph == nullptr) return;
+    if (on == nullptr || graph->graph->inputs.size() != model.model.num_inputs ||
+        graph->graph->outputs.size() != model.model.num_outputs) {
+      for (aoti::Handle handle : work.inputs) lanes_->runtime().delete_tensor(handle);
+      throw std::invalid_argument("the graph is not this model's, or no stream was given for it");
+    }
+    work.graph = graph->graph;
+  }
+
+  nb::object give_here(aoti::Work& work) const {
     aoti::Completion completion;
-    if (on == nullptr) {
+    if (work.on == nullptr) {
       completion = aoti::run_here(lanes_->runtime(), work);
     } else {
-      work.on = on->stream;
       const nb::gil_scoped_release released;  // a device is waited for, perhaps one that Python works on, too
       completion = aoti::run_here(lanes_->runtime(), work);
     }
@@ -428,6 +448,22 @@ NB_MODULE(_native, module) {
           nb::arg("device"), nb::kw_only(), nb::arg("handle"), nb::arg("fence") = 0, nb::arg("wait") = 0,
           nb::arg("argument"), nb::arg("brought"), nb::arg("home"));
 
+  nb::class_<PyGraph>(module, "Graph")
+      .def(
+          "__init__",
+          [](PyGraph* self, const PyDevice& device, std::uintptr_t executable, const std::vector<std::uintptr_t>& inputs,
+             const std::vector<std::uintptr_t>& outputs) {
+            if (device.device->driver.launch_graph == nullptr) throw std::invalid_argument("the device launches no graphs");
+            const auto handles = [](const std::vector<std::uintptr_t>& addresses) {
+              std::vector<aoti::Handle> made;
+              for (const std::uintptr_t address : addresses) made.push_back(at<aoti::Handle>(address));
+              return made;
+            };
+            new (self) PyGraph{
+                std::make_shared<aoti::Graph>(device.device, at<void*>(executable), handles(inputs), handles(outputs))};
+          },
+          nb::arg("device"), nb::kw_only(), nb::arg("executable"), nb::arg("inputs"), nb::arg("outputs"));
+
   module.def(
       "take_turn",
       [] {
@@ -452,22 +488,22 @@ NB_MODULE(_native, module) {
            nb::arg("set_mkl_threads") = 0)
       .def("submit", &PyLanes::submit, nb::arg("lane"), nb::arg("token"), nb::arg("model"), nb::arg("inputs"),
            nb::arg("threads"), nb::arg("stream") = 0, nb::arg("fence") = 0, nb::arg("fence_argument") = 0,
-           nb::arg("on").none() = nb::none(),
+           nb::arg("on").none() = nb::none(), nb::arg("graph").none() = nb::none(),
            "Hand a work to a lane. When it raises, nothing was taken.")
       .def("submit_batch", &PyLanes::submit_batch, nb::arg("lane"), nb::arg("token"), nb::arg("model"),
            nb::arg("plan"), nb::arg("members"), nb::arg("rows"), nb::arg("padded_rows"), nb::arg("slot"),
            nb::arg("threads"), nb::arg("stream") = 0, nb::arg("fence") = 0, nb::arg("fence_argument") = 0,
-           nb::arg("on").none() = nb::none(),
+           nb::arg("on").none() = nb::none(), nb::arg("graph").none() = nb::none(),
            "As `submit`. What it returns must be kept until the work is drained: the lane reads the members' memory.")
       .def("drain", &PyLanes::drain, nb::arg("limit"),
            "At most so many completions, oldest first, as (token, outputs or error, started, finished).")
       .def("run_here", &PyLanes::run_here, nb::arg("model"), nb::arg("inputs"), nb::arg("threads"),
-           nb::arg("on").none() = nb::none(),
+           nb::arg("on").none() = nb::none(), nb::arg("graph").none() = nb::none(),
            "Run on the calling thread, the GIL held unless it is on a device; a completion as of `drain`. The thread has its own counts again "
            "after.")
       .def("run_batch_here", &PyLanes::run_batch_here, nb::arg("model"), nb::arg("plan"), nb::arg("members"),
            nb::arg("rows"), nb::arg("padded_rows"), nb::arg("slot"), nb::arg("threads"),
-           nb::arg("on").none() = nb::none(), "As `run_here`.")
+           nb::arg("on").none() = nb::none(), nb::arg("graph").none() = nb::none(), "As `run_here`.")
       .def("poll", &PyLanes::poll, nb::arg("seconds"),
            "Spin until a completion waits, the GIL released, at most so long. Whether one does.")
       .def("ring", &PyLanes::ring, "Make the descriptor readable.")

@@ -51,6 +51,10 @@ Handle like(const Shim& shim, const Layout& layout, std::int32_t type, std::int3
   return made;
 }
 
+bool same_strides(const Layout& one, const Layout& other) {
+  return one.dtype == other.dtype && one.dims == other.dims && std::equal(one.strides, one.strides + one.dims, other.strides);
+}
+
 std::size_t aligned(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 }  // namespace
@@ -102,6 +106,23 @@ char* Pinned::of(std::size_t bytes) {
   return static_cast<char*>(memory_);
 }
 
+// --- Graph ------------------------------------------------------------------------------------------------
+
+Graph::Graph(std::shared_ptr<const Device> its_device, void* its_executable, std::vector<Handle> its_inputs,
+             std::vector<Handle> its_outputs)
+    : device(std::move(its_device)),
+      executable(its_executable),
+      inputs(std::move(its_inputs)),
+      outputs(std::move(its_outputs)) {}
+
+Graph::~Graph() {
+  for (const std::vector<Handle>* handles : {&inputs, &outputs}) {
+    for (Handle handle : *handles) {
+      if (handle != nullptr) device->shim.delete_tensor(handle);
+    }
+  }
+}
+
 // --- Stream -----------------------------------------------------------------------------------------------
 
 Stream::Stream(std::shared_ptr<const Device> device, void* handle, Fence fence, std::vector<bool> brought, bool home)
@@ -130,7 +151,7 @@ Stream::Run::~Run() {
   if (guard_ != nullptr) device_.unguard(guard_);
 }
 
-void Stream::Run::bring(std::vector<Handle>& inputs) {
+void Stream::Run::bring(std::vector<Handle>& inputs, const Graph* graph) {
   const Shim& shim = device_.shim;
   const Driver& driver = device_.driver;
   std::vector<Layout> layouts(inputs.size());  // of what is brought
@@ -147,9 +168,11 @@ void Stream::Run::bring(std::vector<Handle>& inputs) {
   char* staged = driver.copy_in != nullptr && bytes > 0 ? stream_.in_.of(bytes) : nullptr;
   for (std::size_t input = 0; input < inputs.size(); ++input) {
     const Layout& layout = layouts[input];
+    const Handle own = graph != nullptr ? graph->inputs[input] : nullptr;
     if (layout.known) {
-      const Handle there = like(shim, layout, device_.type, device_.index);
-      const Handle here = std::exchange(inputs[input], there);
+      const bool straight = own != nullptr && same_strides(layout, layout_of(shim, own));
+      const Handle there = straight ? own : like(shim, layout, device_.type, device_.index);
+      const Handle here = std::exchange(inputs[input], straight ? nullptr : there);
       held_.push_back(here);
       if (layout.bytes > 0 && driver.copy_in != nullptr) {
         void* target = nullptr;
@@ -163,9 +186,28 @@ void Stream::Run::bring(std::vector<Handle>& inputs) {
         demand(device_.copy(there, here, 0), "copy_");
       }
     }
+    if (own != nullptr) {
+      const Handle given = std::exchange(inputs[input], nullptr);
+      if (given == nullptr) continue;
+      held_.push_back(given);
+      demand(device_.copy(own, given, 0), "copy_");
+      continue;
+    }
     Handle held = nullptr;
     demand(device_.new_handle(inputs[input], &held), "new_tensor_handle");
     held_.push_back(held);
+  }
+}
+
+void Stream::Run::replay(const Graph& graph, std::vector<Handle>& inputs, std::vector<Handle>& outputs) {
+  bring(inputs, &graph);
+  demand(device_.driver, device_.driver.launch_graph(graph.executable, stream_.handle_), "cuGraphLaunch");
+  send_home(graph.outputs);
+  std::vector<bool> comes_home(outputs.size());
+  for (const Home& home : homes_) comes_home[home.output] = true;
+  for (std::size_t output = 0; output < outputs.size(); ++output) {
+    if (graph.outputs[output] == nullptr || comes_home[output]) continue;
+    demand(device_.shim.clone(graph.outputs[output], &outputs[output]), "clone");
   }
 }
 
@@ -210,7 +252,8 @@ void Stream::Run::fence() {
 void Stream::Run::land(std::vector<Handle>& outputs) {
   for (Home& home : homes_) {
     if (home.from != nullptr) std::memcpy(home.to, home.from, home.bytes);
-    device_.shim.delete_tensor(std::exchange(outputs[home.output], std::exchange(home.tensor, nullptr)));
+    const Handle left = std::exchange(outputs[home.output], std::exchange(home.tensor, nullptr));
+    if (left != nullptr) device_.shim.delete_tensor(left);
   }
 }
 

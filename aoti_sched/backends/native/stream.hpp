@@ -20,7 +20,7 @@ namespace aoti {
 using FenceFunction = std::int32_t (*)(void* argument);
 
 // Of CUDA's driver, or null where torch serves: cuCtxGetCurrent, cuCtxSetCurrent, cuMemcpyHtoDAsync, cuMemcpyDtoHAsync, cuMemAllocHost,
-// cuMemFreeHost, cuGetErrorString.
+// cuMemFreeHost, cuGraphLaunch, cuGetErrorString.
 struct Driver {
   void* context = nullptr;
   std::int32_t (*get_context)(void** context) = nullptr;
@@ -29,6 +29,7 @@ struct Driver {
   std::int32_t (*copy_out)(void* to, std::uint64_t from, std::size_t bytes, void* stream) = nullptr;
   std::int32_t (*allocate_host)(void** made, std::size_t bytes) = nullptr;
   std::int32_t (*free_host)(void* memory) = nullptr;
+  std::int32_t (*launch_graph)(void* executable, void* stream) = nullptr;
   std::int32_t (*explain)(std::int32_t error, const char** words) = nullptr;
 };
 
@@ -88,6 +89,21 @@ class Pinned {
   std::size_t bytes_ = 0;
 };
 
+// A run of a model that was recorded, and is launched as one thing. It reads its own inputs and writes its own outputs, which are
+// kept with it, null where the model left one out.
+struct Graph {
+  // Takes the handles.
+  Graph(std::shared_ptr<const Device> device, void* executable, std::vector<Handle> inputs, std::vector<Handle> outputs);
+  ~Graph();
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+
+  std::shared_ptr<const Device> device;
+  void* executable;
+  std::vector<Handle> inputs;
+  std::vector<Handle> outputs;
+};
+
 // A slot's stream. One work at a time: a `Run` on it lives from before the inputs are brought until the device is done.
 class Stream {
  public:
@@ -107,7 +123,9 @@ class Stream {
 
     // Puts a device's tensor in the place of each input that shall be brought, and holds all inputs: the model lets go of
     // them when it has launched, and not when the device is done.
-    void bring(std::vector<Handle>& inputs);
+    void bring(std::vector<Handle>& inputs) { bring(inputs, nullptr); }
+    // In the place of the model's run: copies the inputs to the graph's, launches it, and copies its outputs, or lets them come home.
+    void replay(const Graph& graph, std::vector<Handle>& inputs, std::vector<Handle>& outputs);
     // Lets the outputs come home behind the run.
     void send_home(const std::vector<Handle>& outputs);
     // Waits for the device. Must be called, whatever failed before: what was launched may still use what is freed next.
@@ -123,6 +141,8 @@ class Stream {
       const char* from;  // in pinned memory; null when it is there already
       std::size_t bytes;
     };
+    void bring(std::vector<Handle>& inputs, const Graph* graph);
+
     Stream& stream_;
     const Device& device_;
     std::unique_lock<std::recursive_mutex> turn_;
