@@ -111,3 +111,4 @@ def account(runner: Runner) -> None:
         inactive=inactive,
         fixed=runner.fixed or container.unparkable or kept,
     )
+    runner.state.memory.workspace = container.workspace or 0

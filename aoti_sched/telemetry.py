@@ -107,12 +107,15 @@ class RunnerStats(msgspec.Struct, frozen=True, kw_only=True):
 
 class MemoryStats(msgspec.Struct, frozen=True, kw_only=True):
     """What the weights of a device's models take of its memory, in bytes: `used` now, of which `inactive` are staged and previous sets;
-    `parked` is what those would take that are parked. `limit` is the device's `memory_limit`; `used` counts what models are just being loaded into."""
+    `parked` is what those would take that are parked. `limit` is the device's `memory_limit`; `used` counts what models are just being loaded into.
+    `workspace` is what torch keeps besides for their runs (intermediate results, outputs, graphs), as it was when each was warmed up or had its weights
+    changed last; on other devices than CUDA it is 0, for nobody knows. It does not count towards the limit."""
 
     limit: int | None
     used: int
     inactive: int
     parked: int
+    workspace: int
 
 
 class DeviceStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -140,6 +140,10 @@ class Container(Protocol):
         """Memory that one set of constants takes."""
 
     @property
+    def workspace(self) -> int | None:
+        """Memory of its device that its runs have besides, as it was when it was warmed up or had its constants changed last; None where nobody knows."""
+
+    @property
     def unparkable(self) -> str:
         """ "" when it can be parked without losing anything, otherwise the reason in a few words."""
 

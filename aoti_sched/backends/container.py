@@ -178,6 +178,10 @@ class CAbiContainer:
     def graphs(self) -> int:
         return 0
 
+    @property
+    def workspace(self) -> int | None:
+        return None
+
     # --- memory ----------------------------------------------------------------------------------------
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -82,6 +82,13 @@ class CudaDevice(Accelerator):
     @property
     def native_context(self) -> int:
         return self.context
+
+    def workspace(self, streams: Sequence[Stream]) -> int:
+        handles = {stream.handle for stream in streams}
+        segments = self.module.memory_snapshot()
+        return sum(
+            one["total_size"] for one in segments if one["device"] == self.index and one["stream"] in handles
+        )
 
     # --- graphs
 

@@ -195,6 +195,7 @@ class GraphContainer(StreamContainer):
         """Each slot records, and runs what it recorded."""
         for slot in [*range(self._instances)] * 2:
             self.run_work(Work(self, self.arrive(make_inputs()), 1, None, slot=slot))
+        self._measure()
 
     def close(self) -> None:
         self._forget()

@@ -159,6 +159,11 @@ class Accelerator(ABC):
         """The address of one of torch's functions, or 0."""
         return address_of(function)
 
+    def workspace(self, streams: Sequence[Stream]) -> int | None:
+        """Bytes that torch keeps for these streams, used at the moment or not; None where it does not say."""
+        del streams
+        return None
+
     def turn(self) -> AbstractContextManager[object]:
         """The process's turn, on a device that takes one work at a time."""
         return nullcontext()
@@ -395,6 +400,14 @@ class OnStreams:
             self._slots.append(Slot(device, device.open_stream(), marks, request))
         self._house = device.open_stream()
         """For what is no request's: folding, copies."""
+        self._workspace: int | None = None
+
+    @property
+    def workspace(self) -> int | None:
+        return self._workspace
+
+    def _measure(self) -> None:
+        self._workspace = self._device.workspace([*(slot.stream for slot in self._slots), self._house])
 
     def _close_slots(self) -> None:
         for slot in self._slots:
@@ -501,6 +514,10 @@ class StreamContainer(OnStreams, CAbiContainer):
     def run_raw(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         return self.run_work(Work(self, self.arrive(inputs), 1, None))
 
+    def warm_up(self, make_inputs: Callable[[], Sequence[torch.Tensor]]) -> None:
+        super().warm_up(make_inputs)
+        self._measure()
+
     def close(self) -> None:
         self._raw.close()
         self.staging.clear()
@@ -542,6 +559,7 @@ class StreamContainer(OnStreams, CAbiContainer):
         with self._device.keeping_current(), self._device.turn():
             size = self._raw.stage(ready, at_once=STAGED_AT_ONCE, bring=self._bring)
             self._device.settle()  # the runtime does not wait for copies from device to device
+        self._measure()
         return size
 
     @contextmanager
@@ -582,6 +600,7 @@ class StreamContainer(OnStreams, CAbiContainer):
         with self._device.keeping_current(), self._device.turn():
             super().unpark()
             self._device.settle()
+        self._measure()
         self._know_c_run()
 
     def _another(self) -> RawContainer:
@@ -621,6 +640,7 @@ class StreamTorchRunner(OnStreams, TorchRunnerContainer):
             self.run_raw(make_inputs())
             self._turns += 1
         super().warm_up(make_inputs)
+        self._measure()
 
     def _once(self, slot: Slot, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         return slot.home(self._run_on(slot.brought(inputs), slot.stream.handle))

@@ -145,6 +145,11 @@ class TorchRunnerContainer:
     )
     folds = False
     graphs = 0
+
+    @property
+    def workspace(self) -> int | None:
+        return None
+
     inactive_ready = False
     inactive_bytes = 0
 

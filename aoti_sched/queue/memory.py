@@ -59,6 +59,7 @@ class Holding:
         "stay",
         "took",
         "updating",
+        "workspace",
     )
 
     def __init__(self, name: str) -> None:
@@ -74,6 +75,8 @@ class Holding:
         self.parked = 0
         """How often it was."""
         self.payload: Any = None
+        self.workspace = 0
+        """What its runs have besides. Nobody knows beforehand, so no rule looks at it."""
 
     @property
     def bytes(self) -> int:

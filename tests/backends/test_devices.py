@@ -637,6 +637,29 @@ def test_a_parked_container_has_no_memory_on_the_device_and_its_weights_come_bac
     container.park()  # and is closed like that
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_runs_take_besides_is_known_on_cuda(device, kind, loaded, sim):
+    container = loaded(device, copy_inputs=True)
+    assert container.workspace is None
+    container.warm_up(lambda: [torch.zeros(1000, 4)])
+    if kind != "cuda":
+        assert container.workspace is None
+        return
+    assert container.workspace >= 2 * 16000  # an input and an output
+    before = container.workspace
+    container.run_raw([torch.zeros(9000, 4)])
+    assert container.workspace == before  # nobody has looked
+    container.stage(weights(3.0))
+    assert container.workspace >= before + 2 * 144000
+    container.swap()
+    container.free_inactive()
+    before = container.workspace
+    container.run_raw([torch.zeros(7777, 4)])
+    container.park()
+    container.unpark()
+    assert container.workspace > before
+
+
 def test_what_could_not_be_kept_on_the_host_stays_on_the_device(cuda, executors, loaded, monkeypatch):
     container = loaded(cuda)
     executor = executors(cuda)

@@ -335,4 +335,6 @@ async def test_models_make_room_for_others_on_a_device_and_come_back_with_the_we
             for runner in (first, *others):
                 wanted = 3 if runner is first else 1
                 assert torch.equal(await runner.run(x), wanted * x)
-        assert scheduler.stats().devices[device.name].memory.used == 32
+        memory = scheduler.stats().devices[device.name].memory
+        assert memory.used == 32
+        assert (memory.workspace > 0) == (kind == "cuda")

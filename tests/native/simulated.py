@@ -71,7 +71,9 @@ class Simulator:
         self.driver = Driver(str(driver_path()))
         self._cuda = cuda = ctypes.CDLL(str(driver_path()))
         cuda.sim_pending.argtypes = (c_void_p,)
-        cuda.sim_allocated.restype = c_size_t
+        cuda.sim_allocated.restype = cuda.sim_kept.restype = c_size_t
+        cuda.sim_kept.argtypes = (c_void_p,)
+        cuda.sim_stream.restype = c_void_p
         cuda.sim_memory_limit.argtypes = (c_size_t,)
         cuda.sim_faults.argtypes = (c_void_p,)
         cuda.sim_record.argtypes = (c_void_p, c_int)
@@ -251,6 +253,11 @@ class Module:
 
     def is_available(self):
         return True
+
+    def memory_snapshot(self):
+        cuda = self._simulator._cuda
+        streams = [cuda.sim_stream(number) for number in range(1, cuda.sim_most_streams())]
+        return [{"device": 0, "stream": one, "total_size": cuda.sim_kept(one)} for one in streams]
 
     def current_device(self):
         return 0

@@ -682,6 +682,14 @@ void sim_free(void* memory) {
   pthread_mutex_unlock(&mutex);
 }
 
+size_t sim_kept(CUstream handle) {
+  size_t kept = 0;
+  pthread_mutex_lock(&mutex);
+  for (int i = 0; i < most_blocks; ++i) kept += blocks[i].stream == at(handle)->index ? blocks[i].bytes : 0;
+  pthread_mutex_unlock(&mutex);
+  return kept;
+}
+
 size_t sim_allocated(void) {
   pthread_mutex_lock(&mutex);
   const size_t now = allocated;
@@ -711,6 +719,8 @@ void sim_go(void) { SET(held = 0); }
 void sim_take(int time) { SET(microseconds = time); }
 void sim_break(int error) { SET(breaks_next = error); }
 GET(sim_waiting, waiting)
+GET(sim_most_streams, most_streams)
+CUstream sim_stream(int number) { return &streams[number]; }
 GET(sim_events, events)
 GET(sim_kernels, kernels)
 GET(sim_most_threads, most_threads)

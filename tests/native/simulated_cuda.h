@@ -91,6 +91,7 @@ void* sim_allocate(size_t bytes, CUstream stream);
 void sim_free(void* memory);
 void sim_record_use(void* memory, CUstream stream);
 size_t sim_allocated(void);    /* bytes in use */
+size_t sim_kept(CUstream stream); /* bytes that it may be given, in use or not */
 void sim_memory_limit(size_t bytes); /* 0: none */
 
 /* The test's hand on the device. */
@@ -105,6 +106,8 @@ int sim_wait_until_waiting(int count);
 void sim_break(int error);       /* the next kernel breaks the device: from then on every call fails so */
 void sim_repair(void);           /* a device like new, and all counts at zero; nothing may be pending */
 int sim_faults(const char** first);
+CUstream sim_stream(int number);
+int sim_most_streams(void);
 int sim_streams(void);           /* that are there now, beside the default one */
 int sim_events(void);
 int sim_pinned(void);
