@@ -1,5 +1,5 @@
 """The networks that are measured: one so small that all else costs more, one that fills a core for tens of ms, one whose
-weights take 100 MB, and the sentence encoder of the demo.
+weights take 100 MB, one of many small layers, for devices, and the sentence encoder of the demo.
 
 Each is compiled once into `.cache/bench/`, in a process of its own, so that no trace of inductor (its worker
 processes, its threads) is left in a process that measures. The same module with the same weights is also
@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).resolve().parents[1]
 CACHE = REPOSITORY / ".cache" / "bench"
 
-SHAPES = {"tiny": (1, 64), "heavy": (256, 1024), "large": (32, 2048)}
+SHAPES = {"tiny": (1, 64), "heavy": (256, 1024), "large": (32, 2048), "deep": (8, 256)}
 """The models by name, and what each takes. Sizes are fixed, so that every compiler may make the best of them."""
+
+DEVICES = ("cuda.pt2", "xpu.pt2", "mps.pt2")
 
 MOST_ROWS = 512
 """What a "batch.pt2" takes at once: its rows alone are free."""
@@ -49,7 +51,7 @@ def module(name: str) -> torch.nn.Module:
     if name == "tiny":
         layers = [torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 64)]
     else:
-        width, depth = (1024, 3) if name == "heavy" else (2048, 6)
+        width, depth = {"heavy": (1024, 3), "large": (2048, 6), "deep": (256, 32)}[name]
         layers = [
             torch.nn.Linear(width, width) if n % 2 == 0 else torch.nn.GELU() for n in range(2 * depth - 1)
         ]
@@ -70,7 +72,8 @@ def can_export() -> bool:
 
 
 def ensure(name: str, kind: str) -> Path:
-    """A model's file of one kind ("pt2", "frozen.pt2", "batch.pt2" or "onnx"); made now if it is not in the cache."""
+    """A model's file of one kind ("pt2", "frozen.pt2", "batch.pt2", "onnx", or for a device "cuda.pt2", "xpu.pt2", "mps.pt2"); made now if it is
+    not in the cache."""
     library = Path(aoti_sched.__file__).parent
     key = hashlib.sha256(f"{version('torch')} {platform.machine()}".encode())
     for source in (Path(__file__), library / "compile.py", library / "specs.py"):
@@ -106,6 +109,9 @@ def make(name: str, kind: str, path: Path) -> None:
         rows = torch.export.Dim("rows", min=1, max=MOST_ROWS)
         two = (torch.cat([*inputs, *inputs]),)  # a size of 1 would be compiled in
         aoti_sched.compile_package(network, two, path, threads=1, dynamic=({0: rows},))
+    elif kind in DEVICES:
+        device = kind.removesuffix(".pt2")
+        aoti_sched.compile_package(network.to(device), (inputs[0].to(device),), path)
     else:
         aoti_sched.compile_package(network, inputs, path, threads=1, freeze=kind.startswith("frozen"))
 

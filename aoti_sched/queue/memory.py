@@ -340,13 +340,19 @@ class Memory:
         others = [claim.bytes for claim in self.claims]
         if others:
             listed.append(f"{_in_words(sum(others))} are promised to others")
+        limit = self.limit or 0
+        own = 0 if claim.holding.stay is Stay.AWAY else claim.holding.bytes
+        if own + claim.bytes > limit:
+            way_out = "It would not fit if it were alone: raise the limit"
+        else:
+            way_out = "Close a model, or raise the limit"
+            way_out += "" if self.evicts else ", or let idle models be parked with evict='lru'"
         return MemoryLimitError(
             f"device {self.device!r}: model {claim.holding.name!r} needs {_in_words(claim.bytes)} for its weights, and the memory_limit is "
-            f"{_in_words(self.limit or 0)}; taken: {', '.join(listed) or 'nothing'}. Close a model, or raise the limit"
-            + ("" if self.evicts else ", or let idle models be parked with evict='lru'"),
+            f"{_in_words(limit)}; taken: {', '.join(listed) or 'nothing'}. {way_out}",
             device=self.device,
             needed=claim.bytes,
-            limit=self.limit or 0,
+            limit=limit,
             used=self.used,
         )
 

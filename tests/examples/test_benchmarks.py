@@ -17,7 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import contestants, live_weights
+from benchmarks import contestants, devices, live_weights
 from benchmarks.__main__ import must_agree
 from benchmarks.batching import HandWritten, arrivals
 from benchmarks.live_weights import InThreads, Span, swap_figures
@@ -307,3 +307,38 @@ async def test_the_ticker_counts_a_sleep_that_the_whole_block_held_up():
         while time.perf_counter() < until:
             pass
     assert lags
+
+
+async def test_what_is_measured_on_devices_can_be_measured_on_a_cpu():
+    told = await devices.measure(devices.Bench("cpu", seconds=0.05, rounds=1, updates=2))
+    rows = [
+        line.split(" | ") for line in told.splitlines() if line.startswith("| ") and not line.startswith("|-")
+    ]
+    assert [row[0].strip("| ") for row in rows] == [
+        "one client",
+        "torch's runner, a bare loop",
+        "aoti_sched",
+        "throughput",
+        "torch's runner, a bare loop that does not wait",
+        "aoti_sched, 1 instance",
+        *(f"aoti_sched, {count} instances" for count in (2, 4, 8)),
+        "101 MB of weights from the host",
+        "torch's own copy",
+        "staged, nothing runs",
+        "staged, 8 clients",
+        "the pause of a swap, 8 clients, 4 instances",
+        "median of 2",
+        "longest",
+    ]
+    for row in rows:
+        assert row[1].strip(" |").replace(",", "").replace(".", "").isdigit() == (
+            row[0].strip("| ") not in HEADS
+        )
+
+
+HEADS = (
+    "one client",
+    "throughput",
+    "101 MB of weights from the host",
+    "the pause of a swap, 8 clients, 4 instances",
+)

@@ -90,7 +90,11 @@ def test_the_stub_says_what_the_module_is():
         ("class Model:", "class Models:", "Model.__init__"),
         ("    def fileno(self) -> int: ...\n", "", "Lanes.fileno"),
         ("    def fileno(self)", "    def gone(self): ...\n    def fileno(self)", "Lanes.gone"),
-        ("        inputs: Sequence[Any],", "        tensors: Sequence[Any],", "Lanes.submit"),
+        (
+            "fence: int = 0,\n        fence_argument: int = 0,\n        on: Stream | None = None,\n        graph: Graph | None = None,\n    ) -> None:",
+            "fence: int = 0,\n        argument: int = 0,\n        on: Stream | None = None,\n        graph: Graph | None = None,\n    ) -> None:",
+            "Lanes.submit",
+        ),
         ("delete_tensor: int,\n        root", "delete_tensor: int = 0,\n        root", "Lanes.__init__"),
         (
             "slot: int,\n        threads: int,\n        on",

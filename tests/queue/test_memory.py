@@ -126,8 +126,15 @@ def test_a_load_that_does_not_fit_is_refused_with_the_numbers():
 def test_one_that_alone_is_too_large_is_refused_and_nobody_is_parked_for_it():
     queue = limited(10)
     a = load(queue, "a", 5)
-    with pytest.raises(MemoryLimitError, match="needs 11 bytes"):
+    with pytest.raises(
+        MemoryLimitError, match=r"needs 11 bytes .* It would not fit if it were alone: raise the limit$"
+    ):
         queue.claim(Claim(Holding("b"), 11), 0.0)
+    queue.hold(a)
+    with pytest.raises(
+        MemoryLimitError, match=r"needs 6 bytes .* It would not fit if it were alone: raise the limit$"
+    ):
+        queue.claim(Claim(a.memory, 6), 0.0)  # beside its own
     assert a.memory.is_here
 
 

@@ -12,6 +12,7 @@
 #include <map>
 #include <memory>
 #include <stdexcept>
+#include <thread>
 #include <tuple>
 #include <unordered_map>
 #include <utility>
@@ -245,7 +246,7 @@ class PyLanes {
 
   bool poll(double seconds) {
     refuse_in_child();
-    nb::gil_scoped_release released;
+    const WithoutGil without_gil(*this);
     return lanes_->poll(std::chrono::nanoseconds(static_cast<std::int64_t>(seconds * 1e9)));
   }
 
@@ -255,8 +256,15 @@ class PyLanes {
 
   void close() {
     if (forks != born_) return;
-    nb::gil_scoped_release released;
-    lanes_->close();
+    closed_ = true;
+    {
+      const nb::gil_scoped_release released;
+      lanes_->close();
+    }
+    while (away_ > 0) {
+      const nb::gil_scoped_release released;
+      std::this_thread::yield();
+    }
   }
 
  private:
@@ -271,6 +279,28 @@ class PyLanes {
     runtime.set_mkl_threads = at<int (*)(int)>(set_mkl_threads);
     return runtime;
   }
+
+  // When the interpreter ends, a thread that wants the GIL back is ended by Python, in a way that ends the process where C++ has promised not
+  // to throw, as here. So the lanes' last act, before the interpreter's, is to wait for those that are away; then nobody leaves any more.
+  class WithoutGil {
+   public:
+    explicit WithoutGil(const PyLanes& lanes) : lanes_(lanes) {
+      if (lanes_.closed_) return;
+      ++lanes_.away_;
+      state_ = PyEval_SaveThread();
+    }
+    ~WithoutGil() {
+      if (state_ == nullptr) return;
+      PyEval_RestoreThread(state_);
+      --lanes_.away_;
+    }
+    WithoutGil(const WithoutGil&) = delete;
+    WithoutGil& operator=(const WithoutGil&) = delete;
+
+   private:
+    const PyLanes& lanes_;
+    PyThreadState* state_ = nullptr;
+  };
 
   aoti::Work make_work(const PyModel& model, nb::handle inputs, int threads) const {
     refuse_in_child();
@@ -315,7 +345,7 @@ class PyLanes {
     if (work.on == nullptr) {
       completion = aoti::run_here(lanes_->runtime(), work);
     } else {
-      const nb::gil_scoped_release released;  // a device is waited for, perhaps one that Python works on, too
+      const WithoutGil without_gil(*this);  // a device is waited for, perhaps one that Python works on, too
       completion = aoti::run_here(lanes_->runtime(), work);
     }
     return give(completion);
@@ -367,6 +397,8 @@ class PyLanes {
   }
 
   int born_;
+  bool closed_ = false;     // this and the next: guarded by the GIL
+  mutable int away_ = 0;    // threads that gave up the GIL in here, and will want it back
   aoti::Tensors tensors_;
   std::unique_ptr<aoti::Lanes> lanes_;
 };
@@ -375,6 +407,7 @@ class PyLanes {
 
 NB_MODULE(_native, module) {
   module.doc() = "Native lanes: threads that run compiled models and never touch Python.";
+  nb::set_leak_warnings(false);  // a daemon thread that the interpreter leaves behind keeps what it had
   pthread_atfork(nullptr, nullptr, [] { ++forks; });
 
   nb::exception<Forked>(module, "ForkedError", PyExc_RuntimeError);

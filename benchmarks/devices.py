@@ -1,0 +1,236 @@
+"""What a device is served with: `python -m benchmarks.devices cuda:0`, side by side with torch's own runner, as tables for docs/devices.md.
+
+- One client: from the request to the result on the device, beside a bare loop of torch's runner, which waits for the device after each run.
+- Throughput with 1, 2, 4 and 8 instances, beside a bare loop that never waits: one thread that launches as fast as it can, on one stream.
+- The pause of a swap under load, and what a set of new weights from the host takes to stage, alone and under load, beside torch's own copy.
+
+On CUDA each row of runs is there with CUDA graphs, too. Every row is measured in each round, so that what else the machine does falls on all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import aoti_sched
+from aoti_sched.backends.torch_runner import stock_runner
+from aoti_sched.package import open_package
+
+from . import models
+from .clients import served
+from .measure import percentile, this_machine
+
+if TYPE_CHECKING:
+    from aoti_sched import Runner, Scheduler
+
+INSTANCES = (1, 2, 4, 8)
+CLIENTS = 4
+"""For each instance."""
+BUSY = 8
+"""Clients while weights are exchanged."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is measured, and for how long: `seconds` for each row in each of the `rounds`, and so many `updates`."""
+
+    device: str
+    seconds: float
+    rounds: int
+    updates: int
+
+    @property
+    def kind(self) -> str:
+        return self.device.partition(":")[0]
+
+    @property
+    def graphs(self) -> tuple[bool, ...]:
+        return (False, True) if self.kind == "cuda" else (False,)
+
+    @property
+    def name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.kind == "cuda" else self.device
+
+    def package(self, model: str) -> Any:
+        return models.ensure(model, "pt2" if self.kind == "cpu" else f"{self.kind}.pt2")
+
+    def example(self, model: str) -> torch.Tensor:
+        return models.example(model).to(self.device)
+
+    def synchronize(self) -> None:
+        if self.kind != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+    def stock(self, model: str) -> Callable[[], Any]:
+        package = open_package(self.package(model))
+        library = package.extract(package.model(None), None).library
+        runner, inputs = stock_runner(self.device, library, 1), [self.example(model)]
+        return lambda: runner.run(inputs)
+
+
+Row = tuple[str, Callable[[float], Any]]
+"""What it is, and what measures it for so many seconds: runs per second."""
+
+
+def looped(run: Callable[[], Any], synchronize: Callable[[], None], seconds: float, *, waits: bool) -> float:
+    """Runs per second of a bare loop that waits for the device after each, or at the end."""
+    synchronize()
+    started = time.perf_counter()
+    runs = 0
+    while time.perf_counter() < started + seconds:
+        run()
+        runs += 1
+        if waits:
+            synchronize()
+        elif runs % 100 == 0:
+            synchronize()  # a queue that only grows is not throughput
+    synchronize()
+    return runs / (time.perf_counter() - started)
+
+
+async def rates(bench: Bench, rows: Sequence[Row]) -> list[float]:
+    """The median of each row over the rounds; another one begins in each."""
+    measured: list[list[float]] = [[] for _ in rows]
+    for turn in range(bench.rounds):
+        for number in [(turn + one) % len(rows) for one in range(len(rows))]:
+            found = rows[number][1](bench.seconds)
+            measured[number].append(await found if asyncio.iscoroutine(found) else found)
+    return [statistics.median(row) for row in measured]
+
+
+async def one_client(bench: Bench, scheduler: Scheduler) -> list[str]:
+    stock = bench.stock("deep")
+    rows: list[Row] = [
+        ("torch's runner, a bare loop", lambda s: looped(stock, bench.synchronize, s, waits=True))
+    ]
+    x = bench.example("deep")
+    for graphs in bench.graphs:
+        runner = await scheduler.load(
+            bench.package("deep"), name=f"one{graphs}", device=bench.device, **_graphs(bench, graphs)
+        )
+        rows.append(
+            (_named("aoti_sched", graphs), functools.partial(served, functools.partial(runner.run, x), 1))
+        )
+    found = await rates(bench, rows)
+    lines = ["| one client | µs per request | beside the bare loop |", "|---|---|---|"]
+    for (name, _), rate in zip(rows, found, strict=True):
+        lines.append(f"| {name} | {1e6 / rate:.1f} | {found[0] / rate:.2f} times |")
+    return lines
+
+
+async def throughput(bench: Bench, scheduler: Scheduler) -> list[str]:
+    stock = bench.stock("deep")
+    rows: list[Row] = [
+        (
+            "torch's runner, a bare loop that does not wait",
+            lambda s: looped(stock, bench.synchronize, s, waits=False),
+        )
+    ]
+    x = bench.example("deep")
+    for graphs in bench.graphs:
+        for instances in INSTANCES:
+            name = _named(f"aoti_sched, {instances} instance{'s' * (instances > 1)}", graphs)
+            runner = await scheduler.load(
+                bench.package("deep"),
+                name=name,
+                device=bench.device,
+                instances=instances,
+                **_graphs(bench, graphs),
+            )
+            ask = functools.partial(runner.run, x)
+            rows.append((name, functools.partial(served, ask, CLIENTS * instances)))
+    found = await rates(bench, rows)
+    lines = ["| throughput | requests per second | beside the bare loop |", "|---|---|---|"]
+    for (name, _), rate in zip(rows, found, strict=True):
+        lines.append(f"| {name} | {rate:,.0f} | {rate / found[0]:.2f} times |")
+    return lines
+
+
+async def weights(bench: Bench, scheduler: Scheduler) -> list[str]:
+    """Two sets on the host, exchanged again and again."""
+    runner = await scheduler.load(bench.package("large"), name="large", device=bench.device, instances=4)
+    first = {name: tensor.cpu() for name, tensor in (await runner.extract()).items()}
+    sets = [first, {name: tensor * 0.5 for name, tensor in first.items()}]
+    size = sum(tensor.nbytes for tensor in first.values())
+
+    def copy() -> float:
+        began = time.perf_counter()
+        there = [tensor.to(bench.device, copy=True) for tensor in first.values()]
+        bench.synchronize()
+        del there
+        return time.perf_counter() - began
+
+    async def update() -> list[aoti_sched.UpdateReport]:
+        return [await runner.update(sets[number % 2]) for number in range(bench.updates)]
+
+    copied = [copy() for _ in range(bench.updates)]
+    alone = await update()
+    x = bench.example("large")
+    over = time.perf_counter() + 3600
+    clients = [asyncio.ensure_future(_ask(runner, x, over)) for _ in range(BUSY)]
+    busy = await update()
+    for client in clients:
+        client.cancel()
+    await asyncio.gather(*clients, return_exceptions=True)
+    pauses = [report.pause_seconds for report in busy]
+    lines = [f"| {size / 1e6:.0f} MB of weights from the host | GB/s |", "|---|---|"]
+    for name, seconds in (
+        ("torch's own copy", copied),
+        ("staged, nothing runs", [report.stage_seconds for report in alone]),
+        (f"staged, {BUSY} clients", [report.stage_seconds for report in busy]),
+    ):
+        lines.append(f"| {name} | {size / statistics.median(seconds) / 1e9:.2f} |")
+    lines += ["", f"| the pause of a swap, {BUSY} clients, 4 instances | ms |", "|---|---|"]
+    lines.append(f"| median of {len(pauses)} | {1e3 * statistics.median(pauses):.3f} |")
+    lines.append(f"| longest | {1e3 * percentile(pauses, 100):.3f} |")
+    return lines
+
+
+async def _ask(runner: Runner, x: torch.Tensor, until: float) -> None:
+    while time.perf_counter() < until:
+        await runner.run(x)
+
+
+def _graphs(bench: Bench, graphs: bool) -> dict[str, Any]:
+    lane = {"placement": "lane"} if bench.kind == "cpu" else {}
+    return {**lane, "cuda_graphs": graphs}
+
+
+def _named(name: str, graphs: bool) -> str:
+    return f"{name}, CUDA graphs" if graphs else name
+
+
+async def measure(bench: Bench) -> str:
+    """All tables."""
+    lines = [f"{bench.name}. {this_machine()}.", ""]
+    for part in (one_client, throughput, weights):
+        async with aoti_sched.Scheduler() as scheduler:
+            lines += [*await part(bench, scheduler), ""]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.devices",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("device", help="cuda:0, xpu:0, mps; or cpu, to see that all works")
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="for each row in each round (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=20, help="of the weights (default: %(default)s)")
+    print(asyncio.run(measure(Bench(**vars(parser.parse_args(argv))))))
+
+
+if __name__ == "__main__":
+    main()
