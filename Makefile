@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Each file of tests is one process's, of two: what is tested has threads of its own.
+IN_TWO := --numprocesses 2 --dist loadfile --quiet
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fallback test-compiled wheels soak bench simulate lint coverage clean
@@ -10,7 +12,7 @@ BIN := $(VENV)/bin
 help:
 	@echo "make demo      compile two real models (once) and serve them side by side"
 	@echo "make test      the whole test suite"
-	@echo "make test-fallback  what runs models, on an installation that found no compiler (10 minutes)"
+	@echo "make test-fallback  what runs models, on an installation that found no compiler (6 minutes)"
 	@echo "make test-compiled  the tests of what is compiled where it is installed, on that"
 	@echo "make wheels    wheels with and without a compiler, looked into"
 	@echo "make soak      a minute of random work on real models, checked"
@@ -36,7 +38,7 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m tests.models
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(IN_TWO)
 
 # Beside the environment, two whose own aoti_sched is another: one installed as where there is no compiler, and one in which is
 # compiled what installations have compiled that are not for development. Torch and all else is the first one's.
@@ -60,10 +62,10 @@ $(COMPILED)/installed: $(COMPILED)/python $(wildcard compiled/* aoti_sched/*.py 
 test-fallback: $(FALLBACK)/installed
 	! $(FALLBACK)/bin/python -m aoti_sched.backends.native
 	$(BIN)/python -m tests.models
-	$(FALLBACK)/bin/python -m pytest -m 'not soak' tests/backends tests/native tests/front tests/real
+	$(FALLBACK)/bin/python -m pytest $(IN_TWO) -m 'not soak' tests/backends tests/native tests/front tests/real
 
 test-compiled: $(COMPILED)/installed
-	$(COMPILED)/bin/python -m pytest tests/queue tests/front tests/test_call_spec.py tests/test_validation.py
+	$(COMPILED)/bin/python -m pytest $(IN_TWO) tests/queue tests/front tests/test_call_spec.py tests/test_validation.py
 
 wheels: $(VENV)/installed
 	$(BIN)/python -m pytest tests/wheels.py
