@@ -68,7 +68,8 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     lane's thread to one core, by number; by default the system places them. Of "cpu:0", "cpu:1" and so on, which are parts of the
     CPU, it says which cores they are. Runs never use more than `cores` together, each as many as it has threads; by default what
     the process may use, and on other devices than CPUs one for each lane. A request that was queued for `max_wait` seconds is
-    overdue, and every second run is of the one that came first, whatever its priority class; None for strict classes.
+    overdue, and every second run is of the one that came first, whatever its priority class; None for strict classes. On CUDA, `launchers`
+    is how many threads launch the runs of all lanes and look what is done; by default each lane has a thread, which waits for its runs.
 
     The weights of its models take at most `memory_limit` bytes together, staged and previous sets included. A load or an update that would not
     fit is refused with MemoryLimitError; with `evict="lru"`, models that are idle are parked for it, and come back when they are asked for.
@@ -78,6 +79,7 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     cores: _Count | None = None
     max_wait: Annotated[float, Meta(ge=0)] | None = None
     affinity: tuple[_Core, ...] | None = None
+    launchers: _Count | None = None
     limits: Limits = Limits(jobs=4096)
     memory_limit: _Count | None = None
     evict: Evict | None = None

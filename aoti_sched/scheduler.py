@@ -581,7 +581,7 @@ class Scheduler:
                 self._loop,
                 self._clock or LoopClock(self._loop),
                 queue,
-                device.open_executor(lanes, settings.affinity),
+                device.open_executor(lanes, settings.affinity, settings.launchers),
                 log_requests=self._config.log_requests,
                 on_failing=self._look_after,
                 on_lost=self._lose,

@@ -316,8 +316,10 @@ class FakeBackend:
     def cores(self) -> int:
         return self._lanes
 
-    def open_executor(self, lanes: int, affinity: Sequence[int] | None = None) -> Executor:
-        del affinity
+    def open_executor(
+        self, lanes: int, affinity: Sequence[int] | None = None, launchers: int | None = None
+    ) -> Executor:
+        del affinity, launchers
         self._executor = FakeExecutor(lanes, self._clock, auto=self._auto)
         return self._executor
 

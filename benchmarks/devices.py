@@ -4,7 +4,7 @@
 - Throughput with 1, 2, 4 and 8 instances, beside a bare loop that never waits: one thread that launches as fast as it can, on one stream.
 - The pause of a swap under load, and what a set of new weights from the host takes to stage, alone and under load, beside torch's own copy.
 
-On CUDA each row of runs is there with CUDA graphs, too. Every row is measured in each round, so that what else the machine does falls on all.
+On CUDA each row of runs is there with CUDA graphs, and with one launcher for all lanes, too. Every row is measured in each round, so that what else the machine does falls on all.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import asyncio
 import functools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 import aoti_sched
+from aoti_sched import DeviceConfig, SchedulerConfig
 from aoti_sched.backends.torch_runner import stock_runner
 from aoti_sched.package import open_package
 
@@ -52,10 +54,6 @@ class Bench:
         return self.device.partition(":")[0]
 
     @property
-    def graphs(self) -> tuple[bool, ...]:
-        return (False, True) if self.kind == "cuda" else (False,)
-
-    @property
     def name(self) -> str:
         return torch.cuda.get_device_name(self.device) if self.kind == "cuda" else self.device
 
@@ -74,6 +72,35 @@ class Bench:
         library = package.extract(package.model(None), None).library
         runner, inputs = stock_runner(self.device, library, 1), [self.example(model)]
         return lambda: runner.run(inputs)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How this library serves."""
+
+    name: str
+    scheduler: Scheduler
+    options: dict[str, Any]
+
+
+@asynccontextmanager
+async def ways(bench: Bench) -> AsyncIterator[list[Way]]:
+    """All there are on a device."""
+    cuda = bench.kind == "cuda"
+    options: dict[str, Any] = {"device": bench.device}
+    if bench.kind == "cpu":
+        options["placement"] = "lane"
+    found = []
+    async with AsyncExitStack() as stack:
+        for launchers in (None, 1) if cuda else (None,):
+            lanes = None if bench.kind in ("cpu", "mps") else max(INSTANCES)
+            config = SchedulerConfig(devices={bench.device: DeviceConfig(lanes=lanes, launchers=launchers)})
+            scheduler = await stack.enter_async_context(aoti_sched.Scheduler(config))
+            name = "aoti_sched" if launchers is None else "aoti_sched, one launcher"
+            found.append(Way(name, scheduler, options))
+            if cuda:
+                found.append(Way(f"{name}, CUDA graphs", scheduler, {**options, "cuda_graphs": True}))
+        yield found
 
 
 Row = tuple[str, Callable[[float], Any]]
@@ -106,19 +133,15 @@ async def rates(bench: Bench, rows: Sequence[Row]) -> list[float]:
     return [statistics.median(row) for row in measured]
 
 
-async def one_client(bench: Bench, scheduler: Scheduler) -> list[str]:
+async def one_client(bench: Bench, served_by: Sequence[Way]) -> list[str]:
     stock = bench.stock("deep")
     rows: list[Row] = [
         ("torch's runner, a bare loop", lambda s: looped(stock, bench.synchronize, s, waits=True))
     ]
     x = bench.example("deep")
-    for graphs in bench.graphs:
-        runner = await scheduler.load(
-            bench.package("deep"), name=f"one{graphs}", device=bench.device, **_graphs(bench, graphs)
-        )
-        rows.append(
-            (_named("aoti_sched", graphs), functools.partial(served, functools.partial(runner.run, x), 1))
-        )
+    for way in served_by:
+        runner = await way.scheduler.load(bench.package("deep"), name=way.name, **way.options)
+        rows.append((way.name, functools.partial(served, functools.partial(runner.run, x), 1)))
     found = await rates(bench, rows)
     lines = ["| one client | µs per request | beside the bare loop |", "|---|---|---|"]
     for (name, _), rate in zip(rows, found, strict=True):
@@ -126,7 +149,7 @@ async def one_client(bench: Bench, scheduler: Scheduler) -> list[str]:
     return lines
 
 
-async def throughput(bench: Bench, scheduler: Scheduler) -> list[str]:
+async def throughput(bench: Bench, served_by: Sequence[Way]) -> list[str]:
     stock = bench.stock("deep")
     rows: list[Row] = [
         (
@@ -135,15 +158,11 @@ async def throughput(bench: Bench, scheduler: Scheduler) -> list[str]:
         )
     ]
     x = bench.example("deep")
-    for graphs in bench.graphs:
+    for way in served_by:
         for instances in INSTANCES:
-            name = _named(f"aoti_sched, {instances} instance{'s' * (instances > 1)}", graphs)
-            runner = await scheduler.load(
-                bench.package("deep"),
-                name=name,
-                device=bench.device,
-                instances=instances,
-                **_graphs(bench, graphs),
+            name = f"{way.name}, {instances} instance{'s' * (instances > 1)}"
+            runner = await way.scheduler.load(
+                bench.package("deep"), name=name, instances=instances, **way.options
             )
             ask = functools.partial(runner.run, x)
             rows.append((name, functools.partial(served, ask, CLIENTS * instances)))
@@ -154,9 +173,11 @@ async def throughput(bench: Bench, scheduler: Scheduler) -> list[str]:
     return lines
 
 
-async def weights(bench: Bench, scheduler: Scheduler) -> list[str]:
+async def weights(bench: Bench, served_by: Sequence[Way]) -> list[str]:
     """Two sets on the host, exchanged again and again."""
-    runner = await scheduler.load(bench.package("large"), name="large", device=bench.device, instances=4)
+    runner = await served_by[0].scheduler.load(
+        bench.package("large"), name="large", device=bench.device, instances=4
+    )
     first = {name: tensor.cpu() for name, tensor in (await runner.extract()).items()}
     sets = [first, {name: tensor * 0.5 for name, tensor in first.items()}]
     size = sum(tensor.nbytes for tensor in first.values())
@@ -199,21 +220,12 @@ async def _ask(runner: Runner, x: torch.Tensor, until: float) -> None:
         await runner.run(x)
 
 
-def _graphs(bench: Bench, graphs: bool) -> dict[str, Any]:
-    lane = {"placement": "lane"} if bench.kind == "cpu" else {}
-    return {**lane, "cuda_graphs": graphs}
-
-
-def _named(name: str, graphs: bool) -> str:
-    return f"{name}, CUDA graphs" if graphs else name
-
-
 async def measure(bench: Bench) -> str:
     """All tables."""
     lines = [f"{bench.name}. {this_machine()}.", ""]
     for part in (one_client, throughput, weights):
-        async with aoti_sched.Scheduler() as scheduler:
-            lines += [*await part(bench, scheduler), ""]
+        async with ways(bench) as served_by:
+            lines += [*await part(bench, served_by), ""]
     return "\n".join(lines)
 
 

@@ -284,8 +284,15 @@ class Device(Protocol):
     def cores(self) -> int:
         """How many lanes there are by default: on a CPU, the cores that this process may use."""
 
-    def open_executor(self, lanes: int, affinity: Sequence[int] | None = None) -> Executor:
-        """Start the lanes; with `affinity`, each bound to the core of that number."""
+    def open_executor(
+        self, lanes: int, affinity: Sequence[int] | None = None, launchers: int | None = None
+    ) -> Executor:
+        """Start the lanes; with `affinity`, each bound to the core of that number. Each has a thread, unless there shall be so many `launchers`
+        for all, which launch runs and look what is done.
+
+        Raises:
+            ConfigError: There are no such lanes here.
+        """
 
     def load(self, request: LoadRequest) -> Loaded:
         """Read, check, extract and load one model. Blocking, for seconds.

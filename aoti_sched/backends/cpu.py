@@ -18,7 +18,7 @@ from aoti_sched.backends.container import CAbiContainer
 from aoti_sched.backends.executor import open_executor
 from aoti_sched.backends.raw_container import RawContainer
 from aoti_sched.backends.torch_runner import TorchRunnerContainer
-from aoti_sched.errors import PlatformMismatchError
+from aoti_sched.errors import ConfigError, PlatformMismatchError
 from aoti_sched.package import check_platform, open_package
 from aoti_sched.specs import spec_from_metadata
 
@@ -36,7 +36,13 @@ class CpuDevice:
         cores = available_cores()
         return cores if self._cores is None else min(cores, len(self._cores))
 
-    def open_executor(self, lanes: int, affinity: Sequence[int] | None = None) -> Executor:
+    def open_executor(
+        self, lanes: int, affinity: Sequence[int] | None = None, launchers: int | None = None
+    ) -> Executor:
+        if launchers is not None:
+            raise ConfigError(
+                f"device {self.name!r}: launchers={launchers}, but a run on a CPU is its thread's work; leave it out"
+            )
         return open_executor(self.name, lanes, self.cores(), set_threads, affinity)
 
     def load(self, request: LoadRequest) -> Loaded:

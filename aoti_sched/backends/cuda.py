@@ -71,6 +71,7 @@ class CudaDevice(Accelerator):
             "unguard": self.address("aoti_torch_delete_cuda_stream_guard"),
             "get_context": address("cuCtxGetCurrent"),
             "set_context": address("cuCtxSetCurrent"),
+            "query": address("cuStreamQuery"),
             "copy_in": address("cuMemcpyHtoDAsync_v2"),
             "copy_out": address("cuMemcpyDtoHAsync_v2"),
             "allocate_host": address("cuMemAllocHost_v2"),
@@ -93,6 +94,7 @@ class CudaDevice(Accelerator):
     # --- graphs
 
     records_runs = True
+    may_be_asked = True
 
     def container(self, *, records: bool) -> Callable[..., StreamContainer]:
         return GraphContainer if records else StreamContainer

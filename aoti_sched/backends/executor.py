@@ -21,6 +21,8 @@ def open_executor(
     cores: int,
     set_threads: Callable[[int], None],
     affinity: Sequence[int] | None = None,
+    *,
+    launchers: int | None = None,
 ) -> Executor:
     """The executor of a device.
 
@@ -31,6 +33,7 @@ def open_executor(
         set_threads: Sets the intra-op thread count of the thread that calls it.
         affinity: A core for each lane, by the system's numbers; None leaves them to the system. The threads that a run
             starts stay on their lane's core too, so this is for models of one thread.
+        launchers: So many threads for all native lanes; None for one each.
 
     Raises:
         ConfigError: The environment asks for an executor that is not there, or a lane's core is not this process's.
@@ -46,7 +49,9 @@ def open_executor(
     if built and wanted != "threads":
         from aoti_sched.backends.native.executor import NativeExecutor
 
-        return NativeExecutor(name, lanes, cores, set_threads, affinity)
+        return NativeExecutor(name, lanes, cores, set_threads, affinity, launchers=launchers)
+    if launchers is not None:
+        raise ConfigError(f"device {name!r}: launchers={launchers} needs native lanes, and {CHOICE}=threads")
     from aoti_sched.backends.threads import ThreadsExecutor
 
     if not wanted:

@@ -44,12 +44,14 @@ class MpsDevice(Accelerator):
         """One lane."""
         return 1
 
-    def open_executor(self, lanes: int, affinity: Sequence[int] | None = None) -> Executor:
+    def open_executor(
+        self, lanes: int, affinity: Sequence[int] | None = None, launchers: int | None = None
+    ) -> Executor:
         if lanes != 1:
             raise ConfigError(
                 f"device {self.name!r}: lanes={lanes}, but it runs one model at a time; leave lanes out, or say 1"
             )
-        return super().open_executor(lanes, affinity)
+        return super().open_executor(lanes, affinity, launchers)
 
     def open_stream(self) -> MpsStream:
         return MpsStream(self)

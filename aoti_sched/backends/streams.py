@@ -106,6 +106,8 @@ class Accelerator(ABC):
     """As `RawContainer.has_addresses`."""
     records_runs = False
     """As `Device.records_runs`."""
+    may_be_asked = False
+    """Whether native lanes can ask it what is done, and need not wait."""
 
     @property
     def name(self) -> str:
@@ -115,8 +117,17 @@ class Accelerator(ABC):
         """How many lanes there are by default, and how many of them may work at once."""
         return max(LANES, available_cores())
 
-    def open_executor(self, lanes: int, affinity: Sequence[int] | None = None) -> Executor:
-        executor = open_executor(self.name, lanes, available_cores(), set_threads, affinity)
+    def open_executor(
+        self, lanes: int, affinity: Sequence[int] | None = None, launchers: int | None = None
+    ) -> Executor:
+        if launchers is not None and not (self.may_be_asked and self.native is not None):
+            raise ConfigError(
+                f"device {self.name!r}: launchers={launchers} needs native lanes, and a device that can be asked what is done, as 'cuda' can; "
+                "leave it out"
+            )
+        executor = open_executor(
+            self.name, lanes, available_cores(), set_threads, affinity, launchers=launchers
+        )
         executor.lost = self.lost
         return executor
 

@@ -15,7 +15,6 @@ import torch
 
 from aoti_sched.backends.c_abi import Library
 from aoti_sched.backends.raw_container import RawContainer
-from aoti_sched.backends.threads import ThreadsExecutor
 from tests.backends import simulation
 from tests.models import ROOT, build
 from tests.native.simulated import simulator
@@ -58,13 +57,8 @@ def executors(request):
 
     def open_executor(device, lanes=None):
         lanes = lanes or simulation.lanes_of("mps" if device.one_at_a_time else "cuda")
-        if request.param == "native":
-            executor = device.open_executor(lanes)
-        else:
-            executor = ThreadsExecutor(device.name, lanes, lambda count: None)
-            executor.lost = device.lost
-        opened.append(executor)
-        return executor
+        opened.append(simulation.open_executor(device, request.param, lanes))
+        return opened[-1]
 
     yield open_executor
     simulator().go()
@@ -93,8 +87,6 @@ import torch
 from aoti_sched.backends.c_abi import ConstantEntry, Library
 from aoti_sched.backends.handles import handles_of
 from aoti_sched.backends.raw_container import RawContainer
-from aoti_sched.backends.threads import ThreadsExecutor
-from tests.backends import simulation
 from aoti_sched.errors import *
 from tests.models import build
 

@@ -9,6 +9,7 @@ import torch
 
 from aoti_sched.backends.base import LoadRequest, Work
 from aoti_sched.backends.streams import Slot
+from aoti_sched.backends.threads import ThreadsExecutor
 from tests.native.c_function import CFunction
 from tests.native.simulated import model_path, simulator
 
@@ -21,6 +22,15 @@ def lanes_of(kind):
 
 def open_device(kind):
     return getattr(simulator(), kind)()
+
+
+def open_executor(device, how, lanes):
+    """Native lanes, each with a thread or all with one launcher, or Python threads."""
+    if how != "threads":
+        return device.open_executor(lanes, launchers=1 if how == "launcher" else None)
+    executor = ThreadsExecutor(device.name, lanes, lambda count: None)
+    executor.lost = device.lost
+    return executor
 
 
 def load(device, cache, *, instances=1, older=False, mixed=False, chain=False, **options):

@@ -12,7 +12,7 @@ from aoti_sched.backends.batch import Batch, BatchPlan, InputPlan, OutputPlan, g
 from aoti_sched.backends.cuda_graphs import MOST_GRAPHS
 from aoti_sched.errors import ConfigError, DeviceLostError, LoadError, RunError
 from tests.backends.executor_contract import collect
-from tests.backends.simulation import launch, on_device, open_device, work
+from tests.backends.simulation import launch, on_device, open_device, open_executor, work
 from tests.native.simulated import simulator
 
 
@@ -34,9 +34,12 @@ def recorded(device, loaded):
     return lambda **options: loaded(device, cuda_graphs=True, **options)
 
 
-@pytest.fixture
-def executor(device, executors):
-    return executors(device, 2)
+@pytest.fixture(params=["native", "launcher", "threads"])
+def executor(device, request):
+    executor = open_executor(device, request.param, 2)
+    yield executor
+    simulator().go()
+    executor.close()
 
 
 def run(executor, container, x, slot=0):
@@ -107,7 +110,10 @@ def test_slots_have_graphs_of_their_own_and_run_beside_each_other(recorded, exec
     sim.hold()
     for slot in (0, 1):
         executor.submit(slot, work(container, torch.full((2, 4), float(slot)), slot=slot, token=slot))
-    sim.wait_until_waiting(2)
+    if executor.kind == "threads":
+        sim.wait_until_waiting(2)
+    else:
+        sim.wait_until_pending(6)  # each copies, runs, and copies back
     sim.go()
     for completion in collect(executor, 2):
         assert completion.outputs[0].unique().tolist() == [float(completion.token)]
@@ -361,7 +367,7 @@ def test_inputs_are_held_until_a_graph_has_copied_them(recorded, executor, sim):
     sim.hold()
     executor.submit(0, work(container, x))
     del x
-    sim.wait_until_waiting(1)
+    sim.wait_until_pending(1)
     sim.go()
     assert collect(executor, 1)[0].error is None
 
@@ -377,7 +383,7 @@ def test_a_graph_waits_for_what_the_callers_stream_was_given_before(recorded, ex
         launch(other.handle, writes=[x])
         one = work(container, x)
     executor.submit(0, one)
-    sim.wait_until_waiting(1)
+    sim.wait_until_pending(3)
     sim.go()
     assert collect(executor, 1)[0].error is None
     other.close()
@@ -394,7 +400,7 @@ def test_only_devices_that_record_are_asked_to(tmp_path):
             loading.prepare(device, request(cuda_graphs=True), None, None, "native", 1)
 
 
-@pytest.mark.parametrize("executors", ["native"], indirect=True)
+@pytest.mark.parametrize("executor", ["native"], indirect=True)
 def test_native_lanes_refuse_a_graph_that_is_not_their_models(recorded, executor, device):
     from aoti_sched.backends.native import _native
 

@@ -15,6 +15,7 @@ from aoti_sched.backends import cuda_driver, devices, torch_runner
 from aoti_sched.backends.base import LoadRequest, Work
 from aoti_sched.backends.batch import Batch, BatchPlan, InputPlan, OutputPlan
 from aoti_sched.backends.container import CAbiContainer
+from aoti_sched.backends.cpu import CpuDevice
 from aoti_sched.backends.handles import capsule_of
 from aoti_sched.backends.raw_container import _groups
 from aoti_sched.backends.weights import load_weights
@@ -100,6 +101,15 @@ class TestCudasExecutor(OnSimulatedDevice, ExecutorContract):
     kind = "cuda"
 
 
+class TestCudasLaunchers(OnSimulatedDevice, ExecutorContract):
+    """One thread for all lanes."""
+
+    kind = "cuda"
+
+    def open(self, lanes):
+        return self.device.open_executor(lanes, launchers=1)
+
+
 class TestXpusExecutor(OnSimulatedDevice, ExecutorContract):
     kind = "xpu"
 
@@ -127,6 +137,13 @@ class Batches(OnSimulatedDevice, GatheringContract):
 
 class TestBatchesOnCuda(Batches):
     kind = "cuda"
+
+
+class TestBatchesOfALauncher(Batches):
+    kind = "cuda"
+
+    def open(self, lanes):
+        return self.device.open_executor(lanes, launchers=1)
 
 
 class TestBatchesOnXpu(Batches):
@@ -213,6 +230,58 @@ def test_batches_are_put_together_wherever_their_members_lie(device, executors, 
         assert completion.error is None
         for (output,), member in zip(completion.outputs, members, strict=True):
             assert torch.equal(output.cpu(), member)
+
+
+def test_a_launcher_gives_the_device_the_work_of_several_lanes_and_waits_for_none(cuda, loaded, sim):
+    container = loaded(cuda, instances=3, copy_inputs=True, copy_outputs="cpu")
+    executor = cuda.open_executor(3, launchers=1)
+    sim.hold()
+    for slot in range(3):
+        executor.submit(slot, work(container, torch.full((2, 4), float(slot)), slot=slot, token=slot))
+    sim.wait_until_pending(9)  # each copies, runs, and copies back
+    assert (sim.waiting(), executor.drain()) == (0, [])
+    sim.go()
+    for completion in collect(executor, 3):
+        assert completion.outputs[0].unique().tolist() == [float(completion.token)]
+    executor.submit(0, work(container, torch.ones(2, 4), slot=0))
+    assert len(collect(executor, 1)) == 1
+    sim.hold()
+    for slot in range(3):
+        executor.submit(slot, work(container, torch.ones(2, 4), slot=slot))
+    sim.wait_until_pending(9)
+    sim.go()
+    executor.close()  # waits for them
+    assert len(executor.drain()) == 3
+
+
+def test_a_launcher_tells_of_failures_and_of_a_device_that_breaks(cuda, loaded, sim):
+    container = loaded(cuda, instances=2)
+    executor = cuda.open_executor(2, launchers=1)
+    executor.submit(0, work(container, torch.ones(2, 4)))  # nobody checked the input
+    (failed,) = collect(executor, 1)
+    assert "an input is not on the device" in str(failed.error)
+    x = on_device(2, 4)
+    ready = [work(container, x, slot=slot) for slot in range(2)]
+    sim.hold()
+    for slot in range(2):
+        executor.submit(slot, ready[slot])
+    sim.wait_until_pending(4)  # each waits for its inputs and runs
+    sim.break_device()
+    sim.go()
+    assert {type(completion.error) for completion in collect(executor, 2)} == {DeviceLostError}
+    executor.close()
+
+
+def test_launchers_are_refused_where_nobody_can_be_asked(device, kind, monkeypatch):
+    if kind == "cuda":
+        monkeypatch.setenv("AOTI_SCHED_EXECUTOR", "threads")
+    words = (
+        "and AOTI_SCHED_EXECUTOR=threads" if kind == "cuda" else "and a device that can be asked what is done"
+    )
+    with pytest.raises(ConfigError, match=f"launchers=1 needs native lanes, {words}"):
+        device.open_executor(1, launchers=1)
+    with pytest.raises(ConfigError, match="launchers=2, but a run on a CPU is its thread's work"):
+        CpuDevice().open_executor(2, launchers=2)
 
 
 # --- in what order things happen -------------------------------------------------------------------------------------

@@ -306,16 +306,17 @@ async def test_a_runner_on_two_devices_takes_from_the_host_and_brings_there_or_i
     assert dict(scheduler.runners) == {}
 
 
-async def test_as_many_runs_wait_for_a_device_at_once_as_there_are_lanes(sim):
+@pytest.mark.parametrize("launchers", [None, 1, 2])
+async def test_as_many_runs_are_on_a_device_at_once_as_there_are_lanes(sim, launchers):
     device = open_device("cuda")
-    config = SchedulerConfig(devices={device.name: DeviceConfig(lanes=12)})
+    config = SchedulerConfig(devices={device.name: DeviceConfig(lanes=12, launchers=launchers)})
     async with Scheduler(config, devices={device.name: device}) as scheduler:
         runner = await scheduler.load(
             model_path(), name="times", device=device.name, instances=12, inputs=SPECS, copy_inputs=True
         )
         sim.hold()
         futures = [runner.submit(torch.ones(1, 4)) for _ in range(12)]
-        await asyncio.to_thread(sim.wait_until_waiting, 12)
+        await asyncio.to_thread(sim.wait_until_pending, 24)  # each copies and runs
         sim.go()
         await asyncio.gather(*futures)
 

@@ -59,6 +59,7 @@ std::shared_ptr<const aoti::Device> device(CUcontext context, bool one_at_a_time
   made->driver.context = context;
   set(made->driver.get_context, &cuCtxGetCurrent);
   set(made->driver.set_context, &cuCtxSetCurrent);
+  set(made->driver.query, &cuStreamQuery);
   set(made->driver.copy_in, &cuMemcpyHtoDAsync_v2);
   set(made->driver.copy_out, &cuMemcpyDtoHAsync_v2);
   set(made->driver.allocate_host, &cuMemAllocHost_v2);
@@ -124,7 +125,7 @@ void play(std::mt19937& random, CUcontext context) {
     aoti::Runtime runtime;
     runtime.delete_tensor = &torch_delete_tensor;
     runtime.root_cause = &torch_root_cause;
-    aoti::Lanes lanes(runtime, std::vector<std::string>(2, "aoti:stress"), {}, 1);
+    aoti::Lanes lanes(runtime, std::vector<std::string>(2, "aoti:stress"), {}, 1, random() % 2);
     std::vector<int> left(slots.size(), kWorks);
     int under_way = 0;
     const auto submit = [&](std::size_t index) {

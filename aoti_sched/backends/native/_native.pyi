@@ -74,7 +74,7 @@ class Plan:
 class Device:
     """A device as lanes know it: torch's number for its kind, its own number, whether it takes one work of the process at a time, and
     functions by name: `new_handle`, `get_device_type` and `copy` of torch; `guard` and `unguard` where there are current streams;
-    `get_context`, `set_context`, `copy_in`, `copy_out`, `allocate_host`, `free_host`, `launch_graph` and `explain` of a driver."""
+    `get_context`, `set_context`, `query`, `copy_in`, `copy_out`, `allocate_host`, `free_host`, `launch_graph` and `explain` of a driver."""
 
     def __init__(
         self,
@@ -129,7 +129,8 @@ class ConstantMap:
         """What it holds, in no order."""
 
 class Lanes:
-    """A device's lanes. After a fork, the child's copy refuses to work."""
+    """A device's lanes, each with a thread, or with so many `threads` for all, which launch on a device and look what is done. After a fork, the
+    child's copy refuses to work."""
 
     def __init__(
         self,
@@ -143,6 +144,7 @@ class Lanes:
         get_threads: int = 0,
         set_omp_threads: int = 0,
         set_mkl_threads: int = 0,
+        threads: int = 0,
     ) -> None: ...
     def submit(
         self,

@@ -58,6 +58,7 @@ class NativeExecutor:
         cores: Cores the process may use; lanes spin for work only while some are left.
         set_threads: For the stand-in threads, as in `ThreadsExecutor`.
         affinity: A core for each lane; None leaves them to the system.
+        launchers: So many threads for all lanes; None for one each. A lane that has no thread of its own is for devices.
     """
 
     kind = "native"
@@ -69,6 +70,8 @@ class NativeExecutor:
         cores: int,
         set_threads: Callable[[int], None],
         affinity: Sequence[int] | None = None,
+        *,
+        launchers: int | None = None,
     ) -> None:
         self.lanes = lanes
         self._name = name
@@ -84,6 +87,7 @@ class NativeExecutor:
             get_threads=_address("_ZN2at15get_num_threadsEv"),
             set_omp_threads=_address("omp_set_num_threads"),
             set_mkl_threads=_address("MKL_Set_Num_Threads_Local"),
+            threads=launchers or 0,
         )
         self._works: dict[int, Work] = {}  # the lanes hold no Python object: what they work on lives here
         self._members: dict[int, object] = {}  # and the members of batches

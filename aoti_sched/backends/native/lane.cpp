@@ -1,11 +1,14 @@
 #include "lane.hpp"
 
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <exception>
 #include <iterator>
+#include <list>
 #include <optional>
 #include <system_error>
+#include <tuple>
 #include <utility>
 
 #include <fcntl.h>
@@ -94,73 +97,103 @@ std::int32_t guard_torch(const Runtime& runtime, Completion& completion, Call ca
   });
 }
 
-// Runs a work on the calling thread with the intra-op threads it has.
-Completion run_work(const Runtime& runtime, Work& work) {
-  const Model& model = *work.model;
-  Completion completion;
-  completion.token = work.token;
-  completion.outputs.assign(model.num_outputs, nullptr);
-  completion.started = now();
-  Batch* const batch = work.batch.get();
-  if (batch != nullptr) {
-    completion.members = batch->rows.size();
-    completion.status = guard_torch(runtime, completion, [&] { gather(*batch, work.inputs); });
+// A work from its begin to its end, on the calling thread with the intra-op threads it has. On a device there is time between the two.
+class Running {
+ public:
+  Running(const Runtime& runtime, Work&& work) : runtime_(runtime), work_(std::move(work)), model_(*work_.model) {
+    begin();
   }
-  std::optional<Stream::Run> on;  // from here until the device is done
-  if (work.on != nullptr && completion.status == 0) {
-    completion.status = guard_torch(runtime, completion, [&] {
-      on.emplace(*work.on);
-      if (work.graph == nullptr) {
-        on->bring(work.inputs);
-      } else {
-        on->replay(*work.graph, work.inputs, completion.outputs);
-      }
-    });
-  }
-  void* const stream = work.on != nullptr ? work.on->handle() : work.stream;
-  if (work.graph == nullptr && completion.status == 0) {
-    completion.status = guard(completion.error, [&] {
-      const std::int32_t status =
-          model.run(model.container, work.inputs.data(), work.inputs.size(), completion.outputs.data(),
-                    completion.outputs.size(), stream, model.proxy_executor);
-      if (status != 0) explain(runtime, model, completion);
-      return status;
-    });
-  }
-  if (on && work.graph == nullptr && completion.status == 0) {
-    completion.status = guard_torch(runtime, completion, [&] { on->send_home(completion.outputs); });
-  }
-  if (on || work.fence != nullptr) {  // after a failure too: what was launched before it may still use what we free
-    std::string error;
-    const std::int32_t fenced = guard(error, [&] {
-      if (!on) return work.fence(work.fence_argument);
-      on->fence();
+
+  // The device has it now, and can be asked whether it is done. Until `end`, the thread may do other things.
+  bool can_be_left() const { return on_ && work_.on->can_be_asked(); }
+  void leave() { on_->leave(); }
+
+  bool ready() {
+    bool is = true;
+    guard(completion_.error, [&] {
+      is = on_->ready();
       return 0;
     });
-    if (fenced != 0 && completion.status == 0) {
-      completion.status = fenced;
-      if (error.empty()) error = "waiting for the device failed with status " + std::to_string(fenced);
-      completion.error = std::move(error);
+    return is;
+  }
+
+  // Waits for the device.
+  Completion end() {
+    if (on_ || work_.fence != nullptr) {  // after a failure too: what was launched before it may still use what we free
+      std::string error;
+      const std::int32_t fenced = guard(error, [&] {
+        if (!on_) return work_.fence(work_.fence_argument);
+        on_->fence();
+        return 0;
+      });
+      if (fenced != 0 && completion_.status == 0) {
+        completion_.status = fenced;
+        if (error.empty()) error = "waiting for the device failed with status " + std::to_string(fenced);
+        completion_.error = std::move(error);
+      }
+    }
+    if (on_ && completion_.status == 0) {
+      completion_.status = guard_torch(runtime_, completion_, [&] { on_->land(completion_.outputs); });
+    }
+    on_.reset();
+    work_.graph.reset();
+    work_.on.reset();  // before the completion is seen: who sees it may close the device
+    Batch* const batch = work_.batch.get();
+    if (batch != nullptr && completion_.status == 0) {
+      completion_.status =
+          guard_torch(runtime_, completion_, [&] { split(*batch, completion_.outputs, completion_.parts); });
+      if (batch->plan->detach_rows) free_handles(runtime_, completion_.outputs);
+    }
+    completion_.finished = now();
+    free_handles(runtime_, work_.inputs);  // what the model stole is null
+    if (completion_.status != 0) {
+      free_handles(runtime_, completion_.outputs);
+      free_handles(runtime_, completion_.parts);
+    }
+    return std::move(completion_);
+  }
+
+ private:
+  void begin() {
+    completion_.token = work_.token;
+    completion_.outputs.assign(model_.num_outputs, nullptr);
+    completion_.started = now();
+    if (Batch* const batch = work_.batch.get(); batch != nullptr) {
+      completion_.members = batch->rows.size();
+      completion_.status = guard_torch(runtime_, completion_, [&] { gather(*batch, work_.inputs); });
+    }
+    if (work_.on != nullptr && completion_.status == 0) {
+      completion_.status = guard_torch(runtime_, completion_, [&] {
+        on_.emplace(*work_.on);
+        if (work_.graph == nullptr) {
+          on_->bring(work_.inputs);
+        } else {
+          on_->replay(*work_.graph, work_.inputs, completion_.outputs);
+        }
+      });
+    }
+    if (work_.graph != nullptr) return;
+    void* const stream = work_.on != nullptr ? work_.on->handle() : work_.stream;
+    if (completion_.status == 0) {
+      completion_.status = guard(completion_.error, [&] {
+        const std::int32_t status =
+            model_.run(model_.container, work_.inputs.data(), work_.inputs.size(), completion_.outputs.data(),
+                       completion_.outputs.size(), stream, model_.proxy_executor);
+        if (status != 0) explain(runtime_, model_, completion_);
+        return status;
+      });
+    }
+    if (on_ && completion_.status == 0) {
+      completion_.status = guard_torch(runtime_, completion_, [&] { on_->send_home(completion_.outputs); });
     }
   }
-  if (on && completion.status == 0) {
-    completion.status = guard_torch(runtime, completion, [&] { on->land(completion.outputs); });
-  }
-  on.reset();
-  work.graph.reset();
-  work.on.reset();  // before the completion is seen: who sees it may close the device
-  if (batch != nullptr && completion.status == 0) {
-    completion.status = guard_torch(runtime, completion, [&] { split(*batch, completion.outputs, completion.parts); });
-    if (batch->plan->detach_rows) free_handles(runtime, completion.outputs);
-  }
-  completion.finished = now();
-  free_handles(runtime, work.inputs);  // what the model stole is null
-  if (completion.status != 0) {
-    free_handles(runtime, completion.outputs);
-    free_handles(runtime, completion.parts);
-  }
-  return completion;
-}
+
+  const Runtime& runtime_;
+  Work work_;
+  const Model& model_;
+  Completion completion_;
+  std::optional<Stream::Run> on_;  // from when it is begun until the device is done
+};
 
 // Gives the calling thread so many intra-op threads, and at the end those that it had.
 class ThreadsHere {
@@ -190,7 +223,7 @@ class ThreadsHere {
 
 Completion run_here(const Runtime& runtime, Work& work) {
   const ThreadsHere threads(runtime, work.threads);
-  return run_work(runtime, work);
+  return Running(runtime, std::move(work)).end();
 }
 
 // --- Bell -------------------------------------------------------------------------------------------------
@@ -231,30 +264,48 @@ void Bell::hush() {
 // --- Lanes ------------------------------------------------------------------------------------------------
 
 struct Lanes::Lane {
+  std::array<Work, kDepth> works;  // a ring, guarded by its thread's mutex, as all here
+  std::size_t first = 0;
+  std::size_t queued = 0;   // in the ring
+  std::size_t running = 0;  // 0 or 1
+};
+
+// Serves one lane or several.
+struct Lanes::Thread {
   std::string name;
   int core = -1;
+  std::vector<Lane*> lanes;
   std::thread thread;
   std::mutex mutex;
   std::condition_variable wake;
-  std::array<Work, kDepth> works;     // a ring, guarded by mutex
-  std::size_t first = 0;              // guarded by mutex
-  std::size_t queued = 0;             // in the ring, guarded by mutex
-  std::size_t running = 0;            // 0 or 1, guarded by mutex
-  bool asleep = false;                // guarded by mutex
-  bool closing = false;               // guarded by mutex
+  bool asleep = false;                  // guarded by mutex
+  bool closing = false;                 // guarded by mutex
   std::atomic<std::size_t> signals{0};  // counts submits, for the spinning thread
+
+  // One whose work can begin now; null where there is none. The mutex is held.
+  Lane* next() {
+    for (Lane* lane : lanes) {
+      if (lane->queued > 0 && lane->running == 0) return lane;
+    }
+    return nullptr;
+  }
 };
 
-Lanes::Lanes(Runtime runtime, std::vector<std::string> names, std::vector<int> affinities, int cores)
+Lanes::Lanes(Runtime runtime, std::vector<std::string> names, std::vector<int> affinities, int cores,
+             std::size_t threads)
     : runtime_(runtime), cores_(cores) {
+  const std::size_t count = threads == 0 ? names.size() : std::min(threads, names.size());
   for (std::size_t index = 0; index < names.size(); ++index) {
-    auto lane = std::make_unique<Lane>();
-    lane->name = std::move(names[index]);
-    lane->core = index < affinities.size() ? affinities[index] : -1;
-    lanes_.push_back(std::move(lane));
+    lanes_.push_back(std::make_unique<Lane>());
+    if (index < count) {
+      threads_.push_back(std::make_unique<Thread>());
+      threads_.back()->name = std::move(names[index]);
+      threads_.back()->core = index < affinities.size() ? affinities[index] : -1;
+    }
+    threads_[index % count]->lanes.push_back(lanes_.back().get());
   }
   try {
-    for (auto& lane : lanes_) lane->thread = std::thread([this, &lane = *lane] { serve(lane); });
+    for (auto& thread : threads_) thread->thread = std::thread([this, &thread = *thread] { serve(thread); });
   } catch (...) {
     close();
     throw;
@@ -271,16 +322,17 @@ Lanes::~Lanes() {
 
 bool Lanes::submit(std::size_t index, Work& work) {
   Lane& lane = *lanes_[index];
+  Thread& thread = *threads_[index % threads_.size()];
   bool asleep = false;
   {
-    std::lock_guard lock(lane.mutex);
-    if (lane.closing || lane.queued + lane.running == kDepth) return false;
+    std::lock_guard lock(thread.mutex);
+    if (thread.closing || lane.queued + lane.running == kDepth) return false;
     lane.works[(lane.first + lane.queued) % kDepth] = std::move(work);
     ++lane.queued;
-    asleep = lane.asleep;
+    asleep = thread.asleep;
   }
-  lane.signals.fetch_add(1, std::memory_order_release);
-  if (asleep) lane.wake.notify_one();
+  thread.signals.fetch_add(1, std::memory_order_release);
+  if (asleep) thread.wake.notify_one();
   return true;
 }
 
@@ -326,16 +378,16 @@ void Lanes::close() {
   std::lock_guard closing(close_mutex_);
   if (closed_) return;
   closed_ = true;
-  for (auto& lane : lanes_) {
+  for (auto& thread : threads_) {
     {
-      std::lock_guard lock(lane->mutex);
-      lane->closing = true;
+      std::lock_guard lock(thread->mutex);
+      thread->closing = true;
     }
-    lane->signals.fetch_add(1, std::memory_order_release);
-    lane->wake.notify_one();
+    thread->signals.fetch_add(1, std::memory_order_release);
+    thread->wake.notify_one();
   }
-  for (auto& lane : lanes_) {
-    if (lane->thread.joinable()) lane->thread.join();
+  for (auto& thread : threads_) {
+    if (thread->thread.joinable()) thread->thread.join();
   }
 }
 
@@ -351,63 +403,100 @@ void Lanes::finish(Completion&& completion) {
   if (ring) bell_.ring();  // once per burst: until the loop has drained, it knows
 }
 
-bool Lanes::wait_for_work(Lane& lane) {
-  // Only a lane that has just worked comes here awake. It spins if a core is left for it beside the loop's.
-  const std::size_t seen = lane.signals.load(std::memory_order_acquire);
+Lanes::Lane* Lanes::wait_for_work(Thread& thread) {
+  // Only a thread that has just worked comes here awake. It spins if a core is left for it beside the loop's.
+  const std::size_t seen = thread.signals.load(std::memory_order_acquire);
   {
-    std::lock_guard lock(lane.mutex);
-    if (lane.queued > 0) return true;
-    if (lane.closing) return false;
+    std::lock_guard lock(thread.mutex);
+    if (Lane* const lane = thread.next(); lane != nullptr || thread.closing) return lane;
   }
   if (awake_.load(std::memory_order_relaxed) < cores_) {
-    spin(kSpin, [&] { return lane.signals.load(std::memory_order_acquire) != seen; });
+    spin(kSpin, [&] { return thread.signals.load(std::memory_order_acquire) != seen; });
   }
-  std::unique_lock lock(lane.mutex);
-  if (lane.queued == 0 && !lane.closing) {
+  std::unique_lock lock(thread.mutex);
+  Lane* lane = thread.next();
+  if (lane == nullptr && !thread.closing) {
     awake_.fetch_sub(1, std::memory_order_relaxed);
-    lane.asleep = true;
-    lane.wake.wait(lock, [&] { return lane.queued > 0 || lane.closing; });
-    lane.asleep = false;
+    thread.asleep = true;
+    thread.wake.wait(lock, [&] { return (lane = thread.next()) != nullptr || thread.closing; });
+    thread.asleep = false;
     awake_.fetch_add(1, std::memory_order_relaxed);
   }
-  return lane.queued > 0;
+  return lane;
 }
 
-void Lanes::serve(Lane& lane) {
+void Lanes::serve(Thread& thread) {
 #ifdef __linux__
-  pthread_setname_np(pthread_self(), lane.name.substr(0, 15).c_str());
-  if (lane.core >= 0) {
+  pthread_setname_np(pthread_self(), thread.name.substr(0, 15).c_str());
+  if (thread.core >= 0) {
     cpu_set_t cores;
     CPU_ZERO(&cores);
-    CPU_SET(lane.core, &cores);
+    CPU_SET(thread.core, &cores);
     pthread_setaffinity_np(pthread_self(), sizeof cores, &cores);
   }
 #elif defined(__APPLE__)
-  pthread_setname_np(lane.name.c_str());
+  pthread_setname_np(thread.name.c_str());
 #endif
   if (runtime_.get_threads != nullptr) runtime_.get_threads();
   int threads = 0;
-  awake_.fetch_add(1, std::memory_order_relaxed);
-  while (wait_for_work(lane)) {
-    Work work;
+  std::list<std::pair<Lane*, Running>> left;  // that the device has, while this thread serves its other lanes
+  const auto finish_on = [&](Lane& lane, Running& running) {
+    Completion completion = running.end();
     {
-      std::lock_guard lock(lane.mutex);
-      work = std::move(lane.works[lane.first]);
-      lane.first = (lane.first + 1) % kDepth;
-      --lane.queued;
-      lane.running = 1;
-    }
-    if (work.threads != threads) {
-      threads = work.threads;
-      if (runtime_.set_omp_threads != nullptr) runtime_.set_omp_threads(threads);
-      if (runtime_.set_mkl_threads != nullptr) runtime_.set_mkl_threads(threads);
-    }
-    Completion completion = run_work(runtime_, work);
-    {
-      std::lock_guard lock(lane.mutex);
+      std::lock_guard lock(thread.mutex);
       lane.running = 0;  // before the completion is seen: who sees it may submit again
     }
     finish(std::move(completion));
+  };
+  awake_.fetch_add(1, std::memory_order_relaxed);
+  for (;;) {
+    Lane* lane = nullptr;
+    if (left.empty()) {
+      lane = wait_for_work(thread);
+      if (lane == nullptr) break;
+    } else {
+      std::lock_guard lock(thread.mutex);
+      lane = thread.next();
+    }
+    if (lane != nullptr) {
+      Work work;
+      {
+        std::lock_guard lock(thread.mutex);
+        work = std::move(lane->works[lane->first]);
+        lane->first = (lane->first + 1) % kDepth;
+        --lane->queued;
+        lane->running = 1;
+      }
+      if (work.threads != threads) {
+        threads = work.threads;
+        if (runtime_.set_omp_threads != nullptr) runtime_.set_omp_threads(threads);
+        if (runtime_.set_mkl_threads != nullptr) runtime_.set_mkl_threads(threads);
+      }
+      if (thread.lanes.size() == 1) {
+        Running running(runtime_, std::move(work));
+        finish_on(*lane, running);
+        continue;
+      }
+      Running& running = left.emplace_back(std::piecewise_construct, std::forward_as_tuple(lane),
+                                           std::forward_as_tuple(runtime_, std::move(work))).second;
+      if (running.can_be_left()) {
+        running.leave();
+      } else {
+        finish_on(*lane, running);
+        left.pop_back();
+      }
+    }
+    bool some = lane != nullptr;
+    for (auto one = left.begin(); one != left.end();) {
+      if (one->second.ready()) {
+        finish_on(*one->first, one->second);
+        one = left.erase(one);
+        some = true;
+      } else {
+        ++one;
+      }
+    }
+    if (!some) std::this_thread::yield();
   }
   awake_.fetch_sub(1, std::memory_order_relaxed);
 }

@@ -98,8 +98,10 @@ class Lanes {
  public:
   static constexpr std::size_t kDepth = 2;  // one running, one next
 
-  // `names` are the threads'; `affinities` a core for each lane, or negative. Throws std::system_error.
-  Lanes(Runtime runtime, std::vector<std::string> names, std::vector<int> affinities, int cores);
+  // One lane for each name; `affinities` is a core for each, or negative. Each has a thread of its name, unless there shall be fewer `threads`:
+  // then each of those serves several lanes, which is for devices: it launches what they have, and looks again and again what is done. Throws
+  // std::system_error.
+  Lanes(Runtime runtime, std::vector<std::string> names, std::vector<int> affinities, int cores, std::size_t threads = 0);
   ~Lanes();
   Lanes(const Lanes&) = delete;
   Lanes& operator=(const Lanes&) = delete;
@@ -124,14 +126,17 @@ class Lanes {
 
  private:
   struct Lane;
-  void serve(Lane& lane);
-  bool wait_for_work(Lane& lane);
+  struct Thread;
+  void serve(Thread& thread);
+  // A lane whose work can begin; null when all is done and the lanes are closing.
+  Lane* wait_for_work(Thread& thread);
   void finish(Completion&& completion);
 
   Runtime runtime_;
   int cores_;
-  std::atomic<int> awake_{0};  // lanes that run or spin
+  std::atomic<int> awake_{0};  // threads that run or spin
   std::vector<std::unique_ptr<Lane>> lanes_;
+  std::vector<std::unique_ptr<Thread>> threads_;  // each lane's is that of its number, and all beyond the last again
   std::mutex done_mutex_;
   std::vector<Completion> done_;  // guarded by done_mutex_
   bool rung_ = false;             // guarded by done_mutex_

@@ -144,6 +144,7 @@ std::shared_ptr<const aoti::Device> make_device(const aoti::Shim& shim, std::int
   set(device.unguard, "unguard");
   set(device.driver.get_context, "get_context");
   set(device.driver.set_context, "set_context");
+  set(device.driver.query, "query");
   set(device.driver.copy_in, "copy_in");
   set(device.driver.copy_out, "copy_out");
   set(device.driver.allocate_host, "allocate_host");
@@ -189,12 +190,12 @@ class PyLanes {
  public:
   PyLanes(std::vector<std::string> names, std::vector<int> affinities, int cores, aoti::Tensors tensors,
           std::uintptr_t delete_tensor, std::uintptr_t root_cause, std::uintptr_t get_threads,
-          std::uintptr_t set_omp_threads, std::uintptr_t set_mkl_threads)
+          std::uintptr_t set_omp_threads, std::uintptr_t set_mkl_threads, std::size_t threads)
       : born_(forks),
         tensors_(std::move(tensors)),
         lanes_(std::make_unique<aoti::Lanes>(
             runtime(delete_tensor, root_cause, get_threads, set_omp_threads, set_mkl_threads), std::move(names),
-            std::move(affinities), cores)) {}
+            std::move(affinities), cores, threads)) {}
 
   ~PyLanes() {
     // In a forked child the threads are missing, and joining them would never end: let the memory be.
@@ -515,10 +516,10 @@ NB_MODULE(_native, module) {
 
   nb::class_<PyLanes>(module, "Lanes")
       .def(nb::init<std::vector<std::string>, std::vector<int>, int, aoti::Tensors, std::uintptr_t, std::uintptr_t,
-                    std::uintptr_t, std::uintptr_t, std::uintptr_t>(),
+                    std::uintptr_t, std::uintptr_t, std::uintptr_t, std::size_t>(),
            nb::arg("names"), nb::arg("affinities"), nb::arg("cores"), nb::arg("tensors"), nb::kw_only(), nb::arg("delete_tensor"),
            nb::arg("root_cause") = 0, nb::arg("get_threads") = 0, nb::arg("set_omp_threads") = 0,
-           nb::arg("set_mkl_threads") = 0)
+           nb::arg("set_mkl_threads") = 0, nb::arg("threads") = 0)
       .def("submit", &PyLanes::submit, nb::arg("lane"), nb::arg("token"), nb::arg("model"), nb::arg("inputs"),
            nb::arg("threads"), nb::arg("stream") = 0, nb::arg("fence") = 0, nb::arg("fence_argument") = 0,
            nb::arg("on").none() = nb::none(), nb::arg("graph").none() = nb::none(),

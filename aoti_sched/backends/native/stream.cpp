@@ -9,6 +9,7 @@ namespace aoti {
 namespace {
 
 constexpr std::size_t kAlignment = 64;
+constexpr std::int32_t kNotReady = 600;  // CUDA_ERROR_NOT_READY
 
 void demand(std::int32_t status, const char* function) {
   if (status != 0) throw TorchRefused(function);
@@ -137,8 +138,8 @@ Stream::Stream(std::shared_ptr<const Device> device, void* handle, Fence fence, 
 Stream::Run::Run(Stream& stream)
     : stream_(stream),
       device_(*stream.device_),
-      turn_(process_turn(), std::defer_lock),
-      in_context_(device_.driver) {
+      turn_(process_turn(), std::defer_lock) {
+  in_context_.emplace(device_.driver);
   if (device_.one_at_a_time) turn_.lock();
   if (device_.guard != nullptr) demand(device_.guard(stream.handle_, device_.index, &guard_), "create_stream_guard");
 }
@@ -148,7 +149,18 @@ Stream::Run::~Run() {
   for (const Home& home : homes_) {
     if (home.tensor != nullptr) device_.shim.delete_tensor(home.tensor);
   }
-  if (guard_ != nullptr) device_.unguard(guard_);
+  leave();
+}
+
+void Stream::Run::leave() {
+  if (guard_ != nullptr) device_.unguard(std::exchange(guard_, nullptr));
+  in_context_.reset();
+}
+
+bool Stream::Run::ready() const {
+  if (device_.driver.query == nullptr) return false;
+  const InContext in_context(device_.driver);
+  return device_.driver.query(stream_.handle_) != kNotReady;
 }
 
 void Stream::Run::bring(std::vector<Handle>& inputs, const Graph* graph) {
@@ -245,6 +257,7 @@ void Stream::Run::send_home(const std::vector<Handle>& outputs) {
 
 void Stream::Run::fence() {
   const Fence& fence = stream_.fence_;
+  if (!in_context_) in_context_.emplace(device_.driver);
   if (fence.wait != nullptr) fence.wait(fence.argument);
   if (fence.fence != nullptr) demand(device_.driver, fence.fence(fence.argument), "waiting for the device");
 }

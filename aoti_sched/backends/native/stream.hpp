@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -19,12 +20,13 @@ namespace aoti {
 // Waits until the stream's device work is complete; 0 is success.
 using FenceFunction = std::int32_t (*)(void* argument);
 
-// Of CUDA's driver, or null where torch serves: cuCtxGetCurrent, cuCtxSetCurrent, cuMemcpyHtoDAsync, cuMemcpyDtoHAsync, cuMemAllocHost,
+// Of CUDA's driver, or null where torch serves: cuCtxGetCurrent, cuCtxSetCurrent, cuStreamQuery, cuMemcpyHtoDAsync, cuMemcpyDtoHAsync, cuMemAllocHost,
 // cuMemFreeHost, cuGraphLaunch, cuGetErrorString.
 struct Driver {
   void* context = nullptr;
   std::int32_t (*get_context)(void** context) = nullptr;
   std::int32_t (*set_context)(void* context) = nullptr;
+  std::int32_t (*query)(void* stream) = nullptr;
   std::int32_t (*copy_in)(std::uint64_t to, const void* from, std::size_t bytes, void* stream) = nullptr;
   std::int32_t (*copy_out)(void* to, std::uint64_t from, std::size_t bytes, void* stream) = nullptr;
   std::int32_t (*allocate_host)(void** made, std::size_t bytes) = nullptr;
@@ -104,7 +106,8 @@ struct Graph {
   std::vector<Handle> outputs;
 };
 
-// A slot's stream. One work at a time: a `Run` on it lives from before the inputs are brought until the device is done.
+// A slot's stream. One work at a time: a `Run` on it lives from before the inputs are brought until the device is done. One thread has
+// it from beginning to end.
 class Stream {
  public:
   // `brought` says of each input whether it shall lie on the device: it is copied over when it does not. Where outputs are
@@ -112,6 +115,8 @@ class Stream {
   Stream(std::shared_ptr<const Device> device, void* handle, Fence fence, std::vector<bool> brought, bool home);
 
   void* handle() const { return handle_; }
+  // Whether a thread may leave a run to the device and ask later whether it is done.
+  bool can_be_asked() const { return device_->driver.query != nullptr && !device_->one_at_a_time; }
 
   class Run {
    public:
@@ -128,6 +133,10 @@ class Stream {
     void replay(const Graph& graph, std::vector<Handle>& inputs, std::vector<Handle>& outputs);
     // Lets the outputs come home behind the run.
     void send_home(const std::vector<Handle>& outputs);
+    // What this thread does next has nothing to do with this run, until it fences.
+    void leave();
+    // Whether the device is done with it, or has failed: then the fence does not wait. Where nobody can ask, it is never known.
+    bool ready() const;
     // Waits for the device. Must be called, whatever failed before: what was launched may still use what is freed next.
     void fence();
     // Puts the tensors that came home in the outputs' places. After the fence.
@@ -146,7 +155,7 @@ class Stream {
     Stream& stream_;
     const Device& device_;
     std::unique_lock<std::recursive_mutex> turn_;
-    InContext in_context_;
+    std::optional<InContext> in_context_;
     void* guard_ = nullptr;
     std::vector<Handle> held_;
     std::vector<Home> homes_;
