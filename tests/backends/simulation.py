@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 from ctypes import POINTER, c_int, c_size_t, c_void_p
 
+import pytest
 import torch
 
 from aoti_sched.backends.base import LoadRequest, Work
@@ -14,6 +16,11 @@ from tests.native.c_function import CFunction
 from tests.native.simulated import model_path, simulator
 
 KINDS = ("cuda", "xpu", "mps")
+
+BUILT = importlib.util.find_spec("aoti_sched.backends.native._native") is not None
+needs_native = pytest.mark.skipif(not BUILT, reason="no native lanes were built")
+HOW = ("native", pytest.param("launcher", marks=needs_native), "threads")
+"""Executors, for `open_executor`."""
 
 
 def lanes_of(kind):

@@ -12,7 +12,7 @@ from aoti_sched.backends.batch import Batch, BatchPlan, InputPlan, OutputPlan, g
 from aoti_sched.backends.cuda_graphs import MOST_GRAPHS
 from aoti_sched.errors import ConfigError, DeviceLostError, LoadError, RunError
 from tests.backends.executor_contract import collect
-from tests.backends.simulation import launch, on_device, open_device, open_executor, work
+from tests.backends.simulation import HOW, launch, needs_native, on_device, open_device, open_executor, work
 from tests.native.simulated import simulator
 
 
@@ -34,7 +34,7 @@ def recorded(device, loaded):
     return lambda **options: loaded(device, cuda_graphs=True, **options)
 
 
-@pytest.fixture(params=["native", "launcher", "threads"])
+@pytest.fixture(params=HOW)
 def executor(device, request):
     executor = open_executor(device, request.param, 2)
     yield executor
@@ -400,6 +400,7 @@ def test_only_devices_that_record_are_asked_to(tmp_path):
             loading.prepare(device, request(cuda_graphs=True), None, None, "native", 1)
 
 
+@needs_native
 @pytest.mark.parametrize("executor", ["native"], indirect=True)
 def test_native_lanes_refuse_a_graph_that_is_not_their_models(recorded, executor, device):
     from aoti_sched.backends.native import _native

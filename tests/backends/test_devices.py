@@ -38,6 +38,7 @@ from tests.backends.simulation import (
     lanes_of,
     launch,
     load,
+    needs_native,
     on_device,
     open_device,
     work,
@@ -101,6 +102,7 @@ class TestCudasExecutor(OnSimulatedDevice, ExecutorContract):
     kind = "cuda"
 
 
+@needs_native
 class TestCudasLaunchers(OnSimulatedDevice, ExecutorContract):
     """One thread for all lanes."""
 
@@ -139,6 +141,7 @@ class TestBatchesOnCuda(Batches):
     kind = "cuda"
 
 
+@needs_native
 class TestBatchesOfALauncher(Batches):
     kind = "cuda"
 
@@ -232,6 +235,7 @@ def test_batches_are_put_together_wherever_their_members_lie(device, executors, 
             assert torch.equal(output.cpu(), member)
 
 
+@needs_native
 def test_a_launcher_gives_the_device_the_work_of_several_lanes_and_waits_for_none(cuda, loaded, sim):
     container = loaded(cuda, instances=3, copy_inputs=True, copy_outputs="cpu")
     executor = cuda.open_executor(3, launchers=1)
@@ -254,6 +258,7 @@ def test_a_launcher_gives_the_device_the_work_of_several_lanes_and_waits_for_non
     assert len(executor.drain()) == 3
 
 
+@needs_native
 def test_a_launcher_tells_of_failures_and_of_a_device_that_breaks(cuda, loaded, sim):
     container = loaded(cuda, instances=2)
     executor = cuda.open_executor(2, launchers=1)
@@ -272,6 +277,7 @@ def test_a_launcher_tells_of_failures_and_of_a_device_that_breaks(cuda, loaded, 
     executor.close()
 
 
+@needs_native
 def test_launchers_are_refused_where_nobody_can_be_asked(device, kind, monkeypatch):
     if kind == "cuda":
         monkeypatch.setenv("AOTI_SCHED_EXECUTOR", "threads")
