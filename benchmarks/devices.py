@@ -4,7 +4,8 @@
 - Throughput with 1, 2, 4 and 8 instances, beside a bare loop that never waits: one thread that launches as fast as it can, on one stream.
 - The pause of a swap under load, and what a set of new weights from the host takes to stage, alone and under load, beside torch's own copy.
 
-On CUDA each row of runs is there with CUDA graphs, and with one launcher for all lanes, too. Every row is measured in each round, so that what else the machine does falls on all.
+On CUDA each row of runs is there with CUDA graphs, and with one launcher for all lanes, too. Every row is measured in each round, so that what
+else the machine does falls on all.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import functools
+import math
 import statistics
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -27,11 +29,11 @@ from aoti_sched.backends.torch_runner import stock_runner
 from aoti_sched.package import open_package
 
 from . import models
-from .clients import served
-from .measure import percentile, this_machine
+from .clients import ask, served
+from .measure import this_machine
 
 if TYPE_CHECKING:
-    from aoti_sched import Runner, Scheduler
+    from aoti_sched import Scheduler
 
 INSTANCES = (1, 2, 4, 8)
 CLIENTS = 4
@@ -115,10 +117,8 @@ def looped(run: Callable[[], Any], synchronize: Callable[[], None], seconds: flo
     while time.perf_counter() < started + seconds:
         run()
         runs += 1
-        if waits:
+        if waits or runs % 100 == 0:  # a queue that only grows is not throughput
             synchronize()
-        elif runs % 100 == 0:
-            synchronize()  # a queue that only grows is not throughput
     synchronize()
     return runs / (time.perf_counter() - started)
 
@@ -143,10 +143,13 @@ async def one_client(bench: Bench, served_by: Sequence[Way]) -> list[str]:
         runner = await way.scheduler.load(bench.package("deep"), name=way.name, **way.options)
         rows.append((way.name, functools.partial(served, functools.partial(runner.run, x), 1)))
     found = await rates(bench, rows)
-    lines = ["| one client | µs per request | beside the bare loop |", "|---|---|---|"]
-    for (name, _), rate in zip(rows, found, strict=True):
-        lines.append(f"| {name} | {1e6 / rate:.1f} | {found[0] / rate:.2f} times |")
-    return lines
+    return table(
+        ("one client", "µs per request", "beside the bare loop"),
+        [
+            (name, f"{1e6 / rate:.1f}", f"{found[0] / rate:.2f} times")
+            for (name, _), rate in zip(rows, found, strict=True)
+        ],
+    )
 
 
 async def throughput(bench: Bench, served_by: Sequence[Way]) -> list[str]:
@@ -164,13 +167,16 @@ async def throughput(bench: Bench, served_by: Sequence[Way]) -> list[str]:
             runner = await way.scheduler.load(
                 bench.package("deep"), name=name, instances=instances, **way.options
             )
-            ask = functools.partial(runner.run, x)
-            rows.append((name, functools.partial(served, ask, CLIENTS * instances)))
+            run = functools.partial(runner.run, x)
+            rows.append((name, functools.partial(served, run, CLIENTS * instances)))
     found = await rates(bench, rows)
-    lines = ["| throughput | requests per second | beside the bare loop |", "|---|---|---|"]
-    for (name, _), rate in zip(rows, found, strict=True):
-        lines.append(f"| {name} | {rate:,.0f} | {rate / found[0]:.2f} times |")
-    return lines
+    return table(
+        ("throughput", "requests per second", "beside the bare loop"),
+        [
+            (name, f"{rate:,.0f}", f"{rate / found[0]:.2f} times")
+            for (name, _), rate in zip(rows, found, strict=True)
+        ],
+    )
 
 
 async def weights(bench: Bench, served_by: Sequence[Way]) -> list[str]:
@@ -195,29 +201,33 @@ async def weights(bench: Bench, served_by: Sequence[Way]) -> list[str]:
     copied = [copy() for _ in range(bench.updates)]
     alone = await update()
     x = bench.example("large")
-    over = time.perf_counter() + 3600
-    clients = [asyncio.ensure_future(_ask(runner, x, over)) for _ in range(BUSY)]
+    run = functools.partial(runner.run, x)
+    clients = [asyncio.ensure_future(ask(run, math.inf)) for _ in range(BUSY)]
     busy = await update()
     for client in clients:
         client.cancel()
     await asyncio.gather(*clients, return_exceptions=True)
     pauses = [report.pause_seconds for report in busy]
-    lines = [f"| {size / 1e6:.0f} MB of weights from the host | GB/s |", "|---|---|"]
-    for name, seconds in (
-        ("torch's own copy", copied),
-        ("staged, nothing runs", [report.stage_seconds for report in alone]),
-        (f"staged, {BUSY} clients", [report.stage_seconds for report in busy]),
-    ):
-        lines.append(f"| {name} | {size / statistics.median(seconds) / 1e9:.2f} |")
-    lines += ["", f"| the pause of a swap, {BUSY} clients, 4 instances | ms |", "|---|---|"]
-    lines.append(f"| median of {len(pauses)} | {1e3 * statistics.median(pauses):.3f} |")
-    lines.append(f"| longest | {1e3 * percentile(pauses, 100):.3f} |")
-    return lines
+    stagings = {
+        "torch's own copy": copied,
+        "staged, nothing runs": [report.stage_seconds for report in alone],
+        f"staged, {BUSY} clients": [report.stage_seconds for report in busy],
+    }
+    staged = [(name, f"{size / statistics.median(seconds) / 1e9:.2f}") for name, seconds in stagings.items()]
+    paused = [
+        (f"median of {len(pauses)}", f"{1e3 * statistics.median(pauses):.3f}"),
+        ("longest", f"{1e3 * max(pauses):.3f}"),
+    ]
+    return [
+        *table((f"{size / 1e6:.0f} MB of weights from the host", "GB/s"), staged),
+        "",
+        *table((f"the pause of a swap, {BUSY} clients, 4 instances", "ms"), paused),
+    ]
 
 
-async def _ask(runner: Runner, x: torch.Tensor, until: float) -> None:
-    while time.perf_counter() < until:
-        await runner.run(x)
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of Markdown."""
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
 async def measure(bench: Bench) -> str:

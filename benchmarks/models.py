@@ -30,6 +30,7 @@ SHAPES = {"tiny": (1, 64), "heavy": (256, 1024), "large": (32, 2048), "deep": (8
 """The models by name, and what each takes. Sizes are fixed, so that every compiler may make the best of them."""
 
 DEVICES = ("cuda.pt2", "xpu.pt2", "mps.pt2")
+"""Kinds of files that are compiled for a device, where it is."""
 
 MOST_ROWS = 512
 """What a "batch.pt2" takes at once: its rows alone are free."""

@@ -1,8 +1,12 @@
-"""At interpreter exit, lanes are waited for: one that came back from native code later would find torch torn down."""
+"""At interpreter exit, lanes are waited for, and threads that are in native code without the GIL: one that came back later would find torch torn
+down, or end the process.
+"""
 
 from __future__ import annotations
 
 import atexit
+import sys
+import threading
 import weakref
 from typing import Protocol
 
@@ -23,3 +27,6 @@ def close_at_exit(executor: Closable) -> None:
 def _close_all() -> None:
     for executor in list(_open):
         executor.close()
+    native = sys.modules.get("aoti_sched.backends.native._native")
+    if native is not None:
+        native.come_home(threading.active_count() > 1)

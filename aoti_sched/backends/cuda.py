@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from aoti_sched.backends.cuda_driver import CAPTURING, DISABLE_TIMING, NON_BLOCKING, NOT_READY, Driver
 from aoti_sched.backends.cuda_graphs import GraphContainer
-from aoti_sched.backends.streams import Accelerator, Stream, StreamContainer
+from aoti_sched.backends.streams import Accelerator, Stream
 from aoti_sched.errors import RunError
 from aoti_sched.telemetry import log
 
@@ -26,6 +26,9 @@ class CudaDevice(Accelerator):
         module: Torch's module for it.
         type: Torch's word for its kind. (The tests have one whose driver is simulated.)
     """
+
+    graph_container = GraphContainer
+    may_be_asked = True
 
     def __init__(self, index: int, driver: Driver, *, module: Any = torch.cuda, type: str = "cuda") -> None:
         self.type = type
@@ -92,12 +95,6 @@ class CudaDevice(Accelerator):
         )
 
     # --- graphs
-
-    records_runs = True
-    may_be_asked = True
-
-    def container(self, *, records: bool) -> Callable[..., StreamContainer]:
-        return GraphContainer if records else StreamContainer
 
     def launch_graph(self, executable: int, stream: int) -> None:
         with self.driver.current(self.context):

@@ -28,7 +28,7 @@ from aoti_sched.backends.container import CAbiContainer
 from aoti_sched.backends.handles import handles_of
 from aoti_sched.backends.raw_container import RawContainer
 from aoti_sched.backends.streams import Slot, StreamContainer
-from aoti_sched.errors import LoadError
+from aoti_sched.errors import ConfigError
 from aoti_sched.package import Extracted
 from aoti_sched.telemetry import log
 
@@ -108,7 +108,7 @@ class GraphContainer(StreamContainer):
     ) -> None:
         why = _why_not(raw, on_host)
         if why:
-            raise LoadError(f"{raw.name}: cuda_graphs=True: {why}; load it without")
+            raise ConfigError(f"load({str(request.path)!r}): cuda_graphs=True, but {why}; leave it out")
         self._cuda = device
         self._launching = threading.Lock()
         """Held by whoever uses the instance."""
@@ -119,6 +119,12 @@ class GraphContainer(StreamContainer):
         ]
         self._pools: list[Any] = [None] * request.instances
         super().__init__(device, raw, request, extracted, on_host)
+
+    @staticmethod
+    def instances_for(request: LoadRequest) -> int:
+        """One for all slots."""
+        del request
+        return 1
 
     @property
     def graphs(self) -> int:
@@ -174,9 +180,7 @@ class GraphContainer(StreamContainer):
         Raises:
             RuntimeError: The model does what can't be recorded.
         """
-        inputs = [
-            torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=self._device.name) for t in like
-        ]
+        inputs = [torch.empty_like(tensor) for tensor in like]
         recorded = self._cuda.module.CUDAGraph()
         with self._cuda.recording:
             # Other threads go on using the device meanwhile: what they may not do then is this thread's concern alone.

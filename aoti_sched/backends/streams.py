@@ -17,7 +17,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 import torch
@@ -44,6 +44,9 @@ STAGED_AT_ONCE = 64 << 20
 
 LANES = 4
 """The least lanes by default: each mostly waits for its device, and needs no core of its own for that."""
+
+
+MakesContainers: TypeAlias = "type[StreamContainer]"
 
 
 class Arrived(list[Any]):
@@ -104,14 +107,19 @@ class Accelerator(ABC):
     """Whether a model's own function for constants from the host works there, where it has one."""
     has_addresses = True
     """As `RawContainer.has_addresses`."""
-    records_runs = False
-    """As `Device.records_runs`."""
+    graph_container: MakesContainers | None = None
+    """What makes containers whose runs are recorded, where that can be."""
     may_be_asked = False
     """Whether native lanes can ask it what is done, and need not wait."""
 
     @property
     def name(self) -> str:
         return f"{self.type}:{self.index}"
+
+    @property
+    def records_runs(self) -> bool:
+        """As `Device.records_runs`."""
+        return self.graph_container is not None
 
     def cores(self) -> int:
         """How many lanes there are by default, and how many of them may work at once."""
@@ -239,11 +247,6 @@ class Accelerator(ABC):
         number: int = getattr(libtorch, f"aoti_torch_device_type_{kind}")()
         return number
 
-    def container(self, *, records: bool) -> Callable[..., StreamContainer]:
-        """What makes containers there; of those whose runs are recorded, if that is wanted."""
-        del records
-        return StreamContainer
-
     # --- loading ---------------------------------------------------------------------------------------
 
     def load(self, request: LoadRequest) -> Loaded:
@@ -272,7 +275,12 @@ class Accelerator(ABC):
             specs = [leaf for leaf in own.inputs if isinstance(leaf, TensorSpec)]
         else:
             specs = list(specs_from_wrapper(wrapper) or ()) if wrapper is not None else []
-        if request.cuda_graphs and model.needs_proxy_executor:
+        make: type[StreamTorchRunner | StreamContainer] = StreamContainer
+        if model.needs_proxy_executor:
+            make = StreamTorchRunner
+        elif request.cuda_graphs and self.graph_container is not None:
+            make = self.graph_container
+        if request.cuda_graphs and make is StreamTorchRunner:
             raise ConfigError(
                 f"load({str(request.path)!r}): cuda_graphs=True, but the model calls custom operators, so it runs through torch's own "
                 "runner, which records nothing; leave it out"
@@ -280,14 +288,10 @@ class Accelerator(ABC):
         self.must_work()
         request.make_room(model.constant_bytes)
         with self.keeping_current(), self.turn():
-            # A container whose runs are recorded has one instance for all slots (`cuda_graphs.py` says why).
-            instances = 1 if request.cuda_graphs else request.instances
+            instances = make.instances_for(request)
             raw = self.open_raw(Library(extracted.library), instances, f"model {request.name!r}")
             try:
                 on_host = tuple(index for index, spec in enumerate(specs) if spec.device == "cpu")
-                make: Callable[..., StreamTorchRunner | StreamContainer] = StreamTorchRunner
-                if not model.needs_proxy_executor:
-                    make = self.container(records=request.cuda_graphs)
                 container = make(self, raw, request, extracted, on_host)
             except BaseException:
                 raw.close()
@@ -395,10 +399,15 @@ class Slot:
             self.stream.fence()
 
 
-class OnStreams:
+class OnStreams(ABC):
     """What a container has whose runs go on streams, be they called through the C ABI or by torch's runner."""
 
     staging: Any
+
+    @staticmethod
+    def instances_for(request: LoadRequest) -> int:
+        """How many instances the runtime's container must have."""
+        return request.instances
 
     def _open_slots(
         self, device: Accelerator, request: LoadRequest, inputs: int, on_host: Sequence[int]
@@ -465,9 +474,9 @@ class OnStreams:
         slot.hand_over(work, outputs)
         return outputs
 
+    @abstractmethod
     def _once(self, slot: Slot, inputs: Sequence[Any]) -> list[Any]:
         """One run of the model inside `slot.run`."""
-        raise NotImplementedError
 
 
 class StreamContainer(OnStreams, CAbiContainer):

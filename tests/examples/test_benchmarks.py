@@ -312,7 +312,9 @@ async def test_the_ticker_counts_a_sleep_that_the_whole_block_held_up():
 async def test_what_is_measured_on_devices_can_be_measured_on_a_cpu():
     told = await devices.measure(devices.Bench("cpu", seconds=0.05, rounds=1, updates=2))
     rows = [
-        line.split(" | ") for line in told.splitlines() if line.startswith("| ") and not line.startswith("|-")
+        line.split(" | ")
+        for line in told.splitlines()
+        if line.startswith("| ") and not line.startswith("| ---")
     ]
     assert [row[0].strip("| ") for row in rows] == [
         "one client",

@@ -371,23 +371,23 @@ gated.wait_until_inside()
     assert (result.stdout, result.stderr, result.returncode) == ("1 1\n", "", 0)
 
 
-def test_the_interpreter_waits_for_a_thread_that_looks_for_completions_when_it_ends():
+@pytest.mark.parametrize("look", ["executor._native.poll(0.5)", "while True: executor._native.poll(0.001)"])
+def test_a_thread_that_looks_for_completions_when_the_interpreter_ends_does_not_end_the_process(look):
     """Python ends a thread that wants the GIL back later, and the process with it, since C++ has promised not to throw there."""
-    script = """
-import threading, time
+    script = f"""
+import sys, threading
 from aoti_sched.backends.native.executor import NativeExecutor
 
 executor = NativeExecutor("cpu", 1, 2, lambda count: None)
+sys.setswitchinterval(1000)  # a thread has the GIL until it gives it up: so it looks when this one goes on
 looking = threading.Event()
 
 def look():
     looking.set()
-    executor._native.poll(0.5)
-    print("it came back")
+    {look}
 
 threading.Thread(target=look, daemon=True).start()
 looking.wait()
-time.sleep(0.05)
 """
     result = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120

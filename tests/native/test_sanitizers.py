@@ -12,7 +12,7 @@ SANITIZERS = {
     "thread": ("-fsanitize=thread",),
     "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DFREE_TENSORS"),
 }
-NATIVE_SOURCES = [NATIVE / f"{name}.cpp" for name in ("lane", "batch", "stream")]
+NATIVE_SOURCES = [NATIVE / f"{name}.cpp" for name in ("lane", "running", "batch", "stream")]
 SEEDS = (1, 2)
 ROUNDS = 20
 
@@ -46,9 +46,7 @@ def test_lanes_under_stress_give_a_sanitizer_nothing_to_say(sanitizer, seed):
     sources = [
         HERE / "stress.cpp",
         *C_SOURCES,
-        NATIVE / "lane.cpp",
-        NATIVE / "batch.cpp",
-        NATIVE / "stream.cpp",
+        *NATIVE_SOURCES,
     ]
     result = run(compile_with(sanitizer, "stress", *sources), seed, ROUNDS)
     assert (result.stdout, result.stderr, result.returncode) == (f"{ROUNDS} rounds\n", "", 0)
@@ -60,9 +58,7 @@ def test_batches_under_stress_give_a_sanitizer_nothing_to_say(sanitizer, seed):
     sources = [
         HERE / "stress_batches.cpp",
         *C_SOURCES,
-        NATIVE / "lane.cpp",
-        NATIVE / "batch.cpp",
-        NATIVE / "stream.cpp",
+        *NATIVE_SOURCES,
     ]
     result = run(compile_with(sanitizer, "stress_batches", *sources), seed, ROUNDS)
     assert (result.stdout.splitlines()[-1:], result.stderr, result.returncode) == (

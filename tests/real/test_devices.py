@@ -180,10 +180,9 @@ async def test_inputs_that_another_stream_still_makes_are_waited_for(scheduler, 
             assert torch.allclose(got, one.module(x + number), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("device", [pytest.param("cuda:0", marks=pytest.mark.cuda)], indirect=True)
 @pytest.mark.parametrize("name", ["mlp", "attention", "conv", "aliasing"])
 async def test_recorded_runs_give_what_their_model_gives_with_any_weights(scheduler, model, device, name):
-    if not device.startswith("cuda"):
-        pytest.skip("only CUDA has graphs")
     one = model(name)
     runner = await scheduler.load(one.path, device=device, instances=2, cuda_graphs=True)
     inputs = to(device, one.args), to(device, one.kwargs)

@@ -114,6 +114,9 @@ class Graph:
 def take_turn() -> None:
     """Wait for the process's turn on a device that takes one work at a time; it may be taken again by the same thread."""
 
+def come_home(others: bool) -> None:
+    """The interpreter ends, and the lanes are closed: wait for threads that are in here without the GIL. `others` says whether there are threads that it leaves behind: what they keep is no leak."""
+
 def end_turn() -> None:
     """End it, on the same thread."""
 

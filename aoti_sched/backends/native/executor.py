@@ -103,12 +103,10 @@ class NativeExecutor:
 
     def submit(self, lane: int, work: Work) -> bool:
         run = work.container.c_run
-        if run is None:
+        if run is None or (run.slots and not self._can_gather(work)):
             return self._stand_in_lanes().submit(lane, work)
         on = graph = None
         if run.slots:
-            if not self._can_gather(work):
-                return self._stand_in_lanes().submit(lane, work)
             if run.graph_of is not None and (graph := run.graph_of(work)) is None:
                 return self._stand_in_lanes().submit(lane, work)
             slot = run.slots[work.slot]

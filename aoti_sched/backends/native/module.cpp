@@ -18,6 +18,7 @@
 #include <utility>
 
 #include <pthread.h>
+#include <unistd.h>
 
 #include "batch.hpp"
 #include "lane.hpp"
@@ -33,6 +34,44 @@ std::atomic<int> forks{0};
 
 struct Forked : std::runtime_error {
   using std::runtime_error::runtime_error;
+};
+
+// Gives the GIL up for as long as it lives.
+//
+// When the interpreter ends, a thread that wants the GIL back is ended by Python, in a way that ends the process where C++ has promised not to
+// throw, as nanobind has. So those who are away are waited for before that (`come_home`), and of whoever goes later, none comes back.
+class WithoutGil {
+ public:
+  WithoutGil() : state_(nullptr) {
+    const bool stays_away = ended && PyThread_get_thread_ident() != last;
+    if (!stays_away) ++away;
+    state_ = PyEval_SaveThread();
+    while (stays_away) pause();
+  }
+  ~WithoutGil() {
+    PyEval_RestoreThread(state_);
+    --away;
+  }
+  WithoutGil(const WithoutGil&) = delete;
+  WithoutGil& operator=(const WithoutGil&) = delete;
+
+  // To be called by the thread that ends the interpreter, when lanes wait for nobody any more.
+  static void come_home() {
+    ended = true;
+    last = PyThread_get_thread_ident();
+    while (away > 0) {
+      PyThreadState* const state = PyEval_SaveThread();
+      std::this_thread::yield();
+      PyEval_RestoreThread(state);
+    }
+  }
+
+ private:
+  PyThreadState* state_;
+  // All guarded by the GIL.
+  static inline int away = 0;
+  static inline bool ended = false;
+  static inline unsigned long last = 0;
 };
 
 struct PyModel {
@@ -247,7 +286,7 @@ class PyLanes {
 
   bool poll(double seconds) {
     refuse_in_child();
-    const WithoutGil without_gil(*this);
+    const WithoutGil without_gil;
     return lanes_->poll(std::chrono::nanoseconds(static_cast<std::int64_t>(seconds * 1e9)));
   }
 
@@ -257,15 +296,8 @@ class PyLanes {
 
   void close() {
     if (forks != born_) return;
-    closed_ = true;
-    {
-      const nb::gil_scoped_release released;
-      lanes_->close();
-    }
-    while (away_ > 0) {
-      const nb::gil_scoped_release released;
-      std::this_thread::yield();
-    }
+    const WithoutGil without_gil;
+    lanes_->close();
   }
 
  private:
@@ -280,28 +312,6 @@ class PyLanes {
     runtime.set_mkl_threads = at<int (*)(int)>(set_mkl_threads);
     return runtime;
   }
-
-  // When the interpreter ends, a thread that wants the GIL back is ended by Python, in a way that ends the process where C++ has promised not
-  // to throw, as here. So the lanes' last act, before the interpreter's, is to wait for those that are away; then nobody leaves any more.
-  class WithoutGil {
-   public:
-    explicit WithoutGil(const PyLanes& lanes) : lanes_(lanes) {
-      if (lanes_.closed_) return;
-      ++lanes_.away_;
-      state_ = PyEval_SaveThread();
-    }
-    ~WithoutGil() {
-      if (state_ == nullptr) return;
-      PyEval_RestoreThread(state_);
-      --lanes_.away_;
-    }
-    WithoutGil(const WithoutGil&) = delete;
-    WithoutGil& operator=(const WithoutGil&) = delete;
-
-   private:
-    const PyLanes& lanes_;
-    PyThreadState* state_ = nullptr;
-  };
 
   aoti::Work make_work(const PyModel& model, nb::handle inputs, int threads) const {
     refuse_in_child();
@@ -346,7 +356,7 @@ class PyLanes {
     if (work.on == nullptr) {
       completion = aoti::run_here(lanes_->runtime(), work);
     } else {
-      const WithoutGil without_gil(*this);  // a device is waited for, perhaps one that Python works on, too
+      const WithoutGil without_gil;  // a device is waited for, perhaps one that Python works on, too
       completion = aoti::run_here(lanes_->runtime(), work);
     }
     return give(completion);
@@ -398,8 +408,6 @@ class PyLanes {
   }
 
   int born_;
-  bool closed_ = false;     // this and the next: guarded by the GIL
-  mutable int away_ = 0;    // threads that gave up the GIL in here, and will want it back
   aoti::Tensors tensors_;
   std::unique_ptr<aoti::Lanes> lanes_;
 };
@@ -408,7 +416,6 @@ class PyLanes {
 
 NB_MODULE(_native, module) {
   module.doc() = "Native lanes: threads that run compiled models and never touch Python.";
-  nb::set_leak_warnings(false);  // a daemon thread that the interpreter leaves behind keeps what it had
   pthread_atfork(nullptr, nullptr, [] { ++forks; });
 
   nb::exception<Forked>(module, "ForkedError", PyExc_RuntimeError);
@@ -501,10 +508,19 @@ NB_MODULE(_native, module) {
   module.def(
       "take_turn",
       [] {
-        const nb::gil_scoped_release released;
+        const WithoutGil without_gil;
         aoti::process_turn().lock();
       },
       "Wait for the process's turn on a device that takes one work at a time; it may be taken again by the same thread.");
+  module.def(
+      "come_home",
+      [](bool others) {
+        WithoutGil::come_home();
+        if (others) nb::set_leak_warnings(false);
+      },
+      nb::arg("others"),
+      "The interpreter ends, and the lanes are closed: wait for threads that are in here without the GIL. `others` says whether there are threads that it "
+      "leaves behind: what they keep is no leak.");
   module.def("end_turn", [] { aoti::process_turn().unlock(); }, "End it, on the same thread.");
 
 #ifdef AOTI_CONSTANT_MAPS

@@ -211,7 +211,7 @@ void Stream::Run::bring(std::vector<Handle>& inputs, const Graph* graph) {
   }
 }
 
-void Stream::Run::replay(const Graph& graph, std::vector<Handle>& inputs, std::vector<Handle>& outputs) {
+void Stream::Run::launch(const Graph& graph, std::vector<Handle>& inputs, std::vector<Handle>& outputs) {
   bring(inputs, &graph);
   demand(device_.driver, device_.driver.launch_graph(graph.executable, stream_.handle_), "cuGraphLaunch");
   send_home(graph.outputs);

@@ -130,7 +130,7 @@ class Stream {
     // them when it has launched, and not when the device is done.
     void bring(std::vector<Handle>& inputs) { bring(inputs, nullptr); }
     // In the place of the model's run: copies the inputs to the graph's, launches it, and copies its outputs, or lets them come home.
-    void replay(const Graph& graph, std::vector<Handle>& inputs, std::vector<Handle>& outputs);
+    void launch(const Graph& graph, std::vector<Handle>& inputs, std::vector<Handle>& outputs);
     // Lets the outputs come home behind the run.
     void send_home(const std::vector<Handle>& outputs);
     // What this thread does next has nothing to do with this run, until it fences.
