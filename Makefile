@@ -12,7 +12,7 @@ IN_TWO := --numprocesses 2 --dist loadfile --quiet
 help:
 	@echo "make demo      compile two real models (once) and serve them side by side"
 	@echo "make test      the whole test suite"
-	@echo "make test-fallback  what runs models, on an installation that found no compiler (6 minutes)"
+	@echo "make test-fallback  what runs models, on an installation that found no compiler (4 minutes)"
 	@echo "make test-compiled  the tests of what is compiled where it is installed, on that"
 	@echo "make wheels    wheels with and without a compiler, looked into"
 	@echo "make soak      a minute of random work on real models, checked"

@@ -123,14 +123,22 @@ def looped(run: Callable[[], Any], synchronize: Callable[[], None], seconds: flo
     return runs / (time.perf_counter() - started)
 
 
-async def rates(bench: Bench, rows: Sequence[Row]) -> list[float]:
-    """The median of each row over the rounds; another one begins in each."""
+async def compared(
+    bench: Bench, what: str, unit: str, rows: Sequence[Row], tell: Callable[[float, float], tuple[str, float]]
+) -> list[str]:
+    """The median of each row over the rounds, in each of which another one begins. `tell` makes of a rate and the first row's what is shown, and
+    their ratio."""
     measured: list[list[float]] = [[] for _ in rows]
     for turn in range(bench.rounds):
         for number in [(turn + one) % len(rows) for one in range(len(rows))]:
             found = rows[number][1](bench.seconds)
             measured[number].append(await found if asyncio.iscoroutine(found) else found)
-    return [statistics.median(row) for row in measured]
+    medians = [statistics.median(row) for row in measured]
+    lines = []
+    for (name, _), rate in zip(rows, medians, strict=True):
+        shown, ratio = tell(rate, medians[0])
+        lines.append((name, shown, f"{ratio:.2f} times"))
+    return table((what, unit, "beside the bare loop"), lines)
 
 
 async def one_client(bench: Bench, served_by: Sequence[Way]) -> list[str]:
@@ -142,13 +150,8 @@ async def one_client(bench: Bench, served_by: Sequence[Way]) -> list[str]:
     for way in served_by:
         runner = await way.scheduler.load(bench.package("deep"), name=way.name, **way.options)
         rows.append((way.name, functools.partial(served, functools.partial(runner.run, x), 1)))
-    found = await rates(bench, rows)
-    return table(
-        ("one client", "µs per request", "beside the bare loop"),
-        [
-            (name, f"{1e6 / rate:.1f}", f"{found[0] / rate:.2f} times")
-            for (name, _), rate in zip(rows, found, strict=True)
-        ],
+    return await compared(
+        bench, "one client", "µs per request", rows, lambda rate, first: (f"{1e6 / rate:.1f}", first / rate)
     )
 
 
@@ -169,13 +172,8 @@ async def throughput(bench: Bench, served_by: Sequence[Way]) -> list[str]:
             )
             run = functools.partial(runner.run, x)
             rows.append((name, functools.partial(served, run, CLIENTS * instances)))
-    found = await rates(bench, rows)
-    return table(
-        ("throughput", "requests per second", "beside the bare loop"),
-        [
-            (name, f"{rate:,.0f}", f"{rate / found[0]:.2f} times")
-            for (name, _), rate in zip(rows, found, strict=True)
-        ],
+    return await compared(
+        bench, "throughput", "requests per second", rows, lambda rate, first: (f"{rate:,.0f}", rate / first)
     )
 
 
