@@ -30,7 +30,7 @@ class DynamicDim(msgspec.Struct, frozen=True, tag="dynamic"):
     """A dimension whose size may differ between requests: `scale * symbol + offset`.
 
     Dimensions with the same symbol agree within a request. `min` and `max` bound the size itself
-    (`max` None: unbounded).
+    (`max` None: unbounded). `reason` says why `min` is what it is, where running the model showed it ("" otherwise).
     """
 
     symbol: str
@@ -38,6 +38,7 @@ class DynamicDim(msgspec.Struct, frozen=True, tag="dynamic"):
     max: int | None = None
     scale: int = 1
     offset: int = 0
+    reason: str = ""
 
     def __str__(self) -> str:
         size = self.symbol if self.scale == 1 else f"{self.scale}*{self.symbol}"
@@ -51,6 +52,8 @@ class TensorSpec(msgspec.Struct, frozen=True, tag="tensor"):
     `dtype` is torch's name without the prefix ("float32"). `shape` holds a number for a static size.
     `order` lists the dimensions from the outermost to the innermost in memory of a dense tensor:
     (0, 1, 2, 3) is contiguous, (0, 2, 3, 1) is channels-last; None when unknown (nothing is checked).
+    `strides` are those of a tensor that is not dense (an expanded, sliced or overlapping view), in elements: the
+    compiled code uses exactly them. None for a dense one, and where they are unknown.
     """
 
     name: str
@@ -58,6 +61,7 @@ class TensorSpec(msgspec.Struct, frozen=True, tag="tensor"):
     shape: tuple[int | DynamicDim, ...]
     device: str = "cpu"
     order: tuple[int, ...] | None = None
+    strides: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join(str(dim) for dim in self.shape)}]"
@@ -87,13 +91,38 @@ class BatchDim(msgspec.Struct, frozen=True):
     max: int | None
 
 
+class ExampleSpec(msgspec.Struct, frozen=True):
+    """One tensor of the example that a model was compiled with, as far as making another like it takes.
+
+    `low` and `high` are the least and the greatest value (None where there is none: empty, NaN, complex). `values` holds all
+    values in flattening order where they are few integers or booleans (lengths, indices), which random ones could not replace.
+    """
+
+    shape: tuple[int, ...]
+    low: float | None = None
+    high: float | None = None
+    values: tuple[int, ...] | None = None
+
+
+class RowEvidence(msgspec.Struct, frozen=True):
+    """What was found when rows were run alone, together and in another order.
+
+    `independent` is None where that could not be found out. `reason` says what was compared, or what was in the way.
+    """
+
+    independent: bool | None
+    reason: str
+
+
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """All that `compile_package` knows of a model; stored as JSON in the package.
 
     `inputs` and `outputs` are the leaves of the call spec in flattening order. `parameters` names the
     module's positional parameters. `threads` is the number of intra-op threads compiled in. `frozen`
     says that inductor's freezing folded the weights into the code, so they can't be updated live.
-    `mutates_buffers` says that instances share state and must run one at a time.
+    `mutates_buffers` says that instances share state and must run one at a time. `mutated_inputs` names the inputs that a run
+    writes to (None: not known). `rows` says whether rows influence each other (None: not probed). `examples` has one entry for
+    each tensor input. `sizes_probed` says that the least sizes of dynamic dimensions were found by running the model.
     """
 
     version: int = 1
@@ -105,6 +134,10 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     frozen: bool = False
     mutates_buffers: bool = False
     torch_version: str = ""
+    mutated_inputs: tuple[str, ...] | None = None
+    rows: RowEvidence | None = None
+    examples: tuple[ExampleSpec, ...] = ()
+    sizes_probed: bool = False
 
 
 class ConstantSpec(msgspec.Struct, frozen=True):
