@@ -16,7 +16,17 @@ ROOT = Path(aoti_sched.__file__).parent
 # From the ground up; a name stands for the module and, if it is a folder, for all that is in it.
 LAYERS = {
     "errors": ["errors"],
-    "words": ["call_spec", "compile", "config", "package", "specs", "telemetry", "validation"],
+    "words": [
+        "call_spec",
+        "compile",
+        "config",
+        "event_log",
+        "foreign",
+        "package",
+        "specs",
+        "telemetry",
+        "validation",
+    ],
     "queue": ["queue"],
     "backends": ["backends"],
     "front": [
@@ -31,6 +41,7 @@ LAYERS = {
         "scheduler",
         "testing",
         "update",
+        "worker",
     ],
 }
 MAY_IMPORT = {
@@ -40,7 +51,17 @@ MAY_IMPORT = {
     "backends": {"errors", "words", "backends"},
     "front": set(LAYERS),
 }
-ASYNCIO_LIVES_IN = {"dispatch", "future", "parking", "replicas", "runner", "scheduler", "testing", "update"}
+ASYNCIO_LIVES_IN = {
+    "dispatch",
+    "event_log",
+    "future",
+    "parking",
+    "replicas",
+    "runner",
+    "scheduler",
+    "testing",
+    "update",
+}
 NOT_FOR_THE_QUEUE = {
     "asyncio",
     "concurrent",
