@@ -17,6 +17,7 @@ from aoti_sched.queue.lease import Phase
 from aoti_sched.queue.replicas import Rotation
 from aoti_sched.runner import Calls, Runner
 from aoti_sched.telemetry import RunnerInfo, RunnerStats
+from aoti_sched.tenants import Tenants
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -58,6 +59,7 @@ class ReplicatedRunner(Runner):
         self.dispatcher = first.dispatcher
         self.loop = first.loop
         self.updates = first.updates
+        self.tenants = Tenants()
         self.left = ""
         self.whole = self
         self.place = self._choose

@@ -6,6 +6,8 @@ How to schedule is said apart from them, through `runner.options(...)`: a light,
 from __future__ import annotations
 
 import asyncio
+import math
+import operator
 from asyncio import _get_running_loop  # the public one raises; this one is for the hot path
 from collections.abc import Hashable
 from contextlib import nullcontext
@@ -18,6 +20,7 @@ from aoti_sched.errors import RunnerClosedError, UnsupportedLoopError
 from aoti_sched.future import RunFuture, future_of
 from aoti_sched.queue.job import Job, Priority
 from aoti_sched.telemetry import RunnerInfo, RunnerStats
+from aoti_sched.tenants import Tenant, Tenants
 from aoti_sched.update import Barrier, Inactive, LiveWeights, UpdateReport
 
 if TYPE_CHECKING:
@@ -43,7 +46,7 @@ class Options(msgspec.Struct, frozen=True):
     priority: Priority = Priority.NORMAL
     timeout: float | None = None
     min_epoch: int = 0
-    tenant: Hashable = None
+    tenant: Tenant | None = None
 
 
 class Calls:
@@ -137,18 +140,21 @@ class Calls:
         fail with EpochError when it was rolled back. What is not given stays as it is here.
         """
         old = self._options
-        if tenant is not msgspec.UNSET:
-            hash(tenant)  # what can't be hashed is refused here, and not by each request
+        # Whatever is a user's is compared, converted and hashed here, and not in the midst of something later.
+        if tenant is msgspec.UNSET:
+            whose = old.tenant
+        else:
+            whose = None if tenant is None else self._runner.whole.tenants.of(tenant)
         if timeout is msgspec.UNSET:
             timeout = old.timeout
-        elif timeout is not None and not timeout >= 0:
-            raise ValueError(f"timeout={timeout}: seconds, not negative")
+        elif timeout is not None:
+            timeout = _seconds(timeout)
         return self._with(
             Options(
                 old.priority if priority is None else Priority(priority),
                 timeout,
-                old.min_epoch if min_epoch is None else min_epoch,
-                old.tenant if tenant is msgspec.UNSET else tenant,
+                old.min_epoch if min_epoch is None else int(operator.index(min_epoch)),
+                whose,
             )
         )
 
@@ -197,6 +203,7 @@ class Runner(RunnerView):
         "place",
         "rebuilds",
         "state",
+        "tenants",
         "threads",
         "updates",
         "waits",
@@ -242,6 +249,7 @@ class Runner(RunnerView):
         self.fixed = fixed
         self.updates = updates
         self.weights = LiveWeights()
+        self.tenants = Tenants()
         self.whole: Runner = self
         self.place: Callable[[Job], Runner] | None = None
         self.left = ""
@@ -499,6 +507,19 @@ class LeaseContext:
         if self._lease is not None:
             self._lease.release()
             self._lease = None
+
+
+def _seconds(timeout: object) -> float:
+    """A timeout as a plain float, whatever kind of number it was."""
+    if isinstance(timeout, (str, bytes, bytearray)):
+        raise TypeError(f"timeout={timeout!r}: not a number. Give seconds.")
+    try:
+        seconds = float(timeout)  # type: ignore[arg-type]
+    except OverflowError:
+        seconds = math.nan
+    if not seconds >= 0:
+        raise ValueError(f"timeout={timeout if seconds < 0 else 'no finite number'}: seconds, not negative")
+    return seconds
 
 
 def _wrong_loop(runner: Runner) -> UnsupportedLoopError:

@@ -39,6 +39,7 @@ LAYERS = {
         "replicas",
         "runner",
         "scheduler",
+        "tenants",
         "testing",
         "update",
         "worker",

@@ -480,6 +480,10 @@ class DeviceQueue:
             runner.failures += 1
             if runner.failures == UNHEALTHY:
                 commands.append(Failing(runner))
+        for member in job.rest:
+            if member.state is JobState.RUNNING:
+                break
+            self.ledger.end(member)  # its caller has left, so it is passed over
         again = lanes.leave(job, now)
         if again is not None:
             self.ledger.launch(again)
@@ -734,6 +738,7 @@ class DeviceQueue:
         left = job.state is not JobState.RUNNING
         job.happens(fact)
         self._count_run(job, started, seconds)
+        self.ledger.end(job)
         job.started, job.finished = started, finished
         counters = job.source.runner.counters
         if left:
@@ -798,6 +803,7 @@ class DeviceQueue:
         """What asked for a lease gets its slot, for which no lane is needed, and is done."""
         runner = job.source.runner
         job.happens(Fact.LAUNCH)
+        self.ledger.rest(job)
         job.slot = runner.free.pop()
         job.epoch = runner.epoch
         job.started = now
@@ -830,6 +836,7 @@ class DeviceQueue:
                 self.room.leave(job)
         else:
             self._unqueue(job)
+            self.ledger.rest(job)
             self._choice.enter(source)
         self.timers.ended(job)
         if isinstance(source, Lease):

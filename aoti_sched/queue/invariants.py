@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING
 
+from aoti_sched.queue import fair
 from aoti_sched.queue.job import Job, JobState
 from aoti_sched.queue.lease import Phase
 from aoti_sched.queue.memory import Stay
@@ -223,7 +224,7 @@ def _check_accounts(
     queue: DeviceQueue, runner: RunnerState, queued: list[Job], must: Callable[[bool, str], None]
 ) -> None:
     launched = [job for job in queue.lanes.launched() if job.source.runner is runner]
-    running = [job for first in launched for job in first.members or (first,)]
+    running = [job for first in launched for job in (*(first.members or (first,)), *first.rest)]
     for priority, account in enumerate(runner.accounts):
         of_class = [job for job in queued if job.priority == priority]
         must(
@@ -232,7 +233,8 @@ def _check_accounts(
             "a runner's account knows what is queued and runs",
         )
         must(account.balance <= 0.0, "what was used is paid for")
-        for tenant, own in runner.tenants[priority].accounts.items():
+        turns = runner.tenants[priority]
+        for tenant, own in turns.accounts.items():
             mine = [job for job in of_class if job.source is runner and job.tenant == tenant]
             runs = [
                 j for j in running if j.source is runner and j.tenant == tenant and j.priority == priority
@@ -241,6 +243,15 @@ def _check_accounts(
                 (own.queued, own.running) == (len(mine), len(runs)),
                 "a tenant's account knows what is queued and runs",
             )
+            idle = tenant is not None and not (own.queued or own.running)
+            must(idle == (own.rested > 0), "an idle tenant is known as one")
+        resting = sum(own.rested > 0 for own in turns.accounts.values())
+        must(resting == turns._resting <= fair.DEBTORS, "of idle tenants not too many are known")
+        of_tenants = [j for j in (*of_class, *running) if j.source is runner and j.priority == priority]
+        must(
+            all(turns.accounts.get(job.tenant) is job.account for job in of_tenants),
+            "what is queued or runs is on its tenant's account",
+        )
     must(
         runner.backlog.jobs == (len(queued) if queue._forecast.kept else 0),
         "what is queued is foreseen",

@@ -7,7 +7,7 @@ jobs; queues contend for lanes and for room. All of it is O(log n), and O(1) whe
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
@@ -18,6 +18,9 @@ _T = TypeVar("_T", bound=Hashable)
 
 Rank = tuple[float, ...]
 """What is compared: the least goes first. It ends in a job's id, so no two are equal."""
+
+KEPT = 64
+"""Lines that are kept for what comes, although they have no jobs."""
 
 NOBODY = Account()
 """For lines between which there are no turns: it is never charged."""
@@ -189,7 +192,7 @@ class JobQueue:
         account_of: Gives a tenant's account of a class; without, tenants and keys make no difference.
     """
 
-    __slots__ = ("_account_of", "_by_key", "_hidden", "_lines", "_many", "_plain", "_shown", "_size")
+    __slots__ = ("_account_of", "_by_key", "_hidden", "_lines", "_names", "_plain", "_shown", "_size")
 
     def __init__(self, account_of: Callable[[int, Hashable], Account] | None = None) -> None:
         self._account_of = account_of
@@ -198,7 +201,7 @@ class JobQueue:
             for priority in Priority
         )  # of jobs without tenant and key, by class
         self._lines: dict[tuple[int, Hashable, Hashable], Line] = {}
-        self._many = 64
+        self._names: deque[tuple[int, Hashable, Hashable]] = deque()  # of lines, as they are looked at
         self._shown = Lines()
         self._by_key: dict[Hashable, Lines] = {}
         self._hidden: set[Hashable] = set()
@@ -255,13 +258,22 @@ class JobQueue:
         name = (job.priority, job.tenant, job.key)
         line = self._lines.get(name)
         if line is None:
-            if len(self._lines) >= self._many:  # most of the time, lines without jobs are kept for what comes
-                self._lines = {name: line for name, line in self._lines.items() if line.first}
-                self._many = max(64, 2 * len(self._lines))
+            self._drop_lines()
             line = self._lines[name] = Line(job.priority, NOBODY, job.key)
+            self._names.append(name)
         if line.first is None:
             line.account = account_of(job.priority, job.tenant)
         return line
+
+    def _drop_lines(self) -> None:
+        """Drop lines without jobs, of two that are looked at in turn: for each line that comes, so that none has to look at all."""
+        names = self._names
+        for _ in range(2 if len(names) >= KEPT else 0):
+            name = names.popleft()
+            if self._lines[name].first is None:
+                del self._lines[name]
+            else:
+                names.append(name)
 
     def _changed(self, line: Line) -> None:
         key = line.key

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import decimal
 import functools
+import gc
 import logging
 import subprocess
 import sys
@@ -394,3 +396,124 @@ async def test_a_model_that_cannot_be_closed_is_closings_own_error_and_others_cl
     with pytest.raises(refusal):
         await scheduler.__aexit__(None, None, None)
     assert b.container.closed
+
+
+# --- keys and numbers of users ------------------------------------------------------------------------
+
+
+class Key:
+    """A tenant's key that counts what is asked of it; it raises, or has another hash, once it is `spoiled`."""
+
+    def __init__(self):
+        self.asked = 0
+        self.spoiled = None
+
+    def __hash__(self):
+        self.asked += 1
+        if self.spoiled == "raises":
+            raise RuntimeError("no hash")
+        return self.asked if self.spoiled == "changes" else 7
+
+    def __eq__(self, other):
+        self.asked += 1
+        if self.spoiled:
+            raise RuntimeError("no equality")
+        return self is other
+
+    def __repr__(self):
+        if self.spoiled:
+            raise RuntimeError("no text")
+        return "Key()"
+
+
+@pytest.mark.parametrize("spoiled", ["raises", "changes"])
+@pytest.mark.parametrize("ends", ["run", "cancel", "shed", "terminate", "timeout", "refuse"])
+async def test_a_key_is_asked_nothing_after_options(spoiled, ends):
+    overflow = "shed" if ends == "shed" else "reject"
+    limits = aoti_sched.Limits(jobs=8 if ends == "shed" else None, tenant_jobs=4)
+    async with fleet("a", auto=False, overflow=overflow, limits=limits, admission="predictive") as its:
+        (a,) = its
+        keys = [Key() for _ in range(2)]
+        views = [a.options(tenant=key, timeout=5) for key in keys]
+        again = [a.options(tenant=key) for key in keys]
+        futures = [a.submit()]
+        for key in keys:
+            key.spoiled, key.asked = spoiled, 0
+        futures += [view.submit() for view in (*views, *again, *views, *again)]
+        if ends == "refuse":
+            with pytest.raises(aoti_sched.QueueFullError, match=r"tenant Key\(\)"):
+                views[0].submit()
+        elif ends == "shed":
+            futures.append(a.options(priority=aoti_sched.Priority.HIGH).submit())
+        elif ends == "cancel":
+            for future in futures[1:]:
+                future.cancel()
+        elif ends == "timeout":
+            its.clock.advance(5)
+        elif ends == "terminate":
+            terminating = asyncio.ensure_future(a.terminate())
+            await asyncio.sleep(0)
+        its.backends["cpu"].finish_all()
+        await asyncio.gather(*futures, return_exceptions=True)
+        if ends == "terminate":
+            await terminating
+        else:
+            a.dispatcher.queue.check()
+        assert [key.asked for key in keys] == [0, 0]
+
+
+async def test_a_key_that_cannot_be_hashed_or_compared_is_refused_by_options():
+    async with fleet("a") as its:
+        (a,) = its
+        bad, good = Key(), Key()
+        bad.spoiled = "raises"
+        with pytest.raises(RuntimeError, match="no hash"):
+            a.options(tenant=bad)
+        good_view = a.options(tenant=good)
+        good.spoiled = "compares"
+        with pytest.raises(RuntimeError, match="no equality"):
+            a.options(tenant=Key())
+        assert await good_view.run() == (1, 1)
+
+
+async def test_tenants_that_are_gone_are_forgotten_with_their_keys():
+    async with fleet("ab", limits=aoti_sched.Limits(jobs=None)) as its:
+        a, _ = its
+        kept = a.options(tenant="kept")
+        for start in range(0, 6000, 100):
+            await asyncio.gather(*[a.options(tenant=number).run() for number in range(start, start + 100)])
+        gc.collect()
+        a.options(tenant="one more")
+        known = len(a.tenants)
+        assert known <= 2000
+        assert kept._options.tenant is a.options(tenant="kept")._options.tenant
+        assert kept._options.tenant is not a.options(tenant=5)._options.tenant
+
+
+class Odd(float):
+    """A number whose comparisons raise."""
+
+    def __lt__(self, other):
+        raise RuntimeError
+
+    __le__ = __gt__ = __ge__ = __eq__ = __add__ = __radd__ = __lt__
+    __hash__ = None
+
+
+@pytest.mark.parametrize("timeout", [Odd(3), decimal.Decimal(3), True, 3])
+async def test_a_timeout_is_a_plain_number_from_options_on(timeout):
+    async with fleet("a") as its:
+        (a,) = its
+        view = a.options(timeout=timeout)
+        assert type(view._options.timeout) is float
+        assert await view.run() == (1, 1)
+
+
+@pytest.mark.parametrize("timeout", ["3", b"3", [], 10**400, float("nan"), Odd(-1)])
+async def test_what_is_no_number_of_seconds_is_refused_by_options(timeout):
+    async with fleet("a") as its:
+        (a,) = its
+        with pytest.raises((TypeError, ValueError)):
+            a.options(timeout=timeout)
+        with pytest.raises(TypeError):
+            a.options(min_epoch="1")

@@ -7,7 +7,7 @@ import pytest
 from aoti_sched.queue.admission import Bounds
 from aoti_sched.queue.batch import Batching, Key
 from aoti_sched.queue.device_queue import DeviceQueue
-from aoti_sched.queue.job import Job, JobState
+from aoti_sched.queue.job import Job, JobState, Priority
 from aoti_sched.queue.lease import Phase
 from aoti_sched.queue.policy import Policy
 from tests.queue.support import add, somewhere, take_lease
@@ -314,6 +314,18 @@ def a_run_that_is_not_on_its_tenants_account(s):
     s.rider.account.running -= 1
 
 
+def an_idle_tenant_that_is_not_known_as_one(s):
+    s.runner.tenants[Priority.NORMAL].of("idle")
+
+
+def idle_tenants_that_are_miscounted(s):
+    s.runner.tenants[Priority.NORMAL]._resting += 1
+
+
+def a_job_on_another_account(s):
+    s.queued.account = s.rider.account
+
+
 def a_job_unforeseen(s):
     s.runner.backlog.jobs -= 1
 
@@ -402,6 +414,9 @@ def a_turn_of_which_one_does_not_hear(s):
             a_run_that_is_not_on_its_tenants_account,
             "a tenant's account knows what is queued and runs",
         ),
+        (an_idle_tenant_that_is_not_known_as_one, "an idle tenant is known as one"),
+        (idle_tenants_that_are_miscounted, "of idle tenants not too many are known"),
+        (a_job_on_another_account, "what is queued or runs is on its tenant's account"),
         (a_job_unforeseen, "what is queued is foreseen"),
         (one_whose_age_nobody_knows, "what may become overdue is watched"),
         (one_that_can_not_be_shed, "what may be shed is known"),

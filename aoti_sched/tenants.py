@@ -1,0 +1,93 @@
+"""Tenants: the scheduler's own objects in the place of the keys by which users name their tenants.
+
+A user's key is hashed and compared when `options()` is called, and never again: what happens to requests later knows the tenant alone,
+whose hash and equality are its identity. A key is kept as long as its tenant, and that is kept by views, requests and accounts.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections import deque
+from collections.abc import Hashable
+
+LONGEST = 80
+"""Characters of a key's text in errors."""
+
+
+class Tenant:
+    """Stands for one user's key. Its text is made once."""
+
+    __slots__ = ("__weakref__", "_text")
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return self._text
+
+
+class Tenants:
+    """The tenants of one runner. May be used by several threads.
+
+    What is gone is noted, and forgotten at the next call: a key's destructor runs there, and not in the midst of something else.
+    """
+
+    __slots__ = ("_by_hash", "_gone", "_lock")
+
+    def __init__(self) -> None:
+        self._by_hash: dict[int, list[tuple[weakref.ref[Tenant], Hashable]]] = {}
+        self._gone: deque[int] = deque()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return sum(len(entries) for entries in self._by_hash.values())
+
+    def of(self, key: Hashable) -> Tenant:
+        """Return the tenant of a key: the same one for equal keys. Raises what the key's hash or comparison raises."""
+        number = hash(key)
+        found = self._find(number, key)
+        if found is None:
+            mine = Tenant(_text(key))
+            note = functools.partial(_note, self._gone, number)
+            with self._lock:
+                forgotten = self._forget()
+                self._by_hash.setdefault(number, []).append((weakref.ref(mine, note), key))
+            del forgotten
+            found = self._find(number, key) or mine  # another thread may have been quicker
+        return found
+
+    def _find(self, number: int, key: Hashable) -> Tenant | None:
+        with self._lock:
+            entries = list(self._by_hash.get(number, ()))
+        for reference, known in entries:
+            tenant = reference()
+            if tenant is not None and (known is key or known == key):
+                return tenant
+        return None
+
+    def _forget(self) -> list[Hashable]:
+        """Return the keys whose tenants are gone; they are dropped without the lock."""
+        keys: list[Hashable] = []
+        gone = self._gone
+        while gone:
+            number = gone.popleft()
+            entries = self._by_hash.pop(number, [])
+            keys += [key for reference, key in entries if reference() is None]
+            alive = [entry for entry in entries if entry[0]() is not None]
+            if alive:
+                self._by_hash[number] = alive
+        return keys
+
+
+def _note(gone: deque[int], number: int, _: object) -> None:
+    gone.append(number)
+
+
+def _text(key: object) -> str:
+    try:
+        text = repr(key)
+    except Exception:  # noqa: BLE001 -- a foreign `__repr__`
+        text = f"<{type(key).__name__}>"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
