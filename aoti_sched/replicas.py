@@ -58,6 +58,7 @@ class ReplicatedRunner(Runner):
         self.dispatcher = first.dispatcher
         self.loop = first.loop
         self.updates = first.updates
+        self.blocking = first.blocking
         self.left = ""
         self.whole = self
         self.place = self._choose

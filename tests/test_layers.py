@@ -22,6 +22,7 @@ LAYERS = {
     "front": [
         "",
         "batching",
+        "blocking",
         "dispatch",
         "future",
         "loading",
@@ -40,7 +41,17 @@ MAY_IMPORT = {
     "backends": {"errors", "words", "backends"},
     "front": set(LAYERS),
 }
-ASYNCIO_LIVES_IN = {"dispatch", "future", "parking", "replicas", "runner", "scheduler", "testing", "update"}
+ASYNCIO_LIVES_IN = {
+    "blocking",
+    "dispatch",
+    "future",
+    "parking",
+    "replicas",
+    "runner",
+    "scheduler",
+    "testing",
+    "update",
+}
 NOT_FOR_THE_QUEUE = {
     "asyncio",
     "concurrent",
