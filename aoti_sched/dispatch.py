@@ -16,6 +16,7 @@ import msgspec
 from aoti_sched.backends.base import Completion, Executor, Work
 from aoti_sched.backends.batch import Batch
 from aoti_sched.errors import AotiSchedError, DeadlineExceededError, DeviceLostError
+from aoti_sched.foreign import said
 from aoti_sched.queue.command import (
     BarrierReached,
     Claimed,
@@ -52,7 +53,7 @@ class Timer(Protocol):
 
 
 class Clock(Protocol):
-    """The scheduler's time, in seconds; tests bring their own (`aoti_sched.testing.ManualClock`)."""
+    """The scheduler's time, in seconds; tests bring their own (`aoti_sched.testing.ManualClock`). Neither method raises."""
 
     def time(self) -> float: ...
 
@@ -214,7 +215,7 @@ class Dispatcher:
         holding = runner.memory
         future, holding.payload = holding.payload, None
         self._perform(
-            self.queue.returned(runner, self._clock.time(), error="" if error is None else str(error))
+            self.queue.returned(runner, self._clock.time(), error="" if error is None else said(error))
         )
         if future is not None:
             future.set_result(error)
@@ -281,10 +282,18 @@ class Dispatcher:
     def _collect(self) -> None:
         """The executor's descriptor is readable: hand each completion to the queue."""
         now = self._clock.time()
+        fault: BaseException | None = None
         for completion in self.executor.drain():
-            self._see_loss(completion)  # before what is queued is launched there
-            self._perform(self._complete(completion, now))  # the next launches first: lanes should not wait
+            try:
+                self._see_loss(completion)  # before what is queued is launched there
+                self._perform(
+                    self._complete(completion, now)
+                )  # the next launches first: lanes should not wait
+            except BaseException as error:  # noqa: BLE001 -- a fault must not keep back the other completions
+                fault = fault or error
             self._settle(completion)
+        if fault is not None:
+            raise fault
 
     def _poll(self) -> None:
         """What was handed to a lane may be back sooner than the loop could fall asleep and be woken. Others had their turn first."""
@@ -321,7 +330,7 @@ class Dispatcher:
                 device=self.queue.name,
                 job=jobs[0].id,
                 batch_size=len(jobs),
-                error=str(error),
+                error=error,
             )
 
     def _settle_job(self, job: Job, error: BaseException | None, outputs: list[Any] | None) -> None:
@@ -335,28 +344,32 @@ class Dispatcher:
             self._log_job(job)
 
     def _perform(self, commands: list[Command]) -> None:
+        """Perform all commands of a fact, whatever one of them raises; the first error is raised at the end."""
+        fault: BaseException | None = None
         for command in commands:  # what follows from a run that is over at once joins the end of the list
             if type(command) is not Launch:
-                self._perform_rare(command)
+                try:
+                    self._perform_rare(command)
+                except BaseException as error:  # noqa: BLE001
+                    fault = fault or error
                 continue
             job = command.job
             work = _work(job)
-            if job.inline:
-                completion = self.executor.run_here(work)
-                self._see_loss(completion)
-            else:
-                try:
-                    soon = self.executor.submit(job.lane, work)
-                except Exception as error:  # noqa: BLE001 -- the lane took nothing: the request fails, its slot comes home
-                    now = self._clock.time()
-                    completion = Completion(work.token, None, error, now, now)
-                    self._see_loss(completion)
+            try:
+                if job.inline:
+                    completion = self.executor.run_here(work)
                 else:
-                    if soon:
+                    if self.executor.submit(job.lane, work):
                         self.loop.call_soon(self._poll)
                     continue
+            except BaseException as error:  # noqa: BLE001 -- nothing was begun: the request fails, its slot comes home
+                now = self._clock.time()
+                completion = Completion(work.token, None, error, now, now)
+            self._see_loss(completion)
             commands += self._complete(completion, self._clock.time())
             self._settle(completion)
+        if fault is not None:
+            raise fault
 
     def _see_loss(self, completion: Completion) -> None:
         error = completion.error

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from aoti_sched.errors import RunError
+from aoti_sched.foreign import own, raise_again
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -92,15 +95,17 @@ class RunFuture(asyncio.Future[Any]):
         self.inputs = ()
         try:
             result = self.runner.call_spec.unflatten(outputs)
-        except Exception as error:  # noqa: BLE001 -- a user's pytree type may raise anything; it is this request's
-            self.set_exception(error)
+        except BaseException as error:  # noqa: BLE001 -- a user's pytree type may raise anything; it is this request's
+            self.refuse(error)
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                self.get_loop().call_soon(raise_again, error)  # after all steps of what goes on
         else:
             self.set_result(result)
 
     def refuse(self, error: BaseException) -> None:
         """Resolve with an error."""
         self.inputs = ()
-        self.set_exception(error)
+        self.set_exception(own(error, RunError, f"runner {self.runner.name!r}: the request"))
 
 
 def future_of(runner: Runner, job: Job, inputs: Sequence[Any]) -> RunFuture:

@@ -298,6 +298,6 @@ def _warm_up(container: Container, specs: Sequence[TensorSpec], name: str) -> li
     try:
         container.warm_up(lambda: example_inputs(specs))
     except AotiSchedError as error:
-        log.warning("warm-up failed", runner=name, error=str(error))
+        log.warning("warm-up failed", runner=name, error=error)
         return [f"Warm-up on zeros failed, so the first requests may be slow: {error}"]
     return []

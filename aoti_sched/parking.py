@@ -12,11 +12,11 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import anyio
-import anyio.to_thread
 
 from aoti_sched.queue.lease import Phase
 from aoti_sched.queue.memory import Stay
 from aoti_sched.telemetry import log
+from aoti_sched.worker import in_worker
 
 if TYPE_CHECKING:
     from aoti_sched.dispatch import Dispatcher
@@ -37,9 +37,9 @@ class Parking:
     async def park(self, runner: Runner) -> None:
         """Its slots are all home: free its weights."""
         try:
-            await anyio.to_thread.run_sync(runner.container.park, limiter=self._limiter)
+            await in_worker(runner.container.park, self._limiter, f"runner {runner.name!r}: parking")
         except Exception as error:  # noqa: BLE001 -- nobody waits for it, and nothing is lost
-            log.error("weights can't be freed", runner=runner.name, error=str(error), exc_info=error)
+            log.error("weights can't be freed", runner=runner.name, error=error, exc_info=error)
         log.info("model parked", runner=runner.name, device=runner.device, bytes=runner.state.memory.bytes)
         runner.dispatcher.parked(runner.state)
 
@@ -47,10 +47,10 @@ class Parking:
         """There is room for its weights. If they can't be brought, its requests fail, and the next one tries again."""
         fault = None
         try:
-            await anyio.to_thread.run_sync(runner.container.unpark, limiter=self._limiter)
+            await in_worker(runner.container.unpark, self._limiter, f"runner {runner.name!r}: its return")
         except Exception as error:  # noqa: BLE001 -- it is told to those who wait
             fault = error
-            log.error("weights can't be brought back", runner=runner.name, error=str(error), exc_info=error)
+            log.error("weights can't be brought back", runner=runner.name, error=error, exc_info=error)
         runner.dispatcher.returned(runner.state, fault)
         if fault is None:
             took = round(runner.state.memory.took, 6)

@@ -36,7 +36,14 @@ from aoti_sched.config import (
     read_config,
 )
 from aoti_sched.dispatch import Clock, Dispatcher, LoopClock
-from aoti_sched.errors import ConfigError, DeviceLostError, RunnerClosedError, UnsupportedLoopError
+from aoti_sched.errors import (
+    AotiSchedError,
+    ConfigError,
+    DeviceLostError,
+    RunnerClosedError,
+    UnsupportedLoopError,
+)
+from aoti_sched.foreign import own, raise_again, said
 from aoti_sched.parking import Parking, account, claim
 from aoti_sched.queue import device_queue
 from aoti_sched.queue.admission import Bounds
@@ -48,6 +55,7 @@ from aoti_sched.replicas import ReplicatedRunner
 from aoti_sched.runner import Options, Runner
 from aoti_sched.telemetry import SchedulerStats, log
 from aoti_sched.update import Barrier, UpdateReport, Updates
+from aoti_sched.worker import in_worker
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -383,15 +391,18 @@ class Scheduler:
                 make_room=make_room,
             )
             try:
-                prepared = await anyio.to_thread.run_sync(
-                    loading.prepare,
-                    device,
-                    request,
-                    settings,
-                    inputs,
-                    dispatcher.executor.kind,
-                    dispatcher.queue.lanes.cores,
-                    limiter=self._limiter,
+                prepared = await in_worker(
+                    functools.partial(
+                        loading.prepare,
+                        device,
+                        request,
+                        settings,
+                        inputs,
+                        dispatcher.executor.kind,
+                        dispatcher.queue.lanes.cores,
+                    ),
+                    self._limiter,
+                    f"load({settings.path!r})",
                 )
             except BaseException:
                 dispatcher.forget(holding)
@@ -506,7 +517,9 @@ class Scheduler:
 
     async def _unload(self, loaded: Sequence[tuple[Prepared, Dispatcher, Holding]]) -> None:
         for prepared, dispatcher, holding in loaded:
-            await anyio.to_thread.run_sync(prepared.container.close, limiter=self._limiter)
+            await in_worker(
+                prepared.container.close, self._limiter, f"runner {prepared.info.name!r}: closing"
+            )
             dispatcher.forget(holding)
 
     async def _places(self, settings: ModelConfig) -> list[str]:
@@ -616,15 +629,15 @@ class Scheduler:
             for replica in runner.replicas:
                 others = [one for one in runner.replicas if one is not replica]
                 if replica.device == device and any(one.state.phase is Phase.OPEN for one in others):
-                    log.error("device lost", device=device, runner=runner.name, error=str(error))
-                    self._leave(replica, f"{device!r} was lost: {error}")
+                    log.error("device lost", device=device, runner=runner.name, error=error)
+                    self._leave(replica, f"{device!r} was lost: {said(error)}")
                     self._errands.put_nowait(functools.partial(self._free_lost, replica))
 
     async def _free_lost(self, replica: Runner) -> None:
         try:
             await self._free(replica)
         except Exception as error:  # noqa: BLE001 -- nobody waits for it
-            log.warning("model can't be freed", runner=replica.name, device=replica.device, error=str(error))
+            log.warning("model can't be freed", runner=replica.name, device=replica.device, error=error)
 
     def _leave(self, replica: Runner, why: str) -> None:
         moved = replica.whole.leave(replica, why)
@@ -658,6 +671,7 @@ class Scheduler:
         freed = self._freed.get(replica)
         if freed is None:
             drained = replica.dispatcher.drain(replica.state, terminate=False)
+            self._updates.leave_sources(replica)
 
             async def work() -> None:
                 slow = self._loop.call_later(SLOW_CLOSE, _log_slow_close, replica)
@@ -666,7 +680,9 @@ class Scheduler:
                 async with replica.weights.turn:  # an update under way ends first
                     await self._parking.still(replica)
                     replica.dispatcher.remove(replica.state)
-                    await anyio.to_thread.run_sync(replica.container.close, limiter=self._limiter)
+                    await in_worker(
+                        replica.container.close, self._limiter, f"runner {replica.name!r}: closing"
+                    )
                     replica.dispatcher.forget(replica.state.memory)
                 log.info("model closed", runner=replica.name, device=replica.device)
 
@@ -720,8 +736,10 @@ class Scheduler:
             with anyio.CancelScope(shield=True):
                 try:
                     outcome.set_result(await work())
-                except Exception as error:  # noqa: BLE001 -- it is raised where the outcome is awaited
-                    outcome.set_exception(error)
+                except BaseException as error:  # noqa: BLE001 -- it is raised where the outcome is awaited; siblings go on
+                    outcome.set_exception(own(error, AotiSchedError, "the operation"))
+                    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                        self._loop.call_soon(raise_again, error)  # out of the loop, as from any callback
 
         if self._tasks is None:
             raise RunnerClosedError("the scheduler is not running")

@@ -6,17 +6,12 @@ values: they cross a wire, and holding one holds nothing of the scheduler.
 
 from __future__ import annotations
 
-import logging
-from typing import Any
-
 import msgspec
-import structlog
 
+from aoti_sched.event_log import log
 from aoti_sched.specs import BatchDim, ConstantSpec, LeafSpec, SpecSource
 
-log: Any = structlog.wrap_logger(logging.getLogger("aoti_sched"))
-"""Events go through the application's structlog processors to the standard logger `aoti_sched`: unless either is
-configured, warnings are seen on stderr and the rest is silent, as is decent for a library."""
+__all__ = ["DeviceStats", "MemoryStats", "RunnerInfo", "RunnerStats", "SchedulerStats", "log"]
 
 
 class RunnerInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -23,7 +23,7 @@ import importlib
 import itertools
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +33,7 @@ import pytest
 from aoti_sched.backends.base import Completion, ContainerInfo, Executor, Loaded, LoadRequest, Work
 from aoti_sched.backends.batch import Staging
 from aoti_sched.backends.bell import Bell
+from aoti_sched.backends.reading import Reading
 from aoti_sched.dispatch import Clock
 from aoti_sched.errors import ConstantMismatchError, PackageNotFoundError
 from aoti_sched.scheduler import Scheduler
@@ -168,10 +169,18 @@ class FakeContainer:
     def inactive_bytes(self) -> int:
         return len(self.inactive or {})
 
-    def stage(self, weights: object, *, partial: bool = False, check_finite: bool = False) -> int:
+    def stage(
+        self,
+        weights: object,
+        *,
+        partial: bool = False,
+        check_finite: bool = False,
+        reading: Reading | None = None,
+    ) -> int:
         del check_finite
         self._fail("stage")
-        given: dict[str, Any] = dict(weights)  # type: ignore[call-overload]
+        with (reading or Reading()).source(contextlib.nullcontext(_items(weights))) as items:
+            given: dict[str, Any] = dict(items)
         faults = [(name, "is unknown") for name in given if name not in self.weights]
         faults += [(name, "is missing") for name in self.weights if name not in given and not partial]
         if faults:
@@ -214,6 +223,11 @@ class FakeContainer:
 
     def close(self) -> None:
         self.closed = True
+
+
+def _items(weights: Any) -> Iterator[tuple[str, Any]]:
+    """The names and values of a mapping, or of pairs."""
+    yield from weights.items() if isinstance(weights, Mapping) else weights
 
 
 class FakeExecutor:
@@ -259,7 +273,7 @@ class FakeExecutor:
                 outputs = (
                     run(work.inputs) if work.batch is None else [run(inputs) for inputs in work.batch.members]
                 )
-            except Exception as raised:  # noqa: BLE001 -- it is the request's
+            except BaseException as raised:  # noqa: BLE001 -- it is the request's
                 error = raised
         return Completion(work.token, outputs, error, started, self._time())
 

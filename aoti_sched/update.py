@@ -11,19 +11,22 @@ from __future__ import annotations
 import asyncio
 import enum
 import itertools
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import anyio
 import anyio.lowlevel
-import anyio.to_thread
 import msgspec
 
+from aoti_sched.backends.reading import Abandoned, Reading
 from aoti_sched.errors import DeadlineExceededError, RunnerClosedError, UpdateError
+from aoti_sched.foreign import own, said
 from aoti_sched.parking import claim
 from aoti_sched.queue.lease import Phase
 from aoti_sched.telemetry import log
+from aoti_sched.worker import in_worker
 
 if TYPE_CHECKING:
     from aoti_sched.dispatch import Clock
@@ -71,6 +74,7 @@ class LiveWeights:
         self.inactive = Inactive.NOTHING
         self.previous_epoch = 0
         self.staged = _Staged()
+        self.attempt: _Attempt | None = None  # the one that has the turn and reads weights
 
     @property
     def is_empty(self) -> bool:
@@ -91,6 +95,9 @@ class _Attempt:
     def __init__(self) -> None:
         self.scope = anyio.CancelScope()
         self.settled = False
+        self.closes = ""  # the name of a runner of it that does: nothing more is read
+        self.reads: Runner | None = None  # whose weights are read now,
+        self.leave: Callable[[], None] | None = None  # and how to leave their source
 
     async def settle(self) -> None:
         """From here it takes effect. Who gave it up was told that it does not: then it ends here."""
@@ -142,11 +149,11 @@ class Updates:
 
         async def work(attempt: _Attempt) -> dict[Runner, UpdateReport]:
             staged: list[Runner] = []
-            async with self._turns(each):
+            async with self._turns(each, attempt=attempt):
                 try:
                     for replica, weights in each.items():
                         await self._stage(
-                            replica, weights, partial=partial, fold=fold, check_finite=check_finite
+                            attempt, replica, weights, partial=partial, fold=fold, check_finite=check_finite
                         )
                         staged.append(replica)
                     return await self._commit(attempt, staged, barrier, keep_previous=keep_previous)
@@ -169,11 +176,11 @@ class Updates:
 
         async def work(attempt: _Attempt) -> None:
             staged: list[Runner] = []
-            async with self._turns([replica for replica, _ in each]):
+            async with self._turns([replica for replica, _ in each], attempt=attempt):
                 try:
                     for replica, share in each:
                         await self._stage(
-                            replica, share, partial=partial, fold=fold, check_finite=check_finite
+                            attempt, replica, share, partial=partial, fold=fold, check_finite=check_finite
                         )
                         staged.append(replica)
                     await attempt.settle()
@@ -248,7 +255,7 @@ class Updates:
             try:
                 await self._rebuild(runner, reached, "its runs failed", usable=True)
             except Exception as error:  # noqa: BLE001 -- what there was serves on
-                log.error("container can't be rebuilt", runner=runner.name, error=str(error), exc_info=error)
+                log.error("container can't be rebuilt", runner=runner.name, error=error, exc_info=error)
 
     async def extract(self, runner: Runner, *, inactive: bool) -> dict[str, Any]:
         each = _serving([runner])
@@ -266,21 +273,49 @@ class Updates:
 
         return await self._carry_out("extract", [runner], work, None)
 
+    def leave_sources(self, runner: Runner) -> None:
+        """A runner closes: a foreign source that is read for an update of it is not waited for.
+
+        One that is absent is left out of the update, and the source is left only when it is read for this very one.
+        """
+        attempt = runner.weights.attempt
+        if attempt is None or (runner.absent and attempt.reads is not runner):
+            return
+        attempt.closes = "" if runner.absent else runner.name
+        if attempt.leave is not None:
+            attempt.leave()
+
     # --- the steps -----------------------------------------------------------------------------------
 
     async def _stage(
-        self, runner: Runner, weights: object, *, partial: bool, fold: bool, check_finite: bool
+        self,
+        attempt: _Attempt,
+        runner: Runner,
+        weights: object,
+        *,
+        partial: bool,
+        fold: bool,
+        check_finite: bool,
     ) -> None:
         try:
             if not runner.absent:
-                await self._stage_here(runner, weights, partial=partial, fold=fold, check_finite=check_finite)
+                await self._stage_here(
+                    attempt, runner, weights, partial=partial, fold=fold, check_finite=check_finite
+                )
         except Exception as error:
             if not runner.absent:
                 raise
-            log.warning("weights not staged where none are wanted", device=runner.device, error=str(error))
+            log.warning("weights not staged where none are wanted", device=runner.device, error=error)
 
     async def _stage_here(
-        self, runner: Runner, weights: object, *, partial: bool, fold: bool, check_finite: bool
+        self,
+        attempt: _Attempt,
+        runner: Runner,
+        weights: object,
+        *,
+        partial: bool,
+        fold: bool,
+        check_finite: bool,
     ) -> None:
         _must_be_open(runner)
         container, live = runner.container, runner.weights
@@ -292,8 +327,12 @@ class Updates:
             await claim(runner.dispatcher, runner.state.memory, container.constant_bytes)
         began = self._clock.time()
         with _overwriting(runner):
-            size = await self._in_thread(
-                lambda: container.stage(weights, partial=partial, check_finite=check_finite)
+            size = await _read(
+                runner,
+                attempt,
+                lambda reading: container.stage(
+                    weights, partial=partial, check_finite=check_finite, reading=reading
+                ),
             )
         live.inactive = Inactive.STAGED
         staged = self._clock.time()
@@ -405,7 +444,7 @@ class Updates:
                 try:
                     await self._free_inactive(runner)
                 except Exception as error:  # noqa: BLE001 -- the memory is written over by the next update
-                    log.warning("weights can't be freed", runner=runner.name, error=str(error))
+                    log.warning("weights can't be freed", runner=runner.name, error=error)
                     if held is Inactive.STAGED:
                         runner.weights.inactive = Inactive.NOTHING  # it is not to be published
 
@@ -413,18 +452,24 @@ class Updates:
 
     @asynccontextmanager
     async def _turns(
-        self, runners: Sequence[Runner] | Mapping[Runner, object], *, needed: bool = True
+        self,
+        runners: Sequence[Runner] | Mapping[Runner, object],
+        *,
+        needed: bool = True,
+        attempt: _Attempt | None = None,
     ) -> AsyncIterator[None]:
         """Be the one that may change the weights of all these runners, which are in memory if they are `needed`."""
         async with AsyncExitStack() as stack:
             for runner in _in_order(runners):
                 await stack.enter_async_context(runner.weights.turn)
+                stack.callback(setattr, runner.weights, "attempt", None)
+                runner.weights.attempt = attempt
                 await stack.enter_async_context(self._parking.at_home(runner, needed=needed))
             yield
 
     async def _in_thread(self, call: Callable[[], _T]) -> _T:
         """A blocking call; it goes on to its end when it is given up, and so does its caller."""
-        return await anyio.to_thread.run_sync(call, limiter=self._limiter)
+        return await in_worker(call, self._limiter, "changing the weights")
 
     async def _carry_out(
         self,
@@ -471,6 +516,69 @@ class Updates:
             )
         (result,) = outcome.result()
         return result  # type: ignore[no-any-return]
+
+
+async def _read(runner: Runner, attempt: _Attempt, call: Callable[[Reading], int]) -> int:
+    """Let a container read its weights in a thread of its own, which is left behind where foreign code does not come back.
+
+    Raises:
+        UpdateError: No thread can be started, or the source has raised what is no `Exception`.
+        RunnerClosedError: The runner, or another one of the same update, closes.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[int] = loop.create_future()
+    reading = Reading()
+
+    def finish(size: int, error: BaseException | None) -> None:
+        if done.done():
+            return
+        if error is None:
+            done.set_result(size)
+        elif isinstance(error, Abandoned):
+            done.set_exception(_closing(attempt.closes or runner.name))
+        else:
+            done.set_exception(own(error, UpdateError, f"runner {runner.name!r}: the source of its weights"))
+
+    def work() -> None:
+        size, error = 0, None
+        try:
+            size = call(reading)
+        except BaseException as caught:  # noqa: BLE001 -- it is the update's
+            if isinstance(caught, Abandoned) and reading.abandon():
+                return  # the owner has left
+            error = caught
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(finish, size, error)
+
+    def leave() -> None:
+        if reading.abandon():
+            finish(0, Abandoned())
+
+    if attempt.closes:
+        raise _closing(attempt.closes)
+    thread = threading.Thread(target=work, name=f"aoti weights of {runner.name}", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise UpdateError(
+            f"runner {runner.name!r}: no thread can be started to read its weights: {error}. Try again later."
+        ) from error
+    attempt.reads, attempt.leave = runner, leave
+    try:
+        await asyncio.wait({done})
+    except asyncio.CancelledError:
+        if not reading.abandon():  # code of ours runs: soon over
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait({done})
+            done.exception()
+        raise
+    finally:
+        attempt.reads = attempt.leave = None
+    return done.result()
+
+
+def _closing(name: str) -> RunnerClosedError:
+    return RunnerClosedError(f"runner {name!r} is closing; its weights can't be changed")
 
 
 def _serving(runners: Iterable[Runner]) -> list[Runner]:
@@ -538,16 +646,16 @@ def _swap_all(runners: Sequence[Runner]) -> None:
         for runner in reversed(swapped):
             try:
                 runner.container.swap()
-            except Exception as error:  # noqa: BLE001, PERF203 -- the error that led here is raised
+            except BaseException as error:  # noqa: BLE001, PERF203 -- the error that led here is raised
                 _retire(runner, "container can't go back to its weights", error)
         raise
 
 
-def _retire(runner: Runner, why: str, error: Exception) -> None:
+def _retire(runner: Runner, why: str, error: BaseException) -> None:
     """Its container is not to be run again: better no answer than a wrong one. Other replicas have the right one."""
-    log.error(why, runner=runner.name, device=runner.device, error=str(error), exc_info=error)
+    log.error(why, runner=runner.name, device=runner.device, error=error, exc_info=error)
     if not runner.left and len(runner.whole.replicas) > 1:
-        runner.whole.leave(runner, f"its {why} on {runner.device!r}: {error}")
+        runner.whole.leave(runner, f"its {why} on {runner.device!r}: {said(error)}")
     runner.dispatcher.drain(runner.state, terminate=True)
 
 

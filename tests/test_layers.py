@@ -16,7 +16,17 @@ ROOT = Path(aoti_sched.__file__).parent
 # From the ground up; a name stands for the module and, if it is a folder, for all that is in it.
 LAYERS = {
     "errors": ["errors"],
-    "words": ["call_spec", "compile", "config", "package", "specs", "telemetry", "validation"],
+    "words": [
+        "call_spec",
+        "compile",
+        "config",
+        "event_log",
+        "foreign",
+        "package",
+        "specs",
+        "telemetry",
+        "validation",
+    ],
     "queue": ["queue"],
     "backends": ["backends"],
     "front": [
@@ -32,6 +42,7 @@ LAYERS = {
         "scheduler",
         "testing",
         "update",
+        "worker",
     ],
 }
 MAY_IMPORT = {
@@ -44,6 +55,7 @@ MAY_IMPORT = {
 ASYNCIO_LIVES_IN = {
     "blocking",
     "dispatch",
+    "event_log",
     "future",
     "parking",
     "replicas",

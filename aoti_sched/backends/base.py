@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import msgspec
 
 from aoti_sched.backends.batch import Batch, Staging
+from aoti_sched.backends.reading import Reading
 from aoti_sched.call_spec import CallSpec
 from aoti_sched.specs import ConstantSpec
 
@@ -106,8 +107,17 @@ class Container(Protocol):
     def inactive_bytes(self) -> int:
         """Memory that the inactive buffer holds now; 0 when it is free."""
 
-    def stage(self, weights: object, *, partial: bool = False, check_finite: bool = False) -> int:
+    def stage(
+        self,
+        weights: object,
+        *,
+        partial: bool = False,
+        check_finite: bool = False,
+        reading: Reading | None = None,
+    ) -> int:
         """Write a full set into the inactive buffer and return its bytes; what `partial` leaves out is the active one's.
+
+        The weights are read through `reading.source`, where there is a reading: its owner may leave while foreign code runs.
 
         Raises:
             ConstantMismatchError: with every fault at once. Nothing was written: a set kept there is still ready.

@@ -14,6 +14,7 @@ from aoti_sched.backends.batch import Staging
 from aoti_sched.backends.c_abi import FUNCTIONS, Library
 from aoti_sched.backends.constants import Constant
 from aoti_sched.backends.raw_container import RawContainer
+from aoti_sched.backends.reading import Reading
 from aoti_sched.backends.weight_source import open_weights
 from aoti_sched.backends.weights import give_weights, load_weights
 from aoti_sched.package import Extracted
@@ -139,8 +140,15 @@ class CAbiContainer:
     def inactive_bytes(self) -> int:
         return self._inactive_bytes
 
-    def stage(self, weights: object, *, partial: bool = False, check_finite: bool = False) -> int:
-        with open_weights(weights) as tensors:
+    def stage(
+        self,
+        weights: object,
+        *,
+        partial: bool = False,
+        check_finite: bool = False,
+        reading: Reading | None = None,
+    ) -> int:
+        with (reading or Reading()).source(open_weights(weights)) as tensors:
             ready = self._full_set(tensors, partial=partial, check_finite=check_finite)
         self._packaged[1] = False
         size = self._write(ready)  # not before a file was found to be still the one that was read

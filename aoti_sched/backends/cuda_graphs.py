@@ -27,6 +27,7 @@ from aoti_sched.backends.batch import whole_shapes
 from aoti_sched.backends.container import CAbiContainer
 from aoti_sched.backends.handles import handles_of
 from aoti_sched.backends.raw_container import RawContainer
+from aoti_sched.backends.reading import Abandoned, Reading
 from aoti_sched.backends.streams import Slot, StreamContainer
 from aoti_sched.errors import ConfigError
 from aoti_sched.package import Extracted
@@ -207,14 +208,30 @@ class GraphContainer(StreamContainer):
 
     # --- live weights: graphs stay with the memory of the weights that they read
 
-    def stage(self, weights: object, *, partial: bool = False, check_finite: bool = False) -> int:
+    def stage(
+        self,
+        weights: object,
+        *,
+        partial: bool = False,
+        check_finite: bool = False,
+        reading: Reading | None = None,
+    ) -> int:
         before = self._raw.constant_memory(inactive=True)
         try:
-            return super().stage(weights, partial=partial, check_finite=check_finite)
-        finally:
-            # What lies on the host was read when the graph was recorded.
-            if not before or self._raw.on_host or before != self._raw.constant_memory(inactive=True):
-                self._forget(active=False)
+            size = super().stage(weights, partial=partial, check_finite=check_finite, reading=reading)
+        except Abandoned:  # nothing was written, and the container may be closed by now
+            raise
+        except BaseException:
+            self._see_inactive(before)
+            raise
+        self._see_inactive(before)
+        return size
+
+    def _see_inactive(self, before: Sequence[tuple[int, int]]) -> None:
+        """Forget the graphs of the inactive buffer, unless they still read what is there."""
+        # What lies on the host was read when the graph was recorded.
+        if not before or self._raw.on_host or before != self._raw.constant_memory(inactive=True):
+            self._forget(active=False)
 
     def swap(self) -> None:
         super().swap()

@@ -21,6 +21,7 @@ from aoti_sched.backends.base import Completion, CRun, Work
 from aoti_sched.backends.c_abi import explain_failure, libtorch
 from aoti_sched.backends.handles import free, handles_of, tensors_of
 from aoti_sched.errors import AotiSchedError, InputMismatchError, RunError
+from aoti_sched.foreign import said
 
 # As `c_abi` describes them, but callers keep the GIL. Made once for each address.
 _run_at = functools.lru_cache(1024)(
@@ -99,8 +100,15 @@ def without_frames(error: BaseException) -> BaseException:
     """The error of a run, holding no frame: a frame holds its locals and its callers', and so the run's tensors.
 
     The errors of this package say everything in their texts. Any other one is a surprise, and its traceback goes with
-    it as text.
+    it as text. One that can't be changed so is replaced by an error that names it.
     """
+    try:
+        return _without_frames(error)
+    except BaseException as fault:  # noqa: BLE001 -- a foreign error's own methods may raise anything
+        return RunError(f"the run raised {type(error).__name__}, which can't be passed on: {said(fault)}")
+
+
+def _without_frames(error: BaseException) -> BaseException:
     if not isinstance(error, AotiSchedError):
         error.__cause__ = Origin("\n" + "".join(traceback.format_exception(error)))
         error.__context__ = None

@@ -21,6 +21,7 @@ from aoti_sched.backends.base import ContainerInfo, LoadRequest
 from aoti_sched.backends.batch import Staging
 from aoti_sched.backends.handles import capsule_of
 from aoti_sched.backends.raw_container import RawContainer
+from aoti_sched.backends.reading import Reading
 from aoti_sched.backends.weights import load_weights, read_stored
 from aoti_sched.errors import LoadError, RunError, UpdateError
 from aoti_sched.package import Extracted
@@ -153,8 +154,15 @@ class TorchRunnerContainer:
     inactive_ready = False
     inactive_bytes = 0
 
-    def stage(self, weights: object, *, partial: bool = False, check_finite: bool = False) -> int:
-        del weights, partial, check_finite
+    def stage(
+        self,
+        weights: object,
+        *,
+        partial: bool = False,
+        check_finite: bool = False,
+        reading: Reading | None = None,
+    ) -> int:
+        del weights, partial, check_finite, reading
         raise self._not_updatable()
 
     def fold(self) -> None:

@@ -701,7 +701,12 @@ def without_threads(monkeypatch):
         await asyncio.sleep(0)
         return call()
 
+    async def read_here(runner, attempt, call):
+        await asyncio.sleep(0)
+        return call(None)
+
     monkeypatch.setattr(update.Updates, "_in_thread", here)
+    monkeypatch.setattr(update, "_read", read_here)
 
 
 @pytest.mark.parametrize("how", ["cancel", "timeout"])
