@@ -108,7 +108,10 @@ class Dispatcher:
 
     def submit(self, job: Job, *, wait: bool) -> None:
         """A new job whose `payload` is its future. Raises the error of a rejected one."""
-        self._perform(self.queue.submit(job, self._clock.time(), wait=wait))
+        try:
+            self._perform(self.queue.submit(job, self._clock.time(), wait=wait))
+        except AotiSchedError as error:
+            raise error.with_traceback(None)  # noqa: B904 -- the frames in there hold the error: a cycle with the inputs
 
     def withdraw(self, runner: RunnerState) -> list[Job]:
         """Take out what is queued; the callers of these jobs wait on."""

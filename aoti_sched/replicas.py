@@ -60,6 +60,7 @@ class ReplicatedRunner(Runner):
         self.loop = first.loop
         self.updates = first.updates
         self.tenants = Tenants()
+        self.blocking = first.blocking
         self.left = ""
         self.whole = self
         self.place = self._choose

@@ -24,13 +24,14 @@ from aoti_sched.tenants import Tenant, Tenants
 from aoti_sched.update import Barrier, Inactive, LiveWeights, UpdateReport
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable
     from contextlib import AbstractContextManager
 
     from typing_extensions import Self
 
     from aoti_sched.backends.base import Container
     from aoti_sched.batching import Grouping
+    from aoti_sched.blocking import BlockingCalls
     from aoti_sched.call_spec import CallSpec
     from aoti_sched.dispatch import Dispatcher
     from aoti_sched.queue.lease import Lease as LeaseState
@@ -101,28 +102,25 @@ class Calls:
         return future
 
     def run_blocking(self, *args: Any, **kwargs: Any) -> Any:
-        """`run` for callers in other threads: blocks until the result is there.
+        """`run` for callers in other threads: block until the result is there.
+
+        The timeout counts from this call and fires in this thread, whatever the event loop does. Without a timeout, a
+        thread waits as long as the loop runs. A thread that is interrupted takes its request back.
 
         Raises:
-            UnsupportedLoopError: Called on the event loop's own thread, where it would wait for itself.
+            RunnerClosedError: The event loop stopped, is closed, or does not run; or the scheduler is closed.
+            UnsupportedLoopError: Called on the event loop's own thread, where it would wait for itself, or in a
+                forked child.
+            DeadlineExceededError: The timeout passed.
+            AotiSchedError: As `run`.
         """
-        loop = self._runner.loop
-        if _get_running_loop() is loop:
+        runner = self._runner
+        if _get_running_loop() is runner.loop:
             raise UnsupportedLoopError(
-                f"runner {self._runner.name!r}: run_blocking() was called on the event loop's own thread and would wait "
+                f"runner {runner.name!r}: run_blocking() was called on the event loop's own thread and would wait "
                 "for itself; use `await runner.run(...)` there"
             )
-        if loop.is_closed():
-            raise RunnerClosedError(f"runner {self._runner.name!r}: its event loop is closed")
-        as_here = self._runner.as_here()
-        return asyncio.run_coroutine_threadsafe(self._run_as(as_here, args, kwargs), loop).result()
-
-    async def _run_as(
-        self, as_there: AbstractContextManager[object], args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Any:
-        with as_there:
-            future = self.submit(*args, **kwargs)
-        return await future
+        return runner.blocking.run(self, runner, args, kwargs, self._options.timeout)
 
     def options(
         self,
@@ -190,6 +188,7 @@ class Runner(RunnerView):
         "_info",
         "arrive",
         "as_here",
+        "blocking",
         "call_spec",
         "container",
         "device",
@@ -226,6 +225,7 @@ class Runner(RunnerView):
         rebuilds: bool,
         fixed: str,
         updates: Updates,
+        blocking: BlockingCalls,
         close: Callable[[Runner, bool], Awaitable[None]],
     ) -> None:
         super().__init__(self, state, options)
@@ -248,6 +248,7 @@ class Runner(RunnerView):
         self.rebuilds = rebuilds
         self.fixed = fixed
         self.updates = updates
+        self.blocking = blocking
         self.weights = LiveWeights()
         self.tenants = Tenants()
         self.whole: Runner = self

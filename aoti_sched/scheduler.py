@@ -18,6 +18,7 @@ from anyio.abc import TaskGroup
 
 from aoti_sched import loading
 from aoti_sched.backends.base import LoadRequest
+from aoti_sched.blocking import BlockingCalls
 from aoti_sched.config import (
     INLINE_LIMIT,
     Admission,
@@ -124,6 +125,7 @@ class Scheduler:
         if self._tasks is not None or self._closed:
             raise UnsupportedLoopError("a Scheduler is entered once; make a new one")
         self._loop = asyncio.get_running_loop()
+        self._blocking = BlockingCalls(self._loop, real_time=self._clock is None)
         self._limiter = anyio.CapacityLimiter(2)  # loads and deletes: they compete with runs for cores
         limiter = anyio.CapacityLimiter(2)
         self._parking = Parking(limiter)
@@ -157,10 +159,13 @@ class Scheduler:
 
         It starts what is asked for where no task runs, until there are no more errands.
         """
-        async with anyio.create_task_group() as self._tasks:
-            ready.set()
-            while (errand := await self._errands.get()) is not None:
-                self._start(errand)
+        try:
+            async with anyio.create_task_group() as self._tasks:
+                ready.set()
+                while (errand := await self._errands.get()) is not None:
+                    self._start(errand)
+        finally:
+            self._blocking.end()  # `asyncio.run` cancels this task when it ends
 
     @property
     def runners(self) -> Mapping[str, Runner]:
@@ -493,6 +498,7 @@ class Scheduler:
             rebuilds=settings.on_failure == "rebuild",
             fixed=prepared.fixed,
             updates=self._updates,
+            blocking=self._blocking,
             close=self._close_runner,
         )
         account(runner)
@@ -693,6 +699,7 @@ class Scheduler:
                 dispatcher.close()
                 await anyio.to_thread.run_sync(dispatcher.executor.close, limiter=self._limiter)
             self._dispatchers.clear()
+            self._blocking.end()
             if faults:
                 raise faults[0]
 

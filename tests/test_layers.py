@@ -32,6 +32,7 @@ LAYERS = {
     "front": [
         "",
         "batching",
+        "blocking",
         "dispatch",
         "future",
         "loading",
@@ -53,6 +54,7 @@ MAY_IMPORT = {
     "front": set(LAYERS),
 }
 ASYNCIO_LIVES_IN = {
+    "blocking",
     "dispatch",
     "event_log",
     "future",

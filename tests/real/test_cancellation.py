@@ -619,7 +619,7 @@ def test_run_blocking_after_the_loop_is_gone_is_refused(run):
             runners.append(light)
 
     run(main())
-    with pytest.raises(RunnerClosedError, match="its event loop is closed"):
+    with pytest.raises(RunnerClosedError, match="the scheduler is closed"):
         runners[0].run_blocking(X)
 
 
