@@ -310,7 +310,9 @@ def row_evidence(
         if not found:
             return RowEvidence(True, "Rows alone, together and in another order gave the same.")
         if found == _VOID:
-            return RowEvidence(None, "its outputs on random values are not finite, so they can't be compared")
+            return RowEvidence(
+                None, "its random rows are all alike, or its outputs are not finite: they tell nothing"
+            )
         if "shape" in found:
             break
     return RowEvidence(False, found)
@@ -323,6 +325,8 @@ def _influence(run: Run, inputs: list[torch.Tensor], dim: int, least: int, toler
     import torch
 
     rows = inputs[0].shape[dim]
+    if all(bool((tensor == tensor.narrow(dim, 0, 1)).all()) for tensor in inputs):
+        return _VOID
     together = _copied(run(_cloned(inputs)))
     if not is_telling(together):
         return _VOID

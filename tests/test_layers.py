@@ -16,7 +16,18 @@ ROOT = Path(aoti_sched.__file__).parent
 # From the ground up; a name stands for the module and, if it is a folder, for all that is in it.
 LAYERS = {
     "errors": ["errors"],
-    "words": ["call_spec", "compile", "config", "evidence", "package", "specs", "telemetry", "validation"],
+    "words": [
+        "apart",
+        "call_spec",
+        "compile",
+        "config",
+        "evidence",
+        "findings",
+        "package",
+        "specs",
+        "telemetry",
+        "validation",
+    ],
     "queue": ["queue"],
     "backends": ["backends"],
     "front": [
