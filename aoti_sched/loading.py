@@ -11,6 +11,7 @@ from aoti_sched.batching import Grouping, group, of_calls
 from aoti_sched.call_spec import CallSpec, ExportedCallSpec
 from aoti_sched.config import Batching
 from aoti_sched.errors import AotiSchedError, ConfigError, LoadError
+from aoti_sched.evidence import laid_out
 from aoti_sched.queue.placement import FOLLOW_LIMIT, HOP_OF_ONE, Placement, Placing
 from aoti_sched.specs import (
     ConstantSpec,
@@ -284,6 +285,11 @@ def example_inputs(specs: Sequence[TensorSpec]) -> list[Any]:
             dim if isinstance(dim, int) else dim.scale * symbols[dim.symbol] + dim.offset
             for dim in spec.shape
         ]
+        if spec.strides is not None:
+            tensors.append(
+                laid_out(torch.zeros(shape, dtype=getattr(torch, spec.dtype)), spec).to(spec.device)
+            )
+            continue
         order = spec.order or tuple(range(len(shape)))
         dense = torch.zeros(
             [shape[dim] for dim in order], dtype=getattr(torch, spec.dtype), device=spec.device
