@@ -176,7 +176,8 @@ _OPAQUE = {"proxy_executor_call_function", "call_dispatcher", "get_data_ptr", "g
 
 def _arguments(text: str) -> list[str]:
     """The arguments of a call whose opening bracket is the first character."""
-    arguments, depth, start = [], 0, 1
+    arguments: list[str] = []
+    depth, start = 0, 1
     for place, character in enumerate(text):
         if character in "([{":
             depth += 1

@@ -16,7 +16,17 @@ ROOT = Path(aoti_sched.__file__).parent
 # From the ground up; a name stands for the module and, if it is a folder, for all that is in it.
 LAYERS = {
     "errors": ["errors"],
-    "words": ["call_spec", "compile", "config", "evidence", "package", "specs", "telemetry", "validation"],
+    "words": [
+        "call_spec",
+        "compile",
+        "config",
+        "evidence",
+        "package",
+        "specs",
+        "telemetry",
+        "validation",
+        "wrapper_source",
+    ],
     "queue": ["queue"],
     "backends": ["backends"],
     "front": [
@@ -26,6 +36,7 @@ LAYERS = {
         "future",
         "loading",
         "parking",
+        "probing",
         "replicas",
         "runner",
         "scheduler",
