@@ -18,6 +18,7 @@ from aoti_sched.config import Batching
 from aoti_sched.errors import ConfigError
 from aoti_sched.queue import batch as rules
 from aoti_sched.specs import BatchDim, DynamicDim, IntegerSpec, LeafSpec, ModelSpec, RowEvidence, TensorSpec
+from aoti_sched.wrapper_source import writes_to_buffers
 
 if TYPE_CHECKING:
     import torch
@@ -92,6 +93,7 @@ def group(
     """
     if not specs:
         raise _impossible(name, "nothing is known of its inputs; compile it with aoti_sched.compile_package")
+    state = state or writes_to_buffers(own, None)
     if state:
         raise _impossible(name, f"{state}, so what a request does changes the next one")
     specs, own = _as_one(wanted, specs, own)

@@ -433,12 +433,12 @@ class _Growth:
         shapes = [self._shape(index, value) for index in range(len(self._mid))]
         if any(shape is not None and min(shape, default=0) < 0 for shape in shapes):
             return "an output would have a negative size"
-        if value == 0:
+        inputs = self._owner._cut(self._full, self._name, value)  # noqa: SLF001
+        if any(not tensor.numel() for tensor in inputs):
             for index, shape in enumerate(shapes):
                 if shape is not None and 0 not in shape:
                     return f"output {index} has values even of no rows, and nothing shows that they are right"
         try:
-            inputs = self._owner._cut(self._full, self._name, value)  # noqa: SLF001
             found = []
             for high, before in ((False, self._full), (True, self._other)):
                 self._owner._run(before)  # noqa: SLF001 -- leaves other values where intermediate results were
