@@ -25,8 +25,10 @@ from aoti_sched.specs import (
     IntegerSpec,
     LeafSpec,
     ModelSpec,
+    RowEvidence,
     TensorSpec,
 )
+from aoti_sched.wrapper_source import writes_to_buffers
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +57,7 @@ class Grouping:
         self.sizes = sizes
         self._alike = alike  # (input, dimension) pairs whose sizes must agree within a batch
         self._dim = plan.inputs[0].dim if plan.inputs else None
+        self.dim = self._dim or 0
 
     def measure(self, inputs: Sequence[torch.Tensor]) -> tuple[int, Hashable]:
         """How many rows a request has, and its key: those with the same one may go together; without rows, it has none."""
@@ -82,6 +85,8 @@ def group(
     specs: Sequence[TensorSpec] | None,
     own: ModelSpec | None,
     outputs: int | None,
+    *,
+    state: str = "",
 ) -> tuple[Grouping, tuple[TensorSpec, ...]]:
     """How a model's requests are batched, and the specs that a request is checked against then.
 
@@ -91,14 +96,17 @@ def group(
         specs: Of its tensor inputs.
         own: What the package says of the model, if it was made by `compile_package`.
         outputs: How many outputs it has, where that is all that is known of them.
+        state: Why it counts as writing to its buffers (`writes_to_buffers`), "" where it does not.
 
     Raises:
         ConfigError: It can't be done, with the reason.
     """
     if not specs:
         raise _impossible(name, "nothing is known of its inputs; compile it with aoti_sched.compile_package")
-    if own is not None and own.mutates_buffers:
-        raise _impossible(name, "it writes to its buffers, so what a request does changes the next one")
+    state = state or writes_to_buffers(own, None)
+    if state:
+        raise _impossible(name, f"{state}, so what a request does changes the next one")
+    specs, own = _as_one(wanted, specs, own)
     dim, most, symbol, static = _rows(name, wanted, specs, None if own is None else own.batch)
     sizes = _sizes(name, wanted, most, static)
     bounds = [size for size in (wanted.max_size, most, sizes[-1] if sizes else None) if size is not None]
@@ -165,6 +173,65 @@ def _rows(
     if size.scale != 1 or size.offset:
         raise _impossible(name, f"its inputs' size in dimension {dim} is {sizes}, which is no number of rows")
     return dim, size.max, size.symbol, None
+
+
+def _as_one(
+    wanted: Batching, specs: Sequence[TensorSpec], own: ModelSpec | None
+) -> tuple[Sequence[TensorSpec], ModelSpec | None]:
+    """The specs with one symbol for the row dimension, where a user names that and its symbols are several.
+
+    `Dim.AUTO` and `Dim.DYNAMIC` give each input one of its own, unless the model adds inputs up or the like.
+    """
+    dim = wanted.dim
+    if dim is None or any(dim >= len(spec.shape) for spec in specs):
+        return specs, own
+    rows = [size for spec in specs if isinstance(size := spec.shape[dim], DynamicDim)]
+    names = list(dict.fromkeys(size.symbol for size in rows))
+    if len(rows) < len(specs) or any(size.scale != 1 or size.offset for size in rows):
+        return specs, own
+    low = max(size.min for size in rows)
+    highs = [size.max for size in rows if size.max is not None]
+    words = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in names))
+    if len(names) == 1 and len({(size.min, size.max) for size in rows}) == 1:
+        return specs, own
+
+    def leaf_as_one(leaf: LeafSpec) -> LeafSpec:
+        if not isinstance(leaf, TensorSpec):
+            return leaf
+        shape = [
+            msgspec.structs.replace(size, symbol=words.sub(names[0], size.symbol))
+            if isinstance(size, DynamicDim)
+            else size
+            for size in leaf.shape
+        ]
+        at = shape[dim] if dim < len(shape) else None
+        if isinstance(at, DynamicDim) and at.symbol == names[0]:
+            shape[dim] = msgspec.structs.replace(at, min=low, max=min(highs, default=None))
+        return msgspec.structs.replace(leaf, shape=tuple(shape))
+
+    inputs = [leaf for spec in specs if isinstance(leaf := leaf_as_one(spec), TensorSpec)]
+    if own is not None:
+        own = msgspec.structs.replace(own, outputs=tuple(leaf_as_one(leaf) for leaf in own.outputs))
+    return inputs, own
+
+
+def must_not_write_inputs(name: str, written: Sequence[str]) -> None:
+    """Raise ConfigError where a run writes to inputs: a batch's are copies, and what is written to them is lost."""
+    if written:
+        raise _impossible(
+            name,
+            f"it writes to its input {written[0]!r}, and in a batch that would be lost with the common copy",
+        )
+
+
+def must_be_independent(name: str, rows: RowEvidence) -> None:
+    """Raise ConfigError where rows influence each other, or nothing shows that they don't."""
+    if rows.independent:
+        return
+    reason = rows.reason.rstrip(".")
+    if rows.independent is None:
+        reason = f"nothing shows that its rows do not influence each other ({reason}). Give load() warmup_inputs= that it can be run on"
+    raise _impossible(name, f"{reason}; if you know better, say so: Batching(assume_independent=True)")
 
 
 def _must_be_free_of(name: str, dim: int, symbol: str, leaves: Sequence[LeafSpec | None]) -> None:

@@ -55,6 +55,11 @@ def _parse(spec: dict[str, Any]) -> _Node | None:
     return _Node(kind.removeprefix("builtins."), children, keys)
 
 
+def _count(spec: dict[str, Any]) -> int:
+    """The leaves of torch's JSON."""
+    return 1 if spec["type"] is None else sum(map(_count, spec["children_spec"]))
+
+
 def _is_flat(node: _Node) -> bool:
     return all(child.kind is None for child in node.children)
 
@@ -99,6 +104,7 @@ class ExportedCallSpec:
             self._positional = len(positional["children_spec"])
             self._names = tuple(json.loads(named["context"]))  # of the keyword arguments
             self._root = _parse(arguments)
+            self.leaves = _count(arguments)
             out = _parse(json.loads(out_spec)[1])
         except (ValueError, LookupError, TypeError) as error:
             raise LoadError(f"model {model!r}: its call spec is not torch's pytree JSON ({error})") from error

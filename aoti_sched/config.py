@@ -99,6 +99,8 @@ class Batching(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         ragged: Inputs, by name, that may differ in their other free dimensions within a batch, and what they are padded with to
             the longest: `{"input_ids": 0, "attention_mask": 0}`. Without, only requests of the same sizes go together.
         detach_rows: Give each request a copy of its rows, and not a view of all of them.
+        assume_independent: Take your word that no row influences another. Otherwise a model is refused where running it, when it was
+            compiled or as it is loaded, shows that rows do, or can't show that they don't.
     """
 
     max_size: _Count | None = None
@@ -107,6 +109,7 @@ class Batching(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     pad_to: Annotated[tuple[_Count, ...], Meta(min_length=1)] | Literal["powers_of_two"] | None = None
     ragged: dict[str, bool | float] = {}
     detach_rows: bool = False
+    assume_independent: bool = False
 
 
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

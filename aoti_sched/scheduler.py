@@ -201,6 +201,7 @@ class Scheduler:
         cuda_graphs: bool = False,
         sha256: str | None = None,
         inputs: Sequence[TensorSpec] | None = None,
+        warmup_inputs: object = None,
     ) -> Runner:
         """Load a model from a `.pt2` package or a bare `.so`, off the loop, and return its runner.
 
@@ -229,12 +230,16 @@ class Scheduler:
                 until its runs are known to be shorter than `inline_limit`, and then inline.
             inline_limit: Seconds; less than what a hop to another thread costs is worth it.
             batching: Run requests that come together as one; True asks for what the package says of the model.
-            warmup: Run it on zeros before it takes requests.
+            warmup: Run it before it takes requests: on `warmup_inputs`, on values like the example that it was compiled with, or on
+                zeros. A model that writes to its buffers is not run.
             copy_inputs: On a device, copy inputs there that are in the host's memory; otherwise they are refused.
             copy_outputs: "cpu" brings a device's outputs to the host's memory; by default they stay.
             cuda_graphs: On CUDA, record each run by the sizes of its inputs, and launch it as one thing from then on.
             sha256: Refuse the file, before anything of it is mapped, unless its digest is this one.
-            inputs: Specs of its tensor inputs, where the package does not bring its own; they are all of the model's device.
+            inputs: Specs of its tensor inputs, where the package does not bring its own; they are all of the model's device. They
+                override what its wrapper source states, and what running it showed of the least sizes.
+            warmup_inputs: Arguments of `run` to warm it up with, and to make up others like them: a tuple of the positional ones, or
+                a tuple and a dict, `((x, lengths), {"scale": s})`.
 
         Raises:
             PackageError: The file is missing, broken, for another platform or a wider CPU, not the one hashed.
@@ -265,7 +270,7 @@ class Scheduler:
             cuda_graphs=cuda_graphs,
             sha256=sha256,
         )
-        return await self._load(name or Path(path).stem, checked(settings), inputs)
+        return await self._load(name or Path(path).stem, checked(settings), inputs, warmup_inputs)
 
     async def update(
         self,
@@ -356,7 +361,13 @@ class Scheduler:
 
     # --- loading -------------------------------------------------------------------------------------
 
-    async def _load(self, name: str, settings: ModelConfig, inputs: Sequence[TensorSpec] | None) -> Runner:
+    async def _load(
+        self,
+        name: str,
+        settings: ModelConfig,
+        inputs: Sequence[TensorSpec] | None,
+        warmup_inputs: object = None,
+    ) -> Runner:
         self._must_be_open()
         if name in self._names:
             raise ConfigError(
@@ -400,6 +411,7 @@ class Scheduler:
                         inputs,
                         dispatcher.executor.kind,
                         dispatcher.queue.lanes.cores,
+                        warmup_inputs,
                     ),
                     self._limiter,
                     f"load({settings.path!r})",

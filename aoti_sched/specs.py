@@ -219,9 +219,9 @@ _DTYPES = {
 def specs_from_wrapper(source: str) -> tuple[TensorSpec, ...] | None:
     """Input specs as the generated `*.wrapper.cpp` states them in `check_input_N` and `assert_size_stride`.
 
-    A lower bound of 2 is read as 1: it is the exporter's 0/1 specialization, not a need of the code
-    (pytorch/pytorch#196131 and #169430 tell of bounds judged wrongly). Returns None when the source
-    states nothing that is understood; a partly understood one would check partly and so lull.
+    Least sizes are those that the source states. Where they come from a symbol of at least 2, they may be the exporter's
+    0/1 specialization and no need of the code (pytorch/pytorch#196131 and #169430); running the model shows that.
+    Returns None when the source states nothing that is understood; a partly understood one would check partly and so lull.
     """
     sizes = {name: (shape, strides) for name, shape, strides in _SIZES.findall(source)}
     specs: dict[int, TensorSpec] = {}
@@ -246,23 +246,28 @@ def specs_from_wrapper(source: str) -> tuple[TensorSpec, ...] | None:
             shape=shape,
             device=device[1] if device else "cpu",
             order=_wrapper_order(names, strides),
+            strides=_wrapper_strides(names, strides),
         )
     if not specs or sorted(specs) != list(range(len(specs))):
         return None
     return tuple(specs[index] for index in range(len(specs)))
 
 
-_LINEAR = re.compile(r"^(?:(\d+)L?\*)?([a-zA-Z_]\w*)(?: ?\+ ?(\d+)L?)?$")
+_NUMBER = re.compile(r"^\(?(-?\d+)L?\)?$")
+_TERM = re.compile(r"^(?:(\d+)L?\*)?([a-zA-Z_]\w*)$")
 
 
 def _wrapper_dim(expression: str, low: int, high: int | None) -> DynamicDim:
-    low = 1 if low == 2 else low
-    linear = _LINEAR.match(expression)
-    if linear is None:  # an expression of several symbols: bounded, but bound to nothing
-        return DynamicDim(symbol=expression, min=low, max=high)
-    return DynamicDim(
-        symbol=linear[2], min=low, max=high, scale=int(linear[1] or 1), offset=int(linear[3] or 0)
-    )
+    symbol, scale, offset = "", 1, 0
+    for part in expression.split(" + "):
+        number, term = _NUMBER.match(part.strip()), _TERM.match(part.strip())
+        if number is not None:
+            offset += int(number[1])
+        elif term is not None and not symbol:
+            symbol, scale = term[2], int(term[1] or 1)
+        else:  # an expression of several symbols: bounded, but bound to nothing
+            return DynamicDim(symbol=expression, min=low, max=high)
+    return DynamicDim(symbol=symbol or expression, min=low, max=high, scale=scale, offset=offset)
 
 
 _FACTOR = re.compile(r"^(?:(\d+)L?|([a-zA-Z_]\w*))$")
@@ -287,6 +292,14 @@ def _wrapper_order(sizes: list[str], strides: list[str]) -> tuple[int, ...] | No
         size = _product(sizes[fits[-1]])
         step = None if size is None else (step[0] * size[0], tuple(sorted(step[1] + size[1])))
     return tuple(reversed(order))
+
+
+def _wrapper_strides(sizes: list[str], strides: list[str]) -> tuple[int, ...] | None:
+    """The stated strides of a tensor that is not dense, where all of them are numbers."""
+    numbers = [_NUMBER.match(stride) for stride in strides]
+    if _wrapper_order(sizes, strides) is not None or not all(numbers):
+        return None
+    return tuple(int(number[1]) for number in numbers if number is not None)
 
 
 def _product(expression: str) -> _Product | None:

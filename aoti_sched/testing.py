@@ -100,6 +100,14 @@ class FakeCall:
         self.args = args
         self.kwargs = kwargs
 
+    def tensors(self) -> list[Any]:
+        """The tensors among the arguments, those in tuples, lists and dicts included: what declared specs are compared with."""
+        import torch
+        from torch.utils import _pytree as pytree
+
+        leaves = pytree.tree_leaves((self.args, self.kwargs))
+        return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
 
 class _AnyCall:
     """A call spec that takes any arguments and gives back what the function returned."""

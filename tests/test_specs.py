@@ -211,8 +211,8 @@ def test_the_sizes_and_bounds_of_a_wrapper_are_read():
     assert spec == TensorSpec("arg0_1", "float32", (DynamicDim("s77", 3, 64), 8), "cpu", (0, 1))
 
 
-def test_a_lower_bound_of_two_is_read_as_one():
-    assert only(wrapper("s77", "1L", bounds=["size[0] < 2"])).shape == (DynamicDim("s77", min=1),)
+def test_a_lower_bound_is_read_as_it_is_stated():
+    assert only(wrapper("s77", "1L", bounds=["size[0] < 2"])).shape == (DynamicDim("s77", min=2),)
 
 
 def test_without_a_lower_bound_nothing_may_come():
@@ -221,7 +221,15 @@ def test_without_a_lower_bound_nothing_may_come():
 
 @pytest.mark.parametrize(
     ("expression", "scale", "offset"),
-    [("2L*s77", 2, 0), ("s77 + 1L", 1, 1), ("3L*s77 + 2L", 3, 2), ("2*s77", 2, 0)],
+    [
+        ("2L*s77", 2, 0),
+        ("s77 + 1L", 1, 1),
+        ("3L*s77 + 2L", 3, 2),
+        ("2*s77", 2, 0),
+        ("1L + 2L*s77", 2, 1),
+        ("4L + s77", 1, 4),
+        ("(-1L) + s77", 1, -1),
+    ],
 )
 def test_a_linear_size_is_bound_to_its_symbol(expression, scale, offset):
     (dim,) = only(wrapper(expression, "1L")).shape
@@ -296,3 +304,18 @@ def test_the_strides_tell_the_order_in_memory(sizes, strides, order):
 )
 def test_strides_that_are_not_dense_or_not_understood_leave_the_order_open(sizes, strides):
     assert only(wrapper(sizes, strides)).order is None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "strides", "stated"),
+    [
+        ("4L, 3L", "6L, 2L", (6, 2)),
+        ("4L, 3L", "0L, 1L", (0, 1)),
+        ("4L, 3L", "3L, 1L", None),
+        ("s77, 3L", "6L, 2L", (6, 2)),
+        ("s77, s31", "2L*s31, 1L", None),
+    ],
+    ids=["every second", "expanded", "dense", "dynamic rows", "a dynamic gap"],
+)
+def test_the_strides_of_what_is_not_dense_are_read_where_they_are_numbers(sizes, strides, stated):
+    assert only(wrapper(sizes, strides)).strides == stated

@@ -21,6 +21,7 @@ from aoti_sched.backends.torch_runner import TorchRunnerContainer
 from aoti_sched.errors import ConfigError, PlatformMismatchError
 from aoti_sched.package import check_platform, open_package
 from aoti_sched.specs import spec_from_metadata
+from aoti_sched.wrapper_source import writes_to_buffers
 
 
 class CpuDevice:
@@ -57,12 +58,17 @@ class CpuDevice:
         if "AMX_TILE" in model.cpu_isa:
             torch.cpu._init_amx()  # noqa: SLF001 -- Linux gives the tile registers only to processes that ask
         extracted = package.extract(model, request.cache_dir)
-        spec = spec_from_metadata(model.metadata)
-        if spec is not None and spec.mutates_buffers:
+        own, wrapper = spec_from_metadata(model.metadata), package.wrapper_source(model)
+        if writes_to_buffers(own, wrapper):
             # Instances share their buffers, and nothing in the runtime guards them (pytorch/pytorch#122824).
             request = msgspec.structs.replace(request, instances=1)
         request.make_room(model.constant_bytes)
-        raw = RawContainer(Library(extracted.library), request.instances)
+        library = Library(extracted.library)
+        raw = RawContainer(library, request.instances)
+        if request.instances > 1 and writes_to_buffers(own, wrapper, [c.spec for c in raw.constants]):
+            raw.close()
+            request = msgspec.structs.replace(request, instances=1)
+            raw = RawContainer(library, 1)
         raw.name = f"model {request.name!r}"  # in errors: the name the user gave, not the library's
         try:
             container = (
@@ -76,7 +82,7 @@ class CpuDevice:
         return Loaded(
             container=container,
             metadata=model.metadata,
-            wrapper_source=package.wrapper_source(model),
+            wrapper_source=wrapper,
             sha256=package.sha256,
             thread_limit=model.thread_limit,
             fixed_threads=model.fixed_threads,

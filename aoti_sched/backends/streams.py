@@ -34,6 +34,7 @@ from aoti_sched.errors import ConfigError, DeviceLostError, LoadError, PlatformM
 from aoti_sched.package import Extracted, check_platform, open_package
 from aoti_sched.specs import TensorSpec, spec_from_metadata, specs_from_wrapper
 from aoti_sched.telemetry import log
+from aoti_sched.wrapper_source import writes_to_buffers
 
 if TYPE_CHECKING:
     from aoti_sched.backends.constants import Constant
@@ -268,9 +269,9 @@ class Accelerator(ABC):
             )
         extracted = package.extract(model, request.cache_dir)
         own = spec_from_metadata(model.metadata)
-        if own is not None and own.mutates_buffers:
-            request = msgspec.structs.replace(request, instances=1)
         wrapper = package.wrapper_source(model)
+        if writes_to_buffers(own, wrapper):
+            request = msgspec.structs.replace(request, instances=1)
         if own is not None:
             specs = [leaf for leaf in own.inputs if isinstance(leaf, TensorSpec)]
         else:
@@ -288,8 +289,12 @@ class Accelerator(ABC):
         self.must_work()
         request.make_room(model.constant_bytes)
         with self.keeping_current(), self.turn():
-            instances = make.instances_for(request)
-            raw = self.open_raw(Library(extracted.library), instances, f"model {request.name!r}")
+            library, title = Library(extracted.library), f"model {request.name!r}"
+            raw = self.open_raw(library, make.instances_for(request), title)
+            if request.instances > 1 and writes_to_buffers(own, wrapper, [c.spec for c in raw.constants]):
+                raw.close()
+                request = msgspec.structs.replace(request, instances=1)
+                raw = self.open_raw(library, make.instances_for(request), title)
             try:
                 on_host = tuple(index for index, spec in enumerate(specs) if spec.device == "cpu")
                 container = make(self, raw, request, extracted, on_host)

@@ -524,6 +524,134 @@ def fails_on_zeros() -> Definition:
     return Definition(Offset, (torch.arange(20, 23),))
 
 
+# --- packages of torch alone, of which loading finds out what they are ----------------------------------
+
+
+@model
+def picky() -> Definition:
+    """A foreign package that takes ids from 20 to 29 only: zeros make it fail."""
+
+    class Picky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(10, 4)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.embedding(ids - 20) * 2
+
+    return Definition(Picky, (torch.arange(20, 23),), foreign=True)
+
+
+@model
+def foreign_counter() -> Definition:
+    """A foreign package that adds 4 to a buffer in each run."""
+
+    class Counter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("runs", torch.zeros(16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.runs.add_(4)
+            return x + self.runs
+
+    return Definition(Counter, (torch.zeros(16),), foreign=True)
+
+
+@model
+def pairs_of_rows() -> Definition:
+    """A foreign package: rows come in pairs, stated as at least 4; buffers that are only read; two literals."""
+
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 16)
+            self.norm = nn.BatchNorm1d(16)
+
+        def forward(self, x: Tensor, scale: float, negate: bool) -> Tensor:  # noqa: FBT001
+            out = self.norm(self.inner(x)) * scale
+            return -out if negate else out
+
+    half = Dim("half", max=8)
+    return Definition(
+        lambda: Pairs().eval(),
+        (torch.randn(8, 3), 2.5, True),
+        dynamic={"x": {0: 2 * half}, "scale": None, "negate": None},
+        foreign=True,
+    )
+
+
+@model
+def last_rows() -> Definition:
+    """A foreign package that reads the last row of an intermediate result, and the first two of its input."""
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 16)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.relu(self.inner(x))[-1] * 2, x[:2] + 1
+
+    return Definition(Last, (torch.randn(4, 3),), dynamic={"x": {0: Dim("batch", min=0)}}, foreign=True)
+
+
+@model
+def centered() -> Definition:
+    """A foreign package whose rows influence each other."""
+
+    class Centered(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x - x.mean(0)
+
+    return Definition(Centered, (torch.randn(4, 3),), dynamic={"x": {0: Dim("batch")}}, foreign=True)
+
+
+@model
+def cache_input() -> Definition:
+    """A foreign package that writes to one of its inputs."""
+
+    class Cache(nn.Module):
+        def forward(self, cache: Tensor, x: Tensor) -> Tensor:
+            cache.add_(x)
+            return cache * 1
+
+    batch = Dim("batch")
+    return Definition(
+        Cache,
+        (torch.zeros(4, 3), torch.randn(4, 3)),
+        dynamic={"cache": {0: batch}, "x": {0: batch}},
+        foreign=True,
+    )
+
+
+@model
+def two_symbols() -> Definition:
+    """A foreign package as torch's own advice makes it: each input has a symbol of its own for the batch."""
+
+    class Two(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.relu(x), y * 2
+
+    return Definition(
+        Two,
+        (torch.randn(4, 3), torch.randn(5, 3)),
+        dynamic={"x": {0: Dim.DYNAMIC}, "y": {0: Dim.DYNAMIC}},
+        foreign=True,
+    )
+
+
+@model
+def steps() -> Definition:
+    """A foreign package compiled with an example of every second column and of an expanded row."""
+
+    class Steps(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x * 2 + y
+
+    return Definition(Steps, (torch.randn(4, 6)[:, ::2], torch.randn(1, 3).expand(4, 3)), foreign=True)
+
+
 @model
 def parallel() -> Definition:
     """Kernels of two threads: a reduction, and an embedding whose bad ids are found in a parallel region."""
