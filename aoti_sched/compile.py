@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from aoti_sched.errors import CompileError
 from aoti_sched.specs import (
     BatchDim,
@@ -25,6 +27,7 @@ from aoti_sched.specs import (
     spec_to_metadata,
 )
 from aoti_sched.validation import lies_in_order
+from aoti_sched.weight_names import names_of
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +93,7 @@ def compile_package(
             advice = _advice(error, example_inputs, example_kwargs)
             raise CompileError(f"{type(module).__name__} could not be exported: {error}{advice}") from error
         spec = describe(program, batch_dim=batch_dim, threads=threads, freeze=freeze)
+        spec = msgspec.structs.replace(spec, weights=names_of(module, program))
         _check_examples(spec)
         if freeze and spec.mutates_buffers:
             raise CompileError(

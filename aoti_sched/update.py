@@ -41,7 +41,8 @@ class UpdateReport(msgspec.Struct, frozen=True, kw_only=True):
 
     `stage_seconds` and `fold_seconds` passed while requests were served (they are 0.0 for a rollback). From
     `drain_seconds` (waiting for runs and leases that were under way) and `swap_seconds` comes `pause_seconds`: how long the
-    barrier was closed. `waited` is how many requests were queued when it opened.
+    barrier was closed. `waited` is how many requests were queued when it opened. `ignored` are the names that were given and
+    are of no use to the model: the module has them and the compiled graph does not use them, or `strict` was off.
     """
 
     runner: str
@@ -53,6 +54,7 @@ class UpdateReport(msgspec.Struct, frozen=True, kw_only=True):
     swap_seconds: float
     pause_seconds: float
     waited: int
+    ignored: tuple[str, ...] = ()
 
 
 class Inactive(enum.Enum):
@@ -83,6 +85,7 @@ class _Staged(msgspec.Struct):
     bytes: int = 0
     stage_seconds: float = 0.0
     fold_seconds: float = 0.0
+    ignored: tuple[str, ...] = ()
 
 
 class _Attempt:
@@ -128,6 +131,7 @@ class Updates:
         changes: Mapping[Runner, object],
         *,
         partial: bool,
+        strict: bool,
         fold: bool,
         check_finite: bool,
         barrier: Barrier,
@@ -146,7 +150,12 @@ class Updates:
                 try:
                     for replica, weights in each.items():
                         await self._stage(
-                            replica, weights, partial=partial, fold=fold, check_finite=check_finite
+                            replica,
+                            weights,
+                            partial=partial,
+                            strict=strict,
+                            fold=fold,
+                            check_finite=check_finite,
                         )
                         staged.append(replica)
                     return await self._commit(attempt, staged, barrier, keep_previous=keep_previous)
@@ -161,6 +170,7 @@ class Updates:
         weights: object,
         *,
         partial: bool,
+        strict: bool,
         fold: bool,
         check_finite: bool,
         timeout: float | None,  # noqa: ASYNC109
@@ -173,7 +183,12 @@ class Updates:
                 try:
                     for replica, share in each:
                         await self._stage(
-                            replica, share, partial=partial, fold=fold, check_finite=check_finite
+                            replica,
+                            share,
+                            partial=partial,
+                            strict=strict,
+                            fold=fold,
+                            check_finite=check_finite,
                         )
                         staged.append(replica)
                     await attempt.settle()
@@ -269,18 +284,20 @@ class Updates:
     # --- the steps -----------------------------------------------------------------------------------
 
     async def _stage(
-        self, runner: Runner, weights: object, *, partial: bool, fold: bool, check_finite: bool
+        self, runner: Runner, weights: object, *, partial: bool, strict: bool, fold: bool, check_finite: bool
     ) -> None:
         try:
             if not runner.absent:
-                await self._stage_here(runner, weights, partial=partial, fold=fold, check_finite=check_finite)
+                await self._stage_here(
+                    runner, weights, partial=partial, strict=strict, fold=fold, check_finite=check_finite
+                )
         except Exception as error:
             if not runner.absent:
                 raise
             log.warning("weights not staged where none are wanted", device=runner.device, error=str(error))
 
     async def _stage_here(
-        self, runner: Runner, weights: object, *, partial: bool, fold: bool, check_finite: bool
+        self, runner: Runner, weights: object, *, partial: bool, strict: bool, fold: bool, check_finite: bool
     ) -> None:
         _must_be_open(runner)
         container, live = runner.container, runner.weights
@@ -292,8 +309,8 @@ class Updates:
             await claim(runner.dispatcher, runner.state.memory, container.constant_bytes)
         began = self._clock.time()
         with _overwriting(runner):
-            size = await self._in_thread(
-                lambda: container.stage(weights, partial=partial, check_finite=check_finite)
+            written = await self._in_thread(
+                lambda: container.stage(weights, partial=partial, strict=strict, check_finite=check_finite)
             )
         live.inactive = Inactive.STAGED
         staged = self._clock.time()
@@ -303,7 +320,9 @@ class Updates:
         except BaseException:
             await self._drop([runner], Inactive.STAGED)
             raise
-        live.staged = _Staged(size, staged - began, self._clock.time() - staged)
+        live.staged = _Staged(
+            written.bytes, staged - began, self._clock.time() - staged, ignored=written.ignored
+        )
 
     async def _fold(self, runner: Runner) -> None:
         """Fold the inactive buffer. That takes an instance, so it holds a lease."""
@@ -389,6 +408,7 @@ class Updates:
             runner.dispatcher.open_barrier(runner.state, epochs[runner] if runner in reports else None)
         for runner in runners:
             report = msgspec.structs.asdict(reports[runner])
+            report["ignored"] = len(report["ignored"])
             log.info("weights published", device=runner.device, **report)
         return reports
 

@@ -16,7 +16,16 @@ ROOT = Path(aoti_sched.__file__).parent
 # From the ground up; a name stands for the module and, if it is a folder, for all that is in it.
 LAYERS = {
     "errors": ["errors"],
-    "words": ["call_spec", "compile", "config", "package", "specs", "telemetry", "validation"],
+    "words": [
+        "call_spec",
+        "compile",
+        "config",
+        "package",
+        "specs",
+        "telemetry",
+        "validation",
+        "weight_names",
+    ],
     "queue": ["queue"],
     "backends": ["backends"],
     "front": [

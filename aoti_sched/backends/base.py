@@ -39,6 +39,15 @@ class ContainerInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Whether short runs may be placed on the loop's own thread without being asked for."""
     verified: bool = True
     """Whether this way to run a model has run on a real device of its kind."""
+    notes: tuple[str, ...] = ()
+    """What else there is to say of how it was loaded, a sentence each."""
+
+
+class StagedSet(msgspec.Struct, frozen=True):
+    """A set of weights that was written: its bytes, and the names that were given and are of no use to the model."""
+
+    bytes: int
+    ignored: tuple[str, ...] = ()
 
 
 class CRun(msgspec.Struct, kw_only=True, eq=False):
@@ -106,8 +115,11 @@ class Container(Protocol):
     def inactive_bytes(self) -> int:
         """Memory that the inactive buffer holds now; 0 when it is free."""
 
-    def stage(self, weights: object, *, partial: bool = False, check_finite: bool = False) -> int:
-        """Write a full set into the inactive buffer and return its bytes; what `partial` leaves out is the active one's.
+    def stage(
+        self, weights: object, *, partial: bool = False, strict: bool = True, check_finite: bool = False
+    ) -> StagedSet:
+        """Write a full set into the inactive buffer; what `partial` leaves out is the active one's. If not `strict`, names that
+        nobody knows are ignored.
 
         Raises:
             ConstantMismatchError: with every fault at once. Nothing was written: a set kept there is still ready.
@@ -246,6 +258,10 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     """"cpu" for outputs on the host; None leaves them where the model makes them."""
     cuda_graphs: bool = False
     """Whether runs are recorded and launched as one thing."""
+    weights: object = None
+    """A mapping from names to tensors, or the path of a file, in place of the weights in the package; None for those."""
+    weights_strict: bool = True
+    """Whether names in `weights` that nobody knows are refused."""
     replicated: bool = False
     """Whether the runner is on several devices; a request then runs on any of them, and may move."""
     make_room: Callable[[int], None] = _there_is_room

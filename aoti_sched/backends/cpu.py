@@ -20,6 +20,7 @@ from aoti_sched.backends.raw_container import RawContainer
 from aoti_sched.backends.torch_runner import TorchRunnerContainer
 from aoti_sched.errors import ConfigError, PlatformMismatchError
 from aoti_sched.package import check_platform, open_package
+from aoti_sched.package.sources import constant_layouts
 from aoti_sched.specs import spec_from_metadata
 
 
@@ -64,11 +65,13 @@ class CpuDevice:
         request.make_room(model.constant_bytes)
         raw = RawContainer(Library(extracted.library), request.instances)
         raw.name = f"model {request.name!r}"  # in errors: the name the user gave, not the library's
+        wrapper = package.wrapper_source(model)
+        raw.layouts = constant_layouts(wrapper or "")
         try:
             container = (
-                TorchRunnerContainer(raw, request, extracted)
+                TorchRunnerContainer(raw, request, extracted, spec)
                 if model.needs_proxy_executor
-                else CAbiContainer(raw, request, extracted)
+                else CAbiContainer(raw, request, extracted, spec)
             )
         except BaseException:
             raw.close()
@@ -76,7 +79,7 @@ class CpuDevice:
         return Loaded(
             container=container,
             metadata=model.metadata,
-            wrapper_source=package.wrapper_source(model),
+            wrapper_source=wrapper,
             sha256=package.sha256,
             thread_limit=model.thread_limit,
             fixed_threads=model.fixed_threads,

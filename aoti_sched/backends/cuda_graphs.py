@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from aoti_sched.backends.base import LoadRequest, Work
+from aoti_sched.backends.base import LoadRequest, StagedSet, Work
 from aoti_sched.backends.batch import whole_shapes
 from aoti_sched.backends.container import CAbiContainer
 from aoti_sched.backends.handles import handles_of
@@ -30,6 +30,7 @@ from aoti_sched.backends.raw_container import RawContainer
 from aoti_sched.backends.streams import Slot, StreamContainer
 from aoti_sched.errors import ConfigError
 from aoti_sched.package import Extracted
+from aoti_sched.specs import ModelSpec
 from aoti_sched.telemetry import log
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ class GraphContainer(StreamContainer):
         request: LoadRequest,
         extracted: Extracted,
         on_host: Sequence[int],
+        spec: ModelSpec | None = None,
     ) -> None:
         why = _why_not(raw, on_host)
         if why:
@@ -118,7 +120,7 @@ class GraphContainer(StreamContainer):
             [{} for _ in range(request.instances)] for _ in range(2)
         ]
         self._pools: list[Any] = [None] * request.instances
-        super().__init__(device, raw, request, extracted, on_host)
+        super().__init__(device, raw, request, extracted, on_host, spec)
 
     @staticmethod
     def instances_for(request: LoadRequest) -> int:
@@ -207,10 +209,12 @@ class GraphContainer(StreamContainer):
 
     # --- live weights: graphs stay with the memory of the weights that they read
 
-    def stage(self, weights: object, *, partial: bool = False, check_finite: bool = False) -> int:
+    def stage(
+        self, weights: object, *, partial: bool = False, strict: bool = True, check_finite: bool = False
+    ) -> StagedSet:
         before = self._raw.constant_memory(inactive=True)
         try:
-            return super().stage(weights, partial=partial, check_finite=check_finite)
+            return super().stage(weights, partial=partial, strict=strict, check_finite=check_finite)
         finally:
             # What lies on the host was read when the graph was recorded.
             if not before or self._raw.on_host or before != self._raw.constant_memory(inactive=True):
