@@ -32,6 +32,7 @@ from aoti_sched.specs import (
     spec_to_metadata,
 )
 from aoti_sched.validation import lies_in_order
+from aoti_sched.weight_names import names_of
 
 if TYPE_CHECKING:
     import torch
@@ -100,6 +101,7 @@ def compile_package(
         _check_outputs(program)
         functional = program.run_decompositions({})
         spec = _described(program, functional, threads=threads, freeze=freeze)
+        spec = msgspec.structs.replace(spec, weights=names_of(module, program))
         if freeze and spec.mutates_buffers:
             raise CompileError(
                 f"{type(module).__name__} writes to its own buffers, and freeze=True would fix their values. Compile it "

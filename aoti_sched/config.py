@@ -135,6 +135,8 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     copy_outputs: Literal["cpu"] | None = None
     cuda_graphs: bool = False
     sha256: str | None = None
+    weights: str | None = None
+    weights_strict: bool = True
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -151,7 +153,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
 
 def read_config(path: str | os.PathLike[str]) -> SchedulerConfig:
-    """Read a TOML file; model paths are taken relative to it.
+    """Read a TOML file; the paths of models and weights are taken relative to it.
 
     Raises:
         ConfigError: The file is missing, not TOML, or a setting is unknown, of the wrong type or out of
@@ -171,7 +173,11 @@ def read_config(path: str | os.PathLike[str]) -> SchedulerConfig:
             _convert(entry, kind, file, f"{section}.{name}")
     config = _convert(settings, SchedulerConfig, file)
     models = {
-        name: msgspec.structs.replace(model, path=str(file.parent / model.path))
+        name: msgspec.structs.replace(
+            model,
+            path=str(file.parent / model.path),
+            weights=None if model.weights is None else str(file.parent / model.weights),
+        )
         for name, model in config.models.items()
     }
     return msgspec.structs.replace(config, models=models)

@@ -2,8 +2,36 @@
 
 One hierarchy under `AotiSchedError`. A message names the thing (model, input, constant, file), says
 what was expected, what came, and what to do. Where a caller may want to branch on the parts, they are
-attributes too. This file imports nothing, so every layer may use it.
+attributes too. This file imports nothing of ours, so every layer may use it.
+
+No message is longer than a screen, whatever a file or a caller brings: `clipped` and `shortened` see to that.
 """
+
+from collections.abc import Iterable
+
+
+def clipped(thing: object, width: int = 160) -> str:
+    """Return `str(thing)`, its middle left out where it has more than `width` characters."""
+    text = str(thing)
+    if len(text) <= width:
+        return text
+    half = (width - 3) // 2
+    return f"{text[:half]}...{text[-half:]}"
+
+
+def shortened(items: Iterable[object], limit: int = 8, width: int = 160) -> str:
+    """Return the first `limit` items, each clipped to `width` characters, and how many more there are.
+
+    `items` must end; each is read. Pass `map(repr, names)` for quoted names.
+    """
+    listed: list[str] = []
+    more = 0
+    for item in items:
+        if len(listed) < limit:
+            listed.append(clipped(item, width))
+        else:
+            more += 1
+    return ", ".join(listed) + (f" and {more} more" if more else "")
 
 
 class AotiSchedError(Exception):
@@ -182,14 +210,16 @@ class EpochError(AotiSchedError):
 class ConstantMismatchError(AotiSchedError, ValueError):
     """New weights do not fit the model. Nothing has changed.
 
-    `model` is the runner's name, `faults` all that is wrong, as (FQN, problem) pairs.
+    `model` is the runner's name. `faults` holds all that is wrong, as (name, problem) pairs; the message lists the
+    first eight.
     """
 
     def __init__(self, model: str, faults: tuple[tuple[str, str], ...]) -> None:
         self.model = model
         self.faults = faults
-        listed = "; ".join(f"{fqn!r} {problem}" for fqn, problem in self.faults)
-        super().__init__(f"model {model!r}: the new weights do not fit: {listed}")
+        listed = "; ".join(f"{clipped(repr(name), 100)} {clipped(wrong, 240)}" for name, wrong in faults[:8])
+        more = f"; and {len(faults) - 8} more, all in .faults" if len(faults) > 8 else ""
+        super().__init__(f"model {clipped(model)!r}: the new weights do not fit: {listed}{more}")
 
     def __reduce__(self) -> tuple[type, tuple[str, tuple[tuple[str, str], ...]]]:
         return type(self), (self.model, self.faults)

@@ -127,6 +127,7 @@ def _prepare(
         )
     if facts.reason:
         notes.append(facts.reason)
+    notes.extend(facts.notes)
     if not facts.verified:
         notes.append(
             f"What runs models on {device.name.partition(':')[0]} was tested on a simulated device only, not on a real one."

@@ -316,6 +316,7 @@ class Runner(RunnerView):
         weights: object,
         *,
         partial: bool = False,
+        strict: bool = True,
         fold: bool = True,
         barrier: Barrier = "drain",
         keep_previous: bool = True,
@@ -330,7 +331,11 @@ class Runner(RunnerView):
         Args:
             weights: A mapping of names (FQNs) to tensors such as a state dict, (name, tensor) pairs, or the path of a
                 `.safetensors` file or torch checkpoint.
-            partial: Keep the current values of what is not given; otherwise every parameter and buffer must be.
+            partial: Keep the current values of what is not given; otherwise every parameter and buffer of the module's
+                `state_dict()` that the model uses must be.
+            strict: Refuse names that neither the model nor the compiled module has; otherwise they are in the report's
+                `ignored`. A package that `compile_package` made knows the module's names. One of torch's does not: names that
+                its graph does not use are unknown there, and so are values that were compiled into the code.
             fold: Compute now what the model folds from its constants, and not in the first request.
             barrier: "drain" lets queued requests wait; "abort" fails them with UpdateAbortedError.
             keep_previous: Keep the old set in memory, for `rollback`.
@@ -348,6 +353,7 @@ class Runner(RunnerView):
         reports = await self.updates.update(
             {self: weights},
             partial=partial,
+            strict=strict,
             fold=fold,
             barrier=barrier,
             keep_previous=keep_previous,
@@ -361,13 +367,20 @@ class Runner(RunnerView):
         weights: object,
         *,
         partial: bool = False,
+        strict: bool = True,
         fold: bool = True,
         check_finite: bool = False,
         timeout: float | None = None,
     ) -> None:
         """The first half of `update`: write the new set beside the one that serves. A previous set kept there is gone."""
         await self.updates.stage(
-            self, weights, partial=partial, fold=fold, check_finite=check_finite, timeout=timeout
+            self,
+            weights,
+            partial=partial,
+            strict=strict,
+            fold=fold,
+            check_finite=check_finite,
+            timeout=timeout,
         )
 
     async def commit(
@@ -413,7 +426,10 @@ class Runner(RunnerView):
         return {spec.fqn: spec for spec in self._info.constants}
 
     async def extract(self, *, inactive: bool = False) -> dict[str, Any]:
-        """Copies of the weights that serve (or of the inactive set) by FQN.
+        """Copies of the weights that serve (or of the inactive set) by FQN, a full set for `update`.
+
+        It has every constant that is not computed from others, each under one name, non-persistent buffers and tensors that the
+        compiler made included.
 
         Raises:
             UpdateError: There is no inactive set.

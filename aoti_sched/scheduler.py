@@ -200,6 +200,8 @@ class Scheduler:
         copy_outputs: Literal["cpu"] | None = None,
         cuda_graphs: bool = False,
         sha256: str | None = None,
+        weights: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+        weights_strict: bool = True,
         inputs: Sequence[TensorSpec] | None = None,
         warmup_inputs: object = None,
     ) -> Runner:
@@ -236,6 +238,11 @@ class Scheduler:
             copy_outputs: "cpu" brings a device's outputs to the host's memory; by default they stay.
             cuda_graphs: On CUDA, record each run by the sizes of its inputs, and launch it as one thing from then on.
             sha256: Refuse the file, before anything of it is mapped, unless its digest is this one.
+            weights: The weights to load in place of those in the package, which may have none: the path of a file, or a mapping
+                from names to tensors, both as in `Runner.update`, and a full set. They are written before the first run. A file
+                must stay as it is: it is read again when a parked model is restored. A mapping's tensors are copied.
+            weights_strict: Refuse names in `weights` that nobody knows, as `Runner.update` does by `strict`; otherwise `info.notes`
+                names them.
             inputs: Specs of its tensor inputs, where the package does not bring its own; they are all of the model's device. They
                 override what its wrapper source states, and what running it showed of the least sizes.
             warmup_inputs: Arguments of `run` to warm it up with, and to make up others like them: a tuple of the positional ones, or
@@ -244,6 +251,7 @@ class Scheduler:
         Raises:
             PackageError: The file is missing, broken, for another platform or a wider CPU, not the one hashed.
             LoadError: Its library or weights can't be loaded.
+            ConstantMismatchError, WeightsFileError, WeightsTypeError: `weights` do not fit, or can't be read.
             MemoryLimitError: Its weights do not fit into the device's `memory_limit`.
             DeviceLostError: The device has failed before, and works no more.
             ConfigError: A setting is out of range, the name is taken, or there is no such device.
@@ -269,14 +277,19 @@ class Scheduler:
             copy_outputs=copy_outputs,
             cuda_graphs=cuda_graphs,
             sha256=sha256,
+            weights=os.fsdecode(weights) if isinstance(weights, (str, os.PathLike)) else None,
+            weights_strict=weights_strict,
         )
-        return await self._load(name or Path(path).stem, checked(settings), inputs, warmup_inputs)
+        return await self._load(
+            name or Path(path).stem, checked(settings), inputs, warmup_inputs=warmup_inputs, weights=weights
+        )
 
     async def update(
         self,
         changes: Mapping[Runner, object],
         *,
         partial: bool = False,
+        strict: bool = True,
         fold: bool = True,
         barrier: Barrier = "drain",
         keep_previous: bool = True,
@@ -291,6 +304,7 @@ class Scheduler:
         return await self._updates.update(
             changes,
             partial=partial,
+            strict=strict,
             fold=fold,
             barrier=barrier,
             keep_previous=keep_previous,
@@ -366,7 +380,9 @@ class Scheduler:
         name: str,
         settings: ModelConfig,
         inputs: Sequence[TensorSpec] | None,
+        *,
         warmup_inputs: object = None,
+        weights: object = None,
     ) -> Runner:
         self._must_be_open()
         if name in self._names:
@@ -399,6 +415,8 @@ class Scheduler:
                 copy_outputs=settings.copy_outputs,
                 cuda_graphs=settings.cuda_graphs,
                 replicated=settings.devices is not None,
+                weights=settings.weights if weights is None else weights,
+                weights_strict=settings.weights_strict,
                 make_room=make_room,
             )
             try:

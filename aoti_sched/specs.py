@@ -134,6 +134,21 @@ class RowEvidence(msgspec.Struct, frozen=True):
     reason: str
 
 
+class WeightName(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One name of a module's state: a parameter, a buffer, or whatever else its `state_dict()` has.
+
+    `same_as` is the first name of the same tensor, where that is another one (tied weights). A name that is not
+    `persistent` is a buffer that `state_dict()` leaves out. A name is `used` where the compiled graph computes with its
+    value. `digest` is of a used value that is small enough to be compiled into the code ("" otherwise).
+    """
+
+    name: str
+    same_as: str = ""
+    persistent: bool = True
+    used: bool = True
+    digest: str = ""
+
+
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """All that `compile_package` knows of a model; stored as JSON in the package.
 
@@ -143,6 +158,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     `mutates_buffers` says that instances share state and must run one at a time. `mutated_inputs` names the inputs that a run
     writes to (None: not known). `rows` says whether rows influence each other (None: not probed). `examples` has one entry for
     each tensor input. `sizes_probed` says that the least sizes of dynamic dimensions were found by running the model.
+    `weights` has all names of the module's state (empty: not recorded).
     """
 
     version: int = 1
@@ -158,6 +174,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     rows: RowEvidence | None = None
     examples: tuple[ExampleSpec, ...] = ()
     sizes_probed: bool = False
+    weights: tuple[WeightName, ...] = ()
 
 
 class ConstantSpec(msgspec.Struct, frozen=True):

@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from aoti_sched.backends.base import Completion, ContainerInfo, Executor, Loaded, LoadRequest, Work
+from aoti_sched.backends.base import Completion, ContainerInfo, Executor, Loaded, LoadRequest, StagedSet, Work
 from aoti_sched.backends.batch import Staging
 from aoti_sched.backends.bell import Bell
 from aoti_sched.backends.reading import Reading
@@ -182,19 +182,21 @@ class FakeContainer:
         weights: object,
         *,
         partial: bool = False,
+        strict: bool = True,
         check_finite: bool = False,
         reading: Reading | None = None,
-    ) -> int:
+    ) -> StagedSet:
         del check_finite
         self._fail("stage")
         with (reading or Reading()).source(contextlib.nullcontext(_items(weights))) as items:
             given: dict[str, Any] = dict(items)
-        faults = [(name, "is unknown") for name in given if name not in self.weights]
+        unknown = [name for name in given if name not in self.weights]
+        faults = [(name, "is unknown") for name in unknown if strict]
         faults += [(name, "is missing") for name in self.weights if name not in given and not partial]
         if faults:
             raise ConstantMismatchError("fake", tuple(faults))
-        self.inactive = {**self.weights, **given}
-        return len(self.inactive)
+        self.inactive = {**self.weights, **{name: given[name] for name in given if name in self.weights}}
+        return StagedSet(len(self.inactive), tuple(unknown))
 
     def fold(self) -> None:
         self._fail("fold")
@@ -354,6 +356,8 @@ class FakeBackend:
                 path=str(request.path),
             )
         weights = self.weights.get(request.name) or self.weights.get(Path(request.path).stem) or {}
+        if isinstance(request.weights, Mapping):  # a file is not read: the model is none that it could be of
+            weights = request.weights
         request.make_room(len(weights))
         container = FakeContainer(function, request.instances, weights)
         self.containers.append(container)

@@ -44,7 +44,8 @@ class UpdateReport(msgspec.Struct, frozen=True, kw_only=True):
 
     `stage_seconds` and `fold_seconds` passed while requests were served (they are 0.0 for a rollback). From
     `drain_seconds` (waiting for runs and leases that were under way) and `swap_seconds` comes `pause_seconds`: how long the
-    barrier was closed. `waited` is how many requests were queued when it opened.
+    barrier was closed. `waited` is how many requests were queued when it opened. `ignored` are the names that were given and
+    are of no use to the model: the module has them and the compiled graph does not use them, or `strict` was off.
     """
 
     runner: str
@@ -56,6 +57,7 @@ class UpdateReport(msgspec.Struct, frozen=True, kw_only=True):
     swap_seconds: float
     pause_seconds: float
     waited: int
+    ignored: tuple[str, ...] = ()
 
 
 class Inactive(enum.Enum):
@@ -87,6 +89,7 @@ class _Staged(msgspec.Struct):
     bytes: int = 0
     stage_seconds: float = 0.0
     fold_seconds: float = 0.0
+    ignored: tuple[str, ...] = ()
 
 
 class _Attempt:
@@ -135,6 +138,7 @@ class Updates:
         changes: Mapping[Runner, object],
         *,
         partial: bool,
+        strict: bool,
         fold: bool,
         check_finite: bool,
         barrier: Barrier,
@@ -153,7 +157,13 @@ class Updates:
                 try:
                     for replica, weights in each.items():
                         await self._stage(
-                            attempt, replica, weights, partial=partial, fold=fold, check_finite=check_finite
+                            attempt,
+                            replica,
+                            weights,
+                            partial=partial,
+                            strict=strict,
+                            fold=fold,
+                            check_finite=check_finite,
                         )
                         staged.append(replica)
                     return await self._commit(attempt, staged, barrier, keep_previous=keep_previous)
@@ -168,6 +178,7 @@ class Updates:
         weights: object,
         *,
         partial: bool,
+        strict: bool,
         fold: bool,
         check_finite: bool,
         timeout: float | None,  # noqa: ASYNC109
@@ -180,7 +191,13 @@ class Updates:
                 try:
                     for replica, share in each:
                         await self._stage(
-                            attempt, replica, share, partial=partial, fold=fold, check_finite=check_finite
+                            attempt,
+                            replica,
+                            share,
+                            partial=partial,
+                            strict=strict,
+                            fold=fold,
+                            check_finite=check_finite,
                         )
                         staged.append(replica)
                     await attempt.settle()
@@ -294,13 +311,20 @@ class Updates:
         weights: object,
         *,
         partial: bool,
+        strict: bool,
         fold: bool,
         check_finite: bool,
     ) -> None:
         try:
             if not runner.absent:
                 await self._stage_here(
-                    attempt, runner, weights, partial=partial, fold=fold, check_finite=check_finite
+                    attempt,
+                    runner,
+                    weights,
+                    partial=partial,
+                    strict=strict,
+                    fold=fold,
+                    check_finite=check_finite,
                 )
         except Exception as error:
             if not runner.absent:
@@ -314,6 +338,7 @@ class Updates:
         weights: object,
         *,
         partial: bool,
+        strict: bool,
         fold: bool,
         check_finite: bool,
     ) -> None:
@@ -327,11 +352,11 @@ class Updates:
             await claim(runner.dispatcher, runner.state.memory, container.constant_bytes)
         began = self._clock.time()
         with _overwriting(runner):
-            size = await _read(
+            written = await _read(
                 runner,
                 attempt,
                 lambda reading: container.stage(
-                    weights, partial=partial, check_finite=check_finite, reading=reading
+                    weights, partial=partial, strict=strict, check_finite=check_finite, reading=reading
                 ),
             )
         live.inactive = Inactive.STAGED
@@ -342,7 +367,9 @@ class Updates:
         except BaseException:
             await self._drop([runner], Inactive.STAGED)
             raise
-        live.staged = _Staged(size, staged - began, self._clock.time() - staged)
+        live.staged = _Staged(
+            written.bytes, staged - began, self._clock.time() - staged, ignored=written.ignored
+        )
 
     async def _fold(self, runner: Runner) -> None:
         """Fold the inactive buffer. That takes an instance, so it holds a lease."""
@@ -428,6 +455,7 @@ class Updates:
             runner.dispatcher.open_barrier(runner.state, epochs[runner] if runner in reports else None)
         for runner in runners:
             report = msgspec.structs.asdict(reports[runner])
+            report["ignored"] = len(report["ignored"])
             log.info("weights published", device=runner.device, **report)
         return reports
 
@@ -518,7 +546,7 @@ class Updates:
         return result  # type: ignore[no-any-return]
 
 
-async def _read(runner: Runner, attempt: _Attempt, call: Callable[[Reading], int]) -> int:
+async def _read(runner: Runner, attempt: _Attempt, call: Callable[[Reading], StagedSet]) -> StagedSet:
     """Let a container read its weights in a thread of its own, which is left behind where foreign code does not come back.
 
     Raises:
@@ -526,33 +554,34 @@ async def _read(runner: Runner, attempt: _Attempt, call: Callable[[Reading], int
         RunnerClosedError: The runner, or another one of the same update, closes.
     """
     loop = asyncio.get_running_loop()
-    done: asyncio.Future[int] = loop.create_future()
+    done: asyncio.Future[StagedSet] = loop.create_future()
     reading = Reading()
 
-    def finish(size: int, error: BaseException | None) -> None:
+    def finish(written: StagedSet | None, error: BaseException | None) -> None:
         if done.done():
             return
-        if error is None:
-            done.set_result(size)
+        if written is not None:
+            done.set_result(written)
         elif isinstance(error, Abandoned):
             done.set_exception(_closing(attempt.closes or runner.name))
         else:
             done.set_exception(own(error, UpdateError, f"runner {runner.name!r}: the source of its weights"))
 
     def work() -> None:
-        size, error = 0, None
+        written: StagedSet | None = None
+        error: BaseException | None = None
         try:
-            size = call(reading)
+            written = call(reading)
         except BaseException as caught:  # noqa: BLE001 -- it is the update's
             if isinstance(caught, Abandoned) and reading.abandon():
                 return  # the owner has left
             error = caught
         with suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(finish, size, error)
+            loop.call_soon_threadsafe(finish, written, error)
 
     def leave() -> None:
         if reading.abandon():
-            finish(0, Abandoned())
+            finish(None, Abandoned())
 
     if attempt.closes:
         raise _closing(attempt.closes)

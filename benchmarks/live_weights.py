@@ -188,8 +188,7 @@ async def c_abi_swaps(callers: int) -> AsyncIterator[Opened]:
     x, sets = models.example("heavy"), _sets("heavy")
 
     def stage(number: int) -> None:
-        weights = sets[(number + 1) % 2].items()
-        raw.stage(raw.full_set("heavy", weights, partial=False, check_finite=False))
+        raw.stage(raw.full_set(sets[(number + 1) % 2]))
 
     threads = InThreads(callers, lambda: raw.run([x]))
     measure = functools.partial(threads.measure, stage, raw.swap)

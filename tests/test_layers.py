@@ -29,6 +29,7 @@ LAYERS = {
         "specs",
         "telemetry",
         "validation",
+        "weight_names",
         "wrapper_source",
     ],
     "queue": ["queue"],

@@ -40,6 +40,15 @@ class ContainerInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Whether short runs may be placed on the loop's own thread without being asked for."""
     verified: bool = True
     """Whether this way to run a model has run on a real device of its kind."""
+    notes: tuple[str, ...] = ()
+    """What else there is to say of how it was loaded, a sentence each."""
+
+
+class StagedSet(msgspec.Struct, frozen=True):
+    """A set of weights that was written: its bytes, and the names that were given and are of no use to the model."""
+
+    bytes: int
+    ignored: tuple[str, ...] = ()
 
 
 class CRun(msgspec.Struct, kw_only=True, eq=False):
@@ -112,10 +121,12 @@ class Container(Protocol):
         weights: object,
         *,
         partial: bool = False,
+        strict: bool = True,
         check_finite: bool = False,
         reading: Reading | None = None,
-    ) -> int:
-        """Write a full set into the inactive buffer and return its bytes; what `partial` leaves out is the active one's.
+    ) -> StagedSet:
+        """Write a full set into the inactive buffer; what `partial` leaves out is the active one's. If not `strict`, names that
+        nobody knows are ignored.
 
         The weights are read through `reading.source`, where there is a reading: its owner may leave while foreign code runs.
 
@@ -256,6 +267,10 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     """"cpu" for outputs on the host; None leaves them where the model makes them."""
     cuda_graphs: bool = False
     """Whether runs are recorded and launched as one thing."""
+    weights: object = None
+    """A mapping from names to tensors, or the path of a file, in place of the weights in the package; None for those."""
+    weights_strict: bool = True
+    """Whether names in `weights` that nobody knows are refused."""
     replicated: bool = False
     """Whether the runner is on several devices; a request then runs on any of them, and may move."""
     make_room: Callable[[int], None] = _there_is_room

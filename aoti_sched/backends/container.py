@@ -5,30 +5,41 @@ the containers of devices are made from.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from aoti_sched.backends.base import ContainerInfo, CRun, LoadRequest
+from aoti_sched.backends.base import ContainerInfo, CRun, LoadRequest, StagedSet
 from aoti_sched.backends.batch import Staging
 from aoti_sched.backends.c_abi import FUNCTIONS, Library
-from aoti_sched.backends.constants import Constant
+from aoti_sched.backends.constants import Chosen, Constant, Names, choose
 from aoti_sched.backends.raw_container import RawContainer
 from aoti_sched.backends.reading import Reading
 from aoti_sched.backends.weight_source import open_weights
-from aoti_sched.backends.weights import give_weights, load_weights
+from aoti_sched.backends.weights import GivenWeights, give_weights, load_weights
+from aoti_sched.errors import LoadError, shortened
 from aoti_sched.package import Extracted
+from aoti_sched.specs import ModelSpec
 
 
 class CAbiContainer:
     """A container run through the C ABI, the GIL released."""
 
-    def __init__(self, raw: RawContainer, request: LoadRequest, extracted: Extracted) -> None:
+    def __init__(
+        self, raw: RawContainer, request: LoadRequest, extracted: Extracted, spec: ModelSpec | None = None
+    ) -> None:
         self._raw = raw
+        self._spec = spec
+        self._weight_names = spec.weights if spec is not None else ()
         self._name = request.name
         self._instances = request.instances
         self._extracted = extracted
-        load_weights(raw, extracted)
+        self._given: GivenWeights | None = None
+        if request.weights is not None:
+            if reason := self.updatable:
+                raise LoadError(f"{raw.name}: weights= was given, but {reason}. Leave it out.")
+            self._given = GivenWeights(request, self._weight_names)
+        load_weights(raw, extracted, self._given)
         self.folds = any(constant.spec.folded for constant in raw.constants)
         if self.folds:
             self._fold(raw, inactive=False)  # now, and not in the first request
@@ -36,8 +47,10 @@ class CAbiContainer:
         self.staging = Staging(raw.name)
         self._inactive_bytes = 0
         self.constant_bytes = sum(constant.capacity for constant in raw.constants)
-        # Of each buffer, the active one first: whether the package has the same weights.
-        self._packaged = [True, False]
+        # Of each buffer, the active one first: whether the package, or the file given at load, has the same weights.
+        self._packaged = [self._given is None or self._given.is_file, False]
+        if self._given is not None:
+            self._given.forget()
         self._is_parked = False
         self._kept: dict[str, torch.Tensor] = {}  # by one that is parked, what the package has not
         # An output that lies where constants lie is a weight itself; so is one that warming up found to be folded.
@@ -62,8 +75,15 @@ class CAbiContainer:
                 out_spec=out_spec,
                 constants=tuple(constant.spec for constant in raw.constants),
                 missing=missing_functions(raw.library),
+                notes=self._notes(),
             )
         return self._info
+
+    def _notes(self) -> tuple[str, ...]:
+        ignored = self._given.ignored if self._given is not None else ()
+        if not ignored:
+            return ()
+        return (f"Of the weights given at load, the model has no use for {shortened(map(repr, ignored))}.",)
 
     @property
     def c_run(self) -> CRun:
@@ -128,9 +148,22 @@ class CAbiContainer:
     @property
     def updatable(self) -> str:
         constants = self._raw.constants
-        if not constants or any(constant.spec.fqn.startswith("_frozen_param") for constant in constants):
+        spec = self._spec
+        if any(constant.spec.fqn.startswith("_frozen_param") for constant in constants) or (
+            spec is not None and spec.frozen
+        ):
             return "they were compiled into its code (freeze=True)"
-        return self._raw.why_not_updatable
+        if constants:
+            return self._raw.why_not_updatable
+        if not self._weight_names:
+            return (
+                "it has none"
+                if spec is not None
+                else "it has none, or all of them were compiled into its code (small ones are, and all where inductor freezes)"
+            )
+        if any(weight.used for weight in self._weight_names):
+            return "all of them were compiled into its code"
+        return "it uses none of its module's"
 
     @property
     def inactive_ready(self) -> bool:
@@ -145,16 +178,30 @@ class CAbiContainer:
         weights: object,
         *,
         partial: bool = False,
+        strict: bool = True,
         check_finite: bool = False,
         reading: Reading | None = None,
-    ) -> int:
-        with (reading or Reading()).source(open_weights(weights)) as tensors:
-            ready = self._full_set(tensors, partial=partial, check_finite=check_finite)
+    ) -> StagedSet:
+        reading = reading or Reading()
+        with reading.source(open_weights(weights)) as offers:
+            constants = self._raw.constants
+            chosen = choose(
+                self._name,
+                constants,
+                Names(constants, self._weight_names),
+                offers,
+                device_type=self._raw.device_type,
+                partial=partial,
+                strict=strict,
+            )
+            with reading.foreign():
+                chosen.read()
+            ready = self._full_set(chosen, check_finite=check_finite)
         self._packaged[1] = False
         size = self._write(ready)  # not before a file was found to be still the one that was read
         self._inactive_bytes = size
         self._know_memory()  # before anything can run on it
-        return size
+        return StagedSet(size, chosen.ignored)
 
     def fold(self) -> None:
         self._fold(self._raw, inactive=True)
@@ -176,7 +223,7 @@ class CAbiContainer:
         # that one's maps still point into the inactive buffer (`run_const_fold` in model_container.h): it would run on it.
         old = self._raw
         if self.updatable:  # so they are the package's own still
-            raw = self._fresh(lambda raw: load_weights(raw, self._extracted))
+            raw = self._fresh(self._load_weights)
         else:
             raw = self._fresh(lambda raw: raw.update(old.extract(), inactive=False))
         self._become(raw)
@@ -194,7 +241,7 @@ class CAbiContainer:
 
     @property
     def unparkable(self) -> str:
-        return "" if self._packaged[0] else "its weights were updated, and only memory has them"
+        return "" if self._packaged[0] else "its weights were given or updated, and only memory has them"
 
     def park(self) -> None:
         self._is_parked = True
@@ -206,10 +253,12 @@ class CAbiContainer:
         if not self._is_parked:
             return
         kept = self._kept
-        self._become(
-            self._fresh(lambda raw: give_weights(raw, kept) if kept else load_weights(raw, self._extracted))
-        )
+        self._become(self._fresh(lambda raw: give_weights(raw, kept) if kept else self._load_weights(raw)))
         self._kept, self._is_parked = {}, False
+
+    def _load_weights(self, raw: RawContainer) -> None:
+        """The weights that it was loaded with."""
+        load_weights(raw, self._extracted, self._given)
 
     def _fresh(self, fill: Callable[[RawContainer], None]) -> RawContainer:
         """Another container of the same model, with the weights that are filled in."""
@@ -237,10 +286,8 @@ class CAbiContainer:
     def _fold(self, raw: RawContainer, *, inactive: bool) -> None:
         raw.fold(inactive=inactive)
 
-    def _full_set(
-        self, tensors: Iterable[tuple[str, torch.Tensor]], *, partial: bool, check_finite: bool
-    ) -> list[tuple[Constant, torch.Tensor]]:
-        return self._raw.full_set(self._name, tensors, partial=partial, check_finite=check_finite)
+    def _full_set(self, chosen: Chosen, *, check_finite: bool) -> list[tuple[Constant, torch.Tensor]]:
+        return self._raw.full_set(chosen.values(check_finite=check_finite))
 
     def _write(self, ready: list[tuple[Constant, torch.Tensor]]) -> int:
         """Write a full set into the inactive buffer; returns its bytes."""
@@ -249,7 +296,7 @@ class CAbiContainer:
     def _another(self) -> RawContainer:
         """A fresh container of the same model."""
         raw = RawContainer(self._raw.library, self._instances)
-        raw.name = self._raw.name
+        raw.name, raw.layouts = self._raw.name, self._raw.layouts
         return raw
 
 

@@ -20,6 +20,7 @@ from aoti_sched.backends.raw_container import RawContainer
 from aoti_sched.backends.torch_runner import TorchRunnerContainer
 from aoti_sched.errors import ConfigError, PlatformMismatchError
 from aoti_sched.package import check_platform, open_package
+from aoti_sched.package.sources import constant_layouts
 from aoti_sched.specs import spec_from_metadata
 from aoti_sched.wrapper_source import writes_to_buffers
 
@@ -70,11 +71,13 @@ class CpuDevice:
             request = msgspec.structs.replace(request, instances=1)
             raw = RawContainer(library, 1)
         raw.name = f"model {request.name!r}"  # in errors: the name the user gave, not the library's
+        wrapper = package.wrapper_source(model)
+        raw.layouts = constant_layouts(wrapper or "")
         try:
             container = (
-                TorchRunnerContainer(raw, request, extracted)
+                TorchRunnerContainer(raw, request, extracted, spec)
                 if model.needs_proxy_executor
-                else CAbiContainer(raw, request, extracted)
+                else CAbiContainer(raw, request, extracted, spec)
             )
         except BaseException:
             raw.close()

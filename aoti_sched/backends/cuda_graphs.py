@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from aoti_sched.backends.base import LoadRequest, Work
+from aoti_sched.backends.base import LoadRequest, StagedSet, Work
 from aoti_sched.backends.batch import whole_shapes
 from aoti_sched.backends.container import CAbiContainer
 from aoti_sched.backends.handles import handles_of
@@ -31,6 +31,7 @@ from aoti_sched.backends.reading import Abandoned, Reading
 from aoti_sched.backends.streams import Slot, StreamContainer
 from aoti_sched.errors import ConfigError
 from aoti_sched.package import Extracted
+from aoti_sched.specs import ModelSpec
 from aoti_sched.telemetry import log
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ class GraphContainer(StreamContainer):
         request: LoadRequest,
         extracted: Extracted,
         on_host: Sequence[int],
+        spec: ModelSpec | None = None,
     ) -> None:
         why = _why_not(raw, on_host)
         if why:
@@ -119,7 +121,7 @@ class GraphContainer(StreamContainer):
             [{} for _ in range(request.instances)] for _ in range(2)
         ]
         self._pools: list[Any] = [None] * request.instances
-        super().__init__(device, raw, request, extracted, on_host)
+        super().__init__(device, raw, request, extracted, on_host, spec)
 
     @staticmethod
     def instances_for(request: LoadRequest) -> int:
@@ -213,19 +215,22 @@ class GraphContainer(StreamContainer):
         weights: object,
         *,
         partial: bool = False,
+        strict: bool = True,
         check_finite: bool = False,
         reading: Reading | None = None,
-    ) -> int:
+    ) -> StagedSet:
         before = self._raw.constant_memory(inactive=True)
         try:
-            size = super().stage(weights, partial=partial, check_finite=check_finite, reading=reading)
+            written = super().stage(
+                weights, partial=partial, strict=strict, check_finite=check_finite, reading=reading
+            )
         except Abandoned:  # nothing was written, and the container may be closed by now
             raise
         except BaseException:
             self._see_inactive(before)
             raise
         self._see_inactive(before)
-        return size
+        return written
 
     def _see_inactive(self, before: Sequence[tuple[int, int]]) -> None:
         """Forget the graphs of the inactive buffer, unless they still read what is there."""

@@ -8,7 +8,7 @@ never on the active buffer while runs go on. A swap waits for the runs that are 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from ctypes import POINTER, byref, c_bool, c_char_p, c_int32, c_size_t, c_uint64, c_void_p
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from aoti_sched.backends.base import CRun
 from aoti_sched.backends.c_abi import ConstantEntry, Library
 from aoti_sched.backends.constant_map import EXTRACT, EXTRACT_ENTRIES, map_type, why_not_updatable
-from aoti_sched.backends.constants import TYPES, Constant, check, fitting, laid_out, select
+from aoti_sched.backends.constants import TYPES, Constant, check, laid_out, select
 from aoti_sched.backends.handles import DTYPES, borrowed, free, handles_of, tensors_of
 from aoti_sched.errors import (
     InputMismatchError,
@@ -28,7 +28,9 @@ from aoti_sched.errors import (
     MissingWeightsError,
     RunError,
     RunnerClosedError,
+    shortened,
 )
+from aoti_sched.package.sources import Layout
 from aoti_sched.specs import ConstantSpec
 
 if TYPE_CHECKING:
@@ -64,6 +66,8 @@ class RawContainer:
         # Whether a tensor's address tells its place in memory. MPS's is that of an object, its buffer, plus the offset in it.
         self.has_addresses = True
         self._lent: list[int] = []
+        # Shape and strides of constants, by the runtime's names, as the package states them; the C ABI knows none without values.
+        self.layouts: Mapping[str, Layout] = {}
         handle = c_void_p()
         directory = None if resources is None else resources.encode()
         if library.has(_PREFIX + "CreateWithDevice"):
@@ -136,7 +140,7 @@ class RawContainer:
         if not self._complete[0]:
             raise MissingWeightsError(
                 f"{self.name} was compiled without its weights, and none were loaded: "
-                f"{', '.join(self.missing_constants()[:8])} have no values"
+                f"{shortened(self.missing_constants())} have no values"
             )
         container = self._open()
         inputs = self._inputs(*handles_of(list(tensors)))
@@ -228,22 +232,9 @@ class RawContainer:
         constants = self._borrow(inactive=inactive)
         return {name: t.to("cpu", copy=True) if host else t.clone() for name, t in constants}
 
-    def full_set(
-        self, model: str, weights: Iterable[tuple[str, torch.Tensor]], *, partial: bool, check_finite: bool
-    ) -> list[tuple[Constant, torch.Tensor]]:
-        """A full set, checked and laid out, for `stage`; what a part leaves out is the active buffer's. `model` is for errors.
-
-        Raises:
-            ConstantMismatchError: The set does not fit.
-        """
-        fit = fitting(
-            model,
-            self.constants,
-            weights,
-            device_type=self.device_type,
-            partial=partial,
-            check_finite=check_finite,
-        )
+    def full_set(self, weights: Mapping[str, torch.Tensor]) -> list[tuple[Constant, torch.Tensor]]:
+        """A full set, laid out for `stage`: what was chosen for this model, by FQN, and the rest from the active buffer."""
+        fit = dict(weights)
         active = dict(self._borrow(inactive=False)) if self._can_extract() else {}
         for constant in self.constants:
             spec = constant.spec
@@ -476,16 +467,20 @@ class RawContainer:
         folded = bool(self._optional(c_bool, "GetConstantFromFolded", index, default=False))
         tensor = known.get(fqn)
         dtype = DTYPES[self._get(c_int32, "GetConstantDtype", index)]
+        name = self._get(c_char_p, "GetConstantName", index).decode()
+        shape, stride = self.layouts.get(name, (None, None))
+        if tensor is not None:
+            shape, stride = tuple(tensor.shape), tensor.stride()
         spec = ConstantSpec(
-            name=self._get(c_char_p, "GetConstantName", index).decode(),
+            name=name,
             fqn=fqn,
             dtype=str(dtype).removeprefix("torch."),
-            shape=None if tensor is None else tuple(tensor.shape),
+            shape=shape,
             bytes=capacity if tensor is None else tensor.numel() * tensor.element_size(),
             type=TYPES[kind] if kind < len(TYPES) else "unknown",
             folded=folded,
         )
-        return Constant(spec, capacity, None if tensor is None else tensor.stride())
+        return Constant(spec, capacity, stride)
 
     def _optional(self, kind: Any, name: str, index: int, *, default: Any) -> Any:
         return self._get(kind, name, index) if self.library.has(_PREFIX + name) else default

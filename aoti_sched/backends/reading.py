@@ -45,6 +45,19 @@ class Reading:
         finally:
             self._come_back()
 
+    @contextmanager
+    def foreign(self) -> Iterator[None]:
+        """Inside, only foreign code runs: what it reads from may block.
+
+        Raises:
+            Abandoned: The owner has left: nothing may be touched any more.
+        """
+        self._leave()
+        try:
+            yield
+        finally:
+            self._come_back()
+
     def abandon(self) -> bool:
         """Return whether the thread is in foreign code, and so need not be waited for. Otherwise it ends by itself, soon."""
         with self._lock:

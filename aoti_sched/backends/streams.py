@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -32,12 +32,13 @@ from aoti_sched.backends.raw_container import RawContainer
 from aoti_sched.backends.torch_runner import TorchRunnerContainer
 from aoti_sched.errors import ConfigError, DeviceLostError, LoadError, PlatformMismatchError
 from aoti_sched.package import Extracted, check_platform, open_package
-from aoti_sched.specs import TensorSpec, spec_from_metadata, specs_from_wrapper
+from aoti_sched.package.sources import constant_layouts
+from aoti_sched.specs import ModelSpec, TensorSpec, spec_from_metadata, specs_from_wrapper
 from aoti_sched.telemetry import log
 from aoti_sched.wrapper_source import writes_to_buffers
 
 if TYPE_CHECKING:
-    from aoti_sched.backends.constants import Constant
+    from aoti_sched.backends.constants import Chosen, Constant
     from aoti_sched.backends.native import _native
 
 STAGED_AT_ONCE = 64 << 20
@@ -297,7 +298,8 @@ class Accelerator(ABC):
                 raw = self.open_raw(library, make.instances_for(request), title)
             try:
                 on_host = tuple(index for index, spec in enumerate(specs) if spec.device == "cpu")
-                container = make(self, raw, request, extracted, on_host)
+                raw.layouts = constant_layouts(wrapper or "")
+                container = make(self, raw, request, extracted, on_host, own)
             except BaseException:
                 raw.close()
                 raise
@@ -494,11 +496,12 @@ class StreamContainer(OnStreams, CAbiContainer):
         request: LoadRequest,
         extracted: Extracted,
         on_host: Sequence[int],
+        spec: ModelSpec | None = None,
     ) -> None:
         self._open_slots(device, request, raw.num_inputs, on_host)
         self._turns = 0  # whose turn it is to be warmed up
         try:
-            super().__init__(raw, request, extracted)
+            super().__init__(raw, request, extracted, spec)
             device.settle()
             self._know_c_run()
         except BaseException:
@@ -569,13 +572,9 @@ class StreamContainer(OnStreams, CAbiContainer):
             self._house.fence()
             self._device.settle()  # what is no parameter was copied over on the default stream
 
-    def _full_set(
-        self, tensors: Iterable[tuple[str, torch.Tensor]], *, partial: bool, check_finite: bool
-    ) -> list[tuple[Constant, torch.Tensor]]:
-        if self._device.one_at_a_time:
-            tensors = list(tensors)  # a file is read now: runs need not wait for that
+    def _full_set(self, chosen: Chosen, *, check_finite: bool) -> list[tuple[Constant, torch.Tensor]]:
         with self._device.turn():  # laying tensors out is work of the device's, too, when they are there
-            return super()._full_set(tensors, partial=partial, check_finite=check_finite)
+            return super()._full_set(chosen, check_finite=check_finite)
 
     def _write(self, ready: list[tuple[Constant, torch.Tensor]]) -> int:
         self._device.must_work()
@@ -629,7 +628,9 @@ class StreamContainer(OnStreams, CAbiContainer):
         self._know_c_run()
 
     def _another(self) -> RawContainer:
-        return self._device.open_raw(self._raw.library, self._instances, self._raw.name)
+        raw = self._device.open_raw(self._raw.library, self._instances, self._raw.name)
+        raw.layouts = self._raw.layouts
+        return raw
 
 
 class StreamTorchRunner(OnStreams, TorchRunnerContainer):
@@ -642,11 +643,12 @@ class StreamTorchRunner(OnStreams, TorchRunnerContainer):
         request: LoadRequest,
         extracted: Extracted,
         on_host: Sequence[int],
+        spec: ModelSpec | None = None,
     ) -> None:
         self._open_slots(device, request, raw.num_inputs, on_host)
         self._turns = 0
         try:
-            super().__init__(raw, request, extracted, device=device.name)
+            super().__init__(raw, request, extracted, spec, device=device.name)
             device.settle()
         except BaseException:
             self._close_slots()

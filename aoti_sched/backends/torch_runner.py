@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch._C import _aoti
 
-from aoti_sched.backends.base import ContainerInfo, LoadRequest
+from aoti_sched.backends.base import ContainerInfo, LoadRequest, StagedSet
 from aoti_sched.backends.batch import Staging
 from aoti_sched.backends.handles import capsule_of
 from aoti_sched.backends.raw_container import RawContainer
 from aoti_sched.backends.reading import Reading
-from aoti_sched.backends.weights import load_weights, read_stored
+from aoti_sched.backends.weights import GivenWeights, load_weights, read_stored
 from aoti_sched.errors import LoadError, RunError, UpdateError
 from aoti_sched.package import Extracted
+from aoti_sched.specs import ModelSpec
 from aoti_sched.telemetry import log
 
 
@@ -32,7 +33,13 @@ class TorchRunnerContainer:
     """The stock runner behind the container's contract. `raw` describes the model, and is closed then."""
 
     def __init__(
-        self, raw: RawContainer, request: LoadRequest, extracted: Extracted, *, device: str = "cpu"
+        self,
+        raw: RawContainer,
+        request: LoadRequest,
+        extracted: Extracted,
+        spec: ModelSpec | None = None,
+        *,
+        device: str = "cpu",
     ) -> None:
         self._library = raw.library
         self._name = request.name
@@ -46,7 +53,12 @@ class TorchRunnerContainer:
                 f"{raw.name}: it needs torch's own runner, which can't load weights from a blob here. Compile it with the "
                 "weights in the library."
             )
-        load_weights(raw, extracted)  # on the describing container: refuses what can't be complete
+        # On the describing container, which refuses what can't be complete. Weights that were given stay on the host.
+        given = None
+        if request.weights is not None:
+            given = GivenWeights(request, spec.weights if spec is not None else ())
+        load_weights(raw, extracted, given)
+        self._kept = raw.extract(host=True) if given is not None else {}
         self._call_spec = raw.call_spec()
         self._counts = raw.num_inputs, raw.num_outputs
         self._constants = tuple(constant.spec for constant in raw.constants)
@@ -64,7 +76,7 @@ class TorchRunnerContainer:
         """A runner with the package's weights."""
         try:
             runner = stock_runner(self._device_name, self._extracted.library, self._instances)
-            stored = read_stored(f"model {self._name!r}", self._extracted)
+            stored = self._kept or read_stored(f"model {self._name!r}", self._extracted)
             if stored:
                 names = {spec.fqn: spec.name for spec in self._constants}
                 constants = {names[f]: t.to(self._device_name) for f, t in stored.items()}
@@ -159,10 +171,11 @@ class TorchRunnerContainer:
         weights: object,
         *,
         partial: bool = False,
+        strict: bool = True,
         check_finite: bool = False,
         reading: Reading | None = None,
-    ) -> int:
-        del weights, partial, check_finite, reading
+    ) -> StagedSet:
+        del weights, partial, strict, check_finite, reading
         raise self._not_updatable()
 
     def fold(self) -> None:

@@ -49,7 +49,30 @@ _MODEL_BASE = re.compile(
     r":\s*AOTInductorModelBase\(\s*\d+,\s*\d+,\s*(\d+),\s*device_str,\s*"
     r"(?:std::move\()?cubin_dir\)?(?:,\s*(true|false))?\s*\)"
 )
+_LAYOUT = re.compile(
+    r'^\s*constants_info_\[(\d+)\]\.(?:(name) = "([^"\n]*)"|(shape|stride) = \{([\d, ]*)\});', re.MULTILINE
+)
 _DATA_SIZE = re.compile(r"^\s*constants_info_\[\d+\]\.data_size = (\d+);", re.MULTILINE)
+
+
+Layout = tuple[tuple[int, ...], tuple[int, ...]]
+"""A constant's shape and strides, in elements."""
+
+
+def constant_layouts(wrapper: str) -> dict[str, Layout]:
+    """How the compiled code expects each constant to lie in memory, by the runtime's names."""
+    found: dict[str, dict[str, str]] = {}
+    for index, _, name, what, numbers in _LAYOUT.findall(wrapper):
+        found.setdefault(index, {})[what or "name"] = numbers if what else name
+    return {
+        one["name"]: (_numbers(one["shape"]), _numbers(one["stride"]))
+        for one in found.values()
+        if one.keys() == {"name", "shape", "stride"}
+    }
+
+
+def _numbers(listed: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in listed.split(",") if part.strip())
 
 
 def thread_facts(sources: Iterable[str]) -> ThreadFacts:

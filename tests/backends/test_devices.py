@@ -568,7 +568,7 @@ def run_once(executor, container):
 def test_weights_are_replaced_from_the_host_and_from_the_device(device, executors, loaded, where, older):
     container = loaded(device, older=older)
     executor = executors(device)
-    assert container.stage(weights(3.0, where)) == 16
+    assert container.stage(weights(3.0, where)).bytes == 16
     assert run_once(executor, container) == 1.0
     container.swap()
     assert run_once(executor, container) == 3.0

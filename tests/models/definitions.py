@@ -285,6 +285,34 @@ def custom_op() -> Definition:
     return Definition(Custom, (torch.randn(4),), foreign=True)
 
 
+@model
+def custom_late() -> Definition:
+    """A custom operator, and no weights anywhere."""
+
+    @torch.library.custom_op("aoti_sched_tests::thrice", mutates_args=())
+    def thrice(x: Tensor) -> Tensor:
+        return x * 3
+
+    @thrice.register_fake
+    def _(x: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    class Custom(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.ops.aoti_sched_tests.thrice(x) * self.weight
+
+    return Definition(
+        Custom,
+        (torch.randn(16),),
+        foreign=True,
+        options={"aot_inductor.package_constants_in_so": False},
+    )
+
+
 # --- where weights live ---------------------------------------------------------------------------------
 
 
@@ -327,6 +355,31 @@ def weights_pickle() -> Definition:
     )
 
 
+@model
+def late() -> Definition:
+    """No weights anywhere, folded constants, and a parameter that does not lie in memory as files have it."""
+
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 4))
+            self.turned = nn.Parameter(torch.randn(4, 12).t())
+            self.register_buffer("shift", torch.randn(12))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ (self.weight.t() @ self.weight) @ self.turned.t() + self.shift
+
+    return Definition(
+        Late,
+        (torch.randn(3, 4),),
+        foreign=True,
+        options={
+            "aot_inductor.package_constants_in_so": False,
+            "aot_inductor.use_runtime_constant_folding": True,
+        },
+    )
+
+
 # --- constants ------------------------------------------------------------------------------------------
 
 
@@ -355,6 +408,38 @@ def canary() -> Definition:
             return seen, worked + self.last.sum()
 
     return Definition(Canary, (torch.randn(32, 16),))
+
+
+@model
+def ordinary() -> Definition:
+    """What a state dict has besides the graph's constants: a count that only training uses, a layer that nothing calls,
+    tied weights, a buffer that it leaves out, extra state, a number that inductor takes for code, and a plain tensor."""
+
+    class Ordinary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(12, 6)
+            self.norm = nn.BatchNorm1d(6)
+            self.unused = nn.Linear(3, 3)
+            self.head = nn.Linear(6, 12, bias=False)
+            self.head.weight = self.embed.weight
+            self.twin = nn.Parameter(self.norm.weight.data)
+            self.register_buffer("scale", torch.randn(6), persistent=False)
+            self.register_buffer("unread", torch.randn(6), persistent=False)
+            self.register_buffer("temperature", torch.tensor(2.0))
+            self.plain = torch.randn(6)
+
+        def get_extra_state(self) -> dict[str, int]:
+            return {"version": 3}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            pass
+
+        def forward(self, ids: Tensor) -> Tensor:
+            hidden = self.norm(self.embed(ids)) * self.scale + self.plain * self.twin
+            return self.head(hidden) / self.temperature
+
+    return Definition(lambda: Ordinary().eval(), (torch.arange(4),))
 
 
 @model
