@@ -2,10 +2,18 @@
 
 One hierarchy under `AotiSchedError`. A message names the thing (model, input, constant, file), says
 what was expected, what came, and what to do. Where a caller may want to branch on the parts, they are
-attributes too. This file imports nothing, so every layer may use it.
+attributes too. This file imports nothing of ours, so every layer may use it.
 
 No message is longer than a screen, and none carries what a terminal or a log would obey: `readable` sees to both.
 """
+
+from __future__ import annotations
+
+import reprlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 SCREEN = 1800
 """Characters of the longest message: 24 lines of 75."""
@@ -48,6 +56,25 @@ def _cut(text: str) -> str:
         left_out = len(text) - head - tail_size
         text = f"{text[:head]} ... [{left_out} characters left out] ... {text[-tail_size:]}"
     return text
+
+
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = _brief.maxlong = 60
+
+
+def brief(value: object) -> str:
+    """Return the beginning of a value's `repr`, at most 60 characters; what is large is not written out for it."""
+    try:
+        return _brief.repr(value)[:60]
+    except Exception:  # noqa: BLE001 -- a user's `__repr__` may raise anything, and an error is being made here
+        return f"<{type(value).__name__}>"
+
+
+def listed(values: Iterable[object], most: int = 8) -> str:
+    """Return the values as a list's `repr` would show them, the first `most` of them and how many there are more."""
+    values = list(values)
+    more = f", ... and {len(values) - most} more" if len(values) > most else ""
+    return f"[{', '.join(map(brief, values[:most]))}{more}]"
 
 
 class AotiSchedError(Exception):
@@ -223,7 +250,7 @@ class DeadlineUnreachableError(DeadlineExceededError):
             "send less, or give it more time"
         )
 
-    def __reduce__(self) -> "tuple[type[DeadlineUnreachableError], tuple[str, float, float]]":
+    def __reduce__(self) -> tuple[type[DeadlineUnreachableError], tuple[str, float, float]]:
         return type(self), (self.runner, self.predicted, self.timeout)
 
 
