@@ -16,7 +16,7 @@ ROOT = Path(aoti_sched.__file__).parent
 # From the ground up; a name stands for the module and, if it is a folder, for all that is in it.
 LAYERS = {
     "errors": ["errors"],
-    "words": ["call_spec", "compile", "config", "package", "specs", "telemetry", "validation"],
+    "words": ["arguments", "call_spec", "compile", "config", "package", "specs", "telemetry", "validation"],
     "queue": ["queue"],
     "backends": ["backends"],
     "front": [

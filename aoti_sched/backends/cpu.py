@@ -46,7 +46,7 @@ class CpuDevice:
         return open_executor(self.name, lanes, self.cores(), set_threads, affinity)
 
     def load(self, request: LoadRequest) -> Loaded:
-        package = open_package(request.path, sha256=request.sha256)
+        package = open_package(request.path, sha256=request.sha256, contents=request.contents)
         model = package.model(request.model_name)
         check_platform(model)
         if model.device not in ("", "cpu"):
@@ -57,6 +57,7 @@ class CpuDevice:
         if "AMX_TILE" in model.cpu_isa:
             torch.cpu._init_amx()  # noqa: SLF001 -- Linux gives the tile registers only to processes that ask
         extracted = package.extract(model, request.cache_dir)
+        request = msgspec.structs.replace(request, contents=None)  # what is kept of it is in the cache
         spec = spec_from_metadata(model.metadata)
         if spec is not None and spec.mutates_buffers:
             # Instances share their buffers, and nothing in the runtime guards them (pytorch/pytorch#122824).
