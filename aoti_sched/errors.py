@@ -246,7 +246,7 @@ class DeadlineUnreachableError(DeadlineExceededError):
         self.predicted = predicted
         self.timeout = timeout
         super().__init__(
-            f"runner {runner!r}: the request would be finished in about {predicted:.3g} s, its timeout is {timeout:.3g} s; "
+            f"runner {runner!r}: the request would be finished in about {predicted:.3g} s, its timeout is {timeout:.15g} s; "
             "send less, or give it more time"
         )
 

@@ -6,6 +6,7 @@ How to schedule is said apart from them, through `runner.options(...)`: a light,
 from __future__ import annotations
 
 import asyncio
+import operator
 from asyncio import _get_running_loop  # the public one raises; this one is for the hot path
 from collections.abc import Hashable
 from contextlib import nullcontext
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from aoti_sched.errors import RunnerClosedError, UnsupportedLoopError
+from aoti_sched import arguments
+from aoti_sched.errors import ConfigError, RunnerClosedError, UnsupportedLoopError, brief
 from aoti_sched.future import RunFuture, future_of
 from aoti_sched.queue.job import Job, Priority
 from aoti_sched.telemetry import RunnerInfo, RunnerStats
@@ -87,6 +89,7 @@ class Calls:
                 job.key = key
         if options.timeout is not None:
             job.deadline = runner.dispatcher.deadline(options.timeout)
+            job.timeout = options.timeout
         if options.min_epoch:
             job.min_epoch = options.min_epoch
         if runner.place is not None and self._source is runner.state:
@@ -135,17 +138,23 @@ class Calls:
         are a tenant, too.
         With `min_epoch` they run on the weights of that epoch or a later one: they wait for its publication, and
         fail with EpochError when it was rolled back. What is not given stays as it is here.
+
+        Raises:
+            ConfigError: A value is of the wrong type or out of range; it is a ValueError.
+            TypeError: The tenant can't be hashed.
         """
         old = self._options
         if tenant is not msgspec.UNSET:
             hash(tenant)  # what can't be hashed is refused here, and not by each request
         if timeout is msgspec.UNSET:
             timeout = old.timeout
-        elif timeout is not None and not timeout >= 0:
-            raise ValueError(f"timeout={timeout}: seconds, not negative")
+        elif timeout is not None:
+            timeout = arguments.timeout("options(timeout=)", timeout)
+        if min_epoch is not None:
+            min_epoch = arguments.whole("options(min_epoch=)", min_epoch)
         return self._with(
             Options(
-                old.priority if priority is None else Priority(priority),
+                old.priority if priority is None else _priority(priority),
                 timeout,
                 old.min_epoch if min_epoch is None else min_epoch,
                 old.tenant if tenant is msgspec.UNSET else tenant,
@@ -478,6 +487,7 @@ class LeaseContext:
         )
         if options.timeout is not None:
             job.deadline = runner.dispatcher.deadline(options.timeout)
+            job.timeout = options.timeout
         job.min_epoch = options.min_epoch
         if runner.place is not None and self._source is runner.state:
             runner = runner.place(job)
@@ -499,6 +509,17 @@ class LeaseContext:
         if self._lease is not None:
             self._lease.release()
             self._lease = None
+
+
+def _priority(value: object) -> Priority:
+    if type(value) is Priority:
+        return value
+    try:
+        return Priority(-1 if isinstance(value, bool) else operator.index(value))  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"options(priority=): expected Priority.HIGH, NORMAL or LOW, got {brief(value)}."
+        ) from None
 
 
 def _wrong_loop(runner: Runner) -> UnsupportedLoopError:

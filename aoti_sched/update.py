@@ -20,6 +20,7 @@ import anyio.lowlevel
 import anyio.to_thread
 import msgspec
 
+from aoti_sched import arguments
 from aoti_sched.errors import DeadlineExceededError, RunnerClosedError, UpdateError
 from aoti_sched.parking import claim
 from aoti_sched.queue.lease import Phase
@@ -134,6 +135,10 @@ class Updates:
         keep_previous: bool,
         timeout: float | None,  # noqa: ASYNC109 -- on the scheduler's clock
     ) -> dict[Runner, UpdateReport]:
+        arguments.flags(
+            "update", partial=partial, fold=fold, check_finite=check_finite, keep_previous=keep_previous
+        )
+        _check_barrier("update", barrier)
         each = {
             replica: weights
             for runner, given in changes.items()
@@ -165,6 +170,7 @@ class Updates:
         check_finite: bool,
         timeout: float | None,  # noqa: ASYNC109
     ) -> None:
+        arguments.flags("stage", partial=partial, fold=fold, check_finite=check_finite)
         each = _shares(runner, weights)
 
         async def work(attempt: _Attempt) -> None:
@@ -191,6 +197,8 @@ class Updates:
         keep_previous: bool,
         timeout: float | None,  # noqa: ASYNC109
     ) -> dict[Runner, UpdateReport]:
+        arguments.flags("commit", keep_previous=keep_previous)
+        _check_barrier("commit", barrier)
         runners = list(dict.fromkeys(runners))
         each = _serving(runners)
 
@@ -207,6 +215,7 @@ class Updates:
         barrier: Barrier,
         timeout: float | None,  # noqa: ASYNC109
     ) -> dict[Runner, UpdateReport]:
+        _check_barrier("rollback", barrier)
         runners = list(dict.fromkeys(runners))
         each = _serving(runners)
 
@@ -251,6 +260,7 @@ class Updates:
                 log.error("container can't be rebuilt", runner=runner.name, error=str(error), exc_info=error)
 
     async def extract(self, runner: Runner, *, inactive: bool) -> dict[str, Any]:
+        arguments.flags("extract", inactive=inactive)
         each = _serving([runner])
 
         async def work(_: _Attempt) -> dict[str, Any]:
@@ -436,8 +446,7 @@ class Updates:
         """Let the scheduler do the work. The caller may leave, or run out of time: then it is given up where it can be."""
         if not runners:
             raise UpdateError(f"{what}: no runner was given")
-        if timeout is not None and not timeout >= 0:
-            raise ValueError(f"timeout={timeout}: seconds, not negative")
+        timeout = arguments.timeout(f"{what}(timeout=)", timeout)
         for runner in _serving(runners):
             _must_be_open(runner)
         attempt = _Attempt()
@@ -467,10 +476,14 @@ class Updates:
         if late.done():
             names = ", ".join(repr(runner.name) for runner in runners)
             raise DeadlineExceededError(
-                f"{what} of {names}: the timeout of {timeout:.3g} s passed; nothing has changed"
+                f"{what} of {names}: the timeout of {timeout:.15g} s passed; nothing has changed"
             )
         (result,) = outcome.result()
         return result  # type: ignore[no-any-return]
+
+
+def _check_barrier(what: str, barrier: object) -> None:
+    arguments.one_of(f"{what}(barrier=)", barrier, ("drain", "abort"))
 
 
 def _serving(runners: Iterable[Runner]) -> list[Runner]:
