@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
+from aoti_sched.arguments import checked_struct
 from aoti_sched.errors import ConfigError, InputMismatchError, brief
 from aoti_sched.specs import DynamicDim, TensorSpec
 
@@ -338,6 +339,27 @@ class InputCheck:
 
     def _fail(self, spec: TensorSpec, expected: str, got: str, hint: str = "") -> None:
         raise InputMismatchError(self.model, spec.name, expected, got, hint)
+
+
+def declared(what: str, inputs: object) -> tuple[TensorSpec, ...]:
+    """Return the specs that a user declares, each field checked by its type.
+
+    Raises:
+        ConfigError: They are no specs, or no tensor could be like one.
+    """
+    if not isinstance(inputs, (list, tuple)):
+        raise ConfigError(f"{what}: expected a list of TensorSpec, got {brief(inputs)}.")
+    specs = []
+    for index, spec in enumerate(inputs):
+        if not isinstance(spec, TensorSpec):
+            raise ConfigError(f"{what}[{index}]: expected a TensorSpec, got {brief(spec)}.")
+        spec = checked_struct(spec, f"{what}[{index}].")  # noqa: PLW2901 -- the same, as plain values
+        for dim in spec.shape:
+            least, most = (dim, dim) if isinstance(dim, int) else (dim.min, dim.max)
+            if least < 0 or (most is not None and not least <= most < 1 << 62):
+                raise ConfigError(f"{what}[{index}].shape: a size of {dim} is no size of a tensor.")
+        specs.append(spec)
+    return tuple(specs)
 
 
 def _understood(model: str, spec: TensorSpec) -> tuple[torch.dtype, torch.device]:
