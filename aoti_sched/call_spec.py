@@ -8,10 +8,11 @@ name the path of a fault. Other registered types go through torch's pytree.
 from __future__ import annotations
 
 import json
+from collections import OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from aoti_sched.errors import InputMismatchError, LoadError
+from aoti_sched.errors import InputMismatchError, LoadError, brief, listed
 from aoti_sched.specs import COMPUTED, BoolSpec, FloatSpec, IntegerSpec, LeafSpec, LiteralSpec
 
 if TYPE_CHECKING:
@@ -51,13 +52,20 @@ def _parse(spec: dict[str, Any]) -> _Node | None:
         if child is None:
             return None
         children.append(child)
-    keys = json.loads(spec["context"]) if kind == "builtins.dict" else None
+    keys = [_key(key) for key in json.loads(spec["context"])] if kind == "builtins.dict" else None
+    if keys is not None and any(isinstance(key, dict) for key in keys):
+        return None  # members of enums, which torch knows how to read
     return _Node(kind.removeprefix("builtins."), children, keys)
 
 
 def _count(spec: dict[str, Any]) -> int:
     """The leaves of torch's JSON."""
     return 1 if spec["type"] is None else sum(map(_count, spec["children_spec"]))
+
+
+def _key(key: Any) -> Any:
+    """A key as it was before it was JSON: only a tuple can have become a list."""
+    return tuple(map(_key, key)) if isinstance(key, list) else key
 
 
 def _is_flat(node: _Node) -> bool:
@@ -76,6 +84,10 @@ class CallSpec(Protocol):
 
 class ExportedCallSpec:
     """The call spec of an exported module. Flattens a call's arguments into the container's tensors and rebuilds its outputs.
+
+    As torch's own loader does, it takes a list or a deque for a tuple and the other way round, an `OrderedDict` or a `defaultdict`
+    for a dict, and keywords and keys in any order. Other than there, the structure must be the exported one, and keys are
+    matched by name.
 
     `in_spec` and `out_spec` are the JSON texts of `AOTInductorModelContainerGetCallSpec`. `inputs` and
     `outputs` are the leaves where known (see `ModelSpec`), else None: then, as torch's own loader does,
@@ -106,8 +118,9 @@ class ExportedCallSpec:
             self._root = _parse(arguments)
             self.leaves = _count(arguments)
             out = _parse(json.loads(out_spec)[1])
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise LoadError(f"model {model!r}: its call spec is not torch's pytree JSON ({error})") from error
+        self._torch_spec: Any = None if self._root is not None else _torch_spec(model, "inputs", in_spec)
         self._literals = None
         if inputs is not None and any(isinstance(leaf, LiteralSpec) for leaf in inputs):
             self._literals = tuple(leaf if isinstance(leaf, LiteralSpec) else None for leaf in inputs)
@@ -157,11 +170,13 @@ class ExportedCallSpec:
         if kind is None:
             leaves.append(value)
             return
-        if type(value).__name__ != kind or type(value).__module__ != "builtins":
+        if (type(value).__name__ != kind or type(value).__module__ != "builtins") and not _passes(
+            kind, value
+        ):
             raise self._misfit(path, f"a {kind} of {len(node.children)}: {node}", _describe(value))
         if kind == "dict":
             if value.keys() != set(node.keys or ()):
-                raise self._misfit(path, f"the keys {node.keys}", f"{list(value)}")
+                raise self._misfit(path, f"the keys {listed(node.keys or ())}", listed(value))
             for key, child in zip(node.keys or (), node.children):  # noqa: B905
                 self._walk(child, value[key], f"{path}[{key!r}]", leaves)
             return
@@ -178,7 +193,9 @@ class ExportedCallSpec:
             args = (*args, *(kwargs.pop(name) for name in names))
         if len(args) == self._positional and kwargs.keys() == self._keys:
             return args, kwargs
-        got = [f"{len(args)} positional", *(f"{name}=" for name in kwargs)]
+        got = [f"{len(args)} positional", *(f"{name}=" for name in list(kwargs)[:20])]
+        if len(kwargs) > 20:
+            got.append(f"and {len(kwargs) - 20} more")
         raise self._misfit("", f"the arguments {self}", ", ".join(got))
 
     def _drop_literals(self, leaves: list[Any]) -> list[torch.Tensor]:
@@ -188,20 +205,20 @@ class ExportedCallSpec:
                 tensors.append(leaf)
             elif not _same(leaf, literal.value):
                 raise self._misfit(
-                    literal.name, f"{literal.value!r}, the value the model was compiled with", f"{leaf!r:.60}"
+                    literal.name, f"{literal.value!r}, the value the model was compiled with", brief(leaf)
                 )
         return tensors
 
     def _flatten_by_torch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        from torch.utils import _pytree as pytree
-
-        if not hasattr(self, "_torch_spec"):
-            self._torch_spec = pytree.treespec_loads(self._in_text)
+        spec = self._torch_spec
         try:
-            return self._torch_spec.flatten_up_to((args, kwargs))
+            return spec.flatten_up_to((args, kwargs))  # type: ignore[no-any-return]
         except ValueError as error:
-            expected = f"arguments of the structure {self._torch_spec}"
-            raise self._misfit("", expected, str(error).rstrip(".")) from error
+            leaves: list[Any] = []
+            if _collect(spec, (args, kwargs), leaves):
+                return leaves
+            expected = f"arguments of the structure {' '.join(str(spec).split())}"
+            raise self._misfit("", expected, " ".join(str(error).split()).rstrip(".")) from error
 
     def _misfit(self, path: str, expected: str, got: str) -> InputMismatchError:
         return InputMismatchError(self.model, path, expected, got)
@@ -216,7 +233,8 @@ class ExportedCallSpec:
         self, node: _Node | None, outputs: Sequence[LeafSpec] | None
     ) -> Callable[[list[Any]], Any]:
         if node is None:
-            return _by_torch(self._out_text)
+            spec = _torch_spec(self.model, "outputs", self._out_text)
+            return spec.unflatten  # type: ignore[no-any-return]
         rebuild: Callable[[list[Any]], Any]
         if node.kind is None:
             rebuild = _only
@@ -267,11 +285,86 @@ def _with_fixed(
     return unflatten
 
 
-def _by_torch(text: str) -> Callable[[list[Any]], Any]:
+def _torch_spec(model: str, what: str, text: str) -> Any:
+    """torch's own spec of the inputs or outputs.
+
+    Raises:
+        LoadError: A class in it is not registered in this process.
+    """
     from torch.utils import _pytree as pytree
 
-    spec = pytree.treespec_loads(text)
-    return lambda values: pytree.tree_unflatten(values, spec)
+    try:
+        return pytree.treespec_loads(text)
+    except Exception as error:
+        unknown = _unregistered(json.loads(text))
+        if not unknown:
+            raise LoadError(
+                f"model {model!r}: the structure of its {what} can't be read ({error})"
+            ) from error
+        names = ", ".join(unknown)
+        verb = "is" if len(unknown) == 1 else "are"
+        raise LoadError(
+            f"model {model!r}: its {what} contain {names}, which {verb} not registered with torch's pytree in this process. "
+            "Before loading, import the module that registers it (torch.utils._pytree.register_pytree_node, "
+            "register_dataclass or the like, with the serialized name that it had when the model was exported)."
+        ) from error
+
+
+def _unregistered(spec: list[Any]) -> list[str]:
+    """The classes in torch's JSON that this process can't read, each once."""
+    from torch.utils import _pytree as pytree
+
+    version, root = spec
+    unknown: dict[str, None] = {}
+    nodes = [root]
+    while nodes:
+        node = nodes.pop()
+        nodes += reversed(node["children_spec"])
+        if node["type"] is None:
+            continue
+        try:
+            pytree.treespec_loads(json.dumps([version, {**node, "children_spec": []}]))
+        except Exception:  # noqa: BLE001 -- whatever torch or the class's own reader says, it can't be read
+            is_named = node["type"] == "collections.namedtuple"
+            unknown[str(node["context"]).strip('"') if is_named else node["type"]] = None
+    return list(unknown)
+
+
+def _passes(kind: str, value: Any) -> bool:
+    """Whether torch's own loader takes the value for one of this kind of container."""
+    if kind == "dict":
+        return type(value) in (dict, OrderedDict, defaultdict)
+    return type(value) in (tuple, list, deque) or _is_named_tuple(value)
+
+
+def _is_named_tuple(value: Any) -> bool:
+    return isinstance(value, tuple) and type(value).__bases__ == (tuple,) and hasattr(value, "_fields")
+
+
+def _collect(spec: Any, value: Any, leaves: list[Any]) -> bool:
+    """Append the leaves of a value whose containers pass for those of torch's spec. Return whether it fits."""
+    kind = spec.type
+    if kind is None:
+        leaves.append(value)
+        return True
+    children = spec.children()
+    if kind in (dict, OrderedDict, defaultdict):
+        keys = spec.context[1] if kind is defaultdict else spec.context
+        if not _passes("dict", value) or value.keys() != set(keys):
+            return False
+        values = [value[key] for key in keys]
+    elif kind in (tuple, list, deque, namedtuple):  # noqa: PYI024 -- as torch names their kind
+        fields = getattr(spec.context, "_fields", None)  # of a named tuple's class
+        if not _passes("tuple", value) or (fields and getattr(value, "_fields", fields) != fields):
+            return False
+        values = list(value)
+    else:
+        try:
+            leaves += spec.flatten_up_to(value)
+        except ValueError:
+            return False
+        return True
+    return len(values) == len(children) and all(map(_collect, children, values, [leaves] * len(values)))
 
 
 def _describe(value: Any) -> str:

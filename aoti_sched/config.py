@@ -5,7 +5,7 @@ lanes = 2
 limits = { jobs = 2048, bytes = 268435456 }
 
 [models.encoder]
-path = "encoder.pt2"          # relative to the configuration file
+path = "encoder.pt2"          # relative to this file; "~/encoder.pt2" is in your home directory
 instances = 2
 overflow = "wait"
 timeout = 0.5
@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
-from aoti_sched.errors import ConfigError
+from aoti_sched.arguments import checked_struct, expanded, file_name, flag
+from aoti_sched.errors import ConfigError, brief
 
 Overflow = Literal["reject", "wait", "shed"]
 """What happens to a request when a bound is reached: an immediate QueueFullError; waiting for room; or the worst of those
@@ -43,9 +44,15 @@ PlacementName = Literal["auto", "lane", "inline"]
 INLINE_LIMIT = 50e-6
 """Seconds. A hop to a sleeping thread costs 60 to 70 µs: a run that is hardly longer than this is over sooner inline."""
 
+_LARGEST = 16 << 20
+"""Bytes of a configuration file."""
+
 _T = TypeVar("_T")
-_Count = Annotated[int, Meta(ge=1)]
-_Core = Annotated[int, Meta(ge=0)]
+_Count = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
+_Few = Annotated[int, Meta(ge=1, le=1024)]
+"""Of things that take a thread, a stream or a model's memory each."""
+_Core = Annotated[int, Meta(ge=0, le=65535)]
+_Delay = Annotated[float, Meta(ge=0, le=3600)]
 _Seconds = Annotated[float, Meta(gt=0)]
 _Share = Annotated[float, Meta(gt=0, lt=1e9)]
 
@@ -66,7 +73,7 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     `lanes` is how many runs go on at once; by default one per core of the process. `affinity` binds each
     lane's thread to one core, by number; by default the system places them. Of "cpu:0", "cpu:1" and so on, which are parts of the
-    CPU, it says which cores they are. Runs never use more than `cores` together, each as many as it has threads; by default what
+    CPU, it says which cores they are; for those where it does not, what other cores there are is divided among them. Runs never use more than `cores` together, each as many as it has threads; by default what
     the process may use, and on other devices than CPUs one for each lane. A request that was queued for `max_wait` seconds is
     overdue, and every second run is of the one that came first, whatever its priority class; None for strict classes. On CUDA, `launchers`
     is how many threads launch the runs of all lanes and look what is done; by default each lane has a thread, which waits for its runs.
@@ -75,11 +82,11 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     fit is refused with MemoryLimitError; with `evict="lru"`, models that are idle are parked for it, and come back when they are asked for.
     """
 
-    lanes: _Count | None = None
-    cores: _Count | None = None
+    lanes: _Few | None = None
+    cores: _Few | None = None
     max_wait: Annotated[float, Meta(ge=0)] | None = None
     affinity: tuple[_Core, ...] | None = None
-    launchers: _Count | None = None
+    launchers: _Few | None = None
     limits: Limits = Limits(jobs=4096)
     memory_limit: _Count | None = None
     evict: Evict | None = None
@@ -104,8 +111,8 @@ class Batching(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """
 
     max_size: _Count | None = None
-    max_delay: Annotated[float, Meta(ge=0)] = 0.0
-    dim: Annotated[int, Meta(ge=0)] | None = None
+    max_delay: _Delay = 0.0
+    dim: Annotated[int, Meta(ge=0, le=63)] | None = None
     pad_to: Annotated[tuple[_Count, ...], Meta(min_length=1)] | Literal["powers_of_two"] | None = None
     ragged: dict[str, bool | float] = {}
     detach_rows: bool = False
@@ -119,8 +126,8 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     model_name: str | None = None
     device: str = "cpu"
     devices: tuple[str, ...] | str | None = None
-    instances: _Count = 1
-    threads: _Count | None = None
+    instances: _Few = 1
+    threads: _Few | None = None
     share: _Share = 1.0
     overflow: Overflow = "reject"
     admission: Admission = "bounded"
@@ -142,7 +149,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """All of a scheduler.
 
-    `cache_dir` is where packages are extracted (default: the user's cache directory). `log_requests`
+    `cache_dir` is where packages are extracted (default: the user's cache directory); `~` is your home directory. `log_requests`
     logs one event per request; otherwise only loads, closes and faults are logged.
     """
 
@@ -153,19 +160,26 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
 
 def read_config(path: str | os.PathLike[str]) -> SchedulerConfig:
-    """Read a TOML file; the paths of models and weights are taken relative to it.
+    """Read a TOML file. Paths in it are relative to its folder, and `~` is a home directory.
 
     Raises:
         ConfigError: The file is missing, not TOML, or a setting is unknown, of the wrong type or out of
             range; the message gives the setting's path.
     """
-    file = Path(path)
+    file = Path(file_name("the configuration", path))
     try:
-        settings = msgspec.toml.decode(file.read_bytes())
+        with file.open("rb") as stream:
+            content = stream.read(_LARGEST + 1)
     except OSError as error:
         raise ConfigError(f"{file}: the configuration can't be read: {error.strerror}") from error
+    if len(content) > _LARGEST:
+        raise ConfigError(f"{file}: larger than {_LARGEST} bytes. A configuration is a few lines of TOML.")
+    try:
+        settings = msgspec.toml.decode(content)
     except (msgspec.MsgspecError, ValueError) as error:
         raise ConfigError(f"{file}: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{file}: nested too deeply. No setting is nested more than four deep.") from error
     # Each device and model by itself first: msgspec's path of a fault in the whole would not name it.
     for section, kind in (("devices", DeviceConfig), ("models", ModelConfig)):
         entries = settings.get(section)
@@ -175,12 +189,19 @@ def read_config(path: str | os.PathLike[str]) -> SchedulerConfig:
     models = {
         name: msgspec.structs.replace(
             model,
-            path=str(file.parent / model.path),
-            weights=None if model.weights is None else str(file.parent / model.weights),
+            path=_beside(file, f"models.{name}.path", model.path),
+            weights=model.weights and _beside(file, f"models.{name}.weights", model.weights),
         )
         for name, model in config.models.items()
     }
-    return msgspec.structs.replace(config, models=models)
+    cache_dir = config.cache_dir and _beside(file, "cache_dir", config.cache_dir)
+    return msgspec.structs.replace(config, models=models, cache_dir=cache_dir)
+
+
+def _beside(file: Path, setting: str, path: str) -> str:
+    """The path that a setting of the file means."""
+    what = f"{file}: {setting}"
+    return str(file.parent / expanded(what, file_name(what, path)))
 
 
 def _convert(settings: Any, kind: type[_T], file: Path, section: str = "") -> _T:
@@ -193,28 +214,30 @@ def _convert(settings: Any, kind: type[_T], file: Path, section: str = "") -> _T
 
 
 def in_full(device: str) -> str:
-    """A device's name, with its number where torch lets it be left out."""
+    """A device's name, with its number where torch lets it be left out, and without zeros before it."""
+    parts = re.fullmatch(r"(cpu|cuda|xpu):([0-9]{1,9})", device)
+    if parts is not None:
+        return f"{parts[1]}:{int(parts[2])}"
     return f"{device}:0" if device in ("cuda", "xpu") else device
 
 
+def is_part(device: str) -> bool:
+    """Whether a device is a part of the CPU: "cpu:0", "cpu:1" and so on."""
+    return re.fullmatch(r"cpu:[0-9]{1,9}", device) is not None
+
+
 def cores_of(device: str, devices: Mapping[str, DeviceConfig]) -> tuple[int, ...] | None:
-    """The cores of "cpu:0", "cpu:1" and so on, which are named for each and are nobody else's; None for other devices.
+    """The cores that are named for "cpu:0", "cpu:1" and so on and are nobody else's; () when none are, None for other devices.
 
     Raises:
-        ConfigError: They are not named, or another such device has one of them, too.
+        ConfigError: Another such device has one of them, too.
     """
-    numbered = {name: devices[name].affinity or () for name in devices if re.fullmatch(r"cpu:\d+", name)}
-    if not re.fullmatch(r"cpu:\d+", device):
+    if not is_part(device):
         return None
-    cores = numbered.get(device, ())
-    if not cores:
-        raise ConfigError(
-            f"device {device!r}: which cores are it? Name them, for each such device others: "
-            f"devices={{{device!r}: DeviceConfig(affinity=(0, 1)), ...}}; 'cpu' alone is all cores there are"
-        )
-    for other, its in numbered.items():
-        shared = sorted({*cores} & {*its})
-        if other != device and shared:
+    cores = devices[device].affinity or () if device in devices else ()
+    for other, settings in devices.items():
+        shared = sorted({*cores} & {*(settings.affinity or ())})
+        if other != device and is_part(other) and shared:
             raise ConfigError(
                 f"devices.{device}: affinity: core {shared[0]} is {other!r}'s, too; such devices have no core in common"
             )
@@ -223,9 +246,57 @@ def cores_of(device: str, devices: Mapping[str, DeviceConfig]) -> tuple[int, ...
     return cores
 
 
+def divided(devices: Sequence[str], cores: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Divide cores among parts of the CPU, by number: as many for each, and of what is left one for each of the first.
+
+    Raises:
+        ConfigError: There are fewer cores than devices.
+    """
+    devices = sorted(devices, key=lambda name: int(name.partition(":")[2]))
+    each, more = divmod(len(cores), len(devices))
+    if not each:
+        raise ConfigError(
+            f"devices {', '.join(map(repr, devices))}: {len(cores)} cores can't be divided among {len(devices)} devices. Use fewer of "
+            "them, or 'cpu', which is all cores."
+        )
+    shares = {}
+    begin = 0
+    for index, device in enumerate(devices):
+        end = begin + each + (index < more)
+        shares[device] = tuple(cores[begin:end])
+        begin = end
+    return shares
+
+
 def checked(settings: ModelConfig) -> ModelConfig:
-    """The same settings, validated as if they had come from a file."""
-    try:
-        return msgspec.convert(msgspec.to_builtins(settings), ModelConfig)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"load({settings.path!r}): {error}") from error
+    """Return the same settings, validated as if they had come from a file."""
+    return checked_struct(settings, f"load({settings.path!r}): ")
+
+
+def checked_config(config: object) -> SchedulerConfig:
+    """Return a scheduler's settings that were given in code, validated as if they had come from a file.
+
+    Raises:
+        ConfigError: A setting is of the wrong type or out of range; the message gives its path.
+    """
+    if not isinstance(config, SchedulerConfig):
+        raise ConfigError(
+            f"Scheduler(config=): expected a SchedulerConfig, got {brief(config)}. Of a file: Scheduler.from_config(path)."
+        )
+    sections = {}
+    for section, kind in (("devices", DeviceConfig), ("models", ModelConfig)):
+        entries = getattr(config, section)
+        if not isinstance(entries, Mapping):
+            raise ConfigError(f"{section}: expected settings by name, got {brief(entries)}.")
+        for name, entry in entries.items():
+            if not isinstance(name, str) or not isinstance(entry, kind):
+                raise ConfigError(f"{section}: expected {kind.__name__} by name, got {brief({name: entry})}.")
+        sections[section] = {
+            name: checked_struct(entry, f"{section}.{name}.") for name, entry in entries.items()
+        }
+    cache_dir = config.cache_dir
+    if cache_dir is not None:
+        cache_dir = expanded("cache_dir", file_name("cache_dir", cache_dir))
+    return SchedulerConfig(
+        **sections, cache_dir=cache_dir, log_requests=flag("log_requests", config.log_requests)
+    )

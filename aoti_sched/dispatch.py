@@ -460,10 +460,10 @@ def _work(job: Job) -> Work:
 
 
 def _deadline_error(job: Job, takes: float | None) -> DeadlineExceededError:
-    timeout = (job.deadline or 0.0) - job.submitted
+    timeout = (job.deadline or 0.0) - job.submitted if job.timeout is None else job.timeout
     if takes is not None:
         return DeadlineExceededError(
-            f"runner {job.source.name!r}: the request's timeout of {timeout:.3g} s can't be met any more: a run takes about "
+            f"runner {job.source.name!r}: the request's timeout of {timeout:.15g} s can't be met any more: a run takes about "
             f"{takes:.3g} s; it was not started"
         )
     if job.lane >= 0:
@@ -471,5 +471,5 @@ def _deadline_error(job: Job, takes: float | None) -> DeadlineExceededError:
     else:
         where = "waiting for a lease" if job.holds else "queued"
     return DeadlineExceededError(
-        f"runner {job.source.name!r}: the request's timeout of {timeout:.3g} s passed while it was {where}"
+        f"runner {job.source.name!r}: the request's timeout of {timeout:.15g} s passed while it was {where}"
     )

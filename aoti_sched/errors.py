@@ -4,10 +4,77 @@ One hierarchy under `AotiSchedError`. A message names the thing (model, input, c
 what was expected, what came, and what to do. Where a caller may want to branch on the parts, they are
 attributes too. This file imports nothing of ours, so every layer may use it.
 
-No message is longer than a screen, whatever a file or a caller brings: `clipped` and `shortened` see to that.
+No message is longer than a screen, and none carries what a terminal or a log would obey: `readable` sees to both.
 """
 
-from collections.abc import Iterable
+from __future__ import annotations
+
+import reprlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+SCREEN = 1800
+"""Characters of the longest message: 24 lines of 75."""
+
+_LINES = 24
+_HEAD = 2 / 3
+"""How much of a long message is kept from its beginning; the rest is from its end, which says what to do."""
+
+
+def readable(text: str, *, lines: bool = False) -> str:
+    """Return `text` with control characters escaped, and with its middle left out where it is longer than a screen.
+
+    Args:
+        text: The message.
+        lines: Keep line breaks and tabs. A name or a path with a line break would forge a line of a log.
+    """
+    text = _cut(text)  # before all of it is looked at
+    if text.isprintable():
+        return text
+    kept = "\n\t" if lines else ""
+    return _cut("".join(letter if letter in kept else _escaped(letter) for letter in text))
+
+
+def _escaped(letter: str) -> str:
+    if letter.isprintable():
+        return letter
+    return letter.encode("unicode_escape", "backslashreplace").decode("ascii")
+
+
+def _cut(text: str) -> str:
+    listed = text.split("\n", SCREEN)
+    if len(listed) > _LINES:
+        head = int(_LINES * _HEAD)
+        tail = text.rsplit("\n", _LINES - head - 1)[1:]
+        left_out = text.count("\n") + 1 - head - len(tail)
+        text = "\n".join([*listed[:head], f"... [{left_out} lines left out] ...", *tail])
+    if len(text) > SCREEN:
+        head = int(SCREEN * _HEAD)
+        tail_size = SCREEN - head - 50
+        left_out = len(text) - head - tail_size
+        text = f"{text[:head]} ... [{left_out} characters left out] ... {text[-tail_size:]}"
+    return text
+
+
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = _brief.maxlong = 60
+
+
+def brief(value: object) -> str:
+    """Return the beginning of a value's `repr`, at most 60 characters; what is large is not written out for it."""
+    try:
+        return _brief.repr(value)[:60]
+    except Exception:  # noqa: BLE001 -- a user's `__repr__` may raise anything, and an error is being made here
+        return f"<{type(value).__name__}>"
+
+
+def listed(values: Iterable[object], most: int = 8) -> str:
+    """Return the values as a list's `repr` would show them, the first `most` of them and how many there are more."""
+    values = list(values)
+    more = f", ... and {len(values) - most} more" if len(values) > most else ""
+    return f"[{', '.join(map(brief, values[:most]))}{more}]"
 
 
 def clipped(thing: object, width: int = 160) -> str:
@@ -35,7 +102,13 @@ def shortened(items: Iterable[object], limit: int = 8, width: int = 160) -> str:
 
 
 class AotiSchedError(Exception):
-    """Base of every error raised by aoti_sched."""
+    """Base of every error raised by aoti_sched. Its message is at most a screen long."""
+
+    _lines = False
+    """Whether the message may have several lines, as torch's own texts have."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(readable(str(message), lines=self._lines))
 
 
 # --- packages ---------------------------------------------------------------------------------------
@@ -79,6 +152,8 @@ class InstructionSetError(PlatformMismatchError):
 class LoadError(AotiSchedError):
     """The shared library or its container could not be created; the text is the runtime's own."""
 
+    _lines = True
+
 
 class MissingWeightsError(LoadError):
     """The model has constants, but the package brings no values for them."""
@@ -110,6 +185,8 @@ class ConfigError(AotiSchedError, ValueError):
 
 class CompileError(AotiSchedError):
     """`compile_package` could not export or compile the module."""
+
+    _lines = True
 
 
 # --- weights ----------------------------------------------------------------------------------------
@@ -156,6 +233,8 @@ class InputMismatchError(AotiSchedError, ValueError):
 class RunError(AotiSchedError, RuntimeError):
     """The model itself failed while it ran; the text is torch's root cause."""
 
+    _lines = True
+
 
 class DeviceLostError(RunError):
     """A device failed in a way that only ends with the process; nothing runs on it any more.
@@ -191,11 +270,11 @@ class DeadlineUnreachableError(DeadlineExceededError):
         self.predicted = predicted
         self.timeout = timeout
         super().__init__(
-            f"runner {runner!r}: the request would be finished in about {predicted:.3g} s, its timeout is {timeout:.3g} s; "
+            f"runner {runner!r}: the request would be finished in about {predicted:.3g} s, its timeout is {timeout:.15g} s; "
             "send less, or give it more time"
         )
 
-    def __reduce__(self) -> "tuple[type[DeadlineUnreachableError], tuple[str, float, float]]":
+    def __reduce__(self) -> tuple[type[DeadlineUnreachableError], tuple[str, float, float]]:
         return type(self), (self.runner, self.predicted, self.timeout)
 
 

@@ -110,6 +110,7 @@ class ReplicatedRunner(Runner):
             old.key,
             tenant=old.tenant,
         )
+        job.timeout = old.timeout
         replica = self._choose(job)
         future.runner, future.job = replica, job
         replica.dispatcher.resubmit(job, old.submitted)

@@ -6,7 +6,6 @@ How to schedule is said apart from them, through `runner.options(...)`: a light,
 from __future__ import annotations
 
 import asyncio
-import math
 import operator
 from asyncio import _get_running_loop  # the public one raises; this one is for the hot path
 from collections.abc import Hashable
@@ -16,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from aoti_sched.errors import RunnerClosedError, UnsupportedLoopError
+from aoti_sched import arguments
+from aoti_sched.errors import ConfigError, RunnerClosedError, UnsupportedLoopError, brief
 from aoti_sched.future import RunFuture, future_of
 from aoti_sched.queue.job import Job, Priority
 from aoti_sched.telemetry import RunnerInfo, RunnerStats
@@ -91,6 +91,7 @@ class Calls:
                 job.key = key
         if options.timeout is not None:
             job.deadline = runner.dispatcher.deadline(options.timeout)
+            job.timeout = options.timeout
         if options.min_epoch:
             job.min_epoch = options.min_epoch
         if runner.place is not None and self._source is runner.state:
@@ -136,6 +137,10 @@ class Calls:
         are a tenant, too.
         With `min_epoch` they run on the weights of that epoch or a later one: they wait for its publication, and
         fail with EpochError when it was rolled back. What is not given stays as it is here.
+
+        Raises:
+            ConfigError: A value is of the wrong type or out of range; it is a ValueError.
+            TypeError: The tenant can't be hashed.
         """
         old = self._options
         # Whatever is a user's is compared, converted and hashed here, and not in the midst of something later.
@@ -146,12 +151,14 @@ class Calls:
         if timeout is msgspec.UNSET:
             timeout = old.timeout
         elif timeout is not None:
-            timeout = _seconds(timeout)
+            timeout = arguments.timeout("options(timeout=)", timeout)
+        if min_epoch is not None:
+            min_epoch = arguments.whole("options(min_epoch=)", min_epoch)
         return self._with(
             Options(
-                old.priority if priority is None else Priority(priority),
+                old.priority if priority is None else _priority(priority),
                 timeout,
-                old.min_epoch if min_epoch is None else int(operator.index(min_epoch)),
+                old.min_epoch if min_epoch is None else min_epoch,
                 whose,
             )
         )
@@ -503,6 +510,7 @@ class LeaseContext:
         )
         if options.timeout is not None:
             job.deadline = runner.dispatcher.deadline(options.timeout)
+            job.timeout = options.timeout
         job.min_epoch = options.min_epoch
         if runner.place is not None and self._source is runner.state:
             runner = runner.place(job)
@@ -526,17 +534,15 @@ class LeaseContext:
             self._lease = None
 
 
-def _seconds(timeout: object) -> float:
-    """A timeout as a plain float, whatever kind of number it was."""
-    if isinstance(timeout, (str, bytes, bytearray)):
-        raise TypeError(f"timeout={timeout!r}: not a number. Give seconds.")
+def _priority(value: object) -> Priority:
+    if type(value) is Priority:
+        return value
     try:
-        seconds = float(timeout)  # type: ignore[arg-type]
-    except OverflowError:
-        seconds = math.nan
-    if not seconds >= 0:
-        raise ValueError(f"timeout={timeout if seconds < 0 else 'no finite number'}: seconds, not negative")
-    return seconds
+        return Priority(-1 if isinstance(value, bool) else operator.index(value))  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"options(priority=): expected Priority.HIGH, NORMAL or LOW, got {brief(value)}."
+        ) from None
 
 
 def _wrong_loop(runner: Runner) -> UnsupportedLoopError:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import io
 import os
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -17,6 +18,8 @@ import msgspec
 from anyio.abc import TaskGroup
 
 from aoti_sched import loading
+from aoti_sched.arguments import text
+from aoti_sched.arguments import timeout as seconds_or_none
 from aoti_sched.backends.base import LoadRequest
 from aoti_sched.blocking import BlockingCalls
 from aoti_sched.config import (
@@ -31,8 +34,11 @@ from aoti_sched.config import (
     PlacementName,
     SchedulerConfig,
     checked,
+    checked_config,
     cores_of,
+    divided,
     in_full,
+    is_part,
     read_config,
 )
 from aoti_sched.dispatch import Clock, Dispatcher, LoopClock
@@ -42,8 +48,10 @@ from aoti_sched.errors import (
     DeviceLostError,
     RunnerClosedError,
     UnsupportedLoopError,
+    brief,
 )
 from aoti_sched.foreign import own, raise_again, said
+from aoti_sched.package.given import named
 from aoti_sched.parking import Parking, account, claim
 from aoti_sched.queue import device_queue
 from aoti_sched.queue.admission import Bounds
@@ -55,6 +63,7 @@ from aoti_sched.replicas import ReplicatedRunner
 from aoti_sched.runner import Options, Runner
 from aoti_sched.telemetry import SchedulerStats, log
 from aoti_sched.update import Barrier, UpdateReport, Updates
+from aoti_sched.validation import declared
 from aoti_sched.worker import in_worker
 
 if TYPE_CHECKING:
@@ -92,7 +101,7 @@ class Scheduler:
         devices: Mapping[str, Device] | None = None,
         clock: Clock | None = None,
     ) -> None:
-        self._config = config or SchedulerConfig()
+        self._config = SchedulerConfig() if config is None else checked_config(config)
         self._devices = dict(devices or {})
         self._of_device = {in_full(name): settings for name, settings in self._config.devices.items()}
         self._clock = clock
@@ -102,6 +111,7 @@ class Scheduler:
         self._closing: dict[str, asyncio.Future[None]] = {}
         self._freed: dict[Runner, asyncio.Future[None]] = {}  # replicas
         self._drained: set[str] = set()  # devices
+        self._shares: dict[str, tuple[int, ...]] = {}  # cores of parts of the CPU for which none were named
         self._all_closed: asyncio.Future[None] | None = None
         self._tasks: TaskGroup | None = None
         self._closed = False
@@ -178,7 +188,7 @@ class Scheduler:
 
     async def load(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | os.PathLike[bytes] | bytes | bytearray | memoryview | io.BytesIO,
         *,
         name: str | None = None,
         model_name: str | None = None,
@@ -210,8 +220,9 @@ class Scheduler:
         Loading a package runs its native code: load only what you trust.
 
         Args:
-            path: The package.
-            name: The runner's name, in errors, logs and stats; by default the file's stem.
+            path: The package, as a path, or in memory as bytes or an `io.BytesIO`. `bytes` that begin as a zip or a shared library
+                are a package, others a path. What is in memory is extracted to the cache as a file's content is, and not kept.
+            name: The runner's name, in errors, logs and stats; by default the file's stem, or "model" for one in memory.
             model_name: Which model, when the package holds several.
             device: Where it shall run: "cpu", "cuda:0", "xpu:0", "mps".
             devices: In place of `device`, several: one runner with a replica on each, to which requests go where they are predicted to
@@ -256,18 +267,28 @@ class Scheduler:
             DeviceLostError: The device has failed before, and works no more.
             ConfigError: A setting is out of range, the name is taken, or there is no such device.
         """
+        file, contents = named(path)
+        call = f"load({file!r}): "
+        if name is not None:
+            text(f"{call}name", name)
+        if devices is not None and not isinstance(devices, str):
+            if not isinstance(devices, Collection):
+                raise ConfigError(f"{call}devices: expected a list of names, got {brief(devices)}.")
+            devices = tuple(devices)
+        if inputs is not None:
+            inputs = declared(f"{call}inputs", inputs)
         settings = ModelConfig(
-            path=os.fspath(path),
+            path=file,
             model_name=model_name,
             device=device,
-            devices=devices if devices is None or isinstance(devices, str) else tuple(devices),
+            devices=devices,
             instances=instances,
             threads=threads,
             share=share,
             overflow=overflow,
             admission=admission,
             on_failure=on_failure,
-            limits=limits or Limits(),
+            limits=Limits() if limits is None else limits,
             timeout=timeout,
             placement=placement,
             inline_limit=inline_limit,
@@ -281,7 +302,12 @@ class Scheduler:
             weights_strict=weights_strict,
         )
         return await self._load(
-            name or Path(path).stem, checked(settings), inputs, warmup_inputs=warmup_inputs, weights=weights
+            name or Path(file).stem,
+            checked(settings),
+            inputs,
+            contents,
+            warmup_inputs=warmup_inputs,
+            weights=weights,
         )
 
     async def update(
@@ -300,6 +326,8 @@ class Scheduler:
 
         A client that calls one of them and then another never meets the new set and then an old one.
         """
+        if not isinstance(changes, Mapping):
+            raise ConfigError(f"update(changes): expected weights by runner, got {brief(changes)}.")
         self._must_own(changes)
         return await self._updates.update(
             changes,
@@ -345,7 +373,7 @@ class Scheduler:
             ConfigError: No model was ever loaded there.
         """
         self._must_be_open()
-        device = in_full(device)
+        device = in_full(text("drain_device(device)", device))
         if device not in self._dispatchers:
             raise ConfigError(
                 f"drain_device({device!r}): no such device is in use, but {', '.join(map(repr, self._dispatchers)) or 'none'}"
@@ -380,6 +408,7 @@ class Scheduler:
         name: str,
         settings: ModelConfig,
         inputs: Sequence[TensorSpec] | None,
+        contents: bytes | None = None,
         *,
         warmup_inputs: object = None,
         weights: object = None,
@@ -411,6 +440,7 @@ class Scheduler:
                 instances=settings.instances,
                 sha256=settings.sha256,
                 cache_dir=Path(self._config.cache_dir) if self._config.cache_dir else None,
+                contents=contents,
                 copy_inputs=settings.copy_inputs,
                 copy_outputs=settings.copy_outputs,
                 cuda_graphs=settings.cuda_graphs,
@@ -445,7 +475,9 @@ class Scheduler:
 
         async def work() -> Runner | None:
             try:
-                for place in await self._places(settings):
+                places = await self._places(settings)
+                await self._divide_cores(places)
+                for place in places:
                     if not wanted or self._closed:
                         break
                     await load_on(place)
@@ -483,7 +515,7 @@ class Scheduler:
         runner = replicas[0]
         if len(replicas) > 1:
             clock = self._clock or LoopClock(self._loop)
-            options = Options(timeout=settings.timeout)
+            options = Options(timeout=seconds_or_none("timeout", settings.timeout))
             runner = ReplicatedRunner(replicas, options=options, clock=clock, close=self._close_runner)
         self._runners[name] = runner
         return runner
@@ -499,6 +531,10 @@ class Scheduler:
         alone: bool,
     ) -> Runner:
         info = msgspec.structs.replace(prepared.info, device=dispatcher.queue.name)
+        if info.device in self._shares:
+            cores = ", ".join(map(str, self._shares[info.device]))
+            note = f"No cores were named for {info.device!r}; of those there are, it has {cores}."
+            info = msgspec.structs.replace(info, notes=(*info.notes, note))
         limits = settings.limits
         bounds = Bounds(limits.jobs, limits.bytes, limits.tenant_jobs)
         grouping = prepared.grouping
@@ -523,7 +559,7 @@ class Scheduler:
             call_spec=prepared.call_spec,
             input_check=prepared.input_check,
             dispatcher=dispatcher,
-            options=Options(timeout=settings.timeout),
+            options=Options(timeout=seconds_or_none("timeout", settings.timeout)),
             waits=settings.overflow == "wait",
             rebuilds=settings.on_failure == "rebuild",
             fixed=prepared.fixed,
@@ -588,10 +624,73 @@ class Scheduler:
         if device in self._drained:
             raise ConfigError(f"device {device!r} was drained by drain_device(); load on another one")
 
+    async def _divide_cores(self, places: Sequence[str]) -> None:
+        """Give cores to the parts of the CPU among these places, and those that the configuration names, for which none were named.
+
+        That happens once: lanes are bound to their cores, so a part that comes later would have to take some of them away.
+
+        Raises:
+            ConfigError: Cores were divided before, and not for all of these.
+        """
+        unnamed = self._parts_without_cores(places)
+        if not unnamed:
+            return
+        if not self._shares:
+            numbers, count = await anyio.to_thread.run_sync(_cores_here, limiter=self._limiter)
+            if not self._shares:  # another load may have been quicker
+                self._share_cores(
+                    [*unnamed, *self._parts_without_cores(self._places_of_config())], numbers, count
+                )
+        late = [name for name in unnamed if name not in self._shares]
+        if late:
+            raise ConfigError(
+                f"device {late[0]!r}: the cores were divided among {', '.join(map(repr, self._shares))} when the first model was loaded there. "
+                f"Name all such devices beforehand: SchedulerConfig(devices={{{late[0]!r}: DeviceConfig(), ...}})."
+            )
+
+    def _share_cores(self, names: Sequence[str], numbers: Sequence[int], count: int) -> None:
+        taken = {
+            core
+            for name, settings in self._of_device.items()
+            if is_part(name)
+            for core in settings.affinity or ()
+        }
+        bound = count >= len(numbers)  # under a quota, all processes would bind themselves to the first cores
+        free = [core for core in numbers if core not in taken][: max(0, count - len(taken))]
+        self._shares = divided(list(dict.fromkeys(names)), free)
+        for name, cores in self._shares.items():
+            settings = self._of_device.get(name, DeviceConfig())
+            fits = settings.lanes in (None, len(cores))
+            self._of_device[name] = (
+                msgspec.structs.replace(settings, affinity=cores)
+                if bound and fits
+                else msgspec.structs.replace(
+                    settings,
+                    affinity=None,
+                    lanes=settings.lanes or len(cores),
+                    cores=settings.cores or len(cores),
+                )
+            )
+        log.info("cores divided", **{name: list(cores) for name, cores in self._shares.items()})
+
+    def _parts_without_cores(self, names: Iterable[str]) -> list[str]:
+        return [
+            name
+            for name in map(in_full, names)
+            if name not in self._devices and (name in self._shares or cores_of(name, self._of_device) == ())
+        ]
+
+    def _places_of_config(self) -> list[str]:
+        places = list(self._of_device)
+        for model in self._config.models.values():
+            wanted = model.devices or model.device
+            places += [wanted] if isinstance(wanted, str) else wanted
+        return places
+
     async def _device(self, name: str) -> Device:
         device = self._devices.get(name)
         if device is None:
-            cores = cores_of(name, self._of_device)
+            cores = self._shares.get(name) or cores_of(name, self._of_device)
             opened = await anyio.to_thread.run_sync(_open_device, name, cores, limiter=self._limiter)
             device = self._devices.setdefault(name, opened)  # another load may have been quicker
         return device
@@ -746,6 +845,8 @@ class Scheduler:
     def _must_own(self, runners: Iterable[Runner]) -> None:
         self._must_be_open()
         for runner in runners:
+            if not isinstance(runner, Runner):
+                raise ConfigError(f"expected the runner that load() returned, got {brief(runner)}.")
             if self._runners.get(runner.name) is not runner:
                 raise RunnerClosedError(f"runner {runner.name!r} is closed, or belongs to another scheduler")
 
@@ -785,6 +886,16 @@ def _open_device(name: str, cores: Sequence[int] | None) -> Device:
     from aoti_sched.backends.devices import open_device
 
     return open_device(name, cores)
+
+
+def _cores_here() -> tuple[list[int], int]:
+    """The cores that this process may use by number, and how many of them at once."""
+    from aoti_sched.backends.cpu import available_cores
+
+    count = available_cores()
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0)), count
+    return list(range(count)), count
 
 
 def _count_devices(kind: str) -> int:

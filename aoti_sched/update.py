@@ -20,6 +20,7 @@ import anyio
 import anyio.lowlevel
 import msgspec
 
+from aoti_sched import arguments
 from aoti_sched.backends.reading import Abandoned, Reading
 from aoti_sched.errors import DeadlineExceededError, RunnerClosedError, UpdateError
 from aoti_sched.foreign import own, said
@@ -29,6 +30,7 @@ from aoti_sched.telemetry import log
 from aoti_sched.worker import in_worker
 
 if TYPE_CHECKING:
+    from aoti_sched.backends.base import StagedSet
     from aoti_sched.dispatch import Clock
     from aoti_sched.parking import Parking
     from aoti_sched.runner import Runner
@@ -145,6 +147,10 @@ class Updates:
         keep_previous: bool,
         timeout: float | None,  # noqa: ASYNC109 -- on the scheduler's clock
     ) -> dict[Runner, UpdateReport]:
+        arguments.flags(
+            "update", partial=partial, fold=fold, check_finite=check_finite, keep_previous=keep_previous
+        )
+        _check_barrier("update", barrier)
         each = {
             replica: weights
             for runner, given in changes.items()
@@ -183,6 +189,7 @@ class Updates:
         check_finite: bool,
         timeout: float | None,  # noqa: ASYNC109
     ) -> None:
+        arguments.flags("stage", partial=partial, fold=fold, check_finite=check_finite)
         each = _shares(runner, weights)
 
         async def work(attempt: _Attempt) -> None:
@@ -215,6 +222,8 @@ class Updates:
         keep_previous: bool,
         timeout: float | None,  # noqa: ASYNC109
     ) -> dict[Runner, UpdateReport]:
+        arguments.flags("commit", keep_previous=keep_previous)
+        _check_barrier("commit", barrier)
         runners = list(dict.fromkeys(runners))
         each = _serving(runners)
 
@@ -231,6 +240,7 @@ class Updates:
         barrier: Barrier,
         timeout: float | None,  # noqa: ASYNC109
     ) -> dict[Runner, UpdateReport]:
+        _check_barrier("rollback", barrier)
         runners = list(dict.fromkeys(runners))
         each = _serving(runners)
 
@@ -275,6 +285,7 @@ class Updates:
                 log.error("container can't be rebuilt", runner=runner.name, error=error, exc_info=error)
 
     async def extract(self, runner: Runner, *, inactive: bool) -> dict[str, Any]:
+        arguments.flags("extract", inactive=inactive)
         each = _serving([runner])
 
         async def work(_: _Attempt) -> dict[str, Any]:
@@ -509,8 +520,7 @@ class Updates:
         """Let the scheduler do the work. The caller may leave, or run out of time: then it is given up where it can be."""
         if not runners:
             raise UpdateError(f"{what}: no runner was given")
-        if timeout is not None and not timeout >= 0:
-            raise ValueError(f"timeout={timeout}: seconds, not negative")
+        timeout = arguments.timeout(f"{what}(timeout=)", timeout)
         for runner in _serving(runners):
             _must_be_open(runner)
         attempt = _Attempt()
@@ -540,7 +550,7 @@ class Updates:
         if late.done():
             names = ", ".join(repr(runner.name) for runner in runners)
             raise DeadlineExceededError(
-                f"{what} of {names}: the timeout of {timeout:.3g} s passed; nothing has changed"
+                f"{what} of {names}: the timeout of {timeout:.15g} s passed; nothing has changed"
             )
         (result,) = outcome.result()
         return result  # type: ignore[no-any-return]
@@ -564,7 +574,7 @@ async def _read(runner: Runner, attempt: _Attempt, call: Callable[[Reading], Sta
             done.set_result(written)
         elif isinstance(error, Abandoned):
             done.set_exception(_closing(attempt.closes or runner.name))
-        else:
+        elif error is not None:
             done.set_exception(own(error, UpdateError, f"runner {runner.name!r}: the source of its weights"))
 
     def work() -> None:
@@ -608,6 +618,10 @@ async def _read(runner: Runner, attempt: _Attempt, call: Callable[[Reading], Sta
 
 def _closing(name: str) -> RunnerClosedError:
     return RunnerClosedError(f"runner {name!r} is closing; its weights can't be changed")
+
+
+def _check_barrier(what: str, barrier: object) -> None:
+    arguments.one_of(f"{what}(barrier=)", barrier, ("drain", "abort"))
 
 
 def _serving(runners: Iterable[Runner]) -> list[Runner]:

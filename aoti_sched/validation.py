@@ -8,17 +8,19 @@ sentence that explains a fault is found by a slow twin. `ArityCheck` is all that
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-from aoti_sched.errors import ConfigError, InputMismatchError
+from aoti_sched.arguments import checked_struct
+from aoti_sched.errors import ConfigError, InputMismatchError, brief
 from aoti_sched.specs import DynamicDim, TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
-Check = Callable[[Sequence["torch.Tensor"]], int]
-"""The bytes of a request's tensors; raises InputMismatchError where they do not fit."""
+Check = Callable[[list["torch.Tensor"]], int]
+"""The bytes of a request's tensors; raises InputMismatchError where they do not fit. A subclass of tensors that has no behaviour of its
+own is replaced in the list by the plain tensor that it is."""
 
 
 def count_bytes(tensors: Sequence[torch.Tensor]) -> int:
@@ -27,6 +29,30 @@ def count_bytes(tensors: Sequence[torch.Tensor]) -> int:
     for tensor in tensors:
         total += tensor.nbytes
     return total
+
+
+def unwrap(tensors: list[Any], plain: Collection[type]) -> bool:
+    """Replace the subclasses in the list that only give torch's tensors another name. Return whether there were any.
+
+    One that overrides `__torch_function__` or `__torch_dispatch__` means something else than its storage holds, and stays.
+    """
+    import torch
+
+    found = False
+    for index, tensor in enumerate(tensors):
+        kind = type(tensor)
+        if kind in plain or not isinstance(tensor, torch.Tensor):
+            continue
+        function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
+        ordinary = function in (
+            torch.Tensor.__torch_function__.__func__,  # type: ignore[attr-defined]
+            torch._C._disabled_torch_function_impl,  # noqa: SLF001 -- what parameters have
+        )
+        if ordinary and kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__:
+            with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 -- otherwise the result is of the subclass again
+                tensors[index] = tensor.as_subclass(torch.Tensor)
+            found = True
+    return found
 
 
 class ArityCheck:
@@ -42,14 +68,16 @@ class ArityCheck:
         self.arity = arity
         self._device = torch.device(device)
         self._copies = copies
-        self._plain = {torch.Tensor, torch.nn.Parameter}
+        self._plain = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
         self._strided = torch.strided
 
-    def __call__(self, tensors: Sequence[torch.Tensor]) -> int:
+    def __call__(self, tensors: list[torch.Tensor]) -> int:
         if len(tensors) != self.arity:
             raise InputMismatchError(self.model, "", f"{self.arity} tensor inputs", f"{len(tensors)}")
         for index, tensor in enumerate(tensors):
             if type(tensor) not in self._plain:
+                if unwrap(tensors, self._plain):
+                    return self(tensors)
                 expected, got = "a plain torch.Tensor", f"the subclass {type(tensor).__name__}"
             elif tensor.layout is not self._strided:
                 expected, got = "a strided tensor", f"layout {tensor.layout}"
@@ -179,7 +207,7 @@ class InputCheck:
             sizes = [math.prod(size for _, size in static) for _, _, static, *_ in self._plans]
             self._bytes = sum(plan[0].itemsize * size for plan, size in zip(self._plans, sizes, strict=True))
 
-    def __call__(self, tensors: Sequence[torch.Tensor]) -> int:
+    def __call__(self, tensors: list[torch.Tensor]) -> int:
         """The bytes of the tensors when all fit; raises `InputMismatchError` for the first that does not."""
         if len(tensors) != len(self._plans):
             raise InputMismatchError(
@@ -242,11 +270,14 @@ class InputCheck:
                 break
         else:
             return count_bytes(tensors) if self._bytes is None else self._bytes
+        if unwrap(tensors, plain):
+            return self(tensors)
         self._explain(tensors)
         return count_bytes(tensors)
 
     def _names_hint(self) -> str:
-        return "The inputs are " + ", ".join(f"{s.name}: {s}" for s in self.specs) + "."
+        more = f", and {len(self.specs) - 10} more" if len(self.specs) > 10 else ""
+        return "The inputs are " + ", ".join(f"{s.name}: {s}" for s in self.specs[:10]) + f"{more}."
 
     def _explain(self, tensors: Sequence[torch.Tensor]) -> None:
         """The slow twin of `__call__`: finds the fault again and says it in a sentence."""
@@ -312,13 +343,13 @@ class InputCheck:
             self._fail(
                 spec,
                 f"a tensor {spec}",
-                f"{type(tensor).__name__} {tensor!r:.60}",
+                f"{type(tensor).__name__} {brief(tensor)}",
                 "Wrap it with torch.tensor(...).",
             )
         if type(tensor) not in self._plain:
             self._fail(
                 spec, "a plain torch.Tensor", f"the subclass {type(tensor).__name__}",
-                "Unwrap it, for example with .as_subclass(torch.Tensor) or torch.Tensor.detach.",
+                "It overrides what torch does with it; pass the plain tensor that it stands for.",
             )  # fmt: skip
         if tensor.is_nested:
             self._fail(spec, f"a tensor {spec}", "a nested tensor", "Pad it with .to_padded_tensor(...).")
@@ -357,6 +388,27 @@ class InputCheck:
 
     def _fail(self, spec: TensorSpec, expected: str, got: str, hint: str = "") -> None:
         raise InputMismatchError(self.model, spec.name, expected, got, hint)
+
+
+def declared(what: str, inputs: object) -> tuple[TensorSpec, ...]:
+    """Return the specs that a user declares, each field checked by its type.
+
+    Raises:
+        ConfigError: They are no specs, or no tensor could be like one.
+    """
+    if not isinstance(inputs, (list, tuple)):
+        raise ConfigError(f"{what}: expected a list of TensorSpec, got {brief(inputs)}.")
+    specs = []
+    for index, spec in enumerate(inputs):
+        if not isinstance(spec, TensorSpec):
+            raise ConfigError(f"{what}[{index}]: expected a TensorSpec, got {brief(spec)}.")
+        spec = checked_struct(spec, f"{what}[{index}].")  # noqa: PLW2901 -- the same, as plain values
+        for dim in spec.shape:
+            least, most = (dim, dim) if isinstance(dim, int) else (dim.min, dim.max)
+            if least < 0 or (most is not None and not least <= most < 1 << 62):
+                raise ConfigError(f"{what}[{index}].shape: a size of {dim} is no size of a tensor.")
+        specs.append(spec)
+    return tuple(specs)
 
 
 def _understood(model: str, spec: TensorSpec) -> tuple[torch.dtype, torch.device]:

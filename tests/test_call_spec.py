@@ -6,12 +6,14 @@ torch's own pytree is the oracle: our plan gives the same leaves in the same ord
 import collections
 import json
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.export.pt2_archive._package import AOTICompiledModel
 from torch.utils import _pytree as pytree
 
 from aoti_sched.call_spec import ExportedCallSpec
@@ -93,16 +95,23 @@ def test_any_result_is_rebuilt_as_torch_rebuilds_it(tree):
     assert same(again, leaves)
 
 
+def in_lists(tree):
+    """The same tree with lists for tuples, which pass for each other."""
+    if isinstance(tree, dict):
+        return {key: in_lists(child) for key, child in tree.items()}
+    return list(map(in_lists, tree)) if isinstance(tree, (list, tuple)) else tree
+
+
 @given(calls, calls)
 def test_a_call_of_another_structure_is_refused_just_when_torch_tells_them_apart(exported, called):
     spec = call_spec(*exported, inputs=tensor_specs(*map(str, range(len(pytree.tree_leaves(exported))))))
-    structure = pytree.tree_structure(exported)
+    structure = pytree.tree_structure(in_lists(exported))
     try:
-        expected = structure.flatten_up_to(called)
+        expected = structure.flatten_up_to(in_lists(called))
     except ValueError:
         refused(spec, *called[0], **called[1])
     else:  # a container where a tensor belongs is passed on; the input check tells of it
-        assert same(spec.flatten(*called), expected)
+        assert [*map(in_lists, spec.flatten(*called))] == expected
 
 
 # --- arguments ------------------------------------------------------------------------------------------
@@ -227,11 +236,12 @@ def test_one_argument_too_many_is_told():
     [
         ([1], "options", "a dict of 1: {'k': [*, (*,)]}", "list of 1"),
         ({"j": 1}, "options", "the keys ['k']", "['j']"),
-        ({"k": (1, (2,))}, "options['k']", "a list of 2: [*, (*,)]", "tuple of 2"),
+        ({"k": {1: 1, 2: (2,)}}, "options['k']", "a list of 2: [*, (*,)]", "dict of 2"),
         ({"k": [1]}, "options['k']", "2 elements: [*, (*,)]", "1"),
         ({"k": [1, 2]}, "options['k'][1]", "a tuple of 1: (*,)", "int"),
         ({"k": [1, (2, 3)]}, "options['k'][1]", "1 elements: (*,)", "2"),
-        (collections.OrderedDict(k=1), "options", "a dict of 1: {'k': [*, (*,)]}", "OrderedDict of 1"),
+        (collections.Counter(k=1), "options", "a dict of 1: {'k': [*, (*,)]}", "Counter of 1"),
+        ({"k": {3}}, "options['k']", "a list of 2: [*, (*,)]", "set"),
     ],
 )
 def test_a_misfit_deep_inside_names_its_path(options, path, expected, got):
@@ -246,12 +256,121 @@ def test_a_type_that_is_only_called_like_a_builtin_one_is_refused():
 
 def test_a_misfit_of_an_argument_without_a_name_gives_its_place():
     a = torch.zeros(())
-    assert refused(call_spec((a, [a])), a, (a,)).input == "args[1]"
+    assert refused(call_spec((a, [a])), a, a).input == "args[1]"
 
 
 def test_a_misfit_of_a_keyword_argument_names_it():
     a = torch.zeros(())
     assert refused(call_spec((), {"pair": (a, a)}), pair=(a,)).input == "pair"
+
+
+def test_a_misfit_of_a_large_structure_is_told_in_a_few_words():
+    keys = [f"key{number}" for number in range(100_000)]
+    error = refused(call_spec((dict.fromkeys(keys, 0),)), dict.fromkeys(keys[1:], 0))
+    assert error.expected == f"the keys ['key0', {', '.join(map(repr, keys[1:8]))}, ... and 99992 more]"
+    assert error.got == f"[{', '.join(map(repr, keys[1:9]))}, ... and 99991 more]"
+    error = refused(call_spec((1,)), **dict.fromkeys(keys, 0))
+    assert error.got.endswith("key19=, and 99980 more")
+
+
+# --- what torch's own loader takes ----------------------------------------------------------------------
+
+Named = collections.namedtuple("Named", "x y")  # noqa: PYI024
+Other = collections.namedtuple("Other", "y x")  # noqa: PYI024
+pytree._register_namedtuple(Named, serialized_type_name="tests.test_call_spec.Named")
+OrderedDict, defaultdict, deque = collections.OrderedDict, collections.defaultdict, collections.deque
+A, B, C = torch.tensor(1.0), torch.tensor(2.0), torch.tensor(3.0)
+
+
+def stock(exported, args, kwargs):
+    """The inputs that a model gets from torch's own loader, None when the loader refuses the call."""
+    seen = []
+
+    class Loader:  # stands for the C++ class, which takes a list of tensors and looks at nothing else
+        def get_call_spec(self):
+            return [text(exported), text(0)]
+
+        def boxed_run(self, inputs):
+            seen.extend(inputs)
+            return [0]
+
+    try:
+        AOTICompiledModel(Loader())(*args, **kwargs)
+    except ValueError:
+        return None
+    return seen
+
+
+# What was exported, what is given, and what the model should get; None: nothing, the call is refused.
+TAKEN_AS_STOCK = {
+    "a list for a tuple": (((A, B),), ([A, B],), {}, [A, B]),
+    "a tuple for a list": (([A, B],), ((A, B),), {}, [A, B]),
+    "a list for a tuple, deep inside": (({"k": [(A, B)]},), ({"k": ([A, B],)},), {}, [A, B]),
+    "a deque for a list": (([A, B],), (deque([A, B]),), {}, [A, B]),
+    "a named tuple for a tuple": (((A, B),), (Named(A, B),), {}, [A, B]),
+    "a tuple for a named tuple": ((Named(A, B),), ((A, B),), {}, [A, B]),
+    "a list for a deque": ((deque([A, B]),), ([A, B],), {}, [A, B]),
+    "a deque of another maxlen": ((deque([A, B], 2),), (deque([A, B], 9),), {}, [A, B]),
+    "an OrderedDict for a dict": (({"a": A, "b": B},), (OrderedDict(a=A, b=B),), {}, [A, B]),
+    "a dict for an OrderedDict": ((OrderedDict(a=A, b=B),), ({"a": A, "b": B},), {}, [A, B]),
+    "a defaultdict for a dict": (({"a": A, "b": B},), (defaultdict(int, a=A, b=B),), {}, [A, B]),
+    "a dict for a defaultdict": ((defaultdict(int, a=A, b=B),), ({"a": A, "b": B},), {}, [A, B]),
+    "a list beside a registered type": ((Point(A, B), (C,)), (Point(A, B), [C]), {}, [A, B, C]),
+    "an OrderedDict beside one": ((Point(A, B), {"c": C}), (Point(A, B), OrderedDict(c=C)), {}, [A, B, C]),
+    "keyword arguments in another order": ((), (), {"b": B, "a": A}, [A, B]),
+}
+WRONG_IN_STOCK = {
+    "keys in another order": (({"a": A, "b": B},), ({"b": B, "a": A},), {}, [A, B]),
+    "keys of an OrderedDict for a dict": (({"a": A, "b": B},), (OrderedDict(b=B, a=A),), {}, [A, B]),
+    "keys of a dict for an OrderedDict": ((OrderedDict(a=A, b=B),), ({"b": B, "a": A},), {}, [A, B]),
+    "another named tuple": ((Named(A, B),), (Other(B, A),), {}, None),
+    "other keys": (({"a": A, "b": B},), ({"a": A, "c": B},), {}, None),
+    "one tuple for two arguments": ((A, B), ((A, B),), {}, None),
+    "two arguments for one tuple": (((A, B),), (A, B), {}, None),
+    "a list for a dict": (({"a": A, "b": B},), ([A, B],), {}, None),
+    "another nesting": (((A, (B, C)),), (((A, B), C),), {}, None),
+    "one tensor too many": (((A, B),), ([A, B, C],), {}, None),
+    "a tuple for a registered type": ((Point(A, B), C), ((A, B), C), {}, None),
+    "a nesting beside a registered type": ((Point(A, B), (C,)), (Point(A, B), C), {}, None),
+}
+KEYWORDS = {"a": A, "b": B}
+
+
+def given_to(exported, args, kwargs):
+    """The inputs that a model gets from us, None when the call is refused."""
+    spec = call_spec(exported, KEYWORDS if kwargs else {})
+    try:
+        return spec.flatten(args, kwargs)
+    except InputMismatchError:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("exported", "args", "kwargs", "wanted"), TAKEN_AS_STOCK.values(), ids=TAKEN_AS_STOCK
+)
+def test_what_torchs_own_loader_takes_rightly_is_taken(exported, args, kwargs, wanted):
+    assert same(stock((exported, KEYWORDS if kwargs else {}), args, kwargs), wanted)
+    assert same(given_to(exported, args, kwargs), wanted)
+
+
+@pytest.mark.parametrize(
+    ("exported", "args", "kwargs", "wanted"), WRONG_IN_STOCK.values(), ids=WRONG_IN_STOCK
+)
+def test_what_torchs_own_loader_takes_wrongly_is_put_right_or_refused(exported, args, kwargs, wanted):
+    taken = stock((exported, {}), args, kwargs)
+    assert taken is not None
+    given = given_to(exported, args, kwargs)
+    assert given is None if wanted is None else same(given, wanted) and not same(taken, wanted)
+
+
+def test_both_refuse_other_keywords():
+    assert stock(((), KEYWORDS), (), {"a": A, "c": B}) is None
+    assert given_to((), (), {"a": A, "c": B}) is None
+
+
+def test_keys_may_be_tuples():
+    spec = call_spec(({("a", 1): A, ("b", (2,)): B},))
+    assert same(spec.flatten(({("b", (2,)): B, ("a", 1): A},), {}), [A, B])
 
 
 def test_a_flat_signature_reads_as_its_names():
@@ -296,6 +415,50 @@ def test_a_registered_type_is_rebuilt_by_torch():
     point, rest = call_spec(out=(Point(a, b), {"c": c})).unflatten([a, b, c])
     assert isinstance(point, Point)
     assert same([point.x, point.y, rest["c"]], [a, b, c])
+
+
+@contextmanager
+def unregistered(*kinds):
+    """As in a process that never imported the module which registers these."""
+    tables = (
+        pytree.SUPPORTED_NODES,
+        pytree.SUPPORTED_SERIALIZED_TYPES,
+        pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE,
+    )
+    pytree.treespec_loads.cache_clear()
+    before = [dict(table) for table in tables]
+    for kind in kinds:
+        name = f"tests.test_call_spec.{kind.__name__}"
+        for table in tables:
+            table.pop(kind, None)
+            table.pop(name, None)
+    try:
+        yield
+    finally:
+        for table, was in zip(tables, before, strict=True):
+            table.clear()
+            table.update(was)
+
+
+@pytest.mark.parametrize("value", [Point(A, B), Named(A, B), [{"deep": Point(A, (B,))}]])
+@pytest.mark.parametrize("side", ["inputs", "outputs"])
+def test_a_class_that_is_not_registered_in_this_process_is_refused_at_load(value, side):
+    name = "Named" if isinstance(value, Named) else "Point"
+    texts = [text(((value, A), {})), text(value)]
+    if side == "outputs":
+        texts[0] = text(((A,), {}))
+    else:
+        texts[1] = text(A)
+    sentence = rf"model 'm': its {side} contain tests.test_call_spec.{name}, which is not .*import the module"
+    with unregistered(Point, Named), pytest.raises(LoadError, match=sentence):
+        ExportedCallSpec("m", *texts)
+    ExportedCallSpec("m", *texts)
+
+
+def test_all_classes_that_are_not_registered_are_named():
+    texts = text(((Point(A, B), [Named(A, Point(A, B))]), {})), text(A)
+    with unregistered(Point, Named), pytest.raises(LoadError, match=r"Point, tests.*Named, which are not "):
+        ExportedCallSpec("m", *texts)
 
 
 # --- results --------------------------------------------------------------------------------------------
@@ -351,3 +514,9 @@ def test_the_runtimes_list_of_outputs_is_not_changed():
 def test_a_call_spec_that_is_not_torchs_is_refused_at_load(broken):
     with pytest.raises(LoadError, match="model 'm': its call spec is not torch's pytree JSON"):
         ExportedCallSpec("m", broken, text(0))
+
+
+def test_a_call_spec_nested_beyond_all_bounds_is_refused_at_load():
+    deep = '{"type": "builtins.tuple", "context": "null", "children_spec": [' * 5000
+    with pytest.raises(LoadError, match="model 'm': its call spec"):
+        ExportedCallSpec("m", f"[1, {deep}", text(0))

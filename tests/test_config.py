@@ -15,6 +15,8 @@ from aoti_sched.config import (
     SchedulerConfig,
     checked,
     cores_of,
+    divided,
+    in_full,
     read_config,
 )
 from aoti_sched.errors import ConfigError, PackageNotFoundError, QueueFullError, RunnerClosedError
@@ -99,6 +101,29 @@ def test_paths_are_relative_to_the_file_and_not_to_the_process(tmp_path, monkeyp
     assert path == Path("conf/../models/m.pt2")
 
 
+def test_a_home_directory_may_be_written_as_a_tilde(write, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    config = read_config(write('cache_dir = "~/cache"\n[models.m]\npath = "~/m.pt2"\n'))
+    assert config.models["m"].path == f"{tmp_path}/home/m.pt2"
+    assert config.cache_dir == f"{tmp_path}/home/cache"
+    assert Scheduler(SchedulerConfig(cache_dir="~/cache"))._config.cache_dir == f"{tmp_path}/home/cache"
+
+
+def test_the_cache_directory_is_relative_to_the_file(write, tmp_path):
+    assert read_config(write('cache_dir = "cache"\n')).cache_dir == f"{tmp_path}/cache"
+
+
+@pytest.mark.parametrize("path", ["a\0b", "", "\ud800", None, 3])
+def test_what_is_no_path_is_no_configuration(path):
+    with pytest.raises(ConfigError, match="the configuration: expected the path of a file, got"):
+        read_config(path)
+
+
+def test_an_endless_file_is_no_configuration():
+    with pytest.raises(ConfigError, match="/dev/zero: larger than 16777216 bytes"):
+        read_config("/dev/zero")
+
+
 def test_absolute_paths_are_left_alone(write):
     assert read_config(write('[models.m]\npath = "/srv/m.pt2"\n')).models["m"].path == "/srv/m.pt2"
 
@@ -151,6 +176,30 @@ FAULTS = {
         '[devices.cpu]\nlimits = { bytes = "1MB" }',
         "devices.cpu.limits.bytes: Expected `int | null`, got `str`",
     ),
+    "more instances than any machine has": (
+        '[models.m]\npath = "m"\ninstances = 1000000',
+        "models.m.instances: Expected `int` <= 1024",
+    ),
+    "a batch that is never started": (
+        '[models.m]\npath = "m"\nbatching = { max_delay = inf }',
+        "models.m.batching.max_delay: Expected `float` <= 3600.0",
+    ),
+    "a path with a NUL": (
+        '[models.m]\npath = "a\\u0000b"',
+        "models.m.path: expected the path of a file, got 'a\\x00b'",
+    ),
+    "an empty path": ('[models.m]\npath = ""', "models.m.path: expected the path of a file, got ''"),
+    "a cache directory with a NUL": ('cache_dir = "\\u0000"', "cache_dir: expected the path of a file"),
+    "the home of nobody": (
+        'cache_dir = "~nosuchuser/x"',
+        "cache_dir: '~nosuchuser' has no home directory here",
+    ),
+    "the home of nobody for a model": (
+        '[models.m]\npath = "~nosuchuser/m.pt2"',
+        "models.m.path: '~nosuchuser' has no home directory here",
+    ),
+    "arrays in arrays without end": (f"a = {'[' * 100_000}", "nested too deeply"),
+    "tables in tables without end": (f"a = {'{a=' * 100_000}", "nested too deeply"),
     "no lanes": ("[devices.cpu]\nlanes = 0", "devices.cpu.lanes: Expected `int` >= 1"),
     "an unknown setting of a device": (
         "[devices.cpu]\nkernels = 2",
@@ -194,7 +243,7 @@ def test_a_directory_is_no_configuration(tmp_path):
 
 
 def test_settings_given_in_code_are_checked_like_those_of_a_file():
-    with pytest.raises(ConfigError, match=r"load\('m.pt2'\): Expected `int` >= 1 - at `\$.instances`"):
+    with pytest.raises(ConfigError, match=r"load\('m.pt2'\): instances: Expected `int` >= 1, got 0"):
         checked(ModelConfig(path="m.pt2", instances=0))
 
 
@@ -290,16 +339,51 @@ def test_a_part_of_the_cpu_is_the_cores_that_are_named_for_it():
     assert cores_of("cuda:0", devices) is None
 
 
+@pytest.mark.parametrize("devices", [{}, cpus(_0=None), cpus(_0=()), cpus(_0=None, _1=(0, 1))])
+def test_a_part_of_the_cpu_for_which_no_cores_are_named_has_none_yet(devices):
+    assert cores_of("cpu:0", devices) == ()
+
+
 @pytest.mark.parametrize(
     ("devices", "sentence"),
     [
-        ({}, r"device 'cpu:0': which cores are it\? Name them, .*DeviceConfig\(affinity="),
-        (cpus(_0=None), r"device 'cpu:0': which cores are it\?"),
-        (cpus(_0=()), r"device 'cpu:0': which cores are it\?"),
         (cpus(_0=(0, 1), _7=(1, 2)), r"devices.cpu:0: affinity: core 1 is 'cpu:7''s, too"),
         (cpus(_0=(1, 1)), r"devices.cpu:0: affinity=\[1, 1\]: a core is named twice"),
     ],
 )
-def test_cores_that_are_not_named_or_not_its_own_are_refused(devices, sentence):
+def test_cores_that_are_not_its_own_are_refused(devices, sentence):
     with pytest.raises(ConfigError, match=sentence):
         cores_of("cpu:0", devices)
+
+
+@pytest.mark.parametrize(
+    ("count", "shares"),
+    [(2, [(4,), (5,)]), (3, [(4, 5), (6,)]), (4, [(4, 5), (6, 7)]), (7, [(4, 5, 6, 7), (8, 9, 10)])],
+)
+def test_cores_are_divided_and_what_is_left_goes_to_the_first(count, shares):
+    assert divided(["cpu:10", "cpu:9"], range(4, 4 + count)) == dict(
+        zip(["cpu:9", "cpu:10"], shares, strict=True)
+    )
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_fewer_cores_than_devices_are_not_divided(count):
+    with pytest.raises(
+        ConfigError, match=f"'cpu:0', 'cpu:1': {count} cores can't be divided among 2 devices"
+    ):
+        divided(["cpu:0", "cpu:1"], range(count))
+
+
+@pytest.mark.parametrize(
+    ("name", "full"),
+    [
+        ("cuda", "cuda:0"),
+        ("cuda:00", "cuda:0"),
+        ("cpu:01", "cpu:1"),
+        ("cpu", "cpu"),
+        ("mps", "mps"),
+        ("cpu:\u0663", "cpu:\u0663"),
+    ],
+)
+def test_a_device_has_one_name(name, full):
+    assert in_full(name) == full

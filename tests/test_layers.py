@@ -21,6 +21,7 @@ LAYERS = {
         "compile",
         "config",
         "apart",
+        "arguments",
         "event_log",
         "evidence",
         "findings",

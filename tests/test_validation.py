@@ -22,12 +22,12 @@ def batch(low=1, high=64, scale=1, offset=0):
 
 def refused(specs, *tensors):
     with pytest.raises(InputMismatchError) as caught:
-        InputCheck("m", specs)(tensors)
+        InputCheck("m", specs)(list(tensors))
     return caught.value
 
 
 def accepted(specs, *tensors):
-    InputCheck("m", specs)(tensors)
+    InputCheck("m", specs)(list(tensors))
     return True
 
 
@@ -55,12 +55,78 @@ def test_what_is_no_tensor_is_told_with_its_value():
     assert error.hint == "Wrap it with torch.tensor(...)."
 
 
-def test_a_subclass_of_tensor_is_refused():
-    class Wrapped(torch.Tensor):
-        pass
+class Named(torch.Tensor):
+    """Another name for a tensor, as datasets and image libraries have them."""
 
-    error = refused([spec(3)], torch.zeros(3).as_subclass(Wrapped))
-    assert parts(error) == ("x", "a plain torch.Tensor", "the subclass Wrapped")
+
+class OwnParameter(torch.nn.Parameter):
+    pass
+
+
+class Doubled(torch.Tensor):
+    """Means something else than its storage holds."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        return 2 * super().__torch_function__(function, types, args, kwargs or {})
+
+
+class Wrapper(torch.Tensor):
+    """Has no storage of its own."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise AssertionError("the check runs no operator")
+
+
+CHECKS = {
+    "specs": lambda: InputCheck("m", [spec(3), spec(batch())]),
+    "arity": lambda: ArityCheck("m", 2, "cpu"),
+}
+
+
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
+@pytest.mark.parametrize("kind", [Named, OwnParameter])
+def test_a_subclass_without_a_behaviour_of_its_own_is_unwrapped(check, kind):
+    plain = torch.arange(3.0)
+    odd = OwnParameter(plain) if kind is OwnParameter else plain.as_subclass(kind)
+    inputs = [plain, odd]
+    assert check()(inputs) == 24
+    assert inputs[0] is plain
+    assert type(inputs[1]) is torch.Tensor
+    assert inputs[1].data_ptr() == plain.data_ptr()
+    assert inputs[1].tolist() == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
+@pytest.mark.parametrize("odd", [torch.zeros(3).as_subclass(Doubled), Wrapper(torch.zeros(3))])
+def test_a_subclass_that_means_something_else_than_it_holds_is_refused(check, odd):
+    with pytest.raises(InputMismatchError) as caught:
+        check()([torch.zeros(3), odd])
+    assert caught.value.expected == "a plain torch.Tensor"
+    assert caught.value.got == f"the subclass {type(odd).__name__}"
+
+
+def test_what_is_unwrapped_is_checked_like_any_tensor():
+    odd = torch.zeros(2, 3).T.as_subclass(Named)
+    error = refused([spec(3, 2)], odd)
+    assert parts(error) == ("x", "strides (2, 1)", "(1, 3)")
+    odd = torch.zeros(3, dtype=torch.complex64).conj().as_subclass(Named)
+    assert refused([spec(3, dtype="complex64")], odd).expected == "plain values"
+
+
+def test_a_wrong_number_of_inputs_names_a_few_of_them():
+    specs = [TensorSpec(f"x{number}", "float32", (3,)) for number in range(1500)]
+    hint = refused(specs).hint
+    assert hint.startswith("The inputs are x0: float32[3], ")
+    assert hint.endswith("x9: float32[3], and 1490 more.")
 
 
 @pytest.mark.parametrize("wrap", [torch.nn.Parameter, torch.nn.Buffer])
@@ -406,7 +472,7 @@ def test_the_fast_check_agrees_with_the_plain_rules(request):
 
 def refused_by_arity(*tensors):
     with pytest.raises(InputMismatchError) as caught:
-        ArityCheck("m", 2, "cpu")(tensors)
+        ArityCheck("m", 2, "cpu")(list(tensors))
     return parts(caught.value)
 
 
@@ -415,14 +481,10 @@ def test_without_specs_any_plain_tensors_are_accepted_if_their_number_is_right()
     assert refused_by_arity(torch.zeros(3)) == ("", "2 tensor inputs", "1")
 
 
-class Tagged(torch.Tensor):
-    pass
-
-
 @pytest.mark.parametrize(
     ("odd", "expected", "got"),
     [
-        (torch.zeros(3).as_subclass(Tagged), "a plain torch.Tensor", "the subclass Tagged"),
+        (torch.zeros(3).as_subclass(Doubled), "a plain torch.Tensor", "the subclass Doubled"),
         (torch.eye(3).to_sparse(), "a strided tensor", "layout torch.sparse_coo"),
         (torch.zeros(3, device="meta"), "device cpu", "meta"),
         (torch.zeros(3, dtype=torch.complex64).conj(), "plain values", "a lazily negated or conjugated view"),

@@ -261,6 +261,8 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     instances: int
     sha256: str | None
     cache_dir: Path | None
+    contents: bytes | None = None
+    """The package, where it is in memory; `path` only names it then."""
     copy_inputs: bool = False
     """Whether inputs on the host are copied to the device."""
     copy_outputs: str | None = None

@@ -48,7 +48,7 @@ class CpuDevice:
         return open_executor(self.name, lanes, self.cores(), set_threads, affinity)
 
     def load(self, request: LoadRequest) -> Loaded:
-        package = open_package(request.path, sha256=request.sha256)
+        package = open_package(request.path, sha256=request.sha256, contents=request.contents)
         model = package.model(request.model_name)
         check_platform(model)
         if model.device not in ("", "cpu"):
@@ -59,6 +59,7 @@ class CpuDevice:
         if "AMX_TILE" in model.cpu_isa:
             torch.cpu._init_amx()  # noqa: SLF001 -- Linux gives the tile registers only to processes that ask
         extracted = package.extract(model, request.cache_dir)
+        request = msgspec.structs.replace(request, contents=None)  # what is kept of it is in the cache
         own, wrapper = spec_from_metadata(model.metadata), package.wrapper_source(model)
         if writes_to_buffers(own, wrapper):
             # Instances share their buffers, and nothing in the runtime guards them (pytorch/pytorch#122824).
@@ -71,13 +72,12 @@ class CpuDevice:
             request = msgspec.structs.replace(request, instances=1)
             raw = RawContainer(library, 1)
         raw.name = f"model {request.name!r}"  # in errors: the name the user gave, not the library's
-        wrapper = package.wrapper_source(model)
         raw.layouts = constant_layouts(wrapper or "")
         try:
             container = (
-                TorchRunnerContainer(raw, request, extracted, spec)
+                TorchRunnerContainer(raw, request, extracted, own)
                 if model.needs_proxy_executor
-                else CAbiContainer(raw, request, extracted, spec)
+                else CAbiContainer(raw, request, extracted, own)
             )
         except BaseException:
             raw.close()

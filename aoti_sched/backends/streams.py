@@ -253,7 +253,7 @@ class Accelerator(ABC):
 
     def load(self, request: LoadRequest) -> Loaded:
         """As `Device.load`. The calling thread's current device is afterwards what it was: torch's loader changes it."""
-        package = open_package(request.path, sha256=request.sha256)
+        package = open_package(request.path, sha256=request.sha256, contents=request.contents)
         model = package.model(request.model_name)
         check_platform(model)
         if model.device not in ("", self.type):
@@ -269,6 +269,7 @@ class Accelerator(ABC):
                 "inputs come from the host and outputs go there: say copy_inputs=True, copy_outputs='cpu'"
             )
         extracted = package.extract(model, request.cache_dir)
+        request = msgspec.structs.replace(request, contents=None)  # what is kept of it is in the cache
         own = spec_from_metadata(model.metadata)
         wrapper = package.wrapper_source(model)
         if writes_to_buffers(own, wrapper):

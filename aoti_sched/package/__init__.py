@@ -22,6 +22,7 @@ from typing import TypeVar
 
 import msgspec
 
+from aoti_sched.arguments import file_name
 from aoti_sched.errors import (
     InstructionSetError,
     ModelNotFoundError,
@@ -272,7 +273,11 @@ class Package:
 
 
 def open_package(
-    path: str | os.PathLike[str], *, sha256: str | None = None, limits: Limits | None = None
+    path: str | os.PathLike[str],
+    *,
+    sha256: str | None = None,
+    limits: Limits | None = None,
+    contents: bytes | None = None,
 ) -> Package:
     """Read a `.pt2` package's directory, or find a bare library's companions. Blocking; loads no code.
 
@@ -284,6 +289,7 @@ def open_package(
         sha256: its hash in hexadecimal. With any other, nothing of the file is parsed, unpacked or mapped.
             For a bare library it speaks of the library alone, not of the files beside it.
         limits: what a package may claim; sizes in bytes.
+        contents: the file's bytes, where it is in memory and `path` only names it. A library there has no companions.
 
     Raises:
         PackageNotFoundError: there is no file.
@@ -291,13 +297,13 @@ def open_package(
         PackageFormatError: it is not a package, truncated, or has a member no honest package has.
         PackageError: the operating system refuses to read it.
     """
-    path = Path(path)
+    path = Path(file_name("open_package(path)", path))
     limits = Limits() if limits is None else limits
     if sha256 is not None and re.fullmatch(r"[0-9a-fA-F]{64}", sha256) is None:
         raise PackageHashError(
             f"sha256= for {path}: expected 64 hexadecimal digits, got {sha256!r}.", path=str(path)
         )
-    digest = FileDigest(path)
+    digest = FileDigest(path, contents)
     if sha256 is not None and digest.sha256 != sha256.lower():
         raise PackageHashError(
             f"{path}: expected sha256 {sha256.lower()}, got {digest.sha256}. Nothing of it was used; check where the "

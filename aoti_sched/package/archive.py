@@ -53,8 +53,8 @@ class FileDigest:
     hashed, even when somebody rewrites the file in between. No descriptor is held open for this.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Hash the file at `path`.
+    def __init__(self, path: Path, contents: bytes | None = None) -> None:
+        """Hash the file at `path`, or `contents` in memory, which `path` only names.
 
         Raises:
             PackageNotFoundError: there is no such file.
@@ -62,10 +62,11 @@ class FileDigest:
             PackageError: the operating system refuses to read it.
         """
         self.path = path
+        self.contents = contents
         self._states = [hashlib.sha256()]
         size = 0
         try:
-            with open_regular_file(path) as file:
+            with self._open() as file:
                 while block := file.read(_BLOCK):
                     state = self._states[-1].copy()
                     state.update(block)
@@ -78,9 +79,12 @@ class FileDigest:
 
     def open(self) -> VerifiedStream:
         try:
-            return VerifiedStream(self, open_regular_file(self.path))
+            return VerifiedStream(self, self._open())
         except OSError as error:
             raise _unreadable(self.path, error) from error
+
+    def _open(self) -> io.FileIO | io.BytesIO:
+        return open_regular_file(self.path) if self.contents is None else io.BytesIO(self.contents)
 
     def check(self, index: int, block: bytes) -> None:
         """Raise `PackageHashError` unless `block` is the block that was hashed at `index`."""
@@ -97,7 +101,7 @@ class FileDigest:
 class VerifiedStream(io.RawIOBase):
     """The bytes that `FileDigest` hashed, or `PackageHashError`; never anything else."""
 
-    def __init__(self, digest: FileDigest, file: io.FileIO) -> None:
+    def __init__(self, digest: FileDigest, file: io.FileIO | io.BytesIO) -> None:
         super().__init__()
         self._digest = digest
         self._file = file

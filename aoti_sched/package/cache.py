@@ -38,7 +38,12 @@ def default_cache_dir() -> Path:
         PackageError: none of them is set and the user has no home directory.
     """
     if named := os.environ.get("AOTI_SCHED_CACHE"):
-        return Path(named).expanduser()
+        try:
+            return Path(named).expanduser()
+        except RuntimeError as error:
+            raise PackageError(
+                f"AOTI_SCHED_CACHE={named!r}: {error}. Write the directory in full."
+            ) from error
     xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if xdg.is_absolute():  # the XDG specification: a relative one is to be ignored
         return xdg / "aoti_sched"

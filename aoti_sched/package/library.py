@@ -18,7 +18,7 @@ from aoti_sched.errors import PackageFormatError
 from aoti_sched.package.archive import FileDigest
 
 LIBRARY_SUFFIXES = (".so", ".pyd")
-_MAGIC = (
+MAGIC = (
     b"\x7fELF",
     b"MZ",  # Windows
     b"\xcf\xfa\xed\xfe",  # macOS
@@ -55,7 +55,7 @@ class LibrarySource:
         self.path = digest.path
         self.machine = _elf_machine(digest)
         self._files = {digest.path.name: digest}
-        for path in _companions(digest.path):
+        for path in () if digest.contents is not None else _companions(digest.path):
             self._files[path.name] = FileDigest(path)
         self.members = {name: file.size for name, file in self._files.items()}
         self.key = self._combined_key(digest)
@@ -76,7 +76,7 @@ class LibrarySource:
 def is_library(digest: FileDigest) -> bool:
     """Whether the file is a shared library of any system, by its first bytes."""
     with digest.open() as stream:
-        return (stream.read(4) or b"").startswith(_MAGIC)
+        return (stream.read(4) or b"").startswith(MAGIC)
 
 
 def _companions(library: Path) -> list[Path]:

@@ -572,7 +572,9 @@ class DeviceQueue:
         if times.doubt(job.bytes, now):
             job.tried = True
             return None
-        return DeadlineUnreachableError(runner.name, takes, deadline - now)
+        return DeadlineUnreachableError(
+            runner.name, takes, deadline - now if job.timeout is None else job.timeout
+        )
 
     def _admit(self, job: Job, now: float, commands: list[Command], *, waited: bool) -> None:
         """It is queued."""

@@ -146,6 +146,7 @@ class Job:
         "state",
         "submitted",
         "tenant",
+        "timeout",
         "tried",
     )
 
@@ -174,6 +175,7 @@ class Job:
         self.key = key
         self.exempt = exempt
         self.tenant = tenant
+        self.timeout: float | None = None  # as the caller gave it, for messages
 
         self.id = -1
         self.state = JobState.NEW

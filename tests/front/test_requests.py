@@ -125,6 +125,39 @@ async def test_the_default_timeout_of_a_model_applies_and_options_override_it(
     longer.cancel()
 
 
+class BusyClock(ManualClock):
+    """A clock that is later each time it is read, as a real one is."""
+
+    def time(self):
+        self._now += 1e-5
+        return self._now
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"), [(1e-6, "1e-06"), (0, "0"), (0.1, "0.1"), (0.123456789, "0.123456789"), (30, "30")]
+)
+@pytest.mark.parametrize("ask", ["run", "lease"])
+async def test_a_message_shows_the_timeout_that_was_given(given, shown, ask):
+    clock = BusyClock()
+    backend = FakeBackend({"m": lambda x: x}, clock=clock)
+    async with fake_scheduler(backend, clock) as scheduler:
+        runner = await scheduler.load("m.pt2")
+        async with runner.lease():
+            view = runner.options(timeout=given)
+            late = asyncio.ensure_future(view.run(1) if ask == "run" else view.lease().__aenter__())
+            await settle()
+            clock.advance(given)
+            with pytest.raises(aoti_sched.DeadlineExceededError, match=rf"timeout of {shown} s passed while"):
+                await late
+
+
+@pytest.mark.parametrize("given", [float("inf"), None])
+async def test_a_timeout_without_an_end_is_none(aoti_backend, aoti_scheduler, given):
+    runner = await load(aoti_scheduler, aoti_backend, timeout=given)
+    assert runner._options.timeout is None
+    assert runner.options(timeout=5).options(timeout=given)._options.timeout is None
+
+
 def test_a_negative_timeout_is_refused():
     options = aoti_sched.RunnerView.options
     with pytest.raises(ValueError, match="seconds"):

@@ -239,3 +239,11 @@ def test_an_interrupt_leaves_nothing(package, cache, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         package.extract(cache_dir=cache)
     assert not entries(cache)
+
+
+def test_a_cache_in_the_home_of_nobody_is_refused_with_the_variable(monkeypatch):
+    monkeypatch.setenv("AOTI_SCHED_CACHE", "~nosuchuser/x")
+    with pytest.raises(
+        PackageError, match=r"AOTI_SCHED_CACHE='~nosuchuser/x': .* Write the directory in full"
+    ):
+        default_cache_dir()

@@ -22,6 +22,12 @@ class Subclass(torch.Tensor):
     pass
 
 
+class Doubled(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        return 2 * super().__torch_function__(function, types, args, kwargs or {})
+
+
 def fake():
     with FakeTensorMode():
         return torch.empty(2, 8)
@@ -77,7 +83,7 @@ FAULTS = {
     "sparse by rows": (csr, "a strided tensor", "layout torch.sparse_csr"),
     "packed by oneDNN": (lambda: torch.zeros(2, 8).to_mkldnn(), "a strided tensor", "layout torch._mkldnn"),
     "nested": (nested, "a tensor float32[batch:1..64, 8]", "a nested tensor"),
-    "a subclass": (lambda: torch.zeros(2, 8).as_subclass(Subclass), "a plain torch.Tensor", "Subclass"),
+    "a subclass": (lambda: torch.zeros(2, 8).as_subclass(Doubled), "a plain torch.Tensor", "Doubled"),
     "fake": (fake, "a plain torch.Tensor", "FakeTensor"),
     "lazily negated": (lambda: torch._neg_view(torch.zeros(2, 8)), "plain values", "negated or conjugated"),
     "a numpy array": (lambda: np.zeros((2, 8), np.float32), "a tensor float32", "ndarray"),
@@ -170,8 +176,22 @@ def changed(**changes):
 
 
 T = torch.zeros(3)
+
+
+async def test_containers_that_torchs_own_loader_takes_too_give_the_same_answer(load):
+    runner = await load("signature")
+    built = build("signature")
+    x, (b, c), nested_, nothing = built.args
+    expected = built.module()(*built.args, **built.kwargs)
+    mixed = OrderedDict(deep=OrderedDict(nested_["deep"]), a=nested_["a"])  # keys in another order, too
+    keywords = dict(reversed(built.kwargs.items()))
+    assert_close(await runner.run(x, [b, c], mixed, nothing, **keywords), expected)
+    as_named = x.as_subclass(Subclass)
+    assert_close(await runner.run(as_named, (b, c), nested_, nothing, **keywords), expected)
+
+
 STRUCTURES = {
-    "a list for a tuple": ({"pair": [T, T]}, "pair", "a tuple of 2", "list of 2"),
+    "a set for a tuple": ({"pair": {T}}, "pair", "a tuple of 2", "set"),
     "a tensor for a tuple": ({"pair": T}, "pair", "a tuple of 2", "Tensor"),
     "three for two": ({"pair": (T, T, T)}, "pair", "2 elements", "3"),
     "a missing key": ({"nested": {"a": T}}, "nested", "the keys ['a', 'deep']", "['a']"),

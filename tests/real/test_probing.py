@@ -125,7 +125,9 @@ async def test_a_model_that_can_not_take_zeros_prints_nothing_and_gets_one_line(
     assert_close(results, [built.module()(*built.args)] * 4)
 
 
-@pytest.mark.parametrize("form", [lambda args: args, lambda args: (args, {})], ids=["args", "args and kwargs"])
+@pytest.mark.parametrize(
+    "form", [lambda args: args, lambda args: (args, {})], ids=["args", "args and kwargs"]
+)
 async def test_a_model_is_warmed_up_on_what_it_is_given(scheduler, form):
     built = build("picky")
     runner = await scheduler.load(built.path, warmup_inputs=form(built.args))

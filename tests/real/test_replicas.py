@@ -88,6 +88,65 @@ class Clients:
             await asyncio.gather(*self._tasks)
 
 
+async def test_without_named_cores_those_there_are_are_divided(executor):
+    async with Scheduler() as scheduler:
+        runner = await scheduler.load(build("mlp").path, devices=BOTH, placement="lane")
+        stats = scheduler.stats().devices
+        half = len(CORES) // 2
+        assert [stats[name].cores for name in BOTH] == [len(CORES) - half, half]
+        shares = CORES[: len(CORES) - half], CORES[len(CORES) - half :]
+        for name, cores in zip(BOTH, shares, strict=True):
+            assert [bound_to(f"aoti:{name}:{lane}") for lane in range(len(cores))] == [
+                {core} for core in cores
+            ]
+            listed = ", ".join(map(str, cores))
+            assert (
+                f"No cores were named for {name!r}; of those there are, it has {listed}." in runner.info.notes
+            )
+        assert [future.trace.device for future in [runner.submit(inputs(0)) for _ in range(4)]] == BOTH * 2
+        with pytest.raises(
+            ConfigError, match=r"device 'cpu:2': the cores were divided among 'cpu:0', 'cpu:1' when"
+        ):
+            await scheduler.load(build("mlp").path, name="late", device="cpu:2")
+        again = await scheduler.load(build("mlp").path, name="again", device="cpu:1")
+        assert_close(await again.run(inputs(1)), build("mlp").module()(inputs(1)))
+
+
+async def test_a_device_that_is_to_come_later_is_named_beforehand_and_named_cores_stay_whose_they_are(
+    executor,
+):
+    devices = {"cpu:5": DeviceConfig(), "cpu:1": DeviceConfig(affinity=(CORES[0],))}
+    async with Scheduler(SchedulerConfig(devices=devices)) as scheduler:
+        for name in ("cpu:1", "cpu:5"):
+            await scheduler.load(build("mlp").path, name=name, device=name)
+        assert bound_to("aoti:cpu:1:0") == {CORES[0]}
+        assert bound_to("aoti:cpu:5:0") == {CORES[1]}
+        with pytest.raises(ConfigError, match=r"device 'cpu:0': the cores were divided among 'cpu:5'"):
+            await scheduler.load(build("mlp").path, name="late", device="cpu:0")
+
+
+async def test_under_a_quota_devices_get_numbers_of_cores_and_no_lane_is_bound(executor, monkeypatch):
+    cores = (list(range(64)), 3)
+    monkeypatch.setattr("aoti_sched.scheduler._cores_here", lambda: cores)
+    monkeypatch.setattr("aoti_sched.backends.cpu.available_cores", lambda: 3)
+    async with Scheduler() as scheduler:
+        await scheduler.load(build("mlp").path, devices=BOTH)
+        stats = scheduler.stats().devices
+        assert [(stats[name].lanes, stats[name].cores) for name in BOTH] == [(2, 2), (1, 1)]
+        assert bound_to("aoti:cpu:0:0") == {*CORES}
+
+
+async def test_more_devices_than_cores_are_refused(executor):
+    devices = [f"cpu:{number}" for number in range(len(CORES) + 1)]
+    async with Scheduler() as scheduler:
+        with pytest.raises(
+            ConfigError, match=rf"{len(CORES)} cores can't be divided among {len(devices)} devices"
+        ):
+            await scheduler.load(build("mlp").path, devices=devices)
+        assert dict(scheduler.runners) == {}
+        await scheduler.load(build("mlp").path, devices=BOTH)
+
+
 async def test_lanes_and_cores_are_those_of_the_device(scheduler, executor):
     runner = await scheduler.load(build("mlp").path, devices=BOTH, instances=2, placement="lane")
     stats = scheduler.stats().devices
@@ -199,7 +258,6 @@ async def test_folded_constants_are_new_on_all_devices(scheduler):
 @pytest.mark.parametrize(
     ("devices", "sentence"),
     [
-        ({}, r"device 'cpu:0': which cores are it\? Name them"),
         ({"cpu:0": [0], "cpu:1": [0]}, r"devices.cpu:0: affinity: core \d+ is 'cpu:1''s, too"),
         ({"cpu:0": [0, 0]}, r"devices.cpu:0: affinity=\[\d+, \d+\]: a core is named twice"),
     ],

@@ -1,0 +1,191 @@
+"""What users pass, checked: a value is right, or refused at once with a `ConfigError` that names the argument.
+
+The rule for the whole public API. A bool is no number, text is no number, NaN is no time, and a number has to fit where it goes.
+Numbers and flags of other libraries (NumPy's scalars) count as what they are. `ConfigError` is a `ValueError`.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import decimal
+import math
+import numbers
+import operator
+import os
+import uuid
+from typing import Any, TypeVar
+
+import msgspec
+
+from aoti_sched.errors import ConfigError, brief
+
+_T = TypeVar("_T")
+
+# msgspec would write these as text, and a name of b"x" would become "eA==".
+_NOT_TEXT = (
+    bytes,
+    bytearray,
+    memoryview,
+    dt.datetime,
+    dt.date,
+    dt.time,
+    dt.timedelta,
+    decimal.Decimal,
+    uuid.UUID,
+)
+
+
+def timeout(what: str, value: object) -> float | None:
+    """Return a timeout in seconds, None for one that never passes.
+
+    Raises:
+        ConfigError: It is no number, negative, NaN or too large for a float.
+    """
+    if value is None:
+        return None
+    if type(value) is not float:
+        value = _real(value)
+    if value is None or not value >= 0:
+        raise ConfigError(f"{what}: expected seconds, not negative, or None, got {brief(value)}.")
+    return None if value == math.inf else value
+
+
+def whole(what: str, value: object, *, least: int = 0) -> int:
+    """Return a whole number that is at least `least`.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    try:
+        number = least - 1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise ConfigError(f"{what}: expected a whole number, at least {least}, got {brief(value)}.")
+    return int(number)
+
+
+def flag(what: str, value: object) -> bool:
+    """Return True or False, and nothing that only counts as one of them.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    if type(value) is bool:
+        return value
+    if _is_flag(value):
+        return bool(value)
+    raise ConfigError(f"{what}: expected True or False, got {brief(value)}.")
+
+
+def flags(what: str, **given: object) -> None:
+    """Check several flags of one call by their names."""
+    for name, value in given.items():
+        flag(f"{what}({name}=)", value)
+
+
+def one_of(what: str, value: object, choices: tuple[str, ...]) -> None:
+    """Check that a value is one of a few words.
+
+    Raises:
+        ConfigError: It is none; the message lists them.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise ConfigError(f"{what}: expected {' or '.join(map(repr, choices))}, got {brief(value)}.")
+
+
+def text(what: str, value: object) -> str:
+    """Return a name that is not empty.
+
+    Raises:
+        ConfigError: It is no text, or empty.
+    """
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{what}: expected a name, got {brief(value)}.")
+    return value
+
+
+def file_name(what: str, value: object) -> str:
+    """Return a path as text, as the operating system takes it.
+
+    Raises:
+        ConfigError: It is no path, empty, or has a NUL or a letter that no file name can have.
+    """
+    try:
+        path = os.fsdecode(value)  # type: ignore[arg-type]
+        os.fsencode(path)
+    except (TypeError, UnicodeError):
+        raise ConfigError(f"{what}: expected the path of a file, got {brief(value)}.") from None
+    if not path or "\0" in path:
+        raise ConfigError(f"{what}: expected the path of a file, got {brief(path)}, which no file can have.")
+    return path
+
+
+def expanded(what: str, path: str) -> str:
+    """Return the path with the home directory in the place of a leading `~` or `~user`.
+
+    Raises:
+        ConfigError: There is no such user, or no home directory is known.
+    """
+    home = os.path.expanduser(path)  # noqa: PTH111 -- pathlib's raises RuntimeError, and takes "./" away
+    if path.startswith("~") and home == path:
+        raise ConfigError(
+            f"{what}: {path.partition('/')[0]!r} has no home directory here. Write the path in full."
+        )
+    return home
+
+
+def converted(value: object, kind: type[_T], what: str) -> _T:
+    """Return the value as one of the type that an annotation names, checked as if it had come from a file.
+
+    Raises:
+        ConfigError: It does not fit; the message says where.
+    """
+    try:
+        plain = msgspec.to_builtins(value, enc_hook=_plain, builtin_types=_NOT_TEXT)
+        return msgspec.convert(plain, kind)
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at `$")
+        path = path.rstrip("`")
+        got = "" if path or "got" in message else f", got {brief(value)}"
+        raise ConfigError(f"{what}{path}: {message}{got}") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{what}: {brief(value)} can't be taken ({error})") from None
+
+
+def checked_struct(given: _T, where: str) -> _T:
+    """Return a struct with the same settings, each checked by its type; `where` comes before their names in errors."""
+    kind: Any = type(given)
+    values = {}
+    for field in msgspec.structs.fields(kind):
+        value = getattr(given, field.name)
+        if isinstance(value, msgspec.Struct):
+            value = checked_struct(value, f"{where}{field.name}.")
+        values[field.name] = converted(value, field.type, f"{where}{field.name}")
+    return kind(**values)  # type: ignore[no-any-return]
+
+
+def _plain(value: object) -> object:
+    """What msgspec does not know: numbers, flags and paths of other libraries."""
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    if _is_flag(value):
+        return bool(value)
+    if isinstance(value, os.PathLike):
+        return os.fsdecode(value)
+    raise TypeError(f"a {type(value).__name__} is no setting")
+
+
+def _real(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        return float(value)
+    except (OverflowError, ValueError):
+        return None
+
+
+def _is_flag(value: object) -> bool:
+    return type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")
