@@ -4,7 +4,8 @@ A package is a `.pt2` file, which is a zip that may hold several models, or a ba
 it, describes each model, and puts a model's files where the loader can map them. It imports nothing
 heavier than msgspec, and loads, unpickles and runs nothing. Its helpers: `archive` (bytes that are
 verified), `library` (a bare library's companions), `sources` (facts in generated C++),
-`platform` (this machine), `cache` (the unpacked files).
+`platform` (this machine), `cache` (the unpacked files), `manifest` (what was unpacked), `trust` (who else
+can write to a path).
 
 A package is native code: reading it here is safe, loading it is running it.
 """
@@ -117,13 +118,18 @@ class Package:
     comes out of one Package comes from the same bytes, or `PackageHashError` is raised.
     """
 
-    def __init__(self, source: ZipSource | LibrarySource, sha256: str, limits: Limits) -> None:
+    def __init__(
+        self, source: ZipSource | LibrarySource, sha256: str, limits: Limits, *, pinned: bool = False
+    ) -> None:
         self.path = source.path
         """The file, as the caller named it."""
         self.sha256 = sha256
         """Of the file, in lower case."""
         self._source = source
         self._limits = limits
+        self._pinned = (
+            pinned  # the caller named the hash: what was unpacked earlier is compared with the file
+        )
         self._layouts = _bare_layout(source) if isinstance(source, LibrarySource) else _zip_layouts(source)
         self._described: dict[str, PackagedModel] = {}
 
@@ -160,12 +166,15 @@ class Package:
         and a library that is mapped somewhere is never written to. A bare library is copied for the same
         reason: the next build would overwrite it where it lies, and kill every process that has it mapped.
 
+        What was unpacked earlier is read again when a file's size, times or inode changed, and compared with
+        the package in every byte when `open_package` was given `sha256=`. What is broken is unpacked anew.
+
         Args:
             model: as in `model`.
             cache_dir: instead of `$AOTI_SCHED_CACHE` or the user's cache directory.
 
         Raises:
-            PackageError: the cache directory cannot be used or trusted.
+            PackageError: the cache directory cannot be used, or another user could write to it.
             PackageFormatError: a member is damaged.
             PackageHashError: the file changed since it was opened.
         """
@@ -174,7 +183,13 @@ class Package:
         files = dict(layout.files)
         for file, _, _, _ in stored.values():  # other models' weights stay where they are
             files[f"weights/{file}"] = layout.weight_files[file]
-        directory = unpack(self._source, f"{self._source.key}-{_slug(layout.name)}", files, cache_dir)
+        directory = unpack(
+            self._source,
+            f"{self._source.key}-{_slug(layout.name)}",
+            files,
+            cache_dir,
+            compare=self._pinned,
+        )
         place = {member: directory / path for path, member in files.items()}
         return Extracted(
             directory=directory,
@@ -288,6 +303,7 @@ def open_package(
         path: the file.
         sha256: its hash in hexadecimal. With any other, nothing of the file is parsed, unpacked or mapped.
             For a bare library it speaks of the library alone, not of the files beside it.
+            What was unpacked earlier is compared with the file at each `extract`.
         limits: what a package may claim; sizes in bytes.
         contents: the file's bytes, where it is in memory and `path` only names it. A library there has no companions.
 
@@ -311,7 +327,7 @@ def open_package(
             path=str(path),
         )
     source = LibrarySource(digest) if is_library(digest) else ZipSource(digest, limits)
-    return Package(source, digest.sha256, limits)
+    return Package(source, digest.sha256, limits, pinned=sha256 is not None)
 
 
 def check_platform(model: PackagedModel, *, cpu_isa: frozenset[str] | None = None) -> None:

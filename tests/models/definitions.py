@@ -738,6 +738,17 @@ def steps() -> Definition:
 
 
 @model
+def divides() -> Definition:
+    """Divides integers, and by zero where it is told to."""
+
+    class Divides(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x // y
+
+    return Definition(Divides, (torch.arange(16), torch.arange(16) + 1))
+
+
+@model
 def parallel() -> Definition:
     """Kernels of two threads: a reduction, and an embedding whose bad ids are found in a parallel region."""
 

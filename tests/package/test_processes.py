@@ -106,7 +106,7 @@ def test_processes_at_once_share_one_directory_that_one_of_them_wrote(start, tmp
     results = [json.loads(process.stdout.readline()) for process in processes]
     (directory,) = {Path(directory) for directory, _ in results}
     assert sum(written for _, written in results) == 1
-    assert unpacked(tmp_path / "cache") == [directory]
+    assert unpacked(tmp_path / "cache") == [directory.parent]
 
 
 def test_threads_at_once_share_one_directory_that_one_of_them_wrote(path, tmp_path, monkeypatch):
@@ -127,18 +127,18 @@ def test_threads_at_once_share_one_directory_that_one_of_them_wrote(path, tmp_pa
     with ThreadPoolExecutor(8) as pool:
         (directory,) = set(pool.map(extract, range(8)))
     assert len(written) == 1
-    assert unpacked(tmp_path / "cache") == [directory]
+    assert unpacked(tmp_path / "cache") == [directory.parent]
 
 
 def test_a_process_killed_in_the_middle_leaves_half_a_library_that_nobody_takes(start, path, tmp_path):
     kill_in_the_middle(start("middle"))
     (left,) = unpacked(tmp_path / "cache")
     assert left.name.startswith(".new-")
-    assert (left / "abc.wrapper.so").stat().st_size < len(elf())
+    assert (left / "files" / "abc.wrapper.so").stat().st_size < len(elf())
 
     extracted = open_package(path).extract(cache_dir=tmp_path / "cache")
     assert extracted.library.read_bytes() == elf()
-    assert unpacked(tmp_path / "cache") == [extracted.directory]
+    assert unpacked(tmp_path / "cache") == [extracted.directory.parent]
 
 
 def test_whoever_waits_for_a_process_that_is_killed_takes_over(start, tmp_path):
@@ -149,7 +149,7 @@ def test_whoever_waits_for_a_process_that_is_killed_takes_over(start, tmp_path):
     os.kill(holder.pid, signal.SIGKILL)
     directory, written = json.loads(waiter.stdout.readline())
     assert written == 1
-    assert unpacked(tmp_path / "cache") == [Path(directory)]
+    assert unpacked(tmp_path / "cache") == [Path(directory).parent]
 
 
 def test_a_lock_file_that_nobody_holds_does_not_stop_anyone(path, tmp_path):

@@ -33,7 +33,7 @@ from aoti_sched import (
     Scheduler,
     SchedulerConfig,
 )
-from aoti_sched.package.platform import KNOWN_ISA, this_cpu_isa
+from aoti_sched.package.platform import KNOWN_ISA, spelled_machine, this_cpu_isa
 from tests.models import build
 
 PRELUDE = """
@@ -371,6 +371,79 @@ async def test_a_custom_operators_model_is_not_called_with_the_wrong_number_of_i
     runner = await scheduler.load(build("custom_op").path)
     with pytest.raises(InputMismatchError):
         await runner.run()
+
+
+# --- where what a model computes ends the process -------------------------------------------------------
+
+
+@pytest.mark.skipif(spelled_machine() != "x86_64", reason="other processors give 0 for a division by zero")
+def test_an_integer_that_is_divided_by_zero_ends_the_process(program):
+    process = program("""
+        async def main():
+            async with aoti_sched.Scheduler() as scheduler:
+                runner = await scheduler.load(build("divides").path)
+                x, y = build("divides").args
+                assert (await runner.run(x, y)).tolist() == [0] * 16
+                print("divided", flush=True)
+                await runner.run(x, torch.zeros_like(y))
+                print("lives")
+
+        asyncio.run(main())
+        """)
+    assert process.stdout == "divided\n"
+    assert process.returncode == -signal.SIGFPE
+
+
+def test_a_bad_index_ends_the_process_on_several_threads(program):
+    process = program("""
+        async def main():
+            async with aoti_sched.Scheduler() as scheduler:
+                runner = await scheduler.load(build("parallel").path, threads=2)
+                x, ids = build("parallel").args
+                await runner.run(x, ids)
+                print("indexed", flush=True)
+                await runner.run(x, torch.full_like(ids, 99))
+                print("lives")
+
+        asyncio.run(main())
+        """)
+    assert process.stdout == "indexed\n"
+    assert process.returncode == -signal.SIGABRT
+
+
+def test_a_bad_index_on_one_thread_fails_its_own_request(program):
+    assert served_on(
+        program("""
+        async def main():
+            async with aoti_sched.Scheduler() as scheduler:
+                runner = await scheduler.load(build("failing").path)
+                try:
+                    await runner.run(torch.tensor([99]))
+                except aoti_sched.RunError as error:
+                    assert "index out of bounds" in str(error), error
+                    await serve_on(scheduler)
+
+        asyncio.run(main())
+        """)
+    )
+
+
+# --- a cache to which others can change the way ----------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="libraries are mapped by descriptor on Linux")
+@pytest.mark.parametrize("name", ["mlp", "custom_op", "weights_blob", "weights_pickle"])
+async def test_a_model_is_mapped_through_a_descriptor_where_the_caches_folder_could_be_replaced(
+    tmp_path, name
+):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o777)
+    built = build(name)
+    cache = tmp_path / "shared" / "cache"
+    async with Scheduler(SchedulerConfig(cache_dir=str(cache))) as scheduler:
+        runner = await scheduler.load(built.path, instances=2)
+        assert_close(await runner.run(*built.args), built.module()(*built.args))
+    assert any(Path(file.path).is_relative_to(cache) for file in psutil.Process().memory_maps())
 
 
 # --- loading, again and again ----------------------------------------------------------------------------
