@@ -13,6 +13,7 @@ from aoti_sched.backends.base import ContainerInfo, CRun, LoadRequest
 from aoti_sched.backends.batch import Staging
 from aoti_sched.backends.c_abi import FUNCTIONS, Library
 from aoti_sched.backends.constants import Constant
+from aoti_sched.backends.handles import each_once
 from aoti_sched.backends.raw_container import RawContainer
 from aoti_sched.backends.weight_source import open_weights
 from aoti_sched.backends.weights import give_weights, load_weights
@@ -69,8 +70,11 @@ class CAbiContainer:
         return self._c_run
 
     def own(self, outputs: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        for index in self._aliases(outputs):
-            outputs[index] = outputs[index].clone()  # type: ignore[union-attr]
+        shared = self._aliases(outputs)
+        if shared:
+            copies = each_once([outputs[index] for index in shared], torch.Tensor.clone)
+            for index, copy in zip(shared, copies, strict=True):
+                outputs[index] = copy
         return outputs
 
     def _aliases(self, outputs: Sequence[torch.Tensor | None]) -> list[int]:

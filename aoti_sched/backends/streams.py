@@ -27,7 +27,7 @@ from aoti_sched.backends.c_abi import Library, libtorch
 from aoti_sched.backends.container import CAbiContainer
 from aoti_sched.backends.cpu import available_cores, set_threads
 from aoti_sched.backends.executor import open_executor
-from aoti_sched.backends.handles import address_of
+from aoti_sched.backends.handles import address_of, each_once
 from aoti_sched.backends.raw_container import RawContainer
 from aoti_sched.backends.torch_runner import TorchRunnerContainer
 from aoti_sched.errors import ConfigError, DeviceLostError, LoadError, PlatformMismatchError
@@ -378,9 +378,7 @@ class Slot:
 
     def home(self, outputs: list[Any]) -> list[Any]:
         """The outputs where they are wanted."""
-        return (
-            [None if tensor is None else tensor.cpu() for tensor in outputs] if self.copies_home else outputs
-        )
+        return each_once(outputs, torch.Tensor.cpu) if self.copies_home else outputs
 
     @contextmanager
     def run(self, work: Work) -> Iterator[None]:
