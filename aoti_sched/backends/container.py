@@ -62,6 +62,8 @@ class CAbiContainer:
                 out_spec=out_spec,
                 constants=tuple(constant.spec for constant in raw.constants),
                 missing=missing_functions(raw.library),
+                reason="" if raw.proxy is None else raw.proxy.note,
+                gil="released" if raw.proxy is None else raw.proxy.gil,
             )
         return self._info
 
@@ -210,6 +212,7 @@ class CAbiContainer:
     def _fresh(self, fill: Callable[[RawContainer], None]) -> RawContainer:
         """Another container of the same model, with the weights that are filled in."""
         raw = self._another()
+        raw.proxy = self._raw.proxy
         try:
             fill(raw)
             if self.folds:

@@ -16,6 +16,7 @@ from aoti_sched.backends.base import Executor, Loaded, LoadRequest
 from aoti_sched.backends.c_abi import Library, libtorch
 from aoti_sched.backends.container import CAbiContainer
 from aoti_sched.backends.executor import open_executor
+from aoti_sched.backends.proxy_executor import open_proxy_executor
 from aoti_sched.backends.raw_container import RawContainer
 from aoti_sched.backends.torch_runner import TorchRunnerContainer
 from aoti_sched.errors import ConfigError, PlatformMismatchError
@@ -65,9 +66,12 @@ class CpuDevice:
         raw = RawContainer(Library(extracted.library), request.instances)
         raw.name = f"model {request.name!r}"  # in errors: the name the user gave, not the library's
         try:
+            why_not = ""
+            if model.needs_proxy_executor:
+                raw.proxy, why_not = open_proxy_executor(raw.name, "cpu", extracted.library)
             container = (
-                TorchRunnerContainer(raw, request, extracted)
-                if model.needs_proxy_executor
+                TorchRunnerContainer(raw, request, extracted, why=why_not)
+                if why_not
                 else CAbiContainer(raw, request, extracted)
             )
         except BaseException:

@@ -28,6 +28,8 @@ from aoti_sched.backends.container import CAbiContainer
 from aoti_sched.backends.cpu import available_cores, set_threads
 from aoti_sched.backends.executor import open_executor
 from aoti_sched.backends.handles import address_of, each_once
+from aoti_sched.backends.operators import names, operators_of
+from aoti_sched.backends.proxy_executor import open_proxy_executor
 from aoti_sched.backends.raw_container import RawContainer
 from aoti_sched.backends.torch_runner import TorchRunnerContainer
 from aoti_sched.errors import ConfigError, DeviceLostError, LoadError, PlatformMismatchError
@@ -275,24 +277,29 @@ class Accelerator(ABC):
             specs = [leaf for leaf in own.inputs if isinstance(leaf, TensorSpec)]
         else:
             specs = list(specs_from_wrapper(wrapper) or ()) if wrapper is not None else []
-        make: type[StreamTorchRunner | StreamContainer] = StreamContainer
-        if model.needs_proxy_executor:
-            make = StreamTorchRunner
-        elif request.cuda_graphs and self.graph_container is not None:
-            make = self.graph_container
-        if request.cuda_graphs and make is StreamTorchRunner:
+        make = StreamContainer
+        if request.cuda_graphs and model.needs_proxy_executor:
             raise ConfigError(
-                f"load({str(request.path)!r}): cuda_graphs=True, but the model calls custom operators, so it runs through torch's own "
-                "runner, which records nothing; leave it out"
+                f"load({str(request.path)!r}): cuda_graphs=True, but the model calls {names(operators_of(extracted.library))} through "
+                "torch's dispatcher, which may wait for the device or call Python, and a graph would not do it again. Leave cuda_graphs out."
             )
+        if request.cuda_graphs and self.graph_container is not None:
+            make = self.graph_container
         self.must_work()
         request.make_room(model.constant_bytes)
         with self.keeping_current(), self.turn():
+            proxy, why_not = None, ""
+            if model.needs_proxy_executor:
+                proxy, why_not = open_proxy_executor(f"model {request.name!r}", self.name, extracted.library)
             instances = make.instances_for(request)
             raw = self.open_raw(Library(extracted.library), instances, f"model {request.name!r}")
             try:
                 on_host = tuple(index for index, spec in enumerate(specs) if spec.device == "cpu")
-                container = make(self, raw, request, extracted, on_host)
+                raw.proxy = proxy
+                if why_not:
+                    container: Any = StreamTorchRunner(self, raw, request, extracted, on_host, why=why_not)
+                else:
+                    container = make(self, raw, request, extracted, on_host)
             except BaseException:
                 raw.close()
                 raise
@@ -635,11 +642,13 @@ class StreamTorchRunner(OnStreams, TorchRunnerContainer):
         request: LoadRequest,
         extracted: Extracted,
         on_host: Sequence[int],
+        *,
+        why: str,
     ) -> None:
         self._open_slots(device, request, raw.num_inputs, on_host)
         self._turns = 0
         try:
-            super().__init__(raw, request, extracted, device=device.name)
+            super().__init__(raw, request, extracted, device=device.name, why=why)
             device.settle()
         except BaseException:
             self._close_slots()

@@ -299,6 +299,23 @@ def one_constant_twice() -> Definition:
 
 
 @model
+def linear_algebra() -> Definition:
+    """Operators of torch's own that have no C function, and fail for what has no inverse; weights that can be replaced."""
+
+    class LinearAlgebra(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.rand(16))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            values = torch.linalg.svd(x)[1] * self.scale.sum()
+            return values, torch.linalg.inv(x + 10 * torch.eye(x.shape[-1]))
+
+    dynamic = {"x": {0: Dim("batch", min=1, max=1024)}}
+    return Definition(LinearAlgebra, (torch.rand(2, 24, 24),), dynamic=dynamic, foreign=True)
+
+
+@model
 def custom_op() -> Definition:
     """A custom operator written in Python, which only a proxy executor can call."""
 

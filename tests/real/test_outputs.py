@@ -332,18 +332,6 @@ async def test_of_several_models_one_must_be_named(scheduler):
         await scheduler.load(built.path, model_name="cube")
 
 
-# --- custom operators ------------------------------------------------------------------------------------
-
-
-async def test_a_custom_operator_runs_through_torchs_runner_which_is_said(scheduler):
-    built, runner = await load(scheduler, "custom_op", instances=2)
-    assert runner.info.runtime == "torch runner"
-    assert any("custom operators" in note for note in runner.info.notes)
-    inputs = [torch.randn(4) for _ in range(8)]
-    results = await asyncio.gather(*(runner.run(x) for x in inputs))
-    assert_close(results, [eager(built, x) for x in inputs])
-
-
 # --- a real model ----------------------------------------------------------------------------------------
 
 

@@ -277,6 +277,7 @@ def _prepare(run: CRun) -> _native.Model:
         num_inputs=run.num_inputs,
         num_outputs=run.num_outputs,
         last_error=run.last_error,
+        proxy_executor=run.proxy_executor,
     )
     return model
 

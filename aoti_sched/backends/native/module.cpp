@@ -241,6 +241,7 @@ class PyLanes {
   ~PyLanes() {
     // In a forked child the threads are missing, and joining them would never end: let the memory be.
     if (forks != born_) static_cast<void>(lanes_.release());
+    close();  // without the GIL: an operator of the model may be written in Python, and wait for it
   }
   PyLanes(const PyLanes&) = delete;
   PyLanes& operator=(const PyLanes&) = delete;
