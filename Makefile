@@ -22,7 +22,7 @@ help:
 	@echo "make coverage  branch coverage of aoti_sched/queue, which must be complete"
 
 # One stamp stands for the environment; it is made again when what it is made from changes.
-NATIVE := CMakeLists.txt aoti_sched/backends/native/CMakeLists.txt $(wildcard aoti_sched/backends/native/*.?pp)
+NATIVE := CMakeLists.txt aoti_sched/backends/native/CMakeLists.txt $(wildcard aoti_sched/backends/native/*.c aoti_sched/backends/native/*.?pp)
 
 $(VENV)/installed: pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)

@@ -60,6 +60,7 @@ def test_a_wheel_brings_the_native_module_and_compiled_rules_for_this_python(nat
     rules = {f"aoti_sched/queue/{path.stem}" for path in (ROOT / "aoti_sched" / "queue").glob("[!_]*.py")}
     assert modules == {
         "aoti_sched/backends/native/_native",
+        "aoti_sched/backends/native/proxy_model",
         "aoti_sched/_compiled__mypyc",  # what the following share
         "aoti_sched/call_spec",
         "aoti_sched/dispatch",

@@ -21,7 +21,8 @@ from aoti_sched.specs import ConstantSpec
 class ContainerInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What a loaded container says of itself.
 
-    `runtime` is the way it is run ("c_abi", "torch runner", "fake"); `reason` says why, when it is not the C ABI.
+    `runtime` is the way it is run ("c_abi", "torch runner", "fake"); `reason` says why it is not the C ABI, or what the model
+    calls that has no C function.
     `gil` says whether a run holds the GIL: "released", "held", or "unknown".
     """
 
@@ -54,7 +55,7 @@ class StagedSet(msgspec.Struct, frozen=True):
 class CRun(msgspec.Struct, kw_only=True, eq=False):
     """How C runs a container: addresses of its functions, for lanes that never touch Python.
 
-    `name` is what errors call the model; `native` is what native lanes keep of it, `native_plan` the plan of its last
+    `name` is what errors call the model; `proxy_executor` is torch's, for operators without a C function; `native` is what native lanes keep of it, `native_plan` the plan of its last
     batch as they know it. `slots` are the streams of a device, one for each of the container's slots; () on a CPU. Where runs are recorded,
     `graph_of` gives what native lanes launch for a work, and None where they can't.
     """
@@ -65,6 +66,7 @@ class CRun(msgspec.Struct, kw_only=True, eq=False):
     num_inputs: int
     num_outputs: int
     last_error: int = 0
+    proxy_executor: int = 0
     native: Any = None
     native_plan: Any = None
     slots: Sequence[Any] = ()

@@ -13,6 +13,7 @@ from aoti_sched.backends.base import ContainerInfo, CRun, LoadRequest, StagedSet
 from aoti_sched.backends.batch import Staging
 from aoti_sched.backends.c_abi import FUNCTIONS, Library
 from aoti_sched.backends.constants import Chosen, Constant, Names, choose
+from aoti_sched.backends.handles import each_once
 from aoti_sched.backends.raw_container import RawContainer
 from aoti_sched.backends.reading import Reading
 from aoti_sched.backends.weight_source import open_weights
@@ -76,6 +77,8 @@ class CAbiContainer:
                 constants=tuple(constant.spec for constant in raw.constants),
                 missing=missing_functions(raw.library),
                 notes=self._notes(),
+                reason="" if raw.proxy is None else raw.proxy.note,
+                gil="released" if raw.proxy is None else raw.proxy.gil,
             )
         return self._info
 
@@ -90,8 +93,11 @@ class CAbiContainer:
         return self._c_run
 
     def own(self, outputs: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        for index in self._aliases(outputs):
-            outputs[index] = outputs[index].clone()  # type: ignore[union-attr]
+        shared = self._aliases(outputs)
+        if shared:
+            copies = each_once([outputs[index] for index in shared], torch.Tensor.clone)
+            for index, copy in zip(shared, copies, strict=True):
+                outputs[index] = copy
         return outputs
 
     def _aliases(self, outputs: Sequence[torch.Tensor | None]) -> list[int]:
@@ -263,6 +269,7 @@ class CAbiContainer:
     def _fresh(self, fill: Callable[[RawContainer], None]) -> RawContainer:
         """Another container of the same model, with the weights that are filled in."""
         raw = self._another()
+        raw.proxy = self._raw.proxy
         try:
             fill(raw)
             if self.folds:

@@ -16,6 +16,7 @@ from aoti_sched.backends.base import Executor, Loaded, LoadRequest
 from aoti_sched.backends.c_abi import Library, libtorch
 from aoti_sched.backends.container import CAbiContainer
 from aoti_sched.backends.executor import open_executor
+from aoti_sched.backends.proxy_executor import open_proxy_executor
 from aoti_sched.backends.raw_container import RawContainer
 from aoti_sched.backends.torch_runner import TorchRunnerContainer
 from aoti_sched.errors import ConfigError, PlatformMismatchError
@@ -74,9 +75,12 @@ class CpuDevice:
         raw.name = f"model {request.name!r}"  # in errors: the name the user gave, not the library's
         raw.layouts = constant_layouts(wrapper or "")
         try:
+            why_not = ""
+            if model.needs_proxy_executor:
+                raw.proxy, why_not = open_proxy_executor(raw.name, "cpu", extracted.library)
             container = (
-                TorchRunnerContainer(raw, request, extracted, own)
-                if model.needs_proxy_executor
+                TorchRunnerContainer(raw, request, extracted, own, why=why_not)
+                if why_not
                 else CAbiContainer(raw, request, extracted, own)
             )
         except BaseException:

@@ -25,7 +25,7 @@ import torch
 from aoti_sched.backends.base import LoadRequest, StagedSet, Work
 from aoti_sched.backends.batch import whole_shapes
 from aoti_sched.backends.container import CAbiContainer
-from aoti_sched.backends.handles import handles_of
+from aoti_sched.backends.handles import each_once, handles_of
 from aoti_sched.backends.raw_container import RawContainer
 from aoti_sched.backends.reading import Abandoned, Reading
 from aoti_sched.backends.streams import Slot, StreamContainer
@@ -71,12 +71,13 @@ class Graph:
         if device.native is not None:
             from aoti_sched.backends.native import _native
 
-            there = iter(handles_of([tensor for tensor in outputs if tensor is not None]))
+            there = {id(tensor): tensor for tensor in outputs if tensor is not None}
+            handles = dict(zip(there, handles_of([*there.values()]), strict=True))
             self.native = _native.Graph(
                 device.native,
                 executable=self._executable,
                 inputs=handles_of(inputs),
-                outputs=[0 if tensor is None else next(there) for tensor in outputs],
+                outputs=[0 if tensor is None else handles[id(tensor)] for tensor in outputs],
             )
 
     def launch(self, slot: Slot, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
@@ -84,10 +85,10 @@ class Graph:
         for own, given in zip(self._inputs, inputs, strict=True):
             own.copy_(given)
         self._device.launch_graph(self._executable, slot.stream.handle)
-        home = [
-            tensor if tensor is None or (slot.copies_home and not tensor.is_cpu) else tensor.clone()
-            for tensor in self._outputs
-        ]
+        home = each_once(
+            self._outputs,
+            lambda tensor: tensor if slot.copies_home and not tensor.is_cpu else tensor.clone(),
+        )
         return slot.home(home)
 
     def close(self) -> None:

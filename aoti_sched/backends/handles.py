@@ -7,7 +7,7 @@ torch's own; the runs' hot path goes through here, so it stays short.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from ctypes import POINTER, c_char_p, c_int32, c_void_p, py_object
 from typing import Any
 
@@ -53,7 +53,10 @@ def handles_of(tensors: list[torch.Tensor]) -> list[int]:
 
 
 def tensors_of(handles: Iterable[int | None]) -> list[torch.Tensor | None]:
-    """The tensors of handles that are ours, which are gone afterwards. Null is None: an output left out."""
+    """The tensors of handles that are ours, which are gone afterwards. Null is None: an output left out.
+
+    A handle that is given several times gives the same tensor each time: torch frees it once.
+    """
     slots = list(handles)
     if None in slots:
         present = iter(tensors_of([handle for handle in slots if handle is not None]))
@@ -62,10 +65,21 @@ def tensors_of(handles: Iterable[int | None]) -> list[torch.Tensor | None]:
 
 
 def free(handles: Iterable[int | None]) -> None:
-    """Give up handles that are ours; null ones are no one's."""
-    for handle in handles:
+    """Give up handles that are ours; null ones are no one's. A handle that is given several times is freed once."""
+    for handle in {*handles}:
         if handle is not None:
             _delete(handle)
+
+
+def each_once(
+    outputs: Sequence[torch.Tensor | None], made: Callable[[torch.Tensor], torch.Tensor]
+) -> list[torch.Tensor | None]:
+    """What `made` gives for each output: once for each tensor, so that equal outputs stay one tensor. None stays None."""
+    known: dict[int, torch.Tensor | None] = {}
+    for tensor in outputs:
+        if id(tensor) not in known:
+            known[id(tensor)] = None if tensor is None else made(tensor)
+    return [known[id(tensor)] for tensor in outputs]
 
 
 def borrowed(handle: int) -> torch.Tensor:

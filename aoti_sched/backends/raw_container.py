@@ -35,6 +35,7 @@ from aoti_sched.specs import ConstantSpec
 
 if TYPE_CHECKING:
     from aoti_sched.backends.native._native import ConstantMap
+    from aoti_sched.backends.proxy_executor import ProxyExecutor
 
 _PREFIX = "AOTInductorModelContainer"
 
@@ -65,6 +66,8 @@ class RawContainer:
         self.takes_from_cpu = library.has(_PREFIX + "UpdateConstantBufferFromCpuPairs")
         # Whether a tensor's address tells its place in memory. MPS's is that of an object, its buffer, plus the offset in it.
         self.has_addresses = True
+        # By which the model calls operators that have no C function; None where it calls none, or has nothing to call them.
+        self.proxy: ProxyExecutor | None = None
         self._lent: list[int] = []
         # Shape and strides of constants, by the runtime's names, as the package states them; the C ABI knows none without values.
         self.layouts: Mapping[str, Layout] = {}
@@ -98,9 +101,7 @@ class RawContainer:
 
     # --- runs ---------------------------------------------------------------------------------------------
 
-    def run(
-        self, tensors: Sequence[torch.Tensor], *, stream: int | None = None, proxy_executor: int | None = None
-    ) -> list[torch.Tensor | None]:
+    def run(self, tensors: Sequence[torch.Tensor], *, stream: int | None = None) -> list[torch.Tensor | None]:
         """Run once; None stands where an output is left out. Output tensors may be the inputs themselves.
 
         Only the number of inputs is checked here: a wrong dtype or size reads past buffers. Blocks while
@@ -111,7 +112,7 @@ class RawContainer:
             MissingWeightsError: the active buffer lacks constants.
             RunError: the model failed; the text is the root cause. The inputs are the caller's again.
         """
-        return self._run_with(self._run, tensors, stream, proxy_executor)
+        return self._run_with(self._run, tensors, stream)
 
     def c_run(self) -> CRun:
         """How C runs it, for lanes that never touch Python; they check nothing."""
@@ -122,17 +123,21 @@ class RawContainer:
             num_inputs=self.num_inputs,
             num_outputs=self.num_outputs,
             last_error=self.library.address("AOTInductorGetLastError"),
+            proxy_executor=self._proxy_executor() or 0,
         )
 
     def run_single_threaded(
-        self, tensors: Sequence[torch.Tensor], *, stream: int | None = None, proxy_executor: int | None = None
+        self, tensors: Sequence[torch.Tensor], *, stream: int | None = None
     ) -> list[torch.Tensor | None]:
         """`run` without locks or events, always on the first instance: no other call may be going on."""
         function = self.library.function(_PREFIX + "RunSingleThreaded")
-        return self._run_with(function, tensors, stream, proxy_executor)
+        return self._run_with(function, tensors, stream)
+
+    def _proxy_executor(self) -> int | None:
+        return None if self.proxy is None else self.proxy.address
 
     def _run_with(
-        self, function: Any, tensors: Sequence[torch.Tensor], stream: int | None, proxy_executor: int | None
+        self, function: Any, tensors: Sequence[torch.Tensor], stream: int | None
     ) -> list[torch.Tensor | None]:
         # The runtime throws across the C boundary for a wrong count, and reads null for a missing constant.
         if len(tensors) != self.num_inputs:
@@ -145,7 +150,8 @@ class RawContainer:
         container = self._open()
         inputs = self._inputs(*handles_of(list(tensors)))
         outputs = self._outputs()
-        if function(container, inputs, self.num_inputs, outputs, self.num_outputs, stream, proxy_executor):
+        proxy = self._proxy_executor()
+        if function(container, inputs, self.num_inputs, outputs, self.num_outputs, stream, proxy):
             # What was stolen is null now; the rest is ours.
             free(inputs)
             free(outputs)
@@ -390,7 +396,7 @@ class RawContainer:
         self.library.call("AOTInductorModelUpdateConstantsFromBlob", self._open(), blob.data_ptr())
         self._complete[0] = not self.missing_constants()
 
-    def fold(self, *, inactive: bool, stream: int | None = None, proxy_executor: int | None = None) -> None:
+    def fold(self, *, inactive: bool, stream: int | None = None) -> None:
         """Compute the folded constants of a buffer, so that the first run on it need not. Occupies an instance.
 
         Raises LoadError when the buffer lacks constants, or folding fails; then the container is not to be
@@ -398,7 +404,7 @@ class RawContainer:
         """
         if not self._complete[inactive]:
             raise MissingWeightsError(f"{self.name}: the buffer to fold lacks constants")
-        self._call("RunConstantFolding", inactive, stream, proxy_executor)
+        self._call("RunConstantFolding", inactive, stream, self._proxy_executor())
 
     def swap(self) -> None:
         """Exchange the active and the inactive buffer. Waits for the runs that are going on.

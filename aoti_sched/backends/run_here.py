@@ -128,7 +128,12 @@ def _call(run: CRun, tensors: list[torch.Tensor]) -> list[torch.Tensor | None]:
         raise InputMismatchError(run.name, "", f"{run.num_inputs} tensors", f"{len(tensors)}")
     inputs = (c_void_p * run.num_inputs)(*handles_of(tensors))
     outputs = (c_void_p * run.num_outputs)()
-    if _run_at(run.run)(run.container, inputs, run.num_inputs, outputs, run.num_outputs, None, None) == 0:
+    if (
+        _run_at(run.run)(
+            run.container, inputs, run.num_inputs, outputs, run.num_outputs, None, run.proxy_executor
+        )
+        == 0
+    ):
         return tensors_of(outputs)
     own = c_char_p()
     if run.last_error:

@@ -27,7 +27,9 @@ from aoti_sched.backends.c_abi import Library, libtorch
 from aoti_sched.backends.container import CAbiContainer
 from aoti_sched.backends.cpu import available_cores, set_threads
 from aoti_sched.backends.executor import open_executor
-from aoti_sched.backends.handles import address_of
+from aoti_sched.backends.handles import address_of, each_once
+from aoti_sched.backends.operators import names, operators_of
+from aoti_sched.backends.proxy_executor import open_proxy_executor
 from aoti_sched.backends.raw_container import RawContainer
 from aoti_sched.backends.torch_runner import TorchRunnerContainer
 from aoti_sched.errors import ConfigError, DeviceLostError, LoadError, PlatformMismatchError
@@ -278,20 +280,21 @@ class Accelerator(ABC):
             specs = [leaf for leaf in own.inputs if isinstance(leaf, TensorSpec)]
         else:
             specs = list(specs_from_wrapper(wrapper) or ()) if wrapper is not None else []
-        make: type[StreamTorchRunner | StreamContainer] = StreamContainer
-        if model.needs_proxy_executor:
-            make = StreamTorchRunner
-        elif request.cuda_graphs and self.graph_container is not None:
-            make = self.graph_container
-        if request.cuda_graphs and make is StreamTorchRunner:
+        make = StreamContainer
+        if request.cuda_graphs and model.needs_proxy_executor:
             raise ConfigError(
-                f"load({str(request.path)!r}): cuda_graphs=True, but the model calls custom operators, so it runs through torch's own "
-                "runner, which records nothing; leave it out"
+                f"load({str(request.path)!r}): cuda_graphs=True, but the model calls {names(operators_of(extracted.library))} through "
+                "torch's dispatcher, which may wait for the device or call Python, and a graph would not do it again. Leave cuda_graphs out."
             )
+        if request.cuda_graphs and self.graph_container is not None:
+            make = self.graph_container
         self.must_work()
         request.make_room(model.constant_bytes)
         with self.keeping_current(), self.turn():
             library, title = Library(extracted.library), f"model {request.name!r}"
+            proxy, why_not = None, ""
+            if model.needs_proxy_executor:
+                proxy, why_not = open_proxy_executor(title, self.name, extracted.library)
             raw = self.open_raw(library, make.instances_for(request), title)
             if request.instances > 1 and writes_to_buffers(own, wrapper, [c.spec for c in raw.constants]):
                 raw.close()
@@ -300,7 +303,13 @@ class Accelerator(ABC):
             try:
                 on_host = tuple(index for index, spec in enumerate(specs) if spec.device == "cpu")
                 raw.layouts = constant_layouts(wrapper or "")
-                container = make(self, raw, request, extracted, on_host, own)
+                raw.proxy = proxy
+                if why_not:
+                    container: Any = StreamTorchRunner(
+                        self, raw, request, extracted, on_host, own, why=why_not
+                    )
+                else:
+                    container = make(self, raw, request, extracted, on_host, own)
             except BaseException:
                 raw.close()
                 raise
@@ -386,9 +395,7 @@ class Slot:
 
     def home(self, outputs: list[Any]) -> list[Any]:
         """The outputs where they are wanted."""
-        return (
-            [None if tensor is None else tensor.cpu() for tensor in outputs] if self.copies_home else outputs
-        )
+        return each_once(outputs, torch.Tensor.cpu) if self.copies_home else outputs
 
     @contextmanager
     def run(self, work: Work) -> Iterator[None]:
@@ -645,11 +652,13 @@ class StreamTorchRunner(OnStreams, TorchRunnerContainer):
         extracted: Extracted,
         on_host: Sequence[int],
         spec: ModelSpec | None = None,
+        *,
+        why: str,
     ) -> None:
         self._open_slots(device, request, raw.num_inputs, on_host)
         self._turns = 0
         try:
-            super().__init__(raw, request, extracted, spec, device=device.name)
+            super().__init__(raw, request, extracted, spec, device=device.name, why=why)
             device.settle()
         except BaseException:
             self._close_slots()

@@ -1,8 +1,8 @@
-"""torch's own container runner, for models that the C ABI can't run from here.
+"""Torch's own container runner, for models whose operators need torch's proxy executor where that can't be had alone.
 
-A custom operator is reached through a proxy executor, which only torch's C++ can build;
-`torch._C._aoti.AOTIModelContainerRunner*` builds its own from the files beside the library. There is one for each kind of device. What it
-costs: on torch 2.13 the binding holds the GIL for the whole run, so the event loop stands still meanwhile.
+`torch._C._aoti.AOTIModelContainerRunner*` makes an executor of the files beside the library; there is a runner for each kind of
+device. What it costs: on torch 2.13 the binding holds the GIL for the whole run, so the event loop stands still meanwhile.
+`proxy_executor.py` takes the executor from such a runner, and then this way is not needed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch._C import _aoti
 from aoti_sched.backends.base import ContainerInfo, LoadRequest, StagedSet
 from aoti_sched.backends.batch import Staging
 from aoti_sched.backends.handles import capsule_of
+from aoti_sched.backends.operators import names, operators_of, sentence, why_not_callable
 from aoti_sched.backends.raw_container import RawContainer
 from aoti_sched.backends.reading import Reading
 from aoti_sched.backends.weights import GivenWeights, load_weights, read_stored
@@ -30,7 +31,12 @@ from aoti_sched.telemetry import log
 
 
 class TorchRunnerContainer:
-    """The stock runner behind the container's contract. `raw` describes the model, and is closed then."""
+    """The stock runner behind the container's contract.
+
+    Args:
+        raw: Describes the model, and is closed then.
+        why: Why torch's proxy executor can't be had alone.
+    """
 
     def __init__(
         self,
@@ -40,11 +46,14 @@ class TorchRunnerContainer:
         spec: ModelSpec | None = None,
         *,
         device: str = "cpu",
+        why: str,
     ) -> None:
         self._library = raw.library
         self._name = request.name
         self._instances = request.instances
         self._gil = "held"
+        self._why = why
+        self._operators = operators_of(extracted.library)
         self.staging = Staging(raw.name)
         self._device_name = device
         self._extracted = extracted
@@ -68,7 +77,8 @@ class TorchRunnerContainer:
         log.warning(
             "model runs through torch's own runner",
             runner=request.name,
-            why="it calls custom operators, which need a proxy executor",
+            operators=names(self._operators),
+            why=f"torch's proxy executor, which calls them, can't be had alone: {why}",
             cost="the GIL is held for the whole run: the event loop stands still meanwhile",
         )
 
@@ -83,8 +93,7 @@ class TorchRunnerContainer:
                 runner.update_constant_buffer(constants, False, False)
         except RuntimeError as error:
             raise LoadError(
-                f"model {self._name!r}: torch's runner could not be made: {error}. A custom operator must be "
-                "registered (imported) before its model is loaded."
+                f"model {self._name!r}: torch's runner could not be made: {why_not_callable(error, self._operators)}"
             ) from error
         return runner
 
@@ -92,7 +101,8 @@ class TorchRunnerContainer:
     def info(self) -> ContainerInfo:
         return ContainerInfo(
             runtime="torch runner",
-            reason="It calls custom operators, so it runs through torch's own runner, which "
+            reason=f"{sentence(self._operators)} It runs through torch's own runner, since torch's proxy executor can't be had "
+            f"alone ({self._why}); the runner "
             + (
                 "released the GIL when probed."
                 if self._gil == "released"
@@ -153,9 +163,7 @@ class TorchRunnerContainer:
 
     # --- live weights: torch's runner can't fold or extract, so a failed update could not be undone
 
-    updatable = (
-        "it calls custom operators, so it runs through torch's own runner, which can't undo a failed update"
-    )
+    updatable = "it runs through torch's own runner, which can't undo a failed update"
     folds = False
     graphs = 0
 

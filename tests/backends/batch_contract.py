@@ -138,6 +138,42 @@ class BatchContract:
         outputs = self.outputs(executor, model, batch)
         assert [[output is None for output in each] for each in outputs] == [[True, False, True]] * 2
 
+    @pytest.mark.parametrize("detach", [False, True], ids=["views", "copies"])
+    @pytest.mark.parametrize("function", [lambda x: x + 1, lambda x: x], ids=["made", "an input"])
+    def test_one_tensor_at_several_outputs_is_each_members_at_all_of_them(self, executor, function, detach):
+        def both(x):
+            y = function(x)
+            return [y, x * 2, y, y]
+
+        model = self.container(both, outputs=4)
+        for _ in range(3):
+            members = [[one] for one in matrices(1, 2)]
+            outputs = self.outputs(executor, model, batch_of(plan(outputs=4, detach=detach), members))
+            for got, (x,) in zip(outputs, members, strict=True):
+                assert all(map(same, got, both(x)))
+
+    def test_one_tensor_at_several_outputs_that_has_not_the_rows_fails_the_batch_and_no_other(self, executor):
+        def short(x):
+            y = x[1:] + 1
+            return [y, y]
+
+        def both(x):
+            y = x + 1
+            return [y, y]
+
+        members = [[one] for one in matrices(1, 2)]
+        completion = self.run(executor, self.container(short, outputs=2), batch_of(plan(outputs=2), members))
+        assert "has 2 rows in dimension 0, expected 3" in str(completion.error)
+        outputs = self.outputs(executor, self.container(both, outputs=2), batch_of(plan(outputs=2), members))
+        assert all(same(output, x + 1) for got, (x,) in zip(outputs, members, strict=True) for output in got)
+
+    def test_one_tensor_as_two_inputs_is_two_inputs(self, executor):
+        model = self.container(lambda x, y: [x + y], inputs=2)
+        members = [[one, one] for one in matrices(1, 2)]
+        outputs = self.outputs(executor, model, batch_of(plan(ROWS, ROWS), members))
+        assert all(same(output, x + x) for (output,), (x, _) in zip(outputs, members, strict=True))
+        assert [x._use_count() for x, _ in members] == [1, 1]
+
     def test_a_model_without_outputs_gives_each_member_an_empty_list(self, executor):
         model = self.container(lambda x: [], outputs=0)
         batch = batch_of(plan(outputs=0), [[one] for one in matrices(1, 1)])

@@ -40,11 +40,14 @@ def open_executor(device, how, lanes):
     return executor
 
 
-def load(device, cache, *, instances=1, older=False, mixed=False, chain=False, **options):
-    """The compiled model on a device: y = x * weight, which is ones (mixed: and times a factor on the host, 1; chain: times weight again)."""
+def load(device, cache, *, instances=1, older=False, mixed=False, chain=False, twice=False, **options):
+    """The compiled model on a device: y = x * weight, which is ones.
+
+    `mixed`: and times a factor on the host, 1. `chain`: times weight again. `twice`: y is both of two outputs.
+    """
     request = LoadRequest(
         name="times",
-        path=model_path(older=older, mixed=mixed, chain=chain),
+        path=model_path(older=older, mixed=mixed, chain=chain, twice=twice),
         model_name=None,
         instances=instances,
         sha256=None,

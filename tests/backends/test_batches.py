@@ -1,4 +1,4 @@
-"""Batches of really compiled models give each request what it gets alone, on each executor and on torch's own runner."""
+"""Batches of really compiled models give each request what it gets alone, on each executor."""
 
 import contextlib
 import importlib.util
@@ -141,7 +141,7 @@ def test_an_output_that_is_of_no_batch_fails_it(executor, load):
         )
 
 
-def test_torchs_own_runner_runs_batches(executor, load):
+def test_custom_operators_run_in_batches(executor, load):
     container = load("custom_op")
     plan = BatchPlan((VECTOR,), (ROWS,))
     members = [[torch.randn(1)], [torch.randn(3)]]

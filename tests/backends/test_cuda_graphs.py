@@ -68,6 +68,18 @@ def test_a_recorded_run_gives_what_the_run_gave(recorded, executor, sim, where, 
         assert (container.graphs, sim.graphs()) == (2, 2), number
 
 
+@pytest.mark.parametrize("home", [None, "cpu"])
+def test_one_tensor_that_a_recorded_run_gives_twice_is_one(recorded, executor, home):
+    container = recorded(copy_inputs=True, copy_outputs=home, twice=True)
+    for value in range(4):
+        executor.submit(0, work(container, torch.full((2, 4), float(value))))
+        (completion,) = collect(executor, 1)
+        one, other = completion.outputs
+        assert one is other
+        assert one.cpu().unique().tolist() == [float(value)]
+    assert container.graphs == 1
+
+
 def test_the_first_run_of_sizes_is_recorded_and_the_next_is_launched_as_one(
     recorded, executor, sim, monkeypatch
 ):

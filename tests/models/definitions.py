@@ -263,6 +263,59 @@ def pair() -> Definition:
 
 
 @model
+def one_tensor_twice() -> Definition:
+    """One tensor at several outputs, made there or an input: the runtime gives its one handle at each of them."""
+
+    class Twice(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+            y = torch.relu(x)
+            layers = [x + 1, y]
+            return y, {"layers": layers, "last": layers[-1].contiguous(), "inputs": (x, x), "first": y[:, :1]}
+
+    return Definition(
+        Twice, (torch.randn(4, 3),), dynamic={"x": {0: Dim("batch", min=1, max=64)}}, foreign=True
+    )
+
+
+@model
+def one_constant_twice() -> Definition:
+    """One weight at two outputs, and so a constant that is folded."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 4))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            square = self.weight.t() @ self.weight
+            return self.weight, self.weight, square, x @ square, square
+
+    return Definition(
+        Twice,
+        (torch.randn(3, 4),),
+        foreign=True,
+        options={"aot_inductor.use_runtime_constant_folding": True},
+    )
+
+
+@model
+def linear_algebra() -> Definition:
+    """Operators of torch's own that have no C function, and fail for what has no inverse; weights that can be replaced."""
+
+    class LinearAlgebra(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.rand(16))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            values = torch.linalg.svd(x)[1] * self.scale.sum()
+            return values, torch.linalg.inv(x + 10 * torch.eye(x.shape[-1]))
+
+    dynamic = {"x": {0: Dim("batch", min=1, max=1024)}}
+    return Definition(LinearAlgebra, (torch.rand(2, 24, 24),), dynamic=dynamic, foreign=True)
+
+
+@model
 def custom_op() -> Definition:
     """A custom operator written in Python, which only a proxy executor can call."""
 

@@ -41,9 +41,11 @@ class CFunction:
             inputs[i] = None
         try:
             made = self.function(*tensors_of(stolen))
-            handles = iter(handles_of([tensor for tensor in made if tensor is not None]))
+            # As the runtime does: a tensor that is several outputs has one handle.
+            there = {id(tensor): tensor for tensor in made if tensor is not None}
+            handles = dict(zip(there, handles_of([*there.values()]), strict=True))
             for i, tensor in enumerate(made):
-                outputs[i] = None if tensor is None else next(handles)
+                outputs[i] = handles.get(id(tensor))
         except Exception as error:  # noqa: BLE001 -- as the runtime does
             self._error = str(error).encode()
             return 1

@@ -61,6 +61,7 @@ def open_lanes(
         get_threads=c.address("torch_get_threads"),
         set_omp_threads=c.address("torch_set_omp_threads"),
         set_mkl_threads=c.address("torch_set_mkl_threads"),
+        new_handle=c.address("torch_another_handle"),
     )
 
 

@@ -67,6 +67,7 @@ class Container(ctypes.Structure):
         ("cause", c_char_p),
         ("stolen", c_uint64),
         ("made", c_uint64),
+        ("again", c_uint64),
         ("passes_on", c_int32),
         ("gated", c_int32),
         ("probe", c_void_p),

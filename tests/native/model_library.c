@@ -61,6 +61,12 @@ static int32_t leave(struct container* container, int waited_in_vain) {
   return waited_in_vain ? -2 : container->status;
 }
 
+static void repeat(const struct container* container, void** outputs, size_t num_outputs) {
+  for (size_t i = 1; i < num_outputs; ++i) {
+    if (container->again >> i & 1) outputs[i] = outputs[0];
+  }
+}
+
 int32_t model_run(struct container* container, void** inputs, size_t num_inputs, void** outputs, size_t num_outputs,
                   void* stream, void* proxy_executor) {
   const int waited_in_vain = enter(container, num_inputs, num_outputs, stream, proxy_executor);
@@ -77,6 +83,7 @@ int32_t model_run(struct container* container, void** inputs, size_t num_inputs,
   for (size_t i = 0; i < num_outputs; ++i) {
     if (container->made >> i & 1) outputs[i] = new_tensor();
   }
+  repeat(container, outputs, num_outputs);
   return leave(container, waited_in_vain);
 }
 
@@ -88,6 +95,7 @@ int32_t row_model_run(struct container* container, void** inputs, size_t num_inp
     void* const input = inputs[i % num_inputs];
     outputs[i] = container->passes_on ? view_of_matrix(input) : next_matrix(input, container->more_rows);
   }
+  repeat(container, outputs, num_outputs);
   for (size_t i = 0; i < num_inputs; ++i) {
     if (!(container->stolen >> i & 1)) continue;
     torch_delete_tensor(inputs[i]);

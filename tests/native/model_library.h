@@ -21,6 +21,7 @@ struct container {
   const char* cause;   /* torch's words for it */
   uint64_t stolen;     /* bit i: input i is taken, and its slot nulled */
   uint64_t made;       /* bit i: output i is made; the others stay null */
+  uint64_t again;      /* bit i: output i is the handle of output 0 again */
   int32_t passes_on;   /* outputs are the stolen inputs themselves */
   int32_t gated;       /* the run waits for open_gate */
   int (*probe)(void);  /* the run calls this, if it is given */
@@ -65,6 +66,8 @@ int torch_set_mkl_threads(int count);
 /* How torch makes a handle of a tensor, and Python's tensor of a handle. It makes no second handle of a broken one. */
 int32_t torch_new_tensor_handle(void** tensor, void** made);
 void break_tensor(void* handle);
+/* As torch's: another tensor of the same memory, of any shape and place. It makes none of a broken one. */
+int32_t torch_another_handle(void* handle, void** made);
 void* torch_wrap_nothing(void* handle);
 void* torch_wrap_throws(void* handle);
 

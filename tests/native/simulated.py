@@ -35,9 +35,13 @@ def driver_path() -> Path:
     )
 
 
-def model_path(*, older: bool = False, mixed: bool = False, chain: bool = False) -> Path:
-    """The compiled model; an older one can't take constants from the host, a mixed one has a factor that lies there, a chain is two kernels."""
-    flags = ["-DOLDER"] * older + ["-DMIXED"] * mixed + ["-DCHAIN"] * chain
+def model_path(*, older: bool = False, mixed: bool = False, chain: bool = False, twice: bool = False) -> Path:
+    """The compiled model.
+
+    An older one can't take constants from the host, a mixed one has a factor that lies there, a chain is two kernels, and
+    with `twice` one tensor is two outputs.
+    """
+    flags = ["-DOLDER"] * older + ["-DMIXED"] * mixed + ["-DCHAIN"] * chain + ["-DTWICE"] * twice
     return compile_once(
         "device_model.so",
         [HERE / "device_model.cpp"],

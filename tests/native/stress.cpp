@@ -45,6 +45,8 @@ std::vector<std::unique_ptr<Scripted>> make_models(std::mt19937& random) {
     container& script = made->script;
     script.stolen = random() % 8;
     script.made = random() % 4;
+    script.again = random() % 2 == 0 ? 2 : 0;
+    script.made &= ~script.again;
     script.error = "scripted";
     script.cause = "by the stress";
     if (way == 5) script.status = 1;
@@ -67,6 +69,7 @@ aoti::Runtime runtime() {
   made.get_threads = &torch_get_threads;
   made.set_omp_threads = &torch_set_omp_threads;
   made.set_mkl_threads = &torch_set_mkl_threads;
+  made.new_handle = &torch_another_handle;
   return made;
 }
 

@@ -107,7 +107,8 @@ void play(std::mt19937& random, CUcontext context) {
     std::vector<std::unique_ptr<Slot>> slots;
     for (int i = 0; i < 3; ++i) {
       auto slot = std::make_unique<Slot>();
-      slot->script.made = 3;
+      slot->script.again = random() % 2 == 0 ? 2 : 0;
+      slot->script.made = slot->script.again ? 1 : 3;
       slot->script.error = "scripted";
       slot->script.status = random() % 6 == 0;
       slot->model.run = reinterpret_cast<aoti::RunFunction>(&device_model_run);
@@ -125,6 +126,7 @@ void play(std::mt19937& random, CUcontext context) {
     aoti::Runtime runtime;
     runtime.delete_tensor = &torch_delete_tensor;
     runtime.root_cause = &torch_root_cause;
+    runtime.new_handle = &torch_another_handle;
     aoti::Lanes lanes(runtime, std::vector<std::string>(2, "aoti:stress"), {}, 1, random() % 2);
     std::vector<int> left(slots.size(), kWorks);
     int under_way = 0;

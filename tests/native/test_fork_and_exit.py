@@ -139,6 +139,34 @@ def test_the_interpreter_ends_with_work_in_flight():
     assert run(lines) == ([], "", 0)
 
 
+PYTHON_IN_A_RUN = """
+    import ctypes, threading
+    lanes = open_lanes()
+    entered = threading.Event()
+
+    @ctypes.CFUNCTYPE(ctypes.c_int)
+    def operator():
+        entered.set()
+        for _ in range(100):
+            threading.Event().wait(0)  # the GIL goes to and fro
+        print("the operator is done", flush=True)
+        return 1
+
+    container = Container(probe=ctypes.cast(operator, ctypes.c_void_p))
+    submit(lanes, model(container))
+    entered.wait()
+"""
+
+
+@pytest.mark.parametrize(
+    "end", ["lanes.close()", "del lanes; gc.collect()", "import atexit; atexit.register(lanes.close)"]
+)
+def test_lanes_that_end_while_a_run_calls_python_wait_for_it_without_the_gil(end):
+    """An operator may be written in Python."""
+    output, _, code = run(PYTHON_IN_A_RUN + f"    {end}\n")  # what the operator refers to leaks then
+    assert (output, code) == (["the operator is done"], 0)
+
+
 def test_the_interpreter_ends_with_completions_that_nobody_drained():
     lines = """
     lanes = open_lanes()

@@ -114,6 +114,61 @@ def test_an_input_may_come_back_as_an_output(c, lanes):
     c.delete(*inputs)
 
 
+@pytest.mark.parametrize("here", [False, True], ids=["on a lane", "here"])
+@pytest.mark.parametrize("count", [3, 40])
+def test_one_tensor_at_several_outputs_is_freed_once_for_each(c, lanes, here, count):
+    """Models write its one handle into each of those outputs."""
+    last = count - 1
+    one = model(Container(made=0b1, again=1 << last | 0b10), outputs=count)
+    completion = run_here(lanes, one) if here else run(lanes, one)
+    there = [index for index, output in enumerate(completion.outputs) if output is not None]
+    assert there == [0, 1, last]
+    outputs = [completion.outputs[index] for index in there]
+    assert len(set(outputs)) == 3
+    assert [c.deletes(output) for output in outputs] == [0, 0, 0]
+    c.delete(*outputs)
+
+
+def test_an_input_that_is_several_outputs_is_freed_once_for_each(c, lanes):
+    inputs = tensors(1)
+    completion = run(lanes, model(Container(stolen=0b1, passes_on=1, again=0b110), 1, 3), inputs)
+    first, *others = completion.outputs
+    assert [first] == inputs
+    assert len({first, *others}) == 3
+    assert c.deletes(first) == 0
+    c.delete(*completion.outputs)
+
+
+@pytest.mark.parametrize("here", [False, True], ids=["on a lane", "here"])
+@pytest.mark.parametrize(
+    "fault", [{"status": 1}, {"throws": THROWS_STANDARD, "error": b"no"}, {"throws": THROWS_OTHER}], ids=str
+)
+def test_a_failed_run_that_gave_one_tensor_at_several_outputs_has_it_freed_once(c, lanes, here, fault):
+    inputs = tensors(1)
+    one = model(Container(stolen=0b1, passes_on=1, again=0b110, **fault), 1, 3)
+    completion = run_here(lanes, one, inputs) if here else run(lanes, one, inputs)
+    assert completion.error is not None
+    assert c.deletes(inputs[0]) == 1
+
+
+def test_a_run_fails_where_torch_makes_no_second_handle_of_a_tensor(c, lanes):
+    inputs = tensors(1)
+    c.break_tensor(inputs[0])
+    completion = run(lanes, model(Container(stolen=0b1, passes_on=1, again=0b10), 1, 2), inputs)
+    assert completion.error == ("aoti_torch_new_tensor_handle() API call failed", "")
+    assert c.deletes(inputs[0]) == 1
+
+
+def test_closing_frees_one_tensor_at_several_outputs_that_nobody_drained(c):
+    lanes = open_lanes()
+    before = c.live()
+    submit(lanes, model(Container(made=0b1, again=0b110), outputs=3))
+    lanes.close()
+    assert c.live() == before + 3  # a handle for each output
+    del lanes
+    gc.collect()
+
+
 def test_the_model_is_given_the_counts_the_stream_and_the_proxy_executor(lanes, c):
     container = Container()
     lanes.submit(0, 1, model(container, 3, 2, proxy_executor=0x1230), tensors(3), 1, stream=0x4560)

@@ -48,7 +48,18 @@ async def test_it_is_refused_before_any_of_it_is_there():
 
 
 @pytest.mark.parametrize(
-    "name", ["mlp", "folding", "weights_blob", "weights_pickle", "strided", "aliasing", "custom_op", "frozen"]
+    "name",
+    [
+        "mlp",
+        "folding",
+        "weights_blob",
+        "weights_pickle",
+        "strided",
+        "aliasing",
+        "custom_op",
+        "linear_algebra",
+        "frozen",
+    ],
 )
 async def test_every_kind_of_weights_comes_back(name):
     model = build(name)

@@ -9,17 +9,20 @@ from collections import OrderedDict
 import pytest
 import torch
 from torch.testing import assert_close
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from aoti_sched import (
+    Batching,
     InputMismatchError,
     MissingWeightsError,
     ModelNotFoundError,
     Priority,
+    Scheduler,
     SpecSource,
     TensorSpec,
 )
 from tests.models import BuiltModel, build
+from tests.real.conftest import EXECUTORS
 
 # Three times over it adds up 960 products, and eager does so in another order.
 TOLERANCES = {"heavy": {"atol": 1e-4, "rtol": 1e-3}}
@@ -329,18 +332,6 @@ async def test_of_several_models_one_must_be_named(scheduler):
         await scheduler.load(built.path, model_name="cube")
 
 
-# --- custom operators ------------------------------------------------------------------------------------
-
-
-async def test_a_custom_operator_runs_through_torchs_runner_which_is_said(scheduler):
-    built, runner = await load(scheduler, "custom_op", instances=2)
-    assert runner.info.runtime == "torch runner"
-    assert any("custom operators" in note for note in runner.info.notes)
-    inputs = [torch.randn(4) for _ in range(8)]
-    results = await asyncio.gather(*(runner.run(x) for x in inputs))
-    assert_close(results, [eager(built, x) for x in inputs])
-
-
 # --- a real model ----------------------------------------------------------------------------------------
 
 
@@ -372,3 +363,68 @@ async def test_minilm_refuses_sizes_beyond_its_range(scheduler, minilm):
         ids = torch.zeros(batch, tokens, dtype=torch.int64)
         with pytest.raises(InputMismatchError, match="input 'input_ids'"):
             await runner.run(ids, torch.ones_like(ids))
+
+
+# --- one tensor at several outputs -----------------------------------------------------------------------
+
+
+def same_tensors(result):
+    """For each output the first one that is the same tensor."""
+    leaves = tree_leaves(result)
+    return [next(place for place, other in enumerate(leaves) if other is leaf) for leaf in leaves]
+
+
+@pytest.fixture(params=EXECUTORS)
+def executor(request, monkeypatch):
+    monkeypatch.setenv("AOTI_SCHED_EXECUTOR", request.param)
+
+
+@pytest.mark.parametrize("placement", ["lane", "inline"])
+@pytest.mark.parametrize("name", ["one_tensor_twice", "one_constant_twice"])
+async def test_one_tensor_at_several_outputs_comes_as_torchs_own_loader_gives_it(executor, placement, name):
+    async with Scheduler() as scheduler:
+        built, runner = await load(scheduler, name, placement=placement)
+        stock = torch._inductor.aoti_load_package(str(built.path))
+        for _ in range(3):
+            (x,) = fresh(built.args)
+            result = await runner.run(x)
+            assert_close(result, eager(built, x))
+            if name == "one_tensor_twice":
+                assert same_tensors(result) == same_tensors(stock(x)) == [0, 1, 0, 0, 4, 4, 6]
+                assert result[1]["inputs"][0] is x
+
+
+@pytest.mark.parametrize("placement", ["lane", "inline"])
+async def test_one_tensor_at_several_outputs_comes_right_from_a_batch(executor, placement):
+    async with Scheduler() as scheduler:
+        built, runner = await load(
+            scheduler, "one_tensor_twice", placement=placement, batching=Batching(dim=0)
+        )
+        requests = [torch.randn(1 + row % 3, 3) for row in range(20)]
+        futures = [runner.submit(x) for x in requests]
+        results = await asyncio.gather(*futures)
+        assert max(future.trace.batch_size for future in futures) > 1
+        for x, result in zip(requests, results, strict=True):
+            assert_close(result, eager(built, x))
+
+
+async def test_one_tensor_at_several_outputs_is_freed_once_when_its_request_is_cancelled(executor):
+    async with Scheduler() as scheduler:
+        built, runner = await load(scheduler, "one_tensor_twice", placement="lane")
+        for turns in range(40):
+            futures = [runner.submit(torch.randn(4, 3)) for _ in range(4)]
+            for _ in range(turns % 8):
+                await asyncio.sleep(0)
+            for future in futures:
+                future.cancel()
+            await asyncio.gather(*futures, return_exceptions=True)
+        (x,) = built.args
+        assert_close(await runner.run(x), eager(built, x))
+
+
+async def test_one_tensor_may_be_given_as_several_inputs(executor):
+    async with Scheduler() as scheduler:
+        built, runner = await load(scheduler, "scalars")
+        x = torch.tensor(2.5)
+        for _ in range(3):
+            assert_close(await runner.run(x, x), eager(built, x, x))

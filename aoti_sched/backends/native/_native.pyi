@@ -147,6 +147,7 @@ class Lanes:
         get_threads: int = 0,
         set_omp_threads: int = 0,
         set_mkl_threads: int = 0,
+        new_handle: int = 0,
         threads: int = 0,
     ) -> None: ...
     def submit(

@@ -87,6 +87,7 @@ class NativeExecutor:
             get_threads=_address("_ZN2at15get_num_threadsEv"),
             set_omp_threads=_address("omp_set_num_threads"),
             set_mkl_threads=_address("MKL_Set_Num_Threads_Local"),
+            new_handle=_address("aoti_torch_new_tensor_handle"),
             threads=launchers or 0,
         )
         self._works: dict[int, Work] = {}  # the lanes hold no Python object: what they work on lives here
@@ -276,6 +277,7 @@ def _prepare(run: CRun) -> _native.Model:
         num_inputs=run.num_inputs,
         num_outputs=run.num_outputs,
         last_error=run.last_error,
+        proxy_executor=run.proxy_executor,
     )
     return model
 

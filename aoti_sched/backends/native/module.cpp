@@ -229,16 +229,19 @@ class PyLanes {
  public:
   PyLanes(std::vector<std::string> names, std::vector<int> affinities, int cores, aoti::Tensors tensors,
           std::uintptr_t delete_tensor, std::uintptr_t root_cause, std::uintptr_t get_threads,
-          std::uintptr_t set_omp_threads, std::uintptr_t set_mkl_threads, std::size_t threads)
+          std::uintptr_t set_omp_threads, std::uintptr_t set_mkl_threads, std::uintptr_t new_handle,
+          std::size_t threads)
       : born_(forks),
         tensors_(std::move(tensors)),
         lanes_(std::make_unique<aoti::Lanes>(
-            runtime(delete_tensor, root_cause, get_threads, set_omp_threads, set_mkl_threads), std::move(names),
+            runtime(delete_tensor, root_cause, get_threads, set_omp_threads, set_mkl_threads, new_handle),
+            std::move(names),
             std::move(affinities), cores, threads)) {}
 
   ~PyLanes() {
     // In a forked child the threads are missing, and joining them would never end: let the memory be.
     if (forks != born_) static_cast<void>(lanes_.release());
+    close();  // without the GIL: an operator of the model may be written in Python, and wait for it
   }
   PyLanes(const PyLanes&) = delete;
   PyLanes& operator=(const PyLanes&) = delete;
@@ -302,7 +305,8 @@ class PyLanes {
 
  private:
   static aoti::Runtime runtime(std::uintptr_t delete_tensor, std::uintptr_t root_cause, std::uintptr_t get_threads,
-                               std::uintptr_t set_omp_threads, std::uintptr_t set_mkl_threads) {
+                               std::uintptr_t set_omp_threads, std::uintptr_t set_mkl_threads,
+                               std::uintptr_t new_handle) {
     if (delete_tensor == 0) throw std::invalid_argument("delete_tensor must be given");
     aoti::Runtime runtime;
     runtime.delete_tensor = at<std::int32_t (*)(aoti::Handle)>(delete_tensor);
@@ -310,6 +314,7 @@ class PyLanes {
     runtime.get_threads = at<int (*)()>(get_threads);
     runtime.set_omp_threads = at<void (*)(int)>(set_omp_threads);
     runtime.set_mkl_threads = at<int (*)(int)>(set_mkl_threads);
+    runtime.new_handle = at<std::int32_t (*)(aoti::Handle, aoti::Handle*)>(new_handle);
     return runtime;
   }
 
@@ -532,10 +537,10 @@ NB_MODULE(_native, module) {
 
   nb::class_<PyLanes>(module, "Lanes")
       .def(nb::init<std::vector<std::string>, std::vector<int>, int, aoti::Tensors, std::uintptr_t, std::uintptr_t,
-                    std::uintptr_t, std::uintptr_t, std::uintptr_t, std::size_t>(),
+                    std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::size_t>(),
            nb::arg("names"), nb::arg("affinities"), nb::arg("cores"), nb::arg("tensors"), nb::kw_only(), nb::arg("delete_tensor"),
            nb::arg("root_cause") = 0, nb::arg("get_threads") = 0, nb::arg("set_omp_threads") = 0,
-           nb::arg("set_mkl_threads") = 0, nb::arg("threads") = 0)
+           nb::arg("set_mkl_threads") = 0, nb::arg("new_handle") = 0, nb::arg("threads") = 0)
       .def("submit", &PyLanes::submit, nb::arg("lane"), nb::arg("token"), nb::arg("model"), nb::arg("inputs"),
            nb::arg("threads"), nb::arg("stream") = 0, nb::arg("fence") = 0, nb::arg("fence_argument") = 0,
            nb::arg("on").none() = nb::none(), nb::arg("graph").none() = nb::none(),

@@ -1,7 +1,10 @@
 #include "running.hpp"
 
+#include <algorithm>
 #include <chrono>
 #include <exception>
+#include <functional>
+#include <numeric>
 #include <stdexcept>
 #include <utility>
 
@@ -49,6 +52,15 @@ std::int32_t guard_torch(const Runtime& runtime, Completion& completion, Call ca
   });
 }
 
+// Puts another handle of the same tensor in the place of each alias. Throws TorchRefused.
+void give_aliases(const Runtime& runtime, const std::vector<Alias>& aliases, std::vector<Handle>& outputs) {
+  for (const Alias& alias : aliases) {
+    if (runtime.new_handle == nullptr || runtime.new_handle(outputs[alias.of], &outputs[alias.output]) != 0) {
+      throw TorchRefused("new_tensor_handle");
+    }
+  }
+}
+
 // Gives the calling thread so many intra-op threads, and at the end those that it had.
 class ThreadsHere {
  public:
@@ -74,6 +86,37 @@ class ThreadsHere {
 };
 
 }  // namespace
+
+std::vector<Alias> take_aliases(std::vector<Handle>& handles) {
+  constexpr std::size_t kFew = 32;  // up to here it is cheaper to compare all than to sort them
+  std::vector<Alias> aliases;
+  if (handles.size() <= kFew) {
+    for (std::size_t output = 1; output < handles.size(); ++output) {
+      if (handles[output] == nullptr) continue;
+      const auto end = handles.begin() + static_cast<std::ptrdiff_t>(output);
+      const auto first = std::find(handles.begin(), end, *end);
+      if (first != end) aliases.push_back({output, static_cast<std::size_t>(first - handles.begin())});
+      if (first != end) *end = nullptr;
+    }
+    return aliases;
+  }
+  std::vector<std::size_t> order(handles.size());
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  std::stable_sort(order.begin(), order.end(), [&](std::size_t one, std::size_t other) {
+    return std::less<Handle>()(handles[one], handles[other]);
+  });
+  std::size_t first = order[0];
+  for (std::size_t place = 1; place < order.size(); ++place) {
+    const std::size_t output = order[place];
+    if (handles[output] == nullptr || handles[output] != handles[first]) {
+      first = output;
+    } else {
+      aliases.push_back({output, first});
+      handles[output] = nullptr;
+    }
+  }
+  return aliases;
+}
 
 void free_handles(const Runtime& runtime, std::vector<Handle>& handles) {
   for (Handle& handle : handles) {
@@ -106,7 +149,10 @@ void Running::begin() {
       }
     });
   }
-  if (work_.graph != nullptr) return;
+  if (work_.graph != nullptr) {
+    aliases_ = work_.graph->aliases;
+    return;
+  }
   void* const stream = work_.on != nullptr ? work_.on->handle() : work_.stream;
   if (completion_.status == 0) {
     completion_.status = guard(completion_.error, [&] {
@@ -116,6 +162,7 @@ void Running::begin() {
       if (status != 0) explain(runtime_, model_, completion_);
       return status;
     });
+    aliases_ = take_aliases(completion_.outputs);  // after a failure too: what was made before it is freed once
   }
   if (on_ && completion_.status == 0) {
     completion_.status = guard_torch(runtime_, completion_, [&] { on_->send_home(completion_.outputs); });
@@ -146,6 +193,10 @@ Completion Running::end() {
   }
   if (on_ && completion_.status == 0) {
     completion_.status = guard_torch(runtime_, completion_, [&] { on_->land(completion_.outputs); });
+  }
+  if (!aliases_.empty() && completion_.status == 0) {
+    completion_.status =
+        guard_torch(runtime_, completion_, [&] { give_aliases(runtime_, aliases_, completion_.outputs); });
   }
   on_.reset();
   work_.graph.reset();

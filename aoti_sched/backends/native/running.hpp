@@ -29,6 +29,8 @@ struct Runtime {
   int (*get_threads)() = nullptr;
   void (*set_omp_threads)(int) = nullptr;
   int (*set_mkl_threads)(int) = nullptr;  // returns what it was
+  // Makes another handle of a tensor, where a model gives one tensor at several outputs.
+  std::int32_t (*new_handle)(Handle tensor, Handle* made) = nullptr;
 };
 
 // How one model is run; shared by all its works.
@@ -57,7 +59,7 @@ struct Work {
 struct Completion {
   std::uint64_t token = 0;
   std::int32_t status = 0;
-  std::vector<Handle> outputs;  // owned by whoever drains; null where the model left one out
+  std::vector<Handle> outputs;  // owned by whoever drains, each handle once; null where the model left one out
   // Of a batch: each member's part of each output, member after member, owned as the outputs are. The outputs are there
   // beside them, unless the parts are copies.
   std::vector<Handle> parts;
@@ -89,6 +91,7 @@ class Running {
   Work work_;
   const Model& model_;
   Completion completion_;
+  std::vector<Alias> aliases_;  // the outputs that are null until `end`
   std::optional<Stream::Run> on_;  // from when it is begun until the device is done
 };
 

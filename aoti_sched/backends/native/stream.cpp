@@ -114,7 +114,8 @@ Graph::Graph(std::shared_ptr<const Device> its_device, void* its_executable, std
     : device(std::move(its_device)),
       executable(its_executable),
       inputs(std::move(its_inputs)),
-      outputs(std::move(its_outputs)) {}
+      outputs(std::move(its_outputs)),
+      aliases(take_aliases(outputs)) {}
 
 Graph::~Graph() {
   for (const std::vector<Handle>* handles : {&inputs, &outputs}) {

@@ -92,9 +92,9 @@ class Pinned {
 };
 
 // A run of a model that was recorded, and is launched as one thing. It reads its own inputs and writes its own outputs, which are
-// kept with it, null where the model left one out.
+// kept with it, null where the model left one out and where an output is an alias.
 struct Graph {
-  // Takes the handles.
+  // Takes the handles. One tensor at several outputs has one handle, which is given at each of them.
   Graph(std::shared_ptr<const Device> device, void* executable, std::vector<Handle> inputs, std::vector<Handle> outputs);
   ~Graph();
   Graph(const Graph&) = delete;
@@ -104,6 +104,7 @@ struct Graph {
   void* executable;
   std::vector<Handle> inputs;
   std::vector<Handle> outputs;
+  std::vector<Alias> aliases;
 };
 
 // A slot's stream. One work at a time: a `Run` on it lives from before the inputs are brought until the device is done. One thread has
