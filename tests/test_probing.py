@@ -163,7 +163,9 @@ def test_values_are_like_the_example():
 
     spec = TensorSpec("x", "int64", (DynamicDim("s", min=2),), order=(0,))
     examples = [ExampleSpec((3,), 20.0, 29.0, (20, 21, 29))]
-    found = examine(Model(function), [spec], examples=examples, symbols=symbols_in([spec], stated_by_user=False))
+    found = examine(
+        Model(function), [spec], examples=examples, symbols=symbols_in([spec], stated_by_user=False)
+    )
     assert (found.failure, found.least["s"]) == ("", (0, ""))
 
 

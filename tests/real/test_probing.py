@@ -86,7 +86,7 @@ async def test_a_model_whose_rows_influence_each_other_is_not_batched(scheduler)
     with pytest.raises(ConfigError, match=r"Rows influence each other.*assume_independent=True"):
         await scheduler.load(path, batching=Batching(dim=0))
     runner = await scheduler.load(path, batching=Batching(dim=0, assume_independent=True))
-    assert runner.info.max_batch == 64
+    assert runner.info.max_batch > 1
 
 
 async def test_a_model_that_writes_to_an_input_is_not_batched(scheduler):
@@ -125,7 +125,9 @@ async def test_a_model_that_can_not_take_zeros_prints_nothing_and_gets_one_line(
     assert_close(results, [built.module()(*built.args)] * 4)
 
 
-@pytest.mark.parametrize("form", [lambda args: args, lambda args: (args, {})], ids=["args", "args and kwargs"])
+@pytest.mark.parametrize(
+    "form", [lambda args: args, lambda args: (args, {})], ids=["args", "args and kwargs"]
+)
 async def test_a_model_is_warmed_up_on_what_it_is_given(scheduler, form):
     built = build("picky")
     runner = await scheduler.load(built.path, warmup_inputs=form(built.args))
