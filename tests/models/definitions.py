@@ -568,7 +568,7 @@ def pairs_of_rows() -> Definition:
             self.inner = nn.Linear(3, 16)
             self.norm = nn.BatchNorm1d(16)
 
-        def forward(self, x: Tensor, scale: float, negate: bool) -> Tensor:  # noqa: FBT001
+        def forward(self, x: Tensor, scale: float, negate: bool) -> Tensor:
             out = self.norm(self.inner(x)) * scale
             return -out if negate else out
 
