@@ -17,7 +17,17 @@ from aoti_sched.backends.batch import BatchPlan, InputPlan, OutputPlan, RaggedOu
 from aoti_sched.config import Batching
 from aoti_sched.errors import ConfigError
 from aoti_sched.queue import batch as rules
-from aoti_sched.specs import BatchDim, DynamicDim, IntegerSpec, LeafSpec, ModelSpec, RowEvidence, TensorSpec
+from aoti_sched.specs import (
+    BatchDim,
+    BoolSpec,
+    DynamicDim,
+    FloatSpec,
+    IntegerSpec,
+    LeafSpec,
+    ModelSpec,
+    RowEvidence,
+    TensorSpec,
+)
 from aoti_sched.wrapper_source import writes_to_buffers
 
 if TYPE_CHECKING:
@@ -110,6 +120,10 @@ def group(
     ragged = _ragged(name, wanted, specs, dim)
     plans, alike = [], []
     for index, spec in enumerate(specs):
+        if spec.strides is not None:
+            raise _impossible(
+                name, f"input {spec.name!r} was compiled for a view that is not dense, and batches are dense"
+            )
         if spec.order is None:
             raise _impossible(name, f"how input {spec.name!r} lies in memory is not known")
         free = [d for d, size in enumerate(spec.shape) if isinstance(size, DynamicDim) and d != dim]
@@ -285,8 +299,8 @@ def _ragged(name: str, wanted: Batching, specs: Sequence[TensorSpec], dim: int) 
 def _output(
     name: str, dim: int, symbol: str, leaf: LeafSpec | None, ragged: dict[str, tuple[int, int]]
 ) -> OutputPlan:
-    if isinstance(leaf, IntegerSpec):
-        raise _impossible(name, f"output {leaf.name!r} is computed from the sizes of the whole batch")
+    if isinstance(leaf, (IntegerSpec, FloatSpec, BoolSpec)):
+        raise _impossible(name, f"output {leaf.name!r} is computed from the whole batch")
     if not isinstance(leaf, TensorSpec):
         return OutputPlan(dim)
     size = leaf.shape[dim] if dim < len(leaf.shape) else None

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aoti_sched.errors import InputMismatchError, LoadError
-from aoti_sched.specs import IntegerSpec, LeafSpec, LiteralSpec
+from aoti_sched.specs import COMPUTED, BoolSpec, FloatSpec, IntegerSpec, LeafSpec, LiteralSpec
 
 if TYPE_CHECKING:
     import torch
@@ -226,9 +226,8 @@ class ExportedCallSpec:
             rebuild = list
         else:
             rebuild = lambda values: _rebuild(node, iter(values))  # noqa: E731
-        fixed = [
-            (i, leaf) for i, leaf in enumerate(outputs or ()) if isinstance(leaf, (LiteralSpec, IntegerSpec))
-        ]
+        kinds = LiteralSpec, IntegerSpec, FloatSpec, BoolSpec
+        fixed = [(i, leaf) for i, leaf in enumerate(outputs or ()) if isinstance(leaf, kinds)]
         return _with_fixed(fixed, rebuild) if fixed else rebuild
 
 
@@ -251,14 +250,18 @@ def _rebuild(node: _Node, values: Iterator[Any]) -> Any:
 
 
 def _with_fixed(
-    fixed: list[tuple[int, LiteralSpec | IntegerSpec]], rebuild: Callable[[list[Any]], Any]
+    fixed: list[tuple[int, LiteralSpec | IntegerSpec | FloatSpec | BoolSpec]],
+    rebuild: Callable[[list[Any]], Any],
 ) -> Callable[[list[Any]], Any]:
     """The runtime returns non-tensor outputs as None or 0-dim tensors; put the values back."""
 
     def unflatten(values: list[Any]) -> Any:
         values = list(values)
         for index, leaf in fixed:
-            values[index] = leaf.value if isinstance(leaf, LiteralSpec) else int(values[index].item())
+            if isinstance(leaf, LiteralSpec):
+                values[index] = leaf.value
+            else:
+                values[index] = COMPUTED[type(leaf)](values[index].item())
         return rebuild(values)
 
     return unflatten

@@ -6,17 +6,24 @@ for many seconds: call it from a build step or a worker thread, never from the e
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from aoti_sched.errors import CompileError
+from aoti_sched.findings import Findings, separated
 from aoti_sched.specs import (
+    METADATA_KEY,
     BatchDim,
+    BoolSpec,
     DynamicDim,
+    FloatSpec,
     IntegerSpec,
     LeafSpec,
     LiteralSpec,
@@ -52,14 +59,16 @@ def compile_package(
         path: Where to write the package; must end in `.pt2`.
         example_kwargs: Keyword example arguments.
         dynamic: Dynamic dimensions, in the form of `torch.export.export`'s `dynamic_shapes`, for
-            example `{"x": {0: torch.export.Dim("batch", max=64)}}`. A `Dim` without `min` admits 0 rows.
+            example `{"x": {0: torch.export.Dim("batch", max=64)}}`. A `Dim` without `min`, `Dim.AUTO` and
+            `Dim.DYNAMIC` admit 0 and 1, where running the module and the compiled code shows that both are right.
         threads: Intra-op threads per run that inductor compiles into its kernels. With 1, the default, a run uses one core and
             the scheduler fills the others with other runs. More only pays for large models, and it costs safety:
             an error inside a parallel kernel ends the process.
         freeze: Turn on inductor's freezing: weights are folded into the code in the layout the
             kernels like best. Faster, but the weights can never be updated live.
         batch_dim: The dimension along which requests may be batched: dynamic, with the same `Dim` in every
-            tensor input and output. By default 0 where that holds, otherwise none.
+            tensor input and output. By default 0 where that holds and running the module shows that rows do not influence
+            each other, otherwise none.
         metadata: Further strings to store in the package.
         options: Further inductor options; they win over the ones set here.
 
@@ -67,11 +76,11 @@ def compile_package(
         The package's path.
 
     Raises:
-        CompileError: The module can't be exported or compiled, an example can't be served, or `freeze` is
-            asked for a module that writes to its buffers.
+        CompileError: The module can't be exported or compiled, an example or an output can't be served, the exported program
+            differs from the module, `freeze` is asked for a module that writes to its buffers, or `batch_dim` for one whose
+            rows influence each other.
     """
     import torch
-    import torch._inductor
 
     target = Path(path)
     if target.suffix != ".pt2":
@@ -82,20 +91,29 @@ def compile_package(
     with torch.no_grad(), warnings.catch_warnings():
         # torch warns itself, of its own pytree; nothing a caller could mend
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+        arguments = separated(example_inputs, example_kwargs or {}, module)
         try:
-            program = torch.export.export(
-                module, example_inputs, kwargs=example_kwargs or {}, dynamic_shapes=dynamic
-            )
+            program = torch.export.export(module, arguments[0], kwargs=arguments[1], dynamic_shapes=dynamic)
         except Exception as error:  # torch.export raises many kinds; each becomes one sentence with its cause
             advice = _advice(error, example_inputs, example_kwargs)
             raise CompileError(f"{type(module).__name__} could not be exported: {error}{advice}") from error
-        spec = describe(program, batch_dim=batch_dim, threads=threads, freeze=freeze)
-        _check_examples(spec)
+        _check_outputs(program)
+        functional = program.run_decompositions({})
+        spec = _described(program, functional, threads=threads, freeze=freeze)
         if freeze and spec.mutates_buffers:
             raise CompileError(
                 f"{type(module).__name__} writes to its own buffers, and freeze=True would fix their values. Compile it "
                 "without freezing."
             )
+        findings = Findings(module, arguments, program, functional, spec, dynamic)
+        if difference := findings.disagreement():
+            raise CompileError(
+                f"{type(module).__name__}: the exported program differs from the module on inputs unlike the example "
+                f"({difference}). What the module computes depends on the example; make it depend on its inputs alone."
+            )
+        spec = findings.merged()
+        findings.try_sizes()
+        spec = _with_batch(spec, findings, batch_dim)
         inductor = {
             "cpp.threads": threads,
             "freezing": freeze,
@@ -107,12 +125,42 @@ def compile_package(
             **(options or {}),
         }
         try:
-            torch._inductor.aoti_compile_and_package(  # noqa: SLF001 -- its public home
-                program, package_path=os.fspath(target), inductor_configs=inductor
-            )
+            files = _compile(program, inductor)
         except Exception as error:
             raise CompileError(f"{type(module).__name__} could not be compiled: {error}") from error
+        _package(files, target, findings, spec)
     return target
+
+
+def _compile(program: ExportedProgram, options: dict[str, Any]) -> list[Any]:
+    """The files of a compiled program, as `torch._inductor.aoti_compile_and_package` puts them into a package."""
+    import torch._inductor
+
+    args, kwargs = program.example_inputs
+    options = {**options, "aot_inductor.package": True}
+    files = torch._inductor.aot_compile(  # noqa: SLF001 -- its public home
+        program.module(check_guards=False),
+        args,
+        kwargs,
+        options=options,
+    )
+    return list(files)  # type: ignore[arg-type]
+
+
+def _package(files: list[Any], target: Path, findings: Findings, spec: ModelSpec) -> None:
+    """Put the files into a package, with what running the compiled code shows in its metadata."""
+    from torch._inductor.package.package import package_aoti
+
+    paths = [Path(file) for file in files if isinstance(file, str)]
+    for library in (path for path in paths if path.suffix == ".so"):
+        findings.try_compiled(library)
+    spec = findings.with_minima(spec)
+    for path in paths:
+        if path.name.endswith("wrapper_metadata.json"):
+            stored = json.loads(path.read_text())
+            if METADATA_KEY in stored:
+                path.write_text(json.dumps({**stored, **spec_to_metadata(spec)}))
+    package_aoti(os.fspath(target), files)
 
 
 def _advice(error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> str:
@@ -128,11 +176,22 @@ def _advice(error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any] | No
 def describe(
     program: ExportedProgram, *, batch_dim: int | None = None, threads: int = 1, freeze: bool = False
 ) -> ModelSpec:
-    """The specs of an exported program's inputs and outputs.
+    """The specs of an exported program's inputs and outputs, as far as the program states them; nothing is run.
 
     Raises:
-        CompileError: An input is a dynamic integer, which AOTInductor can't take, or not every tensor
-            input and output has the same dynamic dimension at `batch_dim`.
+        CompileError: An input or output is what AOTInductor can't pass, or not every tensor input and output has
+            the same dynamic dimension at `batch_dim`.
+    """
+    functional = program.run_decompositions({})
+    return _with_batch(_described(program, functional, threads=threads, freeze=freeze), None, batch_dim)
+
+
+def _described(
+    program: ExportedProgram, functional: ExportedProgram, *, threads: int, freeze: bool
+) -> ModelSpec:
+    """The specs without a batch dimension. `functional` is the program decomposed.
+
+    The signature tells what is written to only once in-place operators, views of buffers included, were made functional.
     """
     from torch.export.graph_signature import InputKind, OutputKind
 
@@ -146,30 +205,74 @@ def describe(
         for spec in signature.output_specs
         if spec.kind == OutputKind.USER_OUTPUT
     )
-    batch = _batch_dim(inputs, outputs, batch_dim or 0)
-    if batch is None and batch_dim is not None:
-        raise CompileError(
-            f"batch_dim={batch_dim}: not every tensor input and output has the same dynamic dimension there"
-        )
+    written = functional.graph_signature.output_specs
     return ModelSpec(
         inputs=inputs,
         outputs=outputs,
         parameters=reader.parameters(),
-        batch=batch,
         threads=threads,
         frozen=freeze,
-        mutates_buffers=_mutates_buffers(program),
+        mutates_buffers=any(s.kind.name in ("BUFFER_MUTATION", "PARAMETER_MUTATION") for s in written),
         torch_version=_torch_version(),
+        mutated_inputs=tuple(s.target or "" for s in written if s.kind.name == "USER_INPUT_MUTATION"),
     )
 
 
-def _mutates_buffers(program: ExportedProgram) -> bool:
-    """Whether the module writes to its own buffers or parameters."""
-    if not program.graph_signature.buffers and not program.graph_signature.parameters:
-        return False
-    # The signature tells only once in-place operators, views of buffers included, have been made functional.
-    outputs = program.run_decompositions({}).graph_signature.output_specs
-    return any(spec.kind.name in ("BUFFER_MUTATION", "PARAMETER_MUTATION") for spec in outputs)
+def _with_batch(spec: ModelSpec, findings: Findings | None, wanted: int | None) -> ModelSpec:
+    """The spec with its batch dimension, where the rows do not influence each other, and with the examples.
+
+    Raises:
+        CompileError: The dimension that the user wants can't be one.
+    """
+    batch = _batch_dim(spec.inputs, spec.outputs, wanted or 0)
+    if batch is None and wanted is not None:
+        raise CompileError(
+            f"batch_dim={wanted}: not every tensor input and output has the same dynamic dimension there"
+        )
+    if batch is not None and spec.mutated_inputs:
+        if wanted is not None:
+            raise CompileError(
+                f"batch_dim={wanted}: the module writes to its input {spec.mutated_inputs[0]!r}, and in a batch it would write "
+                "to a copy. Return the new value instead."
+            )
+        batch = None
+    if findings is None:
+        return msgspec.structs.replace(spec, batch=batch)
+    rows = None
+    if batch is not None:
+        rows = findings.rows(batch.dim, batch.symbol)
+        if rows.independent is False and wanted is not None:
+            raise CompileError(f"batch_dim={wanted}: requests can't be batched. {rows.reason}")
+        if not rows.independent and wanted is None:
+            batch = None
+    return msgspec.structs.replace(spec, batch=batch, rows=rows, examples=findings.examples)
+
+
+def _check_outputs(program: ExportedProgram) -> None:
+    """Refuse outputs that only the compiled package would turn out unable to rebuild.
+
+    Raises:
+        CompileError: An output is in a structure of torch's own (`torch.return_types`), or a constant that is not passed.
+    """
+    from torch.utils import _pytree as pytree
+
+    def kinds(node: Any) -> set[str]:
+        own = {f"{node.type.__module__}.{node.type.__qualname__}"} if node.type is not None else set()
+        return own.union(*(kinds(child) for child in node.children()))
+
+    out_spec = program.call_spec.out_spec
+    foreign = sorted(kind for kind in kinds(out_spec) if kind.startswith("torch.return_types."))
+    if foreign:
+        raise CompileError(
+            f"the module returns {foreign[0]}, which a package can't store. Return a tuple or a dict, for example "
+            "tuple(result)."
+        )
+    try:
+        pytree.treespec_dumps(out_spec)
+    except Exception as error:
+        raise CompileError(
+            f"the structure of the module's outputs can't be stored in a package: {error}. Return tuples, lists and dicts."
+        ) from error
 
 
 def _torch_version() -> str:
@@ -209,22 +312,45 @@ class _Reader:
         kind = type(arg).__name__
         if kind == "ConstantArgument":
             plain = isinstance(arg.value, (bool, int, float, str, type(None)))
+            if side == "output" and not isinstance(arg.value, (bool, int, type(None))):
+                raise CompileError(
+                    f"an output is the constant {arg.value!r:.60}, which AOTInductor can't pass. Leave it out, or return "
+                    "torch.tensor(...)."
+                )
             return LiteralSpec(arg.name, arg.value if plain else repr(arg.value))
-        if kind == "SymIntArgument" and side == "output":
-            return IntegerSpec(arg.name)
+        computed: dict[str, Callable[[str], LeafSpec]] = {
+            "SymIntArgument": IntegerSpec,
+            "SymFloatArgument": FloatSpec,
+            "SymBoolArgument": BoolSpec,
+        }
+        if kind in computed and side == "output":
+            return computed[kind](arg.name)
         if kind != "TensorArgument":
             raise CompileError(
                 f"{side} {arg.name!r} is a {kind.removesuffix('Argument')}, which AOTInductor can't pass. "
                 "Make it a 0-dim tensor."
             )
         value = self.values[arg.name]
+        order = _order(value)
         return TensorSpec(
             name=arg.name,
             dtype=str(value.dtype).removeprefix("torch."),
             shape=tuple(self.dim(size) for size in value.shape),
             device=str(value.device),
-            order=_order(value),
+            order=order,
+            strides=self.strides(arg.name, value) if order is None and side == "input" else None,
         )
+
+    def strides(self, name: str, value: Any) -> tuple[int | DynamicDim, ...]:
+        """The strides of an input that is not dense, which are compiled in."""
+        own = {dim.symbol for dim in map(self.dim, value.shape) if isinstance(dim, DynamicDim)}
+        strides = tuple(self.dim(stride) for stride in value.stride())
+        if any(isinstance(step, DynamicDim) and step.symbol not in own for step in strides):
+            raise CompileError(
+                f"example input {name!r} is not dense, and its strides {tuple(value.stride())} depend on several dynamic "
+                "sizes, which no request can be checked for. Pass example.contiguous()."
+            )
+        return strides
 
     def dim(self, size: Any) -> int | DynamicDim:
         if isinstance(size, int):
@@ -273,10 +399,12 @@ def _batch_dim(inputs: Sequence[LeafSpec], outputs: Sequence[LeafSpec], dim: int
         return None
     if any(not 0 <= dim < len(leaf.shape) for leaf in leaves):
         return None
+    if any(leaf.strides is not None for leaf in leaves):
+        return None  # batches are dense
     first = leaves[0].shape[dim]
     if not isinstance(first, DynamicDim) or first.scale != 1 or first.offset:
         return None
-    if any(isinstance(leaf, IntegerSpec) for leaf in outputs):
+    if any(isinstance(leaf, (IntegerSpec, FloatSpec, BoolSpec)) for leaf in outputs):
         return None  # it may well be the size of the batch, which is not one request's
     mentions = re.compile(rf"\b{re.escape(first.symbol)}\b")
     for leaf in leaves:
@@ -287,12 +415,3 @@ def _batch_dim(inputs: Sequence[LeafSpec], outputs: Sequence[LeafSpec], dim: int
             elif isinstance(size, DynamicDim) and mentions.search(size.symbol):
                 return None  # x @ x.T would have each request's rows meet the others'
     return BatchDim(dim, first.symbol, first.max)
-
-
-def _check_examples(spec: ModelSpec) -> None:
-    for leaf in spec.inputs:
-        if isinstance(leaf, TensorSpec) and leaf.order is None:
-            raise CompileError(
-                f"example input {leaf.name!r} is not dense (an expanded or strided view); the compiled code would "
-                "fix its strides. Pass example.contiguous()."
-            )

@@ -125,18 +125,31 @@ def laid_out(values: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
 
     shape = list(values.shape)
     if spec.strides is not None:
-        length = 1 + sum((size - 1) * stride for size, stride in zip(shape, spec.strides, strict=True))
-        memory = torch.zeros(max(length, 0) if 0 not in shape else 0, dtype=values.dtype)
-        made = memory.as_strided(shape, spec.strides)
-        if 0 in spec.strides or not _separate(shape, spec.strides):
-            # Elements share memory: any values do, as long as they are the given ones'.
-            memory.copy_(values.reshape(-1)[: memory.numel()] if memory.numel() <= values.numel() else
-                         values.reshape(-1).repeat(-(-memory.numel() // max(values.numel(), 1)))[: memory.numel()])  # fmt: skip
+        strides = _strides(spec, shape)
+        length = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        memory = torch.zeros(length if values.numel() else 0, dtype=values.dtype)
+        made = memory.as_strided(shape, strides)
+        if values.numel() and not _separate(shape, strides):
+            # Elements share memory: each place of it gets some of the values.
+            memory.copy_(values.reshape(-1).repeat(-(-length // values.numel()))[:length])
             return made
         return made.copy_(values)
     order = spec.order or tuple(range(len(shape)))
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return values.permute(order).contiguous().permute(inverse)
+
+
+def _strides(spec: TensorSpec, shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a tensor that is not dense, for its sizes."""
+    symbols = {
+        dim.symbol: (size - dim.offset) // dim.scale
+        for dim, size in zip(spec.shape, shape, strict=True)
+        if isinstance(dim, DynamicDim)
+    }
+    return tuple(
+        step if isinstance(step, int) else step.scale * symbols[step.symbol] + step.offset
+        for step in spec.strides or ()
+    )
 
 
 def _separate(shape: Sequence[int], strides: Sequence[int]) -> bool:
@@ -297,7 +310,9 @@ def row_evidence(
         if not found:
             return RowEvidence(True, "Rows alone, together and in another order gave the same.")
         if found == _VOID:
-            return RowEvidence(None, "its outputs on random values are not finite, so they can't be compared")
+            return RowEvidence(
+                None, "its random rows are all alike, or its outputs are not finite: they tell nothing"
+            )
         if "shape" in found:
             break
     return RowEvidence(False, found)
@@ -310,6 +325,8 @@ def _influence(run: Run, inputs: list[torch.Tensor], dim: int, least: int, toler
     import torch
 
     rows = inputs[0].shape[dim]
+    if all(bool((tensor == tensor.narrow(dim, 0, 1)).all()) for tensor in inputs):
+        return _VOID
     together = _copied(run(_cloned(inputs)))
     if not is_telling(together):
         return _VOID

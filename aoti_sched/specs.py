@@ -53,7 +53,8 @@ class TensorSpec(msgspec.Struct, frozen=True, tag="tensor"):
     `order` lists the dimensions from the outermost to the innermost in memory of a dense tensor:
     (0, 1, 2, 3) is contiguous, (0, 2, 3, 1) is channels-last; None when unknown (nothing is checked).
     `strides` are those of a tensor that is not dense (an expanded, sliced or overlapping view), in elements: the
-    compiled code uses exactly them. None for a dense one, and where they are unknown.
+    compiled code uses exactly them. A `DynamicDim` stands for one that depends on a size. None for a dense tensor, and
+    where they are unknown.
     """
 
     name: str
@@ -61,7 +62,7 @@ class TensorSpec(msgspec.Struct, frozen=True, tag="tensor"):
     shape: tuple[int | DynamicDim, ...]
     device: str = "cpu"
     order: tuple[int, ...] | None = None
-    strides: tuple[int, ...] | None = None
+    strides: tuple[int | DynamicDim, ...] | None = None
 
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join(str(dim) for dim in self.shape)}]"
@@ -80,7 +81,26 @@ class IntegerSpec(msgspec.Struct, frozen=True, tag="integer"):
     name: str
 
 
-LeafSpec = TensorSpec | LiteralSpec | IntegerSpec
+class FloatSpec(msgspec.Struct, frozen=True, tag="float"):
+    """An output number computed from dynamic sizes or a tensor's value (`.item()`); the caller gets a float."""
+
+    name: str
+
+
+class BoolSpec(msgspec.Struct, frozen=True, tag="bool"):
+    """An output condition on dynamic sizes or a tensor's value; the caller gets a bool."""
+
+    name: str
+
+
+LeafSpec = TensorSpec | LiteralSpec | IntegerSpec | FloatSpec | BoolSpec
+
+COMPUTED: dict[type, type[int | float | bool]] = {
+    IntegerSpec: int,
+    FloatSpec: float,
+    BoolSpec: bool,
+}
+"""Kinds of computed outputs that are no tensors, and what the caller gets for the runtime's 0-dim tensor."""
 
 
 class BatchDim(msgspec.Struct, frozen=True):

@@ -90,6 +90,23 @@ def lies_in_order(shape: Sequence[int], strides: Sequence[int], order: Sequence[
     return all(size == 1 or stride == want for size, stride, want in zip(shape, strides, wanted, strict=True))
 
 
+def _has_strides(
+    tensor: torch.Tensor, wanted: Sequence[tuple[int, int, int]], bound: Sequence[int] | None
+) -> bool:
+    """Whether a tensor has these strides, each an offset, a symbol's index (-1: none) and a scale.
+
+    Those of sizes 0 and 1 don't matter.
+    """
+    shape = tensor.shape
+    if 0 in shape:
+        return True
+    for size, stride, (offset, symbol, scale) in zip(shape, tensor.stride(), wanted, strict=True):
+        want = offset if symbol < 0 else offset + scale * bound[symbol]  # type: ignore[index]
+        if size != 1 and stride != want:
+            return False
+    return True
+
+
 def _move_hint(device: str, tensor: torch.Tensor) -> str:
     hint = f"Move it with .to({device!r})"
     return f"{hint}, or load the model with copy_inputs=True." if tensor.is_cpu else f"{hint}."
@@ -117,7 +134,7 @@ class InputCheck:
         self._symbols = sorted({dim.symbol for s in specs for dim in s.shape if isinstance(dim, DynamicDim)})
         index = {symbol: i for i, symbol in enumerate(self._symbols)}
         # Per input, in the order in which they are compared: dtype, the whole shape if it is static,
-        # the static sizes, the dynamic ones, rank, device type, device index, contiguous or the order.
+        # the static sizes, the dynamic ones, rank, device type, device index, contiguous or the order, strides.
         self._plans = []
         for spec in specs:
             dtype, device = _understood(model, spec)
@@ -134,6 +151,12 @@ class InputCheck:
                 for i, dim in enumerate(spec.shape)
                 if isinstance(dim, DynamicDim)
             )
+            strides = None
+            if spec.strides is not None:
+                strides = tuple(
+                    (step, -1, 0) if isinstance(step, int) else (step.offset, index[step.symbol], step.scale)
+                    for step in spec.strides
+                )
             contiguous = spec.order is not None and spec.order == tuple(range(len(spec.shape)))
             self._plans.append(
                 (
@@ -146,6 +169,7 @@ class InputCheck:
                     device.index,
                     contiguous,
                     None if contiguous else spec.order,
+                    strides,
                 )
             )
         self._unbound = [-1] * len(self._symbols)
@@ -164,7 +188,7 @@ class InputCheck:
         bound = self._unbound.copy() if self._unbound else None
         plain = self._plain
         for tensor, plan in zip(tensors, self._plans):  # noqa: B905 -- lengths are equal, this is hot
-            dtype, fixed, static, dynamic, rank, device, device_index, contiguous, order = plan
+            dtype, fixed, static, dynamic, rank, device, device_index, contiguous, order, strides = plan
             if (
                 type(tensor) not in plain or tensor.is_nested
             ):  # a nested one says that it is strided, and has no sizes
@@ -210,7 +234,9 @@ class InputCheck:
             if contiguous:
                 if not tensor.is_contiguous():
                     break
-            elif order is not None and not lies_in_order(shape, tensor.stride(), order):
+            elif (order is not None and not lies_in_order(shape, tensor.stride(), order)) or (
+                strides is not None and not _has_strides(tensor, strides, bound)
+            ):
                 break
             if tensor.is_neg() or (dtype.is_complex and tensor.is_conj()):
                 break
@@ -252,6 +278,7 @@ class InputCheck:
                     else f"Its dimensions must lie in the order {spec.order}."
                 )
                 self._fail(spec, f"strides {strides}", f"{tensor.stride()}", hint)
+            self._explain_strides(spec, tensor, bound)
             if tensor.is_neg() or tensor.is_conj():
                 self._fail(
                     spec,
@@ -259,6 +286,26 @@ class InputCheck:
                     "a lazily negated or conjugated view",
                     "Call .resolve_neg().resolve_conj().",
                 )
+
+    def _explain_strides(
+        self, spec: TensorSpec, tensor: torch.Tensor, bound: dict[str, tuple[int, str]]
+    ) -> None:
+        if spec.strides is None:
+            return
+        shape, given = tuple(tensor.shape), tensor.stride()
+        wanted = tuple(
+            step if isinstance(step, int) else step.scale * bound[step.symbol][0] + step.offset
+            for step in spec.strides
+        )
+        if 0 in shape or all(s == 1 or g == w for s, g, w in zip(shape, given, wanted, strict=True)):
+            return
+        hint = (
+            f"The model was compiled for such a view: torch.empty_strided({shape}, {wanted}).copy_(tensor)."
+        )
+        if 0 in wanted:
+            single = ", ".join(":1" if step == 0 else ":" for step in wanted)
+            hint = f"The model was compiled for an expanded view: tensor[{single}].expand({shape})."
+        self._fail(spec, f"strides {wanted}", f"{given}", hint)
 
     def _explain_kind(self, spec: TensorSpec, tensor: Any) -> None:
         if not isinstance(tensor, self._tensor):
@@ -291,10 +338,12 @@ class InputCheck:
         if size < wanted.min or (wanted.max is not None and size > wanted.max):
             top = "at least" if wanted.max is None else f"{wanted.min} to {wanted.max}"
             expected = f"{top} {wanted.min}" if wanted.max is None else top
-            self._fail(
-                spec, f"size {expected} at dimension {dim} of {spec}", f"{size}",
-                "The range was fixed when the model was compiled; beyond it the code reads past its buffers.",
-            )  # fmt: skip
+            why = (
+                "The range was fixed when the model was compiled; beyond it the code reads past its buffers."
+            )
+            if wanted.reason and size < wanted.min:
+                why = wanted.reason
+            self._fail(spec, f"size {expected} at dimension {dim} of {spec}", f"{size}", why)
         value, rest = divmod(size - wanted.offset, wanted.scale)
         if rest or value < 0:
             self._fail(spec, f"a size of the form {wanted} at dimension {dim}", f"{size}")
@@ -319,6 +368,14 @@ def _understood(model: str, spec: TensorSpec) -> tuple[torch.dtype, torch.device
         raise ConfigError(f"{what}: {spec.dtype!r} is no dtype; torch's names are meant, such as 'float32'")
     if spec.order is not None and sorted(spec.order) != list(range(len(spec.shape))):
         raise ConfigError(f"{what}: the order {spec.order} is not one of {len(spec.shape)} dimensions")
+    if spec.strides is not None:
+        own = {dim.symbol for dim in spec.shape if isinstance(dim, DynamicDim)}
+        if len(spec.strides) != len(spec.shape):
+            raise ConfigError(
+                f"{what}: {len(spec.strides)} strides are not those of {len(spec.shape)} dimensions"
+            )
+        if any(isinstance(step, DynamicDim) and step.symbol not in own for step in spec.strides):
+            raise ConfigError(f"{what}: a dynamic stride depends on a size of the input itself")
     if any(isinstance(dim, DynamicDim) and dim.scale < 1 for dim in spec.shape):
         raise ConfigError(f"{what}: a dynamic dimension's scale is at least 1")
     try:

@@ -147,7 +147,7 @@ def test_another_dimension_may_hold_the_rows():
             {"wanted": Batching(ragged={"x": 0})},
             "what input 'mask' has too",
         ),
-        ((spec(BATCH, 2),), {"outputs": (IntegerSpec("n"),)}, "output 'n' is computed from the sizes"),
+        ((spec(BATCH, 2),), {"outputs": (IntegerSpec("n"),)}, "output 'n' is computed from the whole batch"),
         (
             (spec(BATCH, 2),),
             {"outputs": (spec(4, name="out"),)},

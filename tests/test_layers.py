@@ -17,10 +17,12 @@ ROOT = Path(aoti_sched.__file__).parent
 LAYERS = {
     "errors": ["errors"],
     "words": [
+        "apart",
         "call_spec",
         "compile",
         "config",
         "evidence",
+        "findings",
         "package",
         "specs",
         "telemetry",
