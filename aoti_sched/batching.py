@@ -106,6 +106,16 @@ def group(
     state = state or writes_to_buffers(own, None)
     if state:
         raise _impossible(name, f"{state}, so what a request does changes the next one")
+    if own is not None:
+        must_not_write_inputs(name, own.mutated_inputs or ())
+        same_dim = own.batch is None or wanted.dim in (None, own.batch.dim)
+        if (
+            own.rows is not None
+            and own.rows.independent is False
+            and same_dim
+            and not wanted.assume_independent
+        ):
+            must_be_independent(name, own.rows)
     specs, own = _as_one(wanted, specs, own)
     dim, most, symbol, static = _rows(name, wanted, specs, None if own is None else own.batch)
     sizes = _sizes(name, wanted, most, static)

@@ -226,7 +226,7 @@ def _examined(device: Device, model: _Model) -> tuple[tuple[TensorSpec, ...] | N
     if wanted is not None:
         grouping, asked = _batched(model, wanted, specs)
         must_not_write_inputs(name, _written_inputs(model, specs, ()))
-        rows = _rows_to_examine(wanted, grouping, asked, own, name)
+        rows = _rows_to_examine(wanted, grouping, asked, own)
     symbols = None
     from_package = model.source is SpecSource.PACKAGE and own is not None and not own.sizes_probed
     if model.source is SpecSource.WRAPPER or from_package:
@@ -290,14 +290,12 @@ def _rows_to_examine(
     grouping: Grouping,
     specs: Sequence[TensorSpec],
     own: ModelSpec | None,
-    name: str,
 ) -> Rows | None:
     """What is to be found out of rows; None where the package says it, or the user."""
     if wanted.assume_independent:
         return None
     told = None if own is None or (own.batch is not None and own.batch.dim != grouping.dim) else own.rows
-    if told is not None and told.independent is not None:
-        must_be_independent(name, told)
+    if told is not None and told.independent:
         return None
     size = specs[0].shape[grouping.dim]
     symbol = size.symbol if isinstance(size, DynamicDim) else ""

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from aoti_sched import Batching, ConfigError, DynamicDim, ModelSpec, TensorSpec
-from aoti_sched.batching import MAX_SIZE, group
-from aoti_sched.specs import BatchDim, IntegerSpec, LiteralSpec
+from aoti_sched.batching import MAX_SIZE, group, must_be_independent
+from aoti_sched.specs import BatchDim, IntegerSpec, LiteralSpec, RowEvidence
 
 BATCH = DynamicDim("batch", min=1, max=8)
 LENGTH = DynamicDim("length", min=1, max=32)
@@ -166,3 +166,53 @@ def test_another_dimension_may_hold_the_rows():
 def test_what_cannot_be_batched_is_refused_with_the_reason(inputs, options, reason):
     with pytest.raises(ConfigError, match=rf"model 'm': its requests can't be batched: .*{reason}"):
         grouped(*inputs, **options)
+
+
+# --- what running the model showed ------------------------------------------------------------------------
+
+DEPENDENT = RowEvidence(False, "Rows influence each other: row 0 of 4 run alone, output 0 has other values.")
+
+
+def test_rows_that_influence_each_other_are_refused_with_the_reason_that_the_package_gives():
+    with pytest.raises(ConfigError, match=r"row 0 of 4 run alone.*assume_independent=True"):
+        grouped(spec(BATCH, 2), rows=DEPENDENT)
+
+
+def test_a_users_word_overrides_what_the_package_says_of_rows():
+    grouped(spec(BATCH, 2), rows=DEPENDENT, wanted=Batching(assume_independent=True))
+
+
+def test_a_model_that_writes_to_an_input_is_refused_whatever_the_user_says():
+    with pytest.raises(ConfigError, match="writes to its input 'cache'"):
+        grouped(spec(BATCH, 2), mutated_inputs=("cache",), wanted=Batching(assume_independent=True))
+
+
+def test_rows_of_which_nothing_is_known_are_refused():
+    with pytest.raises(ConfigError, match=r"nothing shows .* \(it failed\).*warmup_inputs="):
+        must_be_independent("m", RowEvidence(None, "it failed"))
+
+
+def two(low=1, high=8, other_low=2, other_high=5):
+    return (
+        spec(DynamicDim("s0", low, high), 2, name="x"),
+        spec(DynamicDim("s1", other_low, other_high), 2, name="y"),
+    )
+
+
+def test_several_symbols_in_the_row_dimension_that_the_user_names_are_one():
+    _, specs = grouped(*two(), wanted=Batching(dim=0), own=False)
+    assert [one.shape[0] for one in specs] == [DynamicDim("s0", 2, 5)] * 2
+
+
+def test_several_symbols_stay_apart_where_nobody_names_the_dimension():
+    with pytest.raises(ConfigError, match="different sizes in dimension 0"):
+        grouped(*two())
+
+
+def test_outputs_of_either_symbol_have_the_common_rows():
+    outputs = (spec(DynamicDim("s1"), 4, name="out"), spec(DynamicDim("s0"), 4, name="other"))
+    grouping, _ = grouped(*two(), wanted=Batching(dim=0), outputs=outputs)
+    assert [plan.dim for plan in grouping.plan.outputs] == [0, 0]
+    square = spec(DynamicDim("s0"), DynamicDim("s1"), name="out")
+    with pytest.raises(ConfigError, match="depends on the number of rows"):
+        grouped(*two(), wanted=Batching(dim=0), outputs=(square,))

@@ -362,3 +362,17 @@ async def test_settling_lets_callbacks_of_callbacks_run():
     loop.call_soon(lambda: loop.call_soon(lambda: loop.call_soon(seen.append, 1)))
     await settle()
     assert seen == [1]
+
+
+async def test_declared_inputs_are_checked_under_the_fake_backend(aoti_backend, aoti_scheduler):
+    torch = pytest.importorskip("torch")
+    aoti_backend.models["encoder"] = lambda x, *, scale: x * scale["by"]
+    aoti_backend.finish_all()
+    rows = aoti_sched.DynamicDim("batch", min=1)
+    specs = [aoti_sched.TensorSpec("x", "float32", (rows, 4)), aoti_sched.TensorSpec("by", "float32", ())]
+    encoder = await aoti_scheduler.load("encoder.pt2", inputs=specs)
+    x, two = torch.ones(3, 4), torch.tensor(2.0)
+    assert torch.equal(await encoder.run(x, scale={"by": two}), x * 2)
+    for wrong in (torch.ones(3, 5), torch.ones(0, 4), torch.ones(3, 4, dtype=torch.float64), [1.0] * 4):
+        with pytest.raises(aoti_sched.InputMismatchError):
+            await encoder.run(wrong, scale={"by": two})

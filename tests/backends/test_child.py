@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -57,10 +58,10 @@ def test_what_the_child_writes_to_is_its_own():
 
 
 def test_no_child_and_no_descriptor_is_left():
-    before = set(os.listdir("/proc/self/fd"))
+    before = {path.name for path in Path("/proc/self/fd").iterdir()}
     for _ in range(3):
         in_child(lambda tell: None, 30)
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert {path.name for path in Path("/proc/self/fd").iterdir()} == before
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
 

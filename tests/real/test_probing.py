@@ -86,7 +86,7 @@ async def test_a_model_whose_rows_influence_each_other_is_not_batched(scheduler)
     with pytest.raises(ConfigError, match=r"Rows influence each other.*assume_independent=True"):
         await scheduler.load(path, batching=Batching(dim=0))
     runner = await scheduler.load(path, batching=Batching(dim=0, assume_independent=True))
-    assert runner.info.max_batch == 64
+    assert runner.info.max_batch > 1
 
 
 async def test_a_model_that_writes_to_an_input_is_not_batched(scheduler):
