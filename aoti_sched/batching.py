@@ -26,6 +26,8 @@ from aoti_sched.specs import (
     LeafSpec,
     ModelSpec,
     TensorSpec,
+    row_symbols,
+    with_one_symbol,
 )
 
 if TYPE_CHECKING:
@@ -99,6 +101,7 @@ def group(
         raise _impossible(name, "nothing is known of its inputs; compile it with aoti_sched.compile_package")
     if own is not None and own.mutates_buffers:
         raise _impossible(name, "it writes to its buffers, so what a request does changes the next one")
+    specs, own = _with_one_row_symbol(specs, own, wanted)
     dim, most, symbol, static = _rows(name, wanted, specs, None if own is None else own.batch)
     sizes = _sizes(name, wanted, most, static)
     bounds = [size for size in (wanted.max_size, most, sizes[-1] if sizes else None) if size is not None]
@@ -134,6 +137,20 @@ def group(
         alike=tuple(alike),
     )
     return grouping, tuple(specs)
+
+
+def _with_one_row_symbol(
+    specs: Sequence[TensorSpec], own: ModelSpec | None, wanted: Batching
+) -> tuple[Sequence[TensorSpec], ModelSpec | None]:
+    """The specs where inputs whose numbers of rows are independent of each other have the same: in a batch they must."""
+    known = None if own is None else own.batch
+    dim = known.dim if wanted.dim is None and known is not None else wanted.dim
+    first, *others = ([] if dim is None else row_symbols(specs, dim)) or [""]
+    for other in others:
+        specs = with_one_symbol(specs, other, first)
+        if own is not None:
+            own = msgspec.structs.replace(own, outputs=with_one_symbol(own.outputs, other, first))
+    return specs, own
 
 
 def _impossible(name: str, why: str) -> ConfigError:
