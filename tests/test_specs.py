@@ -64,7 +64,7 @@ def test_a_spec_comes_back_from_metadata_as_it_went_in():
 
 def test_a_literal_comes_back_with_its_type():
     spec = spec_from_metadata(spec_to_metadata(SPEC))
-    assert [type(leaf.value) for leaf in spec.inputs[2:]] == [bool, int, float, str, type(None)]
+    assert [type(leaf.value) for leaf in spec.inputs[3:]] == [bool, int, float, str, type(None)]
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf])
