@@ -188,11 +188,14 @@ class Findings:
     def merged(self) -> ModelSpec:
         """The spec with one symbol for those rows of several inputs that the module wants to agree (`Dim.AUTO` tells them apart)."""
         rows = row_symbols(self._specs, 0)
-        if self.impossible or len(rows) < 2:
+        low = max((least for least, _ in map(self._bounds, rows)), default=0)
+        count = min((most for _, most in map(self._bounds, rows) if most is not None), default=ROWS)
+        count = max(min(count, ROWS), low + 1)
+        if self.impossible or len(rows) < 2 or count <= EXPORTED_FROM:
             return self._spec
         first, *others = rows
-        equal = {**self._sizes, **dict.fromkeys(rows, ROWS)}
-        each = [equal, *({**equal, other: ROWS + 1} for other in others)]
+        equal = {**self._sizes, **dict.fromkeys(rows, count)}
+        each = [equal, *({**equal, other: count - 1} for other in others)]
         together, *different = self._answers([functools.partial(self._exported, sizes) for sizes in each])
         if together:
             return self._spec
@@ -305,13 +308,16 @@ class Findings:
             return low, ""
         if self.impossible:
             return max(low, EXPORTED_FROM), f"Smaller sizes were not tried: {self.impossible}."
-        least = EXPORTED_FROM + 1 if high is None else min(EXPORTED_FROM, high) + 1
-        while least > low and not self._found.get((symbol, least - 1), "was not tried"):
-            least -= 1
+        untried = "no run was tried"
+        least = EXPORTED_FROM if high is None else min(EXPORTED_FROM, high)
+        if self._found.get((symbol, least), "") not in ("", apart.TOO_LONG):
+            least += 1
+        else:
+            while least > low and not self._found.get((symbol, least - 1), untried):
+                least -= 1
         if least == low:
             return low, ""
-        why = self._found.get((symbol, least - 1), "was not tried")
-        return least, f"With {least - 1} for {symbol!r}, {why}."
+        return least, f"With {least - 1} for {symbol!r}, {self._found.get((symbol, least - 1), untried)}."
 
     # --- trials -------------------------------------------------------------------------------------------
 
