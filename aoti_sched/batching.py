@@ -27,6 +27,8 @@ from aoti_sched.specs import (
     ModelSpec,
     RowEvidence,
     TensorSpec,
+    row_symbols,
+    with_one_symbol,
 )
 from aoti_sched.wrapper_source import writes_to_buffers
 
@@ -116,7 +118,7 @@ def group(
             and not wanted.assume_independent
         ):
             must_be_independent(name, own.rows)
-    specs, own = _as_one(wanted, specs, own)
+    specs, own = _with_one_row_symbol(specs, own, wanted)
     dim, most, symbol, static = _rows(name, wanted, specs, None if own is None else own.batch)
     sizes = _sizes(name, wanted, most, static)
     bounds = [size for size in (wanted.max_size, most, sizes[-1] if sizes else None) if size is not None]
@@ -154,6 +156,20 @@ def group(
     return grouping, tuple(specs)
 
 
+def _with_one_row_symbol(
+    specs: Sequence[TensorSpec], own: ModelSpec | None, wanted: Batching
+) -> tuple[Sequence[TensorSpec], ModelSpec | None]:
+    """The specs where inputs whose numbers of rows are independent of each other have the same: in a batch they must."""
+    known = None if own is None else own.batch
+    dim = known.dim if wanted.dim is None and known is not None else wanted.dim
+    first, *others = ([] if dim is None else row_symbols(specs, dim)) or [""]
+    for other in others:
+        specs = with_one_symbol(specs, other, first)
+        if own is not None:
+            own = msgspec.structs.replace(own, outputs=with_one_symbol(own.outputs, other, first))
+    return specs, own
+
+
 def _impossible(name: str, why: str) -> ConfigError:
     return ConfigError(f"model {name!r}: its requests can't be batched: {why}")
 
@@ -183,46 +199,6 @@ def _rows(
     if size.scale != 1 or size.offset:
         raise _impossible(name, f"its inputs' size in dimension {dim} is {sizes}, which is no number of rows")
     return dim, size.max, size.symbol, None
-
-
-def _as_one(
-    wanted: Batching, specs: Sequence[TensorSpec], own: ModelSpec | None
-) -> tuple[Sequence[TensorSpec], ModelSpec | None]:
-    """The specs with one symbol for the row dimension, where a user names that and its symbols are several.
-
-    `Dim.AUTO` and `Dim.DYNAMIC` give each input one of its own, unless the model adds inputs up or the like.
-    """
-    dim = wanted.dim
-    if dim is None or any(dim >= len(spec.shape) for spec in specs):
-        return specs, own
-    rows = [size for spec in specs if isinstance(size := spec.shape[dim], DynamicDim)]
-    names = list(dict.fromkeys(size.symbol for size in rows))
-    if len(rows) < len(specs) or any(size.scale != 1 or size.offset for size in rows):
-        return specs, own
-    low = max(size.min for size in rows)
-    highs = [size.max for size in rows if size.max is not None]
-    words = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in names))
-    if len(names) == 1 and len({(size.min, size.max) for size in rows}) == 1:
-        return specs, own
-
-    def leaf_as_one(leaf: LeafSpec) -> LeafSpec:
-        if not isinstance(leaf, TensorSpec):
-            return leaf
-        shape = [
-            msgspec.structs.replace(size, symbol=words.sub(names[0], size.symbol))
-            if isinstance(size, DynamicDim)
-            else size
-            for size in leaf.shape
-        ]
-        at = shape[dim] if dim < len(shape) else None
-        if isinstance(at, DynamicDim) and at.symbol == names[0]:
-            shape[dim] = msgspec.structs.replace(at, min=low, max=min(highs, default=None))
-        return msgspec.structs.replace(leaf, shape=tuple(shape))
-
-    inputs = [leaf for spec in specs if isinstance(leaf := leaf_as_one(spec), TensorSpec)]
-    if own is not None:
-        own = msgspec.structs.replace(own, outputs=tuple(leaf_as_one(leaf) for leaf in own.outputs))
-    return inputs, own
 
 
 def must_not_write_inputs(name: str, written: Sequence[str]) -> None:

@@ -29,7 +29,9 @@ from aoti_sched.specs import (
     LiteralSpec,
     ModelSpec,
     TensorSpec,
+    row_symbols,
     spec_to_metadata,
+    with_one_symbol,
 )
 from aoti_sched.validation import lies_in_order
 from aoti_sched.weight_names import names_of
@@ -226,7 +228,14 @@ def _with_batch(spec: ModelSpec, findings: Findings | None, wanted: int | None) 
     Raises:
         CompileError: The dimension that the user wants can't be one.
     """
-    batch = _batch_dim(spec.inputs, spec.outputs, wanted or 0)
+    # Inputs may have rows of a symbol each (`Dim.AUTO`), and be batched where each request has as many of all.
+    first, *others = row_symbols(spec.inputs, wanted or 0) or [""]
+    if findings is None or not all(map(findings.stated.leaves_open, (first, *others))):
+        others = []
+    inputs, outputs = spec.inputs, spec.outputs
+    for other in others:
+        inputs, outputs = with_one_symbol(inputs, other, first), with_one_symbol(outputs, other, first)
+    batch = _batch_dim(inputs, outputs, wanted or 0)
     if batch is None and wanted is not None:
         raise CompileError(
             f"batch_dim={wanted}: not every tensor input and output has the same dynamic dimension there"
@@ -242,7 +251,7 @@ def _with_batch(spec: ModelSpec, findings: Findings | None, wanted: int | None) 
         return msgspec.structs.replace(spec, batch=batch)
     rows = None
     if batch is not None:
-        rows = findings.rows(batch.dim, batch.symbol)
+        rows = findings.rows(batch.dim, [first, *others])
         if rows.independent is False and wanted is not None:
             raise CompileError(f"batch_dim={wanted}: requests can't be batched. {rows.reason}")
         if not rows.independent and wanted is None:

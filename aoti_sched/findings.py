@@ -28,7 +28,16 @@ from aoti_sched.evidence import (
     tensors_like,
     tolerance_of,
 )
-from aoti_sched.specs import DynamicDim, ExampleSpec, LeafSpec, ModelSpec, RowEvidence, TensorSpec
+from aoti_sched.specs import (
+    DynamicDim,
+    ExampleSpec,
+    LeafSpec,
+    ModelSpec,
+    RowEvidence,
+    TensorSpec,
+    row_symbols,
+    with_one_symbol,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -92,6 +101,10 @@ class Stated:
             elif getattr(leaf, "min", None) is not None:
                 self._hints = True
 
+    def leaves_open(self, symbol: str) -> bool:
+        """Whether the symbol is torch's own: the user did not say that it differs from others."""
+        return symbol not in self._names
+
     def least(self, symbol: str, low: int) -> int:
         """What a symbol may be at least, as far as the user says; `low` is what torch says."""
         return low if low != EXPORTED_FROM or symbol in self._names or self._hints else 0
@@ -129,7 +142,7 @@ class Findings:
         self._module = module
         self._functional = functional
         self._spec = spec
-        self._stated = Stated(dynamic)
+        self.stated = Stated(dynamic)
         self._specs = [leaf for leaf in spec.inputs if isinstance(leaf, TensorSpec)]
         self.examples = tuple(example_of(self._leaves[place]) for place in self._places)
         dtypes = [str(t.dtype).removeprefix("torch.") for t in (*module.parameters(), *module.buffers())]
@@ -174,36 +187,43 @@ class Findings:
 
     def merged(self) -> ModelSpec:
         """The spec with one symbol for those rows of several inputs that the module wants to agree (`Dim.AUTO` tells them apart)."""
-        firsts = [spec.shape[0] for spec in self._specs if spec.shape]
-        rows = list(dict.fromkeys(d.symbol for d in firsts if isinstance(d, DynamicDim) and _is_plain(d)))
-        if self.impossible or len(rows) < 2:
+        rows = row_symbols(self._specs, 0)
+        low = max((least for least, _ in map(self._bounds, rows)), default=0)
+        count = min((most for _, most in map(self._bounds, rows) if most is not None), default=ROWS)
+        count = max(min(count, ROWS), low + 1)
+        if self.impossible or len(rows) < 2 or count <= EXPORTED_FROM:
             return self._spec
         first, *others = rows
-        equal = {**self._sizes, **dict.fromkeys(rows, ROWS)}
-        each = [equal, *({**equal, other: ROWS + 1} for other in others)]
+        equal = {**self._sizes, **dict.fromkeys(rows, count)}
+        each = [equal, *({**equal, other: count - 1} for other in others)]
         together, *different = self._answers([functools.partial(self._exported, sizes) for sizes in each])
         if together:
             return self._spec
         for other, refused in zip(others, different, strict=True):
             if refused and refused != apart.TOO_LONG:
-                self._spec = _renamed(self._spec, other, first)
+                self._spec = msgspec.structs.replace(
+                    self._spec,
+                    inputs=with_one_symbol(self._spec.inputs, other, first),
+                    outputs=with_one_symbol(self._spec.outputs, other, first),
+                )
         self._specs = [leaf for leaf in self._spec.inputs if isinstance(leaf, TensorSpec)]
         self._sizes = self._example_sizes()
         return self._spec
 
-    def rows(self, dim: int, symbol: str) -> RowEvidence:
-        """Whether rows in this dimension, whose size is this symbol, influence each other."""
+    def rows(self, dim: int, symbols: Sequence[str]) -> RowEvidence:
+        """Whether rows in this dimension influence each other; its size is these symbols in one input or another."""
         if self.impossible:
             return RowEvidence(None, self.impossible)
         if self._spec.mutates_buffers:
             return RowEvidence(None, "it writes to its buffers")
         if not self._values:
             return RowEvidence(None, "the same request gives other values each time")
-        low, high = self._least(symbol)[0], self._bounds(symbol)[1]
+        low = max(self._least(symbol)[0] for symbol in symbols)
+        high = min((most for _, most in map(self._bounds, symbols) if most is not None), default=None)
         count = max(ROWS, low + 1) if high is None else min(max(ROWS, low + 1), high)
         if count < 2:
             return RowEvidence(None, "it takes no two rows")
-        sizes = {**self._sizes, symbol: count}
+        sizes = {**self._sizes, **dict.fromkeys(symbols, count)}
         for wide in (True, False):
             if wide and not self._can_widen():
                 continue
@@ -263,7 +283,7 @@ class Findings:
                     if dim.max is not None:
                         most = (dim.max - dim.offset) // dim.scale
                         high = most if high is None else min(high, most)
-        return self._stated.least(symbol, low), high
+        return self.stated.least(symbol, low), high
 
     def _wanted(self) -> list[tuple[str, int]]:
         """Symbols and the small values to try. The largest come first: what is refused of 1 is not tried with 0."""
@@ -288,13 +308,16 @@ class Findings:
             return low, ""
         if self.impossible:
             return max(low, EXPORTED_FROM), f"Smaller sizes were not tried: {self.impossible}."
-        least = EXPORTED_FROM + 1 if high is None else min(EXPORTED_FROM, high) + 1
-        while least > low and not self._found.get((symbol, least - 1), "was not tried"):
-            least -= 1
+        untried = "no run was tried"
+        least = EXPORTED_FROM if high is None else min(EXPORTED_FROM, high)
+        if self._found.get((symbol, least), "") not in ("", apart.TOO_LONG):
+            least += 1
+        else:
+            while least > low and not self._found.get((symbol, least - 1), untried):
+                least -= 1
         if least == low:
             return low, ""
-        why = self._found.get((symbol, least - 1), "was not tried")
-        return least, f"With {least - 1} for {symbol!r}, {why}."
+        return least, f"With {least - 1} for {symbol!r}, {self._found.get((symbol, least - 1), untried)}."
 
     # --- trials -------------------------------------------------------------------------------------------
 
@@ -353,7 +376,7 @@ class Findings:
                 got = run(inputs)
             except Exception as error:  # noqa: BLE001 -- and so does its program
                 if isinstance(error, _OtherShapeError):
-                    return f"{_DIFFERS}{error}"
+                    return f"{_DIFFERS}{str(error).splitlines()[0]}"  # fx adds lines of its own
                 return f"{_RAISES}{who} raises {first_line(error).rstrip('.')}"
             what = difference(wanted, got, self._tolerance if self._values else None)
             if not what:
@@ -549,42 +572,8 @@ def _copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [_copy(tensor) for tensor in tensors]
 
 
-def _is_plain(dim: int | DynamicDim) -> bool:
-    return isinstance(dim, DynamicDim) and dim.scale == 1 and not dim.offset
-
-
 def _at_least(dim: int | DynamicDim, minima: dict[str, tuple[int, str]]) -> int | DynamicDim:
     if isinstance(dim, int) or dim.symbol not in minima:
         return dim
     least, reason = minima[dim.symbol]
     return msgspec.structs.replace(dim, min=max(dim.scale * least + dim.offset, 0), reason=reason)
-
-
-def _renamed(spec: ModelSpec, old: str, new: str) -> ModelSpec:
-    """A spec in which one symbol stands for two; the narrower bounds hold."""
-    mentions = re.compile(rf"\b{re.escape(old)}\b")
-    dims = [
-        d
-        for leaf in spec.inputs
-        if isinstance(leaf, TensorSpec)
-        for d in leaf.shape
-        if isinstance(d, DynamicDim) and d.symbol in (old, new) and _is_plain(d)
-    ]
-    low = max(d.min for d in dims)
-    high = min((d.max for d in dims if d.max is not None), default=None)
-
-    def dim(size: int | DynamicDim) -> int | DynamicDim:
-        if isinstance(size, int):
-            return size
-        size = msgspec.structs.replace(size, symbol=mentions.sub(new, size.symbol))
-        plain = size.symbol == new and _is_plain(size)
-        return msgspec.structs.replace(size, min=low, max=high) if plain else size
-
-    def leaf(given: LeafSpec) -> LeafSpec:
-        if not isinstance(given, TensorSpec):
-            return given
-        return msgspec.structs.replace(given, shape=tuple(map(dim, given.shape)))
-
-    return msgspec.structs.replace(
-        spec, inputs=tuple(map(leaf, spec.inputs)), outputs=tuple(map(leaf, spec.outputs))
-    )

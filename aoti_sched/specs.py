@@ -10,6 +10,8 @@ from __future__ import annotations
 import enum
 import json
 import re
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import msgspec
 
@@ -94,6 +96,8 @@ class BoolSpec(msgspec.Struct, frozen=True, tag="bool"):
 
 
 LeafSpec = TensorSpec | LiteralSpec | IntegerSpec | FloatSpec | BoolSpec
+
+_Leaf = TypeVar("_Leaf", bound=LeafSpec)
 
 COMPUTED: dict[type, type[int | float | bool]] = {
     IntegerSpec: int,
@@ -191,6 +195,45 @@ class ConstantSpec(msgspec.Struct, frozen=True):
     bytes: int
     type: str
     folded: bool
+
+
+def row_symbols(specs: Iterable[LeafSpec], dim: int) -> list[str]:
+    """The symbols that stand alone for a tensor's size in this dimension, in order of appearance."""
+    sizes = [spec.shape[dim] for spec in specs if isinstance(spec, TensorSpec) and 0 <= dim < len(spec.shape)]
+    plain = [size for size in sizes if isinstance(size, DynamicDim) and size.scale == 1 and not size.offset]
+    return list(dict.fromkeys(size.symbol for size in plain))
+
+
+def with_one_symbol(leaves: Sequence[_Leaf], old: str, new: str) -> tuple[_Leaf, ...]:
+    """The leaves with one symbol in the place of two. Where both stood, the narrower bounds hold."""
+    mentions = re.compile(rf"\b{re.escape(old)}\b")
+    both = [
+        dim
+        for leaf in leaves
+        if isinstance(leaf, TensorSpec)
+        for dim in leaf.shape
+        if isinstance(dim, DynamicDim) and dim.symbol in (old, new) and dim.scale == 1 and not dim.offset
+    ]
+    low = max((dim.min for dim in both), default=0)
+    high = min((dim.max for dim in both if dim.max is not None), default=None)
+
+    def renamed(dim: int | DynamicDim) -> int | DynamicDim:
+        if isinstance(dim, int):
+            return dim
+        if dim in both:
+            return msgspec.structs.replace(dim, symbol=new, min=low, max=high)
+        return msgspec.structs.replace(dim, symbol=mentions.sub(new, dim.symbol))
+
+    return tuple(
+        msgspec.structs.replace(
+            leaf,
+            shape=tuple(map(renamed, leaf.shape)),
+            strides=leaf.strides if leaf.strides is None else tuple(map(renamed, leaf.strides)),
+        )
+        if isinstance(leaf, TensorSpec)
+        else leaf
+        for leaf in leaves
+    )
 
 
 def spec_to_metadata(spec: ModelSpec) -> dict[str, str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 import torch
 
 from aoti_sched import Batching, ConfigError, DynamicDim, ModelSpec, TensorSpec
 from aoti_sched.batching import MAX_SIZE, group, must_be_independent
-from aoti_sched.specs import BatchDim, IntegerSpec, LiteralSpec, RowEvidence
+from aoti_sched.specs import BatchDim, BoolSpec, FloatSpec, IntegerSpec, LiteralSpec, RowEvidence
 
 BATCH = DynamicDim("batch", min=1, max=8)
 LENGTH = DynamicDim("length", min=1, max=32)
@@ -148,6 +149,13 @@ def test_another_dimension_may_hold_the_rows():
             "what input 'mask' has too",
         ),
         ((spec(BATCH, 2),), {"outputs": (IntegerSpec("n"),)}, "output 'n' is computed from the whole batch"),
+        ((spec(BATCH, 2),), {"outputs": (FloatSpec("n"),)}, "output 'n' is computed from the whole batch"),
+        ((spec(BATCH, 2),), {"outputs": (BoolSpec("n"),)}, "output 'n' is computed from the whole batch"),
+        (
+            (msgspec.structs.replace(spec(BATCH, 2), order=None, strides=(4, 1)),),
+            {},
+            "input 'x' was compiled for a view that is not dense",
+        ),
         (
             (spec(BATCH, 2),),
             {"outputs": (spec(4, name="out"),)},

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from aoti_sched.call_spec import ExportedCallSpec
 from aoti_sched.errors import InputMismatchError, LoadError
-from aoti_sched.specs import IntegerSpec, LiteralSpec, TensorSpec
+from aoti_sched.specs import BoolSpec, FloatSpec, IntegerSpec, LiteralSpec, TensorSpec
 
 
 def text(tree):
@@ -489,6 +489,14 @@ def test_literals_and_sizes_are_put_back_into_a_result():
     result = spec.unflatten([a, None, None, torch.tensor(7)])
     assert result == {"a": a, "none": None, "mode": "nearest", "size": 7}
     assert type(result["size"]) is int
+
+
+def test_computed_numbers_and_conditions_come_back_in_their_types():
+    outputs = FloatSpec("half"), BoolSpec("long"), FloatSpec("item")
+    spec = call_spec(out=(0, 0, 0), outputs=outputs)
+    result = spec.unflatten([torch.tensor(3.5, dtype=torch.float64), torch.tensor(True), torch.tensor(2.25)])
+    assert result == (3.5, True, 2.25)
+    assert list(map(type, result)) == [float, bool, float]
 
 
 def test_the_runtimes_list_of_outputs_is_not_changed():

@@ -1,5 +1,6 @@
 """`compile_package` and the specs it writes; but for one package from the cache, modules are exported and no more."""
 
+import msgspec
 import pytest
 import torch
 from torch import nn
@@ -8,7 +9,16 @@ from torch.export import Dim, export
 from aoti_sched.compile import compile_package, describe
 from aoti_sched.errors import CompileError
 from aoti_sched.package import open_package
-from aoti_sched.specs import BatchDim, DynamicDim, IntegerSpec, LiteralSpec, TensorSpec, spec_from_metadata
+from aoti_sched.specs import (
+    BatchDim,
+    BoolSpec,
+    DynamicDim,
+    FloatSpec,
+    IntegerSpec,
+    LiteralSpec,
+    TensorSpec,
+    spec_from_metadata,
+)
 from aoti_sched.validation import InputCheck
 
 # torch's exporter copies call specs through a class that torch itself deprecates.
@@ -128,6 +138,20 @@ def test_an_output_computed_from_sizes_is_an_integer():
     assert isinstance(spec.outputs[1], IntegerSpec)
 
 
+def test_outputs_that_are_computed_numbers_and_conditions_have_kinds_of_their_own():
+    spec = described(
+        lambda x, y: (x + 1, x.shape[0] / 2, x.shape[0] > 5, y.item()),
+        torch.zeros(3), torch.tensor(2.5), dynamic=({0: Dim("batch")}, None),
+    )  # fmt: skip
+    assert [type(leaf) for leaf in spec.outputs] == [TensorSpec, FloatSpec, BoolSpec, FloatSpec]
+
+
+@pytest.mark.parametrize("value", [2.5, "text"])
+def test_a_constant_output_that_can_not_be_passed_is_refused_with_what_to_do(value):
+    with pytest.raises(CompileError, match=rf"an output is the constant {value!r}.*return torch.tensor"):
+        described(lambda x: (x + 1, value), torch.zeros(3))
+
+
 def test_a_dynamic_integer_input_is_refused_with_what_to_do():
     with pytest.raises(CompileError, match=r"input 'n' is a SymInt.*Make it a 0-dim tensor"):
         described(lambda x, n: x * n, torch.zeros(3), 4, dynamic=(None, Dim.DYNAMIC))
@@ -174,11 +198,21 @@ def test_the_order_in_memory_is_told_of_dynamic_examples_too():
 
 
 @pytest.mark.parametrize(
-    "example", [torch.zeros(4).expand(3, 4), torch.zeros(6, 4)[::2], torch.zeros(3, 8)[:, :4]]
+    ("example", "strides"),
+    [
+        (torch.zeros(4).expand(3, 4), (0, 1)),
+        (torch.zeros(6, 4)[::2], (8, 1)),
+        (torch.zeros(3, 8)[:, :4], (8, 1)),
+    ],
 )
-def test_an_example_that_is_not_dense_is_refused_before_anything_is_compiled(tmp_path, example):
-    with pytest.raises(CompileError, match=r"example input 'x' is not dense.*Pass example.contiguous\(\)"):
-        compile_package(module(double), (example,), tmp_path / "m.pt2")
+def test_an_example_that_is_not_dense_has_strides_and_no_order(example, strides):
+    spec = described(double, example).inputs[0]
+    assert (spec.order, spec.strides) == (None, strides)
+
+
+def test_outputs_that_a_package_can_not_store_are_refused_before_anything_is_compiled(tmp_path):
+    with pytest.raises(CompileError, match=r"torch.return_types.topk.*Return a tuple or a dict"):
+        compile_package(module(lambda x: x.topk(2)), (torch.zeros(3),), tmp_path / "m.pt2")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -336,7 +370,12 @@ def test_a_compiled_package_carries_what_describe_tells(built):
     definition = model.definition
     program = export(model.module(), model.args, dict(model.kwargs), dynamic_shapes=definition.dynamic)
     stored = spec_from_metadata(open_package(model.path).model().metadata)
-    assert stored == describe(program, threads=definition.threads)
+    # What running the model adds is tested where it is found out.
+    plain = msgspec.structs.replace(stored, rows=None, examples=(), sizes_probed=False)
+    assert plain == describe(program, threads=definition.threads)
+    assert stored.rows.independent
+    assert stored.sizes_probed
+    assert [example.shape for example in stored.examples] == [tuple(arg.shape) for arg in model.args]
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,14 @@ from aoti_sched.package import open_package
 from aoti_sched.specs import (
     METADATA_KEY,
     BatchDim,
+    BoolSpec,
     DynamicDim,
+    ExampleSpec,
+    FloatSpec,
     IntegerSpec,
     LiteralSpec,
     ModelSpec,
+    RowEvidence,
     TensorSpec,
     spec_from_metadata,
     spec_to_metadata,
@@ -24,19 +28,29 @@ SPEC = ModelSpec(
     inputs=(
         TensorSpec("x", "float32", (DynamicDim("batch", 1, 64), 8), order=(0, 1)),
         TensorSpec("y", "bfloat16", (DynamicDim("batch", 2, 129, scale=2, offset=1), 3, 4), order=(0, 2, 1)),
+        TensorSpec("z", "float32", (DynamicDim("batch"), 4), strides=(DynamicDim("batch", scale=2), 1)),
         LiteralSpec("negate", True),
         LiteralSpec("count", 2),
         LiteralSpec("scale", 2.0),
         LiteralSpec("mode", "nearest"),
         LiteralSpec("nothing", None),
     ),
-    outputs=(TensorSpec("out", "float32", (DynamicDim("batch"),)), IntegerSpec("size")),
+    outputs=(
+        TensorSpec("out", "float32", (DynamicDim("batch", reason="tried"),)),
+        IntegerSpec("size"),
+        FloatSpec("half"),
+        BoolSpec("long"),
+    ),
     parameters=("x", "y"),
     batch=BatchDim(0, "batch", 64),
     threads=2,
     frozen=True,
     mutates_buffers=True,
     torch_version="2.13.0",
+    mutated_inputs=("x",),
+    rows=RowEvidence(False, "tried"),
+    examples=(ExampleSpec((3, 8), -1.0, 2.0), ExampleSpec((2,), 0.0, 1.0, (0, 1)), ExampleSpec((0,))),
+    sizes_probed=True,
 )
 
 
@@ -50,7 +64,7 @@ def test_a_spec_comes_back_from_metadata_as_it_went_in():
 
 def test_a_literal_comes_back_with_its_type():
     spec = spec_from_metadata(spec_to_metadata(SPEC))
-    assert [type(leaf.value) for leaf in spec.inputs[2:]] == [bool, int, float, str, type(None)]
+    assert [type(leaf.value) for leaf in spec.inputs[3:]] == [bool, int, float, str, type(None)]
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf])

@@ -318,6 +318,57 @@ def test_channels_last_is_refused_where_contiguous_was_compiled():
     assert refused([spec(batch(), 3, 4, 5)], image(2, 3, 4, 5)).expected == "strides (60, 20, 5, 1)"
 
 
+COLUMNS = TensorSpec("x", "float32", (batch(0), 4), strides=(8, 1))
+WIDE = TensorSpec("x", "float32", (3, batch()), strides=(0, 1))
+STEPS = TensorSpec("x", "float32", (2, batch(), 4), strides=(DynamicDim("batch", scale=8), 8, 1))
+
+
+@pytest.mark.parametrize(
+    ("spec", "tensor"),
+    [
+        (COLUMNS, torch.zeros(5, 8)[:, 2:6]),
+        (COLUMNS, torch.zeros(1, 4)),
+        (COLUMNS, torch.zeros(0, 4)),
+        (WIDE, torch.zeros(6).expand(3, 6)),
+        (STEPS, torch.zeros(2, 5, 8)[..., :4]),
+    ],
+    ids=["as compiled", "one row", "no rows", "expanded", "of a size"],
+)
+def test_strides_that_were_compiled_in_are_accepted(spec, tensor):
+    assert accepted([spec], tensor)
+
+
+@pytest.mark.parametrize(
+    ("spec", "tensor", "expected", "hint"),
+    [
+        (COLUMNS, torch.zeros(5, 4), (8, 1), "torch.empty_strided((5, 4), (8, 1)).copy_(tensor)"),
+        (COLUMNS, torch.zeros(5, 6)[:, :4], (8, 1), "torch.empty_strided((5, 4), (8, 1)).copy_(tensor)"),
+        (WIDE, torch.zeros(3, 6), (0, 1), "tensor[:1, :].expand((3, 6))"),
+        (STEPS, torch.zeros(2, 5, 4), (40, 8, 1), "torch.empty_strided((2, 5, 4), (40, 8, 1)).copy_(tensor)"),
+    ],
+    ids=["dense", "of other columns", "not expanded", "of a size"],
+)
+def test_other_strides_than_those_compiled_in_are_refused_and_the_hint_makes_the_right_ones(
+    spec, tensor, expected, hint
+):
+    error = refused([spec], tensor)
+    assert parts(error) == ("x", f"strides {expected}", f"{tensor.stride()}")
+    assert hint in error.hint
+    assert accepted([spec], eval(hint, {"torch": torch, "tensor": tensor}))
+
+
+@pytest.mark.parametrize("strides", [(1,), (DynamicDim("other"), 1)])
+def test_declared_strides_must_be_those_of_the_shape(strides):
+    with pytest.raises(ConfigError, match="stride"):
+        InputCheck("m", [TensorSpec("x", "float32", (3, 4), strides=strides)])
+
+
+def test_a_size_that_running_the_model_ruled_out_is_refused_with_the_reason():
+    rows = DynamicDim("rows", 2, None, reason="With 1 for 'rows', the compiled code is wrong.")
+    error = refused([spec(rows, 4)], torch.zeros(1, 4))
+    assert error.hint == rows.reason
+
+
 def test_where_the_order_is_unknown_any_will_do():
     loose = TensorSpec("x", "float32", (batch(), 3, 4, 5))
     assert accepted([loose], image(2, 3, 4, 5))

@@ -25,9 +25,21 @@ import torch
 from filelock import FileLock
 from torch import nn
 
+import aoti_sched.apart
 import aoti_sched.compile
+import aoti_sched.evidence
+import aoti_sched.findings
 import aoti_sched.specs
 from tests.models.definitions import DEFINITIONS, Definition
+
+_COMPILERS = (
+    aoti_sched.apart,
+    aoti_sched.compile,
+    aoti_sched.evidence,
+    aoti_sched.findings,
+    aoti_sched.specs,
+)
+"""What decides what is in a package."""
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "models"
@@ -128,7 +140,7 @@ def _in_own_process(name: str, directory: Path) -> None:
 def _key(name: str) -> str:
     parts = [inspect.getsource(DEFINITIONS[name].__wrapped__), *_environment()]  # type: ignore[attr-defined]
     if not DEFINITIONS[name]().foreign:
-        parts += [inspect.getsource(aoti_sched.compile), inspect.getsource(aoti_sched.specs)]
+        parts += [inspect.getsource(module) for module in _COMPILERS]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

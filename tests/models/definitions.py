@@ -559,6 +559,42 @@ def strided() -> Definition:
 
 
 @model
+def views() -> Definition:
+    """Inputs that are not dense, outputs that are numbers and conditions, and rows that may not be fewer than two."""
+
+    class Views(nn.Module):
+        def forward(self, x: Tensor, wide: Tensor, columns: Tensor, scale: Tensor) -> dict[str, Any]:
+            return {
+                "first": x[:2] * 2,
+                "sum": wide + columns,
+                "half": x.shape[0] / 2,
+                "long": x.shape[0] > 5,
+                "scale": scale.item(),
+            }
+
+    args = (torch.randn(4, 3), torch.randn(1, 6).expand(5, 6), torch.randn(5, 12)[:, ::2], torch.tensor(2.5))
+    return Definition(
+        Views, args, dynamic={"x": {0: Dim("rows")}, "wide": None, "columns": None, "scale": None}
+    )
+
+
+@model
+def towers() -> Definition:
+    """Two inputs whose rows torch tells apart; one row, and none, are right of either. The examples are one tensor."""
+
+    class Towers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Linear(3, 4), nn.Linear(3, 2)
+
+        def forward(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+            return self.left(left), self.right(right)
+
+    both = torch.randn(4, 3)
+    return Definition(Towers, (both, both), dynamic=({0: Dim.AUTO}, {0: Dim.AUTO}))
+
+
+@model
 def mutating() -> Definition:
     """Counts its runs in a buffer: instances share it, so it can only run one at a time."""
 

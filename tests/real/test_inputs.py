@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import warnings
 import weakref
@@ -14,7 +15,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
 
-from aoti_sched import InputMismatchError
+from aoti_sched import Batching, InputMismatchError
 from tests.models import build
 
 
@@ -266,3 +267,52 @@ async def test_ten_thousand_refusals_leave_nothing_behind(load):
     stats = runner.stats()
     assert (stats.submitted, stats.queued, stats.queued_bytes, stats.running) == (0, 0, 0, 0)
     assert_close(await runner.run(*build("mlp").args), build("mlp").module()(*build("mlp").args))
+
+
+# --- what running the model showed when it was compiled ---------------------------------------------------
+
+
+async def test_views_and_computed_outputs_are_what_the_module_takes_and_gives(load):
+    runner, model = await load("views"), build("views").module()
+    for rows in (2, 7):
+        args = (
+            torch.randn(rows, 3),
+            torch.randn(1, 6).expand(5, 6),
+            torch.randn(5, 12)[:, ::2],
+            torch.tensor(7.25),
+        )
+        out, wanted = await runner.run(*args), model(*args)
+        assert_close(out, wanted)
+        assert [type(value) for value in out.values()] == [type(value) for value in wanted.values()]
+
+
+async def test_a_size_that_the_code_can_not_do_is_refused_with_what_was_found(load):
+    runner, args = await load("views"), build("views").args
+    for rows in (0, 1):
+        error = await refused(runner, torch.zeros(rows, 3), *args[1:])
+        assert error.expected.startswith("size at least 2 at dimension 0")
+        assert "With 1 for 'rows'" in error.hint
+
+
+async def test_a_view_that_is_laid_out_otherwise_is_refused(load):
+    runner, (x, wide, columns, scale) = await load("views"), build("views").args
+    assert (await refused(runner, x, wide.contiguous(), columns, scale)).expected == "strides (0, 1)"
+    assert (await refused(runner, x, wide, columns.contiguous(), scale)).expected == "strides (12, 2)"
+
+
+async def test_one_tensor_as_two_examples_and_sizes_that_torch_tells_apart(load):
+    runner, model = await load("towers"), build("towers").module()
+    for left, right in ((4, 4), (1, 1), (0, 3), (1, 2), (5, 0)):
+        args = torch.randn(left, 3), torch.randn(right, 3)
+        assert_close(await runner.run(*args), model(*args))
+
+
+@pytest.mark.parametrize("batching", [True, Batching(dim=0)], ids=["True", "dim=0"])
+async def test_two_inputs_with_rows_of_their_own_are_batched_in_pairs(load, batching):
+    runner, model = await load("towers", batching=batching), build("towers").module()
+    requests = [(torch.randn(rows, 3), torch.randn(rows, 3)) for rows in (1, 2, 3, 1)]
+    answers = await asyncio.gather(*(runner.run(*request) for request in requests))
+    for answer, request in zip(answers, requests, strict=True):
+        assert_close(answer, model(*request))
+    with pytest.raises(InputMismatchError, match="size 2 at dimension 0"):
+        await runner.run(torch.zeros(2, 3), torch.zeros(3, 3))
