@@ -296,7 +296,7 @@ class ConstantMismatchError(AotiSchedError, ValueError):
     def __init__(self, model: str, faults: tuple[tuple[str, str], ...]) -> None:
         self.model = model
         self.faults = faults
-        listed = "; ".join(f"{clipped(repr(name), 100)} {clipped(wrong, 240)}" for name, wrong in faults[:8])
+        listed = "; ".join(f"{clipped(repr(name), 80)} {clipped(wrong, 140)}" for name, wrong in faults[:8])
         more = f"; and {len(faults) - 8} more, all in .faults" if len(faults) > 8 else ""
         super().__init__(f"model {clipped(model)!r}: the new weights do not fit: {listed}{more}")
 

@@ -53,10 +53,10 @@ def digest_of(tensor: torch.Tensor) -> str:
     import torch
 
     if (
-        tensor.nbytes > DIGEST_LIMIT
-        or tensor.layout != torch.strided
+        tensor.layout != torch.strided
         or tensor.is_meta
         or tensor.is_quantized
+        or tensor.nbytes > DIGEST_LIMIT
     ):
         return ""
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)

@@ -233,7 +233,7 @@ def choose(
         elif like is None or names.is_unused(name):
             ignored.append(name)
         elif (digest := names.digest(name)) is not None:
-            if like.nbytes > DIGEST_LIMIT or not digest:
+            if not digest or like.layout != torch.strided or like.nbytes > DIGEST_LIMIT:
                 faults.append((name, "is part of the compiled code, where no update reaches it"))
             else:
                 compiled_in.append((offered, digest))

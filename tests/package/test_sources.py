@@ -2,7 +2,7 @@
 
 import pytest
 
-from aoti_sched.package.sources import ThreadFacts, WeightFacts, thread_facts, weight_facts
+from aoti_sched.package.sources import ThreadFacts, WeightFacts, constant_layouts, thread_facts, weight_facts
 
 REDUCTION = """
 extern "C"  void  cpp_fused_sum_0(const float* in_ptr0, float* out_ptr0)
@@ -85,6 +85,21 @@ def test_a_wrapper_older_than_the_choice_has_its_weights_inside():
 
 def test_a_wrapper_without_the_constructor_says_nothing():
     assert weight_facts("int main() {}") is None
+
+
+def test_the_wrapper_says_how_constants_lie_in_memory():
+    source = """
+    constants_info_[0].name = "weight";
+    constants_info_[0].shape = {4, 12};
+    constants_info_[0].stride = {1, 4};
+    constants_info_[0].layout = static_cast<int32_t>(cached_torch_layout_strided);
+    constants_info_[1].name = "count";
+    constants_info_[1].shape = {};
+    constants_info_[1].stride = {};
+    constants_info_[2].name = "torn";
+    constants_info_[2].shape = {3};
+"""
+    assert constant_layouts(source) == {"weight": ((4, 12), (1, 4)), "count": ((), ())}
 
 
 def test_the_wrapper_says_how_large_the_constants_are():

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from aoti_sched import ConstantMismatchError, RunError, Runner, Scheduler, UpdateError, WeightsFileError
-from aoti_sched.backends import raw_container
+from aoti_sched.backends import container
 from examples.semantic_search import packages
 from tests.models import build
 from tests.real.conftest import EXECUTORS
@@ -337,15 +337,16 @@ async def test_weights_come_from_files_and_a_file_that_can_not_be_trusted_change
         for file, fault in [("cut", "is truncated"), ("foreign", "is neither"), ("none", "There is no")]:
             with pytest.raises(WeightsFileError, match=fault):
                 await runner.update(tmp_path / file)
-        fitting = raw_container.fitting
+        choose = container.choose
 
         def meanwhile(*args, **kwargs):
-            fit = fitting(*args, **kwargs)
+            chosen = choose(*args, **kwargs)
+            chosen.read()
             save_file(canary_weights(5), changing)
-            return fit
+            return chosen
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(raw_container, "fitting", meanwhile)
+            patch.setattr(container, "choose", meanwhile)
             with pytest.raises(WeightsFileError, match="changed while it was being read"):
                 await runner.update(changing)
         assert (runner.epoch, await seen()) == (3, 3)
