@@ -40,11 +40,15 @@ Evict = Literal["lru"]
 PlacementName = Literal["auto", "lane", "inline"]
 """Where runs go: on a lane; inline, on the loop's own thread; or inline once they are known to be short."""
 
+MOST = 1024
+"""Instances of a model, and lanes of a device, at most. Each instance has memory of its own in the runtime, and each lane a thread."""
+
 INLINE_LIMIT = 50e-6
 """Seconds. A hop to a sleeping thread costs 60 to 70 µs: a run that is hardly longer than this is over sooner inline."""
 
 _T = TypeVar("_T")
 _Count = Annotated[int, Meta(ge=1)]
+_Most = Annotated[int, Meta(ge=1, le=MOST)]
 _Core = Annotated[int, Meta(ge=0)]
 _Seconds = Annotated[float, Meta(gt=0)]
 _Share = Annotated[float, Meta(gt=0, lt=1e9)]
@@ -64,7 +68,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One device.
 
-    `lanes` is how many runs go on at once; by default one per core of the process. `affinity` binds each
+    `lanes` is how many runs go on at once, at most 1024; by default one per core of the process. `affinity` binds each
     lane's thread to one core, by number; by default the system places them. Of "cpu:0", "cpu:1" and so on, which are parts of the
     CPU, it says which cores they are. Runs never use more than `cores` together, each as many as it has threads; by default what
     the process may use, and on other devices than CPUs one for each lane. A request that was queued for `max_wait` seconds is
@@ -75,7 +79,7 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     fit is refused with MemoryLimitError; with `evict="lru"`, models that are idle are parked for it, and come back when they are asked for.
     """
 
-    lanes: _Count | None = None
+    lanes: _Most | None = None
     cores: _Count | None = None
     max_wait: Annotated[float, Meta(ge=0)] | None = None
     affinity: tuple[_Core, ...] | None = None
@@ -116,7 +120,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     model_name: str | None = None
     device: str = "cpu"
     devices: tuple[str, ...] | str | None = None
-    instances: _Count = 1
+    instances: _Most = 1
     threads: _Count | None = None
     share: _Share = 1.0
     overflow: Overflow = "reject"
