@@ -45,9 +45,17 @@ def crowded(queue, runner, count=MANY):
         Job(runner, number % 3, tenant=number % 7 or None, min_epoch=2 * (number % 11 == 0))
         for number in range(count)
     ]
-    for job in jobs:
-        queue.submit(job, 0.0, wait=True)
+    send(queue, jobs)
     return jobs
+
+
+def send(queue, jobs):
+    """Submit all, and check once: to check after each would take as long as they are many, squared."""
+    commands = []
+    for job in jobs:
+        commands += queue.unchecked.submit(job, 0.0, wait=True)
+    queue.check()
+    return commands
 
 
 def scene(**options):
@@ -96,8 +104,7 @@ def test_terminating_takes_what_held_leases_have_in_slices_too():
     runner = add(queue, slots=2)
     lease = take_lease(queue, runner)
     jobs = [Job(lease) for _ in range(MANY)]
-    for job in jobs:
-        queue.submit(job, 0.0)
+    send(queue, jobs)
     (running, *queued) = jobs
     parts = slices(queue, queue.terminate_runner(runner, 1.0))
     seen = [next(parts)]
@@ -165,8 +172,7 @@ def test_a_runner_that_ends_twice_ends_each_job_once():
 def test_draining_revokes_what_awaits_an_epoch_in_slices():
     queue, runner, running = scene()
     jobs = [Job(runner, min_epoch=2) for _ in range(MANY // 2)]
-    for job in jobs:
-        queue.submit(job, 0.0)
+    send(queue, jobs)
     parts = slices(queue, queue.drain_runner(runner, 1.0))
     seen = [next(parts)]
     for job in running:
@@ -180,8 +186,7 @@ def test_draining_revokes_what_awaits_an_epoch_in_slices():
 def test_deadlines_that_pass_at_one_instant_expire_in_slices():
     queue, runner, _ = scene()
     jobs = [Job(runner, deadline=5.0) for _ in range(MANY // 2 - 1)]
-    for job in jobs:
-        queue.submit(job, 0.0, wait=True)
+    send(queue, jobs)
     seen = list(slices(queue, queue.tick(5.0), 5.0))
     assert ended(seen, Expire) == jobs
     assert not any(type(command) is WakeAt for part in seen[1:] for command in part)
@@ -190,8 +195,7 @@ def test_deadlines_that_pass_at_one_instant_expire_in_slices():
 def test_jobs_that_are_late_when_a_lane_comes_free_expire_in_slices():
     queue, runner, running = scene()
     jobs = [Job(runner, deadline=5.0) for _ in range(MANY // 2 - 1)]
-    for job in jobs:
-        queue.submit(job, 0.0, wait=True)
+    send(queue, jobs)
     good = Job(runner)
     queue.submit(good, 0.0, wait=True)
     seen = list(slices(queue, queue.complete(running[0], 6.0), 6.0))
@@ -206,9 +210,7 @@ def test_what_waits_for_a_parked_runner_that_cannot_come_back_is_told_in_slices(
         queue.hold(one)
         queue.settle(one.memory, 0.0, constants=6, inactive=0)
     jobs = [Job(runner) for _ in range(MANY)]
-    commands = []
-    for job in jobs:
-        commands += queue.submit(job, 0.0)
+    commands = send(queue, jobs)
     if Park(other) in commands:
         commands += queue.parked(other, 0.0)
     if Return(runner) in commands:
@@ -237,7 +239,8 @@ def test_walks_in_slices_end_each_job_once(seed):
             for _ in range(draw.choice([1, SLICE])):
                 job = Job(runner, draw.randrange(3), draw.choice([None, now + 3]), tenant=draw.choice("xyz"))
                 jobs.append(job)
-                commands += queue.submit(job, now, wait=True)
+                commands += queue.unchecked.submit(job, now, wait=True)
+            queue.check()
         elif fact == "complete" and running:
             commands = queue.complete(running.pop(0), now)
         elif fact == "abort" and not runner.closed and runner.phase is Phase.OPEN:
