@@ -41,6 +41,9 @@ Evict = Literal["lru"]
 PlacementName = Literal["auto", "lane", "inline"]
 """Where runs go: on a lane; inline, on the loop's own thread; or inline once they are known to be short."""
 
+MOST = 1024
+"""Instances of a model, and lanes of a device, at most. Each instance has memory of its own in the runtime, and each lane a thread."""
+
 INLINE_LIMIT = 50e-6
 """Seconds. A hop to a sleeping thread costs 60 to 70 µs: a run that is hardly longer than this is over sooner inline."""
 
@@ -49,7 +52,7 @@ _LARGEST = 16 << 20
 
 _T = TypeVar("_T")
 _Count = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
-_Few = Annotated[int, Meta(ge=1, le=1024)]
+_Few = Annotated[int, Meta(ge=1, le=MOST)]
 """Of things that take a thread, a stream or a model's memory each."""
 _Core = Annotated[int, Meta(ge=0, le=65535)]
 _Delay = Annotated[float, Meta(ge=0, le=3600)]
@@ -71,7 +74,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One device.
 
-    `lanes` is how many runs go on at once; by default one per core of the process. `affinity` binds each
+    `lanes` is how many runs go on at once, at most 1024; by default one per core of the process. `affinity` binds each
     lane's thread to one core, by number; by default the system places them. Of "cpu:0", "cpu:1" and so on, which are parts of the
     CPU, it says which cores they are; for those where it does not, what other cores there are is divided among them. Runs never use more than `cores` together, each as many as it has threads; by default what
     the process may use, and on other devices than CPUs one for each lane. A request that was queued for `max_wait` seconds is

@@ -24,6 +24,7 @@ from aoti_sched.queue.command import (
     Drained,
     Expire,
     Failing,
+    GoOn,
     Grant,
     Launch,
     NextTurn,
@@ -100,6 +101,7 @@ class Dispatcher:
         self._wake = 0.0
         self._drained: dict[str, asyncio.Future[None]] = {}
         self._reached: dict[str, asyncio.Future[None]] = {}
+        self._moves: dict[str, Callable[[Job], None]] = {}
         loop.add_reader(executor.fileno(), self._collect)
 
     def deadline(self, timeout: float) -> float:
@@ -113,17 +115,12 @@ class Dispatcher:
         except AotiSchedError as error:
             raise error.with_traceback(None)  # noqa: B904 -- the frames in there hold the error: a cycle with the inputs
 
-    def withdraw(self, runner: RunnerState) -> list[Job]:
-        """Take out what is queued; the callers of these jobs wait on."""
-        jobs: list[Job] = []
-        rest: list[Command] = []
-        for command in self.queue.withdraw(runner, self._clock.time()):
-            if isinstance(command, Withdraw):
-                jobs.append(command.job)
-            else:
-                rest.append(command)
-        self._perform(rest)
-        return jobs
+    def withdraw(self, runner: RunnerState, move: Callable[[Job], None]) -> int:
+        """Take out what is queued, and `move` each job, at once or in the next turns of the loop; its caller waits on. Returns how many."""
+        count = len(runner.awaiting) + runner.waits + len(runner.queue) - runner.load.exempt
+        self._moves[runner.name] = move
+        self._perform(self.queue.withdraw(runner, self._clock.time()))
+        return count
 
     def resubmit(self, job: Job, since: float) -> None:
         """A job in the place of one that was withdrawn at another replica. Its caller waits already, and is told of a rejection."""
@@ -157,6 +154,7 @@ class Dispatcher:
     def remove(self, runner: RunnerState) -> None:
         self.queue.remove_runner(runner)
         self._drained.pop(runner.name, None)
+        self._moves.pop(runner.name, None)
 
     def close_barrier(self, runner: RunnerState, *, abort: bool) -> asyncio.Future[None]:
         """Hold back what is queued; the future is done when every slot of the runner is home."""
@@ -234,9 +232,7 @@ class Dispatcher:
             name=runner.name,
             phase=runner.phase.name,
             health="failing" if runner.failures >= UNHEALTHY else "ok",
-            waiting=len(runner.waiting())
-            + len(runner.awaiting)
-            + sum(len(s.gate) for s in runner.leases.values()),
+            waiting=runner.waits + len(runner.awaiting) + sum(len(s.gate) for s in runner.leases.values()),
             queued=runner.load.jobs,
             queued_bytes=runner.load.bytes,
             running=busy - sum(len(lease.free) for lease in runner.leases.values()),
@@ -396,6 +392,10 @@ class Dispatcher:
                 self._timer = self._clock.call_at(at, self._tick)
             case NextTurn():
                 self.loop.call_soon(self._turn)
+            case GoOn():
+                self.loop.call_soon(self._go_on)
+            case Withdraw(job=job):
+                self._moves[job.source.name](job)
             case BarrierReached(runner=runner):
                 reached = self._reached[runner.name]
                 if not reached.done():  # whoever waited may have given up
@@ -430,6 +430,9 @@ class Dispatcher:
 
     def _turn(self) -> None:
         self._perform(self.queue.turn(self._clock.time()))
+
+    def _go_on(self) -> None:
+        self._perform(self.queue.go_on(self._clock.time()))
 
     def _log_job(self, job: Job) -> None:
         log.info(

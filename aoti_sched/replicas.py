@@ -89,10 +89,7 @@ class ReplicatedRunner(Runner):
             self.place = self.nowhere
         if not any(one.state.phase is Phase.OPEN for one in self._replicas):
             return 0  # what was accepted ends where it is
-        jobs = replica.dispatcher.withdraw(replica.state)
-        for job in jobs:
-            self._move(job)
-        return len(jobs)
+        return replica.dispatcher.withdraw(replica.state, self._move)
 
     def _move(self, old: Job) -> None:
         """Submit what was withdrawn at one replica to another, in the place of the old job."""

@@ -24,6 +24,7 @@ from aoti_sched.backends.base import LoadRequest
 from aoti_sched.blocking import BlockingCalls
 from aoti_sched.config import (
     INLINE_LIMIT,
+    MOST,
     Admission,
     Batching,
     DeviceConfig,
@@ -228,7 +229,7 @@ class Scheduler:
             devices: In place of `device`, several: one runner with a replica on each, to which requests go where they are predicted to
                 be finished first. `["cpu:0", "cpu:1"]`, or "cuda:*" for all of a kind. On other devices than CPUs it takes
                 `copy_inputs=True` and `copy_outputs="cpu"`: nobody knows beforehand on which device a request runs.
-            instances: Copies that can run at once on a device (they share one set of weights).
+            instances: Copies that can run at once on a device (they share one set of weights); at most 1024.
             threads: Intra-op threads per run; by default what it was compiled for.
             share: Of the device's time, when other models want it, too: one with 2.0 gets twice that of one with 1.0.
             overflow: When a bound is reached: "reject" with QueueFullError; "wait" for room; or "shed" the worst of those
@@ -700,6 +701,10 @@ class Scheduler:
         if dispatcher is None:
             settings = self._of_device.get(name, DeviceConfig())
             lanes = settings.lanes or len(settings.affinity or ()) or device.cores()
+            if settings.lanes is not None and not 1 <= settings.lanes <= MOST:
+                raise ConfigError(
+                    f"devices.{name}: lanes={lanes}: a device has 1 to {MOST} lanes. Give fewer."
+                )
             if settings.affinity is not None and len(settings.affinity) != lanes:
                 raise ConfigError(
                     f"devices.{name}: affinity names {len(settings.affinity)} cores for {lanes} lanes; one for each is needed"

@@ -387,3 +387,17 @@ def test_fewer_cores_than_devices_are_not_divided(count):
 )
 def test_a_device_has_one_name(name, full):
     assert in_full(name) == full
+
+
+@pytest.mark.parametrize("count", [0, 1025, 10**9])
+async def test_instances_and_lanes_have_upper_bounds(count, write):
+    for text in (f"[devices.cpu]\nlanes = {count}", f'[models.m]\npath = "m.pt2"\ninstances = {count}'):
+        with pytest.raises(ConfigError, match=r"(lanes|instances): Expected `int`"):
+            read_config(write(text))
+    config = SchedulerConfig(devices={"cpu": DeviceConfig(lanes=count)}) if count else SchedulerConfig()
+    async with Scheduler(config, devices={"cpu": FakeBackend({"m": len})}) as scheduler:
+        with pytest.raises(ConfigError, match="instances"):
+            await scheduler.load("m.pt2", instances=count)
+        if count:
+            with pytest.raises(ConfigError, match=r"devices\.cpu: lanes=\d+: a device has 1 to 1024"):
+                await scheduler.load("m.pt2")

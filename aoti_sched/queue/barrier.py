@@ -31,7 +31,7 @@ def close(runner: RunnerState) -> None:
 
 def reach(runner: RunnerState) -> bool:
     """Whether a closed barrier has, by the last fact, seen every slot come home; true once."""
-    if runner.closed and not runner.reached and runner.home:
+    if runner.closed and not runner.reached and not runner.halted and runner.home:
         runner.reached = True
         return True
     return False

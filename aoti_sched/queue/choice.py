@@ -16,7 +16,7 @@ from aoti_sched.queue.order import Contest, Rank
 
 def can_start(source: Source) -> bool:
     """Whether it has a slot to give."""
-    return bool(source.free) and not source.closed
+    return bool(source.free) and not source.closed and not source.halted
 
 
 def _rank(head: Job) -> Rank:

@@ -98,6 +98,10 @@ class NextTurn(msgspec.Struct, frozen=True):
     """Call `turn` in the loop's next turn."""
 
 
+class GoOn(msgspec.Struct, frozen=True):
+    """Call `go_on` in the loop's next turn: there was more to do than one fact does."""
+
+
 class WakeAt(msgspec.Struct, frozen=True):
     """Call `tick` at this time; it replaces the time asked for before."""
 
@@ -119,5 +123,6 @@ Command = (
     | Park
     | Return
     | NextTurn
+    | GoOn
     | WakeAt
 )

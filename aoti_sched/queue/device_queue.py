@@ -15,6 +15,7 @@ the tenant that had the least for its share (`fair`), then the earliest due (`po
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 
 import msgspec
@@ -36,6 +37,7 @@ from aoti_sched.queue.command import (
     Drained,
     Expire,
     Failing,
+    GoOn,
     Grant,
     Launch,
     NextTurn,
@@ -46,6 +48,7 @@ from aoti_sched.queue.command import (
     WakeAt,
     Withdraw,
 )
+from aoti_sched.queue.ending import SLICE, Ending
 from aoti_sched.queue.fair import Ledger
 from aoti_sched.queue.forecast import Forecast, expected
 from aoti_sched.queue.invariants import check
@@ -75,10 +78,6 @@ def _must_be_lawful(job: Job) -> None:
         )
     if job.key is not None and (job.holds or job.rows < 1):
         raise IllegalFactError("a job with a key runs, and has rows")
-
-
-def _arrival(job: Job) -> int:
-    return job.id
 
 
 def _company(runner: RunnerState) -> Company:
@@ -120,6 +119,8 @@ class DeviceQueue:
         self._choice = Choice(self.lanes, self.policy.max_wait)
         self._forecast = Forecast(self.lanes, fair=self.policy.fair)
         self._turn_asked = False
+        self._endings: deque[Ending] = deque()
+        self._goes_on = False  # `go_on` was asked for
         self.timers = Timers()
         self._gathering: list[RunnerState] = []  # jobs that may have company have come to them in this turn
         self._wake: float | None = None
@@ -202,11 +203,15 @@ class DeviceQueue:
         if runner.phase is Phase.OPEN:
             runner.phase = Phase.DRAINING
         commands: list[Command] = []
-        for job in list(runner.awaiting.values()):
-            error = RunnerClosedError(
+
+        def error(job: Job) -> AotiSchedError:
+            return RunnerClosedError(
                 f"runner {runner.name!r} is draining; epoch {job.min_epoch}, which the request waits for, has not come"
             )
-            self._revoke(job, error, now, commands)
+
+        if runner.awaiting:
+            ending = Ending(runner, self._ids, error, queued=False, awaiting=True)
+            self._end_in_slices(ending, now, commands)
         if runner.company is not None:
             runner.company.hurry(now)
             self._choice.enter(runner)
@@ -221,12 +226,12 @@ class DeviceQueue:
             return []
         runner.phase = Phase.TERMINATED
         commands: list[Command] = []
-        jobs = [*runner.awaiting.values(), *runner.waiting(), *runner.queue.jobs()]
-        for lease in runner.leases.values():
-            jobs += [*lease.gate.jobs(), *lease.queue.jobs()]
-        for job in jobs:
-            error = RunnerClosedError(f"runner {runner.name!r} was terminated while the request was queued")
-            self._revoke(job, error, now, commands)
+
+        def error(_: Job) -> AotiSchedError:
+            return RunnerClosedError(f"runner {runner.name!r} was terminated while the request was queued")
+
+        ending = Ending(runner, self._ids, error, awaiting=True, leases=True)
+        self._end_in_slices(ending, now, commands)
         for lease in list(runner.leases.values()):
             lease.released = True
             self._retire_if_over(lease)
@@ -235,17 +240,13 @@ class DeviceQueue:
         return commands
 
     def withdraw(self, runner: RunnerState, now: float) -> list[Command]:
-        """Take out what is waiting or queued, in the order in which it came, to be submitted anew at another replica.
+        """Take out what is waiting or queued, to be submitted anew at another replica; what one fact takes out is in the order in which it came.
 
         What draws its slot from a held lease stays, and so does what is `exempt`: that is needed at this very runner.
         """
         self._known(runner)
-        jobs = [*runner.awaiting.values(), *runner.waiting(), *runner.queue.jobs()]
         commands: list[Command] = []
-        for job in sorted((job for job in jobs if not job.exempt), key=_arrival):
-            self._leave_queue(job, Fact.WITHDRAW, now)
-            runner.counters.withdrawn += 1
-            commands.append(Withdraw(job))
+        self._end_in_slices(Ending(runner, self._ids, None, awaiting=True), now, commands)
         self._dispatch(now, commands)
         self._see_what_is_over(runner, now, commands)
         return commands
@@ -268,13 +269,15 @@ class DeviceQueue:
         self._known(runner)
         barrier.close(runner)
         commands: list[Command] = []
+
+        def error(_: Job) -> AotiSchedError:
+            return UpdateAbortedError(
+                f"runner {runner.name!r}: an update of its weights with barrier='abort' failed what was queued; "
+                "send the request again"
+            )
+
         if abort:
-            for job in [*runner.waiting(), *runner.queue.jobs()]:
-                error = UpdateAbortedError(
-                    f"runner {runner.name!r}: an update of its weights with barrier='abort' failed what was queued; "
-                    "send the request again"
-                )
-                self._revoke(job, error, now, commands)
+            self._end_in_slices(Ending(runner, self._ids, error), now, commands)
         self._dispatch(now, commands)
         self._see_what_is_over(runner, now, commands)
         return commands
@@ -348,8 +351,7 @@ class DeviceQueue:
         commands = self.memory.returned(runner.memory, now, ok=not error)
         if error:
             what = f"runner {runner.name!r} was parked, and its weights can't be brought back: {error}"
-            for job in [*runner.waiting(), *runner.queue.jobs()]:
-                self._revoke(job, LoadError(what), now, commands)
+            self._end_in_slices(Ending(runner, self._ids, lambda _: LoadError(what)), now, commands)
         else:
             barrier.open_on(runner, None)
             self._choice.enter(runner)
@@ -522,8 +524,17 @@ class DeviceQueue:
         """Time has passed: every live job whose deadline is not after `now` expires."""
         commands: list[Command] = []
         self._wake = None
-        while (job := self.timers.due(now)) is not None:
-            self._expire(job, now, commands)
+        self._expire_some(now, commands)
+        self._dispatch(now, commands)
+        self._serve_line(now, commands)
+        return commands
+
+    def go_on(self, now: float) -> list[Command]:
+        """Do more of what one fact was not to do at once."""
+        commands: list[Command] = []
+        self._goes_on = False
+        self._end_some(now, commands)
+        self._expire_some(now, commands)
         self._dispatch(now, commands)
         self._serve_line(now, commands)
         return commands
@@ -545,6 +556,51 @@ class DeviceQueue:
         at_once = idle and self._choice.has_place(runner, inline=runner.placing.inline(job.bytes))
         waits = 0.0 if at_once else self._forecast.waiting_time(job, now)
         return runner.placing.times.typical(job.bytes) + waits
+
+    # --- in slices ---------------------------------------------------------------------------------------
+
+    def _end_in_slices(self, ending: Ending, now: float, commands: list[Command]) -> None:
+        """Begin to end jobs, after those of endings that are under way."""
+        self._endings.append(ending)
+        self._end_some(now, commands)
+
+    def _end_some(self, now: float, commands: list[Command]) -> None:
+        left = SLICE
+        while self._endings and left:
+            ending = self._endings[0]
+            runner, error = ending.runner, ending.error
+            jobs = ending.some(left)
+            for job in jobs:
+                if error is not None:
+                    self._revoke(job, error(job), now, commands)
+                else:
+                    self._leave_queue(job, Fact.WITHDRAW, now)
+                    runner.counters.withdrawn += 1
+                    commands.append(Withdraw(job))
+            if len(jobs) < left:  # there are no more
+                self._endings.popleft()
+                ending.over()
+                for source in (runner, *runner.leases.values()):
+                    self._choice.enter(source)
+                self.room.gates.enter(runner)
+            left -= len(jobs)
+            self._see_what_is_over(runner, now, commands)
+        if self._endings:
+            self._ask_to_go_on(commands)
+
+    def _expire_some(self, now: float, commands: list[Command]) -> None:
+        for _ in range(SLICE):
+            job = self.timers.due(now)
+            if job is None:
+                return
+            self._expire(job, now, commands)
+        if self.timers.due(now) is not None:
+            self._ask_to_go_on(commands)
+
+    def _ask_to_go_on(self, commands: list[Command]) -> None:
+        if not self._goes_on:
+            self._goes_on = True
+            commands.append(GoOn())
 
     # --- what follows from facts ---------------------------------------------------------------------
 
@@ -623,12 +679,17 @@ class DeviceQueue:
         """
         if self.timers.keys:
             self._ripen(now)
+        late = 0
         while True:
             self._open_gates(now, commands)
+            if late == SLICE:
+                self._ask_to_go_on(commands)
+                return
             job = self._choice.next(now)
             if job is None:
                 return
             if job.deadline is not None and self._is_late(job, job.deadline, now, commands):
+                late += 1
                 continue
             has_choice = self._may_leave_the_loop(job)
             self._unqueue(job)
@@ -783,7 +844,12 @@ class DeviceQueue:
     def _follow(self, source: Source, now: float, commands: list[Command]) -> None:
         """Hand the source's next jobs to lanes that run short ones of it, unless a better job waits for a lane."""
         placing = source.runner.placing
-        while source.followed and not source.closed and (job := source.queue.head()) is not None:
+        while (
+            source.followed
+            and not source.closed
+            and not source.halted
+            and (job := source.queue.head()) is not None
+        ):
             if job.holds or not placing.follows(job.bytes) or placing.inline(job.bytes):
                 return
             if job.deadline is not None and (
@@ -898,10 +964,14 @@ class DeviceQueue:
         self._serve_line(now, commands)
         return commands
 
+    def _refused(self, runner: RunnerState) -> Ending:
+        """There will be no room for the constants of a runner that is away."""
+        error = self.memory.refusal(runner)
+        return Ending(runner, self._ids, lambda _: error)
+
     def _serve_line(self, now: float, commands: list[Command]) -> None:
         for runner in self.memory.serve(now, commands):
-            for job in [*runner.waiting(), *runner.queue.jobs()]:
-                self._revoke(job, self.memory.refusal(runner), now, commands)
+            self._end_in_slices(self._refused(runner), now, commands)
             self._see_what_is_over(runner, now, commands)
         self._ask_for_wake(commands)
 
@@ -953,7 +1023,7 @@ class DeviceQueue:
         self._see_what_is_over(runner, now, commands)
 
     def _ask_for_wake(self, commands: list[Command]) -> None:
-        at = self.timers.next()
+        at = None if self._goes_on else self.timers.next()
         if self.memory.wake is not None:
             at = self.memory.wake if at is None else min(at, self.memory.wake)
         if at is not None and (self._wake is None or at < self._wake):

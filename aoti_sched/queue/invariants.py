@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING
 
 from aoti_sched.queue import fair
+from aoti_sched.queue.choice import can_start
 from aoti_sched.queue.job import Job, JobState
 from aoti_sched.queue.lease import Phase
 from aoti_sched.queue.memory import Stay
@@ -72,7 +73,7 @@ def check(queue: DeviceQueue) -> None:
             must(lease.load.bytes == sum(job.bytes for job in jobs), "a lease's load counts its bytes")
             must(lease.load.within_bounds(), "no bound of a lease is exceeded")
             must(
-                not _has_room(lease),
+                not _has_room(lease) or lease.halted > 0,
                 "nobody waits at a lease's gate when it has room",
             )
             must(not lease.closed, "a held lease is never closed")
@@ -111,7 +112,12 @@ def check(queue: DeviceQueue) -> None:
             )
         if runner.company is not None:
             _check_company(queue, runner, queued, must)
-        must(runner.reached or not (runner.closed and runner.home), "a barrier that can be reached is")
+        must(
+            runner.reached or runner.halted > 0 or not (runner.closed and runner.home),
+            "a barrier that can be reached is",
+        )
+        halting = sum(ending.runner is runner for ending in queue._endings)
+        must(runner.halted == halting, "a runner is halted while jobs of it are to end")
         must(
             sum(s.live for s in sources)
             == len(queued)
@@ -122,7 +128,7 @@ def check(queue: DeviceQueue) -> None:
             "live jobs are somewhere",
         )
         must(runner.load.within_bounds(*_lease_loads(runner)), "no bound of a runner is exceeded")
-        if _has_room(runner):
+        if _has_room(runner) and not runner.halted:
             at_gate = queue.room.gates.best()
             waits = None if at_gate is None else at_gate.gate.head()
             blocked = waits is not None and queue.load.refusal(waits.bytes) is not None
@@ -134,7 +140,7 @@ def check(queue: DeviceQueue) -> None:
         )
         for source in sources:
             head = source.queue.head()
-            if head is not None and source.free and not source.closed:
+            if head is not None and can_start(source) and not queue._goes_on:
                 here = head.holds or runner.placing.inline(head.bytes)
                 lane = bool(queue.lanes.free) and not _waits_for_cores(queue)
                 place = (head.holds or queue.lanes.loop_is_free()) if here else lane
@@ -148,6 +154,7 @@ def check(queue: DeviceQueue) -> None:
     )
     leases = [load for runner in queue.runners.values() for load in _lease_loads(runner)]
     must(queue.load.within_bounds(*leases), "no bound of the device is exceeded")
+    must(queue._goes_on or not queue._endings, "what is to go on has a next turn")
     _check_memory(queue, must)
     must(
         sum(is_over(entry[2]) for entry in queue.timers.deadlines) == queue.timers.dead,
@@ -183,7 +190,7 @@ def _check_memory(queue: DeviceQueue, must: Callable[[bool, str], None]) -> None
         must(runner.home or stay in (Stay.HERE, Stay.LEAVING), "nothing runs without constants")
         must(stay is Stay.HERE or not runner.leases, "who has held leases is not parked")
         must(
-            runner in memory.line or stay is not Stay.AWAY or not runner.load.jobs,
+            runner in memory.line or stay is not Stay.AWAY or not runner.load.jobs or runner.halted > 0,
             "who is away and asked for stands in line",
         )
     must(

@@ -69,7 +69,8 @@ class Source:
     `queue` holds what was admitted, `load` counts it against its bounds; `gate` holds what waits for room.
     `free` is a stack, so that the slot used last, whose memory is warm, is used next. `live` counts the
     jobs that are waiting, queued or running here, callers that left a running job included. A `closed`
-    source gives out no slot. `runner` is the one whose slots they are. `followed` are lanes that run a short job of this source and may be given its next.
+    source gives out no slot, nor does one that is `halted`: of some of its jobs it is settled that they end otherwise, and not all have yet.
+    `runner` is the one whose slots they are. `followed` are lanes that run a short job of this source and may be given its next.
     `arrivals` is its queue by the time of submission, kept where jobs may become overdue.
     """
 
@@ -80,6 +81,7 @@ class Source:
         "followed",
         "free",
         "gate",
+        "halted",
         "live",
         "load",
         "name",
@@ -97,6 +99,7 @@ class Source:
         self.live = 0
         self.epoch = epoch
         self.closed = False
+        self.halted = 0
         self.followed: list[int] = []
         self.runner: RunnerState
 
@@ -198,6 +201,11 @@ class RunnerState(Source):
         """For room: at the gate, and in lines before it."""
         lines = [job for line in self.tenant_lines.values() for job in line.values()]
         return [*self.gate.jobs(), *lines]
+
+    @property
+    def waits(self) -> int:
+        """How many jobs wait for room."""
+        return len(self.gate) + sum(map(len, self.tenant_lines.values()))
 
     @property
     def busy(self) -> bool:

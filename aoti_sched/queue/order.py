@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Generic, TypeVar
 
 from aoti_sched.queue.fair import Account
@@ -116,6 +116,11 @@ class InOrder:
                 heapq.heapify(self._heap)
         if job is self.first:
             self.first = self._least()
+
+    def each(self) -> Iterator[Job]:
+        for entry in self._in_order.values():
+            yield entry[2]
+        yield from self._early.values()
 
     def jobs(self) -> list[Job]:
         return [*(entry[2] for entry in self._in_order.values()), *self._early.values()]
@@ -242,6 +247,12 @@ class JobQueue:
         lines = self._by_key.get(key)
         for line in () if lines is None else list(lines.lines):
             self._shown.changed(line)
+
+    def each(self) -> Iterator[Job]:
+        """All jobs, in no order that is promised; found one by one."""
+        for lines in (self._shown, *[self._by_key[key] for key in self._hidden if key in self._by_key]):
+            for line in lines.lines:
+                yield from line.each()
 
     def jobs(self) -> list[Job]:
         """All jobs, by class, due time and arrival."""

@@ -19,7 +19,7 @@ from aoti_sched.queue.overload import Scope, Worst, victims
 def _place(runner: RunnerState) -> Rank | None:
     """Among those who wait for the device's room, if it has room itself."""
     head = runner.gate.head()
-    if head is None or runner.load.refusal(head.bytes) is not None:
+    if head is None or runner.halted or runner.load.refusal(head.bytes) is not None:
         return None
     return (head.priority, head.due, head.id)
 
@@ -93,7 +93,7 @@ class Room:
         while self._leases:
             lease = self._leases[-1]
             head = lease.gate.head()
-            if head is not None and lease.load.refusal(head.bytes) is None:
+            if head is not None and not lease.halted and lease.load.refusal(head.bytes) is None:
                 lease.gate.remove(head)
                 return head
             self._leases.pop()

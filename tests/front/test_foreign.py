@@ -12,12 +12,14 @@ import sys
 import textwrap
 import threading
 import types
+from collections import Counter
 
 import pytest
 import structlog
 
 import aoti_sched
 from aoti_sched import Scheduler, event_log
+from aoti_sched.queue.ending import SLICE
 from aoti_sched.testing import FakeBackend
 from tests.front.support import fleet, until, weights
 
@@ -517,3 +519,41 @@ async def test_what_is_no_number_of_seconds_is_refused_by_options(timeout):
             a.options(timeout=timeout)
         with pytest.raises(TypeError):
             a.options(min_epoch="1")
+
+
+# --- operations over all jobs -------------------------------------------------------------------------
+
+
+async def turns_until(done):
+    turns = 0
+    while not done():
+        await asyncio.sleep(0)
+        turns += 1
+    return turns
+
+
+@pytest.mark.parametrize("how", ["terminate", "abort", "timeout"])
+async def test_the_loop_turns_while_a_crowd_ends(how):
+    """Each turn ends a slice: the others are served meanwhile."""
+    count = 50 * SLICE
+    async with fleet("ab", auto=False, limits=aoti_sched.Limits(jobs=None)) as its:
+        a, b = its
+        first = a.submit()
+        ends = Counter()
+        futures = [a.options(timeout=9, tenant=number % 100).submit() for number in range(count)]
+        for future in futures:
+            future.add_done_callback(lambda future: ends.update([type(future.exception())]))
+        if how == "terminate":
+            ending = asyncio.ensure_future(a.terminate())
+        elif how == "abort":
+            ending = asyncio.ensure_future(a.update(weights(2), barrier="abort"))
+        else:
+            its.clock.advance(9)
+        turns = await turns_until(lambda: ends.total() == count)
+        assert turns >= count // SLICE
+        assert len(ends) == 1
+        its.backends["cpu"].finish_all()
+        await asyncio.gather(first, return_exceptions=True)
+        if how != "timeout":
+            await ending
+        assert await its.answer(b) == (1, 1)

@@ -26,6 +26,7 @@ FACTS = (
     "close_barrier",
     "open_barrier",
     "turn",
+    "go_on",
     "claim",
     "give_up",
     "hold",

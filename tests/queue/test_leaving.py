@@ -101,7 +101,7 @@ def test_terminating_revokes_all_that_waits_and_lets_runs_finish():
     for job in (running, queued, waiting, held, held_queued, held_waiting):
         queue.submit(job, 0, wait=True)
     commands = queue.terminate_runner(runner, 1)
-    assert revoked(commands) == [waiting, queued, held_waiting, held_queued]
+    assert revoked(commands) == [queued, waiting, held_queued, held_waiting]
     assert len(commands) == 4
     assert {job.state for job in revoked(commands)} == {JobState.REVOKED}
     assert queue.complete(running, 2) == []
