@@ -828,13 +828,24 @@ def steps() -> Definition:
 
 @model
 def divides() -> Definition:
-    """Divides integers, and by zero where it is told to."""
+    """Divides integers towards zero, which torch's kernels do without a look at the divisor."""
 
     class Divides(nn.Module):
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
-            return x // y
+            return torch.div(x, y + 1, rounding_mode="trunc")
 
-    return Definition(Divides, (torch.arange(16), torch.arange(16) + 1))
+    return Definition(Divides, (torch.arange(16), torch.arange(16)))
+
+
+@model
+def floors() -> Definition:
+    """Divides integers downwards, on two threads; torch's kernels look at the divisor."""
+
+    class Floors(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            return x // (y + 1), x % (y + 1)
+
+    return Definition(Floors, (torch.arange(1 << 16), torch.arange(1 << 16)), threads=2)
 
 
 @model

@@ -500,6 +500,15 @@ def test_stray_files_are_ignored(package, cache):
     assert open_package(package.path, sha256=package.sha256).extract(cache_dir=cache) == first
 
 
+def test_with_its_hash_named_a_file_that_the_package_lacks_is_not_beside_its_library(package, cache):
+    first = package.extract(cache_dir=cache)
+    (first.directory / "custom_objs_config.json").write_text("{}")
+    assert package.extract(cache_dir=cache) == first
+    second = open_package(package.path, sha256=package.sha256).extract(cache_dir=cache)
+    assert second.directory != first.directory
+    assert not (second.directory / "custom_objs_config.json").exists()
+
+
 def test_stray_files_do_not_stop_a_damaged_entry_from_being_made_again(package, cache):
     first = package.extract(cache_dir=cache)
     (first.directory.parent.parent / ".nfs0000000000000001").touch(0o600)

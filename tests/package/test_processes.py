@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,6 +108,18 @@ def test_processes_at_once_share_one_directory_that_one_of_them_wrote(start, tmp
     (directory,) = {Path(directory) for directory, _ in results}
     assert sum(written for _, written in results) == 1
     assert unpacked(tmp_path / "cache") == [directory.parent]
+
+
+def test_processes_at_once_read_a_copied_cache_and_none_of_them_writes_it_anew(start, path, tmp_path):
+    original = open_package(path).extract(cache_dir=tmp_path / "original").directory
+    shutil.copytree(tmp_path / "original", tmp_path / "cache")
+    processes = [start() for _ in range(4)]
+    for process in processes:
+        go(process)
+    results = [json.loads(process.stdout.readline()) for process in processes]
+    copied = tmp_path / "cache" / original.relative_to(tmp_path / "original")
+    assert results == [[str(copied), 0]] * 4
+    assert unpacked(tmp_path / "cache") == [copied.parent]
 
 
 def test_threads_at_once_share_one_directory_that_one_of_them_wrote(path, tmp_path, monkeypatch):

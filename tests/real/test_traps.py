@@ -377,7 +377,7 @@ async def test_a_custom_operators_model_is_not_called_with_the_wrong_number_of_i
 
 
 @pytest.mark.skipif(spelled_machine() != "x86_64", reason="other processors give 0 for a division by zero")
-def test_an_integer_that_is_divided_by_zero_ends_the_process(program):
+def test_an_integer_that_is_divided_by_zero_and_rounded_towards_zero_ends_the_process(program):
     process = program("""
         async def main():
             async with aoti_sched.Scheduler() as scheduler:
@@ -385,13 +385,32 @@ def test_an_integer_that_is_divided_by_zero_ends_the_process(program):
                 x, y = build("divides").args
                 assert (await runner.run(x, y)).tolist() == [0] * 16
                 print("divided", flush=True)
-                await runner.run(x, torch.zeros_like(y))
+                await runner.run(x, torch.full_like(y, -1))
                 print("lives")
 
         asyncio.run(main())
         """)
     assert process.stdout == "divided\n"
     assert process.returncode == -signal.SIGFPE
+
+
+def test_an_integer_that_is_divided_by_zero_and_rounded_down_fails_its_own_request(program):
+    assert served_on(
+        program("""
+        async def main():
+            async with aoti_sched.Scheduler() as scheduler:
+                runner = await scheduler.load(build("floors").path, threads=2)
+                x, y = build("floors").args
+                await runner.run(x, y)
+                try:
+                    await runner.run(x, torch.full_like(y, -1))
+                except aoti_sched.RunError as error:
+                    assert "ZeroDivisionError" in str(error), error
+                    await serve_on(scheduler)
+
+        asyncio.run(main())
+        """)
+    )
 
 
 def test_a_bad_index_ends_the_process_on_several_threads(program):
