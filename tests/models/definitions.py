@@ -245,6 +245,23 @@ def ordered() -> Definition:
 
 
 @model
+def registered() -> Definition:
+    """A class of the user's own, registered with torch's pytree, going in and coming out."""
+
+    @dataclass
+    class Box:
+        low: Tensor
+        high: Tensor
+
+    class Grow(nn.Module):
+        def forward(self, box: Box) -> Box:
+            return Box(box.low - 1, box.high + 1)
+
+    torch.utils._pytree.register_dataclass(Box, serialized_type_name="tests.models.Box")
+    return Definition(Grow, (Box(torch.randn(3), torch.randn(3)),))
+
+
+@model
 def pair() -> Definition:
     """Two models in one package, `double` and `square`; foreign, since one call compiles one model."""
 

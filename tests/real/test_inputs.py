@@ -191,6 +191,35 @@ async def test_containers_that_torchs_own_loader_takes_too_give_the_same_answer(
     assert_close(await runner.run(as_named, (b, c), nested_, nothing, **keywords), expected)
 
 
+def test_a_class_that_the_serving_process_has_not_registered_is_named_at_load(python):
+    program = """
+        import asyncio, sys, torch, aoti_sched
+        from dataclasses import dataclass
+
+        @dataclass
+        class Box:
+            low: torch.Tensor
+            high: torch.Tensor
+
+        async def main():
+            async with aoti_sched.Scheduler() as scheduler:
+                try:
+                    await scheduler.load(sys.argv[1], name="grow")
+                except aoti_sched.LoadError as error:
+                    print(error)
+                torch.utils._pytree.register_dataclass(Box, serialized_type_name="tests.models.Box")
+                grow = await scheduler.load(sys.argv[1], name="grow")
+                print(await grow.run(Box(torch.zeros(3), torch.ones(3))))
+
+        asyncio.run(main())
+    """
+    ran = python(program, build("registered").path)
+    assert ran.returncode == 0, ran.stderr
+    refused_, answer = ran.stdout.splitlines()
+    assert refused_.startswith("model 'grow': its inputs contain tests.models.Box, which is not registered")
+    assert answer == "Box(low=tensor([-1., -1., -1.]), high=tensor([2., 2., 2.]))"
+
+
 STRUCTURES = {
     "a set for a tuple": ({"pair": {T}}, "pair", "a tuple of 2", "set"),
     "a tensor for a tuple": ({"pair": T}, "pair", "a tuple of 2", "Tensor"),
