@@ -102,7 +102,7 @@ class TorchRunnerContainer:
         return ContainerInfo(
             runtime="torch runner",
             reason=f"{sentence(self._operators)} It runs through torch's own runner, since torch's proxy executor can't be had "
-            f"alone ({self._why}); the runner "
+            f"alone ({self._why}); the runner ".lstrip()
             + (
                 "released the GIL when probed."
                 if self._gil == "released"

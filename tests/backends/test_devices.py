@@ -4,6 +4,7 @@ After every test the device is asked whether a rule was broken (`tests/native/si
 """
 
 import gc
+import json
 import pickle
 import threading
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from aoti_sched.backends import cuda_driver, devices, torch_runner
+from aoti_sched.backends import cuda_driver, devices, proxy_executor, torch_runner
 from aoti_sched.backends.base import LoadRequest, Work
 from aoti_sched.backends.batch import Batch, BatchPlan, InputPlan, OutputPlan
 from aoti_sched.backends.container import CAbiContainer
@@ -43,7 +44,7 @@ from tests.backends.simulation import (
     open_device,
     work,
 )
-from tests.native.simulated import simulator
+from tests.native.simulated import model_path, simulator
 
 
 @pytest.fixture(autouse=True)
@@ -863,6 +864,73 @@ def test_a_driver_that_is_not_there_is_said():
         cuda_driver.Driver("libnone.so.1")
     with pytest.raises(ConfigError, match="CUDA's driver can't be used"):
         cuda_driver.Driver("libm.so.6")
+
+
+# --- operators without a C function ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calls_svd(tmp_path):
+    """The path of a model whose list of operators names one of torch's own."""
+    path = tmp_path / "calls_svd.so"
+    path.write_bytes(model_path().read_bytes())
+    arguments = [("A", {"as_tensor": {"name": "x"}}), ("full_matrices", {"as_bool": True})]
+    node = {
+        "target": "aten::_linalg_svd",
+        "inputs": [{"name": name, "arg": value, "kind": 1} for name, value in arguments],
+        "outputs": [{"as_tensor": {"name": name}} for name in ("u", "s", "v")],
+        "metadata": {},
+    }
+    path.with_suffix(".json").write_text(json.dumps({"nodes": [{"name": "buf0", "node": node}]}))
+    return path
+
+
+@needs_native
+def test_a_model_on_a_device_is_given_the_proxy_executor_of_that_devices_runner(
+    device, calls_svd, tmp_path, monkeypatch
+):
+    asked = []
+
+    def stock_runner(name, library, instances):
+        asked.append(name)
+        return torch_runner.stock_runner("cpu", library, instances)  # torch has none for the simulated device
+
+    monkeypatch.setattr(proxy_executor, "stock_runner", stock_runner)
+    request = LoadRequest(
+        name="svd", path=calls_svd, model_name=None, instances=1, sha256=None, cache_dir=tmp_path / "cache"
+    )
+    container = device.load(request).container
+    try:
+        assert asked == [device.name]
+        assert container.info.runtime == "c_abi"
+        assert "Calls aten::_linalg_svd through torch's dispatcher" in container.info.reason
+        given = container._raw.proxy.address
+        assert given != 0
+        assert container.c_run.proxy_executor == given
+        x = on_device(2, 4)
+        assert torch.equal(container.run_raw([x])[0].cpu(), x.cpu())
+        container.park()
+        container.unpark()
+        assert container.c_run.proxy_executor == given
+        assert container.c_run.slots
+        assert torch.equal(container.run_raw([x])[0].cpu(), x.cpu())
+    finally:
+        simulator().go()
+        container.close()
+
+
+def test_runs_that_call_such_operators_are_not_recorded(cuda, calls_svd, tmp_path):
+    request = LoadRequest(
+        name="svd",
+        path=calls_svd,
+        model_name=None,
+        instances=1,
+        sha256=None,
+        cache_dir=tmp_path / "cache",
+        cuda_graphs=True,
+    )
+    with pytest.raises(ConfigError, match="cuda_graphs=True, but the model calls aten::_linalg_svd through"):
+        cuda.load(request)
 
 
 # --- torch's own runner ---------------------------------------------------------------------------------------------------
