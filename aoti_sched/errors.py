@@ -7,7 +7,10 @@ attributes too. This file imports nothing of ours, so every layer may use it.
 No message is longer than a screen, whatever a file or a caller brings: `clipped` and `shortened` see to that.
 """
 
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 def clipped(thing: object, width: int = 160) -> str:
@@ -19,7 +22,7 @@ def clipped(thing: object, width: int = 160) -> str:
     return f"{text[:half]}...{text[-half:]}"
 
 
-def shortened(items: Iterable[object], limit: int = 8, width: int = 160) -> str:
+def shortened(items: "Iterable[object]", limit: int = 8, width: int = 160) -> str:
     """Return the first `limit` items, each clipped to `width` characters, and how many more there are.
 
     `items` must end; each is read. Pass `map(repr, names)` for quoted names.
