@@ -24,6 +24,7 @@ from torch.serialization import skip_data
 from aoti_sched import AotiSchedError, ConstantMismatchError, WeightsFileError
 from aoti_sched.backends.checkpoint import PICKLE_LIMIT
 from aoti_sched.backends.constants import SURPLUS_LIMIT, Constant, Names, choose
+from aoti_sched.backends.json_scan import JsonScan
 from aoti_sched.backends.weight_source import HEADER_LIMIT, open_weights
 from aoti_sched.errors import clipped, shortened
 from aoti_sched.specs import ConstantSpec, WeightName
@@ -347,3 +348,36 @@ def looked_at(path, size):
     else:
         said = ""
     assert len(said) <= SCREEN
+
+
+_json = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=20)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(value=st.dictionaries(st.text(max_size=20), _json, max_size=5), indent=st.sampled_from([None, 1]))
+def test_an_object_is_walked_through_as_a_parser_reads_it(value, indent):
+    scan = JsonScan(json.dumps(value, indent=indent).encode() + b" ")
+    assert {key: json.loads(scan.value(1 << 20)) for key in scan.members()} == value
+    scan.end()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"{", b'{"a"', b'{"a":', b'{"a":1', b'{"a":1,}', b'{"a":{"b":"', b'{"a":[', b"{} {}", b"{a:1}"],
+)
+def test_what_is_no_object_is_refused(text):
+    with pytest.raises(ValueError, match=r"expected|no JSON|does not end|more than one"):
+        walk(text)
+
+
+def walk(text):
+    scan = JsonScan(text)
+    for _ in scan.members():
+        scan.skip()
+    scan.end()
