@@ -580,17 +580,23 @@ class Scheduler:
                 memory_limit=settings.memory_limit,
                 evicts=settings.evict is not None,
             )
-            dispatcher = self._dispatchers[name] = Dispatcher(
-                self._loop,
-                self._clock or LoopClock(self._loop),
-                queue,
-                device.open_executor(lanes, settings.affinity, settings.launchers),
-                log_requests=self._config.log_requests,
-                on_failing=self._look_after,
-                on_lost=self._lose,
-                on_park=lambda state: self._run_errand(self._parking.park, state),
-                on_return=lambda state: self._run_errand(self._parking.bring_back, state),
-            )
+            executor = device.open_executor(lanes, settings.affinity, settings.launchers)
+            try:
+                dispatcher = Dispatcher(
+                    self._loop,
+                    self._clock or LoopClock(self._loop),
+                    queue,
+                    executor,
+                    log_requests=self._config.log_requests,
+                    on_failing=self._look_after,
+                    on_lost=self._lose,
+                    on_park=lambda state: self._run_errand(self._parking.park, state),
+                    on_return=lambda state: self._run_errand(self._parking.bring_back, state),
+                )
+            except BaseException:
+                executor.close()
+                raise
+            self._dispatchers[name] = dispatcher
             log.info("device opened", device=name, executor=dispatcher.executor.kind, lanes=lanes)
         return dispatcher
 
