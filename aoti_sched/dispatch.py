@@ -16,7 +16,7 @@ import msgspec
 from aoti_sched.backends.base import Completion, Executor, Work
 from aoti_sched.backends.batch import Batch
 from aoti_sched.errors import AotiSchedError, DeadlineExceededError, DeviceLostError
-from aoti_sched.foreign import said
+from aoti_sched.foreign import out_of_resources, said
 from aoti_sched.queue.command import (
     BarrierReached,
     Claimed,
@@ -152,7 +152,8 @@ class Dispatcher:
         return drained
 
     def remove(self, runner: RunnerState) -> None:
-        self.queue.remove_runner(runner)
+        if self.queue.runners.get(runner.name) is runner:
+            self.queue.remove_runner(runner)
         self._drained.pop(runner.name, None)
         self._moves.pop(runner.name, None)
 
@@ -360,7 +361,8 @@ class Dispatcher:
                     continue
             except BaseException as error:  # noqa: BLE001 -- nothing was begun: the request fails, its slot comes home
                 now = self._clock.time()
-                completion = Completion(work.token, None, error, now, now)
+                ours = out_of_resources(error, "the run") or error
+                completion = Completion(work.token, None, ours, now, now)
             self._see_loss(completion)
             commands += self._complete(completion, self._clock.time())
             self._settle(completion)

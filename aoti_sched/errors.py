@@ -175,6 +175,13 @@ class MemoryLimitError(AotiSchedError):
         self.used = used
 
 
+class ResourcesError(AotiSchedError):
+    """The process or its machine has no threads, descriptors or memory left for an operation.
+
+    Nothing has changed, and the same works again when the resource is back.
+    """
+
+
 class MissingCapabilityError(LoadError):
     """A compiled model lacks a function of the C ABI because an older torch compiled it."""
 

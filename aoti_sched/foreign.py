@@ -6,9 +6,10 @@ code was called for, and nothing else. This file imports `errors` alone, so ever
 
 from __future__ import annotations
 
+import errno
 from typing import TypeVar
 
-from aoti_sched.errors import AotiSchedError
+from aoti_sched.errors import AotiSchedError, ResourcesError
 
 _E = TypeVar("_E", bound=AotiSchedError)
 
@@ -34,6 +35,41 @@ def own(error: BaseException, kind: type[_E], what: str) -> Exception:
     )
     ours.__cause__ = error
     return ours
+
+
+def ended_by(error: BaseException, kind: type[_E], what: str) -> Exception:
+    """Return the error that ends an operation: `own`, or a `ResourcesError` that was caused by the one raised.
+
+    A function of its own, since a frame in the traceback of an error must not hold its consequence.
+    """
+    ours = out_of_resources(error, what)
+    if ours is None:
+        return own(error, kind, what)
+    ours.__cause__ = error
+    return ours
+
+
+_LIMITS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+
+
+def out_of_resources(error: BaseException, what: str) -> ResourcesError | None:
+    """Return the error of ours for an error that says that threads, descriptors or memory are exhausted; otherwise None.
+
+    Args:
+        error: What was raised.
+        what: The subject of the message.
+    """
+    if isinstance(error, AotiSchedError):
+        return None
+    text = said(error)
+    if isinstance(error, MemoryError):
+        text = f"no memory is left{': ' if text else ''}{text}"
+    elif not (
+        (isinstance(error, OSError) and error.errno in _LIMITS)
+        or (isinstance(error, RuntimeError) and "can't start new thread" in text)
+    ):
+        return None
+    return ResourcesError(f"{what}: {text}. Free some, or raise the limit, and try again")
 
 
 def said(error: BaseException) -> str:

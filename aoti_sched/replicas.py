@@ -42,7 +42,7 @@ class ReplicatedRunner(Runner):
         close: Callable[[Runner, bool], Awaitable[None]],
     ) -> None:
         first = replicas[0]
-        Calls.__init__(self, self, first.state, options)
+        Calls.__init__(self, None, first.state, options)
         self._loaded = self._replicas = tuple(replicas)
         self._rotation = Rotation([(one.dispatcher.queue, one.state) for one in replicas])
         self._of_state: dict[Source, Runner] = {one.state: one for one in replicas}
@@ -62,12 +62,12 @@ class ReplicatedRunner(Runner):
         self.tenants = Tenants()
         self.blocking = first.blocking
         self.left = ""
-        self.whole = self
+        self._whole = None
         self.place = self._choose
         self.arrive = None  # it takes inputs from the host, and brings outputs there
         self.as_here = nullcontext
         for replica in replicas:
-            replica.whole = self
+            replica.join(self)
 
     @property
     def replicas(self) -> tuple[Runner, ...]:
@@ -151,5 +151,6 @@ class ReplicatedRunner(Runner):
         )
 
     async def drain(self) -> None:
+        self._must_be_here()
         drains = [replica.dispatcher.drain(replica.state, terminate=False) for replica in self._loaded]
         await asyncio.shield(asyncio.gather(*drains))

@@ -6,6 +6,7 @@ How to schedule is said apart from them, through `runner.options(...)`: a light,
 from __future__ import annotations
 
 import asyncio
+import functools
 import operator
 from asyncio import _get_running_loop  # the public one raises; this one is for the hot path
 from collections.abc import Hashable
@@ -55,8 +56,8 @@ class Calls:
 
     __slots__ = ("_options", "_runner", "_source")
 
-    def __init__(self, runner: Runner, source: Source, options: Options) -> None:
-        self._runner = runner
+    def __init__(self, runner: Runner | None, source: Source, options: Options) -> None:
+        self._runner = runner  # None for the runner itself: it must not be part of a reference cycle
         self._source = source
         self._options = options
 
@@ -76,7 +77,8 @@ class Calls:
 
     def submit(self, *args: Any, **kwargs: Any) -> RunFuture:
         """Queue a run now and return its future; raises as `run` does, but for what comes later."""
-        runner, options = self._runner, self._options
+        runner: Runner = self._runner or self  # type: ignore[assignment]
+        options = self._options
         if _get_running_loop() is not runner.loop:
             raise _wrong_loop(runner)
         inputs = runner.call_spec.flatten(args, kwargs)
@@ -115,7 +117,7 @@ class Calls:
             DeadlineExceededError: The timeout passed.
             AotiSchedError: As `run`.
         """
-        runner = self._runner
+        runner = self._owner
         if _get_running_loop() is runner.loop:
             raise UnsupportedLoopError(
                 f"runner {runner.name!r}: run_blocking() was called on the event loop's own thread and would wait "
@@ -147,7 +149,7 @@ class Calls:
         if tenant is msgspec.UNSET:
             whose = old.tenant
         else:
-            whose = None if tenant is None else self._runner.whole.tenants.of(tenant)
+            whose = None if tenant is None else self._owner.whole.tenants.of(tenant)
         if timeout is msgspec.UNSET:
             timeout = old.timeout
         elif timeout is not None:
@@ -166,8 +168,12 @@ class Calls:
     def _with(self, options: Options) -> Self:
         return type(self)(self._runner, self._source, options)
 
+    @property
+    def _owner(self) -> Runner:
+        return self._runner or self  # type: ignore[return-value]
+
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self._runner.name!r} on {self._runner.device}>"
+        return f"<{type(self).__name__} {self._owner.name!r} on {self._owner.device}>"
 
 
 class RunnerView(Calls):
@@ -180,7 +186,7 @@ class RunnerView(Calls):
 
         The slot is granted in the order of the queue, with this view's priority and timeout.
         """
-        return LeaseContext(self._runner, self._source, self._options)
+        return LeaseContext(self._owner, self._source, self._options)
 
 
 class Runner(RunnerView):
@@ -193,6 +199,7 @@ class Runner(RunnerView):
     __slots__ = (
         "_close",
         "_info",
+        "_whole",
         "arrive",
         "as_here",
         "blocking",
@@ -214,7 +221,6 @@ class Runner(RunnerView):
         "updates",
         "waits",
         "weights",
-        "whole",
     )
 
     def __init__(
@@ -235,7 +241,7 @@ class Runner(RunnerView):
         blocking: BlockingCalls,
         close: Callable[[Runner, bool], Awaitable[None]],
     ) -> None:
-        super().__init__(self, state, options)
+        super().__init__(None, state, options)
         self.name = info.name
         self.device = info.device
         self.state = state
@@ -258,7 +264,7 @@ class Runner(RunnerView):
         self.blocking = blocking
         self.weights = LiveWeights()
         self.tenants = Tenants()
-        self.whole: Runner = self
+        self._whole: Runner | None = None
         self.place: Callable[[Job], Runner] | None = None
         self.left = ""
         self._info = info
@@ -275,6 +281,25 @@ class Runner(RunnerView):
         return (self,)
 
     @property
+    def whole(self) -> Runner:
+        """The runner that this replica belongs to; itself on one device."""
+        return self._whole or self
+
+    def join(self, whole: Runner) -> None:
+        """Become a replica of this runner."""
+        self._whole = whole
+
+    def let_go(self) -> None:
+        """The runner is closed: drop what makes reference cycles. Requests are refused as before."""
+        for replica in self.loaded:
+            replica._whole = None  # noqa: SLF001 -- of its own class
+        if self.place is not None:
+            serves = bool(self.replicas)
+            self.place = functools.partial(
+                _closed, f"runner {self.name!r} is closed" if serves else self._why_nowhere()
+            )
+
+    @property
     def absent(self) -> bool:
         """Whether it has left, and others serve in its place."""
         return bool(self.left and self.whole.replicas)
@@ -288,8 +313,11 @@ class Runner(RunnerView):
     def nowhere(self, job: Job) -> Runner:
         """No replica takes requests any more."""
         del job
+        raise RunnerClosedError(self._why_nowhere())
+
+    def _why_nowhere(self) -> str:
         why = "; ".join(replica.left for replica in self.loaded)
-        raise RunnerClosedError(f"runner {self.name!r}: no device is left to run on: {why}")
+        return f"runner {self.name!r}: no device is left to run on: {why}"
 
     def _with(self, options: Options) -> Self:
         return RunnerView(self, self._source, options)  # type: ignore[return-value]  # a view, not a second owner
@@ -454,15 +482,22 @@ class Runner(RunnerView):
 
     async def drain(self) -> None:
         """Refuse new requests and wait until all accepted ones, held leases included, are through."""
+        self._must_be_here()
         await asyncio.shield(self.dispatcher.drain(self.state, terminate=False))
 
     async def aclose(self) -> None:
         """Drain, then free the model. Shielded from cancellation; closing twice waits for the same end."""
+        self._must_be_here()
         await self._close(self, False)
 
     async def terminate(self) -> None:
         """Fail what is queued with RunnerClosedError, wait for what runs, then free the model."""
+        self._must_be_here()
         await self._close(self, True)
+
+    def _must_be_here(self) -> None:
+        if _get_running_loop() is not self.loop:
+            raise _wrong_loop(self)
 
 
 class Lease(Calls):
@@ -486,7 +521,7 @@ class Lease(Calls):
 
     def release(self) -> None:
         """Give the slot back, once the runs accepted so far are through. Doing so twice is fine."""
-        self._runner.dispatcher.release(self._state)
+        self._owner.dispatcher.release(self._state)
 
 
 class LeaseContext:
@@ -543,6 +578,11 @@ def _priority(value: object) -> Priority:
         raise ConfigError(
             f"options(priority=): expected Priority.HIGH, NORMAL or LOW, got {brief(value)}."
         ) from None
+
+
+def _closed(why: str, job: Job) -> Runner:
+    del job
+    raise RunnerClosedError(why)
 
 
 def _wrong_loop(runner: Runner) -> UnsupportedLoopError:

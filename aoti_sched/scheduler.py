@@ -15,7 +15,6 @@ import anyio
 import anyio.from_thread
 import anyio.to_thread
 import msgspec
-from anyio.abc import TaskGroup
 
 from aoti_sched import loading
 from aoti_sched.arguments import text
@@ -44,14 +43,14 @@ from aoti_sched.config import (
 )
 from aoti_sched.dispatch import Clock, Dispatcher, LoopClock
 from aoti_sched.errors import (
-    AotiSchedError,
     ConfigError,
     DeviceLostError,
     RunnerClosedError,
     UnsupportedLoopError,
     brief,
 )
-from aoti_sched.foreign import own, raise_again, said
+from aoti_sched.foreign import said
+from aoti_sched.housekeeping import Housekeeping
 from aoti_sched.package.given import named
 from aoti_sched.parking import Parking, account, claim
 from aoti_sched.queue import device_queue
@@ -114,7 +113,7 @@ class Scheduler:
         self._drained: set[str] = set()  # devices
         self._shares: dict[str, tuple[int, ...]] = {}  # cores of parts of the CPU for which none were named
         self._all_closed: asyncio.Future[None] | None = None
-        self._tasks: TaskGroup | None = None
+        self._house: Housekeeping | None = None
         self._closed = False
 
     @classmethod
@@ -133,18 +132,17 @@ class Scheduler:
                 "scheduler in an asyncio thread of its own and call runner.run_blocking(...) through "
                 "trio.to_thread.run_sync."
             )
-        if self._tasks is not None or self._closed:
+        if self._house is not None or self._closed:
             raise UnsupportedLoopError("a Scheduler is entered once; make a new one")
         self._loop = asyncio.get_running_loop()
         self._blocking = BlockingCalls(self._loop, real_time=self._clock is None)
         self._limiter = anyio.CapacityLimiter(2)  # loads and deletes: they compete with runs for cores
         limiter = anyio.CapacityLimiter(2)
         self._parking = Parking(limiter)
-        self._updates = Updates(self._start, self._parking, limiter, self._clock or LoopClock(self._loop))
-        self._errands: asyncio.Queue[Callable[[], Awaitable[object]] | None] = asyncio.Queue()
-        ready = asyncio.Event()
-        self._house = asyncio.create_task(self._keep_house(ready), name="aoti_sched housekeeping")
-        await ready.wait()
+        self._house = Housekeeping(self._blocking.end)
+        clock = self._clock or LoopClock(self._loop)
+        self._updates = Updates(self._house.start, self._parking, limiter, clock)
+        await self._house.open()
         try:
             for name, model in self._config.models.items():
                 await self._load(name, model, None)
@@ -156,27 +154,15 @@ class Scheduler:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._tasks is None:
+        if self._house is None:
             return
         with anyio.CancelScope(shield=True):  # anyio would cancel each wait in here anew
             try:
                 await self._close_all(terminate=kind is not None)
-            finally:
-                self._errands.put_nowait(None)
-                await asyncio.shield(self._house)
-
-    async def _keep_house(self, ready: asyncio.Event) -> None:
-        """The task that owns the task group, so that a scheduler may be entered in one task and left in another.
-
-        It starts what is asked for where no task runs, until there are no more errands.
-        """
-        try:
-            async with anyio.create_task_group() as self._tasks:
-                ready.set()
-                while (errand := await self._errands.get()) is not None:
-                    self._start(errand)
-        finally:
-            self._blocking.end()  # `asyncio.run` cancels this task when it ends
+            except asyncio.CancelledError:
+                if self._all_closed is not None:
+                    await asyncio.wait({self._all_closed})
+                raise
 
     @property
     def runners(self) -> Mapping[str, Runner]:
@@ -584,9 +570,7 @@ class Scheduler:
 
     async def _unload(self, loaded: Sequence[tuple[Prepared, Dispatcher, Holding]]) -> None:
         for prepared, dispatcher, holding in loaded:
-            await in_worker(
-                prepared.container.close, self._limiter, f"runner {prepared.info.name!r}: closing"
-            )
+            await self._close_here_or_there(prepared.container.close, f"runner {prepared.info.name!r}")
             dispatcher.forget(holding)
 
     async def _places(self, settings: ModelConfig) -> list[str]:
@@ -730,17 +714,23 @@ class Scheduler:
                 memory_limit=settings.memory_limit,
                 evicts=settings.evict is not None,
             )
-            dispatcher = self._dispatchers[name] = Dispatcher(
-                self._loop,
-                self._clock or LoopClock(self._loop),
-                queue,
-                device.open_executor(lanes, settings.affinity, settings.launchers),
-                log_requests=self._config.log_requests,
-                on_failing=self._look_after,
-                on_lost=self._lose,
-                on_park=lambda state: self._run_errand(self._parking.park, state),
-                on_return=lambda state: self._run_errand(self._parking.bring_back, state),
-            )
+            executor = device.open_executor(lanes, settings.affinity, settings.launchers)
+            try:
+                dispatcher = Dispatcher(
+                    self._loop,
+                    self._clock or LoopClock(self._loop),
+                    queue,
+                    executor,
+                    log_requests=self._config.log_requests,
+                    on_failing=self._look_after,
+                    on_lost=self._lose,
+                    on_park=lambda state: self._run_errand(self._parking.park, state),
+                    on_return=lambda state: self._run_errand(self._parking.bring_back, state),
+                )
+            except BaseException:
+                executor.close()
+                raise
+            self._dispatchers[name] = dispatcher
             log.info("device opened", device=name, executor=dispatcher.executor.kind, lanes=lanes)
         return dispatcher
 
@@ -752,7 +742,7 @@ class Scheduler:
             self._run_errand(self._updates.renew, state)
 
     def _run_errand(self, errand: Callable[[Runner], Awaitable[object]], state: RunnerState) -> None:
-        self._errands.put_nowait(functools.partial(errand, self._replica_of(state)))
+        self._at_work().start_soon(functools.partial(errand, self._replica_of(state)))
 
     def _replica_of(self, state: RunnerState) -> Runner:
         return next(one for one in self._runners[state.name].loaded if one.state is state)
@@ -765,7 +755,7 @@ class Scheduler:
                 if replica.device == device and any(one.state.phase is Phase.OPEN for one in others):
                     log.error("device lost", device=device, runner=runner.name, error=error)
                     self._leave(replica, f"{device!r} was lost: {said(error)}")
-                    self._errands.put_nowait(functools.partial(self._free_lost, replica))
+                    self._at_work().start_soon(functools.partial(self._free_lost, replica))
 
     async def _free_lost(self, replica: Runner) -> None:
         try:
@@ -782,26 +772,33 @@ class Scheduler:
     async def _close_runner(self, runner: Runner, terminate: bool) -> None:
         if self._runners.get(runner.name) is not runner:
             return  # closed before
+        self._at_work().must_be_here()
         for replica in runner.loaded:
             replica.dispatcher.drain(replica.state, terminate=terminate)
         closing = self._closing.get(runner.name)
         if closing is None:
 
             async def work() -> None:
-                frees = [self._free(replica) for replica in runner.loaded]
-                faults = [f for f in await asyncio.gather(*frees, return_exceptions=True) if f is not None]
-                if faults:
-                    raise faults[0]
+                try:
+                    frees = [self._free(replica) for replica in runner.loaded]
+                    faults = [
+                        f for f in await asyncio.gather(*frees, return_exceptions=True) if f is not None
+                    ]
+                    if faults:
+                        raise faults[0]  # closing again tries again
+                finally:
+                    del self._closing[runner.name]
                 for replica in runner.loaded:
                     del self._freed[replica]
-                del self._runners[runner.name], self._closing[runner.name]
+                del self._runners[runner.name]
                 self._names.discard(runner.name)
+                runner.let_go()
 
-            closing = self._closing[runner.name] = self._start(work)
+            closing = self._closing[runner.name] = self._at_work().start(work)
         await asyncio.shield(closing)
 
     def _free(self, replica: Runner) -> asyncio.Future[None]:
-        """Drain what is on one device, and free it; done when it is gone."""
+        """Drain what is on one device, and free it; done when it is gone. After a failure the next call tries again."""
         freed = self._freed.get(replica)
         if freed is None:
             drained = replica.dispatcher.drain(replica.state, terminate=False)
@@ -809,41 +806,63 @@ class Scheduler:
 
             async def work() -> None:
                 slow = self._loop.call_later(SLOW_CLOSE, _log_slow_close, replica)
-                await drained
-                slow.cancel()
-                async with replica.weights.turn:  # an update under way ends first
-                    await self._parking.still(replica)
-                    replica.dispatcher.remove(replica.state)
-                    await in_worker(
-                        replica.container.close, self._limiter, f"runner {replica.name!r}: closing"
-                    )
-                    replica.dispatcher.forget(replica.state.memory)
+                try:
+                    await drained
+                    slow.cancel()
+                    async with replica.weights.turn:  # an update under way ends first
+                        await self._parking.still(replica)
+                        replica.dispatcher.remove(replica.state)
+                        await self._close_here_or_there(replica.container.close, f"runner {replica.name!r}")
+                        replica.dispatcher.forget(replica.state.memory)
+                except BaseException:
+                    del self._freed[replica]
+                    raise
+                finally:
+                    slow.cancel()
                 log.info("model closed", runner=replica.name, device=replica.device)
 
-            freed = self._freed[replica] = self._start(work)
+            freed = self._freed[replica] = self._at_work().start(work)
         return freed
 
+    async def _close_here_or_there(self, close: Callable[[], None], what: str) -> None:
+        """Close in a thread, since that may wait; where no thread can be started, on the loop's: it must be closed."""
+        await in_worker(close, self._limiter, f"{what}: closing", or_here=True)
+
     async def _close_all(self, *, terminate: bool) -> None:
+        house = self._house
+        if house is None or not house.is_open:
+            self._closed = True
+            return  # never entered, or closed
+        house.must_be_here()
         self._closed = True
 
         async def work() -> None:
             closes = [self._close_runner(runner, terminate) for runner in list(self._runners.values())]
             faults = [f for f in await asyncio.gather(*closes, return_exceptions=True) if f is not None]
-            for dispatcher in self._dispatchers.values():  # whatever became of the models, no thread stays
+            for name, dispatcher in list(
+                self._dispatchers.items()
+            ):  # whatever became of the models, no thread stays
                 dispatcher.close()
-                await anyio.to_thread.run_sync(dispatcher.executor.close, limiter=self._limiter)
-            self._dispatchers.clear()
+                try:
+                    await self._close_here_or_there(dispatcher.executor.close, f"device {name!r}")
+                except Exception as fault:  # noqa: BLE001 -- it is raised below
+                    faults.append(fault)
+                else:
+                    del self._dispatchers[name]
             self._blocking.end()
             if faults:
+                self._all_closed = None  # closing again tries again
                 raise faults[0]
+            house.finish()
 
         if self._all_closed is None:
-            self._all_closed = self._start(work)
+            self._all_closed = house.start(work)
         elif terminate:  # whoever closes already has less to wait for
             for runner in list(self._runners.values()):
                 for replica in runner.loaded:
                     replica.dispatcher.drain(replica.state, terminate=True)
         await asyncio.shield(self._all_closed)
+        await house.ended()
 
     # --- housekeeping --------------------------------------------------------------------------------
 
@@ -856,34 +875,21 @@ class Scheduler:
                 raise RunnerClosedError(f"runner {runner.name!r} is closed, or belongs to another scheduler")
 
     def _must_be_open(self) -> None:
-        if self._tasks is None:
+        if self._closed:
+            raise RunnerClosedError("the scheduler is closed")
+        if self._house is None:
             raise RunnerClosedError(
                 "the scheduler is not running; use `async with Scheduler() as scheduler:`"
             )
-        if self._closed:
-            raise RunnerClosedError("the scheduler is closed")
-
-    def _start(self, work: Callable[[], Awaitable[_T]]) -> asyncio.Future[_T]:
-        """Run `work` to its end in the scheduler's own task group, whatever happens to the caller."""
-        outcome: asyncio.Future[Any] = self._loop.create_future()
-        outcome.add_done_callback(_look_at)
-
-        async def carry() -> None:
-            with anyio.CancelScope(shield=True):
-                try:
-                    outcome.set_result(await work())
-                except BaseException as error:  # noqa: BLE001 -- it is raised where the outcome is awaited; siblings go on
-                    outcome.set_exception(own(error, AotiSchedError, "the operation"))
-                    if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                        self._loop.call_soon(raise_again, error)  # out of the loop, as from any callback
-
-        if self._tasks is None:
-            raise RunnerClosedError("the scheduler is not running")
-        self._tasks.start_soon(carry)
-        return outcome
+        self._house.must_be_here()
 
     async def _housekeep(self, work: Callable[[], Awaitable[_T]]) -> _T:
-        return await asyncio.shield(self._start(work))
+        return await asyncio.shield(self._at_work().start(work))
+
+    def _at_work(self) -> Housekeeping:
+        if self._house is None:
+            raise RunnerClosedError("the scheduler is not running")
+        return self._house
 
 
 def _open_device(name: str, cores: Sequence[int] | None) -> Device:
@@ -907,12 +913,6 @@ def _count_devices(kind: str) -> int:
     from aoti_sched.backends.devices import count_devices
 
     return count_devices(kind)
-
-
-def _look_at(outcome: asyncio.Future[Any]) -> None:
-    """Mark an outcome's error as seen: its caller may have been cancelled."""
-    if not outcome.cancelled():
-        outcome.exception()
 
 
 def _log_slow_close(runner: Runner) -> None:

@@ -8,27 +8,50 @@ from typing import TypeVar
 import anyio
 import anyio.to_thread
 
-from aoti_sched.errors import LoadError
-from aoti_sched.foreign import own
+from aoti_sched.errors import LoadError, ResourcesError
+from aoti_sched.foreign import ended_by
 
 _T = TypeVar("_T")
 
 
-async def in_worker(call: Callable[[], _T], limiter: anyio.CapacityLimiter, what: str) -> _T:
+async def in_worker(
+    call: Callable[[], _T], limiter: anyio.CapacityLimiter, what: str, *, or_here: bool = False
+) -> _T:
     """Call in a worker thread. The call goes on to its end when it is given up, and so does its caller.
 
     Args:
         call: Blocks.
         limiter: Of the threads.
         what: Names the call in a `LoadError`, which stands for a `BaseException` that it raises.
+        or_here: Call on the loop's thread where no thread can be started.
+
+    Raises:
+        ResourcesError: No thread can be started, or the call has met such a limit.
     """
+    began = False
+    # What is raised is handed back as a value: anyio's future would hold it, and its traceback the future.
+    raised: list[Exception] = []
+    returned: list[_T] = []
 
-    def guarded() -> _T:
+    def guarded() -> None:
+        nonlocal began
+        began = True
         try:
-            return call()
-        except Exception:
-            raise
-        except BaseException as error:
-            raise own(error, LoadError, what) from error
+            returned.append(call())
+        except BaseException as error:  # noqa: BLE001 -- it is raised below
+            raised.append(ended_by(error, LoadError, what))
 
-    return await anyio.to_thread.run_sync(guarded, limiter=limiter)
+    try:
+        await anyio.to_thread.run_sync(guarded, limiter=limiter)
+    except (RuntimeError, MemoryError, OSError) as error:
+        if began:
+            raise
+        if not or_here:
+            raise ResourcesError(
+                f"{what}: no thread can be started: {error}. Nothing has changed; end other threads, or raise the limit"
+            ) from error
+    if not began:
+        guarded()
+    if raised:
+        raise raised.pop()
+    return returned.pop()

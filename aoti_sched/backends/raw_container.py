@@ -95,9 +95,11 @@ class RawContainer:
         """Free the container. No call may be going on. Closing twice does nothing."""
         if self._handle is not None:
             handle, self._handle = self._handle, None
-            self.library.call(_PREFIX + "Delete", handle)
-            free(self._lent)
-            self._lent.clear()
+            try:
+                self.library.call(_PREFIX + "Delete", handle)
+            finally:
+                free(self._lent)
+                self._lent.clear()
 
     # --- runs ---------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from aoti_sched.backends.base import Completion, CRun, Work
 from aoti_sched.backends.c_abi import explain_failure, libtorch
 from aoti_sched.backends.handles import free, handles_of, tensors_of
 from aoti_sched.errors import AotiSchedError, InputMismatchError, RunError
-from aoti_sched.foreign import said
+from aoti_sched.foreign import out_of_resources, said
 
 # As `c_abi` describes them, but callers keep the GIL. Made once for each address.
 _run_at = functools.lru_cache(1024)(
@@ -103,7 +103,7 @@ def without_frames(error: BaseException) -> BaseException:
     it as text. One that can't be changed so is replaced by an error that names it.
     """
     try:
-        return _without_frames(error)
+        return _without_frames(out_of_resources(error, "the run") or error)
     except BaseException as fault:  # noqa: BLE001 -- a foreign error's own methods may raise anything
         return RunError(f"the run raised {type(error).__name__}, which can't be passed on: {said(fault)}")
 

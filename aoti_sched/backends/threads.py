@@ -10,6 +10,7 @@ import os
 import queue
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -17,7 +18,7 @@ from aoti_sched.backends.at_exit import close_at_exit
 from aoti_sched.backends.base import Completion, Work
 from aoti_sched.backends.bell import Bell
 from aoti_sched.backends.run_here import refused, run_here, run_raw, without_frames
-from aoti_sched.errors import UnsupportedLoopError
+from aoti_sched.errors import ResourcesError, UnsupportedLoopError
 
 DRAIN_LIMIT = 256
 """Completions per `drain`, so that a burst does not hold the loop."""
@@ -49,24 +50,44 @@ class ThreadsExecutor:
         self.lanes = lanes
         self._name = name
         self._process = os.getpid()
-        self._set_threads = set_threads
         self._bell: Bell | None = None
         if ring is None:
-            self._bell = Bell()
+            try:
+                self._bell = Bell()
+            except OSError as error:
+                raise ResourcesError(
+                    f"device {name!r}: no descriptor is left for its lanes: {error}. Nothing has changed; close files, "
+                    "or raise the limit"
+                ) from error
             ring = self._bell.ring
         self._ring = ring
         self._done: deque[Completion] = deque()
-        self._inboxes: list[queue.SimpleQueue[Work | None]] = [queue.SimpleQueue() for _ in range(lanes)]
-        cores: Sequence[int | None] = affinity or [None] * lanes
-        self._threads = [
-            threading.Thread(target=self._serve, args=(inbox, core), name=f"aoti:{name}:{lane}", daemon=True)
-            for lane, (inbox, core) in enumerate(zip(self._inboxes, cores, strict=True))
-        ]
+        self._running = running = _Running([queue.SimpleQueue() for _ in range(lanes)])
+        self._inboxes = running.inboxes
         self._closed = False
         self.lost: Callable[[], str] = str  # a device says more
-        for thread in self._threads:
-            thread.start()
-        close_at_exit(self)
+        # The threads hold what they need and not the executor: one that is let go without `close` ends them, too.
+        weakref.finalize(self, running.end).atexit = False
+        close_at_exit(running)
+        cores: Sequence[int | None] = affinity or [None] * lanes
+        try:
+            for lane, (inbox, core) in enumerate(zip(self._inboxes, cores, strict=True)):
+                thread = threading.Thread(
+                    target=_serve,
+                    args=(running, inbox, self._done, ring, set_threads, core),
+                    name=f"aoti:{name}:{lane}",
+                    daemon=True,
+                )
+                thread.start()
+                running.threads.append(thread)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, (RuntimeError, MemoryError)):
+                raise ResourcesError(
+                    f"device {name!r}: {len(running.threads)} of {lanes} lanes were started, then no thread could be: "
+                    f"{error}. Nothing has changed; end other threads, or raise the limit"
+                ) from error
+            raise
 
     def submit(self, lane: int, work: Work) -> bool:
         if os.getpid() != self._process:
@@ -97,10 +118,7 @@ class ThreadsExecutor:
         if self._closed:
             return
         self._closed = True
-        for inbox in self._inboxes:
-            inbox.put(None)
-        for thread in self._threads:
-            thread.join()
+        self._running.close()
         if self._bell is not None:
             self._bell.close()
 
@@ -109,24 +127,49 @@ class ThreadsExecutor:
             f"device {self._name}: the process was forked after the lanes were made; make a new Scheduler in the child"
         )
 
-    def _serve(self, inbox: queue.SimpleQueue[Work | None], core: int | None) -> None:
-        if core is not None:
-            os.sched_setaffinity(0, {core})  # 0 is the calling thread
-        threads = 0
-        while (work := inbox.get()) is not None:
-            outputs: list[object] | None = None
-            error: BaseException | None = None
-            started = time.monotonic()
-            try:
-                if work.threads != threads:
-                    self._set_threads(work.threads)
-                    threads = work.threads
-                outputs = run_raw(work)
-            except BaseException as caught:  # noqa: BLE001 -- it is the request's, and must not end the lane
-                error = without_frames(caught)
-            completion = Completion(work.token, outputs, error, started, time.monotonic())
-            # Let go of the job's tensors before anybody can see it finished.
-            del work, outputs, error
-            self._done.append(completion)
-            del completion
-            self._ring()
+
+class _Running:
+    """The threads of an executor; each of them keeps this, so that those still running are waited for at exit."""
+
+    def __init__(self, inboxes: list[queue.SimpleQueue[Work | None]]) -> None:
+        self.inboxes = inboxes
+        self.threads: list[threading.Thread] = []
+
+    def end(self) -> None:
+        for inbox in self.inboxes:
+            inbox.put(None)
+
+    def close(self) -> None:
+        self.end()
+        for thread in self.threads:
+            thread.join()
+
+
+def _serve(
+    _: _Running,
+    inbox: queue.SimpleQueue[Work | None],
+    done: deque[Completion],
+    ring: Callable[[], None],
+    set_threads: Callable[[int], None],
+    core: int | None,
+) -> None:
+    if core is not None:
+        os.sched_setaffinity(0, {core})  # 0 is the calling thread
+    threads = 0
+    while (work := inbox.get()) is not None:
+        outputs: list[object] | None = None
+        error: BaseException | None = None
+        started = time.monotonic()
+        try:
+            if work.threads != threads:
+                set_threads(work.threads)
+                threads = work.threads
+            outputs = run_raw(work)
+        except BaseException as caught:  # noqa: BLE001 -- it is the request's, and must not end the lane
+            error = without_frames(caught)
+        completion = Completion(work.token, outputs, error, started, time.monotonic())
+        # Let go of the job's tensors before anybody can see it finished.
+        del work, outputs, error
+        done.append(completion)
+        del completion
+        ring()

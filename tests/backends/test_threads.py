@@ -199,11 +199,26 @@ def test_no_ring_is_lost_between_threads(bell):
 def test_a_closed_bell_gives_its_descriptors_back(bell):
     fds = {bell.fd, bell._write_end}
     other = Bell()
+    others = {other.fd, other._write_end}
     other.close()
+    other.close()
+    other.ring()
+    other.hush()
+    assert other.fd == -1
     again = Bell()
-    assert {again.fd, again._write_end}.isdisjoint(fds)
-    assert (again.fd, again._write_end) == (other.fd, other._write_end)
+    assert {again.fd, again._write_end} == others
+    assert others.isdisjoint(fds)
     again.close()
+
+
+def test_a_bell_that_is_let_go_gives_its_descriptors_back(bell):
+    fd = bell.fd
+    del bell
+    again = Bell()
+    assert again.fd != fd, "the fixture keeps the first one"
+    dropped = again.fd
+    del again
+    assert Bell().fd == dropped
 
 
 def test_completions_of_two_executors_are_their_own():

@@ -18,7 +18,7 @@ from aoti_sched.backends.cpu import CpuDevice, set_threads
 from aoti_sched.backends.executor import open_executor
 from aoti_sched.backends.native import executor as native
 from aoti_sched.backends.native.executor import NativeExecutor
-from aoti_sched.errors import RunError
+from aoti_sched.errors import ResourcesError, RunError
 from tests.backends.executor_contract import FOREVER, Function, LanesContract, collect, must, readable, work
 from tests.native.c_model import CModel, Gated, handles
 from tests.native.harness import tries
@@ -207,7 +207,7 @@ def test_outputs_that_can_not_be_made_ones_own_fail_their_run_alone(executor, ga
     first, second = collect(executor, 2)
     assert first.error is None
     assert (second.token, second.outputs) == (1, None)
-    assert isinstance(second.error, MemoryError)
+    assert isinstance(second.error, ResourcesError)
 
 
 def test_stamps_are_of_the_monotonic_clock_and_in_order(executor):

@@ -221,3 +221,6 @@ class Lanes:
     def count(self) -> int: ...
     def close(self) -> None:
         """Wait for what was submitted and join the threads."""
+
+    def hang_up(self) -> None:
+        """Close, and give the descriptor back: `fileno` is -1 from then on."""

@@ -22,7 +22,7 @@ from aoti_sched.backends.handles import address_of as _address
 from aoti_sched.backends.native import _native
 from aoti_sched.backends.run_here import refused, run_here, without_frames
 from aoti_sched.backends.threads import DRAIN_LIMIT, ThreadsExecutor
-from aoti_sched.errors import AotiSchedError, RunError, UnsupportedLoopError
+from aoti_sched.errors import AotiSchedError, ResourcesError, RunError, UnsupportedLoopError
 
 WRAP = "_Z16THPVariable_WrapRKN2at10TensorBaseE"
 """`THPVariable_Wrap(const at::TensorBase&)`, by which torch's C++ makes a tensor one of Python's."""
@@ -77,19 +77,13 @@ class NativeExecutor:
         self._name = name
         self._set_threads = set_threads
         self._affinity = affinity
-        self._native = _native.Lanes(
-            [f"aoti:{name}:{lane}" for lane in range(lanes)],
-            affinity or (),
-            cores,
-            _tensors(),
-            delete_tensor=_address("aoti_torch_delete_tensor_object"),
-            root_cause=_address("torch_exception_get_what_without_backtrace"),
-            get_threads=_address("_ZN2at15get_num_threadsEv"),
-            set_omp_threads=_address("omp_set_num_threads"),
-            set_mkl_threads=_address("MKL_Set_Num_Threads_Local"),
-            new_handle=_address("aoti_torch_new_tensor_handle"),
-            threads=launchers or 0,
-        )
+        try:
+            self._native = self._open(lanes, cores, affinity, launchers)
+        except (RuntimeError, MemoryError) as error:
+            raise ResourcesError(
+                f"device {name!r}: its {lanes} lanes can't be opened: {error}. Nothing has changed; end threads, close "
+                "files, or raise the limit"
+            ) from error
         self._works: dict[int, Work] = {}  # the lanes hold no Python object: what they work on lives here
         self._members: dict[int, object] = {}  # and the members of batches
         self._shim = shim_of_torch()
@@ -101,6 +95,23 @@ class NativeExecutor:
         self._count = 0
         self._stand_in: ThreadsExecutor | None = None
         close_at_exit(self)
+
+    def _open(
+        self, lanes: int, cores: int, affinity: Sequence[int] | None, launchers: int | None
+    ) -> _native.Lanes:
+        return _native.Lanes(
+            [f"aoti:{self._name}:{lane}" for lane in range(lanes)],
+            affinity or (),
+            cores,
+            _tensors(),
+            delete_tensor=_address("aoti_torch_delete_tensor_object"),
+            root_cause=_address("torch_exception_get_what_without_backtrace"),
+            get_threads=_address("_ZN2at15get_num_threadsEv"),
+            set_omp_threads=_address("omp_set_num_threads"),
+            set_mkl_threads=_address("MKL_Set_Num_Threads_Local"),
+            new_handle=_address("aoti_torch_new_tensor_handle"),
+            threads=launchers or 0,
+        )
 
     def submit(self, lane: int, work: Work) -> bool:
         run = work.container.c_run
@@ -201,9 +212,9 @@ class NativeExecutor:
         return self._native.fileno()
 
     def close(self) -> None:
-        self._native.close()
-        if self._stand_in is not None:
+        if self._stand_in is not None:  # first, since its threads ring the lanes' bell
             self._stand_in.close()
+        self._native.hang_up()
 
     def _drained(self, taken: _native.Taken) -> Completion:
         work = self._works.pop(taken[0])
@@ -264,6 +275,10 @@ class NativeExecutor:
         """What the lanes refused, in the words of this package."""
         if isinstance(error, _native.ForkedError):
             return UnsupportedLoopError(f"device {self._name}: {error}")
+        if isinstance(error, MemoryError):
+            return ResourcesError(
+                f"device {self._name}: no memory is left for the run. Free some and try again"
+            )
         if isinstance(error, RuntimeError) and not isinstance(error, AotiSchedError):
             return RuntimeError(f"device {self._name}: {error}")
         return error

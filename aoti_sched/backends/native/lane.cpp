@@ -69,18 +69,24 @@ Bell::Bell() {
 #endif
 }
 
-Bell::~Bell() {
+Bell::~Bell() { close(); }
+
+void Bell::close() {
+  if (read_end_ < 0) return;
   if (write_end_ != read_end_) ::close(write_end_);
   ::close(read_end_);
+  read_end_ = write_end_ = -1;
 }
 
 void Bell::ring() {
+  if (write_end_ < 0) return;
   const std::uint64_t one = 1;
   while (::write(write_end_, &one, sizeof one) < 0 && errno == EINTR) {
   }
 }
 
 void Bell::hush() {
+  if (read_end_ < 0) return;
   std::uint64_t rings[64];
   while (::read(read_end_, rings, sizeof rings) < 0 && errno == EINTR) {
   }
@@ -214,6 +220,11 @@ void Lanes::close() {
   for (auto& thread : threads_) {
     if (thread->thread.joinable()) thread->thread.join();
   }
+}
+
+void Lanes::hang_up() {
+  close();
+  bell_.close();  // no thread is left that rings
 }
 
 void Lanes::finish(Completion&& completion) {

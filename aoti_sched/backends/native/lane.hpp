@@ -29,6 +29,7 @@ class Bell {
   Bell& operator=(const Bell&) = delete;
   void ring();
   void hush();
+  void close();  // once no thread rings any more; twice does nothing
   int descriptor() const { return read_end_; }
 
  private:
@@ -65,6 +66,9 @@ class Lanes {
 
   // Waits for what was submitted, then joins the threads. Closing twice does nothing.
   void close();
+
+  // Closes, and gives the descriptor back: it is -1 from then on.
+  void hang_up();
 
  private:
   struct Lane;

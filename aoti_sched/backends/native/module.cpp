@@ -303,6 +303,12 @@ class PyLanes {
     lanes_->close();
   }
 
+  void hang_up() {
+    if (forks != born_) return;
+    const WithoutGil without_gil;
+    lanes_->hang_up();
+  }
+
  private:
   static aoti::Runtime runtime(std::uintptr_t delete_tensor, std::uintptr_t root_cause, std::uintptr_t get_threads,
                                std::uintptr_t set_omp_threads, std::uintptr_t set_mkl_threads,
@@ -564,5 +570,6 @@ NB_MODULE(_native, module) {
       .def("ring", &PyLanes::ring, "Make the descriptor readable.")
       .def("fileno", &PyLanes::fileno)
       .def("count", &PyLanes::count)
-      .def("close", &PyLanes::close, "Wait for what was submitted and join the threads.");
+      .def("close", &PyLanes::close, "Wait for what was submitted and join the threads.")
+      .def("hang_up", &PyLanes::hang_up, "Close, and give the descriptor back: `fileno` is -1 from then on.");
 }
