@@ -92,6 +92,9 @@ class Scheduler:
 
     Use it as `async with Scheduler() as scheduler:`. On leaving, accepted requests are finished; when the
     block fails, queued ones fail with RunnerClosedError and only running ones are waited for.
+
+    Raises:
+        ConfigError: A setting is of the wrong type or out of range; the message gives its path.
     """
 
     def __init__(
