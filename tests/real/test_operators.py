@@ -71,8 +71,8 @@ async def test_they_do_not_hold_the_loop(executor):
         x = matrices(1024)
         shares = []
         for _ in range(10):  # another process may have the core for a while
-            future = runner.submit(x)
             stamps = [time.monotonic()]
+            future = runner.submit(x)
             while not future.done():
                 await asyncio.sleep(0)
                 stamps.append(time.monotonic())
