@@ -64,7 +64,8 @@ class CudaDevice(Accelerator):
 
     @contextmanager
     def keeping_current(self) -> Iterator[None]:
-        with self.driver.current(None), self.module.device(self.index):
+        # The thread may be a new one, which has no context yet.
+        with self.driver.current(self.context), self.module.device(self.index):
             yield
 
     def native_functions(self) -> dict[str, int]:

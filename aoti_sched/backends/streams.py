@@ -575,13 +575,13 @@ class StreamContainer(OnStreams, CAbiContainer):
     # --- live weights ----------------------------------------------------------------------------------
 
     def _fold(self, raw: RawContainer, *, inactive: bool) -> None:
-        with self._device.turn():
+        with self._device.keeping_current(), self._device.turn():
             raw.fold(inactive=inactive, stream=self._house.handle)
             self._house.fence()
             self._device.settle()  # what is no parameter was copied over on the default stream
 
     def _full_set(self, chosen: Chosen, *, check_finite: bool) -> list[tuple[Constant, torch.Tensor]]:
-        with self._device.turn():  # laying tensors out is work of the device's, too, when they are there
+        with self._device.keeping_current(), self._device.turn():  # laying tensors out is work of the device's, too, when they are there
             return super()._full_set(chosen, check_finite=check_finite)
 
     def _write(self, ready: list[tuple[Constant, torch.Tensor]]) -> int:
@@ -607,7 +607,7 @@ class StreamContainer(OnStreams, CAbiContainer):
         self._device.settle()  # the runtime reads them on the default stream, and does not wait
 
     def extract(self, *, inactive: bool = False) -> dict[str, torch.Tensor]:
-        with self._device.turn():
+        with self._device.keeping_current(), self._device.turn():
             constants = super().extract(inactive=inactive)
             self._device.settle()
         return constants
