@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from aoti_sched.errors import CompileError
-from aoti_sched.findings import Findings, separated
 from aoti_sched.specs import (
     METADATA_KEY,
     BatchDim,
@@ -34,11 +33,12 @@ from aoti_sched.specs import (
     with_one_symbol,
 )
 from aoti_sched.validation import lies_in_order
-from aoti_sched.weight_names import names_of
 
 if TYPE_CHECKING:
     import torch
     from torch.export import ExportedProgram
+
+    from aoti_sched.findings import Findings
 
 
 def compile_package(
@@ -84,6 +84,9 @@ def compile_package(
             rows influence each other.
     """
     import torch
+
+    from aoti_sched.findings import Findings, separated
+    from aoti_sched.weight_names import names_of
 
     target = Path(path)
     if target.suffix != ".pt2":

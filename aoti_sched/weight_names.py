@@ -6,7 +6,6 @@ only the module and its exported program tell. torch is imported late: this file
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 from typing import TYPE_CHECKING
 
@@ -50,6 +49,8 @@ def names_of(module: torch.nn.Module, program: ExportedProgram) -> tuple[WeightN
 
 def digest_of(tensor: torch.Tensor) -> str:
     """Return a digest of dtype, shape and values; "" for a tensor that is large, or has no plain values to read."""
+    import ctypes
+
     import torch
 
     if (

@@ -581,7 +581,10 @@ class StreamContainer(OnStreams, CAbiContainer):
             self._device.settle()  # what is no parameter was copied over on the default stream
 
     def _full_set(self, chosen: Chosen, *, check_finite: bool) -> list[tuple[Constant, torch.Tensor]]:
-        with self._device.keeping_current(), self._device.turn():  # laying tensors out is work of the device's, too, when they are there
+        with (
+            self._device.keeping_current(),
+            self._device.turn(),
+        ):  # laying tensors out is work of the device's, too, when they are there
             return super()._full_set(chosen, check_finite=check_finite)
 
     def _write(self, ready: list[tuple[Constant, torch.Tensor]]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import decimal
+import fractions
 import functools
 import gc
 import logging
@@ -18,7 +18,7 @@ import pytest
 import structlog
 
 import aoti_sched
-from aoti_sched import Scheduler, event_log
+from aoti_sched import ConfigError, Scheduler, event_log
 from aoti_sched.queue.ending import SLICE
 from aoti_sched.testing import FakeBackend
 from tests.front.support import fleet, until, weights
@@ -502,7 +502,7 @@ class Odd(float):
     __hash__ = None
 
 
-@pytest.mark.parametrize("timeout", [Odd(3), decimal.Decimal(3), True, 3])
+@pytest.mark.parametrize("timeout", [Odd(3), fractions.Fraction(3), 3])
 async def test_a_timeout_is_a_plain_number_from_options_on(timeout):
     async with fleet("a") as its:
         (a,) = its
@@ -511,13 +511,13 @@ async def test_a_timeout_is_a_plain_number_from_options_on(timeout):
         assert await view.run() == (1, 1)
 
 
-@pytest.mark.parametrize("timeout", ["3", b"3", [], 10**400, float("nan"), Odd(-1)])
+@pytest.mark.parametrize("timeout", ["3", b"3", [], True, 10**400, float("nan"), Odd(-1)])
 async def test_what_is_no_number_of_seconds_is_refused_by_options(timeout):
     async with fleet("a") as its:
         (a,) = its
-        with pytest.raises((TypeError, ValueError)):
+        with pytest.raises(ConfigError, match="timeout"):
             a.options(timeout=timeout)
-        with pytest.raises(TypeError):
+        with pytest.raises(ConfigError, match="min_epoch"):
             a.options(min_epoch="1")
 
 

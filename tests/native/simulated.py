@@ -147,7 +147,9 @@ class Simulator:
         return self._over(XpuDevice(index, module=self.module, type=KIND))
 
     def mps(self) -> MpsDevice:
-        return self._over(MpsDevice(module=self.module, type=KIND))
+        device = self._over(MpsDevice(module=self.module, type=KIND))
+        device.keeping_current = self.module.in_context  # MPS has no contexts; the simulated driver has
+        return device
 
     def _over(self, device):
         device.address = self.address
@@ -302,7 +304,8 @@ class Module:
 
     @contextlib.contextmanager
     def device(self, index):
-        yield
+        with self.in_context(index):
+            yield
 
     def synchronize(self, index=0):
         with self.in_context(index):

@@ -558,5 +558,7 @@ def test_a_directory_that_cannot_be_is_explained(package, environment, name):
             package.extract(cache_dir=Path(name))
     else:
         environment.setenv("AOTI_SCHED_CACHE", name)
-        with pytest.raises(PackageError, match=r"AOTI_SCHED_CACHE='~nosuchuser/x': .*Set it to a directory"):
+        with pytest.raises(
+            PackageError, match=r"AOTI_SCHED_CACHE='~nosuchuser/x': .*Write the directory in full"
+        ):
             package.extract()
