@@ -77,6 +77,15 @@ def listed(values: Iterable[object], most: int = 8) -> str:
     return f"[{', '.join(map(brief, values[:most]))}{more}]"
 
 
+def first_line(error: BaseException) -> str:
+    """Return an error's kind and the first line of its text, at most 200 characters."""
+    try:
+        text = str(error).strip().splitlines()
+    except Exception:  # noqa: BLE001 -- a foreign `__str__` may raise anything
+        text = []
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:200]
+
+
 def clipped(thing: object, width: int = 160) -> str:
     """Return `str(thing)`, its middle left out where it has more than `width` characters."""
     text = str(thing)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from aoti_sched.errors import first_line
 from aoti_sched.specs import DynamicDim, ExampleSpec, RowEvidence, TensorSpec
 
 if TYPE_CHECKING:
@@ -387,9 +388,3 @@ def symbols_of(specs: Iterable[TensorSpec]) -> list[str]:
     """The symbols of the specs' dynamic dimensions, in order of appearance."""
     dims = [dim for spec in specs for dim in spec.shape if isinstance(dim, DynamicDim)]
     return list(dict.fromkeys(dim.symbol for dim in dims))
-
-
-def first_line(error: BaseException) -> str:
-    """An error's kind and the first line of its text, at most 200 characters."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"[:200]

@@ -1,6 +1,6 @@
 """What `compile_package` finds out by running a module: beside its exported program, and beside the compiled code.
 
-Everything runs in a forked child where the platform has one (`apart`), so no trial changes the module, the random state or
+Everything runs in a forked child where the platform has one (`child`), so no trial changes the module, the random state or
 the process. Models for a device can't run in a forked child. There, a copy of the module and the exported program are run in
 this process, and the compiled code is not run.
 """
@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from aoti_sched import apart
+from aoti_sched import child
+from aoti_sched.errors import first_line
 from aoti_sched.evidence import (
     ROWS,
     difference,
     example_of,
-    first_line,
     guarded,
     row_evidence,
     symbols_of,
@@ -149,7 +149,7 @@ class Findings:
         dtypes += [leaf.dtype for leaf in (*spec.inputs, *spec.outputs) if isinstance(leaf, TensorSpec)]
         self._tolerance: float | None = tolerance_of(dtypes)
         self._sizes = self._example_sizes()
-        self._apart = apart.can_fork() and all(spec.device == "cpu" for spec in self._specs)
+        self._apart = child.can_fork() and all(spec.device == "cpu" for spec in self._specs)
         self._apart = self._apart and all(
             tensor.is_cpu for tensor in (*module.parameters(), *module.buffers())
         )
@@ -200,7 +200,7 @@ class Findings:
         if together:
             return self._spec
         for other, refused in zip(others, different, strict=True):
-            if refused and refused != apart.TOO_LONG:
+            if refused and not child.is_unknown(refused):
                 self._spec = msgspec.structs.replace(
                     self._spec,
                     inputs=with_one_symbol(self._spec.inputs, other, first),
@@ -245,7 +245,7 @@ class Findings:
         if self.impossible or not self._apart or not self._sizes:
             return
         control, *_ = self._answers([lambda: self._compiled(library, self._sizes)])
-        if control == apart.DIED or control.startswith(_RAISES):
+        if control == child.DIED or control.startswith((_RAISES, child.NOT_STARTED)):
             return  # it can't be run apart (without its weights, say), and tells nothing
         if control:
             self._values = False
@@ -310,7 +310,7 @@ class Findings:
             return max(low, EXPORTED_FROM), f"Smaller sizes were not tried: {self.impossible}."
         untried = "no run was tried"
         least = EXPORTED_FROM if high is None else min(EXPORTED_FROM, high)
-        if self._found.get((symbol, least), "") not in ("", apart.TOO_LONG):
+        if (refused := self._found.get((symbol, least), "")) and not child.is_unknown(refused):
             least += 1
         else:
             while least > low and not self._found.get((symbol, least - 1), untried):
@@ -321,14 +321,14 @@ class Findings:
 
     # --- trials -------------------------------------------------------------------------------------------
 
-    def _answers(self, trials: Sequence[apart.Trial]) -> list[str]:
+    def _answers(self, trials: Sequence[child.Trial]) -> list[str]:
         if not trials:
             return []
         if self._apart:
-            return apart.answers(trials, seconds=SECONDS)
+            return child.answers(trials, seconds=SECONDS, prepare=_one_thread)
         return self._answers_here(trials)
 
-    def _answers_here(self, trials: Sequence[apart.Trial]) -> list[str]:
+    def _answers_here(self, trials: Sequence[child.Trial]) -> list[str]:
         """Without a child: on a copy of the module."""
         import torch
 
@@ -546,7 +546,13 @@ def _varied(examples: Sequence[ExampleSpec], specs: Sequence[TensorSpec]) -> tup
     )
 
 
-def _answer(trial: apart.Trial) -> str:
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _answer(trial: child.Trial) -> str:
     try:
         return trial()
     except Exception as error:  # noqa: BLE001 -- a model raises what it likes

@@ -10,8 +10,8 @@ import msgspec
 from aoti_sched.batching import Grouping, group, must_be_independent, must_not_write_inputs, of_calls
 from aoti_sched.call_spec import CallSpec, ExportedCallSpec
 from aoti_sched.config import Batching
-from aoti_sched.errors import AotiSchedError, ConfigError, InputMismatchError, LoadError
-from aoti_sched.evidence import example_of, first_line, tensors_like
+from aoti_sched.errors import AotiSchedError, ConfigError, InputMismatchError, LoadError, first_line
+from aoti_sched.evidence import example_of, tensors_like
 from aoti_sched.probing import Findings, Rows, Symbol, examine, symbols_in, with_least
 from aoti_sched.queue.placement import FOLLOW_LIMIT, HOP_OF_ONE, Placement, Placing
 from aoti_sched.specs import (

@@ -1,6 +1,6 @@
 """What running a model at load shows of it: the least sizes, whether rows are independent, which inputs it writes to.
 
-Blocking; policy only. On a CPU the runs happen in a child process (`backends/child.py`), so that one which goes wrong ends nothing,
+Blocking; policy only. On a CPU the runs happen in a child process (`child.py`), so that one which goes wrong ends nothing,
 prints nothing and changes no buffer. On other devices, and where there are no child processes, only sizes that the compiler knew of
 are run, and size 1.
 """
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from aoti_sched.backends.child import Tell, can_fork, in_child
+from aoti_sched.child import NOT_STARTED, Tell, can_fork, in_child
+from aoti_sched.errors import first_line
 from aoti_sched.evidence import (
     ROWS,
     difference,
-    first_line,
     guarded,
     laid_out,
     row_evidence,
@@ -163,7 +163,8 @@ def examine(
         trying = _take(findings, todo, told)
         if not end:
             break
-        end = f"a process that ran it so did not survive: {end}"
+        if not end.startswith(NOT_STARTED):
+            end = f"a process that ran it so did not survive: {end}"
         if trying is None:
             findings.failure = findings.failure or end
             if rows is not None and findings.rows is None:

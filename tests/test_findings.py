@@ -1,13 +1,11 @@
 """What running a module shows before it is compiled: least sizes, rows, and whether it was exported right. Nothing is compiled."""
 
-import os
-
 import pytest
 import torch
 from torch import nn
 from torch.export import Dim, export
 
-from aoti_sched import apart
+from aoti_sched.child import can_fork
 from aoti_sched.compile import _check_outputs, _described, _with_batch
 from aoti_sched.errors import CompileError
 from aoti_sched.findings import Findings, separated
@@ -17,7 +15,7 @@ from tests.models import build
 # torch's exporter copies call specs through a class that torch itself deprecates.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),
-    pytest.mark.skipif(not apart.can_fork(), reason="trials run in forked children"),
+    pytest.mark.skipif(not can_fork(), reason="trials run in forked children"),
 ]
 
 ROWS, ANY = {0: Dim("rows")}, {0: Dim.AUTO}
@@ -320,36 +318,3 @@ def test_strides_that_depend_on_several_sizes_are_refused():
     all_three = {0: Dim("a"), 1: Dim("b"), 2: Dim("c")}
     with pytest.raises(CompileError, match=r"is not dense, and its strides.*Pass example\.contiguous"):
         found(lambda x: x + 1, torch.ones(4, 5, 6, 8)[..., :6], dynamic=all_three)
-
-
-# --- apart ----------------------------------------------------------------------------------------------
-
-
-def test_what_ends_a_child_is_an_answer_and_the_rest_is_still_tried():
-    def fails():
-        raise ValueError("first line\nsecond line")
-
-    trials = [lambda: "one", os.abort, fails, lambda: os._exit(3), lambda: "five"]
-    assert apart.answers(trials, seconds=60) == [
-        "one",
-        apart.DIED,
-        "ValueError: first line",
-        apart.DIED,
-        "five",
-    ]
-
-
-def test_what_takes_too_long_is_ended():
-    import signal
-
-    assert apart.answers([lambda: "one", lambda: signal.pause() or "", lambda: "three"], seconds=1) == [
-        "one",
-        apart.TOO_LONG,
-        apart.TOO_LONG,
-    ]
-
-
-def test_kernels_run_in_parallel_in_a_child_of_a_process_that_ran_some():
-    a = torch.ones(512, 512)
-    a @ a
-    assert apart.answers([lambda: str(float((a @ a).sum()))], seconds=60) == [str(float(512**3))]

@@ -18,9 +18,9 @@ LAYERS = {
     "errors": ["errors"],
     "words": [
         "call_spec",
+        "child",
         "compile",
         "config",
-        "apart",
         "arguments",
         "event_log",
         "evidence",

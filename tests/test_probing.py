@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from aoti_sched.backends.child import can_fork
+from aoti_sched.child import can_fork
 from aoti_sched.errors import RunError
 from aoti_sched.probing import Rows, Symbol, examine, symbols_in, with_least
 from aoti_sched.specs import DynamicDim, ExampleSpec, TensorSpec

@@ -25,7 +25,7 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-import aoti_sched.apart
+import aoti_sched.child
 import aoti_sched.compile
 import aoti_sched.evidence
 import aoti_sched.findings
@@ -33,7 +33,7 @@ import aoti_sched.specs
 from tests.models.definitions import DEFINITIONS, Definition
 
 _COMPILERS = (
-    aoti_sched.apart,
+    aoti_sched.child,
     aoti_sched.compile,
     aoti_sched.evidence,
     aoti_sched.findings,
