@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict, defaultdict, deque, namedtuple
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from aoti_sched.errors import InputMismatchError, LoadError, brief, listed
+from aoti_sched.errors import InputMismatchError, LoadError, brief, shortened
 from aoti_sched.specs import COMPUTED, BoolSpec, FloatSpec, IntegerSpec, LeafSpec, LiteralSpec
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ class ExportedCallSpec:
             raise self._misfit(path, f"a {kind} of {len(node.children)}: {node}", _describe(value))
         if kind == "dict":
             if value.keys() != set(node.keys or ()):
-                raise self._misfit(path, f"the keys {listed(node.keys or ())}", listed(value))
+                raise self._misfit(path, f"the keys {_listed(node.keys or ())}", _listed(value))
             for key, child in zip(node.keys or (), node.children):  # noqa: B905
                 self._walk(child, value[key], f"{path}[{key!r}]", leaves)
             return
@@ -370,3 +370,7 @@ def _collect(spec: Any, value: Any, leaves: list[Any]) -> bool:
 def _describe(value: Any) -> str:
     size = f" of {len(value)}" if isinstance(value, (tuple, list, dict)) else ""
     return f"{type(value).__name__}{size}"
+
+
+def _listed(keys: Iterable[Any]) -> str:
+    return f"[{shortened(map(brief, keys), rest=', ... and {} more')}]"

@@ -4,7 +4,8 @@ One hierarchy under `AotiSchedError`. A message names the thing (model, input, c
 what was expected, what came, and what to do. Where a caller may want to branch on the parts, they are
 attributes too. This file imports nothing of ours, so every layer may use it.
 
-No message is longer than a screen, and none carries what a terminal or a log would obey: `readable` sees to both.
+No message is longer than a screen, and none carries what a terminal or a log would obey: `readable` sees to both. Within a
+message, `brief` shortens a value's `repr`, `clipped` a text, `shortened` a list, and `first_line` a foreign error.
 """
 
 from __future__ import annotations
@@ -70,13 +71,6 @@ def brief(value: object) -> str:
         return f"<{type(value).__name__}>"
 
 
-def listed(values: Iterable[object], most: int = 8) -> str:
-    """Return the values as a list's `repr` would show them, the first `most` of them and how many there are more."""
-    values = list(values)
-    more = f", ... and {len(values) - most} more" if len(values) > most else ""
-    return f"[{', '.join(map(brief, values[:most]))}{more}]"
-
-
 def first_line(error: BaseException) -> str:
     """Return an error's kind and the first line of its text, at most 200 characters."""
     try:
@@ -95,19 +89,19 @@ def clipped(thing: object, width: int = 160) -> str:
     return f"{text[:half]}...{text[-half:]}"
 
 
-def shortened(items: Iterable[object], limit: int = 8, width: int = 160) -> str:
-    """Return the first `limit` items, each clipped to `width` characters, and how many more there are.
+def shortened(items: Iterable[object], limit: int = 8, width: int = 160, rest: str = " and {} more") -> str:
+    """Return the first `limit` items, each clipped to `width` characters, and how many more there are, in words.
 
-    `items` must end; each is read. Pass `map(repr, names)` for quoted names.
+    `items` must end; each is read. Pass `map(repr, names)` for quoted names, `map(brief, values)` for values of any kind.
     """
-    listed: list[str] = []
+    shown: list[str] = []
     more = 0
     for item in items:
-        if len(listed) < limit:
-            listed.append(clipped(item, width))
+        if len(shown) < limit:
+            shown.append(clipped(item, width))
         else:
             more += 1
-    return ", ".join(listed) + (f" and {more} more" if more else "")
+    return ", ".join(shown) + (rest.format(more) if more else "")
 
 
 class AotiSchedError(Exception):
