@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from aoti_sched.backends.base import Container
 
 LIMIT = 10.0
-"""Seconds that all runs of a model's probe may take."""
+"""Seconds that the runs in one child may take. A child that dies is followed by another, at most 2 x symbols + 2."""
 
 _TRUSTED = 2
 """The compiler takes every dynamic size for at least this."""
