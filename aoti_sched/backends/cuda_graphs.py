@@ -28,7 +28,7 @@ from aoti_sched.backends.container import CAbiContainer
 from aoti_sched.backends.handles import each_once, handles_of
 from aoti_sched.backends.raw_container import RawContainer
 from aoti_sched.backends.reading import Abandoned, Reading
-from aoti_sched.backends.streams import Slot, StreamContainer
+from aoti_sched.backends.streams import Slot, StreamContainer, write
 from aoti_sched.errors import ConfigError
 from aoti_sched.package import Extracted
 from aoti_sched.specs import ModelSpec
@@ -83,7 +83,7 @@ class Graph:
     def launch(self, slot: Slot, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         """Launch it on the slot's stream, which is the current one; the outputs are the caller's own."""
         for own, given in zip(self._inputs, inputs, strict=True):
-            own.copy_(given)
+            write(own, given)
         self._device.launch_graph(self._executable, slot.stream.handle)
         home = each_once(
             self._outputs,
@@ -184,7 +184,10 @@ class GraphContainer(StreamContainer):
         Raises:
             RuntimeError: The model does what can't be recorded.
         """
-        inputs = [torch.empty_like(tensor) for tensor in like]
+        # With their strides: the model's code has them built in.
+        inputs = [
+            torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=self._cuda.name) for t in like
+        ]
         recorded = self._cuda.module.CUDAGraph()
         with self._cuda.recording:
             # Other threads go on using the device meanwhile: what they may not do then is this thread's concern alone.

@@ -331,6 +331,24 @@ class Accelerator(ABC):
         return raw
 
 
+def copied(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    """Return a copy on a device with the same strides, whatever these are."""
+    there = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
+    write(there, tensor)
+    return there
+
+
+def write(to: torch.Tensor, given: torch.Tensor) -> None:
+    """Copy the elements of `given`. Of those that are one element of `to`, along a dimension of stride 0, the first is copied.
+
+    Torch refuses to write to one element several times.
+    """
+    for dim, step in enumerate(to.stride()):
+        if step == 0 and to.size(dim) > 1:
+            to, given = to.narrow(dim, 0, 1), given.narrow(dim, 0, 1)
+    to.copy_(given)
+
+
 class Slot:
     """One of a container's slots: a stream that is its alone, and what is done around a run on it."""
 
@@ -388,10 +406,7 @@ class Slot:
         ]
 
     def _bring(self, tensor: torch.Tensor) -> torch.Tensor:
-        there = torch.empty_strided(
-            tensor.size(), tensor.stride(), dtype=tensor.dtype, device=self.device.name
-        )
-        return there.copy_(tensor.detach())
+        return copied(tensor.detach(), self.device.name)
 
     def home(self, outputs: list[Any]) -> list[Any]:
         """The outputs where they are wanted."""
@@ -601,10 +616,7 @@ class StreamContainer(OnStreams, CAbiContainer):
     def _bring(self, tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         """Host tensors on the device, for models that can't take them from the host; inside they are written."""
         with self._house.current():
-            brought = [
-                torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=self._device.name).copy_(t)
-                for t in tensors
-            ]
+            brought = [copied(tensor, self._device.name) for tensor in tensors]
             self._house.fence()
         yield brought
         self._device.settle()  # the runtime reads them on the default stream, and does not wait

@@ -40,14 +40,15 @@ def open_executor(device, how, lanes):
     return executor
 
 
-def load(device, cache, *, instances=1, older=False, mixed=False, chain=False, twice=False, **options):
+def load(device, cache, *, instances=1, older=False, mixed=False, chain=False, twice=False, row=4, **options):
     """The compiled model on a device: y = x * weight, which is ones.
 
-    `mixed`: and times a factor on the host, 1. `chain`: times weight again. `twice`: y is both of two outputs.
+    `mixed`: and times a factor on the host, 1. `chain`: times weight again. `twice`: y is both of two outputs. `row`: elements from
+    one row of x to the next.
     """
     request = LoadRequest(
         name="times",
-        path=model_path(older=older, mixed=mixed, chain=chain, twice=twice),
+        path=model_path(older=older, mixed=mixed, chain=chain, twice=twice, row=row),
         model_name=None,
         instances=instances,
         sha256=None,

@@ -68,6 +68,17 @@ def test_a_recorded_run_gives_what_the_run_gave(recorded, executor, sim, where, 
         assert (container.graphs, sim.graphs()) == (2, 2), number
 
 
+@pytest.mark.parametrize("row", [0, 6], ids=["expanded", "a part of wider rows"])
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_a_recorded_run_reads_inputs_that_are_not_dense(recorded, executor, sim, where, row):
+    container = recorded(copy_inputs=True, row=row)
+    for number in range(4):
+        memory = torch.rand(20) if where == "host" else torch.rand(20).to("sim")
+        x = memory.as_strided((3, 4), (row, 1))
+        assert torch.equal(run(executor, container, x), x.cpu()), number
+        assert (container.graphs, sim.graphs()) == (1, 1), number
+
+
 @pytest.mark.parametrize("home", [None, "cpu"])
 def test_one_tensor_that_a_recorded_run_gives_twice_is_one(recorded, executor, home):
     container = recorded(copy_inputs=True, copy_outputs=home, twice=True)

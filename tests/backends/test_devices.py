@@ -564,6 +564,17 @@ def run_once(executor, container):
     return completion.outputs[0].cpu()[0, 0].item()
 
 
+@pytest.mark.parametrize("row", [0, 6], ids=["expanded", "a part of wider rows"])
+def test_inputs_that_are_not_dense_are_brought_with_their_strides(device, executors, loaded, row):
+    container = loaded(device, copy_inputs=True, row=row)
+    x = torch.rand(20).as_strided((3, 4), (row, 1))
+    executor = executors(device)
+    executor.submit(0, work(container, x))
+    (completion,) = collect(executor, 1)
+    assert completion.error is None
+    assert torch.equal(completion.outputs[0].cpu(), x)
+
+
 @pytest.mark.parametrize("older", [False, True], ids=["new", "older"])
 @pytest.mark.parametrize("where", ["cpu", "sim"])
 def test_weights_are_replaced_from_the_host_and_from_the_device(device, executors, loaded, where, older):

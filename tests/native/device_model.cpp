@@ -12,6 +12,8 @@
 //
 // With TWICE, y is both of two outputs, by one handle as torch's models have it.
 //
+// With ROW, the rows of x lie so many elements apart, whatever strides x has, as code is compiled for the strides of its example.
+//
 // With MIXED, y = x * w * f: f is a constant of the model that lies in the host's memory, as torch's may.
 #include <array>
 #include <atomic>
@@ -45,6 +47,12 @@ namespace {
 constexpr std::int64_t kWidth = 4;
 constexpr std::size_t kBytes = kWidth * sizeof(float);
 
+#ifdef ROW
+constexpr std::int64_t kRow = ROW;
+#else
+constexpr std::int64_t kRow = kWidth;
+#endif
+
 thread_local std::string last_error;
 
 #ifdef MIXED
@@ -76,12 +84,13 @@ struct Product {
   const float* w;
   float factor;
   std::int64_t rows;
+  std::int64_t row = kWidth;  // from one row of x to the next
 };
 
 void multiply(void* argument) {
   const Product& product = *static_cast<Product*>(argument);
   for (std::int64_t i = 0; i < product.rows * kWidth; ++i) {
-    product.y[i] = product.x[i] * product.w[i % kWidth] * product.factor;
+    product.y[i] = product.x[i / kWidth * product.row + i % kWidth] * product.w[i % kWidth] * product.factor;
   }
 }
 
@@ -206,6 +215,7 @@ std::int32_t run_once(Container* container, Handle* inputs, Handle* outputs, voi
   const Buffer& buffer = container->buffers[container->active];
   const float* const w = buffer.weight;
   const std::size_t bytes = static_cast<std::size_t>(rows) * kBytes;
+  const std::size_t read = static_cast<std::size_t>((rows - 1) * kRow + kWidth) * sizeof(float);
   std::int32_t status = 0;
   if (type != aoti_torch_device_type_privateuse1()) {
     last_error = "an input is not on the device";
@@ -216,23 +226,23 @@ std::int32_t run_once(Container* container, Handle* inputs, Handle* outputs, voi
     status = 1;
   } else if (rows > 0) {
     aoti_torch_get_data_ptr(outputs[0], &y);
-    const Product product{static_cast<float*>(y), static_cast<const float*>(x), w, buffer.factor, rows};
+    const Product product{static_cast<float*>(y), static_cast<const float*>(x), w, buffer.factor, rows, kRow};
 #ifdef CHAIN
     Handle between = nullptr;
     void* z = nullptr;
     aoti_torch_empty_strided(2, shape, strides, aoti_torch_dtype_float32(), aoti_torch_device_type_privateuse1(),
                              container->device, &between);
     aoti_torch_get_data_ptr(between, &z);
-    const Product first{static_cast<float*>(z), static_cast<const float*>(x), w, 1, rows};
+    const Product first{static_cast<float*>(z), static_cast<const float*>(x), w, 1, rows, kRow};
     const Product second{static_cast<float*>(y), static_cast<const float*>(z), w, 1, rows};
-    status = check(launch(stream, &multiply, first, {{z, bytes, 1}, {x, bytes, 0}, {w, kBytes, 0}}), "launch");
+    status = check(launch(stream, &multiply, first, {{z, bytes, 1}, {x, read, 0}, {w, kBytes, 0}}), "launch");
     if (status == 0) {
       status = check(launch(stream, &multiply, second, {{y, bytes, 1}, {z, bytes, 0}, {w, kBytes, 0}}), "launch");
     }
     aoti_torch_delete_tensor_object(between);
     if (status == 0 && rows == 13) status = check(cuStreamSynchronize(static_cast<CUstream>(stream)), "item");
 #else
-    status = check(launch(stream, &multiply, product, {{y, bytes, 1}, {x, bytes, 0}, {w, kBytes, 0}}), "launch");
+    status = check(launch(stream, &multiply, product, {{y, bytes, 1}, {x, read, 0}, {w, kBytes, 0}}), "launch");
 #endif
   }
 #ifdef TWICE

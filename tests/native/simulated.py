@@ -35,13 +35,16 @@ def driver_path() -> Path:
     )
 
 
-def model_path(*, older: bool = False, mixed: bool = False, chain: bool = False, twice: bool = False) -> Path:
+def model_path(
+    *, older: bool = False, mixed: bool = False, chain: bool = False, twice: bool = False, row: int = 4
+) -> Path:
     """The compiled model.
 
     An older one can't take constants from the host, a mixed one has a factor that lies there, a chain is two kernels, and
-    with `twice` one tensor is two outputs.
+    with `twice` one tensor is two outputs. Rows of its input lie `row` elements apart.
     """
     flags = ["-DOLDER"] * older + ["-DMIXED"] * mixed + ["-DCHAIN"] * chain + ["-DTWICE"] * twice
+    flags += [f"-DROW={row}"] * (row != 4)
     return compile_once(
         "device_model.so",
         [HERE / "device_model.cpp"],

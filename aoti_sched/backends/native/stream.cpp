@@ -56,6 +56,32 @@ bool same_strides(const Layout& one, const Layout& other) {
   return one.dtype == other.dtype && one.dims == other.dims && std::equal(one.strides, one.strides + one.dims, other.strides);
 }
 
+// Copies the elements of `from`. Of those that are one element of `to`, along a dimension of stride 0, the first is copied: torch
+// refuses to write to one element several times.
+void write(const Device& device, Handle to, Handle from) {
+  const Shim& shim = device.shim;
+  const Layout target = layout_of(shim, to);
+  std::vector<std::int64_t> sizes;
+  for (std::int64_t dim = 0; dim < target.dims; ++dim) {
+    if (target.strides[dim] != 0 || target.sizes[dim] < 2) continue;
+    if (sizes.empty()) sizes.assign(target.sizes, target.sizes + target.dims);
+    sizes[static_cast<std::size_t>(dim)] = 1;
+  }
+  if (sizes.empty()) {
+    demand(device.copy(to, from, 0), "copy_");
+    return;
+  }
+  const Layout source = layout_of(shim, from);
+  Handle once = nullptr;
+  Handle first = nullptr;
+  std::int32_t status = shim.reinterpret_tensor(to, target.dims, sizes.data(), target.strides, 0, &once);
+  if (status == 0) status = shim.reinterpret_tensor(from, source.dims, sizes.data(), source.strides, 0, &first);
+  if (status == 0) status = device.copy(once, first, 0);
+  if (first != nullptr) shim.delete_tensor(first);
+  if (once != nullptr) shim.delete_tensor(once);
+  demand(status, "copy_");
+}
+
 std::size_t aligned(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 }  // namespace
@@ -196,14 +222,14 @@ void Stream::Run::bring(std::vector<Handle>& inputs, const Graph* graph) {
                "cuMemcpyHtoDAsync");
         staged += aligned(layout.bytes);
       } else if (layout.bytes > 0) {
-        demand(device_.copy(there, here, 0), "copy_");
+        write(device_, there, here);
       }
     }
     if (own != nullptr) {
       const Handle given = std::exchange(inputs[input], nullptr);
       if (given == nullptr) continue;
       held_.push_back(given);
-      demand(device_.copy(own, given, 0), "copy_");
+      write(device_, own, given);
       continue;
     }
     Handle held = nullptr;
