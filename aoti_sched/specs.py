@@ -362,10 +362,15 @@ def _wrapper_strides(sizes: list[str], strides: list[str]) -> tuple[int, ...] | 
     return tuple(int(number[1]) for number in numbers if number is not None)
 
 
+_GROUPING = re.compile(r"static_cast<\w+>|[()]")
+
+
 def _product(expression: str) -> _Product | None:
+    """The number and the symbols that are multiplied. Torch casts the square of a symbol: `16L*(static_cast<int64_t>(s27*s27))`."""
     number = 1
     symbols = []
-    for factor in expression.split("*"):
+    # In a product brackets mean nothing, and a sum is no factor without them either.
+    for factor in _GROUPING.sub("", expression).split("*"):
         match = _FACTOR.match(factor.strip())
         if match is None:
             return None

@@ -254,6 +254,31 @@ def test_a_size_of_several_symbols_is_a_symbol_of_its_own():
     assert only(wrapper("s31*s77", "1L", bounds=["size[0] > 9"])).shape == (DynamicDim("s31*s77", max=9),)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "strides", "order"),
+    [
+        # The first is torch 2.13's text for an input [batch, n, n].
+        ("s77, s27, s27", "static_cast<int64_t>(s27*s27), s27, 1L", (0, 1, 2)),
+        ("s77, s27, s27", "1L, s27*s77, s77", (1, 2, 0)),
+        (
+            "s77, s27, s27, s27",
+            "static_cast<int64_t>(s27*s27*s27), static_cast<int64_t>(s27*s27), s27, 1L",
+            (0, 1, 2, 3),
+        ),
+        (
+            "s77, 4L, s27, s27",
+            "4L*(static_cast<int64_t>(s27*s27)), static_cast<int64_t>(s27*s27), s27, 1L",
+            (0, 1, 2, 3),
+        ),
+        ("s77, s27, s27", "static_cast<int64_t>(s27*s27) + 1L, s27, 1L", None),
+        ("s77, s27, s27", "s27*(s27 + 1L), s27, 1L", None),
+        ("s77, s27, s27", "s27, s27, 1L", None),
+    ],
+)
+def test_the_memory_order_is_read_where_two_sizes_are_one_symbol(sizes, strides, order):
+    assert only(wrapper(sizes, strides)).order == order
+
+
 def test_inputs_come_in_their_own_order_whatever_the_order_of_the_text():
     source = "".join(wrapper(f"{size}L", "1L", index=i, bounds=[f"{size} != size[0]"]) for i, size in
                      [(2, 30), (0, 10), (1, 20)])  # fmt: skip
