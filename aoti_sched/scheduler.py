@@ -17,7 +17,7 @@ import anyio.to_thread
 import msgspec
 
 from aoti_sched import loading
-from aoti_sched.arguments import text
+from aoti_sched.arguments import file_name, text
 from aoti_sched.arguments import timeout as seconds_or_none
 from aoti_sched.backends.base import LoadRequest
 from aoti_sched.blocking import BlockingCalls
@@ -47,6 +47,7 @@ from aoti_sched.errors import (
     DeviceLostError,
     RunnerClosedError,
     UnsupportedLoopError,
+    WeightsTypeError,
     brief,
 )
 from aoti_sched.foreign import said
@@ -267,6 +268,12 @@ class Scheduler:
             devices = tuple(devices)
         if inputs is not None:
             inputs = declared(f"{call}inputs", inputs)
+        if isinstance(weights, (str, os.PathLike)):
+            weights = file_name(f"{call}weights", weights)
+        elif weights is not None and not isinstance(weights, Mapping):
+            raise WeightsTypeError(
+                f"{call}weights: expected the path of a weights file, or a mapping from names to tensors, got {brief(weights)}."
+            )
         settings = ModelConfig(
             path=file,
             model_name=model_name,
@@ -288,7 +295,7 @@ class Scheduler:
             copy_outputs=copy_outputs,
             cuda_graphs=cuda_graphs,
             sha256=sha256,
-            weights=os.fsdecode(weights) if isinstance(weights, (str, os.PathLike)) else None,
+            weights=weights if isinstance(weights, str) else None,
             weights_strict=weights_strict,
         )
         return await self._load(

@@ -21,9 +21,10 @@ import contextlib
 import heapq
 import importlib
 import itertools
+import os
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,7 +36,7 @@ from aoti_sched.backends.batch import Staging
 from aoti_sched.backends.bell import Bell
 from aoti_sched.backends.reading import Reading
 from aoti_sched.dispatch import Clock
-from aoti_sched.errors import ConstantMismatchError, PackageNotFoundError
+from aoti_sched.errors import ConstantMismatchError, PackageNotFoundError, WeightsTypeError, brief
 from aoti_sched.scheduler import Scheduler
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -236,8 +237,27 @@ class FakeContainer:
 
 
 def _items(weights: Any) -> Iterator[tuple[str, Any]]:
-    """The names and values of a mapping, or of pairs."""
-    yield from weights.items() if isinstance(weights, Mapping) else weights
+    """The names and values of a mapping, or of pairs.
+
+    Raises:
+        WeightsTypeError: It is neither. No file is read: a function's weights are values of any kind.
+    """
+    if isinstance(weights, (str, bytes, os.PathLike)):
+        raise WeightsTypeError(
+            f"weights: the fake backend reads no file, and {brief(weights)} is a path. Give it a mapping from names to values."
+        )
+    if not isinstance(weights, Iterable):
+        raise WeightsTypeError(
+            f"weights: expected a mapping from names to values, or pairs, got {brief(weights)}."
+        )
+    for pair in weights.items() if isinstance(weights, Mapping) else weights:
+        try:
+            name, value = pair
+        except (TypeError, ValueError):
+            raise WeightsTypeError(
+                f"weights: expected pairs of a name and a value, got {brief(pair)}."
+            ) from None
+        yield name, value
 
 
 class FakeExecutor:
@@ -356,8 +376,8 @@ class FakeBackend:
                 path=str(request.path),
             )
         weights = self.weights.get(request.name) or self.weights.get(Path(request.path).stem) or {}
-        if isinstance(request.weights, Mapping):  # a file is not read: the model is none that it could be of
-            weights = request.weights
+        if request.weights is not None:
+            weights = dict(_items(request.weights))
         request.make_room(len(weights))
         container = FakeContainer(function, request.instances, weights)
         self.containers.append(container)

@@ -148,7 +148,12 @@ class Updates:
         timeout: float | None,  # noqa: ASYNC109 -- on the scheduler's clock
     ) -> dict[Runner, UpdateReport]:
         arguments.flags(
-            "update", partial=partial, fold=fold, check_finite=check_finite, keep_previous=keep_previous
+            "update",
+            partial=partial,
+            strict=strict,
+            fold=fold,
+            check_finite=check_finite,
+            keep_previous=keep_previous,
         )
         _check_barrier("update", barrier)
         each = {
@@ -189,7 +194,7 @@ class Updates:
         check_finite: bool,
         timeout: float | None,  # noqa: ASYNC109
     ) -> None:
-        arguments.flags("stage", partial=partial, fold=fold, check_finite=check_finite)
+        arguments.flags("stage", partial=partial, strict=strict, fold=fold, check_finite=check_finite)
         each = _shares(runner, weights)
 
         async def work(attempt: _Attempt) -> None:

@@ -24,6 +24,7 @@ from aoti_sched import (
     Scheduler,
     SchedulerConfig,
     TensorSpec,
+    WeightsTypeError,
 )
 from aoti_sched.testing import FakeBackend
 
@@ -96,6 +97,9 @@ LOAD = {
     "cuda_graphs": set(),
     "sha256": {"text", "empty text", "control characters", "a lone surrogate", "None"},  # a fake has none
     "inputs": {"None"},
+    "weights": {"None", "an empty dict"},
+    "weights_strict": FLAGS,
+    "warmup_inputs": {"None"},
 }
 OPTIONS = {
     "priority": {"None", "zero"},
@@ -165,13 +169,14 @@ async def test_any_argument_of_options_works_or_is_refused(scheduler, argument, 
 UPDATES = {
     "update": {
         "partial": FLAGS,
+        "strict": FLAGS,
         "fold": FLAGS,
         "keep_previous": FLAGS,
         "check_finite": FLAGS,
         "barrier": set(),
         "timeout": SECONDS | {"None"},
     },
-    "stage": {"partial": FLAGS, "fold": FLAGS, "check_finite": FLAGS},
+    "stage": {"partial": FLAGS, "strict": FLAGS, "fold": FLAGS, "check_finite": FLAGS},
     "commit": {"keep_previous": FLAGS, "barrier": set()},
     "rollback": {"barrier": set()},
     "extract": {"inactive": FLAGS},
@@ -196,6 +201,24 @@ async def test_any_argument_of_an_update_works_or_is_refused(method):
                     epoch = runner.epoch
                     await must_refuse(getattr(runner, method)(*given, **{argument: what}), argument)
                     assert runner.epoch == epoch
+
+
+@pytest.mark.parametrize(
+    "value", [value for value in NONSENSE if value not in ("an empty dict", "an empty list")]
+)
+async def test_what_are_no_weights_is_refused_by_a_fake_too(value):
+    backend = FakeBackend({"m": lambda x: x}, weights={"m": {"w": 1}}, auto=True)
+    async with Scheduler(devices={"cpu": backend}) as scheduler:
+        runner = await scheduler.load("m.pt2")
+        before = runner.epoch
+        await must_refuse(runner.update(NONSENSE[value]), "weights")
+        assert (runner.epoch, await runner.run(7)) == (before, 7)
+
+
+async def test_a_fake_refuses_a_weights_file_which_it_cannot_read(scheduler, tmp_path):
+    (tmp_path / "w.safetensors").write_bytes(b"")
+    with pytest.raises(WeightsTypeError, match="the fake backend reads no file"):
+        await scheduler.load("m.pt2", weights=tmp_path / "w.safetensors")
 
 
 @pytest.mark.parametrize("value", NONSENSE)
@@ -246,6 +269,7 @@ STRUCTS = {
         "pad_to": {"None", "a set"},
         "ragged": {"an empty dict"},
         "detach_rows": FLAGS,
+        "assume_independent": FLAGS,
     },
 }
 
