@@ -7,7 +7,6 @@ them; `go_on` ends the others. In between, a job may also be cancelled, or expir
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import islice
 
 from aoti_sched.errors import AotiSchedError
 from aoti_sched.queue.job import Job
@@ -53,8 +52,13 @@ class Ending:
 
     def some(self, most: int) -> list[Job]:
         """So many of the jobs that are left, by arrival."""
-        left = (job for job in self._each() if job.id <= self._last and (self.error or not job.exempt))
-        return sorted(islice(left, most), key=_arrival)
+        some: list[Job] = []
+        for job in self._each():  # no generator expression: compiled, that is a list of all
+            if job.id <= self._last and (self.error is not None or not job.exempt):
+                some.append(job)
+                if len(some) == most:
+                    break
+        return sorted(some, key=_arrival)
 
     def over(self) -> None:
         """None is left: they are halted no more."""

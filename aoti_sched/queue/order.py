@@ -250,9 +250,13 @@ class JobQueue:
 
     def each(self) -> Iterator[Job]:
         """All jobs, in no order that is promised; found one by one."""
-        for lines in (self._shown, *[self._by_key[key] for key in self._hidden if key in self._by_key]):
-            for line in lines.lines:
-                yield from line.each()
+        for line in self._shown.lines:
+            yield from line.each()
+        for key in self._hidden:
+            lines = self._by_key.get(key)
+            if lines is not None:
+                for line in lines.lines:
+                    yield from line.each()
 
     def jobs(self) -> list[Job]:
         """All jobs, by class, due time and arrival."""
