@@ -157,8 +157,9 @@ def check(queue: DeviceQueue) -> None:
     must(queue._goes_on or not queue._endings, "what is to go on has a next turn")
     _check_memory(queue, must)
     must(
-        sum(is_over(entry[2]) for entry in queue.timers.deadlines) == queue.timers.dead,
-        "dead deadlines are counted",
+        sum(not is_over(entry[2]) for entry in queue.timers.deadlines.entries())
+        == queue.timers.deadlines.alive,
+        "live deadlines are counted",
     )
 
 
