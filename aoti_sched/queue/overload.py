@@ -8,6 +8,9 @@ from collections.abc import Callable, Sequence
 from aoti_sched.queue.heap import Heap
 from aoti_sched.queue.job import Job, JobState
 
+VICTIMS = 32
+"""Jobs that make room for one newcomer at most: a newcomer that needs more is refused, so that no fact takes long."""
+
 
 def goodness(job: Job) -> tuple[float, float, int]:
     """The worst has the least."""
@@ -57,7 +60,7 @@ class Scope:
 
 
 def victims(newcomer: Job, scopes: Sequence[Scope]) -> list[Job]:
-    """Who must go so that the newcomer fits, the worst first; nobody, when it is the worst itself or that is not enough."""
+    """Who must go so that the newcomer fits, the worst first; nobody, when it is the worst itself or `VICTIMS` are not enough."""
     chosen: list[Job] = []
     taken: list[tuple[Worst, Job]] = []
     enough = True
@@ -66,7 +69,7 @@ def victims(newcomer: Job, scopes: Sequence[Scope]) -> list[Job]:
             job = scope.worst.pop()
             if job is not None:
                 taken.append((scope.worst, job))
-            if job is None or goodness(newcomer) < goodness(job):
+            if job is None or len(chosen) == VICTIMS or goodness(newcomer) < goodness(job):
                 enough = False
             elif job not in chosen:
                 chosen.append(job)

@@ -220,6 +220,37 @@ def test_what_waits_for_a_parked_runner_that_cannot_come_back_is_told_in_slices(
         assert {type(command.error) for command in revoked} == {LoadError}
 
 
+def test_gates_that_open_for_many_at_once_let_them_in_in_slices():
+    queue = device()
+    runner = add(queue, size=MANY)
+    running, large = Job(runner), Job(runner, bytes=MANY)
+    small = [Job(runner, Priority.LOW, bytes=1) for _ in range(MANY)]
+    queue.submit(running, 0.0)
+    queue.submit(large, 0.0)
+    send(queue, small)
+    commands = queue.cancel(large, 1.0)
+    let_in = [runner.load.jobs]
+    while GoOn() in commands:
+        commands = queue.go_on(1.0)
+        let_in.append(runner.load.jobs - sum(let_in))
+    assert let_in == [SLICE] * 5 + [3]
+    assert launches(queue.complete(running, 2.0)) == small[:1]
+
+
+def test_the_gate_of_a_lease_opens_for_many_in_slices_too():
+    queue = device()
+    runner = add(queue, size=MANY)
+    lease = take_lease(queue, runner)
+    running, large = Job(lease), Job(lease, bytes=MANY)
+    small = [Job(lease, Priority.LOW, bytes=1) for _ in range(MANY)]
+    queue.submit(running, 0.0)
+    queue.submit(large, 0.0)
+    send(queue, small)
+    parts = list(slices(queue, queue.cancel(large, 1.0)))
+    assert len(parts) == 6
+    assert all(job.state is JobState.QUEUED for job in small)
+
+
 @pytest.mark.parametrize("seed", [*range(30), None])
 def test_walks_in_slices_end_each_job_once(seed):
     seed = random.randrange(2**32) if seed is None else seed
