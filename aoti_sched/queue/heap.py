@@ -6,6 +6,7 @@ Those that are over are dropped when they are the least, and a few at a time onc
 from __future__ import annotations
 
 import heapq
+from abc import ABC, abstractmethod
 from typing import Any, Generic, TypeVar
 
 _E = TypeVar("_E", bound="tuple[Any, ...]")
@@ -19,7 +20,7 @@ MOVED = 4
 _NONE: list[Any] = []  # never changed
 
 
-class Heap(Generic[_E]):
+class Heap(ABC, Generic[_E]):
     """Entries are tuples that can be compared; a subclass says which are over.
 
     To be rid of those that are over, entries move to another heap: from the end, which leaves the rest a heap.
@@ -31,9 +32,9 @@ class Heap(Generic[_E]):
         self._entries: list[_E] = []
         self._old: list[_E] = _NONE  # what has not moved yet
 
+    @abstractmethod
     def is_over(self, entry: _E) -> bool:
         """Whether an entry has come to nothing."""
-        raise NotImplementedError
 
     def add(self, entry: _E) -> None:
         heapq.heappush(self._entries, entry)

@@ -192,6 +192,13 @@ def test_deadlines_that_pass_at_one_instant_expire_in_slices():
     assert not any(type(command) is WakeAt for part in seen[1:] for command in part)
 
 
+def test_a_slice_that_is_just_full_asks_for_no_other():
+    queue, runner, _ = scene()
+    jobs = [Job(runner, deadline=5.0) for _ in range(SLICE)]
+    send(queue, jobs)
+    assert queue.tick(5.0) == [Expire(job) for job in jobs]
+
+
 def test_jobs_that_are_late_when_a_lane_comes_free_expire_in_slices():
     queue, runner, running = scene()
     jobs = [Job(runner, deadline=5.0) for _ in range(MANY // 2 - 1)]
