@@ -285,10 +285,11 @@ class DeviceQueue:
     def open_barrier(self, runner: RunnerState, now: float, *, epoch: int | None = None) -> list[Command]:
         """Go on, on another epoch when one is given. Jobs that waited for it now take their place in the queue."""
         self._known(runner)
+        before = runner.epoch
         barrier.open_on(runner, epoch)
         commands: list[Command] = []
         if epoch is not None:
-            self._serve_epoch(runner, now, commands)
+            self._serve_epoch(runner, now, commands, back=runner.epoch < before)
         self._choice.enter(runner)
         self._dispatch(now, commands)
         self._see_what_is_over(runner, now, commands)
@@ -680,9 +681,12 @@ class DeviceQueue:
         if self.timers.keys:
             self._ripen(now)
         late = 0
+        admitted = 0
         while True:
-            self._open_gates(now, commands)
-            if late == SLICE:
+            while admitted < SLICE and (waits := self.room.next_admitted()) is not None:
+                self._admit(waits, now, commands, waited=True)
+                admitted += 1
+            if SLICE in (admitted, late):
                 self._ask_to_go_on(commands)
                 return
             job = self._choice.next(now)
@@ -888,10 +892,6 @@ class DeviceQueue:
         self.timers.ended(job)
         commands.append(Grant(job, lease))
 
-    def _open_gates(self, now: float, commands: list[Command]) -> None:
-        while (job := self.room.next_admitted()) is not None:
-            self._admit(job, now, commands, waited=True)
-
     def _leave_queue(self, job: Job, fact: Fact, now: float) -> None:
         """A job that is waiting or queued ends there."""
         waiting = job.state is JobState.WAITING
@@ -937,9 +937,9 @@ class DeviceQueue:
         job.source.runner.counters.revoked += 1
         commands.append(Revoke(job, error))
 
-    def _serve_epoch(self, runner: RunnerState, now: float, commands: list[Command]) -> None:
-        """The runner's epoch has changed: who waited for it may queue, who can't have theirs any more is told."""
-        for job in [*runner.waiting(), *runner.queue.jobs()]:
+    def _serve_epoch(self, runner: RunnerState, now: float, commands: list[Command], *, back: bool) -> None:
+        """The runner's epoch has changed: who waited for it may queue, who can't have theirs any more, since it went back, is told."""
+        for job in [*runner.waiting(), *runner.queue.jobs()] if back else []:
             error = barrier.epoch_refusal(job)
             if error is not None:
                 self._revoke(job, error, now, commands)

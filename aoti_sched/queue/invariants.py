@@ -73,7 +73,7 @@ def check(queue: DeviceQueue) -> None:
             must(lease.load.bytes == sum(job.bytes for job in jobs), "a lease's load counts its bytes")
             must(lease.load.within_bounds(), "no bound of a lease is exceeded")
             must(
-                not _has_room(lease) or lease.halted > 0,
+                not _has_room(lease) or lease.halted > 0 or queue._goes_on,
                 "nobody waits at a lease's gate when it has room",
             )
             must(not lease.closed, "a held lease is never closed")
@@ -128,7 +128,7 @@ def check(queue: DeviceQueue) -> None:
             "live jobs are somewhere",
         )
         must(runner.load.within_bounds(*_lease_loads(runner)), "no bound of a runner is exceeded")
-        if _has_room(runner) and not runner.halted:
+        if _has_room(runner) and not runner.halted and not queue._goes_on:
             at_gate = queue.room.gates.best()
             waits = None if at_gate is None else at_gate.gate.head()
             blocked = waits is not None and queue.load.refusal(waits.bytes) is not None
@@ -157,8 +157,9 @@ def check(queue: DeviceQueue) -> None:
     must(queue._goes_on or not queue._endings, "what is to go on has a next turn")
     _check_memory(queue, must)
     must(
-        sum(is_over(entry[2]) for entry in queue.timers.deadlines) == queue.timers.dead,
-        "dead deadlines are counted",
+        sum(not is_over(entry[2]) for entry in queue.timers.deadlines.entries())
+        == queue.timers.deadlines.alive,
+        "live deadlines are counted",
     )
 
 

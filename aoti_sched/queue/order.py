@@ -6,12 +6,12 @@ jobs; queues contend for lanes and for room. All of it is O(log n), and O(1) whe
 
 from __future__ import annotations
 
-import heapq
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator
 from typing import Generic, TypeVar
 
 from aoti_sched.queue.fair import Account
+from aoti_sched.queue.heap import Heap
 from aoti_sched.queue.job import Job, Priority
 
 _T = TypeVar("_T", bound=Hashable)
@@ -26,7 +26,7 @@ NOBODY = Account()
 """For lines between which there are no turns: it is never charged."""
 
 
-class Contest(Generic[_T]):
+class Contest(Heap["tuple[Rank, _T]"], Generic[_T]):
     """Things contending for something, the one with the least rank first.
 
     A heap of (rank, thing) entries that are not updated but checked when they surface. A thing must enter (or re-enter)
@@ -37,12 +37,15 @@ class Contest(Generic[_T]):
         rank_of: A thing's rank now; None while it is not eligible.
     """
 
-    __slots__ = ("_entered", "_heap", "_rank_of")
+    __slots__ = ("_entered", "_rank_of")
 
     def __init__(self, rank_of: Callable[[_T], Rank | None]) -> None:
+        super().__init__()
         self._rank_of = rank_of
-        self._heap: list[tuple[Rank, _T]] = []
         self._entered: dict[_T, Rank] = {}  # each thing's latest entry; older ones are stale
+
+    def is_over(self, entry: tuple[Rank, _T]) -> bool:
+        return self._entered.get(entry[1]) != entry[0]
 
     def enter(self, thing: _T) -> None:
         """Call when its rank may have fallen or it may have become eligible; entering twice does no harm."""
@@ -54,25 +57,23 @@ class Contest(Generic[_T]):
         """`enter`, by one who knows the rank and that it is eligible."""
         if self._entered.get(thing) == rank:
             return
-        heapq.heappush(self._heap, (rank, thing))
+        self.add((rank, thing))
         self._entered[thing] = rank
-        if len(self._heap) > 2 * len(self._entered) + 16:
-            self._heap = [entry for entry in self._heap if self._entered.get(entry[1]) == entry[0]]
-            heapq.heapify(self._heap)
+        self.tidy(len(self._entered))
 
     def leave(self, thing: _T) -> None:
         """Forget a thing that is gone for good."""
         self._entered.pop(thing, None)
+        self.tidy(len(self._entered))
 
     def best(self) -> _T | None:
         """The thing that goes next; None when none is eligible."""
-        heap = self._heap
-        while heap:
-            rank, thing = heap[0]
+        while (least := self.least()) is not None:
+            rank, thing = least
             current = self._rank_of(thing)
             if current == rank:
                 return thing
-            heapq.heappop(heap)
+            self.drop()
             if self._entered.get(thing) == rank:
                 del self._entered[thing]
                 if current is not None:
@@ -80,21 +81,24 @@ class Contest(Generic[_T]):
         return None
 
 
-class InOrder:
+class InOrder(Heap["tuple[float, int, Job]"]):
     """Jobs by a number, ties by their ids; the least goes `first`.
 
-    Most come in the order in which they go, and stand in `_in_order`. Those that must go before its last stand in a heap.
+    Most come in the order in which they go, and stand in `_in_order`. Those that must go before its last are the heap's.
     """
 
-    __slots__ = ("_early", "_heap", "_in_order", "_last", "first")
+    __slots__ = ("_early", "_in_order", "_last", "first")
 
     def __init__(self) -> None:
+        super().__init__()
         self.first: Job | None = None
         # OrderedDict is a linked list: unlike a dict's, its first key is found in O(1) after many deletions.
         self._in_order: OrderedDict[int, tuple[float, int, Job]] = OrderedDict()
         self._last: tuple[float, int] = (0.0, 0)  # of those in order
         self._early: dict[int, Job] = {}
-        self._heap: list[tuple[float, int, Job]] = []  # of these, and of some that have left
+
+    def is_over(self, entry: tuple[float, int, Job]) -> bool:
+        return entry[1] not in self._early
 
     def push(self, number: float, job: Job) -> None:
         follows = bool(self._in_order)
@@ -104,16 +108,14 @@ class InOrder:
         else:
             follows = False
             self._early[job.id] = job
-            heapq.heappush(self._heap, (number, job.id, job))
+            self.add((number, job.id, job))
         if not follows:
             self.first = self._least()
 
     def remove(self, job: Job) -> None:
         if self._in_order.pop(job.id, None) is None:
             del self._early[job.id]
-            if len(self._heap) > 2 * len(self._early) + 16:
-                self._heap = [entry for entry in self._heap if entry[1] in self._early]
-                heapq.heapify(self._heap)
+            self.tidy(len(self._early))
         if job is self.first:
             self.first = self._least()
 
@@ -126,12 +128,10 @@ class InOrder:
         return [*(entry[2] for entry in self._in_order.values()), *self._early.values()]
 
     def _least(self) -> Job | None:
-        heap = self._heap
-        while heap and heap[0][1] not in self._early:
-            heapq.heappop(heap)
+        early = self.first_alive()
         for first in self._in_order.values():
-            return heap[0][2] if heap and heap[0] < first else first[2]
-        return heap[0][2] if heap else None
+            return early[2] if early is not None and early < first else first[2]
+        return None if early is None else early[2]
 
 
 class Line(InOrder):
@@ -156,7 +156,7 @@ class Lines:
     __slots__ = ("_contest", "lines", "only")
 
     def __init__(self) -> None:
-        self.lines: dict[Line, None] = {}
+        self.lines: OrderedDict[Line, None] = OrderedDict()  # its first is found in O(1) after many deletions
         self.only: Line | None = None
         self._contest: Contest[Line] = Contest(Line.rank)
 
@@ -165,7 +165,7 @@ class Lines:
         if line is self.only:
             if line.first is None:
                 self.only = None
-                self.lines.clear()
+                del self.lines[line]
             return
         lines = self.lines
         if line.first is not None:
@@ -250,9 +250,13 @@ class JobQueue:
 
     def each(self) -> Iterator[Job]:
         """All jobs, in no order that is promised; found one by one."""
-        for lines in (self._shown, *[self._by_key[key] for key in self._hidden if key in self._by_key]):
-            for line in lines.lines:
-                yield from line.each()
+        for line in self._shown.lines:
+            yield from line.each()
+        for key in self._hidden:
+            lines = self._by_key.get(key)
+            if lines is not None:
+                for line in lines.lines:
+                    yield from line.each()
 
     def jobs(self) -> list[Job]:
         """All jobs, by class, due time and arrival."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Callable, Sequence
 
+from aoti_sched.queue.heap import Heap
 from aoti_sched.queue.job import Job, JobState
+
+VICTIMS = 32
+"""Jobs that make room for one newcomer at most: a newcomer that needs more is refused, so that no fact takes long."""
 
 
 def goodness(job: Job) -> tuple[float, float, int]:
@@ -14,36 +17,36 @@ def goodness(job: Job) -> tuple[float, float, int]:
     return (-job.priority, -math.inf if job.deadline is None else -job.deadline, -job.id)
 
 
-class Worst:
-    """Queued jobs, the worst first. Those that have left are dropped when they surface, or outnumber the others."""
+class Worst(Heap["tuple[tuple[float, float, int], Job]"]):
+    """Queued jobs, the worst first: `alive` of them, and some that have left."""
 
-    __slots__ = ("_heap", "alive")
+    __slots__ = ("alive",)
 
     def __init__(self) -> None:
-        self._heap: list[tuple[tuple[float, float, int], Job]] = []
+        super().__init__()
         self.alive = 0
 
+    def is_over(self, entry: tuple[tuple[float, float, int], Job]) -> bool:
+        return entry[1].state is not JobState.QUEUED
+
     def push(self, job: Job) -> None:
-        heapq.heappush(self._heap, (goodness(job), job))
+        self.add((goodness(job), job))
         self.alive += 1
 
     def left(self) -> None:
         """One of its jobs is queued no more."""
         self.alive -= 1
-        if len(self._heap) > 2 * self.alive + 16:
-            self._heap = [entry for entry in self._heap if entry[1].state is JobState.QUEUED]
-            heapq.heapify(self._heap)
+        self.tidy(self.alive)
 
     def pop(self) -> Job | None:
-        heap = self._heap
-        while heap:
-            job = heapq.heappop(heap)[1]
-            if job.state is JobState.QUEUED:
-                return job
-        return None
+        entry = self.first_alive()
+        if entry is None:
+            return None
+        self.drop()
+        return entry[1]
 
     def put_back(self, job: Job) -> None:
-        heapq.heappush(self._heap, (goodness(job), job))
+        self.add((goodness(job), job))
 
 
 class Scope:
@@ -57,7 +60,7 @@ class Scope:
 
 
 def victims(newcomer: Job, scopes: Sequence[Scope]) -> list[Job]:
-    """Who must go so that the newcomer fits, the worst first; nobody, when it is the worst itself or that is not enough."""
+    """Who must go so that the newcomer fits, the worst first; nobody, when it is the worst itself or `VICTIMS` are not enough."""
     chosen: list[Job] = []
     taken: list[tuple[Worst, Job]] = []
     enough = True
@@ -66,7 +69,7 @@ def victims(newcomer: Job, scopes: Sequence[Scope]) -> list[Job]:
             job = scope.worst.pop()
             if job is not None:
                 taken.append((scope.worst, job))
-            if job is None or goodness(newcomer) < goodness(job):
+            if job is None or len(chosen) == VICTIMS or goodness(newcomer) < goodness(job):
                 enough = False
             elif job not in chosen:
                 chosen.append(job)

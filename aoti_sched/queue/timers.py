@@ -6,6 +6,7 @@ import heapq
 from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
+from aoti_sched.queue.heap import Heap
 from aoti_sched.queue.job import Job, JobState
 
 if TYPE_CHECKING:
@@ -18,35 +19,45 @@ def is_over(job: Job) -> bool:
     return job.state > JobState.RUNNING
 
 
-class Timers:
-    """What a device waits for. Entries that have come to nothing are dropped when they surface."""
+class Deadlines(Heap["tuple[float, int, Job]"]):
+    """Of live jobs: `alive` of them, and of some that have ended."""
 
-    __slots__ = ("_serial", "dead", "deadlines", "keys")
+    __slots__ = ("alive",)
 
     def __init__(self) -> None:
-        self.deadlines: list[tuple[float, int, Job]] = []
-        self.dead = 0  # entries of `deadlines` whose jobs have ended
+        super().__init__()
+        self.alive = 0
+
+    def is_over(self, entry: tuple[float, int, Job]) -> bool:
+        return is_over(entry[2])
+
+
+class Timers:
+    """What a device waits for. Entries that have come to nothing are dropped when they surface, or outnumber the others."""
+
+    __slots__ = ("_serial", "deadlines", "keys")
+
+    def __init__(self) -> None:
+        self.deadlines = Deadlines()
         self.keys: list[tuple[float, int, RunnerState, Hashable, Key]] = []
         self._serial = 0
 
     def watch(self, job: Job, deadline: float) -> None:
         """Until it ends."""
-        heapq.heappush(self.deadlines, (deadline, job.id, job))
+        self.deadlines.alive += 1
+        self.deadlines.add((deadline, job.id, job))
 
     def ended(self, job: Job) -> None:
-        """Its entry stays until it surfaces, or until those of ended jobs outnumber the others."""
-        if job.deadline is None:
-            return
-        self.dead += 1
-        if self.dead > len(self.deadlines) // 2 + 16:
-            self.deadlines = [entry for entry in self.deadlines if not is_over(entry[2])]
-            heapq.heapify(self.deadlines)
-            self.dead = 0
+        """A job that was watched, if it has a deadline, has ended."""
+        if job.deadline is not None:
+            deadlines = self.deadlines
+            deadlines.alive -= 1
+            deadlines.tidy(deadlines.alive)
 
     def due(self, now: float) -> Job | None:
         """The live job with the earliest deadline, if that is not after `now`."""
-        at = self._earliest_deadline()
-        return self.deadlines[0][2] if at is not None and at <= now else None
+        first = self.deadlines.first_alive()
+        return first[2] if first is not None and first[0] <= now else None
 
     def watch_key(self, runner: RunnerState, name: Hashable, key: Key) -> None:
         """Until it is ripe. Call again when its time has changed."""
@@ -63,17 +74,10 @@ class Timers:
 
     def next(self) -> float | None:
         """The earliest time of all."""
-        deadline, key = self._earliest_deadline(), self._earliest_key()
-        if deadline is None or key is None:
-            return key if deadline is None else deadline
-        return min(deadline, key)
-
-    def _earliest_deadline(self) -> float | None:
-        deadlines = self.deadlines
-        while deadlines and is_over(deadlines[0][2]):
-            heapq.heappop(deadlines)
-            self.dead -= 1
-        return deadlines[0][0] if deadlines else None
+        first, key = self.deadlines.first_alive(), self._earliest_key()
+        if first is None or key is None:
+            return key if first is None else first[0]
+        return min(first[0], key)
 
     def _earliest_key(self) -> float | None:
         keys = self.keys

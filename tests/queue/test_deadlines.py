@@ -136,7 +136,7 @@ def test_deadlines_of_ended_jobs_do_not_pile_up():
         job = Job(runner, deadline=1000 + number)
         queue.submit(job, 0)
         queue.cancel(job, 0)
-        assert len(queue.timers.deadlines) < 40
+        assert len(queue.timers.deadlines.entries()) < 40
     assert queue.tick(500) == [Expire(alive)]
 
 

@@ -172,8 +172,8 @@ def a_lane_open_to_another(s):
     s.busy_lease.followed.append(s.running.lane)
 
 
-def a_dead_deadline_too_many(s):
-    s.queue.timers.dead += 1
+def a_live_deadline_too_many(s):
+    s.queue.timers.deadlines.alive += 1
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def a_dead_deadline_too_many(s):
             a_lane_open_to_another,
             "a lane that may be given a next job runs one of the source and has no next",
         ),
-        (a_dead_deadline_too_many, "dead deadlines are counted"),
+        (a_live_deadline_too_many, "live deadlines are counted"),
     ],
     ids=lambda part: getattr(part, "__name__", None),
 )

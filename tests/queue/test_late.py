@@ -85,7 +85,7 @@ def test_what_left_a_line_out_of_order_does_not_pile_up():
         line.push(job.due, job)
     for job in jobs[1:-1]:
         line.remove(job)
-    assert len(line._heap) < 40
+    assert len(line.entries()) < 40
     assert line.first is jobs[-1]
     assert set(line.jobs()) == {jobs[-1], jobs[0]}
 

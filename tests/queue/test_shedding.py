@@ -7,6 +7,7 @@ import pytest
 from aoti_sched.errors import QueueFullError, ShedError
 from aoti_sched.queue.command import Drained, Expire, Shed, WakeAt
 from aoti_sched.queue.job import Job, JobState, Priority
+from aoti_sched.queue.overload import VICTIMS
 from tests.queue.support import add, device, rejected, take_lease
 
 HIGH, NORMAL, LOW = Priority.HIGH, Priority.NORMAL, Priority.LOW
@@ -228,3 +229,19 @@ def test_a_runner_that_leaves_is_drained_when_its_last_one_is_shed_for_anothers(
     shed, drained = queue.submit(newcomer, 0.0)
     assert shed.job is last
     assert drained == Drained(leaving)
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_no_newcomer_sheds_more_than_a_few(more):
+    queue = device()
+    runner = add(queue, size=VICTIMS + more, sheds=True)
+    queue.submit(Job(runner), 0)
+    small = [Job(runner, Priority.LOW, bytes=1) for _ in range(VICTIMS + more)]
+    for job in small:
+        queue.submit(job, 0)
+    commands = queue.submit(Job(runner, Priority.HIGH, bytes=VICTIMS + more), 1)
+    if more:
+        assert type(rejected(commands)) is QueueFullError
+        assert all(job.state is JobState.QUEUED for job in small)
+    else:
+        assert [command.job for command in commands if type(command) is Shed] == small[::-1]

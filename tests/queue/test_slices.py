@@ -192,6 +192,13 @@ def test_deadlines_that_pass_at_one_instant_expire_in_slices():
     assert not any(type(command) is WakeAt for part in seen[1:] for command in part)
 
 
+def test_a_slice_that_is_just_full_asks_for_no_other():
+    queue, runner, _ = scene()
+    jobs = [Job(runner, deadline=5.0) for _ in range(SLICE)]
+    send(queue, jobs)
+    assert queue.tick(5.0) == [Expire(job) for job in jobs]
+
+
 def test_jobs_that_are_late_when_a_lane_comes_free_expire_in_slices():
     queue, runner, running = scene()
     jobs = [Job(runner, deadline=5.0) for _ in range(MANY // 2 - 1)]
@@ -218,6 +225,37 @@ def test_what_waits_for_a_parked_runner_that_cannot_come_back_is_told_in_slices(
         revoked = [command for part in seen for command in part if type(command) is Revoke]
         assert [command.job for command in revoked] == jobs
         assert {type(command.error) for command in revoked} == {LoadError}
+
+
+def test_gates_that_open_for_many_at_once_let_them_in_in_slices():
+    queue = device()
+    runner = add(queue, size=MANY)
+    running, large = Job(runner), Job(runner, bytes=MANY)
+    small = [Job(runner, Priority.LOW, bytes=1) for _ in range(MANY)]
+    queue.submit(running, 0.0)
+    queue.submit(large, 0.0)
+    send(queue, small)
+    commands = queue.cancel(large, 1.0)
+    let_in = [runner.load.jobs]
+    while GoOn() in commands:
+        commands = queue.go_on(1.0)
+        let_in.append(runner.load.jobs - sum(let_in))
+    assert let_in == [SLICE] * 5 + [3]
+    assert launches(queue.complete(running, 2.0)) == small[:1]
+
+
+def test_the_gate_of_a_lease_opens_for_many_in_slices_too():
+    queue = device()
+    runner = add(queue, size=MANY)
+    lease = take_lease(queue, runner)
+    running, large = Job(lease), Job(lease, bytes=MANY)
+    small = [Job(lease, Priority.LOW, bytes=1) for _ in range(MANY)]
+    queue.submit(running, 0.0)
+    queue.submit(large, 0.0)
+    send(queue, small)
+    parts = list(slices(queue, queue.cancel(large, 1.0)))
+    assert len(parts) == 6
+    assert all(job.state is JobState.QUEUED for job in small)
 
 
 @pytest.mark.parametrize("seed", [*range(30), None])
