@@ -291,9 +291,8 @@ def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
         one, other = one.cpu(), other.cpu()
     if one.is_floating_point() or one.is_complex():
         if one.element_size() == 1:  # float8 has no comparison
-            one, other = one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)
-        else:
-            return bool(((one == other) | ((one != one) & (other != other))).all())  # noqa: PLR0124
+            one, other = one.float(), other.float()
+        return bool(((one == other) | ((one != one) & (other != other))).all())  # noqa: PLR0124
     return torch.equal(one, other)
 
 
