@@ -3,6 +3,7 @@
 import ctypes
 import os
 
+import msgspec
 import pytest
 import torch
 
@@ -46,6 +47,12 @@ def crash(_):
 
 def test_a_model_that_works_on_each_row_takes_none_at_all():
     assert least(lambda x: torch.relu(x) @ torch.ones(3, 2)) == (0, "")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex64", "int64"])
+def test_an_output_of_one_element_with_a_stride_of_its_own_is_compared(dtype):
+    x = msgspec.structs.replace(X, dtype=dtype)
+    assert least(lambda x: (x * 2)[:, 0], (x,)) == (0, "")
 
 
 @pytest.mark.parametrize(

@@ -291,15 +291,18 @@ def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
         one, other = one.cpu(), other.cpu()
     if one.is_floating_point() or one.is_complex():
         if one.element_size() == 1:  # float8 has no comparison
-            one, other = one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)
-        else:
-            return bool(((one == other) | ((one != one) & (other != other))).all())  # noqa: PLR0124
+            one, other = one.float(), other.float()
+        return bool(((one == other) | ((one != one) & (other != other))).all())  # noqa: PLR0124
     return torch.equal(one, other)
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
     values = tensor.detach()
-    return not (values.is_floating_point() or values.is_complex()) or bool(values.isfinite().all())
+    if not (values.is_floating_point() or values.is_complex()):
+        return True
+    if values.element_size() == 1:  # float8 has no test of its own
+        values = values.float()
+    return bool(values.isfinite().all())
 
 
 def check(model: str, constant: Constant, tensor: torch.Tensor, device_type: str) -> None:

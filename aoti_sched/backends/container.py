@@ -169,7 +169,7 @@ class CAbiContainer:
             )
         if any(weight.used for weight in self._weight_names):
             return "all of them were compiled into its code"
-        return "it uses none of its module's"
+        return "it uses none of its module's weights"
 
     @property
     def inactive_ready(self) -> bool:

@@ -42,7 +42,7 @@ def constant(name="w", shape=(4,), dtype="float32"):
 MODEL = (constant(),)
 
 
-def chosen(weights, *, constants=MODEL, strict=True, partial=False, names=()):
+def chosen(weights, *, constants=MODEL, strict=True, partial=False, names=(), check_finite=False):
     """What would be written for the model: its tensors by name."""
     with open_weights(weights) as offers:
         chosen = choose(
@@ -55,7 +55,7 @@ def chosen(weights, *, constants=MODEL, strict=True, partial=False, names=()):
             strict=strict,
         )
         chosen.read()
-        return chosen.values(check_finite=False)
+        return chosen.values(check_finite=check_finite)
 
 
 def refusal(weights, **options):
@@ -63,6 +63,29 @@ def refusal(weights, **options):
         chosen(weights, **options)
     assert len(str(caught.value)) <= SCREEN
     return caught.value
+
+
+# --- values -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "float16", "complex64"])
+@pytest.mark.parametrize("shape", [(), (4,)])
+def test_values_that_are_not_finite_are_refused_in_every_dtype(dtype, shape):
+    constants = (constant(shape=shape, dtype=dtype),)
+    good = torch.ones(shape).to(getattr(torch, dtype))
+    bad = torch.full(shape, float("nan")).to(good.dtype)
+    assert chosen({"w": good}, constants=constants, check_finite=True)["w"] is not None
+    assert "not finite" in str(refusal({"w": bad}, constants=constants, check_finite=True))
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float32"])
+@pytest.mark.parametrize("shape", [(), (4,)])
+def test_tied_names_must_agree_in_every_dtype(dtype, shape):
+    constants = (constant(shape=shape, dtype=dtype),)
+    names = (WeightName("w"), WeightName("v", same_as="w"))
+    one, other = torch.ones(shape).to(getattr(torch, dtype)), torch.zeros(shape).to(getattr(torch, dtype))
+    assert set(chosen({"w": one, "v": one.clone()}, constants=constants, names=names)) == {"w"}
+    assert "other values" in str(refusal({"w": one, "v": other}, constants=constants, names=names))
 
 
 # --- sizes ------------------------------------------------------------------------------------------
