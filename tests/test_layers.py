@@ -176,6 +176,13 @@ def test_asyncio_lives_in_the_front_alone():
     assert {module for module in MODULES if "asyncio" in tops(module)} == ASYNCIO_LIVES_IN
 
 
+def test_importing_loads_nothing_that_only_some_calls_need():
+    late = ["aoti_sched.findings", "ctypes", "hypothesis", "multiprocessing", "numpy", "torch"]
+    code = f"import sys, aoti_sched; print([name for name in {late} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize("module", ["aoti_sched", "aoti_sched.testing"])
 def test_importing_costs_no_torch(module):
     code = f"import sys, {module}; print([name for name in sys.modules if name.partition('.')[0] == 'torch'])"

@@ -138,7 +138,7 @@ def test_a_generated_wrapper_states_a_dynamic_range(built):
     (spec,) = stated(built("mlp"))
     batch, width = spec.shape
     assert (spec.dtype, spec.device, spec.order) == ("float32", "cpu", (0, 1))
-    assert (batch.min, batch.max, width) == (1, 64, 8)
+    assert (batch.min, batch.max, width) == (2, 64, 8)  # as torch states it; loading runs it on fewer
 
 
 def test_a_generated_wrapper_states_static_sizes(built):
