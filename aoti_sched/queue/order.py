@@ -253,10 +253,8 @@ class JobQueue:
         for line in self._shown.lines:
             yield from line.each()
         for key in self._hidden:
-            lines = self._by_key.get(key)
-            if lines is not None:
-                for line in lines.lines:
-                    yield from line.each()
+            for line in self._by_key[key].lines:  # a key is hidden only while it has jobs
+                yield from line.each()
 
     def jobs(self) -> list[Job]:
         """All jobs, by class, due time and arrival."""

@@ -108,3 +108,18 @@ def test_a_tenant_that_comes_back_is_not_forgotten_while_it_has_a_job(monkeypatc
         queue.submit(job, 0.0)
         queue.complete(job, 0.0, started=0.0, finished=1.0)
     assert len(runner.tenants[NORMAL]._idle) <= 18
+
+
+def test_a_tenant_that_gives_up_again_and_again_is_known_once():
+    queue = device()
+    runner = add(queue)
+    job = Job(runner, tenant="a")
+    queue.submit(job, 0.0)
+    queue.complete(job, 0.0, started=0.0, finished=5.0)
+    queue.submit(Job(runner, tenant="b"), 5.0)
+    for _ in range(40):
+        job = Job(runner, tenant="a")
+        queue.submit(job, 5.0)
+        queue.cancel(job, 5.0)
+        assert len(runner.tenants[NORMAL]._idle) <= 18
+    assert accounts(runner)["a"].virtual == 5.0

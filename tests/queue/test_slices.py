@@ -310,3 +310,10 @@ def test_walks_in_slices_end_each_job_once(seed):
     for runner in runners:
         if runner.phase is Phase.TERMINATED:
             assert not len(runner.queue), f"seed {seed}"
+
+
+def test_what_waits_for_room_is_counted_at_the_gate_and_in_lines():
+    queue, runner, _ = scene()
+    jobs = crowded(queue, runner)
+    waiting = [job for job in jobs if job.state is JobState.WAITING and not job.min_epoch]
+    assert runner.waits == len(waiting) == len(runner.waiting()) > 0
