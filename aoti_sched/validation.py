@@ -373,7 +373,7 @@ class InputCheck:
                 "The range was fixed when the model was compiled; beyond it the code reads past its buffers."
             )
             if wanted.reason and size < wanted.min:
-                why = wanted.reason
+                why = f"{wanted.reason[0].upper()}{wanted.reason[1:].rstrip('.')}."
             self._fail(spec, f"size {expected} at dimension {dim} of {spec}", f"{size}", why)
         value, rest = divmod(size - wanted.offset, wanted.scale)
         if rest or value < 0:

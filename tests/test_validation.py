@@ -367,6 +367,8 @@ def test_a_size_that_running_the_model_ruled_out_is_refused_with_the_reason():
     rows = DynamicDim("rows", 2, None, reason="With 1 for 'rows', the compiled code is wrong.")
     error = refused([spec(rows, 4)], torch.zeros(1, 4))
     assert error.hint == rows.reason
+    rows = DynamicDim("rows", 2, None, reason="it writes to its buffers")
+    assert refused([spec(rows, 4)], torch.zeros(1, 4)).hint == "It writes to its buffers."
 
 
 def test_where_the_order_is_unknown_any_will_do():
