@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 from asyncio import _get_running_loop  # the public one raises
-from types import SimpleNamespace
 from typing import Any
 
 import structlog
@@ -72,16 +70,26 @@ class EventLog:
         if self._complained:
             return
         self._complained = True
-        with contextlib.suppress(BaseException):  # a hook may be foreign, too
-            sys.unraisablehook(
-                SimpleNamespace(
-                    exc_type=type(error),
-                    exc_value=error,
-                    exc_traceback=error.__traceback__,
-                    err_msg="An event of aoti_sched was lost in a log processor or handler, and more may be; no more is said of it",
-                    object=None,
-                )
-            )
+        with contextlib.suppress(BaseException):  # a text or a traceback may be foreign, too
+            lost = LostEventError(
+                "an event of aoti_sched was lost in a log processor or handler, and more may be; no more is said of it. "
+                f"It raised {type(error).__name__}: {said(error)}"
+            ).with_traceback(error.__traceback__)
+            _Teller(lost)
+
+
+class LostEventError(RuntimeError):
+    """What `sys.unraisablehook` is told of."""
+
+
+class _Teller:
+    """Tells `sys.unraisablehook` of an error. The interpreter's own hook takes no other arguments than the interpreter's."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def __del__(self) -> None:
+        raise self._error
 
 
 log = EventLog("aoti_sched")

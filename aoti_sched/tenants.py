@@ -14,6 +14,8 @@ from collections.abc import Hashable
 
 LONGEST = 80
 """Characters of a key's text in errors."""
+SLICE = 64
+"""Tenants that a call forgets: at most 1 ms, where 100,000 at once were measured to take 1.2 s of the loop."""
 
 
 class Tenant:
@@ -31,7 +33,8 @@ class Tenant:
 class Tenants:
     """The tenants of one runner. May be used by several threads.
 
-    What is gone is noted, and forgotten at the next call: a key's destructor runs there, and not in the midst of something else.
+    What is gone is noted, and forgotten at the next calls, some at each: a key's destructor runs there, and not in the midst of something
+    else.
     """
 
     __slots__ = ("_by_hash", "_gone", "_lock")
@@ -68,10 +71,10 @@ class Tenants:
         return None
 
     def _forget(self) -> list[Hashable]:
-        """Return the keys whose tenants are gone; they are dropped without the lock."""
+        """Return the keys of some tenants that are gone; they are dropped without the lock."""
         keys: list[Hashable] = []
         gone = self._gone
-        while gone:
+        for _ in range(min(len(gone), SLICE)):
             number = gone.popleft()
             entries = self._by_hash.pop(number, [])
             keys += [key for reference, key in entries if reference() is None]

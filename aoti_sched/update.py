@@ -100,6 +100,7 @@ class _Attempt:
     def __init__(self) -> None:
         self.scope = anyio.CancelScope()
         self.settled = False
+        self.waits = False  # for its turn at a runner: another attempt has it
         self.closes = ""  # the name of a runner of it that does: nothing more is read
         self.reads: Runner | None = None  # whose weights are read now,
         self.leave: Callable[[], None] | None = None  # and how to leave their source
@@ -233,7 +234,9 @@ class Updates:
         each = _serving(runners)
 
         async def work(attempt: _Attempt) -> dict[Runner, UpdateReport]:
-            async with self._turns(each, needed=False):  # one that is parked has nothing staged
+            async with self._turns(
+                each, needed=False, attempt=attempt
+            ):  # one that is parked has nothing staged
                 return await self._commit(attempt, each, barrier, keep_previous=keep_previous)
 
         return _of_each(runners, await self._carry_out("commit", runners, work, timeout))
@@ -250,7 +253,7 @@ class Updates:
         each = _serving(runners)
 
         async def work(attempt: _Attempt) -> dict[Runner, UpdateReport]:
-            async with self._turns(each, needed=False):  # nor a previous set
+            async with self._turns(each, needed=False, attempt=attempt):  # nor a previous set
                 replicas = _present(each)
                 for replica in replicas:
                     _must_hold(replica, Inactive.PREVIOUS, "rollback() has nothing to go back to")
@@ -317,6 +320,8 @@ class Updates:
         attempt.closes = "" if runner.absent else runner.name
         if attempt.leave is not None:
             attempt.leave()
+        elif attempt.waits and attempt.closes:  # another attempt may read for ever
+            attempt.scope.cancel()
 
     # --- the steps -----------------------------------------------------------------------------------
 
@@ -503,12 +508,17 @@ class Updates:
         attempt: _Attempt | None = None,
     ) -> AsyncIterator[None]:
         """Be the one that may change the weights of all these runners, which are in memory if they are `needed`."""
+        attempt = attempt or _Attempt()
         async with AsyncExitStack() as stack:
+            attempt.waits = True
             for runner in _in_order(runners):
                 await stack.enter_async_context(runner.weights.turn)
                 stack.callback(setattr, runner.weights, "attempt", None)
                 runner.weights.attempt = attempt
+                if not runner.absent and len(runners) > 1:  # before it waits for the turn of the next
+                    _must_be_open(runner)
                 await stack.enter_async_context(self._parking.at_home(runner, needed=needed))
+            attempt.waits = False
             yield
 
     async def _in_thread(self, call: Callable[[], _T]) -> _T:
@@ -534,6 +544,8 @@ class Updates:
         async def within() -> list[_T]:
             with attempt.scope:
                 return [await work(attempt)]
+            if attempt.closes:
+                raise _closing(attempt.closes)
             return []  # given up
 
         def expire() -> None:
