@@ -62,13 +62,13 @@ $(COMPILED)/installed: $(COMPILED)/python $(wildcard compiled/* aoti_sched/*.py 
 test-fallback: $(FALLBACK)/installed
 	! $(FALLBACK)/bin/python -m aoti_sched.backends.native
 	$(BIN)/python -m tests.models
-	$(FALLBACK)/bin/python -m pytest $(IN_TWO) -m 'not soak' tests/backends tests/native tests/front tests/real
+	$(FALLBACK)/bin/python -m pytest $(IN_TWO) -m 'not soak' tests/compiled/backends tests/native tests/unit/engine tests/compiled
 
 test-compiled: $(COMPILED)/installed
-	$(COMPILED)/bin/python -m pytest $(IN_TWO) tests/queue tests/front tests/test_call_spec.py tests/test_validation.py
+	$(COMPILED)/bin/python -m pytest $(IN_TWO) tests/unit/queue tests/unit/engine tests/unit/model/test_call_spec.py tests/unit/model/test_input_check.py
 
 wheels: $(VENV)/installed
-	$(BIN)/python -m pytest tests/wheels.py
+	$(BIN)/python -m pytest tests/e2e/wheels.py
 
 soak: $(VENV)/installed
 	AOTI_SCHED_SOAK_SECONDS=60 $(BIN)/python -m pytest -m soak -s
@@ -99,7 +99,7 @@ lint: $(VENV)/installed
 	$(BIN)/python -m mypy
 
 coverage: $(VENV)/installed
-	$(BIN)/python -m coverage run --include='aoti_sched/queue/*' -m pytest -q tests/queue
+	$(BIN)/python -m coverage run --include='aoti_sched/queue/*' -m pytest -q tests/unit/queue
 	$(BIN)/python -m coverage report --include='aoti_sched/queue/*' --fail-under=100
 
 clean:

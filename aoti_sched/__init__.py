@@ -2,6 +2,8 @@
 
 from aoti_sched.compile import compile_package
 from aoti_sched.config import Batching, DeviceConfig, Limits, ModelConfig, SchedulerConfig
+from aoti_sched.engine.future import RunFuture, Trace
+from aoti_sched.engine.weights import UpdateReport
 from aoti_sched.errors import (
     AotiSchedError,
     CompileError,
@@ -35,13 +37,11 @@ from aoti_sched.errors import (
     WeightsFileError,
     WeightsTypeError,
 )
-from aoti_sched.future import RunFuture, Trace
+from aoti_sched.model.specs import BatchDim, ConstantSpec, DynamicDim, ModelSpec, SpecSource, TensorSpec
 from aoti_sched.queue.job import Priority
 from aoti_sched.runner import Lease, Runner, RunnerView
 from aoti_sched.scheduler import Scheduler
-from aoti_sched.specs import BatchDim, ConstantSpec, DynamicDim, ModelSpec, SpecSource, TensorSpec
-from aoti_sched.telemetry import DeviceStats, RunnerInfo, RunnerStats, SchedulerStats
-from aoti_sched.update import UpdateReport
+from aoti_sched.stats import DeviceStats, RunnerInfo, RunnerStats, SchedulerStats
 
 __all__ = [
     "AotiSchedError",

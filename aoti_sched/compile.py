@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from aoti_sched.errors import CompileError
-from aoti_sched.specs import (
+from aoti_sched.model.input_check import lies_in_order
+from aoti_sched.model.specs import (
     METADATA_KEY,
     BatchDim,
     BoolSpec,
@@ -32,13 +33,12 @@ from aoti_sched.specs import (
     spec_to_metadata,
     with_one_symbol,
 )
-from aoti_sched.validation import lies_in_order
 
 if TYPE_CHECKING:
     import torch
     from torch.export import ExportedProgram
 
-    from aoti_sched.findings import Findings
+    from aoti_sched.model.findings import Findings
 
 
 def compile_package(
@@ -85,8 +85,8 @@ def compile_package(
     """
     import torch
 
-    from aoti_sched.findings import Findings, separated
-    from aoti_sched.weight_names import names_of
+    from aoti_sched.model.findings import Findings, separated
+    from aoti_sched.model.weight_names import names_of
 
     target = Path(path)
     if target.suffix != ".pt2":

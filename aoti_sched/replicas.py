@@ -1,6 +1,6 @@
 """Replicas: one runner on several devices. Each of them has a runner of its own there; this is the whole.
 
-Which of them a request goes to is decided in `queue/replicas.py`. One that leaves takes no more requests; those that are queued
+Which of them a request goes to is decided in `queue/selection/routing.py`. One that leaves takes no more requests; those that are queued
 there move to the others, and their callers hear nothing of it.
 """
 
@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from aoti_sched.engine.tenants import Tenants
 from aoti_sched.queue.job import Job
-from aoti_sched.queue.lease import Phase
-from aoti_sched.queue.replicas import Rotation
+from aoti_sched.queue.runner_state import Phase
+from aoti_sched.queue.selection.routing import Rotation
 from aoti_sched.runner import Calls, Runner
-from aoti_sched.telemetry import RunnerInfo, RunnerStats
-from aoti_sched.tenants import Tenants
+from aoti_sched.stats import RunnerInfo, RunnerStats
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-    from aoti_sched.dispatch import Clock
-    from aoti_sched.future import RunFuture
-    from aoti_sched.queue.lease import Source
+    from aoti_sched.engine.dispatcher import Clock
+    from aoti_sched.engine.future import RunFuture
+    from aoti_sched.queue.runner_state import Source
     from aoti_sched.runner import Options
 
 

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from aoti_sched import arguments
+from aoti_sched.engine.future import RunFuture, future_of
+from aoti_sched.engine.tenants import Tenant, Tenants
+from aoti_sched.engine.weights import Barrier, Inactive, LiveWeights, UpdateReport
 from aoti_sched.errors import ConfigError, RunnerClosedError, UnsupportedLoopError, brief
-from aoti_sched.future import RunFuture, future_of
 from aoti_sched.queue.job import Job, Priority
-from aoti_sched.telemetry import RunnerInfo, RunnerStats
-from aoti_sched.tenants import Tenant, Tenants
-from aoti_sched.update import Barrier, Inactive, LiveWeights, UpdateReport
+from aoti_sched.stats import RunnerInfo, RunnerStats
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from aoti_sched.backends.base import Container
-    from aoti_sched.batching import Grouping
-    from aoti_sched.blocking import BlockingCalls
-    from aoti_sched.call_spec import CallSpec
-    from aoti_sched.dispatch import Dispatcher
-    from aoti_sched.queue.lease import Lease as LeaseState
-    from aoti_sched.queue.lease import RunnerState, Source
-    from aoti_sched.specs import ConstantSpec
-    from aoti_sched.update import Updates
-    from aoti_sched.validation import Check
+    from aoti_sched.backends.contracts import Container
+    from aoti_sched.engine.blocking import BlockingCalls
+    from aoti_sched.engine.dispatcher import Dispatcher
+    from aoti_sched.engine.weights import Updates
+    from aoti_sched.model.batch_layout import Grouping
+    from aoti_sched.model.call_spec import CallSpec
+    from aoti_sched.model.input_check import Check
+    from aoti_sched.model.specs import ConstantSpec
+    from aoti_sched.queue.runner_state import Lease as LeaseState
+    from aoti_sched.queue.runner_state import RunnerState, Source
 
 
 class Options(msgspec.Struct, frozen=True):

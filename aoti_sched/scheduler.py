@@ -16,11 +16,9 @@ import anyio.from_thread
 import anyio.to_thread
 import msgspec
 
-from aoti_sched import loading
 from aoti_sched.arguments import file_name, text
 from aoti_sched.arguments import timeout as seconds_or_none
-from aoti_sched.backends.base import LoadRequest
-from aoti_sched.blocking import BlockingCalls
+from aoti_sched.backends.contracts import LoadRequest
 from aoti_sched.config import (
     INLINE_LIMIT,
     MOST,
@@ -41,7 +39,13 @@ from aoti_sched.config import (
     is_part,
     read_config,
 )
-from aoti_sched.dispatch import Clock, Dispatcher, LoopClock
+from aoti_sched.engine import prepare as loading
+from aoti_sched.engine.blocking import BlockingCalls
+from aoti_sched.engine.dispatcher import Clock, Dispatcher, LoopClock
+from aoti_sched.engine.parking import Parking, account, claim
+from aoti_sched.engine.tasks import Housekeeping
+from aoti_sched.engine.weights import Barrier, UpdateReport, Updates
+from aoti_sched.engine.worker import in_worker
 from aoti_sched.errors import (
     ConfigError,
     DeviceLostError,
@@ -50,30 +54,28 @@ from aoti_sched.errors import (
     WeightsTypeError,
     brief,
 )
+from aoti_sched.events import log
 from aoti_sched.foreign import said
-from aoti_sched.housekeeping import Housekeeping
+from aoti_sched.model.input_check import declared
 from aoti_sched.package.given import named
-from aoti_sched.parking import Parking, account, claim
 from aoti_sched.queue import device_queue
-from aoti_sched.queue.admission import Bounds
+from aoti_sched.queue.admission.load import Bounds
+from aoti_sched.queue.batching import Batching as QueueBatching
 from aoti_sched.queue.device_queue import DeviceQueue
-from aoti_sched.queue.lease import UNHEALTHY, Phase
 from aoti_sched.queue.memory import Holding
 from aoti_sched.queue.policy import Policy
+from aoti_sched.queue.runner_state import UNHEALTHY, Phase
 from aoti_sched.replicas import ReplicatedRunner
 from aoti_sched.runner import Options, Runner
-from aoti_sched.telemetry import SchedulerStats, log
-from aoti_sched.update import Barrier, UpdateReport, Updates
-from aoti_sched.validation import declared
-from aoti_sched.worker import in_worker
+from aoti_sched.stats import SchedulerStats
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from aoti_sched.backends.base import Device
-    from aoti_sched.loading import Prepared
-    from aoti_sched.queue.lease import RunnerState
-    from aoti_sched.specs import TensorSpec
+    from aoti_sched.backends.contracts import Device
+    from aoti_sched.engine.prepare import Prepared
+    from aoti_sched.model.specs import TensorSpec
+    from aoti_sched.queue.runner_state import RunnerState
 
 _T = TypeVar("_T")
 
@@ -535,7 +537,7 @@ class Scheduler:
         limits = settings.limits
         bounds = Bounds(limits.jobs, limits.bytes, limits.tenant_jobs)
         grouping = prepared.grouping
-        rule = None if grouping is None else grouping.rule
+        rule = None if grouping is None else QueueBatching(grouping.max_rows, grouping.max_delay)
         runner = Runner(
             info,
             state=dispatcher.queue.add_runner(

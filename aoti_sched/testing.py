@@ -31,11 +31,19 @@ from typing import Any, TypeVar
 
 import pytest
 
-from aoti_sched.backends.base import Completion, ContainerInfo, Executor, Loaded, LoadRequest, StagedSet, Work
-from aoti_sched.backends.batch import Staging
-from aoti_sched.backends.bell import Bell
+from aoti_sched.backends.contracts import (
+    Completion,
+    ContainerInfo,
+    Executor,
+    Loaded,
+    LoadRequest,
+    StagedSet,
+    Work,
+)
+from aoti_sched.backends.executors.batches import Staging
+from aoti_sched.backends.executors.wakeup_fd import Bell
 from aoti_sched.backends.reading import Reading
-from aoti_sched.dispatch import Clock
+from aoti_sched.engine.dispatcher import Clock
 from aoti_sched.errors import ConstantMismatchError, PackageNotFoundError, WeightsTypeError, brief
 from aoti_sched.scheduler import Scheduler
 

@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import aoti_sched
-from aoti_sched.backends.executor import CHOICE
+from aoti_sched.backends.executors.choose import CHOICE
 from aoti_sched.package import open_package
 
 from . import models

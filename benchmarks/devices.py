@@ -25,7 +25,7 @@ import torch
 
 import aoti_sched
 from aoti_sched import DeviceConfig, SchedulerConfig
-from aoti_sched.backends.torch_runner import stock_runner
+from aoti_sched.backends.aoti.torch_runner import stock_runner
 from aoti_sched.package import open_package
 
 from . import models

@@ -180,8 +180,8 @@ async def c_abi_swaps(callers: int) -> AsyncIterator[Opened]:
     """The C ABI that the runners are made of, the GIL released in runs and swaps."""
     import torch
 
-    from aoti_sched.backends.c_abi import Library
-    from aoti_sched.backends.raw_container import RawContainer
+    from aoti_sched.backends.aoti.c_abi import Library
+    from aoti_sched.backends.aoti.raw_container import RawContainer
 
     torch.set_num_threads(1)
     raw = RawContainer(Library(_library("heavy")), callers)

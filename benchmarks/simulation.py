@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from aoti_sched.queue.admission import Bounds
-from aoti_sched.queue.command import Command, Launch, WakeAt
+from aoti_sched.queue.admission.load import Bounds
+from aoti_sched.queue.commands import Command, Launch, WakeAt
 from aoti_sched.queue.device_queue import DeviceQueue
 from aoti_sched.queue.job import Job, JobState, Priority
 from aoti_sched.queue.policy import Policy

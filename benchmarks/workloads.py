@@ -20,8 +20,8 @@ from typing import Any
 from aoti_sched import Scheduler
 from aoti_sched.backends.cpu import available_cores
 from aoti_sched.config import DeviceConfig, Limits, SchedulerConfig
-from aoti_sched.queue.admission import Bounds
-from aoti_sched.queue.command import Launch
+from aoti_sched.queue.admission.load import Bounds
+from aoti_sched.queue.commands import Launch
 from aoti_sched.queue.device_queue import DeviceQueue
 from aoti_sched.queue.job import Job
 from aoti_sched.testing import FakeBackend

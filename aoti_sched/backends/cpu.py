@@ -12,18 +12,18 @@ from typing import Any
 import msgspec
 import torch
 
-from aoti_sched.backends.base import Executor, Loaded, LoadRequest
-from aoti_sched.backends.c_abi import Library, libtorch
-from aoti_sched.backends.container import CAbiContainer
-from aoti_sched.backends.executor import open_executor
-from aoti_sched.backends.proxy_executor import open_proxy_executor
-from aoti_sched.backends.raw_container import RawContainer
-from aoti_sched.backends.torch_runner import TorchRunnerContainer
+from aoti_sched.backends.aoti.c_abi import Library, libtorch
+from aoti_sched.backends.aoti.container import CAbiContainer
+from aoti_sched.backends.aoti.proxy_executor import open_proxy_executor
+from aoti_sched.backends.aoti.raw_container import RawContainer
+from aoti_sched.backends.aoti.torch_runner import TorchRunnerContainer
+from aoti_sched.backends.contracts import Executor, Loaded, LoadRequest
+from aoti_sched.backends.executors.choose import open_executor
 from aoti_sched.errors import ConfigError, PlatformMismatchError
+from aoti_sched.model.specs import spec_from_metadata
+from aoti_sched.model.wrapper_source import writes_to_buffers
 from aoti_sched.package import check_platform, open_package
 from aoti_sched.package.sources import constant_layouts
-from aoti_sched.specs import spec_from_metadata
-from aoti_sched.wrapper_source import writes_to_buffers
 
 
 class CpuDevice:

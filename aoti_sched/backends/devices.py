@@ -6,11 +6,11 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from aoti_sched.backends.base import Device
+from aoti_sched.backends.contracts import Device
 from aoti_sched.errors import ConfigError
 
 if TYPE_CHECKING:
-    from aoti_sched.backends.streams import Accelerator
+    from aoti_sched.backends.accelerators.accelerator import Accelerator
 
 _NAME = re.compile(r"(cpu|mps)|(cuda|xpu)(?::(\d+))?")
 
@@ -41,7 +41,7 @@ def _accelerator(name: str, kind: str, index: int) -> Accelerator:
     if kind == "mps":
         if not torch.backends.mps.is_available():
             raise ConfigError(f"device {name!r}: {_absent('MPS', built=torch.backends.mps.is_built())}")
-        from aoti_sched.backends.mps import MpsDevice
+        from aoti_sched.backends.accelerators.mps import MpsDevice
 
         return MpsDevice()
     built, count = _built(kind), count_devices(kind)
@@ -51,11 +51,11 @@ def _accelerator(name: str, kind: str, index: int) -> Accelerator:
         there = ", ".join(f"{kind}:{number}" for number in range(count))
         raise ConfigError(f"device {name!r}: there is no such device; there is {there}")
     if kind == "cuda":
-        from aoti_sched.backends.cuda import CudaDevice
-        from aoti_sched.backends.cuda_driver import Driver
+        from aoti_sched.backends.accelerators.cuda import CudaDevice
+        from aoti_sched.backends.accelerators.cuda_driver import Driver
 
         return CudaDevice(index, Driver())
-    from aoti_sched.backends.xpu import XpuDevice
+    from aoti_sched.backends.accelerators.xpu import XpuDevice
 
     return XpuDevice(index)
 

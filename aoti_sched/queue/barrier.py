@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from aoti_sched.errors import EpochError
 from aoti_sched.queue.job import IllegalFactError
-from aoti_sched.queue.lease import Phase
+from aoti_sched.queue.runner_state import Phase
 
 if TYPE_CHECKING:
     from aoti_sched.queue.job import Job
-    from aoti_sched.queue.lease import RunnerState
+    from aoti_sched.queue.runner_state import RunnerState
 
 
 def close(runner: RunnerState) -> None:

@@ -27,11 +27,13 @@ from aoti_sched.errors import (
     RunnerClosedError,
     UpdateAbortedError,
 )
-from aoti_sched.queue import barrier, refusal
-from aoti_sched.queue.admission import Bounds, Load
-from aoti_sched.queue.batch import Batching, Company
-from aoti_sched.queue.choice import Choice, can_start
-from aoti_sched.queue.command import (
+from aoti_sched.queue import barrier
+from aoti_sched.queue.admission import rejection as refusal
+from aoti_sched.queue.admission.gate import Room
+from aoti_sched.queue.admission.load import Bounds, Load
+from aoti_sched.queue.batching import Batching, Company
+from aoti_sched.queue.check import check
+from aoti_sched.queue.commands import (
     BarrierReached,
     Command,
     Drained,
@@ -49,16 +51,15 @@ from aoti_sched.queue.command import (
     Withdraw,
 )
 from aoti_sched.queue.ending import SLICE, Ending
-from aoti_sched.queue.fair import Ledger
-from aoti_sched.queue.forecast import Forecast, expected
-from aoti_sched.queue.invariants import check
 from aoti_sched.queue.job import Fact, IllegalFactError, Job, JobState, Priority
 from aoti_sched.queue.lanes import Lanes
-from aoti_sched.queue.lease import UNHEALTHY, Lease, Phase, RunnerState, Source
 from aoti_sched.queue.memory import Claim, Holding, Memory, Stay
-from aoti_sched.queue.placement import INLINE_BUDGET, LOOP, Placing
 from aoti_sched.queue.policy import Policy
-from aoti_sched.queue.room import Room
+from aoti_sched.queue.runner_state import UNHEALTHY, Lease, Phase, RunnerState, Source
+from aoti_sched.queue.selection.choice import Choice, can_start
+from aoti_sched.queue.selection.fairness import Ledger
+from aoti_sched.queue.selection.forecast import Forecast, expected
+from aoti_sched.queue.selection.placement import INLINE_BUDGET, LOOP, Placing
 from aoti_sched.queue.timers import Timers
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 from aoti_sched.errors import AotiSchedError
 from aoti_sched.queue.job import Job
-from aoti_sched.queue.lease import RunnerState, Source
+from aoti_sched.queue.runner_state import RunnerState, Source
 
 SLICE = 16
 """Jobs that one fact ends or lets in at most, of those that do for one reason. Where each of 100,000 jobs had a tenant and a timeout of its

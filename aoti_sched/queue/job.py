@@ -7,8 +7,8 @@ from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aoti_sched.queue.fair import Account
-    from aoti_sched.queue.lease import Source
+    from aoti_sched.queue.runner_state import Source
+    from aoti_sched.queue.selection.fairness import Account
 
 
 class Priority(enum.IntEnum):

@@ -7,7 +7,7 @@ run at once; and so do the members of a failed batch that are run again there, o
 from __future__ import annotations
 
 from aoti_sched.queue.job import Job, JobState
-from aoti_sched.queue.placement import LOOP
+from aoti_sched.queue.selection.placement import LOOP
 
 
 class Lanes:

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 from aoti_sched.errors import MemoryLimitError
 from aoti_sched.queue import barrier
-from aoti_sched.queue.command import Claimed, Command, Park, Return
-from aoti_sched.queue.lease import Phase
+from aoti_sched.queue.commands import Claimed, Command, Park, Return
+from aoti_sched.queue.runner_state import Phase
 
 if TYPE_CHECKING:
-    from aoti_sched.queue.lease import RunnerState
+    from aoti_sched.queue.runner_state import RunnerState
 
 STAY = 4.0
 """A busy runner is left in memory for at least so many times the time that it took to come."""

@@ -10,8 +10,8 @@ from aoti_sched.queue.heap import Heap
 from aoti_sched.queue.job import Job, JobState
 
 if TYPE_CHECKING:
-    from aoti_sched.queue.batch import Key
-    from aoti_sched.queue.lease import RunnerState
+    from aoti_sched.queue.batching import Key
+    from aoti_sched.queue.runner_state import RunnerState
 
 
 def is_over(job: Job) -> bool:

@@ -27,17 +27,17 @@ from torch import nn
 
 import aoti_sched.child
 import aoti_sched.compile
-import aoti_sched.evidence
-import aoti_sched.findings
-import aoti_sched.specs
+import aoti_sched.model.evidence
+import aoti_sched.model.findings
+import aoti_sched.model.specs
 from tests.models.definitions import DEFINITIONS, Definition
 
 _COMPILERS = (
     aoti_sched.child,
     aoti_sched.compile,
-    aoti_sched.evidence,
-    aoti_sched.findings,
-    aoti_sched.specs,
+    aoti_sched.model.evidence,
+    aoti_sched.model.findings,
+    aoti_sched.model.specs,
 )
 """What decides what is in a package."""
 

@@ -3,9 +3,9 @@
 import ctypes
 from ctypes import CFUNCTYPE, POINTER, c_char_p, c_int32, c_size_t, c_void_p
 
-from aoti_sched.backends.base import CRun
-from aoti_sched.backends.batch import Staging
-from aoti_sched.backends.handles import handles_of, tensors_of
+from aoti_sched.backends.aoti.handles import handles_of, tensors_of
+from aoti_sched.backends.contracts import CRun
+from aoti_sched.backends.executors.batches import Staging
 
 _Run = CFUNCTYPE(
     c_int32, c_void_p, POINTER(c_void_p), c_size_t, POINTER(c_void_p), c_size_t, c_void_p, c_void_p

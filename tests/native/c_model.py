@@ -1,6 +1,6 @@
 """Scripted C models as containers, and what C holds of tensors."""
 
-from aoti_sched.backends.base import CRun, Work
+from aoti_sched.backends.contracts import CRun, Work
 from tests.native.library import Container, library
 
 

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from torch.utils import rename_privateuse1_backend
 
-from aoti_sched.backends.cuda import CudaDevice
-from aoti_sched.backends.cuda_driver import Driver
-from aoti_sched.backends.handles import address_of
-from aoti_sched.backends.mps import MpsDevice
-from aoti_sched.backends.xpu import XpuDevice
+from aoti_sched.backends.accelerators.cuda import CudaDevice
+from aoti_sched.backends.accelerators.cuda_driver import Driver
+from aoti_sched.backends.accelerators.mps import MpsDevice
+from aoti_sched.backends.accelerators.xpu import XpuDevice
+from aoti_sched.backends.aoti.handles import address_of
 from tests.native.library import HERE, compile_once
 
 KIND = "sim"

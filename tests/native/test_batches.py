@@ -9,15 +9,22 @@ import psutil
 import pytest
 import torch
 
-from aoti_sched.backends.base import Work
-from aoti_sched.backends.batch import Batch, BatchPlan, InputPlan, OutputPlan
+from aoti_sched.backends.contracts import Work
 from aoti_sched.backends.cpu import set_threads
+from aoti_sched.backends.executors.batches import Batch
+from aoti_sched.backends.executors.threads import ThreadsExecutor
 from aoti_sched.backends.native import _native
 from aoti_sched.backends.native import executor as native
 from aoti_sched.backends.native.executor import NativeExecutor
-from aoti_sched.backends.threads import ThreadsExecutor
-from tests.backends.batch_contract import GatheringContract, StagingContract, batch_of, matrices, plan
-from tests.backends.executor_contract import FOREVER, collect
+from aoti_sched.model.batch_plan import BatchPlan, InputPlan, OutputPlan
+from tests.compiled.backends.batch_contract import (
+    GatheringContract,
+    StagingContract,
+    batch_of,
+    matrices,
+    plan,
+)
+from tests.compiled.backends.executor_contract import FOREVER, collect
 from tests.native.c_function import CFunction
 from tests.native.c_model import CModel, Gated, handles
 from tests.native.harness import collect as collect_native

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import structlog
 
-from aoti_sched.backends.base import Work
-from aoti_sched.backends.executor import open_executor, warn_of_threads
+from aoti_sched.backends.contracts import Work
+from aoti_sched.backends.executors.choose import open_executor, warn_of_threads
 from aoti_sched.errors import ConfigError
-from tests.backends.executor_contract import collect, work
+from tests.compiled.backends.executor_contract import collect, work
 
 NATIVE = "aoti_sched.backends.native._native"
 

@@ -13,13 +13,21 @@ import psutil
 import pytest
 import torch
 
-from aoti_sched.backends.base import CRun, LoadRequest, Work
+from aoti_sched.backends.contracts import CRun, LoadRequest, Work
 from aoti_sched.backends.cpu import CpuDevice, set_threads
-from aoti_sched.backends.executor import open_executor
+from aoti_sched.backends.executors.choose import open_executor
 from aoti_sched.backends.native import executor as native
 from aoti_sched.backends.native.executor import NativeExecutor
 from aoti_sched.errors import ResourcesError, RunError
-from tests.backends.executor_contract import FOREVER, Function, LanesContract, collect, must, readable, work
+from tests.compiled.backends.executor_contract import (
+    FOREVER,
+    Function,
+    LanesContract,
+    collect,
+    must,
+    readable,
+    work,
+)
 from tests.native.c_model import CModel, Gated, handles
 from tests.native.harness import tries
 from tests.native.library import ROOT, THROWS_OTHER, THROWS_STANDARD

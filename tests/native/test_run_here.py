@@ -11,12 +11,12 @@ import weakref
 import pytest
 import torch
 
-from aoti_sched.backends.base import Work
-from aoti_sched.backends.c_abi import libtorch
+from aoti_sched.backends.aoti.c_abi import libtorch
+from aoti_sched.backends.contracts import Work
 from aoti_sched.backends.cpu import set_threads
-from aoti_sched.backends.threads import ThreadsExecutor
+from aoti_sched.backends.executors.threads import ThreadsExecutor
 from aoti_sched.errors import RunError
-from tests.backends.executor_contract import MKL, readable, set_thread_counts, thread_counts
+from tests.compiled.backends.executor_contract import MKL, readable, set_thread_counts, thread_counts
 from tests.native.c_model import CModel, handles
 from tests.native.library import ROOT
 
@@ -111,7 +111,7 @@ def test_what_is_no_tensor_fails_the_run(executor):
 def test_a_forked_child_is_refused(executor):
     script = f"""
 import os, signal, sys, torch
-from aoti_sched.backends.executor import open_executor
+from aoti_sched.backends.executors.choose import open_executor
 from aoti_sched.errors import UnsupportedLoopError
 from tests.native.c_model import CModel
 
@@ -178,7 +178,7 @@ def test_the_run_has_the_threads_it_asks_for_and_its_thread_has_its_own_again_af
 
 
 def test_a_compiled_model_runs_here_as_it_does_alone(executor, built, tmp_path):
-    from aoti_sched.backends.base import LoadRequest
+    from aoti_sched.backends.contracts import LoadRequest
     from aoti_sched.backends.cpu import CpuDevice
 
     request = LoadRequest(

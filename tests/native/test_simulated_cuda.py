@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.backends.simulation import launch, on_device
+from tests.compiled.backends.simulation import launch, on_device
 from tests.native.simulated import simulator
 
 

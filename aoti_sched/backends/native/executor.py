@@ -13,16 +13,17 @@ from typing import Any, NamedTuple
 import torch
 from torch._C._aoti import alloc_tensors_by_stealing_from_void_ptrs, unsafe_alloc_void_ptrs_from_tensors
 
-from aoti_sched.backends.at_exit import close_at_exit
-from aoti_sched.backends.base import Completion, CRun, Work
-from aoti_sched.backends.batch import Batch, BatchPlan, gather, split
-from aoti_sched.backends.c_abi import explain_failure, libtorch
-from aoti_sched.backends.handles import DTYPES
-from aoti_sched.backends.handles import address_of as _address
+from aoti_sched.backends.aoti.c_abi import explain_failure, libtorch
+from aoti_sched.backends.aoti.handles import DTYPES
+from aoti_sched.backends.aoti.handles import address_of as _address
+from aoti_sched.backends.contracts import Completion, CRun, Work
+from aoti_sched.backends.executors.at_exit import close_at_exit
+from aoti_sched.backends.executors.batches import Batch, gather, split
+from aoti_sched.backends.executors.inline import refused, run_here, without_frames
+from aoti_sched.backends.executors.threads import DRAIN_LIMIT, ThreadsExecutor
 from aoti_sched.backends.native import _native
-from aoti_sched.backends.run_here import refused, run_here, without_frames
-from aoti_sched.backends.threads import DRAIN_LIMIT, ThreadsExecutor
 from aoti_sched.errors import AotiSchedError, ResourcesError, RunError, UnsupportedLoopError
+from aoti_sched.model.batch_plan import BatchPlan
 
 WRAP = "_Z16THPVariable_WrapRKN2at10TensorBaseE"
 """`THPVariable_Wrap(const at::TensorBase&)`, by which torch's C++ makes a tensor one of Python's."""

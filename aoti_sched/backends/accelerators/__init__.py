@@ -1,0 +1,1 @@
+"""Devices with streams: CUDA, XPU and MPS, and CUDA graphs."""

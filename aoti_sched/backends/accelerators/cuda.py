@@ -1,0 +1,187 @@
+"""CUDA: a stream of the driver's own for each slot, on which lanes launch, copy and wait without the GIL."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from aoti_sched.backends.accelerators.accelerator import Accelerator, Stream
+from aoti_sched.backends.accelerators.cuda_driver import (
+    CAPTURING,
+    DISABLE_TIMING,
+    NON_BLOCKING,
+    NOT_READY,
+    Driver,
+)
+from aoti_sched.backends.accelerators.cuda_graphs import GraphContainer
+from aoti_sched.errors import RunError
+from aoti_sched.events import log
+
+
+class CudaDevice(Accelerator):
+    """One CUDA device.
+
+    Args:
+        index: Its number, as torch and the driver count.
+        driver: The driver.
+        module: Torch's module for it.
+        type: Torch's word for its kind. (The tests have one whose driver is simulated.)
+    """
+
+    graph_container = GraphContainer
+    may_be_asked = True
+
+    def __init__(self, index: int, driver: Driver, *, module: Any = torch.cuda, type: str = "cuda") -> None:
+        self.type = type
+        self.index = index
+        self.driver = driver
+        self.module = module
+        module.init()
+        self.context = driver.primary_context(index)
+        self._events: deque[int] = deque()  # that nobody uses now
+        self._lost = ""
+        self.recording = threading.Lock()
+        """Held while a run is recorded: meanwhile nobody may wait for the whole device."""
+
+    def open_stream(self) -> CudaStream:
+        return CudaStream(self)
+
+    def record(self, stream: Any) -> CudaEvent:
+        event = CudaEvent(self)
+        with self.driver.current(self.context):  # the default stream is one of the current context
+            self.driver.call("cuEventRecord", event.handle, stream.cuda_stream)
+        return event
+
+    def current_stream(self) -> Any:
+        return self.module.current_stream(self.index)
+
+    def settle(self) -> None:
+        with self.driver.current(self.context):
+            self.driver.call("cuStreamSynchronize", None)
+
+    def synchronize(self) -> None:
+        with self.recording:
+            self.module.synchronize(self.index)
+
+    @contextmanager
+    def keeping_current(self) -> Iterator[None]:
+        # The thread may be a new one, which has no context yet.
+        with self.driver.current(self.context), self.module.device(self.index):
+            yield
+
+    def native_functions(self) -> dict[str, int]:
+        address = self.driver.address
+        return {
+            "guard": self.address("aoti_torch_create_cuda_stream_guard"),
+            "unguard": self.address("aoti_torch_delete_cuda_stream_guard"),
+            "get_context": address("cuCtxGetCurrent"),
+            "set_context": address("cuCtxSetCurrent"),
+            "query": address("cuStreamQuery"),
+            "copy_in": address("cuMemcpyHtoDAsync_v2"),
+            "copy_out": address("cuMemcpyDtoHAsync_v2"),
+            "allocate_host": address("cuMemAllocHost_v2"),
+            "free_host": address("cuMemFreeHost"),
+            "launch_graph": address("cuGraphLaunch"),
+            "explain": address("cuGetErrorString"),
+        }
+
+    @property
+    def native_context(self) -> int:
+        return self.context
+
+    def workspace(self, streams: Sequence[Stream]) -> int:
+        handles = {stream.handle for stream in streams}
+        segments = self.module.memory_snapshot()
+        return sum(
+            one["total_size"] for one in segments if one["device"] == self.index and one["stream"] in handles
+        )
+
+    # --- graphs
+
+    def launch_graph(self, executable: int, stream: int) -> None:
+        with self.driver.current(self.context):
+            self.driver.call("cuGraphLaunch", executable, stream)
+
+    def numbers_drawn(self) -> int:
+        """How many random numbers the device's default generator has given, in its own count."""
+        drawn: int = self.module.default_generators[self.index].get_offset()
+        return drawn
+
+    # --- faults
+
+    def lost(self) -> str:
+        return self._lost
+
+    def look_after_failure(self) -> None:
+        if self._lost:
+            return
+        with self.driver.current(self.context):
+            # An error that stays is what every later call returns, whatever it is asked for.
+            status = self.driver.status("cuStreamQuery", None)
+        if status not in (0, NOT_READY, *CAPTURING):
+            self._lost = self.driver.explain(status)
+            log.error("device lost", device=self.name, error=self._lost)
+
+    # --- events are kept for the next request
+
+    def take_event(self) -> int:
+        try:
+            return self._events.popleft()
+        except IndexError:
+            with self.driver.current(self.context):
+                return self.driver.make("cuEventCreate", DISABLE_TIMING)
+
+    def give_event(self, handle: int) -> None:
+        self._events.append(handle)
+
+
+class CudaEvent:
+    """An event of the device's, given back when nobody refers to it: whoever waits for it has been told by then."""
+
+    __slots__ = ("_device", "handle")
+
+    def __init__(self, device: CudaDevice) -> None:
+        self._device = device
+        self.handle = device.take_event()
+
+    def __del__(self) -> None:
+        handle = getattr(self, "handle", 0)
+        if handle:
+            self._device.give_event(handle)
+
+
+class CudaStream(Stream):
+    """A stream that does not wait for the default one."""
+
+    _device: CudaDevice
+
+    def __init__(self, device: CudaDevice) -> None:
+        self._device = device
+        self._driver = device.driver
+        with self._driver.current(device.context):
+            self.handle = self._driver.make("cuStreamCreate", NON_BLOCKING)
+        self.of_torch = device.module.ExternalStream(self.handle, device=device.index)
+
+    def wait_for(self, event: CudaEvent) -> None:
+        with self._driver.current(self._device.context):
+            self._driver.call("cuStreamWaitEvent", self.handle, event.handle, 0)
+
+    def fence(self) -> None:
+        with self._driver.current(self._device.context):
+            status = self._driver.status("cuStreamSynchronize", self.handle)
+        if status != 0:
+            raise RunError(f"waiting for the device failed: {self._driver.explain(status)}")
+
+    def native_fence(self) -> dict[str, int]:
+        return {"fence": self._driver.address("cuStreamSynchronize"), "argument": self.handle}
+
+    def close(self) -> None:
+        if self.handle:
+            with self._driver.current(self._device.context):
+                self._driver.status("cuStreamDestroy_v2", self.handle)
+            self.handle = 0

@@ -1,0 +1,282 @@
+"""CUDA graphs: a model's run is recorded once for each of its slots and sizes of inputs, and launched as one thing from then on.
+
+A graph reads and writes the memory that it was recorded with, so
+
+- it has inputs and outputs of its own, to and from which a request's are copied, on its slot's stream;
+- what it needs in between lies in a pool that only a slot's graphs have, which never run at once;
+- the weights that it reads are those of one of the container's two buffers, so there are graphs for each. After a swap, a buffer that has been
+  active before has its own still; those of a buffer whose memory was freed go with it.
+
+The first run with new sizes is launched one kernel after the other, and recorded afterwards. The runtime's `Run` can't be recorded, since it records events and
+takes locks. `RunSingleThreaded` can, but it always takes the first instance that is free, and `Run` leaves none behind (`pending_models_` in
+model_container.h): so there is one instance here, which nothing but `RunSingleThreaded` ever takes, one launch at a time. Slots still run beside
+each other on the device: what an instance has of its own is its loaded kernels.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+from aoti_sched.backends.accelerators.accelerator import Slot, StreamContainer, write
+from aoti_sched.backends.aoti.container import CAbiContainer
+from aoti_sched.backends.aoti.handles import each_once, handles_of
+from aoti_sched.backends.aoti.raw_container import RawContainer
+from aoti_sched.backends.contracts import LoadRequest, StagedSet, Work
+from aoti_sched.backends.executors.batches import whole_shapes
+from aoti_sched.backends.reading import Abandoned, Reading
+from aoti_sched.errors import ConfigError
+from aoti_sched.events import log
+from aoti_sched.model.specs import ModelSpec
+from aoti_sched.package import Extracted
+
+if TYPE_CHECKING:
+    from aoti_sched.backends.accelerators.cuda import CudaDevice
+    from aoti_sched.backends.native import _native
+
+MOST_GRAPHS = 32
+"""Sizes of inputs for which a slot has graphs, of each buffer; runs with others are launched one kernel after the other."""
+
+Shapes: TypeAlias = tuple[Sequence[int], ...]
+
+
+class Graph:
+    """One recorded run.
+
+    Args:
+        device: Where it was recorded.
+        recorded: Torch's object, whose memory it is.
+        inputs: What it reads.
+        outputs: What it writes; None where the model left an output out.
+    """
+
+    def __init__(
+        self,
+        device: CudaDevice,
+        recorded: Any,
+        inputs: list[torch.Tensor],
+        outputs: list[torch.Tensor | None],
+    ) -> None:
+        self._device = device
+        self._recorded = recorded
+        self._executable: int = recorded.raw_cuda_graph_exec()
+        self._inputs = inputs
+        self._outputs = outputs
+        self.native: _native.Graph | None = None
+        """The same for native lanes."""
+        if device.native is not None:
+            from aoti_sched.backends.native import _native
+
+            there = {id(tensor): tensor for tensor in outputs if tensor is not None}
+            handles = dict(zip(there, handles_of([*there.values()]), strict=True))
+            self.native = _native.Graph(
+                device.native,
+                executable=self._executable,
+                inputs=handles_of(inputs),
+                outputs=[0 if tensor is None else handles[id(tensor)] for tensor in outputs],
+            )
+
+    def launch(self, slot: Slot, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        """Launch it on the slot's stream, which is the current one; the outputs are the caller's own."""
+        for own, given in zip(self._inputs, inputs, strict=True):
+            write(own, given)
+        self._device.launch_graph(self._executable, slot.stream.handle)
+        home = each_once(
+            self._outputs,
+            lambda tensor: tensor if slot.copies_home and not tensor.is_cpu else tensor.clone(),
+        )
+        return slot.home(home)
+
+    def close(self) -> None:
+        """Give its memory back. It must not be running."""
+        self.native = None
+        self._inputs, self._outputs = [], []
+        self._recorded.reset()
+
+
+class GraphContainer(StreamContainer):
+    """A container on a CUDA device whose runs are recorded."""
+
+    def __init__(
+        self,
+        device: CudaDevice,
+        raw: RawContainer,
+        request: LoadRequest,
+        extracted: Extracted,
+        on_host: Sequence[int],
+        spec: ModelSpec | None = None,
+    ) -> None:
+        why = _why_not(raw, on_host)
+        if why:
+            raise ConfigError(f"load({str(request.path)!r}): cuda_graphs=True, but {why}; leave it out")
+        self._cuda = device
+        self._launching = threading.Lock()
+        """Held by whoever uses the instance."""
+        # Of the active buffer and of the inactive one: for each slot, its graphs by the sizes of their inputs. None stands for
+        # sizes that can't be recorded.
+        self._graphs: list[list[dict[Shapes, Graph | None]]] = [
+            [{} for _ in range(request.instances)] for _ in range(2)
+        ]
+        self._pools: list[Any] = [None] * request.instances
+        super().__init__(device, raw, request, extracted, on_host, spec)
+
+    @staticmethod
+    def instances_for(request: LoadRequest) -> int:
+        """One for all slots."""
+        del request
+        return 1
+
+    @property
+    def graphs(self) -> int:
+        return sum(graph is not None for slots in self._graphs for known in slots for graph in known.values())
+
+    def _know_c_run(self) -> None:
+        super()._know_c_run()
+        self._c_run.graph_of = self._graph_of
+
+    def _graph_of(self, work: Work) -> _native.Graph | None:
+        """The graph for a work; None where it has none, and Python must launch the run."""
+        batch = work.batch
+        shapes = tuple([t.shape for t in work.inputs]) if batch is None else whole_shapes(batch)
+        graph = self._graphs[0][work.slot].get(shapes)
+        return None if graph is None else graph.native
+
+    def _once(self, slot: Slot, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        number = self._slots.index(slot)
+        known = self._graphs[0][number]
+        shapes = tuple([tensor.shape for tensor in inputs])
+        graph = known.get(shapes)
+        if graph is not None:
+            return graph.launch(slot, inputs)
+        there = slot.brought(inputs)
+        drawn = self._cuda.numbers_drawn()
+        outputs = self._launch(slot, there)
+        if shapes not in known and len(known) < MOST_GRAPHS:
+            known[shapes] = self._recorded(number, there, draws=self._cuda.numbers_drawn() != drawn)
+            if len(known) == MOST_GRAPHS:
+                log.warning("no more graphs are recorded", runner=self._name, slot=number, most=MOST_GRAPHS)
+        return slot.home(CAbiContainer.own(self, outputs))
+
+    def _launch(self, slot: Slot, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        with self._launching:
+            return self._raw.run_single_threaded(inputs, stream=slot.stream.handle)
+
+    def _recorded(self, number: int, like: Sequence[torch.Tensor], *, draws: bool) -> Graph | None:
+        """The graph of a slot's run of inputs like these, which have been run before; None where it can't be had."""
+        if not all(tensor.numel() for tensor in like):
+            return None
+        try:
+            if not draws:
+                return self._record(number, like)
+            why = "it draws random numbers, and a graph would draw the same ones again"
+        except RuntimeError as error:
+            why = str(error)
+        log.warning("run not recorded", runner=self._name, sizes=[list(t.shape) for t in like], error=why)
+        return None
+
+    def _record(self, number: int, like: Sequence[torch.Tensor]) -> Graph:
+        """Record a run of inputs like these; none of them is run.
+
+        Raises:
+            RuntimeError: The model does what can't be recorded.
+        """
+        # With their strides: the model's code has them built in.
+        inputs = [
+            torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=self._cuda.name) for t in like
+        ]
+        recorded = self._cuda.module.CUDAGraph()
+        with self._cuda.recording:
+            # Other threads go on using the device meanwhile: what they may not do then is this thread's concern alone.
+            recorded.capture_begin(pool=self._pools[number], capture_error_mode="thread_local")
+            try:
+                outputs = self._launch(self._slots[number], inputs)
+            except BaseException:
+                with suppress(RuntimeError):
+                    recorded.capture_end()
+                raise
+            recorded.capture_end()
+        self._pools[number] = recorded.pool()
+        return Graph(self._cuda, recorded, inputs, outputs)
+
+    def warm_up(self, make_inputs: Callable[[], Sequence[torch.Tensor]]) -> None:
+        """Each slot records, and runs what it recorded."""
+        for slot in [*range(self._instances)] * 2:
+            self.run_work(Work(self, self.arrive(make_inputs()), 1, None, slot=slot))
+        self._measure()
+
+    def close(self) -> None:
+        self._forget()
+        super().close()
+
+    # --- live weights: graphs stay with the memory of the weights that they read
+
+    def stage(
+        self,
+        weights: object,
+        *,
+        partial: bool = False,
+        strict: bool = True,
+        check_finite: bool = False,
+        reading: Reading | None = None,
+    ) -> StagedSet:
+        before = self._raw.constant_memory(inactive=True)
+        try:
+            written = super().stage(
+                weights, partial=partial, strict=strict, check_finite=check_finite, reading=reading
+            )
+        except Abandoned:  # nothing was written, and the container may be closed by now
+            raise
+        except BaseException:
+            self._see_inactive(before)
+            raise
+        self._see_inactive(before)
+        return written
+
+    def _see_inactive(self, before: Sequence[tuple[int, int]]) -> None:
+        """Forget the graphs of the inactive buffer, unless they still read what is there."""
+        # What lies on the host was read when the graph was recorded.
+        if not before or self._raw.on_host or before != self._raw.constant_memory(inactive=True):
+            self._forget(active=False)
+
+    def swap(self) -> None:
+        super().swap()
+        self._graphs.reverse()
+
+    def free_inactive(self) -> None:
+        self._forget(active=False)
+        super().free_inactive()
+
+    def rebuild(self) -> None:
+        self._forget()
+        super().rebuild()
+
+    def park(self) -> None:
+        self._forget()
+        super().park()
+
+    def _forget(self, *, active: bool = True) -> None:
+        for slots in self._graphs if active else self._graphs[1:]:
+            for known in slots:
+                for graph in known.values():
+                    if graph is not None:
+                        graph.close()
+                known.clear()
+        if active:
+            self._pools = [None] * len(self._pools)
+
+    def _another(self) -> RawContainer:
+        return self._device.open_raw(self._raw.library, 1, self._raw.name)
+
+
+def _why_not(raw: RawContainer, on_host: Sequence[int]) -> str:
+    """Why a model's runs can't be recorded; "" when they can."""
+    if on_host:
+        name = raw.input_names[on_host[0]]
+        return f"its input {name!r} lies in the host's memory, and a graph would go on with the value that it was recorded with"
+    if any(constant.spec.folded for constant in raw.constants):
+        return "it computes constants from others, for which an instance must be free"
+    return ""

@@ -1,0 +1,97 @@
+"""Intel's XPU: a `sycl::queue` for each slot, given to the model explicitly; torch copies, and torch's own stream waits."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from aoti_sched.backends.accelerators.accelerator import Accelerator, Stream
+from aoti_sched.errors import LoadError
+
+POOL = 32
+"""Streams that torch has on a device, of each priority; asked for one more, it gives the first again."""
+
+SYNCHRONIZE = "_ZNK3c106Stream11synchronizeEv"
+"""`c10::Stream::synchronize() const`."""
+
+
+class XpuDevice(Accelerator):
+    """One XPU. `module` and `type` are torch's module for it and word for its kind (the tests have others)."""
+
+    def __init__(self, index: int, *, module: Any = torch.xpu, type: str = "xpu") -> None:
+        self.type = type
+        self.index = index
+        self.module = module
+        self._taken: set[int] = set()
+        self._mutex = threading.Lock()
+
+    def open_stream(self) -> XpuStream:
+        with self._mutex:
+            for _ in range(POOL):
+                stream = self.module.Stream(self.index)
+                if stream.sycl_queue not in self._taken:
+                    self._taken.add(stream.sycl_queue)
+                    return XpuStream(self, stream)
+        raise LoadError(
+            f"device {self.name}: its {POOL} streams are taken; each instance of a model has one, and each model one more"
+        )
+
+    def give_back(self, handle: int) -> None:
+        with self._mutex:
+            self._taken.discard(handle)
+
+    def record(self, stream: Any) -> Any:
+        return stream.record_event()
+
+    def current_stream(self) -> Any:
+        return self.module.current_stream(self.index)
+
+    def settle(self) -> None:
+        self.module.current_stream(self.index).synchronize()
+
+    def synchronize(self) -> None:
+        self.module.synchronize(self.index)
+
+    def keeping_current(self) -> AbstractContextManager[object]:
+        made: AbstractContextManager[object] = self.module.device(self.index)
+        return made
+
+    def native_functions(self) -> dict[str, int]:
+        return {
+            "guard": self.address("aoti_torch_create_xpu_stream_guard"),
+            "unguard": self.address("aoti_torch_delete_xpu_stream_guard"),
+        }
+
+
+class _C10Stream(ctypes.Structure):
+    """`c10::Stream`: its device (kind and number) and its id among the device's."""
+
+    _fields_ = (("device_type", ctypes.c_int8), ("device_index", ctypes.c_int8), ("id", ctypes.c_int64))
+
+
+class XpuStream(Stream):
+    """One of torch's streams, for as long as it is held."""
+
+    _device: XpuDevice
+
+    def __init__(self, device: XpuDevice, of_torch: Any) -> None:
+        self._device = device
+        self.of_torch = of_torch
+        self.handle = of_torch.sycl_queue
+        self._c10 = _C10Stream(of_torch.device_type, of_torch.device_index, of_torch.stream_id)
+
+    def wait_for(self, event: Any) -> None:
+        self.of_torch.wait_event(event)
+
+    def fence(self) -> None:
+        self.of_torch.synchronize()
+
+    def native_fence(self) -> dict[str, int]:
+        return {"wait": self._device.address(SYNCHRONIZE), "argument": ctypes.addressof(self._c10)}
+
+    def close(self) -> None:
+        self._device.give_back(self.handle)

@@ -1,0 +1,349 @@
+"""What a container's constants are, and whether tensors may take their place.
+
+The runtime copies as many bytes as the caller's tensor has storage, with the caller's strides, and checks
+nothing: a wrong dtype or shape smashes the heap, and other strides than the compiled ones are read as if they
+were those. So each tensor is checked here, and laid out as the compiled code expects it, before C sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from aoti_sched.backends.aoti.weight_files import Offered
+from aoti_sched.errors import ConstantMismatchError, LoadError, MissingWeightsError, clipped, shortened
+from aoti_sched.model.specs import ConstantSpec, WeightName
+from aoti_sched.model.weight_names import DIGEST_LIMIT, digest_of
+
+SURPLUS_LIMIT = 200_000
+"""Names that fit no constant; whoever brings more is not read to the end. The largest checkpoints there are have 100,000."""
+
+TYPES = ("unknown", "parameter", "buffer", "constant", "folded")
+"""`torch::aot_inductor::ConstantType`, in its order. A "constant" is a tensor that tracing made or found."""
+
+
+class Constant(NamedTuple):
+    """One constant of a container.
+
+    `capacity` is what the runtime reserves for it, in bytes: on a CPU the data rounded up to 64. `stride` is
+    the one compiled in; None, like the shape, while the container has no weights.
+    """
+
+    spec: ConstantSpec
+    capacity: int
+    stride: tuple[int, ...] | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.spec.dtype)
+        return dtype
+
+
+def select(
+    model: str, constants: Sequence[Constant], tensors: Mapping[str, torch.Tensor], *, full: bool
+) -> list[tuple[Constant, torch.Tensor]]:
+    """Pair constants with the tensors given for them, by the module's own names (FQNs) or the runtime's.
+
+    Raises:
+        LoadError: a name is unknown, or belongs to a constant that is folded from others.
+        MissingWeightsError: `full` is asked for and a parameter or buffer is left out.
+    """
+    by_name = {constant.spec.name: constant for constant in constants}
+    by_name.update({constant.spec.fqn: constant for constant in constants})
+    unknown = [name for name in tensors if name not in by_name]
+    if unknown:
+        raise LoadError(
+            f"{model} has no constant {clipped(repr(unknown[0]))}. "
+            f"It has: {shortened(repr(c.spec.fqn) for c in constants)}. "
+            "Constants of at most 8 elements may have been compiled into the code."
+        )
+    pairs = [(by_name[name], tensor) for name, tensor in tensors.items()]
+    for constant, _ in pairs:
+        if constant.spec.folded:
+            raise LoadError(
+                f"{model}: {constant.spec.fqn!r} is computed from other constants; set those instead"
+            )
+    given = {constant.spec.name for constant, _ in pairs}
+    missing = [c.spec.fqn for c in constants if c.spec.name not in given and required(c.spec)]
+    if full and missing:
+        raise MissingWeightsError(
+            f"{model}: an update needs every parameter and buffer, and lacks {shortened(map(repr, missing))}. A partial set, "
+            "once swapped in, ends the process."
+        )
+    return pairs
+
+
+def required(spec: ConstantSpec) -> bool:
+    """Whether a full set must have it: a module's parameters and buffers, and not what the compiler made."""
+    return spec.type not in ("folded", "constant")
+
+
+class Names:
+    """What the names of a module's state are to its compiled model.
+
+    Args:
+        constants: The model's.
+        weights: The names as its package records them; () where it does not (torch's own packages).
+    """
+
+    def __init__(self, constants: Sequence[Constant], weights: Sequence[WeightName]) -> None:
+        self.recorded = bool(weights)
+        self._constants: dict[str, list[Constant]] = {}
+        for constant in constants:
+            for name in {constant.spec.name, constant.spec.fqn}:
+                self._constants.setdefault(name, []).append(constant)
+        by_fqn: dict[str, list[Constant]] = {}
+        for constant in constants:
+            by_fqn.setdefault(constant.spec.fqn, []).append(constant)
+        groups: dict[str, list[WeightName]] = {}
+        for weight in weights:
+            groups.setdefault(weight.same_as or weight.name, []).append(weight)
+        self._unused: set[str] = set()
+        self._digests: dict[str, str] = {}
+        self._kept: set[str] = set()
+        for group in groups.values():
+            tied = [constant for weight in group for constant in by_fqn.get(weight.name, ())]
+            for weight in group:
+                if tied:
+                    self._constants[weight.name] = tied
+                elif weight.used:
+                    self._digests[weight.name] = weight.digest
+                else:
+                    self._unused.add(weight.name)
+            if not any(weight.persistent for weight in group):
+                self._kept.update(constant.spec.fqn for constant in tied)
+
+    def constants(self, name: str) -> Sequence[Constant]:
+        """The constants that a name stands for; () for none."""
+        return self._constants.get(name, ())
+
+    def is_unused(self, name: str) -> bool:
+        """Whether the module has the name, and the compiled model no use for its value."""
+        return name in self._unused
+
+    def digest(self, name: str) -> str | None:
+        """The digest of a value that is part of the compiled code, "" where there is none; None for other names."""
+        return self._digests.get(name)
+
+    def keeps(self, fqn: str) -> bool:
+        """Whether a set may lack the constant: `state_dict()` has it under no name."""
+        return fqn in self._kept
+
+
+class Chosen:
+    """The part of what was offered that goes into a model's constants, by FQN; names and sizes fit.
+
+    `ignored` are the names that were offered and are of no use to the model.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        offered: Mapping[str, Sequence[Offered]],
+        compiled_in: Sequence[tuple[Offered, str]],
+        ignored: tuple[str, ...],
+    ) -> None:
+        self._model = model
+        self._offered = offered
+        self._compiled_in = compiled_in
+        self.ignored = ignored
+        self._tensors: dict[str, list[tuple[str, torch.Tensor]]] = {}
+
+    def read(self) -> None:
+        """Read the bytes of what comes from files. Under each constant's FQN: each tensor that was offered for it, once.
+
+        Raises:
+            WeightsFileError: They can't be read.
+            ConstantMismatchError: A value that is part of the code is another one now.
+        """
+        faults = []
+        for offered, digest in self._compiled_in:
+            if not digest or digest_of(offered.read()) != digest:
+                faults.append(
+                    (offered.name, "is part of the compiled code, and this is another value. Compile again")
+                )
+        if faults:
+            raise ConstantMismatchError(self._model, tuple(faults))
+        for fqn, each in self._offered.items():
+            places = {one.place: one for one in reversed(each)}
+            self._tensors[fqn] = [(one.name, one.read()) for one in reversed(places.values())]
+
+    def values(self, *, check_finite: bool) -> dict[str, torch.Tensor]:
+        """What was read, by FQN.
+
+        Raises:
+            ConstantMismatchError: Tied names bring different values, or values are not finite and must be.
+        """
+        faults: list[tuple[str, str]] = []
+        for fqn, ((first, tensor), *others) in self._tensors.items():
+            if check_finite and not _is_finite(tensor):
+                faults.append((fqn, "has values that are not finite"))
+            for name, other in others:
+                if not _is_same(tensor, other):
+                    faults.append(
+                        (name, f"is the same tensor as {clipped(repr(first), 100)}, and has other values")
+                    )
+        if faults:
+            raise ConstantMismatchError(self._model, tuple(dict.fromkeys(faults)))
+        return {fqn: tensor for fqn, ((_, tensor), *_) in self._tensors.items()}
+
+
+def choose(
+    model: str,
+    constants: Sequence[Constant],
+    names: Names,
+    offers: Iterable[Offered],
+    *,
+    device_type: str,
+    partial: bool,
+    strict: bool,
+    active: bool = True,
+) -> Chosen:
+    """Compare names, dtypes and shapes with a model's constants, before a byte of a file is read.
+
+    Args:
+        model: Its name in errors.
+        constants: All it has.
+        names: What names stand for.
+        offers: What was given.
+        device_type: Where it runs.
+        partial: Whether constants may be left out.
+        strict: Whether a name that neither the model nor its module has is a fault.
+        active: Whether the model has values already, so that those of its own (made by the compiler, buffers that no
+            state dict has) can be left out.
+
+    Raises:
+        ConstantMismatchError: with everything that is wrong with the set, and not just the first.
+    """
+    fit: dict[str, list[Offered]] = {}
+    compiled_in: list[tuple[Offered, str]] = []
+    ignored: list[str] = []
+    seen: set[str] = set()
+    faults: list[tuple[str, str]] = []
+    for offered in offers:
+        name, like = offered.name, offered.like
+        targets = names.constants(name)
+        if targets and name in seen:
+            faults.append((name, "is given twice"))
+        elif targets:
+            seen.add(name)
+            faults += _place(targets, offered, fit, device_type)
+        elif like is None or names.is_unused(name):
+            ignored.append(name)
+        elif (digest := names.digest(name)) is not None:
+            if not digest or like.layout != torch.strided or like.nbytes > DIGEST_LIMIT:
+                faults.append((name, "is part of the compiled code, where no update reaches it"))
+            else:
+                compiled_in.append((offered, digest))
+        elif strict:
+            faults.append((name, _UNKNOWN[names.recorded]))
+        else:
+            ignored.append(name)
+        if len(faults) + len(ignored) + len(compiled_in) > SURPLUS_LIMIT:
+            faults.append(
+                (name, f"is one of more than {SURPLUS_LIMIT} names that fit nothing; no more were read")
+            )
+            raise ConstantMismatchError(model, tuple(faults))
+    if not (partial and active):
+        for constant in constants:
+            spec = constant.spec
+            own = not required(spec) or names.keeps(spec.fqn)
+            if spec.fqn not in fit and not spec.folded and not (active and own):
+                hint = active and not names.recorded and spec.type == "buffer"
+                faults.append((spec.fqn, "is missing" + (_OF_BUFFERS if hint else "")))
+    if faults:
+        raise ConstantMismatchError(model, tuple(dict.fromkeys(faults)))
+    return Chosen(model, fit, compiled_in, tuple(ignored))
+
+
+_UNKNOWN = {
+    True: "is no constant of it, and no name of the module that was compiled",
+    False: "is no constant of it, or was small enough to be compiled into the code; strict=False (weights_strict at load) ignores such names",
+}
+_OF_BUFFERS = " (a buffer that state_dict() leaves out keeps its value with partial=True)"
+
+
+def _place(
+    targets: Sequence[Constant], offered: Offered, fit: dict[str, list[Offered]], device_type: str
+) -> list[tuple[str, str]]:
+    """Put what is offered where it belongs; what does not fit comes back as faults."""
+    faults = []
+    for constant in targets:
+        fqn = constant.spec.fqn
+        if constant.spec.folded:
+            wrong = "is computed from other constants; give those"
+        elif offered.like is None:
+            wrong = "is no tensor"
+        else:
+            wrong = problem(constant, offered.like, "meta" if offered.on_host else device_type)
+        fit.setdefault(fqn, []).append(offered)  # what is wrong is not missing, too
+        if wrong:
+            faults.append((offered.name if constant.spec.folded else fqn, wrong))
+    return faults
+
+
+def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of one dtype and shape have the same values; NaN equals NaN."""
+    one, other = one.detach(), other.detach()
+    if one.device != other.device:
+        one, other = one.cpu(), other.cpu()
+    if one.is_floating_point() or one.is_complex():
+        if one.element_size() == 1:  # float8 has no comparison
+            one, other = one.float(), other.float()
+        return bool(((one == other) | ((one != one) & (other != other))).all())  # noqa: PLR0124
+    return torch.equal(one, other)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    values = tensor.detach()
+    if not (values.is_floating_point() or values.is_complex()):
+        return True
+    if values.element_size() == 1:  # float8 has no test of its own
+        values = values.float()
+    return bool(values.isfinite().all())
+
+
+def check(model: str, constant: Constant, tensor: torch.Tensor, device_type: str) -> None:
+    """Raise LoadError unless the tensor can be this constant."""
+    wrong = problem(constant, tensor, device_type)
+    if wrong:
+        raise LoadError(f"{model}: constant {constant.spec.fqn!r} {wrong}")
+
+
+def problem(constant: Constant, tensor: torch.Tensor, device_type: str) -> str:
+    """Why the tensor can't be this constant; "" when it can. A CPU tensor may be one on any device."""
+    spec = constant.spec
+    problem = ""
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        problem = f"wants a dense tensor, got {tensor.layout}"
+    elif tensor.device.type not in (device_type, "cpu"):
+        problem = f"wants a tensor on {device_type}, got one on {tensor.device}"
+    elif tensor.dtype != constant.dtype:
+        problem = f"wants {spec.dtype}, got {str(tensor.dtype).removeprefix('torch.')}"
+    elif spec.shape is not None and tuple(tensor.shape) != spec.shape:
+        problem = f"wants shape {spec.shape}, got {tuple(tensor.shape)}"
+    return problem
+
+
+def laid_out(model: str, constant: Constant, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in the compiled strides, at offset 0 of a storage that holds nothing else: itself, or a copy.
+
+    Raises LoadError when that is more than the runtime has room for.
+    """
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    stride = tensor.stride() if constant.stride is None else constant.stride
+    own_bytes = tensor.numel() * tensor.element_size()
+    if tensor.stride() != stride or tensor.untyped_storage().nbytes() != own_bytes:
+        if constant.stride is None:
+            tensor = tensor.clone()  # keeps the strides of a dense tensor
+        else:
+            copy = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
+            tensor = copy.copy_(tensor)
+    if tensor.untyped_storage().nbytes() > constant.capacity:
+        raise LoadError(
+            f"{model}: constant {constant.spec.fqn!r} wants at most {constant.capacity} bytes, "
+            f"got {tensor.untyped_storage().nbytes()}"
+        )
+    return tensor

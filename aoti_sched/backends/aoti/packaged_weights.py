@@ -1,0 +1,132 @@
+"""The weights that a model is loaded with: those that its package keeps beside its library, and those given at load."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from aoti_sched.backends.aoti.constants import Names, choose
+from aoti_sched.backends.aoti.weight_files import Seen, open_weights
+from aoti_sched.backends.contracts import LoadRequest
+from aoti_sched.errors import LoadError, MissingWeightsError, WeightsTypeError, clipped, shortened
+from aoti_sched.model.specs import WeightName
+from aoti_sched.package import Extracted
+
+if TYPE_CHECKING:
+    from aoti_sched.backends.aoti.raw_container import RawContainer
+
+
+class GivenWeights:
+    """What was given as `load(..., weights=)`: a mapping, or a file, which is read again when its model is restored.
+
+    Args:
+        request: What is to be loaded, with the mapping or the path.
+        names: The module's names, as the package records them.
+    """
+
+    def __init__(self, request: LoadRequest, names: Sequence[WeightName]) -> None:
+        weights = request.weights
+        if not isinstance(weights, (str, os.PathLike, Mapping)):
+            raise WeightsTypeError(
+                f"load({clipped(request.path)!r}): weights=: expected the path of a weights file, or a mapping from names to tensors, got "
+                f"{type(weights).__name__}."
+            )
+        self._model, self._strict = request.name, request.weights_strict
+        self._weights: object = weights
+        self._names = names
+        self._seen: Seen = {}
+        self.is_file = not isinstance(weights, Mapping)
+        self.ignored: tuple[str, ...] = ()
+
+    def write(self, raw: RawContainer) -> None:
+        """Write the weights into a container's active buffer, before its first run.
+
+        Raises:
+            ConstantMismatchError: They do not fit.
+            WeightsFileError: The file can't be read, or is not the one it was the first time.
+        """
+        constants, active = raw.constants, raw.ready(inactive=False)
+        unknown = [c.spec.fqn for c in constants if c.stride is None and not c.spec.folded]
+        if unknown and not active:
+            raise MissingWeightsError(
+                f"{raw.name}: weights were given, but nothing says how {shortened(map(repr, unknown))} lie in memory. "
+                "Load the package itself, or the library with its generated sources beside it."
+            )
+        with open_weights(self._weights, self._seen) as offers:
+            chosen = choose(
+                self._model,
+                constants,
+                Names(constants, self._names),
+                offers,
+                device_type=raw.device_type,
+                partial=False,
+                strict=self._strict,
+                active=active,
+            )
+            chosen.read()
+            values = chosen.values(check_finite=False)
+        give_weights(raw, values)
+        self.ignored = chosen.ignored
+
+    def forget(self) -> None:
+        """Let go of a mapping's tensors: their values are in the container."""
+        if not self.is_file:
+            self._weights = None
+
+
+def load_weights(raw: RawContainer, extracted: Extracted, given: GivenWeights | None = None) -> None:
+    """Give a container the weights that were given, and else those that its package brings, if it has not got them from
+    its library.
+
+    Raises:
+        MissingWeightsError: constants are left without values; a run would be a segmentation fault.
+        LoadError: a weights file is broken or does not fit.
+        ConstantMismatchError, WeightsFileError: as `GivenWeights.write` does.
+    """
+    if raw.missing_constants():
+        if extracted.weights_blob is not None:
+            raw.update_from_blob(extracted.weights_blob)
+        elif extracted.stored_weights:
+            give_weights(raw, read_stored(raw.name, extracted))
+    if given is not None:
+        given.write(raw)
+    missing = raw.missing_constants()
+    if missing:
+        raise MissingWeightsError(
+            f"{raw.name}: the package brings no weights for {shortened(missing)}. Give them: load(..., "
+            'weights="model.safetensors"), or a state dict. Or compile it with package_constants_in_so=True (the '
+            "default), or with package_constants_on_disk_format set."
+        )
+
+
+def give_weights(raw: RawContainer, weights: dict[str, torch.Tensor]) -> None:
+    """Write weights into a container's active buffer; they may lie on the host."""
+    from_cpu = raw.device_type != "cpu" and raw.takes_from_cpu and all(t.is_cpu for t in weights.values())
+    if raw.device_type != "cpu" and not from_cpu:
+        stay = raw.on_host if raw.ready(inactive=False) else ()
+        weights = {fqn: t.cpu() if fqn in stay else t.to(raw.device) for fqn, t in weights.items()}
+    raw.update(weights, inactive=False, from_cpu=from_cpu)
+
+
+def read_stored(name: str, extracted: Extracted) -> dict[str, torch.Tensor]:
+    """The pickled weights by FQN. Only tensors are unpickled (`weights_only`), each file once.
+
+    Raises:
+        LoadError: A file is no torch.save file of a tensor, or smaller than the view that is asked of it.
+    """
+    files: dict[Path, torch.Tensor] = {}
+    weights = {}
+    fqn = ""
+    try:
+        for fqn, stored in extracted.stored_weights.items():
+            if stored.file not in files:
+                files[stored.file] = torch.load(stored.file, weights_only=True, map_location="cpu")
+            weights[fqn] = files[stored.file].as_strided(stored.shape, stored.stride, stored.offset)
+    except (RuntimeError, AttributeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise LoadError(f"{name}: the weights file of {fqn!r} is broken: {error}") from error
+    return weights

@@ -1,0 +1,148 @@
+"""Runs on the calling thread, for executors in Python; and what becomes of a run's error before it is handed on.
+
+A run that is shorter than a hop to a lane is cheaper where its caller is. There the GIL is kept: to give it up around a
+call of 5 µs costs more than the call when others want it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from ctypes import POINTER, c_char_p, c_int32, c_size_t, c_void_p
+from typing import Any
+
+import torch
+
+from aoti_sched.backends.aoti.c_abi import explain_failure, libtorch
+from aoti_sched.backends.aoti.handles import free, handles_of, tensors_of
+from aoti_sched.backends.contracts import Completion, CRun, Work
+from aoti_sched.errors import AotiSchedError, InputMismatchError, RunError
+from aoti_sched.foreign import out_of_resources, said
+
+# As `c_abi` describes them, but callers keep the GIL. Made once for each address.
+_run_at = functools.lru_cache(1024)(
+    ctypes.PYFUNCTYPE(c_int32, c_void_p, c_void_p, c_size_t, c_void_p, c_size_t, c_void_p, c_void_p)
+)
+_last_error_at = functools.lru_cache(1024)(ctypes.PYFUNCTYPE(c_int32, POINTER(c_char_p)))
+
+_torchs_words = getattr(libtorch, "torch_exception_get_what_without_backtrace", None)  # since torch 2.13
+if _torchs_words is not None:
+    _torchs_words.restype = c_char_p
+_set_openmp = getattr(libtorch, "omp_set_num_threads", None)
+# It returns what it was; 0 is the process's count.
+_set_mkl = getattr(libtorch, "MKL_Set_Num_Threads_Local", None)
+
+
+def run_here(work: Work) -> Completion:
+    """Run a work on the calling thread as `Executor.run_here` does, but for the handles: in Python."""
+    outputs: list[Any] | None = None
+    error: BaseException | None = None
+    started = time.monotonic()
+    try:
+        with intra_op_threads(work.threads):
+            run = work.container.c_run
+            if run is None or run.slots:
+                outputs = run_raw(work)
+            elif work.batch is None:
+                outputs = _call_own(work, run, work.inputs)
+            else:
+                outputs = work.container.staging.run(work.batch, functools.partial(_call_own, work, run))
+    except BaseException as caught:  # noqa: BLE001 -- it is the request's
+        error = without_frames(caught)
+    return Completion(work.token, outputs, error, started, time.monotonic())
+
+
+def run_raw(work: Work) -> list[Any]:
+    """Run a work, one request's or a batch, by its container's own `run_raw`."""
+    container = work.container
+    run_work = getattr(
+        container, "run_work", None
+    )  # of a container on a device, which has more to do around a run
+    if run_work is not None:
+        outputs: list[Any] = run_work(work)
+        return outputs
+    if work.batch is None:
+        return container.run_raw(work.inputs)
+    return container.staging.run(work.batch, container.run_raw)
+
+
+def refused(work: Work, error: BaseException) -> Completion:
+    """The completion of a work that was not begun."""
+    now = time.monotonic()
+    return Completion(work.token, None, without_frames(error), now, now)
+
+
+@contextmanager
+def intra_op_threads(count: int) -> Iterator[None]:
+    """The calling thread's intra-op threads, OpenMP's and MKL's, are so many inside and what they were afterwards."""
+    # Asked for the first time, torch sets a thread's count: this must not come later, over ours.
+    before = torch.get_num_threads()
+    set_threads = torch.set_num_threads if _set_openmp is None else _set_openmp
+    set_threads(count)
+    mkl_before = None if _set_mkl is None else _set_mkl(count)
+    try:
+        yield
+    finally:
+        set_threads(before)
+        if _set_mkl is not None:
+            _set_mkl(mkl_before)
+
+
+class Origin(Exception):  # noqa: N818 -- nobody raises or catches it
+    """Where an error was raised, in the words of its traceback; shown above it, as its cause."""
+
+
+def without_frames(error: BaseException) -> BaseException:
+    """The error of a run, holding no frame: a frame holds its locals and its callers', and so the run's tensors.
+
+    The errors of this package say everything in their texts. Any other one is a surprise, and its traceback goes with
+    it as text. One that can't be changed so is replaced by an error that names it.
+    """
+    try:
+        return _without_frames(out_of_resources(error, "the run") or error)
+    except BaseException as fault:  # noqa: BLE001 -- a foreign error's own methods may raise anything
+        return RunError(f"the run raised {type(error).__name__}, which can't be passed on: {said(fault)}")
+
+
+def _without_frames(error: BaseException) -> BaseException:
+    if not isinstance(error, AotiSchedError):
+        error.__cause__ = Origin("\n" + "".join(traceback.format_exception(error)))
+        error.__context__ = None
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return error
+
+
+def _call_own(work: Work, run: CRun, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    return work.container.own(_call(run, list(tensors)))
+
+
+def _call(run: CRun, tensors: list[torch.Tensor]) -> list[torch.Tensor | None]:
+    if len(tensors) != run.num_inputs:  # the runtime throws across the C boundary for this
+        raise InputMismatchError(run.name, "", f"{run.num_inputs} tensors", f"{len(tensors)}")
+    inputs = (c_void_p * run.num_inputs)(*handles_of(tensors))
+    outputs = (c_void_p * run.num_outputs)()
+    if (
+        _run_at(run.run)(
+            run.container, inputs, run.num_inputs, outputs, run.num_outputs, None, run.proxy_executor
+        )
+        == 0
+    ):
+        return tensors_of(outputs)
+    own = c_char_p()
+    if run.last_error:
+        _last_error_at(run.last_error)(ctypes.byref(own))
+    torchs = _torchs_words() if _torchs_words is not None else None
+    free(inputs)  # what was stolen is null now; the rest is ours
+    free(outputs)
+    raise RunError(f"{run.name}: the run failed: {explain_failure(_text(own.value), _text(torchs))}")
+
+
+def _text(words: bytes | None) -> str:
+    return (words or b"").decode(errors="replace")

@@ -1,0 +1,175 @@
+"""The pure-Python executor: one Python thread per lane, over runs that release the GIL.
+
+Waking the loop costs a write to one descriptor per burst of completions. A hop to a Python thread costs
+80 to 200 µs where two threads fight over the GIL; that is what this executor can't help.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from aoti_sched.backends.contracts import Completion, Work
+from aoti_sched.backends.executors.at_exit import close_at_exit
+from aoti_sched.backends.executors.inline import refused, run_here, run_raw, without_frames
+from aoti_sched.backends.executors.wakeup_fd import Bell
+from aoti_sched.errors import ResourcesError, UnsupportedLoopError
+
+DRAIN_LIMIT = 256
+"""Completions per `drain`, so that a burst does not hold the loop."""
+
+
+class ThreadsExecutor:
+    """Lanes as Python threads.
+
+    Args:
+        name: The device's name; lane threads are named `aoti:<name>:<lane>`.
+        lanes: How many.
+        set_threads: Sets the calling thread's intra-op thread count; called on the lane's thread when a
+            work asks for another count than the one before.
+        affinity: A core for each lane; None leaves them to the system.
+        ring: Tells of completions in the place of a descriptor of its own.
+    """
+
+    kind = "threads"
+
+    def __init__(
+        self,
+        name: str,
+        lanes: int,
+        set_threads: Callable[[int], None],
+        affinity: Sequence[int] | None = None,
+        *,
+        ring: Callable[[], None] | None = None,
+    ) -> None:
+        self.lanes = lanes
+        self._name = name
+        self._process = os.getpid()
+        self._bell: Bell | None = None
+        if ring is None:
+            try:
+                self._bell = Bell()
+            except OSError as error:
+                raise ResourcesError(
+                    f"device {name!r}: no descriptor is left for its lanes: {error}. Nothing has changed; close files, "
+                    "or raise the limit"
+                ) from error
+            ring = self._bell.ring
+        self._ring = ring
+        self._done: deque[Completion] = deque()
+        self._running = running = _Running([queue.SimpleQueue() for _ in range(lanes)])
+        self._inboxes = running.inboxes
+        self._closed = False
+        self.lost: Callable[[], str] = str  # a device says more
+        # The threads hold what they need and not the executor: one that is let go without `close` ends them, too.
+        weakref.finalize(self, running.end).atexit = False
+        close_at_exit(running)
+        cores: Sequence[int | None] = affinity or [None] * lanes
+        try:
+            for lane, (inbox, core) in enumerate(zip(self._inboxes, cores, strict=True)):
+                thread = threading.Thread(
+                    target=_serve,
+                    args=(running, inbox, self._done, ring, set_threads, core),
+                    name=f"aoti:{name}:{lane}",
+                    daemon=True,
+                )
+                thread.start()
+                running.threads.append(thread)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, (RuntimeError, MemoryError)):
+                raise ResourcesError(
+                    f"device {name!r}: {len(running.threads)} of {lanes} lanes were started, then no thread could be: "
+                    f"{error}. Nothing has changed; end other threads, or raise the limit"
+                ) from error
+            raise
+
+    def submit(self, lane: int, work: Work) -> bool:
+        if os.getpid() != self._process:
+            raise self._forked()
+        self._inboxes[lane].put(work)
+        return False
+
+    def poll(self) -> bool:
+        """What Python threads do is never back so soon."""
+        return False
+
+    def run_here(self, work: Work) -> Completion:
+        return run_here(work) if os.getpid() == self._process else refused(work, self._forked())
+
+    def drain(self) -> list[Completion]:
+        if self._bell is not None:
+            self._bell.hush()
+        done = self._done
+        completions = [done.popleft() for _ in range(min(len(done), DRAIN_LIMIT))]
+        if done:
+            self._ring()
+        return completions
+
+    def fileno(self) -> int:
+        return self._bell.fd if self._bell is not None else -1
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._running.close()
+        if self._bell is not None:
+            self._bell.close()
+
+    def _forked(self) -> UnsupportedLoopError:
+        return UnsupportedLoopError(
+            f"device {self._name}: the process was forked after the lanes were made; make a new Scheduler in the child"
+        )
+
+
+class _Running:
+    """The threads of an executor; each of them keeps this, so that those still running are waited for at exit."""
+
+    def __init__(self, inboxes: list[queue.SimpleQueue[Work | None]]) -> None:
+        self.inboxes = inboxes
+        self.threads: list[threading.Thread] = []
+
+    def end(self) -> None:
+        for inbox in self.inboxes:
+            inbox.put(None)
+
+    def close(self) -> None:
+        self.end()
+        for thread in self.threads:
+            thread.join()
+
+
+def _serve(
+    _: _Running,
+    inbox: queue.SimpleQueue[Work | None],
+    done: deque[Completion],
+    ring: Callable[[], None],
+    set_threads: Callable[[int], None],
+    core: int | None,
+) -> None:
+    if core is not None:
+        os.sched_setaffinity(0, {core})  # 0 is the calling thread
+    threads = 0
+    while (work := inbox.get()) is not None:
+        outputs: list[object] | None = None
+        error: BaseException | None = None
+        started = time.monotonic()
+        try:
+            if work.threads != threads:
+                set_threads(work.threads)
+                threads = work.threads
+            outputs = run_raw(work)
+        except BaseException as caught:  # noqa: BLE001 -- it is the request's, and must not end the lane
+            error = without_frames(caught)
+        completion = Completion(work.token, outputs, error, started, time.monotonic())
+        # Let go of the job's tensors before anybody can see it finished.
+        del work, outputs, error
+        done.append(completion)
+        del completion
+        ring()

@@ -1,0 +1,273 @@
+"""Calls of other threads that wait for the event loop: `run_blocking`.
+
+A waiting thread ends whatever becomes of the loop, and no thread polls. These wake a thread that waits:
+
+- its request ends, on the loop;
+- its deadline passes, in the thread itself;
+- the loop leaves `run_forever` (it was stopped, `asyncio.run` returned, an error ended it);
+- the scheduler is closed.
+
+asyncio has no callback for the end of `run_forever`. Both asyncio and uvloop set the thread's asynchronous generator
+hooks to methods of the loop when `run_forever` begins, and restore the previous hooks when it ends, after
+`loop.is_running()` has become False. The thread holds the only reference to the bound method, so a weak reference
+to that method dies at this very moment, and its callback is the hook.
+
+A loop of another kind that sets no such hooks is noticed when it is closed, and when a new call finds that it does not
+run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from aoti_sched.errors import DeadlineExceededError, RunnerClosedError, UnsupportedLoopError
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Mapping, Sequence
+
+    from aoti_sched.engine.future import RunFuture
+    from aoti_sched.runner import Calls, Runner
+
+CLOSED_LOOP = "its event loop is closed. Call it while the loop runs"
+IDLE_LOOP = "its event loop is not running. Call it while the loop runs"
+STOPPED_LOOP = "its event loop stopped before the request ended. Keep the loop running while threads call it"
+CLOSED_SCHEDULER = "the scheduler is closed. Load the model into a new one"
+FAR = 1e8
+"""Seconds; a timer this far away is never due."""
+
+
+class BlockingCalls:
+    """The calls of other threads into one scheduler.
+
+    Args:
+        loop: The scheduler's event loop. The constructor is called on its thread, while it runs.
+        real_time: Whether timeouts are seconds of `time.monotonic`, so that a waiting thread can measure them itself.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, *, real_time: bool) -> None:
+        self.loop = loop
+        self._real_time = real_time
+        self._process = os.getpid()
+        self._waiting: set[_Call] = set()
+        self._ended = ""
+        self._hook: weakref.ref[Any] | None = None
+        self._last_hope: asyncio.TimerHandle | None = None
+        self._listen()
+
+    def run(
+        self,
+        calls: Calls,
+        runner: Runner,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        timeout: float | None,
+    ) -> Any:
+        """Hand a request over to the loop and wait for its end; raises as `Calls.run_blocking` does."""
+        if os.getpid() != self._process:
+            raise UnsupportedLoopError(
+                f"runner {runner.name!r}: the process was forked after the scheduler was made. "
+                "Make a new Scheduler in the child"
+            )
+        call = _Call(calls, runner, args, kwargs, timeout if self._real_time else None)
+        self._waiting.add(
+            call
+        )  # before the loop is looked at: what ends the loop looks at the calls afterwards
+        try:
+            if self._ended:
+                raise RunnerClosedError(f"runner {runner.name!r}: {self._ended}")
+            if not self.loop.is_running():
+                why = CLOSED_LOOP if self.loop.is_closed() else IDLE_LOOP
+                raise RunnerClosedError(f"runner {runner.name!r}: {why}")
+            try:
+                self.loop.call_soon_threadsafe(call.submit)
+            except RuntimeError:  # closed since
+                raise RunnerClosedError(f"runner {runner.name!r}: {CLOSED_LOOP}") from None
+            return call.wait()
+        finally:
+            self._waiting.discard(call)
+            if call.give_up():
+                with contextlib.suppress(RuntimeError):  # a loop that is closed runs nothing
+                    self.loop.call_soon_threadsafe(call.cancel)
+
+    def end(self) -> None:
+        """The scheduler is closed: what still waits ends, and later calls are refused. On the loop's thread."""
+        self._ended = CLOSED_SCHEDULER
+        self._hook = None
+        if self._last_hope is not None:
+            self._last_hope.cancel()
+            self._last_hope = None
+        for call in list(self._waiting):
+            call.fail(RunnerClosedError(f"runner {call.runner.name!r}: {self._ended}"))
+
+    def _listen(self) -> None:
+        """Learn when the loop stops. On the loop's thread, while it runs."""
+        if self._ended:
+            return
+        hook = sys.get_asyncgen_hooks().finalizer
+        if getattr(hook, "__self__", None) is self.loop:
+            me = weakref.ref(self)
+            self._hook = weakref.ref(hook, lambda _: _when_stopped(me))
+        elif self._last_hope is None:
+            # A loop that is closed drops its timers, and they what they hold.
+            self._last_hope = self.loop.call_later(FAR, _Sentinel(self))
+
+    def stopped(self) -> None:
+        """The loop has stopped, or is closed. It may run again."""
+        self._hook = None
+        if self._ended:
+            return
+        if not self.loop.is_running():
+            for call in list(self._waiting):
+                if call.fail(RunnerClosedError(f"runner {call.runner.name!r}: {STOPPED_LOOP}")):
+                    self._when_it_goes_on(call.cancel)
+        self._when_it_goes_on(self._listen)
+
+    def _when_it_goes_on(self, callback: Callable[[], None]) -> None:
+        """The first thing that the loop does if it runs again."""
+        with contextlib.suppress(RuntimeError):  # a loop that is closed
+            self.loop.call_soon_threadsafe(callback)
+
+
+def _when_stopped(calls: weakref.ref[BlockingCalls]) -> None:
+    there = calls()
+    if there is not None:
+        there.stopped()
+
+
+class _Sentinel:
+    """Goes with the timers of a loop that is closed."""
+
+    def __init__(self, calls: BlockingCalls) -> None:
+        self._calls = weakref.ref(calls)
+
+    def __call__(self) -> None:
+        """A timer that is never due."""
+
+    def __del__(self) -> None:
+        _when_stopped(self._calls)
+
+
+class _Call:
+    """One request of another thread. It ends once: whoever takes the only element of `_open` says how."""
+
+    __slots__ = (
+        "_args",
+        "_as_here",
+        "_calls",
+        "_deadline",
+        "_done",
+        "_error",
+        "_future",
+        "_kwargs",
+        "_open",
+        "_result",
+        "_timeout",
+        "runner",
+    )
+
+    def __init__(
+        self,
+        calls: Calls,
+        runner: Runner,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        timeout: float | None,
+    ) -> None:
+        self.runner = runner
+        self._calls = calls
+        self._args = args
+        self._kwargs = kwargs
+        self._as_here = runner.as_here()
+        self._timeout = timeout
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+        self._open = [True]  # a list's pop is atomic, and may come in the midst of anything
+        self._done = threading.Lock()
+        self._done.acquire()
+        self._future: RunFuture | None = None
+        self._result: Any = None
+        self._error: BaseException | None = None
+
+    # --- in the thread -------------------------------------------------------------------------------
+
+    def wait(self) -> Any:
+        """Return the result, or raise the error; the deadline's own if it passes first."""
+        seconds = -1.0
+        if self._deadline is not None:
+            seconds = max(0.0, min(self._deadline - time.monotonic(), threading.TIMEOUT_MAX))
+        if not self._done.acquire(timeout=seconds):
+            if self.give_up():  # on the loop, what was submitted expires at the same time
+                raise DeadlineExceededError(
+                    f"runner {self.runner.name!r}: the request's timeout of {self._timeout:.3g} s passed while its "
+                    "thread waited for the event loop"
+                )
+            self._done.acquire()  # it ended in this moment
+        error, self._error = self._error, None
+        if error is None:
+            return self._result
+        try:
+            raise error
+        finally:
+            del error  # its traceback holds this frame
+
+    def give_up(self) -> bool:
+        """Take back the right to end this call; False if it has ended."""
+        try:
+            self._open.pop()
+        except IndexError:
+            return False
+        return True
+
+    def fail(self, error: BaseException) -> bool:
+        """End it with an error; False if it has ended."""
+        if not self.give_up():
+            return False
+        self._error = error
+        self._done.release()
+        return True
+
+    # --- on the loop's thread ------------------------------------------------------------------------
+
+    def submit(self) -> None:
+        """Submit the request, unless its thread has left."""
+        calls = self._calls
+        if not self._open:
+            return
+        try:
+            if self._deadline is not None:
+                left = self._deadline - time.monotonic()
+                if left <= 0:
+                    return  # the thread knows
+                calls = calls.options(timeout=left)
+            with self._as_here:
+                future = calls.submit(*self._args, **self._kwargs)
+        except BaseException as error:
+            self.fail(error)
+            if not isinstance(error, Exception):
+                raise
+            return
+        self._future = future
+        future.add_done_callback(self._end)
+
+    def cancel(self) -> None:
+        """The thread has left: take the request back."""
+        if self._future is not None:
+            self._future.cancel()
+
+    def _end(self, future: asyncio.Future[Any]) -> None:
+        self._future = None
+        if future.cancelled():
+            self.fail(RunnerClosedError(f"runner {self.runner.name!r}: the request was cancelled"))
+            return
+        error = future.exception()
+        if error is not None:
+            self.fail(error)
+        elif self.give_up():
+            self._result = future.result()
+            self._done.release()

@@ -1,0 +1,481 @@
+"""Dispatcher: connects one device's queue with its executor, on one event loop.
+
+Facts go into the queue; the commands that come out are performed here: works are handed to lanes,
+futures are resolved, timers are set. There is no rule in this file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
+
+from aoti_sched.backends.contracts import Completion, Executor, Work
+from aoti_sched.backends.executors.batches import Batch
+from aoti_sched.errors import AotiSchedError, DeadlineExceededError, DeviceLostError
+from aoti_sched.events import log
+from aoti_sched.foreign import out_of_resources, said
+from aoti_sched.queue.commands import (
+    BarrierReached,
+    Claimed,
+    Command,
+    Drained,
+    Expire,
+    Failing,
+    GoOn,
+    Grant,
+    Launch,
+    NextTurn,
+    Park,
+    Reject,
+    Return,
+    Revoke,
+    Shed,
+    WakeAt,
+    Withdraw,
+)
+from aoti_sched.queue.device_queue import DeviceQueue
+from aoti_sched.queue.job import Job, JobState
+from aoti_sched.queue.memory import Claim, Holding
+from aoti_sched.queue.runner_state import UNHEALTHY, Phase
+from aoti_sched.stats import DeviceStats, MemoryStats, RunnerStats
+
+if TYPE_CHECKING:
+    from aoti_sched.engine.future import RunFuture
+    from aoti_sched.queue.runner_state import Lease, RunnerState
+
+
+class Timer(Protocol):
+    """What `Clock.call_at` returns."""
+
+    def cancel(self) -> None: ...
+
+
+class Clock(Protocol):
+    """The scheduler's time, in seconds; tests bring their own (`aoti_sched.testing.ManualClock`). Neither method raises."""
+
+    def time(self) -> float: ...
+
+    def call_at(self, when: float, callback: Callable[[], None]) -> Timer: ...
+
+
+class LoopClock:
+    """`time.monotonic`, which the lanes' stamps use too, and the event loop's timers."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.time = time.monotonic
+
+    def call_at(self, when: float, callback: Callable[[], None]) -> Timer:
+        return self._loop.call_later(max(0.0, when - time.monotonic()), callback)
+
+
+class Dispatcher:
+    """Performs the commands of one `DeviceQueue` on one `Executor`."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        clock: Clock,
+        queue: DeviceQueue,
+        executor: Executor,
+        *,
+        log_requests: bool,
+        on_failing: Callable[[RunnerState], None],
+        on_lost: Callable[[str, DeviceLostError], None],
+        on_park: Callable[[RunnerState], None],
+        on_return: Callable[[RunnerState], None],
+    ) -> None:
+        self.queue = queue
+        self.executor = executor
+        self.loop = loop
+        self._clock = clock
+        self._log_requests = log_requests
+        self._on_failing = on_failing
+        self._on_lost = on_lost
+        self._on_park = on_park
+        self._on_return = on_return
+        self._timer: Timer | None = None
+        self._wake = 0.0
+        self._drained: dict[str, asyncio.Future[None]] = {}
+        self._reached: dict[str, asyncio.Future[None]] = {}
+        self._moves: dict[str, Callable[[Job], None]] = {}
+        loop.add_reader(executor.fileno(), self._collect)
+
+    def deadline(self, timeout: float) -> float:
+        """The point on the scheduler's clock that lies `timeout` seconds from now."""
+        return self._clock.time() + timeout
+
+    def submit(self, job: Job, *, wait: bool) -> None:
+        """A new job whose `payload` is its future. Raises the error of a rejected one."""
+        try:
+            self._perform(self.queue.submit(job, self._clock.time(), wait=wait))
+        except AotiSchedError as error:
+            raise error.with_traceback(None)  # noqa: B904 -- the frames in there hold the error: a cycle with the inputs
+
+    def withdraw(self, runner: RunnerState, move: Callable[[Job], None]) -> int:
+        """Take out what is queued, and `move` each job, at once or in the next turns of the loop; its caller waits on. Returns how many."""
+        count = len(runner.awaiting) + runner.waits + len(runner.queue) - runner.load.exempt
+        self._moves[runner.name] = move
+        self._perform(self.queue.withdraw(runner, self._clock.time()))
+        return count
+
+    def resubmit(self, job: Job, since: float) -> None:
+        """A job in the place of one that was withdrawn at another replica. Its caller waits already, and is told of a rejection."""
+        future = job.payload
+        try:
+            self._perform(self.queue.submit(job, self._clock.time(), wait=True, since=since))
+        except AotiSchedError as error:
+            future.refuse(error)
+
+    def cancel(self, job: Job) -> None:
+        """The caller has cancelled this job's future."""
+        if job.state <= JobState.RUNNING:
+            job.payload = None
+            self._perform(self.queue.cancel(job, self._clock.time()))
+
+    def release(self, lease: Lease) -> None:
+        self._perform(self.queue.release(lease, self._clock.time()))
+
+    def drain(self, runner: RunnerState, *, terminate: bool) -> asyncio.Future[None]:
+        """Begin to drain (or terminate) a runner; the future is done when nothing of it is left."""
+        drained = self._drained.get(runner.name) or self.loop.create_future()
+        if runner.phase is Phase.DRAINED:
+            if not drained.done():
+                drained.set_result(None)
+            return drained
+        self._drained[runner.name] = drained
+        fact = self.queue.terminate_runner if terminate else self.queue.drain_runner
+        self._perform(fact(runner, self._clock.time()))
+        return drained
+
+    def remove(self, runner: RunnerState) -> None:
+        if self.queue.runners.get(runner.name) is runner:
+            self.queue.remove_runner(runner)
+        self._drained.pop(runner.name, None)
+        self._moves.pop(runner.name, None)
+
+    def close_barrier(self, runner: RunnerState, *, abort: bool) -> asyncio.Future[None]:
+        """Hold back what is queued; the future is done when every slot of the runner is home."""
+        reached = self._reached[runner.name] = self.loop.create_future()
+        self._perform(self.queue.close_barrier(runner, self._clock.time(), abort=abort))
+        return reached
+
+    def open_barrier(self, runner: RunnerState, epoch: int | None) -> None:
+        """Let it go on; with `epoch`, on other constants."""
+        self._reached.pop(runner.name, None)
+        self._perform(self.queue.open_barrier(runner, self._clock.time(), epoch=epoch))
+
+    # --- memory ----------------------------------------------------------------------------------------
+
+    def claim(self, holding: Holding, size: int) -> Claim:
+        """Ask for bytes of memory; the claim's payload is a future that is done when they are there.
+
+        Raises:
+            MemoryLimitError: They can't be had.
+        """
+        claim = Claim(holding, size, self.loop.create_future())
+        self._perform(self.queue.claim(claim, self._clock.time()))
+        return claim
+
+    def give_up(self, claim: Claim) -> None:
+        self._perform(self.queue.give_up(claim, self._clock.time()))
+
+    def settle(self, holding: Holding, *, constants: int, inactive: int = 0, fixed: str = "") -> None:
+        """What a model has in truth, and why it must not be parked, if it must not."""
+        now = self._clock.time()
+        self._perform(self.queue.settle(holding, now, constants=constants, inactive=inactive, fixed=fixed))
+
+    def forget(self, holding: Holding) -> None:
+        self._perform(self.queue.forget(holding, self._clock.time()))
+
+    def call_back(self, runner: RunnerState) -> None:
+        """It is needed; raises MemoryLimitError if there is no room for it."""
+        self._perform(self.queue.call_back(runner, self._clock.time()))
+
+    def moved(self, runner: RunnerState) -> asyncio.Future[BaseException | None]:
+        """Of one that leaves or comes: done when it is away or here; with the error of one that could not come."""
+        holding = runner.memory
+        if holding.payload is None:
+            holding.payload = self.loop.create_future()
+        future: asyncio.Future[BaseException | None] = holding.payload
+        return future
+
+    def parked(self, runner: RunnerState) -> None:
+        holding = runner.memory
+        future, holding.payload = holding.payload, None
+        self._perform(self.queue.parked(runner, self._clock.time()))
+        if future is not None:
+            future.set_result(None)
+
+    def returned(self, runner: RunnerState, error: BaseException | None) -> None:
+        holding = runner.memory
+        future, holding.payload = holding.payload, None
+        self._perform(
+            self.queue.returned(runner, self._clock.time(), error="" if error is None else said(error))
+        )
+        if future is not None:
+            future.set_result(error)
+
+    def close(self) -> None:
+        """Stop listening; the executor is closed elsewhere, since that waits."""
+        self.loop.remove_reader(self.executor.fileno())
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def runner_stats(self, runner: RunnerState) -> RunnerStats:
+        totals = msgspec.structs.asdict(runner.counters)
+        busy = runner.slots - len(runner.free)
+        busy += sum(job.source.runner is runner for job in self.queue.lanes.following.values())
+        return RunnerStats(
+            name=runner.name,
+            phase=runner.phase.name,
+            health="failing" if runner.failures >= UNHEALTHY else "ok",
+            waiting=runner.waits + len(runner.awaiting) + sum(len(s.gate) for s in runner.leases.values()),
+            queued=runner.load.jobs,
+            queued_bytes=runner.load.bytes,
+            running=busy - sum(len(lease.free) for lease in runner.leases.values()),
+            held_leases=len(runner.leases),
+            free_slots=len(runner.free),
+            epoch=runner.epoch,
+            updating=runner.closed and runner.memory.is_here,
+            parked=not runner.memory.is_here,
+            parks=runner.memory.parked,
+            memory=self.queue.memory.of(runner.memory),
+            **totals,
+        )
+
+    def stats(self) -> DeviceStats:
+        queue = self.queue
+        return DeviceStats(
+            name=queue.name,
+            executor=self.executor.kind,
+            lost=self.executor.lost(),
+            lanes=queue.lanes.count,
+            busy_lanes=queue.busy_lanes,
+            cores=queue.lanes.cores,
+            free_cores=queue.lanes.free_cores,
+            queued=queue.load.jobs,
+            queued_bytes=queue.load.bytes,
+            memory=self._memory_stats(),
+            runners={name: self.runner_stats(runner) for name, runner in queue.runners.items()},
+        )
+
+    def _memory_stats(self) -> MemoryStats:
+        memory = self.queue.memory
+        there = [one for one in memory.holdings if memory.of(one)]
+        return MemoryStats(
+            limit=memory.limit,
+            used=memory.used,
+            inactive=sum(one.inactive for one in there),
+            parked=sum(one.bytes for one in memory.holdings) - sum(one.bytes for one in there),
+            workspace=sum(one.workspace for one in memory.holdings),
+        )
+
+    # --- the way back ----------------------------------------------------------------------------------
+
+    def _collect(self) -> None:
+        """The executor's descriptor is readable: hand each completion to the queue."""
+        now = self._clock.time()
+        fault: BaseException | None = None
+        for completion in self.executor.drain():
+            try:
+                self._see_loss(completion)  # before what is queued is launched there
+                self._perform(
+                    self._complete(completion, now)
+                )  # the next launches first: lanes should not wait
+            except BaseException as error:  # noqa: BLE001 -- a fault must not keep back the other completions
+                fault = fault or error
+            self._settle(completion)
+        if fault is not None:
+            raise fault
+
+    def _poll(self) -> None:
+        """What was handed to a lane may be back sooner than the loop could fall asleep and be woken. Others had their turn first."""
+        if self.executor.poll():
+            self._collect()
+
+    def _complete(self, completion: Completion, now: float) -> list[Command]:
+        token = completion.token
+        return self.queue.complete(
+            token[0] if type(token) is tuple else token,
+            now,
+            ok=completion.error is None,
+            started=completion.started,
+            finished=completion.finished,
+        )
+
+    def _settle(self, completion: Completion) -> None:
+        """Tell the caller, or all callers of a batch, how the run ended."""
+        token, error, outputs = completion.token, completion.error, completion.outputs
+        if type(token) is not tuple:
+            self._settle_job(token, error, outputs)
+        elif error is None:
+            for job, own in zip(token, outputs or (), strict=True):
+                self._settle_job(job, None, own)
+        else:
+            for job in token:
+                if job.state is not JobState.RUNNING:  # otherwise it is run again, by itself
+                    self._settle_job(job, error, None)
+        if error is not None:
+            jobs = token if type(token) is tuple else (token,)
+            log.warning(
+                "run failed",
+                runner=jobs[0].source.name,
+                device=self.queue.name,
+                job=jobs[0].id,
+                batch_size=len(jobs),
+                error=error,
+            )
+
+    def _settle_job(self, job: Job, error: BaseException | None, outputs: list[Any] | None) -> None:
+        future, job.payload = job.payload, None
+        if future is not None and not future.done():
+            if error is None:
+                future.deliver(outputs or [])
+            else:
+                future.refuse(error)
+        if self._log_requests:
+            self._log_job(job)
+
+    def _perform(self, commands: list[Command]) -> None:
+        """Perform all commands of a fact, whatever one of them raises; the first error is raised at the end."""
+        fault: BaseException | None = None
+        for command in commands:  # what follows from a run that is over at once joins the end of the list
+            if type(command) is not Launch:
+                try:
+                    self._perform_rare(command)
+                except BaseException as error:  # noqa: BLE001
+                    fault = fault or error
+                continue
+            job = command.job
+            work = _work(job)
+            try:
+                if job.inline:
+                    completion = self.executor.run_here(work)
+                else:
+                    if self.executor.submit(job.lane, work):
+                        self.loop.call_soon(self._poll)
+                    continue
+            except BaseException as error:  # noqa: BLE001 -- nothing was begun: the request fails, its slot comes home
+                now = self._clock.time()
+                ours = out_of_resources(error, "the run") or error
+                completion = Completion(work.token, None, ours, now, now)
+            self._see_loss(completion)
+            commands += self._complete(completion, self._clock.time())
+            self._settle(completion)
+        if fault is not None:
+            raise fault
+
+    def _see_loss(self, completion: Completion) -> None:
+        error = completion.error
+        if error is not None and isinstance(error, DeviceLostError):
+            self._on_lost(self.queue.name, error)
+
+    def _perform_rare(self, command: Command) -> None:
+        match command:
+            case Expire(job=job, takes=takes):
+                self._fail(job, _deadline_error(job, takes))
+            case Grant(job=job, lease=lease):
+                future, job.payload, lease.holder = job.payload, None, None
+                future.set_result(lease)
+            case Revoke(job=job, error=error) | Shed(job=job, error=error):
+                self._fail(job, error)
+            case Failing(runner=runner):
+                self._on_failing(runner)
+            case WakeAt(at=at):
+                if self._timer is not None:
+                    if self._wake <= at:  # asked for by a fact in the midst of these commands
+                        return
+                    self._timer.cancel()
+                self._wake = at
+                self._timer = self._clock.call_at(at, self._tick)
+            case NextTurn():
+                self.loop.call_soon(self._turn)
+            case GoOn():
+                self.loop.call_soon(self._go_on)
+            case Withdraw(job=job):
+                self._moves[job.source.name](job)
+            case BarrierReached(runner=runner):
+                reached = self._reached[runner.name]
+                if not reached.done():  # whoever waited may have given up
+                    reached.set_result(None)
+            case Drained(runner=runner):
+                drained = self._drained.get(runner.name)
+                if drained is not None and not drained.done():
+                    drained.set_result(None)
+            case Claimed(claim=claim):
+                if not claim.payload.done():  # whoever asked may have given up
+                    claim.payload.set_result(None)
+            case Park(runner=runner):
+                self._on_park(runner)
+            case Return(runner=runner):
+                self._on_return(runner)
+            case Reject(job=job, error=error):
+                job.payload = None
+                raise error
+            case _:
+                raise TypeError(f"the queue gave an unknown command {command!r}")
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        future, job.payload = job.payload, None
+        if future is not None and not future.done():
+            future.refuse(error)
+        if self._log_requests:
+            self._log_job(job)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self._perform(self.queue.tick(self._clock.time()))
+
+    def _turn(self) -> None:
+        self._perform(self.queue.turn(self._clock.time()))
+
+    def _go_on(self) -> None:
+        self._perform(self.queue.go_on(self._clock.time()))
+
+    def _log_job(self, job: Job) -> None:
+        log.info(
+            "request",
+            runner=job.source.name,
+            device=self.queue.name,
+            state=job.state.name,
+            placement="inline" if job.inline else "lane",
+            epoch=job.epoch,
+            queue_seconds=round(job.started - job.submitted, 6) if job.started else None,
+            run_seconds=round(job.finished - job.started, 6) if job.started else None,
+        )
+
+
+def _work(job: Job) -> Work:
+    """What a launched job, and all that run with it, are to an executor. A batch's token are its jobs, the leader first."""
+    future: RunFuture = job.payload
+    runner = future.runner
+    grouping = runner.grouping
+    if grouping is None or (not job.members and grouping.padded(job.rows) == job.rows):
+        inputs, future.inputs = future.inputs, ()  # from now on the lane alone keeps them alive
+        return Work(runner.container, inputs, runner.threads, job, slot=job.slot)
+    jobs = job.members or (job,)
+    rows = [member.rows for member in jobs]
+    members = [member.payload.inputs for member in jobs]
+    batch = Batch(grouping.plan, members, rows, grouping.padded(sum(rows)), job.slot)
+    return Work(runner.container, (), runner.threads, jobs, batch, job.slot)
+
+
+def _deadline_error(job: Job, takes: float | None) -> DeadlineExceededError:
+    timeout = (job.deadline or 0.0) - job.submitted if job.timeout is None else job.timeout
+    if takes is not None:
+        return DeadlineExceededError(
+            f"runner {job.source.name!r}: the request's timeout of {timeout:.15g} s can't be met any more: a run takes about "
+            f"{takes:.3g} s; it was not started"
+        )
+    if job.lane >= 0:
+        where = "running; its result will be dropped"
+    else:
+        where = "waiting for a lease" if job.holds else "queued"
+    return DeadlineExceededError(
+        f"runner {job.source.name!r}: the request's timeout of {timeout:.15g} s passed while it was {where}"
+    )

@@ -1,0 +1,191 @@
+"""What the generated `*.wrapper.cpp` of a package shows of a model's writes: to its buffers, and to its inputs.
+
+Pure text. Everything that is not understood counts as unknown, never as harmless. What the source states of inputs' shapes is
+read in `specs.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import msgspec
+
+from aoti_sched.model.specs import ConstantSpec, ModelSpec
+
+
+class Writes(msgspec.Struct, frozen=True):
+    """Who is written to during a run: True, False, or None where the source does not show it.
+
+    `constants` has an entry for each constant by FQN, `inputs` one for each input in its order. `buffers` names the constants that
+    are buffers of the module.
+    """
+
+    constants: dict[str, bool | None]
+    buffers: frozenset[str]
+    inputs: tuple[bool | None, ...]
+
+
+def writes_in(source: str) -> Writes | None:
+    """What the wrapper source shows of writes; None where it has no body that is understood."""
+    body = _body(source)
+    if body is None:
+        return None
+    parameters = _triton_parameters(source)
+    names = {int(index): name for name, index in _BOUND.findall(body)}
+    fqns = {int(index): fqn for index, fqn in _FQN.findall(source)}
+    constants = {
+        fqn: _is_written(body, names[index], parameters) if index in names else False
+        for index, fqn in fqns.items()
+    }
+    buffers = frozenset(fqns[int(index)] for index in _BUFFER.findall(source) if int(index) in fqns)
+    inputs = {int(index): name for name, index in _INPUT.findall(body)}
+    found = tuple(
+        _is_written(body, inputs[i], parameters) if i in inputs else None
+        for i in range(max(inputs, default=-1) + 1)
+    )
+    return Writes(constants, buffers, found)
+
+
+WRITES = "it writes to its buffers"
+MAY_WRITE = "it has buffers, and its package does not say whether it writes to them"
+
+
+def writes_to_buffers(
+    own: ModelSpec | None, wrapper: str | None, constants: Sequence[ConstantSpec] = ()
+) -> str:
+    """Why a model counts as one that writes to its buffers; "" where it does not. One rule for all that depends on it.
+
+    A model that has buffers and does not say whether it writes to them counts as writing.
+
+    Args:
+        own: What `compile_package` says of it.
+        wrapper: Its wrapper source.
+        constants: Of the loaded container; with neither of the others, they alone tell whether there are buffers.
+
+    Returns:
+        `WRITES`, `MAY_WRITE` or "".
+    """
+    if own is not None:
+        return WRITES if own.mutates_buffers else ""
+    shown = writes_in(wrapper) if wrapper is not None else None
+    if shown is None:
+        return MAY_WRITE if any(constant.type == "buffer" for constant in constants) else ""
+    if any(shown.constants.values()):  # a parameter that is written to is state like any other
+        return WRITES
+    unknown = any(shown.constants.get(fqn) is None for fqn in shown.buffers)
+    return MAY_WRITE if unknown else ""
+
+
+# --- reading ------------------------------------------------------------------------------------------
+
+_BODY = re.compile(
+    r"^\s*void AOTInductorModel::run_impl\((.*?)^\} // AOTInductorModel::run_impl", re.DOTALL | re.MULTILINE
+)
+_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
+_BOUND = re.compile(r"auto& (\w+) = constants_->at\((\d+)\);")
+_INPUT = re.compile(r"auto (\w+) = std::move\(inputs\[(\d+)\]\);")
+_FQN = re.compile(r'constants_info_\[(\d+)\]\.original_fqn = "([^"\n]*)";')
+_BUFFER = re.compile(
+    r"constants_info_\[(\d+)\]\.type = static_cast<int32_t>\(torch::aot_inductor::ConstantType::Buffer\);"
+)
+_READS = (
+    r"auto& {0} = constants_->at\(\d+\);",
+    r"auto {0} = std::move\(inputs\[\d+\]\);",
+    r"\(const [\w:]+\*\)\({0}\.data_ptr\(\)\)",
+    r"\b{0}\.(?:sizes|strides|reset)\(\)",
+    r"assert_size_stride\({0},[^;]*;",
+    r"\bcodegen_[\w<>]*\({0}\)",
+)
+_CAST = r"\((?!const )[\w:]+\*\)\({0}\.data_ptr\(\)\)"
+_DECLARED = re.compile(r"static inline void (call_\w+)\(([^)]*)\)", re.DOTALL)
+_STATEMENT = re.compile(r"[^;]*;", re.DOTALL)
+_CALL = re.compile(r"\b(?:aoti_torch|call)_\w+(?=\()")
+_SHIM = re.compile(r"aoti_torch_(?:(?:cpu|cuda|xpu|mps)_)?(\w+)")
+_ALIAS = re.compile(r"\b(\w+)(?:\[\])?\s*=[^=]|\b\w*Handle\w* (\w+)\(")
+
+
+def _body(source: str) -> str | None:
+    found = _BODY.search(source)
+    return None if found is None else _COMMENT.sub("", found[1])
+
+
+def _triton_parameters(source: str) -> dict[str, list[str]]:
+    """Parameters' names of the functions that launch a device's kernels; in_ptr0, out_ptr0, in_out_ptr0 say what is done."""
+    found = {}
+    for name, parameters in _DECLARED.findall(source):
+        found[name] = [part.split()[-1].lstrip("&*") for part in parameters.split(",") if part.split()]
+    return found
+
+
+def _is_written(
+    body: str, name: str, parameters: dict[str, list[str]], seen: frozenset[str] = frozenset()
+) -> bool | None:
+    """Whether the code writes to the tensor of this name, or to what aliases it."""
+    word = re.escape(name)
+    if re.search(_CAST.format(word), body):
+        return True
+    rest = body
+    for pattern in _READS:
+        rest = re.sub(pattern.format(word), "", rest)
+    mention = re.compile(rf"\b{word}\b")
+    unknown = False
+    for statement in _STATEMENT.findall(rest):
+        if not mention.search(statement):
+            continue
+        found = _use(statement, mention, parameters)
+        if found is None:  # is there another name for it, whose uses tell?
+            alias = _ALIAS.search(statement)
+            other = (alias[1] or alias[2]) if alias is not None else None
+            if other is not None and other not in {name, *seen} and other != "output_handles":
+                found = _is_written(body.replace(statement, ""), other, parameters, seen | {name})
+            elif other == "output_handles":
+                found = False
+        if found:
+            return True
+        unknown = unknown or found is None
+    return None if unknown else False
+
+
+def _use(statement: str, mention: re.Pattern[str], parameters: dict[str, list[str]]) -> bool | None:
+    """What the call in a statement does with the tensor that is mentioned in its arguments."""
+    call = _CALL.search(statement)
+    if call is None:
+        return None
+    arguments = _arguments(statement[call.end() :])
+    places = [index for index, argument in enumerate(arguments) if mention.search(argument)]
+    if not places:
+        return None
+    function = call[0]
+    if function in parameters:
+        names = [parameters[function][place : place + 1] or ["?"] for place in places]
+        kinds = [name[0] for name in names]
+        if any(kind.startswith(("out_ptr", "in_out_ptr")) for kind in kinds):
+            return True
+        return False if all(kind.startswith("in_ptr") for kind in kinds) else None
+    shim = _SHIM.fullmatch(function)
+    if shim is None or shim[1] in _OPAQUE or "moving_avg" in shim[1]:
+        return None
+    # As torch names its functions: add_ and fill__Scalar write to their first argument, mm_out does, all others to none.
+    in_place = shim[1].endswith("_") or "__" in shim[1].lstrip("_") or re.search(r"_out(_|$)", shim[1])
+    return bool(in_place) and 0 in places
+
+
+_OPAQUE = {"proxy_executor_call_function", "call_dispatcher", "get_data_ptr", "get_storage_size"}
+
+
+def _arguments(text: str) -> list[str]:
+    """The arguments of a call whose opening bracket is the first character."""
+    arguments: list[str] = []
+    depth, start = 0, 1
+    for place, character in enumerate(text):
+        if character in "([{":
+            depth += 1
+        elif character in ")]}":
+            depth -= 1
+            if depth == 0:
+                return [*arguments, text[start:place]]
+        elif character == "," and depth == 1:
+            arguments.append(text[start:place])
+            start = place + 1
+    return [*arguments, text[start:]]

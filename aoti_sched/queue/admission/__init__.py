@@ -1,0 +1,1 @@
+"""What is let in: bounds, room, shedding, and the errors of what is refused."""

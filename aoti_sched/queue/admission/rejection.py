@@ -1,0 +1,72 @@
+"""Refusal: why a job is not taken at submission, in the sentence that its caller reads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aoti_sched.errors import AotiSchedError, LeaseError, QueueFullError, RunnerClosedError, ShedError
+from aoti_sched.queue.barrier import epoch_refusal
+from aoti_sched.queue.runner_state import Lease, Phase
+
+if TYPE_CHECKING:
+    from aoti_sched.queue.admission.load import Load
+    from aoti_sched.queue.job import Job
+
+
+def for_good(job: Job, device: Load, *, moved: bool) -> AotiSchedError | None:
+    """Why a job can't be taken, whatever room there is; None when it can. One that has `moved` was accepted at another replica."""
+    source, runner = job.source, job.source.runner
+    if source is not runner or runner.phase is not Phase.OPEN:
+        error = _by_its_source(job)
+        if error is not None:
+            return error
+    never = source.load.never_fits(job.bytes) or device.never_fits(job.bytes)
+    if never is None and runner.counts_tenants and source is runner and runner.load.bounds.tenant_jobs == 0:
+        never = f"runner {runner.name!r} queues no jobs of a tenant"
+    if never is not None and not job.exempt:
+        return QueueFullError(f"runner {runner.name!r}: the request can never be queued, {never}")
+    return None if job.min_epoch <= source.epoch else _by_its_epoch(job, moved)
+
+
+def for_now(job: Job, full: str) -> QueueFullError:
+    """There is no room, for this reason."""
+    return QueueFullError(
+        f"runner {job.source.name!r}: {full}. Send less, raise the bound, or load with overflow='wait'"
+    )
+
+
+def shed(job: Job) -> ShedError:
+    """It was queued, and makes room."""
+    return ShedError(
+        f"runner {job.source.name!r}: the queue is full, and the request was dropped for a better one (overflow='shed'): send less, "
+        "or give it a higher priority or an earlier deadline"
+    )
+
+
+def _by_its_source(job: Job) -> AotiSchedError | None:
+    """Of a lease, or of a runner that is not open."""
+    source, runner = job.source, job.source.runner
+    if not isinstance(source, Lease):
+        return RunnerClosedError(
+            f"runner {runner.name!r} is {runner.phase.name.lower()}; it takes no new requests"
+        )
+    if runner.phase >= Phase.TERMINATED:
+        return RunnerClosedError(
+            f"runner {runner.name!r} is {runner.phase.name.lower()}; its leases are gone"
+        )
+    if source.released:
+        return LeaseError(
+            f"lease {source.id} of runner {runner.name!r} (slot {source.slot}) was released; take a new one with runner.lease()"
+        )
+    return None
+
+
+def _by_its_epoch(job: Job, moved: bool) -> AotiSchedError | None:
+    runner = job.source.runner
+    error = epoch_refusal(job)
+    most = runner.load.bounds.jobs
+    if error is None and most is not None and not moved and len(runner.awaiting) >= most:
+        return QueueFullError(
+            f"runner {runner.name!r}: {len(runner.awaiting)} requests wait for an epoch, the bound is {most}"
+        )
+    return error

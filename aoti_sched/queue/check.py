@@ -1,0 +1,322 @@
+"""What is true of a `DeviceQueue` after every fact, whatever it was."""
+
+# ruff: noqa: SLF001 -- the invariants are about what is inside
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING
+
+from aoti_sched.queue.job import Job, JobState
+from aoti_sched.queue.memory import Stay
+from aoti_sched.queue.runner_state import Phase
+from aoti_sched.queue.selection import fairness as fair
+from aoti_sched.queue.selection.choice import can_start
+from aoti_sched.queue.selection.placement import LOOP
+from aoti_sched.queue.timers import is_over
+
+if TYPE_CHECKING:
+    from aoti_sched.queue.admission.load import Load
+    from aoti_sched.queue.batching import Company
+    from aoti_sched.queue.device_queue import DeviceQueue
+    from aoti_sched.queue.runner_state import RunnerState, Source
+
+
+def check(queue: DeviceQueue) -> None:
+    """Raise AssertionError, with the sentence that is not true."""
+
+    def must(truth: bool, sentence: str) -> None:
+        if not truth:
+            raise AssertionError(f"{queue.name}: {sentence}")
+
+    busy = [lane for lane in queue.lanes.running if lane != LOOP]
+    must(
+        sorted([*queue.lanes.free, *busy]) == list(range(queue.lanes.count)),
+        "each lane is free or runs one job",
+    )
+    must(
+        all(job.lane == lane and job.inline == (lane == LOOP) for lane, job in queue.lanes.running.items()),
+        "a job knows its lane",
+    )
+    must(
+        queue._turn_asked
+        or (
+            LOOP not in queue.lanes.running
+            and queue.lanes.inline_left == queue.lanes.inline_budget
+            and not queue._gathering
+        ),
+        "a turn with inline runs, or with jobs that may have company, has a next",
+    )
+    on_cores = sum(job.source.runner.width for lane, job in queue.lanes.running.items() if lane != LOOP)
+    must(queue.lanes.free_cores == queue.lanes.cores - on_cores >= 0, "what is on lanes has its cores")
+    queued_jobs = queued_bytes = 0
+    for runner in queue.runners.values():
+        on_lanes = [job for job in queue.lanes.running.values() if job.source.runner is runner]
+        held = [lease.slot for lease in runner.leases.values()]
+        own = [job.slot for job in on_lanes if job.source is runner]
+        must(sorted([*runner.free, *held, *own]) == list(range(runner.slots)), "free + leased = all slots")
+        for lease in runner.leases.values():
+            runs = [job for job in on_lanes if job.source is lease]
+            must(len(runs) + len(lease.free) == 1, "a lease runs at most one job at a time")
+            must(not lease.released or lease.live > 0, "a released lease with no jobs is retired")
+        sources: list[Source] = [runner, *runner.leases.values()]
+        queued = [job for source in sources for job in source.queue.jobs()]
+        gate = [job for source in sources for job in source.gate.jobs()]
+        in_line = [job for line in runner.tenant_lines.values() for job in line.values()]
+        must(all(job.state is JobState.QUEUED for job in queued), "what is in a queue is QUEUED")
+        must(all(job.state is JobState.WAITING for job in gate), "what is at a gate is WAITING")
+        must(runner.load.jobs == len(queued), "a runner's load counts its queued jobs")
+        must(runner.load.bytes == sum(job.bytes for job in queued), "a runner's load counts its bytes")
+        for lease in runner.leases.values():
+            jobs = lease.queue.jobs()
+            must(lease.load.jobs == len(jobs), "a lease's load counts its queued jobs")
+            must(lease.load.bytes == sum(job.bytes for job in jobs), "a lease's load counts its bytes")
+            must(lease.load.within_bounds(), "no bound of a lease is exceeded")
+            must(
+                not _has_room(lease) or lease.halted > 0 or queue._goes_on,
+                "nobody waits at a lease's gate when it has room",
+            )
+            must(not lease.closed, "a held lease is never closed")
+        _check_tenants(runner, must)
+        awaiting = list(runner.awaiting.values())
+        must(all(job.state is JobState.WAITING for job in awaiting), "what awaits an epoch is WAITING")
+        must(
+            all(job.min_epoch > runner.published for job in awaiting), "nobody awaits an epoch that has been"
+        )
+        must(
+            all(job.min_epoch <= job.source.epoch for job in (*queued, *gate)),
+            "what is queued can have its epoch",
+        )
+        must(all(job.epoch == job.source.epoch for job in on_lanes), "nothing runs on another epoch")
+        must(1 <= runner.epoch <= runner.published, "an epoch was published")
+        must(
+            not runner.reached or (runner.closed and runner.home),
+            "a barrier is reached while it is closed and every slot is home",
+        )
+        following = [job for job in queue.lanes.following.values() if job.source.runner is runner]
+        for job in following:
+            first = queue.lanes.running.get(job.lane)
+            must(
+                first is not None
+                and (first.source, first.slot, first.epoch) == (job.source, job.slot, job.epoch),
+                "what follows on a lane has the source, slot and epoch of what runs there",
+            )
+        for source in sources:
+            open_lanes = source.followed
+            must(
+                all(
+                    queue.lanes.running[lane].source is source and lane not in queue.lanes.following
+                    for lane in open_lanes
+                ),
+                "a lane that may be given a next job runs one of the source and has no next",
+            )
+        if runner.company is not None:
+            _check_company(queue, runner, queued, must)
+        must(
+            runner.reached or runner.halted > 0 or not (runner.closed and runner.home),
+            "a barrier that can be reached is",
+        )
+        halting = sum(ending.runner is runner for ending in queue._endings)
+        must(runner.halted == halting, "a runner is halted while jobs of it are to end")
+        must(
+            sum(s.live for s in sources)
+            == len(queued)
+            + len(gate)
+            + len(in_line)
+            + len(awaiting)
+            + sum(map(_live, [*on_lanes, *following])),
+            "live jobs are somewhere",
+        )
+        must(runner.load.within_bounds(*_lease_loads(runner)), "no bound of a runner is exceeded")
+        if _has_room(runner) and not runner.halted and not queue._goes_on:
+            at_gate = queue.room.gates.best()
+            waits = None if at_gate is None else at_gate.gate.head()
+            blocked = waits is not None and queue.load.refusal(waits.bytes) is not None
+            must(blocked, "nobody waits at a gate when there is room")
+        must((runner.phase is not Phase.DRAINED) or runner.idle, "a drained runner is idle")
+        must(
+            runner.phase not in (Phase.DRAINING, Phase.TERMINATED) or not runner.idle,
+            "a runner that is leaving and idle is drained",
+        )
+        for source in sources:
+            head = source.queue.head()
+            if head is not None and can_start(source) and not queue._goes_on:
+                here = head.holds or runner.placing.inline(head.bytes)
+                lane = bool(queue.lanes.free) and not _waits_for_cores(queue)
+                place = (head.holds or queue.lanes.loop_is_free()) if here else lane
+                must(not place, "no job waits while a slot and a place to run are free")
+        _check_accounts(queue, runner, queued, must)
+        queued_jobs += len(queued)
+        queued_bytes += sum(job.bytes for job in queued)
+    must(
+        queue.load.jobs == queued_jobs and queue.load.bytes == queued_bytes,
+        "the device's load is its runners'",
+    )
+    leases = [load for runner in queue.runners.values() for load in _lease_loads(runner)]
+    must(queue.load.within_bounds(*leases), "no bound of the device is exceeded")
+    must(queue._goes_on or not queue._endings, "what is to go on has a next turn")
+    _check_memory(queue, must)
+    must(
+        sum(not is_over(entry[2]) for entry in queue.timers.deadlines.entries())
+        == queue.timers.deadlines.alive,
+        "live deadlines are counted",
+    )
+
+
+def _check_memory(queue: DeviceQueue, must: Callable[[bool, str], None]) -> None:
+    memory = queue.memory
+    waiting = [claim.holding for claim in memory.claims if claim.returns is not None]
+    there = [one for one in memory.holdings if one.stay is not Stay.AWAY and one not in waiting]
+    must(memory.used == sum(one.bytes for one in there), "what is in memory is counted")
+    must(
+        memory.leaving == sum(one.bytes for one in there if one.stay is Stay.LEAVING),
+        "what leaves memory is counted",
+    )
+    must(memory.promised == sum(claim.bytes for claim in memory.claims), "what was promised is counted")
+    must(
+        not memory.claims
+        or (memory.limit is not None and memory.used + memory.claims[0].bytes > memory.limit),
+        "nobody waits for memory that is free",
+    )
+    must(
+        all(one.stay is Stay.COMING for one in waiting),
+        "who was promised to come back is on the way",
+    )
+    for runner in queue.runners.values():
+        stay = runner.memory.stay
+        must(runner.memory in memory.holdings, "what a runner has of the memory is known")
+        must(
+            runner.closed or stay is Stay.HERE, "nothing of a runner starts while its constants are not there"
+        )
+        must(runner.home or stay in (Stay.HERE, Stay.LEAVING), "nothing runs without constants")
+        must(stay is Stay.HERE or not runner.leases, "who has held leases is not parked")
+        must(
+            runner in memory.line or stay is not Stay.AWAY or not runner.load.jobs or runner.halted > 0,
+            "who is away and asked for stands in line",
+        )
+    must(
+        memory.wake is None or (queue._wake is not None and queue._wake <= memory.wake),
+        "who stands in line is not forgotten",
+    )
+
+
+def _waits_for_cores(queue: DeviceQueue) -> bool:
+    """Whether one that is first in line for a lane, or may be, needs more cores than are free."""
+    sources = [s for runner in queue.runners.values() for s in (runner, *runner.leases.values())]
+    return any(
+        source.free
+        and not source.closed
+        and len(source.queue)
+        and source.runner.width > queue.lanes.free_cores
+        for source in sources
+    )
+
+
+def _check_tenants(runner: RunnerState, must: Callable[[bool, str], None]) -> None:
+    most = runner.load.bounds.tenant_jobs
+    counted: dict[Hashable, int] = {}
+    for job in (*runner.gate.jobs(), *runner.queue.jobs()):
+        if most is not None and not job.exempt:
+            counted[job.tenant] = counted.get(job.tenant, 0) + 1
+    must(runner.tenant_jobs == counted, "what a tenant has at the gate and in the queue is counted")
+    must(most is None or max(counted.values(), default=0) <= most, "no bound of a tenant is exceeded")
+    for tenant, line in runner.tenant_lines.items():
+        must(bool(line) and counted.get(tenant) == most, "nobody waits for its tenant when there is room")
+        must(
+            all(job.state is JobState.WAITING and job.tenant == tenant for job in line.values()),
+            "what waits for its tenant is WAITING",
+        )
+
+
+def _check_accounts(
+    queue: DeviceQueue, runner: RunnerState, queued: list[Job], must: Callable[[bool, str], None]
+) -> None:
+    launched = [job for job in queue.lanes.launched() if job.source.runner is runner]
+    running = [job for first in launched for job in (*(first.members or (first,)), *first.rest)]
+    for priority, account in enumerate(runner.accounts):
+        of_class = [job for job in queued if job.priority == priority]
+        must(
+            account.queued == len(of_class)
+            and account.running == sum(job.priority == priority for job in running),
+            "a runner's account knows what is queued and runs",
+        )
+        must(account.balance <= 0.0, "what was used is paid for")
+        turns = runner.tenants[priority]
+        for tenant, own in turns.accounts.items():
+            mine = [job for job in of_class if job.source is runner and job.tenant == tenant]
+            runs = [
+                j for j in running if j.source is runner and j.tenant == tenant and j.priority == priority
+            ]
+            must(
+                (own.queued, own.running) == (len(mine), len(runs)),
+                "a tenant's account knows what is queued and runs",
+            )
+            idle = tenant is not None and not (own.queued or own.running)
+            must(idle == (own.rested > 0), "an idle tenant is known as one")
+        resting = sum(own.rested > 0 for own in turns.accounts.values())
+        must(resting == turns._resting <= fair.DEBTORS, "of idle tenants not too many are known")
+        of_tenants = [j for j in (*of_class, *running) if j.source is runner and j.priority == priority]
+        must(
+            all(turns.accounts.get(job.tenant) is job.account for job in of_tenants),
+            "what is queued or runs is on its tenant's account",
+        )
+    must(
+        runner.backlog.jobs == (len(queued) if queue._forecast.kept else 0),
+        "what is queued is foreseen",
+    )
+    oldest = [job for job in queued if not job.holds] if queue.policy.max_wait is not None else []
+    sources: list[Source] = [runner, *runner.leases.values()]
+    must(
+        sorted(job.id for source in sources for job in source.arrivals.jobs())
+        == sorted(j.id for j in oldest),
+        "what may become overdue is watched",
+    )
+    may_go = [j for j in queued if runner.sheds and j.source is runner and not j.holds]
+    must(
+        runner.worst.alive == len(may_go) == sum(worst.alive for worst in runner.worst_of.values()),
+        "what may be shed is known",
+    )
+
+
+def _live(job: Job) -> int:
+    """How many jobs one that was launched stands for."""
+    return len(job.members or (job,)) + len(job.rest)
+
+
+def _has_room(source: Source) -> bool:
+    head = source.gate.head()
+    return head is not None and source.load.refusal(head.bytes) is None
+
+
+def _check_company(
+    queue: DeviceQueue, runner: RunnerState, queued: list[Job], must: Callable[[bool, str], None]
+) -> None:
+    company: Company = runner.company  # type: ignore[assignment]
+    for job in [*queue.lanes.running.values(), *queue.lanes.following.values()]:
+        if job.source is runner and job.members:
+            must(job.members[0] is job and len(job.members) > 1, "a batch is led by its first")
+            must(all(member.key == job.key for member in job.members), "a batch is of one key")
+            must(
+                sum(member.rows for member in job.members) <= company.rule.max_rows,
+                "a batch has not too many rows",
+            )
+            must(
+                all((m.lane, m.slot, m.epoch) == (job.lane, job.slot, job.epoch) for m in job.members),
+                "a batch runs in one place",
+            )
+    keyed = [job for job in queued if job.source is runner and job.key is not None and not job.holds]
+    must(company.keys.keys() == {job.key for job in keyed}, "each key that has jobs is known, and no other")
+    for name, key in company.keys.items():
+        alike = [job for job in keyed if job.key == name]
+        must((key.jobs, key.rows) == (len(alike), sum(job.rows for job in alike)), "a key counts its jobs")
+        must(not key.held or key.ripe or queue._turn_asked, "what is held until the next turn has one")
+        wakes = queue._wake is not None and queue._wake <= key.ripe_at
+        must(key.ripe or key.held or wakes, "what waits for company is not forgotten")
+    must(
+        bool(company.arrived) == (runner in queue._gathering),
+        "who has had jobs in this turn hears of its end",
+    )
+
+
+def _lease_loads(runner: RunnerState) -> list[Load]:
+    return [lease.load for lease in runner.leases.values()]

@@ -1,0 +1,1 @@
+"""Which job goes next, where, and on which replica."""

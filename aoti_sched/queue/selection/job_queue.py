@@ -1,0 +1,302 @@
+"""Order: which job goes next. The priority class, then whose turn it is, then the earliest deadline.
+
+Jobs that differ in nothing but their deadlines stand in one line, in order. Lines contend within a queue, by their first
+jobs; queues contend for lanes and for room. All of it is O(log n), and O(1) where jobs come in the order in which they go.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterator
+from typing import Generic, TypeVar
+
+from aoti_sched.queue.heap import Heap
+from aoti_sched.queue.job import Job, Priority
+from aoti_sched.queue.selection.fairness import Account
+
+_T = TypeVar("_T", bound=Hashable)
+
+Rank = tuple[float, ...]
+"""What is compared: the least goes first. It ends in a job's id, so no two are equal."""
+
+KEPT = 64
+"""Lines that are kept for what comes, although they have no jobs."""
+
+NOBODY = Account()
+"""For lines between which there are no turns: it is never charged."""
+
+
+class Contest(Heap["tuple[Rank, _T]"], Generic[_T]):
+    """Things contending for something, the one with the least rank first.
+
+    A heap of (rank, thing) entries that are not updated but checked when they surface. A thing must enter (or re-enter)
+    when its rank falls or it becomes eligible, and need not when its rank rises: so each fact costs O(log n), and
+    what has no work costs nothing.
+
+    Args:
+        rank_of: A thing's rank now; None while it is not eligible.
+    """
+
+    __slots__ = ("_entered", "_rank_of")
+
+    def __init__(self, rank_of: Callable[[_T], Rank | None]) -> None:
+        super().__init__()
+        self._rank_of = rank_of
+        self._entered: dict[_T, Rank] = {}  # each thing's latest entry; older ones are stale
+
+    def is_over(self, entry: tuple[Rank, _T]) -> bool:
+        return self._entered.get(entry[1]) != entry[0]
+
+    def enter(self, thing: _T) -> None:
+        """Call when its rank may have fallen or it may have become eligible; entering twice does no harm."""
+        rank = self._rank_of(thing)
+        if rank is not None:
+            self.enter_as(thing, rank)
+
+    def enter_as(self, thing: _T, rank: Rank) -> None:
+        """`enter`, by one who knows the rank and that it is eligible."""
+        if self._entered.get(thing) == rank:
+            return
+        self.add((rank, thing))
+        self._entered[thing] = rank
+        self.tidy(len(self._entered))
+
+    def leave(self, thing: _T) -> None:
+        """Forget a thing that is gone for good."""
+        self._entered.pop(thing, None)
+        self.tidy(len(self._entered))
+
+    def best(self) -> _T | None:
+        """The thing that goes next; None when none is eligible."""
+        while (least := self.least()) is not None:
+            rank, thing = least
+            current = self._rank_of(thing)
+            if current == rank:
+                return thing
+            self.drop()
+            if self._entered.get(thing) == rank:
+                del self._entered[thing]
+                if current is not None:
+                    self.enter_as(thing, current)
+        return None
+
+
+class InOrder(Heap["tuple[float, int, Job]"]):
+    """Jobs by a number, ties by their ids; the least goes `first`.
+
+    Most come in the order in which they go, and stand in `_in_order`. Those that must go before its last are the heap's.
+    """
+
+    __slots__ = ("_early", "_in_order", "_last", "first")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: Job | None = None
+        # OrderedDict is a linked list: unlike a dict's, its first key is found in O(1) after many deletions.
+        self._in_order: OrderedDict[int, tuple[float, int, Job]] = OrderedDict()
+        self._last: tuple[float, int] = (0.0, 0)  # of those in order
+        self._early: dict[int, Job] = {}
+
+    def is_over(self, entry: tuple[float, int, Job]) -> bool:
+        return entry[1] not in self._early
+
+    def push(self, number: float, job: Job) -> None:
+        follows = bool(self._in_order)
+        if not follows or (number, job.id) > self._last:
+            self._in_order[job.id] = (number, job.id, job)
+            self._last = (number, job.id)
+        else:
+            follows = False
+            self._early[job.id] = job
+            self.add((number, job.id, job))
+        if not follows:
+            self.first = self._least()
+
+    def remove(self, job: Job) -> None:
+        if self._in_order.pop(job.id, None) is None:
+            del self._early[job.id]
+            self.tidy(len(self._early))
+        if job is self.first:
+            self.first = self._least()
+
+    def each(self) -> Iterator[Job]:
+        for entry in self._in_order.values():
+            yield entry[2]
+        yield from self._early.values()
+
+    def jobs(self) -> list[Job]:
+        return [*(entry[2] for entry in self._in_order.values()), *self._early.values()]
+
+    def _least(self) -> Job | None:
+        early = self.first_alive()
+        for first in self._in_order.values():
+            return early[2] if early is not None and early < first else first[2]
+        return None if early is None else early[2]
+
+
+class Line(InOrder):
+    """Jobs of one class, tenant and key, the earliest due first."""
+
+    __slots__ = ("account", "key", "priority")
+
+    def __init__(self, priority: int, account: Account, key: Hashable) -> None:
+        super().__init__()
+        self.priority = priority
+        self.account = account
+        self.key = key
+
+    def rank(self) -> Rank | None:
+        first = self.first
+        return None if first is None else (self.priority, self.account.virtual, first.due, first.id)
+
+
+class Lines:
+    """Lines that have jobs, the one whose first job goes next before the others. The `only` one needs no contest."""
+
+    __slots__ = ("_contest", "lines", "only")
+
+    def __init__(self) -> None:
+        self.lines: OrderedDict[Line, None] = OrderedDict()  # its first is found in O(1) after many deletions
+        self.only: Line | None = None
+        self._contest: Contest[Line] = Contest(Line.rank)
+
+    def changed(self, line: Line) -> None:
+        """Jobs have come to it or left it."""
+        if line is self.only:
+            if line.first is None:
+                self.only = None
+                del self.lines[line]
+            return
+        lines = self.lines
+        if line.first is not None:
+            if not lines:
+                self.only = line
+            elif self.only is not None:  # until now it did not contend
+                self._contest.enter(self.only)
+                self.only = None
+            lines[line] = None
+            if self.only is None:
+                self._contest.enter(line)
+        else:
+            del lines[line]
+            self._contest.leave(line)
+            if len(lines) == 1:
+                (self.only,) = lines
+                self._contest = Contest(Line.rank)
+
+    def first(self) -> Job | None:
+        """Of all of them."""
+        line = self.only or self._contest.best()
+        return None if line is None else line.first
+
+
+class JobQueue:
+    """The jobs of one source that wait for the same thing.
+
+    Args:
+        account_of: Gives a tenant's account of a class; without, tenants and keys make no difference.
+    """
+
+    __slots__ = ("_account_of", "_by_key", "_hidden", "_lines", "_names", "_plain", "_shown", "_size")
+
+    def __init__(self, account_of: Callable[[int, Hashable], Account] | None = None) -> None:
+        self._account_of = account_of
+        self._plain = tuple(
+            Line(priority, NOBODY if account_of is None else account_of(priority, None), None)
+            for priority in Priority
+        )  # of jobs without tenant and key, by class
+        self._lines: dict[tuple[int, Hashable, Hashable], Line] = {}
+        self._names: deque[tuple[int, Hashable, Hashable]] = deque()  # of lines, as they are looked at
+        self._shown = Lines()
+        self._by_key: dict[Hashable, Lines] = {}
+        self._hidden: set[Hashable] = set()
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def push(self, job: Job) -> None:
+        line = self._line_of(job)
+        line.push(job.due, job)
+        self._size += 1
+        self._changed(line)
+
+    def remove(self, job: Job) -> None:
+        line = self._line_of(job)
+        line.remove(job)
+        self._size -= 1
+        self._changed(line)
+
+    def head(self) -> Job | None:
+        """The first of what is shown."""
+        only = self._shown.only
+        return self._shown.first() if only is None else only.first
+
+    def head_of(self, key: Hashable) -> Job | None:
+        """The first of those with this key."""
+        lines = self._by_key.get(key)
+        return None if lines is None else lines.first()
+
+    def hide(self, key: Hashable) -> None:
+        """Keep back jobs of this key that come from now on; there are none yet."""
+        self._hidden.add(key)
+
+    def show(self, key: Hashable) -> None:
+        """Let the jobs of a hidden key take part."""
+        self._hidden.discard(key)
+        lines = self._by_key.get(key)
+        for line in () if lines is None else list(lines.lines):
+            self._shown.changed(line)
+
+    def each(self) -> Iterator[Job]:
+        """All jobs, in no order that is promised; found one by one."""
+        for line in self._shown.lines:
+            yield from line.each()
+        for key in self._hidden:
+            for line in self._by_key[key].lines:  # a key is hidden only while it has jobs
+                yield from line.each()
+
+    def jobs(self) -> list[Job]:
+        """All jobs, by class, due time and arrival."""
+        return sorted(
+            [job for line in (*self._plain, *self._lines.values()) for job in line.jobs()],
+            key=lambda job: (job.priority, job.due, job.id),
+        )
+
+    def _line_of(self, job: Job) -> Line:
+        """Where a job stands, or will."""
+        account_of = self._account_of
+        if account_of is None or (job.tenant is None and job.key is None):
+            return self._plain[job.priority]
+        name = (job.priority, job.tenant, job.key)
+        line = self._lines.get(name)
+        if line is None:
+            self._drop_lines()
+            line = self._lines[name] = Line(job.priority, NOBODY, job.key)
+            self._names.append(name)
+        if line.first is None:
+            line.account = account_of(job.priority, job.tenant)
+        return line
+
+    def _drop_lines(self) -> None:
+        """Drop lines without jobs, of two that are looked at in turn: for each line that comes, so that none has to look at all."""
+        names = self._names
+        for _ in range(2 if len(names) >= KEPT else 0):
+            name = names.popleft()
+            if self._lines[name].first is None:
+                del self._lines[name]
+            else:
+                names.append(name)
+
+    def _changed(self, line: Line) -> None:
+        key = line.key
+        if key is not None:
+            lines = self._by_key.get(key)
+            if lines is None:
+                lines = self._by_key[key] = Lines()
+            lines.changed(line)
+            if not lines.lines:
+                del self._by_key[key]
+            if key in self._hidden:
+                return
+        self._shown.changed(line)

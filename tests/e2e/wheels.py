@@ -1,0 +1,101 @@
+"""Wheels as `pip wheel .` builds them, with a compiler and without one. `make wheels` runs this; the suite does not, for pip
+fetches what builds the native module."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MISSING = "/nonexistent"
+
+
+def wheel(into: Path, *settings: str, **environment: str) -> Path:
+    command = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", into, *settings, ROOT)
+    result = subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    (built,) = into.glob("*.whl")
+    return built
+
+
+def files(built: Path) -> list[str]:
+    return zipfile.ZipFile(built).namelist()
+
+
+def lanes(built: Path, into: Path) -> subprocess.CompletedProcess[str]:
+    """What the package says of its lanes, unpacked: without `site`, which would find the one that is installed here."""
+    into.mkdir(exist_ok=True)
+    zipfile.ZipFile(built).extractall(into)
+    path = os.pathsep.join([str(into), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    return subprocess.run(
+        (sys.executable, "-S", "-m", "aoti_sched.backends.native"),
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=into,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return wheel(tmp_path_factory.mktemp("native"))
+
+
+@pytest.fixture(scope="module")
+def fallback(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return wheel(tmp_path_factory.mktemp("fallback"), CC=MISSING, CXX=MISSING)
+
+
+def test_a_wheel_brings_the_native_module_and_compiled_rules_for_this_python(native, tmp_path):
+    modules = {name.partition(".")[0] for name in files(native) if name.endswith(".so")}
+    rules = {f"aoti_sched/queue/{path.stem}" for path in (ROOT / "aoti_sched" / "queue").glob("[!_]*.py")}
+    assert modules == {
+        "aoti_sched/backends/native/_native",
+        "aoti_sched/backends/native/proxy_model",
+        "aoti_sched/_compiled__mypyc",  # what the following share
+        "aoti_sched/call_spec",
+        "aoti_sched/dispatch",
+        "aoti_sched/validation",
+        *rules,
+    }
+    assert not native.name.endswith("-none-any.whl")
+    said = lanes(native, tmp_path)
+    assert (said.returncode, said.stdout) == (
+        0,
+        "aoti_sched: lanes are native threads, the rules are compiled\n",
+    )
+
+
+def test_without_a_compiler_a_wheel_is_built_all_the_same_for_every_python(fallback, tmp_path):
+    assert [name for name in files(fallback) if name.endswith(".so")] == []
+    assert fallback.name.endswith("-py3-none-any.whl")
+    said = lanes(fallback, tmp_path)
+    assert (said.returncode, said.stdout) == (1, "")
+    assert "LANES ARE PYTHON THREADS" in said.stderr
+
+
+def test_a_wheel_can_be_had_in_which_only_the_lanes_are_native(tmp_path):
+    built = wheel(tmp_path / "built", "--config-settings", "cmake.define.COMPILED_MODULES=OFF")
+    said = lanes(built, tmp_path / "unpacked")
+    assert (said.returncode, said.stdout) == (
+        0,
+        "aoti_sched: lanes are native threads, the rules are Python\n",
+    )
+
+
+def test_both_wheels_bring_the_same_python_and_no_sources(native, fallback):
+    def contents(built: Path) -> set[str]:
+        return {name for name in files(built) if name.startswith("aoti_sched/") and not name.endswith(".so")}
+
+    assert contents(native) == contents(fallback)
+    assert {"aoti_sched/py.typed", "aoti_sched/backends/native/_native.pyi"} <= contents(native)
+    assert {Path(name).suffix for name in contents(native)} == {".py", ".pyi", ".typed"}

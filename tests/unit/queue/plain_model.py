@@ -1,0 +1,421 @@
+"""The rules once more, plain and slow: every decision is made by looking at everything there is.
+
+No heaps, no entries that go stale, no counts kept beside the things they count. It shares nothing with
+the package, so that the two can be held against each other. It takes the facts of `walks.py` and gives
+their commands as tuples. `plain_room` decides what is queued, `plain_order` what is launched.
+"""
+
+from __future__ import annotations
+
+import math
+
+from tests.unit.queue.plain_order import Order
+from tests.unit.queue.plain_parts import LIVE, LOOP, Illegal, Job, Lease, Run, Runner, freed_last
+from tests.unit.queue.plain_room import Room
+
+
+class PlainModel(Room, Order):
+    def __init__(
+        self,
+        lanes,
+        jobs,
+        size,
+        budget,
+        *,
+        cores=None,
+        order="deadline",
+        fair=True,
+        expire_late=True,
+        max_wait=None,
+    ):
+        self.lanes = lanes
+        self.cores = lanes if cores is None else cores
+        self.order, self.fair, self.expire_late, self.max_wait = order, fair, expire_late, max_wait
+        self.budget = self.budget_left = budget
+        self.turn_asked = False
+        self.regular_turn, self.credit = False, 0.0
+        self.jobs_bound = math.inf if jobs is None else jobs
+        self.bytes_bound = math.inf if size is None else size
+        self.floors = {}  # of the runners' accounts, by class
+        self.runners = []
+        self.leases = []
+        self.jobs = []
+        self.runs = []
+        self.ids = 0
+        self.moments = 0
+        self.lanes_freed = {}
+        self.met = set()  # the rarer rules that were needed
+
+    # --- facts -----------------------------------------------------------------------------------------
+
+    def add_runner(self, name, slots, bounds, placing, rest):
+        """`bounds` are jobs, bytes and jobs of one tenant; `placing` is the choice, its two limits and the cost of a hop."""
+        if any(runner.name == name and not runner.removed for runner in self.runners):
+            raise Illegal
+        if not 1 <= rest.get("width", 1) <= self.cores:
+            raise Illegal
+        bounds = (math.inf if bound is None else bound for bound in bounds)
+        self.runners.append(Runner(name, slots, *bounds, *placing, **rest))
+        return []
+
+    def submit(self, now, number, source, wait, wish, since=None):
+        """`source` is ("runner", number) or ("lease", number), `wish` what else the job is made of.
+
+        A job's number seen before is a resubmission. One with `since` was accepted elsewhere at that time.
+        """
+        kind, which = source
+        lease = self.leases[which - 1] if kind == "lease" else None
+        runner = lease.runner if lease else self.runners[which]
+        exempt = wish.get("exempt", False)
+        if number < len(self.jobs) or (lease and wish["holds"]):
+            raise Illegal
+        if exempt and (not wish["holds"] or wish["bytes"] or wish["min_epoch"]):
+            raise Illegal
+        self.ids += 1
+        job = Job(number, runner, lease, **wish, id=self.ids, submitted=now if since is None else since)
+        self.jobs.append(job)
+        runner.counters["submitted"] += 1
+        refusal = self.refusal(job, now, new=since is None)
+        awaits = job.min_epoch > job.source.epoch
+        shed = [] if awaits or wait or refusal else self.to_shed(job)
+        if refusal or shed is None:
+            self.end(job, "REJECTED")
+            return [("reject", number, refusal or "QueueFullError")]
+        if job.deadline is not None and job.deadline <= now:
+            return [self.expire(job)]
+        if awaits:
+            job.state, job.waits_for = "WAITING", "epoch"
+            return []
+        for other in shed:
+            self.end(other, "SHED")
+        commands = [("shed", other.number) for other in shed]
+        if self.must_wait(job):
+            job.state, job.waits_for = "WAITING", self.waits_where(job)
+            return commands + self.settle(now)
+        if not self.uncontended(job, now):
+            commands += self.enter(job, now) + self.settle(now)
+            return commands + self.follow(job.source, now) + self.over()
+        job.expected = job.runner.expected(job.bytes)
+        self.lift(job)
+        commands += self.came(job) + self.launch(job, now)
+        self.launched(job, overdue=False)
+        if not any(other.state == "QUEUED" for other in self.jobs):
+            self.credit = 0.0
+        return commands + self.settle(now)
+
+    def complete(self, now, number, ok):
+        run = self.jobs[number].run
+        if run is None or run.members[0].number != number:
+            raise Illegal
+        runner, counters, seconds = run.runner, run.runner.counters, now - run.started
+        failed_together = not ok and len(run.members) > 1
+        run.to_come += [job for job in run.members if failed_together]
+        if run.lane == LOOP:
+            self.budget_left -= seconds
+            counters["inline"] += len(run.members)
+        for job in run.members:
+            part = run.part(job, seconds)
+            counters["queue_seconds"] += 0 if run.again else run.started - job.submitted
+            counters["run_seconds"] += part
+            if job.state != "RUNNING" or failed_together:
+                counters["wasted_seconds"] += part
+            if job.state == "RUNNING" and not failed_together:
+                self.end(job, "DONE" if ok else "FAILED", "completed" if ok else "failed")
+            self.settle_accounts(job, part * runner.width)
+            self.took(job, part * runner.width)
+            job.run = None
+        commands = [] if failed_together else self.see_health(runner, ok=ok)
+        self.learn(run, seconds, now, ok=ok)
+        commands += self.leave_lane(run, now)
+        self.retire()
+        commands += self.settle(now, over=False)
+        return commands + self.follow(run.source, now) + self.over()
+
+    def turn(self, now):
+        self.budget_left, self.turn_asked = self.budget, any(run.lane == LOOP for run in self.runs)
+        gathering = [runner for runner in self.runners if runner.got]
+        for runner in gathering:
+            if runner.got <= 1:
+                runner.gathering = False
+            runner.got, runner.held = 0, set()
+        commands = [("next turn",)] * self.turn_asked + self.settle(now)
+        for runner in gathering:
+            commands += self.follow(runner, now)
+        return commands
+
+    def cancel(self, now, number):
+        job = self.jobs[number]
+        if job.state not in LIVE:
+            raise Illegal
+        self.end(job, "CANCELLED")
+        self.retire()
+        return self.settle(now)
+
+    def tick(self, now):
+        due = [
+            job for job in self.jobs if job.state in LIVE and job.deadline is not None and job.deadline <= now
+        ]
+        commands = [self.expire(job) for job in sorted(due, key=lambda job: (job.deadline, job.number))]
+        return commands + self.settle(now)
+
+    def release(self, now, number):
+        self.leases[number - 1].released = True
+        self.retire()
+        return self.settle(now)
+
+    def drain_runner(self, now, number):
+        runner = self.known(number)
+        if runner.phase == "OPEN":
+            runner.phase = "DRAINING"
+        return self.revoke(self.waiting_for("epoch", runner)) + self.settle(now)
+
+    def terminate_runner(self, now, number):
+        runner = self.known(number)
+        if runner.phase in ("TERMINATED", "DRAINED"):
+            return []
+        runner.phase = "TERMINATED"
+        commands = self.revoke(
+            [job for job in self.jobs if job.runner is runner and job.state in ("WAITING", "QUEUED")]
+        )
+        for lease in self.leases:
+            if lease.runner is runner:
+                lease.released = True
+        self.retire()
+        return commands + self.settle(now)
+
+    def withdraw(self, now, number):
+        runner = self.known(number)
+        jobs = [job for job in self.jobs if job.runner is runner and job.state in ("WAITING", "QUEUED")]
+        jobs = [job for job in jobs if job.lease is None and not job.exempt]
+        for job in sorted(jobs, key=lambda job: job.id):
+            self.end(job, "WITHDRAWN")
+        self.met |= {f"withdrawn {job.waits_for}" for job in jobs}
+        return [("withdraw", job.number) for job in sorted(jobs, key=lambda job: job.id)] + self.settle(now)
+
+    def when_finished(self, now, number, wish):
+        job = Job(-1, self.known(number), None, **wish, holds=False, deadline=None)
+        return [("in", round(self.wait(job, now) + (job.runner.typical(job.bytes) or 0.0), 9))]
+
+    def remove_runner(self, number):
+        runner = self.known(number)
+        if runner.phase != "DRAINED":
+            raise Illegal
+        runner.removed = True
+        return []
+
+    def close_barrier(self, now, number, abort):
+        runner = self.known(number)
+        if runner.closed or runner.phase == "DRAINED":
+            raise Illegal
+        runner.closed = True
+        return self.revoke(self.in_line_for(runner) if abort else []) + self.settle(now)
+
+    def open_barrier(self, now, number, epoch):
+        runner = self.known(number)
+        if not runner.closed or (epoch is not None and not runner.reached):
+            raise Illegal
+        if epoch is not None and not 1 <= epoch <= runner.published + 1:
+            raise Illegal
+        runner.closed = runner.reached = False
+        commands = []
+        if epoch is not None:
+            runner.epoch, runner.published = epoch, max(runner.published, epoch)
+            commands = self.revoke([job for job in self.in_line_for(runner) if job.min_epoch > epoch])
+            for job in self.waiting_for("epoch", runner):
+                if job.min_epoch <= epoch:
+                    self.ids += 1
+                    job.id, job.waits_for = self.ids, "room" if job.exempt else "tenant"
+        return commands + self.settle(now)
+
+    # --- looking at everything -------------------------------------------------------------------------
+
+    def known(self, number):
+        if self.runners[number].removed:
+            raise Illegal
+        return self.runners[number]
+
+    def in_line_for(self, runner):
+        """Its own jobs in the queue, at the gate and in line behind others of their tenant."""
+        return self.own(runner, "WAITING", "QUEUED") + self.waiting_for("tenant", runner)
+
+    # --- what follows ----------------------------------------------------------------------------------
+
+    def settle(self, now, *, over=True):
+        """Everything goes that can."""
+        commands = []
+        while True:
+            self.ripen(now)
+            commands += self.open_gates(now)
+            self.ripen(now)
+            job, overdue = self.choose(now)
+            if job is None:
+                break
+            if self.too_late(job, now):
+                commands.append(self.expire(job))
+            elif job.holds:
+                commands.append(self.grant(job, now))
+            else:
+                if overdue:
+                    self.met.add("overdue")
+                commands += self.launch(job, now)
+                self.launched(job, overdue=overdue)
+        return commands + self.over() if over else commands
+
+    def slot_for(self, job):
+        if job.lease is not None:
+            return job.lease.slot
+        return freed_last(self.free_slots(job.runner), job.runner.freed)
+
+    def grant(self, job, now):
+        slot = self.slot_for(job)
+        job.runner.counters["queue_seconds"] += now - job.submitted
+        self.end(job, "DONE", "completed")
+        lease = Lease(len(self.leases) + 1, job.runner, slot, job.runner.epoch)
+        self.leases.append(lease)
+        return ("grant", job.number, lease.number, lease.slot)
+
+    def launch(self, job, now, behind=None):
+        """Run it with those who go along: on a lane or the loop, or `behind` another on its lane and slot."""
+        inline = job.runner.inline(job.bytes) and not self.leaves_the_loop(job)
+        slot = behind.slot if behind else self.slot_for(job)
+        lane = behind.lane if behind else LOOP if inline else freed_last(self.free_lanes(), self.lanes_freed)
+        members, commands = self.put_together(job, now, inline=inline)
+        run = Run(members, lane, slot, now, 0.0, behind is not None)
+        run.expected = job.runner.expected(run.bytes)
+        if len(members) > 1:
+            self.see_batch(run)
+        if lane != LOOP and not behind and job.runner.short(run.bytes):
+            self.moments += 1
+            run.opened = self.moments
+        return commands + self.start(run)
+
+    def see_batch(self, run):
+        counters = run.runner.counters
+        counters["batches"] += 1
+        counters["batched"] += len(run.members)
+        self.met.add("a batch behind another" if run.behind else "a batch")
+        if run.lane == LOOP:
+            self.met.add("a batch inline")
+
+    def start(self, run):
+        self.runs.append(run)
+        for job in run.members:
+            job.state, job.run = "RUNNING", run
+        batch = tuple(job.number for job in run.members) if len(run.members) > 1 else ()
+        commands = [("launch", run.members[0].number, run.lane, run.slot, batch)]
+        return commands + (self.ask_for_turn() if run.lane == LOOP else [])
+
+    def ask_for_turn(self):
+        asked, self.turn_asked = self.turn_asked, True
+        return [] if asked else [("next turn",)]
+
+    def follow(self, source, now):
+        """Give the source's next jobs to lanes that run short ones of it and have none behind."""
+        commands = []
+        while True:
+            taken = {run.lane for run in self.runs if run.behind}
+            firsts = [
+                run
+                for run in self.runs
+                if run.source is source
+                and run.opened is not None
+                and not run.behind
+                and run.lane not in taken
+            ]
+            head = self.first_of(source)
+            if not firsts or head is None or getattr(source, "closed", False):
+                return commands
+            runner, rival = head.runner, self.best_for_a_lane()
+            if head.holds or runner.inline(head.bytes) or not runner.short(head.bytes):
+                return commands
+            passed = head.deadline is not None and head.deadline <= now
+            if passed or self.is_late(head, now) or (rival and self.rank(rival) < self.rank(head)):
+                return commands
+            if self.may_be_overdue():
+                wants = [job for job in self.overdue_heads(now) if not job.runner.inline(job.bytes)]
+                if wants or [job for job in self.overdue(now) if job.source is source]:
+                    return commands
+            commands += self.launch(head, now, max(firsts, key=lambda run: run.opened))
+            self.launched(head, overdue=False)
+            commands += self.settle(now, over=False)
+
+    def leave_lane(self, run, now):
+        """Its lane and slot go to the next of a failed batch, or to what is behind it, or come home."""
+        self.runs.remove(run)
+        self.moments += 1
+        others = [other for other in self.runs if other.lane == run.lane]
+        to_come = [job for job in run.to_come if job.state == "RUNNING"]
+        for other in others:
+            other.behind = False
+            other.opened = None if other.again else self.moments
+        if to_come:
+            return self.run_again(to_come, run, now, behind=bool(others))
+        if not others:
+            self.lanes_freed[run.lane] = self.moments
+            if run.source is run.runner:
+                run.runner.freed[run.slot] = self.moments
+        return []
+
+    def run_again(self, jobs, run, now, *, behind):
+        """The first of those whose batch failed, alone; the others after it."""
+        job, *to_come = jobs
+        self.take(job)
+        job.runner.counters["retried"] += 1
+        self.met.add("run again behind another" if behind else "run again")
+        again = Run([job], run.lane, run.slot, now, 0.0, behind, again=True, to_come=to_come)
+        return self.start(again)
+
+    def learn(self, run, seconds, now, *, ok):
+        runner, kind = run.runner, run.bytes.bit_length()
+        if run.lane == LOOP and seconds > self.budget:
+            for larger in [known for known in runner.times if known >= kind]:
+                del runner.times[larger]
+        elif ok:
+            runner.times.setdefault(kind, []).append(seconds)
+            runner.seen[kind] = now
+
+    def see_health(self, runner, *, ok):
+        if ok:
+            runner.failures, runner.failing = 0, False
+            return []
+        runner.failures += 1
+        if runner.failures < 5 or runner.failing:
+            return []
+        runner.failing = True
+        return [("failing", self.runners.index(runner))]
+
+    def expire(self, job):
+        self.end(job, "EXPIRED")
+        self.retire()
+        return ("expire", job.number)
+
+    def revoke(self, jobs):
+        for job in jobs:
+            self.end(job, "REVOKED")
+        return [("revoke", job.number) for job in jobs]
+
+    def end(self, job, state, count=None):
+        job.state = state
+        job.runner.counters[count or state.lower()] += 1
+
+    def retire(self):
+        for lease in self.leases:
+            over = lease.released and not any(job.lease is lease and job.live for job in self.jobs)
+            if over and not lease.over:
+                lease.over = True
+                self.moments += 1
+                lease.runner.freed[lease.slot] = self.moments
+
+    def over(self):
+        """Barriers that are reached now, runners that are drained now."""
+        commands = []
+        for runner in self.runners:
+            if runner.closed and not runner.reached and len(self.free_slots(runner)) == runner.slots:
+                runner.reached = True
+                commands.append(("reached", self.runners.index(runner)))
+            held = any(lease.runner is runner and not lease.over for lease in self.leases)
+            live = any(job.runner is runner and job.live for job in self.jobs)
+            if runner.phase in ("DRAINING", "TERMINATED") and not (held or live or runner.closed):
+                runner.phase = "DRAINED"
+                commands.append(("drained", self.runners.index(runner)))
+        return commands

@@ -1,0 +1,254 @@
+"""The plain rules of order: who goes next, who goes with it, and who is charged for it."""
+
+from __future__ import annotations
+
+from tests.unit.queue.plain_parts import LOOP, OWN, UNHURRIED
+
+
+class Order:
+    """The half of the plain model that decides what is launched."""
+
+    # --- accounts --------------------------------------------------------------------------------------
+
+    def lift(self, job):
+        """Who comes to an empty queue gets no credit for the time in which nothing was asked for."""
+        runner = job.runner
+        same = [
+            other
+            for other in self.jobs
+            if other.state == "QUEUED" and other.runner is runner and other.priority == job.priority
+        ]
+        of_tenant = [other for other in same if other.lease is None and other.tenant == job.tenant]
+        for queued, floors, account in zip(
+            (same, of_tenant), (self.floors, runner.floors), job.accounts_now(self.fair), strict=False
+        ):
+            if not queued:
+                account.lift(floors.get(job.priority, 0.0))
+
+    def take(self, job):
+        """It is about to run: the floors rise to its accounts', and they are charged what it alone would take."""
+        job.accounts, job.charged = job.accounts_now(self.fair), job.expected
+        for floors, account in zip((self.floors, job.runner.floors), job.accounts, strict=False):
+            floors[job.priority] = max(floors.get(job.priority, 0.0), account.virtual)
+            account.charge(job.charged)
+
+    def settle_accounts(self, job, seconds):
+        """It took so much device time, and not what was thought before."""
+        for account in job.accounts:
+            account.charge(seconds - job.charged)
+
+    # --- the order -------------------------------------------------------------------------------------
+
+    def due(self, job):
+        if self.order == "arrival":
+            return 0
+        return job.submitted + UNHURRIED if job.deadline is None else job.deadline
+
+    def rank(self, job):
+        """Its place among the heads of all sources."""
+        virtual = job.runner.account(OWN, job.priority).virtual if self.fair else 0
+        return (job.priority, virtual, self.due(job), job.id)
+
+    def tenant_rank(self, job):
+        """Its place among those of its runner. Equal jobs of one tenant are told apart by what comes last."""
+        virtual = job.runner.account(job.tenant, job.priority).virtual if self.fair else 0
+        return (job.priority, virtual, self.due(job), job.id)
+
+    def first_of(self, source):
+        """The first of what is queued there and ripe."""
+        queued = [job for job in self.jobs if job.state == "QUEUED" and job.source is source]
+        rank = self.tenant_rank if source in self.runners else self.gate_rank
+        return min((job for job in queued if self.is_ripe(job)), key=rank, default=None)
+
+    def heads(self):
+        """The first of each source, if there is a slot for it."""
+        for source in (*self.runners, *self.leases):
+            head = self.first_of(source)
+            if head is not None and self.can_start(source):
+                yield head
+
+    def best_for_a_lane(self):
+        heads = [job for job in self.heads() if not job.holds and not job.runner.inline(job.bytes)]
+        return min(heads, key=self.rank, default=None)
+
+    # --- places ----------------------------------------------------------------------------------------
+
+    def can_start(self, source):
+        if source in self.runners:
+            return bool(self.free_slots(source)) and not source.closed
+        return not any(run.source is source for run in self.runs)
+
+    def free_slots(self, runner):
+        taken = {lease.slot for lease in self.leases if lease.runner is runner and not lease.over}
+        taken |= {run.slot for run in self.runs if run.runner is runner}
+        return [slot for slot in range(runner.slots) if slot not in taken]
+
+    def free_lanes(self):
+        taken = {run.lane for run in self.runs}
+        return [lane for lane in range(self.lanes) if lane not in taken]
+
+    def free_cores(self):
+        return self.cores - sum(run.runner.width for run in self.runs if run.lane != LOOP and not run.behind)
+
+    def loop_is_free(self):
+        return not any(run.lane == LOOP for run in self.runs) and self.budget_left > 0
+
+    def has_place(self, job):
+        if job.runner.inline(job.bytes):
+            return self.loop_is_free()
+        return bool(self.free_lanes()) and job.runner.width <= self.free_cores()
+
+    def uncontended(self, job, now):
+        """Whether a job that comes now may start at once, since nobody else wants what it needs."""
+        queued = any(other.state == "QUEUED" and other.source is job.source for other in self.jobs)
+        if job.holds or queued or not self.can_start(job.source) or self.would_wait(job):
+            return False
+        if self.is_late(job, now):
+            return False
+        self.ripen(now)
+        inline = job.runner.inline(job.bytes)
+        rivals = [head for head in self.heads() if not head.holds]
+        if any(head.runner.inline(head.bytes) == inline for head in rivals):
+            return False
+        return self.has_place(job)
+
+    # --- the next --------------------------------------------------------------------------------------
+
+    def overdue(self, now):
+        """Those who waited so long that their turn comes before that of better ones."""
+        if self.max_wait is None:
+            return []
+        queued = [job for job in self.jobs if job.state == "QUEUED" and not job.holds]
+        return [job for job in queued if now - job.submitted >= self.max_wait]
+
+    def may_be_overdue(self):
+        """Whether the next launch may be of an overdue one: not two in a row, and no more than a quarter of the time."""
+        return not self.regular_turn and self.credit >= 0
+
+    def launched(self, job, *, overdue):
+        self.regular_turn = overdue
+        for member in job.run.members:
+            member.overdue = overdue
+
+    def took(self, job, seconds):
+        self.credit = min(0.0, self.credit + seconds * (-0.75 if job.overdue else 0.25))
+
+    def overdue_heads(self, now):
+        """Of each source that can start, the one of them that came first."""
+        for source in (*self.runners, *self.leases):
+            overdue = [job for job in self.overdue(now) if job.source is source]
+            if overdue and self.can_start(source) and self.may_be_overdue():
+                oldest = min(overdue, key=lambda job: (job.submitted, job.id))
+                if (
+                    oldest.together is None
+                    or self.is_ripe(oldest)
+                    or oldest.together not in oldest.runner.held
+                ):
+                    yield oldest
+
+    def choose(self, now):
+        """Who goes next, and whether for having waited too long; only those with a slot and a place to run."""
+        on_loop = [job for job in self.overdue_heads(now) if job.runner.inline(job.bytes)]
+        on_lane = [job for job in self.overdue_heads(now) if not job.runner.inline(job.bytes)]
+        if not self.loop_is_free():
+            on_loop = []
+        if not self.free_lanes():
+            on_lane = []
+        best = min(on_lane, key=lambda job: (job.submitted, job.id), default=None) or self.best_for_a_lane()
+        if best is not None and self.free_lanes() and best.runner.width > self.free_cores():
+            self.met.add("waits for cores")
+            best, on_lane = None, []
+        if on_loop + on_lane:
+            return min(on_loop + on_lane, key=lambda job: (job.submitted, job.id)), True
+
+        def can_go(job):
+            if job.holds:
+                return True
+            if job.runner.inline(job.bytes):
+                return self.loop_is_free()
+            return job is best and bool(self.free_lanes())
+
+        return min(filter(can_go, self.heads()), key=self.rank, default=None), False
+
+    # --- late ------------------------------------------------------------------------------------------
+
+    def is_late(self, job, now):
+        typical = job.runner.typical(job.bytes)
+        if not self.expire_late or job.holds or job.unchecked or job.deadline is None or typical is None:
+            return False
+        others = any(other.state == "QUEUED" and other is not job for other in self.jobs)
+        return now + (job.runner.bound(job.bytes) if others else typical) > job.deadline
+
+    def tried(self, job, now):
+        """Of those who can hardly be done in time, one is run all the same when none was for long: times change."""
+        seen, kind = job.runner.seen, job.bytes.bit_length()
+        if now - seen[kind] < max(1.0, 8 * job.runner.bound(job.bytes)):
+            return False
+        seen[kind] = now
+        job.unchecked = True
+        self.met.add("tried all the same")
+        return True
+
+    def too_late(self, job, now):
+        """Whether it is not launched but expires."""
+        if job.deadline is not None and job.deadline <= now:
+            return True
+        if not self.is_late(job, now) or self.tried(job, now):
+            return False
+        self.met.add("late")
+        return True
+
+    # --- batches ---------------------------------------------------------------------------------------
+
+    def company_of(self, leader):
+        """How many bytes, of how many jobs, would run with it, itself included, were all as the average."""
+        others = [job for job in self.own(leader.runner, "QUEUED") if job.together == leader.together]
+        together = [leader, *(job for job in others if job is not leader)]
+        size, rows = sum(job.bytes for job in together), sum(job.rows for job in together)
+        most = leader.runner.batching[0]
+        if rows <= most:
+            return size, len(together)
+        return size * most // rows, max(1, len(together) * most // rows)
+
+    def leaves_the_loop(self, job):
+        """Whether one that was chosen for the loop goes to a lane: it has more company than the loop can take, and nobody waits for
+        the lane."""
+        if job.together is None or not self.free_lanes() or job.runner.width > self.free_cores():
+            return False
+        if any(not head.holds and not head.runner.inline(head.bytes) for head in self.heads()):
+            return False
+        leaves = not job.runner.grows(*self.company_of(job))
+        if leaves:
+            self.met.add("leaves the loop")
+        return leaves
+
+    def put_together(self, leader, now, *, inline):
+        """Those who run with it, itself first, and the commands for those who can't any more."""
+        runner, members, commands = leader.runner, [leader], []
+        leader.state = "RUNNING"
+        self.take(leader)
+        key = leader.together
+        fits = key is None or not inline or runner.grows(*self.company_of(leader))
+        while key is not None:
+            others = [job for job in self.own(runner, "QUEUED") if job.together == key]
+            job = min(others, key=self.tenant_rank, default=None)
+            if job is None:
+                break
+            if job.deadline is not None and job.deadline <= now:
+                self.met.add("a rider expires")
+                commands.append(self.expire(job))
+                continue
+            if sum(member.rows for member in members) + job.rows > runner.batching[0]:
+                break
+            size = sum(member.bytes for member in members) + job.bytes
+            if not fits and not runner.grows(size, len(members) + 1):
+                self.met.add("grows no more")
+                break
+            if self.too_late(job, now):
+                self.met.add("a rider is late")
+                commands.append(self.expire(job))
+                continue
+            members.append(job)
+            job.state = "RUNNING"
+            self.take(job)
+        return members, commands

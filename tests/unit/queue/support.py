@@ -1,0 +1,143 @@
+"""What the tests of the core share: a queue that checks itself after every fact, jobs, pictures of state."""
+
+from __future__ import annotations
+
+import enum
+import functools
+from collections import deque
+
+import msgspec
+
+from aoti_sched.queue.admission.load import Bounds
+from aoti_sched.queue.device_queue import DeviceQueue, Grant, Launch, Reject
+from aoti_sched.queue.job import Job
+from aoti_sched.queue.policy import Policy
+
+FACTS = (
+    "drain_runner",
+    "terminate_runner",
+    "withdraw",
+    "remove_runner",
+    "submit",
+    "complete",
+    "cancel",
+    "tick",
+    "release",
+    "close_barrier",
+    "open_barrier",
+    "turn",
+    "go_on",
+    "claim",
+    "give_up",
+    "hold",
+    "settle",
+    "forget",
+    "call_back",
+    "parked",
+    "returned",
+)
+
+
+class CheckedQueue:
+    """A `DeviceQueue` that calls `check()` after every fact, also after one that raised.
+
+    It has a queue and is none, since a class that was compiled has no heirs that are not.
+    """
+
+    def __init__(self, *args, **kwargs):
+        self.unchecked = DeviceQueue(*args, **kwargs)
+
+    def __getattr__(self, name):
+        thing = getattr(self.unchecked, name)
+        return _checked(self.unchecked, thing) if name in FACTS else thing
+
+
+def _checked(queue, fact):
+    @functools.wraps(fact)
+    def then_check(*args, **kwargs):
+        try:
+            return fact(*args, **kwargs)
+        finally:
+            queue.check()
+
+    return then_check
+
+
+def device(lanes=1, jobs=None, size=None, *, cores=None, memory=None, evicts=False, **policy):
+    """A device's queue with no bounds but those given."""
+    bounds, rules = Bounds(jobs, size), Policy(**policy)
+    return CheckedQueue("cpu", lanes, bounds, cores=cores, policy=rules, memory_limit=memory, evicts=evicts)
+
+
+def add(queue, name="m", slots=1, jobs=None, size=None, *, tenant_jobs=None, **rest):
+    """A runner with no bounds but those given."""
+    return queue.add_runner(name, slots, Bounds(jobs, size, tenant_jobs), **rest)
+
+
+def teach(queue, runner, seconds, *, size=0, runs=8, now=0.0):
+    """Runs of that length, one after the other, while nothing else wants a place."""
+    for _ in range(runs):
+        queue.turn(now)
+        job = Job(runner, bytes=size)
+        assert job in launches(queue.submit(job, now))
+        queue.complete(job, now, started=now, finished=now + seconds)
+
+
+def launches(commands):
+    """The jobs launched, in order, whatever else there is among the commands."""
+    return [command.job for command in commands if type(command) is Launch]
+
+
+def launched(commands):
+    """The jobs launched, in order; there is nothing else among the commands."""
+    assert all(type(command) is Launch for command in commands), commands
+    return [command.job for command in commands]
+
+
+def rejected(commands):
+    """The error of the one command, a `Reject`."""
+    (command,) = commands
+    assert type(command) is Reject, command
+    return command.error
+
+
+def take_lease(queue, runner, now=0.0):
+    """A lease that is granted at once."""
+    (command,) = queue.submit(Job(runner, holds=True), now)
+    assert type(command) is Grant, command
+    return command.lease
+
+
+def somewhere(job, **fields):
+    """This job, as if it had come so far."""
+    for name, value in fields.items():
+        setattr(job, name, value)
+    return job
+
+
+def picture(thing, seen=None):
+    """Everything a queue is, as plain values that can be compared; an object met again is a number."""
+    seen = {} if seen is None else seen
+    if isinstance(thing, (enum.Enum, str, int, float, type(None))):
+        return thing
+    if isinstance(thing, (list, tuple, deque)):
+        return [picture(item, seen) for item in thing]
+    if isinstance(thing, dict):
+        return [(picture(key, seen), picture(value, seen)) for key, value in thing.items()]
+    if id(thing) in seen:
+        return ("seen", seen[id(thing)])
+    seen[id(thing)] = len(seen)
+    if isinstance(thing, msgspec.Struct):
+        return [picture(getattr(thing, name), seen) for name in thing.__struct_fields__]
+    if type(thing).__module__.startswith(("aoti_sched.queue", "tests.unit.queue")) and not callable(thing):
+        names = sorted({*_fields(type(thing)), *getattr(thing, "__dict__", {})})
+        return [(name, picture(getattr(thing, name), seen)) for name in names]
+    return repr(thing)
+
+
+def _fields(kind):
+    """The names of what objects of this class have beside a `__dict__`, by Python's word for them or by mypyc's."""
+    compiled = getattr(kind, "__mypyc_attrs__", None)
+    if compiled is not None:
+        return [name for name in compiled if name != "__dict__"]
+    return [name for one in kind.__mro__ for name in getattr(one, "__slots__", ())]

@@ -1,0 +1,155 @@
+"""A lane that runs a short job may be given the next one of the same source before it is done."""
+
+from __future__ import annotations
+
+import pytest
+
+from aoti_sched.queue.admission.load import Bounds
+from aoti_sched.queue.commands import BarrierReached, Expire, Grant
+from aoti_sched.queue.job import Job, JobState, Priority
+from aoti_sched.queue.selection.placement import Placing
+from tests.unit.queue.support import device, launched, take_lease
+
+SHORT = 0.125
+
+
+def short_runner(queue, name="m", slots=1, lanes=1):
+    """A runner whose runs are known to be short."""
+    runner = queue.add_runner(name, slots, Bounds(None, None), placing=Placing(follow_limit=1.0))
+    for _ in range(8):
+        (job,) = launched(queue.submit(Job(runner), 0.0))
+        assert launched(queue.complete(job, 0.0, started=0.0, finished=SHORT)) == []
+    return runner
+
+
+def test_the_next_of_the_same_source_follows_on_its_lane_and_slot():
+    queue = device()
+    runner = short_runner(queue)
+    first, second, third = Job(runner), Job(runner), Job(runner)
+    assert launched(queue.submit(first, 1.0)) == [first]
+    assert launched(queue.submit(second, 1.0)) == [second]
+    assert (second.lane, second.slot, second.state) == (first.lane, first.slot, JobState.RUNNING)
+    assert launched(queue.submit(third, 1.0)) == []  # a lane holds two
+    assert launched(queue.complete(first, 1.0, started=1.0, finished=1.0 + SHORT)) == [third]
+    assert launched(queue.complete(second, 2.0)) == []
+    assert queue.busy_lanes == 1
+    queue.complete(third, 3.0)
+    assert queue.busy_lanes == 0
+    assert runner.home
+
+
+def test_nothing_follows_while_too_little_is_known():
+    queue = device()
+    runner = queue.add_runner("m", 1, Bounds(None, None), placing=Placing(follow_limit=1.0))
+    queue.submit(Job(runner), 0.0)
+    assert launched(queue.submit(Job(runner), 0.0)) == []
+
+
+def test_long_runs_are_not_followed():
+    queue = device()
+    runner = queue.add_runner("m", 1, Bounds(None, None), placing=Placing(follow_limit=1.0))
+    for _ in range(8):
+        (job,) = launched(queue.submit(Job(runner), 0.0))
+        queue.complete(job, 0.0, started=0.0, finished=2.0)
+    queue.submit(Job(runner), 0.0)
+    assert launched(queue.submit(Job(runner), 0.0)) == []
+
+
+def test_a_better_job_that_waits_for_a_lane_goes_first():
+    queue = device(lanes=1)
+    runner, other = short_runner(queue), queue.add_runner("other", 1, Bounds(None, None))
+    first, waits, second = Job(runner), Job(other), Job(runner)
+    queue.submit(first, 1.0)
+    queue.submit(waits, 1.0)
+    assert launched(queue.submit(second, 1.0)) == []
+    assert launched(queue.complete(first, 2.0)) == [waits]
+
+
+def test_a_worse_job_that_waits_for_a_lane_does_not_stop_it():
+    queue = device(lanes=1)
+    runner, other = short_runner(queue), queue.add_runner("other", 1, Bounds(None, None))
+    first, waits, second = Job(runner), Job(other, Priority.LOW), Job(runner)
+    queue.submit(first, 1.0)
+    queue.submit(waits, 1.0)
+    assert launched(queue.submit(second, 1.0)) == [second]
+    assert launched(queue.complete(first, 2.0)) == []
+    assert launched(queue.complete(second, 3.0)) == [waits]
+
+
+def test_a_lease_is_not_granted_ahead_of_time():
+    queue = device()
+    runner = short_runner(queue)
+    first = Job(runner)
+    queue.submit(first, 1.0)
+    assert queue.submit(Job(runner, holds=True), 1.0) == []
+    (command,) = queue.complete(first, 2.0)
+    assert type(command) is Grant
+
+
+def test_a_held_leases_runs_follow_each_other_on_its_slot():
+    queue = device()
+    runner = short_runner(queue)
+    lease = take_lease(queue, runner, 1.0)
+    first, second = Job(lease), Job(lease)
+    assert launched(queue.submit(first, 1.0)) == [first]
+    assert launched(queue.submit(second, 1.0)) == [second]
+    assert second.slot == lease.slot
+    queue.release(lease, 1.0)
+    queue.complete(first, 2.0)
+    assert not runner.home
+    queue.complete(second, 2.0)
+    assert runner.home
+
+
+def test_a_barrier_waits_for_what_follows():
+    queue = device()
+    runner = short_runner(queue)
+    first, second = Job(runner), Job(runner)
+    queue.submit(first, 1.0)
+    queue.submit(second, 1.0)
+    assert queue.close_barrier(runner, 1.0) == []
+    assert launched(queue.submit(Job(runner), 1.0)) == []
+    assert queue.complete(first, 2.0) == []
+    (command,) = queue.complete(second, 2.0)
+    assert type(command) is BarrierReached
+
+
+def test_what_expires_before_it_is_handed_on_is_not():
+    queue = device()
+    runner = short_runner(queue)
+    first, second = Job(runner), Job(runner)
+    third = Job(runner, deadline=2.0)
+    for job in (first, second, third):
+        queue.submit(job, 1.0)
+    assert launched(queue.complete(first, 2.0, started=1.0, finished=1.0 + SHORT)) == []
+    assert third.state is JobState.QUEUED
+    assert [type(command) for command in queue.tick(2.0)] == [Expire]
+    assert launched(queue.complete(second, 3.0)) == []
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_who_leaves_lets_the_lane_finish_both(which):
+    queue = device()
+    runner = short_runner(queue)
+    jobs = [Job(runner), Job(runner)]
+    for job in jobs:
+        queue.submit(job, 1.0)
+    queue.cancel(jobs[which], 1.0)
+    for job in jobs:
+        queue.complete(job, 2.0)
+    assert jobs[which].state is JobState.CANCELLED
+    assert jobs[1 - which].state is JobState.DONE
+    assert runner.home
+
+
+def test_a_job_that_its_lane_would_not_take_ends_and_another_may_follow():
+    queue = device()
+    runner = short_runner(queue)
+    first, second, third = Job(runner), Job(runner), Job(runner)
+    queue.submit(first, 1.0)
+    queue.submit(second, 1.0)
+    queue.submit(third, 1.0)
+    assert launched(queue.complete(second, 1.0, ok=False)) == [third]
+    queue.complete(first, 2.0)
+    queue.complete(third, 3.0)
+    assert runner.home

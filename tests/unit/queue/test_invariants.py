@@ -1,0 +1,442 @@
+"""`check()` names the invariant that is broken; here each of them is broken by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from aoti_sched.queue.admission.load import Bounds
+from aoti_sched.queue.batching import Batching, Key
+from aoti_sched.queue.device_queue import DeviceQueue
+from aoti_sched.queue.job import Job, JobState, Priority
+from aoti_sched.queue.policy import Policy
+from aoti_sched.queue.runner_state import Phase
+from tests.unit.queue.support import add, somewhere, take_lease
+
+
+class Scene:
+    """A queue with a job in every place. Lanes: a run of the lease, one of the runner, one is free."""
+
+    def __init__(self):
+        self.queue = queue = DeviceQueue("cpu", 3, Bounds(9, 99))
+        self.runner = runner = add(queue, slots=3, jobs=1, size=10)
+        self.busy_lease, self.idle_lease = take_lease(queue, runner), take_lease(queue, runner)
+        self.running, self.queued, self.waiting = (Job(runner, bytes=5, deadline=9) for _ in range(3))
+        self.held, self.held_queued, self.held_waiting = (Job(self.busy_lease, bytes=5) for _ in range(3))
+        for job in (self.running, self.queued, self.waiting, self.held, self.held_queued, self.held_waiting):
+            queue.submit(job, 0, wait=True)
+
+
+def test_a_sound_queue_passes():
+    Scene().queue.check()
+
+
+def a_lane_too_many(s):
+    s.queue.lanes.free.append(9)
+
+
+def a_lane_twice(s):
+    s.queue.lanes.free[0] = s.running.lane
+
+
+def a_slot_too_many(s):
+    s.runner.free.append(9)
+
+
+def a_slot_lost(s):
+    del s.runner.leases[s.idle_lease.id]
+
+
+def a_busy_lease_with_a_free_slot(s):
+    s.busy_lease.free.append(s.busy_lease.slot)
+
+
+def an_idle_lease_released(s):
+    s.idle_lease.released = True
+
+
+def a_queued_job_done(s):
+    s.queued.state = JobState.DONE
+
+
+def a_waiting_job_queued(s):
+    s.waiting.state = JobState.QUEUED
+
+
+def a_runners_job_uncounted(s):
+    s.runner.load.jobs -= 1
+
+
+def a_runners_byte_uncounted(s):
+    s.runner.load.bytes -= 1
+
+
+def a_leases_job_uncounted(s):
+    s.busy_lease.load.jobs -= 1
+
+
+def a_leases_byte_uncounted(s):
+    s.busy_lease.load.bytes -= 1
+
+
+def a_smaller_bound_for_a_lease(s):
+    s.busy_lease.load.bounds = Bounds(1, 4)
+
+
+def a_bigger_bound_for_a_lease(s):
+    s.busy_lease.load.bounds = Bounds(2, 10)
+
+
+def a_job_alive_nowhere(s):
+    s.runner.live += 1
+
+
+def a_smaller_bound_for_the_runner(s):
+    s.runner.load.bounds = Bounds(0)
+
+
+def a_smaller_bound_of_bytes_for_the_runner(s):
+    s.runner.load.bounds = Bounds(None, 4)
+
+
+def a_bigger_bound_for_the_runner(s):
+    s.runner.load.bounds = Bounds(9)
+
+
+def a_busy_runner_drained(s):
+    s.runner.phase = Phase.DRAINED
+
+
+def a_slot_for_those_in_the_queue(s):
+    s.runner.free.append(s.runner.slots)
+    s.runner.slots += 1
+
+
+def a_devices_job_uncounted(s):
+    s.queue.load.jobs -= 1
+
+
+def a_devices_byte_uncounted(s):
+    s.queue.load.bytes -= 1
+
+
+def a_smaller_bound_for_the_device(s):
+    s.queue.load.bounds = Bounds(0)
+
+
+def a_job_on_another_lane(s):
+    s.running.lane = 9
+
+
+def a_turn_that_nobody_asked_for(s):
+    s.queue.lanes.inline_left = 0
+
+
+def a_closed_lease(s):
+    s.idle_lease.closed = True
+
+
+def one_who_awaits_an_epoch_queued(s):
+    s.runner.awaiting[99] = somewhere(Job(s.runner, min_epoch=2), state=JobState.QUEUED)
+
+
+def one_who_awaits_what_has_been(s):
+    s.runner.awaiting[99] = somewhere(Job(s.runner, min_epoch=1), state=JobState.WAITING)
+
+
+def one_in_the_queue_who_can_not_have_its_epoch(s):
+    s.queued.min_epoch = 2
+
+
+def a_run_on_another_epoch(s):
+    s.running.epoch = 2
+
+
+def an_epoch_never_published(s):
+    s.runner.epoch = s.running.epoch = 2
+
+
+def a_barrier_reached_while_open(s):
+    s.runner.reached = True
+
+
+def a_barrier_not_reached(s):
+    idle = add(s.queue, "idle")
+    idle.closed = True
+
+
+def one_that_follows_nothing(s):
+    s.queue.lanes.following[2] = somewhere(Job(s.runner), lane=2)
+
+
+def a_lane_open_to_another(s):
+    s.busy_lease.followed.append(s.running.lane)
+
+
+def a_live_deadline_too_many(s):
+    s.queue.timers.deadlines.alive += 1
+
+
+@pytest.mark.parametrize(
+    ("break_it", "sentence"),
+    [
+        (a_lane_too_many, "each lane is free or runs one job"),
+        (a_lane_twice, "each lane is free or runs one job"),
+        (a_slot_too_many, "free \\+ leased = all slots"),
+        (a_slot_lost, "free \\+ leased = all slots"),
+        (a_busy_lease_with_a_free_slot, "a lease runs at most one job at a time"),
+        (an_idle_lease_released, "a released lease with no jobs is retired"),
+        (a_queued_job_done, "what is in a queue is QUEUED"),
+        (a_waiting_job_queued, "what is at a gate is WAITING"),
+        (a_runners_job_uncounted, "a runner's load counts its queued jobs"),
+        (a_runners_byte_uncounted, "a runner's load counts its bytes"),
+        (a_leases_job_uncounted, "a lease's load counts its queued jobs"),
+        (a_leases_byte_uncounted, "a lease's load counts its bytes"),
+        (a_smaller_bound_for_a_lease, "no bound of a lease is exceeded"),
+        (a_bigger_bound_for_a_lease, "nobody waits at a lease's gate when it has room"),
+        (a_job_alive_nowhere, "live jobs are somewhere"),
+        (a_smaller_bound_for_the_runner, "no bound of a runner is exceeded"),
+        (a_smaller_bound_of_bytes_for_the_runner, "no bound of a runner is exceeded"),
+        (a_bigger_bound_for_the_runner, "nobody waits at a gate when there is room"),
+        (a_busy_runner_drained, "a drained runner is idle"),
+        (a_slot_for_those_in_the_queue, "no job waits while a slot and a place to run are free"),
+        (a_devices_job_uncounted, "the device's load is its runners'"),
+        (a_devices_byte_uncounted, "the device's load is its runners'"),
+        (a_smaller_bound_for_the_device, "no bound of the device is exceeded"),
+        (a_job_on_another_lane, "a job knows its lane"),
+        (
+            a_turn_that_nobody_asked_for,
+            "a turn with inline runs, or with jobs that may have company, has a next",
+        ),
+        (a_closed_lease, "a held lease is never closed"),
+        (one_who_awaits_an_epoch_queued, "what awaits an epoch is WAITING"),
+        (one_who_awaits_what_has_been, "nobody awaits an epoch that has been"),
+        (one_in_the_queue_who_can_not_have_its_epoch, "what is queued can have its epoch"),
+        (a_run_on_another_epoch, "nothing runs on another epoch"),
+        (an_epoch_never_published, "an epoch was published"),
+        (a_barrier_reached_while_open, "a barrier is reached while it is closed and every slot is home"),
+        (a_barrier_not_reached, "a barrier that can be reached is"),
+        (
+            one_that_follows_nothing,
+            "what follows on a lane has the source, slot and epoch of what runs there",
+        ),
+        (
+            a_lane_open_to_another,
+            "a lane that may be given a next job runs one of the source and has no next",
+        ),
+        (a_live_deadline_too_many, "live deadlines are counted"),
+    ],
+    ids=lambda part: getattr(part, "__name__", None),
+)
+def test_a_broken_invariant_is_named(break_it, sentence):
+    scene = Scene()
+    break_it(scene)
+    with pytest.raises(AssertionError, match=f"cpu: {sentence}"):
+        scene.queue.check()
+
+
+class Shared:
+    """A queue whose runner has tenants, makes batches, predicts and sheds. A batch of two runs on one lane, the other is free.
+
+    One job waits for company, and behind it, in line, another of the same tenant.
+    """
+
+    def __init__(self):
+        self.queue = queue = DeviceQueue("cpu", 2, policy=Policy(max_wait=9.0))
+        self.runner = runner = add(
+            queue, slots=2, tenant_jobs=1, batching=Batching(4, 1.0), sheds=True, predicts=True
+        )
+        self.leader, self.rider, self.queued, self.in_line = (
+            Job(runner, key="k", tenant=tenant) for tenant in ("a", "b", "a", "a")
+        )
+        queue.submit(self.leader, 0.0)
+        queue.submit(self.rider, 0.0)
+        queue.turn(0.0)
+        queue.tick(1.0)
+        queue.submit(self.queued, 1.0)
+        queue.turn(1.0)
+        queue.submit(self.in_line, 1.0, wait=True)
+
+
+def test_a_sound_queue_with_all_rules_passes():
+    scene = Shared()
+    scene.queue.check()
+    assert scene.leader.members == (scene.leader, scene.rider)
+    states = [job.state for job in (scene.rider, scene.queued, scene.in_line)]
+    assert states == [JobState.RUNNING, JobState.QUEUED, JobState.WAITING]
+
+
+def a_core_too_many(s):
+    s.queue.lanes.free_cores += 1
+
+
+def more_on_lanes_than_there_are_cores(s):
+    s.queue.lanes.cores = 0
+    s.queue.lanes.free_cores = -1
+
+
+def a_tenants_job_counted_twice(s):
+    s.runner.tenant_jobs["a"] += 1
+
+
+def a_smaller_bound_for_tenants(s):
+    s.runner.load.bounds = Bounds(None, None, 0)
+
+
+def a_bigger_bound_for_tenants(s):
+    s.runner.load.bounds = Bounds(None, None, 2)
+
+
+def one_in_line_queued(s):
+    s.in_line.state = JobState.QUEUED
+
+
+def one_in_the_line_of_another_tenant(s):
+    s.in_line.tenant = "b"
+
+
+def a_job_that_is_not_on_its_runners_account(s):
+    s.runner.accounts[s.queued.priority].queued -= 1
+
+
+def a_run_that_is_not_on_its_runners_account(s):
+    s.runner.accounts[s.leader.priority].running -= 1
+
+
+def a_debt(s):
+    s.runner.accounts[s.leader.priority].balance = 1.0
+
+
+def a_job_that_is_not_on_its_tenants_account(s):
+    s.queued.account.queued -= 1
+
+
+def a_run_that_is_not_on_its_tenants_account(s):
+    s.rider.account.running -= 1
+
+
+def an_idle_tenant_that_is_not_known_as_one(s):
+    s.runner.tenants[Priority.NORMAL].of("idle")
+
+
+def idle_tenants_that_are_miscounted(s):
+    s.runner.tenants[Priority.NORMAL]._resting += 1
+
+
+def a_job_on_another_account(s):
+    s.queued.account = s.rider.account
+
+
+def a_job_unforeseen(s):
+    s.runner.backlog.jobs -= 1
+
+
+def one_whose_age_nobody_knows(s):
+    s.runner.arrivals.remove(s.queued)
+
+
+def one_that_can_not_be_shed(s):
+    s.runner.worst.alive -= 1
+
+
+def one_that_can_not_be_shed_for_its_tenant(s):
+    s.runner.worst_of["a"].alive -= 1
+
+
+def a_batch_led_by_another(s):
+    s.leader.members = (s.rider, s.leader)
+
+
+def a_batch_of_one(s):
+    s.leader.members = (s.leader,)
+    s.rider.state = JobState.DONE
+
+
+def a_batch_of_two_keys(s):
+    s.rider.key = "l"
+
+
+def a_batch_too_large(s):
+    s.rider.rows = 4
+
+
+def a_batch_in_two_places(s):
+    s.rider.slot = s.leader.slot + 1
+
+
+def a_key_without_jobs(s):
+    s.runner.company.keys["l"] = Key()
+
+
+def a_keys_job_uncounted(s):
+    s.runner.company.keys["k"].jobs -= 1
+
+
+def a_keys_row_uncounted(s):
+    s.runner.company.keys["k"].rows -= 1
+
+
+def a_key_held_for_ever(s):
+    s.runner.company.keys["k"].held = True
+
+
+def a_key_forgotten(s):
+    s.queue._wake = None
+
+
+def a_turn_of_which_one_does_not_hear(s):
+    s.runner.company.arrived = 1
+
+
+@pytest.mark.parametrize(
+    ("break_it", "sentence"),
+    [
+        (a_core_too_many, "what is on lanes has its cores"),
+        (more_on_lanes_than_there_are_cores, "what is on lanes has its cores"),
+        (a_tenants_job_counted_twice, "what a tenant has at the gate and in the queue is counted"),
+        (a_smaller_bound_for_tenants, "no bound of a tenant is exceeded"),
+        (a_bigger_bound_for_tenants, "nobody waits for its tenant when there is room"),
+        (one_in_line_queued, "what waits for its tenant is WAITING"),
+        (one_in_the_line_of_another_tenant, "what waits for its tenant is WAITING"),
+        (
+            a_job_that_is_not_on_its_runners_account,
+            "a runner's account knows what is queued and runs",
+        ),
+        (
+            a_run_that_is_not_on_its_runners_account,
+            "a runner's account knows what is queued and runs",
+        ),
+        (a_debt, "what was used is paid for"),
+        (
+            a_job_that_is_not_on_its_tenants_account,
+            "a tenant's account knows what is queued and runs",
+        ),
+        (
+            a_run_that_is_not_on_its_tenants_account,
+            "a tenant's account knows what is queued and runs",
+        ),
+        (an_idle_tenant_that_is_not_known_as_one, "an idle tenant is known as one"),
+        (idle_tenants_that_are_miscounted, "of idle tenants not too many are known"),
+        (a_job_on_another_account, "what is queued or runs is on its tenant's account"),
+        (a_job_unforeseen, "what is queued is foreseen"),
+        (one_whose_age_nobody_knows, "what may become overdue is watched"),
+        (one_that_can_not_be_shed, "what may be shed is known"),
+        (one_that_can_not_be_shed_for_its_tenant, "what may be shed is known"),
+        (a_batch_led_by_another, "a batch is led by its first"),
+        (a_batch_of_one, "a batch is led by its first"),
+        (a_batch_of_two_keys, "a batch is of one key"),
+        (a_batch_too_large, "a batch has not too many rows"),
+        (a_batch_in_two_places, "a batch runs in one place"),
+        (a_key_without_jobs, "each key that has jobs is known, and no other"),
+        (a_keys_job_uncounted, "a key counts its jobs"),
+        (a_keys_row_uncounted, "a key counts its jobs"),
+        (a_key_held_for_ever, "what is held until the next turn has one"),
+        (a_key_forgotten, "what waits for company is not forgotten"),
+        (a_turn_of_which_one_does_not_hear, "who has had jobs in this turn hears of its end"),
+    ],
+    ids=lambda part: getattr(part, "__name__", None),
+)
+def test_a_broken_invariant_of_sharing_and_batches_is_named(break_it, sentence):
+    scene = Shared()
+    break_it(scene)
+    with pytest.raises(AssertionError, match=f"cpu: {sentence}"):
+        scene.queue.check()

@@ -1,0 +1,130 @@
+"""Random walks of facts: the core and the plain model say the same, and the invariants hold throughout.
+
+A failure names its seed; `Walk(seed, STEPS)` is that walk again.
+"""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+import pytest
+
+from tests.unit.queue.plain_parts import LIVE, LOOP
+from tests.unit.queue.walks import Player, Walk
+
+STEPS = 80
+SEEDS = range(2400)
+SHARES = 8  # tests to spread the walks over, so that a failure leaves the others to look at
+
+ORDERED = ("launch", "grant", "expire", "shed", "withdraw")
+
+
+def sorted_out(commands):
+    """Commands whose order is promised, in it; then the others, in any order."""
+    if commands == "illegal":
+        return commands
+    return [c for c in commands if c[0] in ORDERED], sorted(c for c in commands if c[0] not in ORDERED)
+
+
+def states(model):
+    return [job.state for job in model.jobs]
+
+
+def compare_ends(walk, player):
+    """Everything that is left after a walk, on both sides."""
+    model, queue = walk.model, player.queue
+    for plain, real in zip(model.runners, player.runners, strict=True):
+        assert real.phase.name == plain.phase
+        assert msgspec.structs.asdict(real.counters) == plain.counters
+        assert sorted(real.free) == model.free_slots(plain)
+        assert (queue.runners.get(real.name) is real) is not plain.removed
+        leases = [lease.number for lease in model.leases if lease.runner is plain and not lease.over]
+        assert sorted(real.leases) == leases
+        assert (real.epoch, real.published, real.closed) == (plain.epoch, plain.published, plain.closed)
+    assert queue.busy_lanes == len({run.lane for run in model.runs if run.lane != LOOP})
+
+
+def wake_is_asked_for_the_earliest(jobs, ripe_times, player, *, exact):
+    """For no later than it is needed and, if `exact`, not in vain."""
+    needed, of_some_use = ripe_times
+    deadlines = {j.deadline for j in jobs if j.deadline is not None and j.state.name in LIVE}
+    wake = math.inf if player.wake is None else player.wake
+    if wake > min(deadlines | needed, default=math.inf):
+        return False
+    return not exact or wake >= min(deadlines | of_some_use, default=math.inf)
+
+
+@pytest.mark.parametrize("share", range(SHARES))
+def test_the_core_does_what_the_plain_model_says(share):
+    for seed in SEEDS[share::SHARES]:
+        walk = Walk(seed, STEPS)
+        player = Player(**walk.device)
+        for step, (fact, answer) in enumerate(zip(walk.facts, walk.answers, strict=True)):
+            told = f"seed {seed}, fact {step}: {fact}"
+            commands = player.play(*fact)
+            assert sorted_out(commands) == sorted_out(answer), told
+            try:
+                player.queue.check()
+            except AssertionError as error:
+                raise AssertionError(told) from error
+            ticked = fact[0] == "tick"
+            times = walk.ripe_times[step]
+            assert wake_is_asked_for_the_earliest(player.jobs, times, player, exact=ticked), told
+        assert [job.state.name for job in player.jobs] == states(walk.model), f"seed {seed}"
+        try:
+            compare_ends(walk, player)
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}, at its end") from error
+
+
+def test_the_same_facts_give_the_same_commands_whether_checked_or_not():
+    for seed in SEEDS[:100]:
+        walk = Walk(seed, STEPS)
+        one, other = Player(**walk.device), Player(**walk.device)
+        for step, fact in enumerate(walk.facts):
+            said = one.play(*fact)
+            one.queue.check()
+            assert (said, one.wake) == (other.play(*fact), other.wake), f"seed {seed}, fact {step}: {fact}"
+
+
+def test_the_walks_go_everywhere():
+    """A walk that never meets a case proves nothing about it."""
+    said, ends, illegal = set(), set(), 0
+    for seed in SEEDS[:200]:
+        walk = Walk(seed, STEPS)
+        for answer in walk.answers:
+            if answer == "illegal":
+                illegal += 1
+            else:
+                said |= {command[0] if command[0] != "reject" else command[2] for command in answer}
+        ends |= set(states(walk.model))
+    assert said == {
+        *("launch", "grant", "expire", "revoke", "shed", "drained", "reached", "failing", "next turn"),
+        *("withdraw", "in"),
+        *("QueueFullError", "RunnerClosedError", "LeaseError", "EpochError", "DeadlineUnreachableError"),
+    }
+    assert ends == {
+        *LIVE,
+        *("DONE", "FAILED", "REJECTED", "EXPIRED", "CANCELLED", "REVOKED", "SHED", "WITHDRAWN"),
+    }
+    assert illegal > 20
+
+
+def test_the_walks_need_every_rule():
+    rare = {
+        *("overdue", "waits for cores", "late", "tried all the same", "waits for its tenant"),
+        *("refused by prediction", "waits by prediction", "several are shed"),
+        *("a batch", "a batch inline", "a batch behind another", "a rider expires", "a rider is late"),
+        *("withdrawn ", "withdrawn room", "withdrawn tenant", "withdrawn epoch"),
+        *("grows no more", "leaves the loop", "run again", "run again behind another"),
+        *(
+            "gathers",
+            "ripens",
+        ),
+    }
+    for seed in SEEDS:
+        rare -= Walk(seed, STEPS).model.met
+        if not rare:
+            return
+    assert rare == set()
