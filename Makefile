@@ -3,23 +3,27 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Each file of tests is one process's, of two: what is tested has threads of its own.
-IN_TWO := --numprocesses 2 --dist loadfile --quiet
+# Two processes take the tests from each other; tests that share a costly fixture stay in one file's process.
+IN_TWO := --numprocesses 2 --quiet --durations 25
+STEALING := $(IN_TWO) --dist worksteal
+BY_FILE := $(IN_TWO) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fallback test-compiled wheels soak bench simulate lint coverage clean
+.PHONY: help demo check test test-unit test-rest test-fallback test-compiled test-pythons wheels soak bench simulate lint hooks clean
 
 help:
 	@echo "make demo      compile two real models (once) and serve them side by side"
-	@echo "make test      the whole test suite"
+	@echo "make check     ruff, mypy and the unit tests: the loop before each commit"
+	@echo "make test      the whole test suite, with the branch coverage of aoti_sched/queue, which must be complete"
 	@echo "make test-fallback  what runs models, on an installation that found no compiler (4 minutes)"
 	@echo "make test-compiled  the tests of what is compiled where it is installed, on that"
 	@echo "make wheels    wheels with and without a compiler, looked into"
 	@echo "make soak      a minute of random work on real models, checked"
 	@echo "make bench     what a request costs, side by side with other ways and runtimes (20 minutes)"
 	@echo "make simulate  what the scheduling rules do under load, in virtual time, and the pictures of docs/scheduling.md (6 minutes)"
-	@echo "make lint      ruff and mypy"
-	@echo "make coverage  branch coverage of aoti_sched/queue, which must be complete"
+	@echo "make lint      ruff, codespell and mypy"
+	@echo "make test-pythons  the unit tests on each of Python 3.10 to 3.13 that is installed"
+	@echo "make hooks     install the checks of .pre-commit-config.yaml as a git hook"
 
 # One stamp stands for the environment; it is made again when what it is made from changes.
 NATIVE := CMakeLists.txt aoti_sched/backends/native/CMakeLists.txt $(wildcard aoti_sched/backends/native/*.c aoti_sched/backends/native/*.?pp)
@@ -36,9 +40,33 @@ $(VENV)/installed: pyproject.toml constraints.txt $(NATIVE)
 demo: $(VENV)/installed
 	$(BIN)/python -m examples.semantic_search
 
-test: $(VENV)/installed
+check: lint
+	$(BIN)/python -m pytest $(STEALING) tests/unit
+
+test: test-unit test-rest
+
+test-unit: $(VENV)/installed
+	$(BIN)/python -m pytest $(STEALING) tests/unit --cov=aoti_sched/queue --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=100
+
+test-rest: $(VENV)/installed
 	$(BIN)/python -m tests.models
-	$(BIN)/python -m pytest $(IN_TWO)
+	$(BIN)/python -m pytest $(BY_FILE) tests/models tests/native tests/compiled tests/e2e
+
+# The unit tests need neither torch nor a compiler, so each environment is small. What needs torch all the same is skipped there.
+PYTHONS := 3.10 3.11 3.12 3.13
+UNIT_NEEDS := anyio msgspec structlog filelock tomli pytest pytest-asyncio pytest-xdist hypothesis trio uvloop safetensors numpy
+
+test-pythons:
+	@for folder in $$HOME/.pyenv/versions/*/bin; do PATH=$$folder:$$PATH; done; \
+	for version in $(PYTHONS); do \
+		python$$version -c "" 2>/dev/null || { echo "python$$version is not installed: left out"; continue; }; \
+		python$$version -m venv $(VENV)/python$$version && \
+		$(VENV)/python$$version/bin/python -m pip install --quiet $(UNIT_NEEDS) && \
+		$(VENV)/python$$version/bin/python -m pytest $(STEALING) -p aoti_sched.testing tests/unit || exit 1; \
+	done
+
+hooks: $(VENV)/installed
+	$(BIN)/python -m pre_commit install
 
 # Beside the environment, two whose own aoti_sched is another: one installed as where there is no compiler, and one in which is
 # compiled what installations have compiled that are not for development. Torch and all else is the first one's.
@@ -54,7 +82,7 @@ $(FALLBACK)/installed: $(FALLBACK)/python
 	CC=/nonexistent CXX=/nonexistent $(@D)/bin/python -m pip install --quiet --no-deps --ignore-installed --editable .
 	touch $@
 
-$(COMPILED)/installed: $(COMPILED)/python $(wildcard compiled/* aoti_sched/*.py aoti_sched/queue/*.py)
+$(COMPILED)/installed: $(COMPILED)/python $(wildcard compiled/* aoti_sched/*/*.py aoti_sched/queue/*/*.py)
 	$(@D)/bin/python -m pip install --quiet --no-deps --ignore-installed --editable . --config-settings cmake.define.COMPILED_MODULES=ON
 	$(@D)/bin/python -m aoti_sched.backends.native | grep "rules are compiled"
 	touch $@
@@ -62,10 +90,10 @@ $(COMPILED)/installed: $(COMPILED)/python $(wildcard compiled/* aoti_sched/*.py 
 test-fallback: $(FALLBACK)/installed
 	! $(FALLBACK)/bin/python -m aoti_sched.backends.native
 	$(BIN)/python -m tests.models
-	$(FALLBACK)/bin/python -m pytest $(IN_TWO) -m 'not soak' tests/compiled/backends tests/native tests/unit/engine tests/compiled
+	$(FALLBACK)/bin/python -m pytest $(BY_FILE) -m 'not soak' tests/compiled tests/native
 
 test-compiled: $(COMPILED)/installed
-	$(COMPILED)/bin/python -m pytest $(IN_TWO) tests/unit/queue tests/unit/engine tests/unit/model/test_call_spec.py tests/unit/model/test_input_check.py
+	$(COMPILED)/bin/python -m pytest $(STEALING) tests/unit/queue tests/unit/engine tests/unit/model
 
 wheels: $(VENV)/installed
 	$(BIN)/python -m pytest tests/e2e/wheels.py
@@ -96,11 +124,8 @@ simulate: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m codespell_lib
 	$(BIN)/python -m mypy
-
-coverage: $(VENV)/installed
-	$(BIN)/python -m coverage run --include='aoti_sched/queue/*' -m pytest -q tests/unit/queue
-	$(BIN)/python -m coverage report --include='aoti_sched/queue/*' --fail-under=100
 
 clean:
 	rm -rf $(VENV) .cache build dist

@@ -1,4 +1,4 @@
-"""The layers: who may import whom. Reads every import of the package and fails on an arrow that points up."""
+"""The rooms: which room may import which. Reads every import of the package, type-only imports included."""
 
 from __future__ import annotations
 
@@ -13,66 +13,65 @@ import aoti_sched
 
 ROOT = Path(aoti_sched.__file__).parent
 
-# From the ground up; a name stands for the module and, if it is a folder, for all that is in it.
-LAYERS = {
-    "errors": ["errors"],
-    "words": [
-        "call_spec",
-        "child",
-        "compile",
-        "config",
-        "arguments",
-        "event_log",
-        "evidence",
-        "findings",
-        "foreign",
-        "package",
-        "specs",
-        "telemetry",
-        "validation",
-        "weight_names",
-        "wrapper_source",
-    ],
-    "queue": ["queue"],
-    "backends": ["backends"],
-    "front": [
-        "",
-        "batching",
-        "blocking",
-        "dispatch",
-        "future",
-        "housekeeping",
-        "loading",
-        "parking",
-        "probing",
-        "replicas",
-        "runner",
-        "scheduler",
-        "tenants",
-        "testing",
-        "update",
-        "worker",
-    ],
-}
+# Rooms of several modules; every other module or folder below `aoti_sched/` is a room of its own name.
+FACE = {"", "replicas", "runner", "scheduler"}
+WORDS = {"arguments", "config", "errors", "events", "foreign", "stats"}
 MAY_IMPORT = {
     "errors": set(),
-    "words": {"errors", "words"},
-    "queue": {"errors", "queue"},
-    "backends": {"errors", "words", "backends"},
-    "front": set(LAYERS),
+    "arguments": {"errors"},
+    "child": {"errors"},
+    "foreign": {"errors"},
+    "config": {"arguments", "errors"},
+    "events": {"errors", "foreign"},
+    "stats": {"errors", "model"},
+    "model": {"arguments", "child", "config", "errors"},
+    "package": {"arguments", "errors"},
+    "queue": {"errors"},
+    "compile": {"errors", "model"},
+    "backends": {"errors", "events", "foreign", "model", "package"},
+    "engine": {*WORDS, "backends", "child", "model", "package", "queue"},
+    "face": {*WORDS, "backends", "compile", "engine", "model", "package", "queue"},
+    "testing": {*WORDS, "backends", "engine", "face", "model"},
 }
-ASYNCIO_LIVES_IN = {
-    "blocking",
-    "dispatch",
-    "event_log",
-    "future",
-    "housekeeping",
-    "parking",
-    "replicas",
-    "runner",
-    "scheduler",
-    "testing",
-    "update",
+# Type-only imports that point up. They go when one object stands for a model on one device.
+POINT_UP = {
+    ("engine.blocking", "runner"),
+    ("engine.future", "runner"),
+    ("engine.parking", "runner"),
+    ("engine.weights", "runner"),
+}
+# Groups of modules that import each other, for their types alone. None may be added.
+CIRCLES = {
+    frozenset({"backends.accelerators.cuda", "backends.accelerators.cuda_graphs"}),
+    frozenset({"queue.check", "queue.device_queue"}),
+    frozenset(
+        {
+            "engine.blocking",
+            "engine.dispatcher",
+            "engine.future",
+            "engine.parking",
+            "engine.weights",
+            "runner",
+        }
+    ),
+    frozenset(
+        "queue." + name
+        for name in (
+            "admission.load",
+            "admission.shedding",
+            "barrier",
+            "batching",
+            "commands",
+            "ending",
+            "job",
+            "lanes",
+            "memory",
+            "runner_state",
+            "selection.fairness",
+            "selection.forecast",
+            "selection.job_queue",
+        )
+    ),
 }
 NOT_FOR_THE_QUEUE = {
     "asyncio",
@@ -95,10 +94,8 @@ def module_name(path):
 MODULES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
 
 
-def layer_of(module):
-    """The one layer the module is in; None when it is in none."""
-    top = module.partition(".")[0]
-    return next((layer for layer, names in LAYERS.items() if top in names), None)
+def room_of(module):
+    return "face" if module in FACE else module.partition(".")[0]
 
 
 def imports_in(source):
@@ -115,7 +112,7 @@ def imports_in(source):
 
 
 def own_module(name, modules):
-    """Which of the package's modules an imported name is, or is in; None for what is not of the package."""
+    """Return which of the package's modules an imported name is, or is in; None for foreign names."""
     if name.partition(".")[0] != "aoti_sched":
         return None
     inner = name.partition(".")[2]
@@ -124,14 +121,51 @@ def own_module(name, modules):
     return inner
 
 
+def targets(module, sources):
+    """The package's own modules that a module imports."""
+    own = (own_module(name, sources) for name in imports_in(sources[module]))
+    return {target for target in own if target is not None and target != module}
+
+
 def arrows_up(sources):
-    """A sentence for each import of a module in a layer that the importing one may not know."""
-    for module, source in sources.items():
-        here = layer_of(module)
-        for name in imports_in(source):
-            target = own_module(name, sources)
-            if target is not None and layer_of(target) not in MAY_IMPORT[here]:
-                yield f"{module} ({here}) imports {target} ({layer_of(target)})"
+    """A sentence for each import of a module in a room that the importing room may not know."""
+    for module in sources:
+        here = room_of(module)
+        for target in sorted(targets(module, sources)):
+            there = room_of(target)
+            if there != here and there not in MAY_IMPORT[here] and (module, target) not in POINT_UP:
+                yield f"{module} ({here}) imports {target} ({there})"
+
+
+def circles(sources):
+    """The groups of modules that reach each other by imports (Tarjan's strongly connected components)."""
+    edges = {module: sorted(targets(module, sources)) for module in sources}
+    index, low, stack, found = {}, {}, [], []
+
+    def visit(module):
+        index[module] = low[module] = len(index)
+        stack.append(module)
+        for target in edges[module]:
+            if target not in index:
+                visit(target)
+                low[module] = min(low[module], low[target])
+            elif target in stack:
+                low[module] = min(low[module], index[target])
+        if low[module] == index[module]:
+            group = set()
+            while module not in group:
+                group.add(stack.pop())
+            if len(group) > 1:
+                found.append(frozenset(group))
+
+    for module in edges:
+        if module not in index:
+            visit(module)
+    return found
+
+
+def sources():
+    return {module: path.read_text() for module, path in MODULES.items()}
 
 
 def tops(module):
@@ -139,16 +173,23 @@ def tops(module):
     return {name.partition(".")[0] for name in imports_in(MODULES[module].read_text())}
 
 
-def test_every_module_is_in_a_known_layer():
-    assert [module for module in MODULES if layer_of(module) is None] == []
-
-
-def test_every_name_in_a_layer_is_a_module():
-    assert [name for names in LAYERS.values() for name in names if name not in MODULES] == []
+def test_every_module_is_in_a_known_room():
+    assert [module for module in MODULES if room_of(module) not in MAY_IMPORT] == []
 
 
 def test_no_import_points_up():
-    assert list(arrows_up({module: path.read_text() for module, path in MODULES.items()})) == []
+    assert list(arrows_up(sources())) == []
+
+
+def test_every_import_that_still_points_up_exists():
+    known = sources()
+    assert {(module, target) for module, target in POINT_UP if target in targets(module, known)} == POINT_UP
+
+
+def test_no_circle_of_imports_is_new():
+    assert [
+        sorted(circle) for circle in circles(sources()) if not any(circle <= old for old in CIRCLES)
+    ] == []
 
 
 @pytest.mark.parametrize(
@@ -162,25 +203,24 @@ def test_no_import_points_up():
     ],
 )
 def test_an_import_that_points_up_is_found_in_every_spelling(source):
-    sources = {"": "", "scheduler": "", "backends.cpu": source, "runner": source}
-    assert list(arrows_up(sources)) == ["backends.cpu (backends) imports scheduler (front)"]
+    tree = {"": "", "scheduler": "", "backends.cpu": source, "runner": source}
+    assert list(arrows_up(tree)) == ["backends.cpu (backends) imports scheduler (face)"]
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if layer_of(module) == "queue"])
+def test_a_circle_is_found():
+    tree = {"": "", "queue.a": "import aoti_sched.queue.b", "queue.b": "import aoti_sched.queue.a"}
+    assert circles(tree) == [{"queue.a", "queue.b"}]
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if room_of(module) == "queue"])
 def test_the_queue_imports_only_what_is_pure(module):
     allowed = (sys.stdlib_module_names - NOT_FOR_THE_QUEUE) | {"msgspec", "aoti_sched"}
     assert tops(module) - allowed == set()
 
 
-def test_asyncio_lives_in_the_front_alone():
-    assert {module for module in MODULES if "asyncio" in tops(module)} == ASYNCIO_LIVES_IN
-
-
-def test_importing_loads_nothing_that_only_some_calls_need():
-    late = ["aoti_sched.model.findings", "ctypes", "hypothesis", "multiprocessing", "numpy", "torch"]
-    code = f"import sys, aoti_sched; print([name for name in {late} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+def test_asyncio_lives_in_the_engine_and_the_face_alone():
+    users = {room_of(module) for module in MODULES if "asyncio" in tops(module)}
+    assert users == {"engine", "face", "testing", "events"}  # events ask whether a loop runs here
 
 
 @pytest.mark.parametrize("module", ["aoti_sched", "aoti_sched.testing"])

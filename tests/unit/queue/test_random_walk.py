@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from tests.unit.queue.plain_parts import LIVE, LOOP
+from tests.unit.queue.seeds import share_of_seeds
 from tests.unit.queue.walks import Player, Walk
 
 STEPS = 80
@@ -57,7 +58,7 @@ def wake_is_asked_for_the_earliest(jobs, ripe_times, player, *, exact):
 
 @pytest.mark.parametrize("share", range(SHARES))
 def test_the_core_does_what_the_plain_model_says(share):
-    for seed in SEEDS[share::SHARES]:
+    for seed in share_of_seeds(share, SHARES):
         walk = Walk(seed, STEPS)
         player = Player(**walk.device)
         for step, (fact, answer) in enumerate(zip(walk.facts, walk.answers, strict=True)):
