@@ -212,9 +212,9 @@ def test_several_symbols_in_the_row_dimension_that_the_user_names_are_one():
     assert [one.shape[0] for one in specs] == [DynamicDim("s0", 2, 5)] * 2
 
 
-def test_several_symbols_stay_apart_where_nobody_names_the_dimension():
-    with pytest.raises(ConfigError, match="different sizes in dimension 0"):
-        grouped(*two())
+def test_several_symbols_stay_apart_where_nothing_names_the_dimension():
+    with pytest.raises(ConfigError, match="does not say along which dimension"):
+        grouped(*two(), own=False)
 
 
 def test_outputs_of_either_symbol_have_the_common_rows():
