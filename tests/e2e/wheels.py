@@ -57,14 +57,15 @@ def fallback(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_wheel_brings_the_native_module_and_compiled_rules_for_this_python(native, tmp_path):
     modules = {name.partition(".")[0] for name in files(native) if name.endswith(".so")}
-    rules = {f"aoti_sched/queue/{path.stem}" for path in (ROOT / "aoti_sched" / "queue").glob("[!_]*.py")}
+    queue = (ROOT / "aoti_sched" / "queue").rglob("[!_]*.py")
+    rules = {str(path.relative_to(ROOT).with_suffix("")) for path in queue}
     assert modules == {
         "aoti_sched/backends/native/_native",
         "aoti_sched/backends/native/proxy_model",
         "aoti_sched/_compiled__mypyc",  # what the following share
-        "aoti_sched/call_spec",
-        "aoti_sched/dispatch",
-        "aoti_sched/validation",
+        "aoti_sched/engine/dispatcher",
+        "aoti_sched/model/call_spec",
+        "aoti_sched/model/input_check",
         *rules,
     }
     assert not native.name.endswith("-none-any.whl")
