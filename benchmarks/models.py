@@ -77,7 +77,7 @@ def ensure(name: str, kind: str) -> Path:
     not in the cache."""
     library = Path(aoti_sched.__file__).parent
     key = hashlib.sha256(f"{version('torch')} {platform.machine()}".encode())
-    for source in (Path(__file__), library / "compile.py", library / "specs.py"):
+    for source in (Path(__file__), library / "compile.py", library / "model/specs.py"):
         key.update(source.read_bytes())
     path = CACHE / f"{name}-{key.hexdigest()[:16]}.{kind}"
     if not path.exists():

@@ -95,7 +95,7 @@ def compile_namer(path: Path) -> None:
 def made_once(name: str, compile_to: Callable[[Path], None]) -> Path:
     """The package `name` in the cache; compiled when it is not there or older than what it is made from."""
     library = Path(aoti_sched.__file__).parent
-    sources = [Path(__file__), library / "compile.py", library / "specs.py", Path(torch.__file__)]
+    sources = [Path(__file__), library / "compile.py", library / "model/specs.py", Path(torch.__file__)]
     package = CACHE / f"{name}.pt2"
     if not package.exists() or package.stat().st_mtime < max(file.stat().st_mtime for file in sources):
         print(f"Compiling {name}.pt2; that is done once and takes some seconds.", flush=True)

@@ -135,7 +135,13 @@ class BlockingCalls:
             self.loop.call_soon_threadsafe(callback)
 
 
-def _when_stopped(calls: weakref.ref[BlockingCalls]) -> None:
+def _when_stopped(
+    calls: weakref.ref[BlockingCalls], is_finalizing: Callable[[], bool] = sys.is_finalizing
+) -> None:
+    if (
+        is_finalizing()
+    ):  # waking the loop would give up the GIL, and a thread that takes it now ends the process
+        return
     there = calls()
     if there is not None:
         there.stopped()

@@ -40,7 +40,7 @@ def package_path(model: str) -> Path:
     """Where the package of `model` is or will be: a folder per torch version, machine and source text."""
     library = Path(aoti_sched.__file__).parent
     sources = [Path(__file__).with_name(name) for name in ("minilm.py", "digits.py", "packages.py")]
-    sources += [library / "compile.py", library / "specs.py"]
+    sources += [library / "compile.py", library / "model/specs.py"]
     key = hashlib.sha256(f"{version('torch')} {platform.machine()}".encode())
     for source in sources:
         key.update(source.read_bytes())

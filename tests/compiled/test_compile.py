@@ -371,7 +371,7 @@ def test_a_compiled_package_carries_what_describe_tells(built):
     program = export(model.module(), model.args, dict(model.kwargs), dynamic_shapes=definition.dynamic)
     stored = spec_from_metadata(open_package(model.path).model().metadata)
     # What running the model adds is tested where it is found out.
-    plain = msgspec.structs.replace(stored, rows=None, examples=(), sizes_probed=False)
+    plain = msgspec.structs.replace(stored, rows=None, examples=(), sizes_probed=False, weights=())
     assert plain == describe(program, threads=definition.threads)
     assert stored.rows.independent
     assert stored.sizes_probed

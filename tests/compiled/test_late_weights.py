@@ -19,6 +19,7 @@ from aoti_sched import (
     WeightsFileError,
     WeightsTypeError,
 )
+from aoti_sched.backends import cpu
 from tests.models import build
 
 NAMES = ["weights_none", "late", "weights_blob", "weights_pickle", "mlp", "folding"]
@@ -147,7 +148,8 @@ async def test_tensors_that_were_given_stay_in_memory_and_are_the_models_own():
         await answers(runner, "late", module)
 
 
-async def test_a_model_of_torchs_own_runner_takes_them_too(tmp_path):
+async def test_a_model_of_torchs_own_runner_takes_them_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu, "open_proxy_executor", lambda *_: (None, "there is none"))
     module = build("custom_late").module()
     with torch.no_grad():
         module.weight.mul_(3)

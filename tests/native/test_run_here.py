@@ -15,7 +15,7 @@ from aoti_sched.backends.aoti.c_abi import libtorch
 from aoti_sched.backends.contracts import Work
 from aoti_sched.backends.cpu import set_threads
 from aoti_sched.backends.executors.threads import ThreadsExecutor
-from aoti_sched.errors import RunError
+from aoti_sched.errors import ResourcesError, RunError
 from tests.compiled.backends.executor_contract import MKL, readable, set_thread_counts, thread_counts
 from tests.native.c_model import CModel, handles
 from tests.native.library import ROOT
@@ -69,7 +69,7 @@ def test_outputs_that_can_not_be_made_ones_own_fail_the_run_and_are_freed(execut
     tensor = torch.ones(2)
     completion = executor.run_here(CModel(own=fail).work(tensor, token="mine"))
     assert (completion.token, completion.outputs) == ("mine", None)
-    assert isinstance(completion.error, MemoryError)
+    assert isinstance(completion.error, ResourcesError)
     assert handles(tensor) == 0
     watched = weakref.ref(tensor)
     del tensor
