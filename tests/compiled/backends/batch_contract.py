@@ -153,21 +153,6 @@ class BatchContract:
             for got, (x,) in zip(outputs, members, strict=True):
                 assert all(map(same, got, both(x)))
 
-    def test_one_tensor_at_several_outputs_that_has_not_the_rows_fails_the_batch_and_no_other(self, executor):
-        def short(x):
-            y = x[1:] + 1
-            return [y, y]
-
-        def both(x):
-            y = x + 1
-            return [y, y]
-
-        members = [[one] for one in matrices(1, 2)]
-        completion = self.run(executor, self.container(short, outputs=2), batch_of(plan(outputs=2), members))
-        assert "has 2 rows in dimension 0, expected 3" in str(completion.error)
-        outputs = self.outputs(executor, self.container(both, outputs=2), batch_of(plan(outputs=2), members))
-        assert all(same(output, x + 1) for got, (x,) in zip(outputs, members, strict=True) for output in got)
-
     def test_one_tensor_as_two_inputs_is_two_inputs(self, executor):
         model = self.container(lambda x, y: [x + y], inputs=2)
         members = [[one, one] for one in matrices(1, 2)]
@@ -531,6 +516,21 @@ class GatheringContract(BatchContract):
 
 class StagingContract(GatheringContract):
     """Where the memory in which inputs are put together is kept for the next batch."""
+
+    def test_one_tensor_at_several_outputs_that_has_not_the_rows_fails_the_batch_and_no_other(self, executor):
+        def short(x):
+            y = x[1:] + 1
+            return [y, y]
+
+        def both(x):
+            y = x + 1
+            return [y, y]
+
+        members = [[one] for one in matrices(1, 2)]
+        completion = self.run(executor, self.container(short, outputs=2), batch_of(plan(outputs=2), members))
+        assert "has 2 rows in dimension 0, expected 3" in str(completion.error)
+        outputs = self.outputs(executor, self.container(both, outputs=2), batch_of(plan(outputs=2), members))
+        assert all(same(output, x + 1) for got, (x,) in zip(outputs, members, strict=True) for output in got)
 
     def test_memory_is_kept_for_a_slot_while_it_is_large_enough(self, executor):
         model = self.watching()

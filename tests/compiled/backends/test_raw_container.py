@@ -373,9 +373,10 @@ def test_extracting_from_a_model_that_cannot_is_a_missing_capability(load, monke
     def lacking(name):
         raise MissingCapabilityError(name)
 
-    monkeypatch.setattr(container.library, "function", lacking)
-    with pytest.raises(MissingCapabilityError, match="ExtractConstantsMapEntries"):
-        container.extract()
+    with monkeypatch.context() as patch:
+        patch.setattr(container.library, "function", lacking)
+        with pytest.raises(MissingCapabilityError, match="ExtractConstantsMapEntries"):
+            container.extract()
 
 
 # --- updates ----------------------------------------------------------------------------------------------
