@@ -235,3 +235,16 @@ def test_an_idle_device_with_other_places_taken_is_asked_for_the_wait():
     first = Job(runner)
     assert queue.submit(first, 0.0) == [Launch(first)]
     assert earliest(queue, runner) == 1 + 1  # one core is free, but no slot
+
+
+def test_what_is_queued_when_the_first_runner_that_predicts_comes_is_foreseen():
+    queue = device(1)
+    plain = add(queue, "plain")
+    teach(queue, plain, 1.0)
+    running, *queued = [Job(plain) for _ in range(3)]
+    assert launched(queue.submit(running, 0.0)) == [running]
+    for job in queued:
+        queue.submit(job, 0.0)
+    add(queue, "predicts", predicts=True)
+    queue.check()
+    assert queue._forecast.kept

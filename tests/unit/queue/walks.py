@@ -12,6 +12,7 @@ from aoti_sched.queue.commands import (
     Drained,
     Expire,
     Failing,
+    GoOn,
     Grant,
     Launch,
     NextTurn,
@@ -263,9 +264,12 @@ class Player:
 
     def play(self, method, arguments):
         try:
-            commands = getattr(self, method)(*arguments)
+            commands = list(getattr(self, method)(*arguments))
         except IllegalFactError:
             return "illegal"
+        while GoOn() in commands:  # the plain model ends all at once
+            commands.remove(GoOn())
+            commands += self.queue.go_on(arguments[0])
         if method == "tick":
             self.wake = None
         return [said for command in commands for said in self.say(command)]
