@@ -95,7 +95,7 @@ test-fallback: $(FALLBACK)/installed
 	$(FALLBACK)/bin/python -m pytest $(BY_FILE) -m 'not soak' tests/compiled tests/native
 
 test-compiled: $(COMPILED)/installed
-	$(COMPILED)/bin/python -m pytest $(STEALING) tests/unit/queue tests/unit/engine tests/unit/model
+	$(COMPILED)/bin/python -m pytest $(STEALING) tests/unit/queue tests/unit/engine tests/unit/model/test_call_spec.py tests/unit/model/test_input_check.py
 
 wheels: $(VENV)/installed
 	$(BIN)/python -m pytest tests/e2e/wheels.py

@@ -10,6 +10,7 @@ import math
 import msgspec
 import pytest
 
+from aoti_sched.queue.ending import SLICE
 from tests.unit.queue.plain_parts import LIVE, LOOP
 from tests.unit.queue.seeds import share_of_seeds
 from tests.unit.queue.walks import Player, Walk
@@ -25,7 +26,11 @@ def sorted_out(commands):
     """Commands whose order is promised, in it; then the others, in any order."""
     if commands == "illegal":
         return commands
-    return [c for c in commands if c[0] in ORDERED], sorted(c for c in commands if c[0] not in ORDERED)
+    ordered = [c for c in commands if c[0] in ORDERED]
+    withdrawn = [c for c in ordered if c[0] == "withdraw"]
+    if len(withdrawn) > SLICE:  # their order is promised within a slice
+        ordered = sorted(withdrawn) + [c for c in ordered if c[0] != "withdraw"]
+    return ordered, sorted(c for c in commands if c[0] not in ORDERED)
 
 
 def states(model):
