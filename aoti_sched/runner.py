@@ -290,14 +290,12 @@ class Runner(RunnerView):
         self._whole = whole
 
     def let_go(self) -> None:
-        """The runner is closed: drop what makes reference cycles. Requests are refused as before."""
+        """Refuse requests from now on, and drop what makes reference cycles. The runner is closed."""
+        why = f"runner {self.name!r} is closed" if self.replicas else self._why_nowhere()
+        self.place = functools.partial(_closed, why)
         for replica in self.loaded:
             replica._whole = None  # noqa: SLF001 -- of its own class
-        if self.place is not None:
-            serves = bool(self.replicas)
-            self.place = functools.partial(
-                _closed, f"runner {self.name!r} is closed" if serves else self._why_nowhere()
-            )
+            replica.state.let_go()
 
     @property
     def absent(self) -> bool:

@@ -176,6 +176,7 @@ class Memory:
         """It is closed, or was not loaded."""
         commands = self.settle(holding, 0, 0, now)
         self.holdings.pop(holding, None)
+        holding.runner = None  # the runner refers to it
         return commands
 
     def lives(self, runner: RunnerState, *, held: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -74,6 +74,7 @@ class Source:
     `arrivals` is its queue by the time of submission, kept where jobs may become overdue.
     """
 
+    __deletable__ = ["runner"]  # noqa: RUF012 -- mypyc reads this list in the source
     __slots__ = (
         "arrivals",
         "closed",
@@ -102,6 +103,15 @@ class Source:
         self.halted = 0
         self.followed: list[int] = []
         self.runner: RunnerState
+
+
+def _accounts_in(tenants: Sequence[Turns]) -> Callable[[int, Hashable], Account]:
+    """Return what gives a tenant's account of a class. It does not refer to the runner, whose queue keeps it."""
+
+    def account_of(priority: int, tenant: Hashable) -> Account:
+        return tenants[priority].of(tenant)
+
+    return account_of
 
 
 def _no_account(_: int, __: Hashable) -> Account:
@@ -165,7 +175,7 @@ class RunnerState(Source):
         predicts: bool = False,
     ) -> None:
         self.tenants = tuple(Turns() for _ in Priority)
-        queue = JobQueue(self.account_of) if accounts else JobQueue(_no_account)
+        queue = JobQueue(_accounts_in(self.tenants) if accounts else _no_account)
         super().__init__(name, list(reversed(range(slots))), epoch, load, queue)
         self.company = None if batching is None else Company(batching, self.queue)
         self.runner = self
@@ -193,9 +203,9 @@ class RunnerState(Source):
         self.memory = memory
         self.used = -math.inf
 
-    def account_of(self, priority: int, tenant: Hashable) -> Account:
-        """Of its own time."""
-        return self.tenants[priority].of(tenant)
+    def let_go(self) -> None:
+        """Drop the reference to itself, so that a removed runner is in no cycle. No job may be submitted to it any more."""
+        del self.runner
 
     def waiting(self) -> list[Job]:
         """For room: at the gate, and in lines before it."""

@@ -7,6 +7,7 @@ from ctypes import byref, c_size_t, c_void_p
 
 import torch
 
+from aoti_sched.backends.aoti.c_abi import handle_array
 from aoti_sched.backends.aoti.handles import free, handles_of, tensors_of
 from aoti_sched.backends.aoti.raw_container import RawContainer, entries
 from aoti_sched.errors import InputMismatchError, LoadError, MissingWeightsError, RunError, RunnerClosedError
@@ -60,8 +61,8 @@ class BareModel:
             raise InputMismatchError(self._container.name, "", f"{wanted} tensors", f"{len(tensors)}")
         run = self._library.function("AOTInductorModelRun")
         model = self._open()
-        outputs = (c_void_p * self.num_outputs())()
-        inputs = (c_void_p * wanted)(*handles_of(list(tensors)))
+        outputs = handle_array(self.num_outputs())()
+        inputs = handle_array(wanted)(*handles_of(list(tensors)))
         if run(model, inputs, outputs):
             free(inputs)
             free(outputs)

@@ -9,9 +9,10 @@ constants, handles) is in the files beside this one.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 from collections.abc import Callable
-from ctypes import POINTER, Structure, c_bool, c_char_p, c_int32, c_int64, c_size_t, c_uint64, c_void_p
+from ctypes import POINTER, Structure, c_bool, c_char_p, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,11 @@ import torch
 from torch import _C
 
 from aoti_sched.errors import LoadError, MissingCapabilityError
+
+_system = ctypes.CDLL(None)
+_system.dlopen.argtypes, _system.dlopen.restype = (c_char_p, c_int), c_void_p
+_system.dlsym.argtypes, _system.dlsym.restype = (c_void_p, c_char_p), c_void_p
+_system.dlerror.restype = c_char_p
 
 libtorch = ctypes.CDLL(_C.__file__)
 """Every symbol of libtorch, wherever the platform keeps it: a look-up goes through torch's own dependencies."""
@@ -181,6 +187,12 @@ _TABLE = (
 FUNCTIONS = {function.name: function for function in _TABLE}
 
 
+@functools.cache
+def handle_array(count: int) -> type[ctypes.Array[c_void_p]]:
+    """Return the ctypes type of `count` handles in a row. Types are kept: each one is in a reference cycle."""
+    return c_void_p * count
+
+
 class Library:
     """A model's shared library. Once loaded it stays mapped for the process's life: nothing here unloads it.
 
@@ -190,14 +202,16 @@ class Library:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).absolute()
         self.name = self.path.name
-        try:
-            # LOCAL: every model exports the same names. NOW: a missing symbol fails here, not in a run.
-            self._cdll = ctypes.CDLL(str(self.path), mode=os.RTLD_LOCAL | os.RTLD_NOW)
-        except OSError as error:
+        # Not `ctypes.CDLL`, which makes a class for each library, and a class is in a reference cycle.
+        # LOCAL: every model exports the same names. NOW: a missing symbol fails here, not in a run.
+        self._handle = _system.dlopen(os.fsencode(self.path), os.RTLD_LOCAL | os.RTLD_NOW)
+        if not self._handle:
+            why = (_system.dlerror() or b"the loader gave no reason").decode(errors="replace")
             raise LoadError(
-                f"{self.path} could not be loaded: {error}. An undefined symbol means that another torch compiled "
+                f"{self.path} could not be loaded: {why}. An undefined symbol means that another torch compiled "
                 f"it than the one running here ({torch.__version__}): compile it again with this one."
-            ) from error
+            )
+        self._addresses: dict[str, int] = {}
         self._functions: dict[str, Callable[..., int]] = {}
         if not self.has("AOTInductorModelContainerRun"):
             raise LoadError(
@@ -207,7 +221,7 @@ class Library:
 
     def has(self, name: str) -> bool:
         """Whether the library exports this function of the table."""
-        return name in FUNCTIONS and hasattr(self._cdll, name)
+        return self._symbol(name) != 0
 
     def function(self, name: str) -> Callable[..., int]:
         """The function, ready to be called with ctypes arguments; it releases the GIL and returns a status.
@@ -219,23 +233,26 @@ class Library:
         except KeyError:
             pass
         description = FUNCTIONS[name]
-        try:
-            function = self._cdll[name]
-        except AttributeError:
+        address = self._symbol(name)
+        if not address:
             raise MissingCapabilityError(
                 f"{self.name} lacks {name}, which models have that were compiled by torch {description.since} "
                 "or newer: compile the model again with a newer torch."
-            ) from None
-        function.argtypes = description.arguments
-        function.restype = c_int32
+            )
+        function = ctypes.CFUNCTYPE(c_int32, *description.arguments)(address)
         self._functions[name] = function
         return function
 
     def address(self, name: str) -> int:
-        """A function's address, for callers in C; 0 when this library lacks it."""
-        if not self.has(name):
-            return 0
-        return ctypes.cast(getattr(self._cdll, name), c_void_p).value or 0
+        """Return a function's address, for callers in C; 0 when this library lacks it, and for names not in the table."""
+        return self._symbol(name) if self.has(name) else 0
+
+    def _symbol(self, name: str) -> int:
+        address = self._addresses.get(name)
+        if address is None:
+            found = _system.dlsym(self._handle, name.encode()) if name in FUNCTIONS else 0
+            address = self._addresses[name] = found or 0
+        return address
 
     def call(self, name: str, *arguments: Any) -> None:
         """Call a function and raise LoadError, with the root cause in its text, when it fails."""

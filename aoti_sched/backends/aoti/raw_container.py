@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from aoti_sched.backends.aoti.c_abi import ConstantEntry, Library
+from aoti_sched.backends.aoti.c_abi import ConstantEntry, Library, handle_array
 from aoti_sched.backends.aoti.constant_map import EXTRACT, EXTRACT_ENTRIES, map_type, why_not_updatable
 from aoti_sched.backends.aoti.constants import TYPES, Constant, check, laid_out, select
 from aoti_sched.backends.aoti.handles import DTYPES, borrowed, free, handles_of, tensors_of
@@ -83,8 +83,8 @@ class RawContainer:
         self.input_names = self._names("GetNumInputs", "GetInputName")
         self.output_names = self._names("GetNumOutputs", "GetOutputName")
         self.num_inputs, self.num_outputs = len(self.input_names), len(self.output_names)
-        self._inputs = c_void_p * self.num_inputs
-        self._outputs = c_void_p * self.num_outputs
+        self._inputs = handle_array(self.num_inputs)
+        self._outputs = handle_array(self.num_outputs)
         self._run = library.function(_PREFIX + "Run")
         self._constants: tuple[Constant, ...] | None = None
         # Which buffer holds every constant: active, inactive. At first only the runtime knows.

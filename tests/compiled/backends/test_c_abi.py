@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import re
 import subprocess
+import weakref
 from ctypes import POINTER, c_bool, c_char_p, c_int32, c_size_t, c_uint64, c_void_p
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from aoti_sched.backends.aoti.c_abi import FUNCTIONS, ArrayRefTensor, ConstantEntry, Library
+from aoti_sched.backends.aoti.raw_container import RawContainer
 from aoti_sched.errors import LoadError, MissingCapabilityError, RunError
 
 HEADER = Path(torch.__file__).parent / "include/torch/csrc/inductor/aoti_runtime/interface.h"
@@ -172,3 +175,23 @@ def test_a_failed_call_that_is_no_run_is_a_load_error_with_its_name(built):
     handle = c_void_p()
     with pytest.raises(LoadError, match=r"ContainerCreateWithDevice failed: Invalid device: abacus"):
         library.call("AOTInductorModelContainerCreateWithDevice", ctypes.byref(handle), 1, b"abacus", None)
+
+
+def test_a_library_that_is_let_go_leaves_nothing_for_the_collector(built):
+    path = built("mlp").library()
+    RawContainer(Library(path)).close()
+    gc.collect()
+    gc.disable()
+    try:
+        container = RawContainer(Library(path))
+        owners = [weakref.ref(container.library), weakref.ref(container)]
+        container.close()
+        del container
+        assert [ref() for ref in owners] == [None, None]
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        assert [thing for thing in gc.garbage if "ctypes" in type(thing).__module__] == []
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
