@@ -37,7 +37,14 @@ from aoti_sched.errors import (
     WeightsFileError,
     WeightsTypeError,
 )
-from aoti_sched.model.specs import BatchDim, ConstantSpec, DynamicDim, ModelSpec, SpecSource, TensorSpec
+from aoti_sched.model.specs import (
+    BatchDim,
+    ConstantSpec,
+    DynamicDim,
+    ModelSpec,
+    SpecSource,
+    TensorSpec,
+)
 from aoti_sched.queue.job import Priority
 from aoti_sched.runner import Lease, Runner, RunnerView
 from aoti_sched.scheduler import Scheduler

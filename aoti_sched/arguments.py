@@ -91,7 +91,9 @@ def one_of(what: str, value: object, choices: tuple[str, ...]) -> None:
         ConfigError: It is none; the message lists them.
     """
     if not isinstance(value, str) or value not in choices:
-        raise ConfigError(f"{what}: expected {' or '.join(map(repr, choices))}, got {brief(value)}.")
+        raise ConfigError(
+            f"{what}: expected {' or '.join(map(repr, choices))}, got {brief(value)}."
+        )
 
 
 def text(what: str, value: object) -> str:
@@ -117,7 +119,9 @@ def file_name(what: str, value: object) -> str:
     except (TypeError, UnicodeError):
         raise ConfigError(f"{what}: expected the path of a file, got {brief(value)}.") from None
     if not path or "\0" in path:
-        raise ConfigError(f"{what}: expected the path of a file, got {brief(path)}, which no file can have.")
+        raise ConfigError(
+            f"{what}: expected the path of a file, got {brief(path)}, which no file can have."
+        )
     return path
 
 

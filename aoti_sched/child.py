@@ -66,7 +66,9 @@ def in_child(work: Callable[[Tell], None], limit: float) -> tuple[list[Any], str
     found: list[tuple[list[Any], str]] = []
     # libgomp keeps a team for each thread that ran kernels in parallel, and a fork loses its members. A thread of its own
     # has run none, so the child believes in no team that it does not have.
-    thread = threading.Thread(target=lambda: found.append(_fork(work, limit)), name="aoti_sched-child")
+    thread = threading.Thread(
+        target=lambda: found.append(_fork(work, limit)), name="aoti_sched-child"
+    )
     try:
         thread.start()
     except (RuntimeError, MemoryError) as error:

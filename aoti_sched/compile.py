@@ -99,10 +99,16 @@ def compile_package(
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
         arguments = separated(example_inputs, example_kwargs or {}, module)
         try:
-            program = torch.export.export(module, arguments[0], kwargs=arguments[1], dynamic_shapes=dynamic)
-        except Exception as error:  # torch.export raises many kinds; each becomes one sentence with its cause
+            program = torch.export.export(
+                module, arguments[0], kwargs=arguments[1], dynamic_shapes=dynamic
+            )
+        except (
+            Exception
+        ) as error:  # torch.export raises many kinds; each becomes one sentence with its cause
             advice = _advice(error, example_inputs, example_kwargs)
-            raise CompileError(f"{type(module).__name__} could not be exported: {error}{advice}") from error
+            raise CompileError(
+                f"{type(module).__name__} could not be exported: {error}{advice}"
+            ) from error
         _check_outputs(program)
         functional = program.run_decompositions({})
         spec = _described(program, functional, threads=threads, freeze=freeze)
@@ -174,14 +180,20 @@ def _advice(error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any] | No
     """What to say about the commonest mistake of all: an example of one row in a dynamic dimension."""
     from torch.utils import _pytree as pytree
 
-    sizes = [size for leaf in pytree.tree_leaves((args, kwargs)) for size in getattr(leaf, "shape", ())]
+    sizes = [
+        size for leaf in pytree.tree_leaves((args, kwargs)) for size in getattr(leaf, "shape", ())
+    ]
     if "specialized" in str(error) and 1 in sizes:
         return "\nAn example has size 1, which torch.export takes for a constant: give at least 2 in a dynamic dimension."
     return ""
 
 
 def describe(
-    program: ExportedProgram, *, batch_dim: int | None = None, threads: int = 1, freeze: bool = False
+    program: ExportedProgram,
+    *,
+    batch_dim: int | None = None,
+    threads: int = 1,
+    freeze: bool = False,
 ) -> ModelSpec:
     """The specs of an exported program's inputs and outputs, as far as the program states them; nothing is run.
 
@@ -190,7 +202,9 @@ def describe(
             the same dynamic dimension at `batch_dim`.
     """
     functional = program.run_decompositions({})
-    return _with_batch(_described(program, functional, threads=threads, freeze=freeze), None, batch_dim)
+    return _with_batch(
+        _described(program, functional, threads=threads, freeze=freeze), None, batch_dim
+    )
 
 
 def _described(
@@ -205,7 +219,9 @@ def _described(
     reader = _Reader(program)
     signature = program.graph_signature
     inputs = tuple(
-        reader.leaf(spec.arg, "input") for spec in signature.input_specs if spec.kind == InputKind.USER_INPUT
+        reader.leaf(spec.arg, "input")
+        for spec in signature.input_specs
+        if spec.kind == InputKind.USER_INPUT
     )
     outputs = tuple(
         reader.leaf(spec.arg, "output")
@@ -219,9 +235,13 @@ def _described(
         parameters=reader.parameters(),
         threads=threads,
         frozen=freeze,
-        mutates_buffers=any(s.kind.name in ("BUFFER_MUTATION", "PARAMETER_MUTATION") for s in written),
+        mutates_buffers=any(
+            s.kind.name in ("BUFFER_MUTATION", "PARAMETER_MUTATION") for s in written
+        ),
         torch_version=_torch_version(),
-        mutated_inputs=tuple(s.target or "" for s in written if s.kind.name == "USER_INPUT_MUTATION"),
+        mutated_inputs=tuple(
+            s.target or "" for s in written if s.kind.name == "USER_INPUT_MUTATION"
+        ),
     )
 
 
@@ -237,7 +257,10 @@ def _with_batch(spec: ModelSpec, findings: Findings | None, wanted: int | None) 
         others = []
     inputs, outputs = spec.inputs, spec.outputs
     for other in others:
-        inputs, outputs = with_one_symbol(inputs, other, first), with_one_symbol(outputs, other, first)
+        inputs, outputs = (
+            with_one_symbol(inputs, other, first),
+            with_one_symbol(outputs, other, first),
+        )
     batch = _batch_dim(inputs, outputs, wanted or 0)
     if batch is None and wanted is not None:
         raise CompileError(
@@ -271,7 +294,9 @@ def _check_outputs(program: ExportedProgram) -> None:
     from torch.utils import _pytree as pytree
 
     def kinds(node: Any) -> set[str]:
-        own = {f"{node.type.__module__}.{node.type.__qualname__}"} if node.type is not None else set()
+        own = (
+            {f"{node.type.__module__}.{node.type.__qualname__}"} if node.type is not None else set()
+        )
         return own.union(*(kinds(child) for child in node.children()))
 
     out_spec = program.call_spec.out_spec
@@ -395,18 +420,24 @@ def _order(value: Any) -> tuple[int, ...] | None:
     usual = tuple(range(len(sizes)))
     # Outermost first: the larger stride, and of equal strides the larger size, comes first.
     by_stride = tuple(sorted(usual, key=lambda dim: (-strides[dim], -sizes[dim], dim)))
-    return next((order for order in (usual, by_stride) if lies_in_order(sizes, strides, order)), None)
+    return next(
+        (order for order in (usual, by_stride) if lies_in_order(sizes, strides, order)), None
+    )
 
 
 def _hint(size: Any) -> int:
     if isinstance(size, int):
         return size
     node = size.node
-    hint = node.hint if node.hint is not None else 8191  # data-dependent: a prime no product repeats
+    hint = (
+        node.hint if node.hint is not None else 8191
+    )  # data-dependent: a prime no product repeats
     return int(hint)
 
 
-def _batch_dim(inputs: Sequence[LeafSpec], outputs: Sequence[LeafSpec], dim: int) -> BatchDim | None:
+def _batch_dim(
+    inputs: Sequence[LeafSpec], outputs: Sequence[LeafSpec], dim: int
+) -> BatchDim | None:
     """The dimension `dim`, if every tensor has the same dynamic size there, and nothing else depends on it."""
     leaves = [leaf for leaf in (*inputs, *outputs) if isinstance(leaf, TensorSpec)]
     if not any(isinstance(leaf, TensorSpec) for leaf in inputs):

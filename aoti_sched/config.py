@@ -116,7 +116,9 @@ class Batching(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     max_size: _Count | None = None
     max_delay: _Delay = 0.0
     dim: Annotated[int, Meta(ge=0, le=63)] | None = None
-    pad_to: Annotated[tuple[_Count, ...], Meta(min_length=1)] | Literal["powers_of_two"] | None = None
+    pad_to: Annotated[tuple[_Count, ...], Meta(min_length=1)] | Literal["powers_of_two"] | None = (
+        None
+    )
     ragged: dict[str, bool | float] = {}
     detach_rows: bool = False
     assume_independent: bool = False
@@ -176,13 +178,17 @@ def read_config(path: str | os.PathLike[str]) -> SchedulerConfig:
     except OSError as error:
         raise ConfigError(f"{file}: the configuration can't be read: {error.strerror}") from error
     if len(content) > _LARGEST:
-        raise ConfigError(f"{file}: larger than {_LARGEST} bytes. A configuration is a few lines of TOML.")
+        raise ConfigError(
+            f"{file}: larger than {_LARGEST} bytes. A configuration is a few lines of TOML."
+        )
     try:
         settings = msgspec.toml.decode(content)
     except (msgspec.MsgspecError, ValueError) as error:
         raise ConfigError(f"{file}: {error}") from error
     except RecursionError as error:
-        raise ConfigError(f"{file}: nested too deeply. No setting is nested more than four deep.") from error
+        raise ConfigError(
+            f"{file}: nested too deeply. No setting is nested more than four deep."
+        ) from error
     # Each device and model by itself first: msgspec's path of a fault in the whole would not name it.
     for section, kind in (("devices", DeviceConfig), ("models", ModelConfig)):
         entries = settings.get(section)
@@ -213,7 +219,9 @@ def _convert(settings: Any, kind: type[_T], file: Path, section: str = "") -> _T
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$")
         place = f"{section}{path.rstrip('`')}".lstrip(".")
-        raise ConfigError(f"{file}: {place}: {message}" if place else f"{file}: {message}") from error
+        raise ConfigError(
+            f"{file}: {place}: {message}" if place else f"{file}: {message}"
+        ) from error
 
 
 def in_full(device: str) -> str:
@@ -293,7 +301,9 @@ def checked_config(config: object) -> SchedulerConfig:
             raise ConfigError(f"{section}: expected settings by name, got {brief(entries)}.")
         for name, entry in entries.items():
             if not isinstance(name, str) or not isinstance(entry, kind):
-                raise ConfigError(f"{section}: expected {kind.__name__} by name, got {brief({name: entry})}.")
+                raise ConfigError(
+                    f"{section}: expected {kind.__name__} by name, got {brief({name: entry})}."
+                )
         sections[section] = {
             name: checked_struct(entry, f"{section}.{name}.") for name, entry in entries.items()
         }

@@ -89,7 +89,9 @@ def clipped(thing: object, width: int = 160) -> str:
     return f"{text[:half]}...{text[-half:]}"
 
 
-def shortened(items: Iterable[object], limit: int = 8, width: int = 160, rest: str = " and {} more") -> str:
+def shortened(
+    items: Iterable[object], limit: int = 8, width: int = 160, rest: str = " and {} more"
+) -> str:
     """Return the first `limit` items, each clipped to `width` characters, and how many more there are, in words.
 
     `items` must end; each is read. Pass `map(repr, names)` for quoted names, `map(brief, values)` for values of any kind.
@@ -306,7 +308,9 @@ class ConstantMismatchError(AotiSchedError, ValueError):
     def __init__(self, model: str, faults: tuple[tuple[str, str], ...]) -> None:
         self.model = model
         self.faults = faults
-        listed = "; ".join(f"{clipped(repr(name), 80)} {clipped(wrong, 140)}" for name, wrong in faults[:8])
+        listed = "; ".join(
+            f"{clipped(repr(name), 80)} {clipped(wrong, 140)}" for name, wrong in faults[:8]
+        )
         more = f"; and {len(faults) - 8} more, all in .faults" if len(faults) > 8 else ""
         super().__init__(f"model {clipped(model)!r}: the new weights do not fit: {listed}{more}")
 

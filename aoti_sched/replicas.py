@@ -152,5 +152,7 @@ class ReplicatedRunner(Runner):
 
     async def drain(self) -> None:
         self._must_be_here()
-        drains = [replica.dispatcher.drain(replica.state, terminate=False) for replica in self._loaded]
+        drains = [
+            replica.dispatcher.drain(replica.state, terminate=False) for replica in self._loaded
+        ]
         await asyncio.shield(asyncio.gather(*drains))

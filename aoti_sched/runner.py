@@ -57,7 +57,9 @@ class Calls:
     __slots__ = ("_options", "_runner", "_source")
 
     def __init__(self, runner: Runner | None, source: Source, options: Options) -> None:
-        self._runner = runner  # None for the runner itself: it must not be part of a reference cycle
+        self._runner = (
+            runner  # None for the runner itself: it must not be part of a reference cycle
+        )
         self._source = source
         self._options = options
 
@@ -333,7 +335,9 @@ class Runner(RunnerView):
             self._info,
             epoch=self.epoch,
             staged=weights.inactive is Inactive.STAGED,
-            previous_epoch=weights.previous_epoch if weights.inactive is Inactive.PREVIOUS else None,
+            previous_epoch=weights.previous_epoch
+            if weights.inactive is Inactive.PREVIOUS
+            else None,
             inactive_bytes=self.container.inactive_bytes,
             cuda_graphs=self.container.graphs,
         )
@@ -527,7 +531,9 @@ class LeaseContext:
 
     __slots__ = ("_exempt", "_lease", "_options", "_runner", "_source")
 
-    def __init__(self, runner: Runner, source: Source, options: Options, *, exempt: bool = False) -> None:
+    def __init__(
+        self, runner: Runner, source: Source, options: Options, *, exempt: bool = False
+    ) -> None:
         self._runner = runner
         self._source = source
         self._options = options
@@ -539,7 +545,13 @@ class LeaseContext:
         if _get_running_loop() is not runner.loop:
             raise _wrong_loop(runner)
         job = Job(
-            self._source, options.priority, None, 0, holds=True, exempt=self._exempt, tenant=options.tenant
+            self._source,
+            options.priority,
+            None,
+            0,
+            holds=True,
+            exempt=self._exempt,
+            tenant=options.tenant,
         )
         if options.timeout is not None:
             job.deadline = runner.dispatcher.deadline(options.timeout)
@@ -556,11 +568,16 @@ class LeaseContext:
                 # granted, but cancelled before it could be taken; perhaps by another replica than it was asked of
                 future.runner.dispatcher.release(future.result())
             raise
-        self._lease = Lease(future.runner, state, msgspec.structs.replace(options, timeout=None, min_epoch=0))
+        self._lease = Lease(
+            future.runner, state, msgspec.structs.replace(options, timeout=None, min_epoch=0)
+        )
         return self._lease
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._lease is not None:
             self._lease.release()

@@ -109,7 +109,9 @@ class Scheduler:
     ) -> None:
         self._config = SchedulerConfig() if config is None else checked_config(config)
         self._devices = dict(devices or {})
-        self._of_device = {in_full(name): settings for name, settings in self._config.devices.items()}
+        self._of_device = {
+            in_full(name): settings for name, settings in self._config.devices.items()
+        }
         self._clock = clock
         self._dispatchers: dict[str, Dispatcher] = {}
         self._runners: dict[str, Runner] = {}
@@ -117,7 +119,9 @@ class Scheduler:
         self._closing: dict[str, asyncio.Future[None]] = {}
         self._freed: dict[Runner, asyncio.Future[None]] = {}  # replicas
         self._drained: set[str] = set()  # devices
-        self._shares: dict[str, tuple[int, ...]] = {}  # cores of parts of the CPU for which none were named
+        self._shares: dict[
+            str, tuple[int, ...]
+        ] = {}  # cores of parts of the CPU for which none were named
         self._all_closed: asyncio.Future[None] | None = None
         self._house: Housekeeping | None = None
         self._closed = False
@@ -142,7 +146,9 @@ class Scheduler:
             raise UnsupportedLoopError("a Scheduler is entered once; make a new one")
         self._loop = asyncio.get_running_loop()
         self._blocking = BlockingCalls(self._loop, real_time=self._clock is None)
-        self._limiter = anyio.CapacityLimiter(2)  # loads and deletes: they compete with runs for cores
+        self._limiter = anyio.CapacityLimiter(
+            2
+        )  # loads and deletes: they compete with runs for cores
         limiter = anyio.CapacityLimiter(2)
         self._parking = Parking(limiter)
         self._house = Housekeeping(self._blocking.end)
@@ -158,7 +164,10 @@ class Scheduler:
         return self
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._house is None:
             return
@@ -177,11 +186,19 @@ class Scheduler:
 
     def stats(self) -> SchedulerStats:
         """Numbers of every device and runner, now."""
-        return SchedulerStats(devices={name: d.stats() for name, d in self._dispatchers.items()}, rules=RULES)
+        return SchedulerStats(
+            devices={name: d.stats() for name, d in self._dispatchers.items()}, rules=RULES
+        )
 
     async def load(
         self,
-        path: str | os.PathLike[str] | os.PathLike[bytes] | bytes | bytearray | memoryview | io.BytesIO,
+        path: str
+        | os.PathLike[str]
+        | os.PathLike[bytes]
+        | bytes
+        | bytearray
+        | memoryview
+        | io.BytesIO,
         *,
         name: str | None = None,
         model_name: str | None = None,
@@ -389,7 +406,9 @@ class Scheduler:
             if replica.whole.replicas:
                 ends.append(self._free(replica))
             else:
-                ends.append(asyncio.ensure_future(self._close_runner(replica.whole, terminate=False)))
+                ends.append(
+                    asyncio.ensure_future(self._close_runner(replica.whole, terminate=False))
+                )
         await asyncio.shield(asyncio.gather(*ends))
 
     async def aclose(self) -> None:
@@ -505,17 +524,24 @@ class Scheduler:
         return runner
 
     def _open_runner(
-        self, name: str, settings: ModelConfig, loaded: Sequence[tuple[Prepared, Dispatcher, Holding]]
+        self,
+        name: str,
+        settings: ModelConfig,
+        loaded: Sequence[tuple[Prepared, Dispatcher, Holding]],
     ) -> Runner:
         replicas = [
-            self._open_replica(name, settings, prepared, dispatcher, holding, alone=len(loaded) == 1)
+            self._open_replica(
+                name, settings, prepared, dispatcher, holding, alone=len(loaded) == 1
+            )
             for prepared, dispatcher, holding in loaded
         ]
         runner = replicas[0]
         if len(replicas) > 1:
             clock = self._clock or LoopClock(self._loop)
             options = Options(timeout=seconds_or_none("timeout", settings.timeout))
-            runner = ReplicatedRunner(replicas, options=options, clock=clock, close=self._close_runner)
+            runner = ReplicatedRunner(
+                replicas, options=options, clock=clock, close=self._close_runner
+            )
         self._runners[name] = runner
         return runner
 
@@ -582,7 +608,9 @@ class Scheduler:
 
     async def _unload(self, loaded: Sequence[tuple[Prepared, Dispatcher, Holding]]) -> None:
         for prepared, dispatcher, holding in loaded:
-            await self._close_here_or_there(prepared.container.close, f"runner {prepared.info.name!r}")
+            await self._close_here_or_there(
+                prepared.container.close, f"runner {prepared.info.name!r}"
+            )
             dispatcher.forget(holding)
 
     async def _places(self, settings: ModelConfig) -> list[str]:
@@ -609,7 +637,9 @@ class Scheduler:
                 found = [f"{kind}:{index}" for index in range(count)]
             found = [one for one in found if one not in self._drained]
             if not found:
-                raise ConfigError(f"load({settings.path!r}): devices={name!r}: there is none in service")
+                raise ConfigError(
+                    f"load({settings.path!r}): devices={name!r}: there is none in service"
+                )
             places += found
         if not places or len({*places}) < len(places):
             raise ConfigError(
@@ -619,7 +649,9 @@ class Scheduler:
 
     def _must_be_in_service(self, device: str) -> None:
         if device in self._drained:
-            raise ConfigError(f"device {device!r} was drained by drain_device(); load on another one")
+            raise ConfigError(
+                f"device {device!r} was drained by drain_device(); load on another one"
+            )
 
     async def _divide_cores(self, places: Sequence[str]) -> None:
         """Give cores to the parts of the CPU among these places, and those that the configuration names, for which none were named.
@@ -652,7 +684,9 @@ class Scheduler:
             if is_part(name)
             for core in settings.affinity or ()
         }
-        bound = count >= len(numbers)  # under a quota, all processes would bind themselves to the first cores
+        bound = count >= len(
+            numbers
+        )  # under a quota, all processes would bind themselves to the first cores
         free = [core for core in numbers if core not in taken][: max(0, count - len(taken))]
         self._shares = divided(list(dict.fromkeys(names)), free)
         for name, cores in self._shares.items():
@@ -674,7 +708,8 @@ class Scheduler:
         return [
             name
             for name in map(in_full, names)
-            if name not in self._devices and (name in self._shares or cores_of(name, self._of_device) == ())
+            if name not in self._devices
+            and (name in self._shares or cores_of(name, self._of_device) == ())
         ]
 
     def _places_of_config(self) -> list[str]:
@@ -688,7 +723,9 @@ class Scheduler:
         device = self._devices.get(name)
         if device is None:
             cores = self._shares.get(name) or cores_of(name, self._of_device)
-            opened = await anyio.to_thread.run_sync(_open_device, name, cores, limiter=self._limiter)
+            opened = await anyio.to_thread.run_sync(
+                _open_device, name, cores, limiter=self._limiter
+            )
             device = self._devices.setdefault(name, opened)  # another load may have been quicker
         return device
 
@@ -715,7 +752,9 @@ class Scheduler:
                 cores = max(cores, lanes)
             cores = settings.cores or cores
             if settings.evict is not None and settings.memory_limit is None:
-                raise ConfigError(f"devices.{name}: evict={settings.evict!r} needs a memory_limit (in bytes)")
+                raise ConfigError(
+                    f"devices.{name}: evict={settings.evict!r} needs a memory_limit (in bytes)"
+                )
             policy = Policy(max_wait=settings.max_wait)
             queue = DeviceQueue(
                 name,
@@ -749,11 +788,18 @@ class Scheduler:
     def _look_after(self, state: RunnerState) -> None:
         """The last runs of a runner have all failed."""
         runner = self._replica_of(state)
-        log.warning("runs fail again and again", runner=runner.name, device=runner.device, failures=UNHEALTHY)
+        log.warning(
+            "runs fail again and again",
+            runner=runner.name,
+            device=runner.device,
+            failures=UNHEALTHY,
+        )
         if runner.rebuilds:
             self._run_errand(self._updates.renew, state)
 
-    def _run_errand(self, errand: Callable[[Runner], Awaitable[object]], state: RunnerState) -> None:
+    def _run_errand(
+        self, errand: Callable[[Runner], Awaitable[object]], state: RunnerState
+    ) -> None:
         self._at_work().start_soon(functools.partial(errand, self._replica_of(state)))
 
     def _replica_of(self, state: RunnerState) -> Runner:
@@ -764,7 +810,9 @@ class Scheduler:
         for runner in list(self._runners.values()):
             for replica in runner.replicas:
                 others = [one for one in runner.replicas if one is not replica]
-                if replica.device == device and any(one.state.phase is Phase.OPEN for one in others):
+                if replica.device == device and any(
+                    one.state.phase is Phase.OPEN for one in others
+                ):
                     log.error("device lost", device=device, runner=runner.name, error=error)
                     self._leave(replica, f"{device!r} was lost: {said(error)}")
                     self._at_work().start_soon(functools.partial(self._free_lost, replica))
@@ -773,7 +821,9 @@ class Scheduler:
         try:
             await self._free(replica)
         except Exception as error:  # noqa: BLE001 -- nobody waits for it
-            log.warning("model can't be freed", runner=replica.name, device=replica.device, error=error)
+            log.warning(
+                "model can't be freed", runner=replica.name, device=replica.device, error=error
+            )
 
     def _leave(self, replica: Runner, why: str) -> None:
         moved = replica.whole.leave(replica, why)
@@ -794,7 +844,9 @@ class Scheduler:
                 try:
                     frees = [self._free(replica) for replica in runner.loaded]
                     faults = [
-                        f for f in await asyncio.gather(*frees, return_exceptions=True) if f is not None
+                        f
+                        for f in await asyncio.gather(*frees, return_exceptions=True)
+                        if f is not None
                     ]
                     if faults:
                         raise faults[0]  # closing again tries again
@@ -824,7 +876,9 @@ class Scheduler:
                     async with replica.weights.turn:  # an update under way ends first
                         await self._parking.still(replica)
                         replica.dispatcher.remove(replica.state)
-                        await self._close_here_or_there(replica.container.close, f"runner {replica.name!r}")
+                        await self._close_here_or_there(
+                            replica.container.close, f"runner {replica.name!r}"
+                        )
                         replica.dispatcher.forget(replica.state.memory)
                 except BaseException:
                     del self._freed[replica]
@@ -849,8 +903,12 @@ class Scheduler:
         self._closed = True
 
         async def work() -> None:
-            closes = [self._close_runner(runner, terminate) for runner in list(self._runners.values())]
-            faults = [f for f in await asyncio.gather(*closes, return_exceptions=True) if f is not None]
+            closes = [
+                self._close_runner(runner, terminate) for runner in list(self._runners.values())
+            ]
+            faults = [
+                f for f in await asyncio.gather(*closes, return_exceptions=True) if f is not None
+            ]
             for name, dispatcher in list(
                 self._dispatchers.items()
             ):  # whatever became of the models, no thread stays
@@ -884,7 +942,9 @@ class Scheduler:
             if not isinstance(runner, Runner):
                 raise ConfigError(f"expected the runner that load() returned, got {brief(runner)}.")
             if self._runners.get(runner.name) is not runner:
-                raise RunnerClosedError(f"runner {runner.name!r} is closed, or belongs to another scheduler")
+                raise RunnerClosedError(
+                    f"runner {runner.name!r} is closed, or belongs to another scheduler"
+                )
 
     def _must_be_open(self) -> None:
         if self._closed:

@@ -138,7 +138,9 @@ class FakeContainer:
     "swap", "free_inactive", "rebuild", "park" or "unpark" fail with the error given for it.
     """
 
-    def __init__(self, function: Callable[..., Any], instances: int, weights: Mapping[str, Any]) -> None:
+    def __init__(
+        self, function: Callable[..., Any], instances: int, weights: Mapping[str, Any]
+    ) -> None:
         self.function = function
         self.weights = dict(weights)
         self.inactive: dict[str, Any] | None = None
@@ -201,10 +203,15 @@ class FakeContainer:
             given: dict[str, Any] = dict(items)
         unknown = [name for name in given if name not in self.weights]
         faults = [(name, "is unknown") for name in unknown if strict]
-        faults += [(name, "is missing") for name in self.weights if name not in given and not partial]
+        faults += [
+            (name, "is missing") for name in self.weights if name not in given and not partial
+        ]
         if faults:
             raise ConstantMismatchError("fake", tuple(faults))
-        self.inactive = {**self.weights, **{name: given[name] for name in given if name in self.weights}}
+        self.inactive = {
+            **self.weights,
+            **{name: given[name] for name in given if name in self.weights},
+        }
         return StagedSet(len(self.inactive), tuple(unknown))
 
     def fold(self) -> None:
@@ -309,7 +316,9 @@ class FakeExecutor:
             try:
                 run = work.container.run_raw
                 outputs = (
-                    run(work.inputs) if work.batch is None else [run(inputs) for inputs in work.batch.members]
+                    run(work.inputs)
+                    if work.batch is None
+                    else [run(inputs) for inputs in work.batch.members]
                 )
             except BaseException as raised:  # noqa: BLE001 -- it is the request's
                 error = raised
@@ -433,7 +442,9 @@ class FakeBackend:
         until = time.monotonic() + patience
         while self.running < count:
             if time.monotonic() > until:
-                raise LookupError(f"{count} runs were expected to wait for a step, {self.running} do")
+                raise LookupError(
+                    f"{count} runs were expected to wait for a step, {self.running} do"
+                )
             await asyncio.sleep(0)
 
 
@@ -456,7 +467,9 @@ def aoti_backend(aoti_clock: ManualClock) -> FakeBackend:
 
 
 @asynccontextmanager
-async def fake_scheduler(backend: FakeBackend, clock: Clock | None = None) -> AsyncIterator[Scheduler]:
+async def fake_scheduler(
+    backend: FakeBackend, clock: Clock | None = None
+) -> AsyncIterator[Scheduler]:
     """A real `Scheduler` on a fake backend. On leaving, queued requests fail and running ones are finished."""
     async with Scheduler(devices={backend.name: backend}, clock=clock) as scheduler:
         try:
@@ -469,7 +482,9 @@ async def fake_scheduler(backend: FakeBackend, clock: Clock | None = None) -> As
 
 
 @_async_fixture
-async def aoti_scheduler(aoti_clock: ManualClock, aoti_backend: FakeBackend) -> AsyncIterator[Scheduler]:
+async def aoti_scheduler(
+    aoti_clock: ManualClock, aoti_backend: FakeBackend
+) -> AsyncIterator[Scheduler]:
     """A real `Scheduler` on the `aoti_backend` and `aoti_clock`."""
     async with fake_scheduler(aoti_backend, aoti_clock) as scheduler:
         yield scheduler

@@ -29,7 +29,9 @@ CLOSE = 1e-3
 """How far two contestants' answers may lie apart."""
 
 
-def run(workload: Workload, scale: Scale, entrants: Sequence[Entrant], tell: Callable[[str], None]) -> Part:
+def run(
+    workload: Workload, scale: Scale, entrants: Sequence[Entrant], tell: Callable[[str], None]
+) -> Part:
     """Every entrant in every repetition, the first one changing, so that what else the machine does falls on all.
 
     A measurement that others disturbed is made again at the end, for up to half as many as there are.
@@ -48,7 +50,9 @@ def run(workload: Workload, scale: Scale, entrants: Sequence[Entrant], tell: Cal
             tell(f"warming up {worker.name}")
             worker.measure(workload.warm_up * scale.pace)
         repetitions = scale.repetitions if workload.repeated else 1
-        turns = deque(worker for n in range(repetitions) for worker in rotated(workers, n, repetitions))
+        turns = deque(
+            worker for n in range(repetitions) for worker in rotated(workers, n, repetitions)
+        )
         spare = len(turns) // 2 if workload.repeated else 0
         while turns:
             worker = turns.popleft()
@@ -93,14 +97,43 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=f"{(__doc__ or '').strip()}\n\n{about}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    names = list(dict.fromkeys(entrant.name for w in workloads.values() for entrant in w.entrants(Scale())))
+    names = list(
+        dict.fromkeys(entrant.name for w in workloads.values() for entrant in w.entrants(Scale()))
+    )
     add = parser.add_argument
-    add("--only", default=",".join(workloads), metavar="KEYS", help="workloads (default: %(default)s)")
-    add("--contestant", action="append", default=[], metavar="NAME", help="only this one; may be repeated")
+    add(
+        "--only",
+        default=",".join(workloads),
+        metavar="KEYS",
+        help="workloads (default: %(default)s)",
+    )
+    add(
+        "--contestant",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only this one; may be repeated",
+    )
     add("--repetitions", type=int, help=f"per entrant (default: {Scale().repetitions})")
-    add("--quick", action="store_true", help="short measurements and small sizes: to see that all works")
-    add("--json", type=Path, default=models.CACHE / "benchmarks.json", metavar="FILE", help="(%(default)s)")
-    add("--png", type=Path, default=models.CACHE / "benchmarks.png", metavar="FILE", help="(%(default)s)")
+    add(
+        "--quick",
+        action="store_true",
+        help="short measurements and small sizes: to see that all works",
+    )
+    add(
+        "--json",
+        type=Path,
+        default=models.CACHE / "benchmarks.json",
+        metavar="FILE",
+        help="(%(default)s)",
+    )
+    add(
+        "--png",
+        type=Path,
+        default=models.CACHE / "benchmarks.png",
+        metavar="FILE",
+        help="(%(default)s)",
+    )
     options = parser.parse_args(argv)
     options.only = [key for key in options.only.split(",") if key]
     for given, known in ((options.only, list(workloads)), (options.contestant, names)):
@@ -123,7 +156,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for key in options.only:
         workload = programme()[key]
         entrants = [
-            e for e in workload.entrants(scale) if not options.contestant or e.name in options.contestant
+            e
+            for e in workload.entrants(scale)
+            if not options.contestant or e.name in options.contestant
         ]
         if not entrants:
             continue

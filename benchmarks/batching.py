@@ -149,7 +149,9 @@ async def half_load(batching: Batching | None) -> AsyncIterator[Opened]:
     endless = Limits(
         jobs=None
     )  # where another process stops the loop for long, many requests are due at once
-    async with Scheduler(SchedulerConfig(devices={"cpu": DeviceConfig(limits=endless)})) as scheduler:
+    async with Scheduler(
+        SchedulerConfig(devices={"cpu": DeviceConfig(limits=endless)})
+    ) as scheduler:
         load = functools.partial(scheduler.load, instances=available_cores(), limits=endless)
         plain = runner = await load(models.ensure("tiny", "pt2"), name="plain")
         if batching is not None:
@@ -241,7 +243,9 @@ async def encoder(batching: Batching | None) -> AsyncIterator[Opened]:
         runner = await scheduler.load(package, instances=available_cores(), batching=batching)
 
         async def measure(seconds: float) -> Measured:
-            return Measured({"rate": await served(lambda: runner.run(*next(inputs)), CLIENTS[0], seconds)})
+            return Measured(
+                {"rate": await served(lambda: runner.run(*next(inputs)), CLIENTS[0], seconds)}
+            )
 
         yield Opened(measure, beginning(await runner.run(*next(inputs))))
 

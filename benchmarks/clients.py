@@ -41,7 +41,9 @@ def serving(
     return [entrant(contestant) for contestant in entering]
 
 
-async def many_clients(contestant: Contestant, setting: Setting, run: Run, seconds: float) -> Measured:
+async def many_clients(
+    contestant: Contestant, setting: Setting, run: Run, seconds: float
+) -> Measured:
     """Clients that ask again as soon as they are answered. One that blocks is called from a bare loop."""
     if not contestant.blocking:
         return Measured({"rate": await served(run, setting.clients, seconds)})

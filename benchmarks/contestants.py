@@ -170,7 +170,9 @@ async def onnx_runtime(setting: Setting) -> AsyncIterator[Run]:
         else:
             future.set_result(answer)
 
-    def done(answer: Any, future: asyncio.Future[Any], error: str) -> None:  # on a thread of the pool
+    def done(
+        answer: Any, future: asyncio.Future[Any], error: str
+    ) -> None:  # on a thread of the pool
         loop.call_soon_threadsafe(resolve, future, answer, error)
 
     def run() -> asyncio.Future[Any]:
@@ -187,7 +189,9 @@ BARE = Contestant(
     "bare loop", "AOTIModelContainerRunnerCpu, called directly: the floor", bare_loop, blocking=True
 )
 TO_THREAD = Contestant("to_thread", "asyncio.to_thread over the same", to_thread)
-POOL = Contestant("thread pool", "run_in_executor over the same, a thread per instance", thread_pool)
+POOL = Contestant(
+    "thread pool", "run_in_executor over the same, a thread per instance", thread_pool
+)
 THREADS = Contestant(
     "thread lanes",
     "aoti_sched, lanes are Python threads",
@@ -200,11 +204,15 @@ NATIVE = Contestant(
     scheduled("lane"),
     environment={CHOICE: "native"},
 )
-AUTO = Contestant("auto", "aoti_sched as it comes: lanes, or inline when runs are short", scheduled("auto"))
+AUTO = Contestant(
+    "auto", "aoti_sched as it comes: lanes, or inline when runs are short", scheduled("auto")
+)
 NATIVE_UVLOOP = replace(
     NATIVE, name="native, uvloop", note="aoti_sched, native lanes, under uvloop", uvloop=True
 )
-AUTO_UVLOOP = replace(AUTO, name="auto, uvloop", note="aoti_sched as it comes, under uvloop", uvloop=True)
+AUTO_UVLOOP = replace(
+    AUTO, name="auto, uvloop", note="aoti_sched as it comes, under uvloop", uvloop=True
+)
 OPENVINO = Contestant(
     "OpenVINO",
     "AsyncInferQueue; its callback wakes the loop",

@@ -96,12 +96,16 @@ async def ways(bench: Bench) -> AsyncIterator[list[Way]]:
     async with AsyncExitStack() as stack:
         for launchers in (None, 1) if cuda else (None,):
             lanes = None if bench.kind in ("cpu", "mps") else max(INSTANCES)
-            config = SchedulerConfig(devices={bench.device: DeviceConfig(lanes=lanes, launchers=launchers)})
+            config = SchedulerConfig(
+                devices={bench.device: DeviceConfig(lanes=lanes, launchers=launchers)}
+            )
             scheduler = await stack.enter_async_context(aoti_sched.Scheduler(config))
             name = "aoti_sched" if launchers is None else "aoti_sched, one launcher"
             found.append(Way(name, scheduler, options))
             if cuda:
-                found.append(Way(f"{name}, CUDA graphs", scheduler, {**options, "cuda_graphs": True}))
+                found.append(
+                    Way(f"{name}, CUDA graphs", scheduler, {**options, "cuda_graphs": True})
+                )
         yield found
 
 
@@ -109,7 +113,9 @@ Row = tuple[str, Callable[[float], Any]]
 """What it is, and what measures it for so many seconds: runs per second."""
 
 
-def looped(run: Callable[[], Any], synchronize: Callable[[], None], seconds: float, *, waits: bool) -> float:
+def looped(
+    run: Callable[[], Any], synchronize: Callable[[], None], seconds: float, *, waits: bool
+) -> float:
     """Runs per second of a bare loop that waits for the device after each, or at the end."""
     synchronize()
     started = time.perf_counter()
@@ -124,7 +130,11 @@ def looped(run: Callable[[], Any], synchronize: Callable[[], None], seconds: flo
 
 
 async def compared(
-    bench: Bench, what: str, unit: str, rows: Sequence[Row], tell: Callable[[float, float], tuple[str, float]]
+    bench: Bench,
+    what: str,
+    unit: str,
+    rows: Sequence[Row],
+    tell: Callable[[float, float], tuple[str, float]],
 ) -> list[str]:
     """The median of each row over the rounds, in each of which another one begins. `tell` makes of a rate and the first row's what is shown, and
     their ratio."""
@@ -151,7 +161,11 @@ async def one_client(bench: Bench, served_by: Sequence[Way]) -> list[str]:
         runner = await way.scheduler.load(bench.package("deep"), name=way.name, **way.options)
         rows.append((way.name, functools.partial(served, functools.partial(runner.run, x), 1)))
     return await compared(
-        bench, "one client", "µs per request", rows, lambda rate, first: (f"{1e6 / rate:.1f}", first / rate)
+        bench,
+        "one client",
+        "µs per request",
+        rows,
+        lambda rate, first: (f"{1e6 / rate:.1f}", first / rate),
     )
 
 
@@ -173,7 +187,11 @@ async def throughput(bench: Bench, served_by: Sequence[Way]) -> list[str]:
             run = functools.partial(runner.run, x)
             rows.append((name, functools.partial(served, run, CLIENTS * instances)))
     return await compared(
-        bench, "throughput", "requests per second", rows, lambda rate, first: (f"{rate:,.0f}", rate / first)
+        bench,
+        "throughput",
+        "requests per second",
+        rows,
+        lambda rate, first: (f"{rate:,.0f}", rate / first),
     )
 
 
@@ -211,7 +229,10 @@ async def weights(bench: Bench, served_by: Sequence[Way]) -> list[str]:
         "staged, nothing runs": [report.stage_seconds for report in alone],
         f"staged, {BUSY} clients": [report.stage_seconds for report in busy],
     }
-    staged = [(name, f"{size / statistics.median(seconds) / 1e9:.2f}") for name, seconds in stagings.items()]
+    staged = [
+        (name, f"{size / statistics.median(seconds) / 1e9:.2f}")
+        for name, seconds in stagings.items()
+    ]
     paused = [
         (f"median of {len(pauses)}", f"{1e3 * statistics.median(pauses):.3f}"),
         ("longest", f"{1e3 * max(pauses):.3f}"),
@@ -245,10 +266,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("device", help="cuda:0, xpu:0, mps; or cpu, to see that all works")
     parser.add_argument(
-        "--seconds", type=float, default=2.0, help="for each row in each round (default: %(default)s)"
+        "--seconds",
+        type=float,
+        default=2.0,
+        help="for each row in each round (default: %(default)s)",
     )
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
-    parser.add_argument("--updates", type=int, default=20, help="of the weights (default: %(default)s)")
+    parser.add_argument(
+        "--updates", type=int, default=20, help="of the weights (default: %(default)s)"
+    )
     print(asyncio.run(measure(Bench(**vars(parser.parse_args(argv))))))
 
 

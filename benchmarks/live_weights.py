@@ -78,7 +78,9 @@ def swap_figures(
     ]
 
     def longest(pause: Span) -> float:
-        under_way = (run.seconds for run in runs if run.began < pause.ended and run.ended > pause.began)
+        under_way = (
+            run.seconds for run in runs if run.began < pause.ended and run.ended > pause.began
+        )
         return max(under_way, default=0.0)
 
     return {
@@ -110,7 +112,9 @@ class InThreads:
         self._run = run
         self._swapped = threading.Event()
 
-    def measure(self, stage: Callable[[int], object], swap: Callable[[], object], seconds: float) -> Measured:
+    def measure(
+        self, stage: Callable[[int], object], swap: Callable[[], object], seconds: float
+    ) -> Measured:
         swaps: list[Span] = []
         runs: list[Span] = []
         rest = _rests()
@@ -237,12 +241,20 @@ async def scheduled_swaps(callers: int) -> AsyncIterator[Opened]:
 def swapping(scale: Scale) -> list[Entrant]:
     del scale
     ways = {
-        "stock runner": (stock_swaps, "AOTIModelContainerRunnerCpu in threads; its calls hold the GIL"),
+        "stock runner": (
+            stock_swaps,
+            "AOTIModelContainerRunnerCpu in threads; its calls hold the GIL",
+        ),
         "C ABI": (c_abi_swaps, "the functions beneath it in threads, the GIL released"),
         "aoti_sched": (scheduled_swaps, "stage, then commit, among requests"),
     }
     return [
-        Entrant(_called(way, callers), note, functools.partial(opened, callers), files=(("heavy", "pt2"),))
+        Entrant(
+            _called(way, callers),
+            note,
+            functools.partial(opened, callers),
+            files=(("heavy", "pt2"),),
+        )
         for callers in CALLERS
         for way, (opened, note) in ways.items()
     ]
@@ -258,7 +270,9 @@ Copy = Callable[[], object]
 """Copies a whole set once, blocking."""
 
 
-async def _served(run: Callable[[], Awaitable[object]], seconds: float) -> tuple[float, list[float]]:
+async def _served(
+    run: Callable[[], Awaitable[object]], seconds: float
+) -> tuple[float, list[float]]:
     """Runs per second of clients that ask again as soon as they are answered, and the loop's lags."""
 
     async def client() -> int:
@@ -319,7 +333,9 @@ async def staging(model: str) -> AsyncIterator[Opened]:
         run = functools.partial(runner.run, models.example(model))
         answer = beginning(await run())
         await runner.stage(weights)
-        yield Opened(staging_measure(run, functools.partial(runner.stage, weights), _bytes(weights)), answer)
+        yield Opened(
+            staging_measure(run, functools.partial(runner.stage, weights), _bytes(weights)), answer
+        )
 
 
 @asynccontextmanager
@@ -348,7 +364,9 @@ async def stock_staging(model: str) -> AsyncIterator[Opened]:
     runner, x, sets = _stock(model, cores)
     with ThreadPoolExecutor(cores) as pool:
         run = functools.partial(asyncio.get_running_loop().run_in_executor, pool, runner.run, [x])
-        copy = functools.partial(asyncio.to_thread, runner.update_constant_buffer, sets[1], True, True)
+        copy = functools.partial(
+            asyncio.to_thread, runner.update_constant_buffer, sets[1], True, True
+        )
         yield Opened(staging_measure(run, copy, _bytes(sets[1])), beginning(await run()))
 
 
@@ -357,7 +375,10 @@ def stagings(scale: Scale) -> list[Entrant]:
         "serving alone": (serving_alone, "aoti_sched, nothing is staged"),
         "memcpy": (copying, "aoti_sched, while torch copies the set in a thread"),
         "aoti_sched": (staging, "aoti_sched, while it stages"),
-        "stock runner": (stock_staging, "AOTIModelContainerRunnerCpu in threads, while one updates it"),
+        "stock runner": (
+            stock_staging,
+            "AOTIModelContainerRunnerCpu in threads, while one updates it",
+        ),
     }
     return [
         Entrant(name, note, functools.partial(opened, scale.staged), files=((scale.staged, "pt2"),))

@@ -54,7 +54,8 @@ def module(name: str) -> torch.nn.Module:
     else:
         width, depth = {"heavy": (1024, 3), "large": (2048, 6), "deep": (256, 32)}[name]
         layers = [
-            torch.nn.Linear(width, width) if n % 2 == 0 else torch.nn.GELU() for n in range(2 * depth - 1)
+            torch.nn.Linear(width, width) if n % 2 == 0 else torch.nn.GELU()
+            for n in range(2 * depth - 1)
         ]
     return torch.nn.Sequential(*layers).eval()
 
@@ -84,8 +85,19 @@ def ensure(name: str, kind: str) -> Path:
         CACHE.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=CACHE) as folder:
             making = Path(folder, path.name)
-            command = [sys.executable, "-W", "ignore", "-m", "benchmarks.models", name, kind, str(making)]
-            made = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+            command = [
+                sys.executable,
+                "-W",
+                "ignore",
+                "-m",
+                "benchmarks.models",
+                name,
+                kind,
+                str(making),
+            ]
+            made = subprocess.run(
+                command, cwd=REPOSITORY, capture_output=True, text=True, check=False
+            )
             if made.returncode:
                 raise RuntimeError(f"{name}.{kind} could not be made:\n{made.stdout}{made.stderr}")
             making.replace(path)  # whole, or not at all
@@ -104,7 +116,13 @@ def make(name: str, kind: str, path: Path) -> None:
     network, inputs = module(name), (example(name),)
     if kind == "onnx":
         torch.onnx.export(
-            network, inputs, path, input_names=["x"], dynamo=True, external_data=False, verbose=False
+            network,
+            inputs,
+            path,
+            input_names=["x"],
+            dynamo=True,
+            external_data=False,
+            verbose=False,
         )
     elif kind == "batch.pt2":
         rows = torch.export.Dim("rows", min=1, max=MOST_ROWS)
@@ -114,7 +132,9 @@ def make(name: str, kind: str, path: Path) -> None:
         device = kind.removesuffix(".pt2")
         aoti_sched.compile_package(network.to(device), (inputs[0].to(device),), path)
     else:
-        aoti_sched.compile_package(network, inputs, path, threads=1, freeze=kind.startswith("frozen"))
+        aoti_sched.compile_package(
+            network, inputs, path, threads=1, freeze=kind.startswith("frozen")
+        )
 
 
 if __name__ == "__main__":

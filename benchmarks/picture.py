@@ -12,7 +12,14 @@ from .report import Part, Report, Result, number, told, wanted
 Axes = Any
 Panel = Callable[[Axes], None]
 
-GREY, ORANGE, BLUE, RED, GREEN, VIOLET = "#8a8a8a", "#d9730d", "#2a6fbb", "#b03a48", "#3b8a4f", "#7a5195"
+GREY, ORANGE, BLUE, RED, GREEN, VIOLET = (
+    "#8a8a8a",
+    "#d9730d",
+    "#2a6fbb",
+    "#b03a48",
+    "#3b8a4f",
+    "#7a5195",
+)
 FAMILIES = (
     (("bare", "to_thread", "thread pool", "stock runner"), GREY),
     (("thread lanes", "C ABI", "hand-written"), VIOLET),
@@ -52,7 +59,10 @@ def _panels(part: Part) -> list[Panel]:
         case "b" | "h" | "j":
             return [lambda axes: _rates(axes, part, part.title)]
         case "c" | "g":
-            return [lambda axes: _rates(axes, part, _titles(part)[0]), lambda axes: _lags(axes, part)]
+            return [
+                lambda axes: _rates(axes, part, _titles(part)[0]),
+                lambda axes: _lags(axes, part),
+            ]
         case "f":
             return [lambda axes: _swaps(axes, part)]
         case "d":
@@ -91,7 +101,9 @@ def _rates(axes: Axes, part: Part, title: str) -> None:
         axes.barh(row, rate, height=0.55, color=_colour(result))
         _label(axes, row, rate, f"{number(rate)}{_multiple(part, result, 'rate')}")
     axes.set_xlim(right=1.3 * max(result.median("rate") for result in part.results))
-    axes.set_xlabel(f"{part.figures[0].heading} (in brackets as a multiple of the {part.baseline}'s)")
+    axes.set_xlabel(
+        f"{part.figures[0].heading} (in brackets as a multiple of the {part.baseline}'s)"
+    )
     _dress(axes, title, part.results)
 
 
@@ -118,7 +130,9 @@ def _lags(axes: Axes, part: Part) -> None:
         p50, p99, most = (result.median(f"lag_{name}") * 1e3 for name in ("p50", "p99", "max"))
         axes.plot([p50, most], [row, row], color=_colour(result), linewidth=2.5)
         for value, height, width in ((p50, 0.2, 1.5), (p99, 0.32, 3.5), (most, 0.2, 1.5)):
-            axes.plot([value, value], [row - height, row + height], color=_colour(result), linewidth=width)
+            axes.plot(
+                [value, value], [row - height, row + height], color=_colour(result), linewidth=width
+            )
         _label(axes, row, most, number(p99))
     bound = next((t.most for t in part.targets if t.figure == "lag_p99" and t.most), None)
     if bound is not None:
@@ -142,10 +156,17 @@ def _costs(axes: Axes, part: Part, word: str) -> None:
             continue
         sizes = ticks = [int(result.name.rpartition(" ")[2].replace(",", "")) for result in results]
         costs = [result.median("cost") * 1e6 for result in results]
-        axes.plot(sizes, costs, "o-", color=colour, label=f"{name}: {results[0].note.partition(';')[0]}")
+        axes.plot(
+            sizes, costs, "o-", color=colour, label=f"{name}: {results[0].note.partition(';')[0]}"
+        )
         for size, cost in zip(sizes, costs, strict=True):
             axes.annotate(
-                number(cost), (size, cost), (0, 7), textcoords="offset points", ha="center", fontsize=9
+                number(cost),
+                (size, cost),
+                (0, 7),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9,
             )
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{size:,}" for size in ticks], minor=False)
@@ -190,7 +211,14 @@ def _verdicts(axes: Axes, report: Report) -> None:
         ):
             colour = colours[verdict.met] if x == 1.0 else "black"
             axes.text(
-                x, height, text, ha=side, va="top", fontsize=9.5, color=colour, transform=axes.transAxes
+                x,
+                height,
+                text,
+                ha=side,
+                va="top",
+                fontsize=9.5,
+                color=colour,
+                transform=axes.transAxes,
             )
 
 

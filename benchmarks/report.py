@@ -93,7 +93,9 @@ class Part:
         median, best = result.median(figure.field), result.best(figure)
         if base is not None:
             return Verdict(
-                target, _quotient(median, base.median(figure.field)), _quotient(best, base.best(figure))
+                target,
+                _quotient(median, base.median(figure.field)),
+                _quotient(best, base.best(figure)),
             )
         return Verdict(target, median, best)
 
@@ -189,7 +191,9 @@ def write_json(report: Report, path: Path) -> None:
                     "name": result.name,
                     "note": result.note,
                     "median": {name: result.median(name) for name in result.repetitions[0].figures},
-                    "ratios": {name: part.ratio(result, name) for name in result.repetitions[0].figures},
+                    "ratios": {
+                        name: part.ratio(result, name) for name in result.repetitions[0].figures
+                    },
                     "repetitions": [asdict(repetition) for repetition in result.repetitions],
                 }
                 for result in part.results

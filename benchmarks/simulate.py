@@ -43,7 +43,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--policies", default=",".join(RULES), help="(default: %(default)s)")
     add("--load", type=numbers, default=(0.5, 0.9, 1.0, 2.0, 5.0), metavar="LOADS",
         help="work that comes as multiples of what all lanes can do (default: 0.5,0.9,1,2,5)")  # fmt: skip
-    add("--requests", type=int, default=usual.requests, help="in each simulation (default: %(default)s)")
+    add(
+        "--requests",
+        type=int,
+        default=usual.requests,
+        help="in each simulation (default: %(default)s)",
+    )
     add("--trace", choices=TRACES, default=usual.trace, help="(default: %(default)s)")
     add("--devices", type=int, default=usual.devices, help="(default: %(default)s)")
     add("--lanes", type=int, default=usual.lanes, help="of each device (default: %(default)s)")
@@ -68,7 +73,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=usual.spread,
         help="log-normal sigma of single runs (default: %(default)s)",
     )
-    add("--shares", type=numbers, default=usual.shares, help="of the models, in turn (default: all alike)")
+    add(
+        "--shares",
+        type=numbers,
+        default=usual.shares,
+        help="of the models, in turn (default: all alike)",
+    )
     add("--tenants", type=int, default=usual.tenants, help="(default: %(default)s)")
     add(
         "--tenant-skew",
@@ -96,7 +106,11 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=usual.seed, help="(default: %(default)s)")
     add("--out", type=Path, metavar="FOLDER", help="write a picture there")
     add("--name", default="overload", help="the picture's (default: %(default)s)")
-    add("--parts", choices=("model", "tenant"), help="draw what each of them got, at the last load, instead")
+    add(
+        "--parts",
+        choices=("model", "tenant"),
+        help="draw what each of them got, at the last load, instead",
+    )
     options = parser.parse_args(argv)
     options.policies = [name for name in options.policies.split(",") if name]
     if unknown := [name for name in options.policies if name not in RULES]:
@@ -110,7 +124,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     ):
         value = getattr(options, name)
         if value < least or (most is not None and value > most):
-            parser.error(f"--{name} {value}: at least {least}" + (f", at most {most}" if most else ""))
+            parser.error(
+                f"--{name} {value}: at least {least}" + (f", at most {most}" if most else "")
+            )
     for name, count in (("runs", 2), ("bounds", 2), ("classes", 3)):
         if len(getattr(options, name)) != count:
             parser.error(f"--{name}: {count} numbers")
@@ -211,7 +227,8 @@ def table(outcomes: Sequence[Outcome], title: str) -> Any:
         if before not in (None, load):
             found.add_section()
         ends = [
-            outcome.ends.get(end, 0) / outcome.scenario.requests for end in ("REJECTED", "EXPIRED", "SHED")
+            outcome.ends.get(end, 0) / outcome.scenario.requests
+            for end in ("REJECTED", "EXPIRED", "SHED")
         ]
         found.add_row(
             f"{load:g}x" if before != load else "",
@@ -220,7 +237,10 @@ def table(outcomes: Sequence[Outcome], title: str) -> Any:
             f"{outcome.useful:.1%}",
             f"{outcome.busy:.1%}",
             *("" if isnan(part) else f"{part:.0%}" for part in outcome.kept),
-            *("" if isnan(seconds) else number(seconds * 1e3) for seconds in (outcome.p50, outcome.p99)),
+            *(
+                "" if isnan(seconds) else number(seconds * 1e3)
+                for seconds in (outcome.p50, outcome.p99)
+            ),
             f"{outcome.jain:.3f}",
             f"{outcome.least:.2f}",
             *(f"{part:.1%}" for part in ends),

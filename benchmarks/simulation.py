@@ -86,7 +86,11 @@ RULES = {
     for rules in (
         Rules("fifo", "first come, first served; one class", _ARRIVAL, classes=False),
         Rules("priority", "and priority classes", _ARRIVAL),
-        Rules("edf", "and, within a class, the earliest deadline", Policy(fair=False, expire_late=False)),
+        Rules(
+            "edf",
+            "and, within a class, the earliest deadline",
+            Policy(fair=False, expire_late=False),
+        ),
         Rules("fair", "and, before that, fair shares", Policy(expire_late=False)),
         Rules("default", "and late requests are not started"),
         Rules("predictive", "default, and those that would be late are refused", predicts=True),
@@ -165,7 +169,9 @@ class Requests:
     def each(self) -> Iterator[tuple[float, int, int, int, float, list[float]]]:
         columns = (self.at, self.model, self.tenant, self.priority, self.timeout, self.draws)
         for first in range(0, len(self.at), CHUNK):
-            yield from zip(*(column[first : first + CHUNK].tolist() for column in columns), strict=True)
+            yield from zip(
+                *(column[first : first + CHUNK].tolist() for column in columns), strict=True
+            )
 
     @property
     def window(self) -> tuple[float, float]:
@@ -225,7 +231,9 @@ class Simulation:
         self._mean = requests.mean.tolist()
         self._model = requests.model
         self.queues = [
-            DeviceQueue(f"device {n}", scenario.lanes, Bounds(scenario.bounds[1]), policy=rules.policy)
+            DeviceQueue(
+                f"device {n}", scenario.lanes, Bounds(scenario.bounds[1]), policy=rules.policy
+            )
             for n in range(scenario.devices)
         ]
         shares = itertools.cycle(scenario.shares or (1.0,))
@@ -382,7 +390,9 @@ def measure(simulation: Simulation) -> Outcome:
     everything = (end - begin) * scenario.devices * scenario.lanes
 
     def by(what: Ints, count: int, *parts: NDArray[np.bool_]) -> tuple[Floats, ...]:
-        return tuple(np.bincount(what[part], requests.service[part], count) / everything for part in parts)
+        return tuple(
+            np.bincount(what[part], requests.service[part], count) / everything for part in parts
+        )
 
     right = _entitled_models(simulation, came) / everything
     (got,) = by(requests.model, scenario.models, came & (home > 0.0))
@@ -395,7 +405,9 @@ def measure(simulation: Simulation) -> Outcome:
         goodput=float(now.sum() / (end - begin) / requests.capacity),
         useful=float(requests.service[now].sum() / everything),
         busy=float(requests.service[ran].sum() / everything),
-        kept=tuple(_mean(answered[came & (requests.priority == priority)]) for priority in Priority),
+        kept=tuple(
+            _mean(answered[came & (requests.priority == priority)]) for priority in Priority
+        ),
         p50=float(np.percentile(latency, 50)) if len(latency) else math.nan,
         p99=float(np.percentile(latency, 99)) if len(latency) else math.nan,
         mean=_mean(latency),
@@ -415,7 +427,11 @@ def _entitled_models(simulation: Simulation, came: NDArray[np.bool_]) -> Floats:
     requests, scenario = simulation.requests, simulation.requests.scenario
     begin, end = requests.window
     asked = np.zeros((scenario.devices, len(Priority), scenario.models))
-    place = np.frombuffer(simulation.device, np.int16)[came], requests.priority[came], requests.model[came]
+    place = (
+        np.frombuffer(simulation.device, np.int16)[came],
+        requests.priority[came],
+        requests.model[came],
+    )
     np.add.at(asked, place, requests.service[came])
     shares = np.resize(scenario.shares or (1.0,), scenario.models)
     right = np.zeros(scenario.models)

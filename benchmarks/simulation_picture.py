@@ -35,7 +35,9 @@ def draw_overload(outcomes: Sequence[Outcome], title: str, path: Path) -> None:
     heavy = [load for load in _loads(outcomes) if load > 1.0][-2:]
     panels += [lambda axes, load=load: _bars(axes, outcomes, load) for load in heavy]  # type: ignore[misc]
     rows = -(-len(panels) // 2)
-    figure = Figure(figsize=(11, 3.5 * rows + 0.3), layout=ConstrainedLayoutEngine(hspace=0.05, wspace=0.05))
+    figure = Figure(
+        figsize=(11, 3.5 * rows + 0.3), layout=ConstrainedLayoutEngine(hspace=0.05, wspace=0.05)
+    )
     places = list(figure.subplots(rows, 2, squeeze=False).flat)
     for panel, axes in zip(panels, places, strict=False):
         panel(axes)
@@ -54,7 +56,9 @@ def draw_parts(outcomes: Sequence[Outcome], by: str, title: str, path: Path) -> 
     axes = figure.subplots()
     asked, _ = getattr(outcomes[0], f"by_{by}")
     shares = (
-        np.resize(outcomes[0].scenario.shares or (1.0,), len(asked)) if by == "model" else np.ones(len(asked))
+        np.resize(outcomes[0].scenario.shares or (1.0,), len(asked))
+        if by == "model"
+        else np.ones(len(asked))
     )
     fair = entitled(asked, shares, 1.0)
     width = 0.8 / len(outcomes)
@@ -64,16 +68,29 @@ def draw_parts(outcomes: Sequence[Outcome], by: str, title: str, path: Path) -> 
         axes.bar(at, got, 0.92 * width, color=COLOURS[outcome.rules], label=outcome.rules)
         for x, part in zip(at, got, strict=True):
             axes.annotate(
-                f"{part:.0%}", (x, part), (0, 2), textcoords="offset points", ha="center", fontsize=7.5
+                f"{part:.0%}",
+                (x, part),
+                (0, 2),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7.5,
             )
     for place, part in enumerate(fair):
         axes.plot(
-            [place - 0.45, place + 0.45], [part, part], color=BLACK, linewidth=1.2, linestyle=(0, (4, 2))
+            [place - 0.45, place + 0.45],
+            [part, part],
+            color=BLACK,
+            linewidth=1.2,
+            linestyle=(0, (4, 2)),
         )
     means = np.geomspace(*outcomes[0].scenario.runs, len(asked))
     names = [
         f"{by} {place}\nasks for {want:.0%}"
-        + (f"\nruns of {means[place] * 1e3:.3g} ms, share {shares[place]:g}" if by == "model" else "")
+        + (
+            f"\nruns of {means[place] * 1e3:.3g} ms, share {shares[place]:g}"
+            if by == "model"
+            else ""
+        )
         for place, want in enumerate(asked)
     ]
     axes.set_xticks(range(len(asked)), names, fontsize=8.5)
@@ -127,7 +144,9 @@ def _fairness(axes: Axes, outcomes: Sequence[Outcome]) -> None:
 def _possible(axes: Axes, outcomes: Sequence[Outcome]) -> None:
     """What there is to be had: all that comes, and no more than can be done."""
     loads = _loads(outcomes)
-    axes.plot(loads, [min(load, 1.0) for load in loads], color=BLACK, linewidth=7, alpha=0.12, zorder=0)
+    axes.plot(
+        loads, [min(load, 1.0) for load in loads], color=BLACK, linewidth=7, alpha=0.12, zorder=0
+    )
     axes.set_ylim(0, 1.1)
 
 
@@ -155,7 +174,12 @@ def _bars(axes: Axes, outcomes: Sequence[Outcome], load: float) -> None:
         axes.bar(at, kept, 0.25, color=BLUE, alpha=shade, label=name)
         for x, part in zip(at, kept, strict=True):
             axes.annotate(
-                f"{part:.0%}", (x, part), (0, 2), textcoords="offset points", ha="center", fontsize=6.5
+                f"{part:.0%}",
+                (x, part),
+                (0, 2),
+                textcoords="offset points",
+                ha="center",
+                fontsize=6.5,
             )
     axes.set_xticks(range(len(outcomes)), [o.rules for o in outcomes], fontsize=9)
     axes.tick_params(axis="x", length=0)
@@ -181,4 +205,6 @@ def _save(figure: Any, path: Path) -> None:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(96).save(path, optimize=True)
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(96).save(
+        path, optimize=True
+    )

@@ -51,7 +51,10 @@ class Worker:
             machine, own = psutil.cpu_times(), process.cpu_times()
             # What a guest of this machine uses is in `user` already.
             busy = (
-                sum(machine) - machine.idle - getattr(machine, "iowait", 0.0) - getattr(machine, "guest", 0.0)
+                sum(machine)
+                - machine.idle
+                - getattr(machine, "iowait", 0.0)
+                - getattr(machine, "guest", 0.0)
             )
             return busy - own.user - own.system
 
@@ -92,7 +95,9 @@ def _serve(pipe: Connection, key: str, name: str, scale: Scale) -> None:
     # The library logs each load and close; here the tables speak.
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     try:
-        entrant = next(entrant for entrant in programme()[key].entrants(scale) if entrant.name == name)
+        entrant = next(
+            entrant for entrant in programme()[key].entrants(scale) if entrant.name == name
+        )
         os.environ.update(entrant.environment)
         _run(_measure(pipe, entrant), uvloop=entrant.uvloop)
     except (EOFError, ConnectionError):

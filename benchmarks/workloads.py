@@ -36,7 +36,9 @@ from .plan import Entrant, Figure, Measured, Opened, Scale, Target, Workload
 # --- (a) to (c), (e): a model under clients ---------------------------------------------------------------
 
 
-async def one_client(contestant: Contestant, setting: Setting, run: Run, seconds: float) -> Measured:
+async def one_client(
+    contestant: Contestant, setting: Setting, run: Run, seconds: float
+) -> Measured:
     """Requests one after the other, each timed."""
     del setting
     times = []
@@ -53,12 +55,16 @@ async def one_client(contestant: Contestant, setting: Setting, run: Run, seconds
     return Measured({"p50": percentile(times, 50), "p99": percentile(times, 99)})
 
 
-async def heavy_runs(contestant: Contestant, setting: Setting, run: Run, seconds: float) -> Measured:
+async def heavy_runs(
+    contestant: Contestant, setting: Setting, run: Run, seconds: float
+) -> Measured:
     """Runs per second, and how late the loop wakes whoever sleeps meanwhile."""
 
     async def kindly() -> None:
         run()
-        await asyncio.sleep(0)  # as kind as such code can be: other tasks get a turn between two runs
+        await asyncio.sleep(
+            0
+        )  # as kind as such code can be: other tasks get a turn between two runs
 
     async with ticker() as lags:
         started = time.perf_counter()
@@ -82,7 +88,9 @@ async def _many_requests(requests: int, run: Run, clients: int) -> None:
 def million(requests: int) -> Callable[[Contestant, Setting, Run, float], Awaitable[Measured]]:
     """What the process holds, looked at ten times over so many requests, after a tenth of them to warm up."""
 
-    async def measure(contestant: Contestant, setting: Setting, run: Run, seconds: float) -> Measured:
+    async def measure(
+        contestant: Contestant, setting: Setting, run: Run, seconds: float
+    ) -> Measured:
         del contestant, seconds
         part = requests // 10
         _holdings()  # looking takes memory itself, the first time

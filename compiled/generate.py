@@ -17,7 +17,10 @@ from mypyc.build import include_dir, mypycify
 
 PACKAGE = Path("aoti_sched")
 RULES = sorted(PACKAGE.glob("queue/**/[!_]*.py"))
-WAY = [PACKAGE / name for name in ("engine/dispatcher.py", "model/call_spec.py", "model/input_check.py")]
+WAY = [
+    PACKAGE / name
+    for name in ("engine/dispatcher.py", "model/call_spec.py", "model/input_check.py")
+]
 SEEN = PACKAGE / "errors.py"
 """Read for its types, but not compiled. No other import is followed: behind `aoti_sched` itself lies torch."""
 

@@ -44,7 +44,9 @@ class Alike(nn.Module):
 def compile_alike(path: Path) -> None:
     """Requests can be batched when the first dimension of all inputs and outputs is free, up to the largest batch."""
     rows = Dim("rows", min=1, max=LISTENERS)
-    aoti_sched.compile_package(Alike().eval(), (torch.tensor([1, 2]),), path, dynamic={"song": {0: rows}})
+    aoti_sched.compile_package(
+        Alike().eval(), (torch.tensor([1, 2]),), path, dynamic={"song": {0: rows}}
+    )
 
 
 async def listen(alike: Runner, song: int) -> int:
@@ -62,7 +64,9 @@ async def evening(alike: Runner) -> list[int]:
     stats = alike.stats()
     runs = stats.completed - stats.batched + stats.batches
     rate = stats.completed / took
-    print(f"{alike.name:<11} {stats.completed:,} requests in {runs:,} runs: {rate:,.0f} requests per second")
+    print(
+        f"{alike.name:<11} {stats.completed:,} requests in {runs:,} runs: {rate:,.0f} requests per second"
+    )
     return last
 
 

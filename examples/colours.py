@@ -84,20 +84,31 @@ def photo_of(colour: str, seed: int = 0) -> Tensor:
 
 def compile_eye(path: Path) -> None:
     batch = Dim("batch", min=1, max=16)
-    aoti_sched.compile_package(Eye(), (torch.rand(2, 3, SIDE, SIDE),), path, dynamic={"photos": {0: batch}})
+    aoti_sched.compile_package(
+        Eye(), (torch.rand(2, 3, SIDE, SIDE),), path, dynamic={"photos": {0: batch}}
+    )
 
 
 def compile_namer(path: Path) -> None:
     batch = Dim("batch", min=1, max=64)
-    aoti_sched.compile_package(trained_namer(), (torch.rand(2, 3),), path, dynamic={"rgb": {0: batch}})
+    aoti_sched.compile_package(
+        trained_namer(), (torch.rand(2, 3),), path, dynamic={"rgb": {0: batch}}
+    )
 
 
 def made_once(name: str, compile_to: Callable[[Path], None]) -> Path:
     """The package `name` in the cache; compiled when it is not there or older than what it is made from."""
     library = Path(aoti_sched.__file__).parent
-    sources = [Path(__file__), library / "compile.py", library / "model/specs.py", Path(torch.__file__)]
+    sources = [
+        Path(__file__),
+        library / "compile.py",
+        library / "model/specs.py",
+        Path(torch.__file__),
+    ]
     package = CACHE / f"{name}.pt2"
-    if not package.exists() or package.stat().st_mtime < max(file.stat().st_mtime for file in sources):
+    if not package.exists() or package.stat().st_mtime < max(
+        file.stat().st_mtime for file in sources
+    ):
         print(f"Compiling {name}.pt2; that is done once and takes some seconds.", flush=True)
         CACHE.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=CACHE) as folder:

@@ -19,7 +19,9 @@ from .colours import made_once, names, trained_namer
 
 def compile_namer(path: Path) -> None:
     """A build step: it takes seconds and needs g++. What it writes is all that the application needs."""
-    module = trained_namer()  # Linear, ReLU, Linear: three numbers of a colour to eight scores of names
+    module = (
+        trained_namer()
+    )  # Linear, ReLU, Linear: three numbers of a colour to eight scores of names
     batch = Dim("batch", min=1, max=64)  # how many colours one request may hold
     aoti_sched.compile_package(module, (torch.rand(2, 3),), path, dynamic={"rgb": {0: batch}})
 

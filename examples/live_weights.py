@@ -117,7 +117,9 @@ def training(model: DigitClassifier, digits: Digits) -> Iterator[State]:
         yield {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-async def ask(reader: Runner, client: int, digits: Digits, observed: Observed, done: asyncio.Event) -> None:
+async def ask(
+    reader: Runner, client: int, digits: Digits, observed: Observed, done: asyncio.Event
+) -> None:
     """A client: show the reader one digit after the other. It knows nothing of updates."""
     chance = random.Random(client)
     while not done.is_set():
@@ -126,7 +128,9 @@ async def ask(reader: Runner, client: int, digits: Digits, observed: Observed, d
         future = reader.submit(digits.images[image : image + 1])
         scores = (await future)[0]
         right = int(scores.argmax()) == int(digits.labels[image])
-        observed.add(Answer(client, asked, time.monotonic(), future.trace.epoch, image, scores, right))
+        observed.add(
+            Answer(client, asked, time.monotonic(), future.trace.epoch, image, scores, right)
+        )
         await asyncio.sleep(chance.expovariate(1 / REST))
 
 
@@ -162,7 +166,9 @@ async def serve(package: Path, train: Digits, held_out: Digits) -> Observed:
     next(training(DigitClassifier(), train))
     async with aoti_sched.Scheduler() as scheduler:
         reader = await scheduler.load(package, name="reader", instances=2)
-        clients = asyncio.gather(*(ask(reader, n, held_out, observed, done) for n in range(CLIENTS)))
+        clients = asyncio.gather(
+            *(ask(reader, n, held_out, observed, done) for n in range(CLIENTS))
+        )
         await asyncio.sleep(0.3)  # untrained
         await improve(reader, train, observed)
         await asyncio.sleep(0.5)  # the last set, for a while
@@ -209,10 +215,13 @@ def steps_back(answers: Sequence[Answer]) -> int:
 def summary(observed: Observed, digits: Digits) -> str:
     answers, changes = observed.answers, observed.changes
     first, last = (
-        share_right([a for a in answers if a.epoch == end.epoch]) for end in (answers[0], answers[-1])
+        share_right([a for a in answers if a.epoch == end.epoch])
+        for end in (answers[0], answers[-1])
     )
     pauses = sorted(change.report.pause_seconds * 1e3 for change in changes)
-    staging = sorted(change.report.stage_seconds * 1e3 for change in changes if change.report.stage_seconds)
+    staging = sorted(
+        change.report.stage_seconds * 1e3 for change in changes if change.report.stage_seconds
+    )
     size = changes[0].report.bytes / 1e6
     published, seen = len(observed.published), len({answer.epoch for answer in answers})
     back, exact = steps_back(answers), same_as_alone(observed, digits)
@@ -240,7 +249,11 @@ def draw(observed: Observed, path: Path) -> None:
     shades = Normalize(1, max(observed.published))
 
     def colour(epoch: int) -> Any:
-        return MISTAKEN if epoch == observed.noise else colormaps["viridis_r"](shades(epoch) * 0.9 + 0.1)
+        return (
+            MISTAKEN
+            if epoch == observed.noise
+            else colormaps["viridis_r"](shades(epoch) * 0.9 + 0.1)
+        )
 
     figure = Figure(figsize=(11, 8.5), layout="constrained")
     top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=(4, 3, 3))
@@ -265,7 +278,9 @@ def draw(observed: Observed, path: Path) -> None:
     bottom.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     bottom.set_ylabel("request to answer (ms)")
     bottom.set_xlabel("time (s)")
-    bottom.legend(loc="lower right", bbox_to_anchor=(1, 0.98), frameon=False, borderpad=0, handletextpad=0)
+    bottom.legend(
+        loc="lower right", bbox_to_anchor=(1, 0.98), frameon=False, borderpad=0, handletextpad=0
+    )
     for axes in (top, middle, bottom):
         axes.grid(visible=True, color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
@@ -276,7 +291,9 @@ def draw(observed: Observed, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def draw_accuracy(axes: Axes, observed: Observed, start: float, colour: Callable[[int], Any]) -> None:
+def draw_accuracy(
+    axes: Axes, observed: Observed, start: float, colour: Callable[[int], Any]
+) -> None:
     """A bar for each epoch: as wide as the time it was live, as high as the share of right answers it gave."""
     changes = observed.changes
     starts = [observed.answers[0].asked, *(change.at for change in changes)]
@@ -286,7 +303,9 @@ def draw_accuracy(axes: Axes, observed: Observed, start: float, colour: Callable
         given = [a for a in observed.answers if a.epoch == epoch and began <= a.answered < ended]
         if given:
             share = share_right(given) * 100
-            axes.bar(began - start, share, ended - began, align="edge", color=colour(epoch), alpha=0.35)
+            axes.bar(
+                began - start, share, ended - began, align="edge", color=colour(epoch), alpha=0.35
+            )
             axes.hlines(share, began - start, ended - start, color=colour(epoch), linewidth=2.5)
             if epoch == observed.noise:
                 axes.annotate(

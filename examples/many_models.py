@@ -37,7 +37,9 @@ async def main(package: Path) -> None:
     device = DeviceConfig(memory_limit=50 * MIB, evict="lru")
     async with aoti_sched.Scheduler(SchedulerConfig(devices={"cpu": device})) as scheduler:
         before = psutil.Process().memory_full_info().uss
-        experts = [await scheduler.load(package, name=f"expert-{number}") for number in range(MODELS)]
+        experts = [
+            await scheduler.load(package, name=f"expert-{number}") for number in range(MODELS)
+        ]
         memory = scheduler.stats().devices["cpu"].memory
         print(
             f"loaded      {MODELS} models: {memory.used // MIB} MiB are there, {memory.parked // MIB} MiB parked"
@@ -57,7 +59,9 @@ async def main(package: Path) -> None:
             print(
                 f"answered    {len(times)} of 200 by models that {where}, half of them within {middle * 1e3:.1f} ms"
             )
-        print(f"parked      {', '.join(f'{one.name} {one.stats().parks}' for one in experts)} times")
+        print(
+            f"parked      {', '.join(f'{one.name} {one.stats().parks}' for one in experts)} times"
+        )
         grown = psutil.Process().memory_full_info().uss - before
         print(f"memory      the process has grown by {grown / MIB:.0f} MiB")
 

@@ -124,7 +124,11 @@ async def main(package: Path) -> None:
                 overflow="shed",
             ),
             await scheduler.load(
-                package, name="refused by prediction", instances=2, limits=endless, admission="predictive"
+                package,
+                name="refused by prediction",
+                instances=2,
+                limits=endless,
+                admission="predictive",
             ),
         ]
         possible = [await capacity(suggest, words) for suggest in suggests][-1]
@@ -135,8 +139,12 @@ async def main(package: Path) -> None:
                 print(f"\n{load:g} times the capacity, {suggest.name}")
                 for end, seconds in sorted(ends.seconds.items()):
                     after = statistics.median(seconds)
-                    print(f"  {len(seconds):6,} {end}, which half of them knew after {1e3 * after:.1f} ms")
-                print(f"  {ends.in_time[Priority.HIGH]:6,} of those in time were a paying customer's")
+                    print(
+                        f"  {len(seconds):6,} {end}, which half of them knew after {1e3 * after:.1f} ms"
+                    )
+                print(
+                    f"  {ends.in_time[Priority.HIGH]:6,} of those in time were a paying customer's"
+                )
 
 
 if __name__ == "__main__":

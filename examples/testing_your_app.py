@@ -69,8 +69,12 @@ async def test_a_comment_is_held_when_the_judge_takes_too_long(
     assert await verdict == "held"
 
 
-async def test_a_comment_is_held_when_too_many_wait(judge: Runner, aoti_backend: FakeBackend) -> None:
-    verdicts = [asyncio.ensure_future(moderate(text, judge)) for text in ("runs", "waits", "one too many")]
+async def test_a_comment_is_held_when_too_many_wait(
+    judge: Runner, aoti_backend: FakeBackend
+) -> None:
+    verdicts = [
+        asyncio.ensure_future(moderate(text, judge)) for text in ("runs", "waits", "one too many")
+    ]
     assert await verdicts[2] == "held"
     for verdict in verdicts[:2]:
         await aoti_backend.queued(1)

@@ -79,13 +79,18 @@ async def main(package: Path) -> None:
             f"one queue   the first look took {took[0]:.1f} ms, the others {statistics.median(took[1:]):.1f} ms"
         )
 
-        archivist, visitor = sharpness.options(tenant="archivist"), sharpness.options(tenant="visitor")
+        archivist, visitor = (
+            sharpness.options(tenant="archivist"),
+            sharpness.options(tenant="visitor"),
+        )
         _, took = await asyncio.gather(archive(archivist), look(visitor))
         print(
             f"tenants     the first look took {took[0]:.1f} ms, the others {statistics.median(took[1:]):.1f} ms"
         )
 
-        bounded = await scheduler.load(package, name="bounded", instances=2, limits=Limits(tenant_jobs=100))
+        bounded = await scheduler.load(
+            package, name="bounded", instances=2, limits=Limits(tenant_jobs=100)
+        )
         answered, _ = await asyncio.gather(
             archive(bounded.options(tenant="archivist")), look(bounded.options(tenant="visitor"))
         )

@@ -50,7 +50,9 @@ async def name_colours(request: Request) -> Response:
 
 
 async def stats(request: Request) -> Response:
-    return Response(msgspec.json.encode(request.app.state.scheduler.stats()), media_type="application/json")
+    return Response(
+        msgspec.json.encode(request.app.state.scheduler.stats()), media_type="application/json"
+    )
 
 
 async def explain(_: Request, error: Exception) -> Response:

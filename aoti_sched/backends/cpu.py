@@ -60,7 +60,9 @@ class CpuDevice:
         if "AMX_TILE" in model.cpu_isa:
             torch.cpu._init_amx()  # noqa: SLF001 -- Linux gives the tile registers only to processes that ask
         extracted = package.extract(model, request.cache_dir)
-        request = msgspec.structs.replace(request, contents=None)  # what is kept of it is in the cache
+        request = msgspec.structs.replace(
+            request, contents=None
+        )  # what is kept of it is in the cache
         own, wrapper = spec_from_metadata(model.metadata), package.wrapper_source(model)
         if writes_to_buffers(own, wrapper):
             # Instances share their buffers, and nothing in the runtime guards them (pytorch/pytorch#122824).
@@ -68,7 +70,9 @@ class CpuDevice:
         request.make_room(model.constant_bytes)
         library = Library(extracted.library)
         raw = RawContainer(library, request.instances)
-        if request.instances > 1 and writes_to_buffers(own, wrapper, [c.spec for c in raw.constants]):
+        if request.instances > 1 and writes_to_buffers(
+            own, wrapper, [c.spec for c in raw.constants]
+        ):
             raw.close()
             request = msgspec.structs.replace(request, instances=1)
             raw = RawContainer(library, 1)
@@ -101,7 +105,9 @@ class CpuDevice:
 
 def available_cores() -> int:
     """Cores this process may use: its affinity, and the CPU quota of its cgroup (v2, then v1)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     quota = _cgroup_quota(Path("/sys/fs/cgroup"))
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 

@@ -27,7 +27,9 @@ def open_device(name: str, cores: Sequence[int] | None = None) -> Device:
         return CpuDevice(name, cores)
     parts = _NAME.fullmatch(name)
     if parts is None:
-        raise ConfigError(f"device {name!r}: expected 'cpu', 'cuda:0', 'xpu:0' or 'mps', or another number")
+        raise ConfigError(
+            f"device {name!r}: expected 'cpu', 'cuda:0', 'xpu:0' or 'mps', or another number"
+        )
     if parts[1] == "cpu":
         from aoti_sched.backends.cpu import CpuDevice
 
@@ -40,7 +42,9 @@ def _accelerator(name: str, kind: str, index: int) -> Accelerator:
 
     if kind == "mps":
         if not torch.backends.mps.is_available():
-            raise ConfigError(f"device {name!r}: {_absent('MPS', built=torch.backends.mps.is_built())}")
+            raise ConfigError(
+                f"device {name!r}: {_absent('MPS', built=torch.backends.mps.is_built())}"
+            )
         from aoti_sched.backends.accelerators.mps import MpsDevice
 
         return MpsDevice()

@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 
 CLOSED_LOOP = "its event loop is closed. Call it while the loop runs"
 IDLE_LOOP = "its event loop is not running. Call it while the loop runs"
-STOPPED_LOOP = "its event loop stopped before the request ended. Keep the loop running while threads call it"
+STOPPED_LOOP = (
+    "its event loop stopped before the request ended. Keep the loop running while threads call it"
+)
 CLOSED_SCHEDULER = "the scheduler is closed. Load the model into a new one"
 FAR = 1e8
 """Seconds; a timer this far away is never due."""

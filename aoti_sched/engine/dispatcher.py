@@ -184,10 +184,14 @@ class Dispatcher:
     def give_up(self, claim: Claim) -> None:
         self._perform(self.queue.give_up(claim, self._clock.time()))
 
-    def settle(self, holding: Holding, *, constants: int, inactive: int = 0, fixed: str = "") -> None:
+    def settle(
+        self, holding: Holding, *, constants: int, inactive: int = 0, fixed: str = ""
+    ) -> None:
         """What a model has in truth, and why it must not be parked, if it must not."""
         now = self._clock.time()
-        self._perform(self.queue.settle(holding, now, constants=constants, inactive=inactive, fixed=fixed))
+        self._perform(
+            self.queue.settle(holding, now, constants=constants, inactive=inactive, fixed=fixed)
+        )
 
     def forget(self, holding: Holding) -> None:
         self._perform(self.queue.forget(holding, self._clock.time()))
@@ -215,7 +219,9 @@ class Dispatcher:
         holding = runner.memory
         future, holding.payload = holding.payload, None
         self._perform(
-            self.queue.returned(runner, self._clock.time(), error="" if error is None else said(error))
+            self.queue.returned(
+                runner, self._clock.time(), error="" if error is None else said(error)
+            )
         )
         if future is not None:
             future.set_result(error)
@@ -234,7 +240,9 @@ class Dispatcher:
             name=runner.name,
             phase=runner.phase.name,
             health="failing" if runner.failures >= UNHEALTHY else "ok",
-            waiting=runner.waits + len(runner.awaiting) + sum(len(s.gate) for s in runner.leases.values()),
+            waiting=runner.waits
+            + len(runner.awaiting)
+            + sum(len(s.gate) for s in runner.leases.values()),
             queued=runner.load.jobs,
             queued_bytes=runner.load.bytes,
             running=busy - sum(len(lease.free) for lease in runner.leases.values()),
@@ -344,7 +352,9 @@ class Dispatcher:
     def _perform(self, commands: list[Command]) -> None:
         """Perform all commands of a fact, whatever one of them raises; the first error is raised at the end."""
         fault: BaseException | None = None
-        for command in commands:  # what follows from a run that is over at once joins the end of the list
+        for (
+            command
+        ) in commands:  # what follows from a run that is over at once joins the end of the list
             if type(command) is not Launch:
                 try:
                     self._perform_rare(command)

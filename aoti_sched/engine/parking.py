@@ -37,20 +37,31 @@ class Parking:
     async def park(self, runner: Runner) -> None:
         """Its slots are all home: free its weights."""
         try:
-            await in_worker(runner.container.park, self._limiter, f"runner {runner.name!r}: parking")
+            await in_worker(
+                runner.container.park, self._limiter, f"runner {runner.name!r}: parking"
+            )
         except Exception as error:  # noqa: BLE001 -- nobody waits for it, and nothing is lost
             log.error("weights can't be freed", runner=runner.name, error=error, exc_info=error)
-        log.info("model parked", runner=runner.name, device=runner.device, bytes=runner.state.memory.bytes)
+        log.info(
+            "model parked",
+            runner=runner.name,
+            device=runner.device,
+            bytes=runner.state.memory.bytes,
+        )
         runner.dispatcher.parked(runner.state)
 
     async def bring_back(self, runner: Runner) -> None:
         """There is room for its weights. If they can't be brought, its requests fail, and the next one tries again."""
         fault = None
         try:
-            await in_worker(runner.container.unpark, self._limiter, f"runner {runner.name!r}: its return")
+            await in_worker(
+                runner.container.unpark, self._limiter, f"runner {runner.name!r}: its return"
+            )
         except Exception as error:  # noqa: BLE001 -- it is told to those who wait
             fault = error
-            log.error("weights can't be brought back", runner=runner.name, error=error, exc_info=error)
+            log.error(
+                "weights can't be brought back", runner=runner.name, error=error, exc_info=error
+            )
         runner.dispatcher.returned(runner.state, fault)
         if fault is None:
             took = round(runner.state.memory.took, 6)

@@ -79,7 +79,9 @@ def prepare(
     loaded = device.load(request)
     try:
         own = spec_from_metadata(loaded.metadata)
-        return _prepare(device, request, settings, declared, executor, cores, loaded, own, warmup_inputs)
+        return _prepare(
+            device, request, settings, declared, executor, cores, loaded, own, warmup_inputs
+        )
     except BaseException:
         loaded.container.close()
         raise
@@ -140,13 +142,17 @@ def _prepare(
             f"What runs models on {device.name.partition(':')[0]} was tested on a simulated device only, not on a real one."
         )
     if own is not None and own.frozen:
-        notes.append("Compiled with freeze=True: the weights are part of the code and can't be updated live.")
+        notes.append(
+            "Compiled with freeze=True: the weights are part of the code and can't be updated live."
+        )
     if state == MAY_WRITE:
         notes.append(f"It counts as a model that writes to its buffers: {state}.")
     if state:
         notes.append("The model writes to its buffers; its runs go one at a time, on one instance.")
     if facts.missing:
-        notes.append(f"Compiled by an older torch; missing in its C ABI: {', '.join(facts.missing)}.")
+        notes.append(
+            f"Compiled by an older torch; missing in its C ABI: {', '.join(facts.missing)}."
+        )
     info = RunnerInfo(
         name=name,
         path=str(request.path),
@@ -185,7 +191,9 @@ def _prepare(
 def _leaves(own: ModelSpec, specs: Sequence[TensorSpec] | None) -> tuple[LeafSpec, ...]:
     """The leaves of the inputs, with the tensors' specs as they are checked."""
     tensors = iter(specs or ())
-    return tuple(next(tensors, leaf) if isinstance(leaf, TensorSpec) else leaf for leaf in own.inputs)
+    return tuple(
+        next(tensors, leaf) if isinstance(leaf, TensorSpec) else leaf for leaf in own.inputs
+    )
 
 
 def _grouping(
@@ -245,7 +253,9 @@ def _examined(device: Device, model: _Model) -> tuple[tuple[TensorSpec, ...] | N
         return with_least(specs, least), Findings(least=least)
     # Whole numbers may be indices or lengths: a model of them is tried apart first, where its failure ends and prints nothing.
     delicate = (
-        own is None and settings.warmup and not all(s.dtype.startswith(("float", "bfloat")) for s in specs)
+        own is None
+        and settings.warmup
+        and not all(s.dtype.startswith(("float", "bfloat")) for s in specs)
     )
     if symbols is None and rows is None and not (delicate and model.given is None):
         return specs, Findings()
@@ -253,7 +263,9 @@ def _examined(device: Device, model: _Model) -> tuple[tuple[TensorSpec, ...] | N
     if rows is not None:
         written = _written_inputs(model, specs, findings.mutated or ())
         must_not_write_inputs(name, written)
-        must_be_independent(name, findings.rows or RowEvidence(None, findings.failure or "it was not run"))
+        must_be_independent(
+            name, findings.rows or RowEvidence(None, findings.failure or "it was not run")
+        )
     return with_least(specs, findings.least), findings
 
 
@@ -301,7 +313,11 @@ def _rows_to_examine(
     """What is to be found out of rows; None where the package says it, or the user."""
     if wanted.assume_independent:
         return None
-    told = None if own is None or (own.batch is not None and own.batch.dim != grouping.dim) else own.rows
+    told = (
+        None
+        if own is None or (own.batch is not None and own.batch.dim != grouping.dim)
+        else own.rows
+    )
     if told is not None and told.independent:
         return None
     size = specs[0].shape[grouping.dim]
@@ -397,10 +413,14 @@ def _find_specs(
     """The input specs from the best source there is."""
     if declared is not None:
         if arity is not None and len(declared) != arity:
-            raise LoadError(f"model {name!r}: {len(declared)} inputs were declared, the model takes {arity}")
+            raise LoadError(
+                f"model {name!r}: {len(declared)} inputs were declared, the model takes {arity}"
+            )
         return tuple(declared), SpecSource.DECLARED
     if own is not None:
-        return tuple(leaf for leaf in own.inputs if isinstance(leaf, TensorSpec)), SpecSource.PACKAGE
+        return tuple(
+            leaf for leaf in own.inputs if isinstance(leaf, TensorSpec)
+        ), SpecSource.PACKAGE
     if wrapper is not None:
         stated = specs_from_wrapper(wrapper)
         if stated is not None and (arity is None or len(stated) == arity):
@@ -503,7 +523,9 @@ def _values(
     return lambda: example_inputs(specs)
 
 
-def _sizes_of(examples: Sequence[ExampleSpec], specs: Sequence[TensorSpec]) -> dict[str, int] | None:
+def _sizes_of(
+    examples: Sequence[ExampleSpec], specs: Sequence[TensorSpec]
+) -> dict[str, int] | None:
     """The values of the symbols in the examples' shapes."""
     sizes: dict[str, int] = {}
     for example, spec in zip(examples, specs, strict=True):

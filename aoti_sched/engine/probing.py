@@ -85,7 +85,9 @@ def symbols_in(specs: Sequence[TensorSpec], *, stated_by_user: bool) -> dict[str
                 most = None if dim.max is None else (dim.max - dim.offset) // dim.scale
                 low[dim.symbol] = max(low.get(dim.symbol, 0), least)
                 before = high.get(dim.symbol)
-                high[dim.symbol] = most if before is None else before if most is None else min(before, most)
+                high[dim.symbol] = (
+                    most if before is None else before if most is None else min(before, most)
+                )
     found = {}
     for name, least in low.items():
         trusted = max(least, _TRUSTED)
@@ -97,7 +99,9 @@ def symbols_in(specs: Sequence[TensorSpec], *, stated_by_user: bool) -> dict[str
     return found
 
 
-def with_least(specs: Sequence[TensorSpec], least: Mapping[str, tuple[int, str]]) -> tuple[TensorSpec, ...]:
+def with_least(
+    specs: Sequence[TensorSpec], least: Mapping[str, tuple[int, str]]
+) -> tuple[TensorSpec, ...]:
     """The specs with the least sizes that were found."""
 
     def changed(dim: int | DynamicDim) -> int | DynamicDim:
@@ -107,7 +111,8 @@ def with_least(specs: Sequence[TensorSpec], least: Mapping[str, tuple[int, str]]
         return msgspec.structs.replace(dim, min=dim.scale * value + dim.offset, reason=reason)
 
     return tuple(
-        msgspec.structs.replace(spec, shape=tuple(changed(dim) for dim in spec.shape)) for spec in specs
+        msgspec.structs.replace(spec, shape=tuple(changed(dim) for dim in spec.shape))
+        for spec in specs
     )
 
 
@@ -151,7 +156,9 @@ def examine(
     def work(tell: Tell) -> None:
         if apart and set_threads is not None:
             set_threads(1)
-        _Examination(container, specs, examples, everything, tolerance, findings, tell).all(todo, rows)
+        _Examination(container, specs, examples, everything, tolerance, findings, tell).all(
+            todo, rows
+        )
 
     if not apart:
         told: list[Any] = []
@@ -183,7 +190,9 @@ def examine(
     return findings
 
 
-def _take(findings: Findings, todo: Mapping[str, Symbol], told: Sequence[Any]) -> tuple[str, int] | None:
+def _take(
+    findings: Findings, todo: Mapping[str, Symbol], told: Sequence[Any]
+) -> tuple[str, int] | None:
     """Note what was told; returns the symbol and value that were being tried last, if that came to no end."""
     trying = None
     for kind, *values in told:
@@ -265,7 +274,9 @@ class _Examination:
             except Exception as error:  # noqa: BLE001 -- the model's own
                 failure = failure or first_line(error)
                 continue
-            changed = [i for i, (a, b) in enumerate(zip(before, inputs, strict=True)) if not _same(a, b)]
+            changed = [
+                i for i, (a, b) in enumerate(zip(before, inputs, strict=True)) if not _same(a, b)
+            ]
             self._tell(("mutated", changed))
             self._tell(("zeros", zeros))
             return True
@@ -323,7 +334,10 @@ class _Examination:
             values = {name: max(value, bottom) for name, value in least.items()}
             self._tell(("trying", "", bottom))
             try:
-                outputs = [self._run(self._draw(self._base | values, 3), high=high) for high in (False, True)]
+                outputs = [
+                    self._run(self._draw(self._base | values, 3), high=high)
+                    for high in (False, True)
+                ]
                 why = "" if _all_same(*outputs) else "it reads beyond its input"
             except Exception as error:  # noqa: BLE001
                 why = first_line(error)
@@ -335,7 +349,12 @@ class _Examination:
         for name, value in values.items():
             if value != least[name]:
                 self._tell(
-                    ("least", name, value, f"the least sizes are not taken together: {why or 'not 0'}.")
+                    (
+                        "least",
+                        name,
+                        value,
+                        f"the least sizes are not taken together: {why or 'not 0'}.",
+                    )
                 )
 
     # --- rows ------------------------------------------------------------------------------------------
@@ -348,7 +367,9 @@ class _Examination:
             count = min(ROWS, rows.sizes[-1])
             row = DynamicDim("rows")
             specs = [
-                msgspec.structs.replace(s, shape=(*s.shape[: rows.dim], row, *s.shape[rows.dim + 1 :]))
+                msgspec.structs.replace(
+                    s, shape=(*s.shape[: rows.dim], row, *s.shape[rows.dim + 1 :])
+                )
                 for s in specs
             ]
         if count < 2:
@@ -367,7 +388,9 @@ class _Examination:
         except _NoRowsError as error:
             return RowEvidence(False, f"{error}")
         except Exception as error:  # noqa: BLE001 -- the model's own
-            return RowEvidence(None, f"running it on values made up for it failed: {first_line(error)}")
+            return RowEvidence(
+                None, f"running it on values made up for it failed: {first_line(error)}"
+            )
         least = 1 if rows.sizes else least
         return row_evidence(run, draw, rows.dim, least=least, tolerance=self._tolerance)
 
@@ -465,7 +488,9 @@ class _Growth:
         if slopes is None:
             return None
         fewer = self._most - 1 - value
-        return tuple(size - slope * fewer for size, slope in zip(self._mid[index].shape, slopes, strict=True))
+        return tuple(
+            size - slope * fewer for size, slope in zip(self._mid[index].shape, slopes, strict=True)
+        )
 
 
 def _most(symbol: Symbol, wanted: int) -> int:
@@ -482,11 +507,14 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
         return True
     # A copy: one element counts as contiguous whatever its stride is, and bytes want a stride of 1.
     plain = torch.contiguous_format
-    one, other = (t.detach().cpu().clone(memory_format=plain).reshape(-1).view(torch.uint8) for t in (a, b))
+    one, other = (
+        t.detach().cpu().clone(memory_format=plain).reshape(-1).view(torch.uint8) for t in (a, b)
+    )
     return torch.equal(one, other)
 
 
 def _all_same(one: Sequence[Any], other: Sequence[Any]) -> bool:
     return len(one) == len(other) and all(
-        (a is None) == (b is None) and (a is None or _same(a, b)) for a, b in zip(one, other, strict=True)
+        (a is None) == (b is None) and (a is None or _same(a, b))
+        for a, b in zip(one, other, strict=True)
     )

@@ -106,7 +106,9 @@ async def _carry(work: Callable[[], Awaitable[_T]], outcome: asyncio.Future[_T])
         except BaseException as error:  # noqa: BLE001 -- it is raised where the outcome is awaited; siblings go on
             outcome.set_exception(ended_by(error, AotiSchedError, "the operation"))
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                outcome.get_loop().call_soon(raise_again, error)  # out of the loop, as from any callback
+                outcome.get_loop().call_soon(
+                    raise_again, error
+                )  # out of the loop, as from any callback
         finally:
             del outcome  # it holds the error, whose traceback holds this frame
 

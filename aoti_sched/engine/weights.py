@@ -12,7 +12,15 @@ import asyncio
 import enum
 import itertools
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -195,7 +203,9 @@ class Updates:
         check_finite: bool,
         timeout: float | None,  # noqa: ASYNC109
     ) -> None:
-        arguments.flags("stage", partial=partial, strict=strict, fold=fold, check_finite=check_finite)
+        arguments.flags(
+            "stage", partial=partial, strict=strict, fold=fold, check_finite=check_finite
+        )
         each = _shares(runner, weights)
 
         async def work(attempt: _Attempt) -> None:
@@ -290,7 +300,9 @@ class Updates:
             try:
                 await self._rebuild(runner, reached, "its runs failed", usable=True)
             except Exception as error:  # noqa: BLE001 -- what there was serves on
-                log.error("container can't be rebuilt", runner=runner.name, error=error, exc_info=error)
+                log.error(
+                    "container can't be rebuilt", runner=runner.name, error=error, exc_info=error
+                )
 
     async def extract(self, runner: Runner, *, inactive: bool) -> dict[str, Any]:
         arguments.flags("extract", inactive=inactive)
@@ -350,7 +362,9 @@ class Updates:
         except Exception as error:
             if not runner.absent:
                 raise
-            log.warning("weights not staged where none are wanted", device=runner.device, error=error)
+            log.warning(
+                "weights not staged where none are wanted", device=runner.device, error=error
+            )
 
     async def _stage_here(
         self,
@@ -377,7 +391,11 @@ class Updates:
                 runner,
                 attempt,
                 lambda reading: container.stage(
-                    weights, partial=partial, strict=strict, check_finite=check_finite, reading=reading
+                    weights,
+                    partial=partial,
+                    strict=strict,
+                    check_finite=check_finite,
+                    reading=reading,
                 ),
             )
         live.inactive = Inactive.STAGED
@@ -431,7 +449,11 @@ class Updates:
     ) -> dict[Runner, UpdateReport]:
         runners = _present(runners)
         for runner in runners:
-            _must_hold(runner, Inactive.STAGED, "commit() has nothing to publish; call stage(weights) first")
+            _must_hold(
+                runner,
+                Inactive.STAGED,
+                "commit() has nothing to publish; call stage(weights) first",
+            )
         reports = await self._publish(attempt, {r: r.state.published + 1 for r in runners}, barrier)
         if not keep_previous:
             await self._drop(list(reports), Inactive.PREVIOUS)
@@ -473,7 +495,9 @@ class Updates:
                 **msgspec.structs.asdict(live.staged),
             )
         for runner in closing:
-            runner.dispatcher.open_barrier(runner.state, epochs[runner] if runner in reports else None)
+            runner.dispatcher.open_barrier(
+                runner.state, epochs[runner] if runner in reports else None
+            )
         for runner in runners:
             report = msgspec.structs.asdict(reports[runner])
             report["ignored"] = len(report["ignored"])
@@ -515,7 +539,9 @@ class Updates:
                 await stack.enter_async_context(runner.weights.turn)
                 stack.callback(setattr, runner.weights, "attempt", None)
                 runner.weights.attempt = attempt
-                if not runner.absent and len(runners) > 1:  # before it waits for the turn of the next
+                if (
+                    not runner.absent and len(runners) > 1
+                ):  # before it waits for the turn of the next
                     _must_be_open(runner)
                 await stack.enter_async_context(self._parking.at_home(runner, needed=needed))
             attempt.waits = False
@@ -554,7 +580,9 @@ class Updates:
                 late.set_result(None)
 
         outcome = self._start(within)
-        timer = None if timeout is None else self._clock.call_at(self._clock.time() + timeout, expire)
+        timer = (
+            None if timeout is None else self._clock.call_at(self._clock.time() + timeout, expire)
+        )
         try:
             await asyncio.wait({outcome, late}, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
@@ -573,7 +601,9 @@ class Updates:
         return result  # type: ignore[no-any-return]
 
 
-async def _read(runner: Runner, attempt: _Attempt, call: Callable[[Reading], StagedSet]) -> StagedSet:
+async def _read(
+    runner: Runner, attempt: _Attempt, call: Callable[[Reading], StagedSet]
+) -> StagedSet:
     """Let a container read its weights in a thread of its own, which is left behind where foreign code does not come back.
 
     Raises:
@@ -592,7 +622,9 @@ async def _read(runner: Runner, attempt: _Attempt, call: Callable[[Reading], Sta
         elif isinstance(error, Abandoned):
             done.set_exception(_closing(attempt.closes or runner.name))
         elif error is not None:
-            done.set_exception(own(error, UpdateError, f"runner {runner.name!r}: the source of its weights"))
+            done.set_exception(
+                own(error, UpdateError, f"runner {runner.name!r}: the source of its weights")
+            )
 
     def work() -> None:
         written: StagedSet | None = None
@@ -659,7 +691,9 @@ def _shares(runner: Runner, weights: object) -> list[tuple[Runner, object]]:
     return list(zip(replicas, itertools.tee(weights, len(replicas)), strict=True))
 
 
-def _of_each(runners: Iterable[Runner], reports: Mapping[Runner, UpdateReport]) -> dict[Runner, UpdateReport]:
+def _of_each(
+    runners: Iterable[Runner], reports: Mapping[Runner, UpdateReport]
+) -> dict[Runner, UpdateReport]:
     """One report for each runner, of what its replicas' say."""
     return {
         runner: _together([reports[replica] for replica in runner.loaded if replica in reports])

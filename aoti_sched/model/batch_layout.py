@@ -69,7 +69,9 @@ class Grouping:
         rows = inputs[0].shape[self._dim]
         if not rows:
             return rows, None
-        return rows, tuple(inputs[index].shape[dim] for index, dim in self._alike) if self._alike else 0
+        return rows, tuple(
+            inputs[index].shape[dim] for index, dim in self._alike
+        ) if self._alike else 0
 
     def padded(self, rows: int) -> int:
         """With how many rows the model is run for so many."""
@@ -105,7 +107,9 @@ def group(
         ConfigError: It can't be done, with the reason.
     """
     if not specs:
-        raise _impossible(name, "nothing is known of its inputs; compile it with aoti_sched.compile_package")
+        raise _impossible(
+            name, "nothing is known of its inputs; compile it with aoti_sched.compile_package"
+        )
     state = state or writes_to_buffers(own, None)
     if state:
         raise _impossible(name, f"{state}, so what a request does changes the next one")
@@ -122,7 +126,9 @@ def group(
     specs, own = _with_one_row_symbol(specs, own, wanted)
     dim, most, symbol, static = _rows(name, wanted, specs, None if own is None else own.batch)
     sizes = _sizes(name, wanted, most, static)
-    bounds = [size for size in (wanted.max_size, most, sizes[-1] if sizes else None) if size is not None]
+    bounds = [
+        size for size in (wanted.max_size, most, sizes[-1] if sizes else None) if size is not None
+    ]
     limit = min(bounds, default=MAX_SIZE)
     if static is not None:
         row = DynamicDim("rows", min=1, max=limit)
@@ -135,7 +141,8 @@ def group(
     for index, spec in enumerate(specs):
         if spec.strides is not None:
             raise _impossible(
-                name, f"input {spec.name!r} was compiled for a view that is not dense, and batches are dense"
+                name,
+                f"input {spec.name!r} was compiled for a view that is not dense, and batches are dense",
             )
         if spec.order is None:
             raise _impossible(name, f"how input {spec.name!r} lies in memory is not known")
@@ -199,7 +206,9 @@ def _rows(
     if isinstance(size, int):
         return dim, size, "", size
     if size.scale != 1 or size.offset:
-        raise _impossible(name, f"its inputs' size in dimension {dim} is {sizes}, which is no number of rows")
+        raise _impossible(
+            name, f"its inputs' size in dimension {dim} is {sizes}, which is no number of rows"
+        )
     return dim, size.max, size.symbol, None
 
 
@@ -219,7 +228,9 @@ def must_be_independent(name: str, rows: RowEvidence) -> None:
     reason = rows.reason.rstrip(".")
     if rows.independent is None:
         reason = f"nothing shows that its rows do not influence each other ({reason}). Give load() warmup_inputs= that it can be run on"
-    raise _impossible(name, f"{reason}; if you know better, say so: Batching(assume_independent=True)")
+    raise _impossible(
+        name, f"{reason}; if you know better, say so: Batching(assume_independent=True)"
+    )
 
 
 def _must_be_free_of(name: str, dim: int, symbol: str, leaves: Sequence[LeafSpec | None]) -> None:
@@ -233,7 +244,8 @@ def _must_be_free_of(name: str, dim: int, symbol: str, leaves: Sequence[LeafSpec
         for position, size in enumerate(leaf.shape):
             if position != dim and isinstance(size, DynamicDim) and mentions.search(size.symbol):
                 raise _impossible(
-                    name, f"dimension {position} of {leaf.name!r} ({leaf}) depends on the number of rows"
+                    name,
+                    f"dimension {position} of {leaf.name!r} ({leaf}) depends on the number of rows",
                 )
 
 
@@ -241,7 +253,9 @@ def _sizes(name: str, wanted: Batching, most: int | None, static: int | None) ->
     """The numbers of rows that the model is run with; empty where any will do."""
     if static is not None:
         if wanted.pad_to not in {None, (static,)}:
-            raise _impossible(name, f"it was compiled for {static} rows, so pad_to can only be ({static},)")
+            raise _impossible(
+                name, f"it was compiled for {static} rows, so pad_to can only be ({static},)"
+            )
         return (static,)
     if wanted.pad_to is None:
         return ()
@@ -256,7 +270,9 @@ def _sizes(name: str, wanted: Batching, most: int | None, static: int | None) ->
     return tuple(sorted(set(wanted.pad_to)))
 
 
-def _ragged(name: str, wanted: Batching, specs: Sequence[TensorSpec], dim: int) -> dict[str, tuple[int, int]]:
+def _ragged(
+    name: str, wanted: Batching, specs: Sequence[TensorSpec], dim: int
+) -> dict[str, tuple[int, int]]:
     """Where the sizes of padded dimensions are read off a request: by symbol, an input and its dimension."""
     inputs = {spec.name: index for index, spec in enumerate(specs)}
     unknown = [given for given in wanted.ragged if given not in inputs]

@@ -24,7 +24,9 @@ class _Node:
 
     __slots__ = ("children", "keys", "kind")
 
-    def __init__(self, kind: str | None, children: list[_Node], keys: list[Any] | None = None) -> None:
+    def __init__(
+        self, kind: str | None, children: list[_Node], keys: list[Any] | None = None
+    ) -> None:
         self.kind = kind
         self.children = children
         self.keys = keys
@@ -36,7 +38,11 @@ class _Node:
             pairs = zip(self.keys or (), self.children, strict=True)
             return "{" + ", ".join(f"{key!r}: {child}" for key, child in pairs) + "}"
         inner = ", ".join(map(str, self.children))
-        return f"[{inner}]" if self.kind == "list" else f"({inner}{',' if len(self.children) == 1 else ''})"
+        return (
+            f"[{inner}]"
+            if self.kind == "list"
+            else f"({inner}{',' if len(self.children) == 1 else ''})"
+        )
 
 
 def _parse(spec: dict[str, Any]) -> _Node | None:
@@ -119,11 +125,17 @@ class ExportedCallSpec:
             self.leaves = _count(arguments)
             out = _parse(json.loads(out_spec)[1])
         except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise LoadError(f"model {model!r}: its call spec is not torch's pytree JSON ({error})") from error
-        self._torch_spec: Any = None if self._root is not None else _torch_spec(model, "inputs", in_spec)
+            raise LoadError(
+                f"model {model!r}: its call spec is not torch's pytree JSON ({error})"
+            ) from error
+        self._torch_spec: Any = (
+            None if self._root is not None else _torch_spec(model, "inputs", in_spec)
+        )
         self._literals = None
         if inputs is not None and any(isinstance(leaf, LiteralSpec) for leaf in inputs):
-            self._literals = tuple(leaf if isinstance(leaf, LiteralSpec) else None for leaf in inputs)
+            self._literals = tuple(
+                leaf if isinstance(leaf, LiteralSpec) else None for leaf in inputs
+            )
         self._all_tensors = inputs is not None and self._literals is None
         self._keys = frozenset(self._names)
         self._flat = self._root is not None and _is_flat(self._root.children[0]) and not self._keys
@@ -134,7 +146,10 @@ class ExportedCallSpec:
         if self._root is None:
             return f"({', '.join([*names, *(f'{name}=' for name in self._names)])})"
         args, kwargs = self._root.children
-        parts = [f"{n}={child}" if child.kind else n for n, child in zip(names, args.children, strict=True)]
+        parts = [
+            f"{n}={child}" if child.kind else n
+            for n, child in zip(names, args.children, strict=True)
+        ]
         parts += [f"{n}={child}" for n, child in zip(self._names, kwargs.children, strict=True)]
         return f"({', '.join(parts)})"
 
@@ -185,7 +200,9 @@ class ExportedCallSpec:
         for index, child in enumerate(node.children):
             self._walk(child, value[index], f"{path}[{index}]", leaves)
 
-    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _bind(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional parameters given by name are put in their places; anything else is a misfit."""
         kwargs = dict(kwargs)
         names = self._parameters[len(args) : self._positional]
@@ -205,7 +222,9 @@ class ExportedCallSpec:
                 tensors.append(leaf)
             elif not _same(leaf, literal.value):
                 raise self._misfit(
-                    literal.name, f"{literal.value!r}, the value the model was compiled with", brief(leaf)
+                    literal.name,
+                    f"{literal.value!r}, the value the model was compiled with",
+                    brief(leaf),
                 )
         return tensors
 
@@ -338,7 +357,9 @@ def _passes(kind: str, value: Any) -> bool:
 
 
 def _is_named_tuple(value: Any) -> bool:
-    return isinstance(value, tuple) and type(value).__bases__ == (tuple,) and hasattr(value, "_fields")
+    return (
+        isinstance(value, tuple) and type(value).__bases__ == (tuple,) and hasattr(value, "_fields")
+    )
 
 
 def _collect(spec: Any, value: Any, leaves: list[Any]) -> bool:
@@ -364,7 +385,9 @@ def _collect(spec: Any, value: Any, leaves: list[Any]) -> bool:
         except ValueError:
             return False
         return True
-    return len(values) == len(children) and all(map(_collect, children, values, [leaves] * len(values)))
+    return len(values) == len(children) and all(
+        map(_collect, children, values, [leaves] * len(values))
+    )
 
 
 def _describe(value: Any) -> str:

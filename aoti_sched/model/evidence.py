@@ -48,7 +48,9 @@ def example_of(tensor: torch.Tensor) -> ExampleSpec:
     if values is not None:
         return ExampleSpec(shape, float(min(values)), float(max(values)), values)
     numbers = (
-        plain if plain.dtype in (torch.float32, torch.float64, torch.int32, torch.int64) else plain.float()
+        plain
+        if plain.dtype in (torch.float32, torch.float64, torch.int32, torch.int64)
+        else plain.float()
     )
     if not discrete:
         numbers = numbers[torch.isfinite(numbers)]
@@ -82,7 +84,8 @@ def tensors_like(
     tensors = []
     for index, spec in enumerate(specs):
         shape = [
-            dim if isinstance(dim, int) else dim.scale * sizes[dim.symbol] + dim.offset for dim in spec.shape
+            dim if isinstance(dim, int) else dim.scale * sizes[dim.symbol] + dim.offset
+            for dim in spec.shape
         ]
         example = examples[index] if index < len(examples) else ExampleSpec(())
         dtype = getattr(torch, spec.dtype)
@@ -179,7 +182,9 @@ def guarded(tensors: Sequence[torch.Tensor], *, high: bool) -> list[torch.Tensor
 
     views = []
     for tensor in tensors:
-        length = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+        length = 1 + sum(
+            (size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)
+        )
         length = length if tensor.numel() else 0
         memory = torch.empty(length + 2 * _PADDING, dtype=tensor.dtype, device=tensor.device)
         memory.fill_(_sentinel(tensor, high=high))
@@ -208,7 +213,13 @@ def _sentinel(tensor: torch.Tensor, *, high: bool) -> float | int | bool:
 
 # --- comparison -------------------------------------------------------------------------------------------
 
-_TOLERANCES = {"float64": 1e-6, "complex128": 1e-6, "float16": 2e-2, "bfloat16": 6e-2, "complex32": 2e-2}
+_TOLERANCES = {
+    "float64": 1e-6,
+    "complex128": 1e-6,
+    "float16": 2e-2,
+    "bfloat16": 6e-2,
+    "complex32": 2e-2,
+}
 """Of float32 1e-3. A batched matrix product rounds otherwise than one of a single row, and the difference grows with each layer."""
 
 _COARSE = 6e-2
@@ -312,7 +323,8 @@ def row_evidence(
             return RowEvidence(True, "Rows alone, together and in another order gave the same.")
         if found == _VOID:
             return RowEvidence(
-                None, "its random rows are all alike, or its outputs are not finite: they tell nothing"
+                None,
+                "its random rows are all alike, or its outputs are not finite: they tell nothing",
             )
         if "shape" in found:
             break
@@ -333,7 +345,9 @@ def _influence(run: Run, inputs: list[torch.Tensor], dim: int, least: int, toler
         return _VOID
     for group, words in _groups(rows, max(least, 1)):
         index = torch.tensor(group, device=inputs[0].device)
-        part = [_kept(tensor, tensor.index_select(dim, index.to(tensor.device))) for tensor in inputs]
+        part = [
+            _kept(tensor, tensor.index_select(dim, index.to(tensor.device))) for tensor in inputs
+        ]
         expected = [
             out.index_select(dim, index.to(out.device))
             if isinstance(out, torch.Tensor) and dim < out.dim() and out.shape[dim] == rows
@@ -353,7 +367,10 @@ def _groups(rows: int, least: int) -> list[tuple[list[int], str]]:
         groups = [([row], f"row {row} of {rows} run alone") for row in every]
     else:
         groups = [
-            ([(row + step) % rows for step in range(least)], f"with {least} of {rows} rows run apart")
+            (
+                [(row + step) % rows for step in range(least)],
+                f"with {least} of {rows} rows run apart",
+            )
             for row in every
             if least < rows
         ]

@@ -145,8 +145,12 @@ class Findings:
         self.stated = Stated(dynamic)
         self._specs = [leaf for leaf in spec.inputs if isinstance(leaf, TensorSpec)]
         self.examples = tuple(example_of(self._leaves[place]) for place in self._places)
-        dtypes = [str(t.dtype).removeprefix("torch.") for t in (*module.parameters(), *module.buffers())]
-        dtypes += [leaf.dtype for leaf in (*spec.inputs, *spec.outputs) if isinstance(leaf, TensorSpec)]
+        dtypes = [
+            str(t.dtype).removeprefix("torch.") for t in (*module.parameters(), *module.buffers())
+        ]
+        dtypes += [
+            leaf.dtype for leaf in (*spec.inputs, *spec.outputs) if isinstance(leaf, TensorSpec)
+        ]
         self._tolerance: float | None = tolerance_of(dtypes)
         self._sizes = self._example_sizes()
         self._apart = child.can_fork() and all(spec.device == "cpu" for spec in self._specs)
@@ -196,7 +200,9 @@ class Findings:
         first, *others = rows
         equal = {**self._sizes, **dict.fromkeys(rows, count)}
         each = [equal, *({**equal, other: count - 1} for other in others)]
-        together, *different = self._answers([functools.partial(self._exported, sizes) for sizes in each])
+        together, *different = self._answers(
+            [functools.partial(self._exported, sizes) for sizes in each]
+        )
         if together:
             return self._spec
         for other, refused in zip(others, different, strict=True):
@@ -219,7 +225,9 @@ class Findings:
         if not self._values:
             return RowEvidence(None, "the same request gives other values each time")
         low = max(self._least(symbol)[0] for symbol in symbols)
-        high = min((most for _, most in map(self._bounds, symbols) if most is not None), default=None)
+        high = min(
+            (most for _, most in map(self._bounds, symbols) if most is not None), default=None
+        )
         count = max(ROWS, low + 1) if high is None else min(max(ROWS, low + 1), high)
         if count < 2:
             return RowEvidence(None, "it takes no two rows")
@@ -279,7 +287,9 @@ class Findings:
         for spec in self._specs:
             for dim in spec.shape:
                 if isinstance(dim, DynamicDim) and dim.symbol == symbol:
-                    low = max(low, -(-(dim.min - dim.offset) // dim.scale), -(dim.offset // dim.scale))
+                    low = max(
+                        low, -(-(dim.min - dim.offset) // dim.scale), -(dim.offset // dim.scale)
+                    )
                     if dim.max is not None:
                         most = (dim.max - dim.offset) // dim.scale
                         high = most if high is None else min(high, most)
@@ -294,10 +304,14 @@ class Findings:
             wanted += [(symbol, value) for value in range(top, low - 1, -1)]
         return wanted
 
-    def _try(self, trial: Callable[[dict[str, int]], str], wanted: Sequence[tuple[str, int]]) -> None:
+    def _try(
+        self, trial: Callable[[dict[str, int]], str], wanted: Sequence[tuple[str, int]]
+    ) -> None:
         if self.impossible:
             return
-        trials = [functools.partial(trial, {**self._sizes, symbol: value}) for symbol, value in wanted]
+        trials = [
+            functools.partial(trial, {**self._sizes, symbol: value}) for symbol, value in wanted
+        ]
         for key, answer in zip(wanted, self._answers(trials), strict=True):
             self._found[key] = answer.removeprefix(_DIFFERS).removeprefix(_RAISES)
 
@@ -317,7 +331,10 @@ class Findings:
                 least -= 1
         if least == low:
             return low, ""
-        return least, f"With {least - 1} for {symbol!r}, {self._found.get((symbol, least - 1), untried)}."
+        return (
+            least,
+            f"With {least - 1} for {symbol!r}, {self._found.get((symbol, least - 1), untried)}.",
+        )
 
     # --- trials -------------------------------------------------------------------------------------------
 
@@ -365,7 +382,9 @@ class Findings:
                 return what
         return ""
 
-    def _beside(self, sizes: dict[str, int], run: Callable[[list[torch.Tensor]], Any], who: str) -> str:
+    def _beside(
+        self, sizes: dict[str, int], run: Callable[[list[torch.Tensor]], Any], who: str
+    ) -> str:
         what = ""
         for seed in range(2):  # rounding may tip an integer in one draw
             try:
@@ -405,7 +424,9 @@ class Findings:
         import torch
 
         dtypes = {parameter.dtype for parameter in self._module.parameters()}
-        halves = dtypes & {torch.float16, torch.bfloat16} or any(s.dtype in _WIDER for s in self._specs)
+        halves = dtypes & {torch.float16, torch.bfloat16} or any(
+            s.dtype in _WIDER for s in self._specs
+        )
         if not self._apart or not halves:
             return False
         return not any(
@@ -420,11 +441,17 @@ class Findings:
     def _variants(self) -> Iterator[tuple[ExampleSpec, ...]]:
         """The examples, then the same with integers that any model takes: the least ones, 0, 1."""
         yield self.examples
-        discrete = [not spec.dtype.startswith(("float", "bfloat", "complex")) for spec in self._specs]
+        discrete = [
+            not spec.dtype.startswith(("float", "bfloat", "complex")) for spec in self._specs
+        ]
         if any(discrete):
             for value in (None, 0.0, 1.0):
                 yield tuple(
-                    ExampleSpec(e.shape, e.low if value is None else value, e.low if value is None else value)
+                    ExampleSpec(
+                        e.shape,
+                        e.low if value is None else value,
+                        e.low if value is None else value,
+                    )
                     if whole
                     else e
                     for e, whole in zip(self.examples, discrete, strict=True)
@@ -465,7 +492,9 @@ class Findings:
             if spec.kind.name == "USER_INPUT":
                 given.append(next(left))
             else:
-                held = program.state_dict if spec.target in program.state_dict else program.constants
+                held = (
+                    program.state_dict if spec.target in program.state_dict else program.constants
+                )
                 given.append(held[spec.target])
         with torch.no_grad():
             outputs = _interpreter(program).run(*given)
@@ -524,7 +553,9 @@ def _interpreter(program: ExportedProgram) -> Any:
                 if expected.free_symbols:
                     return
             if int(expected) != size:
-                raise _OtherShapeError(f"{node.name!r} has size {size}, and {expected} is compiled in")
+                raise _OtherShapeError(
+                    f"{node.name!r} has size {size}, and {expected} is compiled in"
+                )
 
         def _bind(self, expression: Any, size: int) -> None:
             if len(expression.free_symbols) == 1:
@@ -536,11 +567,15 @@ def _interpreter(program: ExportedProgram) -> Any:
     return Checked()
 
 
-def _varied(examples: Sequence[ExampleSpec], specs: Sequence[TensorSpec]) -> tuple[ExampleSpec, ...]:
+def _varied(
+    examples: Sequence[ExampleSpec], specs: Sequence[TensorSpec]
+) -> tuple[ExampleSpec, ...]:
     """The examples with integers that differ, where the example's are all the same: equal rows show nothing."""
     return tuple(
         msgspec.structs.replace(e, high=e.low + 1, values=None)
-        if e.low is not None and e.low == e.high and not s.dtype.startswith(("float", "bfloat", "complex"))
+        if e.low is not None
+        and e.low == e.high
+        and not s.dtype.startswith(("float", "bfloat", "complex"))
         else e
         for e, s in zip(examples, specs, strict=True)
     )

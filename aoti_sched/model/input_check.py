@@ -73,7 +73,9 @@ class ArityCheck:
 
     def __call__(self, tensors: list[torch.Tensor]) -> int:
         if len(tensors) != self.arity:
-            raise InputMismatchError(self.model, "", f"{self.arity} tensor inputs", f"{len(tensors)}")
+            raise InputMismatchError(
+                self.model, "", f"{self.arity} tensor inputs", f"{len(tensors)}"
+            )
         for index, tensor in enumerate(tensors):
             if type(tensor) not in self._plain:
                 if unwrap(tensors, self._plain):
@@ -97,7 +99,9 @@ class ArityCheck:
 
     def _lies_elsewhere(self, tensor: torch.Tensor) -> bool:
         there, wanted = tensor.device, self._device
-        return there.type != wanted.type or (wanted.index is not None and there.index != wanted.index)
+        return there.type != wanted.type or (
+            wanted.index is not None and there.index != wanted.index
+        )
 
 
 def dense_strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
@@ -115,7 +119,10 @@ def lies_in_order(shape: Sequence[int], strides: Sequence[int], order: Sequence[
     if 0 in shape:
         return True
     wanted = dense_strides(shape, order)
-    return all(size == 1 or stride == want for size, stride, want in zip(shape, strides, wanted, strict=True))
+    return all(
+        size == 1 or stride == want
+        for size, stride, want in zip(shape, strides, wanted, strict=True)
+    )
 
 
 def _has_strides(
@@ -159,7 +166,9 @@ class InputCheck:
         self._strided = torch.strided
         self._tensor = torch.Tensor
         self._plain = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
-        self._symbols = sorted({dim.symbol for s in specs for dim in s.shape if isinstance(dim, DynamicDim)})
+        self._symbols = sorted(
+            {dim.symbol for s in specs for dim in s.shape if isinstance(dim, DynamicDim)}
+        )
         index = {symbol: i for i, symbol in enumerate(self._symbols)}
         # Per input, in the order in which they are compared: dtype, the whole shape if it is static,
         # the static sizes, the dynamic ones, rank, device type, device index, contiguous or the order, strides.
@@ -182,7 +191,9 @@ class InputCheck:
             strides = None
             if spec.strides is not None:
                 strides = tuple(
-                    (step, -1, 0) if isinstance(step, int) else (step.offset, index[step.symbol], step.scale)
+                    (step, -1, 0)
+                    if isinstance(step, int)
+                    else (step.offset, index[step.symbol], step.scale)
                     for step in spec.strides
                 )
             contiguous = spec.order is not None and spec.order == tuple(range(len(spec.shape)))
@@ -205,18 +216,35 @@ class InputCheck:
         """Of all, where they are always the same."""
         if not self._symbols:
             sizes = [math.prod(size for _, size in static) for _, _, static, *_ in self._plans]
-            self._bytes = sum(plan[0].itemsize * size for plan, size in zip(self._plans, sizes, strict=True))
+            self._bytes = sum(
+                plan[0].itemsize * size for plan, size in zip(self._plans, sizes, strict=True)
+            )
 
     def __call__(self, tensors: list[torch.Tensor]) -> int:
         """The bytes of the tensors when all fit; raises `InputMismatchError` for the first that does not."""
         if len(tensors) != len(self._plans):
             raise InputMismatchError(
-                self.model, "", f"{len(self._plans)} tensor inputs", f"{len(tensors)}", self._names_hint()
+                self.model,
+                "",
+                f"{len(self._plans)} tensor inputs",
+                f"{len(tensors)}",
+                self._names_hint(),
             )
         bound = self._unbound.copy() if self._unbound else None
         plain = self._plain
         for tensor, plan in zip(tensors, self._plans):  # noqa: B905 -- lengths are equal, this is hot
-            dtype, fixed, static, dynamic, rank, device, device_index, contiguous, order, strides = plan
+            (
+                dtype,
+                fixed,
+                static,
+                dynamic,
+                rank,
+                device,
+                device_index,
+                contiguous,
+                order,
+                strides,
+            ) = plan
             if (
                 type(tensor) not in plain or tensor.is_nested
             ):  # a nested one says that it is strided, and has no sizes
@@ -286,7 +314,9 @@ class InputCheck:
             self._explain_kind(spec, tensor)
             shape = tuple(tensor.shape)
             if len(shape) != len(spec.shape):
-                self._fail(spec, f"{len(spec.shape)} dimensions, {spec}", f"{len(shape)}: shape {shape}")
+                self._fail(
+                    spec, f"{len(spec.shape)} dimensions, {spec}", f"{len(shape)}: shape {shape}"
+                )
             for dim, (size, wanted) in enumerate(zip(shape, spec.shape, strict=True)):
                 self._explain_size(spec, dim, size, wanted, bound)
             if tensor.dtype is not plan[0]:
@@ -295,12 +325,19 @@ class InputCheck:
                     f"Convert it with .to(torch.{spec.dtype}).",
                 )  # fmt: skip
             if tensor.layout is not self._strided:
-                self._fail(spec, "a strided tensor", f"layout {tensor.layout}", "Call .to_dense() first.")
+                self._fail(
+                    spec, "a strided tensor", f"layout {tensor.layout}", "Call .to_dense() first."
+                )
             elsewhere = tensor.device.type != plan[5] or (
                 plan[6] is not None and tensor.device.index != plan[6]
             )
             if elsewhere and not (self._copies and tensor.is_cpu):
-                self._fail(spec, f"device {spec.device}", f"{tensor.device}", _move_hint(spec.device, tensor))
+                self._fail(
+                    spec,
+                    f"device {spec.device}",
+                    f"{tensor.device}",
+                    _move_hint(spec.device, tensor),
+                )
             if spec.order is not None and not lies_in_order(shape, tensor.stride(), spec.order):
                 strides = dense_strides(shape, spec.order)
                 hint = (
@@ -328,11 +365,11 @@ class InputCheck:
             step if isinstance(step, int) else step.scale * bound[step.symbol][0] + step.offset
             for step in spec.strides
         )
-        if 0 in shape or all(s == 1 or g == w for s, g, w in zip(shape, given, wanted, strict=True)):
+        if 0 in shape or all(
+            s == 1 or g == w for s, g, w in zip(shape, given, wanted, strict=True)
+        ):
             return
-        hint = (
-            f"The model was compiled for such a view: torch.empty_strided({shape}, {wanted}).copy_(tensor)."
-        )
+        hint = f"The model was compiled for such a view: torch.empty_strided({shape}, {wanted}).copy_(tensor)."
         if 0 in wanted:
             single = ", ".join(":1" if step == 0 else ":" for step in wanted)
             hint = f"The model was compiled for an expanded view: tensor[{single}].expand({shape})."
@@ -352,7 +389,9 @@ class InputCheck:
                 "It overrides what torch does with it; pass the plain tensor that it stands for.",
             )  # fmt: skip
         if tensor.is_nested:
-            self._fail(spec, f"a tensor {spec}", "a nested tensor", "Pad it with .to_padded_tensor(...).")
+            self._fail(
+                spec, f"a tensor {spec}", "a nested tensor", "Pad it with .to_padded_tensor(...)."
+            )
 
     def _explain_size(
         self,
@@ -369,9 +408,7 @@ class InputCheck:
         if size < wanted.min or (wanted.max is not None and size > wanted.max):
             top = "at least" if wanted.max is None else f"{wanted.min} to {wanted.max}"
             expected = f"{top} {wanted.min}" if wanted.max is None else top
-            why = (
-                "The range was fixed when the model was compiled; beyond it the code reads past its buffers."
-            )
+            why = "The range was fixed when the model was compiled; beyond it the code reads past its buffers."
             if wanted.reason and size < wanted.min:
                 why = f"{wanted.reason[0].upper()}{wanted.reason[1:].rstrip('.')}."
             self._fail(spec, f"size {expected} at dimension {dim} of {spec}", f"{size}", why)
@@ -417,9 +454,13 @@ def _understood(model: str, spec: TensorSpec) -> tuple[torch.dtype, torch.device
     what = f"model {model!r}, input {spec.name!r}"
     dtype = getattr(torch, spec.dtype, None)
     if not isinstance(dtype, torch.dtype):
-        raise ConfigError(f"{what}: {spec.dtype!r} is no dtype; torch's names are meant, such as 'float32'")
+        raise ConfigError(
+            f"{what}: {spec.dtype!r} is no dtype; torch's names are meant, such as 'float32'"
+        )
     if spec.order is not None and sorted(spec.order) != list(range(len(spec.shape))):
-        raise ConfigError(f"{what}: the order {spec.order} is not one of {len(spec.shape)} dimensions")
+        raise ConfigError(
+            f"{what}: the order {spec.order} is not one of {len(spec.shape)} dimensions"
+        )
     if spec.strides is not None:
         own = {dim.symbol for dim in spec.shape if isinstance(dim, DynamicDim)}
         if len(spec.strides) != len(spec.shape):

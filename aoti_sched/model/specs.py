@@ -199,8 +199,16 @@ class ConstantSpec(msgspec.Struct, frozen=True):
 
 def row_symbols(specs: Iterable[LeafSpec], dim: int) -> list[str]:
     """The symbols that stand alone for a tensor's size in this dimension, in order of appearance."""
-    sizes = [spec.shape[dim] for spec in specs if isinstance(spec, TensorSpec) and 0 <= dim < len(spec.shape)]
-    plain = [size for size in sizes if isinstance(size, DynamicDim) and size.scale == 1 and not size.offset]
+    sizes = [
+        spec.shape[dim]
+        for spec in specs
+        if isinstance(spec, TensorSpec) and 0 <= dim < len(spec.shape)
+    ]
+    plain = [
+        size
+        for size in sizes
+        if isinstance(size, DynamicDim) and size.scale == 1 and not size.offset
+    ]
     return list(dict.fromkeys(size.symbol for size in plain))
 
 
@@ -212,7 +220,10 @@ def with_one_symbol(leaves: Sequence[_Leaf], old: str, new: str) -> tuple[_Leaf,
         for leaf in leaves
         if isinstance(leaf, TensorSpec)
         for dim in leaf.shape
-        if isinstance(dim, DynamicDim) and dim.symbol in (old, new) and dim.scale == 1 and not dim.offset
+        if isinstance(dim, DynamicDim)
+        and dim.symbol in (old, new)
+        and dim.scale == 1
+        and not dim.offset
     ]
     low = max((dim.min for dim in both), default=0)
     high = min((dim.max for dim in both if dim.max is not None), default=None)
@@ -257,7 +268,8 @@ def spec_from_metadata(metadata: dict[str, str]) -> ModelSpec | None:
 # --- what the packaged wrapper source states ---------------------------------------------------------
 
 _CHECK = re.compile(
-    r"static void check_input_(\d+)\(\s*AtenTensorHandle\* input_handles\s*\)\s*\{(.*?)\n\}", re.DOTALL
+    r"static void check_input_(\d+)\(\s*AtenTensorHandle\* input_handles\s*\)\s*\{(.*?)\n\}",
+    re.DOTALL,
 )
 _DTYPE = re.compile(r"expected: \" << \w+_expected_dtype << \"\(at::k(\w+)\)")
 _STATIC = re.compile(r"if \((\d+) != \w+_size\[(\d+)\]\)")
@@ -295,7 +307,9 @@ def specs_from_wrapper(source: str) -> tuple[TensorSpec, ...] | None:
         low = {int(dim): int(size) for dim, size in _LOW.findall(body)}
         high = {int(dim): int(size) for dim, size in _HIGH.findall(body)}
         shape = tuple(
-            static[dim] if dim in static else _wrapper_dim(expression, low.get(dim, 0), high.get(dim))
+            static[dim]
+            if dim in static
+            else _wrapper_dim(expression, low.get(dim, 0), high.get(dim))
             for dim, expression in enumerate(names)
         )
         strides = [part.strip() for part in stride_text.split(",") if part.strip()]

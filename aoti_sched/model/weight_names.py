@@ -70,7 +70,11 @@ def digest_of(tensor: torch.Tensor) -> str:
 def _identity(tensor: torch.Tensor) -> object:
     import torch
 
-    if tensor.layout != torch.strided or not tensor.numel() or not tensor.untyped_storage().data_ptr():
+    if (
+        tensor.layout != torch.strided
+        or not tensor.numel()
+        or not tensor.untyped_storage().data_ptr()
+    ):
         return id(tensor)
     return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), str(tensor.device)
 

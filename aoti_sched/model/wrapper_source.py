@@ -80,7 +80,8 @@ def writes_to_buffers(
 # --- reading ------------------------------------------------------------------------------------------
 
 _BODY = re.compile(
-    r"^\s*void AOTInductorModel::run_impl\((.*?)^\} // AOTInductorModel::run_impl", re.DOTALL | re.MULTILINE
+    r"^\s*void AOTInductorModel::run_impl\((.*?)^\} // AOTInductorModel::run_impl",
+    re.DOTALL | re.MULTILINE,
 )
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _BOUND = re.compile(r"auto& (\w+) = constants_->at\((\d+)\);")
@@ -114,7 +115,9 @@ def _triton_parameters(source: str) -> dict[str, list[str]]:
     """Parameters' names of the functions that launch a device's kernels; in_ptr0, out_ptr0, in_out_ptr0 say what is done."""
     found = {}
     for name, parameters in _DECLARED.findall(source):
-        found[name] = [part.split()[-1].lstrip("&*") for part in parameters.split(",") if part.split()]
+        found[name] = [
+            part.split()[-1].lstrip("&*") for part in parameters.split(",") if part.split()
+        ]
     return found
 
 
@@ -167,7 +170,9 @@ def _use(statement: str, mention: re.Pattern[str], parameters: dict[str, list[st
     if shim is None or shim[1] in _OPAQUE or "moving_avg" in shim[1]:
         return None
     # As torch names its functions: add_ and fill__Scalar write to their first argument, mm_out does, all others to none.
-    in_place = shim[1].endswith("_") or "__" in shim[1].lstrip("_") or re.search(r"_out(_|$)", shim[1])
+    in_place = (
+        shim[1].endswith("_") or "__" in shim[1].lstrip("_") or re.search(r"_out(_|$)", shim[1])
+    )
     return bool(in_place) and 0 in places
 
 

@@ -119,7 +119,12 @@ class Package:
     """
 
     def __init__(
-        self, source: ZipSource | LibrarySource, sha256: str, limits: Limits, *, pinned: bool = False
+        self,
+        source: ZipSource | LibrarySource,
+        sha256: str,
+        limits: Limits,
+        *,
+        pinned: bool = False,
     ) -> None:
         self.path = source.path
         """The file, as the caller named it."""
@@ -130,7 +135,9 @@ class Package:
         self._pinned = (
             pinned  # the caller named the hash: what was unpacked earlier is compared with the file
         )
-        self._layouts = _bare_layout(source) if isinstance(source, LibrarySource) else _zip_layouts(source)
+        self._layouts = (
+            _bare_layout(source) if isinstance(source, LibrarySource) else _zip_layouts(source)
+        )
         self._described: dict[str, PackagedModel] = {}
 
     @property
@@ -159,7 +166,9 @@ class Package:
         layout = self._layout(model)
         return None if layout.wrapper is None else self._text(layout.wrapper)
 
-    def extract(self, model: PackagedModel | str | None = None, cache_dir: Path | None = None) -> Extracted:
+    def extract(
+        self, model: PackagedModel | str | None = None, cache_dir: Path | None = None
+    ) -> Extracted:
         """Unpack a model's files into the cache, or find them there. Blocking.
 
         The directory is named by the content, so the same package is unpacked once whatever it is called,
@@ -214,11 +223,14 @@ class Package:
         if "model" in self._layouts:
             return "model"
         raise ModelNotFoundError(
-            f"{self.path} holds several models: {names}. Say which one is meant.", path=str(self.path)
+            f"{self.path} holds several models: {names}. Say which one is meant.",
+            path=str(self.path),
         )
 
     def _layout(self, model: PackagedModel | str | None) -> _Layout:
-        return self._layouts[self._chosen(model.name if isinstance(model, PackagedModel) else model)]
+        return self._layouts[
+            self._chosen(model.name if isinstance(model, PackagedModel) else model)
+        ]
 
     def _describe(self, layout: _Layout) -> PackagedModel:
         metadata = {} if layout.metadata is None else self._json(layout.metadata, dict[str, str])
@@ -259,7 +271,9 @@ class Package:
     def _needs_proxy_executor(self, layout: _Layout) -> bool:
         if layout.custom_objects is not None and self._json(layout.custom_objects, dict[str, str]):
             return True
-        return layout.extern_nodes is not None and bool(self._json(layout.extern_nodes, _ExternNodes).nodes)
+        return layout.extern_nodes is not None and bool(
+            self._json(layout.extern_nodes, _ExternNodes).nodes
+        )
 
     def _stored_weights(self, layout: _Layout) -> _StoredWeights:
         """What weights_config.json lists. torch writes an empty one for a model without such weights."""
@@ -279,7 +293,9 @@ class Package:
 
     def _json(self, member: str, kind: type[_T]) -> _T:
         try:
-            return msgspec.json.decode(read_member(self._source, member, self._limits.json), type=kind)
+            return msgspec.json.decode(
+                read_member(self._source, member, self._limits.json), type=kind
+            )
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise PackageFormatError(
                 f"{self.path}: member {member!r} is not the JSON that torch writes there: {error}.",
@@ -374,7 +390,9 @@ _StoredWeights = dict[str, tuple[str, tuple[int, ...], tuple[int, ...], int]]
 """weights_config.json: for each constant, its file, shape, stride and offset."""
 
 # The top folder is the package's stem as it was when torch wrote it; before torch 2.7 there was none.
-_MODEL_MEMBER = re.compile(r"(?P<root>(?:.*?/)?)data/aotinductor/(?P<model>[^/]+)/(?P<path>.+)", re.DOTALL)
+_MODEL_MEMBER = re.compile(
+    r"(?P<root>(?:.*?/)?)data/aotinductor/(?P<model>[^/]+)/(?P<path>.+)", re.DOTALL
+)
 
 
 class _ExternNodes(msgspec.Struct):
@@ -410,7 +428,11 @@ def _zip_layouts(source: ZipSource) -> dict[str, _Layout]:
         exported = any(re.search(r"(^|/)models/[^/]+\.json$", member) for member in source.members)
         raise PackageFormatError(
             f"{source.path} holds no compiled model"
-            + (", only an exported program: compile it" if exported else ". Expected a package written")
+            + (
+                ", only an exported program: compile it"
+                if exported
+                else ". Expected a package written"
+            )
             + " by torch._inductor.aoti_compile_and_package.",
             path=str(source.path),
         )
@@ -434,10 +456,14 @@ def _zip_layout(source: ZipSource, root: str, name: str, files: Mapping[str, str
 
 def _bare_layout(source: LibrarySource) -> dict[str, _Layout]:
     name = source.path.stem
-    return {name: _layout(name, source.path.name, {member: member for member in source.members}, {})}
+    return {
+        name: _layout(name, source.path.name, {member: member for member in source.members}, {})
+    }
 
 
-def _layout(name: str, library: str, files: Mapping[str, str], weight_files: dict[str, str]) -> _Layout:
+def _layout(
+    name: str, library: str, files: Mapping[str, str], weight_files: dict[str, str]
+) -> _Layout:
     stem = _wrapper_stem(library, files)
     extern_nodes = files.get(f"{stem}.json")
     unpacked = dict(files)
@@ -464,7 +490,9 @@ def _wrapper_stem(library: str, files: Iterable[str]) -> str:
     if f"{stem}_metadata.json" in files:
         return stem
     wrappers = [
-        file.removesuffix("_metadata.json") for file in files if file.endswith(".wrapper_metadata.json")
+        file.removesuffix("_metadata.json")
+        for file in files
+        if file.endswith(".wrapper_metadata.json")
     ]
     return wrappers[0] if len(wrappers) == 1 else stem
 

@@ -22,7 +22,12 @@ from typing import IO, TYPE_CHECKING, Protocol
 
 import msgspec
 
-from aoti_sched.errors import PackageError, PackageFormatError, PackageHashError, PackageNotFoundError
+from aoti_sched.errors import (
+    PackageError,
+    PackageFormatError,
+    PackageHashError,
+    PackageNotFoundError,
+)
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -218,12 +223,16 @@ class ZipSource:
         with io.BufferedReader(self._digest.open(), buffer_size=_BLOCK) as stream:
             self._seek_to_data(stream, name, entry)
             crc = count = 0
-            for chunk in self._inflate(stream, name, entry) if entry.deflated else _stored(stream, entry):
+            for chunk in (
+                self._inflate(stream, name, entry) if entry.deflated else _stored(stream, entry)
+            ):
                 crc = zlib.crc32(chunk, crc)
                 count += len(chunk)
                 yield chunk
         if count != entry.size or crc != entry.crc:
-            raise self._refuse(name, f"is damaged: {count} of {entry.size} bytes, or a wrong checksum")
+            raise self._refuse(
+                name, f"is damaged: {count} of {entry.size} bytes, or a wrong checksum"
+            )
 
     def _read_directory(self, limits: Limits) -> dict[str, _Entry]:
         try:
@@ -231,7 +240,13 @@ class ZipSource:
                 infos = file.infolist()
         except PackageError:
             raise
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct.error) as error:
+        except (
+            zipfile.BadZipFile,
+            NotImplementedError,
+            ValueError,
+            EOFError,
+            struct.error,
+        ) as error:
             raise self._not_a_zip(error) from error
         if len(infos) > limits.members:
             raise PackageFormatError(
@@ -257,8 +272,14 @@ class ZipSource:
         # zipfile cuts a name at a NUL byte; the whole one is what other tools would see.
         name = info.orig_filename.replace("\\", "/")
         parts = name.removesuffix("/").split("/")
-        if "\0" in name or any(part in ("", ".", "..") for part in parts) or re.match(r"[A-Za-z]:", name):
-            raise self._refuse(info.orig_filename, "would lie outside the directory it is extracted to")
+        if (
+            "\0" in name
+            or any(part in ("", ".", "..") for part in parts)
+            or re.match(r"[A-Za-z]:", name)
+        ):
+            raise self._refuse(
+                info.orig_filename, "would lie outside the directory it is extracted to"
+            )
         kind = stat.S_IFMT(info.external_attr >> 16)
         if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
             raise self._refuse(name, "is a link or a device, not a file")
@@ -275,7 +296,9 @@ class ZipSource:
             )
         deflated = info.compress_type == zipfile.ZIP_DEFLATED
         if not deflated and info.file_size != info.compress_size:
-            raise self._refuse(name, f"claims {info.file_size} bytes but stores {info.compress_size}")
+            raise self._refuse(
+                name, f"claims {info.file_size} bytes but stores {info.compress_size}"
+            )
         if info.file_size > max(_BLOCK, limits.ratio * info.compress_size):
             raise self._refuse(
                 name,
@@ -298,7 +321,9 @@ class ZipSource:
             if _end(entry) > following.offset:
                 raise self._refuse(name, "overlaps another member")
         if ordered and _end(ordered[-1][1]) > self._digest.size:
-            raise self._refuse(ordered[-1][0], "reaches beyond the end of the file; the file is truncated")
+            raise self._refuse(
+                ordered[-1][0], "reaches beyond the end of the file; the file is truncated"
+            )
 
     def _seek_to_data(self, stream: IO[bytes], name: str, entry: _Entry) -> None:
         stream.seek(entry.offset)
@@ -321,7 +346,9 @@ class ZipSource:
                     pending = inflater.unconsumed_tail
                     left -= len(chunk)
                     if left < 0:
-                        raise self._refuse(name, f"holds more than the {entry.size} bytes it declares")
+                        raise self._refuse(
+                            name, f"holds more than the {entry.size} bytes it declares"
+                        )
                     yield chunk
             while chunk := inflater.decompress(b"", _BLOCK):
                 left -= len(chunk)
@@ -331,10 +358,14 @@ class ZipSource:
         except zlib.error as error:
             raise self._refuse(name, f"is damaged: {error}") from error
         if not inflater.eof or inflater.unused_data:
-            raise self._refuse(name, "is damaged: its compressed data ends before or beyond its place")
+            raise self._refuse(
+                name, "is damaged: its compressed data ends before or beyond its place"
+            )
 
     def _refuse(self, name: str, why: str) -> PackageFormatError:
-        return PackageFormatError(f"{self.path}: member {name!r} {why}; refused.", path=str(self.path))
+        return PackageFormatError(
+            f"{self.path}: member {name!r} {why}; refused.", path=str(self.path)
+        )
 
     def _not_a_zip(self, error: Exception) -> PackageFormatError:
         if self._digest.size == 0:
@@ -373,7 +404,9 @@ class _DirectoryReader(io.BufferedReader):
 def open_regular_file(path: Path) -> io.FileIO:
     """Open for reading, without blocking on a pipe; anything but a plain file is a `PackageFormatError`."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        descriptor = os.open(
+            path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        )
     except IsADirectoryError:
         descriptor = -1
     if descriptor < 0 or not stat.S_ISREG(os.fstat(descriptor).st_mode):

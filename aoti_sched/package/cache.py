@@ -95,7 +95,9 @@ def unpack(
     """
     cache = cache_dir if cache_dir is not None else default_cache_dir()
     if "\0" in str(cache):
-        raise PackageError(f"The cache directory {str(cache)!r} has a NUL in its name. Name another.")
+        raise PackageError(
+            f"The cache directory {str(cache)!r} has a NUL in its name. Name another."
+        )
     try:
         folder = private_folder(cache)
         cache = folder.name
@@ -160,7 +162,9 @@ def _find_complete(wanted: _Wanted, *, locked: bool) -> Path | None:
     """
     try:
         check_planted(wanted.cache, wanted.entry, wanted.entry.lstat())
-        candidates = sorted(path for path in wanted.entry.iterdir() if not path.name.startswith(_STAGING))
+        candidates = sorted(
+            path for path in wanted.entry.iterdir() if not path.name.startswith(_STAGING)
+        )
     except FileNotFoundError:
         return None
     right = (candidate for candidate in candidates if _is_right(candidate, wanted, locked=locked))

@@ -24,7 +24,9 @@ def named(package: object) -> tuple[str, bytes | None]:
         return _in_memory(package.getvalue())
     if isinstance(package, (bytearray, memoryview)):
         return _in_memory(bytes(package))
-    if isinstance(package, bytes) and (_is_package(package) or len(package) > _LONGEST_PATH or not package):
+    if isinstance(package, bytes) and (
+        _is_package(package) or len(package) > _LONGEST_PATH or not package
+    ):
         return _in_memory(package)
     if isinstance(package, io.IOBase) or hasattr(package, "read"):
         raise ConfigError(

@@ -82,7 +82,8 @@ def is_library(digest: FileDigest) -> bool:
 def _companions(library: Path) -> list[Path]:
     stem = library.with_suffix("")
     found = {
-        stem.with_name(stem.name + ending) for ending in (".cpp", ".json", "_metadata.json", "_weights.blob")
+        stem.with_name(stem.name + ending)
+        for ending in (".cpp", ".json", "_metadata.json", "_weights.blob")
     }
     if sum(path.suffix in LIBRARY_SUFFIXES for path in library.parent.iterdir()) == 1:
         for pattern in _BY_NAME:

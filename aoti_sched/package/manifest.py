@@ -35,7 +35,12 @@ class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def describes(self, status: os.stat_result) -> bool:
         """Return whether the file of this status is the recorded one, unchanged."""
-        return stat.S_ISREG(status.st_mode) and (self.size, self.mtime_ns, self.ctime_ns, self.inode) == (
+        return stat.S_ISREG(status.st_mode) and (
+            self.size,
+            self.mtime_ns,
+            self.ctime_ns,
+            self.inode,
+        ) == (
             status.st_size,
             status.st_mtime_ns,
             status.st_ctime_ns,

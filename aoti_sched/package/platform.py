@@ -70,6 +70,7 @@ def parse_cpuinfo(text: str) -> frozenset[str] | None:
         frozenset(value.split())
         for line in text.splitlines()
         for key, _, value in (line.partition(":"),)
-        if key.strip().lower() in ("flags", "features")  # x86 says flags; arm and s390x say features
+        if key.strip().lower()
+        in ("flags", "features")  # x86 says flags; arm and s390x say features
     ]
     return frozenset.intersection(*lists) if lists else None

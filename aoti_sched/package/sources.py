@@ -50,7 +50,8 @@ _MODEL_BASE = re.compile(
     r"(?:std::move\()?cubin_dir\)?(?:,\s*(true|false))?\s*\)"
 )
 _LAYOUT = re.compile(
-    r'^\s*constants_info_\[(\d+)\]\.(?:(name) = "([^"\n]*)"|(shape|stride) = \{([\d, ]*)\});', re.MULTILINE
+    r'^\s*constants_info_\[(\d+)\]\.(?:(name) = "([^"\n]*)"|(shape|stride) = \{([\d, ]*)\});',
+    re.MULTILINE,
 )
 _DATA_SIZE = re.compile(r"^\s*constants_info_\[\d+\]\.data_size = (\d+);", re.MULTILINE)
 

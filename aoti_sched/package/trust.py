@@ -213,7 +213,9 @@ def _held(folder: Path, weakness: str) -> Path:
     The folder must be this process's own, not root's: whoever can change the way could lead it to any of root's.
     """
     owner = frozenset((os.geteuid(),))
-    _check_folder(folder, folder.lstat(), owner)  # for the message: what is another's may not even be opened
+    _check_folder(
+        folder, folder.lstat(), owner
+    )  # for the message: what is another's may not even be opened
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     kept = False
     try:

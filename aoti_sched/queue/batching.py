@@ -98,7 +98,12 @@ class Company:
         key = self.keys.get(job.key)
         if key is None:
             return job.bytes, 1
-        size, jobs, rows, most = job.bytes + key.bytes, 1 + key.jobs, job.rows + key.rows, self.rule.max_rows
+        size, jobs, rows, most = (
+            job.bytes + key.bytes,
+            1 + key.jobs,
+            job.rows + key.rows,
+            self.rule.max_rows,
+        )
         return (size, jobs) if rows <= most else (size * most // rows, max(1, jobs * most // rows))
 
     def see(self, name: Hashable, now: float) -> None:

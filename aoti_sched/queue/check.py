@@ -35,7 +35,10 @@ def check(queue: DeviceQueue) -> None:
         "each lane is free or runs one job",
     )
     must(
-        all(job.lane == lane and job.inline == (lane == LOOP) for lane, job in queue.lanes.running.items()),
+        all(
+            job.lane == lane and job.inline == (lane == LOOP)
+            for lane, job in queue.lanes.running.items()
+        ),
         "a job knows its lane",
     )
     must(
@@ -47,14 +50,22 @@ def check(queue: DeviceQueue) -> None:
         ),
         "a turn with inline runs, or with jobs that may have company, has a next",
     )
-    on_cores = sum(job.source.runner.width for lane, job in queue.lanes.running.items() if lane != LOOP)
-    must(queue.lanes.free_cores == queue.lanes.cores - on_cores >= 0, "what is on lanes has its cores")
+    on_cores = sum(
+        job.source.runner.width for lane, job in queue.lanes.running.items() if lane != LOOP
+    )
+    must(
+        queue.lanes.free_cores == queue.lanes.cores - on_cores >= 0,
+        "what is on lanes has its cores",
+    )
     queued_jobs = queued_bytes = 0
     for runner in queue.runners.values():
         on_lanes = [job for job in queue.lanes.running.values() if job.source.runner is runner]
         held = [lease.slot for lease in runner.leases.values()]
         own = [job.slot for job in on_lanes if job.source is runner]
-        must(sorted([*runner.free, *held, *own]) == list(range(runner.slots)), "free + leased = all slots")
+        must(
+            sorted([*runner.free, *held, *own]) == list(range(runner.slots)),
+            "free + leased = all slots",
+        )
         for lease in runner.leases.values():
             runs = [job for job in on_lanes if job.source is lease]
             must(len(runs) + len(lease.free) == 1, "a lease runs at most one job at a time")
@@ -66,11 +77,17 @@ def check(queue: DeviceQueue) -> None:
         must(all(job.state is JobState.QUEUED for job in queued), "what is in a queue is QUEUED")
         must(all(job.state is JobState.WAITING for job in gate), "what is at a gate is WAITING")
         must(runner.load.jobs == len(queued), "a runner's load counts its queued jobs")
-        must(runner.load.bytes == sum(job.bytes for job in queued), "a runner's load counts its bytes")
+        must(
+            runner.load.bytes == sum(job.bytes for job in queued),
+            "a runner's load counts its bytes",
+        )
         for lease in runner.leases.values():
             jobs = lease.queue.jobs()
             must(lease.load.jobs == len(jobs), "a lease's load counts its queued jobs")
-            must(lease.load.bytes == sum(job.bytes for job in jobs), "a lease's load counts its bytes")
+            must(
+                lease.load.bytes == sum(job.bytes for job in jobs),
+                "a lease's load counts its bytes",
+            )
             must(lease.load.within_bounds(), "no bound of a lease is exceeded")
             must(
                 not _has_room(lease) or lease.halted > 0 or queue._goes_on,
@@ -79,15 +96,21 @@ def check(queue: DeviceQueue) -> None:
             must(not lease.closed, "a held lease is never closed")
         _check_tenants(runner, must)
         awaiting = list(runner.awaiting.values())
-        must(all(job.state is JobState.WAITING for job in awaiting), "what awaits an epoch is WAITING")
         must(
-            all(job.min_epoch > runner.published for job in awaiting), "nobody awaits an epoch that has been"
+            all(job.state is JobState.WAITING for job in awaiting),
+            "what awaits an epoch is WAITING",
+        )
+        must(
+            all(job.min_epoch > runner.published for job in awaiting),
+            "nobody awaits an epoch that has been",
         )
         must(
             all(job.min_epoch <= job.source.epoch for job in (*queued, *gate)),
             "what is queued can have its epoch",
         )
-        must(all(job.epoch == job.source.epoch for job in on_lanes), "nothing runs on another epoch")
+        must(
+            all(job.epoch == job.source.epoch for job in on_lanes), "nothing runs on another epoch"
+        )
         must(1 <= runner.epoch <= runner.published, "an epoch was published")
         must(
             not runner.reached or (runner.closed and runner.home),
@@ -172,7 +195,10 @@ def _check_memory(queue: DeviceQueue, must: Callable[[bool, str], None]) -> None
         memory.leaving == sum(one.bytes for one in there if one.stay is Stay.LEAVING),
         "what leaves memory is counted",
     )
-    must(memory.promised == sum(claim.bytes for claim in memory.claims), "what was promised is counted")
+    must(
+        memory.promised == sum(claim.bytes for claim in memory.claims),
+        "what was promised is counted",
+    )
     must(
         not memory.claims
         or (memory.limit is not None and memory.used + memory.claims[0].bytes > memory.limit),
@@ -186,12 +212,16 @@ def _check_memory(queue: DeviceQueue, must: Callable[[bool, str], None]) -> None
         stay = runner.memory.stay
         must(runner.memory in memory.holdings, "what a runner has of the memory is known")
         must(
-            runner.closed or stay is Stay.HERE, "nothing of a runner starts while its constants are not there"
+            runner.closed or stay is Stay.HERE,
+            "nothing of a runner starts while its constants are not there",
         )
         must(runner.home or stay in (Stay.HERE, Stay.LEAVING), "nothing runs without constants")
         must(stay is Stay.HERE or not runner.leases, "who has held leases is not parked")
         must(
-            runner in memory.line or stay is not Stay.AWAY or not runner.load.jobs or runner.halted > 0,
+            runner in memory.line
+            or stay is not Stay.AWAY
+            or not runner.load.jobs
+            or runner.halted > 0,
             "who is away and asked for stands in line",
         )
     must(
@@ -219,9 +249,14 @@ def _check_tenants(runner: RunnerState, must: Callable[[bool, str], None]) -> No
         if most is not None and not job.exempt:
             counted[job.tenant] = counted.get(job.tenant, 0) + 1
     must(runner.tenant_jobs == counted, "what a tenant has at the gate and in the queue is counted")
-    must(most is None or max(counted.values(), default=0) <= most, "no bound of a tenant is exceeded")
+    must(
+        most is None or max(counted.values(), default=0) <= most, "no bound of a tenant is exceeded"
+    )
     for tenant, line in runner.tenant_lines.items():
-        must(bool(line) and counted.get(tenant) == most, "nobody waits for its tenant when there is room")
+        must(
+            bool(line) and counted.get(tenant) == most,
+            "nobody waits for its tenant when there is room",
+        )
         must(
             all(job.state is JobState.WAITING and job.tenant == tenant for job in line.values()),
             "what waits for its tenant is WAITING",
@@ -245,7 +280,9 @@ def _check_accounts(
         for tenant, own in turns.accounts.items():
             mine = [job for job in of_class if job.source is runner and job.tenant == tenant]
             runs = [
-                j for j in running if j.source is runner and j.tenant == tenant and j.priority == priority
+                j
+                for j in running
+                if j.source is runner and j.tenant == tenant and j.priority == priority
             ]
             must(
                 (own.queued, own.running) == (len(mine), len(runs)),
@@ -255,7 +292,9 @@ def _check_accounts(
             must(idle == (own.rested > 0), "an idle tenant is known as one")
         resting = sum(own.rested > 0 for own in turns.accounts.values())
         must(resting == turns._resting <= fair.DEBTORS, "of idle tenants not too many are known")
-        of_tenants = [j for j in (*of_class, *running) if j.source is runner and j.priority == priority]
+        of_tenants = [
+            j for j in (*of_class, *running) if j.source is runner and j.priority == priority
+        ]
         must(
             all(turns.accounts.get(job.tenant) is job.account for job in of_tenants),
             "what is queued or runs is on its tenant's account",
@@ -301,15 +340,29 @@ def _check_company(
                 "a batch has not too many rows",
             )
             must(
-                all((m.lane, m.slot, m.epoch) == (job.lane, job.slot, job.epoch) for m in job.members),
+                all(
+                    (m.lane, m.slot, m.epoch) == (job.lane, job.slot, job.epoch)
+                    for m in job.members
+                ),
                 "a batch runs in one place",
             )
-    keyed = [job for job in queued if job.source is runner and job.key is not None and not job.holds]
-    must(company.keys.keys() == {job.key for job in keyed}, "each key that has jobs is known, and no other")
+    keyed = [
+        job for job in queued if job.source is runner and job.key is not None and not job.holds
+    ]
+    must(
+        company.keys.keys() == {job.key for job in keyed},
+        "each key that has jobs is known, and no other",
+    )
     for name, key in company.keys.items():
         alike = [job for job in keyed if job.key == name]
-        must((key.jobs, key.rows) == (len(alike), sum(job.rows for job in alike)), "a key counts its jobs")
-        must(not key.held or key.ripe or queue._turn_asked, "what is held until the next turn has one")
+        must(
+            (key.jobs, key.rows) == (len(alike), sum(job.rows for job in alike)),
+            "a key counts its jobs",
+        )
+        must(
+            not key.held or key.ripe or queue._turn_asked,
+            "what is held until the next turn has one",
+        )
         wakes = queue._wake is not None and queue._wake <= key.ripe_at
         must(key.ripe or key.held or wakes, "what waits for company is not forgotten")
     must(

@@ -123,7 +123,9 @@ class DeviceQueue:
         self._endings: deque[Ending] = deque()
         self._goes_on = False  # `go_on` was asked for
         self.timers = Timers()
-        self._gathering: list[RunnerState] = []  # jobs that may have company have come to them in this turn
+        self._gathering: list[
+            RunnerState
+        ] = []  # jobs that may have company have come to them in this turn
         self._wake: float | None = None
         self._ids = 0
         self._lease_ids = 0
@@ -168,7 +170,9 @@ class DeviceQueue:
         if not 0.0 < share < math.inf:
             raise IllegalFactError(f"runner {name!r}: a share is a positive number, not {share}")
         if batching is not None and self.policy.max_wait is not None:
-            delay = min(batching.max_delay, self.policy.max_wait)  # who is overdue waits for no company
+            delay = min(
+                batching.max_delay, self.policy.max_wait
+            )  # who is overdue waits for no company
             batching = msgspec.structs.replace(batching, max_delay=delay)
         load = Load(f"runner {name!r}", bounds or Bounds())
         runner = RunnerState(
@@ -229,7 +233,9 @@ class DeviceQueue:
         commands: list[Command] = []
 
         def error(_: Job) -> AotiSchedError:
-            return RunnerClosedError(f"runner {runner.name!r} was terminated while the request was queued")
+            return RunnerClosedError(
+                f"runner {runner.name!r} was terminated while the request was queued"
+            )
 
         ending = Ending(runner, self._ids, error, awaiting=True, leases=True)
         self._end_in_slices(ending, now, commands)
@@ -256,13 +262,17 @@ class DeviceQueue:
         """Forget a runner that was `Drained`."""
         self._known(runner)
         if runner.phase is not Phase.DRAINED:
-            raise IllegalFactError(f"runner {runner.name!r} is {runner.phase.name}, it can't be removed")
+            raise IllegalFactError(
+                f"runner {runner.name!r} is {runner.phase.name}, it can't be removed"
+            )
         del self.runners[runner.name]
         self.ledger.close(runner.name)
         self._choice.forget(runner)
         self.room.gates.leave(runner)
 
-    def close_barrier(self, runner: RunnerState, now: float, *, abort: bool = False) -> list[Command]:
+    def close_barrier(
+        self, runner: RunnerState, now: float, *, abort: bool = False
+    ) -> list[Command]:
         """Start nothing more of this runner, but for its held leases; `BarrierReached` follows when every slot is home.
 
         With `abort`, what is queued (and not a held lease's) is revoked and does not wait.
@@ -283,7 +293,9 @@ class DeviceQueue:
         self._see_what_is_over(runner, now, commands)
         return commands
 
-    def open_barrier(self, runner: RunnerState, now: float, *, epoch: int | None = None) -> list[Command]:
+    def open_barrier(
+        self, runner: RunnerState, now: float, *, epoch: int | None = None
+    ) -> list[Command]:
         """Go on, on another epoch when one is given. Jobs that waited for it now take their place in the queue."""
         self._known(runner)
         before = runner.epoch
@@ -305,7 +317,9 @@ class DeviceQueue:
             MemoryLimitError: It can't be had, even if all that is idle is parked.
         """
         if claim.holding.runner is not None and not claim.holding.updating:
-            raise IllegalFactError(f"runner {claim.holding.name!r}: memory is claimed for one on hold")
+            raise IllegalFactError(
+                f"runner {claim.holding.name!r}: memory is claimed for one on hold"
+            )
         return self.memory.claim(claim, now)
 
     def give_up(self, claim: Claim, now: float) -> list[Command]:
@@ -352,7 +366,9 @@ class DeviceQueue:
             raise IllegalFactError(f"runner {runner.name!r} was not to come back")
         commands = self.memory.returned(runner.memory, now, ok=not error)
         if error:
-            what = f"runner {runner.name!r} was parked, and its weights can't be brought back: {error}"
+            what = (
+                f"runner {runner.name!r} was parked, and its weights can't be brought back: {error}"
+            )
             self._end_in_slices(Ending(runner, self._ids, lambda _: LoadError(what)), now, commands)
         else:
             barrier.open_on(runner, None)
@@ -386,7 +402,9 @@ class DeviceQueue:
         it is not refused for what is predicted, nor for those who await an epoch, too.
         """
         runner = job.source.runner
-        if runner.phase is not Phase.DRAINED:  # one that was drained and removed is refused, not unknown
+        if (
+            runner.phase is not Phase.DRAINED
+        ):  # one that was drained and removed is refused, not unknown
             self._known(runner)
         if job.state is not JobState.NEW:
             raise IllegalFactError(f"job {job.id} was submitted before, it is {job.state.name}")
@@ -467,7 +485,9 @@ class DeviceQueue:
         """
         lanes = self.lanes
         if not lanes.hold(job):
-            raise IllegalFactError(f"job {job.id} is {job.state.name} and not on a lane: it can't complete")
+            raise IllegalFactError(
+                f"job {job.id} is {job.state.name} and not on a lane: it can't complete"
+            )
         source, runner = job.source, job.source.runner
         started = job.started if started is None else started
         finished = now if finished is None else finished
@@ -938,7 +958,9 @@ class DeviceQueue:
         job.source.runner.counters.revoked += 1
         commands.append(Revoke(job, error))
 
-    def _serve_epoch(self, runner: RunnerState, now: float, commands: list[Command], *, back: bool) -> None:
+    def _serve_epoch(
+        self, runner: RunnerState, now: float, commands: list[Command], *, back: bool
+    ) -> None:
         """The runner's epoch has changed: who waited for it may queue, who can't have theirs any more, since it went back, is told."""
         for job in [*runner.waiting(), *runner.queue.jobs()] if back else []:
             error = barrier.epoch_refusal(job)
@@ -1012,7 +1034,9 @@ class DeviceQueue:
             return times.typical(job.bytes)
         return times.bound(job.bytes) if times.knows(job.bytes) else 0.0
 
-    def _expire(self, job: Job, now: float, commands: list[Command], takes: float | None = None) -> None:
+    def _expire(
+        self, job: Job, now: float, commands: list[Command], takes: float | None = None
+    ) -> None:
         if job.state is JobState.RUNNING:
             job.happens(Fact.EXPIRE)
             self.timers.ended(job)

@@ -201,5 +201,7 @@ class Job:
         """Move to the next state by the table, or raise `IllegalFactError` and change nothing."""
         following = TRANSITIONS[self.state].get(fact)
         if following is None:
-            raise IllegalFactError(f"job {self.id} is {self.state.name}: {fact.name} can't happen to it")
+            raise IllegalFactError(
+                f"job {self.id} is {self.state.name}: {fact.name} can't happen to it"
+            )
         self.state = following

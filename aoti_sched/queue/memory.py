@@ -94,7 +94,12 @@ class Claim:
     __slots__ = ("bytes", "holding", "payload", "returns")
 
     def __init__(
-        self, holding: Holding, size: int, payload: Any = None, *, returns: RunnerState | None = None
+        self,
+        holding: Holding,
+        size: int,
+        payload: Any = None,
+        *,
+        returns: RunnerState | None = None,
     ) -> None:
         self.holding = holding
         self.bytes = size

@@ -90,7 +90,9 @@ class Source:
         "runner",
     )
 
-    def __init__(self, name: str, slots: list[int], epoch: int, load: Load, queue: JobQueue) -> None:
+    def __init__(
+        self, name: str, slots: list[int], epoch: int, load: Load, queue: JobQueue
+    ) -> None:
         self.name = name
         self.free = slots
         self.gate = JobQueue()

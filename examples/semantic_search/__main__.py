@@ -27,7 +27,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=packages.CACHE / "latency.png",
         help="where the picture goes (%(default)s)",
     )
-    parser.add_argument("--quick", action="store_true", help="serve for half a second instead of ten")
+    parser.add_argument(
+        "--quick", action="store_true", help="serve for half a second instead of ten"
+    )
     return parser.parse_args(arguments)
 
 

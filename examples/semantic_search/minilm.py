@@ -59,7 +59,9 @@ class Embeddings(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         position = self.position.weight[: input_ids.shape[1]]
-        segment = self.segment.weight[0]  # a sentence stands alone: every token is of the first text
+        segment = self.segment.weight[
+            0
+        ]  # a sentence stands alone: every token is of the first text
         return cast("Tensor", self.norm(self.word(input_ids) + position + segment))
 
 

@@ -93,7 +93,10 @@ def ensure_packages(console: Console) -> dict[str, Path]:
 def _build(model: str, path: Path, tell: Callable[[str], None]) -> None:
     """Run this file as a program for `model`; the package appears at `path` whole, or not at all."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as folder, tempfile.TemporaryFile("w+") as complaints:
+    with (
+        tempfile.TemporaryDirectory(dir=CACHE) as folder,
+        tempfile.TemporaryFile("w+") as complaints,
+    ):
         made = Path(folder, path.name)
         command = [sys.executable, "-m", "examples.semantic_search.packages", model, str(made)]
         with subprocess.Popen(  # noqa: S603 - our own file, run by our own interpreter
@@ -117,7 +120,9 @@ def dynamic_shapes(model: str) -> dict[str, Any]:
     batch = Dim("batch", min=1, max=MAX_BATCH)
     if model == "classifier":
         return {"images": {0: batch}}
-    tokens = Dim("tokens", min=2, max=MAX_TOKENS)  # 2: each sentence has a mark where it starts and ends
+    tokens = Dim(
+        "tokens", min=2, max=MAX_TOKENS
+    )  # 2: each sentence has a mark where it starts and ends
     return {"input_ids": {0: batch, 1: tokens}, "attention_mask": {0: batch, 1: tokens}}
 
 
@@ -142,7 +147,9 @@ def compile_classifier(path: Path) -> None:
     trained = f"trained: reads {right:.1%} of {len(held_out.images)} held-out digits"
     print(f"{trained}; compiling", flush=True)
     example = (train.images[:2],)
-    aoti_sched.compile_package(classifier, example, path, dynamic=dynamic_shapes("classifier"), threads=1)
+    aoti_sched.compile_package(
+        classifier, example, path, dynamic=dynamic_shapes("classifier"), threads=1
+    )
     print(trained, flush=True)
 
 

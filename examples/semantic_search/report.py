@@ -58,7 +58,11 @@ def requests_table(samples: Sequence[Sample]) -> Table:
             Text(name, style=colour),
             f"{len(chosen):,}",
             f"{len(chosen) / span:,.0f}",
-            *(milliseconds(values, percent) for values in (latencies, waits) for percent in (50, 99)),
+            *(
+                milliseconds(values, percent)
+                for values in (latencies, waits)
+                for percent in (50, 99)
+            ),
         )
     return table
 
@@ -97,7 +101,9 @@ def digits_panel(observed: Observed, digits: Digits) -> Panel:
     labels = digits.labels.tolist()
     misread = [(n, read) for n, read in observed.readings if read != labels[n]]
     right = len(observed.readings) - len(misread)
-    shown = [reading for reading in observed.readings if reading not in misread][:DRAWN_DIGITS] + misread[:1]
+    shown = [reading for reading in observed.readings if reading not in misread][
+        :DRAWN_DIGITS
+    ] + misread[:1]
     drawings = []
     for n, read in shown:
         verdict = f"says {read}" if read == labels[n] else f"says {read}, is {labels[n]}"
@@ -109,7 +115,9 @@ def digits_panel(observed: Observed, digits: Digits) -> Panel:
     )
 
 
-def print_report(console: Console, observed: Observed, expected: Mapping[str, str], digits: Digits) -> None:
+def print_report(
+    console: Console, observed: Observed, expected: Mapping[str, str], digits: Digits
+) -> None:
     for part in (
         answers_table(observed, expected),
         digits_panel(observed, digits),

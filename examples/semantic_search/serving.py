@@ -59,7 +59,9 @@ class Observed:
     """All that was seen while serving."""
 
     samples: list[Sample] = field(default_factory=list)
-    lags: list[tuple[float, float]] = field(default_factory=list)  # when, and how late the loop was, seconds
+    lags: list[tuple[float, float]] = field(
+        default_factory=list
+    )  # when, and how late the loop was, seconds
     answers: dict[str, list[Hit]] = field(default_factory=dict)  # to each query, the last one given
     readings: list[tuple[int, int]] = field(default_factory=list)  # number of the image, digit read
     held_out_accuracy: float = 0.0  # of the loaded classifier, over every held-out digit
@@ -68,7 +70,9 @@ class Observed:
 class Service:
     """Search over `sentences` and reading of `digits`, on two loaded models."""
 
-    def __init__(self, encoder: Runner, classifier: Runner, sentences: Sequence[str], digits: Digits) -> None:
+    def __init__(
+        self, encoder: Runner, classifier: Runner, sentences: Sequence[str], digits: Digits
+    ) -> None:
         self.observed = Observed()
         self._encoder = encoder
         self._classifier = classifier.options(priority=Priority.HIGH)
@@ -81,11 +85,15 @@ class Service:
         """Build the index, then answer `queries` over and over for `seconds`; digits all the while."""
         self.observed.held_out_accuracy = await self._read_all_digits()
         beside = [asyncio.create_task(self._watch_loop())]
-        beside += [asyncio.create_task(self._write_digits(random.Random(SEED + n))) for n in range(WRITERS)]
+        beside += [
+            asyncio.create_task(self._write_digits(random.Random(SEED + n))) for n in range(WRITERS)
+        ]
         try:
             await self._build_index()
             until = time.monotonic() + seconds
-            await asyncio.gather(*(self._search_on(queries[n:] + queries[:n], until) for n in range(CLIENTS)))
+            await asyncio.gather(
+                *(self._search_on(queries[n:] + queries[:n], until) for n in range(CLIENTS))
+            )
         finally:
             for task in beside:
                 task.cancel()
@@ -100,7 +108,8 @@ class Service:
         vector = await self._encode("search", [query])
         scores, found = (self._vectors @ vector[0]).topk(best)
         return [
-            Hit(score, self._sentences[n]) for score, n in zip(scores.tolist(), found.tolist(), strict=True)
+            Hit(score, self._sentences[n])
+            for score, n in zip(scores.tolist(), found.tolist(), strict=True)
         ]
 
     async def read_digit(self, n: int) -> int:
@@ -114,7 +123,9 @@ class Service:
 
         async def take_batches() -> None:
             for start in starts:  # each client takes the next batch that nobody has taken
-                vectors[start] = await self._encode("index", self._sentences[start : start + INDEX_BATCH])
+                vectors[start] = await self._encode(
+                    "index", self._sentences[start : start + INDEX_BATCH]
+                )
 
         await asyncio.gather(*(take_batches() for _ in range(CLIENTS)))
         self._vectors = torch.cat([vectors[start] for start in sorted(vectors)])
@@ -131,7 +142,8 @@ class Service:
 
     async def _read_all_digits(self) -> float:
         scores = [
-            await self._classifier.run(images) for images in torch.split(self._digits.images, MAX_BATCH)
+            await self._classifier.run(images)
+            for images in torch.split(self._digits.images, MAX_BATCH)
         ]
         return float((torch.cat(scores).argmax(1) == self._digits.labels).double().mean())
 
@@ -153,7 +165,9 @@ class Service:
         asked = time.monotonic()
         future = runner.submit(*inputs)
         output: Tensor = await future
-        self.observed.samples.append(Sample(work, asked, future.trace.queue_seconds, time.monotonic()))
+        self.observed.samples.append(
+            Sample(work, asked, future.trace.queue_seconds, time.monotonic())
+        )
         return output
 
 

@@ -65,14 +65,17 @@ def main(directory: Path) -> None:
         str(directory / "plain.pt2"),
         aoti_files={
             "model": compile_model(
-                Pooling, aot={"metadata": {"owner": "the tests", "threads": str(torch.get_num_threads())}}
+                Pooling,
+                aot={"metadata": {"owner": "the tests", "threads": str(torch.get_num_threads())}},
             )
         },
     )
     package_pt2(
         str(directory / "blob.pt2"),
         aoti_files={
-            "model": compile_model(Custom, threads=1, aot={"package_constants_on_disk_format": "binary_blob"})
+            "model": compile_model(
+                Custom, threads=1, aot={"package_constants_on_disk_format": "binary_blob"}
+            )
         },
     )
     pickled = compile_model(

@@ -73,9 +73,18 @@ async def scheduler() -> AsyncIterator[Scheduler]:
 def python() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs a program in a process of its own; one that hangs fails the test."""
 
-    def run(program: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        program: str, *arguments: object, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-X", "faulthandler", "-c", textwrap.dedent(program), *map(str, arguments)],
+            [
+                sys.executable,
+                "-X",
+                "faulthandler",
+                "-c",
+                textwrap.dedent(program),
+                *map(str, arguments),
+            ],
             cwd=ROOT,
             env={**os.environ, **environment},
             capture_output=True,

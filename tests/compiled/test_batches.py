@@ -36,7 +36,9 @@ async def together(runner, requests):
 
 @pytest.mark.parametrize("placement", ["lane", "inline"])
 @pytest.mark.parametrize("name", ["mlp", "unbounded", "zero_rows", "frozen", "failing"])
-async def test_rows_of_one_batch_equal_those_of_single_runs_at_every_size(executor, placement, name):
+async def test_rows_of_one_batch_equal_those_of_single_runs_at_every_size(
+    executor, placement, name
+):
     built = build(name)
     module = built.module()
     async with Scheduler() as scheduler:
@@ -46,11 +48,17 @@ async def test_rows_of_one_batch_equal_those_of_single_runs_at_every_size(execut
         (example,) = built.args
         for size in range(1, most + 1):
             shape = (size, *example.shape[1:])
-            whole = torch.randn(shape) if example.is_floating_point() else torch.randint(0, 5, shape)
+            whole = (
+                torch.randn(shape) if example.is_floating_point() else torch.randint(0, 5, shape)
+            )
             expected = module(whole)
-            answers, futures = await together(runner, [(whole[row : row + 1],) for row in range(size)])
+            answers, futures = await together(
+                runner, [(whole[row : row + 1],) for row in range(size)]
+            )
             assert_close(torch.cat(answers), expected)
-        assert max(future.trace.batch_size for future in futures) >= most - 1  # the first of all may go alone
+        assert (
+            max(future.trace.batch_size for future in futures) >= most - 1
+        )  # the first of all may go alone
         assert runner.stats().failed == 0
 
 
@@ -89,7 +97,8 @@ async def test_without_ragged_only_equal_lengths_go_together(executor):
     async with Scheduler() as scheduler:
         runner = await scheduler.load(built.path, batching=True, placement="lane")
         requests = [
-            (torch.randn(1, length, 16), torch.ones(1, length, dtype=torch.bool)) for length in [3, 9] * 8
+            (torch.randn(1, length, 16), torch.ones(1, length, dtype=torch.bool))
+            for length in [3, 9] * 8
         ]
         answers, futures = await together(runner, requests)
         assert [answer.shape[1] for answer in answers] == [3, 9] * 8
@@ -107,11 +116,15 @@ async def test_a_model_compiled_for_two_rows_takes_one_and_padding_is_never_retu
             assert_close(answer, module(image), rtol=1e-4, atol=1e-5)
         async with runner.lease() as lease:
             assert_close(await lease.run(*requests[0]), module(*requests[0]), rtol=1e-4, atol=1e-5)
-        with pytest.raises(aoti_sched.InputMismatchError, match="expected size 1 to 2 at dimension 0"):
+        with pytest.raises(
+            aoti_sched.InputMismatchError, match="expected size 1 to 2 at dimension 0"
+        ):
             await runner.run(torch.randn(3, 3, 8, 8))
 
 
-async def test_a_model_compiled_for_two_rows_is_never_run_with_one_not_even_to_warm_it_up(monkeypatch):
+async def test_a_model_compiled_for_two_rows_is_never_run_with_one_not_even_to_warm_it_up(
+    monkeypatch,
+):
     made = []
     example_inputs = loading.example_inputs
     monkeypatch.setattr(
@@ -119,7 +132,9 @@ async def test_a_model_compiled_for_two_rows_is_never_run_with_one_not_even_to_w
     )
     async with Scheduler() as scheduler:
         await scheduler.load(build("conv").path, batching=Batching(dim=0))
-    assert [[tuple(tensor.shape) for tensor in inputs] for inputs in made] == [[(2, 3, 8, 8)]] * len(made)
+    assert [[tuple(tensor.shape) for tensor in inputs] for inputs in made] == [
+        [(2, 3, 8, 8)]
+    ] * len(made)
     assert made
 
 
@@ -131,7 +146,12 @@ async def test_one_request_that_the_model_refuses_fails_alone(executor):
         bad = torch.full_like(good, 10**6)
         futures = [runner.submit(x) for x in [good, good, bad, good]]
         answers = await asyncio.gather(*futures, return_exceptions=True)
-        assert [isinstance(answer, aoti_sched.RunError) for answer in answers] == [False, False, True, False]
+        assert [isinstance(answer, aoti_sched.RunError) for answer in answers] == [
+            False,
+            False,
+            True,
+            False,
+        ]
         assert runner.stats().retried == 3
         assert_close(answers[1], answers[3])
 
@@ -140,7 +160,9 @@ async def test_results_are_views_of_one_output_unless_they_are_to_be_detached(ex
     built = build("mlp")
     for detach in (False, True):
         async with Scheduler() as scheduler:
-            runner = await scheduler.load(built.path, batching=Batching(detach_rows=detach), placement="lane")
+            runner = await scheduler.load(
+                built.path, batching=Batching(detach_rows=detach), placement="lane"
+            )
             answers, _ = await together(runner, [(torch.randn(1, 8),) for _ in range(9)])
             shared = {answer.untyped_storage().data_ptr() for answer in answers[2:]}
             assert (len(shared) == 7) is detach
@@ -160,7 +182,9 @@ async def test_many_clients_with_cancellations_lose_nothing(executor):
                 x = torch.randn(rng.randint(1, 4), 8)
                 future = runner.submit(x)
                 if rng.random() < 0.2:
-                    for _ in range(rng.randrange(8)):  # turns of the loop: before, in and after its run
+                    for _ in range(
+                        rng.randrange(8)
+                    ):  # turns of the loop: before, in and after its run
                         await asyncio.sleep(0)
                     future.cancel()
                 if not future.cancelled():

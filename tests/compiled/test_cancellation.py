@@ -36,11 +36,14 @@ X = LIGHT.args[0]
 
 def open_containers() -> set[RawContainer]:
     gc.collect()
-    return {each for each in gc.get_objects() if type(each) is RawContainer and each._handle is not None}
+    return {
+        each for each in gc.get_objects() if type(each) is RawContainer and each._handle is not None
+    }
 
 
 @pytest.fixture(
-    params=[(loop, executor) for executor in EXECUTORS for loop in ("asyncio", "uvloop")], ids="-".join
+    params=[(loop, executor) for executor in EXECUTORS for loop in ("asyncio", "uvloop")],
+    ids="-".join,
 )
 def run(request, monkeypatch):
     """Runs a coroutine on either loop and executor; afterwards no container and no lane is left."""
@@ -136,7 +139,10 @@ def test_many_runs_cancelled_at_every_stage_leave_nothing(run):
     async def main():
         async with serving() as (scheduler, heavy, light):
             for turns in range(12):
-                tasks = [asyncio.create_task(r.run(*b.args)) for r, b in ((heavy, HEAVY), (light, LIGHT)) * 2]
+                tasks = [
+                    asyncio.create_task(r.run(*b.args))
+                    for r, b in ((heavy, HEAVY), (light, LIGHT)) * 2
+                ]
                 for _ in range(turns):
                     await asyncio.sleep(0)
                 for task in tasks:
@@ -222,7 +228,9 @@ def test_a_timeout_on_the_lane_frees_the_caller_and_the_lane_comes_home(run):
         async with serving() as (scheduler, heavy, light):
             future = heavy.options(timeout=0.001).submit(*HEAVY.args)
             assert future.trace.state == "RUNNING"
-            with pytest.raises(DeadlineExceededError, match="passed while it was running") as caught:
+            with pytest.raises(
+                DeadlineExceededError, match="passed while it was running"
+            ) as caught:
                 await future
             assert isinstance(caught.value, TimeoutError)
             assert lanes(scheduler) == 1
@@ -590,7 +598,9 @@ def test_a_block_that_fails_finishes_what_runs_and_refuses_what_waits(run):
 def test_other_threads_run_blocking(run):
     async def main():
         async with serving() as (_, heavy, light):
-            results = await asyncio.gather(*(asyncio.to_thread(light.run_blocking, X) for _ in range(16)))
+            results = await asyncio.gather(
+                *(asyncio.to_thread(light.run_blocking, X) for _ in range(16))
+            )
             assert_close(results, [LIGHT.module()(X)] * 16)
             with pytest.raises(DeadlineExceededError):
                 await asyncio.to_thread(heavy.options(timeout=0.001).run_blocking, *HEAVY.args)
@@ -643,7 +653,9 @@ def test_trio_is_told_what_to_do():
         async with Scheduler():
             pass
 
-    sentence = r"runs on asyncio \(and uvloop\).*[Uu]nder trio, run the scheduler in an asyncio thread"
+    sentence = (
+        r"runs on asyncio \(and uvloop\).*[Uu]nder trio, run the scheduler in an asyncio thread"
+    )
     with pytest.raises(UnsupportedLoopError, match=sentence):
         trio.run(main)
 
@@ -714,7 +726,9 @@ else:
     [("left_open", "asyncio"), ("left_open", "uvloop"), ("exits", "asyncio"), ("exits", "uvloop"),
      ("loading", "asyncio"), ("in_thread", "asyncio"), ("blocked", "asyncio")],
 )  # fmt: skip
-def test_a_process_that_ends_with_work_in_flight_neither_hangs_nor_crashes(python, way, loop, executor):
+def test_a_process_that_ends_with_work_in_flight_neither_hangs_nor_crashes(
+    python, way, loop, executor
+):
     process = python(PROGRAM, way, loop, AOTI_SCHED_EXECUTOR=executor)
     assert process.returncode == (3 if way == "exits" else 0), process.stderr
     assert "Fatal Python error" not in process.stderr

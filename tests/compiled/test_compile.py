@@ -72,7 +72,10 @@ def test_a_size_that_torch_names_keeps_torchs_name():
 def test_a_derived_dim_is_told_by_its_scale_and_offset():
     half = Dim("half", min=1, max=8)
     spec = described(
-        lambda x, y: (x + 1, y + 1), torch.zeros(7), torch.zeros(3), dynamic=({0: 2 * half + 1}, {0: half})
+        lambda x, y: (x + 1, y + 1),
+        torch.zeros(7),
+        torch.zeros(3),
+        dynamic=({0: 2 * half + 1}, {0: half}),
     )
     assert [leaf.shape for leaf in spec.inputs] == [
         (DynamicDim("half", 3, 17, scale=2, offset=1),),
@@ -103,7 +106,9 @@ def test_an_output_whose_size_depends_on_the_data_is_bounded():
 # --- leaves ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int8, torch.bool, torch.complex64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.bfloat16, torch.int8, torch.bool, torch.complex64]
+)
 def test_a_dtype_is_told_by_torchs_name(dtype):
     spec = described(lambda x: x.clone(), torch.zeros(3, dtype=dtype))
     assert f"torch.{spec.inputs[0].dtype}" == str(dtype)
@@ -115,7 +120,9 @@ def test_a_scalar_tensor_has_no_dimensions():
 
 
 def test_arguments_that_are_no_tensors_are_literals_in_their_places():
-    spec = described(lambda x, scale, mode, nothing: x * scale + len(mode), torch.zeros(3), 2.5, "ab", None)
+    spec = described(
+        lambda x, scale, mode, nothing: x * scale + len(mode), torch.zeros(3), 2.5, "ab", None
+    )
     assert spec.inputs[1:] == (
         LiteralSpec("scale", 2.5),
         LiteralSpec("mode", "ab"),
@@ -134,7 +141,9 @@ def test_outputs_that_are_no_tensors_are_literals():
 
 
 def test_an_output_computed_from_sizes_is_an_integer():
-    spec = described(lambda x: (x + 1, x.shape[0] * 2), torch.zeros(3), dynamic=({0: Dim("batch")},))
+    spec = described(
+        lambda x: (x + 1, x.shape[0] * 2), torch.zeros(3), dynamic=({0: Dim("batch")},)
+    )
     assert isinstance(spec.outputs[1], IntegerSpec)
 
 
@@ -148,7 +157,9 @@ def test_outputs_that_are_computed_numbers_and_conditions_have_kinds_of_their_ow
 
 @pytest.mark.parametrize("value", [2.5, "text"])
 def test_a_constant_output_that_can_not_be_passed_is_refused_with_what_to_do(value):
-    with pytest.raises(CompileError, match=rf"an output is the constant {value!r}.*return torch.tensor"):
+    with pytest.raises(
+        CompileError, match=rf"an output is the constant {value!r}.*return torch.tensor"
+    ):
         described(lambda x: (x + 1, value), torch.zeros(3))
 
 
@@ -160,7 +171,9 @@ def test_a_dynamic_integer_input_is_refused_with_what_to_do():
 def test_leaves_of_nested_arguments_come_in_flattening_order():
     args = torch.zeros(1), [torch.zeros(2), {"a": torch.zeros(3)}]
     spec = described(
-        lambda x, rest, *, k: (x + k, rest[0] + k, rest[1]["a"] + k), *args, kwargs={"k": torch.zeros(1)}
+        lambda x, rest, *, k: (x + k, rest[0] + k, rest[1]["a"] + k),
+        *args,
+        kwargs={"k": torch.zeros(1)},
     )
     assert [leaf.shape for leaf in spec.inputs] == [(1,), (2,), (3,), (1,)]
 
@@ -185,7 +198,15 @@ def test_positional_parameters_are_named_and_keyword_ones_are_not_among_them():
         (torch.zeros(0, 3), (0, 1)),
         (torch.zeros(6, 4)[2:], (0, 1)),
     ],
-    ids=["contiguous", "channels last", "transposed", "permuted", "of size one", "empty", "with an offset"],
+    ids=[
+        "contiguous",
+        "channels last",
+        "transposed",
+        "permuted",
+        "of size one",
+        "empty",
+        "with an offset",
+    ],
 )
 def test_the_order_in_memory_is_the_examples(example, order):
     assert described(lambda x: x + 1, example).inputs[0].order == order
@@ -223,7 +244,10 @@ BATCH = Dim("batch", min=1, max=8)
 
 def test_a_dimension_that_every_tensor_shares_is_the_batch():
     spec = described(
-        lambda x, y: (x + y, x.sum(1)), torch.zeros(3, 4), torch.zeros(3, 1), dynamic=({0: BATCH}, {0: BATCH})
+        lambda x, y: (x + y, x.sum(1)),
+        torch.zeros(3, 4),
+        torch.zeros(3, 1),
+        dynamic=({0: BATCH}, {0: BATCH}),
     )
     assert spec.batch == BatchDim(0, "batch", 8)
 
@@ -231,22 +255,34 @@ def test_a_dimension_that_every_tensor_shares_is_the_batch():
 def test_another_dimension_may_be_asked_for():
     options = {"dynamic": ({1: BATCH},)}
     assert described(double, torch.zeros(4, 3), **options).batch is None
-    assert described(double, torch.zeros(4, 3), **options, batch_dim=1).batch == BatchDim(1, "batch", 8)
+    assert described(double, torch.zeros(4, 3), **options, batch_dim=1).batch == BatchDim(
+        1, "batch", 8
+    )
 
 
 def test_literals_do_not_stand_in_the_way_of_a_batch():
-    spec = described(lambda x, scale: (x * scale, None), torch.zeros(3), 2, dynamic=({0: BATCH}, None))
+    spec = described(
+        lambda x, scale: (x * scale, None), torch.zeros(3), 2, dynamic=({0: BATCH}, None)
+    )
     assert spec.batch == BatchDim(0, "batch", 8)
 
 
 NO_BATCH = {
     "a static size": (double, (torch.zeros(3),), None),
-    "an input without it": (lambda x, w: x @ w, (torch.zeros(3, 4), torch.zeros(4, 2)), ({0: BATCH}, None)),
+    "an input without it": (
+        lambda x, w: x @ w,
+        (torch.zeros(3, 4), torch.zeros(4, 2)),
+        ({0: BATCH}, None),
+    ),
     "a scalar input": (lambda x, s: x * s, (torch.zeros(3), torch.tensor(1.0)), ({0: BATCH}, None)),
     "an output without it": (lambda x: x.sum(0), (torch.zeros(3, 4),), ({0: BATCH},)),
     "a scalar output": (lambda x: x.sum(), (torch.zeros(3, 4),), ({0: BATCH},)),
     "an output that has it twice": (lambda x: x @ x.T, (torch.zeros(3, 4),), ({0: BATCH},)),
-    "an output with a multiple of it": (lambda x: x.reshape(-1), (torch.zeros(3, 4),), ({0: BATCH},)),
+    "an output with a multiple of it": (
+        lambda x: x.reshape(-1),
+        (torch.zeros(3, 4),),
+        ({0: BATCH},),
+    ),
     "an output that mixes it with another": (
         lambda x: (x, x.reshape(1, -1).expand(x.shape[0], -1)),
         (torch.zeros(3, 5),),
@@ -267,7 +303,9 @@ NO_BATCH = {
 def test_requests_can_not_be_batched_with(function, args, dynamic):
     program = export(module(function), args, dynamic_shapes=dynamic)
     assert describe(program).batch is None
-    with pytest.raises(CompileError, match="batch_dim=0: not every tensor input and output has the same"):
+    with pytest.raises(
+        CompileError, match="batch_dim=0: not every tensor input and output has the same"
+    ):
         describe(program, batch_dim=0)
 
 
@@ -329,7 +367,9 @@ def test_a_module_that_can_not_be_exported_is_named_with_torchs_reason(tmp_path)
         def forward(self, x):
             raise KeyError("no such thing")
 
-    with pytest.raises(CompileError, match=r"Stubborn could not be exported: .*no such thing") as caught:
+    with pytest.raises(
+        CompileError, match=r"Stubborn could not be exported: .*no such thing"
+    ) as caught:
         compile_package(Stubborn(), (torch.zeros(3),), tmp_path / "m.pt2")
     assert caught.value.__cause__ is not None
 
@@ -344,7 +384,9 @@ def test_dynamic_shapes_that_do_not_match_the_arguments_are_an_export_error(tmp_
 @pytest.mark.filterwarnings("ignore")  # what inductor imports has warnings of its own
 def test_options_that_inductor_does_not_know_are_a_compile_error(tmp_path):
     with pytest.raises(CompileError, match=r"could not be compiled: .*no_such_option") as caught:
-        compile_package(module(double), (torch.zeros(3),), tmp_path / "m.pt2", options={"no_such_option": 1})
+        compile_package(
+            module(double), (torch.zeros(3),), tmp_path / "m.pt2", options={"no_such_option": 1}
+        )
     assert caught.value.__cause__ is not None
 
 
@@ -358,7 +400,9 @@ def test_a_module_that_writes_to_its_buffers_can_not_be_frozen(tmp_path):
             self.runs.add_(1)
             return x + self.runs
 
-    with pytest.raises(CompileError, match="Counter writes to its own buffers, and freeze=True would fix"):
+    with pytest.raises(
+        CompileError, match="Counter writes to its own buffers, and freeze=True would fix"
+    ):
         compile_package(Counter(), (torch.zeros(3),), tmp_path / "m.pt2", freeze=True)
 
 
@@ -368,14 +412,18 @@ def test_a_module_that_writes_to_its_buffers_can_not_be_frozen(tmp_path):
 def test_a_compiled_package_carries_what_describe_tells(built):
     model = built("attention")
     definition = model.definition
-    program = export(model.module(), model.args, dict(model.kwargs), dynamic_shapes=definition.dynamic)
+    program = export(
+        model.module(), model.args, dict(model.kwargs), dynamic_shapes=definition.dynamic
+    )
     stored = spec_from_metadata(open_package(model.path).model().metadata)
     # What running the model adds is tested where it is found out.
     plain = msgspec.structs.replace(stored, rows=None, examples=(), sizes_probed=False, weights=())
     assert plain == describe(program, threads=definition.threads)
     assert stored.rows.independent
     assert stored.sizes_probed
-    assert [example.shape for example in stored.examples] == [tuple(arg.shape) for arg in model.args]
+    assert [example.shape for example in stored.examples] == [
+        tuple(arg.shape) for arg in model.args
+    ]
 
 
 @pytest.mark.parametrize(

@@ -44,13 +44,19 @@ class Model:
 
     def matches(self, outputs: Any, module: Any = None) -> bool:
         with torch.no_grad():
-            expected = (module or self.module)(*to(self.device, self.args), **to(self.device, self.kwargs))
+            expected = (module or self.module)(
+                *to(self.device, self.args), **to(self.device, self.kwargs)
+            )
         pairs = zip(_leaves(outputs), _leaves(expected), strict=True)
-        return all(torch.allclose(got.cpu(), want.cpu(), atol=1e-3, rtol=1e-3) for got, want in pairs)
+        return all(
+            torch.allclose(got.cpu(), want.cpu(), atol=1e-3, rtol=1e-3) for got, want in pairs
+        )
 
 
 def _leaves(values: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+    return [
+        leaf for leaf in torch.utils._pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)
+    ]
 
 
 @pytest.fixture(params=DEVICES)
@@ -113,7 +119,9 @@ async def test_a_model_gives_what_its_module_gives(scheduler, model, device, nam
 
 async def test_inputs_are_brought_from_the_host_and_outputs_come_home(scheduler, model, device):
     one = model("mlp")
-    runner = await scheduler.load(one.path, device=device, copy_inputs=True, copy_outputs="cpu", instances=2)
+    runner = await scheduler.load(
+        one.path, device=device, copy_inputs=True, copy_outputs="cpu", instances=2
+    )
     for outputs in await asyncio.gather(*(runner.run(*one.args) for _ in range(50))):
         assert one.matches(outputs)
         assert all(leaf.is_cpu for leaf in _leaves(outputs))
@@ -182,7 +190,9 @@ async def test_inputs_that_another_stream_still_makes_are_waited_for(scheduler, 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda:0", marks=pytest.mark.cuda)], indirect=True)
 @pytest.mark.parametrize("name", ["mlp", "attention", "conv", "aliasing"])
-async def test_recorded_runs_give_what_their_model_gives_with_any_weights(scheduler, model, device, name):
+async def test_recorded_runs_give_what_their_model_gives_with_any_weights(
+    scheduler, model, device, name
+):
     one = model(name)
     runner = await scheduler.load(one.path, device=device, instances=2, cuda_graphs=True)
     inputs = to(device, one.args), to(device, one.kwargs)
@@ -193,7 +203,9 @@ async def test_recorded_runs_give_what_their_model_gives_with_any_weights(schedu
     for module in (None, halved, None, halved):
         await runner.update((module or one.module).state_dict())
         for _ in range(3):
-            for outputs in await asyncio.gather(*(runner.run(*inputs[0], **inputs[1]) for _ in range(20))):
+            for outputs in await asyncio.gather(
+                *(runner.run(*inputs[0], **inputs[1]) for _ in range(20))
+            ):
                 assert one.matches(outputs, module)
     assert runner.info.cuda_graphs > 0
 

@@ -61,7 +61,9 @@ async def refused(runner, *args, **kwargs) -> InputMismatchError:
         runner.submit(*args, **kwargs)
     assert runner.stats().submitted == submitted
     built = build(runner.name)
-    assert_close(await runner.run(*built.args, **built.kwargs), built.module()(*built.args, **built.kwargs))
+    assert_close(
+        await runner.run(*built.args, **built.kwargs), built.module()(*built.args, **built.kwargs)
+    )
     assert caught.value.model == runner.name
     assert f"model {runner.name!r}" in str(caught.value)
     return caught.value
@@ -80,13 +82,29 @@ FAULTS = {
     "transposed": (lambda: torch.zeros(8, 2).t(), "strides (8, 1)", "(1, 2)"),
     "expanded": (lambda: torch.zeros(1, 8).expand(4, 8), "strides (8, 1)", "(0, 1)"),
     "every second row": (lambda: torch.zeros(4, 8)[::2], "strides (8, 1)", "(16, 1)"),
-    "sparse": (lambda: torch.zeros(2, 8).to_sparse(), "a strided tensor", "layout torch.sparse_coo"),
+    "sparse": (
+        lambda: torch.zeros(2, 8).to_sparse(),
+        "a strided tensor",
+        "layout torch.sparse_coo",
+    ),
     "sparse by rows": (csr, "a strided tensor", "layout torch.sparse_csr"),
-    "packed by oneDNN": (lambda: torch.zeros(2, 8).to_mkldnn(), "a strided tensor", "layout torch._mkldnn"),
+    "packed by oneDNN": (
+        lambda: torch.zeros(2, 8).to_mkldnn(),
+        "a strided tensor",
+        "layout torch._mkldnn",
+    ),
     "nested": (nested, "a tensor float32[batch:1..64, 8]", "a nested tensor"),
-    "a subclass": (lambda: torch.zeros(2, 8).as_subclass(Doubled), "a plain torch.Tensor", "Doubled"),
+    "a subclass": (
+        lambda: torch.zeros(2, 8).as_subclass(Doubled),
+        "a plain torch.Tensor",
+        "Doubled",
+    ),
     "fake": (fake, "a plain torch.Tensor", "FakeTensor"),
-    "lazily negated": (lambda: torch._neg_view(torch.zeros(2, 8)), "plain values", "negated or conjugated"),
+    "lazily negated": (
+        lambda: torch._neg_view(torch.zeros(2, 8)),
+        "plain values",
+        "negated or conjugated",
+    ),
     "a numpy array": (lambda: np.zeros((2, 8), np.float32), "a tensor float32", "ndarray"),
     "a list": (lambda: [[0.0] * 8], "a tensor float32", "list"),
     "a number": (lambda: 3, "a tensor float32", "int 3"),
@@ -101,7 +119,9 @@ async def test_a_tensor_that_does_not_fit_is_refused_by_its_name(load, fault):
     assert error.input == "x"
     assert expected in error.expected
     assert got in error.got
-    assert str(error).startswith(f"model 'mlp', input 'x': expected {error.expected}, got {error.got}.")
+    assert str(error).startswith(
+        f"model 'mlp', input 'x': expected {error.expected}, got {error.got}."
+    )
 
 
 async def test_a_lazily_conjugated_view_is_refused(load):
@@ -121,15 +141,21 @@ async def test_every_input_is_checked_and_not_only_the_first(load):
 
 
 @pytest.mark.parametrize(("shape", "dimension"), [((3, 5), 0), ((2, 6), 1)])
-async def test_two_inputs_that_disagree_on_a_shared_size_are_refused_with_both_named(load, shape, dimension):
-    error = await refused(await load("attention"), torch.zeros(2, 5, 16), torch.ones(shape, dtype=torch.bool))
+async def test_two_inputs_that_disagree_on_a_shared_size_are_refused_with_both_named(
+    load, shape, dimension
+):
+    error = await refused(
+        await load("attention"), torch.zeros(2, 5, 16), torch.ones(shape, dtype=torch.bool)
+    )
     assert error.input == "mask"
     assert f"at dimension {dimension}, as 'tokens' dimension {dimension} has it" in error.expected
     assert error.got == str(shape[dimension])
 
 
 async def test_channels_last_is_refused_where_contiguous_was_compiled(load):
-    error = await refused(await load("conv"), torch.zeros(2, 3, 8, 8).to(memory_format=torch.channels_last))
+    error = await refused(
+        await load("conv"), torch.zeros(2, 3, 8, 8).to(memory_format=torch.channels_last)
+    )
     assert (error.expected, error.got) == ("strides (192, 64, 8, 1)", "(192, 1, 24, 3)")
 
 
@@ -143,7 +169,9 @@ X = torch.zeros(2, 8)
     [((), {}), ((X, X), {}), ((), {"y": X}), ((X,), {"y": X}), ((X,), {"x": X})],
     ids=["too few", "too many", "a wrong keyword", "one keyword more", "one argument twice"],
 )
-async def test_arguments_that_the_module_does_not_take_are_refused_with_its_signature(load, args, kwargs):
+async def test_arguments_that_the_module_does_not_take_are_refused_with_its_signature(
+    load, args, kwargs
+):
     error = await refused(await load("mlp"), *args, **kwargs)
     assert error.expected == "the arguments (x)"
     assert all(f"{name}=" in error.got for name in kwargs)
@@ -184,7 +212,9 @@ async def test_containers_that_torchs_own_loader_takes_too_give_the_same_answer(
     built = build("signature")
     x, (b, c), nested_, nothing = built.args
     expected = built.module()(*built.args, **built.kwargs)
-    mixed = OrderedDict(deep=OrderedDict(nested_["deep"]), a=nested_["a"])  # keys in another order, too
+    mixed = OrderedDict(
+        deep=OrderedDict(nested_["deep"]), a=nested_["a"]
+    )  # keys in another order, too
     keywords = dict(reversed(built.kwargs.items()))
     assert_close(await runner.run(x, [b, c], mixed, nothing, **keywords), expected)
     as_named = x.as_subclass(Subclass)
@@ -216,7 +246,9 @@ def test_a_class_that_the_serving_process_has_not_registered_is_named_at_load(py
     ran = python(program, build("registered").path)
     assert ran.returncode == 0, ran.stderr
     refused_, answer = ran.stdout.splitlines()
-    assert refused_.startswith("model 'grow': its inputs contain tests.models.Box, which is not registered")
+    assert refused_.startswith(
+        "model 'grow': its inputs contain tests.models.Box, which is not registered"
+    )
     assert answer == "Box(low=tensor([-1., -1., -1.]), high=tensor([2., 2., 2.]))"
 
 
@@ -325,8 +357,12 @@ async def test_a_size_that_the_code_can_not_do_is_refused_with_what_was_found(lo
 
 async def test_a_view_that_is_laid_out_otherwise_is_refused(load):
     runner, (x, wide, columns, scale) = await load("views"), build("views").args
-    assert (await refused(runner, x, wide.contiguous(), columns, scale)).expected == "strides (0, 1)"
-    assert (await refused(runner, x, wide, columns.contiguous(), scale)).expected == "strides (12, 2)"
+    assert (
+        await refused(runner, x, wide.contiguous(), columns, scale)
+    ).expected == "strides (0, 1)"
+    assert (
+        await refused(runner, x, wide, columns.contiguous(), scale)
+    ).expected == "strides (12, 2)"
 
 
 async def test_one_tensor_as_two_examples_and_sizes_that_torch_tells_apart(load):

@@ -54,10 +54,16 @@ async def answers(runner, name, module):
 @pytest.mark.parametrize("name", NAMES)
 async def test_weights_come_after_loading(name, given, tmp_path):
     module = changed(name)
-    weights = module.state_dict() if given == "state dict" else file_of(module, tmp_path / "new", save=given)
+    weights = (
+        module.state_dict()
+        if given == "state dict"
+        else file_of(module, tmp_path / "new", save=given)
+    )
     async with Scheduler() as scheduler:
         strict = not name.startswith("weights")
-        runner = await scheduler.load(build(name).path, weights=weights, weights_strict=strict, instances=2)
+        runner = await scheduler.load(
+            build(name).path, weights=weights, weights_strict=strict, instances=2
+        )
         await answers(runner, name, module)
         assert any("'1.bias'" in note for note in runner.info.notes) is not strict
         other = changed(name)
@@ -69,7 +75,9 @@ async def test_weights_come_after_loading(name, given, tmp_path):
 
 async def test_without_them_the_error_names_the_way():
     async with Scheduler() as scheduler:
-        with pytest.raises(MissingWeightsError, match=r'load\(\.\.\., weights="model.safetensors"\)'):
+        with pytest.raises(
+            MissingWeightsError, match=r'load\(\.\.\., weights="model.safetensors"\)'
+        ):
             await scheduler.load(build("late").path)
 
 
@@ -77,7 +85,9 @@ async def test_weights_come_from_the_configuration(tmp_path):
     module = changed("late")
     file_of(module, tmp_path / "late.safetensors")
     (tmp_path / "late.pt2").symlink_to(build("late").path)
-    (tmp_path / "serve.toml").write_text('[models.late]\npath = "late.pt2"\nweights = "late.safetensors"\n')
+    (tmp_path / "serve.toml").write_text(
+        '[models.late]\npath = "late.pt2"\nweights = "late.safetensors"\n'
+    )
     async with Scheduler.from_config(tmp_path / "serve.toml") as scheduler:
         await answers(scheduler.runners["late"], "late", module)
 
@@ -106,9 +116,13 @@ async def test_what_does_not_fit_loads_nothing(tmp_path):
             assert {name for name, _ in caught.value.faults} == {"surplus", "shift", "weight"}
         with pytest.raises(WeightsFileError, match="There is no weights file"):
             await scheduler.load(build("late").path, weights="nothing.pt")
-        with pytest.raises(WeightsTypeError, match="expected the path of a weights file, or a mapping"):
+        with pytest.raises(
+            WeightsTypeError, match="expected the path of a weights file, or a mapping"
+        ):
             await scheduler.load(build("late").path, weights=iter(state.items()))
-        with pytest.raises(LoadError, match=r"weights= was given, but they were compiled into its code"):
+        with pytest.raises(
+            LoadError, match=r"weights= was given, but they were compiled into its code"
+        ):
             await scheduler.load(build("frozen").path, weights={})
         assert not scheduler.runners
 
@@ -155,7 +169,9 @@ async def test_a_model_of_torchs_own_runner_takes_them_too(tmp_path, monkeypatch
         module.weight.mul_(3)
     async with Scheduler() as scheduler:
         for number, weights in enumerate((module.state_dict(), file_of(module, tmp_path / "new"))):
-            runner = await scheduler.load(build("custom_late").path, name=str(number), weights=weights)
+            runner = await scheduler.load(
+                build("custom_late").path, name=str(number), weights=weights
+            )
             await answers(runner, "custom_late", module)
             runner.container.park()
             runner.container.unpark()
@@ -166,5 +182,7 @@ async def test_names_that_the_model_has_no_use_for_are_noted():
     module = build("ordinary").module()
     async with Scheduler() as scheduler:
         runner = await scheduler.load(build("ordinary").path, weights=module.state_dict())
-        assert any("has no use for" in note and "unused.weight" in note for note in runner.info.notes)
+        assert any(
+            "has no use for" in note and "unused.weight" in note for note in runner.info.notes
+        )
         await answers(runner, "ordinary", module)

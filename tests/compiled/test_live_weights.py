@@ -19,7 +19,14 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from aoti_sched import ConstantMismatchError, RunError, Runner, Scheduler, UpdateError, WeightsFileError
+from aoti_sched import (
+    ConstantMismatchError,
+    RunError,
+    Runner,
+    Scheduler,
+    UpdateError,
+    WeightsFileError,
+)
 from aoti_sched.backends.aoti import container
 from examples.semantic_search import packages
 from tests.compiled.conftest import EXECUTORS
@@ -102,7 +109,9 @@ class Served(logging.Handler):
             assert {report.epoch for report in reports.values()} == {epoch}
         self.over = True
 
-    async def under_load(self, scheduler: Scheduler, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def under_load(
+        self, scheduler: Scheduler, times: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         logger = logging.getLogger("aoti_sched")
         monkeypatch.setattr(logger, "handlers", [self])
         monkeypatch.setattr(logger, "propagate", False)
@@ -133,7 +142,9 @@ async def test_each_of_a_thousand_sets_is_seen_whole_and_where_the_trace_says(
     executor, placement, monkeypatch
 ):
     async with Scheduler() as scheduler:
-        runner = await scheduler.load(build("canary").path, instances=3, placement=placement, overflow="wait")
+        runner = await scheduler.load(
+            build("canary").path, instances=3, placement=placement, overflow="wait"
+        )
         await Served(runner).under_load(scheduler, 1000, monkeypatch)
 
 
@@ -148,7 +159,9 @@ async def test_runners_that_are_updated_together_are_never_seen_apart(executor, 
         await Served(*runners).under_load(scheduler, 200, monkeypatch)
 
 
-@pytest.mark.parametrize("name", ["folding", "folded_output", "weights_blob", "weights_pickle", "mlp"])
+@pytest.mark.parametrize(
+    "name", ["folding", "folded_output", "weights_blob", "weights_pickle", "mlp"]
+)
 async def test_answers_are_the_eager_modules_on_the_epochs_weights(executor, name):
     """Folded constants, weights that lie beside the library, several instances."""
     built = build(name)
@@ -158,7 +171,9 @@ async def test_answers_are_the_eager_modules_on_the_epochs_weights(executor, nam
     async with Scheduler() as scheduler:
         runner = await scheduler.load(built.path, instances=2)
         module = built.module()
-        values = {key: value for key, value in module.state_dict().items() if key in runner.constants()}
+        values = {
+            key: value for key, value in module.state_dict().items() if key in runner.constants()
+        }
         with torch.no_grad():
             for epoch in range(1, 41):
                 sets[epoch] = {key: value.clone() for key, value in values.items()}
@@ -334,7 +349,11 @@ async def test_weights_come_from_files_and_a_file_that_can_not_be_trusted_change
 
         (tmp_path / "cut").write_bytes(one.read_bytes()[:-1])
         (tmp_path / "foreign").write_bytes(b"no weights at all")
-        for file, fault in [("cut", "is truncated"), ("foreign", "is neither"), ("none", "There is no")]:
+        for file, fault in [
+            ("cut", "is truncated"),
+            ("foreign", "is neither"),
+            ("none", "There is no"),
+        ]:
             with pytest.raises(WeightsFileError, match=fault):
                 await runner.update(tmp_path / file)
         choose = container.choose
@@ -382,9 +401,15 @@ async def test_a_container_whose_fold_failed_is_rebuilt_under_load_and_serves_wh
             with monkeypatch.context() as patch:
                 patch.setattr(runner.container._raw, "fold", broken)
                 with pytest.raises(RunError, match="no fold"):
-                    await runner.update({name: value * 3 for name, value in module.state_dict().items()})
+                    await runner.update(
+                        {name: value * 3 for name, value in module.state_dict().items()}
+                    )
             assert runner.container.c_run.container != old
-            assert (runner.info.staged, runner.info.previous_epoch, runner.epoch) == (False, None, 2)
+            assert (runner.info.staged, runner.info.previous_epoch, runner.epoch) == (
+                False,
+                None,
+                2,
+            )
         over = True
         await asyncio.gather(*clients)
         assert runner.stats().failed == 0
@@ -395,7 +420,9 @@ async def test_a_container_whose_fold_failed_is_rebuilt_under_load_and_serves_wh
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
-async def test_a_swap_that_fails_on_one_of_three_is_taken_back_on_those_before(executor, which, monkeypatch):
+async def test_a_swap_that_fails_on_one_of_three_is_taken_back_on_those_before(
+    executor, which, monkeypatch
+):
     async with Scheduler() as scheduler:
         path = build("canary").path
         runners = [await scheduler.load(path, name=f"canary{index}") for index in range(3)]

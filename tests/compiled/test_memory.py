@@ -16,7 +16,9 @@ MIB = 1 << 20
 
 
 def limited(limit, **rest):
-    return Scheduler(SchedulerConfig(devices={"cpu": DeviceConfig(memory_limit=limit, evict="lru", **rest)}))
+    return Scheduler(
+        SchedulerConfig(devices={"cpu": DeviceConfig(memory_limit=limit, evict="lru", **rest)})
+    )
 
 
 async def test_the_memory_of_parked_models_is_given_back_and_they_answer_as_before():
@@ -24,7 +26,9 @@ async def test_the_memory_of_parked_models_is_given_back_and_they_answer_as_befo
     path, module, (x,) = wide.path, wide.module(), wide.args
     process = psutil.Process()
     async with limited(70 * MIB) as scheduler:
-        runners = [await scheduler.load(path, name=f"m{number}", placement="lane") for number in range(5)]
+        runners = [
+            await scheduler.load(path, name=f"m{number}", placement="lane") for number in range(5)
+        ]
         before = process.memory_full_info().uss
         for runner in runners * 2:
             assert_close(await runner.run(x), module(x), rtol=1e-4, atol=1e-4)
@@ -40,7 +44,8 @@ async def test_it_is_refused_before_any_of_it_is_there():
     before = psutil.Process().memory_full_info().uss
     async with limited(63 * MIB) as scheduler:
         with pytest.raises(
-            MemoryLimitError, match=r"needs 64\.0 MiB for its weights, and the memory_limit is 63\.0 MiB"
+            MemoryLimitError,
+            match=r"needs 64\.0 MiB for its weights, and the memory_limit is 63\.0 MiB",
         ):
             await scheduler.load(path)
         assert scheduler.stats().devices["cpu"].memory.used == 0
@@ -72,7 +77,9 @@ async def test_every_kind_of_weights_comes_back(name):
         for _ in range(3):
             await asyncio.to_thread(container.park)
             await asyncio.to_thread(container.unpark)
-            answers = await asyncio.gather(*(runner.run(*model.args, **model.kwargs) for _ in range(8)))
+            answers = await asyncio.gather(
+                *(runner.run(*model.args, **model.kwargs) for _ in range(8))
+            )
             for answer in answers:
                 assert_close(answer, expected)
         await asyncio.to_thread(container.park)  # and is closed like that
@@ -91,7 +98,10 @@ async def test_a_model_that_came_back_can_be_updated():
         runner = await scheduler.load(model.path, name="canary")
         takes = runner.stats().memory
         assert 1600 <= takes <= size // 2
-        others = [await scheduler.load(model.path, name=f"other{number}") for number in range(size // takes)]
+        others = [
+            await scheduler.load(model.path, name=f"other{number}")
+            for number in range(size // takes)
+        ]
         assert runner.stats().parked
         await runner.update(weights, keep_previous=False)
         assert set((await runner.run(*model.args))[0].flatten().tolist()) == {7.0}
@@ -116,7 +126,10 @@ async def test_many_clients_of_more_models_than_fit():
     async with limited(8192) as scheduler:
         runner = await scheduler.load(model.path, name="first")
         takes, expected = runner.stats().memory, await runner.run(*model.args)
-        many = [await scheduler.load(model.path, name=f"m{number}") for number in range(2 * (8192 // takes))]
+        many = [
+            await scheduler.load(model.path, name=f"m{number}")
+            for number in range(2 * (8192 // takes))
+        ]
 
         async def client(number):
             for step in range(15):

@@ -37,7 +37,9 @@ async def test_a_runner_is_updated_in_full_and_in_part_and_rolled_back():
         assert torch.equal((await runner.extract())["last"], torch.full((5, 7), 2.0))
 
 
-async def test_without_the_native_module_an_update_is_refused_with_what_to_do_and_it_serves_on(monkeypatch):
+async def test_without_the_native_module_an_update_is_refused_with_what_to_do_and_it_serves_on(
+    monkeypatch,
+):
     monkeypatch.setenv("AOTI_SCHED_EXECUTOR", "threads")
     monkeypatch.setitem(sys.modules, NATIVE, None)
     async with Scheduler() as scheduler:

@@ -17,9 +17,7 @@ from tests.models import build
 
 needs_native = pytest.mark.skipif(not NATIVE, reason="no native module was built")
 
-ALGEBRA = (
-    "Calls aten::_linalg_svd, aten::linalg_inv_ex, aten::_linalg_check_errors through torch's dispatcher"
-)
+ALGEBRA = "Calls aten::_linalg_svd, aten::linalg_inv_ex, aten::_linalg_check_errors through torch's dispatcher"
 
 
 @pytest.fixture(params=EXECUTORS)
@@ -50,7 +48,9 @@ async def load(scheduler, name, **settings):
 
 @needs_native
 @pytest.mark.parametrize("placement", ["lane", "inline"])
-async def test_torchs_own_operators_run_through_the_c_abi_and_give_what_eager_gives(executor, placement):
+async def test_torchs_own_operators_run_through_the_c_abi_and_give_what_eager_gives(
+    executor, placement
+):
     async with Scheduler() as scheduler:
         built, runner = await load(scheduler, "linear_algebra", instances=2, placement=placement)
         assert (runner.info.runtime, runner.info.gil) == ("c_abi", "released")
@@ -88,7 +88,9 @@ async def test_they_do_not_hold_the_loop(executor):
 @pytest.mark.parametrize("placement", ["lane", "inline"])
 async def test_they_are_batched_and_what_fails_in_a_batch_fails_alone(executor, placement):
     async with Scheduler() as scheduler:
-        built, runner = await load(scheduler, "linear_algebra", placement=placement, batching=Batching(dim=0))
+        built, runner = await load(
+            scheduler, "linear_algebra", placement=placement, batching=Batching(dim=0)
+        )
         inputs = [matrices(1) for _ in range(12)]
         futures = [runner.submit(x) for x in inputs]
         for x, result in zip(inputs, await asyncio.gather(*futures), strict=True):
@@ -143,7 +145,10 @@ async def test_an_operator_that_is_written_in_python_runs_on_lanes_and_takes_the
         built, runner = await load(scheduler, "custom_op", instances=2, placement=placement)
         assert (runner.info.runtime, runner.info.gil) == ("c_abi", "held")
         (note,) = (note for note in runner.info.notes if "dispatcher" in note)
-        assert "Calls custom operators through torch's dispatcher: aoti_sched_tests::twice_plus_one." in note
+        assert (
+            "Calls custom operators through torch's dispatcher: aoti_sched_tests::twice_plus_one."
+            in note
+        )
         assert "Written in Python" in note
         inputs = [torch.randn(4) for _ in range(64)]
         results = await asyncio.gather(*(runner.run(x) for x in inputs))
@@ -237,18 +242,23 @@ async def test_without_the_native_module_torchs_own_runner_calls_them_which_is_s
         (note,) = (note for note in runner.info.notes if "runner" in note)
         assert note.startswith(ALGEBRA)
         assert (
-            "torch's proxy executor can't be had alone (it was installed without the native module)" in note
+            "torch's proxy executor can't be had alone (it was installed without the native module)"
+            in note
         )
         x = matrices(2)
         assert_close(await runner.run(x), eager(built, x), atol=1e-4, rtol=1e-4)
-        with pytest.raises(UpdateError, match="it runs through torch's own runner, which can't undo"):
+        with pytest.raises(
+            UpdateError, match="it runs through torch's own runner, which can't undo"
+        ):
             await runner.update({"scale": torch.ones(16)})
 
 
 @needs_native
 def test_torchs_runner_has_nothing_to_say_of_the_empty_model(capfd):
     """It warns of functions that a model lacks, on stderr."""
-    made, why_not = proxy_executor.open_proxy_executor("model 'm'", "cpu", build("linear_algebra").library())
+    made, why_not = proxy_executor.open_proxy_executor(
+        "model 'm'", "cpu", build("linear_algebra").library()
+    )
     assert (made.address > 0, why_not) == (True, "")
     assert capfd.readouterr() == ("", "")
 
@@ -256,7 +266,9 @@ def test_torchs_runner_has_nothing_to_say_of_the_empty_model(capfd):
 @needs_native
 def test_where_no_temporary_directory_can_be_made_torchs_own_runner_is_left(monkeypatch):
     monkeypatch.setattr(proxy_executor.tempfile, "tempdir", "/nonexistent")
-    made, why_not = proxy_executor.open_proxy_executor("model 'm'", "cpu", build("linear_algebra").library())
+    made, why_not = proxy_executor.open_proxy_executor(
+        "model 'm'", "cpu", build("linear_algebra").library()
+    )
     assert made is None
     assert "no temporary directory can be used" in why_not
 
@@ -268,7 +280,8 @@ def test_an_operator_of_torchs_own_that_is_not_there_means_another_torch(tmp_pat
         '{"nodes": [{"name": "b", "node": {"target": "aten::no_such", "inputs": [], "outputs": [], "metadata": {}}}]}'
     )
     with pytest.raises(
-        LoadError, match=r"can't call its operators: .*aten::no_such\. Compile it again with this torch"
+        LoadError,
+        match=r"can't call its operators: .*aten::no_such\. Compile it again with this torch",
     ):
         proxy_executor.open_proxy_executor("model 'm'", "cpu", library)
 
@@ -294,7 +307,10 @@ def test_a_note_names_few_operators_and_counts_the_others():
     assert operators.sentence(own).startswith(
         "Calls aten::a0, aten::a1, aten::a2, aten::a3, aten::a4, aten::a5, aten::a6, aten::a7 and 12 more through"
     )
-    assert operators.sentence(["my::own"]) == "Calls custom operators through torch's dispatcher: my::own."
+    assert (
+        operators.sentence(["my::own"])
+        == "Calls custom operators through torch's dispatcher: my::own."
+    )
     assert operators.sentence([]) == ""
 
 

@@ -121,7 +121,9 @@ async def test_scalars_go_in_and_come_out_without_dimensions(scheduler):
 # --- signatures ------------------------------------------------------------------------------------------
 
 
-async def test_keywords_nested_dicts_tuples_and_literals_are_passed_as_the_module_takes_them(scheduler):
+async def test_keywords_nested_dicts_tuples_and_literals_are_passed_as_the_module_takes_them(
+    scheduler,
+):
     built, runner = await load(scheduler, "signature")
     args, kwargs = fresh((built.args, dict(built.kwargs)))
     result = await runner.run(*args, **kwargs)
@@ -283,7 +285,9 @@ async def test_a_foreign_package_with_a_dynamic_size_takes_any_in_its_range(sche
     assert_close(await runner.run(x), eager(built, x))
 
 
-async def test_what_the_user_declares_is_checked_where_the_package_says_nothing(scheduler, tmp_path):
+async def test_what_the_user_declares_is_checked_where_the_package_says_nothing(
+    scheduler, tmp_path
+):
     built = build("conv")
     library = tmp_path / "conv.so"
     library.write_bytes(built.library().read_bytes())
@@ -295,7 +299,9 @@ async def test_what_the_user_declares_is_checked_where_the_package_says_nothing(
     assert_close(await runner.run(*built.args), eager(built, *built.args))
 
 
-async def test_a_bare_library_runs_and_says_that_only_the_number_of_inputs_is_checked(scheduler, tmp_path):
+async def test_a_bare_library_runs_and_says_that_only_the_number_of_inputs_is_checked(
+    scheduler, tmp_path
+):
     built = build("mlp")
     library = tmp_path / "mlp.so"
     library.write_bytes(built.library().read_bytes())
@@ -381,7 +387,9 @@ def executor(request, monkeypatch):
 
 @pytest.mark.parametrize("placement", ["lane", "inline"])
 @pytest.mark.parametrize("name", ["one_tensor_twice", "one_constant_twice"])
-async def test_one_tensor_at_several_outputs_comes_as_torchs_own_loader_gives_it(executor, placement, name):
+async def test_one_tensor_at_several_outputs_comes_as_torchs_own_loader_gives_it(
+    executor, placement, name
+):
     async with Scheduler() as scheduler:
         built, runner = await load(scheduler, name, placement=placement)
         stock = torch._inductor.aoti_load_package(str(built.path))

@@ -100,7 +100,9 @@ async def test_a_model_that_writes_to_an_input_is_not_batched(scheduler):
 
 
 async def test_two_symbols_for_one_batch_are_one(scheduler):
-    runner = await scheduler.load(build("two_symbols").path, batching=Batching(dim=0, max_delay=0.05))
+    runner = await scheduler.load(
+        build("two_symbols").path, batching=Batching(dim=0, max_delay=0.05)
+    )
     requests = [(torch.randn(1, 3), torch.randn(1, 3)) for _ in range(5)]
     futures = [runner.submit(*request) for request in requests]
     for (x, y), answer in zip(requests, await asyncio.gather(*futures), strict=True):

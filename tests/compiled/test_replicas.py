@@ -12,7 +12,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from aoti_sched import ConfigError, DeviceConfig, DeviceLostError, Priority, Scheduler, SchedulerConfig
+from aoti_sched import (
+    ConfigError,
+    DeviceConfig,
+    DeviceLostError,
+    Priority,
+    Scheduler,
+    SchedulerConfig,
+)
 from tests.compiled.conftest import EXECUTORS
 from tests.compiled.test_live_weights import Served
 from tests.models import build
@@ -21,7 +28,8 @@ CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else
 BOTH = ["cpu:0", "cpu:1"]
 
 pytestmark = pytest.mark.skipif(
-    len(CORES) < 2, reason="two devices with cores of their own need two cores to which threads can be bound"
+    len(CORES) < 2,
+    reason="two devices with cores of their own need two cores to which threads can be bound",
 )
 
 
@@ -33,7 +41,9 @@ def executor(request, monkeypatch):
 
 @pytest.fixture
 async def scheduler(executor):
-    devices = {name: DeviceConfig(affinity=(core,)) for name, core in zip(BOTH, CORES, strict=False)}
+    devices = {
+        name: DeviceConfig(affinity=(core,)) for name, core in zip(BOTH, CORES, strict=False)
+    }
     async with Scheduler(SchedulerConfig(devices=devices)) as scheduler:
         yield scheduler
 
@@ -101,9 +111,12 @@ async def test_without_named_cores_those_there_are_are_divided(executor):
             ]
             listed = ", ".join(map(str, cores))
             assert (
-                f"No cores were named for {name!r}; of those there are, it has {listed}." in runner.info.notes
+                f"No cores were named for {name!r}; of those there are, it has {listed}."
+                in runner.info.notes
             )
-        assert [future.trace.device for future in [runner.submit(inputs(0)) for _ in range(4)]] == BOTH * 2
+        assert [
+            future.trace.device for future in [runner.submit(inputs(0)) for _ in range(4)]
+        ] == BOTH * 2
         with pytest.raises(
             ConfigError, match=r"device 'cpu:2': the cores were divided among 'cpu:0', 'cpu:1' when"
         ):
@@ -121,11 +134,15 @@ async def test_a_device_that_is_to_come_later_is_named_beforehand_and_named_core
             await scheduler.load(build("mlp").path, name=name, device=name)
         assert bound_to("aoti:cpu:1:0") == {CORES[0]}
         assert bound_to("aoti:cpu:5:0") == {CORES[1]}
-        with pytest.raises(ConfigError, match=r"device 'cpu:0': the cores were divided among 'cpu:5'"):
+        with pytest.raises(
+            ConfigError, match=r"device 'cpu:0': the cores were divided among 'cpu:5'"
+        ):
             await scheduler.load(build("mlp").path, name="late", device="cpu:0")
 
 
-async def test_under_a_quota_devices_get_numbers_of_cores_and_no_lane_is_bound(executor, monkeypatch):
+async def test_under_a_quota_devices_get_numbers_of_cores_and_no_lane_is_bound(
+    executor, monkeypatch
+):
     cores = (list(range(64)), 3)
     monkeypatch.setattr("aoti_sched.scheduler._cores_here", lambda: cores)
     monkeypatch.setattr("aoti_sched.backends.cpu.available_cores", lambda: 3)
@@ -153,7 +170,9 @@ async def test_lanes_and_cores_are_those_of_the_device(scheduler, executor):
     assert [(stats[name].executor, stats[name].lanes, stats[name].cores) for name in BOTH] == [
         (executor, 1, 1)
     ] * 2
-    assert [future.trace.device for future in [runner.submit(inputs(0)) for _ in range(4)]] == BOTH * 2
+    assert [
+        future.trace.device for future in [runner.submit(inputs(0)) for _ in range(4)]
+    ] == BOTH * 2
     for name, core in zip(BOTH, CORES, strict=False):
         assert bound_to(f"aoti:{name}:0") == {core}
 
@@ -191,7 +210,9 @@ async def test_a_device_that_is_drained_under_load_loses_nothing(scheduler, expe
         await clients.answered(300)
     for number, future in clients.futures.items():
         assert_close(await future, expected(number))
-    assert {future.trace.device for number, future in clients.futures.items() if number >= sent} == {"cpu:0"}
+    assert {
+        future.trace.device for number, future in clients.futures.items() if number >= sent
+    } == {"cpu:0"}
     stats = runner.stats()
     assert stats.completed == stats.submitted == len(clients.futures)
     assert (stats.queued, stats.running, stats.replicas["cpu:1"].phase) == (0, 0, "DRAINED")
@@ -211,7 +232,9 @@ class Lost:
         raise DeviceLostError("the cores were taken away", device=self._device)
 
 
-async def test_a_device_that_is_lost_under_load_loses_what_was_handed_to_it_alone(scheduler, expected):
+async def test_a_device_that_is_lost_under_load_loses_what_was_handed_to_it_alone(
+    scheduler, expected
+):
     runner = await scheduler.load(build("mlp").path, devices=BOTH, placement="lane")
     async with Clients(runner) as clients:
         await clients.answered(300)
@@ -236,7 +259,9 @@ async def test_a_device_that_is_lost_under_load_loses_what_was_handed_to_it_alon
 
 @pytest.mark.parametrize("placement", ["lane", "auto"])
 async def test_each_of_many_sets_is_seen_whole_on_all_devices(scheduler, placement, monkeypatch):
-    runner = await scheduler.load(build("canary").path, devices=BOTH, instances=2, placement=placement)
+    runner = await scheduler.load(
+        build("canary").path, devices=BOTH, instances=2, placement=placement
+    )
     await Served(runner).under_load(scheduler, 100, monkeypatch)
 
 
@@ -264,7 +289,8 @@ async def test_folded_constants_are_new_on_all_devices(scheduler):
 )
 async def test_devices_without_cores_of_their_own_are_refused(devices, sentence):
     devices = {
-        name: DeviceConfig(affinity=tuple(CORES[each] for each in cores)) for name, cores in devices.items()
+        name: DeviceConfig(affinity=tuple(CORES[each] for each in cores))
+        for name, cores in devices.items()
     }
     async with Scheduler(SchedulerConfig(devices=devices)) as scheduler:
         with pytest.raises(ConfigError, match=sentence):

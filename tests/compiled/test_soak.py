@@ -78,7 +78,9 @@ def models(rng: random.Random) -> list[Model]:
 
     def attention_args() -> tuple[torch.Tensor, torch.Tensor]:
         batch, length = rng.randint(1, 8), rng.randint(1, 32)
-        return torch.randn(batch, length, 16), torch.arange(length) < torch.randint(1, length + 1, (batch, 1))
+        return torch.randn(batch, length, 16), torch.arange(length) < torch.randint(
+            1, length + 1, (batch, 1)
+        )
 
     return [
         Model(
@@ -153,7 +155,11 @@ class Soak:
             runner = self.runners[model.name]
             await (runner.terminate() if rng.random() < 0.5 else runner.aclose())
             self.account_for(runner)
-            assert (runner.stats().queued, runner.stats().running, runner.stats().held_leases) == (0, 0, 0)
+            assert (runner.stats().queued, runner.stats().running, runner.stats().held_leases) == (
+                0,
+                0,
+                0,
+            )
             if rng.random() < 0.3:
                 task = asyncio.create_task(self.load(scheduler, model))
                 for _ in range(rng.randrange(20)):
@@ -194,7 +200,10 @@ class Soak:
                 return runner.update(model.weights), closed
             case 1:
                 timeout = rng.choice([1e-4, 1e-3, 1e-2])
-                return runner.update(model.weights, timeout=timeout), (*closed, DeadlineExceededError)
+                return runner.update(model.weights, timeout=timeout), (
+                    *closed,
+                    DeadlineExceededError,
+                )
             case 2:
                 return runner.update({}, partial=True, keep_previous=False), closed
             case 3:
@@ -238,11 +247,15 @@ class Soak:
 
     async def timed_out(self, rng: random.Random, model: Model, runner: Runner) -> None:
         which = rng.randrange(INPUTS)
-        view = runner.options(timeout=rng.choice([0, 1e-5, 1e-4, 1e-3, 1e-2]), tenant=rng.choice(TENANTS))
+        view = runner.options(
+            timeout=rng.choice([0, 1e-5, 1e-4, 1e-3, 1e-2]), tenant=rng.choice(TENANTS)
+        )
         if rng.random() < 0.5:
             await self.ending(view.run(*model.inputs[which]), model, which)
         else:
-            await self.ending(asyncio.wait_for(runner.run(*model.inputs[which]), 1e-3), model, which)
+            await self.ending(
+                asyncio.wait_for(runner.run(*model.inputs[which]), 1e-3), model, which
+            )
 
     async def misfit(self, rng: random.Random, model: Model, runner: Runner) -> None:
         with pytest.raises(InputMismatchError, match=f"model '{model.name}'"):
@@ -329,7 +342,9 @@ class Census:
         gc.collect()
         objects = gc.get_objects()
         self.tensors = sum(type(each) is torch.Tensor for each in objects)
-        self.containers = sum(type(each) is RawContainer and each._handle is not None for each in objects)
+        self.containers = sum(
+            type(each) is RawContainer and each._handle is not None for each in objects
+        )
         process = psutil.Process()
         self.descriptors = process.num_fds()
         self.lanes = living_lanes()

@@ -294,7 +294,9 @@ async def test_ten_thousand_failed_runs_leak_neither_handle_nor_memory(scheduler
     gc.collect()
     memory = psutil.Process().memory_info().rss
     await fail(10_000)
-    await asyncio.sleep(0)  # the loop lets go of the step it has just made, and of the last error in it
+    await asyncio.sleep(
+        0
+    )  # the loop lets go of the step it has just made, and of the last error in it
     gc.collect()
     assert not any(reference() is not None for reference in inputs)
     assert psutil.Process().memory_info().rss - memory < 4 << 20
@@ -336,9 +338,10 @@ def test_a_package_whose_custom_operator_is_not_registered_is_refused_with_what_
         """,
         build("custom_op").path,
     )
-    assert "A custom operator must be registered (imported) before its model is loaded" in process.stdout, (
-        process
-    )
+    assert (
+        "A custom operator must be registered (imported) before its model is loaded"
+        in process.stdout
+    ), process
 
 
 def test_a_custom_operator_that_raises_fails_its_own_run_only(python):
@@ -376,7 +379,9 @@ async def test_a_custom_operators_model_is_not_called_with_the_wrong_number_of_i
 # --- where what a model computes ends the process -------------------------------------------------------
 
 
-@pytest.mark.skipif(spelled_machine() != "x86_64", reason="other processors give 0 for a division by zero")
+@pytest.mark.skipif(
+    spelled_machine() != "x86_64", reason="other processors give 0 for a division by zero"
+)
 def test_an_integer_that_is_divided_by_zero_and_rounded_towards_zero_ends_the_process(program):
     process = program("""
         async def main():
@@ -450,7 +455,9 @@ def test_a_bad_index_on_one_thread_fails_its_own_request(program):
 # --- a cache to which others can change the way ----------------------------------------------------------
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="libraries are mapped by descriptor on Linux")
+@pytest.mark.skipif(
+    not Path("/proc/self/fd").is_dir(), reason="libraries are mapped by descriptor on Linux"
+)
 @pytest.mark.parametrize("name", ["mlp", "custom_op", "weights_blob", "weights_pickle"])
 async def test_a_model_is_mapped_through_a_descriptor_where_the_caches_folder_could_be_replaced(
     tmp_path, name
@@ -470,7 +477,9 @@ async def test_a_model_is_mapped_through_a_descriptor_where_the_caches_folder_co
 
 async def test_one_package_loads_many_times_at_once(scheduler):
     built = build("weights_blob")
-    runners = await asyncio.gather(*(scheduler.load(built.path, name=f"copy {n}") for n in range(6)))
+    runners = await asyncio.gather(
+        *(scheduler.load(built.path, name=f"copy {n}") for n in range(6))
+    )
     results = await asyncio.gather(*(runner.run(*built.args) for runner in runners))
     assert_close(results, [built.module()(*built.args)] * 6)
 

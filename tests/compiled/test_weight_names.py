@@ -82,7 +82,9 @@ async def test_tied_weights_that_disagree_are_refused():
     state["head.weight"] = state["head.weight"] + 1
     async with Scheduler() as scheduler:
         runner = await scheduler.load(build("ordinary").path)
-        with pytest.raises(ConstantMismatchError, match=r"is the same tensor as .embed\.weight.") as caught:
+        with pytest.raises(
+            ConstantMismatchError, match=r"is the same tensor as .embed\.weight."
+        ) as caught:
             await runner.update(state)
         assert [name for name, _ in caught.value.faults] == ["head.weight"]
         await answers(runner, build("ordinary").module())
@@ -107,7 +109,10 @@ async def test_an_unknown_name_and_a_missing_one_stay_errors():
             with pytest.raises(ConstantMismatchError) as caught:
                 await runner.update(state, strict=strict)
             unknown = {"embed.wieght"} if strict else set()
-            assert {name for name, _ in caught.value.faults} == {"head.weight", "temperature"} | unknown
+            assert {name for name, _ in caught.value.faults} == {
+                "head.weight",
+                "temperature",
+            } | unknown
         report = await runner.update(
             {"oops": torch.zeros(1), "twin": torch.ones(6)}, partial=True, strict=False
         )
@@ -145,7 +150,8 @@ async def test_a_torch_package_ignores_names_that_it_cannot_know_when_it_is_told
     async with Scheduler() as scheduler:
         runner = await scheduler.load(build("conv").path)
         with pytest.raises(
-            ConstantMismatchError, match=r"strict=False \(weights_strict at load\) ignores such names"
+            ConstantMismatchError,
+            match=r"strict=False \(weights_strict at load\) ignores such names",
         ):
             await runner.update(module.state_dict())
         with torch.no_grad():
@@ -155,17 +161,25 @@ async def test_a_torch_package_ignores_names_that_it_cannot_know_when_it_is_told
         assert set(report.ignored) == module.state_dict().keys() - runner.constants().keys()
         with torch.no_grad():
             assert_close(
-                await runner.run(*build("conv").args), module(*build("conv").args), rtol=1e-4, atol=1e-4
+                await runner.run(*build("conv").args),
+                module(*build("conv").args),
+                rtol=1e-4,
+                atol=1e-4,
             )
 
 
 @pytest.mark.parametrize(
     ("name", "why"),
-    [("scalars", "it has none"), ("pair", "it has none, or all of them were compiled into its code")],
+    [
+        ("scalars", "it has none"),
+        ("pair", "it has none, or all of them were compiled into its code"),
+    ],
 )
 async def test_a_model_without_weights_says_so(name, why):
     async with Scheduler() as scheduler:
-        runner = await scheduler.load(build(name).path, model_name="double" if name == "pair" else None)
+        runner = await scheduler.load(
+            build(name).path, model_name="double" if name == "pair" else None
+        )
         with pytest.raises(UpdateError, match=rf"can't be updated live: {why}") as caught:
             await runner.update({})
         assert "freeze=True" not in str(caught.value)

@@ -45,7 +45,9 @@ CHOSEN = {
 
 def run(*arguments):
     command = [sys.executable, "-m", "benchmarks", "--quick", *map(str, arguments)]
-    ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=400)
+    ran = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=400
+    )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout
 
@@ -89,14 +91,18 @@ def test_a_run_writes_every_repetition_of_every_contestant_as_json(quick):
 def test_times_and_rates_of_a_run_are_positive(quick):
     first = {"a": "p50", "d": "cost", "e": "rss", "f": "swap", "i": "p99"}
     for part in quick[1]["parts"]:
-        assert all(result["median"][first.get(part["key"], "rate")] > 0 for result in part["results"])
+        assert all(
+            result["median"][first.get(part["key"], "rate")] > 0 for result in part["results"]
+        )
 
 
 def test_a_run_draws_a_picture(quick):
     assert quick[2].read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("other", [contestants.OPENVINO, contestants.ONNX_RUNTIME], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "other", [contestants.OPENVINO, contestants.ONNX_RUNTIME], ids=lambda c: c.name
+)
 def test_another_runtime_gives_the_same_answers(other, tmp_path):
     if other.missing:
         pytest.skip(f"the bench extra is not installed: {', '.join(other.missing)}")
@@ -109,7 +115,9 @@ def test_another_runtime_gives_the_same_answers(other, tmp_path):
 
 def test_an_unknown_contestant_is_refused_with_those_there_are():
     command = [sys.executable, "-m", "benchmarks", "--contestant", "nobody"]
-    ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60)
+    ran = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60
+    )
     assert ran.returncode == 2
     assert "there is no 'nobody'" in ran.stderr
     assert "bare loop" in ran.stderr
@@ -241,7 +249,9 @@ def test_a_swap_is_held_against_the_longest_run_that_was_under_way_in_it():
     assert (figures["swap"], figures["swap_max"], figures["run"]) == (1.5, 3, 4)
     assert figures["stuck"] == 0
     assert swap_figures([Span(40, 43)], runs)["over"] == 3
-    assert swap_figures([Span(3, 6)], runs, pauses=[1.5])["over"] == 1.5 - 4  # the long run came after it
+    assert (
+        swap_figures([Span(3, 6)], runs, pauses=[1.5])["over"] == 1.5 - 4
+    )  # the long run came after it
 
 
 def test_a_swap_that_was_given_up_counts_as_such_whatever_the_clock_says():

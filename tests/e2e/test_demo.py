@@ -9,7 +9,14 @@ from examples.semantic_search.packages import REPOSITORY
 
 def test_the_demo_runs_answers_every_query_and_draws_its_picture(tmp_path):
     picture = tmp_path / "latency.png"
-    command = [sys.executable, "-m", "examples.semantic_search", "--quick", "--output", str(picture)]
+    command = [
+        sys.executable,
+        "-m",
+        "examples.semantic_search",
+        "--quick",
+        "--output",
+        str(picture),
+    ]
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "came first for 12 of 12 queries" in run.stdout

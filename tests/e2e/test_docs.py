@@ -20,9 +20,14 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = {
     f"{page.name} {number}": block
     for page in PAGES
-    for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL), 1)
+    for number, block in enumerate(
+        re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL), 1
+    )
 }
-COMPLETE = {"README.md 2", "README.md 3"}  # `test_readme.py` runs these as they stand, on a compiled model
+COMPLETE = {
+    "README.md 2",
+    "README.md 3",
+}  # `test_readme.py` runs these as they stand, on a compiled model
 TESTS = {name for name, block in BLOCKS.items() if block.startswith("async def test_")}
 MODELS = {"encoder": lambda *_: "vectors", "ranker": lambda *_: "scores"}
 MODELS |= {f"expert{number}": lambda _: "answer" for number in range(4)}
@@ -32,7 +37,9 @@ def backends():
     """The devices that the pages name, with the models they load."""
     found = {}
     for name in ("cpu", "cpu:0", "cpu:1", "cuda:0"):
-        found[name] = FakeBackend(MODELS, weights={key: {"w": 0} for key in MODELS}, name=name, auto=True)
+        found[name] = FakeBackend(
+            MODELS, weights={key: {"w": 0} for key in MODELS}, name=name, auto=True
+        )
         found[name].records_runs = name == "cuda:0"
     return found
 
@@ -40,7 +47,13 @@ def backends():
 async def execute(block, **names):
     """Run a block, which may await, with these names; return what it leaves."""
     code = compile(block, "<block>", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-    names = {**vars(aoti_sched), "aoti_sched": aoti_sched, "asyncio": asyncio, "pytest": pytest, **names}
+    names = {
+        **vars(aoti_sched),
+        "aoti_sched": aoti_sched,
+        "asyncio": asyncio,
+        "pytest": pytest,
+        **names,
+    }
     awaited = eval(code, names)
     if inspect.iscoroutine(awaited):
         await awaited
@@ -54,7 +67,9 @@ async def test_a_block_runs(name):
             BLOCKS[name],
             aoti_sched=SimpleNamespace(
                 Scheduler=partial(aoti_sched.Scheduler, devices=backends()),
-                compile_package=inspect.signature(aoti_sched.compile_package).bind,  # other tests compile
+                compile_package=inspect.signature(
+                    aoti_sched.compile_package
+                ).bind,  # other tests compile
             ),
             scheduler=scheduler,
             encoder=await scheduler.load("encoder.pt2", name="loaded before"),
@@ -80,7 +95,11 @@ async def deploy(ranker, weights):
 async def test_a_test_in_the_docs_passes(name, aoti_backend, aoti_clock, aoti_scheduler):
     names = await execute(BLOCKS[name], search=search, deploy=deploy)
     (test,) = [names[one] for one in names if one.startswith("test_")]
-    fixtures = {"aoti_backend": aoti_backend, "aoti_clock": aoti_clock, "aoti_scheduler": aoti_scheduler}
+    fixtures = {
+        "aoti_backend": aoti_backend,
+        "aoti_clock": aoti_clock,
+        "aoti_scheduler": aoti_scheduler,
+    }
     await test(**{wanted: fixtures[wanted] for wanted in inspect.signature(test).parameters})
 
 

@@ -153,7 +153,9 @@ def test_web_app_names_colours_and_explains_a_question_that_does_not_fit(web_app
 def test_every_example_has_a_test():
     here = [name for name in globals() if name.startswith("test_")]
     tests = " ".join([*here, *(path.stem for path in Path(__file__).parent.glob("test_*.py"))])
-    untested = [path.name for path in EXAMPLES if path.stem not in PROGRAMS and path.stem not in tests]
+    untested = [
+        path.name for path in EXAMPLES if path.stem not in PROGRAMS and path.stem not in tests
+    ]
     assert not untested
 
 

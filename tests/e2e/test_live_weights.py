@@ -110,7 +110,9 @@ def test_training_goes_on_from_the_weights_it_is_given(digits):
 def test_the_example_serves_while_it_learns_and_loses_no_request(tmp_path):
     picture = tmp_path / "live.png"
     command = [sys.executable, "-m", "examples.live_weights", "--output", str(picture)]
-    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=540)
+    run = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=540
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     answered, lost = re.search(r"requests +([\d,]+) answered .* s, (\d+) lost", run.stdout).groups()
     exact, of = re.search(r"exactness +([\d,]+) of ([\d,]+) answers", run.stdout).groups()

@@ -28,7 +28,9 @@ def observed():
             Sample("digit", asked=10.0, waited=0.0, answered=10.00325),
         ],
         lags=[(10.0, 0.0005), (11.0, 0.0125)],
-        answers={query: [Hit(0.75, "A dog barks."), Hit(0.5, "A bird sings.")] for query in EXPECTED},
+        answers={
+            query: [Hit(0.75, "A dog barks."), Hit(0.5, "A bird sings.")] for query in EXPECTED
+        },
         readings=[(0, 4), (1, 1)],
         held_out_accuracy=0.982,
     )
@@ -43,7 +45,14 @@ def printed(part):
 def test_each_kind_of_request_has_its_rate_latency_and_queue_time(observed):
     index, search, digit = printed(report.requests_table(observed.samples)).splitlines()[5:8]
     assert [cell.strip() for cell in digit.split("│")[2:6]] == ["1", "308", "3.25", "3.25"]
-    assert [cell.strip() for cell in search.split("│")[2:8]] == ["2", "2", "255.0", "495.1", "3.00", "3.98"]
+    assert [cell.strip() for cell in search.split("│")[2:8]] == [
+        "2",
+        "2",
+        "255.0",
+        "495.1",
+        "3.00",
+        "3.98",
+    ]
     assert "sentences" in index
 
 

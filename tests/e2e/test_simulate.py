@@ -12,7 +12,16 @@ import pytest
 
 from aoti_sched.queue.job import JobState
 from benchmarks import simulate
-from benchmarks.simulation import RULES, TRACES, Requests, Scenario, Simulation, entitled, measure, places
+from benchmarks.simulation import (
+    RULES,
+    TRACES,
+    Requests,
+    Scenario,
+    Simulation,
+    entitled,
+    measure,
+    places,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = Scenario(requests=3000, devices=2, lanes=2, models=20)
@@ -189,8 +198,21 @@ def test_the_command_prints_a_row_for_each_policy_and_load_and_draws_a_picture(t
 
 @pytest.mark.parametrize("by", ["model", "tenant"])
 def test_the_parts_of_few_are_drawn(by, tmp_path, capsys):
-    few = ["--models", "3", "--tenants", "3", "--shares", "1,2,4", "--requests", "500", "--load", "2"]
-    simulate.main([*few, "--policies", "edf,default", "--parts", by, "--out", str(tmp_path), "--name", by])
+    few = [
+        "--models",
+        "3",
+        "--tenants",
+        "3",
+        "--shares",
+        "1,2,4",
+        "--requests",
+        "500",
+        "--load",
+        "2",
+    ]
+    simulate.main(
+        [*few, "--policies", "edf,default", "--parts", by, "--out", str(tmp_path), "--name", by]
+    )
     assert (tmp_path / f"{by}.png").read_bytes().startswith(b"\x89PNG")
     assert "500 requests at each load" in capsys.readouterr().out
 

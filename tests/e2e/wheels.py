@@ -17,7 +17,17 @@ MISSING = "/nonexistent"
 
 
 def wheel(into: Path, *settings: str, **environment: str) -> Path:
-    command = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", into, *settings, ROOT)
+    command = (
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--wheel-dir",
+        into,
+        *settings,
+        ROOT,
+    )
     result = subprocess.run(
         command, env={**os.environ, **environment}, capture_output=True, text=True, check=False
     )
@@ -34,7 +44,9 @@ def lanes(built: Path, into: Path) -> subprocess.CompletedProcess[str]:
     """What the package says of its lanes, unpacked: without `site`, which would find the one that is installed here."""
     into.mkdir(exist_ok=True)
     zipfile.ZipFile(built).extractall(into)
-    path = os.pathsep.join([str(into), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    path = os.pathsep.join(
+        [str(into), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    )
     return subprocess.run(
         (sys.executable, "-S", "-m", "aoti_sched.backends.native"),
         env={**os.environ, "PYTHONPATH": path},
@@ -95,7 +107,11 @@ def test_a_wheel_can_be_had_in_which_only_the_lanes_are_native(tmp_path):
 
 def test_both_wheels_bring_the_same_python_and_no_sources(native, fallback):
     def contents(built: Path) -> set[str]:
-        return {name for name in files(built) if name.startswith("aoti_sched/") and not name.endswith(".so")}
+        return {
+            name
+            for name in files(built)
+            if name.startswith("aoti_sched/") and not name.endswith(".so")
+        }
 
     assert contents(native) == contents(fallback)
     assert {"aoti_sched/py.typed", "aoti_sched/backends/native/_native.pyi"} <= contents(native)

@@ -134,7 +134,9 @@ def _in_own_process(name: str, directory: Path) -> None:
         check=False,
     )
     if result.returncode != 0:
-        raise RuntimeError(f"the test model {name!r} could not be compiled:\n{result.stderr[-8000:]}")
+        raise RuntimeError(
+            f"the test model {name!r} could not be compiled:\n{result.stderr[-8000:]}"
+        )
 
 
 def _key(name: str) -> str:

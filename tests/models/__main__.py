@@ -22,7 +22,9 @@ def main(names: list[str]) -> None:
     context = multiprocessing.get_context("spawn")
     with (
         tempfile.TemporaryDirectory() as scratch,
-        ProcessPoolExecutor(2, mp_context=context, initializer=compile_apart, initargs=(scratch,)) as pool,
+        ProcessPoolExecutor(
+            2, mp_context=context, initializer=compile_apart, initargs=(scratch,)
+        ) as pool,
     ):
         futures = {pool.submit(build_here, name): name for name in names}
         for done, future in enumerate(as_completed(futures), 1):

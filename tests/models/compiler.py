@@ -59,7 +59,12 @@ def _compile(definition: Definition, package: Path) -> None:
 
 
 def _files(definition: Definition) -> Any:
-    options = {**QUICK, **definition.options, "cpp.threads": definition.threads, "aot_inductor.package": True}
+    options = {
+        **QUICK,
+        **definition.options,
+        "cpp.threads": definition.threads,
+        "aot_inductor.package": True,
+    }
     with torch.no_grad():
         program = _export(definition)
         return torch._inductor.aot_compile(
@@ -69,7 +74,10 @@ def _files(definition: Definition) -> Any:
 
 def _export(definition: Definition) -> Any:
     return torch.export.export(
-        definition.module(), definition.args, dict(definition.kwargs), dynamic_shapes=definition.dynamic
+        definition.module(),
+        definition.args,
+        dict(definition.kwargs),
+        dynamic_shapes=definition.dynamic,
     )
 
 

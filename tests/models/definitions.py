@@ -94,7 +94,9 @@ def unbounded() -> Definition:
         def forward(self, x: Tensor) -> Tensor:
             return torch.sin(x) * self.weight
 
-    return Definition(Scale, (torch.randn(4, 3),), dynamic={"x": {0: Dim("batch", min=0)}}, foreign=True)
+    return Definition(
+        Scale, (torch.randn(4, 3),), dynamic={"x": {0: Dim("batch", min=0)}}, foreign=True
+    )
 
 
 @model
@@ -127,7 +129,9 @@ def attention() -> Definition:
         def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
             batch, length, width = tokens.shape
             q, k, v = self.qkv(tokens).view(batch, length, 3, 2, width // 2).permute(2, 0, 3, 1, 4)
-            out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
+            out = nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask[:, None, None, :]
+            )
             return out.transpose(1, 2).reshape(batch, length, width)
 
     batch, length = Dim("batch", min=1, max=8), Dim("length", min=1, max=32)
@@ -157,7 +161,12 @@ def signature() -> Definition:
             total = total * scale + offset
             if negate:
                 total = -total
-            return {"total": total, "parts": (x * 2, [pair[1] * 3]), "nothing": nothing, "scale": scale}
+            return {
+                "total": total,
+                "parts": (x * 2, [pair[1] * 3]),
+                "nothing": nothing,
+                "scale": scale,
+            }
 
     a, b, c, d, e, f = (torch.randn(3) for _ in range(6))
     return Definition(
@@ -175,7 +184,13 @@ def dtypes() -> Definition:
         def forward(
             self, int64: Tensor, boolean: Tensor, bfloat16: Tensor, float16: Tensor, float64: Tensor
         ) -> tuple[Tensor, ...]:
-            return int64 * 2, ~boolean, bfloat16 * 2, float16 + 1, torch.where(boolean, float64, -float64)
+            return (
+                int64 * 2,
+                ~boolean,
+                bfloat16 * 2,
+                float16 + 1,
+                torch.where(boolean, float64, -float64),
+            )
 
     return Definition(
         Dtypes,
@@ -187,7 +202,8 @@ def dtypes() -> Definition:
             torch.randn(4, dtype=torch.float64),
         ),
         dynamic={
-            name: {0: Dim("batch", min=1)} for name in ("int64", "boolean", "bfloat16", "float16", "float64")
+            name: {0: Dim("batch", min=1)}
+            for name in ("int64", "boolean", "bfloat16", "float16", "float64")
         },
     )
 
@@ -287,7 +303,12 @@ def one_tensor_twice() -> Definition:
         def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
             y = torch.relu(x)
             layers = [x + 1, y]
-            return y, {"layers": layers, "last": layers[-1].contiguous(), "inputs": (x, x), "first": y[:, :1]}
+            return y, {
+                "layers": layers,
+                "last": layers[-1].contiguous(),
+                "inputs": (x, x),
+                "first": y[:, :1],
+            }
 
     return Definition(
         Twice, (torch.randn(4, 3),), dynamic={"x": {0: Dim("batch", min=1, max=64)}}, foreign=True
@@ -580,7 +601,9 @@ def views() -> Definition:
     """Inputs that are not dense, outputs that are numbers and conditions, and rows that may not be fewer than two."""
 
     class Views(nn.Module):
-        def forward(self, x: Tensor, wide: Tensor, columns: Tensor, scale: Tensor) -> dict[str, Any]:
+        def forward(
+            self, x: Tensor, wide: Tensor, columns: Tensor, scale: Tensor
+        ) -> dict[str, Any]:
             return {
                 "first": x[:2] * 2,
                 "sum": wide + columns,
@@ -589,7 +612,12 @@ def views() -> Definition:
                 "scale": scale.item(),
             }
 
-    args = (torch.randn(4, 3), torch.randn(1, 6).expand(5, 6), torch.randn(5, 12)[:, ::2], torch.tensor(2.5))
+    args = (
+        torch.randn(4, 3),
+        torch.randn(1, 6).expand(5, 6),
+        torch.randn(5, 12)[:, ::2],
+        torch.tensor(2.5),
+    )
     return Definition(
         Views, args, dynamic={"x": {0: Dim("rows")}, "wide": None, "columns": None, "scale": None}
     )
@@ -697,7 +725,9 @@ def failing() -> Definition:
         def forward(self, ids: Tensor) -> Tensor:
             return self.embedding(ids) * 2
 
-    return Definition(Failing, (torch.arange(3),), dynamic={"ids": {0: Dim("length", min=1, max=64)}})
+    return Definition(
+        Failing, (torch.arange(3),), dynamic={"ids": {0: Dim("length", min=1, max=64)}}
+    )
 
 
 @model
@@ -784,7 +814,9 @@ def last_rows() -> Definition:
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             return torch.relu(self.inner(x))[-1] * 2, x[:2] + 1
 
-    return Definition(Last, (torch.randn(4, 3),), dynamic={"x": {0: Dim("batch", min=0)}}, foreign=True)
+    return Definition(
+        Last, (torch.randn(4, 3),), dynamic={"x": {0: Dim("batch", min=0)}}, foreign=True
+    )
 
 
 @model
@@ -795,7 +827,9 @@ def centered() -> Definition:
         def forward(self, x: Tensor) -> Tensor:
             return x - x.mean(0)
 
-    return Definition(Centered, (torch.randn(4, 3),), dynamic={"x": {0: Dim("batch")}}, foreign=True)
+    return Definition(
+        Centered, (torch.randn(4, 3),), dynamic={"x": {0: Dim("batch")}}, foreign=True
+    )
 
 
 @model
@@ -840,7 +874,9 @@ def steps() -> Definition:
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
             return x * 2 + y
 
-    return Definition(Steps, (torch.randn(4, 6)[:, ::2], torch.randn(1, 3).expand(4, 3)), foreign=True)
+    return Definition(
+        Steps, (torch.randn(4, 6)[:, ::2], torch.randn(1, 3).expand(4, 3)), foreign=True
+    )
 
 
 @model

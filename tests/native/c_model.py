@@ -7,7 +7,9 @@ from tests.native.library import Container, library
 class CModel:
     """A container that C runs as its script says; `own` is what becomes of its outputs."""
 
-    def __init__(self, inputs=1, outputs=1, *, function="model_run", own=lambda outputs: outputs, **script):
+    def __init__(
+        self, inputs=1, outputs=1, *, function="model_run", own=lambda outputs: outputs, **script
+    ):
         self.script = Container(**{"stolen": 2**inputs - 1, "passes_on": 1, **script})
         self.own = own
         self.c_run = CRun(

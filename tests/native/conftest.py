@@ -26,4 +26,6 @@ collect_ignore = (
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not _BUILT:
-        terminalreporter.write_line(f"NATIVE LANES ARE NOT BUILT: {', '.join(collect_ignore)} were left out")
+        terminalreporter.write_line(
+            f"NATIVE LANES ARE NOT BUILT: {', '.join(collect_ignore)} were left out"
+        )

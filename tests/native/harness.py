@@ -47,7 +47,10 @@ def numbers() -> _native.Tensors:
 
 
 def open_lanes(
-    count: int = 1, cores: int = 2, prefix: str | None = None, tensors: _native.Tensors | None = None
+    count: int = 1,
+    cores: int = 2,
+    prefix: str | None = None,
+    tensors: _native.Tensors | None = None,
 ) -> _native.Lanes:
     c = library()
     prefix = prefix or new_prefix()
@@ -128,6 +131,8 @@ def collect(lanes: _native.Lanes, count: int) -> list[Done]:
     """The next `count` completions, waited for through the descriptor as an event loop does."""
     completions: list[Done] = []
     while len(completions) < count:
-        assert select.select([lanes], [], [], FOREVER)[0], f"{len(completions)} of {count} completions came"
+        assert select.select([lanes], [], [], FOREVER)[0], (
+            f"{len(completions)} of {count} completions came"
+        )
         completions += drain(lanes)
     return completions

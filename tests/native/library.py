@@ -17,7 +17,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 NATIVE = ROOT / "aoti_sched" / "backends" / "native"
 C_SOURCES = [
-    HERE / name for name in ("model_library.c", "tensor_library.c", "simulated_cuda.c", "model_throws.cpp")
+    HERE / name
+    for name in ("model_library.c", "tensor_library.c", "simulated_cuda.c", "model_throws.cpp")
 ]
 CACHE = ROOT / ".cache" / "native"
 
@@ -35,7 +36,8 @@ def compile_once(name: str, sources: list[Path], *flags: str) -> Path:
     with FileLock(product.with_suffix(".lock")):
         if not product.exists():
             objects = [
-                _compile(source, product.with_suffix(f".{source.stem}.o"), flags) for source in sources
+                _compile(source, product.with_suffix(f".{source.stem}.o"), flags)
+                for source in sources
             ]
             made = product.with_suffix(".part")
             _run("g++", *flags, "-pthread", *objects, "-o", made)
@@ -119,7 +121,10 @@ class Library:
         self.live, self.live_storages = cdll.live_tensors, cdll.live_storages
         self.new_matrix, self.refuse_torch_call = cdll.new_matrix, cdll.refuse_torch_call
         self.is_matrix_of = cdll.is_matrix_of
-        self.set_omp_threads, self.set_mkl_threads = cdll.torch_set_omp_threads, cdll.torch_set_mkl_threads
+        self.set_omp_threads, self.set_mkl_threads = (
+            cdll.torch_set_omp_threads,
+            cdll.torch_set_mkl_threads,
+        )
         self.open_gate = cdll.open_gate
         self.break_tensor = cdll.break_tensor
 

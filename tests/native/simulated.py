@@ -26,7 +26,13 @@ from tests.native.library import HERE, compile_once
 KIND = "sim"
 _TORCH = Path(torch.__file__).parent
 _INCLUDE = [f"-I{_TORCH / 'include'}", f"-I{_TORCH / 'include/torch/csrc/api/include'}"]
-_LINK = ["-Wl,--no-as-needed", f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{_TORCH / 'lib'}"]
+_LINK = [
+    "-Wl,--no-as-needed",
+    f"-L{_TORCH / 'lib'}",
+    "-ltorch_cpu",
+    "-lc10",
+    f"-Wl,-rpath,{_TORCH / 'lib'}",
+]
 
 
 def driver_path() -> Path:
@@ -36,7 +42,12 @@ def driver_path() -> Path:
 
 
 def model_path(
-    *, older: bool = False, mixed: bool = False, chain: bool = False, twice: bool = False, row: int = 4
+    *,
+    older: bool = False,
+    mixed: bool = False,
+    chain: bool = False,
+    twice: bool = False,
+    row: int = 4,
 ) -> Path:
     """The compiled model.
 
@@ -94,10 +105,18 @@ class Simulator:
         self.module = Module(self)
         torch._register_device_module(KIND, self.module)
         self.hold, self.go, self.step = cuda.sim_hold, cuda.sim_go, cuda.sim_step
-        self.repair, self.take, self.memory_limit = cuda.sim_repair, cuda.sim_take, cuda.sim_memory_limit
+        self.repair, self.take, self.memory_limit = (
+            cuda.sim_repair,
+            cuda.sim_take,
+            cuda.sim_memory_limit,
+        )
         self.kernels, self.most_threads = cuda.sim_kernels, cuda.sim_most_threads
         self.streams, self.pinned, self.events = cuda.sim_streams, cuda.sim_pinned, cuda.sim_events
-        self.allocated, self.waiting, self.graphs = cuda.sim_allocated, cuda.sim_waiting, cuda.sim_graphs
+        self.allocated, self.waiting, self.graphs = (
+            cuda.sim_allocated,
+            cuda.sim_waiting,
+            cuda.sim_graphs,
+        )
 
     def synchronize(self) -> None:
         assert self._cuda.cuCtxSynchronize() == 0
@@ -114,7 +133,9 @@ class Simulator:
         )
 
     def wait_until_waiting(self, count: int) -> None:
-        assert self._cuda.sim_wait_until_waiting(count), f"{count} threads do not wait for the device"
+        assert self._cuda.sim_wait_until_waiting(count), (
+            f"{count} threads do not wait for the device"
+        )
 
     def faults(self) -> str:
         """The first rule that was broken, in words; "" when none was."""
@@ -151,7 +172,9 @@ class Simulator:
 
     def mps(self) -> MpsDevice:
         device = self._over(MpsDevice(module=self.module, type=KIND))
-        device.keeping_current = self.module.in_context  # MPS has no contexts; the simulated driver has
+        device.keeping_current = (
+            self.module.in_context
+        )  # MPS has no contexts; the simulated driver has
         return device
 
     def _over(self, device):

@@ -58,7 +58,9 @@ class TestBatchesWithoutTheFunctionsOfTorch(OnNativeLanes, GatheringContract):
 
     @pytest.fixture(autouse=True)
     def without(self, monkeypatch):
-        monkeypatch.setattr(native, "SHIM", (*native.SHIM, "a_name_that_this_torch_has_no_function_of"))
+        monkeypatch.setattr(
+            native, "SHIM", (*native.SHIM, "a_name_that_this_torch_has_no_function_of")
+        )
 
 
 class TestBatchesOnNativeStandIns(StagingContract):
@@ -113,7 +115,9 @@ def test_a_lane_puts_batches_together_and_takes_them_apart_while_python_holds_th
         assert [output.shape for (output,) in completion.outputs] == [(1, 3), (2, 3)]
 
 
-def test_members_that_their_owner_forgets_meanwhile_are_kept_until_the_batch_is_over(executor, gated):
+def test_members_that_their_owner_forgets_meanwhile_are_kept_until_the_batch_is_over(
+    executor, gated
+):
     members = [[one] for one in matrices(1, 2)]
     values = [one.tolist() for (one,) in members]
     executor.submit(0, gated.work())
@@ -144,7 +148,9 @@ def test_a_batch_that_a_lane_does_not_take_is_let_go(executor, gated):
     executor.submit(0, gated.work())
     gated.wait_until_inside()
     executor.submit(0, batch_work(CModel(), [torch.ones(1, 3)]))
-    with pytest.raises(RuntimeError, match=r"^device cpu: lane 0 is full or closed; nothing was submitted$"):
+    with pytest.raises(
+        RuntimeError, match=r"^device cpu: lane 0 is full or closed; nothing was submitted$"
+    ):
         executor.submit(0, batch_work(CModel(), [one]))
     assert (handles(one), sys.getrefcount(one)) == (0, 2)
     gated.open_gate()
@@ -253,16 +259,28 @@ class TestRefusals:
 
     def plan(self, *, detach=False):
         names = (
-            *("get_data_ptr", "get_dim", "get_sizes", "get_strides", "get_dtype", "dtype_element_size"),
+            *(
+                "get_data_ptr",
+                "get_dim",
+                "get_sizes",
+                "get_strides",
+                "get_dtype",
+                "dtype_element_size",
+            ),
             *("empty_strided", "reinterpret_tensor", "clone", "delete_tensor"),
         )
         shim = _native.Shim(**{name: library().address(f"torch_{name}") for name in names}, cpu=0)
-        return _native.Plan(shim, [(0, (0, 1), (1,), {4: b"\x07" * 4})] * 2, [(0, [(1, 0, 1)])] * 2, detach)
+        return _native.Plan(
+            shim, [(0, (0, 1), (1,), {4: b"\x07" * 4})] * 2, [(0, [(1, 0, 1)])] * 2, detach
+        )
 
     def model(self, **script):
         container = Container(**{"stolen": 3, "made": 3, **script})
         model = _native.Model(
-            run=library().address("row_model_run"), container=container.address, num_inputs=2, num_outputs=2
+            run=library().address("row_model_run"),
+            container=container.address,
+            num_inputs=2,
+            num_outputs=2,
         )
         return model, container
 

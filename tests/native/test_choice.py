@@ -37,7 +37,9 @@ def without_compiler(monkeypatch):
     """As after an install without one: the compiled module is missing."""
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == NATIVE else find_spec(name, *rest)
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == NATIVE else find_spec(name, *rest),
     )
 
 
@@ -54,7 +56,9 @@ def close(executor):
     return kind
 
 
-def test_without_a_compiler_lanes_are_python_threads_and_one_warning_says_what_to_do(without_compiler):
+def test_without_a_compiler_lanes_are_python_threads_and_one_warning_says_what_to_do(
+    without_compiler,
+):
     executor, (warning,) = open_one()
     executor.submit(0, work(lambda: ["ran"]))
     assert collect(executor, 1)[0].outputs == ["ran"]
@@ -93,13 +97,17 @@ def test_an_empty_choice_is_none(choose, without_compiler):
 
 def test_native_lanes_that_are_asked_for_and_missing_are_refused(choose, without_compiler):
     choose("native")
-    with pytest.raises(ConfigError, match=r"AOTI_SCHED_EXECUTOR=native, but .* without a C\+\+ compiler"):
+    with pytest.raises(
+        ConfigError, match=r"AOTI_SCHED_EXECUTOR=native, but .* without a C\+\+ compiler"
+    ):
         open_one()
 
 
 def test_an_unknown_choice_is_refused_with_those_there_are(choose):
     choose("fast")
-    with pytest.raises(ConfigError, match=r"AOTI_SCHED_EXECUTOR='fast': expected 'native' or 'threads'"):
+    with pytest.raises(
+        ConfigError, match=r"AOTI_SCHED_EXECUTOR='fast': expected 'native' or 'threads'"
+    ):
         open_one()
 
 
@@ -132,7 +140,9 @@ def test_each_lane_stays_on_its_core(choose, kind):
         for lane in range(3):
             executor.submit(lane, Work(Tid(), [], 1, lane))
         on = {completion.token: completion.outputs[0] for completion in collect(executor, 3)}
-        assert [os.sched_getaffinity(on[lane]) for lane in range(3)] == [{core} for core in affinity]
+        assert [os.sched_getaffinity(on[lane]) for lane in range(3)] == [
+            {core} for core in affinity
+        ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -156,7 +166,9 @@ def test_as_many_cores_as_lanes_are_wanted(affinity):
 @pytest.mark.parametrize("core", [-1, 100_000])
 def test_a_core_that_is_not_the_processes_is_refused_with_those_that_are(core):
     cores = sorted(os.sched_getaffinity(0))
-    words = re.escape(f"device 'cpu': affinity={[core]}: this process may use the cores {cores} only")
+    words = re.escape(
+        f"device 'cpu': affinity={[core]}: this process may use the cores {cores} only"
+    )
     with pytest.raises(ConfigError, match=words):
         open_one(1, [core])
 

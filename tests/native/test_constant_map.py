@@ -26,7 +26,9 @@ def test_each_map_lies_in_a_place_of_its_own():
     assert 0 not in {one.address() for one in maps}
 
 
-@pytest.mark.parametrize("pairs", [None, [("weight", -1)], [("weight", 2**64)], [("weight",)], [(1, 1)]])
+@pytest.mark.parametrize(
+    "pairs", [None, [("weight", -1)], [("weight", 2**64)], [("weight",)], [(1, 1)]]
+)
 def test_what_is_no_name_with_an_address_is_refused(pairs):
     with pytest.raises(TypeError):
         _native.ConstantMap(pairs)

@@ -181,7 +181,9 @@ def test_a_failed_run_leaves_no_handle_behind(executor, fault, stolen):
 
 
 def test_a_failed_run_is_followed_by_the_next(executor):
-    first, second = run(executor, CModel(status=1).work(torch.ones(1)), CModel().work(torch.ones(1)))
+    first, second = run(
+        executor, CModel(status=1).work(torch.ones(1)), CModel().work(torch.ones(1))
+    )
     assert isinstance(first.error, RunError)
     assert second.outputs == [torch.ones(1)]
 
@@ -257,7 +259,9 @@ def test_a_third_work_of_a_lane_is_refused_and_leaves_no_handle_behind(executor,
     executor.submit(0, gated.work())
     gated.wait_until_inside()
     executor.submit(0, CModel().work(torch.ones(1)))
-    with pytest.raises(RuntimeError, match=r"^device cpu: lane 0 is full or closed; nothing was submitted$"):
+    with pytest.raises(
+        RuntimeError, match=r"^device cpu: lane 0 is full or closed; nothing was submitted$"
+    ):
         executor.submit(0, CModel().work(tensor))
     assert handles(tensor) == 0
     gated.open_gate()
@@ -329,7 +333,8 @@ def test_each_lane_stays_on_the_core_it_is_given():
         for lane in range(2):
             run(executor, CModel(0, 0).work(), lane=lane)
         tids = {
-            (task / "comm").read_text().strip(): int(task.name) for task in Path("/proc/self/task").iterdir()
+            (task / "comm").read_text().strip(): int(task.name)
+            for task in Path("/proc/self/task").iterdir()
         }
         assert [os.sched_getaffinity(tids[f"aoti:here:{lane}"]) for lane in range(2)] == [
             {c} for c in affinity
@@ -374,13 +379,22 @@ executor.submit(0, last.work())
 gated.wait_until_inside()
 """
     result = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
     assert (result.stdout, result.stderr, result.returncode) == ("1 1\n", "", 0)
 
 
-@pytest.mark.parametrize("look", ["executor._native.poll(0.5)", "while True: executor._native.poll(0.001)"])
-def test_a_thread_that_looks_for_completions_when_the_interpreter_ends_does_not_end_the_process(look):
+@pytest.mark.parametrize(
+    "look", ["executor._native.poll(0.5)", "while True: executor._native.poll(0.001)"]
+)
+def test_a_thread_that_looks_for_completions_when_the_interpreter_ends_does_not_end_the_process(
+    look,
+):
     """Python ends a thread that wants the GIL back later, and the process with it, since C++ has promised not to throw there."""
     script = f"""
 import sys, threading
@@ -398,7 +412,12 @@ threading.Thread(target=look, daemon=True).start()
 looking.wait()
 """
     result = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
     assert (result.stderr, result.returncode) == ("", 0)
 
@@ -406,7 +425,12 @@ looking.wait()
 @pytest.fixture
 def mlp(built, tmp_path):
     request = LoadRequest(
-        name="mlp", path=built("mlp").path, model_name=None, instances=2, sha256=None, cache_dir=tmp_path
+        name="mlp",
+        path=built("mlp").path,
+        model_name=None,
+        instances=2,
+        sha256=None,
+        cache_dir=tmp_path,
     )
     with contextlib.closing(CpuDevice().load(request).container) as container:
         yield container

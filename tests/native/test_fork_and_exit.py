@@ -66,7 +66,8 @@ REFUSAL = "the process was forked after the lanes were made; make a new Schedule
 
 
 @pytest.mark.parametrize(
-    "use", ["submit(lanes, model(Container()))", "lanes.drain(1)", "run_here(lanes, model(Container()))"]
+    "use",
+    ["submit(lanes, model(Container()))", "lanes.drain(1)", "run_here(lanes, model(Container()))"],
 )
 def test_a_forked_child_is_refused_in_words(use):
     lines = f"""
@@ -159,11 +160,14 @@ PYTHON_IN_A_RUN = """
 
 
 @pytest.mark.parametrize(
-    "end", ["lanes.close()", "del lanes; gc.collect()", "import atexit; atexit.register(lanes.close)"]
+    "end",
+    ["lanes.close()", "del lanes; gc.collect()", "import atexit; atexit.register(lanes.close)"],
 )
 def test_lanes_that_end_while_a_run_calls_python_wait_for_it_without_the_gil(end):
     """An operator may be written in Python."""
-    output, _, code = run(PYTHON_IN_A_RUN + f"    {end}\n")  # what the operator refers to leaks then
+    output, _, code = run(
+        PYTHON_IN_A_RUN + f"    {end}\n"
+    )  # what the operator refers to leaks then
     assert (output, code) == (["the operator is done"], 0)
 
 

@@ -141,9 +141,13 @@ def test_an_input_that_is_several_outputs_is_freed_once_for_each(c, lanes):
 
 @pytest.mark.parametrize("here", [False, True], ids=["on a lane", "here"])
 @pytest.mark.parametrize(
-    "fault", [{"status": 1}, {"throws": THROWS_STANDARD, "error": b"no"}, {"throws": THROWS_OTHER}], ids=str
+    "fault",
+    [{"status": 1}, {"throws": THROWS_STANDARD, "error": b"no"}, {"throws": THROWS_OTHER}],
+    ids=str,
 )
-def test_a_failed_run_that_gave_one_tensor_at_several_outputs_has_it_freed_once(c, lanes, here, fault):
+def test_a_failed_run_that_gave_one_tensor_at_several_outputs_has_it_freed_once(
+    c, lanes, here, fault
+):
     inputs = tensors(1)
     one = model(Container(stolen=0b1, passes_on=1, again=0b110, **fault), 1, 3)
     completion = run_here(lanes, one, inputs) if here else run(lanes, one, inputs)
@@ -187,7 +191,9 @@ def test_stamps_are_seconds_of_the_monotonic_clock_and_in_order(lanes):
     before = time.monotonic()
     one = model(Container())
     completions = [run(lanes, one) for _ in range(5)]
-    stamps = [stamp for completion in completions for stamp in (completion.started, completion.finished)]
+    stamps = [
+        stamp for completion in completions for stamp in (completion.started, completion.finished)
+    ]
     assert stamps == sorted(stamps)
     assert before <= stamps[0]
     assert stamps[-1] <= time.monotonic()
@@ -234,7 +240,11 @@ def test_an_exception_of_the_model_is_a_failed_run(lanes, throws, words):
 def test_a_failed_run_loses_no_handle_and_frees_none_twice(c, lanes, fault):
     inputs = tensors(3)
     run(lanes, model(Container(stolen=0b001, made=0b101, **fault), 3, 3), inputs)
-    assert [c.deletes(handle) for handle in inputs] == [1, 1, 1]  # the outputs are counted by the fixture
+    assert [c.deletes(handle) for handle in inputs] == [
+        1,
+        1,
+        1,
+    ]  # the outputs are counted by the fixture
 
 
 @pytest.mark.parametrize(
@@ -332,7 +342,9 @@ def test_a_lane_that_is_not_there_is_refused(c, lanes):
 def test_a_closed_lane_refuses_and_the_handles_are_freed(c, lanes):
     inputs = tensors(1)
     lanes.close()
-    refuse(lanes, RuntimeError, "full or closed; nothing was submitted", model(Container(), 1), inputs)
+    refuse(
+        lanes, RuntimeError, "full or closed; nothing was submitted", model(Container(), 1), inputs
+    )
     assert c.deletes(inputs[0]) == 1
 
 
@@ -436,7 +448,9 @@ def test_a_lane_stays_on_the_core_it_is_given(c):
     )
     submit(lanes, model(Container()))
     collect(lanes, 1)
-    (task,) = [task for task in Path("/proc/self/task").iterdir() if prefix in (task / "comm").read_text()]
+    (task,) = [
+        task for task in Path("/proc/self/task").iterdir() if prefix in (task / "comm").read_text()
+    ]
     assert os.sched_getaffinity(int(task.name)) == {core}
     lanes.close()
 
@@ -452,7 +466,9 @@ def test_the_thread_count_is_set_on_the_lane_by_both_functions_and_only_when_it_
     collect(lanes, 1)
     lanes.close()
     first, second = f"{prefix}0", f"{prefix}1"
-    counts = [(thread, count) for thread, function, count in c.thread_calls(prefix) if function == "o"]
+    counts = [
+        (thread, count) for thread, function, count in c.thread_calls(prefix) if function == "o"
+    ]
     assert counts == [(first, 2), (first, 1), (first, 2), (second, 2)]
     assert counts == [
         (thread, count) for thread, function, count in c.thread_calls(prefix) if function == "m"

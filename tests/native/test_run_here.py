@@ -16,7 +16,12 @@ from aoti_sched.backends.contracts import Work
 from aoti_sched.backends.cpu import set_threads
 from aoti_sched.backends.executors.threads import ThreadsExecutor
 from aoti_sched.errors import ResourcesError, RunError
-from tests.compiled.backends.executor_contract import MKL, readable, set_thread_counts, thread_counts
+from tests.compiled.backends.executor_contract import (
+    MKL,
+    readable,
+    set_thread_counts,
+    thread_counts,
+)
 from tests.native.c_model import CModel, handles
 from tests.native.library import ROOT
 
@@ -30,7 +35,9 @@ def address(library, name):
 @pytest.fixture(
     params=[
         "threads",
-        pytest.param("native", marks=pytest.mark.skipif(not BUILT, reason="the native module is not built")),
+        pytest.param(
+            "native", marks=pytest.mark.skipif(not BUILT, reason="the native module is not built")
+        ),
     ]
 )
 def executor(request):
@@ -77,7 +84,9 @@ def test_outputs_that_can_not_be_made_ones_own_fail_the_run_and_are_freed(execut
 
 
 @pytest.mark.parametrize("stolen", [0b00, 0b01, 0b11])
-def test_a_failed_run_gives_the_models_name_and_the_runtimes_words_and_frees_everything(executor, stolen):
+def test_a_failed_run_gives_the_models_name_and_the_runtimes_words_and_frees_everything(
+    executor, stolen
+):
     tensors = torch.ones(2), torch.zeros(3)
     model = CModel(2, 2, status=1, error=b"the kernel said no", stolen=stolen)
     completion = executor.run_here(model.work(*tensors, token="mine"))
@@ -140,9 +149,7 @@ executor.close()
         check=False,
         timeout=120,
     )
-    refusal = (
-        "device cpu: the process was forked after the lanes were made; make a new Scheduler in the child"
-    )
+    refusal = "device cpu: the process was forked after the lanes were made; make a new Scheduler in the child"
     assert result.stdout.splitlines() == [refusal, f"UnsupportedLoopError {refusal}", "child 0"]
     assert (result.stderr, result.returncode) == ("", 0)
 
@@ -156,7 +163,9 @@ def test_the_gil_is_kept(executor):
 
 @pytest.mark.parametrize("status", [0, 1])
 @pytest.mark.parametrize(
-    "function", ["omp_get_max_threads", *(["MKL_Get_Max_Threads"] if MKL else [])], ids=lambda name: name[:3]
+    "function",
+    ["omp_get_max_threads", *(["MKL_Get_Max_Threads"] if MKL else [])],
+    ids=lambda name: name[:3],
 )
 @pytest.mark.parametrize("before", [(1, 0), (3, 3), (2, 1)] if MKL else [(1, 0), (3, 0)], ids=str)
 def test_the_run_has_the_threads_it_asks_for_and_its_thread_has_its_own_again_after(
@@ -182,7 +191,12 @@ def test_a_compiled_model_runs_here_as_it_does_alone(executor, built, tmp_path):
     from aoti_sched.backends.cpu import CpuDevice
 
     request = LoadRequest(
-        name="mlp", path=built("mlp").path, model_name=None, instances=2, sha256=None, cache_dir=tmp_path
+        name="mlp",
+        path=built("mlp").path,
+        model_name=None,
+        instances=2,
+        sha256=None,
+        cache_dir=tmp_path,
     )
     inputs = built("mlp").args
     with contextlib.closing(CpuDevice().load(request).container) as container:

@@ -80,7 +80,10 @@ async def test_an_input_on_the_host_is_refused_and_the_way_out_is_named(load, sc
         await runner.run(torch.ones(2, 4))
     assert caught.value.got == "cpu"
     assert caught.value.expected == f"device {wanted}"
-    assert caught.value.hint == f"Move it with .to({wanted!r}), or load the model with copy_inputs=True."
+    assert (
+        caught.value.hint
+        == f"Move it with .to({wanted!r}), or load the model with copy_inputs=True."
+    )
     assert caught.value.input == ("x" if specs else "input 0")
 
 
@@ -105,7 +108,9 @@ async def test_requests_that_come_together_run_as_one(load):
 
 
 @pytest.mark.parametrize(
-    ("kind", "graphs"), [*((kind, False) for kind in KINDS), ("cuda", True)], ids=[*KINDS, "cuda graphs"]
+    ("kind", "graphs"),
+    [*((kind, False) for kind in KINDS), ("cuda", True)],
+    ids=[*KINDS, "cuda graphs"],
 )
 async def test_weights_are_replaced_under_load_and_no_run_reads_what_is_written(load, sim, graphs):
     runner = await load(instances=2, copy_inputs=True, copy_outputs="cpu", cuda_graphs=graphs)
@@ -170,7 +175,9 @@ async def test_a_runner_says_that_no_real_device_of_its_kind_has_been_tried(load
 
 
 @pytest.mark.parametrize("kind", ["cuda", "xpu"])
-async def test_another_threads_current_stream_is_what_its_request_is_ordered_with(load, scheduler, sim):
+async def test_another_threads_current_stream_is_what_its_request_is_ordered_with(
+    load, scheduler, sim
+):
     runner = await load()
     device = next(iter(scheduler._devices.values()))
     mine = device.open_stream()
@@ -189,7 +196,9 @@ async def test_another_threads_current_stream_is_what_its_request_is_ordered_wit
     await asyncio.to_thread(sim.wait_until_waiting, 1)
     sim.go()
     await calling
-    second = runner.submit(x)  # in the first one's memory, were it not recorded on the thread's stream
+    second = runner.submit(
+        x
+    )  # in the first one's memory, were it not recorded on the thread's stream
     sim.go()
     await second
     mine.close()
@@ -206,7 +215,9 @@ async def test_when_a_device_is_lost_what_is_queued_fails_at_once_and_the_number
     outcomes = await asyncio.gather(*futures, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [DeviceLostError] * 10
     assert scheduler.stats().devices["sim:0"].lost.startswith("CUDA_ERROR_ILLEGAL_ADDRESS")
-    with pytest.raises(DeviceLostError, match=r"Nothing runs on it until the process is started again"):
+    with pytest.raises(
+        DeviceLostError, match=r"Nothing runs on it until the process is started again"
+    ):
         await runner.run(torch.ones(1, 4))
 
 
@@ -219,7 +230,9 @@ async def test_a_device_that_the_callers_own_work_broke_is_lost_as_well(load, sc
     with sim.module.in_context(), pytest.raises(RunError):
         sim.driver.call("cuStreamSynchronize", None)
     for _ in range(2):
-        with pytest.raises(DeviceLostError, match="device sim:0 is lost: CUDA_ERROR_ILLEGAL_ADDRESS"):
+        with pytest.raises(
+            DeviceLostError, match="device sim:0 is lost: CUDA_ERROR_ILLEGAL_ADDRESS"
+        ):
             await runner.run(x)
     assert scheduler.stats().devices["sim:0"].lost.startswith("CUDA_ERROR_ILLEGAL_ADDRESS")
 
@@ -299,20 +312,29 @@ async def test_a_runner_on_two_devices_refuses_an_input_that_lies_on_one(two):
 
 
 @pytest.mark.parametrize("options", [{}, {"copy_inputs": True}, {"copy_outputs": "cpu"}])
-async def test_a_runner_on_two_devices_takes_from_the_host_and_brings_there_or_is_refused(two, options):
+async def test_a_runner_on_two_devices_takes_from_the_host_and_brings_there_or_is_refused(
+    two, options
+):
     scheduler, load = two
     with pytest.raises(ConfigError, match="say copy_inputs=True, copy_outputs='cpu'"):
         await load(**options)
     assert dict(scheduler.runners) == {}
 
 
-@pytest.mark.parametrize("launchers", [None, *(pytest.param(n, marks=needs_native) for n in (1, 2))])
+@pytest.mark.parametrize(
+    "launchers", [None, *(pytest.param(n, marks=needs_native) for n in (1, 2))]
+)
 async def test_as_many_runs_are_on_a_device_at_once_as_there_are_lanes(sim, launchers):
     device = open_device("cuda")
     config = SchedulerConfig(devices={device.name: DeviceConfig(lanes=12, launchers=launchers)})
     async with Scheduler(config, devices={device.name: device}) as scheduler:
         runner = await scheduler.load(
-            model_path(), name="times", device=device.name, instances=12, inputs=SPECS, copy_inputs=True
+            model_path(),
+            name="times",
+            device=device.name,
+            instances=12,
+            inputs=SPECS,
+            copy_inputs=True,
         )
         sim.hold()
         futures = [runner.submit(torch.ones(1, 4)) for _ in range(12)]
@@ -324,15 +346,25 @@ async def test_as_many_runs_are_on_a_device_at_once_as_there_are_lanes(sim, laun
         await asyncio.gather(*futures)
 
 
-async def test_models_make_room_for_others_on_a_device_and_come_back_with_the_weights_they_had(kind):
+async def test_models_make_room_for_others_on_a_device_and_come_back_with_the_weights_they_had(
+    kind,
+):
     device = open_device(kind)
     config = SchedulerConfig(devices={device.name: DeviceConfig(memory_limit=40, evict="lru")})
     async with Scheduler(config, devices={device.name: device}) as scheduler:
-        options = {"device": device.name, "inputs": SPECS, "copy_inputs": True, "copy_outputs": "cpu"}
+        options = {
+            "device": device.name,
+            "inputs": SPECS,
+            "copy_inputs": True,
+            "copy_outputs": "cpu",
+        }
         first = await scheduler.load(model_path(), name="first", **options)
         assert first.stats().memory == 16
         await first.update({"weight": torch.full((4,), 3.0)}, keep_previous=False)
-        others = [await scheduler.load(model_path(), name=f"other{number}", **options) for number in range(3)]
+        others = [
+            await scheduler.load(model_path(), name=f"other{number}", **options)
+            for number in range(3)
+        ]
         assert first.stats().parked
         x = torch.ones(2, 4)
         for _ in range(3):

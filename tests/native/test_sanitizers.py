@@ -29,7 +29,11 @@ def compile_with(sanitizer, name, *sources):
 def run(program, *arguments):
     # ThreadSanitizer knows where a kernel puts a program only while it does not place it at random.
     fixed = ["setarch", "-R"] if shutil.which("setarch") else []
-    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=1"}
+    environment = {
+        **os.environ,
+        "TSAN_OPTIONS": "halt_on_error=1",
+        "ASAN_OPTIONS": "detect_leaks=1",
+    }
     return subprocess.run(
         [*fixed, str(program), *map(str, arguments)],
         capture_output=True,
@@ -81,7 +85,11 @@ def test_streams_under_stress_give_a_sanitizer_nothing_to_say(sanitizer, seed):
     [
         ("held_.push_back(held);", "shim.delete_tensor(held);", "memory is given back that stream"),
         ("if (fence.fence != nullptr) demand(", "if (fence.fence == nullptr) demand(", "not so"),
-        ("if (device_.one_at_a_time) turn_", "if (false) turn_", "one work at a time has the device"),
+        (
+            "if (device_.one_at_a_time) turn_",
+            "if (false) turn_",
+            "one work at a time has the device",
+        ),
         ("held_.push_back(here);", "shim.delete_tensor(here); held_.push_back(there);", ""),
     ],
     ids=[

@@ -75,8 +75,14 @@ def differences(stub):
                 yield name
             continue
         (parameters, types, words), (its_parameters, its_types, its_words) = real[name], said[name]
-        known = [(one, its) for one, its in zip(types, its_types, strict=False) if one not in UNKNOWN]
-        if parameters != its_parameters or words != its_words or any(one != its for one, its in known):
+        known = [
+            (one, its) for one, its in zip(types, its_types, strict=False) if one not in UNKNOWN
+        ]
+        if (
+            parameters != its_parameters
+            or words != its_words
+            or any(one != its for one, its in known)
+        ):
             yield name
 
 
@@ -95,7 +101,11 @@ def test_the_stub_says_what_the_module_is():
             "fence: int = 0,\n        argument: int = 0,\n        on: Stream | None = None,\n        graph: Graph | None = None,\n    ) -> None:",
             "Lanes.submit",
         ),
-        ("delete_tensor: int,\n        root", "delete_tensor: int = 0,\n        root", "Lanes.__init__"),
+        (
+            "delete_tensor: int,\n        root",
+            "delete_tensor: int = 0,\n        root",
+            "Lanes.__init__",
+        ),
         (
             "slot: int,\n        threads: int,\n        on",
             "slot: int,\n        threads: int = 1,\n        on",

@@ -48,7 +48,9 @@ def directly(function=None):
 
 def through_capsules(from_capsules=lambda capsules: [Tensor(pointer(one)) for one in capsules]):
     return _native.Tensors(
-        Tensor, lambda tensors: [capsule(reference(tensor.handle)) for tensor in tensors], from_capsules
+        Tensor,
+        lambda tensors: [capsule(reference(tensor.handle)) for tensor in tensors],
+        from_capsules,
     )
 
 
@@ -95,7 +97,9 @@ def test_a_lane_takes_and_gives_the_same_as_a_run_here(lanes):
 @pytest.mark.parametrize("made", [0b000, 0b010, 0b101, 0b111])
 def test_outputs_that_are_left_out_are_none_and_the_others_stay_in_their_places(lanes, made):
     done = run_here(lanes, taken(0, 3, made=made))
-    assert [output is not None for output in done.outputs] == [bool(made >> i & 1) for i in range(3)]
+    assert [output is not None for output in done.outputs] == [
+        bool(made >> i & 1) for i in range(3)
+    ]
 
 
 def test_tensors_of_a_subclass_are_tensors(lanes):
@@ -155,7 +159,9 @@ def test_an_input_of_which_torch_makes_no_handle_is_refused_and_the_handles_befo
 
 
 @pytest.mark.parametrize("function", ["torch_wrap_nothing", "torch_wrap_throws"])
-def test_an_output_of_which_torch_makes_no_tensor_fails_its_run_and_all_its_outputs_are_freed(c, function):
+def test_an_output_of_which_torch_makes_no_tensor_fails_its_run_and_all_its_outputs_are_freed(
+    c, function
+):
     before = c.live()
     lanes = open_with(directly(function))
     done = run_here(lanes, taken(0, 3, made=0b101))

@@ -29,6 +29,11 @@ print(any(name.startswith("_native.") for name in mapped))
 def test_lanes_are_made_and_run_models_without_torch():
     library()  # compiled once, here
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", PROGRAM],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
     assert result.stdout.splitlines() == ["None 1", "[]", "[]", "True"], result.stderr

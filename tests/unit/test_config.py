@@ -106,7 +106,10 @@ def test_a_home_directory_may_be_written_as_a_tilde(write, monkeypatch, tmp_path
     config = read_config(write('cache_dir = "~/cache"\n[models.m]\npath = "~/m.pt2"\n'))
     assert config.models["m"].path == f"{tmp_path}/home/m.pt2"
     assert config.cache_dir == f"{tmp_path}/home/cache"
-    assert Scheduler(SchedulerConfig(cache_dir="~/cache"))._config.cache_dir == f"{tmp_path}/home/cache"
+    assert (
+        Scheduler(SchedulerConfig(cache_dir="~/cache"))._config.cache_dir
+        == f"{tmp_path}/home/cache"
+    )
 
 
 def test_the_cache_directory_is_relative_to_the_file(write, tmp_path):
@@ -134,7 +137,9 @@ def test_whole_seconds_may_be_written_without_a_point(write):
 
 
 def test_a_device_bounds_its_queue_even_when_nothing_is_said(write):
-    assert read_config(write("[devices.cpu]\n")).devices["cpu"].limits == Limits(jobs=4096, bytes=None)
+    assert read_config(write("[devices.cpu]\n")).devices["cpu"].limits == Limits(
+        jobs=4096, bytes=None
+    )
 
 
 def test_a_configuration_crosses_a_wire(write):
@@ -153,8 +158,14 @@ FAULTS = {
         '[models.m]\npath = "m"\nlane = 1',
         "models.m: Object contains unknown field `lane`",
     ),
-    "a missing path": ("[models.m]\ninstances = 2", "models.m: Object missing required field `path`"),
-    "no instances": ('[models.m]\npath = "m"\ninstances = 0', "models.m.instances: Expected `int` >= 1"),
+    "a missing path": (
+        "[models.m]\ninstances = 2",
+        "models.m: Object missing required field `path`",
+    ),
+    "no instances": (
+        '[models.m]\npath = "m"\ninstances = 0',
+        "models.m.instances: Expected `int` >= 1",
+    ),
     "no threads": ('[models.m]\npath = "m"\nthreads = 0', "models.m.threads: Expected `int` >= 1"),
     "a timeout of nothing": (
         '[models.m]\npath = "m"\ntimeout = 0.0',
@@ -188,8 +199,14 @@ FAULTS = {
         '[models.m]\npath = "a\\u0000b"',
         "models.m.path: expected the path of a file, got 'a\\x00b'",
     ),
-    "an empty path": ('[models.m]\npath = ""', "models.m.path: expected the path of a file, got ''"),
-    "a cache directory with a NUL": ('cache_dir = "\\u0000"', "cache_dir: expected the path of a file"),
+    "an empty path": (
+        '[models.m]\npath = ""',
+        "models.m.path: expected the path of a file, got ''",
+    ),
+    "a cache directory with a NUL": (
+        'cache_dir = "\\u0000"',
+        "cache_dir: expected the path of a file",
+    ),
     "the home of nobody": (
         'cache_dir = "~nosuchuser/x"',
         "cache_dir: '~nosuchuser' has no home directory here",
@@ -243,7 +260,9 @@ def test_a_directory_is_no_configuration(tmp_path):
 
 
 def test_settings_given_in_code_are_checked_like_those_of_a_file():
-    with pytest.raises(ConfigError, match=r"load\('m.pt2'\): instances: Expected `int` >= 1, got 0"):
+    with pytest.raises(
+        ConfigError, match=r"load\('m.pt2'\): instances: Expected `int` >= 1, got 0"
+    ):
         checked(ModelConfig(path="m.pt2", instances=0))
 
 
@@ -296,7 +315,10 @@ async def test_a_runner_gets_the_bounds_of_the_file(write):
     fake = backend(lanes=1)
     async with Scheduler(read_config(write(TWO_MODELS)), devices={"cpu": fake}) as scheduler:
         ranker = scheduler.runners["ranker"]
-        futures = [ranker.submit("a"), ranker.submit("b")]  # one runs, one is queued: that is the bound
+        futures = [
+            ranker.submit("a"),
+            ranker.submit("b"),
+        ]  # one runs, one is queued: that is the bound
         with pytest.raises(QueueFullError):
             ranker.submit("c")
         fake.finish_all()
@@ -358,7 +380,12 @@ def test_cores_that_are_not_its_own_are_refused(devices, sentence):
 
 @pytest.mark.parametrize(
     ("count", "shares"),
-    [(2, [(4,), (5,)]), (3, [(4, 5), (6,)]), (4, [(4, 5), (6, 7)]), (7, [(4, 5, 6, 7), (8, 9, 10)])],
+    [
+        (2, [(4,), (5,)]),
+        (3, [(4, 5), (6,)]),
+        (4, [(4, 5), (6, 7)]),
+        (7, [(4, 5, 6, 7), (8, 9, 10)]),
+    ],
 )
 def test_cores_are_divided_and_what_is_left_goes_to_the_first(count, shares):
     assert divided(["cpu:10", "cpu:9"], range(4, 4 + count)) == dict(
@@ -391,7 +418,10 @@ def test_a_device_has_one_name(name, full):
 
 @pytest.mark.parametrize("count", [0, 1025, 10**9])
 async def test_instances_and_lanes_have_upper_bounds(count, write):
-    for text in (f"[devices.cpu]\nlanes = {count}", f'[models.m]\npath = "m.pt2"\ninstances = {count}'):
+    for text in (
+        f"[devices.cpu]\nlanes = {count}",
+        f'[models.m]\npath = "m.pt2"\ninstances = {count}',
+    ):
         with pytest.raises(ConfigError, match=r"(lanes|instances): Expected `int`"):
             read_config(write(text))
     with pytest.raises(ConfigError, match="lanes"):

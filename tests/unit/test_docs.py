@@ -21,7 +21,9 @@ def diagram():
         for fact, target in row.items():
             if target is not state:
                 facts.setdefault(target, []).append(fact.name.lower())
-        lines += [f"    {state.name} --> {end.name}: {', '.join(names)}" for end, names in facts.items()]
+        lines += [
+            f"    {state.name} --> {end.name}: {', '.join(names)}" for end, names in facts.items()
+        ]
         if not facts:
             lines.append(f"    {state.name} --> [*]")
     return "\n".join(lines)

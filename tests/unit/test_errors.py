@@ -19,7 +19,11 @@ from aoti_sched.errors import (
     RunError,
 )
 
-KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, AotiSchedError)]
+KINDS = [
+    kind
+    for _, kind in inspect.getmembers(errors, inspect.isclass)
+    if issubclass(kind, AotiSchedError)
+]
 HARM = "a\x1b[2J\x00\x7f\x9b\u202e\u2028\ud800b"
 
 
@@ -69,7 +73,10 @@ def test_what_torch_says_keeps_its_lines_but_no_more_than_a_screen_has(kind):
 
 @pytest.mark.parametrize("kind", [ConfigError, PackageNotFoundError])
 def test_a_line_break_in_a_path_forges_no_line_of_a_log(kind):
-    assert str(kind("There is no package at a\nERROR root.")) == "There is no package at a\\nERROR root."
+    assert (
+        str(kind("There is no package at a\nERROR root."))
+        == "There is no package at a\\nERROR root."
+    )
 
 
 def test_an_ordinary_message_is_left_as_it_is():

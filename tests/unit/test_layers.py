@@ -183,7 +183,9 @@ def test_no_import_points_up():
 
 def test_every_import_that_still_points_up_exists():
     known = sources()
-    assert {(module, target) for module, target in POINT_UP if target in targets(module, known)} == POINT_UP
+    assert {
+        (module, target) for module, target in POINT_UP if target in targets(module, known)
+    } == POINT_UP
 
 
 def test_no_circle_of_imports_is_new():

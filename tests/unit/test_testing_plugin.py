@@ -103,7 +103,9 @@ def test_a_users_suite_may_run_by_anyios_plugin(run_suite):
 
 def test_the_example_in_the_documentation_runs(run_suite):
     lines = aoti_sched.testing.__doc__.splitlines()
-    example = textwrap.dedent("\n".join(line for line in lines if line.startswith("    ") or not line))
+    example = textwrap.dedent(
+        "\n".join(line for line in lines if line.startswith("    ") or not line)
+    )
     text = """
 import asyncio
 import pytest
@@ -265,7 +267,9 @@ async def test_a_model_that_raises_fails_its_own_run_only(aoti_backend, aoti_sch
     assert await good == 0.5
 
 
-async def test_a_step_lets_other_tasks_go_on_until_there_is_something_to_finish(aoti_backend, aoti_scheduler):
+async def test_a_step_lets_other_tasks_go_on_until_there_is_something_to_finish(
+    aoti_backend, aoti_scheduler
+):
     aoti_backend.models["m"] = len
     runner = await aoti_scheduler.load("m.pt2")
     answer = asyncio.ensure_future(runner.run("abc"))
@@ -369,10 +373,18 @@ async def test_declared_inputs_are_checked_under_the_fake_backend(aoti_backend, 
     aoti_backend.models["encoder"] = lambda x, *, scale: x * scale["by"]
     aoti_backend.finish_all()
     rows = aoti_sched.DynamicDim("batch", min=1)
-    specs = [aoti_sched.TensorSpec("x", "float32", (rows, 4)), aoti_sched.TensorSpec("by", "float32", ())]
+    specs = [
+        aoti_sched.TensorSpec("x", "float32", (rows, 4)),
+        aoti_sched.TensorSpec("by", "float32", ()),
+    ]
     encoder = await aoti_scheduler.load("encoder.pt2", inputs=specs)
     x, two = torch.ones(3, 4), torch.tensor(2.0)
     assert torch.equal(await encoder.run(x, scale={"by": two}), x * 2)
-    for wrong in (torch.ones(3, 5), torch.ones(0, 4), torch.ones(3, 4, dtype=torch.float64), [1.0] * 4):
+    for wrong in (
+        torch.ones(3, 5),
+        torch.ones(0, 4),
+        torch.ones(3, 4, dtype=torch.float64),
+        [1.0] * 4,
+    ):
         with pytest.raises(aoti_sched.InputMismatchError):
             await encoder.run(wrong, scale={"by": two})

@@ -159,7 +159,9 @@ class Accelerator(ABC):
 
     def under(self, stream: Any) -> AbstractContextManager[object]:
         """A stream (torch's object; None where there is no such thing) is the thread's current one inside."""
-        made: AbstractContextManager[object] = nullcontext() if stream is None else self.module.stream(stream)
+        made: AbstractContextManager[object] = (
+            nullcontext() if stream is None else self.module.stream(stream)
+        )
         return made
 
     @abstractmethod
@@ -271,7 +273,9 @@ class Accelerator(ABC):
                 "inputs come from the host and outputs go there: say copy_inputs=True, copy_outputs='cpu'"
             )
         extracted = package.extract(model, request.cache_dir)
-        request = msgspec.structs.replace(request, contents=None)  # what is kept of it is in the cache
+        request = msgspec.structs.replace(
+            request, contents=None
+        )  # what is kept of it is in the cache
         own = spec_from_metadata(model.metadata)
         wrapper = package.wrapper_source(model)
         if writes_to_buffers(own, wrapper):
@@ -296,7 +300,9 @@ class Accelerator(ABC):
             if model.needs_proxy_executor:
                 proxy, why_not = open_proxy_executor(title, self.name, extracted.library)
             raw = self.open_raw(library, make.instances_for(request), title)
-            if request.instances > 1 and writes_to_buffers(own, wrapper, [c.spec for c in raw.constants]):
+            if request.instances > 1 and writes_to_buffers(
+                own, wrapper, [c.spec for c in raw.constants]
+            ):
                 raw.close()
                 request = msgspec.structs.replace(request, instances=1)
                 raw = self.open_raw(library, make.instances_for(request), title)
@@ -457,7 +463,9 @@ class OnStreams(ABC):
         return self._workspace
 
     def _measure(self) -> None:
-        self._workspace = self._device.workspace([*(slot.stream for slot in self._slots), self._house])
+        self._workspace = self._device.workspace(
+            [*(slot.stream for slot in self._slots), self._house]
+        )
 
     def _close_slots(self) -> None:
         for slot in self._slots:
@@ -595,7 +603,9 @@ class StreamContainer(OnStreams, CAbiContainer):
             self._house.fence()
             self._device.settle()  # what is no parameter was copied over on the default stream
 
-    def _full_set(self, chosen: Chosen, *, check_finite: bool) -> list[tuple[Constant, torch.Tensor]]:
+    def _full_set(
+        self, chosen: Chosen, *, check_finite: bool
+    ) -> list[tuple[Constant, torch.Tensor]]:
         with (
             self._device.keeping_current(),
             self._device.turn(),

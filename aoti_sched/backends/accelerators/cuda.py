@@ -36,7 +36,9 @@ class CudaDevice(Accelerator):
     graph_container = GraphContainer
     may_be_asked = True
 
-    def __init__(self, index: int, driver: Driver, *, module: Any = torch.cuda, type: str = "cuda") -> None:
+    def __init__(
+        self, index: int, driver: Driver, *, module: Any = torch.cuda, type: str = "cuda"
+    ) -> None:
         self.type = type
         self.index = index
         self.driver = driver
@@ -98,7 +100,9 @@ class CudaDevice(Accelerator):
         handles = {stream.handle for stream in streams}
         segments = self.module.memory_snapshot()
         return sum(
-            one["total_size"] for one in segments if one["device"] == self.index and one["stream"] in handles
+            one["total_size"]
+            for one in segments
+            if one["device"] == self.index and one["stream"] in handles
         )
 
     # --- graphs

@@ -112,7 +112,9 @@ class GraphContainer(StreamContainer):
     ) -> None:
         why = _why_not(raw, on_host)
         if why:
-            raise ConfigError(f"load({str(request.path)!r}): cuda_graphs=True, but {why}; leave it out")
+            raise ConfigError(
+                f"load({str(request.path)!r}): cuda_graphs=True, but {why}; leave it out"
+            )
         self._cuda = device
         self._launching = threading.Lock()
         """Held by whoever uses the instance."""
@@ -132,7 +134,12 @@ class GraphContainer(StreamContainer):
 
     @property
     def graphs(self) -> int:
-        return sum(graph is not None for slots in self._graphs for known in slots for graph in known.values())
+        return sum(
+            graph is not None
+            for slots in self._graphs
+            for known in slots
+            for graph in known.values()
+        )
 
     def _know_c_run(self) -> None:
         super()._know_c_run()
@@ -158,7 +165,9 @@ class GraphContainer(StreamContainer):
         if shapes not in known and len(known) < MOST_GRAPHS:
             known[shapes] = self._recorded(number, there, draws=self._cuda.numbers_drawn() != drawn)
             if len(known) == MOST_GRAPHS:
-                log.warning("no more graphs are recorded", runner=self._name, slot=number, most=MOST_GRAPHS)
+                log.warning(
+                    "no more graphs are recorded", runner=self._name, slot=number, most=MOST_GRAPHS
+                )
         return slot.home(CAbiContainer.own(self, outputs))
 
     def _launch(self, slot: Slot, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
@@ -175,7 +184,9 @@ class GraphContainer(StreamContainer):
             why = "it draws random numbers, and a graph would draw the same ones again"
         except RuntimeError as error:
             why = str(error)
-        log.warning("run not recorded", runner=self._name, sizes=[list(t.shape) for t in like], error=why)
+        log.warning(
+            "run not recorded", runner=self._name, sizes=[list(t.shape) for t in like], error=why
+        )
         return None
 
     def _record(self, number: int, like: Sequence[torch.Tensor]) -> Graph:
@@ -186,7 +197,8 @@ class GraphContainer(StreamContainer):
         """
         # With their strides: the model's code has them built in.
         inputs = [
-            torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=self._cuda.name) for t in like
+            torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=self._cuda.name)
+            for t in like
         ]
         recorded = self._cuda.module.CUDAGraph()
         with self._cuda.recording:

@@ -30,7 +30,9 @@ class MpsDevice(Accelerator):
 
     one_at_a_time = True
     has_addresses = False
-    takes_from_host = False  # it is there and refuses them (`update_constant_buffer` in model_container.h)
+    takes_from_host = (
+        False  # it is there and refuses them (`update_constant_buffer` in model_container.h)
+    )
 
     def __init__(self, *, module: Any = torch.mps, type: str = "mps") -> None:
         self.type = type

@@ -70,7 +70,11 @@ class XpuDevice(Accelerator):
 class _C10Stream(ctypes.Structure):
     """`c10::Stream`: its device (kind and number) and its id among the device's."""
 
-    _fields_ = (("device_type", ctypes.c_int8), ("device_index", ctypes.c_int8), ("id", ctypes.c_int64))
+    _fields_ = (
+        ("device_type", ctypes.c_int8),
+        ("device_index", ctypes.c_int8),
+        ("id", ctypes.c_int64),
+    )
 
 
 class XpuStream(Stream):

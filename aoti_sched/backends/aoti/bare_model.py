@@ -10,7 +10,13 @@ import torch
 from aoti_sched.backends.aoti.c_abi import handle_array
 from aoti_sched.backends.aoti.handles import free, handles_of, tensors_of
 from aoti_sched.backends.aoti.raw_container import RawContainer, entries
-from aoti_sched.errors import InputMismatchError, LoadError, MissingWeightsError, RunError, RunnerClosedError
+from aoti_sched.errors import (
+    InputMismatchError,
+    LoadError,
+    MissingWeightsError,
+    RunError,
+    RunnerClosedError,
+)
 
 
 class BareModel:
@@ -24,7 +30,9 @@ class BareModel:
         MissingWeightsError: the container has no weights, or `tensors` is not a full set.
     """
 
-    def __init__(self, container: RawContainer, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+    def __init__(
+        self, container: RawContainer, tensors: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         self._container = container
         self._library = container.library
         self._handle: int | None = None
@@ -34,7 +42,9 @@ class BareModel:
             )
         folded = [c.spec.fqn for c in container.constants if c.spec.folded]
         if folded:
-            raise LoadError(f"{container.name}: a bare model never folds, and {folded[0]!r} must be folded")
+            raise LoadError(
+                f"{container.name}: a bare model never folds, and {folded[0]!r} must be folded"
+            )
         if missing := container.missing_constants():
             raise MissingWeightsError(
                 f"{container.name}: give the container its weights first, which tells their shapes; "
@@ -58,7 +68,9 @@ class BareModel:
         """
         wanted = self._container.num_inputs
         if len(tensors) != wanted:
-            raise InputMismatchError(self._container.name, "", f"{wanted} tensors", f"{len(tensors)}")
+            raise InputMismatchError(
+                self._container.name, "", f"{wanted} tensors", f"{len(tensors)}"
+            )
         run = self._library.function("AOTInductorModelRun")
         model = self._open()
         outputs = handle_array(self.num_outputs())()
@@ -80,12 +92,16 @@ class BareModel:
         Raises:
             LoadError, MissingWeightsError: as `RawContainer.update` does.
         """
-        ready = self._container.prepared({**self._container.made_by_compiler(), **tensors}, full=True)
+        ready = self._container.prepared(
+            {**self._container.made_by_compiler(), **tensors}, full=True
+        )
         update = self._library.function("AOTInductorModelUpdateConstantsMapV2")
         model = self._open()
         handles = handles_of([tensor for _, tensor in ready])
         if update(model, entries(ready, handles), len(ready)):  # which steals the handles
-            raise LoadError(f"{self._container.name}: the update failed: {self._library.root_cause()}")
+            raise LoadError(
+                f"{self._container.name}: the update failed: {self._library.root_cause()}"
+            )
 
     def close(self) -> None:
         """Free the model. Closing twice does nothing."""

@@ -12,7 +12,18 @@ import ctypes
 import functools
 import os
 from collections.abc import Callable
-from ctypes import POINTER, Structure, c_bool, c_char_p, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
+from ctypes import (
+    POINTER,
+    Structure,
+    c_bool,
+    c_char_p,
+    c_int,
+    c_int32,
+    c_int64,
+    c_size_t,
+    c_uint64,
+    c_void_p,
+)
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,7 +89,9 @@ _MAP = "its constants travel in a std::unordered_map, which only C++ can build"
 
 _TABLE = (
     # Containers
-    Function("AOTInductorModelContainerCreate", (POINTER(Container), c_size_t, c_bool, c_char_p), "2.2"),
+    Function(
+        "AOTInductorModelContainerCreate", (POINTER(Container), c_size_t, c_bool, c_char_p), "2.2"
+    ),
     Function(
         "AOTInductorModelContainerCreateWithDevice",
         (POINTER(Container), c_size_t, c_char_p, c_char_p),
@@ -88,23 +101,47 @@ _TABLE = (
     Function("AOTInductorModelContainerRun", _RUN, "2.2"),
     Function("AOTInductorModelContainerRunSingleThreaded", _RUN, "2.7"),
     Function("AOTInductorModelContainerGetNumInputs", (Container, POINTER(c_size_t)), "2.2"),
-    Function("AOTInductorModelContainerGetInputName", (Container, c_size_t, POINTER(c_char_p)), "2.2"),
-    Function("AOTInductorModelContainerGetNumOutputs", (Container, POINTER(c_size_t)), "2.2"),
-    Function("AOTInductorModelContainerGetOutputName", (Container, c_size_t, POINTER(c_char_p)), "2.2"),
     Function(
-        "AOTInductorModelContainerGetCallSpec", (Container, POINTER(c_char_p), POINTER(c_char_p)), "2.2"
+        "AOTInductorModelContainerGetInputName", (Container, c_size_t, POINTER(c_char_p)), "2.2"
+    ),
+    Function("AOTInductorModelContainerGetNumOutputs", (Container, POINTER(c_size_t)), "2.2"),
+    Function(
+        "AOTInductorModelContainerGetOutputName", (Container, c_size_t, POINTER(c_char_p)), "2.2"
+    ),
+    Function(
+        "AOTInductorModelContainerGetCallSpec",
+        (Container, POINTER(c_char_p), POINTER(c_char_p)),
+        "2.2",
     ),
     # What is known of each constant
     Function("AOTInductorModelContainerGetNumConstants", (Container, POINTER(c_size_t)), "2.2"),
-    Function("AOTInductorModelContainerGetConstantName", (Container, c_size_t, POINTER(c_char_p)), "2.2"),
     Function(
-        "AOTInductorModelContainerGetConstantOriginalFQN", (Container, c_size_t, POINTER(c_char_p)), "2.2"
+        "AOTInductorModelContainerGetConstantName", (Container, c_size_t, POINTER(c_char_p)), "2.2"
     ),
-    Function("AOTInductorModelContainerGetConstantDtype", (Container, c_size_t, POINTER(c_int32)), "2.2"),
-    Function("AOTInductorModelContainerGetConstantFromFolded", (Container, c_size_t, POINTER(c_bool)), "2.3"),
-    Function("AOTInductorModelContainerGetConstantType", (Container, c_size_t, POINTER(c_int32)), "2.6"),
-    Function("AOTInductorModelContainerGetConstantDataSize", (Container, c_size_t, POINTER(c_size_t)), "2.8"),
-    Function("AOTInductorModelContainerGetConstantsBlobSize", (Container, POINTER(c_uint64)), "2.10"),
+    Function(
+        "AOTInductorModelContainerGetConstantOriginalFQN",
+        (Container, c_size_t, POINTER(c_char_p)),
+        "2.2",
+    ),
+    Function(
+        "AOTInductorModelContainerGetConstantDtype", (Container, c_size_t, POINTER(c_int32)), "2.2"
+    ),
+    Function(
+        "AOTInductorModelContainerGetConstantFromFolded",
+        (Container, c_size_t, POINTER(c_bool)),
+        "2.3",
+    ),
+    Function(
+        "AOTInductorModelContainerGetConstantType", (Container, c_size_t, POINTER(c_int32)), "2.6"
+    ),
+    Function(
+        "AOTInductorModelContainerGetConstantDataSize",
+        (Container, c_size_t, POINTER(c_size_t)),
+        "2.8",
+    ),
+    Function(
+        "AOTInductorModelContainerGetConstantsBlobSize", (Container, POINTER(c_uint64)), "2.10"
+    ),
     # The values of constants
     Function(
         "AOTInductorModelContainerExtractConstantsMap",
@@ -163,16 +200,22 @@ _TABLE = (
     ),
     Function("AOTInductorModelUpdateConstantsFromBlob", (Container, c_void_p), "2.10"),
     Function(
-        "AOTInductorModelContainerRunConstantFolding", (Container, c_bool, Stream, ProxyExecutor), "2.3"
+        "AOTInductorModelContainerRunConstantFolding",
+        (Container, c_bool, Stream, ProxyExecutor),
+        "2.3",
     ),
     Function("AOTInductorModelContainerSwapConstantBuffer", (Container,), "2.2"),
     Function("AOTInductorModelContainerFreeInactiveConstantBuffer", (Container,), "2.8"),
     # The bare model: one instance, no locks, CPU only
     Function("AOTInductorModelCreate", (POINTER(Model), ConstantMap), "2.2", needs_cpp=_MAP),
-    Function("AOTInductorModelCreateV2", (POINTER(Model), POINTER(ConstantEntry), c_size_t), "2.13"),
+    Function(
+        "AOTInductorModelCreateV2", (POINTER(Model), POINTER(ConstantEntry), c_size_t), "2.13"
+    ),
     Function("AOTInductorModelRun", (Model, POINTER(Tensor), POINTER(Tensor)), "2.2"),
     Function("AOTInductorModelUpdateConstantsMap", (Model, ConstantMap), "2.2", needs_cpp=_MAP),
-    Function("AOTInductorModelUpdateConstantsMapV2", (Model, POINTER(ConstantEntry), c_int32), "2.13"),
+    Function(
+        "AOTInductorModelUpdateConstantsMapV2", (Model, POINTER(ConstantEntry), c_int32), "2.13"
+    ),
     Function("AOTInductorModelGetNumOutputs", (Model, POINTER(c_size_t)), "2.2"),
     Function("AOTInductorModelDelete", (Model,), "2.2"),
     # Only in models compiled with `aot_inductor.use_minimal_arrayref_interface`

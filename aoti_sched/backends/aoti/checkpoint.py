@@ -89,7 +89,11 @@ class Checkpoint:
             raise NotReadableError("has a tensor that reaches beyond its data")
         tensor = torch.empty_strided(like.shape, _dense_strides(like), dtype=like.dtype)
         if tensor.numel():
-            read = _Inflated(file, record.member).read if record.member else _stored(file, record.offset)
+            read = (
+                _Inflated(file, record.member).read
+                if record.member
+                else _stored(file, record.offset)
+            )
             _fill(tensor, like.stride(), start, read)
         if like.is_conj():
             tensor = tensor.conj()
@@ -109,7 +113,10 @@ class Checkpoint:
             if pickled is None:
                 raise NotReadableError("is a zip that torch.save did not write")
             order = members.get(root + "byteorder")
-            if order is not None and archive.open(order).read(16).decode("ascii", "replace") != sys.byteorder:
+            if (
+                order is not None
+                and archive.open(order).read(16).decode("ascii", "replace") != sys.byteorder
+            ):
                 raise NotReadableError(
                     "was saved on a machine of another byte order. Save it again on this one"
                 )
@@ -137,7 +144,9 @@ class Checkpoint:
         load(bounded)  # the version of the protocol
         system = load(bounded)
         if isinstance(system, dict) and system.get("little_endian") is (sys.byteorder == "big"):
-            raise NotReadableError("was saved on a machine of another byte order. Save it again on this one")
+            raise NotReadableError(
+                "was saved on a machine of another byte order. Save it again on this one"
+            )
         content = self._unpickle(bounded)
         end = _size(file)
         records: dict[object, Record] = {}
@@ -163,12 +172,16 @@ class Checkpoint:
         """A storage without memory, for what the pickle says of one."""
         kind, storage_type, key, _location, count, *view = saved
         if kind not in ("storage", b"storage") or any(part is not None for part in view):
-            raise NotReadableError("has storages of a kind that torch.save no longer writes. Save it again")
+            raise NotReadableError(
+                "has storages of a kind that torch.save no longer writes. Save it again"
+            )
         if key not in self._storages:
             dtype = torch.uint8 if storage_type is torch.UntypedStorage else storage_type.dtype
             untyped = _storages.UntypedStorage(count * dtype.itemsize, device="meta")
             self._keys[untyped._cdata] = key  # noqa: SLF001
-            self._storages[key] = _storages.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
+            self._storages[key] = _storages.TypedStorage(
+                wrap_storage=untyped, dtype=dtype, _internal=True
+            )
         return self._storages[key]
 
 

@@ -13,7 +13,13 @@ from typing import NamedTuple
 import torch
 
 from aoti_sched.backends.aoti.weight_files import Offered
-from aoti_sched.errors import ConstantMismatchError, LoadError, MissingWeightsError, clipped, shortened
+from aoti_sched.errors import (
+    ConstantMismatchError,
+    LoadError,
+    MissingWeightsError,
+    clipped,
+    shortened,
+)
 from aoti_sched.model.specs import ConstantSpec, WeightName
 from aoti_sched.model.weight_names import DIGEST_LIMIT, digest_of
 
@@ -162,7 +168,10 @@ class Chosen:
         for offered, digest in self._compiled_in:
             if not digest or digest_of(offered.read()) != digest:
                 faults.append(
-                    (offered.name, "is part of the compiled code, and this is another value. Compile again")
+                    (
+                        offered.name,
+                        "is part of the compiled code, and this is another value. Compile again",
+                    )
                 )
         if faults:
             raise ConstantMismatchError(self._model, tuple(faults))
@@ -183,7 +192,10 @@ class Chosen:
             for name, other in others:
                 if not _is_same(tensor, other):
                     faults.append(
-                        (name, f"is the same tensor as {clipped(repr(first), 100)}, and has other values")
+                        (
+                            name,
+                            f"is the same tensor as {clipped(repr(first), 100)}, and has other values",
+                        )
                     )
         if faults:
             raise ConstantMismatchError(self._model, tuple(dict.fromkeys(faults)))
@@ -243,7 +255,10 @@ def choose(
             ignored.append(name)
         if len(faults) + len(ignored) + len(compiled_in) > SURPLUS_LIMIT:
             faults.append(
-                (name, f"is one of more than {SURPLUS_LIMIT} names that fit nothing; no more were read")
+                (
+                    name,
+                    f"is one of more than {SURPLUS_LIMIT} names that fit nothing; no more were read",
+                )
             )
             raise ConstantMismatchError(model, tuple(faults))
     if not (partial and active):
@@ -339,7 +354,9 @@ def laid_out(model: str, constant: Constant, tensor: torch.Tensor) -> torch.Tens
         if constant.stride is None:
             tensor = tensor.clone()  # keeps the strides of a dense tensor
         else:
-            copy = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
+            copy = torch.empty_strided(
+                tensor.shape, stride, dtype=tensor.dtype, device=tensor.device
+            )
             tensor = copy.copy_(tensor)
     if tensor.untyped_storage().nbytes() > constant.capacity:
         raise LoadError(

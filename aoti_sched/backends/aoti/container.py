@@ -27,7 +27,11 @@ class CAbiContainer:
     """A container run through the C ABI, the GIL released."""
 
     def __init__(
-        self, raw: RawContainer, request: LoadRequest, extracted: Extracted, spec: ModelSpec | None = None
+        self,
+        raw: RawContainer,
+        request: LoadRequest,
+        extracted: Extracted,
+        spec: ModelSpec | None = None,
     ) -> None:
         self._raw = raw
         self._spec = spec
@@ -86,7 +90,9 @@ class CAbiContainer:
         ignored = self._given.ignored if self._given is not None else ()
         if not ignored:
             return ()
-        return (f"Of the weights given at load, the model has no use for {shortened(map(repr, ignored))}.",)
+        return (
+            f"Of the weights given at load, the model has no use for {shortened(map(repr, ignored))}.",
+        )
 
     @property
     def c_run(self) -> CRun:
@@ -247,7 +253,11 @@ class CAbiContainer:
 
     @property
     def unparkable(self) -> str:
-        return "" if self._packaged[0] else "its weights were given or updated, and only memory has them"
+        return (
+            ""
+            if self._packaged[0]
+            else "its weights were given or updated, and only memory has them"
+        )
 
     def park(self) -> None:
         self._is_parked = True
@@ -259,7 +269,9 @@ class CAbiContainer:
         if not self._is_parked:
             return
         kept = self._kept
-        self._become(self._fresh(lambda raw: give_weights(raw, kept) if kept else self._load_weights(raw)))
+        self._become(
+            self._fresh(lambda raw: give_weights(raw, kept) if kept else self._load_weights(raw))
+        )
         self._kept, self._is_parked = {}, False
 
     def _load_weights(self, raw: RawContainer) -> None:
@@ -293,7 +305,9 @@ class CAbiContainer:
     def _fold(self, raw: RawContainer, *, inactive: bool) -> None:
         raw.fold(inactive=inactive)
 
-    def _full_set(self, chosen: Chosen, *, check_finite: bool) -> list[tuple[Constant, torch.Tensor]]:
+    def _full_set(
+        self, chosen: Chosen, *, check_finite: bool
+    ) -> list[tuple[Constant, torch.Tensor]]:
         return self._raw.full_set(chosen.values(check_finite=check_finite))
 
     def _write(self, ready: list[tuple[Constant, torch.Tensor]]) -> int:
@@ -309,5 +323,9 @@ class CAbiContainer:
 
 def missing_functions(library: Library) -> tuple[str, ...]:
     """The functions that a model's library lacks because an older torch compiled it, and the torch that brings them."""
-    wanted = {name: f for name, f in FUNCTIONS.items() if not f.needs_cpp and "MinimalArrayref" not in name}
+    wanted = {
+        name: f
+        for name, f in FUNCTIONS.items()
+        if not f.needs_cpp and "MinimalArrayref" not in name
+    }
     return tuple(f"{name} (torch {f.since})" for name, f in wanted.items() if not library.has(name))

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 import msgspec
 
 _SPACE = re.compile(rb"[ \t\r\n]*")
-_FLAT = re.compile(rb'\{(?:[^{}"]*"[^"\\{}]*"){0,16}[^{}"]*\}')  # no string in it has a brace, or an escape
+_FLAT = re.compile(
+    rb'\{(?:[^{}"]*"[^"\\{}]*"){0,16}[^{}"]*\}'
+)  # no string in it has a brace, or an escape
 _PLAIN = re.compile(rb'[^"\\]*')
 _UNTIL_BRACKET = re.compile(rb'[^"{}\[\]]*')
 _SCALAR = re.compile(rb"[^,}\] \t\r\n]+")

@@ -45,7 +45,9 @@ def sentence(operators: Sequence[str]) -> str:
     parts = []
     if len(strange) < len(operators):
         own = [one for one in operators if one not in strange]
-        parts.append(f"Calls {names(own)} through torch's dispatcher, since there is no C function for that.")
+        parts.append(
+            f"Calls {names(own)} through torch's dispatcher, since there is no C function for that."
+        )
     if strange:
         parts.append(f"Calls custom operators through torch's dispatcher: {names(strange)}.")
     return " ".join(parts)
@@ -55,7 +57,9 @@ def why_not_callable(error: RuntimeError, operators: Iterable[str]) -> str:
     """Why torch can't call them, from its error, and what to do."""
     cause = str(error).partition("\nException raised from ")[0].strip().rstrip(".")
     if custom(operators):
-        return f"{cause}. A custom operator must be registered (imported) before its model is loaded."
+        return (
+            f"{cause}. A custom operator must be registered (imported) before its model is loaded."
+        )
     return f"{cause}. Compile it again with this torch."
 
 

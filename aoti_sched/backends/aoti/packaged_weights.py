@@ -79,7 +79,9 @@ class GivenWeights:
             self._weights = None
 
 
-def load_weights(raw: RawContainer, extracted: Extracted, given: GivenWeights | None = None) -> None:
+def load_weights(
+    raw: RawContainer, extracted: Extracted, given: GivenWeights | None = None
+) -> None:
     """Give a container the weights that were given, and else those that its package brings, if it has not got them from
     its library.
 
@@ -106,7 +108,9 @@ def load_weights(raw: RawContainer, extracted: Extracted, given: GivenWeights | 
 
 def give_weights(raw: RawContainer, weights: dict[str, torch.Tensor]) -> None:
     """Write weights into a container's active buffer; they may lie on the host."""
-    from_cpu = raw.device_type != "cpu" and raw.takes_from_cpu and all(t.is_cpu for t in weights.values())
+    from_cpu = (
+        raw.device_type != "cpu" and raw.takes_from_cpu and all(t.is_cpu for t in weights.values())
+    )
     if raw.device_type != "cpu" and not from_cpu:
         stay = raw.on_host if raw.ready(inactive=False) else ()
         weights = {fqn: t.cpu() if fqn in stay else t.to(raw.device) for fqn, t in weights.items()}

@@ -15,7 +15,13 @@ from typing import Any
 
 import torch
 
-from aoti_sched.backends.aoti.operators import in_python, names, operators_of, sentence, why_not_callable
+from aoti_sched.backends.aoti.operators import (
+    in_python,
+    names,
+    operators_of,
+    sentence,
+    why_not_callable,
+)
 from aoti_sched.backends.aoti.stock_runner import stock_runner
 from aoti_sched.errors import LoadError
 
@@ -39,7 +45,11 @@ class ProxyExecutor:
     def note(self) -> str:
         """What a user should know of the operators."""
         slow = self._in_python
-        held = f" Written in Python, so that the GIL is held while they run: {names(slow)}." if slow else ""
+        held = (
+            f" Written in Python, so that the GIL is held while they run: {names(slow)}."
+            if slow
+            else ""
+        )
         return sentence(self.operators) + held
 
     @property

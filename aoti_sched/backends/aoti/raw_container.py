@@ -17,7 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from aoti_sched.backends.aoti.c_abi import ConstantEntry, Library, handle_array
-from aoti_sched.backends.aoti.constant_map import EXTRACT, EXTRACT_ENTRIES, map_type, why_not_updatable
+from aoti_sched.backends.aoti.constant_map import (
+    EXTRACT,
+    EXTRACT_ENTRIES,
+    map_type,
+    why_not_updatable,
+)
 from aoti_sched.backends.aoti.constants import TYPES, Constant, check, laid_out, select
 from aoti_sched.backends.aoti.handles import DTYPES, borrowed, free, handles_of, tensors_of
 from aoti_sched.backends.contracts import CRun
@@ -54,10 +59,16 @@ class RawContainer:
     """
 
     def __init__(
-        self, library: Library, instances: int = 1, device: str = "cpu", resources: str | None = None
+        self,
+        library: Library,
+        instances: int = 1,
+        device: str = "cpu",
+        resources: str | None = None,
     ) -> None:
         if instances < 1:
-            raise LoadError(f"{library.name}: instances={instances}, but a container holds at least one")
+            raise LoadError(
+                f"{library.name}: instances={instances}, but a container holds at least one"
+            )
         self.library = library
         self.name = library.name
         self.device = device
@@ -74,7 +85,9 @@ class RawContainer:
         handle = c_void_p()
         directory = None if resources is None else resources.encode()
         if library.has(_PREFIX + "CreateWithDevice"):
-            library.call(_PREFIX + "CreateWithDevice", byref(handle), instances, device.encode(), directory)
+            library.call(
+                _PREFIX + "CreateWithDevice", byref(handle), instances, device.encode(), directory
+            )
         elif device in ("cpu", "cuda"):
             library.call(_PREFIX + "Create", byref(handle), instances, device == "cpu", directory)
         else:
@@ -103,7 +116,9 @@ class RawContainer:
 
     # --- runs ---------------------------------------------------------------------------------------------
 
-    def run(self, tensors: Sequence[torch.Tensor], *, stream: int | None = None) -> list[torch.Tensor | None]:
+    def run(
+        self, tensors: Sequence[torch.Tensor], *, stream: int | None = None
+    ) -> list[torch.Tensor | None]:
         """Run once; None stands where an output is left out. Output tensors may be the inputs themselves.
 
         Only the number of inputs is checked here: a wrong dtype or size reads past buffers. Blocks while
@@ -182,7 +197,11 @@ class RawContainer:
         """
         if self._constants is None:
             # Only a complete buffer's layouts can be trusted: what an update was refused for is still there.
-            known = dict(self._borrow(inactive=False)) if self._complete[0] and self._can_extract() else {}
+            known = (
+                dict(self._borrow(inactive=False))
+                if self._complete[0] and self._can_extract()
+                else {}
+            )
             count = self._get(c_size_t, "GetNumConstants")
             constants = tuple(self._constant(index, known) for index in range(count))
             if not self._complete[0]:
@@ -200,7 +219,9 @@ class RawContainer:
         if not self._can_extract():
             return ()
         present = {name for name, _ in self._borrow(inactive=inactive)}
-        return tuple(c.spec.fqn for c in self.constants if not c.spec.folded and c.spec.fqn not in present)
+        return tuple(
+            c.spec.fqn for c in self.constants if not c.spec.folded and c.spec.fqn not in present
+        )
 
     @property
     def why_not_updatable(self) -> str:
@@ -224,7 +245,9 @@ class RawContainer:
         if not self._can_extract() or (inactive and not self._complete[1]):
             return []
         # A frozen model's weights may be packed by oneDNN: opaque, without an address, and never an output.
-        tensors = [t for _, t in self._borrow(inactive=inactive) if t.layout is torch.strided and t.numel()]
+        tensors = [
+            t for _, t in self._borrow(inactive=inactive) if t.layout is torch.strided and t.numel()
+        ]
         if not self.has_addresses:
             storages = {t.untyped_storage().data_ptr() for t in tensors}
             return [(storage, storage + 1) for storage in storages]
@@ -250,14 +273,19 @@ class RawContainer:
                 fit[spec.fqn] = active[spec.fqn]  # made by the compiler, or left out of a part
         for fqn in self.on_host & fit.keys():
             fit[fqn] = fit[fqn].cpu()
-        return [(c, laid_out(self.name, c, fit[c.spec.fqn])) for c in self.constants if c.spec.fqn in fit]
+        return [
+            (c, laid_out(self.name, c, fit[c.spec.fqn]))
+            for c in self.constants
+            if c.spec.fqn in fit
+        ]
 
     def stage(
         self,
         ready: list[tuple[Constant, torch.Tensor]],
         *,
         at_once: int | None = None,
-        bring: Callable[[list[torch.Tensor]], AbstractContextManager[list[torch.Tensor]]] | None = None,
+        bring: Callable[[list[torch.Tensor]], AbstractContextManager[list[torch.Tensor]]]
+        | None = None,
     ) -> int:
         """Write a `full_set` into the inactive buffer; returns its bytes. Runs may go on.
 
@@ -272,7 +300,9 @@ class RawContainer:
         stay = self.on_host
         for number, group in enumerate(groups):
             name = "UpdateConstantBufferPairs"
-            here = [place for place, (c, t) in enumerate(group) if t.is_cpu and c.spec.fqn not in stay]
+            here = [
+                place for place, (c, t) in enumerate(group) if t.is_cpu and c.spec.fqn not in stay
+            ]
             there: AbstractContextManager[list[torch.Tensor]] = nullcontext([])
             if bring is not None and here:
                 if self.takes_from_cpu:
@@ -310,7 +340,9 @@ class RawContainer:
             MissingWeightsError: not a full set.
         """
         full = not self._complete[inactive]
-        ready = self.prepared(tensors, full=full, device_type="cpu" if from_cpu else self.device_type)
+        ready = self.prepared(
+            tensors, full=full, device_type="cpu" if from_cpu else self.device_type
+        )
         ready += self._rest(ready, full=full, inactive=inactive)
         if user_managed:
             for constant, tensor in ready:
@@ -377,7 +409,11 @@ class RawContainer:
     def made_by_compiler(self) -> dict[str, torch.Tensor]:
         """Copies of the constants that no state dict has; they are the same in every set."""
         made = {c.spec.fqn for c in self.constants if c.spec.type == "constant"}
-        return {name: tensor for name, tensor in self.extract().items() if name in made} if made else {}
+        return (
+            {name: tensor for name, tensor in self.extract().items() if name in made}
+            if made
+            else {}
+        )
 
     def update_from_blob(self, path: Path) -> None:
         """Load the weights of a model whose weights lie in a file of their own; once, before the first run.
@@ -389,10 +425,14 @@ class RawContainer:
             raise LoadError(f"{self.name} was not compiled to have its weights in a file")
         if self._complete[0]:
             # The runtime would free the blob that its constants point into, and keep the constants.
-            raise LoadError(f"{self.name} has its weights already; a weights file can be loaded once")
+            raise LoadError(
+                f"{self.name} has its weights already; a weights file can be loaded once"
+            )
         there = path.stat().st_size
         if there != size:
-            raise LoadError(f"{self.name} wants a weights file of {size} bytes, and {path} has {there}")
+            raise LoadError(
+                f"{self.name} wants a weights file of {size} bytes, and {path} has {there}"
+            )
         # Mapped only for the call: the runtime copies.
         blob = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
         self.library.call("AOTInductorModelUpdateConstantsFromBlob", self._open(), blob.data_ptr())
@@ -441,10 +481,14 @@ class RawContainer:
         return value.value
 
     def _names(self, count: str, name: str) -> tuple[str, ...]:
-        return tuple(self._get(c_char_p, name, index).decode() for index in range(self._get(c_size_t, count)))
+        return tuple(
+            self._get(c_char_p, name, index).decode() for index in range(self._get(c_size_t, count))
+        )
 
     def _can_extract(self) -> bool:
-        return self.library.has(EXTRACT_ENTRIES) or (self.library.has(EXTRACT) and map_type() is not None)
+        return self.library.has(EXTRACT_ENTRIES) or (
+            self.library.has(EXTRACT) and map_type() is not None
+        )
 
     def _borrow(self, *, inactive: bool) -> list[tuple[str, torch.Tensor]]:
         """A buffer's constants by FQN, in the container's own memory: not to be kept."""
@@ -549,7 +593,9 @@ def _groups(
     return groups
 
 
-def entries(pairs: list[tuple[Constant, torch.Tensor]], handles: list[int]) -> ctypes.Array[ConstantEntry]:
+def entries(
+    pairs: list[tuple[Constant, torch.Tensor]], handles: list[int]
+) -> ctypes.Array[ConstantEntry]:
     """The array that the C ABI takes: each constant's internal name and its handle."""
     names = [constant.spec.name.encode() for constant, _ in pairs]
     return (ConstantEntry * len(pairs))(*map(ConstantEntry, names, handles))
@@ -562,4 +608,6 @@ def mapped(pairs: list[tuple[Constant, torch.Tensor]], handles: list[int]) -> Co
         raise MissingCapabilityError(
             "aoti_sched was installed without a C++ compiler, and builds no C++ maps"
         )
-    return made([(constant.spec.name, handle) for (constant, _), handle in zip(pairs, handles, strict=True)])
+    return made(
+        [(constant.spec.name, handle) for (constant, _), handle in zip(pairs, handles, strict=True)]
+    )

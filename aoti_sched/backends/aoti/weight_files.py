@@ -120,7 +120,9 @@ def _pairs(weights: object) -> Iterable[object]:
     if isinstance(weights, Mapping):
         return weights.items()
     if isinstance(weights, torch.nn.Module):
-        raise WeightsTypeError(f"The weights are a module, {type(weights).__name__}. Pass its state_dict().")
+        raise WeightsTypeError(
+            f"The weights are a module, {type(weights).__name__}. Pass its state_dict()."
+        )
     if isinstance(weights, Iterable) and not isinstance(weights, (torch.Tensor, bytes, bytearray)):
         return weights
     raise WeightsTypeError(
@@ -164,7 +166,9 @@ def _place(tensor: torch.Tensor) -> object:
 def _kind(thing: object) -> str:
     kind = type(thing)
     return clipped(
-        kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+        kind.__qualname__
+        if kind.__module__ == "builtins"
+        else f"{kind.__module__}.{kind.__qualname__}"
     )
 
 
@@ -239,9 +243,13 @@ def _read_file(path: Path, files: _Files, *, shard: bool = False) -> Iterator[Of
     try:
         file = files.open(path)
         head = file.peek(9)[:9]
-        if head[8:] == b"{" and int.from_bytes(head[:8], "little") <= 100_000_000:  # the format's own bound
+        if (
+            head[8:] == b"{" and int.from_bytes(head[:8], "little") <= 100_000_000
+        ):  # the format's own bound
             yield from _read_safetensors(path, file, files)
-        elif head.startswith((b"PK\3\4", b"\x80")):  # a zip; a pickle, as torch wrote them before 1.6
+        elif head.startswith(
+            (b"PK\3\4", b"\x80")
+        ):  # a zip; a pickle, as torch wrote them before 1.6
             yield from _read_checkpoint(path, file, files)
         elif not shard and head.lstrip().startswith(b"{"):
             yield from _read_shards(path, _read_index(path, file), files)
@@ -273,7 +281,9 @@ def _read_safetensors(path: Path, file: io.BufferedReader, files: _Files) -> Ite
         yield Offered(name, like, read, (path, start, name), on_host=True)
 
 
-def _read_tensor(path: Path, files: _Files, name: str, like: torch.Tensor, start: int) -> torch.Tensor:
+def _read_tensor(
+    path: Path, files: _Files, name: str, like: torch.Tensor, start: int
+) -> torch.Tensor:
     tensor = torch.empty(like.shape, dtype=like.dtype)
     try:
         if tensor.nbytes:
@@ -281,7 +291,9 @@ def _read_tensor(path: Path, files: _Files, name: str, like: torch.Tensor, start
             file.seek(start)
             fill(file, tensor)
     except NotReadableError as error:
-        raise _fault(path, f"ended within {clipped(repr(name))}: it was cut while being read.") from error
+        raise _fault(
+            path, f"ended within {clipped(repr(name))}: it was cut while being read."
+        ) from error
     except OSError as error:
         raise _unreadable(path, error) from error
     return tensor
@@ -307,16 +319,15 @@ def _safetensors_layout(path: Path, file: io.BufferedReader) -> list[tuple[str, 
         starts.setdefault(entry.data_offsets[0], []).append((name, entry))
     layout = []
     end = 0
-    while (
-        starts
-    ):  # from each tensor to the one that begins where it ends; sorting many would hold the GIL for long
+    while starts:  # from each tensor to the one that begins where it ends; sorting many would hold the GIL for long
         here = starts.pop(end, None) or starts.pop(min(starts))
         for name, entry in sorted(here, key=lambda item: item[1].data_offsets[1]):
             quoted = clipped(repr(name), 100)
             dtype = getattr(torch, _DTYPES.get(entry.dtype, ""), None)
             if dtype is None:
                 raise _fault(
-                    path, f"has a tensor {quoted} of dtype {clipped(entry.dtype, 40)}, which torch has not."
+                    path,
+                    f"has a tensor {quoted} of dtype {clipped(entry.dtype, 40)}, which torch has not.",
                 )
             start, stop = entry.data_offsets
             wanted = math.prod(entry.shape) * dtype.itemsize
@@ -330,7 +341,8 @@ def _safetensors_layout(path: Path, file: io.BufferedReader) -> list[tuple[str, 
                 like = torch.empty(entry.shape, dtype=dtype, device="meta")
             except (RuntimeError, TypeError) as error:
                 raise _fault(
-                    path, f"has a tensor {quoted} of a shape that cannot be made: {clipped(entry.shape)}."
+                    path,
+                    f"has a tensor {quoted} of a shape that cannot be made: {clipped(entry.shape)}.",
                 ) from error
             end = stop
             layout.append((name, like, 8 + length + start))
@@ -412,7 +424,11 @@ def _state_dict(path: Path, loaded: object) -> dict[str, torch.Tensor]:
         )
     state = dict(loaded[wrapped[0]] if wrapped else loaded)
     for name, value in list(state.items()):
-        if isinstance(name, str) and name.endswith(_EXTRA_STATE) and not isinstance(value, torch.Tensor):
+        if (
+            isinstance(name, str)
+            and name.endswith(_EXTRA_STATE)
+            and not isinstance(value, torch.Tensor)
+        ):
             del state[name]
         elif not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise _fault(
@@ -475,7 +491,8 @@ def _read_shards(path: Path, shards: Mapping[str, set[str]], files: _Files) -> I
             yield offered
         if left:
             raise _fault(
-                path, f"says that {clipped(repr(shard))} holds {clipped(repr(min(left)))}, which it does not."
+                path,
+                f"says that {clipped(repr(shard))} holds {clipped(repr(min(left)))}, which it does not.",
             )
 
 
@@ -488,7 +505,9 @@ def _fault(path: Path, what: str) -> WeightsFileError:
 
 def _unreadable(path: Path, error: Exception) -> WeightsFileError:
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        return WeightsFileError(f"There is no weights file at {clipped(path, 400)}.", path=str(path))
+        return WeightsFileError(
+            f"There is no weights file at {clipped(path, 400)}.", path=str(path)
+        )
     why = error.strerror if isinstance(error, OSError) else None
     return WeightsFileError(f"Cannot read {clipped(path, 400)}: {why or error}.", path=str(path))
 

@@ -63,7 +63,9 @@ class Staging:
         """Give all of it back. No run may be going on."""
         self._slots.clear()
 
-    def _give_up(self, memories: list[torch.Tensor | None], outputs: list[torch.Tensor | None]) -> None:
+    def _give_up(
+        self, memories: list[torch.Tensor | None], outputs: list[torch.Tensor | None]
+    ) -> None:
         """What an output shares is left to it: the next batch would write over the results of this one."""
         shared = {output.untyped_storage().data_ptr() for output in outputs if output is not None}
         for index, memory in enumerate(memories):
@@ -71,7 +73,9 @@ class Staging:
                 memories[index] = None
 
 
-def gather(name: str, batch: Batch, memories: list[torch.Tensor | None] | None = None) -> list[torch.Tensor]:
+def gather(
+    name: str, batch: Batch, memories: list[torch.Tensor | None] | None = None
+) -> list[torch.Tensor]:
     """The inputs of a batch's one run, in the memory there is or in new one; what is new is put into `memories`.
 
     Raises:
@@ -79,7 +83,11 @@ def gather(name: str, batch: Batch, memories: list[torch.Tensor | None] | None =
     """
     import torch
 
-    if not batch.members or len(batch.members) != len(batch.rows) or sum(batch.rows) > batch.padded_rows:
+    if (
+        not batch.members
+        or len(batch.members) != len(batch.rows)
+        or sum(batch.rows) > batch.padded_rows
+    ):
         raise ValueError(
             f"{name}: {len(batch.members)} members with {sum(batch.rows)} rows are no batch of {batch.padded_rows} rows"
         )
@@ -94,7 +102,9 @@ def gather(name: str, batch: Batch, memories: list[torch.Tensor | None] | None =
             if memory is None or memory.dtype != parts[0].dtype or memory.numel() < elements:
                 # Twice as much as before, so that batches that grow row by row do not each make it anew.
                 twice = 0 if memory is None else 2 * memory.numel()
-                memory = torch.empty(max(elements, twice), dtype=parts[0].dtype, device=parts[0].device)
+                memory = torch.empty(
+                    max(elements, twice), dtype=parts[0].dtype, device=parts[0].device
+                )
                 if memories is not None:
                     memories[index] = memory
             whole = memory.as_strided(sizes, strides)
@@ -115,7 +125,9 @@ def whole_shapes(batch: Batch) -> tuple[tuple[int, ...], ...]:
     return tuple(shapes)
 
 
-def split(name: str, batch: Batch, outputs: Sequence[torch.Tensor | None]) -> list[list[torch.Tensor | None]]:
+def split(
+    name: str, batch: Batch, outputs: Sequence[torch.Tensor | None]
+) -> list[list[torch.Tensor | None]]:
     """Each member's own rows of each output; None where the model left an output out.
 
     Raises:
@@ -168,7 +180,9 @@ def _misfit(plan: InputPlan, part: torch.Tensor, dtype: torch.dtype, sizes: list
         return f"has {part.dim()} dimensions, not {len(plan.order)}"
     if part.dtype is not dtype:
         return "is of another dtype than that of the first"
-    dim = next(dim for dim, size in enumerate(sizes) if size != part.shape[dim] and dim not in plan.ragged)
+    dim = next(
+        dim for dim, size in enumerate(sizes) if size != part.shape[dim] and dim not in plan.ragged
+    )
     return f"has size {part.shape[dim]} in dimension {dim}, not {sizes[dim]}"
 
 
@@ -182,7 +196,9 @@ def _dense(sizes: Sequence[int], order: Sequence[int]) -> tuple[list[int], int]:
     return strides, step
 
 
-def _fill(whole: torch.Tensor, plan: InputPlan, parts: list[torch.Tensor], rows: Sequence[int]) -> None:
+def _fill(
+    whole: torch.Tensor, plan: InputPlan, parts: list[torch.Tensor], rows: Sequence[int]
+) -> None:
     import torch
 
     used = sum(rows)
@@ -206,14 +222,19 @@ def _check_output(name: str, batch: Batch, index: int, output: torch.Tensor) -> 
     how = batch.plan.outputs[index]
     what = f"{name}: the run failed: output {index} of a batch"
     if how.dim >= output.dim():
-        raise RunError(f"{what} has {output.dim()} dimensions, and its rows should be in dimension {how.dim}")
+        raise RunError(
+            f"{what} has {output.dim()} dimensions, and its rows should be in dimension {how.dim}"
+        )
     if output.shape[how.dim] != batch.padded_rows:
         raise RunError(
             f"{what} has {output.shape[how.dim]} rows in dimension {how.dim}, expected {batch.padded_rows}"
         )
     for cut in how.ragged:
         for number, inputs in enumerate(batch.members):
-            if cut.dim >= output.dim() or inputs[cut.input].shape[cut.input_dim] > output.shape[cut.dim]:
+            if (
+                cut.dim >= output.dim()
+                or inputs[cut.input].shape[cut.input_dim] > output.shape[cut.dim]
+            ):
                 raise RunError(
                     f"{what} is shorter in dimension {cut.dim} than input {cut.input} of request {number} in dimension "
                     f"{cut.input_dim}"

@@ -51,7 +51,9 @@ def open_executor(
 
         return NativeExecutor(name, lanes, cores, set_threads, affinity, launchers=launchers)
     if launchers is not None:
-        raise ConfigError(f"device {name!r}: launchers={launchers} needs native lanes, and {CHOICE}=threads")
+        raise ConfigError(
+            f"device {name!r}: launchers={launchers} needs native lanes, and {CHOICE}=threads"
+        )
     from aoti_sched.backends.executors.threads import ThreadsExecutor
 
     if not wanted:

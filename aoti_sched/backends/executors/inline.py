@@ -29,7 +29,9 @@ _run_at = functools.lru_cache(1024)(
 )
 _last_error_at = functools.lru_cache(1024)(ctypes.PYFUNCTYPE(c_int32, POINTER(c_char_p)))
 
-_torchs_words = getattr(libtorch, "torch_exception_get_what_without_backtrace", None)  # since torch 2.13
+_torchs_words = getattr(
+    libtorch, "torch_exception_get_what_without_backtrace", None
+)  # since torch 2.13
 if _torchs_words is not None:
     _torchs_words.restype = c_char_p
 _set_openmp = getattr(libtorch, "omp_set_num_threads", None)
@@ -50,7 +52,9 @@ def run_here(work: Work) -> Completion:
             elif work.batch is None:
                 outputs = _call_own(work, run, work.inputs)
             else:
-                outputs = work.container.staging.run(work.batch, functools.partial(_call_own, work, run))
+                outputs = work.container.staging.run(
+                    work.batch, functools.partial(_call_own, work, run)
+                )
     except BaseException as caught:  # noqa: BLE001 -- it is the request's
         error = without_frames(caught)
     return Completion(work.token, outputs, error, started, time.monotonic())
@@ -105,7 +109,9 @@ def without_frames(error: BaseException) -> BaseException:
     try:
         return _without_frames(out_of_resources(error, "the run") or error)
     except BaseException as fault:  # noqa: BLE001 -- a foreign error's own methods may raise anything
-        return RunError(f"the run raised {type(error).__name__}, which can't be passed on: {said(fault)}")
+        return RunError(
+            f"the run raised {type(error).__name__}, which can't be passed on: {said(fault)}"
+        )
 
 
 def _without_frames(error: BaseException) -> BaseException:
@@ -130,7 +136,13 @@ def _call(run: CRun, tensors: list[torch.Tensor]) -> list[torch.Tensor | None]:
     outputs = (c_void_p * run.num_outputs)()
     if (
         _run_at(run.run)(
-            run.container, inputs, run.num_inputs, outputs, run.num_outputs, None, run.proxy_executor
+            run.container,
+            inputs,
+            run.num_inputs,
+            outputs,
+            run.num_outputs,
+            None,
+            run.proxy_executor,
         )
         == 0
     ):
@@ -141,7 +153,9 @@ def _call(run: CRun, tensors: list[torch.Tensor]) -> list[torch.Tensor | None]:
     torchs = _torchs_words() if _torchs_words is not None else None
     free(inputs)  # what was stolen is null now; the rest is ours
     free(outputs)
-    raise RunError(f"{run.name}: the run failed: {explain_failure(_text(own.value), _text(torchs))}")
+    raise RunError(
+        f"{run.name}: the run failed: {explain_failure(_text(own.value), _text(torchs))}"
+    )
 
 
 def _text(words: bytes | None) -> str:

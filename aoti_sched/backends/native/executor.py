@@ -11,7 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch._C._aoti import alloc_tensors_by_stealing_from_void_ptrs, unsafe_alloc_void_ptrs_from_tensors
+from torch._C._aoti import (
+    alloc_tensors_by_stealing_from_void_ptrs,
+    unsafe_alloc_void_ptrs_from_tensors,
+)
 
 from aoti_sched.backends.aoti.c_abi import explain_failure, libtorch
 from aoti_sched.backends.aoti.handles import DTYPES
@@ -85,7 +88,9 @@ class NativeExecutor:
                 f"device {name!r}: its {lanes} lanes can't be opened: {error}. Nothing has changed; end threads, close "
                 "files, or raise the limit"
             ) from error
-        self._works: dict[int, Work] = {}  # the lanes hold no Python object: what they work on lives here
+        self._works: dict[
+            int, Work
+        ] = {}  # the lanes hold no Python object: what they work on lives here
         self._members: dict[int, object] = {}  # and the members of batches
         self._shim = shim_of_torch()
         self.lost: Callable[[], str] = str  # a device says more
@@ -131,7 +136,9 @@ class NativeExecutor:
         try:
             model = run.native or _prepare(run)
             if batch is None:
-                self._native.submit(lane, token, model, work.inputs, work.threads, on=on, graph=graph)
+                self._native.submit(
+                    lane, token, model, work.inputs, work.threads, on=on, graph=graph
+                )
             elif self._shim is None:
                 # Not into what is kept for the slot: the work that is running now may still read it.
                 self._native.submit(lane, token, model, gather(run.name, batch), work.threads)
@@ -228,13 +235,17 @@ class NativeExecutor:
         _, result, started, finished = taken
         run: Any = work.container.c_run
         if isinstance(result, tuple):
-            error: BaseException = RunError(f"{run.name}: the run failed: {explain_failure(*result)}")
+            error: BaseException = RunError(
+                f"{run.name}: the run failed: {explain_failure(*result)}"
+            )
             if run.slots:
                 error = run.slots[work.slot].device.judged(error)
             return Completion(work.token, None, error, started, finished)
         try:
             outputs = (
-                work.container.own(result) if work.batch is None else self._own(work, work.batch, result)
+                work.container.own(result)
+                if work.batch is None
+                else self._own(work, work.batch, result)
             )
             if run.slots:
                 run.slots[work.slot].hand_over(work, outputs)
@@ -319,12 +330,19 @@ def _plan(shim: _native.Shim, run: CRun, batch: Batch) -> _native.Plan:
         ragged = tuple(index for index, one in enumerate(plan.inputs) if one.ragged)
         dtypes = _dtypes(ragged, batch)
         pads = {
-            index: _pad(plan.inputs[index].pad, dtype) for index, dtype in zip(ragged, dtypes, strict=False)
+            index: _pad(plan.inputs[index].pad, dtype)
+            for index, dtype in zip(ragged, dtypes, strict=False)
         }
         native = _native.Plan(
             shim,
-            [(one.dim, one.order, one.ragged, pads.get(index, {})) for index, one in enumerate(plan.inputs)],
-            [(one.dim, [(cut.dim, cut.input, cut.input_dim) for cut in one.ragged]) for one in plan.outputs],
+            [
+                (one.dim, one.order, one.ragged, pads.get(index, {}))
+                for index, one in enumerate(plan.inputs)
+            ],
+            [
+                (one.dim, [(cut.dim, cut.input, cut.input_dim) for cut in one.ragged])
+                for one in plan.outputs
+            ],
             plan.detach_rows,
         )
         run.native_plan = known = _Prepared(plan, ragged, dtypes, native)
@@ -342,7 +360,9 @@ def _pad(value: float, dtype: torch.dtype) -> dict[int, bytes]:
     except RuntimeError:
         return {}
     return {
-        code: bytes(element.view(torch.uint8).tolist()) for code, known in DTYPES.items() if known == dtype
+        code: bytes(element.view(torch.uint8).tolist())
+        for code, known in DTYPES.items()
+        if known == dtype
     }
 
 

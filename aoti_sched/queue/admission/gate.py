@@ -160,7 +160,9 @@ class Room:
             return True
         if source is not runner:
             return False
-        return self.gates.best() is not None or (runner.counts_tenants and job.tenant in runner.tenant_lines)
+        return self.gates.best() is not None or (
+            runner.counts_tenants and job.tenant in runner.tenant_lines
+        )
 
     def _tenant_full(self, runner: RunnerState, job: Job) -> str | None:
         """Why a job of this tenant can't be queued now, nor wait at the gate."""

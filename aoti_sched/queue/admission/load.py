@@ -58,7 +58,9 @@ class Load:
         """Why a job with inputs of `size` bytes does not fit now; None when it does."""
         bounds = self.bounds
         if bounds.jobs is not None and self.jobs - self.exempt >= bounds.jobs:
-            return f"{self.name} has {self.jobs - self.exempt} jobs queued, its bound is {bounds.jobs}"
+            return (
+                f"{self.name} has {self.jobs - self.exempt} jobs queued, its bound is {bounds.jobs}"
+            )
         if bounds.bytes is not None and self.bytes + size > bounds.bytes:
             return f"{self.name} has {self.bytes} bytes of inputs queued; {size} more exceed its bound of {bounds.bytes}"
         return None
@@ -77,4 +79,6 @@ class Load:
         bounds = self.bounds
         jobs = self.jobs - self.exempt - sum(load.jobs for load in leased)
         size = self.bytes - sum(load.bytes for load in leased)
-        return (bounds.jobs is None or jobs <= bounds.jobs) and (bounds.bytes is None or size <= bounds.bytes)
+        return (bounds.jobs is None or jobs <= bounds.jobs) and (
+            bounds.bytes is None or size <= bounds.bytes
+        )

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aoti_sched.errors import AotiSchedError, LeaseError, QueueFullError, RunnerClosedError, ShedError
+from aoti_sched.errors import (
+    AotiSchedError,
+    LeaseError,
+    QueueFullError,
+    RunnerClosedError,
+    ShedError,
+)
 from aoti_sched.queue.barrier import epoch_refusal
 from aoti_sched.queue.runner_state import Lease, Phase
 
@@ -21,7 +27,12 @@ def for_good(job: Job, device: Load, *, moved: bool) -> AotiSchedError | None:
         if error is not None:
             return error
     never = source.load.never_fits(job.bytes) or device.never_fits(job.bytes)
-    if never is None and runner.counts_tenants and source is runner and runner.load.bounds.tenant_jobs == 0:
+    if (
+        never is None
+        and runner.counts_tenants
+        and source is runner
+        and runner.load.bounds.tenant_jobs == 0
+    ):
         never = f"runner {runner.name!r} queues no jobs of a tenant"
     if never is not None and not job.exempt:
         return QueueFullError(f"runner {runner.name!r}: the request can never be queued, {never}")

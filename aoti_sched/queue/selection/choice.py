@@ -27,14 +27,24 @@ def _rank(head: Job) -> Rank:
 
 def _for_a_lane(source: Source) -> Rank | None:
     head = source.queue.head()
-    if head is None or head.holds or not can_start(source) or source.runner.placing.inline(head.bytes):
+    if (
+        head is None
+        or head.holds
+        or not can_start(source)
+        or source.runner.placing.inline(head.bytes)
+    ):
         return None
     return _rank(head)
 
 
 def _for_the_loop(source: Source) -> Rank | None:
     head = source.queue.head()
-    if head is None or head.holds or not can_start(source) or not source.runner.placing.inline(head.bytes):
+    if (
+        head is None
+        or head.holds
+        or not can_start(source)
+        or not source.runner.placing.inline(head.bytes)
+    ):
         return None
     return _rank(head)
 
@@ -47,7 +57,11 @@ def _for_a_lease(source: Source) -> Rank | None:
 def _age(source: Source, *, inline: bool) -> Rank | None:
     """Of the job that came first, if it may run there and does not wait for the turn of the loop to end."""
     oldest = source.arrivals.first
-    if oldest is None or not can_start(source) or source.runner.placing.inline(oldest.bytes) != inline:
+    if (
+        oldest is None
+        or not can_start(source)
+        or source.runner.placing.inline(oldest.bytes) != inline
+    ):
         return None
     company = source.runner.company
     if (
@@ -106,7 +120,9 @@ class Choice:
         self._max_wait = max_wait
         self._regular = False  # the next launch is not of an overdue job, since the last one was
         self._was_overdue = False  # the one that was chosen last
-        self._credit = 0.0  # core seconds, below zero while overdue jobs have had more than their part
+        self._credit = (
+            0.0  # core seconds, below zero while overdue jobs have had more than their part
+        )
         self._runs: Contest[Source] = Contest(_for_a_lane)
         self._loop: Contest[Source] = Contest(_for_the_loop)
         self._lease: Contest[Source] = Contest(_for_a_lease)
@@ -177,7 +193,11 @@ class Choice:
     def has_place(self, runner: RunnerState, *, inline: bool) -> bool:
         """Whether a run may start there now."""
         lanes = self._lanes
-        return lanes.loop_is_free() if inline else bool(lanes.free) and runner.width <= lanes.free_cores
+        return (
+            lanes.loop_is_free()
+            if inline
+            else bool(lanes.free) and runner.width <= lanes.free_cores
+        )
 
     def may_follow(self, job: Job, now: float) -> bool:
         """Whether a lane may be given this job ahead, and not come free: nobody better waits for one, or waits too long."""
@@ -199,7 +219,11 @@ class Choice:
         on_loop = self._overdue(self._oldest_inline, now) if lanes.loop_is_free() else None
         if on_lane is None or on_loop is None:
             return on_lane or on_loop
-        return on_lane if (on_lane.submitted, on_lane.id) < (on_loop.submitted, on_loop.id) else on_loop
+        return (
+            on_lane
+            if (on_lane.submitted, on_lane.id) < (on_loop.submitted, on_loop.id)
+            else on_loop
+        )
 
     def _overdue(self, contest: Contest[Source], now: float) -> Job | None:
         """Who of them came first, if it is overdue and it is the turn of those."""

@@ -55,7 +55,9 @@ class Turns:
     def __init__(self) -> None:
         self.floor = 0.0
         self.accounts: dict[Hashable, Account] = {}
-        self._idle: list[tuple[float, int, Account]] = []  # the least virtual time first; some have come back
+        self._idle: list[
+            tuple[float, int, Account]
+        ] = []  # the least virtual time first; some have come back
         self._resting = 0  # how many of these have not
         self._rests = 0
 

@@ -156,7 +156,9 @@ class Lines:
     __slots__ = ("_contest", "lines", "only")
 
     def __init__(self) -> None:
-        self.lines: OrderedDict[Line, None] = OrderedDict()  # its first is found in O(1) after many deletions
+        self.lines: OrderedDict[Line, None] = (
+            OrderedDict()
+        )  # its first is found in O(1) after many deletions
         self.only: Line | None = None
         self._contest: Contest[Line] = Contest(Line.rank)
 
@@ -197,7 +199,16 @@ class JobQueue:
         account_of: Gives a tenant's account of a class; without, tenants and keys make no difference.
     """
 
-    __slots__ = ("_account_of", "_by_key", "_hidden", "_lines", "_names", "_plain", "_shown", "_size")
+    __slots__ = (
+        "_account_of",
+        "_by_key",
+        "_hidden",
+        "_lines",
+        "_names",
+        "_plain",
+        "_shown",
+        "_size",
+    )
 
     def __init__(self, account_of: Callable[[int, Hashable], Account] | None = None) -> None:
         self._account_of = account_of
@@ -206,7 +217,9 @@ class JobQueue:
             for priority in Priority
         )  # of jobs without tenant and key, by class
         self._lines: dict[tuple[int, Hashable, Hashable], Line] = {}
-        self._names: deque[tuple[int, Hashable, Hashable]] = deque()  # of lines, as they are looked at
+        self._names: deque[tuple[int, Hashable, Hashable]] = (
+            deque()
+        )  # of lines, as they are looked at
         self._shown = Lines()
         self._by_key: dict[Hashable, Lines] = {}
         self._hidden: set[Hashable] = set()

@@ -65,7 +65,9 @@ class Placing:
         """
         if self.choice is Placement.AUTO:
             times = self.times
-            return times.bound(size) < self.limit or times.one_larger_is_short(size, self.limit, self.hop)
+            return times.bound(size) < self.limit or times.one_larger_is_short(
+                size, self.limit, self.hop
+            )
         return self.choice is Placement.INLINE
 
     def follows(self, size: int) -> bool:

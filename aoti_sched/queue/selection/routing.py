@@ -54,7 +54,9 @@ class Rotation:
         *hindrances, least = min(costs)
         most = least * (1 + NEAR) if known else least
         best = [
-            place for place, (*those, seconds) in enumerate(costs) if those == hindrances and seconds <= most
+            place
+            for place, (*those, seconds) in enumerate(costs)
+            if those == hindrances and seconds <= most
         ]
         chosen = min(best, key=lambda place: (place - self._turn) % len(replicas))
         for place, (*those, seconds) in enumerate(costs):

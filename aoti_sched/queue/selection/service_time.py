@@ -85,7 +85,8 @@ class ServiceTimes:
             return known
         bits = size.bit_length()
         nearest = max(
-            (smaller for smaller in self._by_class if smaller < bits and self._knows(smaller)), default=-1
+            (smaller for smaller in self._by_class if smaller < bits and self._knows(smaller)),
+            default=-1,
         )
         return math.inf if nearest < 0 else self._by_class[nearest].bound * 2.0 ** (bits - nearest)
 

@@ -49,7 +49,9 @@ def matrices(*rows, width=3, dtype=torch.float32):
     """Matrices of so many rows, each with numbers of its own."""
     count = itertools.count()
     return [
-        torch.tensor([[next(count) for _ in range(width)] for _ in range(n)]).reshape(n, width).to(dtype)
+        torch.tensor([[next(count) for _ in range(width)] for _ in range(n)])
+        .reshape(n, width)
+        .to(dtype)
         for n in rows
     ]
 
@@ -104,7 +106,9 @@ class BatchContract:
         assert completion.error is None
         return completion.outputs
 
-    def test_a_batch_comes_back_with_its_token_and_a_list_of_outputs_for_each_member(self, executor):
+    def test_a_batch_comes_back_with_its_token_and_a_list_of_outputs_for_each_member(
+        self, executor
+    ):
         token = object()
         members = [[one] for one in matrices(1, 1, 1)]
         model = self.container(lambda x: [x * 2])
@@ -130,18 +134,27 @@ class BatchContract:
 
     def test_members_may_be_lists_or_tuples(self, executor):
         one, two = matrices(1, 1)
-        outputs = self.outputs(executor, self.container(lambda x: [x + 1]), batch_of(plan(), ((one,), [two])))
-        assert [output.tolist() for (output,) in outputs] == [(one + 1).tolist(), (two + 1).tolist()]
+        outputs = self.outputs(
+            executor, self.container(lambda x: [x + 1]), batch_of(plan(), ((one,), [two]))
+        )
+        assert [output.tolist() for (output,) in outputs] == [
+            (one + 1).tolist(),
+            (two + 1).tolist(),
+        ]
 
     def test_an_output_that_is_left_out_is_none_for_each_member(self, executor):
         model = self.container(lambda x: [None, x + 1, None], outputs=3)
         batch = batch_of(plan(outputs=3), [[one] for one in matrices(1, 1)])
         outputs = self.outputs(executor, model, batch)
-        assert [[output is None for output in each] for each in outputs] == [[True, False, True]] * 2
+        assert [[output is None for output in each] for each in outputs] == [
+            [True, False, True]
+        ] * 2
 
     @pytest.mark.parametrize("detach", [False, True], ids=["views", "copies"])
     @pytest.mark.parametrize("function", [lambda x: x + 1, lambda x: x], ids=["made", "an input"])
-    def test_one_tensor_at_several_outputs_is_each_members_at_all_of_them(self, executor, function, detach):
+    def test_one_tensor_at_several_outputs_is_each_members_at_all_of_them(
+        self, executor, function, detach
+    ):
         def both(x):
             y = function(x)
             return [y, x * 2, y, y]
@@ -149,7 +162,9 @@ class BatchContract:
         model = self.container(both, outputs=4)
         for _ in range(3):
             members = [[one] for one in matrices(1, 2)]
-            outputs = self.outputs(executor, model, batch_of(plan(outputs=4, detach=detach), members))
+            outputs = self.outputs(
+                executor, model, batch_of(plan(outputs=4, detach=detach), members)
+            )
             for got, (x,) in zip(outputs, members, strict=True):
                 assert all(map(same, got, both(x)))
 
@@ -183,7 +198,9 @@ class BatchContract:
         inputs = matrices(2, 1)
         before = [one.clone() for one in inputs]
         members = [[one] for one in inputs]
-        completion = self.run(executor, self.container(lambda x: [x + 1]), batch_of(plan(), members))
+        completion = self.run(
+            executor, self.container(lambda x: [x + 1]), batch_of(plan(), members)
+        )
         assert completion.error is None
         assert all(map(same, inputs, before))
         assert [one._use_count() for one in inputs] == [1, 1]
@@ -243,13 +260,16 @@ class GatheringContract(BatchContract):
             assert same(whole, torch.cat([*(one for (one,) in members), torch.zeros(5, 3)]))
             outputs = self.outputs(executor, model, batch_of(plan(), members, padded_rows=8))
             assert [output.shape[0] for (output,) in outputs] == [2, 1]
-            assert all(same(output, x * 2) for (output,), (x,) in zip(outputs, members, strict=True))
+            assert all(
+                same(output, x * 2) for (output,), (x,) in zip(outputs, members, strict=True)
+            )
             self.outputs(executor, model, batch_of(plan(), [[torch.full((8, 3), 7.0)]]))
 
     @pytest.mark.parametrize("pad", [0, -1, 7.5, True])
     def test_ragged_dimensions_are_padded_to_the_longest_and_cut_back(self, executor, pad):
         how = plan(
-            InputPlan(0, (0, 1), (1,), pad), outputs=[OutputPlan(0, (RaggedOut(1, 0, 1),)), OutputPlan(0)]
+            InputPlan(0, (0, 1), (1,), pad),
+            outputs=[OutputPlan(0, (RaggedOut(1, 0, 1),)), OutputPlan(0)],
         )
         inputs = [torch.rand(1, 3), torch.rand(2, 5), torch.rand(1, 0), torch.rand(1, 5)]
         expected = torch.nn.utils.rnn.pad_sequence(
@@ -289,9 +309,13 @@ class GatheringContract(BatchContract):
     @pytest.mark.parametrize("pad", [0, 1])
     def test_every_dtype_is_gathered_padded_and_given_back(self, executor, dtype, pad):
         how = plan(InputPlan(0, (0, 1), (1,), pad), outputs=[OutputPlan(0, (RaggedOut(1, 0, 1),))])
-        inputs = [(torch.rand(rows, width) * 9).to(dtype) for rows, width in ((1, 3), (2, 1), (1, 4))]
+        inputs = [
+            (torch.rand(rows, width) * 9).to(dtype) for rows, width in ((1, 3), (2, 1), (1, 4))
+        ]
         model = self.container(lambda x: [x.clone()])
-        outputs = self.outputs(executor, model, batch_of(how, [[one] for one in inputs], padded_rows=6))
+        outputs = self.outputs(
+            executor, model, batch_of(how, [[one] for one in inputs], padded_rows=6)
+        )
         whole, _ = self.whole(executor, batch_of(how_only(how), [[one] for one in inputs]))
         for (output,), one in zip(outputs, inputs, strict=True):
             assert output.dtype == dtype
@@ -301,7 +325,9 @@ class GatheringContract(BatchContract):
     def test_a_pad_that_the_dtype_does_not_have_fails_the_batch(self, executor):
         how = plan(InputPlan(0, (0, 1), (1,), 1000), outputs=0)
         members = [[torch.ones(1, n, dtype=torch.uint8)] for n in (1, 2)]
-        completion = self.run(executor, self.container(lambda x: [], outputs=0), batch_of(how, members))
+        completion = self.run(
+            executor, self.container(lambda x: [], outputs=0), batch_of(how, members)
+        )
         assert completion.error is not None
         assert completion.outputs is None
 
@@ -313,7 +339,9 @@ class GatheringContract(BatchContract):
             return [x + 1, x.t() * 2]
 
         model = self.container(function, outputs=2)
-        outputs = self.outputs(executor, model, batch_of(how, [[one] for one in inputs], padded_rows=9))
+        outputs = self.outputs(
+            executor, model, batch_of(how, [[one] for one in inputs], padded_rows=9)
+        )
         for got, x in zip(outputs, inputs, strict=True):
             assert all(map(same, got, function(x)))
 
@@ -353,7 +381,9 @@ class GatheringContract(BatchContract):
         sizes = [random.choice([1, 2, 3]) for _ in range(dims)]
         inputs = []
         for _ in range(random.randint(1, 5)):
-            shape = [random.randint(0, 3) if d == dim or d in ragged else sizes[d] for d in range(dims)]
+            shape = [
+                random.randint(0, 3) if d == dim or d in ragged else sizes[d] for d in range(dims)
+            ]
             inputs.append(laid_out(torch.rand(shape), order))
         rows = sum(one.shape[dim] for one in inputs) + random.choice([0, 0, 2])
         whole, strides = self.whole(
@@ -362,9 +392,9 @@ class GatheringContract(BatchContract):
         expected = by_hand(how, inputs, rows)
         assert same(whole, expected)
         if whole.numel():
-            assert [d for _, d in sorted(zip(strides, range(dims), strict=True), reverse=True)] == list(
-                order
-            ) or 1 in whole.shape
+            assert [
+                d for _, d in sorted(zip(strides, range(dims), strict=True), reverse=True)
+            ] == list(order) or 1 in whole.shape
 
     def test_strides_of_dimensions_of_size_one_do_not_matter(self, executor):
         odd = torch.rand(1, 3).as_strided((1, 1, 3), (77, 99, 1))
@@ -398,7 +428,9 @@ class GatheringContract(BatchContract):
         outputs = self.outputs(executor, model, batch_of(plan(ROWS, ROWS), members))
         assert all((output == -1).all() for (output,) in outputs)
 
-    @pytest.mark.parametrize("part", [lambda x: x, lambda x: x[:, 1:], lambda x: x.view(torch.int32)])
+    @pytest.mark.parametrize(
+        "part", [lambda x: x, lambda x: x[:, 1:], lambda x: x.view(torch.int32)]
+    )
     def test_memory_that_an_output_shares_is_given_up_and_never_written_again(self, executor, part):
         model = self.watching(part)
         first = [[one] for one in matrices(1, 2)]
@@ -410,7 +442,9 @@ class GatheringContract(BatchContract):
 
     def test_views_of_different_members_share_one_output(self, executor):
         outputs = self.outputs(
-            executor, self.container(lambda x: [x * 2]), batch_of(plan(), [[one] for one in matrices(1, 2)])
+            executor,
+            self.container(lambda x: [x * 2]),
+            batch_of(plan(), [[one] for one in matrices(1, 2)]),
         )
         assert len({output.untyped_storage().data_ptr() for (output,) in outputs}) == 1
 
@@ -423,7 +457,9 @@ class GatheringContract(BatchContract):
             return [whole]
 
         members = [[one] for one in matrices(1, 2)]
-        outputs = self.outputs(executor, self.container(function), batch_of(plan(detach=True), members))
+        outputs = self.outputs(
+            executor, self.container(function), batch_of(plan(detach=True), members)
+        )
         assert [output.untyped_storage().nbytes() for (output,) in outputs] == [12, 24]
         assert all(same(output, x * 2) for (output,), (x,) in zip(outputs, members, strict=True))
         assert wholes[0]() is None
@@ -433,14 +469,18 @@ class GatheringContract(BatchContract):
 
         def own(outputs):
             return [
-                output.clone() if output.data_ptr() == weights.data_ptr() else output for output in outputs
+                output.clone() if output.data_ptr() == weights.data_ptr() else output
+                for output in outputs
             ]
 
         model = self.container(lambda x: [weights, x + 1], outputs=2, own=own)
         members = [[one] for one in matrices(1, 2)]
         outputs = self.outputs(executor, model, batch_of(plan(outputs=2), members))
         start, end = weights.data_ptr(), weights.data_ptr() + 36
-        assert [output.tolist() for output, _ in outputs] == [weights[:1].tolist(), weights[1:].tolist()]
+        assert [output.tolist() for output, _ in outputs] == [
+            weights[:1].tolist(),
+            weights[1:].tolist(),
+        ]
         assert not any(start <= output.data_ptr() < end for output, _ in outputs)
 
     # --- what fails ------------------------------------------------------------------------------
@@ -470,7 +510,10 @@ class GatheringContract(BatchContract):
         ("function", "words"),
         [
             (lambda x: x[:2], "output 1 of a batch has 2 rows in dimension 0, expected 4"),
-            (lambda x: torch.cat([x, x]), "output 1 of a batch has 8 rows in dimension 0, expected 4"),
+            (
+                lambda x: torch.cat([x, x]),
+                "output 1 of a batch has 8 rows in dimension 0, expected 4",
+            ),
             (
                 lambda x: x.sum(),
                 "output 1 of a batch has 0 dimensions, and its rows should be in dimension 0",
@@ -505,7 +548,9 @@ class GatheringContract(BatchContract):
         batch = Batch(plan(), [[torch.rand(1, 3)], [second]], [1, 1], 2, 0)
         error = self.error(executor, lambda x: [x], batch)
         assert isinstance(error, RunError)
-        assert str(error) == f"model 'rows': the run failed: input 0 of request 1 of the batch {words}"
+        assert (
+            str(error) == f"model 'rows': the run failed: input 0 of request 1 of the batch {words}"
+        )
 
     @pytest.mark.parametrize(("rows", "padded"), [([1, 1], 1), ([1], 2), ([], 0)])
     def test_rows_that_can_not_be_are_refused(self, executor, rows, padded):
@@ -517,7 +562,9 @@ class GatheringContract(BatchContract):
 class StagingContract(GatheringContract):
     """Where the memory in which inputs are put together is kept for the next batch."""
 
-    def test_one_tensor_at_several_outputs_that_has_not_the_rows_fails_the_batch_and_no_other(self, executor):
+    def test_one_tensor_at_several_outputs_that_has_not_the_rows_fails_the_batch_and_no_other(
+        self, executor
+    ):
         def short(x):
             y = x[1:] + 1
             return [y, y]
@@ -527,14 +574,24 @@ class StagingContract(GatheringContract):
             return [y, y]
 
         members = [[one] for one in matrices(1, 2)]
-        completion = self.run(executor, self.container(short, outputs=2), batch_of(plan(outputs=2), members))
+        completion = self.run(
+            executor, self.container(short, outputs=2), batch_of(plan(outputs=2), members)
+        )
         assert "has 2 rows in dimension 0, expected 3" in str(completion.error)
-        outputs = self.outputs(executor, self.container(both, outputs=2), batch_of(plan(outputs=2), members))
-        assert all(same(output, x + 1) for got, (x,) in zip(outputs, members, strict=True) for output in got)
+        outputs = self.outputs(
+            executor, self.container(both, outputs=2), batch_of(plan(outputs=2), members)
+        )
+        assert all(
+            same(output, x + 1)
+            for got, (x,) in zip(outputs, members, strict=True)
+            for output in got
+        )
 
     def test_memory_is_kept_for_a_slot_while_it_is_large_enough(self, executor):
         model = self.watching()
-        big, small = (batch_of(plan(), [[one] for one in matrices(*rows)]) for rows in ((4, 4), (1, 2)))
+        big, small = (
+            batch_of(plan(), [[one] for one in matrices(*rows)]) for rows in ((4, 4), (1, 2))
+        )
         first, *others = self.addresses(executor, model, big, small, big, small)
         assert others == [first] * 3
 
@@ -545,7 +602,9 @@ class StagingContract(GatheringContract):
         for mode in (first, not first, first):
             with torch.inference_mode(mode):
                 outputs = self.outputs(executor, model, batch_of(plan(), members))
-            assert all(same(output, x * 2) for (output,), (x,) in zip(outputs, members, strict=True))
+            assert all(
+                same(output, x * 2) for (output,), (x,) in zip(outputs, members, strict=True)
+            )
             assert not any(output.requires_grad for (output,) in outputs)
         assert len(set(model.seen)) == 1
 

@@ -43,7 +43,9 @@ class Tensor:
     """Something that can be watched for being let go."""
 
 
-set_mkl_threads = getattr(libtorch, "MKL_Set_Num_Threads_Local", lambda count: 0)  # not every torch has MKL
+set_mkl_threads = getattr(
+    libtorch, "MKL_Set_Num_Threads_Local", lambda count: 0
+)  # not every torch has MKL
 MKL = hasattr(libtorch, "MKL_Set_Num_Threads_Local")
 
 
@@ -253,14 +255,19 @@ class LanesContract(ExecutorContract):
         must(through)  # the six hundred before it wait to be collected now
         portions = []
         while sum(map(len, portions)) < 601:
-            assert select.select([executor], [], [], FOREVER)[0], "completions wait, and nothing says so"
+            assert select.select([executor], [], [], FOREVER)[0], (
+                "completions wait, and nothing says so"
+            )
             portions.append(executor.drain())
         assert len(portions) >= 3
         assert max(map(len, portions)) == 256
         assert [one.token for portion in portions for one in portion] == list(range(601))
 
     def test_lane_threads_are_named_after_device_and_lane(self, executor):
-        names = [collect_one(executor, lane, lambda: [threading.current_thread().name]) for lane in range(2)]
+        names = [
+            collect_one(executor, lane, lambda: [threading.current_thread().name])
+            for lane in range(2)
+        ]
         assert names == ["aoti:cpu:0", "aoti:cpu:1"]
 
     def test_the_thread_count_is_set_on_the_lane_and_only_when_it_changes(self, executor):
@@ -283,7 +290,10 @@ class LanesContract(ExecutorContract):
 
     def test_stamps_of_runs_here_are_of_the_same_clock(self, executor):
         before = time.monotonic()
-        completions = [executor.run_here(work(lambda: None)), *self.run(executor, work(lambda: None))]
+        completions = [
+            executor.run_here(work(lambda: None)),
+            *self.run(executor, work(lambda: None)),
+        ]
         stamps = [stamp for one in completions for stamp in (one.started, one.finished)]
         assert stamps == sorted(stamps)
         assert before <= stamps[0]
@@ -364,14 +374,18 @@ class LanesContract(ExecutorContract):
 
         executor.submit(0, work(first))
         executor.submit(0, work(lambda: ran.append("second")))
-        closer = threading.Thread(target=lambda: (closing.set(), executor.close(), ran.append("closed")))
+        closer = threading.Thread(
+            target=lambda: (closing.set(), executor.close(), ran.append("closed"))
+        )
         closer.start()
         closer.join(FOREVER)
         assert ran == ["first", "second", "closed"]
 
     def test_closing_ends_the_lanes(self):
         executor = self.open(3)
-        threads = [collect_one(executor, lane, lambda: [threading.current_thread()]) for lane in range(3)]
+        threads = [
+            collect_one(executor, lane, lambda: [threading.current_thread()]) for lane in range(3)
+        ]
         assert all(thread.is_alive() for thread in threads)
         executor.close()
         assert not any(thread.is_alive() for thread in threads)

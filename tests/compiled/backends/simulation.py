@@ -40,7 +40,18 @@ def open_executor(device, how, lanes):
     return executor
 
 
-def load(device, cache, *, instances=1, older=False, mixed=False, chain=False, twice=False, row=4, **options):
+def load(
+    device,
+    cache,
+    *,
+    instances=1,
+    older=False,
+    mixed=False,
+    chain=False,
+    twice=False,
+    row=4,
+    **options,
+):
     """The compiled model on a device: y = x * weight, which is ones.
 
     `mixed`: and times a factor on the host, 1. `chain`: times weight again. `twice`: y is both of two outputs. `row`: elements from
@@ -71,9 +82,17 @@ class Slots:
 
     def __init__(self, device, count, inputs, **options):
         request = LoadRequest(
-            name="rows", path="", model_name=None, instances=count, sha256=None, cache_dir=None, **options
+            name="rows",
+            path="",
+            model_name=None,
+            instances=count,
+            sha256=None,
+            cache_dir=None,
+            **options,
         )
-        self.slots = [Slot(device, device.open_stream(), [False] * inputs, request) for _ in range(count)]
+        self.slots = [
+            Slot(device, device.open_stream(), [False] * inputs, request) for _ in range(count)
+        ]
 
     def close(self):
         for slot in self.slots:
@@ -101,7 +120,9 @@ class OnDevice(CFunction):
             batch = type(work.batch)(
                 work.batch.plan, members, work.batch.rows, work.batch.padded_rows, work.batch.slot
             )
-            return self.staging.run(batch, lambda inputs: slot.home(self.own(self.function(*inputs))))
+            return self.staging.run(
+                batch, lambda inputs: slot.home(self.own(self.function(*inputs)))
+            )
 
 
 # --- kernels of the caller's own -----------------------------------------------------------------------------------------
@@ -131,7 +152,9 @@ def launch(stream, *, reads=(), writes=()):
     """A kernel on a stream (its handle; 0 is the default one) that uses these tensors' memory."""
     c = simulator()._cuda
     kernel = _Kernel(_NOTHING)
-    for place, (tensor, written) in enumerate([*((t, 0) for t in reads), *((t, 1) for t in writes)]):
+    for place, (tensor, written) in enumerate(
+        [*((t, 0) for t in reads), *((t, 1) for t in writes)]
+    ):
         kernel.range[place] = _Range(tensor.data_ptr(), tensor.nbytes, written)
         kernel.ranges += 1
     c.sim_launch.argtypes = (c_void_p, POINTER(_Kernel))

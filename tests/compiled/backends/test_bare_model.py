@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from aoti_sched.backends.aoti.bare_model import BareModel
-from aoti_sched.errors import InputMismatchError, LoadError, MissingWeightsError, RunError, RunnerClosedError
+from aoti_sched.errors import (
+    InputMismatchError,
+    LoadError,
+    MissingWeightsError,
+    RunError,
+    RunnerClosedError,
+)
 from tests.compiled.backends.conftest import owners
 from tests.models import build
 

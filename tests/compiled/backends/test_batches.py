@@ -47,7 +47,10 @@ MODELS = {
 
 
 @pytest.fixture(
-    params=["threads", pytest.param("native", marks=pytest.mark.skipif(not BUILT, reason="not built"))]
+    params=[
+        "threads",
+        pytest.param("native", marks=pytest.mark.skipif(not BUILT, reason="not built")),
+    ]
 )
 def executor(request, monkeypatch):
     monkeypatch.setenv(CHOICE, request.param)
@@ -97,7 +100,9 @@ def test_each_request_of_a_batch_gets_what_it_gets_alone(executor, load, name, d
         members = [make(count) for count in rows]
         expected = [alone(container, inputs) for inputs in members]
         for padded in {sum(rows), min(most, sum(rows) + 2)}:
-            for completion in run_everywhere(executor, container, Batch(plan, members, rows, padded, 0)):
+            for completion in run_everywhere(
+                executor, container, Batch(plan, members, rows, padded, 0)
+            ):
                 assert completion.error is None
                 for outputs, wanted in zip(completion.outputs, expected, strict=True):
                     close(outputs, wanted)
@@ -115,7 +120,9 @@ def test_requests_of_different_lengths_are_padded_and_masked(executor, load):
     ]
     expected = [alone(container, inputs) for inputs in members]
     for padded in (5, 8):
-        for completion in run_everywhere(executor, container, Batch(plan, members, [1, 2, 1, 1], padded, 0)):
+        for completion in run_everywhere(
+            executor, container, Batch(plan, members, [1, 2, 1, 1], padded, 0)
+        ):
             assert completion.error is None
             for outputs, wanted in zip(completion.outputs, expected, strict=True):
                 close(outputs, wanted)
@@ -133,7 +140,9 @@ def test_a_request_that_the_model_fails_on_fails_its_batch_with_torchs_reason(ex
 
 
 def test_an_output_that_is_of_no_batch_fails_it(executor, load):
-    container = load("folded_output")  # its first output is as large as a weight is, whatever comes in
+    container = load(
+        "folded_output"
+    )  # its first output is as large as a weight is, whatever comes in
     plan = BatchPlan((MATRIX,), (ROWS, ROWS))
     batch = Batch(plan, [[torch.randn(1, 4)], [torch.randn(2, 4)]], [1, 2], 3, 0)
     for completion in run_everywhere(executor, container, batch):

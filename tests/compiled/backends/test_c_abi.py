@@ -76,7 +76,9 @@ def test_the_structs_have_the_headers_sizes():
 
 def test_functions_that_need_cpp_are_those_that_take_a_map():
     text = re.sub(r"//[^\n]*", "", HEADER.read_text())
-    with_map = set(re.findall(r"AOTIRuntimeError\s+(\w+)\([^;]*AOTInductorConstantMapHandle[^;]*\);", text))
+    with_map = set(
+        re.findall(r"AOTIRuntimeError\s+(\w+)\([^;]*AOTInductorConstantMapHandle[^;]*\);", text)
+    )
     assert {name for name, function in FUNCTIONS.items() if function.needs_cpp} == with_map
 
 
@@ -94,14 +96,17 @@ def test_a_lacking_function_is_a_missing_capability_that_names_the_torch_that_br
     library = Library(library_of("int AOTInductorModelContainerRun(void) { return 0; }", tmp_path))
     assert not library.has("AOTInductorModelContainerSwapConstantBuffer")
     with pytest.raises(
-        MissingCapabilityError, match=r"made\.so lacks AOTInductorGetLastError.*torch 2\.13 or newer"
+        MissingCapabilityError,
+        match=r"made\.so lacks AOTInductorGetLastError.*torch 2\.13 or newer",
     ):
         library.function("AOTInductorGetLastError")
 
 
 def test_a_library_that_is_no_model_is_refused_with_what_to_load_instead(tmp_path):
     made = library_of("int nothing;", tmp_path)
-    with pytest.raises(LoadError, match=r"not a model compiled by AOTInductor.*Load the `\.so` inside"):
+    with pytest.raises(
+        LoadError, match=r"not a model compiled by AOTInductor.*Load the `\.so` inside"
+    ):
         Library(made)
 
 
@@ -113,9 +118,7 @@ def test_a_file_that_is_no_library_is_refused_with_the_loaders_own_words(tmp_pat
 
 
 def test_a_library_of_another_torch_is_refused_with_the_symbol_that_is_missing(tmp_path):
-    source = (
-        "int of_another_torch(void); int AOTInductorModelContainerRun(void) { return of_another_torch(); }"
-    )
+    source = "int of_another_torch(void); int AOTInductorModelContainerRun(void) { return of_another_torch(); }"
     with pytest.raises(
         LoadError, match=r"undefined symbol: of_another_torch.*compile it again with this one"
     ):
@@ -173,8 +176,12 @@ def test_the_last_error_is_empty_after_a_success(load):
 def test_a_failed_call_that_is_no_run_is_a_load_error_with_its_name(built):
     library = Library(built("mlp").library())
     handle = c_void_p()
-    with pytest.raises(LoadError, match=r"ContainerCreateWithDevice failed: Invalid device: abacus"):
-        library.call("AOTInductorModelContainerCreateWithDevice", ctypes.byref(handle), 1, b"abacus", None)
+    with pytest.raises(
+        LoadError, match=r"ContainerCreateWithDevice failed: Invalid device: abacus"
+    ):
+        library.call(
+            "AOTInductorModelContainerCreateWithDevice", ctypes.byref(handle), 1, b"abacus", None
+        )
 
 
 def test_a_library_that_is_let_go_leaves_nothing_for_the_collector(built):

@@ -83,12 +83,28 @@ def test_each_way_to_write_and_read_does_what_it_does_with_pairs(load, load_olde
         assert older.constants == new.constants
         assert older.missing_constants(inactive=True) == new.missing_constants(inactive=True)
         assert len(older.constant_memory(inactive=True)) == len(new.constant_memory(inactive=True))
-    assert shown == [{1.0}, {2.0}, {2.0}, {2.0}, {3.0, 4.0}, {2.0}, {5.0}, {5.0}, {5.0}, {5.0}, {6.0}]
+    assert shown == [
+        {1.0},
+        {2.0},
+        {2.0},
+        {2.0},
+        {3.0, 4.0},
+        {2.0},
+        {5.0},
+        {5.0},
+        {5.0},
+        {5.0},
+        {6.0},
+    ]
 
 
 @with_maps
 def test_folded_constants_follow_their_set(load_older, compiled_by):
-    container, module, args = load_older("folding"), build("folding").module(), build("folding").args
+    container, module, args = (
+        load_older("folding"),
+        build("folding").module(),
+        build("folding").args,
+    )
     with torch.no_grad():
         module.weight.mul_(2)
     container.update(dict(module.named_parameters()), inactive=True)
@@ -102,8 +118,16 @@ def test_folded_constants_follow_their_set(load_older, compiled_by):
 
 @with_maps
 def test_any_layout_arrives_and_what_the_compiler_made_is_carried_over(load_older, compiled_by):
-    container, module, args = load_older("strided"), build("strided").module(), build("strided").args
-    new = {**module.state_dict(), "transposed": torch.randn(3, 4), "window": torch.randn(30)[2:26:2]}
+    container, module, args = (
+        load_older("strided"),
+        build("strided").module(),
+        build("strided").args,
+    )
+    new = {
+        **module.state_dict(),
+        "transposed": torch.randn(3, 4),
+        "window": torch.randn(30)[2:26:2],
+    }
     module.load_state_dict(new)
     container.update(new, inactive=True)
     container.swap()
@@ -114,7 +138,10 @@ def test_any_layout_arrives_and_what_the_compiler_made_is_carried_over(load_olde
 
 @with_maps
 def test_a_model_without_weights_gets_them(load_older, compiled_by):
-    container, weights = load_older("weights_none"), dict(build("weights_none").module().named_parameters())
+    container, weights = (
+        load_older("weights_none"),
+        dict(build("weights_none").module().named_parameters()),
+    )
     assert container.missing_constants() == ("0.weight", "0.bias", "1.weight")
     with pytest.raises(MissingWeightsError):
         container.run(build("weights_none").args)
@@ -135,7 +162,9 @@ def test_user_managed_constants_are_read_where_they_lie(load_older, compiled_by)
 
 
 @with_maps
-def test_a_thousand_updates_and_extractions_lose_neither_handles_nor_memory(load_older, compiled_by):
+def test_a_thousand_updates_and_extractions_lose_neither_handles_nor_memory(
+    load_older, compiled_by
+):
     container, weights, wrong = load_older("canary"), canary_set(2), canary_set(3)
     wrong["last"] = torch.zeros(7, 5)
 
@@ -150,7 +179,9 @@ def test_a_thousand_updates_and_extractions_lose_neither_handles_nor_memory(load
     work(100)
     before = heap_bytes()
     work(1000)
-    assert {owners(tensor) for tensor in (*weights.values(), *wrong.values())} == {owners(torch.zeros(1))}
+    assert {owners(tensor) for tensor in (*weights.values(), *wrong.values())} == {
+        owners(torch.zeros(1))
+    }
     assert heap_bytes() - before < 10_000  # a set is 2,000 bytes
     assert seen(container) == {2.0}
 
@@ -172,7 +203,9 @@ def test_a_set_that_the_runtime_refuses_leaves_its_handles_with_us(load_older, c
 def test_code_that_would_write_constants_to_the_wrong_place_is_not_called(load_older, compiled_by):
     container = load_older("folding")
     container._constants = tuple(reversed(container.constants))  # as if the folded one came first
-    with pytest.raises(MissingCapabilityError, match=r"after a folded constant to the wrong place .*#179225"):
+    with pytest.raises(
+        MissingCapabilityError, match=r"after a folded constant to the wrong place .*#179225"
+    ):
         container.update(dict(build("folding").module().named_parameters()), inactive=True)
     assert not container.ready(inactive=True)
 
@@ -204,7 +237,9 @@ def test_without_maps_an_older_model_runs_and_says_what_its_updates_need(
         lambda: container.update(canary_set(2), inactive=True),
         lambda: container.update(canary_set(2), inactive=False),
     ):
-        with pytest.raises(MissingCapabilityError, match=r"C\+\+ map, .* install a compiler \(g\+\+\)"):
+        with pytest.raises(
+            MissingCapabilityError, match=r"C\+\+ map, .* install a compiler \(g\+\+\)"
+        ):
             refused()
     with pytest.raises(MissingCapabilityError):
         container.extract()
@@ -239,7 +274,12 @@ def load_device(tmp_path):
 
     def load_device(name: str):
         request = LoadRequest(
-            name=name, path=build(name).path, model_name=None, instances=2, sha256=None, cache_dir=tmp_path
+            name=name,
+            path=build(name).path,
+            model_name=None,
+            instances=2,
+            sha256=None,
+            cache_dir=tmp_path,
         )
         opened.append(CpuDevice().load(request).container)
         return opened[-1]

@@ -11,7 +11,12 @@ import torch
 from aoti_sched.backends import cpu
 from aoti_sched.backends.contracts import LoadRequest
 from aoti_sched.backends.cpu import CpuDevice, available_cores, set_threads
-from aoti_sched.errors import ModelNotFoundError, PackageHashError, PlatformMismatchError, RunnerClosedError
+from aoti_sched.errors import (
+    ModelNotFoundError,
+    PackageHashError,
+    PlatformMismatchError,
+    RunnerClosedError,
+)
 
 # --- cores ----------------------------------------------------------------------------------------------
 
@@ -132,7 +137,9 @@ def test_work_in_parallel_gives_the_same_after_the_count_is_set():
     x = torch.randn(300, 300, dtype=torch.float64)
     expected = x @ x
     for count in (1, 2):
-        assert torch.allclose(in_new_thread(lambda count=count: (set_threads(count), x @ x)[1]), expected)
+        assert torch.allclose(
+            in_new_thread(lambda count=count: (set_threads(count), x @ x)[1]), expected
+        )
 
 
 def test_without_openmp_torchs_own_function_is_used(monkeypatch):
@@ -159,7 +166,9 @@ def load_model(built, tmp_path):
             "instances": 1,
             "sha256": None,
         }
-        loaded.append(CpuDevice().load(LoadRequest(**{**settings, "cache_dir": tmp_path, **changes})))
+        loaded.append(
+            CpuDevice().load(LoadRequest(**{**settings, "cache_dir": tmp_path, **changes}))
+        )
         return loaded[-1]
 
     yield load

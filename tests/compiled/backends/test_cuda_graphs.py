@@ -116,7 +116,9 @@ def test_the_first_run_of_sizes_is_recorded_and_the_next_is_launched_as_one(
         assert len(launched) == launches
 
 
-def test_outputs_are_their_callers_own_and_the_next_run_does_not_write_over_them(recorded, executor):
+def test_outputs_are_their_callers_own_and_the_next_run_does_not_write_over_them(
+    recorded, executor
+):
     container = recorded()
     first = []
     for value in range(4):
@@ -141,7 +143,9 @@ def test_slots_have_graphs_of_their_own_and_run_beside_each_other(recorded, exec
     assert container.graphs == 2
     sim.hold()
     for slot in (0, 1):
-        executor.submit(slot, work(container, torch.full((2, 4), float(slot)), slot=slot, token=slot))
+        executor.submit(
+            slot, work(container, torch.full((2, 4), float(slot)), slot=slot, token=slot)
+        )
     if executor.kind == "threads":
         sim.wait_until_waiting(2)
     else:
@@ -179,7 +183,9 @@ def test_the_sizes_of_a_batch_are_those_that_it_is_put_together_in():
     plan = BatchPlan((InputPlan(1, (1, 0), ragged=(0,)), InputPlan(0, (0,))), ())
     members = [[torch.zeros(5, 2), torch.zeros(2)], [torch.zeros(7, 1), torch.zeros(1)]]
     batch = Batch(plan, members, [2, 1], 4, 0)
-    assert whole_shapes(batch) == ((7, 4), (4,)) == tuple(tuple(t.shape) for t in gather("m", batch))
+    assert (
+        whole_shapes(batch) == ((7, 4), (4,)) == tuple(tuple(t.shape) for t in gather("m", batch))
+    )
 
 
 # --- weights --------------------------------------------------------------------------------------------------------------
@@ -248,7 +254,9 @@ def test_a_set_that_could_not_be_staged_takes_its_graphs_along(recorded, executo
 # --- what can't be recorded -----------------------------------------------------------------------------------------------
 
 
-def test_a_model_that_waits_for_the_device_is_launched_as_ever_and_the_reason_is_logged(recorded, executor):
+def test_a_model_that_waits_for_the_device_is_launched_as_ever_and_the_reason_is_logged(
+    recorded, executor
+):
     container = recorded(chain=True, copy_inputs=True)
     with structlog.testing.capture_logs() as events:
         for _ in range(3):
@@ -296,9 +304,9 @@ def test_no_more_than_so_many_sizes_are_recorded_and_others_run_all_the_same(rec
             x = torch.rand(rows, 4)
             assert torch.equal(run(executor, container, x), x)
     assert container.graphs == MOST_GRAPHS
-    assert [event["most"] for event in events if event["event"] == "no more graphs are recorded"] == [
-        MOST_GRAPHS
-    ]
+    assert [
+        event["most"] for event in events if event["event"] == "no more graphs are recorded"
+    ] == [MOST_GRAPHS]
 
 
 def test_what_can_not_be_recorded_at_all_is_refused(recorded, device, monkeypatch):
@@ -306,20 +314,32 @@ def test_what_can_not_be_recorded_at_all_is_refused(recorded, device, monkeypatc
     raw = container._raw
     make = type(container)
     request = LoadRequest(
-        name="m", path="m.pt2", model_name=None, instances=1, sha256=None, cache_dir=None, cuda_graphs=True
+        name="m",
+        path="m.pt2",
+        model_name=None,
+        instances=1,
+        sha256=None,
+        cache_dir=None,
+        cuda_graphs=True,
     )
-    with pytest.raises(ConfigError, match="cuda_graphs=True, but its input 'x' lies in the host's memory"):
+    with pytest.raises(
+        ConfigError, match="cuda_graphs=True, but its input 'x' lies in the host's memory"
+    ):
         make(device, raw, request, None, [0])
     folded = [type("Constant", (), {"spec": type("Spec", (), {"folded": True})})]
     monkeypatch.setattr(type(raw), "constants", folded)
-    with pytest.raises(ConfigError, match="cuda_graphs=True, but it computes constants from others"):
+    with pytest.raises(
+        ConfigError, match="cuda_graphs=True, but it computes constants from others"
+    ):
         make(device, raw, request, None, [])
 
 
 # --- faults ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_fails_while_it_is_recorded_leaves_nothing_behind(recorded, executor, sim, monkeypatch):
+def test_a_run_that_fails_while_it_is_recorded_leaves_nothing_behind(
+    recorded, executor, sim, monkeypatch
+):
     container = recorded()
     once = container._raw.run_single_threaded
     calls = []
@@ -407,7 +427,9 @@ def test_inputs_are_held_until_a_graph_has_copied_them(recorded, executor, sim):
     assert collect(executor, 1)[0].error is None
 
 
-def test_a_graph_waits_for_what_the_callers_stream_was_given_before(recorded, executor, device, sim):
+def test_a_graph_waits_for_what_the_callers_stream_was_given_before(
+    recorded, executor, device, sim
+):
     container = recorded()
     run(executor, container, on_device(2, 4))
     x = on_device(2, 4)
@@ -442,6 +464,8 @@ def test_native_lanes_refuse_a_graph_that_is_not_their_models(recorded, executor
         {"graph": run_of.graph_of(work(container, x))},
     ):
         run(executor, container, x)  # the model is known to the lanes
-        with pytest.raises(ValueError, match="the graph is not this model's, or no stream was given for it"):
+        with pytest.raises(
+            ValueError, match="the graph is not this model's, or no stream was given for it"
+        ):
             executor._native.submit(0, 99, run_of.native, [x], 1, **options)
     assert simulator().allocated() == in_use

@@ -229,7 +229,8 @@ def test_batches_are_put_together_wherever_their_members_lie(device, executors, 
     plan = BatchPlan((InputPlan(0, (0, 1)),), (OutputPlan(0),))
     members = [torch.full((rows, 4), float(rows)) for rows in (1, 2, 3)]
     there = [
-        m.to("sim") if where == "device" or (where == "both" and m.shape[0] == 2) else m for m in members
+        m.to("sim") if where == "device" or (where == "both" and m.shape[0] == 2) else m
+        for m in members
     ]
     batch = Batch(plan, [container.arrive([member]) for member in there], [1, 2, 3], 8, 0)
     for _ in range(2):
@@ -241,12 +242,16 @@ def test_batches_are_put_together_wherever_their_members_lie(device, executors, 
 
 
 @needs_native
-def test_a_launcher_gives_the_device_the_work_of_several_lanes_and_waits_for_none(cuda, loaded, sim):
+def test_a_launcher_gives_the_device_the_work_of_several_lanes_and_waits_for_none(
+    cuda, loaded, sim
+):
     container = loaded(cuda, instances=3, copy_inputs=True, copy_outputs="cpu")
     executor = cuda.open_executor(3, launchers=1)
     sim.hold()
     for slot in range(3):
-        executor.submit(slot, work(container, torch.full((2, 4), float(slot)), slot=slot, token=slot))
+        executor.submit(
+            slot, work(container, torch.full((2, 4), float(slot)), slot=slot, token=slot)
+        )
     sim.wait_until_pending(9)  # each copies, runs, and copies back
     assert (sim.waiting(), executor.drain()) == (0, [])
     sim.go()
@@ -287,7 +292,9 @@ def test_launchers_are_refused_where_nobody_can_be_asked(device, kind, monkeypat
     if kind == "cuda":
         monkeypatch.setenv("AOTI_SCHED_EXECUTOR", "threads")
     words = (
-        "and AOTI_SCHED_EXECUTOR=threads" if kind == "cuda" else "and a device that can be asked what is done"
+        "and AOTI_SCHED_EXECUTOR=threads"
+        if kind == "cuda"
+        else "and a device that can be asked what is done"
     )
     with pytest.raises(ConfigError, match=f"launchers=1 needs native lanes, {words}"):
         device.open_executor(1, launchers=1)
@@ -479,7 +486,9 @@ def test_the_device_sees_when_two_run_at_once(cuda, executors, loaded, sim):
 
 
 def test_mps_has_one_lane():
-    with pytest.raises(ConfigError, match=r"device 'sim': lanes=2, but it runs one model at a time"):
+    with pytest.raises(
+        ConfigError, match=r"device 'sim': lanes=2, but it runs one model at a time"
+    ):
         open_device("mps").open_executor(2)
     assert open_device("mps").cores() == 1
 
@@ -581,7 +590,9 @@ def test_inputs_that_are_not_dense_are_brought_with_their_strides(device, execut
 
 @pytest.mark.parametrize("older", [False, True], ids=["new", "older"])
 @pytest.mark.parametrize("where", ["cpu", "sim"])
-def test_weights_are_replaced_from_the_host_and_from_the_device(device, executors, loaded, where, older):
+def test_weights_are_replaced_from_the_host_and_from_the_device(
+    device, executors, loaded, where, older
+):
     container = loaded(device, older=older)
     executor = executors(device)
     assert container.stage(weights(3.0, where)).bytes == 16
@@ -751,7 +762,9 @@ def test_what_runs_take_besides_is_known_on_cuda(device, kind, loaded, sim):
     assert container.workspace > before
 
 
-def test_what_could_not_be_kept_on_the_host_stays_on_the_device(cuda, executors, loaded, monkeypatch):
+def test_what_could_not_be_kept_on_the_host_stays_on_the_device(
+    cuda, executors, loaded, monkeypatch
+):
     container = loaded(cuda)
     executor = executors(cuda)
     container.stage(weights(3.0))
@@ -776,7 +789,9 @@ def test_nothing_comes_back_to_a_device_that_is_lost(cuda, loaded, monkeypatch):
 
 def test_large_sets_are_written_in_bounded_groups_and_what_is_no_parameter_last():
     def pair(kind, count):
-        return SimpleNamespace(spec=SimpleNamespace(type=kind)), torch.zeros(count, dtype=torch.uint8)
+        return SimpleNamespace(spec=SimpleNamespace(type=kind)), torch.zeros(
+            count, dtype=torch.uint8
+        )
 
     ready = [
         pair("buffer", 9),
@@ -814,7 +829,9 @@ def test_an_error_that_stays_means_that_the_device_is_lost(cuda, executors, load
     assert executor.lost().startswith("CUDA_ERROR_ILLEGAL_ADDRESS")
     again = pickle.loads(pickle.dumps(completion.error))
     assert (str(again), again.device) == (str(completion.error), "sim:0")
-    with pytest.raises(DeviceLostError, match="Nothing runs on it until the process is started again"):
+    with pytest.raises(
+        DeviceLostError, match="Nothing runs on it until the process is started again"
+    ):
         loaded(cuda)
     here = executor.run_here(Work(container, [x], 1, None))
     assert isinstance(here.error, DeviceLostError)
@@ -845,7 +862,9 @@ def test_a_driver_that_records_a_graph_is_not_lost(cuda, monkeypatch):
     status = cuda.driver.status
     refused = {"cuStreamQuery": 901}
     monkeypatch.setattr(
-        cuda.driver, "status", lambda function, *args: refused.get(function) or status(function, *args)
+        cuda.driver,
+        "status",
+        lambda function, *args: refused.get(function) or status(function, *args),
     )
     cuda.look_after_failure()
     assert cuda.lost() == ""
@@ -859,7 +878,9 @@ def test_a_driver_that_records_a_graph_is_not_lost(cuda, monkeypatch):
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cpu:1", "mps:0", "", "xpu:-1"])
 def test_a_name_that_means_no_device_is_refused(name):
-    with pytest.raises(ConfigError, match="expected 'cpu', 'cuda:0', 'xpu:0' or 'mps', or another number"):
+    with pytest.raises(
+        ConfigError, match="expected 'cpu', 'cuda:0', 'xpu:0' or 'mps', or another number"
+    ):
         devices.open_device(name)
 
 
@@ -875,7 +896,9 @@ def test_a_device_that_is_not_here_is_refused_and_the_reason_is_said(name):
 
 
 def test_a_driver_that_is_not_there_is_said():
-    with pytest.raises(ConfigError, match=r"CUDA's driver can't be used: libnone\.so\.1: cannot open"):
+    with pytest.raises(
+        ConfigError, match=r"CUDA's driver can't be used: libnone\.so\.1: cannot open"
+    ):
         cuda_driver.Driver("libnone.so.1")
     with pytest.raises(ConfigError, match="CUDA's driver can't be used"):
         cuda_driver.Driver("libm.so.6")
@@ -908,11 +931,18 @@ def test_a_model_on_a_device_is_given_the_proxy_executor_of_that_devices_runner(
 
     def stock_runner(name, library, instances):
         asked.append(name)
-        return stock.stock_runner("cpu", library, instances)  # torch has none for the simulated device
+        return stock.stock_runner(
+            "cpu", library, instances
+        )  # torch has none for the simulated device
 
     monkeypatch.setattr(proxy_executor, "stock_runner", stock_runner)
     request = LoadRequest(
-        name="svd", path=calls_svd, model_name=None, instances=1, sha256=None, cache_dir=tmp_path / "cache"
+        name="svd",
+        path=calls_svd,
+        model_name=None,
+        instances=1,
+        sha256=None,
+        cache_dir=tmp_path / "cache",
     )
     container = device.load(request).container
     try:
@@ -944,7 +974,9 @@ def test_runs_that_call_such_operators_are_not_recorded(cuda, calls_svd, tmp_pat
         cache_dir=tmp_path / "cache",
         cuda_graphs=True,
     )
-    with pytest.raises(ConfigError, match="cuda_graphs=True, but the model calls aten::_linalg_svd through"):
+    with pytest.raises(
+        ConfigError, match="cuda_graphs=True, but the model calls aten::_linalg_svd through"
+    ):
         cuda.load(request)
 
 

@@ -145,7 +145,9 @@ def entries(handles: Mapping[str, int]) -> ctypes.Array[ConstantEntry]:
     return (ConstantEntry * len(pairs))(*pairs)
 
 
-def run(library: Library, container: c_void_p, *inputs: torch.Tensor, how: str = "Run") -> list[torch.Tensor]:
+def run(
+    library: Library, container: c_void_p, *inputs: torch.Tensor, how: str = "Run"
+) -> list[torch.Tensor]:
     ins = (c_void_p * len(inputs))(*handles_of(list(inputs)))
     outs = (c_void_p * get(library, c_size_t, CONTAINER + "GetNumOutputs", container))()
     library.call(CONTAINER + how, container, ins, len(ins), outs, len(outs), None, None)
@@ -160,7 +162,9 @@ def numbers_seen(library: Library, container: c_void_p) -> set[float]:
 
 def index_of(library: Library, container: c_void_p, constant: str) -> int:
     count = get(library, c_size_t, CONTAINER + "GetNumConstants", container)
-    names = [get(library, c_char_p, CONTAINER + "GetConstantName", container, i) for i in range(count)]
+    names = [
+        get(library, c_char_p, CONTAINER + "GetConstantName", container, i) for i in range(count)
+    ]
     return names.index(constant.encode())
 
 
@@ -188,7 +192,9 @@ def both_kinds_of_run_compute_what_the_module_computes(abi):
     library, container = abi.container("mlp")
     expected = build("mlp").module()(*build("mlp").args)
     for how in ("Run", "RunSingleThreaded"):
-        torch.testing.assert_close(run(library, container, *build("mlp").args, how=how)[0], expected)
+        torch.testing.assert_close(
+            run(library, container, *build("mlp").args, how=how)[0], expected
+        )
 
 
 @exercise(
@@ -201,7 +207,9 @@ def inputs_and_outputs_are_counted_and_named(abi):
     library, container = abi.container("scalars")
     for kind in ("Input", "Output"):
         count = get(library, c_size_t, f"{CONTAINER}GetNum{kind}s", container)
-        names = {get(library, c_char_p, f"{CONTAINER}Get{kind}Name", container, i) for i in range(count)}
+        names = {
+            get(library, c_char_p, f"{CONTAINER}Get{kind}Name", container, i) for i in range(count)
+        }
         assert count == len(names) == 2
 
 
@@ -233,12 +241,23 @@ def the_call_spec_is_the_modules_pytrees(abi):
 def constants_are_counted_named_and_typed(abi):
     library, container = abi.container("mlp")
     index = index_of(library, container, "hidden_weight")
-    assert get(library, c_char_p, CONTAINER + "GetConstantOriginalFQN", container, index) == b"hidden.weight"
-    assert DTYPES[get(library, c_int32, CONTAINER + "GetConstantDtype", container, index)] == torch.float32
-    assert get(library, c_int32, CONTAINER + "GetConstantType", container, index) == 1  # a parameter
+    assert (
+        get(library, c_char_p, CONTAINER + "GetConstantOriginalFQN", container, index)
+        == b"hidden.weight"
+    )
+    assert (
+        DTYPES[get(library, c_int32, CONTAINER + "GetConstantDtype", container, index)]
+        == torch.float32
+    )
+    assert (
+        get(library, c_int32, CONTAINER + "GetConstantType", container, index) == 1
+    )  # a parameter
     library, container = abi.container("canary")
     index = index_of(library, container, "count")
-    assert DTYPES[get(library, c_int32, CONTAINER + "GetConstantDtype", container, index)] == torch.int64
+    assert (
+        DTYPES[get(library, c_int32, CONTAINER + "GetConstantDtype", container, index)]
+        == torch.int64
+    )
     assert get(library, c_int32, CONTAINER + "GetConstantType", container, index) == 2  # a buffer
 
 
@@ -246,7 +265,10 @@ def constants_are_counted_named_and_typed(abi):
 def folded_constants_are_told_from_the_others(abi):
     library, container = abi.container("folding")
     count = get(library, c_size_t, CONTAINER + "GetNumConstants", container)
-    folded = [get(library, c_bool, CONTAINER + "GetConstantFromFolded", container, i) for i in range(count)]
+    folded = [
+        get(library, c_bool, CONTAINER + "GetConstantFromFolded", container, i)
+        for i in range(count)
+    ]
     assert sorted(folded) == [False, False, True]
 
 
@@ -254,7 +276,11 @@ def folded_constants_are_told_from_the_others(abi):
 def the_data_size_of_a_cpu_constant_is_rounded_up_to_64_bytes(abi):
     library, container = abi.container("canary")
     index = index_of(library, container, "last")
-    assert get(library, c_size_t, CONTAINER + "GetConstantDataSize", container, index) == 192 > 5 * 7 * 4
+    assert (
+        get(library, c_size_t, CONTAINER + "GetConstantDataSize", container, index)
+        == 192
+        > 5 * 7 * 4
+    )
 
 
 def weights_file() -> Path:
@@ -266,7 +292,8 @@ def weights_file() -> Path:
 def the_blob_size_is_the_weights_files(abi):
     library, container = abi.container("weights_blob")
     assert (
-        get(library, c_uint64, CONTAINER + "GetConstantsBlobSize", container) == weights_file().stat().st_size
+        get(library, c_uint64, CONTAINER + "GetConstantsBlobSize", container)
+        == weights_file().stat().st_size
     )
 
 
@@ -274,7 +301,9 @@ def the_blob_size_is_the_weights_files(abi):
 def a_blob_fills_a_container_without_weights(abi):
     library, container = abi.container("weights_blob")
     data = weights_file().read_bytes()
-    library.call("AOTInductorModelUpdateConstantsFromBlob", container, ctypes.create_string_buffer(data))
+    library.call(
+        "AOTInductorModelUpdateConstantsFromBlob", container, ctypes.create_string_buffer(data)
+    )
     built = build("weights_blob")
     torch.testing.assert_close(run(library, container, *built.args)[0], built.module()(*built.args))
 
@@ -295,7 +324,9 @@ def extract_fills_a_map(abi):
 def extract_lists_entries(abi):
     library, container = abi.container()
     found, count = POINTER(ConstantEntry)(), c_size_t()
-    library.call(CONTAINER + "ExtractConstantsMapEntries", container, byref(found), byref(count), False)
+    library.call(
+        CONTAINER + "ExtractConstantsMapEntries", container, byref(found), byref(count), False
+    )
     values = {found[i].name: borrowed(found[i].handle) for i in range(count.value)}
     assert set(values) == {b"first", b"middle", b"count", b"last"}
     assert torch.equal(values[b"count"], torch.ones(3, 3, dtype=torch.int64))
@@ -410,7 +441,9 @@ def a_bare_model_runs_on_the_librarys_weights(abi):
 def a_bare_model_finds_the_constants_given_at_its_creation_only_once_they_are_updated(abi):
     library, model = abi.library(), c_void_p()
     given = entries(dict(zip(carrying(6.0), handles_of(list(carrying(6.0).values())), strict=True)))
-    library.call("AOTInductorModelCreateV2", byref(model), given, len(given))  # which steals the handles
+    library.call(
+        "AOTInductorModelCreateV2", byref(model), given, len(given)
+    )  # which steals the handles
     abi.opened(library, "AOTInductorModelDelete", model)
     inputs = (c_void_p * 1)(*handles_of(list(build("canary").args)))
     assert library.function("AOTInductorModelRun")(model, inputs, (c_void_p * 2)()) != 0
@@ -452,7 +485,12 @@ def the_arrayref_interface_runs_on_borrowed_memory(abi):
     )
     output = ArrayRefTensor()
     library.call(
-        "AOTInductorModelRunMinimalArrayrefInterfaceV2", model, 1, byref(described), 1, byref(output)
+        "AOTInductorModelRunMinimalArrayrefInterfaceV2",
+        model,
+        1,
+        byref(described),
+        1,
+        byref(output),
     )
     values = (ctypes.c_float * output.numel).from_address(output.data)
     result = torch.tensor(list(values)).view(*output.sizes[: output.ndim])

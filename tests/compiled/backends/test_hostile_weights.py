@@ -36,7 +36,9 @@ MEBIBYTE = 1 << 20
 def constant(name="w", shape=(4,), dtype="float32"):
     size = torch.Size(shape).numel() * getattr(torch, dtype).itemsize
     stride = torch.empty(shape, device="meta").stride()
-    return Constant(ConstantSpec(name, name, dtype, tuple(shape), size, "parameter", False), size, stride)
+    return Constant(
+        ConstantSpec(name, name, dtype, tuple(shape), size, "parameter", False), size, stride
+    )
 
 
 MODEL = (constant(),)
@@ -83,7 +85,10 @@ def test_values_that_are_not_finite_are_refused_in_every_dtype(dtype, shape):
 def test_tied_names_must_agree_in_every_dtype(dtype, shape):
     constants = (constant(shape=shape, dtype=dtype),)
     names = (WeightName("w"), WeightName("v", same_as="w"))
-    one, other = torch.ones(shape).to(getattr(torch, dtype)), torch.zeros(shape).to(getattr(torch, dtype))
+    one, other = (
+        torch.ones(shape).to(getattr(torch, dtype)),
+        torch.zeros(shape).to(getattr(torch, dtype)),
+    )
     assert set(chosen({"w": one, "v": one.clone()}, constants=constants, names=names)) == {"w"}
     assert "other values" in str(refusal({"w": one, "v": other}, constants=constants, names=names))
 
@@ -177,7 +182,9 @@ def test_a_pickle_that_is_too_long_is_refused(tmp_path):
     torch.save({"w" * (PICKLE_LIMIT + 1): torch.zeros(4)}, tmp_path / "zip.pt")
     assert "names its tensors in" in str(refusal(tmp_path / "zip.pt"))
     torch.save(
-        {"w" * (PICKLE_LIMIT + 1): torch.zeros(4)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False
+        {"w" * (PICKLE_LIMIT + 1): torch.zeros(4)},
+        tmp_path / "old.pt",
+        _use_new_zipfile_serialization=False,
     )
     assert "are plausible" in str(refusal(tmp_path / "old.pt"))
 
@@ -200,7 +207,9 @@ def test_only_what_the_model_wants_is_read(tmp_path):
     """Of 2 GiB that are not there, four elements."""
     path = tmp_path / "a.pt"
     with skip_data():
-        torch.save({"w": torch.zeros(4), "optimizer": torch.empty(2 << 30, dtype=torch.uint8)}, path)
+        torch.save(
+            {"w": torch.zeros(4), "optimizer": torch.empty(2 << 30, dtype=torch.uint8)}, path
+        )
     took = chosen(path, strict=False)
     assert took.keys() == {"w"}
 
@@ -226,7 +235,9 @@ def test_only_what_the_model_wants_is_read(tmp_path):
     ],
 )
 def test_views_in_a_checkpoint_are_read_as_what_they_show(tmp_path, view, zipped, monkeypatch):
-    monkeypatch.setattr("aoti_sched.backends.aoti.checkpoint._SLACK", 64)  # so that much lies between
+    monkeypatch.setattr(
+        "aoti_sched.backends.aoti.checkpoint._SLACK", 64
+    )  # so that much lies between
     shown = view(torch.randn(64, 64))
     torch.save({"w": shown}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
     with open_weights(tmp_path / "a.pt") as offers:
@@ -256,7 +267,10 @@ def the_same_for_ever():
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize(
     "weights",
-    [endless, lambda: {"w": torch.zeros(4), **dict.fromkeys(map(str, range(MANY)), torch.zeros(1))}],
+    [
+        endless,
+        lambda: {"w": torch.zeros(4), **dict.fromkeys(map(str, range(MANY)), torch.zeros(1))},
+    ],
     ids=["endless", "mapping"],
 )
 def test_more_names_than_any_model_has_are_not_read_to_the_end(weights, strict):
@@ -328,7 +342,9 @@ _headers = st.dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(header=_headers, data=st.binary(max_size=96), honest=st.booleans())
 def test_any_header_is_read_or_refused_in_a_few_lines(tmp_path, header, data, honest):
     if honest:  # sizes that fit, one after the other, so that some headers are right
@@ -343,14 +359,19 @@ def test_any_header_is_read_or_refused_in_a_few_lines(tmp_path, header, data, ho
     looked_at(tmp_path / "a", len(data))
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
-    edits=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=6), legacy=st.booleans()
+    edits=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=6),
+    legacy=st.booleans(),
 )
 def test_any_edit_of_a_checkpoint_is_read_or_refused_in_a_few_lines(tmp_path, edits, legacy):
     path = tmp_path / "a"
     torch.save(
-        {"w": torch.zeros(4), "v": torch.zeros(2, 3).t()}, path, _use_new_zipfile_serialization=not legacy
+        {"w": torch.zeros(4), "v": torch.zeros(2, 3).t()},
+        path,
+        _use_new_zipfile_serialization=not legacy,
     )
     content = bytearray(path.read_bytes())
     for place, value in edits:
@@ -383,7 +404,10 @@ _json = st.recursive(
 
 
 @settings(max_examples=200, deadline=None)
-@given(value=st.dictionaries(st.text(max_size=20), _json, max_size=5), indent=st.sampled_from([None, 1]))
+@given(
+    value=st.dictionaries(st.text(max_size=20), _json, max_size=5),
+    indent=st.sampled_from([None, 1]),
+)
 def test_an_object_is_walked_through_as_a_parser_reads_it(value, indent):
     scan = JsonScan(json.dumps(value, indent=indent).encode() + b" ")
     assert {key: json.loads(scan.value(1 << 20)) for key in scan.members()} == value
@@ -392,7 +416,18 @@ def test_an_object_is_walked_through_as_a_parser_reads_it(value, indent):
 
 @pytest.mark.parametrize(
     "text",
-    [b"", b"{", b'{"a"', b'{"a":', b'{"a":1', b'{"a":1,}', b'{"a":{"b":"', b'{"a":[', b"{} {}", b"{a:1}"],
+    [
+        b"",
+        b"{",
+        b'{"a"',
+        b'{"a":',
+        b'{"a":1',
+        b'{"a":1,}',
+        b'{"a":{"b":"',
+        b'{"a":[',
+        b"{} {}",
+        b"{a:1}",
+    ],
 )
 def test_what_is_no_object_is_refused(text):
     with pytest.raises(ValueError, match=r"expected|no JSON|does not end|more than one"):

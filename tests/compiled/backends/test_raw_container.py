@@ -25,7 +25,11 @@ from tests.models import build
 
 def flat_inputs(name):
     built = build(name)
-    return [leaf for leaf in _pytree.tree_leaves((built.args, dict(built.kwargs))) if torch.is_tensor(leaf)]
+    return [
+        leaf
+        for leaf in _pytree.tree_leaves((built.args, dict(built.kwargs)))
+        if torch.is_tensor(leaf)
+    ]
 
 
 def eager(name, *args):
@@ -77,7 +81,9 @@ def test_a_run_gives_what_the_eager_module_gives(name, load):
 def test_each_model_of_a_package_is_a_library_of_its_own(part, built):
     container = RawContainer(Library(built("pair").library(part)))
     definition = built("pair").part(part)
-    torch.testing.assert_close(container.run(definition.args), [definition.module()(*definition.args)])
+    torch.testing.assert_close(
+        container.run(definition.args), [definition.module()(*definition.args)]
+    )
     container.close()
 
 
@@ -432,7 +438,9 @@ def test_a_freed_buffer_is_empty_and_needs_a_full_set_again(load):
         ("count", torch.zeros(3, 3), "wants int64, got float32"),
     ],
 )
-def test_a_tensor_that_does_not_fit_is_refused_before_anything_is_written(name, tensor, words, load):
+def test_a_tensor_that_does_not_fit_is_refused_before_anything_is_written(
+    name, tensor, words, load
+):
     container = load("canary")
     with pytest.raises(LoadError, match=f"constant {name!r} {words}"):
         container.update({**canary_set(2), name: tensor}, inactive=False)
@@ -533,7 +541,10 @@ def test_a_model_compiled_without_weights_runs_once_it_has_a_full_set(name, load
 
 
 def test_a_wrong_shape_for_an_unknown_one_is_found_out_and_the_buffer_stays_unused(load):
-    container, weights = load("weights_none"), dict(build("weights_none").module().named_parameters())
+    container, weights = (
+        load("weights_none"),
+        dict(build("weights_none").module().named_parameters()),
+    )
     full = {fqn: weights[fqn] for fqn in container.missing_constants()}
     with pytest.raises(LoadError, match=r"'0.weight' wants shape \(16, 4\), got \(4, 16\)"):
         container.update({**full, "0.weight": torch.zeros(4, 16)}, inactive=False)
@@ -544,7 +555,10 @@ def test_a_wrong_shape_for_an_unknown_one_is_found_out_and_the_buffer_stays_unus
 
 
 def test_a_tensor_too_large_for_an_unknown_shape_is_refused_before_it_is_written(load):
-    container, weights = load("weights_none"), dict(build("weights_none").module().named_parameters())
+    container, weights = (
+        load("weights_none"),
+        dict(build("weights_none").module().named_parameters()),
+    )
     full = {fqn: weights[fqn] for fqn in container.missing_constants()}
     with pytest.raises(LoadError, match=r"'0.weight' wants at most 256 bytes, got 4096"):
         container.update({**full, "0.weight": torch.zeros(32, 32)}, inactive=False)
@@ -559,7 +573,9 @@ def test_weights_in_a_file_are_loaded_once_for_all_instances(load):
     container = load("weights_blob", instances=2)
     container.update_from_blob(weights_file())
     for _ in range(3):
-        torch.testing.assert_close(container.run(build("weights_blob").args), [eager("weights_blob")])
+        torch.testing.assert_close(
+            container.run(build("weights_blob").args), [eager("weights_blob")]
+        )
     with pytest.raises(LoadError, match="has its weights already"):
         container.update_from_blob(weights_file())
 
@@ -568,7 +584,9 @@ def test_a_weights_file_of_another_size_is_refused(load, tmp_path):
     short = tmp_path / "short.blob"
     short.write_bytes(weights_file().read_bytes()[:-64])
     container = load("weights_blob")
-    with pytest.raises(LoadError, match=r"wants a weights file of \d+ bytes, and .*short.blob has \d+"):
+    with pytest.raises(
+        LoadError, match=r"wants a weights file of \d+ bytes, and .*short.blob has \d+"
+    ):
         container.update_from_blob(short)
 
 

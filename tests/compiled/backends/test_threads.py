@@ -37,7 +37,9 @@ class TestThreadsExecutor(LanesContract):
                 raise OSError("no threads today")
 
         executor = ThreadsExecutor("cpu", 1, set_threads)
-        completions = self.run(executor, work(lambda: ["a"], threads=2), work(lambda: ["b"], threads=2))
+        completions = self.run(
+            executor, work(lambda: ["a"], threads=2), work(lambda: ["b"], threads=2)
+        )
         executor.close()
         assert isinstance(completions[0].error, OSError)
         assert completions[1].outputs == ["b"]
@@ -61,7 +63,12 @@ executor.submit(0, Work(Container(), [], 1, None))
 running.wait()
 """
         result = subprocess.run(
-            [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
+            [sys.executable, "-c", script],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
         )
         assert (result.stdout, result.stderr, result.returncode) == ("finished\n", "", 0)
 
@@ -188,7 +195,9 @@ def test_no_ring_is_lost_between_threads(bell):
     for ringer in ringers:
         ringer.start()
     while len(taken) < 6000:
-        assert select.select([bell.fd], [], [], 60)[0], f"{len(taken)} were taken, and the bell is silent"
+        assert select.select([bell.fd], [], [], 60)[0], (
+            f"{len(taken)} were taken, and the bell is silent"
+        )
         bell.hush()
         while items:
             taken.append(items.pop())

@@ -122,7 +122,10 @@ def test_what_the_callers_generator_raises_comes_through():
         (b"new.pt", "got bytes"),
         (torch.nn.Linear(2, 2), "Pass its state_dict()"),
         (["weight"], "Entry 0 of the weights: expected (name, tensor), got str"),
-        ([("a", torch.zeros(1)), ("b",)], "Entry 1 of the weights: expected (name, tensor), got tuple"),
+        (
+            [("a", torch.zeros(1)), ("b",)],
+            "Entry 1 of the weights: expected (name, tensor), got tuple",
+        ),
         ({3: torch.zeros(1)}, "Entry 0 of the weights: expected a str as name, got int 3"),
         ({"a": [1.0]}, "Entry 'a' of the weights: expected a tensor, got list"),
         ({"a": {"b": torch.zeros(1)}}, "Entry 'a' of the weights: expected a tensor, got dict"),
@@ -162,7 +165,8 @@ def test_every_dtype_comes_back_from_safetensors(tmp_path, dtype):
     }
     for name, tensor in state.items():
         assert (
-            back[name].reshape(-1).view(torch.uint8).tolist() == tensor.reshape(-1).view(torch.uint8).tolist()
+            back[name].reshape(-1).view(torch.uint8).tolist()
+            == tensor.reshape(-1).view(torch.uint8).tolist()
         )
 
 
@@ -199,7 +203,9 @@ def test_the_content_tells_the_format_and_not_the_name(safetensors, checkpoint, 
 
 def test_tensors_of_a_hundred_are_in_memory_one_at_a_time(tmp_path):
     megabyte, path = 1 << 20, tmp_path / "hundred.safetensors"
-    save_file({f"layer {n}": torch.full((megabyte,), n, dtype=torch.uint8) for n in range(100)}, path)
+    save_file(
+        {f"layer {n}": torch.full((megabyte,), n, dtype=torch.uint8) for n in range(100)}, path
+    )
     gc.collect()
     process = psutil.Process()
     before = process.memory_info().rss
@@ -266,7 +272,10 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
             "a shape that cannot be made",
         ),
         ({"a": F32 | {"data_offsets": [8, 0]}}, "broken safetensors header"),
-        ({"a": F32 | {"data_offsets": [4, 12]}}, "'a' (F32 [2], 8 bytes) is said to lie at 4 to 12"),
+        (
+            {"a": F32 | {"data_offsets": [4, 12]}},
+            "'a' (F32 [2], 8 bytes) is said to lie at 4 to 12",
+        ),
         ({"a": F32, "b": F32}, "'b' (F32 [2], 8 bytes) is said to lie at 0 to 8, where 8 bytes"),
         ({"a": F32, "b": F32 | {"data_offsets": [8, 16]}}, "is truncated: its header promises"),
     ],
@@ -295,7 +304,10 @@ def test_a_state_dict_beside_an_optimizers_is_found(tmp_path, key):
     optimizer = torch.optim.Adam(module.parameters())
     module(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    torch.save({"epoch": 3, key: module.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "a.pt")
+    torch.save(
+        {"epoch": 3, key: module.state_dict(), "optimizer": optimizer.state_dict()},
+        tmp_path / "a.pt",
+    )
     same(read(tmp_path / "a.pt"), module.state_dict())
 
 
@@ -332,7 +344,9 @@ class Greets:
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_a_checkpoint_that_would_run_code_is_refused_with_advice(tmp_path, zipped):
-    torch.save({"a": Greets(tmp_path / "ran")}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"a": Greets(tmp_path / "ran")}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped
+    )
     said = fault(tmp_path / "a.pt")
     assert "could run any code" in said
     assert "weights_only=False" in said
@@ -530,10 +544,16 @@ def read_on(path, *, after, doing):
 @pytest.mark.parametrize("change", [replaced, rewritten, touched, Path.unlink])
 @pytest.mark.parametrize("kind", ["safetensors", "checkpoint"])
 @pytest.mark.parametrize("after", [0, 1, 4])
-def test_a_file_that_changes_is_noticed_before_its_tensors_may_be_used(request, kind, change, after):
+def test_a_file_that_changes_is_noticed_before_its_tensors_may_be_used(
+    request, kind, change, after
+):
     path = request.getfixturevalue(kind)
-    os.utime(path, ns=(1, 1))  # long ago: the file system's clock may tick no more often than every 4 ms
-    with pytest.raises(WeightsFileError, match=r"changed while it was being read|There is no weights file"):
+    os.utime(
+        path, ns=(1, 1)
+    )  # long ago: the file system's clock may tick no more often than every 4 ms
+    with pytest.raises(
+        WeightsFileError, match=r"changed while it was being read|There is no weights file"
+    ):
         read_on(path, after=after, doing=lambda: change(path))
 
 
@@ -575,7 +595,9 @@ except WeightsFileError as error:
 def test_a_file_that_shrinks_while_it_is_read_does_not_end_the_process(tmp_path, save):
     path = tmp_path / "shrinks"
     save({f"layer {n}": torch.ones(1 << 18) for n in range(8)}, path)
-    ran = subprocess.run([sys.executable, "-c", SHRINKS, path], capture_output=True, text=True, check=False)
+    ran = subprocess.run(
+        [sys.executable, "-c", SHRINKS, path], capture_output=True, text=True, check=False
+    )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith(f"{float(1 << 18)} {path}")
 

@@ -37,7 +37,9 @@ class Fleet:
         backend = self.backends[device]
         backend.models[name] = lambda: tuple(self.runners[name].container.weights.values())
         backend.weights[name] = weights(1)
-        runner = self.runners[name] = await self.scheduler.load(f"{name}.pt2", device=device, **options)
+        runner = self.runners[name] = await self.scheduler.load(
+            f"{name}.pt2", device=device, **options
+        )
         self.sets[runner] = {1: 1}
         return runner
 
@@ -71,7 +73,12 @@ class Fleet:
         for runner in self:
             runner.dispatcher.queue.check()
             stats, info, held = runner.stats(), runner.info, runner.container.inactive
-            assert (stats.updating, stats.held_leases, stats.running, stats.queued) == (False, 0, 0, 0)
+            assert (stats.updating, stats.held_leases, stats.running, stats.queued) == (
+                False,
+                0,
+                0,
+                0,
+            )
             assert stats.free_slots == info.instances
             assert info.inactive_bytes == len(held or {})
             assert (info.staged or info.previous_epoch is not None) == (held is not None)
@@ -131,7 +138,9 @@ class Held:
 
         def held(*args, **kwargs):
             self._entered.set()
-            assert self._go_on.wait(60), f"{step} was never let go on"  # a test hangs for half of that
+            assert self._go_on.wait(60), (
+                f"{step} was never let go on"
+            )  # a test hangs for half of that
             return call(*args, **kwargs)
 
         setattr(runner.container, step, held)

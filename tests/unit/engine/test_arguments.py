@@ -95,7 +95,13 @@ LOAD = {
     "copy_inputs": FLAGS,
     "copy_outputs": {"None"},
     "cuda_graphs": set(),
-    "sha256": {"text", "empty text", "control characters", "a lone surrogate", "None"},  # a fake has none
+    "sha256": {
+        "text",
+        "empty text",
+        "control characters",
+        "a lone surrogate",
+        "None",
+    },  # a fake has none
     "inputs": {"None"},
     "weights": {"None", "an empty dict"},
     "weights_strict": FLAGS,
@@ -238,7 +244,8 @@ async def test_an_update_of_something_else_than_runners_is_refused(scheduler, va
 async def test_a_view_of_a_runner_is_no_runner_to_update(scheduler):
     runner = await scheduler.load("m.pt2")
     with pytest.raises(
-        ConfigError, match=r"expected the runner that load\(\) returned, got <RunnerView 'm' on cpu>"
+        ConfigError,
+        match=r"expected the runner that load\(\) returned, got <RunnerView 'm' on cpu>",
     ):
         await scheduler.commit(runner.options(timeout=1))
 
@@ -326,7 +333,10 @@ def test_any_setting_of_a_scheduler_works_or_is_refused(setting, value):
             SchedulerConfig(devices={"cpu": DeviceConfig(lanes=0)}),
             r"^devices\.cpu\.lanes: Expected `int` >= 1, got 0$",
         ),
-        (SchedulerConfig(devices={"cpu": 3}), "^devices: expected DeviceConfig by name, got {'cpu': 3}"),
+        (
+            SchedulerConfig(devices={"cpu": 3}),
+            "^devices: expected DeviceConfig by name, got {'cpu': 3}",
+        ),
         (
             SchedulerConfig(models={3: ModelConfig(path="m")}),
             "^models: expected ModelConfig by name, got {3: ",
@@ -410,7 +420,9 @@ async def test_a_package_in_memory_reaches_the_device(wrap):
         given = wrap(b"PK\x03\x04 and so on")
         runner = await scheduler.load(given)
         assert (runner.name, runner.info.path) == ("model", "model.pt2 (in memory)")
-        with pytest.raises(ConfigError, match="a runner named 'model' exists; give it another name="):
+        with pytest.raises(
+            ConfigError, match="a runner named 'model' exists; give it another name="
+        ):
             await scheduler.load(given)
     assert seen[0].contents == b"PK\x03\x04 and so on"
 

@@ -41,7 +41,12 @@ async def test_those_that_wait_run_as_one_and_each_gets_its_own(aoti_backend, ao
     assert await first == 0
     await aoti_backend.step()
     assert await asyncio.gather(*futures) == [2, 4, 6]
-    assert [first.trace.batch_size, *(future.trace.batch_size for future in futures)] == [1, 3, 3, 3]
+    assert [first.trace.batch_size, *(future.trace.batch_size for future in futures)] == [
+        1,
+        3,
+        3,
+        3,
+    ]
     stats = runner.stats()
     assert (stats.batches, stats.batched, stats.completed) == (1, 3, 4)
 
@@ -128,7 +133,9 @@ async def test_a_held_lease_runs_its_requests_one_by_one(aoti_backend, aoti_sche
     assert runner.stats().batches == 0
 
 
-async def test_an_update_waits_for_a_batch_and_its_members_are_of_one_epoch(aoti_backend, aoti_scheduler):
+async def test_an_update_waits_for_a_batch_and_its_members_are_of_one_epoch(
+    aoti_backend, aoti_scheduler
+):
     aoti_backend.weights["m"] = {"w": 1}
     runner = await load(aoti_scheduler, aoti_backend)
     first, futures = await waiting(aoti_backend, runner, [1, 2])

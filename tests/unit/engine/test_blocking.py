@@ -181,7 +181,9 @@ def test_a_request_that_a_stopped_loop_never_took_is_refused(loop, backend):
 def test_an_open_loop_that_does_not_run_refuses_at_once(loop, backend):
     _, runner = loop.run_until_complete(open_runner(backend))
     is_closed_error(Caller(runner.run_blocking, 1).end(), "event loop is not running")
-    is_closed_error(Caller(runner.options(timeout=60).run_blocking, 1).end(), "event loop is not running")
+    is_closed_error(
+        Caller(runner.options(timeout=60).run_blocking, 1).end(), "event loop is not running"
+    )
 
 
 def test_a_closed_loop_refuses_at_once(loop, backend):
@@ -258,7 +260,9 @@ async def test_a_closed_scheduler_has_served_what_it_accepted_and_refuses_the_re
     backend.finish_all()
     await closing
     assert await asyncio.to_thread(first.end) == 2
-    is_closed_error(await asyncio.to_thread(Caller(runner.run_blocking, 3).end), "scheduler is closed")
+    is_closed_error(
+        await asyncio.to_thread(Caller(runner.run_blocking, 3).end), "scheduler is closed"
+    )
 
 
 async def test_terminating_fails_the_threads_whose_requests_are_queued(backend):
@@ -308,7 +312,9 @@ async def test_an_endless_timeout_is_none(backend):
     await scheduler.aclose()
 
 
-async def test_a_clock_set_by_hand_expires_calls_of_threads_too(aoti_backend, aoti_scheduler, aoti_clock):
+async def test_a_clock_set_by_hand_expires_calls_of_threads_too(
+    aoti_backend, aoti_scheduler, aoti_clock
+):
     aoti_backend.models["m"] = lambda x: x
     runner = await aoti_scheduler.load("m.pt2")
     caller = Caller(runner.options(timeout=5).run_blocking, 1)

@@ -83,7 +83,9 @@ async def test_whatever_a_source_raises_ends_its_own_operation_alone(error, oper
             raise error
 
     source = (
-        Raises() if not isinstance(error, StopIteration) else type("M", (dict,), {"items": Raises.items})()
+        Raises()
+        if not isinstance(error, StopIteration)
+        else type("M", (dict,), {"items": Raises.items})()
     )
     async with fleet("ac") as its:
         a, c = its
@@ -115,7 +117,9 @@ async def test_a_source_that_blocks_is_left_at_the_deadline_and_others_go_on():
     sources = [Blocks() for _ in range(3)]
     async with fleet() as its:
         a, *_ = its
-        updates = [asyncio.ensure_future(r.update(s, timeout=1)) for r, s in zip(its, sources, strict=True)]
+        updates = [
+            asyncio.ensure_future(r.update(s, timeout=1)) for r, s in zip(its, sources, strict=True)
+        ]
         for source in sources:
             await source.reached()
         its.clock.advance(1)
@@ -269,7 +273,9 @@ async def all_ends(futures):
     return [type(end).__name__ for end in await asyncio.gather(*futures, return_exceptions=True)]
 
 
-@pytest.mark.parametrize("error", [ValueError, asyncio.CancelledError, GeneratorExit, StopIteration])
+@pytest.mark.parametrize(
+    "error", [ValueError, asyncio.CancelledError, GeneratorExit, StopIteration]
+)
 async def test_a_log_processor_that_raises_changes_nothing_and_is_told_of_once(error, told):
     def processor(logger, name, event):
         raise error("no")
@@ -282,7 +288,9 @@ async def test_a_log_processor_that_raises_changes_nothing_and_is_told_of_once(e
         assert ends == ["ValueError", "tuple"] * 80
         await its.update(2)
         await a.terminate()
-    assert [str(one.exc_value).rpartition("raised ")[2] for one in told] == [f"{error.__name__}: no"]
+    assert [str(one.exc_value).rpartition("raised ")[2] for one in told] == [
+        f"{error.__name__}: no"
+    ]
 
 
 async def test_the_interpreters_own_hook_tells_of_a_lost_event(monkeypatch, capsys):
@@ -339,7 +347,9 @@ async def test_a_log_processor_meets_no_fact_half_way_and_may_call_the_scheduler
         assert await all_ends(submitted) == ["tuple"] * 80
         await its.update(2)
         await a.aclose()
-        assert {"run failed", "runs fail again and again", "weights published", "model closed"} <= {*seen}
+        assert {"run failed", "runs fail again and again", "weights published", "model closed"} <= {
+            *seen
+        }
     assert not told
 
 
@@ -390,7 +400,9 @@ ERRORS = [Mute(), asyncio.CancelledError("x"), GeneratorExit(), StopIteration(),
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("place", ["run", "unflatten", "submit", "swap", "stage", "fold", "free_inactive"])
+@pytest.mark.parametrize(
+    "place", ["run", "unflatten", "submit", "swap", "stage", "fold", "free_inactive"]
+)
 async def test_whatever_is_raised_in_a_fact_is_its_own_operations_error(place, error):
     def raises(*args, **kwargs):
         raise error
@@ -488,7 +500,9 @@ class Key:
 async def test_a_key_is_asked_nothing_after_options(spoiled, ends):
     overflow = "shed" if ends == "shed" else "reject"
     limits = aoti_sched.Limits(jobs=8 if ends == "shed" else None, tenant_jobs=4)
-    async with fleet("a", auto=False, overflow=overflow, limits=limits, admission="predictive") as its:
+    async with fleet(
+        "a", auto=False, overflow=overflow, limits=limits, admission="predictive"
+    ) as its:
         (a,) = its
         keys = [Key() for _ in range(2)]
         views = [a.options(tenant=key, timeout=5) for key in keys]
@@ -538,7 +552,9 @@ async def test_tenants_that_are_gone_are_forgotten_with_their_keys():
         a, _ = its
         kept = a.options(tenant="kept")
         for start in range(0, 6000, 100):
-            await asyncio.gather(*[a.options(tenant=number).run() for number in range(start, start + 100)])
+            await asyncio.gather(
+                *[a.options(tenant=number).run() for number in range(start, start + 100)]
+            )
         gc.collect()
         a.options(tenant="one more")
         known = len(a.tenants)

@@ -76,7 +76,9 @@ async def test_a_lease_is_released_by_an_error_and_twice_is_fine(runner):
 async def test_a_released_lease_says_so(runner):
     async with runner.lease() as lease:
         pass
-    with pytest.raises(aoti_sched.LeaseError, match=r"lease 1 of runner 'm' .* was released; take a new one"):
+    with pytest.raises(
+        aoti_sched.LeaseError, match=r"lease 1 of runner 'm' .* was released; take a new one"
+    ):
         lease.submit(1)
 
 
@@ -117,7 +119,9 @@ async def test_a_lease_granted_in_the_moment_of_cancellation_goes_back(aoti_back
     waiting = asyncio.ensure_future(runner.lease().__aenter__())
     await settle()
     aoti_backend._executor.step()  # the completion is there, the loop has not seen it
-    asyncio.get_running_loop().call_soon(waiting.cancel)  # after the grant, before the task wakes up
+    asyncio.get_running_loop().call_soon(
+        waiting.cancel
+    )  # after the grant, before the task wakes up
     runner.dispatcher._collect()
     assert runner.stats().held_leases == 1
     with pytest.raises(asyncio.CancelledError):
@@ -153,7 +157,9 @@ async def test_terminate_takes_leases_back(aoti_backend, runner):
         await ending
 
 
-async def test_options_of_a_lease_set_priority_and_timeout_of_its_runs(aoti_clock, aoti_backend, runner):
+async def test_options_of_a_lease_set_priority_and_timeout_of_its_runs(
+    aoti_clock, aoti_backend, runner
+):
     async with runner.lease() as lease:
         future = lease.options(timeout=1).submit(1)
         aoti_clock.advance(1)

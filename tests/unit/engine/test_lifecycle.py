@@ -231,7 +231,9 @@ async def test_two_schedulers_live_side_by_side():
         assert await asyncio.gather(a.run(1), b.run(1)) == [1, -1]
 
 
-async def test_a_close_that_waits_long_is_logged(aoti_backend, aoti_scheduler, quiet_logs, monkeypatch):
+async def test_a_close_that_waits_long_is_logged(
+    aoti_backend, aoti_scheduler, quiet_logs, monkeypatch
+):
     monkeypatch.setattr("aoti_sched.scheduler.SLOW_CLOSE", 0.0)
     aoti_backend.models["m"] = lambda x: x
     runner = await aoti_scheduler.load("m.pt2")

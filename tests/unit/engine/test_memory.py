@@ -152,8 +152,9 @@ async def test_weights_that_cant_be_brought_back_fail_the_requests_and_the_next_
         a.container.faults["unpark"] = OSError("the disk is gone")
         answers = await asyncio.gather(a.run(), a.run(), return_exceptions=True)
         assert [type(error) for error in answers] == [LoadError, LoadError]
-        assert "runner 'a' was parked, and its weights can't be brought back: the disk is gone" in str(
-            answers[0]
+        assert (
+            "runner 'a' was parked, and its weights can't be brought back: the disk is gone"
+            in str(answers[0])
         )
         assert its.memory().used == 0
         assert await a.run() == {1}
@@ -173,7 +174,8 @@ async def test_held_leases_and_busy_models_stay_for_a_load_and_are_named():
         running = b.submit()
         async with a.lease():
             with pytest.raises(
-                MemoryLimitError, match=r"'a' 1 bytes \(it has held leases\), 'b' 1 bytes \(it has requests\)"
+                MemoryLimitError,
+                match=r"'a' 1 bytes \(it has held leases\), 'b' 1 bytes \(it has requests\)",
             ):
                 await its.load("c")
         await its.load("c")
@@ -262,7 +264,8 @@ async def test_what_is_not_to_be_had_is_said_and_requests_for_it_fail():
         a, b = await its.load("a", 2), await its.load("b", 1)
         await b.update({"0": 2})
         with pytest.raises(
-            MemoryLimitError, match=r"'a' needs 2 bytes .* 'b' 2 bytes \(it keeps the previous set\)"
+            MemoryLimitError,
+            match=r"'a' needs 2 bytes .* 'b' 2 bytes \(it keeps the previous set\)",
         ):
             await a.run()
         with pytest.raises(MemoryLimitError):
@@ -383,7 +386,11 @@ async def test_a_replica_that_is_parked_is_passed_over():
         both = await its.load("both", devices=["cpu:0", "cpu:1"])
         await its.load("other", 2, device="cpu:0")
         first, second = both.replicas
-        assert (first.stats().parked, second.stats().parked, both.stats().parked) == (True, False, False)
+        assert (first.stats().parked, second.stats().parked, both.stats().parked) == (
+            True,
+            False,
+            False,
+        )
         for _ in range(6):
             await both.run()
         assert second.stats().completed == 6
@@ -396,7 +403,8 @@ async def test_a_replica_that_is_parked_is_passed_over():
 
 async def test_evicting_needs_a_limit():
     async with Scheduler(
-        SchedulerConfig(devices={"cpu": DeviceConfig(evict="lru")}), devices={"cpu": FakeBackend({"a": int})}
+        SchedulerConfig(devices={"cpu": DeviceConfig(evict="lru")}),
+        devices={"cpu": FakeBackend({"a": int})},
     ) as scheduler:
         with pytest.raises(ConfigError, match=r"devices\.cpu: evict='lru' needs a memory_limit"):
             await scheduler.load("a.pt2")

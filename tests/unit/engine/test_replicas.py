@@ -147,7 +147,12 @@ async def test_classes_timeouts_and_tenants_mean_the_same_on_each():
         low = [runner.options(priority=Priority.LOW, tenant=name).submit() for name in "ab"]
         late = [runner.options(timeout=1.0, tenant=name).submit() for name in "cd"]
         high = [runner.options(priority=Priority.HIGH, tenant=name).submit() for name in "ef"]
-        assert sorted(places(low)) == sorted(places(late)) == sorted(places(high)) == ["cpu:0", "cpu:1"]
+        assert (
+            sorted(places(low))
+            == sorted(places(late))
+            == sorted(places(high))
+            == ["cpu:0", "cpu:1"]
+        )
         its.clock.advance(1.5)
         for future in late:
             with pytest.raises(
@@ -166,7 +171,9 @@ async def test_a_full_replica_is_passed_over():
         runner = await its.load(limits=Limits(jobs=2))
         lease_futures = [runner.submit() for _ in range(2 + 4)]
         assert sorted(places(lease_futures)) == ["cpu:0"] * 3 + ["cpu:1"] * 3
-        with pytest.raises(aoti_sched.QueueFullError, match="runner 'm' has 2 jobs queued, its bound is 2"):
+        with pytest.raises(
+            aoti_sched.QueueFullError, match="runner 'm' has 2 jobs queued, its bound is 2"
+        ):
             runner.submit()
         await its.step("cpu:1")
         assert places([runner.submit()]) == ["cpu:1"]
@@ -328,7 +335,10 @@ async def test_an_epoch_to_come_is_waited_for_on_any_device():
     async with devices() as its:
         runner = await its.load()
         futures = [runner.options(min_epoch=2).submit() for _ in range(4)]
-        assert (runner.stats().waiting, sorted(places(futures))) == (4, ["cpu:0"] * 2 + ["cpu:1"] * 2)
+        assert (runner.stats().waiting, sorted(places(futures))) == (
+            4,
+            ["cpu:0"] * 2 + ["cpu:1"] * 2,
+        )
         draining = asyncio.ensure_future(its.scheduler.drain_device("cpu:0"))
         await settle()
         assert places(futures) == ["cpu:1"] * 4
@@ -376,7 +386,11 @@ async def test_who_was_moved_keeps_its_deadline_and_how_long_it_has_waited():
         its.clock.advance(1.0)
         draining = asyncio.ensure_future(its.scheduler.drain_device(future.trace.device))
         await settle()
-        assert (future.trace.device, future.trace.queued, its.clock.time()) == ("cpu:1", 1000.0, 1001.0)
+        assert (future.trace.device, future.trace.queued, its.clock.time()) == (
+            "cpu:1",
+            1000.0,
+            1001.0,
+        )
         its.clock.advance(1.0)
         with pytest.raises(
             aoti_sched.DeadlineExceededError, match="timeout of 2 s passed while it was queued"
@@ -406,7 +420,9 @@ async def test_one_that_could_never_be_queued_where_it_has_to_move_is_told(monke
         running, queued = (runner.submit() for _ in range(2))
         assert places([running, queued]) == ["cpu:0"] * 2  # the other one would not take them
         draining = asyncio.ensure_future(its.scheduler.drain_device("cpu:0"))
-        with pytest.raises(aoti_sched.QueueFullError, match="can never be queued, its inputs are 2 bytes"):
+        with pytest.raises(
+            aoti_sched.QueueFullError, match="can never be queued, its inputs are 2 bytes"
+        ):
             await queued
         await its.serve()
         await asyncio.gather(draining, running)
@@ -532,7 +548,9 @@ async def test_without_a_device_left_requests_say_why():
         await settle()
         last = asyncio.ensure_future(its.scheduler.drain_device("cpu:1"))
         await settle()
-        sentence = "runner 'm': no device is left to run on: 'cpu:0' was drained; 'cpu:1' was drained"
+        sentence = (
+            "runner 'm': no device is left to run on: 'cpu:0' was drained; 'cpu:1' was drained"
+        )
         with pytest.raises(aoti_sched.RunnerClosedError, match=sentence):
             runner.submit()
         with pytest.raises(aoti_sched.RunnerClosedError, match=sentence):
@@ -577,7 +595,8 @@ async def test_a_drained_device_takes_no_models():
         one = await its.load("n", "cpu:*")
         assert one.device == "cpu:1"
         with pytest.raises(
-            aoti_sched.ConfigError, match=r"'cuda:7'.*no such device is in use, but 'cpu:0', 'cpu:1'"
+            aoti_sched.ConfigError,
+            match=r"'cuda:7'.*no such device is in use, but 'cpu:0', 'cpu:1'",
         ):
             await its.scheduler.drain_device("cuda:7")
 
@@ -634,7 +653,9 @@ async def test_an_update_goes_on_without_a_device_that_leaves_at_the_barrier():
         its.check()
 
 
-@pytest.mark.parametrize("what", ["update", "stage", "commit", "rollback", "free_previous", "extract"])
+@pytest.mark.parametrize(
+    "what", ["update", "stage", "commit", "rollback", "free_previous", "extract"]
+)
 async def test_who_waits_for_its_turn_goes_on_without_a_device_that_leaves_meanwhile(what, logs):
     async with devices(auto=True) as its:
         runner = await its.load()
@@ -658,7 +679,9 @@ async def test_who_waits_for_its_turn_goes_on_without_a_device_that_leaves_meanw
         await draining
         now = {"update": 4, "commit": 3, "rollback": 1}.get(what, 2)
         assert [await runner.run() for _ in range(2)] == [(now, now)] * 2
-        assert not [entry for entry in logs if entry["event"] == "weights not staged where none are wanted"]
+        assert not [
+            entry for entry in logs if entry["event"] == "weights not staged where none are wanted"
+        ]
 
 
 async def test_an_update_that_loses_its_last_device_fails():
@@ -719,7 +742,9 @@ async def test_all_replicas_end_together(end):
         states = [future.trace.state for future in futures]
         assert states == ["DONE"] * 2 + (["REVOKED"] if end == "terminate" else ["DONE"]) * 2
         await asyncio.wait(futures)
-        assert [future.exception() is None for future in futures] == [state == "DONE" for state in states]
+        assert [future.exception() is None for future in futures] == [
+            state == "DONE" for state in states
+        ]
 
 
 # --- a device is lost --------------------------------------------------------------------------------
@@ -731,7 +756,9 @@ async def test_what_is_queued_on_a_device_that_is_lost_moves(logs):
         futures = [runner.submit() for _ in range(6)]
         await its.step("cpu:0", aoti_sched.DeviceLostError("it fell off the bus", device="cpu:0"))
         assert places(futures) == ["cpu:0"] + ["cpu:1"] * 5
-        with pytest.raises(aoti_sched.DeviceLostError, match="fell off"):  # what ran there ends as it ends
+        with pytest.raises(
+            aoti_sched.DeviceLostError, match="fell off"
+        ):  # what ran there ends as it ends
             await futures[0]
         await its.serve()
         assert await asyncio.gather(*futures[1:]) == [(1, 1)] * 5
@@ -787,7 +814,9 @@ async def test_who_gets_a_lost_device_s_room_is_woken_in_time():
     async with devices(lanes=2, config=config) as its:
         runner = await its.load()
         other = await its.load("other", ["cpu:0"])
-        gathers = await its.load("gathers", ["cpu:0"], overflow="wait", batching=Batching(max_delay=1.0))
+        gathers = await its.load(
+            "gathers", ["cpu:0"], overflow="wait", batching=Batching(max_delay=1.0)
+        )
         async with other.lease() as lease:
             futures = [runner.submit() for _ in range(6)]
             gathered = gathers.submit()
@@ -796,7 +825,10 @@ async def test_who_gets_a_lost_device_s_room_is_woken_in_time():
             takes_nothing(its.backends["cpu:0"])
             late = lease.options(timeout=5.0).submit()
             its.backends["cpu:0"]._executor.submit = submit
-            assert (type(late.exception()), gathered.trace.state) == (aoti_sched.DeviceLostError, "QUEUED")
+            assert (type(late.exception()), gathered.trace.state) == (
+                aoti_sched.DeviceLostError,
+                "QUEUED",
+            )
             its.clock.advance(1.0)
             assert gathered.trace.state == "RUNNING"
         await its.serve()
@@ -908,7 +940,9 @@ async def test_a_device_that_is_drained_while_a_model_loads_there_does_not_get_i
 async def test_devices_come_from_a_configuration_too(tmp_path):
     (tmp_path / "it.toml").write_text('[models.m]\npath = "m.pt2"\ndevices = ["cpu:0", "cpu:1"]\n')
     config = aoti_sched.config.read_config(tmp_path / "it.toml")
-    backends = {name: FakeBackend({"m": lambda: 1}, auto=True, name=name) for name in ("cpu:0", "cpu:1")}
+    backends = {
+        name: FakeBackend({"m": lambda: 1}, auto=True, name=name) for name in ("cpu:0", "cpu:1")
+    }
     async with Scheduler(config, devices=backends) as scheduler:
         assert await scheduler.runners["m"].run() == 1
         assert scheduler.runners["m"].device == "cpu:0, cpu:1"
@@ -938,16 +972,22 @@ async def test_each_request_is_answered_once_and_by_one_set_of_weights(seed):
 
         for _ in range(120):
             what = draw.choices(
-                ["submit", "step", "cancel", "update", "hold", "leave", "time"], [40, 40, 4, 3, 4, 1, 4]
+                ["submit", "step", "cancel", "update", "hold", "leave", "time"],
+                [40, 40, 4, 3, 4, 1, 4],
             )[0]
             if what == "submit":
-                wish = {"priority": draw.choice(list(Priority)), "tenant": draw.choice([None, "a", "b"])}
+                wish = {
+                    "priority": draw.choice(list(Priority)),
+                    "tenant": draw.choice([None, "a", "b"]),
+                }
                 wish["timeout"] = draw.choice([None, None, 5.0])
                 future = runner.options(**wish).submit()
                 future.add_done_callback(answered)
                 futures.append(future)
             elif what == "step" and any(its.running):
-                device = draw.choice([name for name, backend in its.backends.items() if backend.running])
+                device = draw.choice(
+                    [name for name, backend in its.backends.items() if backend.running]
+                )
                 error = ValueError("a bad one") if draw.random() < 0.1 else None
                 await its.step(device, error)
             elif what == "cancel" and futures:
@@ -979,7 +1019,9 @@ async def test_each_request_is_answered_once_and_by_one_set_of_weights(seed):
                 assert len(set(future.result())) == 1
         served = [future for future in futures if future.trace.state == "DONE"]
         by_epoch = {(future.trace.epoch, future.result()) for future in served}
-        assert len({epoch for epoch, _ in by_epoch}) == len(by_epoch), "an epoch is one set, on all devices"
+        assert len({epoch for epoch, _ in by_epoch}) == len(by_epoch), (
+            "an epoch is one set, on all devices"
+        )
         stats = runner.stats()
         ends = stats.completed + stats.failed + stats.cancelled + stats.expired + stats.rejected
         assert stats.submitted == ends + stats.revoked

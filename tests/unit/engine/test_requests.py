@@ -45,7 +45,9 @@ async def test_submit_queues_at_once_and_run_only_when_awaited(aoti_backend, aot
 
 
 async def test_a_model_keeps_keywords_of_any_name_for_itself(aoti_backend, aoti_scheduler):
-    runner = await load(aoti_scheduler, aoti_backend, lambda *, timeout, priority: (timeout, priority))
+    runner = await load(
+        aoti_scheduler, aoti_backend, lambda *, timeout, priority: (timeout, priority)
+    )
     future = runner.submit(timeout="mine", priority=3)
     await aoti_backend.step()
     assert await future == ("mine", 3)
@@ -134,7 +136,8 @@ class BusyClock(ManualClock):
 
 
 @pytest.mark.parametrize(
-    ("given", "shown"), [(1e-6, "1e-06"), (0, "0"), (0.1, "0.1"), (0.123456789, "0.123456789"), (30, "30")]
+    ("given", "shown"),
+    [(1e-6, "1e-06"), (0, "0"), (0.1, "0.1"), (0.123456789, "0.123456789"), (30, "30")],
 )
 @pytest.mark.parametrize("ask", ["run", "lease"])
 async def test_a_message_shows_the_timeout_that_was_given(given, shown, ask):
@@ -147,7 +150,9 @@ async def test_a_message_shows_the_timeout_that_was_given(given, shown, ask):
             late = asyncio.ensure_future(view.run(1) if ask == "run" else view.lease().__aenter__())
             await settle()
             clock.advance(given)
-            with pytest.raises(aoti_sched.DeadlineExceededError, match=rf"timeout of {shown} s passed while"):
+            with pytest.raises(
+                aoti_sched.DeadlineExceededError, match=rf"timeout of {shown} s passed while"
+            ):
                 await late
 
 
@@ -187,7 +192,9 @@ async def test_cancelling_the_awaiting_task_cancels_the_request(aoti_backend, ao
     assert await blocker == 0
 
 
-async def test_a_cancelled_running_request_drops_its_result_and_nothing_else(aoti_backend, aoti_scheduler):
+async def test_a_cancelled_running_request_drops_its_result_and_nothing_else(
+    aoti_backend, aoti_scheduler
+):
     runner = await load(aoti_scheduler, aoti_backend)
     gone, next_one = runner.submit(1), runner.submit(2)
     assert gone.cancel()

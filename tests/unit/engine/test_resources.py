@@ -92,7 +92,9 @@ async def life(backend):
     with pytest.raises(aoti_sched.RunnerClosedError):
         await runner.run(1)
     backend.containers.clear()
-    return [weakref.ref(owner) for owner in owners if not isinstance(owner, type(runner.dispatcher))]
+    return [
+        weakref.ref(owner) for owner in owners if not isinstance(owner, type(runner.dispatcher))
+    ]
 
 
 # --- nothing is kept --------------------------------------------------------------------------------------
@@ -140,7 +142,9 @@ def test_fifty_schedulers_keep_no_descriptor_and_no_thread(executor):
         before = tasks()
         opened = descriptors()
         kept = [await keep_runner(backend) for _ in range(50)]
-        await until(lambda: tasks() <= before)  # a joined thread is listed until the kernel has ended it
+        await until(
+            lambda: tasks() <= before
+        )  # a joined thread is listed until the kernel has ended it
         assert len({*kept}) == 50
         assert lane_threads() == 0
         return opened, descriptors()
@@ -260,7 +264,9 @@ async def one_life(backend, faults, *, lasts):
 
 
 # Native lanes open their descriptor in native code: see the test that really exhausts them.
-CASES = [(one, kind) for one in EXECUTORS for kind in FAULTS if (one, kind) != ("native", "descriptors")]
+CASES = [
+    (one, kind) for one in EXECUTORS for kind in FAULTS if (one, kind) != ("native", "descriptors")
+]
 
 
 @pytest.mark.parametrize("lasts", [False, True], ids=["once", "from then on"])
@@ -306,9 +312,13 @@ def test_a_scheduler_closes_where_no_thread_can_be_started(executor, monkeypatch
         async with Scheduler(devices={"cpu": backend}) as scheduler:
             runner = await scheduler.load("m.pt2")
             await runner.run(1)
-            faults = Faults(monkeypatch, no_thread).at(aoti_sched.engine.worker.anyio.to_thread, "run_sync")
+            faults = Faults(monkeypatch, no_thread).at(
+                aoti_sched.engine.worker.anyio.to_thread, "run_sync"
+            )
             faults.start(1, lasts=True)
-            with pytest.raises(ResourcesError, match=r"no thread can be started.*end other threads"):
+            with pytest.raises(
+                ResourcesError, match=r"no thread can be started.*end other threads"
+            ):
                 await scheduler.load("m.pt2", name="other")
         assert backend.containers[0].closed
 

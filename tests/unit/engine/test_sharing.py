@@ -71,7 +71,9 @@ async def test_models_share_a_device_by_their_shares(aoti_backend, aoti_clock, a
     assert 11 <= len(of_much) <= 13
 
 
-async def test_a_model_that_is_slow_does_not_get_more_for_it(aoti_backend, aoti_clock, aoti_scheduler):
+async def test_a_model_that_is_slow_does_not_get_more_for_it(
+    aoti_backend, aoti_clock, aoti_scheduler
+):
     slow = await timed(aoti_scheduler, aoti_backend, aoti_clock, "slow", 4)
     quick = await timed(aoti_scheduler, aoti_backend, aoti_clock, "quick", 1)
     futures = [slow.submit() for _ in range(10)] + [quick.submit() for _ in range(40)]
@@ -94,7 +96,9 @@ async def test_a_tenant_has_a_bound_of_its_own(aoti_backend, aoti_scheduler):
     runner = await aoti_scheduler.load("m.pt2", limits=Limits(tenant_jobs=2))
     greedy, modest = runner.options(tenant="greedy"), runner.options(tenant="modest")
     futures = [greedy.submit() for _ in range(3)]
-    with pytest.raises(QueueFullError, match="runner 'm': tenant 'greedy' has 2 jobs queued, its bound is 2"):
+    with pytest.raises(
+        QueueFullError, match="runner 'm': tenant 'greedy' has 2 jobs queued, its bound is 2"
+    ):
         greedy.submit()
     futures.append(modest.submit())
     await serve(aoti_backend, futures)
@@ -138,7 +142,8 @@ async def test_a_full_queue_drops_the_worst(aoti_backend, aoti_scheduler):
     normal = runner.submit()
     high = runner.options(priority=Priority.HIGH).submit()
     with pytest.raises(
-        ShedError, match="runner 'm': the queue is full, and the request was dropped for a better one"
+        ShedError,
+        match="runner 'm': the queue is full, and the request was dropped for a better one",
     ):
         await low
     with pytest.raises(QueueFullError) as refused:  # the worst of all is the new one
@@ -156,7 +161,8 @@ async def test_what_could_not_be_done_in_time_is_refused_with_the_time_it_would_
     await learn(aoti_backend, runner)
     futures = [runner.submit() for _ in range(4)]
     with pytest.raises(
-        DeadlineUnreachableError, match=r"'m': .* finished in about 5 s, its timeout is 3 s; send less"
+        DeadlineUnreachableError,
+        match=r"'m': .* finished in about 5 s, its timeout is 3 s; send less",
     ) as refused:
         runner.options(timeout=3, priority=Priority.LOW).submit()
     assert (refused.value.predicted, refused.value.timeout) == (5.0, 3.0)
@@ -168,7 +174,9 @@ async def test_what_could_not_be_done_in_time_is_refused_with_the_time_it_would_
     assert runner.stats().rejected == 1
 
 
-async def test_without_prediction_it_is_queued_and_expires(aoti_backend, aoti_clock, aoti_scheduler):
+async def test_without_prediction_it_is_queued_and_expires(
+    aoti_backend, aoti_clock, aoti_scheduler
+):
     runner = await timed(aoti_scheduler, aoti_backend, aoti_clock, "m", 1)
     await learn(aoti_backend, runner)
     futures = [runner.submit() for _ in range(4)]
@@ -223,7 +231,9 @@ async def test_a_device_has_no_tenants():
     config = SchedulerConfig(devices={"cpu": DeviceConfig(limits=Limits(tenant_jobs=2))})
     backend = FakeBackend({"m": lambda: None})
     async with Scheduler(config, devices={"cpu": backend}) as scheduler:
-        with pytest.raises(ConfigError, match=r"devices\.cpu: tenant_jobs bounds each tenant of a model"):
+        with pytest.raises(
+            ConfigError, match=r"devices\.cpu: tenant_jobs bounds each tenant of a model"
+        ):
             await scheduler.load("m.pt2")
 
 
@@ -249,7 +259,9 @@ class TestHealth:
         await serve(aoti_backend, [runner.submit()])
         assert runner.stats().health == "ok"
 
-    async def test_a_container_is_built_anew_while_the_queue_waits(self, aoti_backend, aoti_scheduler, logs):
+    async def test_a_container_is_built_anew_while_the_queue_waits(
+        self, aoti_backend, aoti_scheduler, logs
+    ):
         aoti_backend.models["m"] = lambda: "well"
         aoti_backend.weights["m"] = {"w": 1}
         runner = await aoti_scheduler.load("m.pt2", on_failure="rebuild", instances=2)
@@ -273,7 +285,9 @@ class TestHealth:
             "its runs failed"
         ]
 
-    async def test_it_is_built_anew_once_for_all_failures_in_a_row(self, aoti_backend, aoti_scheduler, logs):
+    async def test_it_is_built_anew_once_for_all_failures_in_a_row(
+        self, aoti_backend, aoti_scheduler, logs
+    ):
         aoti_backend.models["m"] = lambda: "well"
         runner = await aoti_scheduler.load("m.pt2", on_failure="rebuild")
         await self.fail(aoti_backend, runner, 5)
@@ -293,4 +307,8 @@ class TestHealth:
         await until(lambda: any(entry["event"] == "container can't be rebuilt" for entry in logs))
         await settle()
         await serve(aoti_backend, [runner.submit()])
-        assert (runner.stats().phase, runner.stats().health, runner.stats().completed) == ("OPEN", "ok", 1)
+        assert (runner.stats().phase, runner.stats().health, runner.stats().completed) == (
+            "OPEN",
+            "ok",
+            1,
+        )

@@ -48,7 +48,11 @@ async def test_several_runners_on_two_devices_change_together():
     async with fleet() as its:
         a, b, c = its
         reports = await its.scheduler.update({c: weights(4), b: weights(3), a: weights(2)})
-        assert {runner.name: report.epoch for runner, report in reports.items()} == {"a": 2, "b": 2, "c": 2}
+        assert {runner.name: report.epoch for runner, report in reports.items()} == {
+            "a": 2,
+            "b": 2,
+            "c": 2,
+        }
         assert [await its.answer(runner) for runner in (a, b, c)] == [(2, 2), (2, 3), (2, 4)]
 
 
@@ -93,7 +97,12 @@ async def test_a_commit_tells_what_its_staging_took_and_a_rollback_staged_nothin
         report = await a.commit()
         assert (report.stage_seconds, report.bytes, report.pause_seconds) == (8, 2, 0)
         report = await a.rollback()
-        assert (report.epoch, report.stage_seconds, report.fold_seconds, report.bytes) == (1, 0, 0, 0)
+        assert (report.epoch, report.stage_seconds, report.fold_seconds, report.bytes) == (
+            1,
+            0,
+            0,
+            0,
+        )
 
 
 async def test_each_published_set_is_one_line_in_the_log(quiet_logs):
@@ -101,7 +110,9 @@ async def test_each_published_set_is_one_line_in_the_log(quiet_logs):
         quiet_logs.clear()
         await its.update(2)
         lines = [
-            (e["runner"], e["device"], e["epoch"]) for e in quiet_logs if e["event"] == "weights published"
+            (e["runner"], e["device"], e["epoch"])
+            for e in quiet_logs
+            if e["event"] == "weights published"
         ]
         assert lines == [("a", "cpu", 2), ("b", "other", 2)]
         assert len(quiet_logs) == 2
@@ -139,7 +150,9 @@ async def test_a_model_that_cannot_be_updated_says_why():
 async def test_extract_gives_copies_of_either_set():
     async with fleet("a") as its:
         (a,) = its
-        with pytest.raises(aoti_sched.UpdateError, match=r"'a': extract\(inactive=True\).* holds nothing"):
+        with pytest.raises(
+            aoti_sched.UpdateError, match=r"'a': extract\(inactive=True\).* holds nothing"
+        ):
             await a.extract(inactive=True)
         await a.update(weights(2))
         copy = await a.extract()
@@ -174,7 +187,9 @@ async def test_without_a_previous_set_nothing_is_rolled_back_anywhere():
     async with fleet("ab") as its:
         a, b = its
         await its.update(2, a)
-        with pytest.raises(aoti_sched.UpdateError, match=r"'b': rollback\(\) has nothing .* holds nothing"):
+        with pytest.raises(
+            aoti_sched.UpdateError, match=r"'b': rollback\(\) has nothing .* holds nothing"
+        ):
             await its.scheduler.rollback(a, b)
         assert its.epochs == [2, 1]
         await its.must_be_sound()
@@ -398,7 +413,9 @@ async def test_a_container_that_cannot_be_rebuilt_serves_no_more_and_can_be_clos
     async with fleet("ab") as its:
         a, b = its
         a.container.folds = True
-        a.container.faults.update(fold=RuntimeError("fold failed"), rebuild=RuntimeError("rebuild failed"))
+        a.container.faults.update(
+            fold=RuntimeError("fold failed"), rebuild=RuntimeError("rebuild failed")
+        )
         with pytest.raises(RuntimeError, match="rebuild failed"):
             await its.update(2)
         with pytest.raises(aoti_sched.RunnerClosedError):
@@ -474,7 +491,9 @@ async def test_a_fold_goes_before_those_who_are_queued_and_those_who_wait_for_ro
         its.backends["cpu"].finish_all()
         await held.reached()
         assert running.done()
-        assert not any(future.done() for future in (queued, urgent, *waiting)), "the fold has the slot"
+        assert not any(future.done() for future in (queued, urgent, *waiting)), (
+            "the fold has the slot"
+        )
         held.go_on()
         await updating
         await asyncio.gather(queued, urgent, *waiting)
@@ -723,7 +742,9 @@ async def test_an_update_given_up_at_any_turn_of_the_loop_has_changed_all_or_not
                 runner.container.folds = True
             await its.update(2)
             in_use = [runner.submit() for runner in its]
-            updating = later(its.scheduler.update({r: weights(3) for r in its}, timeout=5, **options))
+            updating = later(
+                its.scheduler.update({r: weights(3) for r in its}, timeout=5, **options)
+            )
             for turn in range(turns):
                 if turn == 40:
                     for backend in its.backends.values():
@@ -869,7 +890,10 @@ async def test_crossing_updates_do_not_wait_for_each_other_for_ever():
         a, b, c = its
         orders = [(a, b), (b, a), (b, c, a), (c, b), (a, c), (c, a, b)] * 5
         results = await asyncio.gather(
-            *(its.scheduler.update({r: weights(n) for r in order}) for n, order in enumerate(orders, 2))
+            *(
+                its.scheduler.update({r: weights(n) for r in order})
+                for n, order in enumerate(orders, 2)
+            )
         )
         for number, reports in enumerate(results, 2):
             its.published(reports, number)
@@ -897,7 +921,8 @@ async def test_what_is_asked_for_during_an_update_waits_for_its_turn():
         updating = later(its.update(2))
         await held.reached()
         others = [
-            later(call) for call in (a.rollback(), a.extract(), a.discard(), a.stage(weights(3)), a.commit())
+            later(call)
+            for call in (a.rollback(), a.extract(), a.discard(), a.stage(weights(3)), a.commit())
         ]
         await settle()
         assert not any(task.done() for task in others)
@@ -928,7 +953,9 @@ async def test_closing_waits_for_the_step_of_an_update_that_is_under_way(way, st
         if step == "free_inactive":  # it was published before
             await updating
         else:
-            with pytest.raises(aoti_sched.RunnerClosedError, match=r"'a' is .*its weights can't be changed"):
+            with pytest.raises(
+                aoti_sched.RunnerClosedError, match=r"'a' is .*its weights can't be changed"
+            ):
                 await updating
         assert a.container.closed
         del its.runners["a"]
@@ -1083,7 +1110,9 @@ async def test_abort_fails_what_is_queued_in_words_but_not_what_runs_or_comes_la
         await until(lambda: a.stats().updating)
         later_one = a.submit()
         for refused in (queued, leasing):
-            with pytest.raises(aoti_sched.UpdateAbortedError, match=r"runner 'a'.*send the request again"):
+            with pytest.raises(
+                aoti_sched.UpdateAbortedError, match=r"runner 'a'.*send the request again"
+            ):
                 await refused
         assert queued.trace.state == "REVOKED"
         for backend in its.backends.values():

@@ -8,7 +8,14 @@ import torch
 
 from aoti_sched import Batching, ConfigError, DynamicDim, ModelSpec, TensorSpec
 from aoti_sched.model.batch_layout import MAX_SIZE, group, must_be_independent
-from aoti_sched.model.specs import BatchDim, BoolSpec, FloatSpec, IntegerSpec, LiteralSpec, RowEvidence
+from aoti_sched.model.specs import (
+    BatchDim,
+    BoolSpec,
+    FloatSpec,
+    IntegerSpec,
+    LiteralSpec,
+    RowEvidence,
+)
 
 BATCH = DynamicDim("batch", min=1, max=8)
 LENGTH = DynamicDim("length", min=1, max=32)
@@ -21,7 +28,9 @@ def spec(*shape, name="x", order="contiguous"):
 
 
 def model(*inputs, outputs=(), **fields):
-    return ModelSpec(inputs=inputs, outputs=outputs, parameters=(), batch=BatchDim(0, "batch", 8), **fields)
+    return ModelSpec(
+        inputs=inputs, outputs=outputs, parameters=(), batch=BatchDim(0, "batch", 8), **fields
+    )
 
 
 def grouped(*inputs, wanted=None, outputs=None, own=True, **fields):
@@ -88,13 +97,18 @@ def test_rows_are_padded_to_the_next_size(pad_to, rows, padded):
 
 def test_the_largest_size_bounds_the_batch():
     assert grouped(spec(BATCH, 16), wanted=Batching(pad_to=(2, 6)))[0].max_rows == 6
-    assert grouped(spec(BATCH, 16), wanted=Batching(pad_to="powers_of_two", max_size=6))[0].sizes == (
+    assert grouped(spec(BATCH, 16), wanted=Batching(pad_to="powers_of_two", max_size=6))[
+        0
+    ].sizes == (
         1,
         2,
         4,
         6,
     )
-    assert grouped(spec(BATCH, 16), wanted=Batching(pad_to=(2, 4, 8), max_size=3))[0].sizes == (2, 4)
+    assert grouped(spec(BATCH, 16), wanted=Batching(pad_to=(2, 4, 8), max_size=3))[0].sizes == (
+        2,
+        4,
+    )
 
 
 def test_nothing_is_padded_beyond_what_was_compiled_for():
@@ -111,7 +125,9 @@ def test_a_model_compiled_for_one_number_of_rows_takes_fewer_and_is_padded():
 
 
 def test_another_dimension_may_hold_the_rows():
-    grouping, _ = grouped(spec(16, BATCH), wanted=Batching(dim=1), outputs=(spec(2, BATCH, name="out"),))
+    grouping, _ = grouped(
+        spec(16, BATCH), wanted=Batching(dim=1), outputs=(spec(2, BATCH, name="out"),)
+    )
     assert grouping.measure([torch.zeros(16, 3)]) == (3, 0)
     assert grouping.plan.outputs[0].dim == 1
 
@@ -132,7 +148,11 @@ def test_another_dimension_may_hold_the_rows():
         ((spec(BATCH, 2), spec(3, name="t")), {}, "different sizes in dimension 0"),
         ((spec(DynamicDim("n", scale=2)),), {}, "no number of rows"),
         ((spec(BATCH, 2, order=None),), {}, "how input 'x' lies in memory is not known"),
-        ((spec(4, 2),), {"wanted": Batching(pad_to=(2,))}, "compiled for 4 rows, so pad_to can only be"),
+        (
+            (spec(4, 2),),
+            {"wanted": Batching(pad_to=(2,))},
+            "compiled for 4 rows, so pad_to can only be",
+        ),
         (
             (spec(BATCH, 2),),
             {"wanted": Batching(pad_to=(16,))},
@@ -148,9 +168,21 @@ def test_another_dimension_may_hold_the_rows():
             {"wanted": Batching(ragged={"x": 0})},
             "what input 'mask' has too",
         ),
-        ((spec(BATCH, 2),), {"outputs": (IntegerSpec("n"),)}, "output 'n' is computed from the whole batch"),
-        ((spec(BATCH, 2),), {"outputs": (FloatSpec("n"),)}, "output 'n' is computed from the whole batch"),
-        ((spec(BATCH, 2),), {"outputs": (BoolSpec("n"),)}, "output 'n' is computed from the whole batch"),
+        (
+            (spec(BATCH, 2),),
+            {"outputs": (IntegerSpec("n"),)},
+            "output 'n' is computed from the whole batch",
+        ),
+        (
+            (spec(BATCH, 2),),
+            {"outputs": (FloatSpec("n"),)},
+            "output 'n' is computed from the whole batch",
+        ),
+        (
+            (spec(BATCH, 2),),
+            {"outputs": (BoolSpec("n"),)},
+            "output 'n' is computed from the whole batch",
+        ),
         (
             (msgspec.structs.replace(spec(BATCH, 2), order=None, strides=(4, 1)),),
             {},
@@ -178,7 +210,9 @@ def test_what_cannot_be_batched_is_refused_with_the_reason(inputs, options, reas
 
 # --- what running the model showed ------------------------------------------------------------------------
 
-DEPENDENT = RowEvidence(False, "Rows influence each other: row 0 of 4 run alone, output 0 has other values.")
+DEPENDENT = RowEvidence(
+    False, "Rows influence each other: row 0 of 4 run alone, output 0 has other values."
+)
 
 
 def test_rows_that_influence_each_other_are_refused_with_the_reason_that_the_package_gives():

@@ -104,7 +104,9 @@ def in_lists(tree):
 
 @given(calls, calls)
 def test_a_call_of_another_structure_is_refused_just_when_torch_tells_them_apart(exported, called):
-    spec = call_spec(*exported, inputs=tensor_specs(*map(str, range(len(pytree.tree_leaves(exported))))))
+    spec = call_spec(
+        *exported, inputs=tensor_specs(*map(str, range(len(pytree.tree_leaves(exported)))))
+    )
     structure = pytree.tree_structure(in_lists(exported))
     try:
         expected = structure.flatten_up_to(in_lists(called))
@@ -178,7 +180,9 @@ def test_leaves_that_are_no_tensors_are_kept_for_the_input_check_where_all_input
 
 def literal_spec(value):
     return call_spec(
-        (torch.zeros(()), value), inputs=(*tensor_specs("x"), LiteralSpec("mode", value)), parameters=("x",)
+        (torch.zeros(()), value),
+        inputs=(*tensor_specs("x"), LiteralSpec("mode", value)),
+        parameters=("x",),
     )
 
 
@@ -190,7 +194,16 @@ def test_a_literal_that_is_what_was_compiled_is_accepted_and_left_out(value):
 
 @pytest.mark.parametrize(
     ("compiled", "given"),
-    [(2, 3), (1, True), (True, 1), (2, 2.0), (2.0, 2), (None, 0), ("a", "b"), (math.inf, -math.inf)],
+    [
+        (2, 3),
+        (1, True),
+        (True, 1),
+        (2, 2.0),
+        (2.0, 2),
+        (None, 0),
+        ("a", "b"),
+        (math.inf, -math.inf),
+    ],
 )
 def test_another_literal_than_the_compiled_one_is_refused(compiled, given):
     error = refused(literal_spec(compiled), torch.zeros(()), given)
@@ -251,7 +264,9 @@ def test_a_misfit_deep_inside_names_its_path(options, path, expected, got):
 
 def test_a_type_that_is_only_called_like_a_builtin_one_is_refused():
     impostor = type("dict", (dict,), {})
-    assert refused(nested(), torch.zeros(()), impostor(k=1), scale=torch.zeros(())).input == "options"
+    assert (
+        refused(nested(), torch.zeros(()), impostor(k=1), scale=torch.zeros(())).input == "options"
+    )
 
 
 def test_a_misfit_of_an_argument_without_a_name_gives_its_place():
@@ -267,7 +282,10 @@ def test_a_misfit_of_a_keyword_argument_names_it():
 def test_a_misfit_of_a_large_structure_is_told_in_a_few_words():
     keys = [f"key{number}" for number in range(100_000)]
     error = refused(call_spec((dict.fromkeys(keys, 0),)), dict.fromkeys(keys[1:], 0))
-    assert error.expected == f"the keys ['key0', {', '.join(map(repr, keys[1:8]))}, ... and 99992 more]"
+    assert (
+        error.expected
+        == f"the keys ['key0', {', '.join(map(repr, keys[1:8]))}, ... and 99992 more]"
+    )
     assert error.got == f"[{', '.join(map(repr, keys[1:9]))}, ... and 99991 more]"
     error = refused(call_spec((1,)), **dict.fromkeys(keys, 0))
     assert error.got.endswith("key19=, and 99980 more")
@@ -278,7 +296,11 @@ def test_a_misfit_of_a_large_structure_is_told_in_a_few_words():
 Named = collections.namedtuple("Named", "x y")  # noqa: PYI024
 Other = collections.namedtuple("Other", "y x")  # noqa: PYI024
 pytree._register_namedtuple(Named, serialized_type_name="tests.unit.model.test_call_spec.Named")
-OrderedDict, defaultdict, deque = collections.OrderedDict, collections.defaultdict, collections.deque
+OrderedDict, defaultdict, deque = (
+    collections.OrderedDict,
+    collections.defaultdict,
+    collections.deque,
+)
 A, B, C = torch.tensor(1.0), torch.tensor(2.0), torch.tensor(3.0)
 
 
@@ -316,13 +338,28 @@ TAKEN_AS_STOCK = {
     "a defaultdict for a dict": (({"a": A, "b": B},), (defaultdict(int, a=A, b=B),), {}, [A, B]),
     "a dict for a defaultdict": ((defaultdict(int, a=A, b=B),), ({"a": A, "b": B},), {}, [A, B]),
     "a list beside a registered type": ((Point(A, B), (C,)), (Point(A, B), [C]), {}, [A, B, C]),
-    "an OrderedDict beside one": ((Point(A, B), {"c": C}), (Point(A, B), OrderedDict(c=C)), {}, [A, B, C]),
+    "an OrderedDict beside one": (
+        (Point(A, B), {"c": C}),
+        (Point(A, B), OrderedDict(c=C)),
+        {},
+        [A, B, C],
+    ),
     "keyword arguments in another order": ((), (), {"b": B, "a": A}, [A, B]),
 }
 WRONG_IN_STOCK = {
     "keys in another order": (({"a": A, "b": B},), ({"b": B, "a": A},), {}, [A, B]),
-    "keys of an OrderedDict for a dict": (({"a": A, "b": B},), (OrderedDict(b=B, a=A),), {}, [A, B]),
-    "keys of a dict for an OrderedDict": ((OrderedDict(a=A, b=B),), ({"b": B, "a": A},), {}, [A, B]),
+    "keys of an OrderedDict for a dict": (
+        ({"a": A, "b": B},),
+        (OrderedDict(b=B, a=A),),
+        {},
+        [A, B],
+    ),
+    "keys of a dict for an OrderedDict": (
+        (OrderedDict(a=A, b=B),),
+        ({"b": B, "a": A},),
+        {},
+        [A, B],
+    ),
     "another named tuple": ((Named(A, B),), (Other(B, A),), {}, None),
     "other keys": (({"a": A, "b": B},), ({"a": A, "c": B},), {}, None),
     "one tuple for two arguments": ((A, B), ((A, B),), {}, None),
@@ -356,7 +393,9 @@ def test_what_torchs_own_loader_takes_rightly_is_taken(exported, args, kwargs, w
 @pytest.mark.parametrize(
     ("exported", "args", "kwargs", "wanted"), WRONG_IN_STOCK.values(), ids=WRONG_IN_STOCK
 )
-def test_what_torchs_own_loader_takes_wrongly_is_put_right_or_refused(exported, args, kwargs, wanted):
+def test_what_torchs_own_loader_takes_wrongly_is_put_right_or_refused(
+    exported, args, kwargs, wanted
+):
     taken = stock((exported, {}), args, kwargs)
     assert taken is not None
     given = given_to(exported, args, kwargs)
@@ -457,7 +496,10 @@ def test_a_class_that_is_not_registered_in_this_process_is_refused_at_load(value
 
 def test_all_classes_that_are_not_registered_are_named():
     texts = text(((Point(A, B), [Named(A, Point(A, B))]), {})), text(A)
-    with unregistered(Point, Named), pytest.raises(LoadError, match=r"Point, tests.*Named, which are not "):
+    with (
+        unregistered(Point, Named),
+        pytest.raises(LoadError, match=r"Point, tests.*Named, which are not "),
+    ):
         ExportedCallSpec("m", *texts)
 
 
@@ -494,7 +536,9 @@ def test_literals_and_sizes_are_put_back_into_a_result():
 def test_computed_numbers_and_conditions_come_back_in_their_types():
     outputs = FloatSpec("half"), BoolSpec("long"), FloatSpec("item")
     spec = call_spec(out=(0, 0, 0), outputs=outputs)
-    result = spec.unflatten([torch.tensor(3.5, dtype=torch.float64), torch.tensor(True), torch.tensor(2.25)])
+    result = spec.unflatten(
+        [torch.tensor(3.5, dtype=torch.float64), torch.tensor(True), torch.tensor(2.25)]
+    )
     assert result == (3.5, True, 2.25)
     assert list(map(type, result)) == [float, bool, float]
 

@@ -75,7 +75,9 @@ def test_a_size_is_admitted_where_running_it_shows_that_it_is_right(function, le
 
 
 def test_a_multiple_has_its_least_from_what_it_is_a_multiple_of():
-    spec = found(lambda x: x.reshape(-1, 2)[0] * 2, torch.ones(8), dynamic={0: 2 * Dim("half", max=9)})
+    spec = found(
+        lambda x: x.reshape(-1, 2)[0] * 2, torch.ones(8), dynamic={0: 2 * Dim("half", max=9)}
+    )
     assert (rows_of(spec).scale, rows_of(spec).min, rows_of(spec).max) == (2, 2, 18)
 
 
@@ -123,7 +125,9 @@ def of_compiled(module, library):
     """What is found of a module beside compiled code that was made from `mlp`."""
     model = build("mlp")
     with torch.no_grad():
-        program = export(model.module(), model.args, dynamic_shapes={"x": {0: Dim("batch", max=64)}})
+        program = export(
+            model.module(), model.args, dynamic_shapes={"x": {0: Dim("batch", max=64)}}
+        )
         functional = program.run_decompositions({})
         spec = _described(program, functional, threads=1, freeze=False)
         findings = Findings(
@@ -172,8 +176,12 @@ def test_rows_of_ordinary_models_are_independent(dtype):
 
 
 def test_rows_of_convolutions_and_of_norms_that_serve_are_independent():
-    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3))
-    assert found(model.eval(), torch.linspace(-1, 1, 3 * 2 * 25).reshape(3, 2, 5, 5)).batch is not None
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)
+    )
+    assert (
+        found(model.eval(), torch.linspace(-1, 1, 3 * 2 * 25).reshape(3, 2, 5, 5)).batch is not None
+    )
 
 
 INFLUENCE = {
@@ -202,7 +210,10 @@ def test_a_faint_influence_shows_in_half_precision_too():
 
 
 def test_attention_over_the_batch_is_found():
-    assert found(block(torch.float32, batch_first=False), torch.rand(3, 5, 16)).rows.independent is False
+    assert (
+        found(block(torch.float32, batch_first=False), torch.rand(3, 5, 16)).rows.independent
+        is False
+    )
 
 
 def test_equal_rows_of_an_example_hide_nothing():
@@ -283,7 +294,9 @@ def test_examples_are_kept_as_far_as_making_another_takes():
 # --- outputs and inputs of other kinds ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("function", "name"), [(lambda x: x.topk(2), "topk"), (lambda x: x.max(1), "max")])
+@pytest.mark.parametrize(
+    ("function", "name"), [(lambda x: x.topk(2), "topk"), (lambda x: x.max(1), "max")]
+)
 def test_a_structure_of_torchs_own_is_refused_with_what_to_do(function, name):
     with pytest.raises(CompileError, match=rf"torch.return_types.{name}.*Return a tuple or a dict"):
         found(function, X)
@@ -316,5 +329,7 @@ def test_a_stride_that_is_a_multiple_of_a_size_is_stored_as_one():
 
 def test_strides_that_depend_on_several_sizes_are_refused():
     all_three = {0: Dim("a"), 1: Dim("b"), 2: Dim("c")}
-    with pytest.raises(CompileError, match=r"is not dense, and its strides.*Pass example\.contiguous"):
+    with pytest.raises(
+        CompileError, match=r"is not dense, and its strides.*Pass example\.contiguous"
+    ):
         found(lambda x: x + 1, torch.ones(4, 5, 6, 8)[..., :6], dynamic=all_three)

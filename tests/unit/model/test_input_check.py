@@ -8,12 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aoti_sched.errors import ConfigError, InputMismatchError
-from aoti_sched.model.input_check import ArityCheck, InputCheck, count_bytes, dense_strides, lies_in_order
+from aoti_sched.model.input_check import (
+    ArityCheck,
+    InputCheck,
+    count_bytes,
+    dense_strides,
+    lies_in_order,
+)
 from aoti_sched.model.specs import DynamicDim, TensorSpec
 
 
 def spec(*shape, name="x", dtype="float32", order=None, device="cpu"):
-    return TensorSpec(name, dtype, shape, device, tuple(range(len(shape))) if order is None else order)
+    return TensorSpec(
+        name, dtype, shape, device, tuple(range(len(shape))) if order is None else order
+    )
 
 
 def batch(low=1, high=64, scale=1, offset=0):
@@ -44,7 +52,9 @@ def test_tensors_that_fit_are_accepted():
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_a_wrong_number_of_tensors_is_told_with_all_the_inputs(count):
-    error = refused([spec(batch(), 8), spec(3, name="y", dtype="int64")], *[torch.zeros(5, 8)] * count)
+    error = refused(
+        [spec(batch(), 8), spec(3, name="y", dtype="int64")], *[torch.zeros(5, 8)] * count
+    )
     assert parts(error) == ("", "2 tensor inputs", f"{count}")
     assert error.hint == "The inputs are x: float32[batch:1..64, 8], y: int64[3]."
 
@@ -155,7 +165,11 @@ def test_a_wrong_size_of_a_static_shape_is_told():
 @pytest.mark.parametrize("size", [1, 65])
 def test_a_size_out_of_range_is_told_with_the_range(size):
     error = refused([spec(batch(2, 64), 8)], torch.zeros(size, 8))
-    assert parts(error) == ("x", "size 2 to 64 at dimension 0 of float32[batch:2..64, 8]", str(size))
+    assert parts(error) == (
+        "x",
+        "size 2 to 64 at dimension 0 of float32[batch:2..64, 8]",
+        str(size),
+    )
     assert error.hint.startswith("The range was fixed when the model was compiled")
 
 
@@ -197,7 +211,11 @@ def test_a_tensor_on_another_device_is_refused():
 
 
 def test_a_tensor_on_the_processor_is_no_input_of_another_device():
-    assert parts(refused([spec(3, device="cuda:1")], torch.zeros(3))) == ("x", "device cuda:1", "cpu")
+    assert parts(refused([spec(3, device="cuda:1")], torch.zeros(3))) == (
+        "x",
+        "device cuda:1",
+        "cpu",
+    )
 
 
 def test_a_device_without_an_index_means_any_of_its_kind():
@@ -235,7 +253,9 @@ def test_a_lazily_negated_view_is_refused():
 
 
 def test_the_first_input_that_does_not_fit_is_named():
-    error = refused([spec(3, name=name) for name in "abc"], torch.zeros(3), torch.zeros(4), torch.zeros(5))
+    error = refused(
+        [spec(3, name=name) for name in "abc"], torch.zeros(3), torch.zeros(4), torch.zeros(5)
+    )
     assert error.input == "b"
 
 
@@ -342,9 +362,19 @@ def test_strides_that_were_compiled_in_are_accepted(spec, tensor):
     ("spec", "tensor", "expected", "hint"),
     [
         (COLUMNS, torch.zeros(5, 4), (8, 1), "torch.empty_strided((5, 4), (8, 1)).copy_(tensor)"),
-        (COLUMNS, torch.zeros(5, 6)[:, :4], (8, 1), "torch.empty_strided((5, 4), (8, 1)).copy_(tensor)"),
+        (
+            COLUMNS,
+            torch.zeros(5, 6)[:, :4],
+            (8, 1),
+            "torch.empty_strided((5, 4), (8, 1)).copy_(tensor)",
+        ),
         (WIDE, torch.zeros(3, 6), (0, 1), "tensor[:1, :].expand((3, 6))"),
-        (STEPS, torch.zeros(2, 5, 4), (40, 8, 1), "torch.empty_strided((2, 5, 4), (40, 8, 1)).copy_(tensor)"),
+        (
+            STEPS,
+            torch.zeros(2, 5, 4),
+            (40, 8, 1),
+            "torch.empty_strided((2, 5, 4), (40, 8, 1)).copy_(tensor)",
+        ),
     ],
     ids=["dense", "of other columns", "not expanded", "of a size"],
 )
@@ -476,9 +506,15 @@ dims = st.one_of(
 def tensor_specs(draw):
     shape = tuple(draw(dims) for _ in range(draw(st.sampled_from([0, 1, 2, 3, 3]))))
     order = draw(
-        st.one_of(st.none(), st.just(tuple(range(len(shape)))), st.permutations(range(len(shape))).map(tuple))
+        st.one_of(
+            st.none(),
+            st.just(tuple(range(len(shape)))),
+            st.permutations(range(len(shape))).map(tuple),
+        )
     )
-    return TensorSpec("x", draw(st.sampled_from(["float32", "float32", "int64"])), shape, "cpu", order)
+    return TensorSpec(
+        "x", draw(st.sampled_from(["float32", "float32", "int64"])), shape, "cpu", order
+    )
 
 
 @st.composite
@@ -492,7 +528,9 @@ def requests(draw):
     )
     tensors = []
     for place, one in enumerate(specs):
-        shape = [d if isinstance(d, int) else d.scale * symbols[d.symbol] + d.offset for d in one.shape]
+        shape = [
+            d if isinstance(d, int) else d.scale * symbols[d.symbol] + d.offset for d in one.shape
+        ]
         order, dtype = one.order or tuple(range(len(shape))), getattr(torch, one.dtype)
         if place == odd:
             if fault == "size" and shape:
@@ -540,7 +578,11 @@ def test_without_specs_any_plain_tensors_are_accepted_if_their_number_is_right()
         (torch.zeros(3).as_subclass(Doubled), "a plain torch.Tensor", "the subclass Doubled"),
         (torch.eye(3).to_sparse(), "a strided tensor", "layout torch.sparse_coo"),
         (torch.zeros(3, device="meta"), "device cpu", "meta"),
-        (torch.zeros(3, dtype=torch.complex64).conj(), "plain values", "a lazily negated or conjugated view"),
+        (
+            torch.zeros(3, dtype=torch.complex64).conj(),
+            "plain values",
+            "a lazily negated or conjugated view",
+        ),
     ],
     ids=["subclass", "sparse", "device", "conjugated"],
 )

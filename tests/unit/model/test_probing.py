@@ -29,7 +29,9 @@ class Model:
 
 
 def least(function, specs=(X,), **settings):
-    found = examine(Model(function), specs, symbols=symbols_in(specs, stated_by_user=False), **settings)
+    found = examine(
+        Model(function), specs, symbols=symbols_in(specs, stated_by_user=False), **settings
+    )
     return found.least["s"]
 
 
@@ -122,7 +124,9 @@ def test_any_linear_expression_of_a_symbol_is_examined():
 
 
 def test_sizes_that_do_alone_but_not_together_are_raised():
-    specs = [TensorSpec("x", "float32", (DynamicDim("a", min=2), DynamicDim("b", min=2)), order=(0, 1))]
+    specs = [
+        TensorSpec("x", "float32", (DynamicDim("a", min=2), DynamicDim("b", min=2)), order=(0, 1))
+    ]
 
     def function(x):
         if x.shape[0] < 2 and x.shape[1] < 2:
@@ -236,7 +240,11 @@ def test_rows_that_influence_each_other_are_found(function):
 
 @pytest.mark.parametrize(
     "function",
-    [torch.relu, lambda x: x - x.mean(1, keepdim=True), lambda x: torch.softmax(x, 1) @ torch.ones(3, 4)],
+    [
+        torch.relu,
+        lambda x: x - x.mean(1, keepdim=True),
+        lambda x: torch.softmax(x, 1) @ torch.ones(3, 4),
+    ],
     ids=["relu", "layer norm", "softmax"],
 )
 def test_rows_that_do_not_influence_each_other_are_found(function):

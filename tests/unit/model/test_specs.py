@@ -27,8 +27,12 @@ from aoti_sched.package import open_package
 SPEC = ModelSpec(
     inputs=(
         TensorSpec("x", "float32", (DynamicDim("batch", 1, 64), 8), order=(0, 1)),
-        TensorSpec("y", "bfloat16", (DynamicDim("batch", 2, 129, scale=2, offset=1), 3, 4), order=(0, 2, 1)),
-        TensorSpec("z", "float32", (DynamicDim("batch"), 4), strides=(DynamicDim("batch", scale=2), 1)),
+        TensorSpec(
+            "y", "bfloat16", (DynamicDim("batch", 2, 129, scale=2, offset=1), 3, 4), order=(0, 2, 1)
+        ),
+        TensorSpec(
+            "z", "float32", (DynamicDim("batch"), 4), strides=(DynamicDim("batch", scale=2), 1)
+        ),
         LiteralSpec("negate", True),
         LiteralSpec("count", 2),
         LiteralSpec("scale", 2.0),
@@ -49,7 +53,11 @@ SPEC = ModelSpec(
     torch_version="2.13.0",
     mutated_inputs=("x",),
     rows=RowEvidence(False, "tried"),
-    examples=(ExampleSpec((3, 8), -1.0, 2.0), ExampleSpec((2,), 0.0, 1.0, (0, 1)), ExampleSpec((0,))),
+    examples=(
+        ExampleSpec((3, 8), -1.0, 2.0),
+        ExampleSpec((2,), 0.0, 1.0, (0, 1)),
+        ExampleSpec((0,)),
+    ),
     sizes_probed=True,
 )
 
@@ -138,7 +146,11 @@ def test_a_generated_wrapper_states_a_dynamic_range(built):
     (spec,) = stated(built("mlp"))
     batch, width = spec.shape
     assert (spec.dtype, spec.device, spec.order) == ("float32", "cpu", (0, 1))
-    assert (batch.min, batch.max, width) == (2, 64, 8)  # as torch states it; loading runs it on fewer
+    assert (batch.min, batch.max, width) == (
+        2,
+        64,
+        8,
+    )  # as torch states it; loading runs it on fewer
 
 
 def test_a_generated_wrapper_states_static_sizes(built):
@@ -210,7 +222,9 @@ SIZES = '    if (_check()) {{ assert_size_stride({name}, {{{sizes}}}, {{{strides
 def wrapper(sizes, strides, *, index=0, dtype="Float", bounds=(), device="0(cpu)"):
     """What torch prints of one input; `bounds` are conditions on its sizes, such as "size[0] > 8"."""
     name = f"arg{index}_1"
-    lines = "\n".join(f"    if ({bound.replace('size', name + '_size')}) {{\n    }}" for bound in bounds)
+    lines = "\n".join(
+        f"    if ({bound.replace('size', name + '_size')}) {{\n    }}" for bound in bounds
+    )
     check = CHECK.format(index=index, name=name, dtype=dtype, bounds=lines, device=device)
     return check + SIZES.format(name=name, sizes=sizes, strides=strides)
 
@@ -221,7 +235,9 @@ def only(source):
 
 
 def test_the_sizes_and_bounds_of_a_wrapper_are_read():
-    spec = only(wrapper("s77, 8L", "8L, 1L", bounds=["size[0] < 3", "size[0] > 64", "8 != size[1]"]))
+    spec = only(
+        wrapper("s77, 8L", "8L, 1L", bounds=["size[0] < 3", "size[0] > 64", "8 != size[1]"])
+    )
     assert spec == TensorSpec("arg0_1", "float32", (DynamicDim("s77", 3, 64), 8), "cpu", (0, 1))
 
 
@@ -251,7 +267,9 @@ def test_a_linear_size_is_bound_to_its_symbol(expression, scale, offset):
 
 
 def test_a_size_of_several_symbols_is_a_symbol_of_its_own():
-    assert only(wrapper("s31*s77", "1L", bounds=["size[0] > 9"])).shape == (DynamicDim("s31*s77", max=9),)
+    assert only(wrapper("s31*s77", "1L", bounds=["size[0] > 9"])).shape == (
+        DynamicDim("s31*s77", max=9),
+    )
 
 
 @pytest.mark.parametrize(

@@ -29,11 +29,18 @@ class Counting(nn.Module):
 
 def names():
     module = Counting().eval()
-    return {one.name: one for one in names_of(module, torch.export.export(module, (torch.randn(4),)))}
+    return {
+        one.name: one for one in names_of(module, torch.export.export(module, (torch.randn(4),)))
+    }
 
 
 def test_what_reaches_no_output_and_has_no_effect_is_unused():
-    assert {name for name, one in names().items() if one.used} == {"weight", "tied", "runs", "scale"}
+    assert {name for name, one in names().items() if one.used} == {
+        "weight",
+        "tied",
+        "runs",
+        "scale",
+    }
 
 
 def test_names_of_one_tensor_are_told_and_those_of_a_part_are_not():
@@ -67,5 +74,7 @@ def test_a_spec_brings_the_names_back():
 
     spec = ModelSpec(inputs=(), outputs=(), parameters=(), weights=tuple(names().values()))
     assert spec_from_metadata(spec_to_metadata(spec)) == spec
-    old = {key: text.replace('"weights"', '"unknown"') for key, text in spec_to_metadata(spec).items()}
+    old = {
+        key: text.replace('"weights"', '"unknown"') for key, text in spec_to_metadata(spec).items()
+    }
     assert spec_from_metadata(old) == msgspec.structs.replace(spec, weights=())

@@ -93,7 +93,10 @@ def test_a_use_of_a_parameter_that_is_not_understood_is_no_write():
 
 
 def test_a_parameter_that_is_written_is_state_too():
-    assert writes_to_buffers(None, wrapper(WRITES_TO_IT["a kernel writes"], kind="Parameter")) == WRITES
+    assert (
+        writes_to_buffers(None, wrapper(WRITES_TO_IT["a kernel writes"], kind="Parameter"))
+        == WRITES
+    )
 
 
 def test_an_input_that_is_written_is_found():
@@ -102,7 +105,9 @@ def test_an_input_that_is_written_is_found():
 
 
 def test_an_input_that_is_only_read_is_not_written():
-    assert writes_in(wrapper("    cpp_fused_0((const float*)(arg0_1.data_ptr()));")).inputs == (False,)
+    assert writes_in(wrapper("    cpp_fused_0((const float*)(arg0_1.data_ptr()));")).inputs == (
+        False,
+    )
 
 
 def constant(kind):

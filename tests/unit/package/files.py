@@ -16,7 +16,9 @@ STORED, DEFLATED = 0, 8
 def elf(payload: bytes = b"code", machine: int = 62, table: int = 0) -> bytes:
     """A 64-bit ELF header (machine 62 is x86-64) whose section table is at `table`, and a payload."""
     header = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")
-    header += struct.pack("<HHIQQQIHHHHHH", 3, machine, 1, 0, 0, table, 0, 64, 0, 0, 64, 1 if table else 0, 0)
+    header += struct.pack(
+        "<HHIQQQIHHHHHH", 3, machine, 1, 0, 0, table, 0, 64, 0, 0, 64, 1 if table else 0, 0
+    )
     return header + payload
 
 
@@ -67,7 +69,9 @@ def zipped(members: Sequence[Member]) -> bytes:
         fields = struct.pack("<HHHHHLLL", 20, member.flags, member.method, 0, 33, crc, packed, size)
         body += b"PK\x03\x04" + fields + struct.pack("<HH", len(local_name), 0) + local_name + data
         directory += b"PK\x01\x02" + struct.pack("<H", (3 << 8) | 20) + fields
-        directory += struct.pack("<HHHHHLL", len(name), 0, 0, 0, 0, member.mode << 16, offset) + name
+        directory += (
+            struct.pack("<HHHHHLL", len(name), 0, 0, 0, 0, member.mode << 16, offset) + name
+        )
     count = len(members)
     end = struct.pack("<HHHHLLH", 0, 0, count, count, len(directory), len(body), 0)
     return body + directory + b"PK\x05\x06" + end
@@ -88,7 +92,10 @@ def model_members(
         **(files or {}),
     }
     return [
-        Member(f"{root}data/aotinductor/{name}/{file}", text.encode() if isinstance(text, str) else text)
+        Member(
+            f"{root}data/aotinductor/{name}/{file}",
+            text.encode() if isinstance(text, str) else text,
+        )
         for file, text in content.items()
     ]
 

@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies
 
-from aoti_sched.errors import PackageError, PackageFormatError, PackageHashError, PackageNotFoundError
+from aoti_sched.errors import (
+    PackageError,
+    PackageFormatError,
+    PackageHashError,
+    PackageNotFoundError,
+)
 from aoti_sched.package import open_package
 from aoti_sched.package.archive import Limits
 from tests.unit.package.files import DEFLATED, Member, elf, model_members, write_package, zipped
@@ -60,7 +65,8 @@ def test_a_directory_as_a_member_is_harmless(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "again", ["p/data/aotinductor/model/abc.wrapper.so", "p\\data/aotinductor/model\\abc.wrapper.so"]
+    "again",
+    ["p/data/aotinductor/model/abc.wrapper.so", "p\\data/aotinductor/model\\abc.wrapper.so"],
 )
 def test_a_member_that_appears_twice_is_refused(tmp_path, again):
     with pytest.raises(PackageFormatError, match=r"abc\.wrapper\.so' appears twice"):
@@ -76,7 +82,9 @@ def test_a_member_called_differently_in_its_own_header_is_refused(tmp_path):
 
 
 def test_a_compressed_member_that_claims_to_grow_absurdly_is_refused(tmp_path):
-    with pytest.raises(PackageFormatError, match=r"'p/zeros' claims to grow from \d+ to 4194304 bytes"):
+    with pytest.raises(
+        PackageFormatError, match=r"'p/zeros' claims to grow from \d+ to 4194304 bytes"
+    ):
         open_package(hostile(tmp_path, Member("p/zeros", bytes(4 * MEBI), DEFLATED)))
 
 
@@ -113,7 +121,9 @@ def test_a_member_that_reaches_beyond_the_end_of_the_file_is_refused(tmp_path):
 def test_a_member_that_begins_before_the_file_is_refused(tmp_path):
     path = hostile(tmp_path)
     content = bytearray(path.read_bytes())
-    content[-6:-2] = (len(content)).to_bytes(4, "little")  # the directory claims to begin later than it does
+    content[-6:-2] = (len(content)).to_bytes(
+        4, "little"
+    )  # the directory claims to begin later than it does
     path.write_bytes(content)
     with pytest.raises(PackageFormatError, match="begins before the file does"):
         open_package(path)
@@ -125,7 +135,9 @@ def test_metadata_too_large_to_be_metadata_is_not_read(tmp_path):
 
 
 def test_a_source_too_large_to_be_one_is_not_read(tmp_path):
-    with pytest.raises(PackageFormatError, match=r"\.cpp' claims \d+ bytes where at most 10 are plausible"):
+    with pytest.raises(
+        PackageFormatError, match=r"\.cpp' claims \d+ bytes where at most 10 are plausible"
+    ):
         open_package(hostile(tmp_path), limits=Limits(source=10)).model()
 
 
@@ -152,7 +164,8 @@ def refuse_extraction(path: Path, match: str) -> None:
 @pytest.mark.parametrize("method", [0, DEFLATED])
 def test_a_wrong_checksum_is_found(tmp_path, method):
     refuse_extraction(
-        with_library(tmp_path, crc=12345, method=method), "is damaged: 68 of 68 bytes, or a wrong checksum"
+        with_library(tmp_path, crc=12345, method=method),
+        "is damaged: 68 of 68 bytes, or a wrong checksum",
     )
 
 
@@ -171,12 +184,15 @@ def test_more_bytes_than_declared_are_found_when_they_are_few(tmp_path):
 
 
 def test_fewer_bytes_than_declared_are_found(tmp_path):
-    refuse_extraction(with_library(tmp_path, method=DEFLATED, size=69), "is damaged: 68 of 69 bytes")
+    refuse_extraction(
+        with_library(tmp_path, method=DEFLATED, size=69), "is damaged: 68 of 69 bytes"
+    )
 
 
 def test_bytes_behind_the_compressed_data_are_found(tmp_path):
     refuse_extraction(
-        with_library(tmp_path, method=DEFLATED, tail=b"hidden"), "is damaged: its compressed data ends"
+        with_library(tmp_path, method=DEFLATED, tail=b"hidden"),
+        "is damaged: its compressed data ends",
     )
 
 
@@ -292,11 +308,15 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
 
 
 @given(data=strategies.data())
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_damage_anywhere_gives_a_package_error_or_nothing_worse_than_other_bytes(tmp_path, data):
     content = bytearray(zipped([*model_members(), Member("p/x", b"some text " * 20, DEFLATED)]))
     for _ in range(data.draw(strategies.integers(1, 4))):
-        content[data.draw(strategies.integers(0, len(content) - 1))] = data.draw(strategies.integers(0, 255))
+        content[data.draw(strategies.integers(0, len(content) - 1))] = data.draw(
+            strategies.integers(0, 255)
+        )
     path = tmp_path / "p.pt2"
     path.write_bytes(content)
     with suppress(PackageError):

@@ -87,7 +87,10 @@ def test_without_being_told_a_package_goes_to_the_default_cache(environment, pac
 
 
 def test_the_directory_is_named_by_the_hash_and_the_model(package, cache):
-    assert package.extract(cache_dir=cache).directory.parent.parent == cache / f"{package.sha256}-model"
+    assert (
+        package.extract(cache_dir=cache).directory.parent.parent
+        == cache / f"{package.sha256}-model"
+    )
 
 
 # --- who ----------------------------------------------------------------------------------------------------------
@@ -459,14 +462,18 @@ def test_a_copy_that_went_wrong_is_made_again(package, cache, tmp_path, file):
 def test_a_copied_cache_that_cannot_be_written_to_is_read_each_time(package, cache, read):
     # The disk is full, or the cache is read-only; another process may have the lock.
     first = package.extract(cache_dir=cache)
-    with package_cache._lock(package_cache.private_folder(cache), f"{package.sha256}-model", timeout=1.0):
+    with package_cache._lock(
+        package_cache.private_folder(cache), f"{package.sha256}-model", timeout=1.0
+    ):
         first.library.touch()
         assert package.extract(cache_dir=cache) == first
         assert package.extract(cache_dir=cache) == first
     assert read == [first.library.name] * 2
 
 
-def test_with_its_hash_named_every_file_is_compared_with_the_package_each_time(package, cache, read):
+def test_with_its_hash_named_every_file_is_compared_with_the_package_each_time(
+    package, cache, read
+):
     first = package.extract(cache_dir=cache)
     pinned = open_package(package.path, sha256=package.sha256)
     assert pinned.extract(cache_dir=cache) == first
@@ -477,7 +484,9 @@ def test_with_its_hash_named_an_entry_whose_manifest_was_forged_is_made_again(pa
     first = package.extract(cache_dir=cache)
     zero(first.library)
     forged = json.loads(msgspec.json.encode(manifest.digest(first.library)))
-    rewrite_manifest(first.library, lambda content: content["files"].update({first.library.name: forged}))
+    rewrite_manifest(
+        first.library, lambda content: content["files"].update({first.library.name: forged})
+    )
     assert package.extract(cache_dir=cache) == first  # our own user did this; nobody can tell
 
     second = open_package(package.path, sha256=package.sha256).extract(cache_dir=cache)
@@ -500,7 +509,9 @@ def test_stray_files_are_ignored(package, cache):
     assert open_package(package.path, sha256=package.sha256).extract(cache_dir=cache) == first
 
 
-def test_with_its_hash_named_a_file_that_the_package_lacks_is_not_beside_its_library(package, cache):
+def test_with_its_hash_named_a_file_that_the_package_lacks_is_not_beside_its_library(
+    package, cache
+):
     first = package.extract(cache_dir=cache)
     (first.directory / "custom_objs_config.json").write_text("{}")
     assert package.extract(cache_dir=cache) == first

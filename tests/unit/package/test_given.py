@@ -38,7 +38,9 @@ def test_what_is_changed_later_changes_nothing(contents):
     assert taken == contents
 
 
-@pytest.mark.parametrize("given", [b"", b"a\0b", b"x" * 5000, bytearray(b"m.pt2"), io.BytesIO(b"m.pt2")])
+@pytest.mark.parametrize(
+    "given", [b"", b"a\0b", b"x" * 5000, bytearray(b"m.pt2"), io.BytesIO(b"m.pt2")]
+)
 def test_bytes_that_are_neither_are_refused(given):
     with pytest.raises(ConfigError, match="path: "):
         named(given)
@@ -51,7 +53,9 @@ def test_a_package_in_memory_is_extracted_like_the_file(contents, tmp_path):
     of_file = open_package(tmp_path / "m.pt2")
     assert (package.sha256, package.models) == (of_file.sha256, of_file.models)
     extracted = package.extract(cache_dir=tmp_path / "cache")
-    assert extracted == of_file.extract(cache_dir=tmp_path / "cache"), "the content is in the cache once"
+    assert extracted == of_file.extract(cache_dir=tmp_path / "cache"), (
+        "the content is in the cache once"
+    )
 
 
 def test_a_package_in_memory_of_another_hash_is_refused(contents):

@@ -16,7 +16,15 @@ from aoti_sched.errors import (
     PackageNotFoundError,
 )
 from aoti_sched.package import StoredWeight, WeightsLocation, open_package
-from tests.unit.package.files import Member, elf, metadata, model_members, wrapper, write_package, zipped
+from tests.unit.package.files import (
+    Member,
+    elf,
+    metadata,
+    model_members,
+    wrapper,
+    write_package,
+    zipped,
+)
 
 PARALLEL = 'extern "C" void kernel()\n{\n    #pragma omp parallel num_threads(4)\n}\n'
 
@@ -38,7 +46,9 @@ def described(tmp_path: Path, *more: Member, **files: str | bytes | None):
         "blob": "abc.wrapper_weights.blob",
         "weights": "weights_config.json",
     }
-    members = model_members(files={endings[key]: text for key, text in files.items() if text is not None})
+    members = model_members(
+        files={endings[key]: text for key, text in files.items() if text is not None}
+    )
     removed = {endings[key] for key, text in files.items() if text is None}
     kept = [member for member in members if str(member.name).rpartition("/")[2] not in removed]
     return open_package(package_of(tmp_path, *kept, *more)).model()
@@ -102,7 +112,9 @@ def test_metadata_that_is_not_what_torch_writes_names_the_member(tmp_path, broke
 
 
 def test_a_kernel_library_is_not_mistaken_for_the_model(tmp_path):
-    kernels = model_members(files={"kernel_launcher.so": elf(b"launcher"), "kernel.so": elf(b"kernel")})
+    kernels = model_members(
+        files={"kernel_launcher.so": elf(b"launcher"), "kernel.so": elf(b"kernel")}
+    )
     model = open_package(package_of(tmp_path, *kernels)).model()
     assert model.library == "p/data/aotinductor/model/abc.wrapper.so"
 
@@ -114,7 +126,9 @@ def test_a_library_with_a_name_of_its_own_finds_its_wrapper(tmp_path):
         "abc.wrapper.json": b'{"nodes": [{}]}',
         "abc.wrapper_metadata.json": metadata(owner="us").encode(),
     }
-    members = [Member(f"p/data/aotinductor/model/{name}", content) for name, content in files.items()]
+    members = [
+        Member(f"p/data/aotinductor/model/{name}", content) for name, content in files.items()
+    ]
     package = open_package(package_of(tmp_path, *members))
     model = package.model()
     assert (model.metadata["owner"], model.weights) == ("us", WeightsLocation.ABSENT)
@@ -130,7 +144,9 @@ def test_the_wrapper_source_is_there_for_whoever_reads_the_inputs_in_it(tmp_path
 
 
 def test_without_a_wrapper_there_is_no_source(tmp_path):
-    members = [member for member in model_members() if not str(member.name).endswith(".wrapper.cpp")]
+    members = [
+        member for member in model_members() if not str(member.name).endswith(".wrapper.cpp")
+    ]
     assert open_package(package_of(tmp_path, *members)).wrapper_source() is None
 
 
@@ -218,7 +234,9 @@ def test_any_other_zip_holds_no_model(tmp_path):
 
 def test_a_model_packaged_as_sources_only_is_explained(tmp_path):
     members = [member for member in model_members() if not str(member.name).endswith(".so")]
-    with pytest.raises(PackageFormatError, match=r"model 'model' has no shared library.*package_cpp_only"):
+    with pytest.raises(
+        PackageFormatError, match=r"model 'model' has no shared library.*package_cpp_only"
+    ):
         open_package(package_of(tmp_path, *members))
 
 
@@ -243,7 +261,10 @@ def test_weights_are_in_the_library_when_the_wrapper_says_so(tmp_path):
 
 
 def test_weights_are_in_a_blob_when_one_is_there(tmp_path):
-    assert described(tmp_path, wrapper=wrapper(3, "false"), blob=b"1234").weights is WeightsLocation.BLOB
+    assert (
+        described(tmp_path, wrapper=wrapper(3, "false"), blob=b"1234").weights
+        is WeightsLocation.BLOB
+    )
 
 
 def test_weights_are_pickled_when_the_library_has_none_and_a_list_names_them(tmp_path):
@@ -293,8 +314,12 @@ def test_a_weights_blob_is_extracted(tmp_path):
 
 @pytest.mark.parametrize("file", ["weight_7", "../weight_0", "/etc/passwd"])
 def test_a_weight_in_a_file_that_is_not_there_is_named(tmp_path, file):
-    with pytest.raises(PackageFormatError, match=rf"constant 'w' into '{file}', which is not there"):
-        described(tmp_path, wrapper=wrapper(1, "false"), weights=json.dumps({"w": [file, [1], [1], 0]}))
+    with pytest.raises(
+        PackageFormatError, match=rf"constant 'w' into '{file}', which is not there"
+    ):
+        described(
+            tmp_path, wrapper=wrapper(1, "false"), weights=json.dumps({"w": [file, [1], [1], 0]})
+        )
 
 
 # --- what it needs -------------------------------------------------------------------------------------------------
@@ -310,7 +335,9 @@ def test_a_weight_in_a_file_that_is_not_there_is_named(tmp_path, file):
         ({"objects": '{"obj": "custom_obj_0"}'}, True),
     ],
 )
-def test_a_proxy_executor_is_needed_only_for_nodes_or_objects_that_are_listed(tmp_path, files, needed):
+def test_a_proxy_executor_is_needed_only_for_nodes_or_objects_that_are_listed(
+    tmp_path, files, needed
+):
     assert described(tmp_path, **files).needs_proxy_executor is needed
 
 
@@ -320,7 +347,9 @@ def test_custom_objects_are_extracted_beside_the_library(tmp_path):
         Member("p/data/constants/tensor_0", b"tensor"),
     ]
     members = model_members(files={"custom_objs_config.json": '{"obj": "custom_obj_0"}'})
-    extracted = open_package(package_of(tmp_path, *members, *constants)).extract(cache_dir=tmp_path / "cache")
+    extracted = open_package(package_of(tmp_path, *members, *constants)).extract(
+        cache_dir=tmp_path / "cache"
+    )
     assert (extracted.library.parent / "custom_obj_0").read_bytes() == b"object"
     assert not (extracted.directory / "tensor_0").exists()
 
@@ -352,8 +381,13 @@ def test_without_sources_one_thread_is_what_every_kernel_bears(tmp_path):
 def bare(tmp_path: Path, **files: str | bytes) -> Path:
     library = tmp_path / "lib" / "encoder.so"
     library.parent.mkdir()
-    for name, content in {"encoder.so": elf(), **{k.replace("__", "."): v for k, v in files.items()}}.items():
-        (library.parent / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    for name, content in {
+        "encoder.so": elf(),
+        **{k.replace("__", "."): v for k, v in files.items()},
+    }.items():
+        (library.parent / name).write_bytes(
+            content.encode() if isinstance(content, str) else content
+        )
     return library
 
 
@@ -397,7 +431,9 @@ def test_what_torch_names_by_a_hash_belongs_to_the_only_library_there(tmp_path):
 
 
 def test_beside_another_library_such_files_belong_to_nobody(tmp_path):
-    library = bare(tmp_path, other__so=elf(), abc__wrapper_metadata__json=metadata(), k__kernel__cpp=PARALLEL)
+    library = bare(
+        tmp_path, other__so=elf(), abc__wrapper_metadata__json=metadata(), k__kernel__cpp=PARALLEL
+    )
     model = open_package(library).model()
     assert (model.metadata, model.sources, model.thread_limit) == ({}, (), 1)
 
@@ -436,7 +472,9 @@ def test_a_library_is_known_by_its_bytes_whatever_it_is_called(tmp_path):
 def test_a_truncated_library_is_refused_before_it_kills_the_process(tmp_path, content):
     path = tmp_path / "encoder.so"
     path.write_bytes(content)
-    with pytest.raises(PackageFormatError, match=r"encoder\.so is truncated: .* only \d+ bytes are there"):
+    with pytest.raises(
+        PackageFormatError, match=r"encoder\.so is truncated: .* only \d+ bytes are there"
+    ):
         open_package(path)
 
 

@@ -64,12 +64,15 @@ def test_a_model_for_another_system_is_refused_with_both_named(model, cpu):
 def test_a_model_for_another_machine_is_refused(model, cpu):
     built = model(AOTI_PLATFORM="linux", AOTI_MACHINE="aarch64")
     cpu(f"flags : {AVX512_FLAGS}")
-    with pytest.raises(PlatformMismatchError, match=r"linux/aarch64, this is linux/x86_64\. Compile it here"):
+    with pytest.raises(
+        PlatformMismatchError, match=r"linux/aarch64, this is linux/x86_64\. Compile it here"
+    ):
         check_platform(built)
 
 
 @pytest.mark.parametrize(
-    ("built", "here"), [("AMD64", "x86_64"), ("x86_64", "AMD64"), ("arm64", "aarch64"), ("aarch64", "arm64")]
+    ("built", "here"),
+    [("AMD64", "x86_64"), ("x86_64", "AMD64"), ("arm64", "aarch64"), ("aarch64", "arm64")],
 )
 def test_one_machine_under_two_names_is_one_machine(model, cpu, built, here):
     described = model(AOTI_MACHINE=built)

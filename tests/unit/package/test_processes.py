@@ -110,7 +110,9 @@ def test_processes_at_once_share_one_directory_that_one_of_them_wrote(start, tmp
     assert unpacked(tmp_path / "cache") == [directory.parent]
 
 
-def test_processes_at_once_read_a_copied_cache_and_none_of_them_writes_it_anew(start, path, tmp_path):
+def test_processes_at_once_read_a_copied_cache_and_none_of_them_writes_it_anew(
+    start, path, tmp_path
+):
     original = open_package(path).extract(cache_dir=tmp_path / "original").directory
     shutil.copytree(tmp_path / "original", tmp_path / "cache")
     processes = [start() for _ in range(4)]
@@ -143,7 +145,9 @@ def test_threads_at_once_share_one_directory_that_one_of_them_wrote(path, tmp_pa
     assert unpacked(tmp_path / "cache") == [directory.parent]
 
 
-def test_a_process_killed_in_the_middle_leaves_half_a_library_that_nobody_takes(start, path, tmp_path):
+def test_a_process_killed_in_the_middle_leaves_half_a_library_that_nobody_takes(
+    start, path, tmp_path
+):
     kill_in_the_middle(start("middle"))
     (left,) = unpacked(tmp_path / "cache")
     assert left.name.startswith(".new-")
@@ -173,7 +177,9 @@ def test_a_lock_file_that_nobody_holds_does_not_stop_anyone(path, tmp_path):
     assert package.extract(cache_dir=cache).library.read_bytes() == elf()
 
 
-def test_waiting_for_a_process_that_is_stuck_ends_with_its_lock_named(start, path, tmp_path, monkeypatch):
+def test_waiting_for_a_process_that_is_stuck_ends_with_its_lock_named(
+    start, path, tmp_path, monkeypatch
+):
     holder = start("middle")
     go(holder)
     assert holder.stdout.readline() == "in the middle\n"

@@ -2,7 +2,13 @@
 
 import pytest
 
-from aoti_sched.package.sources import ThreadFacts, WeightFacts, constant_layouts, thread_facts, weight_facts
+from aoti_sched.package.sources import (
+    ThreadFacts,
+    WeightFacts,
+    constant_layouts,
+    thread_facts,
+    weight_facts,
+)
 
 REDUCTION = """
 extern "C"  void  cpp_fused_sum_0(const float* in_ptr0, float* out_ptr0)
@@ -72,9 +78,7 @@ def test_the_scratch_of_an_attention_kernel_is_a_limit():
 
 @pytest.mark.parametrize(("include", "in_library"), [("true", True), ("false", False)])
 def test_the_wrapper_says_whether_the_library_brings_the_weights(include, in_library):
-    source = (
-        f"    : AOTInductorModelBase(1,\n  2,\n  5,\n  device_str,\n  std::move(cubin_dir),\n  {include}) {{"
-    )
+    source = f"    : AOTInductorModelBase(1,\n  2,\n  5,\n  device_str,\n  std::move(cubin_dir),\n  {include}) {{"
     assert weight_facts(source) == WeightFacts(constants=5, in_library=in_library)
 
 
@@ -105,7 +109,5 @@ def test_the_wrapper_says_how_constants_lie_in_memory():
 def test_the_wrapper_says_how_large_the_constants_are():
     source = ": AOTInductorModelBase(1, 1, 2, device_str, cubin_dir) {\n"
     for index, size in enumerate((1024, 36)):
-        source += (
-            f"    constants_info_[{index}].offset = 0;\n    constants_info_[{index}].data_size = {size};\n"
-        )
+        source += f"    constants_info_[{index}].offset = 0;\n    constants_info_[{index}].data_size = {size};\n"
     assert weight_facts(source).bytes == 1060

@@ -175,7 +175,9 @@ def test_another_user_who_swaps_the_cache_changes_nothing_that_we_map(
 
 @needs_root
 @needs_proc
-def test_another_user_who_puts_another_folder_of_ours_in_the_caches_place_changes_nothing(start, place):
+def test_another_user_who_puts_another_folder_of_ours_in_the_caches_place_changes_nothing(
+    start, place
+):
     parent = folder(place / "parent", 0o777)
     cache = folder(parent / "cache", 0o700, US)
     victim = start(cache)
@@ -203,7 +205,8 @@ def test_a_link_of_another_user_on_the_way_changes_nothing(start, place):
 
 @needs_root
 @pytest.mark.parametrize(
-    ("mode", "owner"), [(0o755, 0), (0o1777, 0), (0o700, US), (0o755, US), (0o750, US), (0o1777, US)]
+    ("mode", "owner"),
+    [(0o755, 0), (0o1777, 0), (0o700, US), (0o755, US), (0o750, US), (0o1777, US)],
 )
 def test_a_way_that_only_we_and_root_can_change_is_used_as_it_is(start, place, mode, owner):
     cache = folder(folder(place / "parent", mode, owner) / "cache", 0o700, US)
@@ -222,7 +225,9 @@ def test_links_of_ours_and_of_root_are_followed(start, place):
 
 @needs_root
 @needs_proc
-def test_a_home_that_a_group_may_write_to_is_not_trusted_even_if_the_group_seems_to_be_private(start, place):
+def test_a_home_that_a_group_may_write_to_is_not_trusted_even_if_the_group_seems_to_be_private(
+    start, place
+):
     # Who is in a group can't be known: a directory service need not list its members.
     home = folder(place / "home", 0o775, US)
     assert start(home / "cache").answer.startswith("/proc/self/fd/")
@@ -274,14 +279,17 @@ def descriptors() -> int:
     return len(list(Path("/dev/fd").iterdir()))
 
 
-def test_where_no_file_can_be_mapped_through_a_descriptor_such_a_way_is_refused(tmp_path, monkeypatch):
+def test_where_no_file_can_be_mapped_through_a_descriptor_such_a_way_is_refused(
+    tmp_path, monkeypatch
+):
     (tmp_path / "parent").mkdir()
     (tmp_path / "parent").chmod(0o777)
     package = open_package(write_package(tmp_path / "p.pt2"))
     monkeypatch.setattr(trust, "_through", lambda descriptor: Path(f"/no/such/{descriptor}"))
     before = descriptors()
     with pytest.raises(
-        PackageError, match=r"can be replaced by others: .*parent may be written by others \(mode 0777\)"
+        PackageError,
+        match=r"can be replaced by others: .*parent may be written by others \(mode 0777\)",
     ):
         package.extract(cache_dir=tmp_path / "parent" / "cache")
     assert descriptors() == before
@@ -365,7 +373,9 @@ def test_what_another_user_has_or_can_write_is_not_used(path, place, which, plan
 
 @needs_root
 @pytest.mark.parametrize("pinned", [False, True])
-def test_what_was_planted_does_not_run_after_the_cache_was_closed_to_others(start, path, place, pinned):
+def test_what_was_planted_does_not_run_after_the_cache_was_closed_to_others(
+    start, path, place, pinned
+):
     honest = open_package(path).extract(cache_dir=place / "honest").library
     cache = folder(place / "cache", 0o777, US)
     shutil.chown(place / "honest", THEM, THEM)
@@ -403,7 +413,9 @@ def test_a_link_for_a_lock_writes_to_nothing(tmp_path):
 
 @needs_root
 @pytest.mark.parametrize("pinned", [False, True])
-def test_a_prepared_cache_of_roots_serves_every_user_and_is_not_written_to(start, path, place, pinned):
+def test_a_prepared_cache_of_roots_serves_every_user_and_is_not_written_to(
+    start, path, place, pinned
+):
     cache = place / "cache"
     package = open_package(path)
     library = package.extract(cache_dir=cache).library

@@ -92,7 +92,9 @@ class PlainMemory:
             self.told.append(("park", model.name))
 
     def give(self, now):
-        while self.claims and (not self.claims[0][1] or self.used() + self.claims[0][1] <= self.limit):
+        while self.claims and (
+            not self.claims[0][1] or self.used() + self.claims[0][1] <= self.limit
+        ):
             model, size, returns = self.claims.pop(0)
             if returns:
                 model.since = now
@@ -110,7 +112,10 @@ class PlainMemory:
             if not model.queued:
                 self.line.pop(0)
                 continue
-            if sum(m.bytes for m in self.models if m.fixed and m.where != "away") + model.bytes > self.limit:
+            if (
+                sum(m.bytes for m in self.models if m.fixed and m.where != "away") + model.bytes
+                > self.limit
+            ):
                 self.line.pop(0)
                 self.told += [("revoke", job) for job in model.queued]
                 model.queued = []
@@ -133,7 +138,11 @@ class PlainMemory:
         return min([at for at in times if at > now], default=math.inf)
 
     def start(self, model, now):
-        while model.where == "here" and model.queued and len(model.running) + model.leases < model.slots:
+        while (
+            model.where == "here"
+            and model.queued
+            and len(model.running) + model.leases < model.slots
+        ):
             job = model.queued.pop(0)
             model.running.append(job)
             self.told.append(("launch", job))

@@ -72,7 +72,9 @@ class PlainModel(Room, Order):
         if exempt and (not wish["holds"] or wish["bytes"] or wish["min_epoch"]):
             raise Illegal
         self.ids += 1
-        job = Job(number, runner, lease, **wish, id=self.ids, submitted=now if since is None else since)
+        job = Job(
+            number, runner, lease, **wish, id=self.ids, submitted=now if since is None else since
+        )
         self.jobs.append(job)
         runner.counters["submitted"] += 1
         refusal = self.refusal(job, now, new=since is None)
@@ -153,9 +155,13 @@ class PlainModel(Room, Order):
 
     def tick(self, now):
         due = [
-            job for job in self.jobs if job.state in LIVE and job.deadline is not None and job.deadline <= now
+            job
+            for job in self.jobs
+            if job.state in LIVE and job.deadline is not None and job.deadline <= now
         ]
-        commands = [self.expire(job) for job in sorted(due, key=lambda job: (job.deadline, job.number))]
+        commands = [
+            self.expire(job) for job in sorted(due, key=lambda job: (job.deadline, job.number))
+        ]
         return commands + self.settle(now)
 
     def release(self, now, number):
@@ -175,7 +181,11 @@ class PlainModel(Room, Order):
             return []
         runner.phase = "TERMINATED"
         commands = self.revoke(
-            [job for job in self.jobs if job.runner is runner and job.state in ("WAITING", "QUEUED")]
+            [
+                job
+                for job in self.jobs
+                if job.runner is runner and job.state in ("WAITING", "QUEUED")
+            ]
         )
         for lease in self.leases:
             if lease.runner is runner:
@@ -185,12 +195,16 @@ class PlainModel(Room, Order):
 
     def withdraw(self, now, number):
         runner = self.known(number)
-        jobs = [job for job in self.jobs if job.runner is runner and job.state in ("WAITING", "QUEUED")]
+        jobs = [
+            job for job in self.jobs if job.runner is runner and job.state in ("WAITING", "QUEUED")
+        ]
         jobs = [job for job in jobs if job.lease is None and not job.exempt]
         for job in sorted(jobs, key=lambda job: job.id):
             self.end(job, "WITHDRAWN")
         self.met |= {f"withdrawn {job.waits_for}" for job in jobs}
-        return [("withdraw", job.number) for job in sorted(jobs, key=lambda job: job.id)] + self.settle(now)
+        return [
+            ("withdraw", job.number) for job in sorted(jobs, key=lambda job: job.id)
+        ] + self.settle(now)
 
     def when_finished(self, now, number, wish):
         job = Job(-1, self.known(number), None, **wish, holds=False, deadline=None)
@@ -220,7 +234,9 @@ class PlainModel(Room, Order):
         commands = []
         if epoch is not None:
             runner.epoch, runner.published = epoch, max(runner.published, epoch)
-            commands = self.revoke([job for job in self.in_line_for(runner) if job.min_epoch > epoch])
+            commands = self.revoke(
+                [job for job in self.in_line_for(runner) if job.min_epoch > epoch]
+            )
             for job in self.waiting_for("epoch", runner):
                 if job.min_epoch <= epoch:
                     self.ids += 1
@@ -278,7 +294,13 @@ class PlainModel(Room, Order):
         """Run it with those who go along: on a lane or the loop, or `behind` another on its lane and slot."""
         inline = job.runner.inline(job.bytes) and not self.leaves_the_loop(job)
         slot = behind.slot if behind else self.slot_for(job)
-        lane = behind.lane if behind else LOOP if inline else freed_last(self.free_lanes(), self.lanes_freed)
+        lane = (
+            behind.lane
+            if behind
+            else LOOP
+            if inline
+            else freed_last(self.free_lanes(), self.lanes_freed)
+        )
         members, commands = self.put_together(job, now, inline=inline)
         run = Run(members, lane, slot, now, 0.0, behind is not None)
         run.expected = job.runner.expected(run.bytes)
@@ -410,7 +432,11 @@ class PlainModel(Room, Order):
         """Barriers that are reached now, runners that are drained now."""
         commands = []
         for runner in self.runners:
-            if runner.closed and not runner.reached and len(self.free_slots(runner)) == runner.slots:
+            if (
+                runner.closed
+                and not runner.reached
+                and len(self.free_slots(runner)) == runner.slots
+            ):
                 runner.reached = True
                 commands.append(("reached", self.runners.index(runner)))
             held = any(lease.runner is runner and not lease.over for lease in self.leases)

@@ -20,7 +20,10 @@ class Order:
         ]
         of_tenant = [other for other in same if other.lease is None and other.tenant == job.tenant]
         for queued, floors, account in zip(
-            (same, of_tenant), (self.floors, runner.floors), job.accounts_now(self.fair), strict=False
+            (same, of_tenant),
+            (self.floors, runner.floors),
+            job.accounts_now(self.fair),
+            strict=False,
         ):
             if not queued:
                 account.lift(floors.get(job.priority, 0.0))
@@ -88,7 +91,9 @@ class Order:
         return [lane for lane in range(self.lanes) if lane not in taken]
 
     def free_cores(self):
-        return self.cores - sum(run.runner.width for run in self.runs if run.lane != LOOP and not run.behind)
+        return self.cores - sum(
+            run.runner.width for run in self.runs if run.lane != LOOP and not run.behind
+        )
 
     def loop_is_free(self):
         return not any(run.lane == LOOP for run in self.runs) and self.budget_left > 0
@@ -154,7 +159,10 @@ class Order:
             on_loop = []
         if not self.free_lanes():
             on_lane = []
-        best = min(on_lane, key=lambda job: (job.submitted, job.id), default=None) or self.best_for_a_lane()
+        best = (
+            min(on_lane, key=lambda job: (job.submitted, job.id), default=None)
+            or self.best_for_a_lane()
+        )
         if best is not None and self.free_lanes() and best.runner.width > self.free_cores():
             self.met.add("waits for cores")
             best, on_lane = None, []
@@ -174,7 +182,13 @@ class Order:
 
     def is_late(self, job, now):
         typical = job.runner.typical(job.bytes)
-        if not self.expire_late or job.holds or job.unchecked or job.deadline is None or typical is None:
+        if (
+            not self.expire_late
+            or job.holds
+            or job.unchecked
+            or job.deadline is None
+            or typical is None
+        ):
             return False
         others = any(other.state == "QUEUED" and other is not job for other in self.jobs)
         return now + (job.runner.bound(job.bytes) if others else typical) > job.deadline
@@ -202,7 +216,9 @@ class Order:
 
     def company_of(self, leader):
         """How many bytes, of how many jobs, would run with it, itself included, were all as the average."""
-        others = [job for job in self.own(leader.runner, "QUEUED") if job.together == leader.together]
+        others = [
+            job for job in self.own(leader.runner, "QUEUED") if job.together == leader.together
+        ]
         together = [leader, *(job for job in others if job is not leader)]
         size, rows = sum(job.bytes for job in together), sum(job.rows for job in together)
         most = leader.runner.batching[0]

@@ -12,7 +12,9 @@ COUNTS = (
     *("shed", "batches", "batched", "retried", "withdrawn"),
 )
 SECONDS = ("queue_seconds", "run_seconds", "wasted_seconds")
-UNHURRIED = 10.0  # seconds after which a job without a deadline takes its turn among those that have one
+UNHURRIED = (
+    10.0  # seconds after which a job without a deadline takes its turn among those that have one
+)
 OWN = ("the runner itself",)  # in place of a tenant
 
 
@@ -60,7 +62,9 @@ class Runner:
     removed: bool = False
     counters: dict = field(default_factory=lambda: dict.fromkeys((*COUNTS, *SECONDS), 0))
     freed: dict = field(default_factory=dict)  # slot: when it was last freed, as a running number
-    times: dict = field(default_factory=dict)  # how long runs took, by the number of bits of their size
+    times: dict = field(
+        default_factory=dict
+    )  # how long runs took, by the number of bits of their size
     seen: dict = field(
         default_factory=dict
     )  # when one was last learned of or tried, by the number of bits of the size
@@ -107,7 +111,8 @@ class Runner:
         bits = size.bit_length()
         larger = [kind for kind in self.times if kind > bits and self.known((1 << kind) >> 1)]
         return any(
-            self.bound((1 << kind) >> 1) < limit + (2.0 ** (kind - bits) - 1) * self.hop for kind in larger
+            self.bound((1 << kind) >> 1) < limit + (2.0 ** (kind - bits) - 1) * self.hop
+            for kind in larger
         )
 
     def grows(self, size, jobs):
@@ -153,7 +158,9 @@ class Job:
     key: str | None = None
     exempt: bool = False  # from bounds
     state: str = "NEW"
-    waits_for: str = ""  # while it is WAITING: "epoch", "tenant" (one of its own to leave) or "room"
+    waits_for: str = (
+        ""  # while it is WAITING: "epoch", "tenant" (one of its own to leave) or "room"
+    )
     id: int = 0
     submitted: float = 0
     overdue: bool = False  # launched for having waited too long

@@ -85,7 +85,9 @@ class Room:
         if job.lease is not None:
             return bool(self.of_lease(job.lease, "WAITING"))
         return bool(
-            self.line(job.runner, job.tenant) or self.own(job.runner, "WAITING") or list(self.gate_heads())
+            self.line(job.runner, job.tenant)
+            or self.own(job.runner, "WAITING")
+            or list(self.gate_heads())
         )
 
     def must_wait(self, job):
@@ -155,7 +157,11 @@ class Room:
             return None
 
         def badness(other):
-            return (other.priority, math.inf if other.deadline is None else other.deadline, other.id)
+            return (
+                other.priority,
+                math.inf if other.deadline is None else other.deadline,
+                other.id,
+            )
 
         own = [other for other in self.own(job.runner, "QUEUED") if not other.holds]
         tenants = [other for other in own if other.tenant == job.tenant]
@@ -204,10 +210,14 @@ class Room:
         running = sum(map(rest, self.runs))
         running_own = sum(rest(run) for run in self.runs if run.runner is runner)
         if self.fair:
-            of_tenant = [other for other in queued if other.runner is runner and other.tenant == job.tenant]
+            of_tenant = [
+                other for other in queued if other.runner is runner and other.tenant == job.tenant
+            ]
             same = sum(other.expected for other in of_tenant if other.priority == job.priority)
             higher = sum(
-                other.expected for other in queued if other.runner is runner and other.priority < job.priority
+                other.expected
+                for other in queued
+                if other.runner is runner and other.priority < job.priority
             )
             busy = {other.tenant for other in queued if other.runner is runner} | {job.tenant}
             ahead_own = min(ahead_own, higher + same * len(busy))
@@ -215,7 +225,10 @@ class Room:
         fraction = runner.share / sum(other.share for other in self.runners if other in runners)
         self.met.add("waits by prediction")
         return max(
-            min((running + ahead_all) / self.cores, ahead_own / (capacity * fraction) + running / self.cores),
+            min(
+                (running + ahead_all) / self.cores,
+                ahead_own / (capacity * fraction) + running / self.cores,
+            ),
             (ahead_own + running_own) / capacity,
         )
 

@@ -66,7 +66,9 @@ def _checked(queue, fact):
 def device(lanes=1, jobs=None, size=None, *, cores=None, memory=None, evicts=False, **policy):
     """A device's queue with no bounds but those given."""
     bounds, rules = Bounds(jobs, size), Policy(**policy)
-    return CheckedQueue("cpu", lanes, bounds, cores=cores, policy=rules, memory_limit=memory, evicts=evicts)
+    return CheckedQueue(
+        "cpu", lanes, bounds, cores=cores, policy=rules, memory_limit=memory, evicts=evicts
+    )
 
 
 def add(queue, name="m", slots=1, jobs=None, size=None, *, tenant_jobs=None, **rest):
@@ -129,7 +131,9 @@ def picture(thing, seen=None):
     seen[id(thing)] = len(seen)
     if isinstance(thing, msgspec.Struct):
         return [picture(getattr(thing, name), seen) for name in thing.__struct_fields__]
-    if type(thing).__module__.startswith(("aoti_sched.queue", "tests.unit.queue")) and not callable(thing):
+    if type(thing).__module__.startswith(("aoti_sched.queue", "tests.unit.queue")) and not callable(
+        thing
+    ):
         names = sorted({*_fields(type(thing)), *getattr(thing, "__dict__", {})})
         return [(name, picture(getattr(thing, name), seen)) for name in names]
     return repr(thing)

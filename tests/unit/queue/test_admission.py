@@ -320,7 +320,9 @@ def test_a_lease_has_its_runners_bounds_for_itself():
     error = rejected(queue.submit(Job(lease, bytes=1), 0))
     assert "lease 1 of runner 'm' has 2 jobs queued, its bound is 2" in str(error)
     assert queue.submit(Job(other, bytes=1), 0) == []
-    assert "lease 2 of runner 'm' takes 10 in all" in str(rejected(queue.submit(Job(other, bytes=11), 0)))
+    assert "lease 2 of runner 'm' takes 10 in all" in str(
+        rejected(queue.submit(Job(other, bytes=11), 0))
+    )
 
 
 def test_a_job_of_a_full_lease_may_wait_at_the_leases_gate():
@@ -330,7 +332,11 @@ def test_a_job_of_a_full_lease_may_wait_at_the_leases_gate():
     running, queued, big, small = (Job(lease, bytes=size) for size in (0, 6, 8, 2))
     for job in (running, queued, big, small):
         queue.submit(job, 0, wait=True)
-    assert (queued.state, big.state, small.state) == (JobState.QUEUED, JobState.WAITING, JobState.WAITING)
+    assert (queued.state, big.state, small.state) == (
+        JobState.QUEUED,
+        JobState.WAITING,
+        JobState.WAITING,
+    )
     error = rejected(queue.submit(Job(lease, bytes=1), 0))
     assert "earlier requests are waiting for room" in str(error)
     assert queue.complete(running, 1) == [Launch(queued)]

@@ -6,7 +6,15 @@ import pytest
 
 from aoti_sched.queue.admission.load import Bounds
 from aoti_sched.queue.batching import Batching
-from aoti_sched.queue.commands import BarrierReached, Drained, Expire, Launch, NextTurn, Revoke, WakeAt
+from aoti_sched.queue.commands import (
+    BarrierReached,
+    Drained,
+    Expire,
+    Launch,
+    NextTurn,
+    Revoke,
+    WakeAt,
+)
 from aoti_sched.queue.job import IllegalFactError, Job, JobState, Priority
 from aoti_sched.queue.selection.placement import LOOP, Placement, Placing
 from tests.unit.queue.support import CheckedQueue, device, take_lease, teach
@@ -15,7 +23,9 @@ DELAY = 1.0
 
 
 def add(queue, name="m", slots=1, rows=4, delay=0.0, placing=None):
-    return queue.add_runner(name, slots, Bounds(None, None), placing=placing, batching=Batching(rows, delay))
+    return queue.add_runner(
+        name, slots, Bounds(None, None), placing=placing, batching=Batching(rows, delay)
+    )
 
 
 def job(runner, rows=1, key="k", **fields):
@@ -250,7 +260,9 @@ def test_members_that_leave_before_the_launch_are_left_out():
     queue = device()
     runner = add(queue)
     first = busy(queue, runner)
-    stays, cancelled, expired = submitted(queue, [job(runner), job(runner), job(runner, deadline=1)])
+    stays, cancelled, expired = submitted(
+        queue, [job(runner), job(runner), job(runner, deadline=1)]
+    )
     queue.cancel(cancelled, 0.5)
     commands = queue.complete(first, 1)
     assert Expire(expired) in commands
@@ -261,7 +273,9 @@ def test_members_that_leave_while_it_runs_are_dropped_and_their_time_is_wasted()
     queue = device()
     runner = add(queue)
     first = busy(queue, runner)
-    stays, cancelled, expired = submitted(queue, [job(runner), job(runner), job(runner, deadline=2)])
+    stays, cancelled, expired = submitted(
+        queue, [job(runner), job(runner), job(runner, deadline=2)]
+    )
     queue.complete(first, 1)
     queue.cancel(cancelled, 1.5)
     assert Expire(expired) in queue.tick(2)
@@ -294,7 +308,12 @@ def test_members_of_a_failed_batch_are_run_again_one_by_one_and_only_the_bad_one
     assert queue.busy_lanes == 0
     assert [m.state for m in (one, bad, two)] == [JobState.DONE, JobState.FAILED, JobState.DONE]
     counters = runner.counters
-    assert (counters.completed, counters.failed, counters.retried, counters.wasted_seconds) == (3, 1, 3, 1.0)
+    assert (counters.completed, counters.failed, counters.retried, counters.wasted_seconds) == (
+        3,
+        1,
+        3,
+        1.0,
+    )
 
 
 def test_who_is_run_again_was_in_the_queue_until_its_batch_ran():
@@ -405,7 +424,9 @@ def test_a_batch_on_the_loops_thread_grows_as_far_as_its_run_is_likely_to_be_sho
     jobs = gathered(queue, runner, 40, 1)
     (batch,) = batches(queue.turn(0))
     assert batch[0].lane == LOOP
-    assert len(batch) == 15  # of 8 to 15 bytes, which may take 8 s; 16 bytes may take as long as the limit
+    assert (
+        len(batch) == 15
+    )  # of 8 to 15 bytes, which may take 8 s; 16 bytes may take as long as the limit
     for _ in range(8):
         runner.placing.times.learn(15, SHORT, 0.0)
     queue.complete(batch[0], 0, started=0, finished=SHORT)
@@ -589,7 +610,9 @@ def test_a_lane_where_a_batch_is_run_again_is_given_nothing_ahead_when_what_was_
     queue.submit(job(runner, key=None, priority=Priority.LOW), 2)
     assert (queue.lanes.running, queue.lanes.following) == ({0: one[0]}, {0: other[0]})
     assert queue.complete(one[0], 3, ok=False) == [Launch(one[0])]  # behind the other batch
-    assert queue.complete(other[0], 4, ok=False) == [Launch(other[0])]  # behind the first of the one
+    assert queue.complete(other[0], 4, ok=False) == [
+        Launch(other[0])
+    ]  # behind the first of the one
     assert queue.complete(other[0], 5) == [Launch(other[1])]
     assert queue.complete(other[1], 5) == []
     assert queue.complete(one[0], 6) == [Launch(one[1])]
@@ -598,7 +621,9 @@ def test_a_lane_where_a_batch_is_run_again_is_given_nothing_ahead_when_what_was_
 def test_a_rerun_that_its_lane_would_not_take_fails_and_the_next_is_tried():
     queue, _, (two, three), last = failed_with_one_behind()
     queue.complete(two, 3, ok=False)
-    assert queue.complete(two, 3, ok=False) == [Launch(three)]  # refused: what runs there is still running
+    assert queue.complete(two, 3, ok=False) == [
+        Launch(three)
+    ]  # refused: what runs there is still running
     assert queue.complete(three, 3, ok=False) == []
     assert queue.complete(last, 4) == []
     assert [two.state, three.state, last.state] == [JobState.FAILED, JobState.FAILED, JobState.DONE]

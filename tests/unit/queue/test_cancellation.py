@@ -64,7 +64,10 @@ def test_a_cancelled_run_of_a_lease_keeps_the_next_one_waiting():
 def test_a_cancelled_job_does_not_expire_as_well(state):
     queue = device()
     runner = add(queue, jobs=1)
-    jobs = {where: Job(runner, deadline=5) for where in (JobState.RUNNING, JobState.QUEUED, JobState.WAITING)}
+    jobs = {
+        where: Job(runner, deadline=5)
+        for where in (JobState.RUNNING, JobState.QUEUED, JobState.WAITING)
+    }
     for job in jobs.values():
         queue.submit(job, 0, wait=True)
     assert jobs[state].state is state

@@ -10,7 +10,12 @@ from tests.unit.queue.support import add, device, take_lease
 def test_a_job_is_counted_where_it_ends():
     queue = device(lanes=2)
     runner = add(queue, slots=2, jobs=4)
-    done, failed, expired, cancelled = Job(runner), Job(runner), Job(runner, deadline=1), Job(runner)
+    done, failed, expired, cancelled = (
+        Job(runner),
+        Job(runner),
+        Job(runner, deadline=1),
+        Job(runner),
+    )
     revoked, other_revoked, rejected = Job(runner), Job(runner), Job(runner)
     for job in (done, failed, expired, cancelled, revoked, other_revoked, rejected):
         queue.submit(job, 0)
@@ -20,7 +25,14 @@ def test_a_job_is_counted_where_it_ends():
     queue.complete(done, 1)
     queue.complete(failed, 1, ok=False)
     assert runner.counters == Counters(
-        submitted=7, completed=1, failed=1, rejected=1, expired=1, cancelled=1, revoked=2, run_seconds=2
+        submitted=7,
+        completed=1,
+        failed=1,
+        rejected=1,
+        expired=1,
+        cancelled=1,
+        revoked=2,
+        run_seconds=2,
     )
 
 

@@ -106,7 +106,11 @@ def test_a_tick_that_comes_early_asks_to_be_woken_again():
 def test_deadlines_of_ended_jobs_wake_nobody():
     queue = device()
     runner = add(queue, slots=2)
-    done, cancelled, alive = Job(runner, deadline=3), Job(runner, deadline=4), Job(runner, deadline=9)
+    done, cancelled, alive = (
+        Job(runner, deadline=3),
+        Job(runner, deadline=4),
+        Job(runner, deadline=9),
+    )
     for job in (done, cancelled, alive):
         queue.submit(job, 0)
     queue.complete(done, 1)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import math
 
-from aoti_sched.queue.selection.service_time import KNOWN_AFTER, PATIENCE, WINDOW, ServiceTime, ServiceTimes
+from aoti_sched.queue.selection.service_time import (
+    KNOWN_AFTER,
+    PATIENCE,
+    WINDOW,
+    ServiceTime,
+    ServiceTimes,
+)
 
 
 def learned(*seconds):

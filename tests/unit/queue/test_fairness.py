@@ -48,7 +48,9 @@ def run_all(queue, first):
 
 @pytest.mark.parametrize("lanes", [1, 2])
 @pytest.mark.parametrize("shares", [(1.0, 1.0), (1.0, 3.0), (3.0, 1.0), (0.5, 0.25)])
-def test_runners_share_a_device_by_their_weights_though_their_runs_are_a_hundredfold_apart(lanes, shares):
+def test_runners_share_a_device_by_their_weights_though_their_runs_are_a_hundredfold_apart(
+    lanes, shares
+):
     queue = unchecked(lanes)
     streams = [
         stream_of(queue, name, seconds, slots=lanes, share=share)
@@ -184,7 +186,9 @@ def test_who_waits_all_the_time_keeps_its_turn_when_more_of_it_comes():
         queue.submit(job, 3.0)
     queue.open_barrier(a, 3.0)
     order = run_all(queue, of_b[3])[1:]
-    assert "".join("a" if job in of_a else "b" for job in order) == "aaaabab"  # b has had four seconds
+    assert (
+        "".join("a" if job in of_a else "b" for job in order) == "aaaabab"
+    )  # b has had four seconds
 
 
 def test_what_is_paid_back_is_lost_to_one_that_is_away():
@@ -348,7 +352,10 @@ def test_a_batch_is_paid_by_its_tenants_according_to_their_rows():
     runner = add(queue, batching=Batching(8))
     blocker = Job(runner)
     queue.submit(blocker, 0.0)
-    big, small = Job(runner, tenant="big", key="k", rows=6), Job(runner, tenant="small", key="k", rows=2)
+    big, small = (
+        Job(runner, tenant="big", key="k", rows=6),
+        Job(runner, tenant="small", key="k", rows=2),
+    )
     for job in (big, small):
         queue.submit(job, 0.0)
     queue.turn(0.0)

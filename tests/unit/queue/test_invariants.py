@@ -20,9 +20,20 @@ class Scene:
         self.queue = queue = DeviceQueue("cpu", 3, Bounds(9, 99))
         self.runner = runner = add(queue, slots=3, jobs=1, size=10)
         self.busy_lease, self.idle_lease = take_lease(queue, runner), take_lease(queue, runner)
-        self.running, self.queued, self.waiting = (Job(runner, bytes=5, deadline=9) for _ in range(3))
-        self.held, self.held_queued, self.held_waiting = (Job(self.busy_lease, bytes=5) for _ in range(3))
-        for job in (self.running, self.queued, self.waiting, self.held, self.held_queued, self.held_waiting):
+        self.running, self.queued, self.waiting = (
+            Job(runner, bytes=5, deadline=9) for _ in range(3)
+        )
+        self.held, self.held_queued, self.held_waiting = (
+            Job(self.busy_lease, bytes=5) for _ in range(3)
+        )
+        for job in (
+            self.running,
+            self.queued,
+            self.waiting,
+            self.held,
+            self.held_queued,
+            self.held_waiting,
+        ):
             queue.submit(job, 0, wait=True)
 
 
@@ -213,7 +224,10 @@ def a_live_deadline_too_many(s):
         (one_in_the_queue_who_can_not_have_its_epoch, "what is queued can have its epoch"),
         (a_run_on_another_epoch, "nothing runs on another epoch"),
         (an_epoch_never_published, "an epoch was published"),
-        (a_barrier_reached_while_open, "a barrier is reached while it is closed and every slot is home"),
+        (
+            a_barrier_reached_while_open,
+            "a barrier is reached while it is closed and every slot is home",
+        ),
         (a_barrier_not_reached, "a barrier that can be reached is"),
         (
             one_that_follows_nothing,

@@ -13,7 +13,9 @@ from tests.unit.queue.support import add, device, somewhere
 
 def learning(queue, seconds=1.0, runs=8, slots=1):
     """A runner whose runs are known to take so long."""
-    placing = Placing(Placement.LANE, follow_limit=1e-9)  # which makes it learn, and hand nothing ahead
+    placing = Placing(
+        Placement.LANE, follow_limit=1e-9
+    )  # which makes it learn, and hand nothing ahead
     runner = queue.add_runner("m", slots, Bounds(None, None), placing=placing)
     for _ in range(runs):
         lesson = Job(runner)
@@ -41,7 +43,12 @@ def test_the_earliest_deadline_goes_first_and_among_equals_who_came_first():
     queue = device()
     runner = add(queue)
     late, early, twin, middle = (Job(runner, deadline=at) for at in (9, 3, 3, 5))
-    assert launched_in_order(queue, runner, [late, early, twin, middle]) == [early, twin, middle, late]
+    assert launched_in_order(queue, runner, [late, early, twin, middle]) == [
+        early,
+        twin,
+        middle,
+        late,
+    ]
 
 
 def test_a_higher_class_goes_before_any_deadline():
@@ -56,7 +63,11 @@ def test_a_job_without_a_deadline_is_taken_to_be_due_some_time():
     runner = add(queue)
     unhurried = Job(runner)
     sooner, later = Job(runner, deadline=UNHURRIED - 1), Job(runner, deadline=UNHURRIED + 1)
-    assert launched_in_order(queue, runner, [later, unhurried, sooner]) == [sooner, unhurried, later]
+    assert launched_in_order(queue, runner, [later, unhurried, sooner]) == [
+        sooner,
+        unhurried,
+        later,
+    ]
 
 
 def test_it_is_due_so_long_after_it_came():

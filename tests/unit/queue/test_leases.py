@@ -74,7 +74,8 @@ def test_leases_are_granted_in_the_order_of_the_queue():
     runner = add(queue)
     lease = take_lease(queue, runner)
     requests = [
-        Job(runner, priority, holds=True) for priority in (Priority.NORMAL, Priority.NORMAL, Priority.HIGH)
+        Job(runner, priority, holds=True)
+        for priority in (Priority.NORMAL, Priority.NORMAL, Priority.HIGH)
     ]
     for request in requests:
         assert queue.submit(request, 0) == []
@@ -134,7 +135,10 @@ def test_a_released_lease_says_so_to_its_user():
     queue.release(lease, 1)
     error = rejected(queue.submit(Job(lease), 2))
     assert type(error) is LeaseError
-    assert str(error) == "lease 1 of runner 'm' (slot 0) was released; take a new one with runner.lease()"
+    assert (
+        str(error)
+        == "lease 1 of runner 'm' (slot 0) was released; take a new one with runner.lease()"
+    )
 
 
 @pytest.mark.parametrize("ends", ["cancel", "expire"])

@@ -134,7 +134,10 @@ def test_a_terminated_runner_takes_no_new_work():
     runner = add(queue)
     queue.submit(Job(runner), 0)
     queue.terminate_runner(runner, 1)
-    assert str(rejected(queue.submit(Job(runner), 2))) == "runner 'm' is terminated; it takes no new requests"
+    assert (
+        str(rejected(queue.submit(Job(runner), 2)))
+        == "runner 'm' is terminated; it takes no new requests"
+    )
 
 
 def test_terminating_lets_other_runners_into_the_room_it_frees():
@@ -176,7 +179,10 @@ def test_a_removed_runner_refuses_work_even_if_its_name_is_taken_again():
     queue.terminate_runner(runner, 1)
     queue.remove_runner(runner)
     add(queue)
-    assert str(rejected(queue.submit(Job(runner), 2))) == "runner 'm' is drained; it takes no new requests"
+    assert (
+        str(rejected(queue.submit(Job(runner), 2)))
+        == "runner 'm' is drained; it takes no new requests"
+    )
 
 
 def test_a_removed_runner_is_forgotten_everywhere():

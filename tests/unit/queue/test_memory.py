@@ -120,19 +120,26 @@ def test_a_load_that_does_not_fit_is_refused_with_the_numbers():
         "raise the limit, or let idle models be parked with evict='lru'"
     )
     error = pickle.loads(pickle.dumps(caught.value))
-    assert (error.device, error.needed, error.limit, error.used) == ("cpu", 3 << 20, 10 << 20, 8 << 20)
+    assert (error.device, error.needed, error.limit, error.used) == (
+        "cpu",
+        3 << 20,
+        10 << 20,
+        8 << 20,
+    )
 
 
 def test_one_that_alone_is_too_large_is_refused_and_nobody_is_parked_for_it():
     queue = limited(10)
     a = load(queue, "a", 5)
     with pytest.raises(
-        MemoryLimitError, match=r"needs 11 bytes .* It would not fit if it were alone: raise the limit$"
+        MemoryLimitError,
+        match=r"needs 11 bytes .* It would not fit if it were alone: raise the limit$",
     ):
         queue.claim(Claim(Holding("b"), 11), 0.0)
     queue.hold(a)
     with pytest.raises(
-        MemoryLimitError, match=r"needs 6 bytes .* It would not fit if it were alone: raise the limit$"
+        MemoryLimitError,
+        match=r"needs 6 bytes .* It would not fit if it were alone: raise the limit$",
     ):
         queue.claim(Claim(a.memory, 6), 0.0)  # beside its own
     assert a.memory.is_here
@@ -142,7 +149,9 @@ def test_one_that_alone_is_too_large_is_refused_and_nobody_is_parked_for_it():
     ("make", "why"),
     [
         (
-            lambda queue, a: queue.settle(a.memory, 0.0, constants=6, inactive=0, fixed="it is dear"),
+            lambda queue, a: queue.settle(
+                a.memory, 0.0, constants=6, inactive=0, fixed="it is dear"
+            ),
             "it is dear",
         ),
         (lambda queue, a: queue.hold(a), "its weights are being changed"),
@@ -155,7 +164,8 @@ def test_who_may_not_be_parked_for_a_load_is_named(make, why):
     a = load(queue, "a", 6)
     make(queue, a)
     with pytest.raises(
-        MemoryLimitError, match=rf"taken: 'a' 6 bytes \({why}\)\. Close a model, or raise the limit$"
+        MemoryLimitError,
+        match=rf"taken: 'a' 6 bytes \({why}\)\. Close a model, or raise the limit$",
     ):
         queue.claim(Claim(Holding("b"), 6), 0.0)
     assert a.memory.is_here
@@ -168,8 +178,9 @@ def test_those_being_loaded_and_promised_are_named():
     queue.claim(Claim(Holding("c"), 5), 0.0)
     with pytest.raises(MemoryLimitError) as caught:
         queue.claim(Claim(Holding("d"), 2), 0.0)
-    assert "taken: 'a' 5 bytes, 'b' 4 bytes (it is being loaded), 5 bytes are promised to others." in str(
-        caught.value
+    assert (
+        "taken: 'a' 5 bytes, 'b' 4 bytes (it is being loaded), 5 bytes are promised to others."
+        in str(caught.value)
     )
     assert a.memory.stay is Stay.LEAVING
 
@@ -462,7 +473,9 @@ def test_idle_ones_leave_before_busy_ones_and_those_that_came_first_before_other
     with pytest.raises(MemoryLimitError):
         queue.claim(Claim(holding, 6), 9.0)
     f = serving(queue, holding)
-    queue.settle(holding, 9.0, constants=6, inactive=0)  # more than there is: it was not known before
+    queue.settle(
+        holding, 9.0, constants=6, inactive=0
+    )  # more than there is: it was not known before
     holding.stay, queue.memory.used = Stay.AWAY, queue.memory.used - 6
     f.closed = f.reached = True
     assert queue.submit(Job(f), 9.0) == [Park(runners["d"])]

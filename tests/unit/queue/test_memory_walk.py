@@ -76,7 +76,8 @@ class Walk:
         size = self.draw.randint(0, 8)
         claim = Claim(holding, size)
         if self.both(
-            lambda: self.queue.claim(claim, self.now), lambda: self.plain.claim(model, size, self.now)
+            lambda: self.queue.claim(claim, self.now),
+            lambda: self.plain.claim(model, size, self.now),
         ):
             self.sides[model] = (holding, None)
 
@@ -89,7 +90,8 @@ class Walk:
         holding, _ = self.sides[model]
         if self.draw.random() < 0.2:
             self.both(
-                lambda: self.queue.forget(holding, self.now), lambda: self.plain.forget(model, self.now)
+                lambda: self.queue.forget(holding, self.now),
+                lambda: self.plain.forget(model, self.now),
             )
             return
         slots = self.draw.randint(1, 2)
@@ -98,7 +100,9 @@ class Walk:
         self.plain.lives(model, slots)
 
     def submit(self):
-        model = self.some("here", "leaving", "away", "away", "coming", truth=lambda model: model.open)
+        model = self.some(
+            "here", "leaving", "away", "away", "coming", truth=lambda model: model.open
+        )
         if model is None:
             return
         number = len(self.jobs)
@@ -106,7 +110,8 @@ class Walk:
         job.payload = number
         self.jobs[number] = (model, job)
         self.both(
-            lambda: self.queue.submit(job, self.now), lambda: self.plain.submit(model, number, self.now)
+            lambda: self.queue.submit(job, self.now),
+            lambda: self.plain.submit(model, number, self.now),
         )
 
     def finish(self):
@@ -125,7 +130,8 @@ class Walk:
             number = self.draw.choice(queued)
             model, job = self.jobs[number]
             self.both(
-                lambda: self.queue.cancel(job, self.now), lambda: self.plain.cancel(model, number, self.now)
+                lambda: self.queue.cancel(job, self.now),
+                lambda: self.plain.cancel(model, number, self.now),
             )
             assert job.state is JobState.CANCELLED
 
@@ -135,14 +141,17 @@ class Walk:
         )
         if model is not None:
             job = Job(self.sides[model][1], holds=True)
-            self.both(lambda: self.queue.submit(job, self.now), lambda: self.plain.lease(model, self.now))
+            self.both(
+                lambda: self.queue.submit(job, self.now), lambda: self.plain.lease(model, self.now)
+            )
 
     def release(self):
         model = self.some("here", truth=lambda m: m.leases)
         if model is not None:
             lease = self.leases[model.name].pop()
             self.both(
-                lambda: self.queue.release(lease, self.now), lambda: self.plain.release(model, self.now)
+                lambda: self.queue.release(lease, self.now),
+                lambda: self.plain.release(model, self.now),
             )
 
     def perform(self):
@@ -153,7 +162,10 @@ class Walk:
         model = next(m for m in self.plain.models if m.name == name)
         runner = self.sides[model][1]
         if word == "park":
-            self.both(lambda: self.queue.parked(runner, self.now), lambda: self.plain.parked(model, self.now))
+            self.both(
+                lambda: self.queue.parked(runner, self.now),
+                lambda: self.plain.parked(model, self.now),
+            )
             return
         ok = self.draw.random() < 0.9
         error = "" if ok else "broken"
@@ -165,7 +177,9 @@ class Walk:
     def update(self):
         """A step of one: it is held; claims memory; or is settled, with more or less than before."""
         waits = [model for model, _, _ in self.plain.claims]
-        model = self.some("here", "away", "leaving", "coming", truth=lambda m: m.open and m not in waits)
+        model = self.some(
+            "here", "away", "leaving", "coming", truth=lambda m: m.open and m not in waits
+        )
         if model is None:
             return
         holding, runner = self.sides[model]
@@ -174,7 +188,8 @@ class Walk:
             self.queue.hold(runner)
         elif model.where != "here":
             self.both(
-                lambda: self.queue.call_back(runner, self.now), lambda: self.plain.call_back(model, self.now)
+                lambda: self.queue.call_back(runner, self.now),
+                lambda: self.plain.call_back(model, self.now),
             )
         elif not model.extra and self.draw.random() < 0.6:
             claim = Claim(holding, model.size)
@@ -186,7 +201,11 @@ class Walk:
             extra, fixed = model.extra * self.draw.randint(0, 1), self.draw.random() < 0.2
             self.both(
                 lambda: self.queue.settle(
-                    holding, self.now, constants=model.size, inactive=extra, fixed="dear" if fixed else ""
+                    holding,
+                    self.now,
+                    constants=model.size,
+                    inactive=extra,
+                    fixed="dear" if fixed else "",
                 ),
                 lambda: self.plain.settle(model, model.size, extra, fixed, self.now),
             )
@@ -200,7 +219,8 @@ class Walk:
             self.queue.drain_runner(runner, self.now)
             self.queue.remove_runner(runner)
             self.both(
-                lambda: self.queue.forget(holding, self.now), lambda: self.plain.forget(model, self.now)
+                lambda: self.queue.forget(holding, self.now),
+                lambda: self.plain.forget(model, self.now),
             )
 
     def tick(self):
@@ -208,7 +228,15 @@ class Walk:
         self.both(lambda: self.queue.tick(self.now), lambda: self.plain.tick(self.now))
 
     def go(self, steps):
-        facts = [self.load, self.serve, self.submit, self.finish, self.cancel, self.lease, self.release]
+        facts = [
+            self.load,
+            self.serve,
+            self.submit,
+            self.finish,
+            self.cancel,
+            self.lease,
+            self.release,
+        ]
         facts += [self.perform, self.update, self.close, self.tick]
         weights = [8, 12, 30, 20, 4, 4, 6, 25, 8, 1, 3]
         for _ in range(steps):

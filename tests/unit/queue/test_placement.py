@@ -93,7 +93,10 @@ def test_one_run_longer_than_a_whole_turn_may_take_sends_it_back_at_once():
 
 def test_the_choice_of_a_lane_or_of_the_loop_holds():
     queue = device()
-    on_lane, on_loop = runner_of(queue, Placement.LANE, "lane"), runner_of(queue, Placement.INLINE, "loop")
+    on_lane, on_loop = (
+        runner_of(queue, Placement.LANE, "lane"),
+        runner_of(queue, Placement.INLINE, "loop"),
+    )
     for _ in range(20):
         queue.turn(0.0)
         assert not run(queue, on_lane, QUICK)

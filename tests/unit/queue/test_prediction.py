@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from aoti_sched.errors import DeadlineUnreachableError, EpochError, QueueFullError, RunnerClosedError
+from aoti_sched.errors import (
+    DeadlineUnreachableError,
+    EpochError,
+    QueueFullError,
+    RunnerClosedError,
+)
 from aoti_sched.queue.commands import Expire, Launch, Reject
 from aoti_sched.queue.job import Job, JobState, Priority
 from aoti_sched.queue.selection.placement import Placing

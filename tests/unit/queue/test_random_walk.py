@@ -45,9 +45,15 @@ def compare_ends(walk, player):
         assert msgspec.structs.asdict(real.counters) == plain.counters
         assert sorted(real.free) == model.free_slots(plain)
         assert (queue.runners.get(real.name) is real) is not plain.removed
-        leases = [lease.number for lease in model.leases if lease.runner is plain and not lease.over]
+        leases = [
+            lease.number for lease in model.leases if lease.runner is plain and not lease.over
+        ]
         assert sorted(real.leases) == leases
-        assert (real.epoch, real.published, real.closed) == (plain.epoch, plain.published, plain.closed)
+        assert (real.epoch, real.published, real.closed) == (
+            plain.epoch,
+            plain.published,
+            plain.closed,
+        )
     assert queue.busy_lanes == len({run.lane for run in model.runs if run.lane != LOOP})
 
 
@@ -91,7 +97,9 @@ def test_the_same_facts_give_the_same_commands_whether_checked_or_not():
         for step, fact in enumerate(walk.facts):
             said = one.play(*fact)
             one.queue.check()
-            assert (said, one.wake) == (other.play(*fact), other.wake), f"seed {seed}, fact {step}: {fact}"
+            assert (said, one.wake) == (other.play(*fact), other.wake), (
+                f"seed {seed}, fact {step}: {fact}"
+            )
 
 
 def test_the_walks_go_everywhere():
@@ -106,9 +114,25 @@ def test_the_walks_go_everywhere():
                 said |= {command[0] if command[0] != "reject" else command[2] for command in answer}
         ends |= set(states(walk.model))
     assert said == {
-        *("launch", "grant", "expire", "revoke", "shed", "drained", "reached", "failing", "next turn"),
+        *(
+            "launch",
+            "grant",
+            "expire",
+            "revoke",
+            "shed",
+            "drained",
+            "reached",
+            "failing",
+            "next turn",
+        ),
         *("withdraw", "in"),
-        *("QueueFullError", "RunnerClosedError", "LeaseError", "EpochError", "DeadlineUnreachableError"),
+        *(
+            "QueueFullError",
+            "RunnerClosedError",
+            "LeaseError",
+            "EpochError",
+            "DeadlineUnreachableError",
+        ),
     }
     assert ends == {
         *LIVE,
@@ -121,7 +145,13 @@ def test_the_walks_need_every_rule():
     rare = {
         *("overdue", "waits for cores", "late", "tried all the same", "waits for its tenant"),
         *("refused by prediction", "waits by prediction", "several are shed"),
-        *("a batch", "a batch inline", "a batch behind another", "a rider expires", "a rider is late"),
+        *(
+            "a batch",
+            "a batch inline",
+            "a batch behind another",
+            "a rider expires",
+            "a rider is late",
+        ),
         *("withdrawn ", "withdrawn room", "withdrawn tenant", "withdrawn epoch"),
         *("grows no more", "leaves the loop", "run again", "run again behind another"),
         *(

@@ -21,7 +21,9 @@ def replicas(*seconds, lanes=1, slots=1, **rest):
     for queue, runner, each in zip(queues, runners, seconds, strict=True):
         if each is not None:
             teach(queue, runner, each)
-    rotation = Rotation([(queue.unchecked, runner) for queue, runner in zip(queues, runners, strict=True)])
+    rotation = Rotation(
+        [(queue.unchecked, runner) for queue, runner in zip(queues, runners, strict=True)]
+    )
     return queues, runners, rotation
 
 
@@ -130,7 +132,9 @@ def test_as_long_as_one_is_unknown_each_gets_as_much():
 def test_a_replica_with_more_slots_gets_more_while_nothing_is_known():
     queues = [device(3), device(1)]
     runners = [add(queues[0], slots=3, foreseen=True), add(queues[1], foreseen=True)]
-    rotation = Rotation([(queue.unchecked, runner) for queue, runner in zip(queues, runners, strict=True)])
+    rotation = Rotation(
+        [(queue.unchecked, runner) for queue, runner in zip(queues, runners, strict=True)]
+    )
     assert sorted(send(rotation, queues, runners, 16)) == [0] * 12 + [1] * 4
 
 
@@ -211,10 +215,18 @@ def test_what_is_queued_is_withdrawn_and_what_runs_is_not():
 def test_what_waits_for_room_or_for_an_epoch_is_withdrawn_too():
     queue = device()
     runner = add(queue, jobs=1, tenant_jobs=1)
-    jobs = [Job(runner, tenant=tenant) for tenant in ("a", "a", "b", "a")] + [Job(runner, min_epoch=2)]
+    jobs = [Job(runner, tenant=tenant) for tenant in ("a", "a", "b", "a")] + [
+        Job(runner, min_epoch=2)
+    ]
     for job in jobs:
         queue.submit(job, 0.0, wait=True)
-    assert [job.state.name for job in jobs] == ["RUNNING", "QUEUED", "WAITING", "WAITING", "WAITING"]
+    assert [job.state.name for job in jobs] == [
+        "RUNNING",
+        "QUEUED",
+        "WAITING",
+        "WAITING",
+        "WAITING",
+    ]
     assert queue.withdraw(runner, 1.0) == [Withdraw(job) for job in jobs[1:]]
 
 

@@ -67,7 +67,9 @@ def test_one_without_a_deadline_is_worse_than_any_with_one():
 
 def test_a_lower_class_is_worse_whatever_its_deadline():
     queue, runner = scene(3)
-    _, low, _ = queued(queue, Job(runner, NORMAL), Job(runner, LOW, deadline=1.0), Job(runner, HIGH))
+    _, low, _ = queued(
+        queue, Job(runner, NORMAL), Job(runner, LOW, deadline=1.0), Job(runner, HIGH)
+    )
     assert shed(queue.submit(Job(runner, NORMAL), 0.0)) == [low]
 
 

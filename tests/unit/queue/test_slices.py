@@ -166,7 +166,9 @@ def test_a_runner_that_ends_twice_ends_each_job_once():
     for job in running:
         seen.append(queue.complete(job, 2.0))
     assert Counter(ended(seen, Revoke)) == Counter(jobs)
-    assert runner.phase is Phase.DRAINED or BarrierReached(runner) in [c for part in seen for c in part]
+    assert runner.phase is Phase.DRAINED or BarrierReached(runner) in [
+        c for part in seen for c in part
+    ]
 
 
 def test_draining_revokes_what_awaits_an_epoch_in_slices():
@@ -179,7 +181,9 @@ def test_draining_revokes_what_awaits_an_epoch_in_slices():
         queue.complete(job, 1.0)
     seen += list(parts)
     assert ended(seen, Revoke) == jobs
-    assert {type(c.error) for part in seen for c in part if type(c) is Revoke} == {RunnerClosedError}
+    assert {type(c.error) for part in seen for c in part if type(c) is Revoke} == {
+        RunnerClosedError
+    }
     assert seen[-1][-1] == Drained(runner)
 
 
@@ -270,12 +274,19 @@ def test_walks_in_slices_end_each_job_once(seed):
         now += draw.choice([0.0, 1.0])
         runner = draw.choice(runners)
         fact = draw.choice(
-            ["submit"] * 4 + ["complete"] * 2 + ["abort", "open", "cancel", "tick", "go on", "terminate"]
+            ["submit"] * 4
+            + ["complete"] * 2
+            + ["abort", "open", "cancel", "tick", "go on", "terminate"]
         )
         commands = []
         if fact == "submit":
             for _ in range(draw.choice([1, SLICE])):
-                job = Job(runner, draw.randrange(3), draw.choice([None, now + 3]), tenant=draw.choice("xyz"))
+                job = Job(
+                    runner,
+                    draw.randrange(3),
+                    draw.choice([None, now + 3]),
+                    tenant=draw.choice("xyz"),
+                )
                 jobs.append(job)
                 commands += queue.unchecked.submit(job, now, wait=True)
             queue.check()

@@ -226,7 +226,9 @@ def test_of_those_on_the_loop_and_those_on_lanes_the_one_that_came_first_has_the
     queue = device(max_wait=2.0)
     quick, other = add(queue, "quick", placing=Placing(Placement.AUTO, 0.5)), add(queue, "other")
     teach(queue, quick, 0.125)
-    blocker = Job(quick, bytes=100)  # on the only lane, in the only slot of what else would go inline
+    blocker = Job(
+        quick, bytes=100
+    )  # on the only lane, in the only slot of what else would go inline
     queue.submit(blocker, 0.0)
     on_loop, on_lane = Job(quick, LOW), Job(other, LOW)
     older, younger = (on_loop, on_lane) if first == "inline" else (on_lane, on_loop)
@@ -316,7 +318,9 @@ def test_what_overdue_ones_have_had_is_forgotten_when_nobody_waits():
     for job, now in ((running, 0.0), (overdue, 0.0), (other, 2.0)):
         queue.submit(job, now)
     assert launches(queue.complete(running, 3.0)) == [overdue]
-    assert launches(queue.complete(overdue, 103.0)) == [other]  # a hundred seconds of an overdue one
+    assert launches(queue.complete(overdue, 103.0)) == [
+        other
+    ]  # a hundred seconds of an overdue one
     queue.complete(other, 104.0)
     first = Job(runner, HIGH)
     queue.submit(first, 110.0)

@@ -78,7 +78,11 @@ def test_the_next_in_line_comes_when_one_leaves(leaves):
 
 def test_a_line_is_first_in_first_out_whatever_the_class():
     queue, runner, _ = scene()
-    queued, low, high = Job(runner, tenant="a"), Job(runner, LOW, tenant="a"), Job(runner, HIGH, tenant="a")
+    queued, low, high = (
+        Job(runner, tenant="a"),
+        Job(runner, LOW, tenant="a"),
+        Job(runner, HIGH, tenant="a"),
+    )
     send(queue, queued, low, high)
     queue.cancel(queued, 1.0)
     assert (low.state, high.state) == (QUEUED, WAITING)

@@ -29,7 +29,9 @@ def test_ends_lead_nowhere_else():
 
 
 def test_every_state_can_be_reached():
-    reached = {JobState.NEW} | {following for row in TRANSITIONS.values() for following in row.values()}
+    reached = {JobState.NEW} | {
+        following for row in TRANSITIONS.values() for following in row.values()
+    }
     assert reached == set(JobState)
 
 
@@ -46,7 +48,9 @@ def test_what_is_not_in_the_table_raises_and_changes_nothing(pair):
     state, fact = pair
     job = somewhere(Job(add(device())), state=state, id=7)
     before = picture(job)
-    with pytest.raises(IllegalFactError, match=f"job 7 is {state.name}: {fact.name} can't happen to it"):
+    with pytest.raises(
+        IllegalFactError, match=f"job 7 is {state.name}: {fact.name} can't happen to it"
+    ):
         job.happens(fact)
     assert picture(job) == before
 

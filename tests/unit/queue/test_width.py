@@ -81,7 +81,10 @@ def test_the_loop_goes_on_while_a_wide_run_waits():
 
 def test_inline_runs_take_no_cores():
     queue = device(lanes=2)
-    wide, quick = add(queue, "wide", width=2), add(queue, "quick", width=2, placing=Placing(Placement.INLINE))
+    wide, quick = (
+        add(queue, "wide", width=2),
+        add(queue, "quick", width=2, placing=Placing(Placement.INLINE)),
+    )
     queue.submit(Job(quick), 0.0)
     job = Job(wide)
     assert launched(queue.submit(job, 0.0)) == [job]
@@ -114,7 +117,9 @@ def test_what_is_handed_ahead_takes_none():
     assert launched(queue.submit(other, 0.0)) == [other]
     queue.complete(first, 1.0)
     third = Job(add(queue, "third"))
-    assert launched(queue.submit(third, 1.0)) == []  # the second runs, and has the cores of the first
+    assert (
+        launched(queue.submit(third, 1.0)) == []
+    )  # the second runs, and has the cores of the first
 
 
 def test_a_lease_of_a_wide_runner_competes_for_cores_like_its_runner():

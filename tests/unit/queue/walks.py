@@ -42,12 +42,18 @@ class Walk:
         draw = self.draw
         # Each walk is about some of the rules; one about everything goes nowhere.
         self.batches, self.tenants = draw.random() < 0.5, draw.random() < 0.5
-        self.barriers, self.short_runs = draw.random() < (0.2 if self.batches else 0.4), draw.random() < 0.5
+        self.barriers, self.short_runs = (
+            draw.random() < (0.2 if self.batches else 0.4),
+            draw.random() < 0.5,
+        )
         self.wide, self.tight = draw.random() < 0.3, draw.random() < 0.4
         known = self.tight or draw.random() < 0.6
         self.replicas = draw.random() < 0.3
         budget = draw.choice([0.125, 0.5, 2])
-        bounds = draw.choice([None, None, 9] if self.batches else [None, 1, 3, 6]), draw.choice([None, 60])
+        bounds = (
+            draw.choice([None, None, 9] if self.batches else [None, 1, 3, 6]),
+            draw.choice([None, 60]),
+        )
         lanes = draw.randint(1, 3)
         self.cores = draw.randint(1, lanes + 2) if self.wide else lanes
         self.device = {"lanes": lanes, "jobs": bounds[0], "size": bounds[1], "budget": budget}
@@ -75,7 +81,19 @@ class Walk:
             self.when_finished,
         ]
         leaving = draw.choice([0, 0, 0, 0, 1, 8] if self.batches else [0, 0, 3, 8])
-        weights = [50, 22, 8, 7, 7, leaving, 1, 8, 12 * self.barriers, 6 * self.replicas, 12 * self.replicas]
+        weights = [
+            50,
+            22,
+            8,
+            7,
+            7,
+            leaving,
+            1,
+            8,
+            12 * self.barriers,
+            6 * self.replicas,
+            12 * self.replicas,
+        ]
         if self.short_runs:
             weights[1] = 45
         if self.batches:
@@ -96,7 +114,9 @@ class Walk:
         """Some runs, one after the other, so that it is known from the start how long they take."""
         draw, model = self.draw, self.model
         for which in range(len(model.runners)):
-            for size in draw.sample([0, 5, 10] if self.short_runs else [0, 5, 20], draw.randint(1, 3)):
+            for size in draw.sample(
+                [0, 5, 10] if self.short_runs else [0, 5, 20], draw.randint(1, 3)
+            ):
                 usual = 1 if self.tight and draw.random() < 0.5 else draw.choice([0.125, 0.25])
                 for _ in range(8):
                     wish = {"priority": 1, "deadline": None, "bytes": size, "holds": False}
@@ -139,13 +159,26 @@ class Walk:
             "batching": None,
         }
         if self.batches and draw.random() < 0.8:
-            rest["batching"] = (draw.choice([1, 4, 5, 8, 8, 8]), draw.choice([0, 0, 0, 0.125, 0.5, 2]))
-        return "add_runner", (f"r{len(self.model.runners)}", draw.randint(1, 3), bounds, placing, rest)
+            rest["batching"] = (
+                draw.choice([1, 4, 5, 8, 8, 8]),
+                draw.choice([0, 0, 0, 0.125, 0.5, 2]),
+            )
+        return "add_runner", (
+            f"r{len(self.model.runners)}",
+            draw.randint(1, 3),
+            bounds,
+            placing,
+            rest,
+        )
 
     def submit(self):
         draw, model = self.draw, self.model
-        leases = [lease.number for lease in model.leases if not lease.over or draw.random() < 0.1][-4:]
-        runners = [runner for runner in model.runners if runner.phase == "OPEN" or draw.random() < 0.1]
+        leases = [lease.number for lease in model.leases if not lease.over or draw.random() < 0.1][
+            -4:
+        ]
+        runners = [
+            runner for runner in model.runners if runner.phase == "OPEN" or draw.random() < 0.1
+        ]
         runners = runners or model.runners
         if leases and draw.random() < (0.15 if self.batches else 0.4):
             source, holds = ("lease", draw.choice(leases)), False
@@ -177,7 +210,9 @@ class Walk:
             if draw.random() < 0.9:
                 wish["bytes"] = wish["min_epoch"] = 0
         wait = not runner.sheds and draw.random() < 0.6
-        if self.replicas and source[0] == "runner" and draw.random() < 0.3:  # withdrawn at another replica
+        if (
+            self.replicas and source[0] == "runner" and draw.random() < 0.3
+        ):  # withdrawn at another replica
             since = self.now - draw.choice([0, 0.125, 0.5, 2])
             return "submit", (self.now, len(model.jobs), source, True, wish, since)
         return "submit", (self.now, len(model.jobs), source, wait, wish)
@@ -205,7 +240,12 @@ class Walk:
         number = runners.index(runner)
         if not runner.closed and draw.random() < 0.9:
             return "close_barrier", (self.now, number, draw.random() < 0.3)
-        epochs = [None, runner.published + 1, draw.randint(1, runner.published), runner.published + 2]
+        epochs = [
+            None,
+            runner.published + 1,
+            draw.randint(1, runner.published),
+            runner.published + 2,
+        ]
         return "open_barrier", (self.now, number, draw.choices(epochs, [3, 5, 3, 1])[0])
 
     def release(self):
@@ -230,7 +270,11 @@ class Walk:
         draw, runners = self.draw, self.model.runners
         numbers = [number for number, runner in enumerate(runners) if not runner.removed]
         tenant = draw.choice([None, "a", "d"])
-        wish = {"priority": draw.choice([0, 1, 2]), "bytes": draw.choice([0, 5, 20]), "tenant": tenant}
+        wish = {
+            "priority": draw.choice([0, 1, 2]),
+            "bytes": draw.choice([0, 5, 20]),
+            "tenant": tenant,
+        }
         return ("when_finished", (self.now, draw.choice(numbers), wish)) if numbers else None
 
     def impossible(self):
@@ -245,8 +289,14 @@ class Walk:
                 ("cancel", (self.now, job)),
                 ("submit", (self.now, job, ("runner", 0), True, {})),
                 ("remove_runner", (draw.randrange(len(model.runners)),)),
-                ("add_runner", (model.runners[-1].name, 1, (None, None, None), ("lane", 0, 0, 0), {})),
-                ("add_runner", ("too wide", 1, (None, None, None), ("lane", 0, 0, 0), {"width": 9})),
+                (
+                    "add_runner",
+                    (model.runners[-1].name, 1, (None, None, None), ("lane", 0, 0, 0), {}),
+                ),
+                (
+                    "add_runner",
+                    ("too wide", 1, (None, None, None), ("lane", 0, 0, 0), {"width": 9}),
+                ),
             ]
         )
 
@@ -256,7 +306,9 @@ class Player:
 
     def __init__(self, lanes, jobs, size, budget, cores, **policy):
         bounds, policy = Bounds(jobs, size), Policy(**policy)
-        self.queue = DeviceQueue("cpu", lanes, bounds, inline_budget=budget, cores=cores, policy=policy)
+        self.queue = DeviceQueue(
+            "cpu", lanes, bounds, inline_budget=budget, cores=cores, policy=policy
+        )
         self.runners = []
         self.jobs = []
         self.leases = []
@@ -285,8 +337,18 @@ class Player:
                 for member in job.members or (job,):
                     assert member.epoch == job.source.epoch
                     assert member.inline == (job.lane == LOOP)
-                    assert (member.lane, member.slot, member.started) == (job.lane, job.slot, job.started)
-                yield "launch", job.payload, job.lane, job.slot, tuple(each.payload for each in job.members)
+                    assert (member.lane, member.slot, member.started) == (
+                        job.lane,
+                        job.slot,
+                        job.started,
+                    )
+                yield (
+                    "launch",
+                    job.payload,
+                    job.lane,
+                    job.slot,
+                    tuple(each.payload for each in job.members),
+                )
             case Grant(job=job, lease=lease):
                 assert job.slot == lease.slot
                 self.leases.append(lease)
@@ -318,7 +380,9 @@ class Player:
         placing = Placing(Placement(choice), limit, follow_limit=follow_limit, hop=hop)
         if rest.get("batching"):
             rest = rest | {"batching": Batching(*rest["batching"])}
-        self.runners.append(self.queue.add_runner(name, slots, Bounds(*bounds), placing=placing, **rest))
+        self.runners.append(
+            self.queue.add_runner(name, slots, Bounds(*bounds), placing=placing, **rest)
+        )
         return []
 
     def submit(self, now, number, source, wait, wish, since=None):
