@@ -10,7 +10,6 @@ from aoti_sched.compile import _check_outputs, _described, _with_batch
 from aoti_sched.errors import CompileError
 from aoti_sched.model.findings import Findings, separated
 from aoti_sched.model.specs import DynamicDim, TensorSpec
-from tests.models import build
 
 # torch's exporter copies call specs through a class that torch itself deprecates.
 pytestmark = [
@@ -108,48 +107,6 @@ def test_a_request_too_large_to_be_tried_gets_no_small_sizes(monkeypatch):
     dim = rows_of(found(lambda x: x * 2, X))
     assert dim.min == 2
     assert "were not tried: the example has" in dim.reason
-
-
-class OtherForOneRow(nn.Module):
-    """A module that its compiled code is right of, but for one row."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x):
-        return self.model(x) + (x.shape[0] == 1)
-
-
-def of_compiled(module, library):
-    """What is found of a module beside compiled code that was made from `mlp`."""
-    model = build("mlp")
-    with torch.no_grad():
-        program = export(
-            model.module(), model.args, dynamic_shapes={"x": {0: Dim("batch", max=64)}}
-        )
-        functional = program.run_decompositions({})
-        spec = _described(program, functional, threads=1, freeze=False)
-        findings = Findings(
-            module, (model.args, {}), program, functional, spec, {"x": {0: Dim("batch", max=64)}}
-        )
-        findings.try_sizes() if library is None else findings.try_compiled(library)
-        return rows_of(findings.with_minima(spec))
-
-
-def test_what_the_compiled_code_does_decides():
-    library = build("mlp").library()
-    assert of_compiled(build("mlp").module(), library).min == 0
-    dim = of_compiled(OtherForOneRow(build("mlp").module()), library)
-    assert (dim.min, dim.reason) == (
-        2,
-        "With 1 for 'batch', the compiled code is wrong: output 0 has other values.",
-    )
-
-
-def test_what_was_not_tried_is_not_admitted(tmp_path):
-    dim = of_compiled(build("mlp").module(), tmp_path / "no such library.so")
-    assert (dim.min, dim.reason) == (2, "With 1 for 'batch', no run was tried.")
 
 
 # --- rows -----------------------------------------------------------------------------------------------

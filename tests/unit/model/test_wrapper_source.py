@@ -4,7 +4,6 @@ import pytest
 
 from aoti_sched.model.specs import ConstantSpec, ModelSpec
 from aoti_sched.model.wrapper_source import MAY_WRITE, WRITES, writes_in, writes_to_buffers
-from aoti_sched.package import open_package
 
 HEAD = """
     constants_info_[{index}].name = "{name}";
@@ -123,11 +122,3 @@ def test_without_a_source_a_model_with_buffers_counts_as_writing(source):
 def test_our_own_package_says_it_itself():
     own = ModelSpec(inputs=(), outputs=(), parameters=())
     assert writes_to_buffers(own, None, [constant("buffer")]) == ""
-
-
-@pytest.mark.parametrize(
-    ("model", "answer"),
-    [("conv", ""), ("mlp", ""), ("aliasing", ""), ("mutating", WRITES), ("counter", WRITES)],
-)
-def test_really_generated_sources_show_it(built, model, answer):
-    assert writes_to_buffers(None, open_package(built(model).path).wrapper_source()) == answer
