@@ -129,6 +129,7 @@ class DeviceQueue:
         self._wake: float | None = None
         self._ids = 0
         self._lease_ids = 0
+        self._lease_ended = False  # since the runners in line for memory were served last
 
     @property
     def busy_lanes(self) -> int:
@@ -952,6 +953,7 @@ class DeviceQueue:
             runner.free.append(lease.free.pop())
             self._choice.forget(lease)
             self._choice.enter(runner)
+            self._lease_ended = True
 
     def _revoke(self, job: Job, error: AotiSchedError, now: float, commands: list[Command]) -> None:
         self._leave_queue(job, Fact.REVOKE, now)
@@ -979,7 +981,8 @@ class DeviceQueue:
         if runner.phase in (Phase.DRAINING, Phase.TERMINATED) and runner.idle:
             runner.phase = Phase.DRAINED
             commands.append(Drained(runner))
-        if self.memory.line and not runner.busy:
+        # A busy runner may be evicted, too, but not while it has held leases.
+        if self.memory.line and (self._lease_ended or not runner.busy):
             self._serve_line(now, commands)
 
     def _and_who_waits(self, commands: list[Command], now: float) -> list[Command]:
@@ -993,6 +996,7 @@ class DeviceQueue:
         return Ending(runner, self._ids, lambda _: error)
 
     def _serve_line(self, now: float, commands: list[Command]) -> None:
+        self._lease_ended = False
         for runner in self.memory.serve(now, commands):
             self._end_in_slices(self._refused(runner), now, commands)
             self._see_what_is_over(runner, now, commands)

@@ -273,14 +273,14 @@ def test_who_awaits_an_epoch_is_idle():
 # --- coming back --------------------------------------------------------------------------------------
 
 
-def away(queue, name="a", size=6):
+def away(queue, name="a", size=6, **options):
     """A runner that was parked for another, `other`."""
     runner = load(queue, name, size)
     holding = Holding("other")
     wanted = Claim(holding, queue.memory.limit - size + 1)
     assert queue.claim(wanted, 0.0) == [Park(runner)]
     assert queue.parked(runner, 0.0) == [Claimed(wanted)]
-    return runner, serving(queue, holding)
+    return runner, serving(queue, holding, **options)
 
 
 def test_a_request_brings_it_back_and_waits_for_it():
@@ -330,6 +330,25 @@ def test_who_gives_up_while_it_is_away_does_not_bring_it_back():
     assert queue.submit(job, 0.0) == []
     queue.cancel(job, 0.0)
     assert not queue.memory.line
+
+
+@pytest.mark.parametrize("first", ["the lease's run", "release"])
+def test_a_busy_runner_is_evicted_once_its_last_lease_has_ended(first):
+    queue = limited(10)
+    a, other = away(queue, slots=2)
+    lease = take_lease(queue, other)
+    running, leased, job = Job(other), Job(lease), Job(a)
+    assert launched(queue.submit(running, 0.0)) == [running]
+    assert launched(queue.submit(leased, 0.0)) == [leased]
+    assert queue.submit(job, 0.0) == []
+    ends = [lambda: queue.complete(leased, 1.0), lambda: queue.release(lease, 1.0)]
+    for end in ends if first == "the lease's run" else reversed(ends):
+        assert other.memory.stay is Stay.HERE
+        assert end() == []
+    assert other.memory.stay is Stay.LEAVING
+    assert queue.complete(running, 2.0) == [Park(other)]
+    assert park(queue, other, 2.0) == [Return(a)]
+    assert launched(queue.returned(a, 2.0)) == [job]
 
 
 def test_its_deadline_counts_while_it_is_away():
