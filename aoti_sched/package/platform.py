@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aoti_sched.errors import InstructionSetError, PlatformMismatchError
+
+if TYPE_CHECKING:
+    from aoti_sched.package.description import PackagedModel
 
 # For each name in AOTI_CPU_ISA (torch/_inductor/cpu_vec_isa.py, in capitals), the flags of /proc/cpuinfo
 # that stand for the compiler options torch gives with it.
@@ -74,3 +81,44 @@ def parse_cpuinfo(text: str) -> frozenset[str] | None:
         in ("flags", "features")  # x86 says flags; arm and s390x say features
     ]
     return frozenset.intersection(*lists) if lists else None
+
+
+def check_platform(model: PackagedModel, *, cpu_isa: frozenset[str] | None = None) -> None:
+    """Refuse a model that was compiled for another system, machine or CPU than this one.
+
+    What the model does not say is not judged, nor are instruction sets where this system does not tell its
+    own (anything but Linux), nor names that a later torch may have introduced. Whether the model's device is
+    there is its backend's question.
+
+    Args:
+        model: the model.
+        cpu_isa: the instruction sets to compare with, by torch's names; None takes this CPU's.
+
+    Raises:
+        PlatformMismatchError: another operating system or machine.
+        InstructionSetError: it needs instructions this CPU lacks; running it would be SIGILL.
+    """
+    here = spelled_machine()
+    if model.platform not in ("", sys.platform) or model.machine not in ("", here):
+        built = "/".join(filter(None, (model.platform, model.machine)))
+        raise PlatformMismatchError(
+            f"{model.path}: model {model.name!r} was compiled for {built}, this is {sys.platform}/{here}. "
+            "Compile it here, or on a machine like this one.",
+            path=model.path,
+        )
+    available = this_cpu_isa() if cpu_isa is None else cpu_isa
+    if available is None:
+        return
+    missing = (model.cpu_isa & KNOWN_ISA) - available
+    if missing:
+        raise InstructionSetError(
+            f"{model.path}: model {model.name!r} was compiled for {_listed(model.cpu_isa)}, but this CPU has "
+            f"{_listed(available) or 'none of them'}: {_listed(missing)} is missing, and running it would kill the "
+            "process. Compile it on a CPU like this one, or for less, with both ATEN_CPU_CAPABILITY=avx2 (what torch "
+            "writes) and TORCHINDUCTOR_CPP_MARCH=x86-64-v3 (what the C++ compiler makes of it) set meanwhile.",
+            path=model.path,
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return " ".join(sorted(names))
