@@ -8,8 +8,9 @@ from ctypes import byref, c_size_t, c_void_p
 import torch
 
 from aoti_sched.backends.aoti.c_abi import handle_array
+from aoti_sched.backends.aoti.constant_map import entries
 from aoti_sched.backends.aoti.handles import free, handles_of, tensors_of
-from aoti_sched.backends.aoti.raw_container import RawContainer, entries
+from aoti_sched.backends.aoti.raw_container import RawContainer
 from aoti_sched.errors import (
     InputMismatchError,
     LoadError,

@@ -7,13 +7,17 @@ the "Pairs" or "Entries" at the end; both leave the handles to whose they were.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from aoti_sched.backends.aoti.c_abi import FUNCTIONS, Library
+from aoti_sched.backends.aoti.c_abi import FUNCTIONS, ConstantEntry, Library
 from aoti_sched.backends.aoti.constants import Constant
+from aoti_sched.errors import MissingCapabilityError
 
 if TYPE_CHECKING:
+    import torch
+
     from aoti_sched.backends.native._native import ConstantMap
 
 UPDATE, UPDATE_PAIRS = (
@@ -66,3 +70,23 @@ def misplaces(constants: Sequence[Constant]) -> bool:
     """
     folded = [constant.spec.folded for constant in constants]
     return folded != sorted(folded)
+
+
+def entries(
+    pairs: list[tuple[Constant, torch.Tensor]], handles: list[int]
+) -> ctypes.Array[ConstantEntry]:
+    """The array that the C ABI takes: each constant's internal name and its handle."""
+    names = [constant.spec.name.encode() for constant, _ in pairs]
+    return (ConstantEntry * len(pairs))(*map(ConstantEntry, names, handles))
+
+
+def mapped(pairs: list[tuple[Constant, torch.Tensor]], handles: list[int]) -> ConstantMap:
+    """`entries` as a map, for older models. It must live as long as C uses its address."""
+    made = map_type()
+    if made is None:
+        raise MissingCapabilityError(
+            "aoti_sched was installed without a C++ compiler, and builds no C++ maps"
+        )
+    return made(
+        [(constant.spec.name, handle) for (constant, _), handle in zip(pairs, handles, strict=True)]
+    )

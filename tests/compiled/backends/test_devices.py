@@ -20,7 +20,7 @@ from aoti_sched.backends.aoti import stock_runner as stock
 from aoti_sched.backends.aoti.container import CAbiContainer
 from aoti_sched.backends.aoti.handles import capsule_of
 from aoti_sched.backends.aoti.packaged_weights import load_weights
-from aoti_sched.backends.aoti.raw_container import _groups
+from aoti_sched.backends.aoti.raw_constants import _groups
 from aoti_sched.backends.contracts import LoadRequest, Work
 from aoti_sched.backends.cpu import CpuDevice
 from aoti_sched.backends.executors.batches import Batch
