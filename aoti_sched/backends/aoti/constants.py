@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from aoti_sched.backends.aoti.weight_files import Offered
+from aoti_sched.backends.aoti.offered import Offered
 from aoti_sched.errors import (
     ConstantMismatchError,
     LoadError,
