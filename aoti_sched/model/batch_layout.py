@@ -1,7 +1,9 @@
-"""Batching, on the front's side: what a model's specs and a user's wish make of it, and what each request brings.
+"""Batching, on the front's side: what a model's specs and a user's wish make of it, and what each
+request brings.
 
-Which requests go together is decided in `queue/batching.py`, how their tensors are put together in `backends/executors/batches.py`. Here
-is what both need to know of a model: along which dimension its rows lie, what must agree, what is padded.
+Which requests go together is decided in `queue/batching.py`, how their tensors are put together in
+`backends/executors/batches.py`. Here is what both need to know of a model: along which dimension
+its rows lie, what must agree, what is padded.
 """
 
 from __future__ import annotations
@@ -41,8 +43,9 @@ MAX_SIZE = 64
 class Grouping:
     """How one runner's requests are put together.
 
-    `plan` is for the backend. A run has at most `max_rows` rows, and a request waits at most `max_delay` seconds for others. `sizes` are the numbers of rows that the model is run with, rising;
-    empty where any will do.
+    `plan` is for the backend. A run has at most `max_rows` rows, and a request waits at most
+    `max_delay` seconds for others. `sizes` are the numbers of rows that the model is run with,
+    rising; empty where any will do.
     """
 
     def __init__(
@@ -63,7 +66,9 @@ class Grouping:
         self.dim = self._dim or 0
 
     def measure(self, inputs: Sequence[torch.Tensor]) -> tuple[int, Hashable]:
-        """How many rows a request has, and its key: those with the same one may go together; without rows, it has none."""
+        """How many rows a request has, and its key: those with the same one may go together;
+        without rows, it has none.
+        """
         if self._dim is None:
             return 1, 0
         rows = inputs[0].shape[self._dim]
@@ -142,7 +147,8 @@ def group(
         if spec.strides is not None:
             raise _impossible(
                 name,
-                f"input {spec.name!r} was compiled for a view that is not dense, and batches are dense",
+                f"input {spec.name!r} was compiled for a view that is not dense, and batches are "
+                "dense",
             )
         if spec.order is None:
             raise _impossible(name, f"how input {spec.name!r} lies in memory is not known")
@@ -168,7 +174,9 @@ def group(
 def _with_one_row_symbol(
     specs: Sequence[TensorSpec], own: ModelSpec | None, wanted: Batching
 ) -> tuple[Sequence[TensorSpec], ModelSpec | None]:
-    """The specs where inputs whose numbers of rows are independent of each other have the same: in a batch they must."""
+    """The specs where inputs whose numbers of rows are independent of each other have the same: in
+    a batch they must.
+    """
     known = None if own is None else own.batch
     dim = known.dim if wanted.dim is None and known is not None else wanted.dim
     first, *others = ([] if dim is None else row_symbols(specs, dim)) or [""]
@@ -186,11 +194,14 @@ def _impossible(name: str, why: str) -> ConfigError:
 def _rows(
     name: str, wanted: Batching, specs: Sequence[TensorSpec], known: BatchDim | None
 ) -> tuple[int, int | None, str, int | None]:
-    """The row dimension, the most rows the model takes, the dimension's symbol, and its size if that was compiled in."""
+    """The row dimension, the most rows the model takes, the dimension's symbol, and its size if
+    that was compiled in.
+    """
     if wanted.dim is None and known is None:
         raise _impossible(
             name,
-            "its package does not say along which dimension requests' rows lie, or they depend on one another; if you know "
+            "its package does not say along which dimension requests' rows lie, or they depend on "
+            "one another; if you know "
             "better, say so: Batching(dim=0)",
         )
     dim = known.dim if wanted.dim is None and known is not None else wanted.dim or 0
@@ -213,11 +224,14 @@ def _rows(
 
 
 def must_not_write_inputs(name: str, written: Sequence[str]) -> None:
-    """Raise ConfigError where a run writes to inputs: a batch's are copies, and what is written to them is lost."""
+    """Raise ConfigError where a run writes to inputs: a batch's are copies, and what is written to
+    them is lost.
+    """
     if written:
         raise _impossible(
             name,
-            f"it writes to its input {written[0]!r}, and in a batch that would be lost with the common copy",
+            f"it writes to its input {written[0]!r}, and in a batch that would be lost with the "
+            "common copy",
         )
 
 
@@ -234,7 +248,9 @@ def must_be_independent(name: str, rows: RowEvidence) -> None:
 
 
 def _must_be_free_of(name: str, dim: int, symbol: str, leaves: Sequence[LeafSpec | None]) -> None:
-    """Where another size depends on the number of rows, one request's rows meet the others' (x @ x.T)."""
+    """Where another size depends on the number of rows, one request's rows meet the others' (x @
+    x.T).
+    """
     if not symbol:
         return
     mentions = re.compile(rf"\b{re.escape(symbol)}\b")
@@ -273,7 +289,9 @@ def _sizes(name: str, wanted: Batching, most: int | None, static: int | None) ->
 def _ragged(
     name: str, wanted: Batching, specs: Sequence[TensorSpec], dim: int
 ) -> dict[str, tuple[int, int]]:
-    """Where the sizes of padded dimensions are read off a request: by symbol, an input and its dimension."""
+    """Where the sizes of padded dimensions are read off a request: by symbol, an input and its
+    dimension.
+    """
     inputs = {spec.name: index for index, spec in enumerate(specs)}
     unknown = [given for given in wanted.ragged if given not in inputs]
     if unknown:
@@ -294,7 +312,8 @@ def _ragged(
             if shared and spec.name not in wanted.ragged:
                 raise _impossible(
                     name,
-                    f"ragged pads what input {spec.name!r} has too ({spec}); say with what it is padded, for example "
+                    f"ragged pads what input {spec.name!r} has too ({spec}); say with what it is "
+                    "padded, for example "
                     f"ragged={{..., {spec.name!r}: 0}}",
                 )
     return found

@@ -1,8 +1,8 @@
 """The call spec: how a model's args and kwargs flatten into tensors, and its outputs unflatten.
 
-The spec comes from the compiled model as torch's pytree JSON and is read once. For tuples, lists and
-dicts a plan of our own walks the arguments: it is several times faster than a general pytree walk, and it can
-name the path of a fault. Other registered types go through torch's pytree.
+The spec comes from the compiled model as torch's pytree JSON and is read once. For tuples, lists
+and dicts a plan of our own walks the arguments: it is several times faster than a general pytree
+walk, and it can name the path of a fault. Other registered types go through torch's pytree.
 """
 
 from __future__ import annotations
@@ -82,22 +82,28 @@ class CallSpec(Protocol):
     """How a model is called."""
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """The container's inputs for these arguments; each has `nbytes`. Raises `InputMismatchError`."""
+        """The container's inputs for these arguments; each has `nbytes`.
+
+        Raises `InputMismatchError`.
+        """
 
     def unflatten(self, outputs: list[Any]) -> Any:
         """What the caller gets for the container's outputs."""
 
 
 class ExportedCallSpec:
-    """The call spec of an exported module. Flattens a call's arguments into the container's tensors and rebuilds its outputs.
+    """The call spec of an exported module.
 
-    As torch's own loader does, it takes a list or a deque for a tuple and the other way round, an `OrderedDict` or a `defaultdict`
-    for a dict, and keywords and keys in any order. Other than there, the structure must be the exported one, and keys are
-    matched by name.
+    Flattens a call's arguments into the container's tensors and rebuilds its outputs.
 
-    `in_spec` and `out_spec` are the JSON texts of `AOTInductorModelContainerGetCallSpec`. `inputs` and
-    `outputs` are the leaves where known (see `ModelSpec`), else None: then, as torch's own loader does,
-    the leaves that are tensors count. `parameters` lets positional parameters be given by name.
+    As torch's own loader does, it takes a list or a deque for a tuple and the other way round, an
+    `OrderedDict` or a `defaultdict` for a dict, and keywords and keys in any order. Other than
+    there, the structure must be the exported one, and keys are matched by name.
+
+    `in_spec` and `out_spec` are the JSON texts of `AOTInductorModelContainerGetCallSpec`. `inputs`
+    and `outputs` are the leaves where known (see `ModelSpec`), else None: then, as torch's own
+    loader does, the leaves that are tensors count. `parameters` lets positional parameters be given
+    by name.
     """
 
     def __init__(
@@ -153,10 +159,14 @@ class ExportedCallSpec:
         parts += [f"{n}={child}" for n, child in zip(self._names, kwargs.children, strict=True)]
         return f"({', '.join(parts)})"
 
-    # --- flatten ---------------------------------------------------------------------------------------
+    # --- flatten
+    # ---------------------------------------------------------------------------------------
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-        """The tensors of a call in the container's order. Raises `InputMismatchError` naming the path."""
+        """The tensors of a call in the container's order.
+
+        Raises `InputMismatchError` naming the path.
+        """
         if len(args) != self._positional or kwargs.keys() != self._keys:
             args, kwargs = self._bind(args, kwargs)
         root = self._root
@@ -169,7 +179,8 @@ class ExportedCallSpec:
             positional, named = root.children
             for index, child in enumerate(positional.children):
                 self._walk(child, args[index], self._path(index), leaves)
-            for key, child in zip(self._names, named.children):  # noqa: B905 -- equal by construction
+            # Equal by construction.
+            for key, child in zip(self._names, named.children):  # noqa: B905
                 self._walk(child, kwargs[key], key, leaves)
         if self._all_tensors:
             return leaves
@@ -242,7 +253,8 @@ class ExportedCallSpec:
     def _misfit(self, path: str, expected: str, got: str) -> InputMismatchError:
         return InputMismatchError(self.model, path, expected, got)
 
-    # --- unflatten -------------------------------------------------------------------------------------
+    # --- unflatten
+    # -------------------------------------------------------------------------------------
 
     def unflatten(self, outputs: list[Any]) -> Any:
         """The outputs in the structure that the exported module returned."""
@@ -323,9 +335,12 @@ def _torch_spec(model: str, what: str, text: str) -> Any:
         names = ", ".join(unknown)
         verb = "is" if len(unknown) == 1 else "are"
         raise LoadError(
-            f"model {model!r}: its {what} contain {names}, which {verb} not registered with torch's pytree in this process. "
-            "Before loading, import the module that registers it (torch.utils._pytree.register_pytree_node, "
-            "register_dataclass or the like, with the serialized name that it had when the model was exported)."
+            f"model {model!r}: its {what} contain {names}, which {verb} not registered with "
+            "torch's pytree in this process. "
+            "Before loading, import the module that registers it "
+            "(torch.utils._pytree.register_pytree_node, "
+            "register_dataclass or the like, with the serialized name that it had when the model "
+            "was exported)."
         ) from error
 
 
@@ -343,7 +358,8 @@ def _unregistered(spec: list[Any]) -> list[str]:
             continue
         try:
             pytree.treespec_loads(json.dumps([version, {**node, "children_spec": []}]))
-        except Exception:  # noqa: BLE001 -- whatever torch or the class's own reader says, it can't be read
+        # Whatever torch or the class's own reader says, it can't be read.
+        except Exception:  # noqa: BLE001
             is_named = node["type"] == "collections.namedtuple"
             unknown[str(node["context"]).strip('"') if is_named else node["type"]] = None
     return list(unknown)
@@ -363,7 +379,10 @@ def _is_named_tuple(value: Any) -> bool:
 
 
 def _collect(spec: Any, value: Any, leaves: list[Any]) -> bool:
-    """Append the leaves of a value whose containers pass for those of torch's spec. Return whether it fits."""
+    """Append the leaves of a value whose containers pass for those of torch's spec.
+
+    Return whether it fits.
+    """
     kind = spec.type
     if kind is None:
         leaves.append(value)

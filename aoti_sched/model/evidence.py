@@ -1,8 +1,9 @@
 """Numeric evidence: what running a model on chosen inputs shows of it.
 
-Every function takes `run`, a callable from input tensors to output tensors. It may be an eager module or a compiled model.
-No function here knows how a model is loaded, and none changes torch's random state. torch is imported when a function is
-called. A function never catches what ends a process: whoever runs unknown code on unusual sizes does so in a child process.
+Every function takes `run`, a callable from input tensors to output tensors. It may be an eager
+module or a compiled model. No function here knows how a model is loaded, and none changes torch's
+random state. torch is imported when a function is called. A function never catches what ends a
+process: whoever runs unknown code on unusual sizes does so in a child process.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ Run = Callable[[list["torch.Tensor"]], Sequence[Any]]
 """Runs a model on its tensor inputs. An output that is no tensor is not compared."""
 
 VALUES_KEPT = 256
-"""Integers or booleans of one example that a package keeps one by one; larger examples keep their range alone."""
+"""Integers or booleans of one example that a package keeps one by one; larger examples keep their
+range alone.
+"""
 
 ROWS = 4
 """Rows that are run together, alone and in another order."""
@@ -30,7 +33,8 @@ _PADDING = 1024
 """Elements of sentinel before and after a guarded tensor; a multiple of every vector's width."""
 
 
-# --- examples ---------------------------------------------------------------------------------------------
+# --- examples
+# ---------------------------------------------------------------------------------------------
 
 
 def example_of(tensor: torch.Tensor) -> ExampleSpec:
@@ -72,7 +76,8 @@ def tensors_like(
     Args:
         specs: The tensor inputs.
         sizes: The value of each symbol; a `DynamicDim`'s size is `scale * value + offset`.
-        examples: One for each spec; without them, values are those of a normal distribution, integers and booleans are 0 or 1.
+        examples: One for each spec; without them, values are those of a normal distribution,
+            integers and booleans are 0 or 1.
         seed: The same seed and sizes give the same tensors.
 
     Raises:
@@ -112,7 +117,8 @@ def _values(
     if low is None or high is None or low == high == 0:
         return torch.randn(shape, generator=generator).to(dtype)
     low, high = min(low, 0.0) if low == high else low, max(high, 0.0) if low == high else high
-    # Each row of a range of its own: rows that look alike hide that one is scaled by what is in another.
+    # Each row of a range of its own: rows that look alike hide that one is scaled by what is in
+    # another.
     values = low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
     middle = (low + high) / 2
     for dim, size in enumerate(shape[:2]):
@@ -124,7 +130,10 @@ def _values(
 
 
 def laid_out(values: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    """The same values in memory as the spec wants them: its order, or its strides. Sizes of an expanded tensor agree afterwards."""
+    """The same values in memory as the spec wants them: its order, or its strides.
+
+    Sizes of an expanded tensor agree afterwards.
+    """
     import torch
 
     shape = list(values.shape)
@@ -168,15 +177,16 @@ def _separate(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 def guarded(tensors: Sequence[torch.Tensor], *, high: bool) -> list[torch.Tensor]:
-    """The same tensors as views into larger buffers, so that a read beyond one finds a sentinel and does no harm.
+    """The same tensors as views into larger buffers, so that a read beyond one finds a sentinel and
+    does no harm.
 
-    Where two runs on the same inputs with another `high` give other outputs, the model read beyond its input. An empty
-    tensor has no address: a read beyond one still ends the process.
+    Where two runs on the same inputs with another `high` give other outputs, the model read beyond
+    its input. An empty tensor has no address: a read beyond one still ends the process.
 
     Args:
         tensors: The inputs, of any strides.
-        high: Which sentinel: floats are surrounded by NaN or by 10,000 (2 in small types); others by their own greatest or
-            least value, so that an index read beyond a buffer stays one.
+        high: Which sentinel: floats are surrounded by NaN or by 10,000 (2 in small types); others
+            by their own greatest or least value, so that an index read beyond a buffer stays one.
     """
     import torch
 
@@ -211,7 +221,8 @@ def _sentinel(tensor: torch.Tensor, *, high: bool) -> float | int | bool:
     return int(numbers.max() if high else numbers.min())
 
 
-# --- comparison -------------------------------------------------------------------------------------------
+# --- comparison
+# -------------------------------------------------------------------------------------------
 
 _TOLERANCES = {
     "float64": 1e-6,
@@ -220,15 +231,23 @@ _TOLERANCES = {
     "bfloat16": 6e-2,
     "complex32": 2e-2,
 }
-"""Of float32 1e-3. A batched matrix product rounds otherwise than one of a single row, and the difference grows with each layer."""
+"""Of float32 1e-3.
+
+A batched matrix product rounds otherwise than one of a single row, and the difference grows with
+each layer.
+"""
 
 _COARSE = 6e-2
 _FRACTION = {True: 0.05, False: 0.002}
-"""How many integers may differ: where two values are nearly equal (argmax, round), rounding decides."""
+"""How many integers may differ: where two values are nearly equal (argmax, round), rounding
+decides.
+"""
 
 
 def tolerance_of(dtypes: Iterable[str]) -> float:
-    """The greatest difference, relative to the greatest value, that rounding explains in a model that computes in these dtypes."""
+    """The greatest difference, relative to the greatest value, that rounding explains in a model
+    that computes in these dtypes.
+    """
     found = [0.0]
     for dtype in dtypes:
         if dtype.startswith("float8"):
@@ -278,14 +297,17 @@ def _alike(wanted: torch.Tensor, got: torch.Tensor, tolerance: float) -> bool:
 
 
 def is_telling(outputs: Sequence[Any]) -> bool:
-    """Whether the outputs could show a difference at all: some tensor has an element that is finite."""
+    """Whether the outputs could show a difference at all: some tensor has an element that is
+    finite.
+    """
     import torch
 
     tensors = [o for o in outputs if isinstance(o, torch.Tensor) and o.numel()]
     return any(not t.is_floating_point() or bool(torch.isfinite(t.float()).any()) for t in tensors)
 
 
-# --- rows -------------------------------------------------------------------------------------------------
+# --- rows
+# -------------------------------------------------------------------------------------------------
 
 
 def row_evidence(
@@ -297,15 +319,18 @@ def row_evidence(
     tolerance: float,
     draws: int = 3,
 ) -> RowEvidence:
-    """Whether the rows of a request influence each other, found by running rows together, alone and in another order.
+    """Whether the rows of a request influence each other, found by running rows together, alone and
+    in another order.
 
     Args:
         run: The model. What it raises is the reason why nothing was found out.
-        draw: Gives inputs for a seed, of the same sizes each time and at least 2 rows; different rows must differ.
+        draw: Gives inputs for a seed, of the same sizes each time and at least 2 rows; different
+            rows must differ.
         dim: The dimension in which every tensor input and output has its rows.
         least: The fewest rows that the model takes; "alone" means in groups of so many.
         tolerance: As `tolerance_of` gives it.
-        draws: Draws after the first one that must differ, too, before rows count as dependent; rounding may tip a single one.
+        draws: Draws after the first one that must differ, too, before rows count as dependent;
+            rounding may tip a single one.
     """
     found = ""
     for seed in range(draws):
@@ -315,9 +340,11 @@ def row_evidence(
             except Exception:
                 if least > 1:
                     raise
-                # A row alone may be refused (batch norm in training mode), and two may show all there is to see.
+                # A row alone may be refused (batch norm in training mode), and two may show all
+                # there is to see.
                 found = _influence(run, draw(seed), dim, 2, tolerance)
-        except Exception as error:  # noqa: BLE001 -- a model raises what it likes; the reason is kept
+        # A model raises what it likes; the reason is kept.
+        except Exception as error:  # noqa: BLE001
             return RowEvidence(None, f"running it on random values failed: {first_line(error)}")
         if not found:
             return RowEvidence(True, "Rows alone, together and in another order gave the same.")

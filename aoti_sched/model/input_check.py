@@ -1,8 +1,9 @@
 """The check of every request, on the caller's side, before a handle is made.
 
-Native code checks nothing: a wrong dtype reads past a buffer, a wrong size returns garbage. `InputCheck`
-compares a request's tensors with their specs; it is on the hot path, so the plan is laid out once and the
-sentence that explains a fault is found by a slow twin. `ArityCheck` is all that can be done without specs.
+Native code checks nothing: a wrong dtype reads past a buffer, a wrong size returns garbage.
+`InputCheck` compares a request's tensors with their specs; it is on the hot path, so the plan is
+laid out once and the sentence that explains a fault is found by a slow twin. `ArityCheck` is all
+that can be done without specs.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ if TYPE_CHECKING:
     import torch
 
 Check = Callable[[list["torch.Tensor"]], int]
-"""The bytes of a request's tensors; raises InputMismatchError where they do not fit. A subclass of tensors that has no behaviour of its
-own is replaced in the list by the plain tensor that it is."""
+"""The bytes of a request's tensors; raises InputMismatchError where they do not fit.
+
+A subclass of tensors that has no behaviour of its own is replaced in the list by the plain tensor
+that it is.
+"""
 
 
 def count_bytes(tensors: Sequence[torch.Tensor]) -> int:
@@ -32,9 +36,12 @@ def count_bytes(tensors: Sequence[torch.Tensor]) -> int:
 
 
 def unwrap(tensors: list[Any], plain: Collection[type]) -> bool:
-    """Replace the subclasses in the list that only give torch's tensors another name. Return whether there were any.
+    """Replace the subclasses in the list that only give torch's tensors another name.
 
-    One that overrides `__torch_function__` or `__torch_dispatch__` means something else than its storage holds, and stays.
+    Return whether there were any.
+
+    One that overrides `__torch_function__` or `__torch_dispatch__` means something else than its
+    storage holds, and stays.
     """
     import torch
 
@@ -49,14 +56,16 @@ def unwrap(tensors: list[Any], plain: Collection[type]) -> bool:
             torch._C._disabled_torch_function_impl,  # noqa: SLF001 -- what parameters have
         )
         if ordinary and kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__:
-            with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 -- otherwise the result is of the subclass again
+            # Otherwise the result is of the subclass again.
+            with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001
                 tensors[index] = tensor.as_subclass(torch.Tensor)
             found = True
     return found
 
 
 class ArityCheck:
-    """Checks that there are as many inputs as the model takes, and that each is a plain dense tensor on its device.
+    """Checks that there are as many inputs as the model takes, and that each is a plain dense
+    tensor on its device.
 
     With `copies` it may be on the host, too.
     """
@@ -105,7 +114,9 @@ class ArityCheck:
 
 
 def dense_strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
-    """Strides of a dense tensor of `shape` whose dimensions lie in memory in `order` (outermost first)."""
+    """Strides of a dense tensor of `shape` whose dimensions lie in memory in `order` (outermost
+    first).
+    """
     strides = [0] * len(shape)
     step = 1
     for dim in reversed(order):
@@ -115,7 +126,9 @@ def dense_strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]
 
 
 def lies_in_order(shape: Sequence[int], strides: Sequence[int], order: Sequence[int]) -> bool:
-    """Whether a tensor is dense with its dimensions in `order`; strides of sizes 0 and 1 don't matter."""
+    """Whether a tensor is dense with its dimensions in `order`; strides of sizes 0 and 1 don't
+    matter.
+    """
     if 0 in shape:
         return True
     wanted = dense_strides(shape, order)
@@ -148,13 +161,14 @@ def _move_hint(device: str, tensor: torch.Tensor) -> str:
 
 
 class InputCheck:
-    """Checks a request's tensors against their specs; built once per runner, called once per request.
+    """Checks a request's tensors against their specs; built once per runner, called once per
+    request.
 
     With `copies`, inputs of a device may be on the host, too.
 
     Raises:
-        ConfigError: A spec (which a user may have declared) means nothing: no such dtype or device, an order that is
-            none of its dimensions.
+        ConfigError: A spec (which a user may have declared) means nothing: no such dtype or device,
+            an order that is none of its dimensions.
     """
 
     def __init__(self, model: str, specs: Sequence[TensorSpec], *, copies: bool = False) -> None:
@@ -170,8 +184,9 @@ class InputCheck:
             {dim.symbol for s in specs for dim in s.shape if isinstance(dim, DynamicDim)}
         )
         index = {symbol: i for i, symbol in enumerate(self._symbols)}
-        # Per input, in the order in which they are compared: dtype, the whole shape if it is static,
-        # the static sizes, the dynamic ones, rank, device type, device index, contiguous or the order, strides.
+        # Per input, in the order in which they are compared: dtype, the whole shape if it is
+        # static, the static sizes, the dynamic ones, rank, device type, device index, contiguous or
+        # the order, strides.
         self._plans = []
         for spec in specs:
             dtype, device = _understood(model, spec)
@@ -221,7 +236,9 @@ class InputCheck:
             )
 
     def __call__(self, tensors: list[torch.Tensor]) -> int:
-        """The bytes of the tensors when all fit; raises `InputMismatchError` for the first that does not."""
+        """The bytes of the tensors when all fit; raises `InputMismatchError` for the first that
+        does not.
+        """
         if len(tensors) != len(self._plans):
             raise InputMismatchError(
                 self.model,
@@ -232,7 +249,8 @@ class InputCheck:
             )
         bound = self._unbound.copy() if self._unbound else None
         plain = self._plain
-        for tensor, plan in zip(tensors, self._plans):  # noqa: B905 -- lengths are equal, this is hot
+        # Lengths are equal, this is hot.
+        for tensor, plan in zip(tensors, self._plans):  # noqa: B905
             (
                 dtype,
                 fixed,
@@ -439,7 +457,8 @@ def declared(what: str, inputs: object) -> tuple[TensorSpec, ...]:
     for index, spec in enumerate(inputs):
         if not isinstance(spec, TensorSpec):
             raise ConfigError(f"{what}[{index}]: expected a TensorSpec, got {brief(spec)}.")
-        spec = checked_struct(spec, f"{what}[{index}].")  # noqa: PLW2901 -- the same, as plain values
+        # The same, as plain values.
+        spec = checked_struct(spec, f"{what}[{index}].")  # noqa: PLW2901
         for dim in spec.shape:
             least, most = (dim, dim) if isinstance(dim, int) else (dim.min, dim.max)
             if least < 0 or (most is not None and not least <= most < 1 << 62):

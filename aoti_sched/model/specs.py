@@ -1,8 +1,9 @@
 """What a model takes and gives: specs of its inputs, outputs and constants.
 
-Where the specs come from, in this order (`SpecSource`): metadata that `compile_package` wrote into the
-package; what the user declared at load; what the packaged wrapper source states; otherwise nothing but
-the number of inputs. Specs are msgspec Structs, so they can be stored in a package and cross a wire.
+Where the specs come from, in this order (`SpecSource`): metadata that `compile_package` wrote into
+the package; what the user declared at load; what the packaged wrapper source states; otherwise
+nothing but the number of inputs. Specs are msgspec Structs, so they can be stored in a package and
+cross a wire.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class DynamicDim(msgspec.Struct, frozen=True, tag="dynamic"):
     """A dimension whose size may differ between requests: `scale * symbol + offset`.
 
     Dimensions with the same symbol agree within a request. `min` and `max` bound the size itself
-    (`max` None: unbounded). `reason` says why `min` is what it is, where running the model showed it ("" otherwise).
+    (`max` None: unbounded). `reason` says why `min` is what it is, where running the model showed
+    it ("" otherwise).
     """
 
     symbol: str
@@ -51,12 +53,12 @@ class DynamicDim(msgspec.Struct, frozen=True, tag="dynamic"):
 class TensorSpec(msgspec.Struct, frozen=True, tag="tensor"):
     """One tensor input or output.
 
-    `dtype` is torch's name without the prefix ("float32"). `shape` holds a number for a static size.
-    `order` lists the dimensions from the outermost to the innermost in memory of a dense tensor:
-    (0, 1, 2, 3) is contiguous, (0, 2, 3, 1) is channels-last; None when unknown (nothing is checked).
-    `strides` are those of a tensor that is not dense (an expanded, sliced or overlapping view), in elements: the
-    compiled code uses exactly them. A `DynamicDim` stands for one that depends on a size. None for a dense tensor, and
-    where they are unknown.
+    `dtype` is torch's name without the prefix ("float32"). `shape` holds a number for a static
+    size. `order` lists the dimensions from the outermost to the innermost in memory of a dense
+    tensor: (0, 1, 2, 3) is contiguous, (0, 2, 3, 1) is channels-last; None when unknown (nothing is
+    checked). `strides` are those of a tensor that is not dense (an expanded, sliced or overlapping
+    view), in elements: the compiled code uses exactly them. A `DynamicDim` stands for one that
+    depends on a size. None for a dense tensor, and where they are unknown.
     """
 
     name: str
@@ -78,13 +80,17 @@ class LiteralSpec(msgspec.Struct, frozen=True, tag="literal"):
 
 
 class IntegerSpec(msgspec.Struct, frozen=True, tag="integer"):
-    """An output computed from dynamic sizes; the runtime returns a 0-dim tensor, the caller gets an int."""
+    """An output computed from dynamic sizes; the runtime returns a 0-dim tensor, the caller gets an
+    int.
+    """
 
     name: str
 
 
 class FloatSpec(msgspec.Struct, frozen=True, tag="float"):
-    """An output number computed from dynamic sizes or a tensor's value (`.item()`); the caller gets a float."""
+    """An output number computed from dynamic sizes or a tensor's value (`.item()`); the caller gets
+    a float.
+    """
 
     name: str
 
@@ -104,7 +110,9 @@ COMPUTED: dict[type, type[int | float | bool]] = {
     FloatSpec: float,
     BoolSpec: bool,
 }
-"""Kinds of computed outputs that are no tensors, and what the caller gets for the runtime's 0-dim tensor."""
+"""Kinds of computed outputs that are no tensors, and what the caller gets for the runtime's 0-dim
+tensor.
+"""
 
 
 class BatchDim(msgspec.Struct, frozen=True):
@@ -116,10 +124,12 @@ class BatchDim(msgspec.Struct, frozen=True):
 
 
 class ExampleSpec(msgspec.Struct, frozen=True):
-    """One tensor of the example that a model was compiled with, as far as making another like it takes.
+    """One tensor of the example that a model was compiled with, as far as making another like it
+    takes.
 
-    `low` and `high` are the least and the greatest value (None where there is none: empty, NaN, complex). `values` holds all
-    values in flattening order where they are few integers or booleans (lengths, indices), which random ones could not replace.
+    `low` and `high` are the least and the greatest value (None where there is none: empty, NaN,
+    complex). `values` holds all values in flattening order where they are few integers or booleans
+    (lengths, indices), which random ones could not replace.
     """
 
     shape: tuple[int, ...]
@@ -131,7 +141,8 @@ class ExampleSpec(msgspec.Struct, frozen=True):
 class RowEvidence(msgspec.Struct, frozen=True):
     """What was found when rows were run alone, together and in another order.
 
-    `independent` is None where that could not be found out. `reason` says what was compared, or what was in the way.
+    `independent` is None where that could not be found out. `reason` says what was compared, or
+    what was in the way.
     """
 
     independent: bool | None
@@ -141,9 +152,10 @@ class RowEvidence(msgspec.Struct, frozen=True):
 class WeightName(msgspec.Struct, frozen=True, omit_defaults=True):
     """One name of a module's state: a parameter, a buffer, or whatever else its `state_dict()` has.
 
-    `same_as` is the first name of the same tensor, where that is another one (tied weights). A name that is not
-    `persistent` is a buffer that `state_dict()` leaves out. A name is `used` where the compiled graph computes with its
-    value. `digest` is of a used value that is small enough to be compiled into the code ("" otherwise).
+    `same_as` is the first name of the same tensor, where that is another one (tied weights). A name
+    that is not `persistent` is a buffer that `state_dict()` leaves out. A name is `used` where the
+    compiled graph computes with its value. `digest` is of a used value that is small enough to be
+    compiled into the code ("" otherwise).
     """
 
     name: str
@@ -156,12 +168,13 @@ class WeightName(msgspec.Struct, frozen=True, omit_defaults=True):
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """All that `compile_package` knows of a model; stored as JSON in the package.
 
-    `inputs` and `outputs` are the leaves of the call spec in flattening order. `parameters` names the
-    module's positional parameters. `threads` is the number of intra-op threads compiled in. `frozen`
-    says that inductor's freezing folded the weights into the code, so they can't be updated live.
-    `mutates_buffers` says that instances share state and must run one at a time. `mutated_inputs` names the inputs that a run
-    writes to (None: not known). `rows` says whether rows influence each other (None: not probed). `examples` has one entry for
-    each tensor input. `sizes_probed` says that the least sizes of dynamic dimensions were found by running the model.
+    `inputs` and `outputs` are the leaves of the call spec in flattening order. `parameters` names
+    the module's positional parameters. `threads` is the number of intra-op threads compiled in.
+    `frozen` says that inductor's freezing folded the weights into the code, so they can't be
+    updated live. `mutates_buffers` says that instances share state and must run one at a time.
+    `mutated_inputs` names the inputs that a run writes to (None: not known). `rows` says whether
+    rows influence each other (None: not probed). `examples` has one entry for each tensor input.
+    `sizes_probed` says that the least sizes of dynamic dimensions were found by running the model.
     `weights` has all names of the module's state (empty: not recorded).
     """
 
@@ -182,10 +195,11 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ConstantSpec(msgspec.Struct, frozen=True):
-    """One constant of a container: a parameter, a buffer, a tensor constant, or one folded from others.
+    """One constant of a container: a parameter, a buffer, a tensor constant, or one folded from
+    others.
 
-    `name` is the runtime's internal name, `fqn` the module's own. `bytes` counts the data. `shape` is
-    None where the model's C ABI cannot tell it.
+    `name` is the runtime's internal name, `fqn` the module's own. `bytes` counts the data. `shape`
+    is None where the model's C ABI cannot tell it.
     """
 
     name: str
@@ -213,7 +227,10 @@ def row_symbols(specs: Iterable[LeafSpec], dim: int) -> list[str]:
 
 
 def with_one_symbol(leaves: Sequence[_Leaf], old: str, new: str) -> tuple[_Leaf, ...]:
-    """The leaves with one symbol in the place of two. Where both stood, the narrower bounds hold."""
+    """The leaves with one symbol in the place of two.
+
+    Where both stood, the narrower bounds hold.
+    """
     mentions = re.compile(rf"\b{re.escape(old)}\b")
     both = [
         dim
@@ -265,7 +282,8 @@ def spec_from_metadata(metadata: dict[str, str]) -> ModelSpec | None:
     return spec if spec.version == 1 else None
 
 
-# --- what the packaged wrapper source states ---------------------------------------------------------
+# --- what the packaged wrapper source states
+# ---------------------------------------------------------
 
 _CHECK = re.compile(
     r"static void check_input_(\d+)\(\s*AtenTensorHandle\* input_handles\s*\)\s*\{(.*?)\n\}",
@@ -289,11 +307,13 @@ _DTYPES = {
 
 
 def specs_from_wrapper(source: str) -> tuple[TensorSpec, ...] | None:
-    """Input specs as the generated `*.wrapper.cpp` states them in `check_input_N` and `assert_size_stride`.
+    """Input specs as the generated `*.wrapper.cpp` states them in `check_input_N` and
+    `assert_size_stride`.
 
-    Least sizes are those that the source states. Where they come from a symbol of at least 2, they may be the exporter's
-    0/1 specialization and no need of the code (pytorch/pytorch#196131 and #169430); running the model shows that.
-    Returns None when the source states nothing that is understood; a partly understood one would check partly and so lull.
+    Least sizes are those that the source states. Where they come from a symbol of at least 2, they
+    may be the exporter's 0/1 specialization and no need of the code (pytorch/pytorch#196131 and
+    #169430); running the model shows that. Returns None when the source states nothing that is
+    understood; a partly understood one would check partly and so lull.
     """
     sizes = {name: (shape, strides) for name, shape, strides in _SIZES.findall(source)}
     specs: dict[int, TensorSpec] = {}
@@ -349,7 +369,8 @@ _Product = tuple[int, tuple[str, ...]]  # a number times symbols, these in alpha
 
 
 def _wrapper_order(sizes: list[str], strides: list[str]) -> tuple[int, ...] | None:
-    """The memory order in which the stated strides make a dense tensor, found from the innermost dimension out.
+    """The memory order in which the stated strides make a dense tensor, found from the innermost
+    dimension out.
 
     None when they make none, or when it can't be told because an expression is no plain product.
     """
@@ -357,7 +378,8 @@ def _wrapper_order(sizes: list[str], strides: list[str]) -> tuple[int, ...] | No
     left = list(range(len(sizes)))
     step: _Product | None = (1, ())
     while left:
-        # Of several that would do, the last: a size of 1 has any stride, and the usual order is wanted then.
+        # Of several that would do, the last: a size of 1 has any stride, and the usual order is
+        # wanted then.
         fits = [dim for dim in left if sizes[dim] in ("1", "1L") or _product(strides[dim]) == step]
         if step is None or not fits:
             return None
@@ -380,7 +402,10 @@ _GROUPING = re.compile(r"static_cast<\w+>|[()]")
 
 
 def _product(expression: str) -> _Product | None:
-    """The number and the symbols that are multiplied. Torch casts the square of a symbol: `16L*(static_cast<int64_t>(s27*s27))`."""
+    """The number and the symbols that are multiplied.
+
+    Torch casts the square of a symbol: `16L*(static_cast<int64_t>(s27*s27))`.
+    """
     number = 1
     symbols = []
     # In a product brackets mean nothing, and a sum is no factor without them either.

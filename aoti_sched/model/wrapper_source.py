@@ -1,7 +1,8 @@
-"""What the generated `*.wrapper.cpp` of a package shows of a model's writes: to its buffers, and to its inputs.
+"""What the generated `*.wrapper.cpp` of a package shows of a model's writes: to its buffers, and to
+its inputs.
 
-Pure text. Everything that is not understood counts as unknown, never as harmless. What the source states of inputs' shapes is
-read in `specs.py`.
+Pure text. Everything that is not understood counts as unknown, never as harmless. What the source
+states of inputs' shapes is read in `specs.py`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from aoti_sched.model.specs import ConstantSpec, ModelSpec
 class Writes(msgspec.Struct, frozen=True):
     """Who is written to during a run: True, False, or None where the source does not show it.
 
-    `constants` has an entry for each constant by FQN, `inputs` one for each input in its order. `buffers` names the constants that
-    are buffers of the module.
+    `constants` has an entry for each constant by FQN, `inputs` one for each input in its order.
+    `buffers` names the constants that are buffers of the module.
     """
 
     constants: dict[str, bool | None]
@@ -54,14 +55,17 @@ MAY_WRITE = "it has buffers, and its package does not say whether it writes to t
 def writes_to_buffers(
     own: ModelSpec | None, wrapper: str | None, constants: Sequence[ConstantSpec] = ()
 ) -> str:
-    """Why a model counts as one that writes to its buffers; "" where it does not. One rule for all that depends on it.
+    """Why a model counts as one that writes to its buffers; "" where it does not.
+
+    One rule for all that depends on it.
 
     A model that has buffers and does not say whether it writes to them counts as writing.
 
     Args:
         own: What `compile_package` says of it.
         wrapper: Its wrapper source.
-        constants: Of the loaded container; with neither of the others, they alone tell whether there are buffers.
+        constants: Of the loaded container; with neither of the others, they alone tell whether
+            there are buffers.
 
     Returns:
         `WRITES`, `MAY_WRITE` or "".
@@ -77,7 +81,8 @@ def writes_to_buffers(
     return MAY_WRITE if unknown else ""
 
 
-# --- reading ------------------------------------------------------------------------------------------
+# --- reading
+# ------------------------------------------------------------------------------------------
 
 _BODY = re.compile(
     r"^\s*void AOTInductorModel::run_impl\((.*?)^\} // AOTInductorModel::run_impl",
@@ -88,7 +93,8 @@ _BOUND = re.compile(r"auto& (\w+) = constants_->at\((\d+)\);")
 _INPUT = re.compile(r"auto (\w+) = std::move\(inputs\[(\d+)\]\);")
 _FQN = re.compile(r'constants_info_\[(\d+)\]\.original_fqn = "([^"\n]*)";')
 _BUFFER = re.compile(
-    r"constants_info_\[(\d+)\]\.type = static_cast<int32_t>\(torch::aot_inductor::ConstantType::Buffer\);"
+    r"constants_info_\[(\d+)\]\.type = "
+    r"static_cast<int32_t>\(torch::aot_inductor::ConstantType::Buffer\);"
 )
 _READS = (
     r"auto& {0} = constants_->at\(\d+\);",
@@ -112,7 +118,9 @@ def _body(source: str) -> str | None:
 
 
 def _triton_parameters(source: str) -> dict[str, list[str]]:
-    """Parameters' names of the functions that launch a device's kernels; in_ptr0, out_ptr0, in_out_ptr0 say what is done."""
+    """Parameters' names of the functions that launch a device's kernels; in_ptr0, out_ptr0,
+    in_out_ptr0 say what is done.
+    """
     found = {}
     for name, parameters in _DECLARED.findall(source):
         found[name] = [
@@ -169,7 +177,8 @@ def _use(statement: str, mention: re.Pattern[str], parameters: dict[str, list[st
     shim = _SHIM.fullmatch(function)
     if shim is None or shim[1] in _OPAQUE or "moving_avg" in shim[1]:
         return None
-    # As torch names its functions: add_ and fill__Scalar write to their first argument, mm_out does, all others to none.
+    # As torch names its functions: add_ and fill__Scalar write to their first argument, mm_out
+    # does, all others to none.
     in_place = (
         shim[1].endswith("_") or "__" in shim[1].lstrip("_") or re.search(r"_out(_|$)", shim[1])
     )
