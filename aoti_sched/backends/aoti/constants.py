@@ -1,8 +1,11 @@
 """What a container's constants are, and whether tensors may take their place.
 
-The runtime copies as many bytes as the caller's tensor has storage, with the caller's strides, and checks
-nothing: a wrong dtype or shape smashes the heap, and other strides than the compiled ones are read as if they
-were those. So each tensor is checked here, and laid out as the compiled code expects it, before C sees it.
+The runtime copies as many bytes as the caller's tensor has storage, with the caller's strides, and
+checks
+nothing: a wrong dtype or shape smashes the heap, and other strides than the compiled ones are read
+    as if they
+were those. So each tensor is checked here, and laid out as the compiled code expects it, before C
+sees it.
 """
 
 from __future__ import annotations
@@ -24,17 +27,23 @@ from aoti_sched.model.specs import ConstantSpec, WeightName
 from aoti_sched.model.weight_names import DIGEST_LIMIT, digest_of
 
 SURPLUS_LIMIT = 200_000
-"""Names that fit no constant; whoever brings more is not read to the end. The largest checkpoints there are have 100,000."""
+"""Names that fit no constant; whoever brings more is not read to the end.
+
+The largest checkpoints there are have 100,000.
+"""
 
 TYPES = ("unknown", "parameter", "buffer", "constant", "folded")
-"""`torch::aot_inductor::ConstantType`, in its order. A "constant" is a tensor that tracing made or found."""
+"""`torch::aot_inductor::ConstantType`, in its order.
+
+A "constant" is a tensor that tracing made or found.
+"""
 
 
 class Constant(NamedTuple):
     """One constant of a container.
 
-    `capacity` is what the runtime reserves for it, in bytes: on a CPU the data rounded up to 64. `stride` is
-    the one compiled in; None, like the shape, while the container has no weights.
+    `capacity` is what the runtime reserves for it, in bytes: on a CPU the data rounded up to 64.
+    `stride` is the one compiled in; None, like the shape, while the container has no weights.
     """
 
     spec: ConstantSpec
@@ -50,7 +59,8 @@ class Constant(NamedTuple):
 def select(
     model: str, constants: Sequence[Constant], tensors: Mapping[str, torch.Tensor], *, full: bool
 ) -> list[tuple[Constant, torch.Tensor]]:
-    """Pair constants with the tensors given for them, by the module's own names (FQNs) or the runtime's.
+    """Pair constants with the tensors given for them, by the module's own names (FQNs) or the
+    runtime's.
 
     Raises:
         LoadError: a name is unknown, or belongs to a constant that is folded from others.
@@ -69,20 +79,24 @@ def select(
     for constant, _ in pairs:
         if constant.spec.folded:
             raise LoadError(
-                f"{model}: {constant.spec.fqn!r} is computed from other constants; set those instead"
+                f"{model}: {constant.spec.fqn!r} is computed from other constants; set those "
+                "instead"
             )
     given = {constant.spec.name for constant, _ in pairs}
     missing = [c.spec.fqn for c in constants if c.spec.name not in given and required(c.spec)]
     if full and missing:
         raise MissingWeightsError(
-            f"{model}: an update needs every parameter and buffer, and lacks {shortened(map(repr, missing))}. A partial set, "
+            f"{model}: an update needs every parameter and buffer, and lacks "
+            f"{shortened(map(repr, missing))}. A partial set, "
             "once swapped in, ends the process."
         )
     return pairs
 
 
 def required(spec: ConstantSpec) -> bool:
-    """Whether a full set must have it: a module's parameters and buffers, and not what the compiler made."""
+    """Whether a full set must have it: a module's parameters and buffers, and not what the compiler
+    made.
+    """
     return spec.type not in ("folded", "constant")
 
 
@@ -130,7 +144,9 @@ class Names:
         return name in self._unused
 
     def digest(self, name: str) -> str | None:
-        """The digest of a value that is part of the compiled code, "" where there is none; None for other names."""
+        """The digest of a value that is part of the compiled code, "" where there is none; None for
+        other names.
+        """
         return self._digests.get(name)
 
     def keeps(self, fqn: str) -> bool:
@@ -158,7 +174,10 @@ class Chosen:
         self._tensors: dict[str, list[tuple[str, torch.Tensor]]] = {}
 
     def read(self) -> None:
-        """Read the bytes of what comes from files. Under each constant's FQN: each tensor that was offered for it, once.
+        """Read the bytes of what comes from files, and copy tensors of users' own classes to plain
+        ones.
+
+        Each tensor that was offered for a constant is kept once, under the constant's FQN.
 
         Raises:
             WeightsFileError: They can't be read.
@@ -177,13 +196,16 @@ class Chosen:
             raise ConstantMismatchError(self._model, tuple(faults))
         for fqn, each in self._offered.items():
             places = {one.place: one for one in reversed(each)}
-            self._tensors[fqn] = [(one.name, one.read()) for one in reversed(places.values())]
+            self._tensors[fqn] = [
+                (one.name, as_plain(one.read())) for one in reversed(places.values())
+            ]
 
     def values(self, *, check_finite: bool) -> dict[str, torch.Tensor]:
         """What was read, by FQN.
 
         Raises:
-            ConstantMismatchError: Tied names bring different values, or values are not finite and must be.
+            ConstantMismatchError: Tied names bring different values, or values are not finite and
+                must be.
         """
         faults: list[tuple[str, str]] = []
         for fqn, ((first, tensor), *others) in self._tensors.items():
@@ -194,7 +216,10 @@ class Chosen:
                     faults.append(
                         (
                             name,
-                            f"is the same tensor as {clipped(repr(first), 100)}, and has other values",
+                            (
+                                f"is the same tensor as {clipped(repr(first), 100)}, and has other "
+                                "values"
+                            ),
                         )
                     )
         if faults:
@@ -223,8 +248,8 @@ def choose(
         device_type: Where it runs.
         partial: Whether constants may be left out.
         strict: Whether a name that neither the model nor its module has is a fault.
-        active: Whether the model has values already, so that those of its own (made by the compiler, buffers that no
-            state dict has) can be left out.
+        active: Whether the model has values already, so that those of its own (made by the
+            compiler, buffers that no state dict has) can be left out.
 
     Raises:
         ConstantMismatchError: with everything that is wrong with the set, and not just the first.
@@ -257,7 +282,10 @@ def choose(
             faults.append(
                 (
                     name,
-                    f"is one of more than {SURPLUS_LIMIT} names that fit nothing; no more were read",
+                    (
+                        f"is one of more than {SURPLUS_LIMIT} names that fit nothing; no more were "
+                        "read"
+                    ),
                 )
             )
             raise ConstantMismatchError(model, tuple(faults))
@@ -311,6 +339,21 @@ def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one, other)
 
 
+def as_plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a host tensor of a user's own class as a copy that is a plain tensor; others as they
+    are.
+
+    The class's code runs here, where the reading of a source can be abandoned, and not in later
+    steps.
+    """
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter) or not tensor.is_cpu:
+        return tensor
+    plain = torch.empty(tensor.shape, dtype=tensor.dtype)
+    with torch.no_grad():
+        plain.copy_(tensor)
+    return plain
+
+
 def _is_finite(tensor: torch.Tensor) -> bool:
     values = tensor.detach()
     if not (values.is_floating_point() or values.is_complex()):
@@ -328,7 +371,10 @@ def check(model: str, constant: Constant, tensor: torch.Tensor, device_type: str
 
 
 def problem(constant: Constant, tensor: torch.Tensor, device_type: str) -> str:
-    """Why the tensor can't be this constant; "" when it can. A CPU tensor may be one on any device."""
+    """Why the tensor can't be this constant; "" when it can.
+
+    A CPU tensor may be one on any device.
+    """
     spec = constant.spec
     problem = ""
     if tensor.layout != torch.strided or tensor.is_quantized:
@@ -343,7 +389,8 @@ def problem(constant: Constant, tensor: torch.Tensor, device_type: str) -> str:
 
 
 def laid_out(model: str, constant: Constant, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in the compiled strides, at offset 0 of a storage that holds nothing else: itself, or a copy.
+    """The tensor in the compiled strides, at offset 0 of a storage that holds nothing else: itself,
+    or a copy.
 
     Raises LoadError when that is more than the runtime has room for.
     """
