@@ -79,7 +79,7 @@ class Grouping:
         ) if self._alike else 0
 
     def padded(self, rows: int) -> int:
-        """With how many rows the model is run for so many."""
+        """Return how many rows the model is run with for a number of requested rows."""
         sizes = self.sizes
         place = bisect_left(sizes, rows)
         return sizes[place] if place < len(sizes) else rows
@@ -241,7 +241,10 @@ def must_be_independent(name: str, rows: RowEvidence) -> None:
         return
     reason = rows.reason.rstrip(".")
     if rows.independent is None:
-        reason = f"nothing shows that its rows do not influence each other ({reason}). Give load() warmup_inputs= that it can be run on"
+        reason = (
+            f"nothing shows that its rows do not influence each other ({reason}). "
+            "Give load() warmup_inputs= that it can be run on"
+        )
     raise _impossible(
         name, f"{reason}; if you know better, say so: Batching(assume_independent=True)"
     )

@@ -214,7 +214,7 @@ class ExportedCallSpec:
     def _bind(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional parameters given by name are put in their places; anything else is a misfit."""
+        """Put positional parameters that were given by name in their places; refuse all else."""
         kwargs = dict(kwargs)
         names = self._parameters[len(args) : self._positional]
         if len(args) + len(names) == self._positional and all(name in kwargs for name in names):

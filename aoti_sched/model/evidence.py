@@ -3,7 +3,7 @@
 Every function takes `run`, a callable from input tensors to output tensors. It may be an eager
 module or a compiled model. No function here knows how a model is loaded, and none changes torch's
 random state. torch is imported when a function is called. A function never catches what ends a
-process: whoever runs unknown code on unusual sizes does so in a child process.
+process: run unknown code on unusual sizes in a child process only.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def tensors_like(
         example = examples[index] if index < len(examples) else ExampleSpec(())
         dtype = getattr(torch, spec.dtype)
         values = _values(shape, dtype, example, generator)
-        tensors.append(laid_out(values, spec).to(spec.device))
+        tensors.append(with_layout(values, spec).to(spec.device))
     return tensors
 
 
@@ -129,7 +129,7 @@ def _values(
     return values.to(dtype)
 
 
-def laid_out(values: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+def with_layout(values: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
     """The same values in memory as the spec wants them: its order, or its strides.
 
     Sizes of an expanded tensor agree afterwards.
@@ -327,7 +327,7 @@ def row_evidence(
         draw: Gives inputs for a seed, of the same sizes each time and at least 2 rows; different
             rows must differ.
         dim: The dimension in which every tensor input and output has its rows.
-        least: The fewest rows that the model takes; "alone" means in groups of so many.
+        least: The fewest rows that the model takes; "alone" means in groups of this size.
         tolerance: As `tolerance_of` gives it.
         draws: Draws after the first one that must differ, too, before rows count as dependent;
             rounding may tip a single one.

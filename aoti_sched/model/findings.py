@@ -94,7 +94,7 @@ def separated(args: tuple[Any, ...], kwargs: dict[str, Any], module: Any) -> tup
 
 
 class Stated:
-    """The least sizes that the user stated in `dynamic`; `Dim.AUTO` and `Dim.DYNAMIC` state none."""
+    """The least sizes that `dynamic` states; `Dim.AUTO` and `Dim.DYNAMIC` state none."""
 
     def __init__(self, dynamic: Any) -> None:
         from torch.utils import _pytree as pytree
@@ -247,7 +247,7 @@ class Findings:
         return found
 
     def try_sizes(self) -> None:
-        """Run the module and the exported program on sizes of 0, 1 and 2 in each dynamic dimension."""
+        """Run the module and its program on sizes of 0, 1 and 2 in each dynamic dimension."""
         self._try(self._exported, self._wanted())
 
     # --- after compiling

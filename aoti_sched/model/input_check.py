@@ -387,7 +387,10 @@ class InputCheck:
             s == 1 or g == w for s, g, w in zip(shape, given, wanted, strict=True)
         ):
             return
-        hint = f"The model was compiled for such a view: torch.empty_strided({shape}, {wanted}).copy_(tensor)."
+        hint = (
+            "The model was compiled for such a view: "
+            f"torch.empty_strided({shape}, {wanted}).copy_(tensor)."
+        )
         if 0 in wanted:
             single = ", ".join(":1" if step == 0 else ":" for step in wanted)
             hint = f"The model was compiled for an expanded view: tensor[{single}].expand({shape})."
@@ -426,7 +429,10 @@ class InputCheck:
         if size < wanted.min or (wanted.max is not None and size > wanted.max):
             top = "at least" if wanted.max is None else f"{wanted.min} to {wanted.max}"
             expected = f"{top} {wanted.min}" if wanted.max is None else top
-            why = "The range was fixed when the model was compiled; beyond it the code reads past its buffers."
+            why = (
+                "The range was fixed when the model was compiled; beyond it the code reads past "
+                "its buffers."
+            )
             if wanted.reason and size < wanted.min:
                 why = f"{wanted.reason[0].upper()}{wanted.reason[1:].rstrip('.')}."
             self._fail(spec, f"size {expected} at dimension {dim} of {spec}", f"{size}", why)

@@ -212,7 +212,7 @@ class ConstantSpec(msgspec.Struct, frozen=True):
 
 
 def row_symbols(specs: Iterable[LeafSpec], dim: int) -> list[str]:
-    """The symbols that stand alone for a tensor's size in this dimension, in order of appearance."""
+    """Return the symbols that are a tensor's whole size in this dimension, in order."""
     sizes = [
         spec.shape[dim]
         for spec in specs
@@ -271,7 +271,7 @@ def spec_to_metadata(spec: ModelSpec) -> dict[str, str]:
 
 
 def spec_from_metadata(metadata: dict[str, str]) -> ModelSpec | None:
-    """The `ModelSpec` in a package's metadata; None where there is none, or one of a newer format."""
+    """Return the `ModelSpec` in a package's metadata; None without one, or for a newer format."""
     text = metadata.get(METADATA_KEY)
     if text is None:
         return None
@@ -297,7 +297,8 @@ _NAME = re.compile(r"ConstantHandle (\w+) = ConstantHandle\(input_handles\[\d+\]
 _SIZES = re.compile(r"assert_size_stride\((\w+), \{([^}]*)\}, \{([^}]*)\}, \"input\"\)")
 _DEVICE = re.compile(r"_expected_device_type << \"\d+\((\w+)")
 _DTYPES = {
-    "Float": "float32", "Double": "float64", "Half": "float16", "BFloat16": "bfloat16", "Byte": "uint8",
+    "Float": "float32", "Double": "float64", "Half": "float16", "BFloat16": "bfloat16",
+    "Byte": "uint8",
     "Char": "int8", "Short": "int16", "Int": "int32", "Long": "int64", "Bool": "bool",
     "UInt16": "uint16", "UInt32": "uint32", "UInt64": "uint64",
     "ComplexHalf": "complex32", "ComplexFloat": "complex64", "ComplexDouble": "complex128",

@@ -1,11 +1,11 @@
 """What a package says about its models, read without torch and without loading native code.
 
-A package is a `.pt2` file, which is a zip that may hold several models, or a bare `.so`. This room reads
-it, describes each model, and puts a model's files where the loader can map them. It imports nothing
-heavier than msgspec, and loads, unpickles and runs nothing. Its helpers: `archive` (bytes that are
-verified), `library` (a bare library's companions), `sources` (facts in generated C++),
-`platform` (this machine), `cache` (the unpacked files), `manifest` (what was unpacked), `trust` (who else
-can write to a path).
+A package is a `.pt2` file, which is a zip that may hold several models, or a bare `.so`. This room
+reads it, describes each model, and puts a model's files where the loader can map them. It imports
+nothing heavier than msgspec, and loads, unpickles and runs nothing. Its helpers: `archive` (bytes
+that are verified), `library` (a bare library's companions), `sources` (facts in generated C++),
+`platform` (this machine), `cache` (the unpacked files), `manifest` (what was unpacked), `trust`
+(which other users can write to a path).
 
 A package is native code: reading it here is safe, loading it is running it.
 """

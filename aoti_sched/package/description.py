@@ -22,7 +22,10 @@ class WeightsLocation(enum.Enum):
     ABSENT = "absent"
     """Nowhere in the package: until the caller gives all of them, a run would crash the process."""
     UNKNOWN = "unknown"
-    """The package does not say (a bare library without its sources). The loaded library can be asked."""
+    """The package does not say (a bare library without its sources).
+
+    The loaded library can be asked.
+    """
 
 
 class PackagedModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,22 +47,30 @@ class PackagedModel(msgspec.Struct, frozen=True, kw_only=True):
     machine: str
     """As in `platform.machine()`, in one spelling: x86_64, aarch64."""
     cpu_isa: frozenset[str]
-    """By torch's names, such as AVX2 and AVX512. A lower bound: unless told otherwise, torch lets the C++ compiler
-    use everything the compiling CPU has (`-march=native`), and does not record what that was."""
+    """By torch's names, such as AVX2 and AVX512.
+
+    A lower bound: unless told otherwise, torch lets the C++ compiler use everything the compiling
+    CPU has (`-march=native`), and does not record what that was.
+    """
     weights: WeightsLocation
     constant_bytes: int
-    """Of all constants together, those computed from others included; 0 when it is not known, too."""
+    """Of all constants together, those computed from others included; 0 when it is not known, too.
+    """
     needs_proxy_executor: bool
     """It calls operators (or holds objects) that only a proxy executor of torch can reach."""
     thread_limit: int | None
-    """With more threads than this in a run, CPU kernels write beyond their buffers. None: no kernel sets a limit.
-    Without sources it is 1, which every kernel bears."""
+    """With more threads than this in a run, CPU kernels write beyond their buffers.
+
+    None: no kernel sets a limit. Without sources it is 1, which every kernel bears.
+    """
     fixed_threads: int | None
     """As many threads run in a kernel whatever is set at run time. None: no kernel insists."""
 
 
 class StoredWeight(msgspec.Struct, frozen=True):
-    """One constant in a file written by torch.save: a view of the tensor there. Several may share a file.
+    """One constant in a file written by torch.save: a view of the tensor there.
+
+    Several may share a file.
 
     `shape` and `stride` count elements, as does `offset` from the start of the storage.
     """
@@ -71,10 +82,16 @@ class StoredWeight(msgspec.Struct, frozen=True):
 
 
 class Extracted(msgspec.Struct, frozen=True):
-    """A model's files, unpacked. They are shared with other processes and must not be written to."""
+    """A model's files, unpacked.
+
+    They are shared with other processes and must not be written to.
+    """
 
     directory: Path
-    """Holds the library and whatever it loads by name: GPU kernels, extern nodes, custom objects."""
+    """Holds the library and whatever it loads by name:
+
+    GPU kernels, extern nodes, custom objects.
+    """
     library: Path
     weights_blob: Path | None
     stored_weights: dict[str, StoredWeight]

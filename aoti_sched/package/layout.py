@@ -12,7 +12,8 @@ from aoti_sched.errors import PackageFormatError
 from aoti_sched.package.archive import MemberSource, ZipSource
 from aoti_sched.package.library import LIBRARY_SUFFIXES, LibrarySource
 
-# The top folder is the package's stem as it was when torch wrote it; before torch 2.7 there was none.
+# The top folder is the package's stem as it was when torch wrote it; before torch 2.7 there was
+# none.
 _MODEL_MEMBER = re.compile(
     r"(?P<root>(?:.*?/)?)data/aotinductor/(?P<model>[^/]+)/(?P<path>.+)", re.DOTALL
 )
@@ -33,7 +34,8 @@ class ModelLayout(msgspec.Struct, frozen=True, kw_only=True):
     weight_files: dict[str, str]
     """The pickled weights' members by the names that weights_config.json uses."""
     files: dict[str, str]
-    """What to unpack, pickled weights apart: for each path in the directory, the member it holds."""
+    """What to unpack, pickled weights apart: for each path in the directory, the member it holds.
+    """
 
 
 def zip_layouts(source: ZipSource) -> dict[str, ModelLayout]:
@@ -57,7 +59,8 @@ def zip_layouts(source: ZipSource) -> dict[str, ModelLayout]:
         )
     if len(roots) > 1:
         raise PackageFormatError(
-            f"{source.path} has models under several top folders: {', '.join(sorted(map(repr, roots)))}; refused.",
+            f"{source.path} has models under several top folders: "
+            f"{', '.join(sorted(map(repr, roots)))}; refused.",
             path=str(source.path),
         )
     (root,) = roots
@@ -67,7 +70,8 @@ def zip_layouts(source: ZipSource) -> dict[str, ModelLayout]:
 def _zip_layout(source: ZipSource, root: str, name: str, files: Mapping[str, str]) -> ModelLayout:
     library = _library_among(source.path, name, files)
     weights = _members_under(source, f"{root}data/weights/")
-    # torch's own loader puts custom objects beside the library, where the proxy executor looks for them.
+    # torch's own loader puts custom objects beside the library, where the proxy executor looks for
+    # them.
     constants = _members_under(source, f"{root}data/constants/")
     objects = {path: member for path, member in constants.items() if path.startswith("custom_obj_")}
     return _layout(name, library, {**objects, **files}, weights)
@@ -104,7 +108,9 @@ def _layout(
 
 
 def _wrapper_stem(library: str, files: Iterable[str]) -> str:
-    """What the names of the wrapper and its companions begin with: as the library's, unless it was given a name."""
+    """What the names of the wrapper and its companions begin with: as the library's, unless it was
+    given a name.
+    """
     stem = _stem(library)
     if f"{stem}_metadata.json" in files:
         return stem
@@ -117,7 +123,10 @@ def _wrapper_stem(library: str, files: Iterable[str]) -> str:
 
 
 def _library_among(path: Path, model: str, files: Iterable[str]) -> str:
-    """The model's own library. Kernels may be libraries too; only the model's has a wrapper's name or metadata."""
+    """The model's own library.
+
+    Kernels may be libraries too; only the model's has a wrapper's name or metadata.
+    """
     libraries = [file for file in files if file.endswith(LIBRARY_SUFFIXES) and "/" not in file]
     if len(libraries) > 1:
         libraries = [file for file in libraries if _stem(file).endswith(".wrapper")] or [
@@ -127,11 +136,13 @@ def _library_among(path: Path, model: str, files: Iterable[str]) -> str:
         return libraries[0]
     if libraries:
         raise PackageFormatError(
-            f"{path}: model {model!r} has several libraries: {', '.join(map(repr, sorted(libraries)))}.",
+            f"{path}: model {model!r} has several libraries: "
+            f"{', '.join(map(repr, sorted(libraries)))}.",
             path=str(path),
         )
     raise PackageFormatError(
-        f"{path}: model {model!r} has no shared library. It may hold sources only (package_cpp_only): compile it "
+        f"{path}: model {model!r} has no shared library. It may hold sources only "
+        "(package_cpp_only): compile it "
         "without that option.",
         path=str(path),
     )

@@ -12,7 +12,7 @@ import msgspec
 
 from aoti_sched.arguments import file_name
 from aoti_sched.errors import ModelNotFoundError, PackageFormatError, PackageHashError
-from aoti_sched.package.archive import FileDigest, Limits, ZipSource, read_member
+from aoti_sched.package.archive import FileDigest, ReadLimits, ZipSource, read_member
 from aoti_sched.package.cache import unpack
 from aoti_sched.package.description import (
     Extracted,
@@ -37,15 +37,16 @@ class _ExternNodes(msgspec.Struct):
 class Package:
     """A package that has been hashed and whose directory has been checked; made by `open_package`.
 
-    It holds no file open. Later reads are verified against the hash taken at the start, so everything that
-    comes out of one Package comes from the same bytes, or `PackageHashError` is raised.
+    It holds no file open. Later reads are verified against the hash taken at the start, so
+    everything that comes out of one Package comes from the same bytes, or `PackageHashError` is
+    raised.
     """
 
     def __init__(
         self,
         source: ZipSource | LibrarySource,
         sha256: str,
-        limits: Limits,
+        limits: ReadLimits,
         *,
         pinned: bool = False,
     ) -> None:
@@ -65,15 +66,18 @@ class Package:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The names of the models in it, sorted. A bare library's is its file name without the suffix."""
+        """The names of the models in it, sorted.
+
+        A bare library's is its file name without the suffix.
+        """
         return tuple(sorted(self._layouts))
 
     def model(self, name: str | None = None) -> PackagedModel:
         """The description of one model; nothing is extracted.
 
         Args:
-            name: which one. None takes the only one, or of several the one called "model", which is the
-                name torch gives when asked for none.
+            name: which one. None takes the only one, or of several the one called "model", which is
+                the name torch gives when asked for none.
 
         Raises:
             ModelNotFoundError: no such model, or several and none named; the message lists them.
@@ -85,7 +89,9 @@ class Package:
         return self._described[name]
 
     def wrapper_source(self, model: PackagedModel | str | None = None) -> str | None:
-        """The generated C++ wrapper, which states the inputs; None when the package does not bring it."""
+        """The generated C++ wrapper, which states the inputs; None when the package does not bring
+        it.
+        """
         layout = self._layout(model)
         return None if layout.wrapper is None else self._text(layout.wrapper)
 
@@ -94,12 +100,15 @@ class Package:
     ) -> Extracted:
         """Unpack a model's files into the cache, or find them there. Blocking.
 
-        The directory is named by the content, so the same package is unpacked once whatever it is called,
-        and a library that is mapped somewhere is never written to. A bare library is copied for the same
-        reason: the next build would overwrite it where it lies, and kill every process that has it mapped.
+        The directory is named by the content, so the same package is unpacked once whatever it is
+        called, and a library that is mapped somewhere is never written to. A bare library is copied
+        for the same
+        reason: the next build would overwrite it where it lies, and kill every process that has it
+            mapped.
 
-        What was unpacked earlier is read again when a file's size, times or inode changed, and compared with
-        the package in every byte when `open_package` was given `sha256=`. What is broken is unpacked anew.
+        What was unpacked earlier is read again when a file's size, times or inode changed, and
+        compared with the package in every byte when `open_package` was given `sha256=`. What is
+        broken is unpacked anew.
 
         Args:
             model: as in `model`.
@@ -199,14 +208,17 @@ class Package:
         )
 
     def _stored_weights(self, layout: ModelLayout) -> _StoredWeights:
-        """What weights_config.json lists. torch writes an empty one for a model without such weights."""
+        """What weights_config.json lists. torch writes an empty one for a model without such
+        weights.
+        """
         if layout.weights_config is None:
             return {}
         stored = self._json(layout.weights_config, _StoredWeights)
         for fqn, (file, _, _, _) in stored.items():
             if file not in layout.weight_files:
                 raise PackageFormatError(
-                    f"{self.path}: {layout.weights_config!r} puts constant {fqn!r} into {file!r}, which is not there.",
+                    f"{self.path}: {layout.weights_config!r} puts constant {fqn!r} into {file!r}, "
+                    "which is not there.",
                     path=str(self.path),
                 )
         return stored
@@ -230,21 +242,24 @@ def open_package(
     path: str | os.PathLike[str],
     *,
     sha256: str | None = None,
-    limits: Limits | None = None,
+    limits: ReadLimits | None = None,
     contents: bytes | None = None,
 ) -> Package:
-    """Read a `.pt2` package's directory, or find a bare library's companions. Blocking; loads no code.
+    """Read a `.pt2` package's directory, or find a bare library's companions.
 
-    What the file is follows from its bytes, not from its name. The whole file is hashed, at a gigabyte or
-    two per second.
+    Blocking; loads no code.
+
+    What the file is follows from its bytes, not from its name. The whole file is hashed, at a
+    gigabyte or two per second.
 
     Args:
         path: the file.
-        sha256: its hash in hexadecimal. With any other, nothing of the file is parsed, unpacked or mapped.
-            For a bare library it speaks of the library alone, not of the files beside it.
+        sha256: its hash in hexadecimal. With any other, nothing of the file is parsed, unpacked or
+            mapped. For a bare library it speaks of the library alone, not of the files beside it.
             What was unpacked earlier is compared with the file at each `extract`.
         limits: what a package may claim; sizes in bytes.
-        contents: the file's bytes, where it is in memory and `path` only names it. A library there has no companions.
+        contents: the file's bytes, where it is in memory and `path` only names it. A library there
+            has no companions.
 
     Raises:
         PackageNotFoundError: there is no file.
@@ -253,7 +268,7 @@ def open_package(
         PackageError: the operating system refuses to read it.
     """
     path = Path(file_name("open_package(path)", path))
-    limits = Limits() if limits is None else limits
+    limits = ReadLimits() if limits is None else limits
     if sha256 is not None and re.fullmatch(r"[0-9a-fA-F]{64}", sha256) is None:
         raise PackageHashError(
             f"sha256= for {path}: expected 64 hexadecimal digits, got {sha256!r}.", path=str(path)
@@ -261,7 +276,8 @@ def open_package(
     digest = FileDigest(path, contents)
     if sha256 is not None and digest.sha256 != sha256.lower():
         raise PackageHashError(
-            f"{path}: expected sha256 {sha256.lower()}, got {digest.sha256}. Nothing of it was used; check where the "
+            f"{path}: expected sha256 {sha256.lower()}, got {digest.sha256}. Nothing of it was "
+            "used; check where the "
             "file comes from, or update the hash.",
             path=str(path),
         )

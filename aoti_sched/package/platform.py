@@ -14,8 +14,8 @@ from aoti_sched.errors import InstructionSetError, PlatformMismatchError
 if TYPE_CHECKING:
     from aoti_sched.package.description import PackagedModel
 
-# For each name in AOTI_CPU_ISA (torch/_inductor/cpu_vec_isa.py, in capitals), the flags of /proc/cpuinfo
-# that stand for the compiler options torch gives with it.
+# For each name in AOTI_CPU_ISA (torch/_inductor/cpu_vec_isa.py, in capitals), the flags of
+# /proc/cpuinfo that stand for the compiler options torch gives with it.
 _AVX512 = ("avx512f", "avx512dq", "avx512vl", "avx512bw", "fma")
 _FLAGS: dict[str, tuple[str, ...]] = {
     "AVX2": ("avx2", "fma", "f16c"),
@@ -36,17 +36,22 @@ _BASELINE = {"ppc64le": frozenset({"VSX"}), "aarch64": frozenset({"ASIMD", "NEON
 _MACHINES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
 
 KNOWN_ISA = frozenset(_FLAGS).union(*_BASELINE.values())
-"""The names that can be judged. A name from a later torch cannot, and is no reason to refuse a model."""
+"""The names that can be judged.
+
+A name from a later torch cannot, and is no reason to refuse a model.
+"""
 
 
 def spelled_machine(name: str | None = None) -> str:
-    """`name`, or this machine's own, in one spelling: x86_64 for amd64 and x64, aarch64 for arm64."""
+    """Return `name`, or this machine's, in one spelling: x86_64 for amd64, aarch64 for arm64."""
     name = (platform.machine() if name is None else name).lower()
     return _MACHINES.get(name, name)
 
 
 def parse_isa(text: str) -> frozenset[str]:
-    """The names in AOTI_CPU_ISA. torch's INVALID_VEC_ISA says that the model uses no vector instructions."""
+    """The names in AOTI_CPU_ISA. torch's INVALID_VEC_ISA says that the model uses no vector
+    instructions.
+    """
     return frozenset(text.split()) - {"INVALID_VEC_ISA"}
 
 
@@ -54,8 +59,8 @@ def parse_isa(text: str) -> frozenset[str]:
 def this_cpu_isa() -> frozenset[str] | None:
     """This CPU's instruction sets by torch's names; None where the system does not tell.
 
-    Linux tells in /proc/cpuinfo; on a machine with different cores, what all of them have counts. Elsewhere
-    only what the architecture itself includes is known, and otherwise nothing.
+    Linux tells in /proc/cpuinfo; on a machine with different cores, what all of them have counts.
+    Elsewhere only what the architecture itself includes is known, and otherwise nothing.
     """
     baseline = _BASELINE.get(spelled_machine())
     if sys.platform != "linux":
@@ -86,9 +91,9 @@ def parse_cpuinfo(text: str) -> frozenset[str] | None:
 def check_platform(model: PackagedModel, *, cpu_isa: frozenset[str] | None = None) -> None:
     """Refuse a model that was compiled for another system, machine or CPU than this one.
 
-    What the model does not say is not judged, nor are instruction sets where this system does not tell its
-    own (anything but Linux), nor names that a later torch may have introduced. Whether the model's device is
-    there is its backend's question.
+    What the model does not say is not judged, nor are instruction sets where this system does not
+    tell its own (anything but Linux), nor names that a later torch may have introduced. Whether the
+    model's device is there is its backend's question.
 
     Args:
         model: the model.
@@ -102,7 +107,8 @@ def check_platform(model: PackagedModel, *, cpu_isa: frozenset[str] | None = Non
     if model.platform not in ("", sys.platform) or model.machine not in ("", here):
         built = "/".join(filter(None, (model.platform, model.machine)))
         raise PlatformMismatchError(
-            f"{model.path}: model {model.name!r} was compiled for {built}, this is {sys.platform}/{here}. "
+            f"{model.path}: model {model.name!r} was compiled for {built}, this is "
+            f"{sys.platform}/{here}. "
             "Compile it here, or on a machine like this one.",
             path=model.path,
         )
@@ -112,10 +118,14 @@ def check_platform(model: PackagedModel, *, cpu_isa: frozenset[str] | None = Non
     missing = (model.cpu_isa & KNOWN_ISA) - available
     if missing:
         raise InstructionSetError(
-            f"{model.path}: model {model.name!r} was compiled for {_listed(model.cpu_isa)}, but this CPU has "
-            f"{_listed(available) or 'none of them'}: {_listed(missing)} is missing, and running it would kill the "
-            "process. Compile it on a CPU like this one, or for less, with both ATEN_CPU_CAPABILITY=avx2 (what torch "
-            "writes) and TORCHINDUCTOR_CPP_MARCH=x86-64-v3 (what the C++ compiler makes of it) set meanwhile.",
+            f"{model.path}: model {model.name!r} was compiled for {_listed(model.cpu_isa)}, but "
+            "this CPU has "
+            f"{_listed(available) or 'none of them'}: {_listed(missing)} is missing, and running "
+            "it would kill the "
+            "process. Compile it on a CPU like this one, or for less, with both "
+            "ATEN_CPU_CAPABILITY=avx2 (what torch "
+            "writes) and TORCHINDUCTOR_CPP_MARCH=x86-64-v3 (what the C++ compiler makes of it) set "
+            "meanwhile.",
             path=model.path,
         )
 

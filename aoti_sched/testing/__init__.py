@@ -1,4 +1,6 @@
-"""For testing your own application: a fake backend, a clock set by hand, pytest fixtures. Nothing is compiled.
+"""For testing your own application: a fake backend, a clock set by hand, pytest fixtures.
+
+Nothing is compiled.
 
     async def test_search_survives_a_slow_encoder(aoti_backend, aoti_clock, aoti_scheduler):
         aoti_backend.models["encoder"] = lambda text: [len(text)]
@@ -9,9 +11,9 @@
         with pytest.raises(aoti_sched.DeadlineExceededError):
             await answer
 
-A model is any function of the arguments your code passes to `run`. With `FakeBackend(auto=True)` it runs by
-itself, otherwise each `step()` finishes one run. The fixtures are found by pytest without an import;
-the scheduler and everything behind it but the backend are the real ones.
+A model is any function of the arguments your code passes to `run`. With `FakeBackend(auto=True)` it
+runs by itself, otherwise each `step()` finishes one run. The fixtures are found by pytest without
+an import; the scheduler and everything behind it but the backend are the real ones.
 """
 
 from aoti_sched.testing.backend import FakeBackend, settle

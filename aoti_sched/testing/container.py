@@ -23,7 +23,9 @@ class FakeCall:
         self.kwargs = kwargs
 
     def tensors(self) -> list[Any]:
-        """The tensors among the arguments, those in tuples, lists and dicts included: what declared specs are compared with."""
+        """The tensors among the arguments, those in tuples, lists and dicts included: what declared
+        specs are compared with.
+        """
         import torch
         from torch.utils import _pytree as pytree
 
@@ -47,8 +49,9 @@ class AnyCall:
 class FakeContainer:
     """A Python function in a container's place.
 
-    Its weights are a dict of any values, of which an update must give all; each counts as a byte. `faults` makes the next "stage", "fold",
-    "swap", "free_inactive", "rebuild", "park" or "unpark" fail with the error given for it.
+    Its weights are a dict of any values, of which an update must give all; each counts as a byte.
+    `faults` makes the next "stage", "fold", "swap", "free_inactive", "rebuild", "park" or "unpark"
+    fail with the error given for it.
     """
 
     def __init__(
@@ -79,7 +82,7 @@ class FakeContainer:
     c_run = None
     staging = Staging("fake")  # of no use: there is nothing to put together
 
-    def own(self, outputs: list[Any]) -> list[Any]:
+    def detach_outputs(self, outputs: list[Any]) -> list[Any]:
         return outputs
 
     def run_raw(self, inputs: Sequence[Any]) -> list[Any]:
@@ -168,11 +171,13 @@ def weight_items(weights: Any) -> Iterator[tuple[str, Any]]:
     """The names and values of a mapping, or of pairs.
 
     Raises:
-        WeightsTypeError: It is neither. No file is read: a function's weights are values of any kind.
+        WeightsTypeError: It is neither. No file is read: a function's weights are values of any
+            kind.
     """
     if isinstance(weights, (str, bytes, os.PathLike)):
         raise WeightsTypeError(
-            f"weights: the fake backend reads no file, and {brief(weights)} is a path. Give it a mapping from names to values."
+            f"weights: the fake backend reads no file, and {brief(weights)} is a path. Give it a "
+            "mapping from names to values."
         )
     if not isinstance(weights, Iterable):
         raise WeightsTypeError(

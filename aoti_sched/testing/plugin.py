@@ -44,7 +44,10 @@ def aoti_backend(aoti_clock: ManualClock) -> FakeBackend:
 async def fake_scheduler(
     backend: FakeBackend, clock: Clock | None = None
 ) -> AsyncIterator[Scheduler]:
-    """A real `Scheduler` on a fake backend. On leaving, queued requests fail and running ones are finished."""
+    """A real `Scheduler` on a fake backend.
+
+    On leaving, queued requests fail and running ones are finished.
+    """
     async with Scheduler(devices={backend.name: backend}, clock=clock) as scheduler:
         try:
             yield scheduler

@@ -1,8 +1,9 @@
 """The map in which constants travel to and from models that a torch before 2.13 compiled.
 
-The functions of those models take a `std::unordered_map<std::string, AtenTensorHandle>`. Only C++ can make one, and the
-native module does where it was built. A function that takes a map is named like its younger twin that takes pairs, without
-the "Pairs" or "Entries" at the end; both leave the handles to whose they were.
+The functions of those models take a `std::unordered_map<std::string, AtenTensorHandle>`. Only C++
+can make one, and the native module does where it was built. A function that takes a map is named
+like its younger twin that takes pairs, without the "Pairs" or "Entries" at the end; both leave the
+handles to whose they were.
 """
 
 from __future__ import annotations
@@ -45,28 +46,36 @@ def why_not_updatable(library: Library, constants: Sequence[Constant]) -> str:
     if not lacking:
         return ""
     if not (library.has(UPDATE) and library.has(EXTRACT)):
-        # That EXTRACT (2.8) is there also tells that the std::string of its maps is the one of torch's wheels since 2.6.
+        # That EXTRACT (2.8) is there also tells that the std::string of its maps is the one of
+        # torch's wheels since 2.6.
         listed = ", ".join(f"{name} (torch {FUNCTIONS[name].since})" for name in lacking)
-        return f"an older torch compiled it, and its library lacks {listed}; compile it again with torch 2.13 or newer"
+        return (
+            f"an older torch compiled it, and its library lacks {listed}; compile it again with "
+            "torch 2.13 or newer"
+        )
     if map_type() is None:
         return (
-            "a torch before 2.13 compiled it, whose code takes constants in a C++ map, and aoti_sched was installed without "
-            "a C++ compiler, so it can't build one; install a compiler (g++) and reinstall aoti_sched, or compile the model "
+            "a torch before 2.13 compiled it, whose code takes constants in a C++ map, and "
+            "aoti_sched was installed without "
+            "a C++ compiler, so it can't build one; install a compiler (g++) and reinstall "
+            "aoti_sched, or compile the model "
             "again with torch 2.13 or newer"
         )
     if misplaces(constants):
         return (
-            "a torch before 2.13 compiled it, whose code writes what comes after a folded constant to the wrong place "
+            "a torch before 2.13 compiled it, whose code writes what comes after a folded constant "
+            "to the wrong place "
             "(pytorch/pytorch#179225); compile it again with torch 2.13 or newer"
         )
     return ""
 
 
 def misplaces(constants: Sequence[Constant]) -> bool:
-    """Whether code of a torch before 2.13 would write past the place of a constant, in the runtime's order of them.
+    """Whether code of a torch before 2.13 would write past the place of a constant, in the
+    runtime's order of them.
 
-    It keeps offsets of those that are not folded, and looks them up by a number that counts all: right only as long as
-    the folded ones come last.
+    It keeps offsets of those that are not folded, and looks them up by a number that counts all:
+    right only as long as the folded ones come last.
     """
     folded = [constant.spec.folded for constant in constants]
     return folded != sorted(folded)

@@ -27,9 +27,9 @@ from aoti_sched.model.specs import ConstantSpec, WeightName
 from aoti_sched.model.weight_names import DIGEST_LIMIT, digest_of
 
 SURPLUS_LIMIT = 200_000
-"""Names that fit no constant; whoever brings more is not read to the end.
+"""The most names without a use that are read of one source.
 
-The largest checkpoints there are have 100,000.
+The largest known checkpoints have 100,000 names in all.
 """
 
 TYPES = ("unknown", "parameter", "buffer", "constant", "folded")
@@ -71,7 +71,7 @@ def select(
     unknown = [name for name in tensors if name not in by_name]
     if unknown:
         raise LoadError(
-            f"{model} has no constant {clipped(repr(unknown[0]))}. "
+            f"{model}: it has no constant {clipped(repr(unknown[0]))}. "
             f"It has: {shortened(repr(c.spec.fqn) for c in constants)}. "
             "Constants of at most 8 elements may have been compiled into the code."
         )
@@ -94,18 +94,17 @@ def select(
 
 
 def required(spec: ConstantSpec) -> bool:
-    """Whether a full set must have it: a module's parameters and buffers, and not what the compiler
-    made.
-    """
+    """Return whether a full set must have the constant: a parameter or a buffer of the module."""
     return spec.type not in ("folded", "constant")
 
 
 class Names:
-    """What the names of a module's state are to its compiled model.
+    """Tells which constants of a compiled model the names of its module's state stand for.
 
     Args:
         constants: The model's.
-        weights: The names as its package records them; () where it does not (torch's own packages).
+        weights: The names as the package records them; () for packages that record none, such as
+            torch's own.
     """
 
     def __init__(self, constants: Sequence[Constant], weights: Sequence[WeightName]) -> None:
@@ -136,11 +135,11 @@ class Names:
                 self._kept.update(constant.spec.fqn for constant in tied)
 
     def constants(self, name: str) -> Sequence[Constant]:
-        """The constants that a name stands for; () for none."""
+        """Return the constants that a name stands for; () for none."""
         return self._constants.get(name, ())
 
     def is_unused(self, name: str) -> bool:
-        """Whether the module has the name, and the compiled model no use for its value."""
+        """Return whether the module has the name, and its compiled model does not use the value."""
         return name in self._unused
 
     def digest(self, name: str) -> str | None:
@@ -150,7 +149,7 @@ class Names:
         return self._digests.get(name)
 
     def keeps(self, fqn: str) -> bool:
-        """Whether a set may lack the constant: `state_dict()` has it under no name."""
+        """Return whether a set may lack the constant, since `state_dict()` has it under no name."""
         return fqn in self._kept
 
 
@@ -201,11 +200,13 @@ class Chosen:
             ]
 
     def values(self, *, check_finite: bool) -> dict[str, torch.Tensor]:
-        """What was read, by FQN.
+        """Return the tensors that were read, by FQN.
+
+        Args:
+            check_finite: Refuse NaN and infinities.
 
         Raises:
-            ConstantMismatchError: Tied names bring different values, or values are not finite and
-                must be.
+            ConstantMismatchError: Tied names have different values, or `check_finite` found faults.
         """
         faults: list[tuple[str, str]] = []
         for fqn, ((first, tensor), *others) in self._tensors.items():
@@ -303,7 +304,10 @@ def choose(
 
 _UNKNOWN = {
     True: "is no constant of it, and no name of the module that was compiled",
-    False: "is no constant of it, or was small enough to be compiled into the code; strict=False (weights_strict at load) ignores such names",
+    False: (
+        "is no constant of it, or was small enough to be compiled into the code; strict=False "
+        "(weights_strict at load) ignores such names"
+    ),
 }
 _OF_BUFFERS = " (a buffer that state_dict() leaves out keeps its value with partial=True)"
 
@@ -311,7 +315,7 @@ _OF_BUFFERS = " (a buffer that state_dict() leaves out keeps its value with part
 def _place(
     targets: Sequence[Constant], offered: Offered, fit: dict[str, list[Offered]], device_type: str
 ) -> list[tuple[str, str]]:
-    """Put what is offered where it belongs; what does not fit comes back as faults."""
+    """Add an offer to the constants that it is for, and return what does not fit."""
     faults = []
     for constant in targets:
         fqn = constant.spec.fqn
@@ -321,14 +325,14 @@ def _place(
             wrong = "is no tensor"
         else:
             wrong = problem(constant, offered.like, "meta" if offered.on_host else device_type)
-        fit.setdefault(fqn, []).append(offered)  # what is wrong is not missing, too
+        fit.setdefault(fqn, []).append(offered)  # a tensor that does not fit is not also missing
         if wrong:
             faults.append((offered.name if constant.spec.folded else fqn, wrong))
     return faults
 
 
 def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors of one dtype and shape have the same values; NaN equals NaN."""
+    """Return whether two tensors of one dtype and shape have the same values; NaN equals NaN."""
     one, other = one.detach(), other.detach()
     if one.device != other.device:
         one, other = one.cpu(), other.cpu()
@@ -364,16 +368,16 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def check(model: str, constant: Constant, tensor: torch.Tensor, device_type: str) -> None:
-    """Raise LoadError unless the tensor can be this constant."""
+    """Raise LoadError unless the tensor can be the value of the constant."""
     wrong = problem(constant, tensor, device_type)
     if wrong:
         raise LoadError(f"{model}: constant {constant.spec.fqn!r} {wrong}")
 
 
 def problem(constant: Constant, tensor: torch.Tensor, device_type: str) -> str:
-    """Why the tensor can't be this constant; "" when it can.
+    """Return why the tensor can't be the constant's value; "" when it can.
 
-    A CPU tensor may be one on any device.
+    A CPU tensor fits on every device.
     """
     spec = constant.spec
     problem = ""
@@ -388,11 +392,11 @@ def problem(constant: Constant, tensor: torch.Tensor, device_type: str) -> str:
     return problem
 
 
-def laid_out(model: str, constant: Constant, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in the compiled strides, at offset 0 of a storage that holds nothing else: itself,
-    or a copy.
+def with_layout(model: str, constant: Constant, tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor in the compiled strides, alone in its storage; a copy where it is not.
 
-    Raises LoadError when that is more than the runtime has room for.
+    Raises:
+        LoadError: The tensor has more bytes than the runtime reserves for the constant.
     """
     tensor = tensor.detach().resolve_conj().resolve_neg()
     stride = tensor.stride() if constant.stride is None else constant.stride

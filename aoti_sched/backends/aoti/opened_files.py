@@ -1,4 +1,4 @@
-"""The files of one pass over weights: opened one at a time, and refused when they change meanwhile."""
+"""The files of one pass over weights, opened one at a time and refused when they change."""
 
 from __future__ import annotations
 
@@ -84,6 +84,7 @@ def unreadable(path: Path, error: Exception) -> WeightsFileError:
 def changed(path: Path) -> WeightsFileError:
     return fault(
         path,
-        "changed while it was being read, or since its weights were loaded, so nothing of it was used. Write a new file, "
+        "changed while it was being read, or since its weights were loaded, so nothing of it was "
+        "used. Write a new file, "
         "rename it into place, and then update from it.",
     )

@@ -1,6 +1,8 @@
-"""The operators that compiled code can't call by a C function: which they are, and what there is to say of them.
+"""The operators that compiled code can't call by a C function: which they are, and what there is to
+say of them.
 
-Inductor lists them beside the library. Torch's own proxy executor calls them (`proxy_executor.py`), or torch's own runner does.
+Inductor lists them beside the library. Torch's own proxy executor calls them (`proxy_executor.py`),
+or torch's own runner does.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ MOST_NAMED = 8
 
 
 def operators_of(library: Path) -> tuple[str, ...]:
-    """The names of these operators, from the list beside a model's library, each once; () where there is none."""
+    """The names of these operators, from the list beside a model's library, each once; () where
+    there is none.
+    """
     try:
         nodes = json.loads(library.with_suffix(".json").read_bytes())["nodes"]
         return tuple(dict.fromkeys(str(node["node"]["target"]) for node in nodes))

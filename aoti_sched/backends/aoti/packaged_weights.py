@@ -1,4 +1,6 @@
-"""The weights that a model is loaded with: those that its package keeps beside its library, and those given at load."""
+"""The weights that a model is loaded with: those that its package keeps beside its library, and
+those given at load.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
 
 
 class GivenWeights:
-    """What was given as `load(..., weights=)`: a mapping, or a file, which is read again when its model is restored.
+    """What was given as `load(..., weights=)`: a mapping, or a file, which is read again when its
+    model is restored.
 
     Args:
         request: What is to be loaded, with the mapping or the path.
@@ -34,7 +37,8 @@ class GivenWeights:
         weights = request.weights
         if not isinstance(weights, (str, os.PathLike, Mapping)):
             raise WeightsTypeError(
-                f"load({clipped(request.path)!r}): weights=: expected the path of a weights file, or a mapping from names to tensors, got "
+                f"load({clipped(request.path)!r}): weights=: expected the path of a weights file, "
+                "or a mapping from names to tensors, got "
                 f"{type(weights).__name__}."
             )
         self._model, self._strict = request.name, request.weights_strict
@@ -55,7 +59,8 @@ class GivenWeights:
         unknown = [c.spec.fqn for c in constants if c.stride is None and not c.spec.folded]
         if unknown and not active:
             raise MissingWeightsError(
-                f"{raw.name}: weights were given, but nothing says how {shortened(map(repr, unknown))} lie in memory. "
+                f"{raw.name}: weights were given, but nothing says how "
+                f"{shortened(map(repr, unknown))} lie in memory. "
                 "Load the package itself, or the library with its generated sources beside it."
             )
         with open_weights(self._weights, self._seen) as offers:
@@ -83,8 +88,8 @@ class GivenWeights:
 def load_weights(
     raw: RawContainer, extracted: Extracted, given: GivenWeights | None = None
 ) -> None:
-    """Give a container the weights that were given, and else those that its package brings, if it has not got them from
-    its library.
+    """Give a container the weights that were given, and else those that its package brings, if it
+    has not got them from its library.
 
     Raises:
         MissingWeightsError: constants are left without values; a run would be a segmentation fault.
@@ -101,8 +106,10 @@ def load_weights(
     missing = raw.missing_constants()
     if missing:
         raise MissingWeightsError(
-            f"{raw.name}: the package brings no weights for {shortened(missing)}. Give them: load(..., "
-            'weights="model.safetensors"), or a state dict. Or compile it with package_constants_in_so=True (the '
+            f"{raw.name}: the package brings no weights for {shortened(missing)}. Give them: "
+            "load(..., "
+            'weights="model.safetensors"), or a state dict. Or compile it with '
+            "package_constants_in_so=True (the "
             "default), or with package_constants_on_disk_format set."
         )
 
@@ -122,7 +129,8 @@ def read_stored(name: str, extracted: Extracted) -> dict[str, torch.Tensor]:
     """The pickled weights by FQN. Only tensors are unpickled (`weights_only`), each file once.
 
     Raises:
-        LoadError: A file is no torch.save file of a tensor, or smaller than the view that is asked of it.
+        LoadError: A file is no torch.save file of a tensor, or smaller than the view that is asked
+            of it.
     """
     files: dict[Path, torch.Tensor] = {}
     weights = {}

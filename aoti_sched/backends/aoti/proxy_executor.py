@@ -1,9 +1,12 @@
-"""Torch's proxy executor, by which compiled code calls operators that have no C function: some of aten's, and all custom ones.
+"""Torch's proxy executor, by which compiled code calls operators that have no C function: some of
+aten's, and all custom ones.
 
-Torch makes one in its own runner alone, and exports neither the class nor a function that makes it. So its runner is given a
-model without content (`native/proxy_model.c`) beside the files of the real one: the runner makes the executor of those files and
-gives it to the run of the empty model, which remembers the address. Nothing else of the runner is used: the executor does not
-know which model calls it. It holds no GIL; an operator that is written in Python takes the GIL for as long as it runs.
+Torch makes one in its own runner alone, and exports neither the class nor a function that makes it.
+So its runner is given a model without content (`native/proxy_model.c`) beside the files of the real
+one: the runner makes the executor of those files and gives it to the run of the empty model, which
+remembers the address. Nothing else of the runner is used: the executor does not know which model
+calls it. It holds no GIL; an operator that is written in Python takes the GIL for as long as it
+runs.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ class ProxyExecutor:
 
     Args:
         runner: Torch's runner, which owns it.
-        address: What compiled code is given; 0 where torch makes none, since the model lists no operators.
+        address: What compiled code is given; 0 where torch makes none, since the model lists no
+            operators.
         operators: What it calls.
     """
 

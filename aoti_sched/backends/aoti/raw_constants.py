@@ -1,8 +1,8 @@
 """`RawConstants`: the two buffers of constants of a container behind the C ABI.
 
-Updates, extraction, folding, freeing and closing take no lock in the runtime, so one thread at a time calls
-those, and never on the active buffer while runs go on. A swap waits for the runs that are going on, and may
-starve.
+Updates, extraction, folding, freeing and closing take no lock in the runtime, so one thread at a
+time calls those, and never on the active buffer while runs go on. A swap waits for the runs that
+are going on, and may starve.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from aoti_sched.backends.aoti.c_abi import ConstantEntry, Library
+from aoti_sched.backends.aoti.c_abi import ConstantEntry
 from aoti_sched.backends.aoti.constant_map import (
     EXTRACT,
     EXTRACT_ENTRIES,
@@ -23,7 +23,7 @@ from aoti_sched.backends.aoti.constant_map import (
     mapped,
     why_not_updatable,
 )
-from aoti_sched.backends.aoti.constants import TYPES, Constant, check, laid_out, select
+from aoti_sched.backends.aoti.constants import TYPES, Constant, check, select, with_layout
 from aoti_sched.backends.aoti.handles import DTYPES, borrowed, free, handles_of
 from aoti_sched.backends.aoti.raw_handle import PREFIX, RawHandle
 from aoti_sched.errors import LoadError, MissingCapabilityError, MissingWeightsError
@@ -32,37 +32,41 @@ from aoti_sched.package.sources import Layout
 
 
 class RawConstants(RawHandle):
-    """A container's handle, and its constants: what they are, their values, and the ways to write them."""
+    """A container's handle and its constants: their specs, their values, and the ways to write
+    them.
 
-    def __init__(
-        self,
-        library: Library,
-        instances: int = 1,
-        device: str = "cpu",
-        resources: str | None = None,
-    ) -> None:
-        super().__init__(library, instances, device, resources)
-        # Whether the model itself copies constants from the host to its device (compiled by torch 2.13 or newer).
-        self.takes_from_cpu = library.has(PREFIX + "UpdateConstantBufferFromCpuPairs")
-        # Whether a tensor's address tells its place in memory. MPS's is that of an object, its buffer, plus the offset in it.
+    `stage` and `update` are two write paths on purpose. `stage` writes a set that is complete,
+    checked and laid out, in groups, while requests run. `update` checks what it is given, completes
+    it, and also serves loading, user-managed memory and tests of the C ABI.
+    """
+
+    def _inspect(self) -> None:
+        super()._inspect()
+        # Whether the model itself copies constants from the host to its device (since torch 2.13).
+        self.takes_from_cpu = self.library.has(PREFIX + "UpdateConstantBufferFromCpuPairs")
+        # Whether a tensor's address tells its place in memory. MPS's is that of an object, its
+        # buffer, plus the offset in it.
         self.has_addresses = True
-        # Shape and strides of constants, by the runtime's names, as the package states them; the C ABI knows none without values.
+        # Shape and strides of constants, by the runtime's names, as the package states them; the C
+        # ABI knows none without values.
         self.layouts: Mapping[str, Layout] = {}
         self._constants: tuple[Constant, ...] | None = None
         # Which buffer holds every constant: active, inactive. At first only the runtime knows.
         self._complete = [False, False]
         self._complete[0] = not self.missing_constants()
 
-    # --- what they are ------------------------------------------------------------------------------------
+    # --- what they are
+    # ------------------------------------------------------------------------------------
 
     @property
     def constants(self) -> tuple[Constant, ...]:
-        """Every constant, the ones folded from others included, in the runtime's order.
+        """Every constant in the runtime's order, folded constants included.
 
-        Shapes and strides are known once the active buffer has values, where the model lets them be read.
+        Shapes and strides are known once the active buffer has values that the model lets us read.
         """
         if self._constants is None:
-            # Only a complete buffer's layouts can be trusted: what an update was refused for is still there.
+            # Only a complete buffer's layouts can be trusted: what an update was refused for is
+            # still there.
             known = (
                 dict(self._borrow(inactive=False))
                 if self._complete[0] and self._can_extract()
@@ -76,7 +80,8 @@ class RawConstants(RawHandle):
         return self._constants
 
     def missing_constants(self, *, inactive: bool = False) -> tuple[str, ...]:
-        """FQNs of the constants that a buffer has no tensor for; () where the model can't tell (before 2.13).
+        """FQNs of the constants that a buffer has no tensor for; () where the model can't tell
+        (before 2.13).
 
         Running on a buffer that lacks one is a segmentation fault.
         """
@@ -91,26 +96,28 @@ class RawConstants(RawHandle):
 
     @property
     def why_not_updatable(self) -> str:
-        """Why its constants can't be replaced while it serves; "" when they can."""
+        """Why the constants can't be replaced while the model serves; "" when they can."""
         return why_not_updatable(self.library, self.constants)
 
     @property
     def on_host(self) -> frozenset[str]:
-        """Constants, by FQN, that a model for a device wants in the host's memory all the same."""
+        """FQNs of the constants that a model for a device keeps in the host's memory."""
         if self.device_type == "cpu" or not self._can_extract():
             return frozenset()
         return frozenset(fqn for fqn, tensor in self._borrow(inactive=False) if tensor.is_cpu)
 
     def ready(self, *, inactive: bool) -> bool:
-        """Whether a buffer holds a full set."""
+        """Return whether a buffer holds a full set of constants."""
         return self._complete[inactive]
 
     def constant_memory(self, *, inactive: bool = False) -> list[tuple[int, int]]:
-        """Where a buffer's constants lie: [start, end) addresses, or [storage, storage + 1) where there are none. Folded ones are not
-        told by the C ABI."""
+        """Where a buffer's constants lie: [start, end) addresses, or [storage, storage + 1) where
+        there are none. Folded ones are not told by the C ABI.
+        """
         if not self._can_extract() or (inactive and not self._complete[1]):
             return []
-        # A frozen model's weights may be packed by oneDNN: opaque, without an address, and never an output.
+        # A frozen model's weights may be packed by oneDNN: opaque, without an address, and never an
+        # output.
         tensors = [
             t for _, t in self._borrow(inactive=inactive) if t.layout is torch.strided and t.numel()
         ]
@@ -119,18 +126,24 @@ class RawConstants(RawHandle):
             return [(storage, storage + 1) for storage in storages]
         return [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
 
-    # --- their values -------------------------------------------------------------------------------------
+    # --- their values
+    # -------------------------------------------------------------------------------------
 
     def extract(self, *, inactive: bool = False, host: bool = False) -> dict[str, torch.Tensor]:
-        """Copies of a buffer's constants by FQN, without the folded ones; {} of an inactive buffer that was freed. They lie where the
-        constants do, or all on the host."""
+        """Copies of a buffer's constants by FQN, without the folded ones; {} of an inactive buffer
+        that was freed. They lie where the constants do, or all on the host.
+        """
         if inactive and not self._complete[1]:
             return {}  # what a freed buffer holds points into freed memory
         constants = self._borrow(inactive=inactive)
         return {name: t.to("cpu", copy=True) if host else t.clone() for name, t in constants}
 
     def full_set(self, weights: Mapping[str, torch.Tensor]) -> list[tuple[Constant, torch.Tensor]]:
-        """A full set, laid out for `stage`: what was chosen for this model, by FQN, and the rest from the active buffer."""
+        """Return a full set for `stage`: the given weights, and the rest from the active buffer.
+
+        Args:
+            weights: Tensors by FQN, chosen for this model and checked.
+        """
         fit = dict(weights)
         active = dict(self._borrow(inactive=False)) if self._can_extract() else {}
         for constant in self.constants:
@@ -140,7 +153,7 @@ class RawConstants(RawHandle):
         for fqn in self.on_host & fit.keys():
             fit[fqn] = fit[fqn].cpu()
         return [
-            (c, laid_out(self.name, c, fit[c.spec.fqn]))
+            (c, with_layout(self.name, c, fit[c.spec.fqn]))
             for c in self.constants
             if c.spec.fqn in fit
         ]
@@ -153,13 +166,14 @@ class RawConstants(RawHandle):
         bring: Callable[[list[torch.Tensor]], AbstractContextManager[list[torch.Tensor]]]
         | None = None,
     ) -> int:
-        """Write a `full_set` into the inactive buffer; returns its bytes. Runs may go on.
+        """Write a `full_set` into the inactive buffer and return its bytes. Runs may go on.
 
         Args:
             ready: The set.
-            at_once: Bytes to be written in one call, as far as constants can be written apart from others; by default all.
-            bring: Copies host tensors to the model's device, for as long as its context lasts. It is asked for those that the
-                model can't copy itself, so many at once.
+            at_once: The most bytes to write in one call, as far as constants can be written apart
+                from others; None writes all at once.
+            bring: Copies host tensors to the model's device for the duration of its context.
+                Called for each group with the tensors that the model can't copy itself.
         """
         self._complete[1] = False
         groups = [ready] if at_once is None else _groups(ready, at_once)
@@ -191,18 +205,23 @@ class RawConstants(RawHandle):
         user_managed: bool = False,
         from_cpu: bool = False,
     ) -> None:
-        """Write constants, by FQN or the runtime's name, into a buffer. Every parameter and buffer must be
-        given unless the buffer has a full set already. Values are copied, so the tensors stay the caller's.
+        """Write constants into a buffer, by FQN or by the runtime's name.
+
+        Every parameter and buffer must be given unless the buffer has a full set already. Values
+        are copied, so the tensors stay the caller's.
 
         Args:
-            tensors: The values. They may lie in memory in any way; what fits no constant raises.
-            inactive: Write the inactive buffer, which runs do not read, or the active one.
-            user_managed: Don't copy: the container reads the tensors' own memory from now on and keeps
-                it for its lifetime, even after later updates. They must be laid out as compiled.
+            tensors: The values, with any strides. A tensor that fits no constant raises.
+            inactive: Write the inactive buffer, which runs do not read; False writes the active
+                one.
+            user_managed: Don't copy: the container reads the tensors' own memory from now on and
+                keeps it for its lifetime, even after later updates. They must be laid out as
+                compiled.
             from_cpu: CPU tensors are copied to the model's device.
 
         Raises:
-            LoadError: a tensor does not fit, or the runtime refused; the buffer is unchanged unless the text says so.
+            LoadError: a tensor does not fit, or the runtime refused; the buffer is unchanged unless
+                the text says so.
             MissingWeightsError: not a full set.
         """
         full = not self._complete[inactive]
@@ -215,7 +234,8 @@ class RawConstants(RawHandle):
                 given = tensors.get(constant.spec.fqn, tensors.get(constant.spec.name))
                 if given is not None and tensor.data_ptr() != given.data_ptr():
                     raise LoadError(
-                        f"{self.name}: constant {constant.spec.fqn!r} can only be user managed as a tensor of "
+                        f"{self.name}: constant {constant.spec.fqn!r} can only be user managed as "
+                        "a tensor of "
                         f"strides {constant.stride} that fills its storage"
                     )
         name = "UpdateConstantBufferPairs"
@@ -262,7 +282,7 @@ class RawConstants(RawHandle):
     def prepared(
         self, tensors: Mapping[str, torch.Tensor], *, full: bool, device_type: str = "cpu"
     ) -> list[tuple[Constant, torch.Tensor]]:
-        """Tensors checked and laid out for the constants they are given for, copied where they must be.
+        """Check tensors and lay them out for their constants, with copies where layouts differ.
 
         Raises:
             LoadError, MissingWeightsError: as `update` does.
@@ -270,10 +290,10 @@ class RawConstants(RawHandle):
         pairs = select(self.name, self.constants, tensors, full=full)
         for constant, tensor in pairs:
             check(self.name, constant, tensor, device_type)
-        return [(constant, laid_out(self.name, constant, tensor)) for constant, tensor in pairs]
+        return [(constant, with_layout(self.name, constant, tensor)) for constant, tensor in pairs]
 
     def made_by_compiler(self) -> dict[str, torch.Tensor]:
-        """Copies of the constants that no state dict has; they are the same in every set."""
+        """Return copies of the constants that no state dict has. Every set has the same ones."""
         made = {c.spec.fqn for c in self.constants if c.spec.type == "constant"}
         return (
             {name: tensor for name, tensor in self.extract().items() if name in made}
@@ -282,28 +302,32 @@ class RawConstants(RawHandle):
         )
 
     def blob_size(self) -> int | None:
-        """Bytes of the weights that are mapped from a file; None when the model's weights are not mapped."""
+        """Bytes of the weights that are mapped from a file; None when the model's weights are not
+        mapped.
+        """
         size = c_uint64()
         status = self.library.function(PREFIX + "GetConstantsBlobSize")(self._open(), byref(size))
         return size.value if status == 0 else None
 
     def update_from_blob(self, path: Path) -> None:
-        """Load the weights of a model whose weights lie in a file of their own; once, before the first run.
+        """Load the weights of a model that keeps them in a file; once, before the first run.
 
-        Raises LoadError when the model has no such weights, when they are loaded, or when the size is wrong.
+        Raises:
+            LoadError: The model has no such file, has its weights already, or the size is wrong.
         """
         size = self.blob_size()
         if size is None:
-            raise LoadError(f"{self.name} was not compiled to have its weights in a file")
+            raise LoadError(f"{self.name}: it was not compiled to have its weights in a file")
         if self._complete[0]:
             # The runtime would free the blob that its constants point into, and keep the constants.
             raise LoadError(
-                f"{self.name} has its weights already; a weights file can be loaded once"
+                f"{self.name}: it has its weights already; a weights file can be loaded once"
             )
         there = path.stat().st_size
         if there != size:
             raise LoadError(
-                f"{self.name} wants a weights file of {size} bytes, and {path} has {there}"
+                f"{self.name}: expected a weights file of {size} bytes, but {path} has {there}. "
+                "Use the file of the same package."
             )
         # Mapped only for the call: the runtime copies.
         blob = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
@@ -311,10 +335,12 @@ class RawConstants(RawHandle):
         self._complete[0] = not self.missing_constants()
 
     def fold(self, *, inactive: bool, stream: int | None = None) -> None:
-        """Compute the folded constants of a buffer, so that the first run on it need not. Occupies an instance.
+        """Compute the folded constants of a buffer, so that the first run on it need not.
 
-        Raises LoadError when the buffer lacks constants, or folding fails; then the container is not to be
-        used any more, since one of its instances may be left on the inactive buffer.
+        Occupies an instance.
+
+        Raises LoadError when the buffer lacks constants, or folding fails; then the container is
+        not to be used any more, since one of its instances may be left on the inactive buffer.
         """
         if not self._complete[inactive]:
             raise MissingWeightsError(f"{self.name}: the buffer to fold lacks constants")
@@ -323,21 +349,27 @@ class RawConstants(RawHandle):
     def swap(self) -> None:
         """Exchange the active and the inactive buffer. Waits for the runs that are going on.
 
-        Raises LoadError when the inactive buffer has no full set of constants.
+        Raises:
+            MissingWeightsError: The inactive buffer has no full set of constants.
         """
         if not self._complete[1]:
             raise MissingWeightsError(
-                f"{self.name}: the inactive buffer has no full set of constants to swap in"
+                f"{self.name}: the inactive buffer has no full set of constants. Stage one before "
+                "the swap."
             )
         self._call("SwapConstantBuffer")
         self._complete.reverse()
 
     def free_inactive(self) -> None:
-        """Free the inactive buffer's memory. Nothing that was launched on it may still be going on."""
+        """Free the inactive buffer's memory.
+
+        No run that was launched on the buffer may still go on.
+        """
         self._call("FreeInactiveConstantBuffer")
         self._complete[1] = False
 
-    # --- inside -------------------------------------------------------------------------------------------
+    # --- inside
+    # -------------------------------------------------------------------------------------------
 
     def _can_extract(self) -> bool:
         return self.library.has(EXTRACT_ENTRIES) or (
@@ -345,11 +377,17 @@ class RawConstants(RawHandle):
         )
 
     def _borrow(self, *, inactive: bool) -> list[tuple[str, torch.Tensor]]:
-        """A buffer's constants by FQN, in the container's own memory: not to be kept."""
+        """Return a buffer's constants by FQN, in the container's own memory.
+
+        Callers must not keep them.
+        """
         return [(fqn, borrowed(handle)) for fqn, handle in self._handles(inactive=inactive)]
 
     def _handles(self, *, inactive: bool) -> list[tuple[str, int]]:
-        """A buffer's constants by FQN, in the runtime's order; the handles stay the container's."""
+        """Return a buffer's handles by FQN, in the runtime's order.
+
+        The container owns the handles.
+        """
         made = None if self.library.has(EXTRACT_ENTRIES) else map_type()
         if made is not None and self.library.has(EXTRACT):
             constants = made([])
@@ -391,10 +429,10 @@ class RawConstants(RawHandle):
     def _rest(
         self, ready: list[tuple[Constant, torch.Tensor]], *, full: bool, inactive: bool
     ) -> list[tuple[Constant, torch.Tensor]]:
-        """What must be written beside what is given.
+        """Return the constants that must be written besides the given ones.
 
-        The runtime copies buffers that an update of the inactive buffer leaves out from the active one, even
-        over those written before.
+        When an update of the inactive buffer leaves constants out, the runtime copies them from the
+        active buffer, even over values that were written before.
         """
         if not inactive or not self._can_extract():
             return []
@@ -415,7 +453,8 @@ class RawConstants(RawHandle):
             shape = present[constant.spec.fqn]
             if shape != tuple(tensor.shape):
                 raise LoadError(
-                    f"{self.name}: constant {constant.spec.fqn!r} wants shape {shape}, got {tuple(tensor.shape)}. "
+                    f"{self.name}: constant {constant.spec.fqn!r} wants shape {shape}, got "
+                    f"{tuple(tensor.shape)}. "
                     "The buffer is unusable now; update it in full."
                 )
 
@@ -423,10 +462,11 @@ class RawConstants(RawHandle):
 def _groups(
     ready: list[tuple[Constant, torch.Tensor]], at_once: int
 ) -> list[list[tuple[Constant, torch.Tensor]]]:
-    """A set in groups of so many bytes, or of one constant that has more.
+    """Split a set into groups of at most `at_once` bytes; a larger constant is a group of its own.
 
-    What is no parameter is all in the last group, however large: the runtime copies those that a call leaves out from the
-    active buffer, even over those that were written before.
+    All constants that are no parameters are in the last group, however large it becomes. The
+    runtime copies those that a call leaves out from the active buffer, even over values written
+    before.
     """
     apart = [pair for pair in ready if pair[0].spec.type == "parameter" and pair[1].numel()]
     together = [pair for pair in ready if pair[0].spec.type != "parameter" or not pair[1].numel()]

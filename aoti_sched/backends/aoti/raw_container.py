@@ -1,7 +1,8 @@
-"""`RawContainer`: a container behind the C ABI, with Python's types and without its ways to end the process.
+"""`RawContainer`: a container behind the C ABI, with Python's types and without its ways to end the
+process.
 
-Everything blocks and releases the GIL. Runs may come from as many threads as there are instances. What may be
-done to its constants meanwhile is said in `raw_constants.py`.
+Every call blocks and releases the GIL. Runs may come from as many threads as there are instances.
+`raw_constants.py` states what may be done to the constants meanwhile.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from aoti_sched.backends.aoti.c_abi import Library, handle_array
+from aoti_sched.backends.aoti.c_abi import handle_array
 from aoti_sched.backends.aoti.handles import free, handles_of, tensors_of
 from aoti_sched.backends.aoti.raw_constants import RawConstants
 from aoti_sched.backends.aoti.raw_handle import PREFIX
@@ -33,38 +34,38 @@ class RawContainer(RawConstants):
         LoadError: the runtime could not create it; the text is the root cause.
     """
 
-    def __init__(
-        self,
-        library: Library,
-        instances: int = 1,
-        device: str = "cpu",
-        resources: str | None = None,
-    ) -> None:
-        super().__init__(library, instances, device, resources)
+    def _inspect(self) -> None:
+        super()._inspect()
         self.input_names = self._names("GetNumInputs", "GetInputName")
         self.output_names = self._names("GetNumOutputs", "GetOutputName")
         self.num_inputs, self.num_outputs = len(self.input_names), len(self.output_names)
         self._inputs = handle_array(self.num_inputs)
         self._outputs = handle_array(self.num_outputs)
-        self._run = library.function(PREFIX + "Run")
+        self._run = self.library.function(PREFIX + "Run")
 
     def run(
         self, tensors: Sequence[torch.Tensor], *, stream: int | None = None
     ) -> list[torch.Tensor | None]:
-        """Run once; None stands where an output is left out. Output tensors may be the inputs themselves.
+        """Run once; None stands where an output is left out.
 
-        Only the number of inputs is checked here: a wrong dtype or size reads past buffers. Blocks while
-        every instance is busy. The first run after an update also folds, alone.
+        Output tensors may be the inputs themselves.
+
+        Only the number of inputs is checked here: a wrong dtype or size reads past buffers. Blocks
+        while every instance is busy. The first run after an update also folds, alone.
 
         Raises:
             InputMismatchError: as many tensors were given as the model does not take.
             MissingWeightsError: the active buffer lacks constants.
-            RunError: the model failed; the text is the root cause. The inputs are the caller's again.
+            RunError: the model failed; the text is the root cause. The inputs are the caller's
+                again.
         """
         return self._run_with(self._run, tensors, stream)
 
     def c_run(self) -> CRun:
-        """How C runs it, for lanes that never touch Python; they check nothing."""
+        """Return what C needs to run the model, for lanes that never touch Python.
+
+        C checks nothing.
+        """
         return CRun(
             name=self.name,
             run=self.library.address(PREFIX + "Run"),
@@ -78,20 +79,23 @@ class RawContainer(RawConstants):
     def run_single_threaded(
         self, tensors: Sequence[torch.Tensor], *, stream: int | None = None
     ) -> list[torch.Tensor | None]:
-        """`run` without locks or events, always on the first instance: no other call may be going on."""
+        """`run` without locks or events, always on the first instance: no other call may be going
+        on.
+        """
         function = self.library.function(PREFIX + "RunSingleThreaded")
         return self._run_with(function, tensors, stream)
 
     def _run_with(
         self, function: Any, tensors: Sequence[torch.Tensor], stream: int | None
     ) -> list[torch.Tensor | None]:
-        # The runtime throws across the C boundary for a wrong count, and reads null for a missing constant.
+        # The runtime throws across the C boundary for a wrong count, and reads null for a missing
+        # constant.
         if len(tensors) != self.num_inputs:
             raise InputMismatchError(self.name, "", f"{self.num_inputs} tensors", f"{len(tensors)}")
         if not self._complete[0]:
             raise MissingWeightsError(
-                f"{self.name} was compiled without its weights, and none were loaded: "
-                f"{shortened(self.missing_constants())} have no values"
+                f"{self.name}: {shortened(self.missing_constants())} have no values: the model was "
+                "compiled without its weights, and none were loaded. Load it with weights=."
             )
         container = self._open()
         inputs = self._inputs(*handles_of(list(tensors)))
@@ -105,7 +109,9 @@ class RawContainer(RawConstants):
         return tensors_of(outputs)
 
     def call_spec(self) -> tuple[str, str]:
-        """The pytree specs of arguments and results, as torch serializes them; "" each where there is none."""
+        """The pytree specs of arguments and results, as torch serializes them; "" each where there
+        is none.
+        """
         in_spec, out_spec = c_char_p(), c_char_p()
         self._call("GetCallSpec", byref(in_spec), byref(out_spec))
         return (in_spec.value or b"").decode(), (out_spec.value or b"").decode()

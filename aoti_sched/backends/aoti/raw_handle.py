@@ -37,13 +37,14 @@ class RawHandle:
     ) -> None:
         if instances < 1:
             raise LoadError(
-                f"{library.name}: instances={instances}, but a container holds at least one"
+                f"{library.name}: expected at least one instance, got instances={instances}."
             )
         self.library = library
         self.name = library.name
         self.device = device
         self.device_type = device.partition(":")[0]
-        # By which the model calls operators that have no C function; None where it calls none, or has nothing to call them.
+        # By which the model calls operators that have no C function; None where it calls none, or
+        # has nothing to call them.
         self.proxy: ProxyExecutor | None = None
         self._lent: list[int] = []
         handle = c_void_p()
@@ -57,6 +58,14 @@ class RawHandle:
         else:
             library.function(PREFIX + "CreateWithDevice")
         self._handle: int | None = handle.value
+        try:
+            self._inspect()
+        except BaseException:
+            self.close()
+            raise
+
+    def _inspect(self) -> None:
+        """Ask the new container what it is. When a question fails, the container is freed."""
 
     def close(self) -> None:
         """Free the container. No call may be going on. Closing twice does nothing."""
@@ -70,7 +79,7 @@ class RawHandle:
 
     def _open(self) -> int:
         if self._handle is None:
-            raise RunnerClosedError(f"{self.name}: the container is closed")
+            raise RunnerClosedError(f"{self.name}: the container is closed. Load the model again.")
         return self._handle
 
     def _call(self, name: str, *arguments: Any) -> None:

@@ -78,7 +78,9 @@ def _read_tensor(
 
 
 def _safetensors_layout(path: Path, file: io.BufferedReader) -> list[tuple[str, torch.Tensor, int]]:
-    """Name, dtype and shape (as a "meta" tensor) and place of each tensor; all of the header is checked."""
+    """Name, dtype and shape (as a "meta" tensor) and place of each tensor; all of the header is
+    checked.
+    """
     total = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if total < 8 + length:
@@ -86,7 +88,8 @@ def _safetensors_layout(path: Path, file: io.BufferedReader) -> list[tuple[str, 
     if length > HEADER_LIMIT:
         raise fault(
             path,
-            f"has a header of {length} bytes, where at most {HEADER_LIMIT} are plausible. Save the model in shards.",
+            f"has a header of {length} bytes, where at most {HEADER_LIMIT} are plausible. Save the "
+            "model in shards.",
         )
     try:
         entries = _entries(JsonScan(file.read(length)))
@@ -97,7 +100,9 @@ def _safetensors_layout(path: Path, file: io.BufferedReader) -> list[tuple[str, 
         starts.setdefault(entry.data_offsets[0], []).append((name, entry))
     layout = []
     end = 0
-    while starts:  # from each tensor to the one that begins where it ends; sorting many would hold the GIL for long
+    # From each tensor to the one that begins where it ends; sorting many would hold the GIL for
+    # long
+    while starts:
         here = starts.pop(end, None) or starts.pop(min(starts))
         for name, entry in sorted(here, key=lambda item: item[1].data_offsets[1]):
             quoted = clipped(repr(name), 100)
@@ -105,22 +110,26 @@ def _safetensors_layout(path: Path, file: io.BufferedReader) -> list[tuple[str, 
             if dtype is None:
                 raise fault(
                     path,
-                    f"has a tensor {quoted} of dtype {clipped(entry.dtype, 40)}, which torch has not.",
+                    f"has a tensor {quoted} of dtype {clipped(entry.dtype, 40)}, which torch has "
+                    "not.",
                 )
             start, stop = entry.data_offsets
             wanted = math.prod(entry.shape) * dtype.itemsize
             if start != end or stop - start != wanted:
                 raise fault(
                     path,
-                    f"has a broken safetensors header: {quoted} ({entry.dtype} {clipped(entry.shape)}, "
-                    f"{clipped(wanted, 40)} bytes) is said to lie at {start} to {stop}, where {end} bytes came before it.",
+                    f"has a broken safetensors header: {quoted} ({entry.dtype} "
+                    f"{clipped(entry.shape)}, "
+                    f"{clipped(wanted, 40)} bytes) has the offsets {start} to {stop}, but "
+                    f"{end} bytes came before it.",
                 )
             try:
                 like = torch.empty(entry.shape, dtype=dtype, device="meta")
             except (RuntimeError, TypeError) as error:
                 raise fault(
                     path,
-                    f"has a tensor {quoted} of a shape that cannot be made: {clipped(entry.shape)}.",
+                    f"has a tensor {quoted} of a shape that cannot be made: "
+                    f"{clipped(entry.shape)}.",
                 ) from error
             end = stop
             layout.append((name, like, 8 + length + start))

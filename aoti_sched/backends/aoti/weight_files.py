@@ -1,14 +1,16 @@
-"""Where new weights come from: a mapping, pairs, or a file. First names, dtypes and shapes, then the bytes that are wanted.
+"""Sources of new weights: a mapping, pairs, or a file.
 
-This room knows the formats. Which names a model has, and which tensors fit, is decided elsewhere, before a byte of
+Names, dtypes and shapes are read first, and only the bytes that are wanted later. This file knows
+the formats. `constants.py` decides which names a model has and which tensors fit, before a byte of
 a tensor is read.
 
-Files are read, never mapped: a mapped file that somebody truncates ends the process (SIGBUS) at the next touch,
-and each tensor is to be copied anyway. The safetensors format (eight bytes of length, a JSON header, the data) is
-therefore read here: its own library either maps the file, or, with `backend="pread"`, holds the GIL while it
-reads. Measured on 320 MB in the page cache, 2 cores, safetensors 0.8: 2.0 GB/s here, and a thread that ticks every 0.5 ms was
-at most 2 ms late; the library's mapping and a clone 2.0 GB/s and 4 ms; its pread 1.6 GB/s and 165 ms.
-Headers are bounded in size, and parsed entry by entry: in one call, the GIL would be held for all of it.
+Files are read, never mapped: when a mapped file is truncated, the next access ends the
+process (SIGBUS), and each tensor is copied anyway. The safetensors format (eight bytes of length, a
+JSON header, the data) is therefore read here: its own library either maps the file, or, with
+`backend="pread"`, holds the GIL while it reads. Measured on 320 MB in the page cache, 2 cores,
+safetensors 0.8: 2.0 GB/s here, and a thread that ticks every 0.5 ms was at most 2 ms late; the
+library's mapping and a clone 2.0 GB/s and 4 ms; its pread 1.6 GB/s and 165 ms. Headers are bounded
+in size, and parsed entry by entry: in one call, the GIL would be held for all of it.
 """
 
 from __future__ import annotations
@@ -35,30 +37,35 @@ from aoti_sched.backends.aoti.safetensors_file import read_safetensors
 from aoti_sched.errors import WeightsTypeError, clipped
 
 _EXTRA_STATE = "_extra_state"
-"""How the names of what `Module.get_extra_state` returns end: a state dict has it, and it need not be a tensor."""
+"""How the names of what `Module.get_extra_state` returns end: a state dict has it, and it need not
+be a tensor.
+"""
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 """The keys under which training programs put a state dict beside their optimizer's."""
 
 
 @contextmanager
 def open_weights(weights: object, seen: Seen | None = None) -> Iterator[Iterator[Offered]]:
-    """One pass over what a user gave as weights: names, dtypes and shapes. Bytes are read where `Offered.read` is called.
+    """One pass over what a user gave as weights: names, dtypes and shapes.
+
+    Bytes are read where `Offered.read` is called.
 
     `weights` is a mapping from names to tensors (a state dict), an iterable of (name, tensor) pairs
-    (`module.named_parameters()`, a generator), or the path (str or os.PathLike) of a file: safetensors, a
-    torch.save checkpoint, or a `*.index.json` that names shards of either, in its own directory. Which of them a
-    file is, its content tells, not its name. A checkpoint that keeps the state dict under "state_dict",
-    "model_state_dict" or "model" is unwrapped.
+    (`module.named_parameters()`, a generator), or the path (str or os.PathLike) of a file:
+    safetensors, a torch.save checkpoint, or a `*.index.json` that names shards of either, in its
+    own directory. Which of them a file is, its content tells, not its name. A checkpoint that keeps
+    the state dict under "state_dict", "model_state_dict" or "model" is unwrapped.
 
-    What is read from a file is on the CPU, in a storage of its own; no code from it is run. The tensors of a mapping
-    or an iterable are passed on as they are.
+    What is read from a file is on the CPU, in a storage of its own; no code from it is run. The
+    tensors of a mapping or an iterable are passed on as they are.
 
-    A file is looked at when the block is entered, and again when it is left without an error: before that, nothing
-    that was read may be used. With `seen`, it must be the file that was seen the first time.
+    A file is looked at when the block is entered, and again when it is left without an error:
+    before that, nothing that was read may be used. With `seen`, it must be the file that was seen
+    the first time.
 
     Raises:
-        WeightsFileError: The file is missing, truncated, of no known format, holds anything but named tensors, or has
-            changed (or been replaced) since it was opened.
+        WeightsFileError: The file is missing, truncated, of no known format, holds anything but
+            named tensors, or has changed (or been replaced) since it was opened.
         WeightsTypeError: `weights` is none of these, or one entry is no pair of a str and a tensor.
     """
     if isinstance(weights, (str, os.PathLike)):
@@ -83,7 +90,8 @@ def _pairs(weights: object) -> Iterable[object]:
     if isinstance(weights, Iterable) and not isinstance(weights, (torch.Tensor, bytes, bytearray)):
         return weights
     raise WeightsTypeError(
-        "Expected weights as a mapping from names to tensors, an iterable of (name, tensor), or a path, "
+        "Expected weights as a mapping from names to tensors, an iterable of (name, tensor), or a "
+        "path, "
         f"got {_kind(weights)}."
     )
 
@@ -106,7 +114,8 @@ def _checked(pairs: Iterable[object]) -> Iterator[Offered]:
             yield Offered(name, None, functools.partial(_itself, torch.empty(0)), None)
         else:
             raise WeightsTypeError(
-                f"Entry {clipped(repr(name))} of the weights: expected a tensor, got {_kind(tensor)}."
+                f"Entry {clipped(repr(name))} of the weights: expected a tensor, got "
+                f"{_kind(tensor)}."
             )
 
 
@@ -133,7 +142,8 @@ def _shown(thing: object) -> str:
     return repr(thing) if isinstance(thing, (int, float, bytes, type(None))) else ""
 
 
-# --- files ------------------------------------------------------------------------------------------
+# --- files
+# ------------------------------------------------------------------------------------------
 
 
 def _read_file(path: Path, files: OpenFiles, *, shard: bool = False) -> Iterator[Offered]:
@@ -154,13 +164,15 @@ def _read_file(path: Path, files: OpenFiles, *, shard: bool = False) -> Iterator
         else:
             raise fault(
                 path,
-                "is neither a safetensors file nor a torch.save checkpoint, nor an index of such files.",
+                "is neither a safetensors file nor a torch.save checkpoint, nor an index of such "
+                "files.",
             )
     except OSError as error:
         raise unreadable(path, error) from error
 
 
-# --- torch.save -------------------------------------------------------------------------------------
+# --- torch.save
+# -------------------------------------------------------------------------------------
 
 
 def _read_checkpoint(path: Path, file: io.BufferedReader, files: OpenFiles) -> Iterator[Offered]:
@@ -177,7 +189,8 @@ def _read_checkpoint(path: Path, file: io.BufferedReader, files: OpenFiles) -> I
         )
         raise fault(
             path,
-            f"holds {what}; it was not read, because reading it could run any code. Save the state dict alone "
+            f"holds {what}; it was not read, because reading it could run any code. Save the state "
+            "dict alone "
             "(torch.save(module.state_dict(), path), or safetensors). Or, if you trust the file: "
             "torch.load(path, weights_only=False), and pass the state dict that is in it.",
         ) from error
@@ -186,7 +199,7 @@ def _read_checkpoint(path: Path, file: io.BufferedReader, files: OpenFiles) -> I
     for name, like in _state_dict(path, checkpoint.content).items():
         try:
             place: object = (path, checkpoint.place(like))
-        except Exception:  # noqa: BLE001 -- sparse, or made without data: who wants it, hears of it
+        except Exception:  # noqa: BLE001 -- sparse, or without data: reading it raises
             place = (path, name)
         read = functools.partial(_read_stored, path, files, name, checkpoint, like)
         yield Offered(name, like, read, place, on_host=True)
@@ -203,6 +216,7 @@ def _read_stored(
         ) from error
     except OSError as error:
         raise unreadable(path, error) from error
+    # NotImplementedError is zipfile's word for an unsupported compression method.
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise fault(path, f"is damaged at {clipped(repr(name))}: {reason(error)}") from error
 
@@ -215,7 +229,8 @@ def _state_dict(path: Path, loaded: object) -> dict[str, torch.Tensor]:
     if len(wrapped) > 1:
         raise fault(
             path,
-            f"holds several state dicts, {wrapped}. Load it with torch.load, and pass the one that is meant.",
+            f"holds several state dicts, {wrapped}. Load it with torch.load, and pass the one that "
+            "is meant.",
         )
     state = dict(loaded[wrapped[0]] if wrapped else loaded)
     for name, value in list(state.items()):
@@ -228,17 +243,21 @@ def _state_dict(path: Path, loaded: object) -> dict[str, torch.Tensor]:
         elif not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise fault(
                 path,
-                f"holds {_kind(value)} as {clipped(_shown(name) or repr(str(name)))}, where a state dict has names and tensors alone. Load it with "
+                f"holds {_kind(value)} as {clipped(_shown(name) or repr(str(name)))}, where a "
+                "state dict has names and tensors alone. Load it with "
                 "torch.load, and pass the tensors that are meant.",
             )
     return state
 
 
-# --- shards -----------------------------------------------------------------------------------------
+# --- shards
+# -----------------------------------------------------------------------------------------
 
 
 def _read_index(path: Path, file: io.BufferedReader) -> dict[str, set[str]]:
-    """The names each shard is to hold, by the shard's file name, as Hugging Face's `weight_map` tells them."""
+    """The names each shard is to hold, by the shard's file name, as Hugging Face's `weight_map`
+    tells them.
+    """
     if os.fstat(file.fileno()).st_size > HEADER_LIMIT:
         raise fault(path, f"is no index of weights files: it has more than {HEADER_LIMIT} bytes.")
     shards: dict[str, set[str]] = {}
@@ -279,7 +298,8 @@ def _read_shards(path: Path, shards: Mapping[str, set[str]], files: OpenFiles) -
             if offered.name not in left:
                 raise fault(
                     path,
-                    f"does not say that {clipped(repr(shard))} holds {clipped(repr(offered.name))}; "
+                    f"does not say that {clipped(repr(shard))} holds "
+                    f"{clipped(repr(offered.name))}; "
                     "they are of different sets.",
                 )
             left.remove(offered.name)
@@ -287,5 +307,6 @@ def _read_shards(path: Path, shards: Mapping[str, set[str]], files: OpenFiles) -
         if left:
             raise fault(
                 path,
-                f"says that {clipped(repr(shard))} holds {clipped(repr(min(left)))}, which it does not.",
+                f"says that {clipped(repr(shard))} holds {clipped(repr(min(left)))}, which it does "
+                "not.",
             )

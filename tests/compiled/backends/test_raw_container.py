@@ -228,7 +228,7 @@ def test_a_bad_index_within_a_parallel_region_ends_the_process_whatever_we_do(in
 
 def test_no_instances_are_refused(built):
     library = Library(built("mlp").library())
-    with pytest.raises(LoadError, match="at least one"):
+    with pytest.raises(LoadError, match="expected at least one instance"):
         RawContainer(library, instances=0)
 
 
@@ -585,7 +585,7 @@ def test_a_weights_file_of_another_size_is_refused(load, tmp_path):
     short.write_bytes(weights_file().read_bytes()[:-64])
     container = load("weights_blob")
     with pytest.raises(
-        LoadError, match=r"wants a weights file of \d+ bytes, and .*short.blob has \d+"
+        LoadError, match=r"expected a weights file of \d+ bytes, but .*short.blob has \d+"
     ):
         container.update_from_blob(short)
 
