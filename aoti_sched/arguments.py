@@ -177,7 +177,7 @@ def checked_struct(given: _T, where: str) -> _T:
 
 
 def _plain(value: object) -> object:
-    """What msgspec does not know: numbers, flags and paths of other libraries."""
+    """Convert what msgspec does not know: numbers, flags and paths of other libraries."""
     if isinstance(value, numbers.Integral):
         return int(value)
     if isinstance(value, numbers.Real):

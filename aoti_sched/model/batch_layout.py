@@ -66,7 +66,7 @@ class Grouping:
         self.dim = self._dim or 0
 
     def measure(self, inputs: Sequence[torch.Tensor]) -> tuple[int, Hashable]:
-        """How many rows a request has, and its key: those with the same one may go together;
+        """Return how many rows a request has, and its key: those with the same one may go together;
         without rows, it has none.
         """
         if self._dim is None:
@@ -98,7 +98,8 @@ def group(
     *,
     state: str = "",
 ) -> tuple[Grouping, tuple[TensorSpec, ...]]:
-    """How a model's requests are batched, and the specs that a request is checked against then.
+    """Return how a model's requests are batched, and the specs that a request is checked against
+    then.
 
     Args:
         name: What errors call the model.
@@ -174,8 +175,8 @@ def group(
 def _with_one_row_symbol(
     specs: Sequence[TensorSpec], own: ModelSpec | None, wanted: Batching
 ) -> tuple[Sequence[TensorSpec], ModelSpec | None]:
-    """The specs where inputs whose numbers of rows are independent of each other have the same: in
-    a batch they must.
+    """Return the specs where inputs whose numbers of rows are independent of each other have the
+    same: in a batch they must.
     """
     known = None if own is None else own.batch
     dim = known.dim if wanted.dim is None and known is not None else wanted.dim
@@ -194,8 +195,8 @@ def _impossible(name: str, why: str) -> ConfigError:
 def _rows(
     name: str, wanted: Batching, specs: Sequence[TensorSpec], known: BatchDim | None
 ) -> tuple[int, int | None, str, int | None]:
-    """The row dimension, the most rows the model takes, the dimension's symbol, and its size if
-    that was compiled in.
+    """Return the row dimension, the most rows the model takes, the dimension's symbol, and its size
+    if that was compiled in.
     """
     if wanted.dim is None and known is None:
         raise _impossible(
@@ -251,9 +252,7 @@ def must_be_independent(name: str, rows: RowEvidence) -> None:
 
 
 def _must_be_free_of(name: str, dim: int, symbol: str, leaves: Sequence[LeafSpec | None]) -> None:
-    """Where another size depends on the number of rows, one request's rows meet the others' (x @
-    x.T).
-    """
+    """Refuse another size that depends on the number of rows: rows of requests meet (x @ x.T)."""
     if not symbol:
         return
     mentions = re.compile(rf"\b{re.escape(symbol)}\b")
@@ -269,7 +268,7 @@ def _must_be_free_of(name: str, dim: int, symbol: str, leaves: Sequence[LeafSpec
 
 
 def _sizes(name: str, wanted: Batching, most: int | None, static: int | None) -> tuple[int, ...]:
-    """The numbers of rows that the model is run with; empty where any will do."""
+    """Return the numbers of rows that the model is run with; empty where any will do."""
     if static is not None:
         if wanted.pad_to not in {None, (static,)}:
             raise _impossible(
@@ -292,8 +291,8 @@ def _sizes(name: str, wanted: Batching, most: int | None, static: int | None) ->
 def _ragged(
     name: str, wanted: Batching, specs: Sequence[TensorSpec], dim: int
 ) -> dict[str, tuple[int, int]]:
-    """Where the sizes of padded dimensions are read off a request: by symbol, an input and its
-    dimension.
+    """Return where the sizes of padded dimensions are read off a request: by symbol, an input and
+    its dimension.
     """
     inputs = {spec.name: index for index, spec in enumerate(specs)}
     unknown = [given for given in wanted.ragged if given not in inputs]

@@ -46,7 +46,7 @@ class _Node:
 
 
 def _parse(spec: dict[str, Any]) -> _Node | None:
-    """A node for torch's JSON; None when some type in it is not a plain tuple, list or dict."""
+    """Return a node for torch's JSON; None when some type in it is not a plain tuple, list or dict."""
     kind = spec["type"]
     if kind is None:
         return _Node(None, [])
@@ -65,12 +65,12 @@ def _parse(spec: dict[str, Any]) -> _Node | None:
 
 
 def _count(spec: dict[str, Any]) -> int:
-    """The leaves of torch's JSON."""
+    """Return the leaves of torch's JSON."""
     return 1 if spec["type"] is None else sum(map(_count, spec["children_spec"]))
 
 
 def _key(key: Any) -> Any:
-    """A key as it was before it was JSON: only a tuple can have become a list."""
+    """Return a key as it was before it was JSON: only a tuple can have become a list."""
     return tuple(map(_key, key)) if isinstance(key, list) else key
 
 
@@ -82,13 +82,13 @@ class CallSpec(Protocol):
     """How a model is called."""
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """The container's inputs for these arguments; each has `nbytes`.
+        """Return the container's inputs for these arguments; each has `nbytes`.
 
         Raises `InputMismatchError`.
         """
 
     def unflatten(self, outputs: list[Any]) -> Any:
-        """What the caller gets for the container's outputs."""
+        """Return what the caller gets for the container's outputs."""
 
 
 class ExportedCallSpec:
@@ -163,7 +163,7 @@ class ExportedCallSpec:
     # ---------------------------------------------------------------------------------------
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-        """The tensors of a call in the container's order.
+        """Return the tensors of a call in the container's order.
 
         Raises `InputMismatchError` naming the path.
         """
@@ -257,7 +257,7 @@ class ExportedCallSpec:
     # -------------------------------------------------------------------------------------
 
     def unflatten(self, outputs: list[Any]) -> Any:
-        """The outputs in the structure that the exported module returned."""
+        """Return the outputs in the structure that the exported module returned."""
         return self._unflatten(outputs)
 
     def _make_unflatten(
@@ -281,7 +281,9 @@ class ExportedCallSpec:
 
 
 def _same(leaf: Any, value: Any) -> bool:
-    """Whether a leaf is the value compiled in: of the same type (1 is not True), and NaN is NaN."""
+    """Return whether a leaf is the value compiled in: of the same type (1 is not True), and NaN is
+    NaN.
+    """
     return type(leaf) is type(value) and (leaf == value or repr(leaf) == repr(value))
 
 
@@ -302,7 +304,9 @@ def _with_fixed(
     fixed: list[tuple[int, LiteralSpec | IntegerSpec | FloatSpec | BoolSpec]],
     rebuild: Callable[[list[Any]], Any],
 ) -> Callable[[list[Any]], Any]:
-    """The runtime returns non-tensor outputs as None or 0-dim tensors; put the values back."""
+    """Put back the values of non-tensor outputs, which the runtime returns as None or 0-dim
+    tensors.
+    """
 
     def unflatten(values: list[Any]) -> Any:
         values = list(values)
@@ -317,7 +321,7 @@ def _with_fixed(
 
 
 def _torch_spec(model: str, what: str, text: str) -> Any:
-    """torch's own spec of the inputs or outputs.
+    """Return torch's own spec of the inputs or outputs.
 
     Raises:
         LoadError: A class in it is not registered in this process.
@@ -345,7 +349,7 @@ def _torch_spec(model: str, what: str, text: str) -> Any:
 
 
 def _unregistered(spec: list[Any]) -> list[str]:
-    """The classes in torch's JSON that this process can't read, each once."""
+    """Return the classes in torch's JSON that this process can't read, each once."""
     from torch.utils import _pytree as pytree
 
     version, root = spec
@@ -366,7 +370,7 @@ def _unregistered(spec: list[Any]) -> list[str]:
 
 
 def _passes(kind: str, value: Any) -> bool:
-    """Whether torch's own loader takes the value for one of this kind of container."""
+    """Return whether torch's own loader takes the value for one of this kind of container."""
     if kind == "dict":
         return type(value) in (dict, OrderedDict, defaultdict)
     return type(value) in (tuple, list, deque) or _is_named_tuple(value)

@@ -38,7 +38,7 @@ _PADDING = 1024
 
 
 def example_of(tensor: torch.Tensor) -> ExampleSpec:
-    """What is kept of an example input."""
+    """Return what is kept of an example input."""
     import torch
 
     shape = tuple(tensor.shape)
@@ -130,7 +130,7 @@ def _values(
 
 
 def with_layout(values: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    """The same values in memory as the spec wants them: its order, or its strides.
+    """Return the same values in memory as the spec wants them: its order, or its strides.
 
     Sizes of an expanded tensor agree afterwards.
     """
@@ -153,7 +153,7 @@ def with_layout(values: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
 
 
 def _strides(spec: TensorSpec, shape: Sequence[int]) -> tuple[int, ...]:
-    """The strides of a tensor that is not dense, for its sizes."""
+    """Return the strides of a tensor that is not dense, for its sizes."""
     symbols = {
         dim.symbol: (size - dim.offset) // dim.scale
         for dim, size in zip(spec.shape, shape, strict=True)
@@ -166,7 +166,9 @@ def _strides(spec: TensorSpec, shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _separate(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether no two elements of a strided tensor share memory, as far as nested strides tell."""
+    """Return whether no two elements of a strided tensor share memory, as far as nested strides
+    tell.
+    """
     reach = 0
     for stride, size in sorted(zip(strides, shape, strict=True)):
         if size > 1:
@@ -177,8 +179,8 @@ def _separate(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 def guarded(tensors: Sequence[torch.Tensor], *, high: bool) -> list[torch.Tensor]:
-    """The same tensors as views into larger buffers, so that a read beyond one finds a sentinel and
-    does no harm.
+    """Return the same tensors as views into larger buffers, so that a read beyond one finds a
+    sentinel and does no harm.
 
     Where two runs on the same inputs with another `high` give other outputs, the model read beyond
     its input. An empty tensor has no address: a read beyond one still ends the process.
@@ -245,8 +247,8 @@ decides.
 
 
 def tolerance_of(dtypes: Iterable[str]) -> float:
-    """The greatest difference, relative to the greatest value, that rounding explains in a model
-    that computes in these dtypes.
+    """Return the greatest difference, relative to the greatest value, that rounding explains in a
+    model that computes in these dtypes.
     """
     found = [0.0]
     for dtype in dtypes:
@@ -258,7 +260,7 @@ def tolerance_of(dtypes: Iterable[str]) -> float:
 
 
 def difference(expected: Sequence[Any], actual: Sequence[Any], tolerance: float | None) -> str:
-    """Where two runs' outputs differ, in a few words; "" where they don't.
+    """Return where two runs' outputs differ, in a few words; "" where they don't.
 
     Args:
         expected: Outputs of one run; what is no tensor is not compared.
@@ -297,7 +299,7 @@ def _alike(wanted: torch.Tensor, got: torch.Tensor, tolerance: float) -> bool:
 
 
 def is_telling(outputs: Sequence[Any]) -> bool:
-    """Whether the outputs could show a difference at all: some tensor has an element that is
+    """Return whether the outputs could show a difference at all: some tensor has an element that is
     finite.
     """
     import torch
@@ -319,8 +321,8 @@ def row_evidence(
     tolerance: float,
     draws: int = 3,
 ) -> RowEvidence:
-    """Whether the rows of a request influence each other, found by running rows together, alone and
-    in another order.
+    """Return whether the rows of a request influence each other, found by running rows together,
+    alone and in another order.
 
     Args:
         run: The model. What it raises is the reason why nothing was found out.
@@ -407,7 +409,7 @@ def _groups(rows: int, least: int) -> list[tuple[list[int], str]]:
 
 
 def _kept(like: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """A selection of rows in the memory order of the tensor it was selected from."""
+    """Return a selection of rows in the memory order of the tensor it was selected from."""
     usual = range(like.dim())
     strides = like.stride()
     order = sorted(usual, key=lambda dim: (-strides[dim], -like.shape[dim], dim))
@@ -429,6 +431,6 @@ def _copied(outputs: Sequence[Any]) -> list[Any]:
 
 
 def symbols_of(specs: Iterable[TensorSpec]) -> list[str]:
-    """The symbols of the specs' dynamic dimensions, in order of appearance."""
+    """Return the symbols of the specs' dynamic dimensions, in order of appearance."""
     dims = [dim for spec in specs for dim in spec.shape if isinstance(dim, DynamicDim)]
     return list(dict.fromkeys(dim.symbol for dim in dims))

@@ -64,8 +64,8 @@ _RANDOM = "random"
 
 
 def separated(args: tuple[Any, ...], kwargs: dict[str, Any], module: Any) -> tuple[Any, Any]:
-    """The example arguments, with a copy for each tensor that shares memory with an earlier one or
-    with a weight.
+    """Return the example arguments, with a copy for each tensor that shares memory with an earlier
+    one or with a weight.
 
     Export takes two inputs that are one tensor for one input, and an input that is a parameter for
     that parameter. Copies keep their strides.
@@ -110,11 +110,13 @@ class Stated:
                 self._hints = True
 
     def leaves_open(self, symbol: str) -> bool:
-        """Whether the symbol is torch's own: the user did not say that it differs from others."""
+        """Return whether the symbol is torch's own: the user did not say that it differs from
+        others.
+        """
         return symbol not in self._names
 
     def least(self, symbol: str, low: int) -> int:
-        """What a symbol may be at least, as far as the user says; `low` is what torch says."""
+        """Return what a symbol may be at least, as far as the user says; `low` is what torch says."""
         return low if low != EXPORTED_FROM or symbol in self._names or self._hints else 0
 
 
@@ -179,8 +181,8 @@ class Findings:
     # ---------------------------------------------------------------------------------
 
     def disagreement(self) -> str:
-        """Where the exported program differs from the module on inputs unlike the example; "" where
-        nowhere, or unknown.
+        """Return where the exported program differs from the module on inputs unlike the example;
+        "" where nowhere, or unknown.
         """
         if self.impossible:
             self._values = False
@@ -190,8 +192,8 @@ class Findings:
         return where.removeprefix(_DIFFERS) if self._values and where.startswith(_DIFFERS) else ""
 
     def merged(self) -> ModelSpec:
-        """The spec with one symbol for those rows of several inputs that the module wants to agree
-        (`Dim.AUTO` tells them apart).
+        """Return the spec with one symbol for those rows of several inputs that the module wants to
+        agree (`Dim.AUTO` tells them apart).
         """
         rows = row_symbols(self._runs.specs, 0)
         low = max((least for least, _ in map(self._bounds, rows)), default=0)
@@ -219,8 +221,8 @@ class Findings:
         return self._spec
 
     def rows(self, dim: int, symbols: Sequence[str]) -> RowEvidence:
-        """Whether rows in this dimension influence each other; its size is these symbols in one
-        input or another.
+        """Return whether rows in this dimension influence each other; its size is these symbols in
+        one input or another.
         """
         if self.impossible:
             return RowEvidence(None, self.impossible)
@@ -266,7 +268,7 @@ class Findings:
         self._try(lambda sizes: self._compiled(library, sizes), wanted)
 
     def with_minima(self, spec: ModelSpec) -> ModelSpec:
-        """The spec with the least sizes that were shown to be right."""
+        """Return the spec with the least sizes that were shown to be right."""
         minima = {symbol: self._least(symbol) for symbol in symbols_of(self._runs.specs)}
 
         def bounded(leaf: LeafSpec) -> LeafSpec:
@@ -288,8 +290,8 @@ class Findings:
     # --------------------------------------------------------------------------------------------
 
     def _bounds(self, symbol: str) -> tuple[int, int | None]:
-        """What a symbol may be, by the specs: the least that none of its dimensions forbids, and
-        the most.
+        """Return what a symbol may be, by the specs: the least that none of its dimensions forbids,
+        and the most.
         """
         low, high = 0, None
         for spec in self._runs.specs:
@@ -327,7 +329,7 @@ class Findings:
             self._found[key] = answer.removeprefix(_DIFFERS).removeprefix(_RAISES)
 
     def _least(self, symbol: str) -> tuple[int, str]:
-        """The least value of a symbol, and why it is not less ("": the user wants no less)."""
+        """Return the least value of a symbol, and why it is not less ("": the user wants no less)."""
         low, high = self._bounds(symbol)
         if low > EXPORTED_FROM:
             return low, ""
@@ -373,7 +375,7 @@ class Findings:
             self._runs.module = module
 
     def _is_random(self) -> str:
-        """Whether two runs on the same inputs give different values."""
+        """Return whether two runs on the same inputs give different values."""
         inputs, once = self._runs.run_module(self._sizes, 0)
         return (
             _RANDOM if difference(once, self._runs.eager(copies(inputs)), self._tolerance) else ""
@@ -385,11 +387,11 @@ class Findings:
         return f"{_DIFFERS}{what}" if what else ""
 
     def _exported(self, sizes: dict[str, int]) -> str:
-        """What is wrong with the exported program on such sizes, in words for a message."""
+        """Return what is wrong with the exported program on such sizes, in words for a message."""
         return self._beside(sizes, self._runs.interpret, "the exported program")
 
     def _compiled(self, library: Path, sizes: dict[str, int]) -> str:
-        """What is wrong with the compiled code on such sizes."""
+        """Return what is wrong with the compiled code on such sizes."""
         for high in (True, False):
             run = functools.partial(self._runs.run_library, library, high=high)
             if what := self._beside(sizes, run, "the compiled code"):
@@ -434,8 +436,8 @@ class Findings:
         return msgspec.json.encode(found).decode()
 
     def _can_widen(self) -> bool:
-        """Whether a module of half precision may be run in single, where a faint influence shows:
-        it casts nothing itself.
+        """Return whether a module of half precision may be run in single, where a faint influence
+        shows: it casts nothing itself.
         """
         import torch
 
@@ -460,8 +462,8 @@ _WIDER = {"float16": "float32", "bfloat16": "float32"}
 def _varied(
     examples: Sequence[ExampleSpec], specs: Sequence[TensorSpec]
 ) -> tuple[ExampleSpec, ...]:
-    """The examples with integers that differ, where the example's are all the same: equal rows show
-    nothing.
+    """Return the examples with integers that differ, where the example's are all the same: equal
+    rows show nothing.
     """
     return tuple(
         msgspec.structs.replace(e, high=e.low + 1, values=None)

@@ -28,7 +28,7 @@ that it is.
 
 
 def count_bytes(tensors: Sequence[torch.Tensor]) -> int:
-    """The check where nothing is known of what a model takes."""
+    """Return the bytes of the inputs; the check of a model of which nothing is known."""
     total = 0
     for tensor in tensors:
         total += tensor.nbytes
@@ -126,8 +126,8 @@ def dense_strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]
 
 
 def lies_in_order(shape: Sequence[int], strides: Sequence[int], order: Sequence[int]) -> bool:
-    """Whether a tensor is dense with its dimensions in `order`; strides of sizes 0 and 1 don't
-    matter.
+    """Return whether a tensor is dense with its dimensions in `order`; strides of sizes 0 and 1
+    don't matter.
     """
     if 0 in shape:
         return True
@@ -141,7 +141,8 @@ def lies_in_order(shape: Sequence[int], strides: Sequence[int], order: Sequence[
 def _has_strides(
     tensor: torch.Tensor, wanted: Sequence[tuple[int, int, int]], bound: Sequence[int] | None
 ) -> bool:
-    """Whether a tensor has these strides, each an offset, a symbol's index (-1: none) and a scale.
+    """Return whether a tensor has these strides, each an offset, a symbol's index (-1: none) and a
+    scale.
 
     Those of sizes 0 and 1 don't matter.
     """
@@ -236,8 +237,8 @@ class InputCheck:
             )
 
     def __call__(self, tensors: list[torch.Tensor]) -> int:
-        """The bytes of the tensors when all fit; raises `InputMismatchError` for the first that
-        does not.
+        """Return the bytes of the tensors when all fit; raise `InputMismatchError` for the first
+        that does not.
         """
         if len(tensors) != len(self._plans):
             raise InputMismatchError(
@@ -326,7 +327,7 @@ class InputCheck:
         return "The inputs are " + ", ".join(f"{s.name}: {s}" for s in self.specs[:10]) + f"{more}."
 
     def _explain(self, tensors: Sequence[torch.Tensor]) -> None:
-        """The slow twin of `__call__`: finds the fault again and says it in a sentence."""
+        """Find the fault of `__call__` again, slowly, and return it as an error."""
         bound: dict[str, tuple[int, str]] = {}
         for spec, tensor, plan in zip(self.specs, tensors, self._plans, strict=True):
             self._explain_kind(spec, tensor)

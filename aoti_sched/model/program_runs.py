@@ -52,7 +52,9 @@ class ProgramRuns:
         return sum(self._leaves[place].nbytes for place in self._places)
 
     def _variants(self) -> Iterator[tuple[ExampleSpec, ...]]:
-        """The examples, then the same with integers that any model takes: the least ones, 0, 1."""
+        """Yield the examples, then the same with integers that any model takes: the least ones, 0,
+        1.
+        """
         yield self.examples
         discrete = [
             not spec.dtype.startswith(("float", "bfloat", "complex")) for spec in self.specs
@@ -183,7 +185,7 @@ def _interpreter(program: ExportedProgram) -> Any:
 
 
 def copy_of(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy with the same strides."""
+    """Return a copy with the same strides."""
     if tensor.is_contiguous():
         return tensor.clone()
     memory = tensor.new_empty(0).set_(tensor.untyped_storage())

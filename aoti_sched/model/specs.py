@@ -227,7 +227,7 @@ def row_symbols(specs: Iterable[LeafSpec], dim: int) -> list[str]:
 
 
 def with_one_symbol(leaves: Sequence[_Leaf], old: str, new: str) -> tuple[_Leaf, ...]:
-    """The leaves with one symbol in the place of two.
+    """Return the leaves with one symbol in the place of two.
 
     Where both stood, the narrower bounds hold.
     """
@@ -265,7 +265,7 @@ def with_one_symbol(leaves: Sequence[_Leaf], old: str, new: str) -> tuple[_Leaf,
 
 
 def spec_to_metadata(spec: ModelSpec) -> dict[str, str]:
-    """The strings to store in a package so that `spec_from_metadata` finds the spec again."""
+    """Return the strings to store in a package so that `spec_from_metadata` finds the spec again."""
     # Not msgspec's encoder: it writes null for a literal that is infinite or NaN.
     return {METADATA_KEY: json.dumps(msgspec.to_builtins(spec))}
 
@@ -370,8 +370,8 @@ _Product = tuple[int, tuple[str, ...]]  # a number times symbols, these in alpha
 
 
 def _wrapper_order(sizes: list[str], strides: list[str]) -> tuple[int, ...] | None:
-    """The memory order in which the stated strides make a dense tensor, found from the innermost
-    dimension out.
+    """Return the memory order in which the stated strides make a dense tensor, found from the
+    innermost dimension out.
 
     None when they make none, or when it can't be told because an expression is no plain product.
     """
@@ -392,7 +392,7 @@ def _wrapper_order(sizes: list[str], strides: list[str]) -> tuple[int, ...] | No
 
 
 def _wrapper_strides(sizes: list[str], strides: list[str]) -> tuple[int, ...] | None:
-    """The stated strides of a tensor that is not dense, where all of them are numbers."""
+    """Return the stated strides of a tensor that is not dense, where all of them are numbers."""
     numbers = [_NUMBER.match(stride) for stride in strides]
     if _wrapper_order(sizes, strides) is not None or not all(numbers):
         return None
@@ -403,7 +403,7 @@ _GROUPING = re.compile(r"static_cast<\w+>|[()]")
 
 
 def _product(expression: str) -> _Product | None:
-    """The number and the symbols that are multiplied.
+    """Return the number and the symbols that are multiplied.
 
     Torch casts the square of a symbol: `16L*(static_cast<int64_t>(s27*s27))`.
     """

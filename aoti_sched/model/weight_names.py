@@ -86,8 +86,8 @@ def _identity(tensor: torch.Tensor) -> object:
 
 
 def _used(program: ExportedProgram) -> set[str]:
-    """The names whose values reach an output of the graph, or an operator that has effects of its
-    own.
+    """Return the names whose values reach an output of the graph, or an operator that has effects
+    of its own.
     """
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}

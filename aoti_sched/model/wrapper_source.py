@@ -28,7 +28,7 @@ class Writes(msgspec.Struct, frozen=True):
 
 
 def writes_in(source: str) -> Writes | None:
-    """What the wrapper source shows of writes; None where it has no body that is understood."""
+    """Return what the wrapper source shows of writes; None where it has no body that is understood."""
     body = _body(source)
     if body is None:
         return None
@@ -55,7 +55,7 @@ MAY_WRITE = "it has buffers, and its package does not say whether it writes to t
 def writes_to_buffers(
     own: ModelSpec | None, wrapper: str | None, constants: Sequence[ConstantSpec] = ()
 ) -> str:
-    """Why a model counts as one that writes to its buffers; "" where it does not.
+    """Return why a model counts as one that writes to its buffers; "" where it does not.
 
     One rule for all that depends on it.
 
@@ -132,7 +132,7 @@ def _triton_parameters(source: str) -> dict[str, list[str]]:
 def _is_written(
     body: str, name: str, parameters: dict[str, list[str]], seen: frozenset[str] = frozenset()
 ) -> bool | None:
-    """Whether the code writes to the tensor of this name, or to what aliases it."""
+    """Return whether the code writes to the tensor of this name, or to what aliases it."""
     word = re.escape(name)
     if re.search(_CAST.format(word), body):
         return True
@@ -159,7 +159,7 @@ def _is_written(
 
 
 def _use(statement: str, mention: re.Pattern[str], parameters: dict[str, list[str]]) -> bool | None:
-    """What the call in a statement does with the tensor that is mentioned in its arguments."""
+    """Return what the call in a statement does with the tensor that is mentioned in its arguments."""
     call = _CALL.search(statement)
     if call is None:
         return None
@@ -189,7 +189,7 @@ _OPAQUE = {"proxy_executor_call_function", "call_dispatcher", "get_data_ptr", "g
 
 
 def _arguments(text: str) -> list[str]:
-    """The arguments of a call whose opening bracket is the first character."""
+    """Return the arguments of a call whose opening bracket is the first character."""
     arguments: list[str] = []
     depth, start = 0, 1
     for place, character in enumerate(text):

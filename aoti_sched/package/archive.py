@@ -183,12 +183,12 @@ class MemberSource(Protocol):
         ...
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        """The member's verified bytes, exactly as many as `members` says."""
+        """Yield the member's verified bytes, exactly as many as `members` says."""
         ...
 
 
 def read_member(source: MemberSource, name: str, limit: int) -> bytes:
-    """One member in memory, refused when it declares more than `limit` bytes."""
+    """Return one member in memory, refused when it declares more than `limit` bytes."""
     if source.members[name] > limit:
         raise PackageFormatError(
             f"{source.path}: member {name!r} claims {source.members[name]} bytes where at most "

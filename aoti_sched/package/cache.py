@@ -52,7 +52,7 @@ _GONE_OR_BROKEN = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EIO, errno.ES
 
 
 def default_cache_dir() -> Path:
-    """`$AOTI_SCHED_CACHE`, else `$XDG_CACHE_HOME/aoti_sched`, else `~/.cache/aoti_sched`.
+    """Return `$AOTI_SCHED_CACHE`, else `$XDG_CACHE_HOME/aoti_sched`, else `~/.cache/aoti_sched`.
 
     Raises:
         PackageError: none of them is set and the user has no home directory.
@@ -165,7 +165,7 @@ def _check_executable(cache: Folder) -> None:
 
 
 def _find_complete(wanted: _Wanted, *, locked: bool) -> Path | None:
-    """A directory in which every file is the one that was unpacked there.
+    """Return a directory in which every file is the one that was unpacked there.
 
     The rename made it complete; what broke later is found here. A truncated library kills the
     process that maps it, zeros in it do at its first call, and zeros in weights give wrong numbers.

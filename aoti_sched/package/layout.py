@@ -108,8 +108,8 @@ def _layout(
 
 
 def _wrapper_stem(library: str, files: Iterable[str]) -> str:
-    """What the names of the wrapper and its companions begin with: as the library's, unless it was
-    given a name.
+    """Return what the names of the wrapper and its companions begin with: as the library's, unless
+    it was given a name.
     """
     stem = _stem(library)
     if f"{stem}_metadata.json" in files:
@@ -123,7 +123,7 @@ def _wrapper_stem(library: str, files: Iterable[str]) -> str:
 
 
 def _library_among(path: Path, model: str, files: Iterable[str]) -> str:
-    """The model's own library.
+    """Return the model's own library.
 
     Kernels may be libraries too; only the model's has a wrapper's name or metadata.
     """

@@ -74,7 +74,7 @@ class LibrarySource:
 
 
 def is_library(digest: FileDigest) -> bool:
-    """Whether the file is a shared library of any system, by its first bytes."""
+    """Return whether the file is a shared library of any system, by its first bytes."""
     with digest.open() as stream:
         return (stream.read(4) or b"").startswith(MAGIC)
 
@@ -92,7 +92,7 @@ def _companions(library: Path) -> list[Path]:
 
 
 def _elf_machine(digest: FileDigest) -> str:
-    """The machine an ELF library is for, "" when its header does not tell.
+    """Return the machine an ELF library is for, "" when its header does not tell.
 
     Raises:
         PackageFormatError: its section table, which linkers write last, lies beyond the end of the

@@ -73,7 +73,7 @@ class Package:
         return tuple(sorted(self._layouts))
 
     def model(self, name: str | None = None) -> PackagedModel:
-        """The description of one model; nothing is extracted.
+        """Return the description of one model; nothing is extracted.
 
         Args:
             name: which one. None takes the only one, or of several the one called "model", which is
@@ -89,8 +89,8 @@ class Package:
         return self._described[name]
 
     def wrapper_source(self, model: PackagedModel | str | None = None) -> str | None:
-        """The generated C++ wrapper, which states the inputs; None when the package does not bring
-        it.
+        """Return the generated C++ wrapper, which states the inputs; None when the package does not
+        bring it.
         """
         layout = self._layout(model)
         return None if layout.wrapper is None else self._text(layout.wrapper)
@@ -208,7 +208,7 @@ class Package:
         )
 
     def _stored_weights(self, layout: ModelLayout) -> _StoredWeights:
-        """What weights_config.json lists. torch writes an empty one for a model without such
+        """Return what weights_config.json lists. torch writes an empty one for a model without such
         weights.
         """
         if layout.weights_config is None:
@@ -286,7 +286,7 @@ def open_package(
 
 
 def _slug(name: str) -> str:
-    """A model's name as part of a directory's: itself where that is plain, else a hash of it."""
+    """Return a model's name as part of a directory's: the name where it is plain, else its hash."""
     if re.fullmatch(r"\w[\w.-]{0,63}", name, re.ASCII):
         return name
     return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:32]

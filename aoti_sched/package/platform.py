@@ -49,7 +49,7 @@ def spelled_machine(name: str | None = None) -> str:
 
 
 def parse_isa(text: str) -> frozenset[str]:
-    """The names in AOTI_CPU_ISA. torch's INVALID_VEC_ISA says that the model uses no vector
+    """Return the names in AOTI_CPU_ISA. torch's INVALID_VEC_ISA says that the model uses no vector
     instructions.
     """
     return frozenset(text.split()) - {"INVALID_VEC_ISA"}
@@ -77,7 +77,9 @@ def this_cpu_isa() -> frozenset[str] | None:
 
 
 def parse_cpuinfo(text: str) -> frozenset[str] | None:
-    """The flags that every processor in /proc/cpuinfo lists, or None when it lists none at all."""
+    """Return the flags that every processor in /proc/cpuinfo lists, or None when it lists none at
+    all.
+    """
     lists = [
         frozenset(value.split())
         for line in text.splitlines()

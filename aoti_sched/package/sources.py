@@ -63,7 +63,7 @@ Layout = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def constant_layouts(wrapper: str) -> dict[str, Layout]:
-    """How the compiled code expects each constant to lie in memory, by the runtime's names."""
+    """Return how the compiled code expects each constant to lie in memory, by the runtime's names."""
     found: dict[str, dict[str, str]] = {}
     for index, _, name, what, numbers in _LAYOUT.findall(wrapper):
         found.setdefault(index, {})[what or "name"] = numbers if what else name
@@ -79,7 +79,7 @@ def _numbers(listed: str) -> tuple[int, ...]:
 
 
 def thread_facts(sources: Iterable[str]) -> ThreadFacts:
-    """What the kernels in `sources` say about threads."""
+    """Return what the kernels in `sources` say about threads."""
     fixed: list[int] = []
     limits: list[int] = []
     for source in sources:
@@ -98,7 +98,7 @@ def thread_facts(sources: Iterable[str]) -> ThreadFacts:
 
 
 def weight_facts(wrapper: str) -> WeightFacts | None:
-    """What the wrapper's constructor says about constants, or None when it is not found.
+    """Return what the wrapper's constructor says about constants, or None when it is not found.
 
     Before torch could leave weights out of the library, the constructor did not say; then they are
     inside.

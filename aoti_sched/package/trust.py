@@ -136,8 +136,8 @@ def _trusted() -> frozenset[int]:
 
 
 def _walk(path: Path) -> tuple[Path, str | None]:
-    """The folder that `path` means, without links, and what lets another user change the way; None:
-    nothing does.
+    """Return the folder that `path` means, without links, and what lets another user change the
+    way; None: nothing does.
 
     From the root downwards: once a folder is known to be safe, so is every name in it that is ours
     or root's.
@@ -182,7 +182,7 @@ def _found_or_made(path: Path) -> os.stat_result:
 
 
 def _weakness(folder: Path, status: os.stat_result) -> str | None:
-    """What lets another user replace a name of ours in `folder`; None: nothing does."""
+    """Return what lets another user replace a name of ours in `folder`; None: nothing does."""
     if status.st_uid not in _trusted():
         return f"{folder} belongs to user {status.st_uid}"
     if status.st_mode & _WRITABLE and not status.st_mode & stat.S_ISVTX:
@@ -227,7 +227,7 @@ Global as mapped libraries are. Only exec closes them.
 
 
 def _held(folder: Path, weakness: str) -> Path:
-    """A path that leads to the folder that is at `folder` now, whatever anyone puts there later.
+    """Return a path to the folder that is at `folder` now, even if another one is put there later.
 
     The folder must be this process's own, not root's: whoever can change the way could lead it to
     any of root's.

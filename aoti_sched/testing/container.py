@@ -23,8 +23,8 @@ class FakeCall:
         self.kwargs = kwargs
 
     def tensors(self) -> list[Any]:
-        """The tensors among the arguments, those in tuples, lists and dicts included: what declared
-        specs are compared with.
+        """Return the tensors among the arguments, those in tuples, lists and dicts included: what
+        declared specs are compared with.
         """
         import torch
         from torch.utils import _pytree as pytree
@@ -92,7 +92,7 @@ class FakeContainer:
         return [self.function(*call.args, **call.kwargs)]
 
     def warm_up(self, make_inputs: Callable[[], Sequence[Any]]) -> None:
-        """A function is warm."""
+        """Do nothing: a function needs no warm-up."""
 
     updatable = ""
 
@@ -168,7 +168,7 @@ class FakeContainer:
 
 
 def weight_items(weights: Any) -> Iterator[tuple[str, Any]]:
-    """The names and values of a mapping, or of pairs.
+    """Yield the names and values of a mapping, or of pairs.
 
     Raises:
         WeightsTypeError: It is neither. No file is read: a function's weights are values of any

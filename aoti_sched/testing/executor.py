@@ -33,7 +33,7 @@ class FakeExecutor:
         return False
 
     def poll(self) -> bool:
-        """A step is not waited for."""
+        """Return False: no loop waits for a step."""
         return False
 
     def run_here(self, work: Work) -> Completion:

@@ -20,7 +20,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def _async_fixture(function: _F) -> _F:
-    """pytest-asyncio's fixture where it is installed; anyio's plugin takes pytest's own."""
+    """Return pytest-asyncio's fixture where it is installed; anyio's plugin takes pytest's own."""
     fixture: Any = pytest.fixture
     with contextlib.suppress(ImportError):
         fixture = importlib.import_module("pytest_asyncio").fixture
@@ -30,13 +30,13 @@ def _async_fixture(function: _F) -> _F:
 
 @pytest.fixture
 def aoti_clock() -> ManualClock:
-    """A `ManualClock`; the `aoti_scheduler` fixture lives by it."""
+    """Return a `ManualClock`; the `aoti_scheduler` fixture lives by it."""
     return ManualClock()
 
 
 @pytest.fixture
 def aoti_backend(aoti_clock: ManualClock) -> FakeBackend:
-    """A hand-stepped `FakeBackend` with two lanes; the `aoti_scheduler` fixture runs on it."""
+    """Return a hand-stepped `FakeBackend` with two lanes; the `aoti_scheduler` fixture runs on it."""
     return FakeBackend(clock=aoti_clock)
 
 
@@ -44,7 +44,7 @@ def aoti_backend(aoti_clock: ManualClock) -> FakeBackend:
 async def fake_scheduler(
     backend: FakeBackend, clock: Clock | None = None
 ) -> AsyncIterator[Scheduler]:
-    """A real `Scheduler` on a fake backend.
+    """Run a real `Scheduler` on a fake backend.
 
     On leaving, queued requests fail and running ones are finished.
     """
@@ -62,6 +62,6 @@ async def fake_scheduler(
 async def aoti_scheduler(
     aoti_clock: ManualClock, aoti_backend: FakeBackend
 ) -> AsyncIterator[Scheduler]:
-    """A real `Scheduler` on the `aoti_backend` and `aoti_clock`."""
+    """Run a real `Scheduler` on the `aoti_backend` and `aoti_clock`."""
     async with fake_scheduler(aoti_backend, aoti_clock) as scheduler:
         yield scheduler

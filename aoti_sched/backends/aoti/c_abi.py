@@ -278,12 +278,12 @@ class Library:
             )
 
     def has(self, name: str) -> bool:
-        """Whether the library exports this function of the table."""
+        """Return whether the library exports this function of the table."""
         return self._symbol(name) != 0
 
     def function(self, name: str) -> Callable[..., int]:
-        """The function, ready to be called with ctypes arguments; it releases the GIL and returns a
-        status.
+        """Return the function, ready to be called with ctypes arguments; it releases the GIL and
+        returns a status.
 
         Raises MissingCapabilityError when the library lacks it.
         """
@@ -322,8 +322,8 @@ class Library:
             raise LoadError(f"{self.name}: {name} failed: {self.root_cause()}")
 
     def last_error(self) -> str:
-        """What the runtime says of this thread's last failure in this library; "" when it has no
-        words for it.
+        """Return what the runtime says of this thread's last failure in this library; "" when it
+        has no words for it.
         """
         if not self.has("AOTInductorGetLastError"):
             return ""
@@ -332,12 +332,12 @@ class Library:
         return _without_backtrace((text.value or b"").decode(errors="replace"))
 
     def root_cause(self) -> str:
-        """Why the last call on this thread failed, in one text without a C++ backtrace."""
+        """Return why the last call on this thread failed, in one text without a C++ backtrace."""
         return explain_failure(self.last_error(), _torch_last_error())
 
 
 def explain_failure(own: str, torchs: str) -> str:
-    """One text for a failure, from the runtime's words and torch's, without a C++ backtrace.
+    """Return one text for a failure, from the runtime's words and torch's, without a C++ backtrace.
 
     The runtime's own message is the cause itself, unless it only says that a call into torch
     failed; then torch knows the cause. Torch's message may be an older one of the same thread, so

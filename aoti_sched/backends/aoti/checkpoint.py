@@ -79,7 +79,7 @@ class Checkpoint:
             self.content, self._records = self._read_legacy(file)
 
     def place(self, tensor: torch.Tensor) -> object:
-        """What tells a tensor's bytes from those of others in this file."""
+        """Return what tells a tensor's bytes from those of others in this file."""
         # There is no public identity.
         key = self._keys[tensor.untyped_storage()._cdata]  # noqa: SLF001
         return key, tensor.storage_offset(), tensor.dtype, tuple(tensor.shape), tensor.stride()
@@ -183,7 +183,7 @@ class Checkpoint:
         return unpickler.load()
 
     def _storage(self, saved: tuple[Any, ...]) -> Any:
-        """A storage without memory, for what the pickle says of one."""
+        """Return a storage without memory, for what the pickle says of one."""
         kind, storage_type, key, _location, count, *view = saved
         if kind not in ("storage", b"storage") or any(part is not None for part in view):
             raise NotReadableError(
@@ -318,8 +318,8 @@ def _span(shape: torch.Size, stride: tuple[int, ...]) -> int:
 
 
 def _dense_strides(like: torch.Tensor) -> tuple[int, ...]:
-    """The strides in memory order of a dense tensor; those of a contiguous one where it is not
-    dense.
+    """Return the strides in memory order of a dense tensor; those of a contiguous one where it is
+    not dense.
     """
     if _span(like.shape, like.stride()) == math.prod(like.shape) and 0 not in like.stride():
         return like.stride()
@@ -339,5 +339,5 @@ def _size(file: io.BufferedReader) -> int:
 
 
 def reason(error: Exception) -> str:
-    """The first line of an error, for a message."""
+    """Return the first line of an error, for a message."""
     return clipped(str(error).partition("\n")[0] or type(error).__name__, 200)

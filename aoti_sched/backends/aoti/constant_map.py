@@ -32,7 +32,7 @@ EXTRACT, EXTRACT_ENTRIES = (
 
 
 def map_type() -> type[ConstantMap] | None:
-    """The map; None where no compiler was at hand at install."""
+    """Return the map; None where no compiler was at hand at install."""
     try:
         from aoti_sched.backends.native._native import ConstantMap
     except ImportError:
@@ -41,7 +41,7 @@ def map_type() -> type[ConstantMap] | None:
 
 
 def why_not_updatable(library: Library, constants: Sequence[Constant]) -> str:
-    """Why the constants can't be read and written by pairs or by maps; "" when they can."""
+    """Return why the constants can't be read and written by pairs or by maps; "" when they can."""
     lacking = [name for name in (UPDATE_PAIRS, EXTRACT_ENTRIES) if not library.has(name)]
     if not lacking:
         return ""
@@ -71,7 +71,7 @@ def why_not_updatable(library: Library, constants: Sequence[Constant]) -> str:
 
 
 def misplaces(constants: Sequence[Constant]) -> bool:
-    """Whether code of a torch before 2.13 would write past the place of a constant, in the
+    """Return whether code of a torch before 2.13 would write past the place of a constant, in the
     runtime's order of them.
 
     It keeps offsets of those that are not folded, and looks them up by a number that counts all:
@@ -84,13 +84,13 @@ def misplaces(constants: Sequence[Constant]) -> bool:
 def entries(
     pairs: list[tuple[Constant, torch.Tensor]], handles: list[int]
 ) -> ctypes.Array[ConstantEntry]:
-    """The array that the C ABI takes: each constant's internal name and its handle."""
+    """Return the array that the C ABI takes: each constant's internal name and its handle."""
     names = [constant.spec.name.encode() for constant, _ in pairs]
     return (ConstantEntry * len(pairs))(*map(ConstantEntry, names, handles))
 
 
 def mapped(pairs: list[tuple[Constant, torch.Tensor]], handles: list[int]) -> ConstantMap:
-    """`entries` as a map, for older models. It must live as long as C uses its address."""
+    """Return `entries` as a map, for older models. It must live as long as C uses its address."""
     made = map_type()
     if made is None:
         raise MissingCapabilityError(

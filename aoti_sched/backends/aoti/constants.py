@@ -143,8 +143,8 @@ class Names:
         return name in self._unused
 
     def digest(self, name: str) -> str | None:
-        """The digest of a value that is part of the compiled code, "" where there is none; None for
-        other names.
+        """Return the digest of a value that is part of the compiled code, "" where there is none;
+        None for other names.
         """
         return self._digests.get(name)
 

@@ -113,7 +113,7 @@ class CAbiContainer:
         return outputs
 
     def _aliases(self, outputs: Sequence[torch.Tensor | None]) -> list[int]:
-        """Which outputs share memory with the weights."""
+        """Return which outputs share memory with the weights."""
         if not self._folded_outputs:
             low, high = self._constants_span
             for tensor in outputs:
@@ -287,7 +287,7 @@ class CAbiContainer:
         self._kept, self._is_parked = {}, False
 
     def _load_weights(self, raw: RawContainer) -> None:
-        """The weights that it was loaded with."""
+        """Return the weights that it was loaded with."""
         load_weights(raw, self._extracted, self._given)
 
     def _fresh(self, fill: Callable[[RawContainer], None]) -> RawContainer:
@@ -328,15 +328,15 @@ class CAbiContainer:
         return self._raw.stage(ready)
 
     def _new_raw(self) -> RawContainer:
-        """A fresh container of the same model."""
+        """Return a fresh container of the same model."""
         raw = RawContainer(self._raw.library, self._instances)
         raw.name, raw.layouts = self._raw.name, self._raw.layouts
         return raw
 
 
 def missing_functions(library: Library) -> tuple[str, ...]:
-    """The functions that a model's library lacks because an older torch compiled it, and the torch
-    that brings them.
+    """Return the functions that a model's library lacks because an older torch compiled it, and the
+    torch that brings them.
     """
     wanted = {
         name: f

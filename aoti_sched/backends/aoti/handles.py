@@ -37,24 +37,24 @@ _new_handle.restype = c_int32
 
 
 def address_of(name: str) -> int:
-    """The address of one of torch's functions; 0 where this torch has none of that name."""
+    """Return the address of one of torch's functions; 0 where this torch has none of that name."""
     function = getattr(libtorch, name, None)
     return 0 if function is None else ctypes.cast(function, c_void_p).value or 0
 
 
 def capsule_of(pointer: int) -> Any:
-    """A pointer as torch's bindings take it (`void*`): in a capsule without a name."""
+    """Return a pointer as torch's bindings take it (`void*`): in a capsule without a name."""
     return _capsule_of(pointer, None, None)
 
 
 def handles_of(tensors: list[torch.Tensor]) -> list[int]:
-    """A new handle for each tensor; each must be given away to C or freed."""
+    """Return a new handle for each tensor; each must be given away to C or freed."""
     # All at once: were one no tensor, the handles before it would be lost.
     return [_pointer_of(capsule, None) for capsule in _handles(tensors)]
 
 
 def tensors_of(handles: Iterable[int | None]) -> list[torch.Tensor | None]:
-    """The tensors of handles that are ours, which are gone afterwards.
+    """Return the tensors of handles that are ours, which are gone afterwards.
 
     Null is None: an output left out.
 
@@ -80,8 +80,8 @@ def free(handles: Iterable[int | None]) -> None:
 def each_once(
     outputs: Sequence[torch.Tensor | None], made: Callable[[torch.Tensor], torch.Tensor]
 ) -> list[torch.Tensor | None]:
-    """What `made` gives for each output: once for each tensor, so that equal outputs stay one
-    tensor. None stays None.
+    """Return what `made` gives for each output: once for each tensor, so that equal outputs stay
+    one tensor. None stays None.
     """
     known: dict[int, torch.Tensor | None] = {}
     for tensor in outputs:

@@ -29,7 +29,7 @@ class JsonScan:
         self._at = 0
 
     def members(self) -> Iterator[str]:
-        """The keys of the object that begins here.
+        """Yield the keys of the object that begins here.
 
         The caller takes or skips each value before it asks for the next key.
         """
@@ -45,7 +45,7 @@ class JsonScan:
                 return
 
     def value(self, limit: int) -> bytes:
-        """The text of the value that begins here; ValueError if that is longer than `limit`."""
+        """Return the text of the value that begins here; ValueError if that is longer than `limit`."""
         raw = self._raw()
         if len(raw) > limit:
             raise ValueError(f"a value of more than {limit} bytes at byte {self._at - len(raw)}")

@@ -22,7 +22,7 @@ class OpenFiles:
         self._open: tuple[Path, io.BufferedReader] | None = None
 
     def open(self, path: Path) -> io.BufferedReader:
-        """The file that was looked at first, open until another one is."""
+        """Return the file that was looked at first, open until another one is."""
         if self._open is not None and self._open[0] == path:
             return self._open[1]
         self.close()

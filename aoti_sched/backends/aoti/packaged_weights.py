@@ -126,7 +126,9 @@ def give_weights(raw: RawContainer, weights: dict[str, torch.Tensor]) -> None:
 
 
 def read_stored(name: str, extracted: Extracted) -> dict[str, torch.Tensor]:
-    """The pickled weights by FQN. Only tensors are unpickled (`weights_only`), each file once.
+    """Return the pickled weights by FQN.
+
+    Only tensors are unpickled (`weights_only`), each file once.
 
     Raises:
         LoadError: A file is no torch.save file of a tensor, or smaller than the view that is asked

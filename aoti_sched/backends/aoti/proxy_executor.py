@@ -63,7 +63,7 @@ class ProxyExecutor:
 
 
 def open_proxy_executor(name: str, device: str, library: Path) -> tuple[ProxyExecutor | None, str]:
-    """The proxy executor of an extracted model; or None, and why there is none here.
+    """Return the proxy executor of an extracted model; or None, and why there is none here.
 
     Args:
         name: What errors call the model.

@@ -111,8 +111,8 @@ class RawConstants(RawHandle):
         return self._complete[inactive]
 
     def constant_memory(self, *, inactive: bool = False) -> list[tuple[int, int]]:
-        """Where a buffer's constants lie: [start, end) addresses, or [storage, storage + 1) where
-        there are none. Folded ones are not told by the C ABI.
+        """Return where a buffer's constants lie: [start, end) addresses, or [storage, storage + 1)
+        where there are none. Folded ones are not told by the C ABI.
         """
         if not self._can_extract() or (inactive and not self._complete[1]):
             return []

@@ -79,9 +79,7 @@ class RawContainer(RawConstants):
     def run_single_threaded(
         self, tensors: Sequence[torch.Tensor], *, stream: int | None = None
     ) -> list[torch.Tensor | None]:
-        """`run` without locks or events, always on the first instance: no other call may be going
-        on.
-        """
+        """Run on the first instance, without locks or events. No other call may go on meanwhile."""
         function = self.library.function(PREFIX + "RunSingleThreaded")
         return self._run_with(function, tensors, stream)
 
@@ -109,8 +107,8 @@ class RawContainer(RawConstants):
         return tensors_of(outputs)
 
     def call_spec(self) -> tuple[str, str]:
-        """The pytree specs of arguments and results, as torch serializes them; "" each where there
-        is none.
+        """Return the pytree specs of arguments and results, as torch serializes them; "" each where
+        there is none.
         """
         in_spec, out_spec = c_char_p(), c_char_p()
         self._call("GetCallSpec", byref(in_spec), byref(out_spec))

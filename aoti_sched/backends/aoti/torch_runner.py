@@ -86,7 +86,7 @@ class TorchRunnerContainer:
         )
 
     def _make(self) -> Any:
-        """A runner with the package's weights."""
+        """Return a runner with the package's weights."""
         try:
             runner = stock_runner(self._device_name, self._extracted.library, self._instances)
             stored = self._kept or read_stored(f"model {self._name!r}", self._extracted)

@@ -46,7 +46,7 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 @contextmanager
 def open_weights(weights: object, seen: Seen | None = None) -> Iterator[Iterator[Offered]]:
-    """One pass over what a user gave as weights: names, dtypes and shapes.
+    """Open what a user gave as weights for one pass over names, dtypes and shapes.
 
     Bytes are read where `Offered.read` is called.
 
@@ -147,7 +147,7 @@ def _shown(thing: object) -> str:
 
 
 def _read_file(path: Path, files: OpenFiles, *, shard: bool = False) -> Iterator[Offered]:
-    """The tensors of one file, or of those it names; a shard names no further ones."""
+    """Yield the tensors of one file, or of those it names; a shard names no further ones."""
     try:
         file = files.open(path)
         head = file.peek(9)[:9]
@@ -222,7 +222,7 @@ def _read_stored(
 
 
 def _state_dict(path: Path, loaded: object) -> dict[str, torch.Tensor]:
-    """The one state dict in what a checkpoint holds."""
+    """Return the one state dict in what a checkpoint holds."""
     if not isinstance(loaded, Mapping):
         raise fault(path, f"holds {_kind(loaded)}, not a state dict.")
     wrapped = [key for key in _WRAPPERS if isinstance(loaded.get(key), Mapping)]
@@ -255,8 +255,8 @@ def _state_dict(path: Path, loaded: object) -> dict[str, torch.Tensor]:
 
 
 def _read_index(path: Path, file: io.BufferedReader) -> dict[str, set[str]]:
-    """The names each shard is to hold, by the shard's file name, as Hugging Face's `weight_map`
-    tells them.
+    """Return the names each shard is to hold, by the shard's file name, as Hugging Face's
+    `weight_map` tells them.
     """
     if os.fstat(file.fileno()).st_size > HEADER_LIMIT:
         raise fault(path, f"is no index of weights files: it has more than {HEADER_LIMIT} bytes.")
