@@ -1,5 +1,4 @@
-"""What users pass, checked: a value is right, or refused at once with a `ConfigError` that names
-the argument.
+"""Checks of what users pass: a wrong value raises a `ConfigError` that names the argument.
 
 The rule for the whole public API. A bool is no number, text is no number, NaN is no time, and a
 number has to fit where it goes. Numbers and flags of other libraries (NumPy's scalars) count as
@@ -144,8 +143,7 @@ def expanded(what: str, path: str) -> str:
 
 
 def converted(value: object, kind: type[_T], what: str) -> _T:
-    """Return the value as one of the type that an annotation names, checked as if it had come from
-    a file.
+    """Return the value converted to the type of an annotation, as if it came from a file.
 
     Raises:
         ConfigError: It does not fit; the message says where.
@@ -163,8 +161,9 @@ def converted(value: object, kind: type[_T], what: str) -> _T:
 
 
 def checked_struct(given: _T, where: str) -> _T:
-    """Return a struct with the same settings, each checked by its type; `where` comes before their
-    names in errors.
+    """Return a struct with the same settings, each checked by its type.
+
+    `where` precedes the settings' names in errors.
     """
     kind: Any = type(given)
     values = {}

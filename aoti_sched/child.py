@@ -49,16 +49,12 @@ _DONE = "done"
 
 
 def can_fork() -> bool:
-    """Return whether this platform has children that share their parent's memory and may run
-    threads of their own.
-    """
+    """Return whether child processes share their parent's memory here and may run threads."""
     return sys.platform == "linux" and hasattr(os, "fork")
 
 
 def is_unknown(answer: str) -> bool:
-    """Return whether an answer says nothing of the trial: the time or the process for it was
-    lacking.
-    """
+    """Return whether an answer says nothing of the trial, for lack of time or of a process."""
     return answer == TOO_LONG or answer.startswith(NOT_STARTED)
 
 

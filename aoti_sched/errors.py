@@ -28,8 +28,7 @@ to do.
 
 
 def readable(text: str, *, lines: bool = False) -> str:
-    """Return `text` with control characters escaped, and with its middle left out where it is
-    longer than a screen.
+    """Return `text` with control characters escaped, cut in the middle to a screen's length.
 
     Args:
         text: The message.
@@ -69,9 +68,7 @@ _brief.maxstring = _brief.maxother = _brief.maxlong = 60
 
 
 def brief(value: object) -> str:
-    """Return the beginning of a value's `repr`, at most 60 characters; what is large is not written
-    out for it.
-    """
+    """Return the first 60 characters of a value's `repr`, without writing out large values."""
     try:
         return _brief.repr(value)[:60]
     # A user's `__repr__` may raise anything, and an error is being made here.
@@ -100,8 +97,9 @@ def clipped(thing: object, width: int = 160) -> str:
 def shortened(
     items: Iterable[object], limit: int = 8, width: int = 160, rest: str = " and {} more"
 ) -> str:
-    """Return the first `limit` items, each clipped to `width` characters, and how many more there
-    are, in words.
+    """Return the first `limit` items in words, and how many more there are.
+
+    Each item is clipped to `width` characters.
 
     `items` must end; each is read. Pass `map(repr, names)` for quoted names, `map(brief, values)`
     for values of any kind.
@@ -143,9 +141,7 @@ class PackageNotFoundError(PackageError, FileNotFoundError):
 
 
 class PackageFormatError(PackageError, ValueError):
-    """The file is not a package: no zip, truncated, a member that leaves the directory, an absurd
-    size.
-    """
+    """The file is no valid package: no zip, truncated, with an unsafe member, or an absurd size."""
 
 
 class PackageHashError(PackageError, ValueError):
@@ -161,9 +157,7 @@ class PlatformMismatchError(PackageError):
 
 
 class InstructionSetError(PlatformMismatchError):
-    """The model was compiled for a wider CPU instruction set than this CPU has; running it would be
-    SIGILL.
-    """
+    """The model was compiled for CPU instructions that this CPU lacks; a run would be SIGILL."""
 
 
 # --- loading
@@ -181,8 +175,7 @@ class MissingWeightsError(LoadError):
 
 
 class MemoryLimitError(AotiSchedError):
-    """A model's weights do not fit into the `memory_limit` of their device, or new ones beside the
-    old.
+    """A model's weights, or new weights beside the old, exceed their device's `memory_limit`.
 
     `device` is its name; `needed`, `limit` and `used` are in bytes.
     """
@@ -223,8 +216,7 @@ class CompileError(AotiSchedError):
 
 
 class WeightsFileError(AotiSchedError):
-    """New weights could not be read from a file: missing, damaged, foreign, or changed while being
-    read.
+    """A file of new weights is missing, damaged, of a foreign format, or changed during the read.
 
     `path` is the file: the one the caller named, or a shard that its index names.
     """
@@ -284,15 +276,11 @@ class QueueFullError(AotiSchedError):
 
 
 class ShedError(QueueFullError):
-    """A queued request was dropped from a full queue to make room for a better one
-    (overflow="shed").
-    """
+    """A queued request was dropped from a full queue for a better one (overflow="shed")."""
 
 
 class DeadlineExceededError(AotiSchedError, TimeoutError):
-    """The request's timeout passed while it was waiting, queued or running, or can't be met any
-    more.
-    """
+    """The request's timeout passed, or can't be met any more."""
 
 
 class DeadlineUnreachableError(DeadlineExceededError):
@@ -320,9 +308,7 @@ class RunnerClosedError(AotiSchedError):
 
 
 class EpochError(AotiSchedError):
-    """A request asked for an epoch (`min_epoch`) that was rolled back, or that its lease can't
-    have.
-    """
+    """A request's epoch (`min_epoch`) was rolled back, or its lease can't reach it."""
 
 
 class ConstantMismatchError(AotiSchedError, ValueError):
@@ -346,9 +332,7 @@ class ConstantMismatchError(AotiSchedError, ValueError):
 
 
 class UpdateError(AotiSchedError):
-    """The weights of a runner can't be changed so: frozen, nothing staged, nothing kept to go back
-    to.
-    """
+    """The change of weights is not possible: frozen weights, nothing staged, or nothing kept."""
 
 
 class UpdateAbortedError(AotiSchedError):

@@ -19,8 +19,9 @@ LONGEST = 2000
 
 
 def own(error: BaseException, kind: type[_E], what: str) -> Exception:
-    """Return the error that ends an operation: the one raised, or a `kind` that names it where a
-    future can't carry it.
+    """Return the error that ends an operation: the one raised, or a `kind` that stands for it.
+
+    A future can't carry every error.
 
     A `CancelledError` or `SystemExit` would cancel or end more than the operation. A future refuses
     a `StopIteration`.
@@ -42,9 +43,7 @@ def own(error: BaseException, kind: type[_E], what: str) -> Exception:
 
 
 def ended_by(error: BaseException, kind: type[_E], what: str) -> Exception:
-    """Return the error that ends an operation:
-
-    `own`, or a `ResourcesError` that was caused by the one raised.
+    """Return the error that ends an operation: `own`, or a `ResourcesError` with a cause.
 
     A function of its own, since a frame in the traceback of an error must not hold its consequence.
     """
@@ -59,8 +58,9 @@ _LIMITS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
 def out_of_resources(error: BaseException, what: str) -> ResourcesError | None:
-    """Return the error of ours for an error that says that threads, descriptors or memory are
-    exhausted; otherwise None.
+    """Return a `ResourcesError` for an error that reports exhausted threads, descriptors or memory.
+
+    For other errors, return None.
 
     Args:
         error: What was raised.
@@ -80,9 +80,7 @@ def out_of_resources(error: BaseException, what: str) -> ResourcesError | None:
 
 
 def said(error: BaseException) -> str:
-    """Return an error's text, at most `LONGEST` characters; its type's name where the text can't be
-    made.
-    """
+    """Return an error's text, at most `LONGEST` characters; its type's name if that fails."""
     try:
         text = str(error)
     except BaseException as fault:  # noqa: BLE001 -- a foreign `__str__` may raise anything
@@ -91,7 +89,8 @@ def said(error: BaseException) -> str:
 
 
 def raise_again(error: BaseException) -> None:
-    """Raise an interrupt or an exit that came in the midst of something; called by the loop, once
-    that is over.
+    """Raise an interrupt or an exit that came during an operation, after the operation.
+
+    The event loop calls this.
     """
     raise error

@@ -1,5 +1,4 @@
-"""Reading: one pass over a user's source of weights, which can be abandoned while foreign code
-runs.
+"""Reading: one pass over a user's source of weights, which can be abandoned.
 
 The source is read in a thread of its own. Foreign code may block for ever, so the owner may abandon
 the reading while the thread is in such code. When the thread returns from it, `Abandoned` is raised

@@ -1,5 +1,4 @@
-"""Batching, on the front's side: what a model's specs and a user's wish make of it, and what each
-request brings.
+"""How requests become batches, derived from a model's specs and the user's settings.
 
 Which requests go together is decided in `queue/batching.py`, how their tensors are put together in
 `backends/executors/batches.py`. Here is what both need to know of a model: along which dimension
@@ -66,8 +65,9 @@ class Grouping:
         self.dim = self._dim or 0
 
     def measure(self, inputs: Sequence[torch.Tensor]) -> tuple[int, Hashable]:
-        """Return how many rows a request has, and its key: those with the same one may go together;
-        without rows, it has none.
+        """Return how many rows a request has, and its key; requests with the same key may batch.
+
+        Without rows, there is no key.
         """
         if self._dim is None:
             return 1, 0
@@ -98,8 +98,7 @@ def group(
     *,
     state: str = "",
 ) -> tuple[Grouping, tuple[TensorSpec, ...]]:
-    """Return how a model's requests are batched, and the specs that a request is checked against
-    then.
+    """Return how a model's requests are batched, and the specs to check each request against.
 
     Args:
         name: What errors call the model.
@@ -175,9 +174,7 @@ def group(
 def _with_one_row_symbol(
     specs: Sequence[TensorSpec], own: ModelSpec | None, wanted: Batching
 ) -> tuple[Sequence[TensorSpec], ModelSpec | None]:
-    """Return the specs where inputs whose numbers of rows are independent of each other have the
-    same: in a batch they must.
-    """
+    """Return the specs with one symbol for all numbers of rows, which must agree in a batch."""
     known = None if own is None else own.batch
     dim = known.dim if wanted.dim is None and known is not None else wanted.dim
     first, *others = ([] if dim is None else row_symbols(specs, dim)) or [""]
@@ -195,9 +192,7 @@ def _impossible(name: str, why: str) -> ConfigError:
 def _rows(
     name: str, wanted: Batching, specs: Sequence[TensorSpec], known: BatchDim | None
 ) -> tuple[int, int | None, str, int | None]:
-    """Return the row dimension, the most rows the model takes, the dimension's symbol, and its size
-    if that was compiled in.
-    """
+    """Return the row dimension, the most rows, the dimension's symbol and its fixed size."""
     if wanted.dim is None and known is None:
         raise _impossible(
             name,
@@ -225,9 +220,7 @@ def _rows(
 
 
 def must_not_write_inputs(name: str, written: Sequence[str]) -> None:
-    """Raise ConfigError where a run writes to inputs: a batch's are copies, and what is written to
-    them is lost.
-    """
+    """Raise ConfigError if a run writes to inputs: in a batch, writes to the copies are lost."""
     if written:
         raise _impossible(
             name,
@@ -291,9 +284,7 @@ def _sizes(name: str, wanted: Batching, most: int | None, static: int | None) ->
 def _ragged(
     name: str, wanted: Batching, specs: Sequence[TensorSpec], dim: int
 ) -> dict[str, tuple[int, int]]:
-    """Return where the sizes of padded dimensions are read off a request: by symbol, an input and
-    its dimension.
-    """
+    """Return, by symbol, the input and the dimension from which a padded size is read."""
     inputs = {spec.name: index for index, spec in enumerate(specs)}
     unknown = [given for given in wanted.ragged if given not in inputs]
     if unknown:

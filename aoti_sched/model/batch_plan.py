@@ -1,6 +1,4 @@
-"""The plan of a batch: how the inputs of several requests become one, and how outputs are taken
-apart again.
-"""
+"""The plan of a batch: how inputs are put together, and outputs taken apart again."""
 
 from __future__ import annotations
 
@@ -22,9 +20,7 @@ class InputPlan(msgspec.Struct, frozen=True):
 
 
 class RaggedOut(msgspec.Struct, frozen=True):
-    """Dimension `dim` of an output is as long as dimension `input_dim` of a request's input, and is
-    cut back to it.
-    """
+    """An output's dimension `dim` is cut back to the size of a request's `input_dim`."""
 
     dim: int
     input: int

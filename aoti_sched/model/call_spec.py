@@ -46,7 +46,7 @@ class _Node:
 
 
 def _parse(spec: dict[str, Any]) -> _Node | None:
-    """Return a node for torch's JSON; None when some type in it is not a plain tuple, list or dict."""
+    """Return a node for torch's JSON; None for types other than plain tuple, list and dict."""
     kind = spec["type"]
     if kind is None:
         return _Node(None, [])
@@ -281,9 +281,7 @@ class ExportedCallSpec:
 
 
 def _same(leaf: Any, value: Any) -> bool:
-    """Return whether a leaf is the value compiled in: of the same type (1 is not True), and NaN is
-    NaN.
-    """
+    """Return whether a leaf is the compiled value, of the same type (1 is not True); NaN is NaN."""
     return type(leaf) is type(value) and (leaf == value or repr(leaf) == repr(value))
 
 
@@ -304,9 +302,7 @@ def _with_fixed(
     fixed: list[tuple[int, LiteralSpec | IntegerSpec | FloatSpec | BoolSpec]],
     rebuild: Callable[[list[Any]], Any],
 ) -> Callable[[list[Any]], Any]:
-    """Put back the values of non-tensor outputs, which the runtime returns as None or 0-dim
-    tensors.
-    """
+    """Put back the values of non-tensor outputs, which the runtime returns as None or 0-dim."""
 
     def unflatten(values: list[Any]) -> Any:
         values = list(values)

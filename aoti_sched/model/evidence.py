@@ -166,9 +166,7 @@ def _strides(spec: TensorSpec, shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _separate(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Return whether no two elements of a strided tensor share memory, as far as nested strides
-    tell.
-    """
+    """Return whether no two elements of a strided tensor share memory, judged by nested strides."""
     reach = 0
     for stride, size in sorted(zip(strides, shape, strict=True)):
         if size > 1:
@@ -179,8 +177,7 @@ def _separate(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 def guarded(tensors: Sequence[torch.Tensor], *, high: bool) -> list[torch.Tensor]:
-    """Return the same tensors as views into larger buffers, so that a read beyond one finds a
-    sentinel and does no harm.
+    """Return the tensors as views into larger buffers, where a read beyond one meets a sentinel.
 
     Where two runs on the same inputs with another `high` give other outputs, the model read beyond
     its input. An empty tensor has no address: a read beyond one still ends the process.
@@ -247,8 +244,9 @@ decides.
 
 
 def tolerance_of(dtypes: Iterable[str]) -> float:
-    """Return the greatest difference, relative to the greatest value, that rounding explains in a
-    model that computes in these dtypes.
+    """Return the greatest relative difference that rounding explains in these dtypes.
+
+    The difference is relative to the greatest value.
     """
     found = [0.0]
     for dtype in dtypes:
@@ -299,9 +297,7 @@ def _alike(wanted: torch.Tensor, got: torch.Tensor, tolerance: float) -> bool:
 
 
 def is_telling(outputs: Sequence[Any]) -> bool:
-    """Return whether the outputs could show a difference at all: some tensor has an element that is
-    finite.
-    """
+    """Return whether the outputs could show a difference: some element is finite."""
     import torch
 
     tensors = [o for o in outputs if isinstance(o, torch.Tensor) and o.numel()]
@@ -321,8 +317,9 @@ def row_evidence(
     tolerance: float,
     draws: int = 3,
 ) -> RowEvidence:
-    """Return whether the rows of a request influence each other, found by running rows together,
-    alone and in another order.
+    """Return whether the rows of a request influence each other.
+
+    Rows are run together, alone and in another order, and the outputs compared.
 
     Args:
         run: The model. What it raises is the reason why nothing was found out.

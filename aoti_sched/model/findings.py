@@ -1,5 +1,4 @@
-"""What `compile_package` finds out by running a module: beside its exported program, and beside the
-compiled code.
+"""What `compile_package` learns by running a module, its exported program and compiled code.
 
 Everything runs in a forked child where the platform has one (`child`), so no trial changes the
 module, the random state or the process. Models for a device can't run in a forked child. There, a
@@ -64,8 +63,9 @@ _RANDOM = "random"
 
 
 def separated(args: tuple[Any, ...], kwargs: dict[str, Any], module: Any) -> tuple[Any, Any]:
-    """Return the example arguments, with a copy for each tensor that shares memory with an earlier
-    one or with a weight.
+    """Return the example arguments, with copies of tensors that share memory.
+
+    A tensor is copied that shares memory with an earlier one or with a weight.
 
     Export takes two inputs that are one tensor for one input, and an input that is a parameter for
     that parameter. Copies keep their strides.
@@ -110,13 +110,11 @@ class Stated:
                 self._hints = True
 
     def leaves_open(self, symbol: str) -> bool:
-        """Return whether the symbol is torch's own: the user did not say that it differs from
-        others.
-        """
+        """Return whether the symbol is torch's own: the user stated no difference from others."""
         return symbol not in self._names
 
     def least(self, symbol: str, low: int) -> int:
-        """Return what a symbol may be at least, as far as the user says; `low` is what torch says."""
+        """Return the least value of a symbol that the user states; `low` is torch's."""
         return low if low != EXPORTED_FROM or symbol in self._names or self._hints else 0
 
 
@@ -181,8 +179,9 @@ class Findings:
     # ---------------------------------------------------------------------------------
 
     def disagreement(self) -> str:
-        """Return where the exported program differs from the module on inputs unlike the example;
-        "" where nowhere, or unknown.
+        """Return where the exported program differs from the module on other inputs; "" if nowhere.
+
+        The result is "" also where that is not known.
         """
         if self.impossible:
             self._values = False
@@ -192,8 +191,9 @@ class Findings:
         return where.removeprefix(_DIFFERS) if self._values and where.startswith(_DIFFERS) else ""
 
     def merged(self) -> ModelSpec:
-        """Return the spec with one symbol for those rows of several inputs that the module wants to
-        agree (`Dim.AUTO` tells them apart).
+        """Return the spec with one symbol for rows of several inputs that the module wants equal.
+
+        `Dim.AUTO` gives each input a symbol of its own.
         """
         rows = row_symbols(self._runs.specs, 0)
         low = max((least for least, _ in map(self._bounds, rows)), default=0)
@@ -221,8 +221,9 @@ class Findings:
         return self._spec
 
     def rows(self, dim: int, symbols: Sequence[str]) -> RowEvidence:
-        """Return whether rows in this dimension influence each other; its size is these symbols in
-        one input or another.
+        """Return whether rows in this dimension influence each other.
+
+        Its size is one of these symbols in each input.
         """
         if self.impossible:
             return RowEvidence(None, self.impossible)
@@ -290,9 +291,7 @@ class Findings:
     # --------------------------------------------------------------------------------------------
 
     def _bounds(self, symbol: str) -> tuple[int, int | None]:
-        """Return what a symbol may be, by the specs: the least that none of its dimensions forbids,
-        and the most.
-        """
+        """Return the least and the greatest value of a symbol that the specs allow."""
         low, high = 0, None
         for spec in self._runs.specs:
             for dim in spec.shape:
@@ -329,7 +328,7 @@ class Findings:
             self._found[key] = answer.removeprefix(_DIFFERS).removeprefix(_RAISES)
 
     def _least(self, symbol: str) -> tuple[int, str]:
-        """Return the least value of a symbol, and why it is not less ("": the user wants no less)."""
+        """Return the least value of a symbol, and why it is not less ("": as stated)."""
         low, high = self._bounds(symbol)
         if low > EXPORTED_FROM:
             return low, ""
@@ -436,8 +435,9 @@ class Findings:
         return msgspec.json.encode(found).decode()
 
     def _can_widen(self) -> bool:
-        """Return whether a module of half precision may be run in single, where a faint influence
-        shows: it casts nothing itself.
+        """Return whether a half-precision module can run in single precision.
+
+        A faint influence shows only there. The module must cast nothing itself.
         """
         import torch
 
@@ -462,9 +462,7 @@ _WIDER = {"float16": "float32", "bfloat16": "float32"}
 def _varied(
     examples: Sequence[ExampleSpec], specs: Sequence[TensorSpec]
 ) -> tuple[ExampleSpec, ...]:
-    """Return the examples with integers that differ, where the example's are all the same: equal
-    rows show nothing.
-    """
+    """Return the examples with integers that differ: equal rows would show nothing."""
     return tuple(
         msgspec.structs.replace(e, high=e.low + 1, values=None)
         if e.low is not None

@@ -64,8 +64,7 @@ def unwrap(tensors: list[Any], plain: Collection[type]) -> bool:
 
 
 class ArityCheck:
-    """Checks that there are as many inputs as the model takes, and that each is a plain dense
-    tensor on its device.
+    """Checks the number of inputs, and that each is a plain dense tensor on the model's device.
 
     With `copies` it may be on the host, too.
     """
@@ -114,9 +113,7 @@ class ArityCheck:
 
 
 def dense_strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
-    """Strides of a dense tensor of `shape` whose dimensions lie in memory in `order` (outermost
-    first).
-    """
+    """Return the strides of a dense tensor whose dimensions lie in `order`, outermost first."""
     strides = [0] * len(shape)
     step = 1
     for dim in reversed(order):
@@ -126,8 +123,9 @@ def dense_strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]
 
 
 def lies_in_order(shape: Sequence[int], strides: Sequence[int], order: Sequence[int]) -> bool:
-    """Return whether a tensor is dense with its dimensions in `order`; strides of sizes 0 and 1
-    don't matter.
+    """Return whether a tensor is dense with its dimensions in `order`.
+
+    Strides of sizes 0 and 1 don't matter.
     """
     if 0 in shape:
         return True
@@ -141,8 +139,9 @@ def lies_in_order(shape: Sequence[int], strides: Sequence[int], order: Sequence[
 def _has_strides(
     tensor: torch.Tensor, wanted: Sequence[tuple[int, int, int]], bound: Sequence[int] | None
 ) -> bool:
-    """Return whether a tensor has these strides, each an offset, a symbol's index (-1: none) and a
-    scale.
+    """Return whether a tensor has these strides.
+
+    Each is an offset, a symbol's index (-1: none) and a scale.
 
     Those of sizes 0 and 1 don't matter.
     """
@@ -162,8 +161,7 @@ def _move_hint(device: str, tensor: torch.Tensor) -> str:
 
 
 class InputCheck:
-    """Checks a request's tensors against their specs; built once per runner, called once per
-    request.
+    """Checks a request's tensors against their specs; made once per runner, called per request.
 
     With `copies`, inputs of a device may be on the host, too.
 
@@ -237,9 +235,7 @@ class InputCheck:
             )
 
     def __call__(self, tensors: list[torch.Tensor]) -> int:
-        """Return the bytes of the tensors when all fit; raise `InputMismatchError` for the first
-        that does not.
-        """
+        """Return the bytes of the tensors; raise `InputMismatchError` for the first fault."""
         if len(tensors) != len(self._plans):
             raise InputMismatchError(
                 self.model,

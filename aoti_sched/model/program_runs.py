@@ -52,9 +52,7 @@ class ProgramRuns:
         return sum(self._leaves[place].nbytes for place in self._places)
 
     def _variants(self) -> Iterator[tuple[ExampleSpec, ...]]:
-        """Yield the examples, then the same with integers that any model takes: the least ones, 0,
-        1.
-        """
+        """Yield the examples, then the same with their integers at the least value, 0 and 1."""
         yield self.examples
         discrete = [
             not spec.dtype.startswith(("float", "bfloat", "complex")) for spec in self.specs
@@ -132,8 +130,9 @@ class OtherShapeError(Exception):
 
 
 def _interpreter(program: ExportedProgram) -> Any:
-    """Runs a program's graph, and raises where a value has another shape than the one that is
-    compiled for it.
+    """Return an interpreter of a program's graph that compares shapes with the compiled ones.
+
+    A value of another shape raises `OtherShapeError`.
 
     Export fixes shapes for sizes of 2 and more: where a smaller one gives another shape (a slice
     that is cut short, a dimension that is squeezed), the compiled code computes the shape of the

@@ -21,7 +21,14 @@ METADATA_KEY = "aoti_sched"
 
 
 class SpecSource(str, enum.Enum):
-    """Where a runner's specs come from; said in `runner.info`."""
+    """The origin of a runner's specs, as `runner.info` states it.
+
+    Attributes:
+        PACKAGE: Metadata that `compile_package` wrote into the package.
+        DECLARED: The user's declaration at load.
+        WRAPPER: The generated wrapper source in the package.
+        ARITY: No source: only the number of inputs is known.
+    """
 
     PACKAGE = "package"
     DECLARED = "declared"
@@ -32,9 +39,13 @@ class SpecSource(str, enum.Enum):
 class DynamicDim(msgspec.Struct, frozen=True, tag="dynamic"):
     """A dimension whose size may differ between requests: `scale * symbol + offset`.
 
-    Dimensions with the same symbol agree within a request. `min` and `max` bound the size itself
-    (`max` None: unbounded). `reason` says why `min` is what it is, where running the model showed
-    it ("" otherwise).
+    Attributes:
+        symbol: Dimensions with the same symbol agree within a request.
+        min: The least size of the dimension.
+        max: The greatest size of the dimension; None without a bound.
+        scale: The factor of the symbol.
+        offset: The summand, in elements.
+        reason: Why `min` is not less, where running the model showed it; otherwise "".
     """
 
     symbol: str
@@ -53,12 +64,16 @@ class DynamicDim(msgspec.Struct, frozen=True, tag="dynamic"):
 class TensorSpec(msgspec.Struct, frozen=True, tag="tensor"):
     """One tensor input or output.
 
-    `dtype` is torch's name without the prefix ("float32"). `shape` holds a number for a static
-    size. `order` lists the dimensions from the outermost to the innermost in memory of a dense
-    tensor: (0, 1, 2, 3) is contiguous, (0, 2, 3, 1) is channels-last; None when unknown (nothing is
-    checked). `strides` are those of a tensor that is not dense (an expanded, sliced or overlapping
-    view), in elements: the compiled code uses exactly them. A `DynamicDim` stands for one that
-    depends on a size. None for a dense tensor, and where they are unknown.
+    Attributes:
+        name: The parameter's name, or the path of the leaf in the arguments.
+        dtype: Torch's name without the prefix, such as "float32".
+        shape: For each dimension, a number for a static size or a `DynamicDim`.
+        device: The kind of the device, such as "cpu" or "cuda".
+        order: The dimensions of a dense tensor from the outermost to the innermost in memory.
+            (0, 1, 2, 3) is contiguous, (0, 2, 3, 1) is channels-last. None is not checked.
+        strides: Strides in elements of a tensor that is not dense (expanded, sliced or
+            overlapping); compiled code uses exactly these. A `DynamicDim` is a stride that depends
+            on a size. None for a dense tensor, and where strides are not known.
     """
 
     name: str
@@ -73,30 +88,43 @@ class TensorSpec(msgspec.Struct, frozen=True, tag="tensor"):
 
 
 class LiteralSpec(msgspec.Struct, frozen=True, tag="literal"):
-    """A leaf that was no tensor when the model was exported; its value is compiled in."""
+    """A leaf that was no tensor when the model was exported.
+
+    Attributes:
+        name: The path of the leaf.
+        value: The value, which is part of the compiled code.
+    """
 
     name: str
     value: bool | int | float | str | None
 
 
 class IntegerSpec(msgspec.Struct, frozen=True, tag="integer"):
-    """An output computed from dynamic sizes; the runtime returns a 0-dim tensor, the caller gets an
-    int.
+    """An int output that is computed from dynamic sizes. The runtime returns a 0-dim tensor.
+
+    Attributes:
+        name: The path of the leaf.
     """
 
     name: str
 
 
 class FloatSpec(msgspec.Struct, frozen=True, tag="float"):
-    """An output number computed from dynamic sizes or a tensor's value (`.item()`); the caller gets
-    a float.
+    """A float output that is computed from dynamic sizes or a tensor's value (`.item()`).
+
+    Attributes:
+        name: The path of the leaf.
     """
 
     name: str
 
 
 class BoolSpec(msgspec.Struct, frozen=True, tag="bool"):
-    """An output condition on dynamic sizes or a tensor's value; the caller gets a bool."""
+    """A bool output: a condition on dynamic sizes or a tensor's value.
+
+    Attributes:
+        name: The path of the leaf.
+    """
 
     name: str
 
@@ -116,7 +144,13 @@ tensor.
 
 
 class BatchDim(msgspec.Struct, frozen=True):
-    """The dimension along which requests may be put together: every input and output carries it."""
+    """The dimension along which requests may be put together. Every input and output has it.
+
+    Attributes:
+        dim: The dimension's index.
+        symbol: The symbol of its size.
+        max: The most rows that the model takes; None without a bound.
+    """
 
     dim: int
     symbol: str
@@ -124,12 +158,14 @@ class BatchDim(msgspec.Struct, frozen=True):
 
 
 class ExampleSpec(msgspec.Struct, frozen=True):
-    """One tensor of the example that a model was compiled with, as far as making another like it
-    takes.
+    """A description of one example tensor, from which similar tensors are made.
 
-    `low` and `high` are the least and the greatest value (None where there is none: empty, NaN,
-    complex). `values` holds all values in flattening order where they are few integers or booleans
-    (lengths, indices), which random ones could not replace.
+    Attributes:
+        shape: The tensor's shape.
+        low: The least value; None without one (empty, NaN, complex).
+        high: The greatest value; None without one.
+        values: All values in flattening order, if they are few integers or booleans (lengths,
+            indices) that random values can't replace; otherwise None.
     """
 
     shape: tuple[int, ...]
@@ -139,10 +175,11 @@ class ExampleSpec(msgspec.Struct, frozen=True):
 
 
 class RowEvidence(msgspec.Struct, frozen=True):
-    """What was found when rows were run alone, together and in another order.
+    """The outcome of running rows alone, together and in another order.
 
-    `independent` is None where that could not be found out. `reason` says what was compared, or
-    what was in the way.
+    Attributes:
+        independent: Whether rows do not influence each other; None if that was not found out.
+        reason: What was compared, or why nothing was found out.
     """
 
     independent: bool | None
@@ -150,12 +187,14 @@ class RowEvidence(msgspec.Struct, frozen=True):
 
 
 class WeightName(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One name of a module's state: a parameter, a buffer, or whatever else its `state_dict()` has.
+    """One name of a module's state: a parameter, a buffer, or other content of `state_dict()`.
 
-    `same_as` is the first name of the same tensor, where that is another one (tied weights). A name
-    that is not `persistent` is a buffer that `state_dict()` leaves out. A name is `used` where the
-    compiled graph computes with its value. `digest` is of a used value that is small enough to be
-    compiled into the code ("" otherwise).
+    Attributes:
+        name: The name.
+        same_as: The first name of the same tensor, if that is another name (tied weights); or "".
+        persistent: False for a buffer that `state_dict()` leaves out.
+        used: Whether the compiled graph computes with the value.
+        digest: The digest of a used value that is small enough to be part of the code; or "".
     """
 
     name: str
@@ -166,16 +205,23 @@ class WeightName(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """All that `compile_package` knows of a model; stored as JSON in the package.
+    """All that `compile_package` knows of a model, stored as JSON in the package.
 
-    `inputs` and `outputs` are the leaves of the call spec in flattening order. `parameters` names
-    the module's positional parameters. `threads` is the number of intra-op threads compiled in.
-    `frozen` says that inductor's freezing folded the weights into the code, so they can't be
-    updated live. `mutates_buffers` says that instances share state and must run one at a time.
-    `mutated_inputs` names the inputs that a run writes to (None: not known). `rows` says whether
-    rows influence each other (None: not probed). `examples` has one entry for each tensor input.
-    `sizes_probed` says that the least sizes of dynamic dimensions were found by running the model.
-    `weights` has all names of the module's state (empty: not recorded).
+    Attributes:
+        version: The version of this format.
+        inputs: The leaves of the arguments in flattening order.
+        outputs: The leaves of the results in flattening order.
+        parameters: The names of the module's positional parameters.
+        batch: The dimension of the rows; None if the model has none.
+        threads: The number of intra-op threads that is compiled in.
+        frozen: Whether freezing made the weights part of the code, so no update can change them.
+        mutates_buffers: Whether instances share state, so that they must run one at a time.
+        torch_version: The torch that compiled the model.
+        mutated_inputs: The names of the inputs that a run writes to; None if that is not known.
+        rows: Whether rows influence each other; None if that was not probed.
+        examples: An entry for each tensor input.
+        sizes_probed: Whether the least sizes of dynamic dimensions were found by running the model.
+        weights: All names of the module's state; () if they were not recorded.
     """
 
     version: int = 1
@@ -195,11 +241,16 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ConstantSpec(msgspec.Struct, frozen=True):
-    """One constant of a container: a parameter, a buffer, a tensor constant, or one folded from
-    others.
+    """One constant of a container: a parameter, a buffer, or a tensor that the compiler made.
 
-    `name` is the runtime's internal name, `fqn` the module's own. `bytes` counts the data. `shape`
-    is None where the model's C ABI cannot tell it.
+    Attributes:
+        name: The runtime's internal name.
+        fqn: The module's own name (fully qualified).
+        dtype: Torch's name without the prefix, such as "float32".
+        shape: The shape; None where the model's C ABI can't tell it.
+        bytes: Bytes of the data.
+        type: "parameter", "buffer", "constant", "folded" or "unknown".
+        folded: Whether the value is computed from other constants.
     """
 
     name: str
@@ -265,7 +316,7 @@ def with_one_symbol(leaves: Sequence[_Leaf], old: str, new: str) -> tuple[_Leaf,
 
 
 def spec_to_metadata(spec: ModelSpec) -> dict[str, str]:
-    """Return the strings to store in a package so that `spec_from_metadata` finds the spec again."""
+    """Return the strings to store in a package, for `spec_from_metadata` to read."""
     # Not msgspec's encoder: it writes null for a literal that is infinite or NaN.
     return {METADATA_KEY: json.dumps(msgspec.to_builtins(spec))}
 
@@ -308,8 +359,9 @@ _DTYPES = {
 
 
 def specs_from_wrapper(source: str) -> tuple[TensorSpec, ...] | None:
-    """Input specs as the generated `*.wrapper.cpp` states them in `check_input_N` and
-    `assert_size_stride`.
+    """Return the input specs that the generated `*.wrapper.cpp` states.
+
+    They stand in `check_input_N` and `assert_size_stride`.
 
     Least sizes are those that the source states. Where they come from a symbol of at least 2, they
     may be the exporter's 0/1 specialization and no need of the code (pytorch/pytorch#196131 and
@@ -370,8 +422,9 @@ _Product = tuple[int, tuple[str, ...]]  # a number times symbols, these in alpha
 
 
 def _wrapper_order(sizes: list[str], strides: list[str]) -> tuple[int, ...] | None:
-    """Return the memory order in which the stated strides make a dense tensor, found from the
-    innermost dimension out.
+    """Return the memory order in which the stated strides make a dense tensor.
+
+    The order is found from the innermost dimension outwards.
 
     None when they make none, or when it can't be told because an expression is no plain product.
     """

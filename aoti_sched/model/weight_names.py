@@ -52,9 +52,7 @@ def names_of(module: torch.nn.Module, program: ExportedProgram) -> tuple[WeightN
 
 
 def digest_of(tensor: torch.Tensor) -> str:
-    """Return a digest of dtype, shape and values; "" for a tensor that is large, or has no plain
-    values to read.
-    """
+    """Return a digest of dtype, shape and values; "" for a large or opaque tensor."""
     import ctypes
 
     import torch
@@ -86,9 +84,7 @@ def _identity(tensor: torch.Tensor) -> object:
 
 
 def _used(program: ExportedProgram) -> set[str]:
-    """Return the names whose values reach an output of the graph, or an operator that has effects
-    of its own.
-    """
+    """Return the names whose values reach an output of the graph or an operator with effects."""
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     live: set[object] = set()

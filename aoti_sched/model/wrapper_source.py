@@ -1,5 +1,4 @@
-"""What the generated `*.wrapper.cpp` of a package shows of a model's writes: to its buffers, and to
-its inputs.
+"""What a package's generated `*.wrapper.cpp` shows of writes to buffers and inputs.
 
 Pure text. Everything that is not understood counts as unknown, never as harmless. What the source
 states of inputs' shapes is read in `specs.py`.
@@ -28,7 +27,7 @@ class Writes(msgspec.Struct, frozen=True):
 
 
 def writes_in(source: str) -> Writes | None:
-    """Return what the wrapper source shows of writes; None where it has no body that is understood."""
+    """Return what the wrapper source shows of writes; None without a body that is understood."""
     body = _body(source)
     if body is None:
         return None
@@ -118,9 +117,7 @@ def _body(source: str) -> str | None:
 
 
 def _triton_parameters(source: str) -> dict[str, list[str]]:
-    """Parameters' names of the functions that launch a device's kernels; in_ptr0, out_ptr0,
-    in_out_ptr0 say what is done.
-    """
+    """Return parameter names of the functions that launch kernels, such as in_ptr0 and out_ptr0."""
     found = {}
     for name, parameters in _DECLARED.findall(source):
         found[name] = [
@@ -159,7 +156,7 @@ def _is_written(
 
 
 def _use(statement: str, mention: re.Pattern[str], parameters: dict[str, list[str]]) -> bool | None:
-    """Return what the call in a statement does with the tensor that is mentioned in its arguments."""
+    """Return what the call in a statement does with the tensor in its arguments."""
     call = _CALL.search(statement)
     if call is None:
         return None

@@ -1,5 +1,4 @@
-"""Reading files that may be hostile: every byte checked against one hash, every zip member against
-its limits.
+"""Reading of files that may be hostile: bytes checked by hash, zip members by limits.
 
 This room knows zip and sha256. It does not know what a model is, writes nothing, and decompresses
 into memory or into the caller's hands only. A package arrives from a registry, a bucket, a
@@ -395,9 +394,7 @@ class ZipSource:
 
 
 class _DirectoryReader(io.BufferedReader):
-    """What zipfile reads the directory through: a directory larger than plausible stays out of
-    memory.
-    """
+    """A reader for zipfile that refuses a directory larger than plausible."""
 
     def __init__(self, digest: FileDigest, limits: ReadLimits) -> None:
         super().__init__(digest.open())
@@ -414,9 +411,7 @@ class _DirectoryReader(io.BufferedReader):
 
 
 def open_regular_file(path: Path) -> io.FileIO:
-    """Open for reading, without blocking on a pipe; anything but a plain file is a
-    `PackageFormatError`.
-    """
+    """Open a plain file for reading, without blocking on a pipe; refuse anything else."""
     try:
         descriptor = os.open(
             path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)

@@ -1,5 +1,4 @@
-"""The directory where packages lie unpacked: written once, found by content, never changed in
-place.
+"""The directory of unpacked packages: written once, found by content, never changed.
 
     <cache>/                      ours (or root's), writable by no other user: what lies here is
     executed

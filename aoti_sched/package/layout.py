@@ -108,8 +108,9 @@ def _layout(
 
 
 def _wrapper_stem(library: str, files: Iterable[str]) -> str:
-    """Return what the names of the wrapper and its companions begin with: as the library's, unless
-    it was given a name.
+    """Return the beginning of the names of the wrapper and its companions.
+
+    The stem is the library's, unless the library was given a name.
     """
     stem = _stem(library)
     if f"{stem}_metadata.json" in files:

@@ -89,9 +89,7 @@ class Package:
         return self._described[name]
 
     def wrapper_source(self, model: PackagedModel | str | None = None) -> str | None:
-        """Return the generated C++ wrapper, which states the inputs; None when the package does not
-        bring it.
-        """
+        """Return the generated C++ wrapper, which states the inputs; None without one."""
         layout = self._layout(model)
         return None if layout.wrapper is None else self._text(layout.wrapper)
 
@@ -208,8 +206,9 @@ class Package:
         )
 
     def _stored_weights(self, layout: ModelLayout) -> _StoredWeights:
-        """Return what weights_config.json lists. torch writes an empty one for a model without such
-        weights.
+        """Return the entries of weights_config.json.
+
+        Torch writes an empty one for a model without such weights.
         """
         if layout.weights_config is None:
             return {}

@@ -49,8 +49,9 @@ def spelled_machine(name: str | None = None) -> str:
 
 
 def parse_isa(text: str) -> frozenset[str]:
-    """Return the names in AOTI_CPU_ISA. torch's INVALID_VEC_ISA says that the model uses no vector
-    instructions.
+    """Return the names in AOTI_CPU_ISA.
+
+    Torch's INVALID_VEC_ISA says that the model uses no vector instructions.
     """
     return frozenset(text.split()) - {"INVALID_VEC_ISA"}
 
@@ -77,9 +78,7 @@ def this_cpu_isa() -> frozenset[str] | None:
 
 
 def parse_cpuinfo(text: str) -> frozenset[str] | None:
-    """Return the flags that every processor in /proc/cpuinfo lists, or None when it lists none at
-    all.
-    """
+    """Return the flags that every processor in /proc/cpuinfo lists; None without any list."""
     lists = [
         frozenset(value.split())
         for line in text.splitlines()

@@ -27,9 +27,7 @@ class ThreadFacts(msgspec.Struct, frozen=True):
 
 
 class WeightFacts(msgspec.Struct, frozen=True):
-    """How many constants the model has, of how many bytes in all, and whether its library brings
-    their values.
-    """
+    """The number of constants, their bytes in all, and whether the library brings their values."""
 
     constants: int
     in_library: bool
@@ -63,7 +61,7 @@ Layout = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def constant_layouts(wrapper: str) -> dict[str, Layout]:
-    """Return how the compiled code expects each constant to lie in memory, by the runtime's names."""
+    """Return the memory layout that compiled code expects of constants, by the runtime's names."""
     found: dict[str, dict[str, str]] = {}
     for index, _, name, what, numbers in _LAYOUT.findall(wrapper):
         found.setdefault(index, {})[what or "name"] = numbers if what else name

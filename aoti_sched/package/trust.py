@@ -42,8 +42,7 @@ class Folder(msgspec.Struct, frozen=True):
 
 
 def private_folder(path: Path) -> Folder:
-    """Return the folder at `path`, made with mode 0700 if need be, once no other user can change
-    it.
+    """Return the folder at `path`, made with mode 0700, once no other user can change it.
 
     Each folder and each link on the way from the root is checked. Where another user can change the
     way, Linux still has an answer: the folder is held open, and used through its descriptor. The
@@ -118,9 +117,7 @@ def check_planted(cache: Folder, path: Path, status: os.stat_result) -> None:
 
 
 def make_private(path: Path) -> None:
-    """Make a folder of mode 0700, and those above it that are missing, of the same mode whatever
-    the umask.
-    """
+    """Make a folder and its missing parents with mode 0700, independent of the umask."""
     try:
         path.mkdir(0o700)
     except FileNotFoundError:
@@ -136,8 +133,9 @@ def _trusted() -> frozenset[int]:
 
 
 def _walk(path: Path) -> tuple[Path, str | None]:
-    """Return the folder that `path` means, without links, and what lets another user change the
-    way; None: nothing does.
+    """Return the folder that `path` means, and what lets another user change the way to it.
+
+    The folder has no links in its path. None means that nothing lets another user in.
 
     From the root downwards: once a folder is known to be safe, so is every name in it that is ours
     or root's.

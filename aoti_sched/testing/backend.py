@@ -86,8 +86,7 @@ class FakeBackend:
         return len(self._executor.pending) if self._executor is not None else 0
 
     async def step(self, error: BaseException | None = None, *, patience: float = 5.0) -> None:
-        """Finish the oldest run, with its function's result or with `error`, and let its awaiters
-        see it.
+        """Finish the oldest run with its function's result or `error`, and let tasks see it.
 
         If nothing runs yet, other tasks go on until something does, as with `queued(1)`.
 

@@ -23,9 +23,7 @@ class FakeCall:
         self.kwargs = kwargs
 
     def tensors(self) -> list[Any]:
-        """Return the tensors among the arguments, those in tuples, lists and dicts included: what
-        declared specs are compared with.
-        """
+        """Return the tensors among the arguments, nested ones included, to compare with specs."""
         import torch
         from torch.utils import _pytree as pytree
 

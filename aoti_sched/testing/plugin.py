@@ -30,13 +30,13 @@ def _async_fixture(function: _F) -> _F:
 
 @pytest.fixture
 def aoti_clock() -> ManualClock:
-    """Return a `ManualClock`; the `aoti_scheduler` fixture lives by it."""
+    """Return the `ManualClock` of the `aoti_scheduler` fixture."""
     return ManualClock()
 
 
 @pytest.fixture
 def aoti_backend(aoti_clock: ManualClock) -> FakeBackend:
-    """Return a hand-stepped `FakeBackend` with two lanes; the `aoti_scheduler` fixture runs on it."""
+    """Return the hand-stepped `FakeBackend` with two lanes of the `aoti_scheduler` fixture."""
     return FakeBackend(clock=aoti_clock)
 
 

@@ -1,6 +1,4 @@
-"""`BareModel`: one executable copy of a model without a container around it: no locks, no folding,
-CPU only.
-"""
+"""`BareModel`: one executable copy of a model on the CPU, without a container, locks or folding."""
 
 from __future__ import annotations
 
@@ -23,8 +21,7 @@ from aoti_sched.errors import (
 
 
 class BareModel:
-    """A model created beside a container of the same library, which knows what the bare model does
-    not say.
+    """A model beside a container of the same library, which knows what the bare model can't tell.
 
     It has its own set of constants: a copy of the container's, or `tensors`, a full set by FQN,
     which it keeps. One call at a time.

@@ -282,8 +282,9 @@ class Library:
         return self._symbol(name) != 0
 
     def function(self, name: str) -> Callable[..., int]:
-        """Return the function, ready to be called with ctypes arguments; it releases the GIL and
-        returns a status.
+        """Return the function, ready to be called with ctypes arguments.
+
+        A call releases the GIL and returns a status.
 
         Raises MissingCapabilityError when the library lacks it.
         """
@@ -304,8 +305,9 @@ class Library:
         return function
 
     def address(self, name: str) -> int:
-        """Return a function's address, for callers in C; 0 when this library lacks it, and for
-        names not in the table.
+        """Return a function's address, for callers in C.
+
+        The address is 0 when the library lacks the function, or the table lacks its name.
         """
         return self._symbol(name) if self.has(name) else 0
 
@@ -322,9 +324,7 @@ class Library:
             raise LoadError(f"{self.name}: {name} failed: {self.root_cause()}")
 
     def last_error(self) -> str:
-        """Return what the runtime says of this thread's last failure in this library; "" when it
-        has no words for it.
-        """
+        """Return the runtime's text for this thread's last failure in the library; "" if none."""
         if not self.has("AOTInductorGetLastError"):
             return ""
         text = c_char_p()

@@ -1,5 +1,4 @@
-"""What a torch.save file holds, found out without reading a tensor's bytes; and the bytes of those
-that are wanted.
+"""The content of a torch.save file: tensors without their bytes first, wanted bytes later.
 
 `torch.load` reads all storages before it returns a name. Here torch's own restricted unpickler
 (`weights_only`) makes the tensors without memory (device "meta") and this room notes where in the
@@ -49,9 +48,12 @@ class NotReadableError(Exception):
 
 
 class Record(NamedTuple):
-    """Where one storage lies:
+    """The place of one storage in a file.
 
-    `size` bytes from `offset` in the file, or in the deflated `member` of a zip.
+    Attributes:
+        offset: Where the storage begins, in bytes.
+        size: Its bytes.
+        member: The deflated member of a zip that holds the storage; None for one stored as it is.
     """
 
     offset: int
@@ -290,8 +292,9 @@ def fill(file: IO[bytes], tensor: torch.Tensor) -> None:
 
 
 def _fill(tensor: torch.Tensor, stride: tuple[int, ...], start: int, read: _Read) -> None:
-    """Read a tensor that lies in its storage with these strides; of what lies between, no more than
-    is worth it.
+    """Read a tensor that has these strides in its storage.
+
+    Bytes between its elements are read only where that costs less than many small reads.
     """
     size = tensor.element_size()
     span = _span(tensor.shape, stride)
@@ -318,9 +321,7 @@ def _span(shape: torch.Size, stride: tuple[int, ...]) -> int:
 
 
 def _dense_strides(like: torch.Tensor) -> tuple[int, ...]:
-    """Return the strides in memory order of a dense tensor; those of a contiguous one where it is
-    not dense.
-    """
+    """Return the strides of a dense tensor in memory order; contiguous ones if it is not dense."""
     if _span(like.shape, like.stride()) == math.prod(like.shape) and 0 not in like.stride():
         return like.stride()
     strides = []

@@ -71,8 +71,9 @@ def why_not_updatable(library: Library, constants: Sequence[Constant]) -> str:
 
 
 def misplaces(constants: Sequence[Constant]) -> bool:
-    """Return whether code of a torch before 2.13 would write past the place of a constant, in the
-    runtime's order of them.
+    """Return whether code of a torch before 2.13 would write beyond a constant's memory.
+
+    The constants are given in the runtime's order.
 
     It keeps offsets of those that are not folded, and looks them up by a number that counts all:
     right only as long as the folded ones come last.

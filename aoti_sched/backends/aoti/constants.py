@@ -59,8 +59,7 @@ class Constant(NamedTuple):
 def select(
     model: str, constants: Sequence[Constant], tensors: Mapping[str, torch.Tensor], *, full: bool
 ) -> list[tuple[Constant, torch.Tensor]]:
-    """Pair constants with the tensors given for them, by the module's own names (FQNs) or the
-    runtime's.
+    """Pair constants with the tensors given for them, by FQN or by the runtime's name.
 
     Raises:
         LoadError: a name is unknown, or belongs to a constant that is folded from others.
@@ -143,8 +142,9 @@ class Names:
         return name in self._unused
 
     def digest(self, name: str) -> str | None:
-        """Return the digest of a value that is part of the compiled code, "" where there is none;
-        None for other names.
+        """Return the digest of a value that is part of the compiled code; None for other names.
+
+        The digest is "" for a value that has none.
         """
         return self._digests.get(name)
 
@@ -173,8 +173,7 @@ class Chosen:
         self._tensors: dict[str, list[tuple[str, torch.Tensor]]] = {}
 
     def read(self) -> None:
-        """Read the bytes of what comes from files, and copy tensors of users' own classes to plain
-        ones.
+        """Read the bytes that lie in files, and copy tensors of users' own classes to plain ones.
 
         Each tensor that was offered for a constant is kept once, under the constant's FQN.
 
@@ -344,8 +343,7 @@ def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def as_plain(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a host tensor of a user's own class as a copy that is a plain tensor; others as they
-    are.
+    """Return a host tensor of a user's own class as a plain copy; other tensors unchanged.
 
     The class's code runs here, where the reading of a source can be abandoned, and not in later
     steps.

@@ -136,8 +136,9 @@ class CAbiContainer:
         return self.detach_outputs(self._run(inputs))
 
     def warm_up(self, make_inputs: Callable[[], Sequence[torch.Tensor]]) -> None:
-        """Also learns which outputs are folded constants: two results that live at once can only
-        share those.
+        """Run each instance once, and learn which outputs are folded constants.
+
+        Two results that live at once can only share folded constants.
         """
         before: list[torch.Tensor | None] = []
         for _ in range(self._instances + 1):
@@ -335,8 +336,9 @@ class CAbiContainer:
 
 
 def missing_functions(library: Library) -> tuple[str, ...]:
-    """Return the functions that a model's library lacks because an older torch compiled it, and the
-    torch that brings them.
+    """Return the functions that a model's library lacks, each with the torch that brings it.
+
+    A library lacks functions when an older torch compiled it.
     """
     wanted = {
         name: f

@@ -80,8 +80,9 @@ def free(handles: Iterable[int | None]) -> None:
 def each_once(
     outputs: Sequence[torch.Tensor | None], made: Callable[[torch.Tensor], torch.Tensor]
 ) -> list[torch.Tensor | None]:
-    """Return what `made` gives for each output: once for each tensor, so that equal outputs stay
-    one tensor. None stays None.
+    """Return `made(output)` for each output; None stays None.
+
+    Each tensor is made once, so that equal outputs stay one tensor.
     """
     known: dict[int, torch.Tensor | None] = {}
     for tensor in outputs:

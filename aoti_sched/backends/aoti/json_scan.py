@@ -45,7 +45,7 @@ class JsonScan:
                 return
 
     def value(self, limit: int) -> bytes:
-        """Return the text of the value that begins here; ValueError if that is longer than `limit`."""
+        """Return the text of the next value; raise ValueError if it is longer than `limit`."""
         raw = self._raw()
         if len(raw) > limit:
             raise ValueError(f"a value of more than {limit} bytes at byte {self._at - len(raw)}")

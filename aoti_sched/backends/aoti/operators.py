@@ -1,5 +1,4 @@
-"""The operators that compiled code can't call by a C function: which they are, and what there is to
-say of them.
+"""The operators that compiled code can't call by a C function, and the notes on them for users.
 
 Inductor lists them beside the library. Torch's own proxy executor calls them (`proxy_executor.py`),
 or torch's own runner does.
@@ -21,8 +20,9 @@ MOST_NAMED = 8
 
 
 def operators_of(library: Path) -> tuple[str, ...]:
-    """Return the names of these operators, from the list beside a model's library, each once; ()
-    where there is none.
+    """Return the names of these operators, each once; () where there is no list.
+
+    The list lies beside the model's library.
     """
     try:
         nodes = json.loads(library.with_suffix(".json").read_bytes())["nodes"]

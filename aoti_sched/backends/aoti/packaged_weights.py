@@ -1,6 +1,4 @@
-"""The weights that a model is loaded with: those that its package keeps beside its library, and
-those given at load.
-"""
+"""The weights of a load: those kept in the package, and those given by the caller."""
 
 from __future__ import annotations
 
@@ -25,8 +23,7 @@ if TYPE_CHECKING:
 
 
 class GivenWeights:
-    """What was given as `load(..., weights=)`: a mapping, or a file, which is read again when its
-    model is restored.
+    """The `weights=` of a load: a mapping, or a file, which is read again at each restore.
 
     Args:
         request: What is to be loaded, with the mapping or the path.
@@ -88,8 +85,9 @@ class GivenWeights:
 def load_weights(
     raw: RawContainer, extracted: Extracted, given: GivenWeights | None = None
 ) -> None:
-    """Give a container the weights that were given, and else those that its package brings, if it
-    has not got them from its library.
+    """Give a container the weights that were given, and else those that its package brings.
+
+    A container whose library has all weights keeps them.
 
     Raises:
         MissingWeightsError: constants are left without values; a run would be a segmentation fault.

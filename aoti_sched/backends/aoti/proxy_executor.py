@@ -1,5 +1,6 @@
-"""Torch's proxy executor, by which compiled code calls operators that have no C function: some of
-aten's, and all custom ones.
+"""Torch's proxy executor, by which compiled code calls operators that have no C function.
+
+Such operators are some of aten's and all custom ones.
 
 Torch makes one in its own runner alone, and exports neither the class nor a function that makes it.
 So its runner is given a model without content (`native/proxy_model.c`) beside the files of the real

@@ -32,8 +32,7 @@ from aoti_sched.package.sources import Layout
 
 
 class RawConstants(RawHandle):
-    """A container's handle and its constants: their specs, their values, and the ways to write
-    them.
+    """A container's handle and its constants: specs, values, and the ways to write them.
 
     `stage` and `update` are two write paths on purpose. `stage` writes a set that is complete,
     checked and laid out, in groups, while requests run. `update` checks what it is given, completes
@@ -80,8 +79,9 @@ class RawConstants(RawHandle):
         return self._constants
 
     def missing_constants(self, *, inactive: bool = False) -> tuple[str, ...]:
-        """FQNs of the constants that a buffer has no tensor for; () where the model can't tell
-        (before 2.13).
+        """Return the FQNs of the constants that have no value in a buffer.
+
+        The result is () where the model can't tell (before torch 2.13).
 
         Running on a buffer that lacks one is a segmentation fault.
         """
@@ -111,8 +111,10 @@ class RawConstants(RawHandle):
         return self._complete[inactive]
 
     def constant_memory(self, *, inactive: bool = False) -> list[tuple[int, int]]:
-        """Return where a buffer's constants lie: [start, end) addresses, or [storage, storage + 1)
-        where there are none. Folded ones are not told by the C ABI.
+        """Return the address ranges [start, end) of a buffer's constants.
+
+        Where tensors have no addresses, a range is [storage, storage + 1). The C ABI does not tell
+        where folded constants lie.
         """
         if not self._can_extract() or (inactive and not self._complete[1]):
             return []
@@ -130,8 +132,10 @@ class RawConstants(RawHandle):
     # -------------------------------------------------------------------------------------
 
     def extract(self, *, inactive: bool = False, host: bool = False) -> dict[str, torch.Tensor]:
-        """Copies of a buffer's constants by FQN, without the folded ones; {} of an inactive buffer
-        that was freed. They lie where the constants do, or all on the host.
+        """Return copies of a buffer's constants by FQN, without the folded ones.
+
+        The result is {} for an inactive buffer that was freed. Copies are on the constants' device,
+        or with `host` on the host.
         """
         if inactive and not self._complete[1]:
             return {}  # what a freed buffer holds points into freed memory
@@ -302,9 +306,7 @@ class RawConstants(RawHandle):
         )
 
     def blob_size(self) -> int | None:
-        """Bytes of the weights that are mapped from a file; None when the model's weights are not
-        mapped.
-        """
+        """Return the bytes of weights that are mapped from a file; None without such a file."""
         size = c_uint64()
         status = self.library.function(PREFIX + "GetConstantsBlobSize")(self._open(), byref(size))
         return size.value if status == 0 else None

@@ -1,5 +1,4 @@
-"""`RawContainer`: a container behind the C ABI, with Python's types and without its ways to end the
-process.
+"""`RawContainer`: a container behind the C ABI, with Python's types, that can't end the process.
 
 Every call blocks and releases the GIL. Runs may come from as many threads as there are instances.
 `raw_constants.py` states what may be done to the constants meanwhile.
@@ -107,9 +106,7 @@ class RawContainer(RawConstants):
         return tensors_of(outputs)
 
     def call_spec(self) -> tuple[str, str]:
-        """Return the pytree specs of arguments and results, as torch serializes them; "" each where
-        there is none.
-        """
+        """Return the pytree specs of arguments and results as torch serializes them; "" if none."""
         in_spec, out_spec = c_char_p(), c_char_p()
         self._call("GetCallSpec", byref(in_spec), byref(out_spec))
         return (in_spec.value or b"").decode(), (out_spec.value or b"").decode()

@@ -78,9 +78,7 @@ def _read_tensor(
 
 
 def _safetensors_layout(path: Path, file: io.BufferedReader) -> list[tuple[str, torch.Tensor, int]]:
-    """Name, dtype and shape (as a "meta" tensor) and place of each tensor; all of the header is
-    checked.
-    """
+    """Return name, "meta" tensor and offset of each tensor, once all of the header is checked."""
     total = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if total < 8 + length:

@@ -1,5 +1,6 @@
-"""Torch's own container runner, for models whose operators need torch's proxy executor where that
-can't be had alone.
+"""Torch's own container runner, for models whose operators need torch's proxy executor.
+
+This runner serves where the proxy executor can't be had alone.
 
 `torch._C._aoti.AOTIModelContainerRunner*` makes an executor of the files beside the library; there
 is a runner for each kind of device. What it costs: on torch 2.13 the binding holds the GIL for the
@@ -131,9 +132,7 @@ class TorchRunnerContainer:
         return self._run_on(inputs)
 
     def _run_on(self, inputs: Sequence[torch.Tensor], stream: int = 0) -> list[torch.Tensor | None]:
-        """Run on a device's stream, which the runner takes as a capsule; 0 for the current one, or
-        none.
-        """
+        """Run on a device's stream, given as a capsule; 0 for the current stream or none."""
         runner = self._runner
         if runner is None:
             raise RunError(f"model {self._name!r} is closed")
@@ -211,12 +210,11 @@ class TorchRunnerContainer:
 
 
 def gil_during(call: Callable[[], object]) -> str:
-    """Whether a call that blocks releases the GIL:
+    """Return what a blocking call does with the GIL: "held" or "released".
 
-    "held" or "released", by watching another thread meanwhile.
-
-    Torch is about to release it (pytorch/pytorch#197516), so it is probed and not assumed. A call
-    too short to tell (under 10 ms) counts as "held": then it hardly matters.
+    Another thread is watched during the call. Torch is about to release the GIL
+    (pytorch/pytorch#197516), so the answer is probed and not assumed. A call that is too short to
+    tell (under 10 ms) counts as "held": for such a call it hardly matters.
     """
     stamps: list[float] = []
     done = threading.Event()

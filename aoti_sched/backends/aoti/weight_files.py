@@ -255,8 +255,9 @@ def _state_dict(path: Path, loaded: object) -> dict[str, torch.Tensor]:
 
 
 def _read_index(path: Path, file: io.BufferedReader) -> dict[str, set[str]]:
-    """Return the names each shard is to hold, by the shard's file name, as Hugging Face's
-    `weight_map` tells them.
+    """Return the names that each shard holds, by the shard's file name.
+
+    The format is Hugging Face's `weight_map`.
     """
     if os.fstat(file.fileno()).st_size > HEADER_LIMIT:
         raise fault(path, f"is no index of weights files: it has more than {HEADER_LIMIT} bytes.")
