@@ -295,8 +295,7 @@ class DeadlineUnreachableError(DeadlineExceededError):
         self.timeout = timeout
         super().__init__(
             f"runner {runner!r}: the request would be finished in about {predicted:.3g} s, its "
-            f"timeout is {timeout:.15g} s; "
-            "send less, or give it more time"
+            f"timeout is {timeout:.15g} s; send less, or give it more time"
         )
 
     def __reduce__(self) -> tuple[type[DeadlineUnreachableError], tuple[str, float, float]]:

@@ -85,8 +85,7 @@ class EventLog:
         with contextlib.suppress(BaseException):  # a text or a traceback may be foreign, too
             lost = LostEventError(
                 "an event of aoti_sched was lost in a log processor or handler, and more may be; "
-                "no more is said of it. "
-                f"It raised {type(error).__name__}: {said(error)}"
+                f"no more is said of it. It raised {type(error).__name__}: {said(error)}"
             ).with_traceback(error.__traceback__)
             _Teller(lost)
 

@@ -196,9 +196,8 @@ def _rows(
     if wanted.dim is None and known is None:
         raise _impossible(
             name,
-            "its package does not say along which dimension requests' rows lie, or they depend on "
-            "one another; if you know "
-            "better, say so: Batching(dim=0)",
+            "its package does not say along which dimension requests' rows lie, or they depend "
+            "on one another; if you know better, say so: Batching(dim=0)",
         )
     dim = known.dim if wanted.dim is None and known is not None else wanted.dim or 0
     found = set()
@@ -306,8 +305,7 @@ def _ragged(
                 raise _impossible(
                     name,
                     f"ragged pads what input {spec.name!r} has too ({spec}); say with what it is "
-                    "padded, for example "
-                    f"ragged={{..., {spec.name!r}: 0}}",
+                    f"padded, for example ragged={{..., {spec.name!r}: 0}}",
                 )
     return found
 

@@ -132,7 +132,8 @@ class ExportedCallSpec:
             out = _parse(json.loads(out_spec)[1])
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise LoadError(
-                f"model {model!r}: its call spec is not torch's pytree JSON ({error})"
+                f"model {model!r}: its call spec is not torch's pytree JSON ({error}). "
+                "Compile the model again with the torch that runs here."
             ) from error
         self._torch_spec: Any = (
             None if self._root is not None else _torch_spec(model, "inputs", in_spec)
@@ -336,11 +337,9 @@ def _torch_spec(model: str, what: str, text: str) -> Any:
         verb = "is" if len(unknown) == 1 else "are"
         raise LoadError(
             f"model {model!r}: its {what} contain {names}, which {verb} not registered with "
-            "torch's pytree in this process. "
-            "Before loading, import the module that registers it "
-            "(torch.utils._pytree.register_pytree_node, "
-            "register_dataclass or the like, with the serialized name that it had when the model "
-            "was exported)."
+            "torch's pytree in this process. Before loading, import the module that registers it "
+            "(torch.utils._pytree.register_pytree_node, register_dataclass or the like, with the "
+            "serialized name that it had when the model was exported)."
         ) from error
 
 

@@ -385,8 +385,8 @@ class InputCheck:
         ):
             return
         hint = (
-            "The model was compiled for such a view: "
-            f"torch.empty_strided({shape}, {wanted}).copy_(tensor)."
+            f"The model was compiled for such a view: torch.empty_strided({shape}, "
+            f"{wanted}).copy_(tensor)."
         )
         if 0 in wanted:
             single = ", ".join(":1" if step == 0 else ":" for step in wanted)
@@ -465,7 +465,9 @@ def declared(what: str, inputs: object) -> tuple[TensorSpec, ...]:
         for dim in spec.shape:
             least, most = (dim, dim) if isinstance(dim, int) else (dim.min, dim.max)
             if least < 0 or (most is not None and not least <= most < 1 << 62):
-                raise ConfigError(f"{what}[{index}].shape: a size of {dim} is no size of a tensor.")
+                raise ConfigError(
+                    f"{what}[{index}].shape: expected sizes of at least 0, got {dim}."
+                )
         specs.append(spec)
     return tuple(specs)
 
@@ -477,23 +479,30 @@ def _understood(model: str, spec: TensorSpec) -> tuple[torch.dtype, torch.device
     dtype = getattr(torch, spec.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise ConfigError(
-            f"{what}: {spec.dtype!r} is no dtype; torch's names are meant, such as 'float32'"
+            f"{what}: {spec.dtype!r} is no dtype. Use torch's names, such as 'float32'."
         )
     if spec.order is not None and sorted(spec.order) != list(range(len(spec.shape))):
         raise ConfigError(
-            f"{what}: the order {spec.order} is not one of {len(spec.shape)} dimensions"
+            f"{what}: the order {spec.order} is not one of {len(spec.shape)} dimensions. "
+            f"Name each of 0 to {len(spec.shape) - 1} once."
         )
     if spec.strides is not None:
         own = {dim.symbol for dim in spec.shape if isinstance(dim, DynamicDim)}
         if len(spec.strides) != len(spec.shape):
             raise ConfigError(
-                f"{what}: {len(spec.strides)} strides are not those of {len(spec.shape)} dimensions"
+                f"{what}: expected a stride for each of {len(spec.shape)} dimensions, "
+                f"got {len(spec.strides)}."
             )
         if any(isinstance(step, DynamicDim) and step.symbol not in own for step in spec.strides):
-            raise ConfigError(f"{what}: a dynamic stride depends on a size of the input itself")
+            raise ConfigError(
+                f"{what}: a dynamic stride has a symbol that no size of this input has. "
+                "Use the symbol of one of its dimensions."
+            )
     if any(isinstance(dim, DynamicDim) and dim.scale < 1 for dim in spec.shape):
-        raise ConfigError(f"{what}: a dynamic dimension's scale is at least 1")
+        raise ConfigError(f"{what}: expected that a dynamic dimension's scale is at least 1.")
     try:
         return dtype, torch.device(spec.device)
     except RuntimeError as error:
-        raise ConfigError(f"{what}: {spec.device!r} is no device") from error
+        raise ConfigError(
+            f"{what}: {spec.device!r} is no device. Use a name such as 'cpu' or 'cuda:0'."
+        ) from error

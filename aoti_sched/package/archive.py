@@ -100,8 +100,8 @@ class FileDigest:
         if state.digest() != self._states[index + 1].digest():
             raise PackageHashError(
                 f"{self.path} changed after it was opened: its sha256 was {self.sha256}. Nothing "
-                "of the changed "
-                "file was used. Open it again; deploy packages by renaming a new file into place.",
+                "of the changed file was used. Open it again; deploy packages by renaming a new "
+                "file into place.",
                 path=str(self.path),
             )
 
@@ -191,8 +191,7 @@ def read_member(source: MemberSource, name: str, limit: int) -> bytes:
     if source.members[name] > limit:
         raise PackageFormatError(
             f"{source.path}: member {name!r} claims {source.members[name]} bytes where at most "
-            f"{limit} are "
-            "plausible; refused.",
+            f"{limit} are plausible; refused.",
             path=str(source.path),
         )
     return b"".join(source.chunks(name))
@@ -309,8 +308,7 @@ class ZipSource:
             raise self._refuse(
                 name,
                 f"claims to grow from {info.compress_size} to {info.file_size} bytes, more than "
-                f"{limits.ratio} "
-                "times; torch stores its members uncompressed",
+                f"{limits.ratio} times; torch stores its members uncompressed",
             )
         return _Entry(
             raw_name=info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437"),

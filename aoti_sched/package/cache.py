@@ -153,8 +153,7 @@ def _check_executable(cache: Folder) -> None:
     if os.name == "posix" and os.statvfs(cache.path).f_flag & getattr(os, "ST_NOEXEC", 0):
         raise PackageError(
             f"The cache directory {cache.name} lies on a file system mounted noexec; libraries "
-            "cannot be loaded from it. "
-            "Name another in AOTI_SCHED_CACHE or cache_dir=.",
+            "cannot be loaded from it. Name another in AOTI_SCHED_CACHE or cache_dir=.",
             path=str(cache.name),
         )
 
@@ -262,9 +261,8 @@ def _locked(cache: Folder, key: str) -> Iterator[None]:
     except Timeout as error:
         path = cache.name / f"{key}.lock"
         raise PackageError(
-            f"Waited {_LOCK_TIMEOUT:.0f} s for another process to unpack the same package. If none "
-            "is at work, "
-            f"delete {path}.",
+            f"Waited {_LOCK_TIMEOUT:.0f} s for another process to unpack the same package. If "
+            f"none is at work, delete {path}.",
             path=str(path),
         ) from error
     try:
@@ -306,8 +304,8 @@ def _check_room(wanted: _Wanted) -> None:
     if free < needed:
         raise PackageError(
             f"Unpacking {wanted.source.path} needs {needed} bytes in {wanted.cache.name}, where "
-            f"{free} are free. "
-            "Make room, or name another directory in AOTI_SCHED_CACHE or cache_dir=.",
+            f"{free} are free. Make room, or name another directory in AOTI_SCHED_CACHE or "
+            "cache_dir=.",
             path=str(wanted.source.path),
         )
 

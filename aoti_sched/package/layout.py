@@ -143,8 +143,7 @@ def _library_among(path: Path, model: str, files: Iterable[str]) -> str:
         )
     raise PackageFormatError(
         f"{path}: model {model!r} has no shared library. It may hold sources only "
-        "(package_cpp_only): compile it "
-        "without that option.",
+        "(package_cpp_only): compile it without that option.",
         path=str(path),
     )
 

@@ -116,8 +116,7 @@ def _elf_machine(digest: FileDigest) -> str:
 
 def _truncated(digest: FileDigest) -> PackageFormatError:
     return PackageFormatError(
-        f"{digest.path} is truncated: it is a shared library of which only {digest.size} bytes are "
-        "there. "
-        "Copy or compile it again.",
+        f"{digest.path} is truncated: it is a shared library of which only {digest.size} bytes "
+        "are there. Copy or compile it again.",
         path=str(digest.path),
     )

@@ -276,8 +276,7 @@ def open_package(
     if sha256 is not None and digest.sha256 != sha256.lower():
         raise PackageHashError(
             f"{path}: expected sha256 {sha256.lower()}, got {digest.sha256}. Nothing of it was "
-            "used; check where the "
-            "file comes from, or update the hash.",
+            "used; check where the file comes from, or update the hash.",
             path=str(path),
         )
     source = LibrarySource(digest) if is_library(digest) else ZipSource(digest, limits)

@@ -109,8 +109,7 @@ def check_platform(model: PackagedModel, *, cpu_isa: frozenset[str] | None = Non
         built = "/".join(filter(None, (model.platform, model.machine)))
         raise PlatformMismatchError(
             f"{model.path}: model {model.name!r} was compiled for {built}, this is "
-            f"{sys.platform}/{here}. "
-            "Compile it here, or on a machine like this one.",
+            f"{sys.platform}/{here}. Compile it here, or on a machine like this one.",
             path=model.path,
         )
     available = this_cpu_isa() if cpu_isa is None else cpu_isa
@@ -120,13 +119,10 @@ def check_platform(model: PackagedModel, *, cpu_isa: frozenset[str] | None = Non
     if missing:
         raise InstructionSetError(
             f"{model.path}: model {model.name!r} was compiled for {_listed(model.cpu_isa)}, but "
-            "this CPU has "
-            f"{_listed(available) or 'none of them'}: {_listed(missing)} is missing, and running "
-            "it would kill the "
-            "process. Compile it on a CPU like this one, or for less, with both "
-            "ATEN_CPU_CAPABILITY=avx2 (what torch "
-            "writes) and TORCHINDUCTOR_CPP_MARCH=x86-64-v3 (what the C++ compiler makes of it) set "
-            "meanwhile.",
+            f"this CPU has {_listed(available) or 'none of them'}: {_listed(missing)} is missing, "
+            "and running it would kill the process. Compile it on a CPU like this one, or for "
+            "less, with both ATEN_CPU_CAPABILITY=avx2 (what torch writes) and "
+            "TORCHINDUCTOR_CPP_MARCH=x86-64-v3 (what the C++ compiler makes of it) set meanwhile.",
             path=model.path,
         )
 

@@ -109,9 +109,9 @@ def check_planted(cache: Folder, path: Path, status: os.stat_result) -> None:
     else:
         return
     raise PackageError(
-        f"The cache directory {cache.name} holds {path.relative_to(cache.path)}, which {why}. What "
-        "lies there is "
-        f"executed, and may have been planted. Delete everything in {cache.name}, {_ELSEWHERE}",
+        f"The cache directory {cache.name} holds {path.relative_to(cache.path)}, which {why}. "
+        "What lies there is executed, and may have been planted. Delete everything in "
+        f"{cache.name}, {_ELSEWHERE}",
         path=str(cache.name),
     )
 
@@ -192,23 +192,21 @@ def _check_folder(cache: Path, status: os.stat_result, owners: frozenset[int]) -
     if status.st_uid not in owners:
         raise PackageError(
             f"The cache directory {cache} belongs to user {status.st_uid}, but this process is "
-            f"user {os.geteuid()}. "
-            "What lies there is executed, so it must be your own: name another in AOTI_SCHED_CACHE "
-            "or cache_dir=.",
+            f"user {os.geteuid()}. What lies there is executed, so it must be your own: name "
+            "another in AOTI_SCHED_CACHE or cache_dir=.",
             path=str(cache),
         )
     if status.st_mode & _WRITABLE:
         advice = (
             f"Name a directory of your own beneath it, such as {cache / 'aoti_sched'}, in "
-            "AOTI_SCHED_CACHE or "
-            "cache_dir=."
+            "AOTI_SCHED_CACHE or cache_dir=."
             if status.st_mode & stat.S_ISVTX
             else f"Delete everything in it, then chmod 700 {cache}, {_ELSEWHERE}"
         )
         raise PackageError(
             f"The cache directory {cache} may be written by others (mode "
-            f"{stat.S_IMODE(status.st_mode):04o}). "
-            f"What lies there is executed, and may have been planted. {advice}",
+            f"{stat.S_IMODE(status.st_mode):04o}). What lies there is executed, and may have been "
+            f"planted. {advice}",
             path=str(cache),
         )
 
@@ -252,8 +250,7 @@ def _held(folder: Path, weakness: str) -> Path:
             os.close(descriptor)
     raise PackageError(
         f"The cache directory {folder} can be replaced by others: {weakness}. What lies there is "
-        "executed. "
-        f"Take that right from them, {_ELSEWHERE}",
+        f"executed. Take that right from them, {_ELSEWHERE}",
         path=str(folder),
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 from pathlib import Path
 
@@ -81,7 +80,6 @@ async def test_a_load_whose_nth_call_fails_leaves_nothing_and_the_next_one_works
             stats = scheduler.stats().devices["cpu"]
             assert (stats.runners, stats.memory.used) == ({}, 0), calls.failed
             assert calls.containers == 0, f"a container stayed at call {n}"
-            gc.collect()
             assert (threads(), descriptors()) == before, f"at call {n}"
         assert n > 10, "no call was hit"
         found = await runner.run(*built.args)

@@ -51,8 +51,7 @@ class BareModel:
         if missing := container.missing_constants():
             raise MissingWeightsError(
                 f"{container.name}: give the container its weights first, which tells their "
-                "shapes; "
-                f"{missing[0]!r} is missing"
+                f"shapes; {missing[0]!r} is missing"
             )
         handle = c_void_p()
         # The constants could be given here, but the runtime then finds none of them when it runs.

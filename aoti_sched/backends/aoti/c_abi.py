@@ -263,18 +263,16 @@ class Library:
             why = (_system.dlerror() or b"the loader gave no reason").decode(errors="replace")
             raise LoadError(
                 f"{self.path} could not be loaded: {why}. An undefined symbol means that another "
-                "torch compiled "
-                f"it than the one running here ({torch.__version__}): compile it again with this "
-                "one."
+                f"torch compiled it than the one running here ({torch.__version__}): compile it "
+                "again with this one."
             )
         self._addresses: dict[str, int] = {}
         self._functions: dict[str, Callable[..., int]] = {}
         if not self.has("AOTInductorModelContainerRun"):
             raise LoadError(
                 f"{self.path} is a shared library, but not a model compiled by AOTInductor: it "
-                "lacks "
-                "AOTInductorModelContainerRun. Load the `.so` inside a `.pt2` package, or the "
-                "package itself."
+                "lacks AOTInductorModelContainerRun. Load the `.so` inside a `.pt2` package, or "
+                "the package itself."
             )
 
     def has(self, name: str) -> bool:
@@ -297,8 +295,7 @@ class Library:
         if not address:
             raise MissingCapabilityError(
                 f"{self.name} lacks {name}, which models have that were compiled by torch "
-                f"{description.since} "
-                "or newer: compile the model again with a newer torch."
+                f"{description.since} or newer: compile the model again with a newer torch."
             )
         function = ctypes.CFUNCTYPE(c_int32, *description.arguments)(address)
         self._functions[name] = function

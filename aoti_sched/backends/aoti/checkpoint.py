@@ -216,8 +216,8 @@ def _record(file: io.BufferedReader, info: zipfile.ZipInfo) -> Record:
     if info.file_size > max(_SLACK, GROWTH_LIMIT * info.compress_size):
         raise NotReadableError(
             f"has a member that claims to grow from {info.compress_size} to {info.file_size} "
-            "bytes, more than "
-            f"{GROWTH_LIMIT} times. Save it again with torch.save, which compresses nothing"
+            f"bytes, more than {GROWTH_LIMIT} times. Save it again with torch.save, which "
+            "compresses nothing"
         )
     return Record(0, info.file_size, info)
 

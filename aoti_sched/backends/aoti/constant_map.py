@@ -56,16 +56,15 @@ def why_not_updatable(library: Library, constants: Sequence[Constant]) -> str:
     if map_type() is None:
         return (
             "a torch before 2.13 compiled it, whose code takes constants in a C++ map, and "
-            "aoti_sched was installed without "
-            "a C++ compiler, so it can't build one; install a compiler (g++) and reinstall "
-            "aoti_sched, or compile the model "
-            "again with torch 2.13 or newer"
+            "aoti_sched was installed without a C++ compiler, so it can't build one; install a "
+            "compiler (g++) and reinstall aoti_sched, or compile the model again with torch 2.13 "
+            "or newer"
         )
     if misplaces(constants):
         return (
-            "a torch before 2.13 compiled it, whose code writes what comes after a folded constant "
-            "to the wrong place "
-            "(pytorch/pytorch#179225); compile it again with torch 2.13 or newer"
+            "a torch before 2.13 compiled it, whose code writes what comes after a folded "
+            "constant to the wrong place (pytorch/pytorch#179225); compile it again with torch "
+            "2.13 or newer"
         )
     return ""
 

@@ -70,9 +70,9 @@ def select(
     unknown = [name for name in tensors if name not in by_name]
     if unknown:
         raise LoadError(
-            f"{model}: it has no constant {clipped(repr(unknown[0]))}. "
-            f"It has: {shortened(repr(c.spec.fqn) for c in constants)}. "
-            "Constants of at most 8 elements may have been compiled into the code."
+            f"{model}: it has no constant {clipped(repr(unknown[0]))}. It has: "
+            f"{shortened(repr(c.spec.fqn) for c in constants)}. Constants of at most 8 elements "
+            "may have been compiled into the code."
         )
     pairs = [(by_name[name], tensor) for name, tensor in tensors.items()]
     for constant, _ in pairs:
@@ -86,8 +86,7 @@ def select(
     if full and missing:
         raise MissingWeightsError(
             f"{model}: an update needs every parameter and buffer, and lacks "
-            f"{shortened(map(repr, missing))}. A partial set, "
-            "once swapped in, ends the process."
+            f"{shortened(map(repr, missing))}. A partial set, once swapped in, ends the process."
         )
     return pairs
 

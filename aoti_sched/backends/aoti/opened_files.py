@@ -85,6 +85,5 @@ def changed(path: Path) -> WeightsFileError:
     return fault(
         path,
         "changed while it was being read, or since its weights were loaded, so nothing of it was "
-        "used. Write a new file, "
-        "rename it into place, and then update from it.",
+        "used. Write a new file, rename it into place, and then update from it.",
     )

@@ -35,8 +35,7 @@ class GivenWeights:
         if not isinstance(weights, (str, os.PathLike, Mapping)):
             raise WeightsTypeError(
                 f"load({clipped(request.path)!r}): weights=: expected the path of a weights file, "
-                "or a mapping from names to tensors, got "
-                f"{type(weights).__name__}."
+                f"or a mapping from names to tensors, got {type(weights).__name__}."
             )
         self._model, self._strict = request.name, request.weights_strict
         self._weights: object = weights
@@ -57,8 +56,8 @@ class GivenWeights:
         if unknown and not active:
             raise MissingWeightsError(
                 f"{raw.name}: weights were given, but nothing says how "
-                f"{shortened(map(repr, unknown))} lie in memory. "
-                "Load the package itself, or the library with its generated sources beside it."
+                f"{shortened(map(repr, unknown))} lie in memory. Load the package itself, or the "
+                "library with its generated sources beside it."
             )
         with open_weights(self._weights, self._seen) as offers:
             chosen = choose(
@@ -107,8 +106,8 @@ def load_weights(
             f"{raw.name}: the package brings no weights for {shortened(missing)}. Give them: "
             "load(..., "
             'weights="model.safetensors"), or a state dict. Or compile it with '
-            "package_constants_in_so=True (the "
-            "default), or with package_constants_on_disk_format set."
+            "package_constants_in_so=True (the default), or with package_constants_on_disk_format "
+            "set."
         )
 
 

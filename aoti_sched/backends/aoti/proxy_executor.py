@@ -96,7 +96,7 @@ def open_proxy_executor(name: str, device: str, library: Path) -> tuple[ProxyExe
         return None, f"no temporary directory can be used: {error}"
     address = _given(empty)
     if not address and library.with_suffix(".json").exists():
-        return None, f"this torch ({torch.__version__}) does not give it away"
+        return None, f"this torch ({torch.__version__}) does not expose it"
     return ProxyExecutor(runner, address, operators), ""
 
 

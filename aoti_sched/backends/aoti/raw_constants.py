@@ -239,8 +239,7 @@ class RawConstants(RawHandle):
                 if given is not None and tensor.data_ptr() != given.data_ptr():
                     raise LoadError(
                         f"{self.name}: constant {constant.spec.fqn!r} can only be user managed as "
-                        "a tensor of "
-                        f"strides {constant.stride} that fills its storage"
+                        f"a tensor of strides {constant.stride} that fills its storage"
                     )
         name = "UpdateConstantBufferPairs"
         if user_managed:
@@ -456,8 +455,7 @@ class RawConstants(RawHandle):
             if shape != tuple(tensor.shape):
                 raise LoadError(
                     f"{self.name}: constant {constant.spec.fqn!r} wants shape {shape}, got "
-                    f"{tuple(tensor.shape)}. "
-                    "The buffer is unusable now; update it in full."
+                    f"{tuple(tensor.shape)}. The buffer is unusable now; update it in full."
                 )
 
 

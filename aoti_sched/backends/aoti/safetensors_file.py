@@ -108,8 +108,8 @@ def _safetensors_layout(path: Path, file: io.BufferedReader) -> list[tuple[str, 
             if dtype is None:
                 raise fault(
                     path,
-                    f"has a tensor {quoted} of dtype {clipped(entry.dtype, 40)}, which torch has "
-                    "not.",
+                    f"has a tensor {quoted} of dtype {clipped(entry.dtype, 40)}, which torch "
+                    "lacks.",
                 )
             start, stop = entry.data_offsets
             wanted = math.prod(entry.shape) * dtype.itemsize
@@ -117,9 +117,8 @@ def _safetensors_layout(path: Path, file: io.BufferedReader) -> list[tuple[str, 
                 raise fault(
                     path,
                     f"has a broken safetensors header: {quoted} ({entry.dtype} "
-                    f"{clipped(entry.shape)}, "
-                    f"{clipped(wanted, 40)} bytes) has the offsets {start} to {stop}, but "
-                    f"{end} bytes came before it.",
+                    f"{clipped(entry.shape)}, {clipped(wanted, 40)} bytes) has the offsets "
+                    f"{start} to {stop}, but {end} bytes come before it.",
                 )
             try:
                 like = torch.empty(entry.shape, dtype=dtype, device="meta")

@@ -62,8 +62,7 @@ class TorchRunnerContainer:
         if extracted.weights_blob is not None:
             raise LoadError(
                 f"{raw.name}: it needs torch's own runner, which can't load weights from a blob "
-                "here. Compile it with the "
-                "weights in the library."
+                "here. Compile it with the weights in the library."
             )
         # On the describing container, which refuses what can't be complete. Weights that were given
         # stay on the host.

@@ -91,8 +91,7 @@ def _pairs(weights: object) -> Iterable[object]:
         return weights
     raise WeightsTypeError(
         "Expected weights as a mapping from names to tensors, an iterable of (name, tensor), or a "
-        "path, "
-        f"got {_kind(weights)}."
+        f"path, got {_kind(weights)}."
     )
 
 
@@ -189,10 +188,10 @@ def _read_checkpoint(path: Path, file: io.BufferedReader, files: OpenFiles) -> I
         )
         raise fault(
             path,
-            f"holds {what}; it was not read, because reading it could run any code. Save the state "
-            "dict alone "
-            "(torch.save(module.state_dict(), path), or safetensors). Or, if you trust the file: "
-            "torch.load(path, weights_only=False), and pass the state dict that is in it.",
+            f"holds {what}; it was not read, because reading it could run any code. Save the "
+            "state dict alone (torch.save(module.state_dict(), path), or safetensors). Or, if "
+            "you trust the file: torch.load(path, weights_only=False), and pass the state dict "
+            "that is in it.",
         ) from error
     except Exception as error:  # a damaged checkpoint makes torch raise nearly anything
         raise fault(path, f"is no readable torch checkpoint: {reason(error)}") from error
@@ -244,8 +243,8 @@ def _state_dict(path: Path, loaded: object) -> dict[str, torch.Tensor]:
             raise fault(
                 path,
                 f"holds {_kind(value)} as {clipped(_shown(name) or repr(str(name)))}, where a "
-                "state dict has names and tensors alone. Load it with "
-                "torch.load, and pass the tensors that are meant.",
+                "state dict has only names and tensors. Load it with torch.load, and pass the "
+                "tensors that are meant.",
             )
     return state
 
@@ -285,7 +284,9 @@ def _read_shards(path: Path, shards: Mapping[str, set[str]], files: OpenFiles) -
     for shard in shards:  # all are there before the first is read
         quoted = clipped(repr(shard))
         if Path(shard).name != shard or shard in ("", "..") or "\0" in shard:
-            raise fault(path, f"names a shard {quoted} that is no file of its own directory.")
+            raise fault(
+                path, f"names a shard {quoted} that is not the name of a file in its directory."
+            )
         try:
             is_there = (path.parent / shard).exists()
         except OSError:  # a name that is too long
@@ -299,15 +300,15 @@ def _read_shards(path: Path, shards: Mapping[str, set[str]], files: OpenFiles) -
             if offered.name not in left:
                 raise fault(
                     path,
-                    f"does not say that {clipped(repr(shard))} holds "
-                    f"{clipped(repr(offered.name))}; "
-                    "they are of different sets.",
+                    f"does not list {clipped(repr(offered.name))} for the shard "
+                    f"{clipped(repr(shard))}, which holds it. Take the index and the shards of "
+                    "one set.",
                 )
             left.remove(offered.name)
             yield offered
         if left:
             raise fault(
                 path,
-                f"says that {clipped(repr(shard))} holds {clipped(repr(min(left)))}, which it does "
-                "not.",
+                f"lists {clipped(repr(min(left)))} for the shard {clipped(repr(shard))}, which "
+                "lacks it. Take the index and the shards of one set.",
             )
