@@ -16,16 +16,9 @@ PREFIX = "AOTInductorModelContainer"
 
 
 class RawHandle:
-    """The handle of a container.
+    """The handle of a container; `RawContainer` describes the arguments.
 
-    Args:
-        library: The model's library.
-        instances: How many runs may go on at once; at least 1.
-        device: "cpu", "cuda:0", "xpu:0" or "mps".
-        resources: The directory with the model's device code, where it has any.
-
-    Raises:
-        LoadError: the runtime could not create it; the text is the root cause.
+    A container that can't be inspected is freed at once.
     """
 
     def __init__(
