@@ -124,8 +124,7 @@ class AotiSchedError(Exception):
         super().__init__(readable(str(message), lines=self._lines))
 
 
-# --- packages
-# ---------------------------------------------------------------------------------------
+# --- packages -------------------------------------------------------------------------------------
 
 
 class PackageError(AotiSchedError):
@@ -160,8 +159,7 @@ class InstructionSetError(PlatformMismatchError):
     """The model was compiled for CPU instructions that this CPU lacks; a run would be SIGILL."""
 
 
-# --- loading
-# ----------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
 class LoadError(AotiSchedError):
@@ -211,8 +209,7 @@ class CompileError(AotiSchedError):
     _lines = True
 
 
-# --- weights
-# ----------------------------------------------------------------------------------------
+# --- weights --------------------------------------------------------------------------------------
 
 
 class WeightsFileError(AotiSchedError):
@@ -230,8 +227,7 @@ class WeightsTypeError(AotiSchedError, TypeError):
     """The given weights are no mapping, pairs or path, or an entry is no name with a tensor."""
 
 
-# --- requests
-# ---------------------------------------------------------------------------------------
+# --- requests -------------------------------------------------------------------------------------
 
 
 class InputMismatchError(AotiSchedError, ValueError):

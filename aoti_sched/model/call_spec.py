@@ -160,8 +160,7 @@ class ExportedCallSpec:
         parts += [f"{n}={child}" for n, child in zip(self._names, kwargs.children, strict=True)]
         return f"({', '.join(parts)})"
 
-    # --- flatten
-    # ---------------------------------------------------------------------------------------
+    # --- flatten ----------------------------------------------------------------------------------
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
         """Return the tensors of a call in the container's order.
@@ -254,8 +253,7 @@ class ExportedCallSpec:
     def _misfit(self, path: str, expected: str, got: str) -> InputMismatchError:
         return InputMismatchError(self.model, path, expected, got)
 
-    # --- unflatten
-    # -------------------------------------------------------------------------------------
+    # --- unflatten --------------------------------------------------------------------------------
 
     def unflatten(self, outputs: list[Any]) -> Any:
         """Return the outputs in the structure that the exported module returned."""

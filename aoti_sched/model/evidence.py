@@ -33,8 +33,7 @@ _PADDING = 1024
 """Elements of sentinel before and after a guarded tensor; a multiple of every vector's width."""
 
 
-# --- examples
-# ---------------------------------------------------------------------------------------------
+# --- examples -------------------------------------------------------------------------------------
 
 
 def example_of(tensor: torch.Tensor) -> ExampleSpec:
@@ -220,8 +219,7 @@ def _sentinel(tensor: torch.Tensor, *, high: bool) -> float | int | bool:
     return int(numbers.max() if high else numbers.min())
 
 
-# --- comparison
-# -------------------------------------------------------------------------------------------
+# --- comparison -----------------------------------------------------------------------------------
 
 _TOLERANCES = {
     "float64": 1e-6,
@@ -304,8 +302,7 @@ def is_telling(outputs: Sequence[Any]) -> bool:
     return any(not t.is_floating_point() or bool(torch.isfinite(t.float()).any()) for t in tensors)
 
 
-# --- rows
-# -------------------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
 
 
 def row_evidence(

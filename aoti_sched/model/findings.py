@@ -175,8 +175,7 @@ class Findings:
                     sizes.setdefault(dim.symbol, (size - dim.offset) // dim.scale)
         return sizes
 
-    # --- before compiling
-    # ---------------------------------------------------------------------------------
+    # --- before compiling -------------------------------------------------------------------------
 
     def disagreement(self) -> str:
         """Return where the exported program differs from the module on other inputs; "" if nowhere.
@@ -253,8 +252,7 @@ class Findings:
         """Run the module and its program on sizes of 0, 1 and 2 in each dynamic dimension."""
         self._try(self._exported, self._wanted())
 
-    # --- after compiling
-    # ----------------------------------------------------------------------------------
+    # --- after compiling --------------------------------------------------------------------------
 
     def try_compiled(self, library: Path) -> None:
         """Run the compiled code on the sizes that have not failed yet."""
@@ -287,8 +285,7 @@ class Findings:
             sizes_probed=bool(minima) and not self.impossible,
         )
 
-    # --- sizes
-    # --------------------------------------------------------------------------------------------
+    # --- sizes ------------------------------------------------------------------------------------
 
     def _bounds(self, symbol: str) -> tuple[int, int | None]:
         """Return the least and the greatest value of a symbol that the specs allow."""
@@ -348,8 +345,7 @@ class Findings:
             f"With {least - 1} for {symbol!r}, {self._found.get((symbol, least - 1), untried)}.",
         )
 
-    # --- trials
-    # -------------------------------------------------------------------------------------------
+    # --- trials -----------------------------------------------------------------------------------
 
     def _answers(self, trials: Sequence[child.Trial]) -> list[str]:
         if not trials:

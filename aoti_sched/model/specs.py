@@ -333,8 +333,7 @@ def spec_from_metadata(metadata: dict[str, str]) -> ModelSpec | None:
     return spec if spec.version == 1 else None
 
 
-# --- what the packaged wrapper source states
-# ---------------------------------------------------------
+# --- what the packaged wrapper source states ------------------------------------------------------
 
 _CHECK = re.compile(
     r"static void check_input_(\d+)\(\s*AtenTensorHandle\* input_handles\s*\)\s*\{(.*?)\n\}",

@@ -80,8 +80,7 @@ def writes_to_buffers(
     return MAY_WRITE if unknown else ""
 
 
-# --- reading
-# ------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 _BODY = re.compile(
     r"^\s*void AOTInductorModel::run_impl\((.*?)^\} // AOTInductorModel::run_impl",

@@ -211,8 +211,7 @@ def _check_folder(cache: Path, status: os.stat_result, owners: frozenset[int]) -
         )
 
 
-# --- a folder by its descriptor
-# -----------------------------------------------------------------------
+# --- a folder by its descriptor -------------------------------------------------------------------
 
 _open: dict[tuple[int, int], int] = {}
 """The descriptors of held folders, by the folder's device and inode: one for each folder and

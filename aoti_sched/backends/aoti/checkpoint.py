@@ -111,8 +111,7 @@ class Checkpoint:
             tensor = tensor.conj()
         return torch._neg_view(tensor) if like.is_neg() else tensor  # noqa: SLF001
 
-    # --- the zip
-    # ---------------------------------------------------------------------------------------
+    # --- the zip ----------------------------------------------------------------------------------
 
     def _read_zip(self, file: io.BufferedReader) -> tuple[Any, Mapping[object, Record]]:
         with zipfile.ZipFile(_Bounded(file, DIRECTORY_LIMIT)) as archive:
@@ -149,8 +148,7 @@ class Checkpoint:
                 records[key] = _record(file, info)
         return content, records
 
-    # --- the format before it
-    # --------------------------------------------------------------------------
+    # --- the format before it ---------------------------------------------------------------------
 
     def _read_legacy(self, file: io.BufferedReader) -> tuple[Any, Mapping[object, Record]]:
         bounded = _Bounded(file, PICKLE_LIMIT, once=True)
@@ -248,8 +246,7 @@ class _Bounded:
         return data
 
 
-# --- bytes
-# --------------------------------------------------------------------------------------------
+# --- bytes ----------------------------------------------------------------------------------------
 
 _Read = Callable[[torch.Tensor, int], None]
 """Fills a dense tensor with a storage's bytes from that offset."""

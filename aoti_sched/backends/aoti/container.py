@@ -53,13 +53,13 @@ class CAbiContainer:
         self.staging = Staging(raw.name)
         self._inactive_bytes = 0
         self.constant_bytes = sum(constant.capacity for constant in raw.constants)
-        # Of each buffer, the active one first: whether the package, or the file given at load, has
-        # the same weights.
+        # For each buffer, the active one first: whether its weights are those of the package or of
+        # the file given at load.
         self._packaged = [self._given is None or self._given.is_file, False]
         if self._given is not None:
             self._given.forget()
         self._is_parked = False
-        self._kept: dict[str, torch.Tensor] = {}  # by one that is parked, what the package has not
+        self._kept: dict[str, torch.Tensor] = {}  # while evicted: weights that the package lacks
         # An output that lies where constants lie is a weight itself; so is one that warming up
         # found to be folded.
         self._constants_start: list[int] = []
@@ -164,8 +164,7 @@ class CAbiContainer:
         self._constants_end = [end for _, end in both]
         self._constants_span = (both[0][0], max(self._constants_end)) if both else (0, 0)
 
-    # --- live weights
-    # ----------------------------------------------------------------------------------
+    # --- live weights -----------------------------------------------------------------------------
 
     @property
     def updatable(self) -> str:
@@ -261,8 +260,7 @@ class CAbiContainer:
     def workspace(self) -> int | None:
         return None
 
-    # --- memory
-    # ----------------------------------------------------------------------------------------
+    # --- memory -----------------------------------------------------------------------------------
 
     @property
     def unparkable(self) -> str:
@@ -288,11 +286,11 @@ class CAbiContainer:
         self._kept, self._is_parked = {}, False
 
     def _load_weights(self, raw: RawContainer) -> None:
-        """Return the weights that it was loaded with."""
+        """Fill a container with the weights that the model was loaded with."""
         load_weights(raw, self._extracted, self._given)
 
     def _fresh(self, fill: Callable[[RawContainer], None]) -> RawContainer:
-        """Another container of the same model, with the weights that are filled in."""
+        """Return a new container of the same model, filled by `fill` and folded."""
         raw = self._new_raw()
         raw.proxy = self._raw.proxy
         try:
@@ -310,8 +308,7 @@ class CAbiContainer:
         self._inactive_bytes = 0
         self._index_constants()
 
-    # --- what devices do in their own way
-    # --------------------------------------------------------------
+    # --- what devices do in their own way ---------------------------------------------------------
 
     def _run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         return self._raw.run(inputs)
@@ -325,7 +322,7 @@ class CAbiContainer:
         return self._raw.full_set(chosen.values(check_finite=check_finite))
 
     def _write(self, ready: list[tuple[Constant, torch.Tensor]]) -> int:
-        """Write a full set into the inactive buffer; returns its bytes."""
+        """Write a full set into the inactive buffer and return its bytes."""
         return self._raw.stage(ready)
 
     def _new_raw(self) -> RawContainer:

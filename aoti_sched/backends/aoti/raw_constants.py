@@ -54,8 +54,7 @@ class RawConstants(RawHandle):
         self._complete = [False, False]
         self._complete[0] = not self.missing_constants()
 
-    # --- what they are
-    # ------------------------------------------------------------------------------------
+    # --- what they are ----------------------------------------------------------------------------
 
     @property
     def constants(self) -> tuple[Constant, ...]:
@@ -128,8 +127,7 @@ class RawConstants(RawHandle):
             return [(storage, storage + 1) for storage in storages]
         return [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
 
-    # --- their values
-    # -------------------------------------------------------------------------------------
+    # --- their values -----------------------------------------------------------------------------
 
     def extract(self, *, inactive: bool = False, host: bool = False) -> dict[str, torch.Tensor]:
         """Return copies of a buffer's constants by FQN, without the folded ones.
@@ -369,8 +367,7 @@ class RawConstants(RawHandle):
         self._call("FreeInactiveConstantBuffer")
         self._complete[1] = False
 
-    # --- inside
-    # -------------------------------------------------------------------------------------------
+    # --- inside -----------------------------------------------------------------------------------
 
     def _can_extract(self) -> bool:
         return self.library.has(EXTRACT_ENTRIES) or (

@@ -141,8 +141,7 @@ def _shown(thing: object) -> str:
     return repr(thing) if isinstance(thing, (int, float, bytes, type(None))) else ""
 
 
-# --- files
-# ------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def _read_file(path: Path, files: OpenFiles, *, shard: bool = False) -> Iterator[Offered]:
@@ -170,8 +169,7 @@ def _read_file(path: Path, files: OpenFiles, *, shard: bool = False) -> Iterator
         raise unreadable(path, error) from error
 
 
-# --- torch.save
-# -------------------------------------------------------------------------------------
+# --- torch.save -----------------------------------------------------------------------------------
 
 
 def _read_checkpoint(path: Path, file: io.BufferedReader, files: OpenFiles) -> Iterator[Offered]:
@@ -249,8 +247,7 @@ def _state_dict(path: Path, loaded: object) -> dict[str, torch.Tensor]:
     return state
 
 
-# --- shards
-# -----------------------------------------------------------------------------------------
+# --- shards ---------------------------------------------------------------------------------------
 
 
 def _read_index(path: Path, file: io.BufferedReader) -> dict[str, set[str]]:
