@@ -210,7 +210,7 @@ def test_a_partial_set_is_refused_and_so_is_its_swap(in_own_process):
     """)
     assert lived.returncode == 0, lived.stderr
     assert "lacks 'middle', 'last', 'count'" in lived.stdout
-    assert "no full set of constants to swap in" in lived.stdout
+    assert "no full set of constants. Stage one before the swap" in lived.stdout
     assert "the buffer to fold lacks constants" in lived.stdout
 
 
