@@ -1,7 +1,8 @@
-"""What users pass, checked: a value is right, or refused at once with a `ConfigError` that names the argument.
+"""Checks of what users pass: a wrong value raises a `ConfigError` that names the argument.
 
-The rule for the whole public API. A bool is no number, text is no number, NaN is no time, and a number has to fit where it goes.
-Numbers and flags of other libraries (NumPy's scalars) count as what they are. `ConfigError` is a `ValueError`.
+The rule for the whole public API. A bool is no number, text is no number, NaN is no time, and a
+number has to fit where it goes. Numbers and flags of other libraries (NumPy's scalars) count as
+what they are. `ConfigError` is a `ValueError`.
 """
 
 from __future__ import annotations
@@ -131,16 +132,18 @@ def expanded(what: str, path: str) -> str:
     Raises:
         ConfigError: There is no such user, or no home directory is known.
     """
-    home = os.path.expanduser(path)  # noqa: PTH111 -- pathlib's raises RuntimeError, and takes "./" away
+    # Pathlib's raises RuntimeError, and takes "./" away.
+    home = os.path.expanduser(path)  # noqa: PTH111
     if path.startswith("~") and home == path:
         raise ConfigError(
-            f"{what}: {path.partition('/')[0]!r} has no home directory here. Write the path in full."
+            f"{what}: {path.partition('/')[0]!r} has no home directory here. Write the path in "
+            "full."
         )
     return home
 
 
 def converted(value: object, kind: type[_T], what: str) -> _T:
-    """Return the value as one of the type that an annotation names, checked as if it had come from a file.
+    """Return the value converted to the type of an annotation, as if it came from a file.
 
     Raises:
         ConfigError: It does not fit; the message says where.
@@ -158,7 +161,10 @@ def converted(value: object, kind: type[_T], what: str) -> _T:
 
 
 def checked_struct(given: _T, where: str) -> _T:
-    """Return a struct with the same settings, each checked by its type; `where` comes before their names in errors."""
+    """Return a struct with the same settings, each checked by its type.
+
+    `where` precedes the settings' names in errors.
+    """
     kind: Any = type(given)
     values = {}
     for field in msgspec.structs.fields(kind):
@@ -170,7 +176,7 @@ def checked_struct(given: _T, where: str) -> _T:
 
 
 def _plain(value: object) -> object:
-    """What msgspec does not know: numbers, flags and paths of other libraries."""
+    """Convert what msgspec does not know: numbers, flags and paths of other libraries."""
     if isinstance(value, numbers.Integral):
         return int(value)
     if isinstance(value, numbers.Real):

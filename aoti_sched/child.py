@@ -1,14 +1,19 @@
-"""Run work in a child process, where what it breaks does no harm. Linux only; blocking, with a time limit.
+"""Run work in a child process, where what it breaks does no harm.
 
-Knows no torch and nothing of the package but its errors. The child is a fork. It shares this process's memory, so a loaded
-model, a module and its custom operators are there at no cost, and what it writes to is its own copy. It may end its process,
-change a module or draw random numbers: this process sees nothing of that but the values that the child tells.
+Linux only; blocking, with a time limit.
 
-The child runs nothing but the work, with its output and core dumps turned off, and never returns to Python's exit code.
-torch's data loaders fork processes of many threads in the same way. A lock that another thread held at the moment of the
-fork stays locked in the child; the time limit ends a child that waits for it.
+Knows no torch and nothing of the package but its errors. The child is a fork. It shares this
+process's memory, so a loaded model, a module and its custom operators are there at no cost, and
+what it writes to is its own copy. It may end its process, change a module or draw random numbers:
+this process sees nothing of that but the values that the child tells.
 
-No function here raises for what the child does, nor for a child that can't be started: either is an answer.
+The child runs nothing but the work, with its output and core dumps turned off, and never returns to
+Python's exit code. torch's data loaders fork processes of many threads in the same way. A lock that
+another thread held at the moment of the fork stays locked in the child; the time limit ends a child
+that waits for it.
+
+No function here raises for what the child does, nor for a child that can't be started: either is an
+answer.
 """
 
 from __future__ import annotations
@@ -44,12 +49,12 @@ _DONE = "done"
 
 
 def can_fork() -> bool:
-    """Return whether this platform has children that share their parent's memory and may run threads of their own."""
+    """Return whether child processes share their parent's memory here and may run threads."""
     return sys.platform == "linux" and hasattr(os, "fork")
 
 
 def is_unknown(answer: str) -> bool:
-    """Return whether an answer says nothing of the trial: the time or the process for it was lacking."""
+    """Return whether an answer says nothing of the trial, for lack of time or of a process."""
     return answer == TOO_LONG or answer.startswith(NOT_STARTED)
 
 
@@ -57,15 +62,17 @@ def in_child(work: Callable[[Tell], None], limit: float) -> tuple[list[Any], str
     """Do the work in a child process and wait for it.
 
     Args:
-        work: Called in the child with a function that sends values to the parent. What it raises is lost.
+        work: Called in the child with a function that sends values to the parent. What it raises is
+            lost.
         limit: Seconds after which the child is killed.
 
     Returns:
         What the child told, in order, and why it told no more: "" where the work came to its end.
     """
     found: list[tuple[list[Any], str]] = []
-    # libgomp keeps a team for each thread that ran kernels in parallel, and a fork loses its members. A thread of its own
-    # has run none, so the child believes in no team that it does not have.
+    # libgomp keeps a team for each thread that ran kernels in parallel, and a fork loses its
+    # members. A thread of its own has run none, so the child believes in no team that it does not
+    # have.
     thread = threading.Thread(
         target=lambda: found.append(_fork(work, limit)), name="aoti_sched-child"
     )
@@ -82,7 +89,8 @@ def answers(
 ) -> list[str]:
     """Run trials one after another in a child and return an answer for each.
 
-    The trials see what those before them changed there. After one that ended the child, the rest run in a new one.
+    The trials see what those before them changed there. After one that ended the child, the rest
+    run in a new one.
 
     Args:
         trials: What to run.
@@ -90,8 +98,8 @@ def answers(
         prepare: Called first in each child.
 
     Returns:
-        What each trial returned; for one that raised, its error's first line; `DIED`, `TOO_LONG` or a text that begins
-        with `NOT_STARTED` for the others.
+        What each trial returned; for one that raised, its error's first line; `DIED`, `TOO_LONG` or
+        a text that begins with `NOT_STARTED` for the others.
     """
     found: list[str] = []
     deadline = time.monotonic() + seconds
@@ -204,5 +212,5 @@ def _read(descriptor: int, limit: float) -> tuple[bytes, bool]:
 def _wait(pid: int) -> int | None:
     try:
         return os.waitpid(pid, 0)[1]
-    except ChildProcessError:  # someone waits for all children of this process
+    except ChildProcessError:  # the application waits for all children of this process
         return None

@@ -1,11 +1,12 @@
-"""Every error a user can meet.
+"""Every error that a user can meet.
 
 One hierarchy under `AotiSchedError`. A message names the thing (model, input, constant, file), says
-what was expected, what came, and what to do. Where a caller may want to branch on the parts, they are
-attributes too. This file imports nothing of ours, so every layer may use it.
+what was expected, what came, and what to do. Where a caller may want to branch on the parts, they
+are attributes too. This file imports nothing of ours, so every layer may use it.
 
-No message is longer than a screen, and none carries what a terminal or a log would obey: `readable` sees to both. Within a
-message, `brief` shortens a value's `repr`, `clipped` a text, `shortened` a list, and `first_line` a foreign error.
+No message is longer than a screen, and none carries what a terminal or a log would obey: `readable`
+sees to both. Within a message, `brief` shortens a value's `repr`, `clipped` a text, `shortened` a
+list, and `first_line` a foreign error.
 """
 
 from __future__ import annotations
@@ -21,15 +22,18 @@ SCREEN = 1800
 
 _LINES = 24
 _HEAD = 2 / 3
-"""How much of a long message is kept from its beginning; the rest is from its end, which says what to do."""
+"""How much of a long message is kept from its beginning; the rest is from its end, which says what
+to do.
+"""
 
 
 def readable(text: str, *, lines: bool = False) -> str:
-    """Return `text` with control characters escaped, and with its middle left out where it is longer than a screen.
+    """Return `text` with control characters escaped, cut in the middle to a screen's length.
 
     Args:
         text: The message.
-        lines: Keep line breaks and tabs. A name or a path with a line break would forge a line of a log.
+        lines: Keep line breaks and tabs. A name or a path with a line break would forge a line of a
+            log.
     """
     text = _cut(text)  # before all of it is looked at
     if text.isprintable():
@@ -64,10 +68,11 @@ _brief.maxstring = _brief.maxother = _brief.maxlong = 60
 
 
 def brief(value: object) -> str:
-    """Return the beginning of a value's `repr`, at most 60 characters; what is large is not written out for it."""
+    """Return the first 60 characters of a value's `repr`, without writing out large values."""
     try:
         return _brief.repr(value)[:60]
-    except Exception:  # noqa: BLE001 -- a user's `__repr__` may raise anything, and an error is being made here
+    # A user's `__repr__` may raise anything, and an error is being made here.
+    except Exception:  # noqa: BLE001
         return f"<{type(value).__name__}>"
 
 
@@ -92,9 +97,12 @@ def clipped(thing: object, width: int = 160) -> str:
 def shortened(
     items: Iterable[object], limit: int = 8, width: int = 160, rest: str = " and {} more"
 ) -> str:
-    """Return the first `limit` items, each clipped to `width` characters, and how many more there are, in words.
+    """Return the first `limit` items in words, and how many more there are.
 
-    `items` must end; each is read. Pass `map(repr, names)` for quoted names, `map(brief, values)` for values of any kind.
+    Each item is clipped to `width` characters.
+
+    `items` must end; each is read. Pass `map(repr, names)` for quoted names, `map(brief, values)`
+    for values of any kind.
     """
     shown: list[str] = []
     more = 0
@@ -116,7 +124,7 @@ class AotiSchedError(Exception):
         super().__init__(readable(str(message), lines=self._lines))
 
 
-# --- packages ---------------------------------------------------------------------------------------
+# --- packages -------------------------------------------------------------------------------------
 
 
 class PackageError(AotiSchedError):
@@ -132,7 +140,7 @@ class PackageNotFoundError(PackageError, FileNotFoundError):
 
 
 class PackageFormatError(PackageError, ValueError):
-    """The file is not a package: no zip, truncated, a member that leaves the directory, an absurd size."""
+    """The file is no valid package: no zip, truncated, with an unsafe member, or an absurd size."""
 
 
 class PackageHashError(PackageError, ValueError):
@@ -148,10 +156,10 @@ class PlatformMismatchError(PackageError):
 
 
 class InstructionSetError(PlatformMismatchError):
-    """The model was compiled for a wider CPU instruction set than this CPU has; running it would be SIGILL."""
+    """The model was compiled for CPU instructions that this CPU lacks; a run would be SIGILL."""
 
 
-# --- loading ----------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
 class LoadError(AotiSchedError):
@@ -165,7 +173,7 @@ class MissingWeightsError(LoadError):
 
 
 class MemoryLimitError(AotiSchedError):
-    """A model's weights do not fit into the `memory_limit` of their device, or new ones beside the old.
+    """A model's weights, or new weights beside the old, exceed their device's `memory_limit`.
 
     `device` is its name; `needed`, `limit` and `used` are in bytes.
     """
@@ -201,11 +209,11 @@ class CompileError(AotiSchedError):
     _lines = True
 
 
-# --- weights ----------------------------------------------------------------------------------------
+# --- weights --------------------------------------------------------------------------------------
 
 
 class WeightsFileError(AotiSchedError):
-    """New weights could not be read from a file: missing, damaged, foreign, or changed while being read.
+    """A file of new weights is missing, damaged, of a foreign format, or changed during the read.
 
     `path` is the file: the one the caller named, or a shard that its index names.
     """
@@ -216,10 +224,10 @@ class WeightsFileError(AotiSchedError):
 
 
 class WeightsTypeError(AotiSchedError, TypeError):
-    """What was given as weights is no mapping, pairs or path; or an entry is no name with a tensor."""
+    """The given weights are no mapping, pairs or path, or an entry is no name with a tensor."""
 
 
-# --- requests ---------------------------------------------------------------------------------------
+# --- requests -------------------------------------------------------------------------------------
 
 
 class InputMismatchError(AotiSchedError, ValueError):
@@ -264,11 +272,11 @@ class QueueFullError(AotiSchedError):
 
 
 class ShedError(QueueFullError):
-    """A queued request was dropped from a full queue to make room for a better one (overflow="shed")."""
+    """A queued request was dropped from a full queue for a better one (overflow="shed")."""
 
 
 class DeadlineExceededError(AotiSchedError, TimeoutError):
-    """The request's timeout passed while it was waiting, queued or running, or can't be met any more."""
+    """The request's timeout passed, or can't be met any more."""
 
 
 class DeadlineUnreachableError(DeadlineExceededError):
@@ -282,8 +290,8 @@ class DeadlineUnreachableError(DeadlineExceededError):
         self.predicted = predicted
         self.timeout = timeout
         super().__init__(
-            f"runner {runner!r}: the request would be finished in about {predicted:.3g} s, its timeout is {timeout:.15g} s; "
-            "send less, or give it more time"
+            f"runner {runner!r}: the request would be finished in about {predicted:.3g} s, its "
+            f"timeout is {timeout:.15g} s; send less, or give it more time"
         )
 
     def __reduce__(self) -> tuple[type[DeadlineUnreachableError], tuple[str, float, float]]:
@@ -295,14 +303,14 @@ class RunnerClosedError(AotiSchedError):
 
 
 class EpochError(AotiSchedError):
-    """A request asked for an epoch (`min_epoch`) that was rolled back, or that its lease can't have."""
+    """A request's epoch (`min_epoch`) was rolled back, or its lease can't reach it."""
 
 
 class ConstantMismatchError(AotiSchedError, ValueError):
     """New weights do not fit the model. Nothing has changed.
 
-    `model` is the runner's name. `faults` holds all that is wrong, as (name, problem) pairs; the message lists the
-    first eight.
+    `model` is the runner's name. `faults` holds all that is wrong, as (name, problem) pairs; the
+    message lists the first eight.
     """
 
     def __init__(self, model: str, faults: tuple[tuple[str, str], ...]) -> None:
@@ -319,11 +327,14 @@ class ConstantMismatchError(AotiSchedError, ValueError):
 
 
 class UpdateError(AotiSchedError):
-    """The weights of a runner can't be changed so: frozen, nothing staged, nothing kept to go back to."""
+    """The change of weights is not possible: frozen weights, nothing staged, or nothing kept."""
 
 
 class UpdateAbortedError(AotiSchedError):
-    """The request was queued when an update with `barrier="abort"` closed its runner's barrier. Send it again."""
+    """The request was queued when an update with `barrier="abort"` closed its runner's barrier.
+
+    Send it again.
+    """
 
 
 class LeaseError(AotiSchedError):
@@ -331,4 +342,4 @@ class LeaseError(AotiSchedError):
 
 
 class UnsupportedLoopError(AotiSchedError, RuntimeError):
-    """Called outside asyncio: from trio, from no loop at all, or blocking on the loop's own thread."""
+    """A call came from outside asyncio (trio, no loop), or would block the loop's own thread."""

@@ -1,8 +1,12 @@
-"""Events for the log. What an application's log processors and handlers do ends here: nothing of the package fails or waits in its midst.
+"""Events for the log.
 
-A call on an event loop's thread is carried out by the loop, after all steps of what goes on. A call of another thread is carried out at
-once. What processors and handlers raise is dropped; the first time, `sys.unraisablehook` is told. An interrupt or exit on a loop's thread
-leaves the loop as from any callback of the application's.
+What an application's log processors and handlers do ends here: nothing of the package fails or
+waits in its midst.
+
+A call on an event loop's thread is carried out by the loop, after all steps of what goes on. A call
+of another thread is carried out at once. What processors and handlers raise is dropped; the first
+time, `sys.unraisablehook` is told. An interrupt or exit on a loop's thread leaves the loop as from
+any callback of the application's.
 """
 
 from __future__ import annotations
@@ -25,9 +29,12 @@ _LEVELS = {
 
 
 class EventLog:
-    """Gives events to the application's structlog processors, and so to a standard logger. No call raises.
+    """Gives events to the application's structlog processors, and so to a standard logger.
 
-    Where structlog is not configured and the logger's level is off, an event is dropped before anything is made of it.
+    No call raises.
+
+    Where structlog is not configured and the logger's level is off, an event is dropped before
+    anything is made of it.
 
     Args:
         name: The standard logger's.
@@ -77,8 +84,8 @@ class EventLog:
         self._complained = True
         with contextlib.suppress(BaseException):  # a text or a traceback may be foreign, too
             lost = LostEventError(
-                "an event of aoti_sched was lost in a log processor or handler, and more may be; no more is said of it. "
-                f"It raised {type(error).__name__}: {said(error)}"
+                "an event of aoti_sched was lost in a log processor or handler, and more may be; "
+                f"no more is said of it. It raised {type(error).__name__}: {said(error)}"
             ).with_traceback(error.__traceback__)
             _Teller(lost)
 
@@ -88,7 +95,10 @@ class LostEventError(RuntimeError):
 
 
 class _Teller:
-    """Tells `sys.unraisablehook` of an error. The interpreter's own hook takes no other arguments than the interpreter's."""
+    """Tells `sys.unraisablehook` of an error.
+
+    The interpreter's own hook takes no other arguments than the interpreter's.
+    """
 
     def __init__(self, error: BaseException) -> None:
         self._error = error
@@ -98,5 +108,7 @@ class _Teller:
 
 
 log = EventLog("aoti_sched")
-"""Events go through the application's structlog processors to the standard logger `aoti_sched`: unless either is
-configured, warnings are seen on stderr and the rest is silent, as is decent for a library."""
+"""Events go through the application's structlog processors to the standard logger `aoti_sched`:
+unless either is configured, warnings are seen on stderr and the rest is silent, as is decent for a
+library.
+"""

@@ -1,7 +1,8 @@
 """Errors that foreign code raises: a weights source, a user's pytree type, a device of a test.
 
-Foreign code may raise anything, a `BaseException` and one whose text can't be made included. Whatever it is ends the operation that the
-code was called for, and nothing else. This file imports `errors` alone, so every layer may use it.
+Foreign code may raise anything, a `BaseException` and one whose text can't be made included.
+Whatever it is ends the operation that the code was called for, and nothing else. This file imports
+`errors` alone, so every layer may use it.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ LONGEST = 2000
 
 
 def own(error: BaseException, kind: type[_E], what: str) -> Exception:
-    """Return the error that ends an operation: the one raised, or a `kind` that names it where a future can't carry it.
+    """Return the error that ends an operation: the one raised, or a `kind` that stands for it.
 
-    A `CancelledError` or `SystemExit` would cancel or end more than the operation. A future refuses a `StopIteration`.
+    A future can't carry every error.
+
+    A `CancelledError` or `SystemExit` would cancel or end more than the operation. A future refuses
+    a `StopIteration`.
 
     Args:
         error: What foreign code has raised.
@@ -31,14 +35,15 @@ def own(error: BaseException, kind: type[_E], what: str) -> Exception:
         return error
     text = said(error)
     ours = kind(
-        f"{what} raised {type(error).__name__}{': ' if text else ''}{text}. Raise an Exception there."
+        f"{what} raised {type(error).__name__}{': ' if text else ''}{text}. Raise an Exception "
+        "there."
     )
     ours.__cause__ = error
     return ours
 
 
 def ended_by(error: BaseException, kind: type[_E], what: str) -> Exception:
-    """Return the error that ends an operation: `own`, or a `ResourcesError` that was caused by the one raised.
+    """Return the error that ends an operation: `own`, or a `ResourcesError` with a cause.
 
     A function of its own, since a frame in the traceback of an error must not hold its consequence.
     """
@@ -53,7 +58,9 @@ _LIMITS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
 def out_of_resources(error: BaseException, what: str) -> ResourcesError | None:
-    """Return the error of ours for an error that says that threads, descriptors or memory are exhausted; otherwise None.
+    """Return a `ResourcesError` for an error that reports exhausted threads, descriptors or memory.
+
+    For other errors, return None.
 
     Args:
         error: What was raised.
@@ -73,7 +80,7 @@ def out_of_resources(error: BaseException, what: str) -> ResourcesError | None:
 
 
 def said(error: BaseException) -> str:
-    """Return an error's text, at most `LONGEST` characters; its type's name where the text can't be made."""
+    """Return an error's text, at most `LONGEST` characters; its type's name if that fails."""
     try:
         text = str(error)
     except BaseException as fault:  # noqa: BLE001 -- a foreign `__str__` may raise anything
@@ -82,5 +89,8 @@ def said(error: BaseException) -> str:
 
 
 def raise_again(error: BaseException) -> None:
-    """Raise an interrupt or an exit that came in the midst of something; called by the loop, once that is over."""
+    """Raise an interrupt or an exit that came during an operation, after the operation.
+
+    The event loop calls this.
+    """
     raise error

@@ -1,4 +1,7 @@
-"""Snapshots as msgspec Structs. A snapshot is a value: it crosses a wire and holds nothing of the scheduler."""
+"""Snapshots as msgspec Structs.
+
+A snapshot is a value: it crosses a wire and holds nothing of the scheduler.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,41 @@ from aoti_sched.model.specs import BatchDim, ConstantSpec, LeafSpec, SpecSource
 
 
 class RunnerInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What a runner is. Does not change while it lives, but for `epoch`, what its inactive buffer holds, and `cuda_graphs`, the runs it has recorded.
+    """Describes a runner.
 
-    That is a `staged` set, the set of `previous_epoch` (None when that is not kept), or nothing; `inactive_bytes` is its memory.
+    Only `epoch`, `staged`, `previous_epoch`, `inactive_bytes` and `cuda_graphs` change during its
+    life. For a runner on several devices, the counts are sums over its replicas.
 
-    `runtime` is "c_abi" or "torch runner", `gil` what a run does with it. `spec_source` says where `inputs` come
-    from; with "arity only" nothing but the number of tensors is checked. `notes` are sentences a person
-    should read: what costs speed, what is not checked, what was adapted. `batch` is what the package says of its rows,
-    `max_batch` how many of them run as one; 1 without batching. `verified` is False where this code has not run on a real device of
-    that kind yet, but on a simulated one (`docs/devices.md`). Of a runner on several devices, `device` names them all, `instances`,
-    `inactive_bytes` and `cuda_graphs` are of all together, and `replicas` has each, as long as it is in the rotation.
+    Attributes:
+        name: The name that was given at load.
+        path: The package, as the caller named it.
+        sha256: The hash of the package, in hexadecimal.
+        device: The device; for several devices, their names with commas between them.
+        executor: What runs the model: native lanes or Python threads.
+        runtime: "c_abi" or "torch runner".
+        gil: What a run does with the GIL: "released" or "held".
+        instances: How many runs may go on at once.
+        threads: Intra-op threads of one run.
+        epoch: Number of the set of weights that serves.
+        signature: The arguments as text, such as "(x: float32[s0, 16])".
+        inputs: Specs of the arguments' leaves.
+        outputs: Specs of the results' leaves.
+        spec_source: Where `inputs` come from. With "arity only", only the number of tensors is
+            checked.
+        batch: What the package says of the rows; None when it says nothing.
+        max_batch: The most rows that run as one; 1 without batching.
+        frozen: Whether the weights are part of the compiled code; None when that is not known.
+        constants: The constants of the model.
+        staged: Whether the inactive buffer holds a staged set.
+        previous_epoch: The epoch whose set the inactive buffer keeps for a rollback; None without
+            one.
+        inactive_bytes: Bytes of the set in the inactive buffer.
+        cuda_graphs: How many runs are recorded as CUDA graphs.
+        verified: False where this code has run only on a simulated device of this kind
+            (`docs/devices.md`).
+        replicas: The info of each replica that is in the rotation; () on one device.
+        metadata: The metadata of the package, the user's own keys included.
+        notes: Sentences for people: what costs speed, what is not checked, what was adapted.
     """
 
     name: str
@@ -49,15 +77,42 @@ class RunnerInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunnerStats(msgspec.Struct, frozen=True, kw_only=True):
-    """A runner's numbers now (`waiting` to `updating`) and since its load (the rest).
+    """A runner's numbers. `queued_bytes` to `parked` are of now, counts and seconds since its load.
 
-    `waiting` requests wait for room or for an epoch, `queued` ones for a slot and a lane. While `updating`, an update's
-    barrier holds back what is queued; while `parked`, its weights are not in memory, and what is queued waits for them. `parks` counts how often
-    that was, `memory` is the bytes its weights take now. `running` counts runs, of which a batch is one. `inline` counts requests that ran on the
-    event loop's own thread, `batches` the runs of several requests as one, `batched` the requests in them, and `retried` those
-    that were run again by themselves since their batch had failed. `health` is "ok", or "failing" once five runs in a row have
-    failed, until one succeeds. Of a runner on several devices these are the numbers of all together; `replicas` has those of each, by device,
-    also of those that have left. What was moved from one to another is submitted once, and `withdrawn` counts the moves.
+    For a runner on several devices, the numbers are sums over its replicas.
+
+    Attributes:
+        name: The runner's name.
+        phase: Where the runner is in its life, "OPEN", "DRAINING", "TERMINATED" or "DRAINED".
+        health: "failing" from the fifth failed run in a row until a run succeeds; otherwise "ok".
+        waiting: Requests that wait for room in the queue, or for an epoch, now.
+        queued: Requests that wait for a slot and a lane, now.
+        queued_bytes: Bytes of the inputs of queued requests.
+        running: Runs that go on now; a batch is one run.
+        held_leases: Leases that callers hold now.
+        free_slots: Slots that neither a run nor a lease has now.
+        epoch: Number of the set of weights that serves.
+        updating: Whether the barrier of an update holds back what is queued.
+        parked: Whether the weights are evicted; what is queued waits for them.
+        memory: Bytes that the weights take now.
+        parks: How often the weights were evicted.
+        submitted: Requests that were submitted; a request that was rerouted counts once.
+        completed: Requests that ended with a result.
+        failed: Requests that ended with the error of their run.
+        rejected: Requests that were refused at submit.
+        expired: Requests whose deadline passed before a result.
+        cancelled: Requests that their callers gave up.
+        revoked: Leases that were taken back.
+        shed: Requests that were dropped to protect better ones.
+        withdrawn: Requests that were rerouted to another replica.
+        queue_seconds: Seconds that requests spent in the queue, together.
+        run_seconds: Seconds that runs took, together.
+        wasted_seconds: Seconds of runs whose result nobody took.
+        inline: Requests that ran on the thread of the event loop.
+        batches: Runs of several requests as one.
+        batched: Requests in `batches`.
+        retried: Requests that were run again alone after their batch failed.
+        replicas: The stats of each replica by device, removed replicas included.
     """
 
     name: str
@@ -94,10 +149,17 @@ class RunnerStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MemoryStats(msgspec.Struct, frozen=True, kw_only=True):
-    """What the weights of a device's models take of its memory, in bytes: `used` now, of which `inactive` are staged and previous sets;
-    `parked` is what those would take that are parked. `limit` is the device's `memory_limit`; `used` counts what models are just being loaded into.
-    `workspace` is what torch keeps besides for their runs (intermediate results, outputs, graphs), as it was when each was warmed up or had its weights
-    changed last; on other devices than CUDA it is 0, for nobody knows. It does not count towards the limit."""
+    """The memory that the weights of a device's models take, in bytes.
+
+    Attributes:
+        limit: The device's `memory_limit`; None without one.
+        used: Bytes taken now, those reserved for models that are being loaded included.
+        inactive: The part of `used` for staged and previous sets.
+        parked: Bytes that the evicted models would take.
+        workspace: What torch keeps besides for runs: intermediate results, outputs and graphs.
+            Measured at the last warm-up or change of weights. 0 on devices other than CUDA,
+            where it is not known. Does not count towards the limit.
+    """
 
     limit: int | None
     used: int
@@ -107,7 +169,21 @@ class MemoryStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeviceStats(msgspec.Struct, frozen=True, kw_only=True):
-    """A device's numbers now. `lost` says why nothing runs on it any more, "" while it works. Runs on lanes take `cores` - `free_cores` of its cores, as many each as they use threads."""
+    """A device's numbers now.
+
+    Attributes:
+        name: The device's name, such as "cpu" or "cuda:0".
+        executor: What runs models on it: native lanes or Python threads.
+        lost: Why nothing runs on it any more; "" while it works.
+        lanes: How many runs may go on at once.
+        busy_lanes: Lanes on which a run goes on.
+        cores: CPU cores that belong to the device.
+        free_cores: Cores that no run on a lane uses; a run uses one for each of its threads.
+        queued: Requests that wait for a slot and a lane.
+        queued_bytes: Bytes of the inputs of queued requests.
+        memory: What weights take.
+        runners: The stats of each runner by name.
+    """
 
     name: str
     executor: str
@@ -123,7 +199,12 @@ class DeviceStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything, by device. `rules` says whether what decides is "compiled" or "python"."""
+    """The numbers of everything.
+
+    Attributes:
+        devices: The stats of each device by name.
+        rules: How the scheduling rules run: "compiled" or "python".
+    """
 
     devices: dict[str, DeviceStats]
     rules: str

@@ -3,7 +3,7 @@
 Nothing here knows an event loop or imports `queue/`. torch may be imported at the top of these files, since
 nothing that `import aoti_sched` reaches imports them.
 
-`base.py` has the contracts. From the C ABI upwards: `c_abi.py` describes the functions, `handles.py`
-carries tensors across, `constants.py` checks what would be written, and `raw_container.py` and
-`bare_model.py` are safe to call.
+`contracts.py` has the contracts. From the C ABI upwards: `aoti/c_abi.py` describes the functions,
+`aoti/handles.py` carries tensors across, `aoti/constants.py` checks what would be written, and
+`aoti/raw_container.py` (runs), `aoti/raw_constants.py` (weights) and `aoti/bare_model.py` are safe to call.
 """

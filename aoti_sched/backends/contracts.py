@@ -87,7 +87,7 @@ class Container(Protocol):
     def staging(self) -> Staging:
         """Where Python puts batches together; cleared when the container is closed."""
 
-    def own(self, outputs: list[Any]) -> list[Any]:
+    def detach_outputs(self, outputs: list[Any]) -> list[Any]:
         """The same outputs, but copies of those that share memory with the weights."""
 
     def run_raw(self, inputs: Sequence[Any]) -> list[Any]:

@@ -1,8 +1,9 @@
-"""Reading: one pass over a foreign weights source, which can be abandoned while foreign code runs.
+"""Reading: one pass over a user's source of weights, which can be abandoned.
 
-The source is read in a thread of its own. As long as the thread is in foreign code, which may block for ever, its owner may abandon it.
-When the thread comes back, it finds that it was abandoned, and ends without touching the container. While the thread runs code of ours,
-the owner waits for it.
+The source is read in a thread of its own. Foreign code may block for ever, so the owner may abandon
+the reading while the thread is in such code. When the thread returns from it, `Abandoned` is raised
+in the thread, which then ends without touching the container. While the thread runs code of this
+package, the owner waits for it.
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ _T = TypeVar("_T")
 
 
 class Abandoned(BaseException):
-    """The owner of a reading has left. Raised in the reading's thread, and seen by nobody else."""
+    """Raised in the thread of a reading that its owner abandoned. No caller sees this error."""
 
 
 class Reading:
-    """Says whether a reading may be abandoned now. The default of `Container.stage` is one that nobody abandons."""
+    """Records whether the thread that reads a source is in foreign code, and may be abandoned now.
+
+    `Container.stage` makes a reading of its own when it is given none; that reading is never
+    abandoned.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -29,10 +34,12 @@ class Reading:
 
     @contextmanager
     def source(self, opened: AbstractContextManager[Iterator[_T]]) -> Iterator[Iterator[_T]]:
-        """Open a source; inside, its items. Nothing of the container may be touched between the first item and the last.
+        """Open a source for the block, and yield its items.
+
+        Between the first item and the last, the block must not touch the container.
 
         Raises:
-            Abandoned: The owner has left: nothing may be touched any more.
+            Abandoned: The owner has left. The container must not be touched any more.
         """
         self._leave()
         try:
@@ -47,10 +54,10 @@ class Reading:
 
     @contextmanager
     def foreign(self) -> Iterator[None]:
-        """Inside, only foreign code runs: what it reads from may block.
+        """Mark the block as foreign code, which may block for ever.
 
         Raises:
-            Abandoned: The owner has left: nothing may be touched any more.
+            Abandoned: The owner has left. The container must not be touched any more.
         """
         self._leave()
         try:
@@ -59,7 +66,10 @@ class Reading:
             self._come_back()
 
     def abandon(self) -> bool:
-        """Return whether the thread is in foreign code, and so need not be waited for. Otherwise it ends by itself, soon."""
+        """Abandon the reading. Return whether its thread is in foreign code and is left behind.
+
+        Otherwise the thread runs code of this package and ends soon; the owner waits for it.
+        """
         with self._lock:
             self._given_up = True
             return self._foreign

@@ -18,11 +18,11 @@ from aoti_sched.model.evidence import (
     ROWS,
     difference,
     guarded,
-    laid_out,
     row_evidence,
     symbols_of,
     tensors_like,
     tolerance_of,
+    with_layout,
 )
 from aoti_sched.model.specs import DynamicDim, ExampleSpec, RowEvidence, TensorSpec
 
@@ -322,7 +322,7 @@ class _Examination:
             for position, dim in enumerate(spec.shape):
                 if isinstance(dim, DynamicDim) and dim.symbol == name:
                     part = part.narrow(position, 0, dim.scale * value + dim.offset)
-            cut.append(laid_out(part.clone(), spec))
+            cut.append(with_layout(part.clone(), spec))
         return cut
 
     def _together(self, todo: Mapping[str, Symbol], least: Mapping[str, int]) -> None:
@@ -407,7 +407,7 @@ class _Examination:
                 shape = [*tensor.shape]
                 shape[rows.dim] = size - count
                 whole = torch.cat([tensor, tensor.new_zeros(shape)], rows.dim)
-                given.append(laid_out(whole, spec))
+                given.append(with_layout(whole, spec))
         outputs = self._run(given)
         for index, output in enumerate(outputs):
             if output is None:

@@ -1,3 +1,3 @@
-"""What a model takes and gives: specs, how it is called, the check of a request, how rows are laid out.
+"""What a model takes and gives: specs, call spec, input check, layout of batches.
 
 No torch at import."""

@@ -1,7 +1,8 @@
-"""Batching, on the front's side: what a model's specs and a user's wish make of it, and what each request brings.
+"""How requests become batches, derived from a model's specs and the user's settings.
 
-Which requests go together is decided in `queue/batching.py`, how their tensors are put together in `backends/executors/batches.py`. Here
-is what both need to know of a model: along which dimension its rows lie, what must agree, what is padded.
+Which requests go together is decided in `queue/batching.py`, how their tensors are put together in
+`backends/executors/batches.py`. Here is what both need to know of a model: along which dimension
+its rows lie, what must agree, what is padded.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ MAX_SIZE = 64
 class Grouping:
     """How one runner's requests are put together.
 
-    `plan` is for the backend. A run has at most `max_rows` rows, and a request waits at most `max_delay` seconds for others. `sizes` are the numbers of rows that the model is run with, rising;
-    empty where any will do.
+    `plan` is for the backend. A run has at most `max_rows` rows, and a request waits at most
+    `max_delay` seconds for others. `sizes` are the numbers of rows that the model is run with,
+    rising; empty where any will do.
     """
 
     def __init__(
@@ -63,7 +65,10 @@ class Grouping:
         self.dim = self._dim or 0
 
     def measure(self, inputs: Sequence[torch.Tensor]) -> tuple[int, Hashable]:
-        """How many rows a request has, and its key: those with the same one may go together; without rows, it has none."""
+        """Return how many rows a request has, and its key; requests with the same key may batch.
+
+        Without rows, there is no key.
+        """
         if self._dim is None:
             return 1, 0
         rows = inputs[0].shape[self._dim]
@@ -74,7 +79,7 @@ class Grouping:
         ) if self._alike else 0
 
     def padded(self, rows: int) -> int:
-        """With how many rows the model is run for so many."""
+        """Return how many rows the model is run with for a number of requested rows."""
         sizes = self.sizes
         place = bisect_left(sizes, rows)
         return sizes[place] if place < len(sizes) else rows
@@ -93,7 +98,7 @@ def group(
     *,
     state: str = "",
 ) -> tuple[Grouping, tuple[TensorSpec, ...]]:
-    """How a model's requests are batched, and the specs that a request is checked against then.
+    """Return how a model's requests are batched, and the specs to check each request against.
 
     Args:
         name: What errors call the model.
@@ -142,7 +147,8 @@ def group(
         if spec.strides is not None:
             raise _impossible(
                 name,
-                f"input {spec.name!r} was compiled for a view that is not dense, and batches are dense",
+                f"input {spec.name!r} was compiled for a view that is not dense, and batches are "
+                "dense",
             )
         if spec.order is None:
             raise _impossible(name, f"how input {spec.name!r} lies in memory is not known")
@@ -168,7 +174,7 @@ def group(
 def _with_one_row_symbol(
     specs: Sequence[TensorSpec], own: ModelSpec | None, wanted: Batching
 ) -> tuple[Sequence[TensorSpec], ModelSpec | None]:
-    """The specs where inputs whose numbers of rows are independent of each other have the same: in a batch they must."""
+    """Return the specs with one symbol for all numbers of rows, which must agree in a batch."""
     known = None if own is None else own.batch
     dim = known.dim if wanted.dim is None and known is not None else wanted.dim
     first, *others = ([] if dim is None else row_symbols(specs, dim)) or [""]
@@ -186,12 +192,12 @@ def _impossible(name: str, why: str) -> ConfigError:
 def _rows(
     name: str, wanted: Batching, specs: Sequence[TensorSpec], known: BatchDim | None
 ) -> tuple[int, int | None, str, int | None]:
-    """The row dimension, the most rows the model takes, the dimension's symbol, and its size if that was compiled in."""
+    """Return the row dimension, the most rows, the dimension's symbol and its fixed size."""
     if wanted.dim is None and known is None:
         raise _impossible(
             name,
-            "its package does not say along which dimension requests' rows lie, or they depend on one another; if you know "
-            "better, say so: Batching(dim=0)",
+            "its package does not say along which dimension requests' rows lie, or they depend "
+            "on one another; if you know better, say so: Batching(dim=0)",
         )
     dim = known.dim if wanted.dim is None and known is not None else wanted.dim or 0
     found = set()
@@ -213,11 +219,12 @@ def _rows(
 
 
 def must_not_write_inputs(name: str, written: Sequence[str]) -> None:
-    """Raise ConfigError where a run writes to inputs: a batch's are copies, and what is written to them is lost."""
+    """Raise ConfigError if a run writes to inputs: in a batch, writes to the copies are lost."""
     if written:
         raise _impossible(
             name,
-            f"it writes to its input {written[0]!r}, and in a batch that would be lost with the common copy",
+            f"it writes to its input {written[0]!r}, and in a batch that would be lost with the "
+            "common copy",
         )
 
 
@@ -227,14 +234,17 @@ def must_be_independent(name: str, rows: RowEvidence) -> None:
         return
     reason = rows.reason.rstrip(".")
     if rows.independent is None:
-        reason = f"nothing shows that its rows do not influence each other ({reason}). Give load() warmup_inputs= that it can be run on"
+        reason = (
+            f"nothing shows that its rows do not influence each other ({reason}). "
+            "Give load() warmup_inputs= that it can be run on"
+        )
     raise _impossible(
         name, f"{reason}; if you know better, say so: Batching(assume_independent=True)"
     )
 
 
 def _must_be_free_of(name: str, dim: int, symbol: str, leaves: Sequence[LeafSpec | None]) -> None:
-    """Where another size depends on the number of rows, one request's rows meet the others' (x @ x.T)."""
+    """Refuse another size that depends on the number of rows: rows of requests meet (x @ x.T)."""
     if not symbol:
         return
     mentions = re.compile(rf"\b{re.escape(symbol)}\b")
@@ -250,7 +260,7 @@ def _must_be_free_of(name: str, dim: int, symbol: str, leaves: Sequence[LeafSpec
 
 
 def _sizes(name: str, wanted: Batching, most: int | None, static: int | None) -> tuple[int, ...]:
-    """The numbers of rows that the model is run with; empty where any will do."""
+    """Return the numbers of rows that the model is run with; empty where any will do."""
     if static is not None:
         if wanted.pad_to not in {None, (static,)}:
             raise _impossible(
@@ -273,7 +283,7 @@ def _sizes(name: str, wanted: Batching, most: int | None, static: int | None) ->
 def _ragged(
     name: str, wanted: Batching, specs: Sequence[TensorSpec], dim: int
 ) -> dict[str, tuple[int, int]]:
-    """Where the sizes of padded dimensions are read off a request: by symbol, an input and its dimension."""
+    """Return, by symbol, the input and the dimension from which a padded size is read."""
     inputs = {spec.name: index for index, spec in enumerate(specs)}
     unknown = [given for given in wanted.ragged if given not in inputs]
     if unknown:
@@ -294,8 +304,8 @@ def _ragged(
             if shared and spec.name not in wanted.ragged:
                 raise _impossible(
                     name,
-                    f"ragged pads what input {spec.name!r} has too ({spec}); say with what it is padded, for example "
-                    f"ragged={{..., {spec.name!r}: 0}}",
+                    f"ragged pads what input {spec.name!r} has too ({spec}); say with what it is "
+                    f"padded, for example ragged={{..., {spec.name!r}: 0}}",
                 )
     return found
 

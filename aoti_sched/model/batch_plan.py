@@ -1,4 +1,4 @@
-"""The plan of a batch: how the inputs of several requests become one, and how outputs are taken apart again."""
+"""The plan of a batch: how inputs are put together, and outputs taken apart again."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import msgspec
 class InputPlan(msgspec.Struct, frozen=True):
     """How one input of several requests becomes one: rows one after the other along `dim`.
 
-    `order` is the memory order of the dense tensor, as in `TensorSpec`. The dimensions in `ragged` may differ between
-    requests; they are as long as the longest, and what that leaves of the shorter ones is `pad`.
+    `order` is the memory order of the dense tensor, as in `TensorSpec`. The dimensions in `ragged`
+    may differ between requests; they are as long as the longest, and what that leaves of the
+    shorter ones is `pad`.
     """
 
     dim: int
@@ -19,7 +20,7 @@ class InputPlan(msgspec.Struct, frozen=True):
 
 
 class RaggedOut(msgspec.Struct, frozen=True):
-    """Dimension `dim` of an output is as long as dimension `input_dim` of a request's input, and is cut back to it."""
+    """An output's dimension `dim` is cut back to the size of a request's `input_dim`."""
 
     dim: int
     input: int
@@ -34,7 +35,10 @@ class OutputPlan(msgspec.Struct, frozen=True):
 
 
 class BatchPlan(msgspec.Struct, frozen=True):
-    """How a model's requests are batched. `detach_rows` gives each request copies and not views of a common output."""
+    """How a model's requests are batched.
+
+    `detach_rows` gives each request copies and not views of a common output.
+    """
 
     inputs: tuple[InputPlan, ...]
     outputs: tuple[OutputPlan, ...]

@@ -1,8 +1,8 @@
 """The call spec: how a model's args and kwargs flatten into tensors, and its outputs unflatten.
 
-The spec comes from the compiled model as torch's pytree JSON and is read once. For tuples, lists and
-dicts a plan of our own walks the arguments: it is several times faster than a general pytree walk, and it can
-name the path of a fault. Other registered types go through torch's pytree.
+The spec comes from the compiled model as torch's pytree JSON and is read once. For tuples, lists
+and dicts a plan of our own walks the arguments: it is several times faster than a general pytree
+walk, and it can name the path of a fault. Other registered types go through torch's pytree.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Node:
 
 
 def _parse(spec: dict[str, Any]) -> _Node | None:
-    """A node for torch's JSON; None when some type in it is not a plain tuple, list or dict."""
+    """Return a node for torch's JSON; None for types other than plain tuple, list and dict."""
     kind = spec["type"]
     if kind is None:
         return _Node(None, [])
@@ -65,12 +65,12 @@ def _parse(spec: dict[str, Any]) -> _Node | None:
 
 
 def _count(spec: dict[str, Any]) -> int:
-    """The leaves of torch's JSON."""
+    """Return the leaves of torch's JSON."""
     return 1 if spec["type"] is None else sum(map(_count, spec["children_spec"]))
 
 
 def _key(key: Any) -> Any:
-    """A key as it was before it was JSON: only a tuple can have become a list."""
+    """Return a key as it was before it was JSON: only a tuple can have become a list."""
     return tuple(map(_key, key)) if isinstance(key, list) else key
 
 
@@ -82,22 +82,28 @@ class CallSpec(Protocol):
     """How a model is called."""
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """The container's inputs for these arguments; each has `nbytes`. Raises `InputMismatchError`."""
+        """Return the container's inputs for these arguments; each has `nbytes`.
+
+        Raises `InputMismatchError`.
+        """
 
     def unflatten(self, outputs: list[Any]) -> Any:
-        """What the caller gets for the container's outputs."""
+        """Return what the caller gets for the container's outputs."""
 
 
 class ExportedCallSpec:
-    """The call spec of an exported module. Flattens a call's arguments into the container's tensors and rebuilds its outputs.
+    """The call spec of an exported module.
 
-    As torch's own loader does, it takes a list or a deque for a tuple and the other way round, an `OrderedDict` or a `defaultdict`
-    for a dict, and keywords and keys in any order. Other than there, the structure must be the exported one, and keys are
-    matched by name.
+    Flattens a call's arguments into the container's tensors and rebuilds its outputs.
 
-    `in_spec` and `out_spec` are the JSON texts of `AOTInductorModelContainerGetCallSpec`. `inputs` and
-    `outputs` are the leaves where known (see `ModelSpec`), else None: then, as torch's own loader does,
-    the leaves that are tensors count. `parameters` lets positional parameters be given by name.
+    As torch's own loader does, it takes a list or a deque for a tuple and the other way round, an
+    `OrderedDict` or a `defaultdict` for a dict, and keywords and keys in any order. Other than
+    there, the structure must be the exported one, and keys are matched by name.
+
+    `in_spec` and `out_spec` are the JSON texts of `AOTInductorModelContainerGetCallSpec`. `inputs`
+    and `outputs` are the leaves where known (see `ModelSpec`), else None: then, as torch's own
+    loader does, the leaves that are tensors count. `parameters` lets positional parameters be given
+    by name.
     """
 
     def __init__(
@@ -126,7 +132,8 @@ class ExportedCallSpec:
             out = _parse(json.loads(out_spec)[1])
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise LoadError(
-                f"model {model!r}: its call spec is not torch's pytree JSON ({error})"
+                f"model {model!r}: its call spec is not torch's pytree JSON ({error}). "
+                "Compile the model again with the torch that runs here."
             ) from error
         self._torch_spec: Any = (
             None if self._root is not None else _torch_spec(model, "inputs", in_spec)
@@ -153,10 +160,13 @@ class ExportedCallSpec:
         parts += [f"{n}={child}" for n, child in zip(self._names, kwargs.children, strict=True)]
         return f"({', '.join(parts)})"
 
-    # --- flatten ---------------------------------------------------------------------------------------
+    # --- flatten ----------------------------------------------------------------------------------
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-        """The tensors of a call in the container's order. Raises `InputMismatchError` naming the path."""
+        """Return the tensors of a call in the container's order.
+
+        Raises `InputMismatchError` naming the path.
+        """
         if len(args) != self._positional or kwargs.keys() != self._keys:
             args, kwargs = self._bind(args, kwargs)
         root = self._root
@@ -169,7 +179,8 @@ class ExportedCallSpec:
             positional, named = root.children
             for index, child in enumerate(positional.children):
                 self._walk(child, args[index], self._path(index), leaves)
-            for key, child in zip(self._names, named.children):  # noqa: B905 -- equal by construction
+            # Equal by construction.
+            for key, child in zip(self._names, named.children):  # noqa: B905
                 self._walk(child, kwargs[key], key, leaves)
         if self._all_tensors:
             return leaves
@@ -203,7 +214,7 @@ class ExportedCallSpec:
     def _bind(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional parameters given by name are put in their places; anything else is a misfit."""
+        """Put positional parameters that were given by name in their places; refuse all else."""
         kwargs = dict(kwargs)
         names = self._parameters[len(args) : self._positional]
         if len(args) + len(names) == self._positional and all(name in kwargs for name in names):
@@ -242,10 +253,10 @@ class ExportedCallSpec:
     def _misfit(self, path: str, expected: str, got: str) -> InputMismatchError:
         return InputMismatchError(self.model, path, expected, got)
 
-    # --- unflatten -------------------------------------------------------------------------------------
+    # --- unflatten --------------------------------------------------------------------------------
 
     def unflatten(self, outputs: list[Any]) -> Any:
-        """The outputs in the structure that the exported module returned."""
+        """Return the outputs in the structure that the exported module returned."""
         return self._unflatten(outputs)
 
     def _make_unflatten(
@@ -269,7 +280,7 @@ class ExportedCallSpec:
 
 
 def _same(leaf: Any, value: Any) -> bool:
-    """Whether a leaf is the value compiled in: of the same type (1 is not True), and NaN is NaN."""
+    """Return whether a leaf is the compiled value, of the same type (1 is not True); NaN is NaN."""
     return type(leaf) is type(value) and (leaf == value or repr(leaf) == repr(value))
 
 
@@ -290,7 +301,7 @@ def _with_fixed(
     fixed: list[tuple[int, LiteralSpec | IntegerSpec | FloatSpec | BoolSpec]],
     rebuild: Callable[[list[Any]], Any],
 ) -> Callable[[list[Any]], Any]:
-    """The runtime returns non-tensor outputs as None or 0-dim tensors; put the values back."""
+    """Put back the values of non-tensor outputs, which the runtime returns as None or 0-dim."""
 
     def unflatten(values: list[Any]) -> Any:
         values = list(values)
@@ -305,7 +316,7 @@ def _with_fixed(
 
 
 def _torch_spec(model: str, what: str, text: str) -> Any:
-    """torch's own spec of the inputs or outputs.
+    """Return torch's own spec of the inputs or outputs.
 
     Raises:
         LoadError: A class in it is not registered in this process.
@@ -323,14 +334,15 @@ def _torch_spec(model: str, what: str, text: str) -> Any:
         names = ", ".join(unknown)
         verb = "is" if len(unknown) == 1 else "are"
         raise LoadError(
-            f"model {model!r}: its {what} contain {names}, which {verb} not registered with torch's pytree in this process. "
-            "Before loading, import the module that registers it (torch.utils._pytree.register_pytree_node, "
-            "register_dataclass or the like, with the serialized name that it had when the model was exported)."
+            f"model {model!r}: its {what} contain {names}, which {verb} not registered with "
+            "torch's pytree in this process. Before loading, import the module that registers it "
+            "(torch.utils._pytree.register_pytree_node, register_dataclass or the like, with the "
+            "serialized name that it had when the model was exported)."
         ) from error
 
 
 def _unregistered(spec: list[Any]) -> list[str]:
-    """The classes in torch's JSON that this process can't read, each once."""
+    """Return the classes in torch's JSON that this process can't read, each once."""
     from torch.utils import _pytree as pytree
 
     version, root = spec
@@ -343,14 +355,15 @@ def _unregistered(spec: list[Any]) -> list[str]:
             continue
         try:
             pytree.treespec_loads(json.dumps([version, {**node, "children_spec": []}]))
-        except Exception:  # noqa: BLE001 -- whatever torch or the class's own reader says, it can't be read
+        # Whatever torch or the class's own reader says, it can't be read.
+        except Exception:  # noqa: BLE001
             is_named = node["type"] == "collections.namedtuple"
             unknown[str(node["context"]).strip('"') if is_named else node["type"]] = None
     return list(unknown)
 
 
 def _passes(kind: str, value: Any) -> bool:
-    """Whether torch's own loader takes the value for one of this kind of container."""
+    """Return whether torch's own loader takes the value for one of this kind of container."""
     if kind == "dict":
         return type(value) in (dict, OrderedDict, defaultdict)
     return type(value) in (tuple, list, deque) or _is_named_tuple(value)
@@ -363,7 +376,10 @@ def _is_named_tuple(value: Any) -> bool:
 
 
 def _collect(spec: Any, value: Any, leaves: list[Any]) -> bool:
-    """Append the leaves of a value whose containers pass for those of torch's spec. Return whether it fits."""
+    """Append the leaves of a value whose containers pass for those of torch's spec.
+
+    Return whether it fits.
+    """
     kind = spec.type
     if kind is None:
         leaves.append(value)

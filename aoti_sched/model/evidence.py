@@ -1,8 +1,9 @@
 """Numeric evidence: what running a model on chosen inputs shows of it.
 
-Every function takes `run`, a callable from input tensors to output tensors. It may be an eager module or a compiled model.
-No function here knows how a model is loaded, and none changes torch's random state. torch is imported when a function is
-called. A function never catches what ends a process: whoever runs unknown code on unusual sizes does so in a child process.
+Every function takes `run`, a callable from input tensors to output tensors. It may be an eager
+module or a compiled model. No function here knows how a model is loaded, and none changes torch's
+random state. torch is imported when a function is called. A function never catches what ends a
+process: run unknown code on unusual sizes in a child process only.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ Run = Callable[[list["torch.Tensor"]], Sequence[Any]]
 """Runs a model on its tensor inputs. An output that is no tensor is not compared."""
 
 VALUES_KEPT = 256
-"""Integers or booleans of one example that a package keeps one by one; larger examples keep their range alone."""
+"""Integers or booleans of one example that a package keeps one by one; larger examples keep their
+range alone.
+"""
 
 ROWS = 4
 """Rows that are run together, alone and in another order."""
@@ -30,11 +33,11 @@ _PADDING = 1024
 """Elements of sentinel before and after a guarded tensor; a multiple of every vector's width."""
 
 
-# --- examples ---------------------------------------------------------------------------------------------
+# --- examples -------------------------------------------------------------------------------------
 
 
 def example_of(tensor: torch.Tensor) -> ExampleSpec:
-    """What is kept of an example input."""
+    """Return what is kept of an example input."""
     import torch
 
     shape = tuple(tensor.shape)
@@ -72,7 +75,8 @@ def tensors_like(
     Args:
         specs: The tensor inputs.
         sizes: The value of each symbol; a `DynamicDim`'s size is `scale * value + offset`.
-        examples: One for each spec; without them, values are those of a normal distribution, integers and booleans are 0 or 1.
+        examples: One for each spec; without them, values are those of a normal distribution,
+            integers and booleans are 0 or 1.
         seed: The same seed and sizes give the same tensors.
 
     Raises:
@@ -90,7 +94,7 @@ def tensors_like(
         example = examples[index] if index < len(examples) else ExampleSpec(())
         dtype = getattr(torch, spec.dtype)
         values = _values(shape, dtype, example, generator)
-        tensors.append(laid_out(values, spec).to(spec.device))
+        tensors.append(with_layout(values, spec).to(spec.device))
     return tensors
 
 
@@ -112,7 +116,8 @@ def _values(
     if low is None or high is None or low == high == 0:
         return torch.randn(shape, generator=generator).to(dtype)
     low, high = min(low, 0.0) if low == high else low, max(high, 0.0) if low == high else high
-    # Each row of a range of its own: rows that look alike hide that one is scaled by what is in another.
+    # Each row of a range of its own: rows that look alike hide that one is scaled by what is in
+    # another.
     values = low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
     middle = (low + high) / 2
     for dim, size in enumerate(shape[:2]):
@@ -123,8 +128,11 @@ def _values(
     return values.to(dtype)
 
 
-def laid_out(values: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    """The same values in memory as the spec wants them: its order, or its strides. Sizes of an expanded tensor agree afterwards."""
+def with_layout(values: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    """Return the same values in memory as the spec wants them: its order, or its strides.
+
+    Sizes of an expanded tensor agree afterwards.
+    """
     import torch
 
     shape = list(values.shape)
@@ -144,7 +152,7 @@ def laid_out(values: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
 
 
 def _strides(spec: TensorSpec, shape: Sequence[int]) -> tuple[int, ...]:
-    """The strides of a tensor that is not dense, for its sizes."""
+    """Return the strides of a tensor that is not dense, for its sizes."""
     symbols = {
         dim.symbol: (size - dim.offset) // dim.scale
         for dim, size in zip(spec.shape, shape, strict=True)
@@ -157,7 +165,7 @@ def _strides(spec: TensorSpec, shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _separate(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether no two elements of a strided tensor share memory, as far as nested strides tell."""
+    """Return whether no two elements of a strided tensor share memory, judged by nested strides."""
     reach = 0
     for stride, size in sorted(zip(strides, shape, strict=True)):
         if size > 1:
@@ -168,15 +176,15 @@ def _separate(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 def guarded(tensors: Sequence[torch.Tensor], *, high: bool) -> list[torch.Tensor]:
-    """The same tensors as views into larger buffers, so that a read beyond one finds a sentinel and does no harm.
+    """Return the tensors as views into larger buffers, where a read beyond one meets a sentinel.
 
-    Where two runs on the same inputs with another `high` give other outputs, the model read beyond its input. An empty
-    tensor has no address: a read beyond one still ends the process.
+    Where two runs on the same inputs with another `high` give other outputs, the model read beyond
+    its input. An empty tensor has no address: a read beyond one still ends the process.
 
     Args:
         tensors: The inputs, of any strides.
-        high: Which sentinel: floats are surrounded by NaN or by 10,000 (2 in small types); others by their own greatest or
-            least value, so that an index read beyond a buffer stays one.
+        high: Which sentinel: floats are surrounded by NaN or by 10,000 (2 in small types); others
+            by their own greatest or least value, so that an index read beyond a buffer stays one.
     """
     import torch
 
@@ -211,7 +219,7 @@ def _sentinel(tensor: torch.Tensor, *, high: bool) -> float | int | bool:
     return int(numbers.max() if high else numbers.min())
 
 
-# --- comparison -------------------------------------------------------------------------------------------
+# --- comparison -----------------------------------------------------------------------------------
 
 _TOLERANCES = {
     "float64": 1e-6,
@@ -220,15 +228,24 @@ _TOLERANCES = {
     "bfloat16": 6e-2,
     "complex32": 2e-2,
 }
-"""Of float32 1e-3. A batched matrix product rounds otherwise than one of a single row, and the difference grows with each layer."""
+"""Of float32 1e-3.
+
+A batched matrix product rounds otherwise than one of a single row, and the difference grows with
+each layer.
+"""
 
 _COARSE = 6e-2
 _FRACTION = {True: 0.05, False: 0.002}
-"""How many integers may differ: where two values are nearly equal (argmax, round), rounding decides."""
+"""How many integers may differ: where two values are nearly equal (argmax, round), rounding
+decides.
+"""
 
 
 def tolerance_of(dtypes: Iterable[str]) -> float:
-    """The greatest difference, relative to the greatest value, that rounding explains in a model that computes in these dtypes."""
+    """Return the greatest relative difference that rounding explains in these dtypes.
+
+    The difference is relative to the greatest value.
+    """
     found = [0.0]
     for dtype in dtypes:
         if dtype.startswith("float8"):
@@ -239,7 +256,7 @@ def tolerance_of(dtypes: Iterable[str]) -> float:
 
 
 def difference(expected: Sequence[Any], actual: Sequence[Any], tolerance: float | None) -> str:
-    """Where two runs' outputs differ, in a few words; "" where they don't.
+    """Return where two runs' outputs differ, in a few words; "" where they don't.
 
     Args:
         expected: Outputs of one run; what is no tensor is not compared.
@@ -278,14 +295,14 @@ def _alike(wanted: torch.Tensor, got: torch.Tensor, tolerance: float) -> bool:
 
 
 def is_telling(outputs: Sequence[Any]) -> bool:
-    """Whether the outputs could show a difference at all: some tensor has an element that is finite."""
+    """Return whether the outputs could show a difference: some element is finite."""
     import torch
 
     tensors = [o for o in outputs if isinstance(o, torch.Tensor) and o.numel()]
     return any(not t.is_floating_point() or bool(torch.isfinite(t.float()).any()) for t in tensors)
 
 
-# --- rows -------------------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
 
 
 def row_evidence(
@@ -297,15 +314,19 @@ def row_evidence(
     tolerance: float,
     draws: int = 3,
 ) -> RowEvidence:
-    """Whether the rows of a request influence each other, found by running rows together, alone and in another order.
+    """Return whether the rows of a request influence each other.
+
+    Rows are run together, alone and in another order, and the outputs compared.
 
     Args:
         run: The model. What it raises is the reason why nothing was found out.
-        draw: Gives inputs for a seed, of the same sizes each time and at least 2 rows; different rows must differ.
+        draw: Gives inputs for a seed, of the same sizes each time and at least 2 rows; different
+            rows must differ.
         dim: The dimension in which every tensor input and output has its rows.
-        least: The fewest rows that the model takes; "alone" means in groups of so many.
+        least: The fewest rows that the model takes; "alone" means in groups of this size.
         tolerance: As `tolerance_of` gives it.
-        draws: Draws after the first one that must differ, too, before rows count as dependent; rounding may tip a single one.
+        draws: Draws after the first one that must differ, too, before rows count as dependent;
+            rounding may tip a single one.
     """
     found = ""
     for seed in range(draws):
@@ -315,9 +336,11 @@ def row_evidence(
             except Exception:
                 if least > 1:
                     raise
-                # A row alone may be refused (batch norm in training mode), and two may show all there is to see.
+                # A row alone may be refused (batch norm in training mode), and two may show all
+                # there is to see.
                 found = _influence(run, draw(seed), dim, 2, tolerance)
-        except Exception as error:  # noqa: BLE001 -- a model raises what it likes; the reason is kept
+        # A model raises what it likes; the reason is kept.
+        except Exception as error:  # noqa: BLE001
             return RowEvidence(None, f"running it on random values failed: {first_line(error)}")
         if not found:
             return RowEvidence(True, "Rows alone, together and in another order gave the same.")
@@ -380,7 +403,7 @@ def _groups(rows: int, least: int) -> list[tuple[list[int], str]]:
 
 
 def _kept(like: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """A selection of rows in the memory order of the tensor it was selected from."""
+    """Return a selection of rows in the memory order of the tensor it was selected from."""
     usual = range(like.dim())
     strides = like.stride()
     order = sorted(usual, key=lambda dim: (-strides[dim], -like.shape[dim], dim))
@@ -402,6 +425,6 @@ def _copied(outputs: Sequence[Any]) -> list[Any]:
 
 
 def symbols_of(specs: Iterable[TensorSpec]) -> list[str]:
-    """The symbols of the specs' dynamic dimensions, in order of appearance."""
+    """Return the symbols of the specs' dynamic dimensions, in order of appearance."""
     dims = [dim for spec in specs for dim in spec.shape if isinstance(dim, DynamicDim)]
     return list(dict.fromkeys(dim.symbol for dim in dims))

@@ -1,8 +1,9 @@
-"""What `compile_package` finds out by running a module: beside its exported program, and beside the compiled code.
+"""What `compile_package` learns by running a module, its exported program and compiled code.
 
-Everything runs in a forked child where the platform has one (`child`), so no trial changes the module, the random state or
-the process. Models for a device can't run in a forked child. There, a copy of the module and the exported program are run in
-this process, and the compiled code is not run.
+Everything runs in a forked child where the platform has one (`child`), so no trial changes the
+module, the random state or the process. Models for a device can't run in a forked child. There, a
+copy of the module and the exported program are run in this process, and the compiled code is not
+run.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +22,12 @@ from aoti_sched.errors import first_line
 from aoti_sched.model.evidence import (
     ROWS,
     difference,
-    example_of,
-    guarded,
     row_evidence,
     symbols_of,
     tensors_like,
     tolerance_of,
 )
+from aoti_sched.model.program_runs import OtherShapeError, ProgramRuns, copies, copy_of
 from aoti_sched.model.specs import (
     DynamicDim,
     ExampleSpec,
@@ -44,23 +44,31 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 SECONDS = 120.0
-"""How long trials may take before compiling, and again after it. What is not found out by then counts as not shown."""
+"""How long trials may take before compiling, and again after it.
+
+What is not found out by then counts as not shown.
+"""
 
 LARGEST = 1 << 30
-"""Bytes of example inputs above which nothing is run: an eager run of such a request takes memory and minutes."""
+"""Bytes of example inputs above which nothing is run: an eager run of such a request takes memory
+and minutes.
+"""
 
 EXPORTED_FROM = 2
-"""Export takes any dynamic size to be at least this; what the code does with fewer is to be shown."""
+"""Export takes any dynamic size to be at least this; what the code does with fewer is to be shown.
+"""
 
 _WORD = re.compile(r"^\w+$")
 _RANDOM = "random"
 
 
 def separated(args: tuple[Any, ...], kwargs: dict[str, Any], module: Any) -> tuple[Any, Any]:
-    """The example arguments, with a copy for each tensor that shares memory with an earlier one or with a weight.
+    """Return the example arguments, with copies of tensors that share memory.
 
-    Export takes two inputs that are one tensor for one input, and an input that is a parameter for that parameter.
-    Copies keep their strides.
+    A tensor is copied that shares memory with an earlier one or with a weight.
+
+    Export takes two inputs that are one tensor for one input, and an input that is a parameter for
+    that parameter. Copies keep their strides.
     """
     import torch
     from torch.utils import _pytree as pytree
@@ -78,7 +86,7 @@ def separated(args: tuple[Any, ...], kwargs: dict[str, Any], module: Any) -> tup
         if leaf.is_meta or not storage.nbytes() or storage.data_ptr() not in taken:
             taken.add(storage.data_ptr())
             return leaf
-        return _copy(leaf.detach())
+        return copy_of(leaf.detach())
 
     leaves, structure = pytree.tree_flatten((args, kwargs))
     own_args, own_kwargs = pytree.tree_unflatten([apart_from(leaf) for leaf in leaves], structure)
@@ -86,7 +94,7 @@ def separated(args: tuple[Any, ...], kwargs: dict[str, Any], module: Any) -> tup
 
 
 class Stated:
-    """The least sizes that the user stated in `dynamic`; `Dim.AUTO` and `Dim.DYNAMIC` state none."""
+    """The least sizes that `dynamic` states; `Dim.AUTO` and `Dim.DYNAMIC` state none."""
 
     def __init__(self, dynamic: Any) -> None:
         from torch.utils import _pytree as pytree
@@ -102,11 +110,11 @@ class Stated:
                 self._hints = True
 
     def leaves_open(self, symbol: str) -> bool:
-        """Whether the symbol is torch's own: the user did not say that it differs from others."""
+        """Return whether the symbol is torch's own: the user stated no difference from others."""
         return symbol not in self._names
 
     def least(self, symbol: str, low: int) -> int:
-        """What a symbol may be at least, as far as the user says; `low` is what torch says."""
+        """Return the least value of a symbol that the user states; `low` is torch's."""
         return low if low != EXPORTED_FROM or symbol in self._names or self._hints else 0
 
 
@@ -131,20 +139,10 @@ class Findings:
         spec: ModelSpec,
         dynamic: Any,
     ) -> None:
-        from torch.utils import _pytree as pytree
-
-        args, kwargs = arguments
-        if program.call_spec.in_spec is not None:
-            names = program.call_spec.in_spec.children()[1].context
-            kwargs = {name: kwargs[name] for name in names}
-        self._leaves, self._structure = pytree.tree_flatten((args, kwargs))
-        self._places = [i for i, leaf in enumerate(spec.inputs) if isinstance(leaf, TensorSpec)]
-        self._module = module
-        self._functional = functional
+        self._runs = ProgramRuns(module, arguments, program, functional, spec.inputs)
+        self.examples = self._runs.examples
         self._spec = spec
         self.stated = Stated(dynamic)
-        self._specs = [leaf for leaf in spec.inputs if isinstance(leaf, TensorSpec)]
-        self.examples = tuple(example_of(self._leaves[place]) for place in self._places)
         dtypes = [
             str(t.dtype).removeprefix("torch.") for t in (*module.parameters(), *module.buffers())
         ]
@@ -153,35 +151,37 @@ class Findings:
         ]
         self._tolerance: float | None = tolerance_of(dtypes)
         self._sizes = self._example_sizes()
-        self._apart = child.can_fork() and all(spec.device == "cpu" for spec in self._specs)
+        self._apart = child.can_fork() and all(spec.device == "cpu" for spec in self._runs.specs)
         self._apart = self._apart and all(
             tensor.is_cpu for tensor in (*module.parameters(), *module.buffers())
         )
         self._values = True  # whether a run's values tell anything
-        self._runner: Any = None
         self._found: dict[tuple[str, int], str] = {}
         self.impossible = self._why_not()
 
     def _why_not(self) -> str:
-        size = sum(self._leaves[place].nbytes for place in self._places)
+        size = self._runs.example_bytes()
         if size > LARGEST:
             return f"the example has {size >> 20} MB, more than is run to find out"
-        if any(not _WORD.match(symbol) for symbol in symbols_of(self._specs)):
+        if any(not _WORD.match(symbol) for symbol in symbols_of(self._runs.specs)):
             return "a size depends on several dynamic ones"
         return ""
 
     def _example_sizes(self) -> dict[str, int]:
         sizes: dict[str, int] = {}
-        for spec, example in zip(self._specs, self.examples, strict=True):
+        for spec, example in zip(self._runs.specs, self.examples, strict=True):
             for dim, size in zip(spec.shape, example.shape, strict=True):
                 if isinstance(dim, DynamicDim):
                     sizes.setdefault(dim.symbol, (size - dim.offset) // dim.scale)
         return sizes
 
-    # --- before compiling ---------------------------------------------------------------------------------
+    # --- before compiling -------------------------------------------------------------------------
 
     def disagreement(self) -> str:
-        """Where the exported program differs from the module on inputs unlike the example; "" where nowhere, or unknown."""
+        """Return where the exported program differs from the module on other inputs; "" if nowhere.
+
+        The result is "" also where that is not known.
+        """
         if self.impossible:
             self._values = False
             return ""
@@ -190,8 +190,11 @@ class Findings:
         return where.removeprefix(_DIFFERS) if self._values and where.startswith(_DIFFERS) else ""
 
     def merged(self) -> ModelSpec:
-        """The spec with one symbol for those rows of several inputs that the module wants to agree (`Dim.AUTO` tells them apart)."""
-        rows = row_symbols(self._specs, 0)
+        """Return the spec with one symbol for rows of several inputs that the module wants equal.
+
+        `Dim.AUTO` gives each input a symbol of its own.
+        """
+        rows = row_symbols(self._runs.specs, 0)
         low = max((least for least, _ in map(self._bounds, rows)), default=0)
         count = min((most for _, most in map(self._bounds, rows) if most is not None), default=ROWS)
         count = max(min(count, ROWS), low + 1)
@@ -212,12 +215,15 @@ class Findings:
                     inputs=with_one_symbol(self._spec.inputs, other, first),
                     outputs=with_one_symbol(self._spec.outputs, other, first),
                 )
-        self._specs = [leaf for leaf in self._spec.inputs if isinstance(leaf, TensorSpec)]
+        self._runs.specs = [leaf for leaf in self._spec.inputs if isinstance(leaf, TensorSpec)]
         self._sizes = self._example_sizes()
         return self._spec
 
     def rows(self, dim: int, symbols: Sequence[str]) -> RowEvidence:
-        """Whether rows in this dimension influence each other; its size is these symbols in one input or another."""
+        """Return whether rows in this dimension influence each other.
+
+        Its size is one of these symbols in each input.
+        """
         if self.impossible:
             return RowEvidence(None, self.impossible)
         if self._spec.mutates_buffers:
@@ -243,10 +249,10 @@ class Findings:
         return found
 
     def try_sizes(self) -> None:
-        """Run the module and the exported program on sizes of 0, 1 and 2 in each dynamic dimension."""
+        """Run the module and its program on sizes of 0, 1 and 2 in each dynamic dimension."""
         self._try(self._exported, self._wanted())
 
-    # --- after compiling ----------------------------------------------------------------------------------
+    # --- after compiling --------------------------------------------------------------------------
 
     def try_compiled(self, library: Path) -> None:
         """Run the compiled code on the sizes that have not failed yet."""
@@ -261,8 +267,8 @@ class Findings:
         self._try(lambda sizes: self._compiled(library, sizes), wanted)
 
     def with_minima(self, spec: ModelSpec) -> ModelSpec:
-        """The spec with the least sizes that were shown to be right."""
-        minima = {symbol: self._least(symbol) for symbol in symbols_of(self._specs)}
+        """Return the spec with the least sizes that were shown to be right."""
+        minima = {symbol: self._least(symbol) for symbol in symbols_of(self._runs.specs)}
 
         def bounded(leaf: LeafSpec) -> LeafSpec:
             if not isinstance(leaf, TensorSpec):
@@ -279,12 +285,12 @@ class Findings:
             sizes_probed=bool(minima) and not self.impossible,
         )
 
-    # --- sizes --------------------------------------------------------------------------------------------
+    # --- sizes ------------------------------------------------------------------------------------
 
     def _bounds(self, symbol: str) -> tuple[int, int | None]:
-        """What a symbol may be, by the specs: the least that none of its dimensions forbids, and the most."""
+        """Return the least and the greatest value of a symbol that the specs allow."""
         low, high = 0, None
-        for spec in self._specs:
+        for spec in self._runs.specs:
             for dim in spec.shape:
                 if isinstance(dim, DynamicDim) and dim.symbol == symbol:
                     low = max(
@@ -296,9 +302,12 @@ class Findings:
         return self.stated.least(symbol, low), high
 
     def _wanted(self) -> list[tuple[str, int]]:
-        """Symbols and the small values to try. The largest come first: what is refused of 1 is not tried with 0."""
+        """Symbols and the small values to try.
+
+        The largest come first: what is refused of 1 is not tried with 0.
+        """
         wanted = []
-        for symbol in symbols_of(self._specs):
+        for symbol in symbols_of(self._runs.specs):
             low, high = self._bounds(symbol)
             top = EXPORTED_FROM if high is None else min(EXPORTED_FROM, high)
             wanted += [(symbol, value) for value in range(top, low - 1, -1)]
@@ -316,7 +325,7 @@ class Findings:
             self._found[key] = answer.removeprefix(_DIFFERS).removeprefix(_RAISES)
 
     def _least(self, symbol: str) -> tuple[int, str]:
-        """The least value of a symbol, and why it is not less ("": the user wants no less)."""
+        """Return the least value of a symbol, and why it is not less ("": as stated)."""
         low, high = self._bounds(symbol)
         if low > EXPORTED_FROM:
             return low, ""
@@ -336,7 +345,7 @@ class Findings:
             f"With {least - 1} for {symbol!r}, {self._found.get((symbol, least - 1), untried)}.",
         )
 
-    # --- trials -------------------------------------------------------------------------------------------
+    # --- trials -----------------------------------------------------------------------------------
 
     def _answers(self, trials: Sequence[child.Trial]) -> list[str]:
         if not trials:
@@ -349,35 +358,37 @@ class Findings:
         """Without a child: on a copy of the module."""
         import torch
 
-        module = self._module
+        module = self._runs.module
         try:
-            self._module = copy.deepcopy(module)
+            self._runs.module = copy.deepcopy(module)
         except Exception as error:  # noqa: BLE001 -- copying calls the user's code
             return [f"the module can't be copied to try it ({first_line(error)})" for _ in trials]
         try:
             with torch.random.fork_rng():
                 return [_answer(trial) for trial in trials]
         finally:
-            self._module = module
+            self._runs.module = module
 
     def _is_random(self) -> str:
-        """Whether two runs on the same inputs give different values."""
-        inputs, once = self._run_module(self._sizes, 0)
-        return _RANDOM if difference(once, self._eager(_copies(inputs)), self._tolerance) else ""
+        """Return whether two runs on the same inputs give different values."""
+        inputs, once = self._runs.run_module(self._sizes, 0)
+        return (
+            _RANDOM if difference(once, self._runs.eager(copies(inputs)), self._tolerance) else ""
+        )
 
     def _compare_exported(self) -> str:
-        inputs, wanted = self._run_module(self._sizes, 1)
-        what = difference(wanted, self._interpret(inputs), self._tolerance)
+        inputs, wanted = self._runs.run_module(self._sizes, 1)
+        what = difference(wanted, self._runs.interpret(inputs), self._tolerance)
         return f"{_DIFFERS}{what}" if what else ""
 
     def _exported(self, sizes: dict[str, int]) -> str:
-        """What is wrong with the exported program on such sizes, in words for a message."""
-        return self._beside(sizes, self._interpret, "the exported program")
+        """Return what is wrong with the exported program on such sizes, in words for a message."""
+        return self._beside(sizes, self._runs.interpret, "the exported program")
 
     def _compiled(self, library: Path, sizes: dict[str, int]) -> str:
-        """What is wrong with the compiled code on such sizes."""
+        """Return what is wrong with the compiled code on such sizes."""
         for high in (True, False):
-            run = functools.partial(self._run_library, library, high=high)
+            run = functools.partial(self._runs.run_library, library, high=high)
             if what := self._beside(sizes, run, "the compiled code"):
                 return what
         return ""
@@ -388,13 +399,13 @@ class Findings:
         what = ""
         for seed in range(2):  # rounding may tip an integer in one draw
             try:
-                inputs, wanted = self._run_module(sizes, seed)
+                inputs, wanted = self._runs.run_module(sizes, seed)
             except Exception as error:  # noqa: BLE001 -- a module raises what it likes
                 return f"the module itself raises {first_line(error).rstrip('.')}"
             try:
                 got = run(inputs)
             except Exception as error:  # noqa: BLE001 -- and so does its program
-                if isinstance(error, _OtherShapeError):
+                if isinstance(error, OtherShapeError):
                     return f"{_DIFFERS}{str(error).splitlines()[0]}"  # fx adds lines of its own
                 return f"{_RAISES}{who} raises {first_line(error).rstrip('.')}"
             what = difference(wanted, got, self._tolerance if self._values else None)
@@ -403,9 +414,9 @@ class Findings:
         return f"{_DIFFERS}{who} is wrong: {what}"
 
     def _row_trial(self, dim: int, sizes: dict[str, int], least: int, *, wide: bool) -> str:
-        specs, tolerance = self._specs, self._tolerance or 0.0
+        specs, tolerance = self._runs.specs, self._tolerance or 0.0
         if wide:
-            self._module.float()
+            self._runs.module.float()
             specs = [msgspec.structs.replace(s, dtype=_WIDER.get(s.dtype, s.dtype)) for s in specs]
             tolerance = tolerance_of(["float32"])
         found = RowEvidence(None, "")
@@ -414,163 +425,40 @@ class Findings:
             def draw(seed: int, examples: tuple[ExampleSpec, ...] = examples) -> list[torch.Tensor]:
                 return tensors_like(specs, sizes, examples, seed=seed)
 
-            found = row_evidence(self._eager, draw, dim, least=least, tolerance=tolerance)
+            found = row_evidence(self._runs.eager, draw, dim, least=least, tolerance=tolerance)
             if found.independent is not None:
                 break
         return msgspec.json.encode(found).decode()
 
     def _can_widen(self) -> bool:
-        """Whether a module of half precision may be run in single, where a faint influence shows: it casts nothing itself."""
+        """Return whether a half-precision module can run in single precision.
+
+        A faint influence shows only there. The module must cast nothing itself.
+        """
         import torch
 
-        dtypes = {parameter.dtype for parameter in self._module.parameters()}
+        dtypes = {parameter.dtype for parameter in self._runs.module.parameters()}
         halves = dtypes & {torch.float16, torch.bfloat16} or any(
-            s.dtype in _WIDER for s in self._specs
+            s.dtype in _WIDER for s in self._runs.specs
         )
         if not self._apart or not halves:
             return False
         return not any(
             value in (torch.float16, torch.bfloat16)
-            for node in self._functional.graph.nodes
+            for node in self._runs.functional.graph.nodes
             for value in (*node.args, *node.kwargs.values())
             if isinstance(value, torch.dtype)
         )
-
-    # --- runs ---------------------------------------------------------------------------------------------
-
-    def _variants(self) -> Iterator[tuple[ExampleSpec, ...]]:
-        """The examples, then the same with integers that any model takes: the least ones, 0, 1."""
-        yield self.examples
-        discrete = [
-            not spec.dtype.startswith(("float", "bfloat", "complex")) for spec in self._specs
-        ]
-        if any(discrete):
-            for value in (None, 0.0, 1.0):
-                yield tuple(
-                    ExampleSpec(
-                        e.shape,
-                        e.low if value is None else value,
-                        e.low if value is None else value,
-                    )
-                    if whole
-                    else e
-                    for e, whole in zip(self.examples, discrete, strict=True)
-                )
-
-    def _run_module(self, sizes: dict[str, int], seed: int) -> tuple[list[torch.Tensor], list[Any]]:
-        """Inputs of such sizes that the module takes, and its outputs. Raises what it raises where it takes none."""
-        failure: Exception | None = None
-        for examples in self._variants():
-            inputs = tensors_like(self._specs, sizes, examples, seed=seed)
-            try:
-                return inputs, self._eager(_copies(inputs))
-            except Exception as error:  # noqa: BLE001 -- told of the first variant
-                failure = failure or error
-        raise failure or RuntimeError("no inputs")
-
-    def _eager(self, inputs: Sequence[torch.Tensor]) -> list[Any]:
-        import torch
-        from torch.utils import _pytree as pytree
-
-        leaves = list(self._leaves)
-        for place, tensor in zip(self._places, inputs, strict=True):
-            leaves[place] = tensor
-        args, kwargs = pytree.tree_unflatten(leaves, self._structure)
-        with torch.no_grad():
-            outputs = pytree.tree_leaves(self._module(*args, **kwargs))
-        return [out.detach().clone() if isinstance(out, torch.Tensor) else out for out in outputs]
-
-    def _interpret(self, inputs: Sequence[torch.Tensor]) -> list[Any]:
-        import torch
-
-        leaves = list(self._leaves)
-        for place, tensor in zip(self._places, inputs, strict=True):
-            leaves[place] = tensor
-        program = self._functional
-        given, left = [], iter(leaves)
-        for spec in program.graph_signature.input_specs:
-            if spec.kind.name == "USER_INPUT":
-                given.append(next(left))
-            else:
-                held = (
-                    program.state_dict if spec.target in program.state_dict else program.constants
-                )
-                given.append(held[spec.target])
-        with torch.no_grad():
-            outputs = _interpreter(program).run(*given)
-        kinds = [spec.kind.name for spec in program.graph_signature.output_specs]
-        return [out for out, kind in zip(outputs, kinds, strict=True) if kind == "USER_OUTPUT"]
-
-    def _run_library(self, library: Path, inputs: list[torch.Tensor], *, high: bool) -> list[Any]:
-        from torch._C import _aoti
-
-        if self._runner is None:
-            self._runner = _aoti.AOTIModelContainerRunnerCpu(str(library), 1)
-        return list(self._runner.run(guarded(inputs, high=high)))
 
 
 _DIFFERS, _RAISES = "differs: ", "raises: "
 _WIDER = {"float16": "float32", "bfloat16": "float32"}
 
 
-class _OtherShapeError(Exception):
-    """A value has another shape than the one that is compiled for it."""
-
-
-def _interpreter(program: ExportedProgram) -> Any:
-    """Runs a program's graph, and raises where a value has another shape than the one that is compiled for it.
-
-    Export fixes shapes for sizes of 2 and more: where a smaller one gives another shape (a slice that is cut short, a dimension
-    that is squeezed), the compiled code computes the shape of the larger.
-    """
-    import torch
-
-    class Checked(torch.fx.Interpreter):
-        def __init__(self) -> None:
-            super().__init__(program.graph_module)
-            self.symbols: dict[Any, int] = {}
-
-        def run_node(self, n: torch.fx.Node) -> Any:
-            value = super().run_node(n)
-            meant = n.meta.get("val")
-            if isinstance(value, torch.Tensor) and isinstance(meant, torch.Tensor):
-                for size, stated in zip(value.shape, meant.shape, strict=False):
-                    self._compare(n, size, stated)
-                if value.dim() != meant.dim():
-                    raise _OtherShapeError(
-                        f"{n.name!r} has {value.dim()} dimensions, and {meant.dim()} are compiled in"
-                    )
-            return value
-
-        def _compare(self, node: torch.fx.Node, size: int, stated: Any) -> None:
-            if isinstance(stated, int):
-                expected: Any = stated
-            else:
-                expression = stated.node.expr
-                if node.op == "placeholder":
-                    self._bind(expression, size)
-                expected = expression.subs(self.symbols)
-                if expected.free_symbols:
-                    return
-            if int(expected) != size:
-                raise _OtherShapeError(
-                    f"{node.name!r} has size {size}, and {expected} is compiled in"
-                )
-
-        def _bind(self, expression: Any, size: int) -> None:
-            if len(expression.free_symbols) == 1:
-                (symbol,) = expression.free_symbols
-                scale, offset = expression.coeff(symbol, 1), expression.coeff(symbol, 0)
-                if scale.is_Integer and scale > 0:
-                    self.symbols.setdefault(symbol, (size - int(offset)) // int(scale))
-
-    return Checked()
-
-
 def _varied(
     examples: Sequence[ExampleSpec], specs: Sequence[TensorSpec]
 ) -> tuple[ExampleSpec, ...]:
-    """The examples with integers that differ, where the example's are all the same: equal rows show nothing."""
+    """Return the examples with integers that differ: equal rows would show nothing."""
     return tuple(
         msgspec.structs.replace(e, high=e.low + 1, values=None)
         if e.low is not None
@@ -599,18 +487,6 @@ def _row_answer(text: str) -> RowEvidence:
         return msgspec.json.decode(text, type=RowEvidence)
     except msgspec.MsgspecError:
         return RowEvidence(None, text)
-
-
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy with the same strides."""
-    if tensor.is_contiguous():
-        return tensor.clone()
-    memory = tensor.new_empty(0).set_(tensor.untyped_storage())
-    return memory.clone().as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
-
-
-def _copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return [_copy(tensor) for tensor in tensors]
 
 
 def _at_least(dim: int | DynamicDim, minima: dict[str, tuple[int, str]]) -> int | DynamicDim:

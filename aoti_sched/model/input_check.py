@@ -1,8 +1,9 @@
 """The check of every request, on the caller's side, before a handle is made.
 
-Native code checks nothing: a wrong dtype reads past a buffer, a wrong size returns garbage. `InputCheck`
-compares a request's tensors with their specs; it is on the hot path, so the plan is laid out once and the
-sentence that explains a fault is found by a slow twin. `ArityCheck` is all that can be done without specs.
+Native code checks nothing: a wrong dtype reads past a buffer, a wrong size returns garbage.
+`InputCheck` compares a request's tensors with their specs; it is on the hot path, so the plan is
+laid out once and the sentence that explains a fault is found by a slow twin. `ArityCheck` is all
+that can be done without specs.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ if TYPE_CHECKING:
     import torch
 
 Check = Callable[[list["torch.Tensor"]], int]
-"""The bytes of a request's tensors; raises InputMismatchError where they do not fit. A subclass of tensors that has no behaviour of its
-own is replaced in the list by the plain tensor that it is."""
+"""The bytes of a request's tensors; raises InputMismatchError where they do not fit.
+
+A subclass of tensors that has no behaviour of its own is replaced in the list by the plain tensor
+that it is.
+"""
 
 
 def count_bytes(tensors: Sequence[torch.Tensor]) -> int:
-    """The check where nothing is known of what a model takes."""
+    """Return the bytes of the inputs; the check of a model of which nothing is known."""
     total = 0
     for tensor in tensors:
         total += tensor.nbytes
@@ -32,9 +36,12 @@ def count_bytes(tensors: Sequence[torch.Tensor]) -> int:
 
 
 def unwrap(tensors: list[Any], plain: Collection[type]) -> bool:
-    """Replace the subclasses in the list that only give torch's tensors another name. Return whether there were any.
+    """Replace the subclasses in the list that only give torch's tensors another name.
 
-    One that overrides `__torch_function__` or `__torch_dispatch__` means something else than its storage holds, and stays.
+    Return whether there were any.
+
+    One that overrides `__torch_function__` or `__torch_dispatch__` means something else than its
+    storage holds, and stays.
     """
     import torch
 
@@ -49,14 +56,15 @@ def unwrap(tensors: list[Any], plain: Collection[type]) -> bool:
             torch._C._disabled_torch_function_impl,  # noqa: SLF001 -- what parameters have
         )
         if ordinary and kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__:
-            with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 -- otherwise the result is of the subclass again
+            # Otherwise the result is of the subclass again.
+            with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001
                 tensors[index] = tensor.as_subclass(torch.Tensor)
             found = True
     return found
 
 
 class ArityCheck:
-    """Checks that there are as many inputs as the model takes, and that each is a plain dense tensor on its device.
+    """Checks the number of inputs, and that each is a plain dense tensor on the model's device.
 
     With `copies` it may be on the host, too.
     """
@@ -105,7 +113,7 @@ class ArityCheck:
 
 
 def dense_strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
-    """Strides of a dense tensor of `shape` whose dimensions lie in memory in `order` (outermost first)."""
+    """Return the strides of a dense tensor whose dimensions lie in `order`, outermost first."""
     strides = [0] * len(shape)
     step = 1
     for dim in reversed(order):
@@ -115,7 +123,10 @@ def dense_strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]
 
 
 def lies_in_order(shape: Sequence[int], strides: Sequence[int], order: Sequence[int]) -> bool:
-    """Whether a tensor is dense with its dimensions in `order`; strides of sizes 0 and 1 don't matter."""
+    """Return whether a tensor is dense with its dimensions in `order`.
+
+    Strides of sizes 0 and 1 don't matter.
+    """
     if 0 in shape:
         return True
     wanted = dense_strides(shape, order)
@@ -128,7 +139,9 @@ def lies_in_order(shape: Sequence[int], strides: Sequence[int], order: Sequence[
 def _has_strides(
     tensor: torch.Tensor, wanted: Sequence[tuple[int, int, int]], bound: Sequence[int] | None
 ) -> bool:
-    """Whether a tensor has these strides, each an offset, a symbol's index (-1: none) and a scale.
+    """Return whether a tensor has these strides.
+
+    Each is an offset, a symbol's index (-1: none) and a scale.
 
     Those of sizes 0 and 1 don't matter.
     """
@@ -148,13 +161,13 @@ def _move_hint(device: str, tensor: torch.Tensor) -> str:
 
 
 class InputCheck:
-    """Checks a request's tensors against their specs; built once per runner, called once per request.
+    """Checks a request's tensors against their specs; made once per runner, called per request.
 
     With `copies`, inputs of a device may be on the host, too.
 
     Raises:
-        ConfigError: A spec (which a user may have declared) means nothing: no such dtype or device, an order that is
-            none of its dimensions.
+        ConfigError: A spec (which a user may have declared) means nothing: no such dtype or device,
+            an order that is none of its dimensions.
     """
 
     def __init__(self, model: str, specs: Sequence[TensorSpec], *, copies: bool = False) -> None:
@@ -170,8 +183,9 @@ class InputCheck:
             {dim.symbol for s in specs for dim in s.shape if isinstance(dim, DynamicDim)}
         )
         index = {symbol: i for i, symbol in enumerate(self._symbols)}
-        # Per input, in the order in which they are compared: dtype, the whole shape if it is static,
-        # the static sizes, the dynamic ones, rank, device type, device index, contiguous or the order, strides.
+        # Per input, in the order in which they are compared: dtype, the whole shape if it is
+        # static, the static sizes, the dynamic ones, rank, device type, device index, contiguous or
+        # the order, strides.
         self._plans = []
         for spec in specs:
             dtype, device = _understood(model, spec)
@@ -221,7 +235,7 @@ class InputCheck:
             )
 
     def __call__(self, tensors: list[torch.Tensor]) -> int:
-        """The bytes of the tensors when all fit; raises `InputMismatchError` for the first that does not."""
+        """Return the bytes of the tensors; raise `InputMismatchError` for the first fault."""
         if len(tensors) != len(self._plans):
             raise InputMismatchError(
                 self.model,
@@ -232,7 +246,8 @@ class InputCheck:
             )
         bound = self._unbound.copy() if self._unbound else None
         plain = self._plain
-        for tensor, plan in zip(tensors, self._plans):  # noqa: B905 -- lengths are equal, this is hot
+        # Lengths are equal, this is hot.
+        for tensor, plan in zip(tensors, self._plans):  # noqa: B905
             (
                 dtype,
                 fixed,
@@ -308,7 +323,7 @@ class InputCheck:
         return "The inputs are " + ", ".join(f"{s.name}: {s}" for s in self.specs[:10]) + f"{more}."
 
     def _explain(self, tensors: Sequence[torch.Tensor]) -> None:
-        """The slow twin of `__call__`: finds the fault again and says it in a sentence."""
+        """Find the fault of `__call__` again, slowly, and return it as an error."""
         bound: dict[str, tuple[int, str]] = {}
         for spec, tensor, plan in zip(self.specs, tensors, self._plans, strict=True):
             self._explain_kind(spec, tensor)
@@ -369,7 +384,10 @@ class InputCheck:
             s == 1 or g == w for s, g, w in zip(shape, given, wanted, strict=True)
         ):
             return
-        hint = f"The model was compiled for such a view: torch.empty_strided({shape}, {wanted}).copy_(tensor)."
+        hint = (
+            f"The model was compiled for such a view: torch.empty_strided({shape}, "
+            f"{wanted}).copy_(tensor)."
+        )
         if 0 in wanted:
             single = ", ".join(":1" if step == 0 else ":" for step in wanted)
             hint = f"The model was compiled for an expanded view: tensor[{single}].expand({shape})."
@@ -408,7 +426,10 @@ class InputCheck:
         if size < wanted.min or (wanted.max is not None and size > wanted.max):
             top = "at least" if wanted.max is None else f"{wanted.min} to {wanted.max}"
             expected = f"{top} {wanted.min}" if wanted.max is None else top
-            why = "The range was fixed when the model was compiled; beyond it the code reads past its buffers."
+            why = (
+                "The range was fixed when the model was compiled; beyond it the code reads past "
+                "its buffers."
+            )
             if wanted.reason and size < wanted.min:
                 why = f"{wanted.reason[0].upper()}{wanted.reason[1:].rstrip('.')}."
             self._fail(spec, f"size {expected} at dimension {dim} of {spec}", f"{size}", why)
@@ -439,11 +460,14 @@ def declared(what: str, inputs: object) -> tuple[TensorSpec, ...]:
     for index, spec in enumerate(inputs):
         if not isinstance(spec, TensorSpec):
             raise ConfigError(f"{what}[{index}]: expected a TensorSpec, got {brief(spec)}.")
-        spec = checked_struct(spec, f"{what}[{index}].")  # noqa: PLW2901 -- the same, as plain values
+        # The same, as plain values.
+        spec = checked_struct(spec, f"{what}[{index}].")  # noqa: PLW2901
         for dim in spec.shape:
             least, most = (dim, dim) if isinstance(dim, int) else (dim.min, dim.max)
             if least < 0 or (most is not None and not least <= most < 1 << 62):
-                raise ConfigError(f"{what}[{index}].shape: a size of {dim} is no size of a tensor.")
+                raise ConfigError(
+                    f"{what}[{index}].shape: expected sizes of at least 0, got {dim}."
+                )
         specs.append(spec)
     return tuple(specs)
 
@@ -455,23 +479,30 @@ def _understood(model: str, spec: TensorSpec) -> tuple[torch.dtype, torch.device
     dtype = getattr(torch, spec.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise ConfigError(
-            f"{what}: {spec.dtype!r} is no dtype; torch's names are meant, such as 'float32'"
+            f"{what}: {spec.dtype!r} is no dtype. Use torch's names, such as 'float32'."
         )
     if spec.order is not None and sorted(spec.order) != list(range(len(spec.shape))):
         raise ConfigError(
-            f"{what}: the order {spec.order} is not one of {len(spec.shape)} dimensions"
+            f"{what}: the order {spec.order} is not one of {len(spec.shape)} dimensions. "
+            f"Name each of 0 to {len(spec.shape) - 1} once."
         )
     if spec.strides is not None:
         own = {dim.symbol for dim in spec.shape if isinstance(dim, DynamicDim)}
         if len(spec.strides) != len(spec.shape):
             raise ConfigError(
-                f"{what}: {len(spec.strides)} strides are not those of {len(spec.shape)} dimensions"
+                f"{what}: expected a stride for each of {len(spec.shape)} dimensions, "
+                f"got {len(spec.strides)}."
             )
         if any(isinstance(step, DynamicDim) and step.symbol not in own for step in spec.strides):
-            raise ConfigError(f"{what}: a dynamic stride depends on a size of the input itself")
+            raise ConfigError(
+                f"{what}: a dynamic stride has a symbol that no size of this input has. "
+                "Use the symbol of one of its dimensions."
+            )
     if any(isinstance(dim, DynamicDim) and dim.scale < 1 for dim in spec.shape):
-        raise ConfigError(f"{what}: a dynamic dimension's scale is at least 1")
+        raise ConfigError(f"{what}: expected that a dynamic dimension's scale is at least 1.")
     try:
         return dtype, torch.device(spec.device)
     except RuntimeError as error:
-        raise ConfigError(f"{what}: {spec.device!r} is no device") from error
+        raise ConfigError(
+            f"{what}: {spec.device!r} is no device. Use a name such as 'cpu' or 'cuda:0'."
+        ) from error

@@ -1,8 +1,9 @@
 """What a model takes and gives: specs of its inputs, outputs and constants.
 
-Where the specs come from, in this order (`SpecSource`): metadata that `compile_package` wrote into the
-package; what the user declared at load; what the packaged wrapper source states; otherwise nothing but
-the number of inputs. Specs are msgspec Structs, so they can be stored in a package and cross a wire.
+Where the specs come from, in this order (`SpecSource`): metadata that `compile_package` wrote into
+the package; what the user declared at load; what the packaged wrapper source states; otherwise
+nothing but the number of inputs. Specs are msgspec Structs, so they can be stored in a package and
+cross a wire.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ METADATA_KEY = "aoti_sched"
 
 
 class SpecSource(str, enum.Enum):
-    """Where a runner's specs come from; said in `runner.info`."""
+    """The origin of a runner's specs, as `runner.info` states it.
+
+    Attributes:
+        PACKAGE: Metadata that `compile_package` wrote into the package.
+        DECLARED: The user's declaration at load.
+        WRAPPER: The generated wrapper source in the package.
+        ARITY: No source: only the number of inputs is known.
+    """
 
     PACKAGE = "package"
     DECLARED = "declared"
@@ -31,8 +39,13 @@ class SpecSource(str, enum.Enum):
 class DynamicDim(msgspec.Struct, frozen=True, tag="dynamic"):
     """A dimension whose size may differ between requests: `scale * symbol + offset`.
 
-    Dimensions with the same symbol agree within a request. `min` and `max` bound the size itself
-    (`max` None: unbounded). `reason` says why `min` is what it is, where running the model showed it ("" otherwise).
+    Attributes:
+        symbol: Dimensions with the same symbol agree within a request.
+        min: The least size of the dimension.
+        max: The greatest size of the dimension; None without a bound.
+        scale: The factor of the symbol.
+        offset: The summand, in elements.
+        reason: Why `min` is not less, where running the model showed it; otherwise "".
     """
 
     symbol: str
@@ -51,12 +64,16 @@ class DynamicDim(msgspec.Struct, frozen=True, tag="dynamic"):
 class TensorSpec(msgspec.Struct, frozen=True, tag="tensor"):
     """One tensor input or output.
 
-    `dtype` is torch's name without the prefix ("float32"). `shape` holds a number for a static size.
-    `order` lists the dimensions from the outermost to the innermost in memory of a dense tensor:
-    (0, 1, 2, 3) is contiguous, (0, 2, 3, 1) is channels-last; None when unknown (nothing is checked).
-    `strides` are those of a tensor that is not dense (an expanded, sliced or overlapping view), in elements: the
-    compiled code uses exactly them. A `DynamicDim` stands for one that depends on a size. None for a dense tensor, and
-    where they are unknown.
+    Attributes:
+        name: The parameter's name, or the path of the leaf in the arguments.
+        dtype: Torch's name without the prefix, such as "float32".
+        shape: For each dimension, a number for a static size or a `DynamicDim`.
+        device: The kind of the device, such as "cpu" or "cuda".
+        order: The dimensions of a dense tensor from the outermost to the innermost in memory.
+            (0, 1, 2, 3) is contiguous, (0, 2, 3, 1) is channels-last. None is not checked.
+        strides: Strides in elements of a tensor that is not dense (expanded, sliced or
+            overlapping); compiled code uses exactly these. A `DynamicDim` is a stride that depends
+            on a size. None for a dense tensor, and where strides are not known.
     """
 
     name: str
@@ -71,26 +88,43 @@ class TensorSpec(msgspec.Struct, frozen=True, tag="tensor"):
 
 
 class LiteralSpec(msgspec.Struct, frozen=True, tag="literal"):
-    """A leaf that was no tensor when the model was exported; its value is compiled in."""
+    """A leaf that was no tensor when the model was exported.
+
+    Attributes:
+        name: The path of the leaf.
+        value: The value, which is part of the compiled code.
+    """
 
     name: str
     value: bool | int | float | str | None
 
 
 class IntegerSpec(msgspec.Struct, frozen=True, tag="integer"):
-    """An output computed from dynamic sizes; the runtime returns a 0-dim tensor, the caller gets an int."""
+    """An int output that is computed from dynamic sizes. The runtime returns a 0-dim tensor.
+
+    Attributes:
+        name: The path of the leaf.
+    """
 
     name: str
 
 
 class FloatSpec(msgspec.Struct, frozen=True, tag="float"):
-    """An output number computed from dynamic sizes or a tensor's value (`.item()`); the caller gets a float."""
+    """A float output that is computed from dynamic sizes or a tensor's value (`.item()`).
+
+    Attributes:
+        name: The path of the leaf.
+    """
 
     name: str
 
 
 class BoolSpec(msgspec.Struct, frozen=True, tag="bool"):
-    """An output condition on dynamic sizes or a tensor's value; the caller gets a bool."""
+    """A bool output: a condition on dynamic sizes or a tensor's value.
+
+    Attributes:
+        name: The path of the leaf.
+    """
 
     name: str
 
@@ -104,11 +138,19 @@ COMPUTED: dict[type, type[int | float | bool]] = {
     FloatSpec: float,
     BoolSpec: bool,
 }
-"""Kinds of computed outputs that are no tensors, and what the caller gets for the runtime's 0-dim tensor."""
+"""Kinds of computed outputs that are no tensors, and what the caller gets for the runtime's 0-dim
+tensor.
+"""
 
 
 class BatchDim(msgspec.Struct, frozen=True):
-    """The dimension along which requests may be put together: every input and output carries it."""
+    """The dimension along which requests may be put together. Every input and output has it.
+
+    Attributes:
+        dim: The dimension's index.
+        symbol: The symbol of its size.
+        max: The most rows that the model takes; None without a bound.
+    """
 
     dim: int
     symbol: str
@@ -116,10 +158,14 @@ class BatchDim(msgspec.Struct, frozen=True):
 
 
 class ExampleSpec(msgspec.Struct, frozen=True):
-    """One tensor of the example that a model was compiled with, as far as making another like it takes.
+    """A description of one example tensor, from which similar tensors are made.
 
-    `low` and `high` are the least and the greatest value (None where there is none: empty, NaN, complex). `values` holds all
-    values in flattening order where they are few integers or booleans (lengths, indices), which random ones could not replace.
+    Attributes:
+        shape: The tensor's shape.
+        low: The least value; None without one (empty, NaN, complex).
+        high: The greatest value; None without one.
+        values: All values in flattening order, if they are few integers or booleans (lengths,
+            indices) that random values can't replace; otherwise None.
     """
 
     shape: tuple[int, ...]
@@ -129,9 +175,11 @@ class ExampleSpec(msgspec.Struct, frozen=True):
 
 
 class RowEvidence(msgspec.Struct, frozen=True):
-    """What was found when rows were run alone, together and in another order.
+    """The outcome of running rows alone, together and in another order.
 
-    `independent` is None where that could not be found out. `reason` says what was compared, or what was in the way.
+    Attributes:
+        independent: Whether rows do not influence each other; None if that was not found out.
+        reason: What was compared, or why nothing was found out.
     """
 
     independent: bool | None
@@ -139,11 +187,14 @@ class RowEvidence(msgspec.Struct, frozen=True):
 
 
 class WeightName(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One name of a module's state: a parameter, a buffer, or whatever else its `state_dict()` has.
+    """One name of a module's state: a parameter, a buffer, or other content of `state_dict()`.
 
-    `same_as` is the first name of the same tensor, where that is another one (tied weights). A name that is not
-    `persistent` is a buffer that `state_dict()` leaves out. A name is `used` where the compiled graph computes with its
-    value. `digest` is of a used value that is small enough to be compiled into the code ("" otherwise).
+    Attributes:
+        name: The name.
+        same_as: The first name of the same tensor, if that is another name (tied weights); or "".
+        persistent: False for a buffer that `state_dict()` leaves out.
+        used: Whether the compiled graph computes with the value.
+        digest: The digest of a used value that is small enough to be part of the code; or "".
     """
 
     name: str
@@ -154,15 +205,23 @@ class WeightName(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """All that `compile_package` knows of a model; stored as JSON in the package.
+    """All that `compile_package` knows of a model, stored as JSON in the package.
 
-    `inputs` and `outputs` are the leaves of the call spec in flattening order. `parameters` names the
-    module's positional parameters. `threads` is the number of intra-op threads compiled in. `frozen`
-    says that inductor's freezing folded the weights into the code, so they can't be updated live.
-    `mutates_buffers` says that instances share state and must run one at a time. `mutated_inputs` names the inputs that a run
-    writes to (None: not known). `rows` says whether rows influence each other (None: not probed). `examples` has one entry for
-    each tensor input. `sizes_probed` says that the least sizes of dynamic dimensions were found by running the model.
-    `weights` has all names of the module's state (empty: not recorded).
+    Attributes:
+        version: The version of this format.
+        inputs: The leaves of the arguments in flattening order.
+        outputs: The leaves of the results in flattening order.
+        parameters: The names of the module's positional parameters.
+        batch: The dimension of the rows; None if the model has none.
+        threads: The number of intra-op threads that is compiled in.
+        frozen: Whether freezing made the weights part of the code, so no update can change them.
+        mutates_buffers: Whether instances share state, so that they must run one at a time.
+        torch_version: The torch that compiled the model.
+        mutated_inputs: The names of the inputs that a run writes to; None if that is not known.
+        rows: Whether rows influence each other; None if that was not probed.
+        examples: An entry for each tensor input.
+        sizes_probed: Whether the least sizes of dynamic dimensions were found by running the model.
+        weights: All names of the module's state; () if they were not recorded.
     """
 
     version: int = 1
@@ -182,10 +241,16 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ConstantSpec(msgspec.Struct, frozen=True):
-    """One constant of a container: a parameter, a buffer, a tensor constant, or one folded from others.
+    """One constant of a container: a parameter, a buffer, or a tensor that the compiler made.
 
-    `name` is the runtime's internal name, `fqn` the module's own. `bytes` counts the data. `shape` is
-    None where the model's C ABI cannot tell it.
+    Attributes:
+        name: The runtime's internal name.
+        fqn: The module's own name (fully qualified).
+        dtype: Torch's name without the prefix, such as "float32".
+        shape: The shape; None where the model's C ABI can't tell it.
+        bytes: Bytes of the data.
+        type: "parameter", "buffer", "constant", "folded" or "unknown".
+        folded: Whether the value is computed from other constants.
     """
 
     name: str
@@ -198,7 +263,7 @@ class ConstantSpec(msgspec.Struct, frozen=True):
 
 
 def row_symbols(specs: Iterable[LeafSpec], dim: int) -> list[str]:
-    """The symbols that stand alone for a tensor's size in this dimension, in order of appearance."""
+    """Return the symbols that are a tensor's whole size in this dimension, in order."""
     sizes = [
         spec.shape[dim]
         for spec in specs
@@ -213,7 +278,10 @@ def row_symbols(specs: Iterable[LeafSpec], dim: int) -> list[str]:
 
 
 def with_one_symbol(leaves: Sequence[_Leaf], old: str, new: str) -> tuple[_Leaf, ...]:
-    """The leaves with one symbol in the place of two. Where both stood, the narrower bounds hold."""
+    """Return the leaves with one symbol in the place of two.
+
+    Where both stood, the narrower bounds hold.
+    """
     mentions = re.compile(rf"\b{re.escape(old)}\b")
     both = [
         dim
@@ -248,13 +316,13 @@ def with_one_symbol(leaves: Sequence[_Leaf], old: str, new: str) -> tuple[_Leaf,
 
 
 def spec_to_metadata(spec: ModelSpec) -> dict[str, str]:
-    """The strings to store in a package so that `spec_from_metadata` finds the spec again."""
+    """Return the strings to store in a package, for `spec_from_metadata` to read."""
     # Not msgspec's encoder: it writes null for a literal that is infinite or NaN.
     return {METADATA_KEY: json.dumps(msgspec.to_builtins(spec))}
 
 
 def spec_from_metadata(metadata: dict[str, str]) -> ModelSpec | None:
-    """The `ModelSpec` in a package's metadata; None where there is none, or one of a newer format."""
+    """Return the `ModelSpec` in a package's metadata; None without one, or for a newer format."""
     text = metadata.get(METADATA_KEY)
     if text is None:
         return None
@@ -265,7 +333,7 @@ def spec_from_metadata(metadata: dict[str, str]) -> ModelSpec | None:
     return spec if spec.version == 1 else None
 
 
-# --- what the packaged wrapper source states ---------------------------------------------------------
+# --- what the packaged wrapper source states ------------------------------------------------------
 
 _CHECK = re.compile(
     r"static void check_input_(\d+)\(\s*AtenTensorHandle\* input_handles\s*\)\s*\{(.*?)\n\}",
@@ -279,7 +347,8 @@ _NAME = re.compile(r"ConstantHandle (\w+) = ConstantHandle\(input_handles\[\d+\]
 _SIZES = re.compile(r"assert_size_stride\((\w+), \{([^}]*)\}, \{([^}]*)\}, \"input\"\)")
 _DEVICE = re.compile(r"_expected_device_type << \"\d+\((\w+)")
 _DTYPES = {
-    "Float": "float32", "Double": "float64", "Half": "float16", "BFloat16": "bfloat16", "Byte": "uint8",
+    "Float": "float32", "Double": "float64", "Half": "float16", "BFloat16": "bfloat16",
+    "Byte": "uint8",
     "Char": "int8", "Short": "int16", "Int": "int32", "Long": "int64", "Bool": "bool",
     "UInt16": "uint16", "UInt32": "uint32", "UInt64": "uint64",
     "ComplexHalf": "complex32", "ComplexFloat": "complex64", "ComplexDouble": "complex128",
@@ -289,11 +358,14 @@ _DTYPES = {
 
 
 def specs_from_wrapper(source: str) -> tuple[TensorSpec, ...] | None:
-    """Input specs as the generated `*.wrapper.cpp` states them in `check_input_N` and `assert_size_stride`.
+    """Return the input specs that the generated `*.wrapper.cpp` states.
 
-    Least sizes are those that the source states. Where they come from a symbol of at least 2, they may be the exporter's
-    0/1 specialization and no need of the code (pytorch/pytorch#196131 and #169430); running the model shows that.
-    Returns None when the source states nothing that is understood; a partly understood one would check partly and so lull.
+    They stand in `check_input_N` and `assert_size_stride`.
+
+    Least sizes are those that the source states. Where they come from a symbol of at least 2, they
+    may be the exporter's 0/1 specialization and no need of the code (pytorch/pytorch#196131 and
+    #169430); running the model shows that. Returns None when the source states nothing that is
+    understood; a partly understood one would check partly and so lull.
     """
     sizes = {name: (shape, strides) for name, shape, strides in _SIZES.findall(source)}
     specs: dict[int, TensorSpec] = {}
@@ -349,7 +421,9 @@ _Product = tuple[int, tuple[str, ...]]  # a number times symbols, these in alpha
 
 
 def _wrapper_order(sizes: list[str], strides: list[str]) -> tuple[int, ...] | None:
-    """The memory order in which the stated strides make a dense tensor, found from the innermost dimension out.
+    """Return the memory order in which the stated strides make a dense tensor.
+
+    The order is found from the innermost dimension outwards.
 
     None when they make none, or when it can't be told because an expression is no plain product.
     """
@@ -357,7 +431,8 @@ def _wrapper_order(sizes: list[str], strides: list[str]) -> tuple[int, ...] | No
     left = list(range(len(sizes)))
     step: _Product | None = (1, ())
     while left:
-        # Of several that would do, the last: a size of 1 has any stride, and the usual order is wanted then.
+        # Of several that would do, the last: a size of 1 has any stride, and the usual order is
+        # wanted then.
         fits = [dim for dim in left if sizes[dim] in ("1", "1L") or _product(strides[dim]) == step]
         if step is None or not fits:
             return None
@@ -369,7 +444,7 @@ def _wrapper_order(sizes: list[str], strides: list[str]) -> tuple[int, ...] | No
 
 
 def _wrapper_strides(sizes: list[str], strides: list[str]) -> tuple[int, ...] | None:
-    """The stated strides of a tensor that is not dense, where all of them are numbers."""
+    """Return the stated strides of a tensor that is not dense, where all of them are numbers."""
     numbers = [_NUMBER.match(stride) for stride in strides]
     if _wrapper_order(sizes, strides) is not None or not all(numbers):
         return None
@@ -380,7 +455,10 @@ _GROUPING = re.compile(r"static_cast<\w+>|[()]")
 
 
 def _product(expression: str) -> _Product | None:
-    """The number and the symbols that are multiplied. Torch casts the square of a symbol: `16L*(static_cast<int64_t>(s27*s27))`."""
+    """Return the number and the symbols that are multiplied.
+
+    Torch casts the square of a symbol: `16L*(static_cast<int64_t>(s27*s27))`.
+    """
     number = 1
     symbols = []
     # In a product brackets mean nothing, and a sum is no factor without them either.

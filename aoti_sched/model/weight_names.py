@@ -1,7 +1,8 @@
 """The names of a module's weights, as `compile_package` records them in the package.
 
-An update brings the module's `state_dict()`. What of it the compiled graph uses, and under which of several names,
-only the module and its exported program tell. torch is imported late: this file is read where nothing is compiled.
+An update brings the module's `state_dict()`. What of it the compiled graph uses, and under which of
+several names, only the module and its exported program tell. torch is imported late: this file is
+read where nothing is compiled.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 DIGEST_LIMIT = 1 << 20
-"""Bytes. Inductor compiles values into the code that have few elements, or one value in all of them."""
+"""Bytes.
+
+Inductor compiles values into the code that have few elements, or one value in all of them.
+"""
 
 
 def names_of(module: torch.nn.Module, program: ExportedProgram) -> tuple[WeightName, ...]:
     """Return every name of the module's state, in its order, as the program uses it.
 
-    Two names are of one tensor when they share its storage, offset, shape and strides: the compiled model has one
-    constant for both.
+    Two names are of one tensor when they share its storage, offset, shape and strides: the compiled
+    model has one constant for both.
     """
     tensors: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
     tensors.update(module.named_buffers(remove_duplicate=False))
@@ -48,7 +52,7 @@ def names_of(module: torch.nn.Module, program: ExportedProgram) -> tuple[WeightN
 
 
 def digest_of(tensor: torch.Tensor) -> str:
-    """Return a digest of dtype, shape and values; "" for a tensor that is large, or has no plain values to read."""
+    """Return a digest of dtype, shape and values; "" for a large or opaque tensor."""
     import ctypes
 
     import torch
@@ -80,12 +84,13 @@ def _identity(tensor: torch.Tensor) -> object:
 
 
 def _used(program: ExportedProgram) -> set[str]:
-    """The names whose values reach an output of the graph, or an operator that has effects of its own."""
+    """Return the names whose values reach an output of the graph or an operator with effects."""
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     live: set[object] = set()
     for node in reversed(program.graph.nodes):
-        # Before decomposition a graph writes in place: such a node has an effect though no other node uses it.
+        # Before decomposition a graph writes in place: such a node has an effect though no other
+        # node uses it.
         if node.op == "output" or node in live or (node.op != "placeholder" and node.is_impure()):
             live.update(node.all_input_nodes)
             live.add(node)

@@ -1,7 +1,7 @@
-"""What the generated `*.wrapper.cpp` of a package shows of a model's writes: to its buffers, and to its inputs.
+"""What a package's generated `*.wrapper.cpp` shows of writes to buffers and inputs.
 
-Pure text. Everything that is not understood counts as unknown, never as harmless. What the source states of inputs' shapes is
-read in `specs.py`.
+Pure text. Everything that is not understood counts as unknown, never as harmless. What the source
+states of inputs' shapes is read in `specs.py`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from aoti_sched.model.specs import ConstantSpec, ModelSpec
 class Writes(msgspec.Struct, frozen=True):
     """Who is written to during a run: True, False, or None where the source does not show it.
 
-    `constants` has an entry for each constant by FQN, `inputs` one for each input in its order. `buffers` names the constants that
-    are buffers of the module.
+    `constants` has an entry for each constant by FQN, `inputs` one for each input in its order.
+    `buffers` names the constants that are buffers of the module.
     """
 
     constants: dict[str, bool | None]
@@ -27,7 +27,7 @@ class Writes(msgspec.Struct, frozen=True):
 
 
 def writes_in(source: str) -> Writes | None:
-    """What the wrapper source shows of writes; None where it has no body that is understood."""
+    """Return what the wrapper source shows of writes; None without a body that is understood."""
     body = _body(source)
     if body is None:
         return None
@@ -54,14 +54,17 @@ MAY_WRITE = "it has buffers, and its package does not say whether it writes to t
 def writes_to_buffers(
     own: ModelSpec | None, wrapper: str | None, constants: Sequence[ConstantSpec] = ()
 ) -> str:
-    """Why a model counts as one that writes to its buffers; "" where it does not. One rule for all that depends on it.
+    """Return why a model counts as one that writes to its buffers; "" where it does not.
+
+    One rule for all that depends on it.
 
     A model that has buffers and does not say whether it writes to them counts as writing.
 
     Args:
         own: What `compile_package` says of it.
         wrapper: Its wrapper source.
-        constants: Of the loaded container; with neither of the others, they alone tell whether there are buffers.
+        constants: Of the loaded container; with neither of the others, they alone tell whether
+            there are buffers.
 
     Returns:
         `WRITES`, `MAY_WRITE` or "".
@@ -77,7 +80,7 @@ def writes_to_buffers(
     return MAY_WRITE if unknown else ""
 
 
-# --- reading ------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 _BODY = re.compile(
     r"^\s*void AOTInductorModel::run_impl\((.*?)^\} // AOTInductorModel::run_impl",
@@ -88,7 +91,8 @@ _BOUND = re.compile(r"auto& (\w+) = constants_->at\((\d+)\);")
 _INPUT = re.compile(r"auto (\w+) = std::move\(inputs\[(\d+)\]\);")
 _FQN = re.compile(r'constants_info_\[(\d+)\]\.original_fqn = "([^"\n]*)";')
 _BUFFER = re.compile(
-    r"constants_info_\[(\d+)\]\.type = static_cast<int32_t>\(torch::aot_inductor::ConstantType::Buffer\);"
+    r"constants_info_\[(\d+)\]\.type = "
+    r"static_cast<int32_t>\(torch::aot_inductor::ConstantType::Buffer\);"
 )
 _READS = (
     r"auto& {0} = constants_->at\(\d+\);",
@@ -112,7 +116,7 @@ def _body(source: str) -> str | None:
 
 
 def _triton_parameters(source: str) -> dict[str, list[str]]:
-    """Parameters' names of the functions that launch a device's kernels; in_ptr0, out_ptr0, in_out_ptr0 say what is done."""
+    """Return parameter names of the functions that launch kernels, such as in_ptr0 and out_ptr0."""
     found = {}
     for name, parameters in _DECLARED.findall(source):
         found[name] = [
@@ -124,7 +128,7 @@ def _triton_parameters(source: str) -> dict[str, list[str]]:
 def _is_written(
     body: str, name: str, parameters: dict[str, list[str]], seen: frozenset[str] = frozenset()
 ) -> bool | None:
-    """Whether the code writes to the tensor of this name, or to what aliases it."""
+    """Return whether the code writes to the tensor of this name, or to what aliases it."""
     word = re.escape(name)
     if re.search(_CAST.format(word), body):
         return True
@@ -151,7 +155,7 @@ def _is_written(
 
 
 def _use(statement: str, mention: re.Pattern[str], parameters: dict[str, list[str]]) -> bool | None:
-    """What the call in a statement does with the tensor that is mentioned in its arguments."""
+    """Return what the call in a statement does with the tensor in its arguments."""
     call = _CALL.search(statement)
     if call is None:
         return None
@@ -169,7 +173,8 @@ def _use(statement: str, mention: re.Pattern[str], parameters: dict[str, list[st
     shim = _SHIM.fullmatch(function)
     if shim is None or shim[1] in _OPAQUE or "moving_avg" in shim[1]:
         return None
-    # As torch names its functions: add_ and fill__Scalar write to their first argument, mm_out does, all others to none.
+    # As torch names its functions: add_ and fill__Scalar write to their first argument, mm_out
+    # does, all others to none.
     in_place = (
         shim[1].endswith("_") or "__" in shim[1].lstrip("_") or re.search(r"_out(_|$)", shim[1])
     )
@@ -180,7 +185,7 @@ _OPAQUE = {"proxy_executor_call_function", "call_dispatcher", "get_data_ptr", "g
 
 
 def _arguments(text: str) -> list[str]:
-    """The arguments of a call whose opening bracket is the first character."""
+    """Return the arguments of a call whose opening bracket is the first character."""
     arguments: list[str] = []
     depth, start = 0, 1
     for place, character in enumerate(text):

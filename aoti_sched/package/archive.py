@@ -1,8 +1,9 @@
-"""Reading files that may be hostile: every byte checked against one hash, every zip member against its limits.
+"""Reading of files that may be hostile: bytes checked by hash, zip members by limits.
 
-This room knows zip and sha256. It does not know what a model is, writes nothing, and decompresses into
-memory or into the caller's hands only. A package arrives from a registry, a bucket, a colleague: until its
-hash is known to be the expected one, its directory, its sizes and its member names are claims.
+This room knows zip and sha256. It does not know what a model is, writes nothing, and decompresses
+into memory or into the caller's hands only. A package arrives from a registry, a bucket, a
+colleague: until its hash is known to be the expected one, its directory, its sizes and its member
+names are claims.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ if TYPE_CHECKING:
 _BLOCK = 1 << 20
 
 
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
+class ReadLimits(msgspec.Struct, frozen=True, kw_only=True):
     """How much a package may claim before it is refused. All sizes in bytes.
 
-    torch writes its members uncompressed, so `ratio` (a compressed member's declared growth) concerns only
-    packages that something else has written again.
+    torch writes its members uncompressed, so `ratio` (a compressed member's declared growth)
+    concerns only packages that something else has written again.
     """
 
     members: int = 50_000
@@ -53,9 +54,10 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 class FileDigest:
     """A file's sha256, and the means to read the file again without trusting it.
 
-    The state of the hash after every block is kept (sha256 states can be copied), so a later read is
-    verified block by block against the *same* hash: what is parsed, extracted and mapped is what was
-    hashed, even when somebody rewrites the file in between. No descriptor is held open for this.
+    The state of the hash after every block is kept (sha256 states can be copied), so a later read
+    is verified block by block against the *same* hash: what is parsed, extracted and mapped is what
+    was hashed, even when the file is rewritten in between. No descriptor is held open for
+    this.
     """
 
     def __init__(self, path: Path, contents: bytes | None = None) -> None:
@@ -97,8 +99,9 @@ class FileDigest:
         state.update(block)
         if state.digest() != self._states[index + 1].digest():
             raise PackageHashError(
-                f"{self.path} changed after it was opened: its sha256 was {self.sha256}. Nothing of the changed "
-                "file was used. Open it again; deploy packages by renaming a new file into place.",
+                f"{self.path} changed after it was opened: its sha256 was {self.sha256}. Nothing "
+                "of the changed file was used. Open it again; deploy packages by renaming a new "
+                "file into place.",
                 path=str(self.path),
             )
 
@@ -179,16 +182,16 @@ class MemberSource(Protocol):
         ...
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        """The member's verified bytes, exactly as many as `members` says."""
+        """Yield the member's verified bytes, exactly as many as `members` says."""
         ...
 
 
 def read_member(source: MemberSource, name: str, limit: int) -> bytes:
-    """One member in memory, refused when it declares more than `limit` bytes."""
+    """Return one member in memory, refused when it declares more than `limit` bytes."""
     if source.members[name] > limit:
         raise PackageFormatError(
-            f"{source.path}: member {name!r} claims {source.members[name]} bytes where at most {limit} are "
-            "plausible; refused.",
+            f"{source.path}: member {name!r} claims {source.members[name]} bytes where at most "
+            f"{limit} are plausible; refused.",
             path=str(source.path),
         )
     return b"".join(source.chunks(name))
@@ -206,11 +209,12 @@ class _Entry(msgspec.Struct, frozen=True):
 class ZipSource:
     """A zip's members, after every name, size and overlap in its directory has been checked."""
 
-    def __init__(self, digest: FileDigest, limits: Limits) -> None:
+    def __init__(self, digest: FileDigest, limits: ReadLimits) -> None:
         """Read and check the directory; no member is read.
 
         Raises:
-            PackageFormatError: not a zip, truncated, or a member that no honest package has; it is named.
+            PackageFormatError: not a zip, truncated, or a member that no honest package has; it is
+                named.
         """
         self.path = digest.path
         self.key = digest.sha256
@@ -234,12 +238,13 @@ class ZipSource:
                 name, f"is damaged: {count} of {entry.size} bytes, or a wrong checksum"
             )
 
-    def _read_directory(self, limits: Limits) -> dict[str, _Entry]:
+    def _read_directory(self, limits: ReadLimits) -> dict[str, _Entry]:
         try:
             with _DirectoryReader(self._digest, limits) as stream, zipfile.ZipFile(stream) as file:
                 infos = file.infolist()
         except PackageError:
             raise
+        # NotImplementedError is zipfile's word for an unsupported compression method.
         except (
             zipfile.BadZipFile,
             NotImplementedError,
@@ -285,7 +290,7 @@ class ZipSource:
             raise self._refuse(name, "is a link or a device, not a file")
         return name
 
-    def _checked_entry(self, info: zipfile.ZipInfo, name: str, limits: Limits) -> _Entry:
+    def _checked_entry(self, info: zipfile.ZipInfo, name: str, limits: ReadLimits) -> _Entry:
         if info.header_offset < 0:
             raise self._refuse(name, "begins before the file does")
         if info.flag_bits & 0x1:
@@ -302,8 +307,8 @@ class ZipSource:
         if info.file_size > max(_BLOCK, limits.ratio * info.compress_size):
             raise self._refuse(
                 name,
-                f"claims to grow from {info.compress_size} to {info.file_size} bytes, more than {limits.ratio} "
-                "times; torch stores its members uncompressed",
+                f"claims to grow from {info.compress_size} to {info.file_size} bytes, more than "
+                f"{limits.ratio} times; torch stores its members uncompressed",
             )
         return _Entry(
             raw_name=info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437"),
@@ -374,20 +379,22 @@ class ZipSource:
             with self._digest.open() as stream:
                 starts_as_zip = stream.read(4) == b"PK\x03\x04"
             what = (
-                f"is truncated: it begins as a zip, but its directory is missing or broken after {self._digest.size} bytes"
+                "is truncated: it begins as a zip, but its directory is missing or broken after "
+                f"{self._digest.size} bytes"
                 if starts_as_zip
                 else "is neither a zip nor a shared library"
             )
         return PackageFormatError(
-            f"{self.path} {what} ({error}). Expected a .pt2 package or a .so; copy or compile it again.",
+            f"{self.path} {what} ({error}). Expected a .pt2 package or a .so; copy or compile it "
+            "again.",
             path=str(self.path),
         )
 
 
 class _DirectoryReader(io.BufferedReader):
-    """What zipfile reads the directory through: a directory larger than plausible stays out of memory."""
+    """A reader for zipfile that refuses a directory larger than plausible."""
 
-    def __init__(self, digest: FileDigest, limits: Limits) -> None:
+    def __init__(self, digest: FileDigest, limits: ReadLimits) -> None:
         super().__init__(digest.open())
         self._path = digest.path
         self._limit = limits.directory
@@ -402,7 +409,7 @@ class _DirectoryReader(io.BufferedReader):
 
 
 def open_regular_file(path: Path) -> io.FileIO:
-    """Open for reading, without blocking on a pipe; anything but a plain file is a `PackageFormatError`."""
+    """Open a plain file for reading, without blocking on a pipe; refuse anything else."""
     try:
         descriptor = os.open(
             path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)

@@ -1,20 +1,22 @@
-"""The directory where packages lie unpacked: written once, found by content, never changed in place.
+"""The directory of unpacked packages: written once, found by content, never changed.
 
-    <cache>/                      ours (or root's), writable by no other user: what lies here is executed
+    <cache>/                      ours (or root's), writable by no other user: what lies here is
+    executed
         <key>.lock                held while an entry is made; a dead holder's lock is free
         <key>/                    the key is a hash of the files' bytes, and the model's name
-            .new-<token>/         being written; a leftover of a crash goes when the next one makes the entry
-            <token>/              complete and on the disk, because it was renamed to this name only then
+            .new-<token>/         being written; a leftover of a crash goes when the next one makes
+            the entry <token>/              complete and on the disk, because it was renamed to this
+            name only then
                 manifest.json     each file's digest and identity
                 files/            the model's files; what else lies here is ignored
 
-A hit costs a look at every file's status. A file whose identity is not the recorded one (a copied or
-restored cache, a changed file) is read and compared with its digest. Where the caller names the
+A hit costs a look at every file's status. A file whose identity is not the recorded one (a copied
+or restored cache, a changed file) is read and compared with its digest. Where the caller names the
 package's hash, every file is compared with the package itself, so nothing in the cache is believed.
 
-A token is never used twice. A damaged entry is replaced by one at a *new* path: a process may still have
-the old library mapped, and rewriting a mapped file is SIGBUS (deleting it is not). It is always safe to
-delete the whole cache while nothing is being loaded.
+A token is never used twice. A damaged entry is replaced by one at a *new* path: a process may still
+have the old library mapped, and rewriting a mapped file is SIGBUS (deleting it is not). It is
+always safe to delete the whole cache while nothing is being loaded.
 """
 
 from __future__ import annotations
@@ -41,13 +43,15 @@ from aoti_sched.package.trust import Folder, check_planted, inventory, make_priv
 _STAGING = ".new-"
 _FILES = "files"
 _LOCK_TIMEOUT = 600.0
-"""Seconds to wait for another process that is unpacking the same package; then it is taken for stuck."""
+"""Seconds to wait for another process that is unpacking the same package; then it is taken for
+stuck.
+"""
 _GONE_OR_BROKEN = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EIO, errno.ESTALE}
 """What reading an entry ends with when it is damaged, or replaced by another process meanwhile."""
 
 
 def default_cache_dir() -> Path:
-    """`$AOTI_SCHED_CACHE`, else `$XDG_CACHE_HOME/aoti_sched`, else `~/.cache/aoti_sched`.
+    """Return `$AOTI_SCHED_CACHE`, else `$XDG_CACHE_HOME/aoti_sched`, else `~/.cache/aoti_sched`.
 
     Raises:
         PackageError: none of them is set and the user has no home directory.
@@ -90,8 +94,10 @@ def unpack(
         compare: compare every file that was unpacked earlier with `source`, byte by byte.
 
     Raises:
-        PackageError: the cache cannot be used or trusted, or there is no room; it names the directory.
-        PackageFormatError, PackageHashError: a member is damaged or the source changed. Nothing is left behind.
+        PackageError: the cache cannot be used or trusted, or there is no room; it names the
+            directory.
+        PackageFormatError, PackageHashError: a member is damaged or the source changed. Nothing is
+            left behind.
     """
     cache = cache_dir if cache_dir is not None else default_cache_dir()
     if "\0" in str(cache):
@@ -102,7 +108,8 @@ def unpack(
         folder = private_folder(cache)
         cache = folder.name
         _check_executable(folder)
-        # Where others can put another folder of ours in the cache's place, what is found is not believed.
+        # Where others can put another folder of ours in the cache's place, what is found is not
+        # believed.
         wanted = _Wanted(folder, key, source, files, compare or folder.moved)
         if (found := _find_complete(wanted, locked=False)) is not None:
             return found
@@ -145,20 +152,20 @@ class _Wanted(msgspec.Struct, frozen=True):
 def _check_executable(cache: Folder) -> None:
     if os.name == "posix" and os.statvfs(cache.path).f_flag & getattr(os, "ST_NOEXEC", 0):
         raise PackageError(
-            f"The cache directory {cache.name} lies on a file system mounted noexec; libraries cannot be loaded from it. "
-            "Name another in AOTI_SCHED_CACHE or cache_dir=.",
+            f"The cache directory {cache.name} lies on a file system mounted noexec; libraries "
+            "cannot be loaded from it. Name another in AOTI_SCHED_CACHE or cache_dir=.",
             path=str(cache.name),
         )
 
 
-# --- looking ------------------------------------------------------------------------------------------
+# --- looking --------------------------------------------------------------------------------------
 
 
 def _find_complete(wanted: _Wanted, *, locked: bool) -> Path | None:
-    """A directory in which every file is the one that was unpacked there.
+    """Return a directory in which every file is the one that was unpacked there.
 
-    The rename made it complete; what broke later is found here. A truncated library kills the process that
-    maps it, zeros in it do at its first call, and zeros in weights give wrong numbers.
+    The rename made it complete; what broke later is found here. A truncated library kills the
+    process that maps it, zeros in it do at its first call, and zeros in weights give wrong numbers.
     """
     try:
         check_planted(wanted.cache, wanted.entry, wanted.entry.lstat())
@@ -197,7 +204,8 @@ def _has_content(candidate: Path, wanted: _Wanted, *, locked: bool) -> bool:
         if not written.files[recorded_name(name)].describes(status):
             changed.append(name)
     if wanted.compare:
-        # A file that the package lacks could be loaded by its name all the same. NFS's leftovers begin with a dot.
+        # A file that the package lacks could still be loaded by its name. NFS's leftovers
+        # begin with a dot.
         visible = {path for path in found if not path.rpartition("/")[2].startswith(".")}
         if visible - {f"{_FILES}/{name}" for name in wanted.files} != {manifest.NAME}:
             return False
@@ -211,14 +219,15 @@ def _has_content(candidate: Path, wanted: _Wanted, *, locked: bool) -> bool:
 def _has_digests(
     candidate: Path, written: Manifest, names: Iterable[str], wanted: _Wanted, *, locked: bool
 ) -> bool:
-    """Whether these files have the content that was written; their present identity is kept then."""
+    """Return whether these files have the content that was written; if so, keep their identity."""
     records = dict(written.files)
     for name in names:
         now = manifest.digest(candidate / _FILES / name)
         if now.sha256 != records[recorded_name(name)].sha256:
             return False
         records[recorded_name(name)] = now
-    # A cache that can't be written to is read again at each start. So is this one if another has the lock.
+    # A cache that can't be written to is read again at each start. So is this one if another has
+    # the lock.
     with suppress(OSError):
         if locked:
             _replace_manifest(candidate, wanted.key, records)
@@ -239,7 +248,7 @@ def _replace_manifest(candidate: Path, key: str, records: dict[str, FileRecord])
         raise
 
 
-# --- making -------------------------------------------------------------------------------------------
+# --- making ---------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -250,8 +259,8 @@ def _locked(cache: Folder, key: str) -> Iterator[None]:
     except Timeout as error:
         path = cache.name / f"{key}.lock"
         raise PackageError(
-            f"Waited {_LOCK_TIMEOUT:.0f} s for another process to unpack the same package. If none is at work, "
-            f"delete {path}.",
+            f"Waited {_LOCK_TIMEOUT:.0f} s for another process to unpack the same package. If "
+            f"none is at work, delete {path}.",
             path=str(path),
         ) from error
     try:
@@ -261,8 +270,9 @@ def _locked(cache: Folder, key: str) -> Iterator[None]:
 
 
 def _lock(cache: Folder, key: str, *, timeout: float) -> FileLock:
-    # A new FileLock each time: the operating system's lock then also keeps threads of one process apart,
-    # and is let go by the kernel when its holder dies. The file itself may stay; it means nothing.
+    # A new FileLock each time: the operating system's lock then also keeps threads of one process
+    # apart, and is let go by the kernel when its holder dies. The file itself may stay; it means
+    # nothing.
     path = cache.path / f"{key}.lock"
     with suppress(FileNotFoundError):
         status = path.lstat()
@@ -273,7 +283,10 @@ def _lock(cache: Folder, key: str, *, timeout: float) -> FileLock:
 
 
 def _remove_remains(entry: Path) -> None:
-    """Remove what a crash or damage left. The lock is held: nobody else is writing here."""
+    """Remove what a crash or damage left.
+
+    The caller holds the lock, so no other process writes here.
+    """
     for path in entry.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(
@@ -288,8 +301,9 @@ def _check_room(wanted: _Wanted) -> None:
     needed, free = sum(wanted.sizes.values()), shutil.disk_usage(wanted.cache.path).free
     if free < needed:
         raise PackageError(
-            f"Unpacking {wanted.source.path} needs {needed} bytes in {wanted.cache.name}, where {free} are free. "
-            "Make room, or name another directory in AOTI_SCHED_CACHE or cache_dir=.",
+            f"Unpacking {wanted.source.path} needs {needed} bytes in {wanted.cache.name}, where "
+            f"{free} are free. Make room, or name another directory in AOTI_SCHED_CACHE or "
+            "cache_dir=.",
             path=str(wanted.source.path),
         )
 

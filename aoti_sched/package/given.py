@@ -14,8 +14,9 @@ _LONGEST_PATH = 4096
 def named(package: object) -> tuple[str, bytes | None]:
     """Return the path of a package, and its bytes where it is given as such.
 
-    `bytes` are a package when they begin as one (a zip or a shared library), and otherwise a path as the operating system has it.
-    Bytes in memory have a path for messages only. Of an `io.BytesIO` all is taken, wherever its position is.
+    `bytes` are a package when they begin as one (a zip or a shared library), and otherwise a path
+    as the operating system has it. Bytes in memory have a path for messages only. Of an
+    `io.BytesIO` all is taken, wherever its position is.
 
     Raises:
         ConfigError: It is neither a path nor a package in memory.
@@ -30,7 +31,8 @@ def named(package: object) -> tuple[str, bytes | None]:
         return _in_memory(package)
     if isinstance(package, io.IOBase) or hasattr(package, "read"):
         raise ConfigError(
-            f"load({brief(package)}): path: an open file is not taken. Give its path, or its bytes: load(file.read())."
+            f"load({brief(package)}): path: an open file is not taken. Give its path, or its "
+            "bytes: load(file.read())."
         )
     return file_name(f"load({brief(package)}): path", package), None
 
@@ -38,7 +40,8 @@ def named(package: object) -> tuple[str, bytes | None]:
 def _in_memory(contents: bytes) -> tuple[str, bytes]:
     if not _is_package(contents):
         raise ConfigError(
-            f"load({brief(contents)}): path: these {len(contents)} bytes are neither a package (a zip or a shared library) nor a path."
+            f"load({brief(contents)}): path: these {len(contents)} bytes are neither a package (a "
+            "zip or a shared library) nor a path."
         )
     kind = "pt2" if contents.startswith(b"PK") else "so"
     return f"model.{kind} (in memory)", contents

@@ -1,9 +1,9 @@
 """A bare shared library and the files that belong to it.
 
-torch's `aot_compile` without packaging leaves `<stem>.so` in a directory with `<stem>_metadata.json`,
-`<stem>.cpp` and the like, where the stem is a hash even when the library was given a name. They belong
-together by name only, so the library's own stem is taken, and others only where no other library lies beside.
-What is not there stays unknown.
+torch's `aot_compile` without packaging leaves `<stem>.so` in a directory with
+`<stem>_metadata.json`, `<stem>.cpp` and the like, where the stem is a hash even when the library
+was given a name. They belong together by name only, so the library's own stem is taken, and others
+only where no other library lies beside. What is not there stays unknown.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ MAGIC = (
     b"\xcf\xfa\xed\xfe",  # macOS
     b"\xca\xfe\xba\xbe",  # macOS, several machines in one
 )
-# What torch calls by its own names even when the library was given another, and what a model loads by name
-# from its own directory.
+# What torch calls by its own names even when the library was given another, and what a model loads
+# by name from its own directory.
 _BY_NAME = (
     "*.wrapper.cpp",
     "*.wrapper.json",
@@ -74,7 +74,7 @@ class LibrarySource:
 
 
 def is_library(digest: FileDigest) -> bool:
-    """Whether the file is a shared library of any system, by its first bytes."""
+    """Return whether the file is a shared library of any system, by its first bytes."""
     with digest.open() as stream:
         return (stream.read(4) or b"").startswith(MAGIC)
 
@@ -92,11 +92,11 @@ def _companions(library: Path) -> list[Path]:
 
 
 def _elf_machine(digest: FileDigest) -> str:
-    """The machine an ELF library is for, "" when its header does not tell.
+    """Return the machine an ELF library is for, "" when its header does not tell.
 
     Raises:
-        PackageFormatError: its section table, which linkers write last, lies beyond the end of the file:
-            mapping it would be SIGBUS.
+        PackageFormatError: its section table, which linkers write last, lies beyond the end of the
+            file: mapping it would be SIGBUS.
     """
     with digest.open() as stream:
         header = stream.read(64) or b""
@@ -116,7 +116,7 @@ def _elf_machine(digest: FileDigest) -> str:
 
 def _truncated(digest: FileDigest) -> PackageFormatError:
     return PackageFormatError(
-        f"{digest.path} is truncated: it is a shared library of which only {digest.size} bytes are there. "
-        "Copy or compile it again.",
+        f"{digest.path} is truncated: it is a shared library of which only {digest.size} bytes "
+        "are there. Copy or compile it again.",
         path=str(digest.path),
     )

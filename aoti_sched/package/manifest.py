@@ -1,8 +1,8 @@
-"""What was written into an entry of the cache: each file's digest, and by what to see that it is still that file.
+"""The manifest of a cache entry: each file's digest, and the identity by which it is known.
 
-A file's identity is its size, times and inode. No program can set the time of change (ctime), so a file
-whose identity is the recorded one was not written to since, and need not be read. The device's number is
-no part of it: on network and overlay file systems it changes with every mount.
+A file's identity is its size, times and inode. No program can set the time of change (ctime), so a
+file whose identity is the recorded one was not written to since, and need not be read. The device's
+number is no part of it: on network and overlay file systems it changes with every mount.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     version: int
     key: str
-    """The entry's name in the cache, so that an entry under another name is not taken for that one."""
+    """The entry's name in the cache, so that an entry under another name is not taken for that one.
+    """
     files: dict[str, FileRecord]
     """By `recorded_name` of the path in the entry."""
 
@@ -74,7 +75,7 @@ def new_manifest(key: str, files: dict[str, FileRecord]) -> Manifest:
 
 
 def read_manifest(path: Path, key: str) -> Manifest | None:
-    """Return the manifest in the file at `path`; None when it is of another version or key, or damaged."""
+    """Return the manifest at `path`; None for another version or key, or a damaged one."""
     with open(path, "rb", opener=_no_link) as file:
         content = file.read()
     try:
@@ -101,7 +102,7 @@ def holds(path: Path, chunks: Iterable[bytes]) -> bool:
 
 
 def sync(path: Path) -> os.stat_result:
-    """Return the status of a file or a folder when it is on the disk, as far as its file system can tell.
+    """Return the status of a file or folder once it is on disk, as far as its file system tells.
 
     Raises:
         OSError: it did not reach the disk; the disk may be full.

@@ -1,9 +1,9 @@
 """What the C++ sources in a package state about the library compiled from them.
 
-torch puts the generated wrapper and kernels beside the library. Some facts stand nowhere else: how many
-threads a kernel was built for, and whether the library carries its own weights. Each pattern here follows
-a line that torch's code generator prints (torch/_inductor/codegen: cpp.py, cpp_wrapper_cpu.py and the
-templates); nothing is compiled or run.
+torch puts the generated wrapper and kernels beside the library. Some facts stand nowhere else: how
+many threads a kernel was built for, and whether the library carries its own weights. Each pattern
+here follows a line that torch's code generator prints (torch/_inductor/codegen: cpp.py,
+cpp_wrapper_cpu.py and the templates); nothing is compiled or run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class ThreadFacts(msgspec.Struct, frozen=True):
     """How a model's CPU kernels use threads.
 
     `limit`: with more threads than this at run time, kernels write beyond their per-thread buffers.
-    `fixed`: the most threads a kernel starts whatever it is told at run time.
+    `fixed`: the most threads a kernel starts, independent of the setting at run time.
     None: no kernel says so.
     """
 
@@ -27,7 +27,7 @@ class ThreadFacts(msgspec.Struct, frozen=True):
 
 
 class WeightFacts(msgspec.Struct, frozen=True):
-    """How many constants the model has, of how many bytes in all, and whether its library brings their values."""
+    """The number of constants, their bytes in all, and whether the library brings their values."""
 
     constants: int
     in_library: bool
@@ -36,12 +36,12 @@ class WeightFacts(msgspec.Struct, frozen=True):
 
 _PRAGMA = re.compile(r"#pragma omp parallel[^\n]*\bnum_threads\((\d+)\)")
 # A reduction's partial results, one element per thread: `float tmp_acc0_arr[4];` (or, for MSVC,
-# make_unique), written as `tmp_acc0_arr[tid] = …`. Arrays of the same name that are not indexed by thread
-# hold the tail of a vectorized loop; their size says nothing about threads.
+# make_unique), written as `tmp_acc0_arr[tid] = …`. Arrays of the same name that are not indexed by
+# thread hold the tail of a vectorized loop; their size says nothing about threads.
 _PER_THREAD = re.compile(r"\b(\w+_arr)\[tid\] =")
 _ARRAY = re.compile(r"\b(\w+_arr)(?:\[(\d+)\];| = std::make_unique<[^;\n]*>\((\d+)\);)")
-# Attention kernels size their scratch by this and index it by at::get_thread_num(), under a parallel_for
-# that takes whatever number of threads the process has.
+# Attention kernels size their scratch by this and index it by at::get_thread_num(), under a
+# parallel_for that takes whatever number of threads the process has.
 _SCRATCH = re.compile(r"\bint64_t num_thread = (\d+);")
 _KERNEL = re.compile(r'^(?=extern "C")', re.MULTILINE)
 
@@ -61,7 +61,7 @@ Layout = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def constant_layouts(wrapper: str) -> dict[str, Layout]:
-    """How the compiled code expects each constant to lie in memory, by the runtime's names."""
+    """Return the memory layout that compiled code expects of constants, by the runtime's names."""
     found: dict[str, dict[str, str]] = {}
     for index, _, name, what, numbers in _LAYOUT.findall(wrapper):
         found.setdefault(index, {})[what or "name"] = numbers if what else name
@@ -77,7 +77,7 @@ def _numbers(listed: str) -> tuple[int, ...]:
 
 
 def thread_facts(sources: Iterable[str]) -> ThreadFacts:
-    """What the kernels in `sources` say about threads."""
+    """Return what the kernels in `sources` say about threads."""
     fixed: list[int] = []
     limits: list[int] = []
     for source in sources:
@@ -96,9 +96,10 @@ def thread_facts(sources: Iterable[str]) -> ThreadFacts:
 
 
 def weight_facts(wrapper: str) -> WeightFacts | None:
-    """What the wrapper's constructor says about constants, or None when it is not found.
+    """Return what the wrapper's constructor says about constants, or None when it is not found.
 
-    Before torch could leave weights out of the library, the constructor did not say; then they are inside.
+    Before torch could leave weights out of the library, the constructor did not say; then they are
+    inside.
     """
     match = _MODEL_BASE.search(wrapper)
     if match is None:

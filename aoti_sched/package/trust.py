@@ -1,8 +1,11 @@
-"""Who else can change what lies at a path. What lies in the cache is executed, so the answer must be: no other user.
+"""Who else can change what lies at a path.
 
-Two users are trusted: the one of this process, and root. A folder can be changed by its owner, by those
-whom its mode lets write (with the sticky bit: only what is theirs), and by whoever can change a folder
-above it. An access list shows in the group's bits of the mode (POSIX), or not at all (NFSv4, SMB).
+What lies in the cache is executed, so the answer must be: no other user.
+
+Two users are trusted: the one of this process, and root. A folder can be changed by its owner, by
+those whom its mode lets write (with the sticky bit: only what is theirs), and by whoever can change
+a folder above it. An access list shows in the group's bits of the mode (POSIX), or not at all
+(NFSv4, SMB).
 
 Windows has no such modes; there nothing is checked.
 """
@@ -33,19 +36,22 @@ class Folder(msgspec.Struct, frozen=True):
     name: Path
     """The path to show to people."""
     moved: bool
-    """Whether other users can put another folder of ours, or none, at `name` before the next process starts."""
+    """Whether other users can put another folder of ours, or none, at `name` before the next
+    process starts.
+    """
 
 
 def private_folder(path: Path) -> Folder:
-    """Return the folder at `path`, made with mode 0700 if need be, once no other user can change it.
+    """Return the folder at `path`, made with mode 0700, once no other user can change it.
 
-    Each folder and each link on the way from the root is checked. Where another user can change the way,
-    Linux still has an answer: the folder is held open, and used through its descriptor. The descriptor
-    stays open for the life of the process, as the libraries that are mapped through it do.
+    Each folder and each link on the way from the root is checked. Where another user can change the
+    way, Linux still has an answer: the folder is held open, and used through its descriptor. The
+    descriptor stays open for the life of the process, as the libraries that are mapped through it
+    do.
 
     Raises:
-        PackageError: other users can write to the folder, or it is another user's; or they can change
-            the way to it, and this system can't map files through a descriptor.
+        PackageError: other users can write to the folder, or it is another user's; or they can
+            change the way to it, and this system can't map files through a descriptor.
         OSError: the operating system refuses to make or to read it.
     """
     if not _POSIX:
@@ -67,7 +73,8 @@ def inventory(cache: Folder, entry: Path) -> dict[str, os.stat_result]:
         entry: a folder in it. Links beneath are listed, not followed.
 
     Raises:
-        PackageError: something in it, or the folder itself, belongs to another user, or others can write to it.
+        PackageError: something in it, or the folder itself, belongs to another user, or others can
+            write to it.
         FileNotFoundError, NotADirectoryError: it is not there, or goes at this moment.
     """
     check_planted(cache, entry, entry.lstat())
@@ -102,14 +109,15 @@ def check_planted(cache: Folder, path: Path, status: os.stat_result) -> None:
     else:
         return
     raise PackageError(
-        f"The cache directory {cache.name} holds {path.relative_to(cache.path)}, which {why}. What lies there is "
-        f"executed, and may have been planted. Delete everything in {cache.name}, {_ELSEWHERE}",
+        f"The cache directory {cache.name} holds {path.relative_to(cache.path)}, which {why}. "
+        "What lies there is executed, and may have been planted. Delete everything in "
+        f"{cache.name}, {_ELSEWHERE}",
         path=str(cache.name),
     )
 
 
 def make_private(path: Path) -> None:
-    """Make a folder of mode 0700, and those above it that are missing, of the same mode whatever the umask."""
+    """Make a folder and its missing parents with mode 0700, independent of the umask."""
     try:
         path.mkdir(0o700)
     except FileNotFoundError:
@@ -125,9 +133,12 @@ def _trusted() -> frozenset[int]:
 
 
 def _walk(path: Path) -> tuple[Path, str | None]:
-    """The folder that `path` means, without links, and what lets another user change the way; None: nothing does.
+    """Return the folder that `path` means, and what lets another user change the way to it.
 
-    From the root downwards: once a folder is known to be safe, so is every name in it that is ours or root's.
+    The folder has no links in its path. None means that nothing lets another user in.
+
+    From the root downwards: once a folder is known to be safe, so is every name in it that is ours
+    or root's.
     """
     path = path.absolute()
     current = Path(path.anchor)
@@ -169,7 +180,7 @@ def _found_or_made(path: Path) -> os.stat_result:
 
 
 def _weakness(folder: Path, status: os.stat_result) -> str | None:
-    """What lets another user replace a name of ours in `folder`; None: nothing does."""
+    """Return what lets another user replace a name of ours in `folder`; None: nothing does."""
     if status.st_uid not in _trusted():
         return f"{folder} belongs to user {status.st_uid}"
     if status.st_mode & _WRITABLE and not status.st_mode & stat.S_ISVTX:
@@ -180,37 +191,41 @@ def _weakness(folder: Path, status: os.stat_result) -> str | None:
 def _check_folder(cache: Path, status: os.stat_result, owners: frozenset[int]) -> None:
     if status.st_uid not in owners:
         raise PackageError(
-            f"The cache directory {cache} belongs to user {status.st_uid}, but this process is user {os.geteuid()}. "
-            "What lies there is executed, so it must be your own: name another in AOTI_SCHED_CACHE or cache_dir=.",
+            f"The cache directory {cache} belongs to user {status.st_uid}, but this process is "
+            f"user {os.geteuid()}. What lies there is executed, so it must be your own: name "
+            "another in AOTI_SCHED_CACHE or cache_dir=.",
             path=str(cache),
         )
     if status.st_mode & _WRITABLE:
         advice = (
-            f"Name a directory of your own beneath it, such as {cache / 'aoti_sched'}, in AOTI_SCHED_CACHE or "
-            "cache_dir=."
+            f"Name a directory of your own beneath it, such as {cache / 'aoti_sched'}, in "
+            "AOTI_SCHED_CACHE or cache_dir=."
             if status.st_mode & stat.S_ISVTX
             else f"Delete everything in it, then chmod 700 {cache}, {_ELSEWHERE}"
         )
         raise PackageError(
-            f"The cache directory {cache} may be written by others (mode {stat.S_IMODE(status.st_mode):04o}). "
-            f"What lies there is executed, and may have been planted. {advice}",
+            f"The cache directory {cache} may be written by others (mode "
+            f"{stat.S_IMODE(status.st_mode):04o}). What lies there is executed, and may have been "
+            f"planted. {advice}",
             path=str(cache),
         )
 
 
-# --- a folder by its descriptor -----------------------------------------------------------------------
+# --- a folder by its descriptor -------------------------------------------------------------------
 
 _open: dict[tuple[int, int], int] = {}
-"""The descriptors of held folders, by the folder's device and inode: one for each folder and process.
+"""The descriptors of held folders, by the folder's device and inode: one for each folder and
+process.
 
-Global as mapped libraries are. They are closed by exec, and by nobody else.
+Global as mapped libraries are. Only exec closes them.
 """
 
 
 def _held(folder: Path, weakness: str) -> Path:
-    """A path that leads to the folder that is at `folder` now, whatever anyone puts there later.
+    """Return a path to the folder that is at `folder` now, even if another one is put there later.
 
-    The folder must be this process's own, not root's: whoever can change the way could lead it to any of root's.
+    The folder must be this process's own, not root's: whoever can change the way could lead it to
+    any of root's.
     """
     owner = frozenset((os.geteuid(),))
     _check_folder(
@@ -233,8 +248,8 @@ def _held(folder: Path, weakness: str) -> Path:
         if not kept:
             os.close(descriptor)
     raise PackageError(
-        f"The cache directory {folder} can be replaced by others: {weakness}. What lies there is executed. "
-        f"Take that right from them, {_ELSEWHERE}",
+        f"The cache directory {folder} can be replaced by others: {weakness}. What lies there is "
+        f"executed. Take that right from them, {_ELSEWHERE}",
         path=str(folder),
     )
 

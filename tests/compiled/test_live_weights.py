@@ -10,6 +10,7 @@ import asyncio
 import gc
 import logging
 import random
+import threading
 
 import anyio
 import psutil
@@ -329,6 +330,37 @@ async def test_views_of_all_kinds_arrive_as_what_they_show():
         await runner.update(shown)
         extracted = await runner.extract()
         assert all(torch.equal(extracted[name], tensor) for name, tensor in shown.items())
+
+
+class Hangs(torch.Tensor):
+    """A tensor whose copies wait until they are let go."""
+
+    entered = threading.Event()
+    let_go = threading.Event()
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.detach, torch.Tensor.copy_):
+            cls.entered.set()
+            assert cls.let_go.wait(60)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+async def test_an_update_leaves_a_tensor_behind_whose_own_code_hangs():
+    async with Scheduler() as scheduler:
+        runner = await scheduler.load(build("canary").path)
+        hanging = {**canary_weights(3), "first": canary_weights(3)["first"].as_subclass(Hangs)}
+        try:
+            with anyio.fail_after(60), pytest.raises(TimeoutError):
+                await runner.update(hanging, timeout=1.0)
+            assert Hangs.entered.is_set()
+            with anyio.fail_after(60):
+                await runner.update(canary_weights(2))
+            assert number_in(await runner.run(torch.randn(32, 16))) == 2
+        finally:
+            Hangs.let_go.set()
+        await runner.update(hanging)
+        assert number_in(await runner.run(torch.randn(32, 16))) == 3
 
 
 async def test_weights_come_from_files_and_a_file_that_can_not_be_trusted_changes_nothing(tmp_path):

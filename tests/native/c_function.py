@@ -18,7 +18,7 @@ class CFunction:
 
     def __init__(self, function, inputs, outputs, own):
         self.function = function
-        self.own = own
+        self.detach_outputs = own
         self.staging = Staging("model 'rows'")
         self._error = b""
         self._run = _Run(self._call)
@@ -33,7 +33,7 @@ class CFunction:
         )
 
     def run_raw(self, inputs):
-        return self.own(self.function(*inputs))
+        return self.detach_outputs(self.function(*inputs))
 
     def _call(self, container, inputs, num_inputs, outputs, num_outputs, stream, proxy_executor):
         stolen = [inputs[i] for i in range(num_inputs)]

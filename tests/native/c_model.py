@@ -11,7 +11,7 @@ class CModel:
         self, inputs=1, outputs=1, *, function="model_run", own=lambda outputs: outputs, **script
     ):
         self.script = Container(**{"stolen": 2**inputs - 1, "passes_on": 1, **script})
-        self.own = own
+        self.detach_outputs = own
         self.c_run = CRun(
             name="model 'scripted'",
             run=library().address(function),

@@ -551,13 +551,13 @@ class StreamContainer(OnStreams, CAbiContainer):
         """None where only Python can wait for the device."""
         return self._c_run if self._slots and self._slots[0].native is not None else None
 
-    def own(self, outputs: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    def detach_outputs(self, outputs: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """Outputs that are weights are copied on a stream of their own, and that is waited for: the weights may be written next."""
         if self._host_outputs:  # and lie there
-            return super().own(outputs)
+            return super().detach_outputs(outputs)
         if self._aliases(outputs):
             with self._device.turn(), self._house.current():
-                super().own(outputs)
+                super().detach_outputs(outputs)
                 self._house.fence()
         return outputs
 
@@ -586,7 +586,7 @@ class StreamContainer(OnStreams, CAbiContainer):
 
     def _once(self, slot: Slot, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         outputs = self._raw.run(slot.brought(inputs), stream=slot.stream.handle)
-        return slot.home(CAbiContainer.own(self, outputs))
+        return slot.home(CAbiContainer.detach_outputs(self, outputs))
 
     def _run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         """A run of warming up: outputs as the model gave them, each time in the next slot."""
@@ -660,7 +660,7 @@ class StreamContainer(OnStreams, CAbiContainer):
         self._measure()
         self._know_c_run()
 
-    def _another(self) -> RawContainer:
+    def _new_raw(self) -> RawContainer:
         raw = self._device.open_raw(self._raw.library, self._instances, self._raw.name)
         raw.layouts = self._raw.layouts
         return raw

@@ -168,7 +168,7 @@ class GraphContainer(StreamContainer):
                 log.warning(
                     "no more graphs are recorded", runner=self._name, slot=number, most=MOST_GRAPHS
                 )
-        return slot.home(CAbiContainer.own(self, outputs))
+        return slot.home(CAbiContainer.detach_outputs(self, outputs))
 
     def _launch(self, slot: Slot, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         with self._launching:
@@ -280,7 +280,7 @@ class GraphContainer(StreamContainer):
         if active:
             self._pools = [None] * len(self._pools)
 
-    def _another(self) -> RawContainer:
+    def _new_raw(self) -> RawContainer:
         return self._device.open_raw(self._raw.library, 1, self._raw.name)
 
 

@@ -1,4 +1,4 @@
-"""`BareModel`: one executable copy of a model without a container around it: no locks, no folding, CPU only."""
+"""`BareModel`: one executable copy of a model on the CPU, without a container, locks or folding."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from ctypes import byref, c_size_t, c_void_p
 import torch
 
 from aoti_sched.backends.aoti.c_abi import handle_array
+from aoti_sched.backends.aoti.constant_map import entries
 from aoti_sched.backends.aoti.handles import free, handles_of, tensors_of
-from aoti_sched.backends.aoti.raw_container import RawContainer, entries
+from aoti_sched.backends.aoti.raw_container import RawContainer
 from aoti_sched.errors import (
     InputMismatchError,
     LoadError,
@@ -20,13 +21,14 @@ from aoti_sched.errors import (
 
 
 class BareModel:
-    """A model created beside a container of the same library, which knows what the bare model does not say.
+    """A model beside a container of the same library, which knows what the bare model can't tell.
 
-    It has its own set of constants: a copy of the container's, or `tensors`, a full set by FQN, which it
-    keeps. One call at a time.
+    It has its own set of constants: a copy of the container's, or `tensors`, a full set by FQN,
+    which it keeps. One call at a time.
 
     Raises:
-        LoadError: the model needs folding or is not for the CPU, a tensor does not fit, or the runtime refused.
+        LoadError: the model needs folding or is not for the CPU, a tensor does not fit, or the
+            runtime refused.
         MissingWeightsError: the container has no weights, or `tensors` is not a full set.
     """
 
@@ -38,7 +40,8 @@ class BareModel:
         self._handle: int | None = None
         if container.device_type != "cpu":
             raise LoadError(
-                f"{container.name}: a bare model runs on the CPU, and this is for {container.device_type}"
+                f"{container.name}: a bare model runs on the CPU, and this is for "
+                f"{container.device_type}"
             )
         folded = [c.spec.fqn for c in container.constants if c.spec.folded]
         if folded:
@@ -47,8 +50,8 @@ class BareModel:
             )
         if missing := container.missing_constants():
             raise MissingWeightsError(
-                f"{container.name}: give the container its weights first, which tells their shapes; "
-                f"{missing[0]!r} is missing"
+                f"{container.name}: give the container its weights first, which tells their "
+                f"shapes; {missing[0]!r} is missing"
             )
         handle = c_void_p()
         # The constants could be given here, but the runtime then finds none of them when it runs.
@@ -87,7 +90,9 @@ class BareModel:
         return count.value
 
     def update(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Replace the whole set of constants. The model reads the tensors' own memory where they lie as compiled.
+        """Replace the whole set of constants.
+
+        The model reads the tensors' own memory where they lie as compiled.
 
         Raises:
             LoadError, MissingWeightsError: as `RawContainer.update` does.

@@ -1,9 +1,9 @@
 """AOTInductor's C ABI, described once: every function of torch's `interface.h`, and how to call it.
 
-The functions are compiled into each model's library, so what a library can do follows the torch that
-*compiled* it: symbols are looked up in the library, and the version of the torch at hand is never asked.
-Here are the table, the library and the text of a failure. What the functions mean together (containers,
-constants, handles) is in the files beside this one.
+The functions are compiled into each model's library, so what a library can do follows the torch
+that *compiled* it: symbols are looked up in the library, and the version of the torch at hand is
+never asked. Here are the table, the library and the text of a failure. What the functions mean
+together (containers, constants, handles) is in the files beside this one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ _system.dlsym.argtypes, _system.dlsym.restype = (c_void_p, c_char_p), c_void_p
 _system.dlerror.restype = c_char_p
 
 libtorch = ctypes.CDLL(_C.__file__)
-"""Every symbol of libtorch, wherever the platform keeps it: a look-up goes through torch's own dependencies."""
+"""Every symbol of libtorch, wherever the platform keeps it: a look-up goes through torch's own
+dependencies.
+"""
 
 # Handles are opaque pointers; the names say whose.
 Container = c_void_p
@@ -56,7 +58,10 @@ class ConstantEntry(Structure):
 
 
 class ArrayRefTensor(Structure):
-    """`AOTInductorArrayRefTensor`: a tensor as the minimal arrayref interface takes it. Borrows its memory."""
+    """`AOTInductorArrayRefTensor`: a tensor as the minimal arrayref interface takes it.
+
+    Borrows its memory.
+    """
 
     _fields_ = (
         ("data", c_void_p),
@@ -74,8 +79,8 @@ class ArrayRefTensor(Structure):
 class Function(NamedTuple):
     """One function of the C ABI. All return a status, 0 being success.
 
-    `since` is the torch release whose compiled models have it first. `needs_cpp` is why its arguments
-    can't be made from Python, "" where they can.
+    `since` is the torch release whose compiled models have it first. `needs_cpp` is why its
+    arguments can't be made from Python, "" where they can.
     """
 
     name: str
@@ -232,12 +237,17 @@ FUNCTIONS = {function.name: function for function in _TABLE}
 
 @functools.cache
 def handle_array(count: int) -> type[ctypes.Array[c_void_p]]:
-    """Return the ctypes type of `count` handles in a row. Types are kept: each one is in a reference cycle."""
+    """Return the ctypes type of `count` handles in a row.
+
+    Types are kept: each one is in a reference cycle.
+    """
     return c_void_p * count
 
 
 class Library:
-    """A model's shared library. Once loaded it stays mapped for the process's life: nothing here unloads it.
+    """A model's shared library.
+
+    Once loaded it stays mapped for the process's life: nothing here unloads it.
 
     Raises LoadError when the system's loader refuses the file, or when it is no compiled model.
     """
@@ -245,29 +255,34 @@ class Library:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).absolute()
         self.name = self.path.name
-        # Not `ctypes.CDLL`, which makes a class for each library, and a class is in a reference cycle.
-        # LOCAL: every model exports the same names. NOW: a missing symbol fails here, not in a run.
+        # Not `ctypes.CDLL`, which makes a class for each library, and a class is in a reference
+        # cycle. LOCAL: every model exports the same names. NOW: a missing symbol fails here, not in
+        # a run.
         self._handle = _system.dlopen(os.fsencode(self.path), os.RTLD_LOCAL | os.RTLD_NOW)
         if not self._handle:
             why = (_system.dlerror() or b"the loader gave no reason").decode(errors="replace")
             raise LoadError(
-                f"{self.path} could not be loaded: {why}. An undefined symbol means that another torch compiled "
-                f"it than the one running here ({torch.__version__}): compile it again with this one."
+                f"{self.path} could not be loaded: {why}. An undefined symbol means that another "
+                f"torch compiled it than the one running here ({torch.__version__}): compile it "
+                "again with this one."
             )
         self._addresses: dict[str, int] = {}
         self._functions: dict[str, Callable[..., int]] = {}
         if not self.has("AOTInductorModelContainerRun"):
             raise LoadError(
-                f"{self.path} is a shared library, but not a model compiled by AOTInductor: it lacks "
-                "AOTInductorModelContainerRun. Load the `.so` inside a `.pt2` package, or the package itself."
+                f"{self.path} is a shared library, but not a model compiled by AOTInductor: it "
+                "lacks AOTInductorModelContainerRun. Load the `.so` inside a `.pt2` package, or "
+                "the package itself."
             )
 
     def has(self, name: str) -> bool:
-        """Whether the library exports this function of the table."""
+        """Return whether the library exports this function of the table."""
         return self._symbol(name) != 0
 
     def function(self, name: str) -> Callable[..., int]:
-        """The function, ready to be called with ctypes arguments; it releases the GIL and returns a status.
+        """Return the function, ready to be called with ctypes arguments.
+
+        A call releases the GIL and returns a status.
 
         Raises MissingCapabilityError when the library lacks it.
         """
@@ -279,15 +294,18 @@ class Library:
         address = self._symbol(name)
         if not address:
             raise MissingCapabilityError(
-                f"{self.name} lacks {name}, which models have that were compiled by torch {description.since} "
-                "or newer: compile the model again with a newer torch."
+                f"{self.name} lacks {name}, which models have that were compiled by torch "
+                f"{description.since} or newer: compile the model again with a newer torch."
             )
         function = ctypes.CFUNCTYPE(c_int32, *description.arguments)(address)
         self._functions[name] = function
         return function
 
     def address(self, name: str) -> int:
-        """Return a function's address, for callers in C; 0 when this library lacks it, and for names not in the table."""
+        """Return a function's address, for callers in C.
+
+        The address is 0 when the library lacks the function, or the table lacks its name.
+        """
         return self._symbol(name) if self.has(name) else 0
 
     def _symbol(self, name: str) -> int:
@@ -303,7 +321,7 @@ class Library:
             raise LoadError(f"{self.name}: {name} failed: {self.root_cause()}")
 
     def last_error(self) -> str:
-        """What the runtime says of this thread's last failure in this library; "" when it has no words for it."""
+        """Return the runtime's text for this thread's last failure in the library; "" if none."""
         if not self.has("AOTInductorGetLastError"):
             return ""
         text = c_char_p()
@@ -311,16 +329,16 @@ class Library:
         return _without_backtrace((text.value or b"").decode(errors="replace"))
 
     def root_cause(self) -> str:
-        """Why the last call on this thread failed, in one text without a C++ backtrace."""
+        """Return why the last call on this thread failed, in one text without a C++ backtrace."""
         return explain_failure(self.last_error(), _torch_last_error())
 
 
 def explain_failure(own: str, torchs: str) -> str:
-    """One text for a failure, from the runtime's words and torch's, without a C++ backtrace.
+    """Return one text for a failure, from the runtime's words and torch's, without a C++ backtrace.
 
-    The runtime's own message is the cause itself, unless it only says that a call into torch failed;
-    then torch knows the cause. Torch's message may be an older one of the same thread, so it only counts
-    when the runtime points to it or is silent.
+    The runtime's own message is the cause itself, unless it only says that a call into torch
+    failed; then torch knows the cause. Torch's message may be an older one of the same thread, so
+    it only counts when the runtime points to it or is silent.
     """
     own = _without_backtrace(own)
     if own and "API call failed" not in own:

@@ -1,13 +1,13 @@
-"""What a torch.save file holds, found out without reading a tensor's bytes; and the bytes of those that are wanted.
+"""The content of a torch.save file: tensors without their bytes first, wanted bytes later.
 
-`torch.load` reads all storages before anybody sees a name. Here torch's own restricted unpickler (`weights_only`) makes
-the tensors without memory (device "meta") and this room notes where in the file each storage lies: a tensor's bytes
-are read when they are asked for, straight from the file. Nothing is mapped, and no code of the file runs. Both
-formats are known: the zip that torch writes since 1.6 (`torch.serialization._load`), and the pickles before that
-(`_legacy_load`).
+`torch.load` reads all storages before it returns a name. Here torch's own restricted unpickler
+(`weights_only`) makes the tensors without memory (device "meta") and this room notes where in the
+file each storage lies: a tensor's bytes are read when they are asked for, straight from the file.
+Nothing is mapped, and no code of the file runs. Both formats are known: the zip that torch writes
+since 1.6 (`torch.serialization._load`), and the pickles before that (`_legacy_load`).
 
-What is paid before a refusal is bounded: the pickle and the zip's directory by the limits below, a deflated member by
-how much it may grow.
+What is paid before a refusal is bounded: the pickle and the zip's directory by the limits below, a
+deflated member by how much it may grow.
 """
 
 from __future__ import annotations
@@ -29,12 +29,16 @@ _unpickling: Any = _weights_only_unpickler
 _storages: Any = torch.storage
 
 PICKLE_LIMIT = 16 << 20
-"""Bytes of the pickle that names the tensors; a model of 50,000 has about 8 MB. A byte of it may become 64 in memory."""
+"""Bytes of the pickle that names the tensors; a model of 50,000 has about 8 MB.
+
+A byte of it may become 64 in memory.
+"""
 DEFLATED_PICKLE_LIMIT = 2 << 20
 DIRECTORY_LIMIT = 16 << 20
 """Bytes of a zip's directory; about 100 for each storage."""
 GROWTH_LIMIT = 100
-"""How many times its size in the file a deflated storage may have; torch stores them as they are."""
+"""How many times its size in the file a deflated storage may have; torch stores them as they are.
+"""
 _SLACK = 1 << 20
 _BLOCK = 1 << 20
 
@@ -44,7 +48,13 @@ class NotReadableError(Exception):
 
 
 class Record(NamedTuple):
-    """Where one storage lies: `size` bytes from `offset` in the file, or in the deflated `member` of a zip."""
+    """The place of one storage in a file.
+
+    Attributes:
+        offset: Where the storage begins, in bytes.
+        size: Its bytes.
+        member: The deflated member of a zip that holds the storage; None for one stored as it is.
+    """
 
     offset: int
     size: int
@@ -59,7 +69,8 @@ class Checkpoint:
 
         Raises:
             NotReadableError: The file is no checkpoint, or claims what no honest one does.
-            Exception: Nearly any, out of the unpickler, for a damaged one; pickle.UnpicklingError for refused code.
+            Exception: Nearly any, out of the unpickler, for a damaged one; pickle.UnpicklingError
+                for refused code.
         """
         self._keys: dict[int, object] = {}  # of storages, by the address of their C++ side
         self._storages: dict[object, Any] = {}
@@ -70,8 +81,9 @@ class Checkpoint:
             self.content, self._records = self._read_legacy(file)
 
     def place(self, tensor: torch.Tensor) -> object:
-        """What tells a tensor's bytes from those of others in this file."""
-        key = self._keys[tensor.untyped_storage()._cdata]  # noqa: SLF001 -- there is no public identity
+        """Return what tells a tensor's bytes from those of others in this file."""
+        # There is no public identity.
+        key = self._keys[tensor.untyped_storage()._cdata]  # noqa: SLF001
         return key, tensor.storage_offset(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
     def read(self, file: io.BufferedReader, like: torch.Tensor) -> torch.Tensor:
@@ -99,7 +111,7 @@ class Checkpoint:
             tensor = tensor.conj()
         return torch._neg_view(tensor) if like.is_neg() else tensor  # noqa: SLF001
 
-    # --- the zip ---------------------------------------------------------------------------------------
+    # --- the zip ----------------------------------------------------------------------------------
 
     def _read_zip(self, file: io.BufferedReader) -> tuple[Any, Mapping[object, Record]]:
         with zipfile.ZipFile(_Bounded(file, DIRECTORY_LIMIT)) as archive:
@@ -107,7 +119,8 @@ class Checkpoint:
             root = next(iter(members), "").partition("/")[0] + "/"
             if root + "constants.pkl" in members:
                 raise NotReadableError(
-                    "is a TorchScript archive. Load it with torch.jit.load, and pass its state_dict()"
+                    "is a TorchScript archive. Load it with torch.jit.load, and pass its "
+                    "state_dict()"
                 )
             pickled = members.get(root + "data.pkl")
             if pickled is None:
@@ -124,7 +137,8 @@ class Checkpoint:
             limit = PICKLE_LIMIT if stored else DEFLATED_PICKLE_LIMIT
             if pickled.file_size > limit:
                 raise NotReadableError(
-                    f"names its tensors in {pickled.file_size} bytes, where at most {limit} are plausible"
+                    f"names its tensors in {pickled.file_size} bytes, where at most {limit} are "
+                    "plausible"
                 )
             content = self._unpickle(io.BytesIO(archive.open(pickled).read(limit)))
         records: dict[object, Record] = {}
@@ -134,7 +148,7 @@ class Checkpoint:
                 records[key] = _record(file, info)
         return content, records
 
-    # --- the format before it --------------------------------------------------------------------------
+    # --- the format before it ---------------------------------------------------------------------
 
     def _read_legacy(self, file: io.BufferedReader) -> tuple[Any, Mapping[object, Record]]:
         bounded = _Bounded(file, PICKLE_LIMIT, once=True)
@@ -169,7 +183,7 @@ class Checkpoint:
         return unpickler.load()
 
     def _storage(self, saved: tuple[Any, ...]) -> Any:
-        """A storage without memory, for what the pickle says of one."""
+        """Return a storage without memory, for what the pickle says of one."""
         kind, storage_type, key, _location, count, *view = saved
         if kind not in ("storage", b"storage") or any(part is not None for part in view):
             raise NotReadableError(
@@ -199,8 +213,9 @@ def _record(file: io.BufferedReader, info: zipfile.ZipInfo) -> Record:
         )
     if info.file_size > max(_SLACK, GROWTH_LIMIT * info.compress_size):
         raise NotReadableError(
-            f"has a member that claims to grow from {info.compress_size} to {info.file_size} bytes, more than "
-            f"{GROWTH_LIMIT} times. Save it again with torch.save, which compresses nothing"
+            f"has a member that claims to grow from {info.compress_size} to {info.file_size} "
+            f"bytes, more than {GROWTH_LIMIT} times. Save it again with torch.save, which "
+            "compresses nothing"
         )
     return Record(0, info.file_size, info)
 
@@ -231,7 +246,7 @@ class _Bounded:
         return data
 
 
-# --- bytes --------------------------------------------------------------------------------------------
+# --- bytes ----------------------------------------------------------------------------------------
 
 _Read = Callable[[torch.Tensor, int], None]
 """Fills a dense tensor with a storage's bytes from that offset."""
@@ -249,7 +264,8 @@ class _Inflated:
     """A deflated storage: each read begins where the last one ended, or at the front again."""
 
     def __init__(self, file: io.BufferedReader, member: zipfile.ZipInfo) -> None:
-        self._stream = zipfile.ZipFile(_Bounded(file, DIRECTORY_LIMIT)).open(member)  # noqa: SIM115 -- the file is the caller's
+        # The file is the caller's.
+        self._stream = zipfile.ZipFile(_Bounded(file, DIRECTORY_LIMIT)).open(member)  # noqa: SIM115
 
     def read(self, tensor: torch.Tensor, start: int) -> None:
         self._stream.seek(start)
@@ -273,7 +289,10 @@ def fill(file: IO[bytes], tensor: torch.Tensor) -> None:
 
 
 def _fill(tensor: torch.Tensor, stride: tuple[int, ...], start: int, read: _Read) -> None:
-    """Read a tensor that lies in its storage with these strides; of what lies between, no more than is worth it."""
+    """Read a tensor that has these strides in its storage.
+
+    Bytes between its elements are read only where that costs less than many small reads.
+    """
     size = tensor.element_size()
     span = _span(tensor.shape, stride)
     alone = tensor.untyped_storage().nbytes() == tensor.nbytes == span * size
@@ -299,7 +318,7 @@ def _span(shape: torch.Size, stride: tuple[int, ...]) -> int:
 
 
 def _dense_strides(like: torch.Tensor) -> tuple[int, ...]:
-    """The strides in memory order of a dense tensor; those of a contiguous one where it is not dense."""
+    """Return the strides of a dense tensor in memory order; contiguous ones if it is not dense."""
     if _span(like.shape, like.stride()) == math.prod(like.shape) and 0 not in like.stride():
         return like.stride()
     strides = []
@@ -318,5 +337,5 @@ def _size(file: io.BufferedReader) -> int:
 
 
 def reason(error: Exception) -> str:
-    """The first line of an error, for a message."""
+    """Return the first line of an error, for a message."""
     return clipped(str(error).partition("\n")[0] or type(error).__name__, 200)

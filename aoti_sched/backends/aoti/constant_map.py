@@ -1,19 +1,24 @@
 """The map in which constants travel to and from models that a torch before 2.13 compiled.
 
-The functions of those models take a `std::unordered_map<std::string, AtenTensorHandle>`. Only C++ can make one, and the
-native module does where it was built. A function that takes a map is named like its younger twin that takes pairs, without
-the "Pairs" or "Entries" at the end; both leave the handles to whose they were.
+The functions of those models take a `std::unordered_map<std::string, AtenTensorHandle>`. Only C++
+can make one, and the native module does where it was built. A function that takes a map is named
+like its younger twin that takes pairs, without the "Pairs" or "Entries" at the end; both leave the
+handles to whose they were.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from aoti_sched.backends.aoti.c_abi import FUNCTIONS, Library
+from aoti_sched.backends.aoti.c_abi import FUNCTIONS, ConstantEntry, Library
 from aoti_sched.backends.aoti.constants import Constant
+from aoti_sched.errors import MissingCapabilityError
 
 if TYPE_CHECKING:
+    import torch
+
     from aoti_sched.backends.native._native import ConstantMap
 
 UPDATE, UPDATE_PAIRS = (
@@ -27,7 +32,7 @@ EXTRACT, EXTRACT_ENTRIES = (
 
 
 def map_type() -> type[ConstantMap] | None:
-    """The map; None where no compiler was at hand at install."""
+    """Return the map; None where no compiler was at hand at install."""
     try:
         from aoti_sched.backends.native._native import ConstantMap
     except ImportError:
@@ -36,33 +41,61 @@ def map_type() -> type[ConstantMap] | None:
 
 
 def why_not_updatable(library: Library, constants: Sequence[Constant]) -> str:
-    """Why the constants can't be read and written by pairs or by maps; "" when they can."""
+    """Return why the constants can't be read and written by pairs or by maps; "" when they can."""
     lacking = [name for name in (UPDATE_PAIRS, EXTRACT_ENTRIES) if not library.has(name)]
     if not lacking:
         return ""
     if not (library.has(UPDATE) and library.has(EXTRACT)):
-        # That EXTRACT (2.8) is there also tells that the std::string of its maps is the one of torch's wheels since 2.6.
+        # That EXTRACT (2.8) is there also tells that the std::string of its maps is the one of
+        # torch's wheels since 2.6.
         listed = ", ".join(f"{name} (torch {FUNCTIONS[name].since})" for name in lacking)
-        return f"an older torch compiled it, and its library lacks {listed}; compile it again with torch 2.13 or newer"
+        return (
+            f"an older torch compiled it, and its library lacks {listed}; compile it again with "
+            "torch 2.13 or newer"
+        )
     if map_type() is None:
         return (
-            "a torch before 2.13 compiled it, whose code takes constants in a C++ map, and aoti_sched was installed without "
-            "a C++ compiler, so it can't build one; install a compiler (g++) and reinstall aoti_sched, or compile the model "
-            "again with torch 2.13 or newer"
+            "a torch before 2.13 compiled it, whose code takes constants in a C++ map, and "
+            "aoti_sched was installed without a C++ compiler, so it can't build one; install a "
+            "compiler (g++) and reinstall aoti_sched, or compile the model again with torch 2.13 "
+            "or newer"
         )
     if misplaces(constants):
         return (
-            "a torch before 2.13 compiled it, whose code writes what comes after a folded constant to the wrong place "
-            "(pytorch/pytorch#179225); compile it again with torch 2.13 or newer"
+            "a torch before 2.13 compiled it, whose code writes what comes after a folded "
+            "constant to the wrong place (pytorch/pytorch#179225); compile it again with torch "
+            "2.13 or newer"
         )
     return ""
 
 
 def misplaces(constants: Sequence[Constant]) -> bool:
-    """Whether code of a torch before 2.13 would write past the place of a constant, in the runtime's order of them.
+    """Return whether code of a torch before 2.13 would write beyond a constant's memory.
 
-    It keeps offsets of those that are not folded, and looks them up by a number that counts all: right only as long as
-    the folded ones come last.
+    The constants are given in the runtime's order.
+
+    It keeps offsets of those that are not folded, and looks them up by a number that counts all:
+    right only as long as the folded ones come last.
     """
     folded = [constant.spec.folded for constant in constants]
     return folded != sorted(folded)
+
+
+def entries(
+    pairs: list[tuple[Constant, torch.Tensor]], handles: list[int]
+) -> ctypes.Array[ConstantEntry]:
+    """Return the array that the C ABI takes: each constant's internal name and its handle."""
+    names = [constant.spec.name.encode() for constant, _ in pairs]
+    return (ConstantEntry * len(pairs))(*map(ConstantEntry, names, handles))
+
+
+def mapped(pairs: list[tuple[Constant, torch.Tensor]], handles: list[int]) -> ConstantMap:
+    """Return `entries` as a map, for older models. It must live as long as C uses its address."""
+    made = map_type()
+    if made is None:
+        raise MissingCapabilityError(
+            "aoti_sched was installed without a C++ compiler, and builds no C++ maps"
+        )
+    return made(
+        [(constant.spec.name, handle) for (constant, _), handle in zip(pairs, handles, strict=True)]
+    )

@@ -1,8 +1,11 @@
 """What a container's constants are, and whether tensors may take their place.
 
-The runtime copies as many bytes as the caller's tensor has storage, with the caller's strides, and checks
-nothing: a wrong dtype or shape smashes the heap, and other strides than the compiled ones are read as if they
-were those. So each tensor is checked here, and laid out as the compiled code expects it, before C sees it.
+The runtime copies as many bytes as the caller's tensor has storage, with the caller's strides, and
+checks
+nothing: a wrong dtype or shape smashes the heap, and other strides than the compiled ones are read
+    as if they
+were those. So each tensor is checked here, and laid out as the compiled code expects it, before C
+sees it.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from aoti_sched.backends.aoti.weight_files import Offered
+from aoti_sched.backends.aoti.offered import Offered
 from aoti_sched.errors import (
     ConstantMismatchError,
     LoadError,
@@ -24,17 +27,23 @@ from aoti_sched.model.specs import ConstantSpec, WeightName
 from aoti_sched.model.weight_names import DIGEST_LIMIT, digest_of
 
 SURPLUS_LIMIT = 200_000
-"""Names that fit no constant; whoever brings more is not read to the end. The largest checkpoints there are have 100,000."""
+"""The most names without a use that are read of one source.
+
+The largest known checkpoints have 100,000 names in all.
+"""
 
 TYPES = ("unknown", "parameter", "buffer", "constant", "folded")
-"""`torch::aot_inductor::ConstantType`, in its order. A "constant" is a tensor that tracing made or found."""
+"""`torch::aot_inductor::ConstantType`, in its order.
+
+A "constant" is a tensor that tracing made or found.
+"""
 
 
 class Constant(NamedTuple):
     """One constant of a container.
 
-    `capacity` is what the runtime reserves for it, in bytes: on a CPU the data rounded up to 64. `stride` is
-    the one compiled in; None, like the shape, while the container has no weights.
+    `capacity` is what the runtime reserves for it, in bytes: on a CPU the data rounded up to 64.
+    `stride` is the one compiled in; None, like the shape, while the container has no weights.
     """
 
     spec: ConstantSpec
@@ -50,7 +59,7 @@ class Constant(NamedTuple):
 def select(
     model: str, constants: Sequence[Constant], tensors: Mapping[str, torch.Tensor], *, full: bool
 ) -> list[tuple[Constant, torch.Tensor]]:
-    """Pair constants with the tensors given for them, by the module's own names (FQNs) or the runtime's.
+    """Pair constants with the tensors given for them, by FQN or by the runtime's name.
 
     Raises:
         LoadError: a name is unknown, or belongs to a constant that is folded from others.
@@ -61,37 +70,39 @@ def select(
     unknown = [name for name in tensors if name not in by_name]
     if unknown:
         raise LoadError(
-            f"{model} has no constant {clipped(repr(unknown[0]))}. "
-            f"It has: {shortened(repr(c.spec.fqn) for c in constants)}. "
-            "Constants of at most 8 elements may have been compiled into the code."
+            f"{model}: it has no constant {clipped(repr(unknown[0]))}. It has: "
+            f"{shortened(repr(c.spec.fqn) for c in constants)}. Constants of at most 8 elements "
+            "may have been compiled into the code."
         )
     pairs = [(by_name[name], tensor) for name, tensor in tensors.items()]
     for constant, _ in pairs:
         if constant.spec.folded:
             raise LoadError(
-                f"{model}: {constant.spec.fqn!r} is computed from other constants; set those instead"
+                f"{model}: {constant.spec.fqn!r} is computed from other constants; set those "
+                "instead"
             )
     given = {constant.spec.name for constant, _ in pairs}
     missing = [c.spec.fqn for c in constants if c.spec.name not in given and required(c.spec)]
     if full and missing:
         raise MissingWeightsError(
-            f"{model}: an update needs every parameter and buffer, and lacks {shortened(map(repr, missing))}. A partial set, "
-            "once swapped in, ends the process."
+            f"{model}: an update needs every parameter and buffer, and lacks "
+            f"{shortened(map(repr, missing))}. A partial set, once swapped in, ends the process."
         )
     return pairs
 
 
 def required(spec: ConstantSpec) -> bool:
-    """Whether a full set must have it: a module's parameters and buffers, and not what the compiler made."""
+    """Return whether a full set must have the constant: a parameter or a buffer of the module."""
     return spec.type not in ("folded", "constant")
 
 
 class Names:
-    """What the names of a module's state are to its compiled model.
+    """Tells which constants of a compiled model the names of its module's state stand for.
 
     Args:
         constants: The model's.
-        weights: The names as its package records them; () where it does not (torch's own packages).
+        weights: The names as the package records them; () for packages that record none, such as
+            torch's own.
     """
 
     def __init__(self, constants: Sequence[Constant], weights: Sequence[WeightName]) -> None:
@@ -122,19 +133,22 @@ class Names:
                 self._kept.update(constant.spec.fqn for constant in tied)
 
     def constants(self, name: str) -> Sequence[Constant]:
-        """The constants that a name stands for; () for none."""
+        """Return the constants that a name stands for; () for none."""
         return self._constants.get(name, ())
 
     def is_unused(self, name: str) -> bool:
-        """Whether the module has the name, and the compiled model no use for its value."""
+        """Return whether the module has the name, and its compiled model does not use the value."""
         return name in self._unused
 
     def digest(self, name: str) -> str | None:
-        """The digest of a value that is part of the compiled code, "" where there is none; None for other names."""
+        """Return the digest of a value that is part of the compiled code; None for other names.
+
+        The digest is "" for a value that has none.
+        """
         return self._digests.get(name)
 
     def keeps(self, fqn: str) -> bool:
-        """Whether a set may lack the constant: `state_dict()` has it under no name."""
+        """Return whether a set may lack the constant, since `state_dict()` has it under no name."""
         return fqn in self._kept
 
 
@@ -158,7 +172,9 @@ class Chosen:
         self._tensors: dict[str, list[tuple[str, torch.Tensor]]] = {}
 
     def read(self) -> None:
-        """Read the bytes of what comes from files. Under each constant's FQN: each tensor that was offered for it, once.
+        """Read the bytes that lie in files, and copy tensors of users' own classes to plain ones.
+
+        Each tensor that was offered for a constant is kept once, under the constant's FQN.
 
         Raises:
             WeightsFileError: They can't be read.
@@ -177,13 +193,18 @@ class Chosen:
             raise ConstantMismatchError(self._model, tuple(faults))
         for fqn, each in self._offered.items():
             places = {one.place: one for one in reversed(each)}
-            self._tensors[fqn] = [(one.name, one.read()) for one in reversed(places.values())]
+            self._tensors[fqn] = [
+                (one.name, as_plain(one.read())) for one in reversed(places.values())
+            ]
 
     def values(self, *, check_finite: bool) -> dict[str, torch.Tensor]:
-        """What was read, by FQN.
+        """Return the tensors that were read, by FQN.
+
+        Args:
+            check_finite: Refuse NaN and infinities.
 
         Raises:
-            ConstantMismatchError: Tied names bring different values, or values are not finite and must be.
+            ConstantMismatchError: Tied names have different values, or `check_finite` found faults.
         """
         faults: list[tuple[str, str]] = []
         for fqn, ((first, tensor), *others) in self._tensors.items():
@@ -194,7 +215,10 @@ class Chosen:
                     faults.append(
                         (
                             name,
-                            f"is the same tensor as {clipped(repr(first), 100)}, and has other values",
+                            (
+                                f"is the same tensor as {clipped(repr(first), 100)}, and has other "
+                                "values"
+                            ),
                         )
                     )
         if faults:
@@ -223,8 +247,8 @@ def choose(
         device_type: Where it runs.
         partial: Whether constants may be left out.
         strict: Whether a name that neither the model nor its module has is a fault.
-        active: Whether the model has values already, so that those of its own (made by the compiler, buffers that no
-            state dict has) can be left out.
+        active: Whether the model has values already, so that those of its own (made by the
+            compiler, buffers that no state dict has) can be left out.
 
     Raises:
         ConstantMismatchError: with everything that is wrong with the set, and not just the first.
@@ -257,7 +281,10 @@ def choose(
             faults.append(
                 (
                     name,
-                    f"is one of more than {SURPLUS_LIMIT} names that fit nothing; no more were read",
+                    (
+                        f"is one of more than {SURPLUS_LIMIT} names that fit nothing; no more were "
+                        "read"
+                    ),
                 )
             )
             raise ConstantMismatchError(model, tuple(faults))
@@ -275,7 +302,10 @@ def choose(
 
 _UNKNOWN = {
     True: "is no constant of it, and no name of the module that was compiled",
-    False: "is no constant of it, or was small enough to be compiled into the code; strict=False (weights_strict at load) ignores such names",
+    False: (
+        "is no constant of it, or was small enough to be compiled into the code; strict=False "
+        "(weights_strict at load) ignores such names"
+    ),
 }
 _OF_BUFFERS = " (a buffer that state_dict() leaves out keeps its value with partial=True)"
 
@@ -283,7 +313,7 @@ _OF_BUFFERS = " (a buffer that state_dict() leaves out keeps its value with part
 def _place(
     targets: Sequence[Constant], offered: Offered, fit: dict[str, list[Offered]], device_type: str
 ) -> list[tuple[str, str]]:
-    """Put what is offered where it belongs; what does not fit comes back as faults."""
+    """Add an offer to the constants that it is for, and return what does not fit."""
     faults = []
     for constant in targets:
         fqn = constant.spec.fqn
@@ -293,14 +323,14 @@ def _place(
             wrong = "is no tensor"
         else:
             wrong = problem(constant, offered.like, "meta" if offered.on_host else device_type)
-        fit.setdefault(fqn, []).append(offered)  # what is wrong is not missing, too
+        fit.setdefault(fqn, []).append(offered)  # a tensor that does not fit is not also missing
         if wrong:
             faults.append((offered.name if constant.spec.folded else fqn, wrong))
     return faults
 
 
 def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors of one dtype and shape have the same values; NaN equals NaN."""
+    """Return whether two tensors of one dtype and shape have the same values; NaN equals NaN."""
     one, other = one.detach(), other.detach()
     if one.device != other.device:
         one, other = one.cpu(), other.cpu()
@@ -309,6 +339,20 @@ def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
             one, other = one.float(), other.float()
         return bool(((one == other) | ((one != one) & (other != other))).all())  # noqa: PLR0124
     return torch.equal(one, other)
+
+
+def as_plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a host tensor of a user's own class as a plain copy; other tensors unchanged.
+
+    The class's code runs here, where the reading of a source can be abandoned, and not in later
+    steps.
+    """
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter) or not tensor.is_cpu:
+        return tensor
+    plain = torch.empty(tensor.shape, dtype=tensor.dtype)
+    with torch.no_grad():
+        plain.copy_(tensor)
+    return plain
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
@@ -321,14 +365,17 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def check(model: str, constant: Constant, tensor: torch.Tensor, device_type: str) -> None:
-    """Raise LoadError unless the tensor can be this constant."""
+    """Raise LoadError unless the tensor can be the value of the constant."""
     wrong = problem(constant, tensor, device_type)
     if wrong:
         raise LoadError(f"{model}: constant {constant.spec.fqn!r} {wrong}")
 
 
 def problem(constant: Constant, tensor: torch.Tensor, device_type: str) -> str:
-    """Why the tensor can't be this constant; "" when it can. A CPU tensor may be one on any device."""
+    """Return why the tensor can't be the constant's value; "" when it can.
+
+    A CPU tensor fits on every device.
+    """
     spec = constant.spec
     problem = ""
     if tensor.layout != torch.strided or tensor.is_quantized:
@@ -342,10 +389,11 @@ def problem(constant: Constant, tensor: torch.Tensor, device_type: str) -> str:
     return problem
 
 
-def laid_out(model: str, constant: Constant, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in the compiled strides, at offset 0 of a storage that holds nothing else: itself, or a copy.
+def with_layout(model: str, constant: Constant, tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor in the compiled strides, alone in its storage; a copy where it is not.
 
-    Raises LoadError when that is more than the runtime has room for.
+    Raises:
+        LoadError: The tensor has more bytes than the runtime reserves for the constant.
     """
     tensor = tensor.detach().resolve_conj().resolve_neg()
     stride = tensor.stride() if constant.stride is None else constant.stride

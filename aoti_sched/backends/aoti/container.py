@@ -1,5 +1,6 @@
-"""A container run through the C ABI, the GIL released; outputs never share memory with weights. It runs on the CPU, and is what
-the containers of devices are made from.
+"""A container run through the C ABI, the GIL released; outputs never share memory with weights.
+
+It runs on the CPU, and is what the containers of devices are made from.
 """
 
 from __future__ import annotations
@@ -52,18 +53,20 @@ class CAbiContainer:
         self.staging = Staging(raw.name)
         self._inactive_bytes = 0
         self.constant_bytes = sum(constant.capacity for constant in raw.constants)
-        # Of each buffer, the active one first: whether the package, or the file given at load, has the same weights.
+        # For each buffer, the active one first: whether its weights are those of the package or of
+        # the file given at load.
         self._packaged = [self._given is None or self._given.is_file, False]
         if self._given is not None:
             self._given.forget()
         self._is_parked = False
-        self._kept: dict[str, torch.Tensor] = {}  # by one that is parked, what the package has not
-        # An output that lies where constants lie is a weight itself; so is one that warming up found to be folded.
+        self._kept: dict[str, torch.Tensor] = {}  # while evicted: weights that the package lacks
+        # An output that lies where constants lie is a weight itself; so is one that warming up
+        # found to be folded.
         self._constants_start: list[int] = []
         self._constants_end: list[int] = []
         self._constants_span = (0, 0)
         self._folded_outputs: set[int] = set()
-        self._know_memory()
+        self._index_constants()
         self._info: ContainerInfo | None = None
 
     @property
@@ -91,14 +94,17 @@ class CAbiContainer:
         if not ignored:
             return ()
         return (
-            f"Of the weights given at load, the model has no use for {shortened(map(repr, ignored))}.",
+            (
+                "Of the weights given at load, the model has no use for "
+                f"{shortened(map(repr, ignored))}."
+            ),
         )
 
     @property
     def c_run(self) -> CRun:
         return self._c_run
 
-    def own(self, outputs: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    def detach_outputs(self, outputs: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
         shared = self._aliases(outputs)
         if shared:
             copies = each_once([outputs[index] for index in shared], torch.Tensor.clone)
@@ -107,7 +113,7 @@ class CAbiContainer:
         return outputs
 
     def _aliases(self, outputs: Sequence[torch.Tensor | None]) -> list[int]:
-        """Which outputs share memory with the weights."""
+        """Return which outputs share memory with the weights."""
         if not self._folded_outputs:
             low, high = self._constants_span
             for tensor in outputs:
@@ -127,10 +133,13 @@ class CAbiContainer:
         return found
 
     def run_raw(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-        return self.own(self._run(inputs))
+        return self.detach_outputs(self._run(inputs))
 
     def warm_up(self, make_inputs: Callable[[], Sequence[torch.Tensor]]) -> None:
-        """Also learns which outputs are folded constants: two results that live at once can only share those."""
+        """Run each instance once, and learn which outputs are folded constants.
+
+        Two results that live at once can only share folded constants.
+        """
         before: list[torch.Tensor | None] = []
         for _ in range(self._instances + 1):
             inputs = make_inputs()
@@ -149,13 +158,13 @@ class CAbiContainer:
         self.staging.clear()
         self._c_run.native = None  # with what native lanes keep
 
-    def _know_memory(self) -> None:
+    def _index_constants(self) -> None:
         both = sorted({*self._raw.constant_memory(), *self._raw.constant_memory(inactive=True)})
         self._constants_start = [start for start, _ in both]
         self._constants_end = [end for _, end in both]
         self._constants_span = (both[0][0], max(self._constants_end)) if both else (0, 0)
 
-    # --- live weights ----------------------------------------------------------------------------------
+    # --- live weights -----------------------------------------------------------------------------
 
     @property
     def updatable(self) -> str:
@@ -171,7 +180,8 @@ class CAbiContainer:
             return (
                 "it has none"
                 if spec is not None
-                else "it has none, or all of them were compiled into its code (small ones are, and all where inductor freezes)"
+                else "it has none, or all of them were compiled into its code (small ones are, and "
+                "all where inductor freezes)"
             )
         if any(weight.used for weight in self._weight_names):
             return "all of them were compiled into its code"
@@ -212,7 +222,7 @@ class CAbiContainer:
         self._packaged[1] = False
         size = self._write(ready)  # not before a file was found to be still the one that was read
         self._inactive_bytes = size
-        self._know_memory()  # before anything can run on it
+        self._index_constants()  # before anything can run on it
         return StagedSet(size, chosen.ignored)
 
     def fold(self) -> None:
@@ -225,20 +235,21 @@ class CAbiContainer:
     def free_inactive(self) -> None:
         self._raw.free_inactive()
         self._inactive_bytes = 0
-        self._know_memory()
+        self._index_constants()
 
     def extract(self, *, inactive: bool = False) -> dict[str, torch.Tensor]:
         return self._raw.extract(inactive=inactive)
 
     def rebuild(self) -> None:
-        # When folding the inactive buffer throws, the runtime gives the instance it folded with back to the others while
-        # that one's maps still point into the inactive buffer (`run_const_fold` in model_container.h): it would run on it.
+        # When folding the inactive buffer throws, the runtime gives the instance it folded with
+        # back to the others while that one's maps still point into the inactive buffer
+        # (`run_const_fold` in model_container.h): it would run on it.
         old = self._raw
         if self.updatable:  # so they are the package's own still
             raw = self._fresh(self._load_weights)
         else:
             raw = self._fresh(lambda raw: raw.update(old.extract(), inactive=False))
-        self._become(raw)
+        self._adopt(raw)
         old.close()
 
     @property
@@ -249,7 +260,7 @@ class CAbiContainer:
     def workspace(self) -> int | None:
         return None
 
-    # --- memory ----------------------------------------------------------------------------------------
+    # --- memory -----------------------------------------------------------------------------------
 
     @property
     def unparkable(self) -> str:
@@ -269,18 +280,18 @@ class CAbiContainer:
         if not self._is_parked:
             return
         kept = self._kept
-        self._become(
+        self._adopt(
             self._fresh(lambda raw: give_weights(raw, kept) if kept else self._load_weights(raw))
         )
         self._kept, self._is_parked = {}, False
 
     def _load_weights(self, raw: RawContainer) -> None:
-        """The weights that it was loaded with."""
+        """Fill a container with the weights that the model was loaded with."""
         load_weights(raw, self._extracted, self._given)
 
     def _fresh(self, fill: Callable[[RawContainer], None]) -> RawContainer:
-        """Another container of the same model, with the weights that are filled in."""
-        raw = self._another()
+        """Return a new container of the same model, filled by `fill` and folded."""
+        raw = self._new_raw()
         raw.proxy = self._raw.proxy
         try:
             fill(raw)
@@ -291,13 +302,13 @@ class CAbiContainer:
             raise
         return raw
 
-    def _become(self, raw: RawContainer) -> None:
+    def _adopt(self, raw: RawContainer) -> None:
         self._raw = raw
         self._c_run = raw.c_run()
         self._inactive_bytes = 0
-        self._know_memory()
+        self._index_constants()
 
-    # --- what devices do in their own way --------------------------------------------------------------
+    # --- what devices do in their own way ---------------------------------------------------------
 
     def _run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         return self._raw.run(inputs)
@@ -311,18 +322,21 @@ class CAbiContainer:
         return self._raw.full_set(chosen.values(check_finite=check_finite))
 
     def _write(self, ready: list[tuple[Constant, torch.Tensor]]) -> int:
-        """Write a full set into the inactive buffer; returns its bytes."""
+        """Write a full set into the inactive buffer and return its bytes."""
         return self._raw.stage(ready)
 
-    def _another(self) -> RawContainer:
-        """A fresh container of the same model."""
+    def _new_raw(self) -> RawContainer:
+        """Return a fresh container of the same model."""
         raw = RawContainer(self._raw.library, self._instances)
         raw.name, raw.layouts = self._raw.name, self._raw.layouts
         return raw
 
 
 def missing_functions(library: Library) -> tuple[str, ...]:
-    """The functions that a model's library lacks because an older torch compiled it, and the torch that brings them."""
+    """Return the functions that a model's library lacks, each with the torch that brings it.
+
+    A library lacks functions when an older torch compiled it.
+    """
     wanted = {
         name: f
         for name, f in FUNCTIONS.items()

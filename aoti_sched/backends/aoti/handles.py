@@ -1,7 +1,7 @@
-"""Tensors across the C ABI: Python's tensors to `AtenTensorHandle`s and back, and who owns which.
+"""Tensors across the C ABI: Python's tensors to `AtenTensorHandle`s and back, and their owners.
 
-A handle owns a reference to its tensor until someone frees or steals it. The way through capsules is
-torch's own; the runs' hot path goes through here, so it stays short.
+A handle owns a reference to its tensor until the handle is freed or stolen. The way through
+capsules is torch's own; the runs' hot path goes through here, so it stays short.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-# Not the ones for a single tensor: torch 2.13's `alloc_tensor_by_stealing_from_void_ptr` leaks the handle.
+# Not the ones for a single tensor: torch 2.13's `alloc_tensor_by_stealing_from_void_ptr` leaks the
+# handle.
 from torch._C._aoti import alloc_tensors_by_stealing_from_void_ptrs as _steal
 from torch._C._aoti import unsafe_alloc_void_ptrs_from_tensors as _handles
 
@@ -36,24 +37,26 @@ _new_handle.restype = c_int32
 
 
 def address_of(name: str) -> int:
-    """The address of one of torch's functions; 0 where this torch has none of that name."""
+    """Return the address of one of torch's functions; 0 where this torch has none of that name."""
     function = getattr(libtorch, name, None)
     return 0 if function is None else ctypes.cast(function, c_void_p).value or 0
 
 
 def capsule_of(pointer: int) -> Any:
-    """A pointer as torch's bindings take it (`void*`): in a capsule without a name."""
+    """Return a pointer as torch's bindings take it (`void*`): in a capsule without a name."""
     return _capsule_of(pointer, None, None)
 
 
 def handles_of(tensors: list[torch.Tensor]) -> list[int]:
-    """A new handle for each tensor; each must be given away to C or freed."""
+    """Return a new handle for each tensor; each must be given away to C or freed."""
     # All at once: were one no tensor, the handles before it would be lost.
     return [_pointer_of(capsule, None) for capsule in _handles(tensors)]
 
 
 def tensors_of(handles: Iterable[int | None]) -> list[torch.Tensor | None]:
-    """The tensors of handles that are ours, which are gone afterwards. Null is None: an output left out.
+    """Return the tensors of handles that are ours, which are gone afterwards.
+
+    Null is None: an output left out.
 
     A handle that is given several times gives the same tensor each time: torch frees it once.
     """
@@ -65,7 +68,10 @@ def tensors_of(handles: Iterable[int | None]) -> list[torch.Tensor | None]:
 
 
 def free(handles: Iterable[int | None]) -> None:
-    """Give up handles that are ours; null ones are no one's. A handle that is given several times is freed once."""
+    """Give up handles that are ours; null ones are no one's.
+
+    A handle that is given several times is freed once.
+    """
     for handle in {*handles}:
         if handle is not None:
             _delete(handle)
@@ -74,7 +80,10 @@ def free(handles: Iterable[int | None]) -> None:
 def each_once(
     outputs: Sequence[torch.Tensor | None], made: Callable[[torch.Tensor], torch.Tensor]
 ) -> list[torch.Tensor | None]:
-    """What `made` gives for each output: once for each tensor, so that equal outputs stay one tensor. None stays None."""
+    """Return `made(output)` for each output; None stays None.
+
+    Each tensor is made once, so that equal outputs stay one tensor.
+    """
     known: dict[int, torch.Tensor | None] = {}
     for tensor in outputs:
         if id(tensor) not in known:
@@ -83,7 +92,7 @@ def each_once(
 
 
 def borrowed(handle: int) -> torch.Tensor:
-    """A tensor on the same memory as a handle that stays someone else's."""
+    """Return a tensor on the memory of a handle that the caller does not own."""
     own = c_void_p()
     if _new_handle(handle, ctypes.byref(own)) != 0:
         raise LoadError("torch could not take a reference to a model's constant")
@@ -92,7 +101,8 @@ def borrowed(handle: int) -> torch.Tensor:
 
 
 def _dtype_codes() -> dict[int, torch.dtype]:
-    # Asked of torch rather than written down: the codes are c10::ScalarType's, and torch adds to them.
+    # Asked of torch rather than written down: the codes are c10::ScalarType's, and torch adds to
+    # them.
     codes = {}
     for dtype in {value for value in vars(torch).values() if isinstance(value, torch.dtype)}:
         code_of = getattr(libtorch, f"aoti_torch_dtype_{str(dtype).removeprefix('torch.')}", None)

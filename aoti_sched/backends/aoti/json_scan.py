@@ -1,7 +1,8 @@
 """Walks through a large JSON object member by member.
 
-A parser in C holds the GIL for as long as the text is long: 200 ms for 16 MB, in which the event loop stands still. Here
-Python finds where each member begins and ends, so other threads get their turn; what a member is, a parser decides.
+A parser in C holds the GIL for as long as the text is long: 200 ms for 16 MB, in which the event
+loop stands still. Here Python finds where each member begins and ends, so other threads get their
+turn; what a member is, a parser decides.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ class JsonScan:
         self._at = 0
 
     def members(self) -> Iterator[str]:
-        """The keys of the object that begins here. The caller takes or skips each value before it asks for the next key."""
+        """Yield the keys of the object that begins here.
+
+        The caller takes or skips each value before it asks for the next key.
+        """
         self._expect(b"{")
         if self._take(b"}"):
             return
@@ -41,7 +45,7 @@ class JsonScan:
                 return
 
     def value(self, limit: int) -> bytes:
-        """The text of the value that begins here; ValueError if that is longer than `limit`."""
+        """Return the text of the next value; raise ValueError if it is longer than `limit`."""
         raw = self._raw()
         if len(raw) > limit:
             raise ValueError(f"a value of more than {limit} bytes at byte {self._at - len(raw)}")

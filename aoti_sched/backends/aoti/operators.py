@@ -1,6 +1,7 @@
-"""The operators that compiled code can't call by a C function: which they are, and what there is to say of them.
+"""The operators that compiled code can't call by a C function, and the notes on them for users.
 
-Inductor lists them beside the library. Torch's own proxy executor calls them (`proxy_executor.py`), or torch's own runner does.
+Inductor lists them beside the library. Torch's own proxy executor calls them (`proxy_executor.py`),
+or torch's own runner does.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ MOST_NAMED = 8
 
 
 def operators_of(library: Path) -> tuple[str, ...]:
-    """The names of these operators, from the list beside a model's library, each once; () where there is none."""
+    """Return the names of these operators, each once; () where there is no list.
+
+    The list lies beside the model's library.
+    """
     try:
         nodes = json.loads(library.with_suffix(".json").read_bytes())["nodes"]
         return tuple(dict.fromkeys(str(node["node"]["target"]) for node in nodes))
@@ -40,7 +44,7 @@ def in_python(operators: Iterable[str]) -> list[str]:
 
 
 def sentence(operators: Sequence[str]) -> str:
-    """What a model calls, as a note for its user; "" for nothing."""
+    """Return what a model calls, as a note for its user; "" for nothing."""
     strange = custom(operators)
     parts = []
     if len(strange) < len(operators):
@@ -54,7 +58,7 @@ def sentence(operators: Sequence[str]) -> str:
 
 
 def why_not_callable(error: RuntimeError, operators: Iterable[str]) -> str:
-    """Why torch can't call them, from its error, and what to do."""
+    """Return why torch can't call them, from its error, and what to do."""
     cause = str(error).partition("\nException raised from ")[0].strip().rstrip(".")
     if custom(operators):
         return (
@@ -64,6 +68,6 @@ def why_not_callable(error: RuntimeError, operators: Iterable[str]) -> str:
 
 
 def names(operators: Sequence[str]) -> str:
-    """The names, as many as a sentence takes."""
+    """Return the names, as many as a sentence takes."""
     more = len(operators) - MOST_NAMED
     return ", ".join(operators[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

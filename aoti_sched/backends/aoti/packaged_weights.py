@@ -1,4 +1,4 @@
-"""The weights that a model is loaded with: those that its package keeps beside its library, and those given at load."""
+"""The weights of a load: those kept in the package, and those given by the caller."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from aoti_sched.backends.aoti.constants import Names, choose
-from aoti_sched.backends.aoti.weight_files import Seen, open_weights
+from aoti_sched.backends.aoti.opened_files import Seen
+from aoti_sched.backends.aoti.weight_files import open_weights
 from aoti_sched.backends.contracts import LoadRequest
 from aoti_sched.errors import LoadError, MissingWeightsError, WeightsTypeError, clipped, shortened
 from aoti_sched.model.specs import WeightName
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class GivenWeights:
-    """What was given as `load(..., weights=)`: a mapping, or a file, which is read again when its model is restored.
+    """The `weights=` of a load: a mapping, or a file, which is read again at each restore.
 
     Args:
         request: What is to be loaded, with the mapping or the path.
@@ -33,8 +34,8 @@ class GivenWeights:
         weights = request.weights
         if not isinstance(weights, (str, os.PathLike, Mapping)):
             raise WeightsTypeError(
-                f"load({clipped(request.path)!r}): weights=: expected the path of a weights file, or a mapping from names to tensors, got "
-                f"{type(weights).__name__}."
+                f"load({clipped(request.path)!r}): weights=: expected the path of a weights file, "
+                f"or a mapping from names to tensors, got {type(weights).__name__}."
             )
         self._model, self._strict = request.name, request.weights_strict
         self._weights: object = weights
@@ -54,8 +55,9 @@ class GivenWeights:
         unknown = [c.spec.fqn for c in constants if c.stride is None and not c.spec.folded]
         if unknown and not active:
             raise MissingWeightsError(
-                f"{raw.name}: weights were given, but nothing says how {shortened(map(repr, unknown))} lie in memory. "
-                "Load the package itself, or the library with its generated sources beside it."
+                f"{raw.name}: weights were given, but nothing says how "
+                f"{shortened(map(repr, unknown))} lie in memory. Load the package itself, or the "
+                "library with its generated sources beside it."
             )
         with open_weights(self._weights, self._seen) as offers:
             chosen = choose(
@@ -82,8 +84,9 @@ class GivenWeights:
 def load_weights(
     raw: RawContainer, extracted: Extracted, given: GivenWeights | None = None
 ) -> None:
-    """Give a container the weights that were given, and else those that its package brings, if it has not got them from
-    its library.
+    """Give a container the weights that were given, and else those that its package brings.
+
+    A container whose library has all weights keeps them.
 
     Raises:
         MissingWeightsError: constants are left without values; a run would be a segmentation fault.
@@ -100,9 +103,11 @@ def load_weights(
     missing = raw.missing_constants()
     if missing:
         raise MissingWeightsError(
-            f"{raw.name}: the package brings no weights for {shortened(missing)}. Give them: load(..., "
-            'weights="model.safetensors"), or a state dict. Or compile it with package_constants_in_so=True (the '
-            "default), or with package_constants_on_disk_format set."
+            f"{raw.name}: the package brings no weights for {shortened(missing)}. Give them: "
+            "load(..., "
+            'weights="model.safetensors"), or a state dict. Or compile it with '
+            "package_constants_in_so=True (the default), or with package_constants_on_disk_format "
+            "set."
         )
 
 
@@ -118,10 +123,13 @@ def give_weights(raw: RawContainer, weights: dict[str, torch.Tensor]) -> None:
 
 
 def read_stored(name: str, extracted: Extracted) -> dict[str, torch.Tensor]:
-    """The pickled weights by FQN. Only tensors are unpickled (`weights_only`), each file once.
+    """Return the pickled weights by FQN.
+
+    Only tensors are unpickled (`weights_only`), each file once.
 
     Raises:
-        LoadError: A file is no torch.save file of a tensor, or smaller than the view that is asked of it.
+        LoadError: A file is no torch.save file of a tensor, or smaller than the view that is asked
+            of it.
     """
     files: dict[Path, torch.Tensor] = {}
     weights = {}

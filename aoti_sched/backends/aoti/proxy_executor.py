@@ -1,9 +1,13 @@
-"""Torch's proxy executor, by which compiled code calls operators that have no C function: some of aten's, and all custom ones.
+"""Torch's proxy executor, by which compiled code calls operators that have no C function.
 
-Torch makes one in its own runner alone, and exports neither the class nor a function that makes it. So its runner is given a
-model without content (`native/proxy_model.c`) beside the files of the real one: the runner makes the executor of those files and
-gives it to the run of the empty model, which remembers the address. Nothing else of the runner is used: the executor does not
-know which model calls it. It holds no GIL; an operator that is written in Python takes the GIL for as long as it runs.
+Such operators are some of aten's and all custom ones.
+
+Torch makes one in its own runner alone, and exports neither the class nor a function that makes it.
+So its runner is given a model without content (`native/proxy_model.c`) beside the files of the real
+one: the runner makes the executor of those files and gives it to the run of the empty model, which
+remembers the address. Nothing else of the runner is used: the executor does not know which model
+calls it. It holds no GIL; an operator that is written in Python takes the GIL for as long as it
+runs.
 """
 
 from __future__ import annotations
@@ -31,7 +35,8 @@ class ProxyExecutor:
 
     Args:
         runner: Torch's runner, which owns it.
-        address: What compiled code is given; 0 where torch makes none, since the model lists no operators.
+        address: What compiled code is given; 0 where torch makes none, since the model lists no
+            operators.
         operators: What it calls.
     """
 
@@ -59,7 +64,7 @@ class ProxyExecutor:
 
 
 def open_proxy_executor(name: str, device: str, library: Path) -> tuple[ProxyExecutor | None, str]:
-    """The proxy executor of an extracted model; or None, and why there is none here.
+    """Return the proxy executor of an extracted model; or None, and why there is none here.
 
     Args:
         name: What errors call the model.
@@ -91,7 +96,7 @@ def open_proxy_executor(name: str, device: str, library: Path) -> tuple[ProxyExe
         return None, f"no temporary directory can be used: {error}"
     address = _given(empty)
     if not address and library.with_suffix(".json").exists():
-        return None, f"this torch ({torch.__version__}) does not give it away"
+        return None, f"this torch ({torch.__version__}) does not expose it"
     return ProxyExecutor(runner, address, operators), ""
 
 

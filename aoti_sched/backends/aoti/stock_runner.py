@@ -14,7 +14,8 @@ from aoti_sched.errors import LoadError
 def stock_runner(device: str, library: Path, instances: int) -> Any:
     """Torch's own runner for a model on a device ("cpu", "cuda:0", "xpu:0", "mps").
 
-    CUDA's and XPU's are told the device and where the model's kernels lie, which is beside its library.
+    CUDA's and XPU's are told the device and where the model's kernels lie, which is beside its
+    library.
 
     Raises:
         LoadError: This torch was built without that kind of device.
@@ -25,7 +26,8 @@ def stock_runner(device: str, library: Path, instances: int) -> Any:
     runner = getattr(_aoti, name, None)
     if runner is None:
         raise LoadError(
-            f"{library.name}: it needs torch's own runner for {kind}, {name}, which this torch ({torch.__version__}) has not"
+            f"{library.name}: it needs torch's own runner for {kind}, {name}, which this torch "
+            f"({torch.__version__}) has not"
         )
     if kind in ("cuda", "xpu"):
         return runner(str(library), instances, device, str(library.parent))

@@ -1,8 +1,11 @@
-"""Torch's own container runner, for models whose operators need torch's proxy executor where that can't be had alone.
+"""Torch's own container runner, for models whose operators need torch's proxy executor.
 
-`torch._C._aoti.AOTIModelContainerRunner*` makes an executor of the files beside the library; there is a runner for each kind of
-device. What it costs: on torch 2.13 the binding holds the GIL for the whole run, so the event loop stands still meanwhile.
-`proxy_executor.py` takes the executor from such a runner, and then this way is not needed.
+This runner serves where the proxy executor can't be had alone.
+
+`torch._C._aoti.AOTIModelContainerRunner*` makes an executor of the files beside the library; there
+is a runner for each kind of device. What it costs: on torch 2.13 the binding holds the GIL for the
+whole run, so the event loop stands still meanwhile. `proxy_executor.py` takes the executor from
+such a runner, and then this way is not needed.
 """
 
 from __future__ import annotations
@@ -58,10 +61,11 @@ class TorchRunnerContainer:
         self._extracted = extracted
         if extracted.weights_blob is not None:
             raise LoadError(
-                f"{raw.name}: it needs torch's own runner, which can't load weights from a blob here. Compile it with the "
-                "weights in the library."
+                f"{raw.name}: it needs torch's own runner, which can't load weights from a blob "
+                "here. Compile it with the weights in the library."
             )
-        # On the describing container, which refuses what can't be complete. Weights that were given stay on the host.
+        # On the describing container, which refuses what can't be complete. Weights that were given
+        # stay on the host.
         given = None
         if request.weights is not None:
             given = GivenWeights(request, spec.weights if spec is not None else ())
@@ -82,7 +86,7 @@ class TorchRunnerContainer:
         )
 
     def _make(self) -> Any:
-        """A runner with the package's weights."""
+        """Return a runner with the package's weights."""
         try:
             runner = stock_runner(self._device_name, self._extracted.library, self._instances)
             stored = self._kept or read_stored(f"model {self._name!r}", self._extracted)
@@ -92,7 +96,8 @@ class TorchRunnerContainer:
                 runner.update_constant_buffer(constants, False, False)
         except RuntimeError as error:
             raise LoadError(
-                f"model {self._name!r}: torch's runner could not be made: {why_not_callable(error, self._operators)}"
+                f"model {self._name!r}: torch's runner could not be made: "
+                f"{why_not_callable(error, self._operators)}"
             ) from error
         return runner
 
@@ -100,7 +105,8 @@ class TorchRunnerContainer:
     def info(self) -> ContainerInfo:
         return ContainerInfo(
             runtime="torch runner",
-            reason=f"{sentence(self._operators)} It runs through torch's own runner, since torch's proxy executor can't be had "
+            reason=f"{sentence(self._operators)} It runs through torch's own runner, since torch's "
+            "proxy executor can't be had "
             f"alone ({self._why}); the runner ".lstrip()
             + (
                 "released the GIL when probed."
@@ -118,14 +124,14 @@ class TorchRunnerContainer:
 
     c_run = None  # only torch's binding can run it
 
-    def own(self, outputs: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    def detach_outputs(self, outputs: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
         return outputs
 
     def run_raw(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         return self._run_on(inputs)
 
     def _run_on(self, inputs: Sequence[torch.Tensor], stream: int = 0) -> list[torch.Tensor | None]:
-        """Run on a device's stream, which the runner takes as a capsule; 0 for the current one, or none."""
+        """Run on a device's stream, given as a capsule; 0 for the current stream or none."""
         runner = self._runner
         if runner is None:
             raise RunError(f"model {self._name!r} is closed")
@@ -203,10 +209,11 @@ class TorchRunnerContainer:
 
 
 def gil_during(call: Callable[[], object]) -> str:
-    """Whether a call that blocks releases the GIL: "held" or "released", by watching another thread meanwhile.
+    """Return what a blocking call does with the GIL: "held" or "released".
 
-    Torch is about to release it (pytorch/pytorch#197516), so it is probed and not assumed. A call too short to
-    tell (under 10 ms) counts as "held": then it hardly matters.
+    Another thread is watched during the call. Torch is about to release the GIL
+    (pytorch/pytorch#197516), so the answer is probed and not assumed. A call that is too short to
+    tell (under 10 ms) counts as "held": for such a call it hardly matters.
     """
     stamps: list[float] = []
     done = threading.Event()

@@ -126,7 +126,7 @@ def _without_frames(error: BaseException) -> BaseException:
 
 
 def _call_own(work: Work, run: CRun, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-    return work.container.own(_call(run, list(tensors)))
+    return work.container.detach_outputs(_call(run, list(tensors)))
 
 
 def _call(run: CRun, tensors: list[torch.Tensor]) -> list[torch.Tensor | None]:

@@ -243,7 +243,7 @@ class NativeExecutor:
             return Completion(work.token, None, error, started, finished)
         try:
             outputs = (
-                work.container.own(result)
+                work.container.detach_outputs(result)
                 if work.batch is None
                 else self._own(work, work.batch, result)
             )
@@ -258,11 +258,11 @@ class NativeExecutor:
         container = work.container
         run: Any = container.c_run
         if self._shim is None:
-            return split(run.name, batch, container.own(result))
+            return split(run.name, batch, container.detach_outputs(result))
         whole: list[Any] = result[0]
         members: list[Any] = result[1]
         if not batch.plan.detach_rows:
-            own = container.own(list(whole))
+            own = container.detach_outputs(list(whole))
             if any(one is not other for one, other in zip(own, whole, strict=True)):
                 return split(run.name, batch, own)
         return members

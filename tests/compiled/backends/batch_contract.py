@@ -31,11 +31,11 @@ class Rows:
     def __init__(self, function, outputs, own):
         self.function = function
         self.outputs = outputs
-        self.own = own
+        self.detach_outputs = own
         self.staging = Staging("model 'rows'")
 
     def run_raw(self, inputs):
-        return self.own(self.function(*inputs))
+        return self.detach_outputs(self.function(*inputs))
 
 
 def plan(*inputs, outputs=1, detach=False):

@@ -121,7 +121,7 @@ class OnDevice(CFunction):
                 work.batch.plan, members, work.batch.rows, work.batch.padded_rows, work.batch.slot
             )
             return self.staging.run(
-                batch, lambda inputs: slot.home(self.own(self.function(*inputs)))
+                batch, lambda inputs: slot.home(self.detach_outputs(self.function(*inputs)))
             )
 
 

@@ -20,7 +20,7 @@ from aoti_sched.backends.aoti import stock_runner as stock
 from aoti_sched.backends.aoti.container import CAbiContainer
 from aoti_sched.backends.aoti.handles import capsule_of
 from aoti_sched.backends.aoti.packaged_weights import load_weights
-from aoti_sched.backends.aoti.raw_container import _groups
+from aoti_sched.backends.aoti.raw_constants import _groups
 from aoti_sched.backends.contracts import LoadRequest, Work
 from aoti_sched.backends.cpu import CpuDevice
 from aoti_sched.backends.executors.batches import Batch
@@ -612,12 +612,12 @@ def test_outputs_that_are_weights_become_copies(device, kind, loaded, monkeypatc
     container = loaded(device)
     blob = torch.zeros(8)
     monkeypatch.setattr(container._raw, "_borrow", lambda *, inactive: [("weight", blob)])
-    container._know_memory()
+    container._index_constants()
     stranger = torch.tensor([]).set_(blob.untyped_storage()[8:16])
     assert blob.data_ptr() < stranger.data_ptr() < blob.data_ptr() + blob.nbytes
     outputs = [None, blob[2:], torch.zeros(8), stranger]
     assert container._aliases(outputs) == ([1] if kind == "mps" else [1, 3])
-    own = CAbiContainer.own(container, list(outputs))
+    own = CAbiContainer.detach_outputs(container, list(outputs))
     assert own[1].untyped_storage().data_ptr() != blob.data_ptr()
     assert (own[3] is stranger) == (kind == "mps")
     container._folded_outputs = {0, 2}

@@ -264,7 +264,7 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"a": F32 | {"shape": [-2]}}, "broken safetensors header"),
         ({"a": F32 | {"shape": [2.5]}}, "broken safetensors header"),
         ({"a": F32 | {"dtype": "F4"}}, "'a' of dtype F4"),
-        ({"a": F32 | {"shape": [3]}}, "'a' (F32 [3], 12 bytes) is said to lie at 0 to 8"),
+        ({"a": F32 | {"shape": [3]}}, "'a' (F32 [3], 12 bytes) has the offsets 0 to 8"),
         ({"a": F32 | {"shape": [1 << 62, 1 << 62]}}, "broken safetensors header"),
         ({"a": F32 | {"shape": [10**30]}}, "broken safetensors header"),
         (
@@ -274,9 +274,9 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"a": F32 | {"data_offsets": [8, 0]}}, "broken safetensors header"),
         (
             {"a": F32 | {"data_offsets": [4, 12]}},
-            "'a' (F32 [2], 8 bytes) is said to lie at 4 to 12",
+            "'a' (F32 [2], 8 bytes) has the offsets 4 to 12",
         ),
-        ({"a": F32, "b": F32}, "'b' (F32 [2], 8 bytes) is said to lie at 0 to 8, where 8 bytes"),
+        ({"a": F32, "b": F32}, "'b' (F32 [2], 8 bytes) has the offsets 0 to 8, but 8 bytes"),
         ({"a": F32, "b": F32 | {"data_offsets": [8, 16]}}, "is truncated: its header promises"),
     ],
 )
@@ -485,15 +485,15 @@ def test_a_missing_shard_is_named_before_any_is_read(tmp_path):
 def test_an_index_and_shards_of_different_sets_are_refused(tmp_path):
     index = sharded(tmp_path)
     save_file({"weight": STATE["weight"]}, tmp_path / "one-of-two")
-    assert "says that 'one-of-two' holds 'scale'" in fault(index)
+    assert "lists 'scale' for the shard 'one-of-two', which lacks it" in fault(index)
     save_file(STATE, tmp_path / "one-of-two")
-    assert "does not say that 'one-of-two' holds" in fault(index)
+    assert "for the shard 'one-of-two', which holds it" in fault(index)
 
 
 @pytest.mark.parametrize("shard", ["../elsewhere", "/etc/passwd", "", ".."])
 def test_a_shard_elsewhere_is_refused(tmp_path, shard):
     (tmp_path / "a.json").write_text(json.dumps({"weight_map": {"weight": shard}}))
-    assert "is no file of its own directory" in fault(tmp_path / "a.json")
+    assert "is not the name of a file in its directory" in fault(tmp_path / "a.json")
 
 
 def test_an_index_that_names_itself_is_refused(tmp_path):

@@ -17,7 +17,7 @@ from aoti_sched.errors import (
     PackageNotFoundError,
 )
 from aoti_sched.package import open_package
-from aoti_sched.package.archive import Limits
+from aoti_sched.package.archive import ReadLimits
 from tests.unit.package.files import DEFLATED, Member, elf, model_members, write_package, zipped
 
 MEBI = 1 << 20
@@ -95,17 +95,17 @@ def test_a_stored_member_must_store_as_much_as_it_claims(tmp_path):
 
 def test_the_members_together_may_claim_only_so_much(tmp_path):
     with pytest.raises(PackageFormatError, match=r"claims \d+ bytes unpacked, more than 100"):
-        open_package(hostile(tmp_path), limits=Limits(total=100))
+        open_package(hostile(tmp_path), limits=ReadLimits(total=100))
 
 
 def test_there_may_be_only_so_many_members(tmp_path):
     with pytest.raises(PackageFormatError, match="has 4 members, more than 3"):
-        open_package(hostile(tmp_path), limits=Limits(members=3))
+        open_package(hostile(tmp_path), limits=ReadLimits(members=3))
 
 
 def test_a_directory_too_large_for_memory_is_not_read(tmp_path):
     with pytest.raises(PackageFormatError, match=r"has a directory of \d+ bytes, more than 50"):
-        open_package(hostile(tmp_path), limits=Limits(directory=50))
+        open_package(hostile(tmp_path), limits=ReadLimits(directory=50))
 
 
 def test_members_that_overlap_are_refused(tmp_path):
@@ -131,14 +131,14 @@ def test_a_member_that_begins_before_the_file_is_refused(tmp_path):
 
 def test_metadata_too_large_to_be_metadata_is_not_read(tmp_path):
     with pytest.raises(PackageFormatError, match=r"abc\.wrapper_metadata\.json' claims \d+ bytes"):
-        open_package(hostile(tmp_path), limits=Limits(json=10)).model()
+        open_package(hostile(tmp_path), limits=ReadLimits(json=10)).model()
 
 
 def test_a_source_too_large_to_be_one_is_not_read(tmp_path):
     with pytest.raises(
         PackageFormatError, match=r"\.cpp' claims \d+ bytes where at most 10 are plausible"
     ):
-        open_package(hostile(tmp_path), limits=Limits(source=10)).model()
+        open_package(hostile(tmp_path), limits=ReadLimits(source=10)).model()
 
 
 # --- content -----------------------------------------------------------------------------------------------
