@@ -121,3 +121,10 @@ def test_a_phrase_is_found_across_lines_and_comments():
     text = "# The fact is\n    # told.\n# A user who asks, and a job who waits, be it so much.\n"
     assert findings(text) == ["line 1: is told", "line 3: who", "line 3: so much"]
     assert findings("# It takes so much time that nothing else runs.") == []
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith(".md")])
+def test_a_line_of_prose_has_at_most_100_columns(name):
+    prose = re.sub(r"```.*?```", "", (ROOT / name).read_text(), flags=re.DOTALL)
+    lines = [line for line in prose.split("\n") if not line.startswith(("|", "!["))]
+    assert [line for line in lines if len(line) > 100 and " " in line.strip("- ")] == []
