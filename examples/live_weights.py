@@ -6,7 +6,7 @@ A classifier of handwritten digits starts out untrained, and clients ask it all 
 trained; after every few steps its weights are published with `runner.update`, and `trace.epoch` tells
 which set gave an answer. Then noise is published by mistake: the share of right answers falls, somebody watches it, and
 `runner.rollback` brings the last good set back. At the end every answer is computed again, in plain PyTorch, with
-the set that its trace names. What happened is printed, and drawn in live_weights.png.
+the set that its trace names. What happened is printed, and drawn in .cache/examples/live_weights.png.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch.nn.functional import cross_entropy
 import aoti_sched
 from aoti_sched import Runner, UpdateReport
 
-from .colours import made_once
+from .colours import CACHE, made_once
 from .semantic_search.digits import BATCH, SEED, DigitClassifier, Digits, load_digits, one_thread
 
 CLIENTS = 12
@@ -331,7 +331,10 @@ def draw_accuracy(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "--output", type=Path, default=Path("live_weights.png"), help="where the picture goes"
+        "--output",
+        type=Path,
+        default=CACHE / "live_weights.png",
+        help="where the picture goes",
     )
     output = parser.parse_args().output
     to_learn, to_read = load_digits()

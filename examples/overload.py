@@ -140,7 +140,7 @@ async def main(package: Path) -> None:
                 for end, seconds in sorted(ends.seconds.items()):
                     after = statistics.median(seconds)
                     print(
-                        f"  {len(seconds):6,} {end}, which half of them knew after {1e3 * after:.1f} ms"
+                        f"  {len(seconds):6,} {end}; half of them knew after {1e3 * after:.1f} ms"
                     )
                 print(
                     f"  {ends.in_time[Priority.HIGH]:6,} of those in time were a paying customer's"

@@ -58,8 +58,8 @@ PROGRAMS = {
         "0.5 times the capacity, no bound",
         "5 times the capacity, a bound, the worst dropped",
         "5 times the capacity, refused by prediction",
-        " answered in time, which half of them knew after ",
-        " refused: it could not have been in time, which half of them knew after ",
+        " answered in time; half of them knew after ",
+        " refused: it could not have been in time; half of them knew after ",
         " of those in time were a paying customer's",
     ],
     "pipeline": [

@@ -1,0 +1,130 @@
+"""The package's text and the documentation use plain English: no phrase that the style bans.
+
+A file that is not clean yet is listed in `NOT_CLEAN_YET`.
+A listed file that has become clean, or no longer exists, fails the test until its line is removed.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SUFFIXES = {".py", ".pyi", ".c", ".cpp", ".hpp"}
+CODE = [path for path in sorted((ROOT / "aoti_sched").rglob("*")) if path.suffix in SUFFIXES]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]
+NAMES = [str(path.relative_to(ROOT)) for path in sorted([*CODE, *PAGES])]
+
+# "Who" is for people: it follows one of these words.
+PERSON = re.compile(r"\b(?:anyone|callers?|owners?|people|person|readers?|users?),? $")
+BANNED = re.compile(
+    r"\b(?:(?:is|are|was|were|be|been) (?:said|told)|but for|all the same|as here|be it that|shall"
+    r"|so (?:many|much)\b(?![^.]*\bthat\b)|whoever|nobody|somebody|who(?! else))\b",
+    re.IGNORECASE,
+)
+
+NOT_CLEAN_YET: set[str] = {
+    "aoti_sched/backends/accelerators/accelerator.py",
+    "aoti_sched/backends/accelerators/cuda.py",
+    "aoti_sched/backends/accelerators/cuda_graphs.py",
+    "aoti_sched/backends/accelerators/mps.py",
+    "aoti_sched/backends/aoti/constants.py",
+    "aoti_sched/backends/aoti/handles.py",
+    "aoti_sched/backends/aoti/operators.py",
+    "aoti_sched/backends/aoti/raw_container.py",
+    "aoti_sched/backends/aoti/stock_runner.py",
+    "aoti_sched/backends/aoti/weight_files.py",
+    "aoti_sched/backends/contracts.py",
+    "aoti_sched/backends/executors/choose.py",
+    "aoti_sched/backends/executors/inline.py",
+    "aoti_sched/backends/native/__main__.py",
+    "aoti_sched/backends/native/_native.pyi",
+    "aoti_sched/backends/native/batch.hpp",
+    "aoti_sched/backends/native/executor.py",
+    "aoti_sched/backends/native/lane.cpp",
+    "aoti_sched/backends/native/lane.hpp",
+    "aoti_sched/backends/native/module.cpp",
+    "aoti_sched/backends/native/running.cpp",
+    "aoti_sched/backends/native/running.hpp",
+    "aoti_sched/backends/native/stream.hpp",
+    "aoti_sched/backends/native/tensors.cpp",
+    "aoti_sched/backends/native/tensors.hpp",
+    "aoti_sched/backends/reading.py",
+    "aoti_sched/compile.py",
+    "aoti_sched/config.py",
+    "aoti_sched/engine/blocking.py",
+    "aoti_sched/engine/dispatcher.py",
+    "aoti_sched/engine/parking.py",
+    "aoti_sched/engine/prepare.py",
+    "aoti_sched/engine/probing.py",
+    "aoti_sched/engine/weights.py",
+    "aoti_sched/events.py",
+    "aoti_sched/model/batch_layout.py",
+    "aoti_sched/model/evidence.py",
+    "aoti_sched/model/findings.py",
+    "aoti_sched/model/specs.py",
+    "aoti_sched/model/wrapper_source.py",
+    "aoti_sched/package/archive.py",
+    "aoti_sched/package/cache.py",
+    "aoti_sched/package/sources.py",
+    "aoti_sched/package/trust.py",
+    "aoti_sched/queue/admission/gate.py",
+    "aoti_sched/queue/admission/shedding.py",
+    "aoti_sched/queue/batching.py",
+    "aoti_sched/queue/check.py",
+    "aoti_sched/queue/device_queue.py",
+    "aoti_sched/queue/job.py",
+    "aoti_sched/queue/lanes.py",
+    "aoti_sched/queue/memory.py",
+    "aoti_sched/queue/runner_state.py",
+    "aoti_sched/queue/selection/choice.py",
+    "aoti_sched/queue/selection/fairness.py",
+    "aoti_sched/queue/selection/forecast.py",
+    "aoti_sched/queue/selection/job_queue.py",
+    "aoti_sched/queue/selection/placement.py",
+    "aoti_sched/queue/selection/routing.py",
+    "aoti_sched/queue/selection/service_time.py",
+    "aoti_sched/runner.py",
+    "aoti_sched/scheduler.py",
+    "aoti_sched/stats.py",
+}
+
+
+def findings(text: str) -> list[str]:
+    """Return the banned phrases of a text, each with its line."""
+    # A phrase may go on behind a line break and the mark of a comment.
+    joined = re.sub(r"\n[ \t]*(?:#|//|\*)?[ \t]*", "\n", text)
+    flat = joined.replace("\n", " ")
+    return [
+        f"line {joined.count(chr(10), 0, match.start()) + 1}: {match[0]}"
+        for match in BANNED.finditer(flat)
+        if match[0].lower() != "who" or not PERSON.search(flat[: match.start()])
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_has_no_banned_phrase(name):
+    found = findings((ROOT / name).read_text())
+    if name in NOT_CLEAN_YET:
+        assert found, f"{name} is clean: remove it from NOT_CLEAN_YET"
+    else:
+        assert not found, f"{name}: {found}"
+
+
+def test_every_file_that_is_not_clean_yet_exists():
+    assert {*NAMES} >= NOT_CLEAN_YET, "remove these names from NOT_CLEAN_YET"
+
+
+def test_a_phrase_is_found_across_lines_and_comments():
+    text = "# The fact is\n    # told.\n# A user who asks, and a job who waits, be it so much.\n"
+    assert findings(text) == ["line 1: is told", "line 3: who", "line 3: so much"]
+    assert findings("# It takes so much time that nothing else runs.") == []
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith(".md")])
+def test_a_line_of_prose_has_at_most_100_columns(name):
+    prose = re.sub(r"```.*?```", "", (ROOT / name).read_text(), flags=re.DOTALL)
+    lines = [line for line in prose.split("\n") if not line.startswith(("|", "!["))]
+    assert [line for line in lines if len(line) > 100 and " " in line.strip("- ")] == []
