@@ -407,7 +407,7 @@ class DeviceQueue:
         ):  # one that was drained and removed is refused, not unknown
             self._known(runner)
         if job.state is not JobState.NEW:
-            raise IllegalFactError(f"job {job.id} was submitted before, it is {job.state.name}")
+            raise job.illegal(f"job {job.id} was submitted before, it is {job.state.name}")
         _must_be_lawful(job)
         self._ids += 1
         job.id = self._ids
@@ -426,12 +426,12 @@ class DeviceQueue:
                     shed = self.room.make_way(job) if runner.sheds else ()
                     error = None if shed else refusal.for_now(job, full)
         if error is not None:
-            job.happens(Fact.REJECT)
+            job.happens_at(Fact.REJECT, now)
             runner.counters.rejected += 1
             return [Reject(job, error)]
         if job.deadline is not None:
             if job.deadline <= now:
-                job.happens(Fact.EXPIRE)
+                job.happens_at(Fact.EXPIRE, now)
                 runner.counters.expired += 1
                 return [Expire(job)]
             self.timers.watch(job, job.deadline)
@@ -442,10 +442,10 @@ class DeviceQueue:
             full = self.room.full(job)
         job.source.live += 1
         if job.min_epoch > job.source.epoch:
-            job.happens(Fact.HOLD)
+            job.happens_at(Fact.HOLD, now)
             runner.awaiting[job.id] = job
         elif full is not None:
-            job.happens(Fact.HOLD)
+            job.happens_at(Fact.HOLD, now)
             self.room.wait(job)
             self._dispatch(now, commands)
         elif (lane := self._uncontended_lane(job, now)) is not None:
@@ -485,7 +485,7 @@ class DeviceQueue:
         """
         lanes = self.lanes
         if not lanes.hold(job):
-            raise IllegalFactError(
+            raise job.illegal(
                 f"job {job.id} is {job.state.name} and not on a lane: it can't complete"
             )
         source, runner = job.source, job.source.runner
@@ -533,7 +533,7 @@ class DeviceQueue:
         """The caller gave up. A queued job leaves at once; a running one leaves its lane busy until it is done."""
         commands: list[Command] = []
         if job.state is JobState.RUNNING:
-            job.happens(Fact.CANCEL)
+            job.happens_at(Fact.CANCEL, now)
             self.timers.ended(job)
         else:
             self._leave_queue(job, Fact.CANCEL, now)
@@ -656,7 +656,10 @@ class DeviceQueue:
 
     def _admit(self, job: Job, now: float, commands: list[Command], *, waited: bool) -> None:
         """It is queued."""
-        job.happens(Fact.ADMIT)
+        if waited:
+            job.happens_at(Fact.ADMIT, now)
+        else:
+            job.happens(Fact.ADMIT)
         source, runner = job.source, job.source.runner
         job.expected = expected(job, job.bytes)
         if self._forecast.kept:
@@ -824,7 +827,10 @@ class DeviceQueue:
     def _end(self, job: Job, fact: Fact, started: float, finished: float, seconds: float) -> None:
         """A job's run of so many seconds is over, whether its caller is still there or had left."""
         left = job.state is not JobState.RUNNING
-        job.happens(fact)
+        if left:
+            job.happens_at(fact, finished)
+        else:
+            job.happens(fact)
         self._count_run(job, started, seconds)
         self.ledger.end(job)
         job.started, job.finished = started, finished
@@ -916,7 +922,7 @@ class DeviceQueue:
     def _leave_queue(self, job: Job, fact: Fact, now: float) -> None:
         """A job that is waiting or queued ends there."""
         waiting = job.state is JobState.WAITING
-        job.happens(fact)
+        job.happens_at(fact, now)
         job.finished = now
         source = job.source
         source.live -= 1
@@ -1038,7 +1044,7 @@ class DeviceQueue:
         self, job: Job, now: float, commands: list[Command], takes: float | None = None
     ) -> None:
         if job.state is JobState.RUNNING:
-            job.happens(Fact.EXPIRE)
+            job.happens_at(Fact.EXPIRE, now)
             self.timers.ended(job)
         else:
             self._leave_queue(job, Fact.EXPIRE, now)

@@ -94,8 +94,21 @@ TRANSITIONS: dict[JobState, dict[Fact, JobState]] = {
 """Every transition of a job. A fact that is not in its state's row is illegal."""
 
 
+Moment = tuple[float, str]
+"""A time and the name of the fact that happened to a job then."""
+
+
 class IllegalFactError(Exception):
-    """A fact that can't happen in this state; a bug of the caller's. Nothing was changed."""
+    """A fact that can't happen in this state; a bug of the caller's. Nothing was changed.
+
+    Attributes:
+        story: What had happened to the job, as (time, fact), in order; empty where no job is meant.
+    """
+
+    def __init__(self, message: str, story: tuple[Moment, ...] = ()) -> None:
+        told = ", ".join(f"{fact} at {time:.15g}" for time, fact in story)
+        super().__init__(f"{message}. Its story: {told}" if told else message)
+        self.story = story
 
 
 class Job:
@@ -137,6 +150,7 @@ class Job:
         "overdue",
         "payload",
         "priority",
+        "recorded",
         "rest",
         "rows",
         "size",
@@ -194,6 +208,7 @@ class Job:
         self.batch = 1
         self.expected = 0.0
         self.account: Account | None = None
+        self.recorded: tuple[tuple[float, Fact, JobState], ...] = ()  # see `story`
         self.overdue = False  # launched out of order, for it had waited too long
         self.tried = False  # believed to be late, and let go on all the same
 
@@ -201,7 +216,43 @@ class Job:
         """Move to the next state by the table, or raise `IllegalFactError` and change nothing."""
         following = TRANSITIONS[self.state].get(fact)
         if following is None:
-            raise IllegalFactError(
+            raise self.illegal(
                 f"job {self.id} is {self.state.name}: {fact.name} can't happen to it"
             )
         self.state = following
+
+    def happens_at(self, fact: Fact, now: float) -> None:
+        """Do as `happens`, and record a fact whose time no field keeps."""
+        before = self.state
+        self.happens(fact)
+        self.recorded += ((now, fact, before),)
+
+    def illegal(self, message: str) -> IllegalFactError:
+        """Return the error of a fact that can't happen to this job, with the job's story."""
+        return IllegalFactError(message, self.story())
+
+    def story(self) -> tuple[Moment, ...]:
+        """Return what has happened to the job so far, as (time, fact), in order.
+
+        The facts of every request cost nothing: their times are the job's own fields.
+        The rarer facts are recorded. No job has more than a few, since the table has no way back.
+        """
+        if self.id < 0:
+            return ()
+        moments: list[Moment] = [(self.submitted, "SUBMIT")]
+        recorded = self.recorded
+        first = recorded[0][2] if recorded else self.state
+        if first not in (JobState.NEW, JobState.WAITING):
+            moments.append((self.submitted, Fact.ADMIT.name))
+        listed = self.slot < 0  # nothing was launched
+        for time, fact, before in recorded:
+            if not listed and before is JobState.RUNNING:
+                moments.append((self.started, Fact.LAUNCH.name))
+                listed = True
+            moments.append((time, fact.name))
+        if not listed:
+            moments.append((self.started, Fact.LAUNCH.name))
+        if self.state in (JobState.DONE, JobState.FAILED):
+            end = Fact.SUCCEED if self.state is JobState.DONE else Fact.FAIL
+            moments.append((self.finished, end.name))
+        return tuple(moments)

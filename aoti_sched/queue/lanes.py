@@ -6,7 +6,7 @@ run at once; and so do the members of a failed batch that are run again there, o
 
 from __future__ import annotations
 
-from aoti_sched.queue.job import Job, JobState
+from aoti_sched.queue.job import Fact, Job, JobState
 from aoti_sched.queue.selection.placement import LOOP
 
 
@@ -96,6 +96,7 @@ def _next_of(job: Job, now: float) -> Job | None:
             member.again = True
             member.batch = 1
             member.size = member.bytes
+            member.recorded += ((member.started, Fact.LAUNCH, JobState.QUEUED),)
             member.started = now
             member.source.runner.counters.retried += 1
             return member
