@@ -6,7 +6,8 @@ import pytest
 
 from aoti_sched.errors import QueueFullError
 from aoti_sched.queue.admission.load import Bounds
-from aoti_sched.queue.device_queue import DeviceQueue, Launch
+from aoti_sched.queue.commands import Launch
+from aoti_sched.queue.device_queue import DeviceQueue
 from aoti_sched.queue.job import IllegalFactError, Job, JobState, Priority
 from tests.unit.queue.support import add, device, rejected, take_lease
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from aoti_sched.queue.device_queue import Drained, Expire, Grant, Launch, WakeAt
+from aoti_sched.queue.commands import Drained, Expire, Grant, Launch, WakeAt
 from aoti_sched.queue.job import IllegalFactError, Job, JobState
 from tests.unit.queue.support import add, device, picture, take_lease
 

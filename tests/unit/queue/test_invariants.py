@@ -1,4 +1,4 @@
-"""`check()` names the invariant that is broken; here each of them is broken by hand."""
+"""`check` names the invariant that is broken; here each of them is broken by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from aoti_sched.queue.device_queue import DeviceQueue
 from aoti_sched.queue.job import Job, JobState, Priority
 from aoti_sched.queue.policy import Policy
 from aoti_sched.queue.runner_state import Phase
-from tests.unit.queue.support import add, somewhere, take_lease
+from tests.unit.queue.support import add, check, somewhere, take_lease
 
 
 class Scene:
@@ -38,7 +38,7 @@ class Scene:
 
 
 def test_a_sound_queue_passes():
-    Scene().queue.check()
+    check(Scene().queue)
 
 
 def a_lane_too_many(s):
@@ -245,7 +245,7 @@ def test_a_broken_invariant_is_named(break_it, sentence):
     scene = Scene()
     break_it(scene)
     with pytest.raises(AssertionError, match=f"cpu: {sentence}"):
-        scene.queue.check()
+        check(scene.queue)
 
 
 class Shared:
@@ -273,7 +273,7 @@ class Shared:
 
 def test_a_sound_queue_with_all_rules_passes():
     scene = Shared()
-    scene.queue.check()
+    check(scene.queue)
     assert scene.leader.members == (scene.leader, scene.rider)
     states = [job.state for job in (scene.rider, scene.queued, scene.in_line)]
     assert states == [JobState.RUNNING, JobState.QUEUED, JobState.WAITING]
@@ -453,4 +453,4 @@ def test_a_broken_invariant_of_sharing_and_batches_is_named(break_it, sentence):
     scene = Shared()
     break_it(scene)
     with pytest.raises(AssertionError, match=f"cpu: {sentence}"):
-        scene.queue.check()
+        check(scene.queue)

@@ -6,7 +6,7 @@ import pytest
 
 from aoti_sched.errors import LeaseError, RunnerClosedError
 from aoti_sched.queue.admission.load import Bounds
-from aoti_sched.queue.device_queue import Drained, Expire, Grant, Launch
+from aoti_sched.queue.commands import Drained, Expire, Grant, Launch
 from aoti_sched.queue.job import Job, JobState, Priority
 from tests.unit.queue.support import add, device, launched, rejected, take_lease
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from aoti_sched.errors import RunnerClosedError
-from aoti_sched.queue.device_queue import Drained, Launch, Revoke
+from aoti_sched.queue.commands import Drained, Launch, Revoke
 from aoti_sched.queue.job import IllegalFactError, Job, JobState
 from aoti_sched.queue.runner_state import Phase
 from tests.unit.queue.support import add, device, picture, rejected, take_lease

@@ -14,6 +14,7 @@ from aoti_sched.queue.ending import SLICE
 from tests.unit.queue.cases import CASES, COVER, STEPS, cases_of, greedy_cover
 from tests.unit.queue.plain_parts import LIVE, LOOP
 from tests.unit.queue.seeds import share_of_seeds
+from tests.unit.queue.support import check
 from tests.unit.queue.walks import Player, Walk
 
 SHARES = 8  # tests to spread the walks over, so that a failure leaves the others to look at
@@ -78,7 +79,7 @@ def test_the_core_does_what_the_plain_model_says(share):
             assert sorted_out(commands) == sorted_out(answer), told
             assert (commands, player.wake) == (unchecked.play(*fact), unchecked.wake), told
             try:
-                player.queue.check()
+                check(player.queue)
             except AssertionError as error:
                 raise AssertionError(told) from error
             ticked = fact[0] == "tick"

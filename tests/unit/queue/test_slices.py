@@ -24,7 +24,7 @@ from aoti_sched.queue.commands import (
 from aoti_sched.queue.ending import SLICE
 from aoti_sched.queue.job import Job, JobState, Priority
 from aoti_sched.queue.runner_state import Phase
-from tests.unit.queue.support import add, device, launches, take_lease
+from tests.unit.queue.support import add, check, device, launches, take_lease
 
 MANY = 5 * SLICE + 3
 
@@ -54,7 +54,7 @@ def send(queue, jobs):
     commands = []
     for job in jobs:
         commands += queue.unchecked.submit(job, 0.0, wait=True)
-    queue.check()
+    check(queue)
     return commands
 
 
@@ -289,7 +289,7 @@ def test_walks_in_slices_end_each_job_once(seed):
                 )
                 jobs.append(job)
                 commands += queue.unchecked.submit(job, now, wait=True)
-            queue.check()
+            check(queue)
         elif fact == "complete" and running:
             commands = queue.complete(running.pop(0), now)
         elif fact == "abort" and not runner.closed and runner.phase is Phase.OPEN:
