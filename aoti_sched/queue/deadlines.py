@@ -17,7 +17,7 @@ class ExpiringJobs(Slices):
         """In how many seconds a job would be finished that came now, by what is known. A question, and no fact: nothing changes."""
         runner = job.source.runner
         idle = not self.load.jobs and can_start(runner)
-        at_once = idle and self._choice.has_place(runner, inline=runner.placing.inline(job.bytes))
+        at_once = idle and self._selector.has_place(runner, inline=runner.placing.inline(job.bytes))
         waits = 0.0 if at_once else self._forecast.waiting_time(job, now)
         return runner.placing.times.typical(job.bytes) + waits
 
@@ -28,7 +28,7 @@ class ExpiringJobs(Slices):
         if (
             deadline is None
             or deadline <= now
-            or job.holds
+            or job.is_lease_request
             or job.source is not runner
             or not times.knows(job.bytes)
         ):
@@ -36,8 +36,8 @@ class ExpiringJobs(Slices):
         takes = self.when_finished(job, now)
         if now + takes <= deadline:
             return None
-        if times.doubt(job.bytes, now):
-            job.tried = True
+        if times.should_probe(job.bytes, now):
+            job.probing = True
             return None
         return DeadlineUnreachableError(
             runner.name, takes, deadline - now if job.timeout is None else job.timeout
@@ -54,15 +54,15 @@ class ExpiringJobs(Slices):
         if not self._would_be_late(job, deadline, now):
             return False
         times = job.source.runner.placing.times
-        if times.doubt(job.bytes, now):
-            job.tried = True
+        if times.should_probe(job.bytes, now):
+            job.probing = True
             return False
         self._expire(job, now, commands, self._takes(job))
         return True
 
     def _would_be_late(self, job: Job, deadline: float, now: float) -> bool:
         """Whether a run that starts now would end after its deadline, by what is known. A lease is no run."""
-        if not self.policy.expire_late or job.holds or job.tried:
+        if not self.policy.expire_late or job.is_lease_request or job.probing:
             return False
         return now + self._takes(job) > deadline
 

@@ -73,10 +73,11 @@ from aoti_sched.queue import barrier
 from aoti_sched.queue.admission import rejection
 from aoti_sched.queue.commands import Command, Expire, Failing, Launch, NextTurn, Reject, Shed
 from aoti_sched.queue.ending import Ending
+from aoti_sched.queue.holding import Holding, Stay
 from aoti_sched.queue.job import Fact, IllegalFactError, Job, JobState, Priority
 from aoti_sched.queue.lifecycle import Lifecycle
-from aoti_sched.queue.memory import Claim, Holding, Stay
-from aoti_sched.queue.queue_state import company_of, may_have_company
+from aoti_sched.queue.memory import Claim
+from aoti_sched.queue.queue_state import batch_queue_of, may_share_run
 from aoti_sched.queue.runner_state import UNHEALTHY, Lease, Phase, RunnerState
 from aoti_sched.queue.selection.forecast import expected
 from aoti_sched.queue.selection.placement import LOOP
@@ -90,13 +91,13 @@ def _must_be_lawful(job: Job) -> None:
         raise IllegalFactError(f"a job's inputs have {job.bytes} bytes")
     if job.deadline is not None and math.isnan(job.deadline):
         raise IllegalFactError("a job's deadline is not a number")
-    if job.holds and isinstance(job.source, Lease):
+    if job.is_lease_request and isinstance(job.source, Lease):
         raise IllegalFactError(f"lease {job.source.id} holds one slot and can't lease it again")
-    if job.exempt and (not job.holds or job.bytes or job.min_epoch):
+    if job.bypasses_limits and (not job.is_lease_request or job.bytes or job.min_epoch):
         raise IllegalFactError(
-            "only what takes a lease is exempt from bounds; it has no inputs and waits for no epoch"
+            "a job with bypasses_limits asks for a lease, with no inputs and no min_epoch"
         )
-    if job.key is not None and (job.holds or job.rows < 1):
+    if job.key is not None and (job.is_lease_request or job.rows < 1):
         raise IllegalFactError("a job with a key runs, and has rows")
 
 
@@ -109,7 +110,7 @@ class DeviceQueue(Lifecycle):
         Raises:
             MemoryLimitError: It can't be had, even if all that is idle is parked.
         """
-        if claim.holding.runner is not None and not claim.holding.updating:
+        if self.memory.holdings.get(claim.holding) is not None and not claim.holding.updating:
             raise IllegalFactError(
                 f"runner {claim.holding.name!r}: memory is claimed for one on hold"
             )
@@ -119,21 +120,21 @@ class DeviceQueue(Lifecycle):
         """A claim that was not answered yet is not wanted any more."""
         return self._and_who_waits(self.memory.give_up(claim, now), now)
 
-    def hold(self, runner: RunnerState) -> None:
-        """Its weights are about to be changed: from now on it is not chosen to be parked, until `settle`."""
+    def pin(self, runner: RunnerState) -> None:
+        """Its weights are about to be changed: from now on it is not chosen to be parked, until `update_use`."""
         self._known(runner)
         runner.memory.updating = True
 
-    def settle(
+    def update_use(
         self, holding: Holding, now: float, *, constants: int, inactive: int, fixed: str = ""
     ) -> list[Command]:
         """What a model has in truth, in bytes, and why it must not be parked, if it must not; nobody changes its weights any more."""
         holding.fixed, holding.updating = fixed, False
-        return self._and_who_waits(self.memory.settle(holding, constants, inactive, now), now)
+        return self._and_who_waits(self.memory.update_use(holding, constants, inactive, now), now)
 
-    def forget(self, holding: Holding, now: float) -> list[Command]:
+    def release_memory(self, holding: Holding, now: float) -> list[Command]:
         """A model's memory is free again: it was closed, or could not be loaded."""
-        return self._and_who_waits(self.memory.forget(holding, now), now)
+        return self._and_who_waits(self.memory.release(holding, now), now)
 
     def call_back(self, runner: RunnerState, now: float) -> list[Command]:
         """A runner is needed, and not just by requests. `Return` follows, unless it is here.
@@ -165,7 +166,7 @@ class DeviceQueue(Lifecycle):
             self._end_in_slices(Ending(runner, self._ids, lambda _: LoadError(what)), now, commands)
         else:
             barrier.open_on(runner, None)
-            self._choice.enter(runner)
+            self._selector.enter(runner)
         self._dispatch(now, commands)
         self._see_what_is_over(runner, now, commands)
         return self._and_who_waits(commands, now)
@@ -177,8 +178,8 @@ class DeviceQueue(Lifecycle):
         commands: list[Command] = [NextTurn()] if self._turn_asked else []
         gathering, self._gathering = self._gathering, []
         for runner in gathering:
-            company_of(runner).turn(now)
-            self._choice.enter(runner)
+            batch_queue_of(runner).turn(now)
+            self._selector.enter(runner)
         self._dispatch(now, commands)
         for runner in gathering:
             self._follow(runner, now, commands)
@@ -214,7 +215,7 @@ class DeviceQueue(Lifecycle):
             if error is None:
                 full = self.room.full(job)
                 if full is not None and not wait:
-                    shed = self.room.make_way(job) if runner.sheds else ()
+                    shed = self.room.shed_for(job) if runner.sheds else ()
                     error = None if shed else rejection.for_now(job, full)
         if error is not None:
             job.happens_at(Fact.REJECT, now)
@@ -234,25 +235,29 @@ class DeviceQueue(Lifecycle):
         job.source.live += 1
         if job.min_epoch > job.source.epoch:
             job.happens_at(Fact.HOLD, now)
-            runner.awaiting[job.id] = job
+            runner.awaiting.add(job)
         elif full is not None:
             job.happens_at(Fact.HOLD, now)
+            if job.min_epoch > 1 and job.source is runner:
+                runner.epoch_bound.add(job)
             self.room.wait(job)
             self._dispatch(now, commands)
         elif (lane := self._uncontended_lane(job, now)) is not None:
             job.happens(Fact.ADMIT)
             job.expected = expected(job, job.bytes)
-            self.ledger.enter(job)
-            self.ledger.leave(job)
-            self._choice.launches(job, chosen=False)
+            self.fair_shares.enter(job)
+            self.fair_shares.leave(job)
+            self._selector.launches(job, chosen=False)
             if not self.load.jobs:
-                self._choice.rests()
-            if job.key is not None and may_have_company(job):
+                self._selector.rests()
+            if job.key is not None and may_share_run(job):
                 self._arrives(runner, commands)
             self._launch(job, lane, now, commands)
             if self.load.jobs:  # what waited for company may have done so long enough
                 self._dispatch(now, commands)
         else:
+            if job.min_epoch > 1 and job.source is runner:
+                runner.epoch_bound.add(job)
             self._admit(job, now, commands, waited=False)
             self._dispatch(now, commands)
             self._follow(job.source, now, commands)
@@ -275,7 +280,7 @@ class DeviceQueue(Lifecycle):
         `finished` are the lane's own stamps, where it has better ones than the launch and `now`.
         """
         lanes = self.lanes
-        if not lanes.hold(job):
+        if not lanes.has_launched(job):
             raise job.illegal(
                 f"job {job.id} is {job.state.name} and not on a lane: it can't complete"
             )
@@ -295,13 +300,13 @@ class DeviceQueue(Lifecycle):
             runner.failures += 1
             if runner.failures == UNHEALTHY:
                 commands.append(Failing(runner))
-        for member in job.rest:
+        for member in job.to_retry:
             if member.state is JobState.RUNNING:
                 break
-            self.ledger.end(member)  # its caller has left, so it is passed over
+            self.fair_shares.end(member)  # its caller has left, so it is passed over
         again = lanes.leave(job, now)
         if again is not None:
-            self.ledger.launch(again)
+            self.fair_shares.launch(again)
             commands.append(Launch(again))
         if inline:
             lanes.inline_left -= seconds
@@ -311,7 +316,7 @@ class DeviceQueue(Lifecycle):
         moved = (ok or too_long) and runner.placing.learn(size, seconds, now, too_long=too_long)
         if self.load.jobs:  # nobody waits for room, a slot or a lane when nothing is queued
             for other in (runner, *runner.leases.values()) if moved else (source,):
-                self._choice.enter(other)
+                self._selector.enter(other)
             self._dispatch(now, commands)
             self._follow(source, now, commands)
         if self.memory.evicts:
@@ -347,6 +352,7 @@ class DeviceQueue(Lifecycle):
         commands: list[Command] = []
         self._goes_on = False
         self._end_some(now, commands)
+        self._move_some(commands)
         self._expire_some(now, commands)
         self._dispatch(now, commands)
         self._serve_line(now, commands)

@@ -6,6 +6,7 @@ them; `go_on` ends the others. In between, a job may also be cancelled, or expir
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 from aoti_sched.errors import AotiSchedError
@@ -24,12 +25,13 @@ class Ending:
         runner: It is halted until they have all ended.
         last: The id.
         error: Says why a job is revoked; None where jobs are withdrawn.
-        queued: Whether jobs in the queue and those that wait for room are among them.
-        awaiting: Whether those that await an epoch are.
+        awaiting: Whether those that await an epoch are. Those whose epoch has come, but that have
+            not moved to the gate yet, count as waiting for room.
+        epochs: Only jobs that ask for an epoch after the first number and up to the second.
         leases: Whether those of held leases are, which are halted, too.
     """
 
-    __slots__ = ("_awaiting", "_last", "_leases", "_queued", "error", "runner")
+    __slots__ = ("_awaiting", "_epochs", "_last", "_leases", "error", "runner")
 
     def __init__(
         self,
@@ -37,14 +39,14 @@ class Ending:
         last: int,
         error: Callable[[Job], AotiSchedError] | None,
         *,
-        queued: bool = True,
         awaiting: bool = False,
         leases: bool = False,
+        epochs: tuple[int, float] | None = None,
     ) -> None:
         self.runner = runner
         self.error = error
         self._last = last
-        self._queued = queued
+        self._epochs = epochs
         self._awaiting = awaiting
         self._leases = list(runner.leases.values()) if leases else []
         for source in self._sources():
@@ -54,7 +56,7 @@ class Ending:
         """So many of the jobs that are left, by arrival."""
         some: list[Job] = []
         for job in self._each():  # no generator expression: compiled, that is a list of all
-            if job.id <= self._last and (self.error is not None or not job.exempt):
+            if job.id <= self._last and (self.error is not None or not job.bypasses_limits):
                 some.append(job)
                 if len(some) == most:
                     break
@@ -70,13 +72,16 @@ class Ending:
 
     def _each(self) -> Iterator[Job]:
         runner = self.runner
-        if self._awaiting:
-            yield from runner.awaiting.values()
-        if self._queued:
-            yield from runner.gate.each()
-            for line in runner.tenant_lines.values():
-                yield from line.values()
-            yield from runner.queue.each()
+        if self._epochs is not None:
+            above, last = self._epochs
+            yield from runner.awaiting.within(above, last)
+            yield from runner.epoch_bound.within(above, last)
+            return
+        yield from runner.awaiting.within(0, math.inf if self._awaiting else runner.published)
+        yield from runner.gate.each()
+        for line in runner.tenant_lines.values():
+            yield from line.values()
+        yield from runner.queue.each()
         for lease in self._leases:
             yield from lease.gate.each()
             yield from lease.queue.each()

@@ -6,9 +6,10 @@ import enum
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
+from aoti_sched.queue.selection.accounts import Account
+
 if TYPE_CHECKING:
     from aoti_sched.queue.runner_state import Source
-    from aoti_sched.queue.selection.fairness import Account
 
 
 class Priority(enum.IntEnum):
@@ -131,18 +132,17 @@ class Job:
 
     __slots__ = (
         "account",
-        "again",
         "batch",
+        "bypasses_limits",
         "bytes",
         "deadline",
         "due",
         "epoch",
-        "exempt",
         "expected",
         "finished",
-        "holds",
         "id",
         "inline",
+        "is_lease_request",
         "key",
         "lane",
         "members",
@@ -150,8 +150,9 @@ class Job:
         "overdue",
         "payload",
         "priority",
+        "probing",
         "recorded",
-        "rest",
+        "retrying",
         "rows",
         "size",
         "slot",
@@ -161,7 +162,7 @@ class Job:
         "submitted",
         "tenant",
         "timeout",
-        "tried",
+        "to_retry",
     )
 
     def __init__(
@@ -170,24 +171,24 @@ class Job:
         priority: int = Priority.NORMAL,
         deadline: float | None = None,
         bytes: int = 0,
-        holds: bool = False,
+        is_lease_request: bool = False,
         payload: Any = None,
         min_epoch: int = 0,
         rows: int = 1,
         key: Hashable = None,
-        exempt: bool = False,
+        bypasses_limits: bool = False,
         tenant: Hashable = None,
     ) -> None:
         self.source = source
         self.priority = priority
         self.deadline = deadline
         self.bytes = bytes
-        self.holds = holds
+        self.is_lease_request = is_lease_request
         self.payload = payload
         self.min_epoch = min_epoch
         self.rows = rows
         self.key = key
-        self.exempt = exempt
+        self.bypasses_limits = bypasses_limits
         self.tenant = tenant
         self.timeout: float | None = None  # as the caller gave it, for messages
 
@@ -203,14 +204,14 @@ class Job:
         self.due = 0.0  # what orders jobs of one class and tenant: see `Policy.due`
         self.size = 0
         self.members: tuple[Job, ...] = ()
-        self.rest: tuple[Job, ...] = ()
-        self.again = False
+        self.to_retry: tuple[Job, ...] = ()
+        self.retrying = False
         self.batch = 1
         self.expected = 0.0
         self.account: Account | None = None
         self.recorded: tuple[tuple[float, Fact, JobState], ...] = ()  # see `story`
         self.overdue = False  # launched out of order, for it had waited too long
-        self.tried = False  # believed to be late, and let go on all the same
+        self.probing = False  # believed to be late, and let go on all the same
 
     def happens(self, fact: Fact) -> None:
         """Move to the next state by the table, or raise `IllegalFactError` and change nothing."""

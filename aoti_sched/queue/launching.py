@@ -12,7 +12,7 @@ from aoti_sched.queue.commands import Command, Grant, Launch
 from aoti_sched.queue.deadlines import ExpiringJobs
 from aoti_sched.queue.ending import SLICE
 from aoti_sched.queue.job import Fact, Job, JobState
-from aoti_sched.queue.queue_state import company_of, may_have_company
+from aoti_sched.queue.queue_state import batch_queue_of, may_share_run
 from aoti_sched.queue.runner_state import Lease, RunnerState, Source
 from aoti_sched.queue.selection.choice import can_start
 from aoti_sched.queue.selection.forecast import expected
@@ -33,27 +33,27 @@ class Launching(ExpiringJobs):
         if self._forecast.kept:
             self._forecast.add(job)
         self.room.take(job, waited=waited)
-        self.ledger.enter(job)
-        if self._watches_age and not job.holds:
+        self.fair_shares.enter(job)
+        if self._watches_age and not job.is_lease_request:
             source.arrivals.push(job.submitted, job)
-        if job.key is not None and may_have_company(job):
+        if job.key is not None and may_share_run(job):
             self._arrives(runner, commands)
-            key = company_of(runner).enter(job, now, runner.placing.times.bound(job.bytes))
+            key = batch_queue_of(runner).enter(job, now, runner.placing.times.bound(job.bytes))
             if not key.ripe and key.ripe_at < math.inf:
                 self.timers.watch_key(runner, job.key, key)
                 self._ask_for_wake(commands)
         else:
             source.queue.push(job)
-        self._choice.enter(source)
+        self._selector.enter(source)
         if runner.closed and self.memory.asks(runner):
             self._serve_line(now, commands)
 
     def _arrives(self, runner: RunnerState, commands: list[Command]) -> None:
         """A job that may have company has come in this turn of the loop."""
-        company = company_of(runner)
+        company = batch_queue_of(runner)
         if not company.arrived:
             self._gathering.append(runner)
-        company.arrives()
+        company.note_arrival()
         self._ask_for_turn(commands)
 
     def _dispatch(self, now: float, commands: list[Command]) -> None:
@@ -72,7 +72,7 @@ class Launching(ExpiringJobs):
             if SLICE in (admitted, late):
                 self._ask_to_go_on(commands)
                 return
-            job = self._choice.next(now)
+            job = self._selector.next(now)
             if job is None:
                 return
             if job.deadline is not None and self._is_late(job, job.deadline, now, commands):
@@ -80,41 +80,43 @@ class Launching(ExpiringJobs):
                 continue
             has_choice = self._may_leave_the_loop(job)
             self._unqueue(job)
-            if job.holds:
+            if job.is_lease_request:
                 self._grant(job, now, commands)
             else:
-                self._choice.launches(job, chosen=True)
+                self._selector.launches(job, chosen=True)
                 placing = job.source.runner.placing
                 inline = placing.inline(job.bytes)
-                if has_choice and not placing.grows(*company_of(job.source.runner).around(job)):
+                if has_choice and not placing.grows(
+                    *batch_queue_of(job.source.runner).potential_batch(job)
+                ):
                     inline = False  # there it would leave some of its company behind
                 self._launch(job, LOOP if inline else self.lanes.free[-1], now, commands)
-            self._choice.enter(job.source)
+            self._selector.enter(job.source)
 
     def _may_leave_the_loop(self, job: Job) -> bool:
         """Whether a lane is free, that nobody waits for, for one that may have company and was chosen for the loop."""
         runner = job.source.runner
         return (
             job.key is not None
-            and may_have_company(job)
+            and may_share_run(job)
             and runner.placing.inline(job.bytes)
-            and self._choice.has_place(runner, inline=False)
-            and not self._choice.is_wanted(inline=False)
+            and self._selector.has_place(runner, inline=False)
+            and not self._selector.is_wanted(inline=False)
         )
 
     def _ripen(self, now: float) -> None:
         """Let take part what has waited for company long enough."""
         while (found := self.timers.ripe(now)) is not None:
             runner, name = found
-            company_of(runner).see(name, now)
-            self._choice.enter(runner)
+            batch_queue_of(runner).refresh(name, now)
+            self._selector.enter(runner)
 
     def _uncontended_lane(self, job: Job, now: float) -> int | None:
         """The lane it can have at once, since a slot and the lane are free and nobody else wants them; or None."""
         source = job.source
-        if job.holds or not can_start(source):
+        if job.is_lease_request or not can_start(source):
             return None
-        if job.key is not None and may_have_company(job) and company_of(source.runner).waits:
+        if job.key is not None and may_share_run(job) and batch_queue_of(source.runner).waits:
             return None
         if job.deadline is not None and self._would_be_late(job, job.deadline, now):
             return None
@@ -122,11 +124,11 @@ class Launching(ExpiringJobs):
         if self.load.jobs:
             if self.timers.keys:
                 self._ripen(now)
-            if len(source.queue) or self._choice.is_wanted(
+            if len(source.queue) or self._selector.is_wanted(
                 inline=inline
             ):  # its own queue may wait for another place
                 return None
-        if not self._choice.has_place(source.runner, inline=inline):
+        if not self._selector.has_place(source.runner, inline=inline):
             return None
         return LOOP if inline else self.lanes.free[-1]
 
@@ -141,8 +143,8 @@ class Launching(ExpiringJobs):
     def _start(self, job: Job, lane: int, slot: int, now: float, commands: list[Command]) -> None:
         """It runs there, and with it what may and is queued."""
         job.size = job.bytes
-        self.ledger.launch(job)
-        if job.key is not None and may_have_company(job):
+        self.fair_shares.launch(job)
+        if job.key is not None and may_share_run(job):
             self._take_along(job, lane == LOOP, now, commands)
         for member in job.members or (job,):
             member.happens(Fact.LAUNCH)
@@ -155,9 +157,9 @@ class Launching(ExpiringJobs):
     def _take_along(self, job: Job, inline: bool, now: float, commands: list[Command]) -> None:
         """Find the job's company among what is queued, in its order, as long as there is room for the next."""
         runner = job.source.runner
-        company, placing = company_of(runner), runner.placing
+        company, placing = batch_queue_of(runner), runner.placing
         members, rows = [job], job.rows
-        fits = not inline or placing.grows(*company.around(job))
+        fits = not inline or placing.grows(*company.potential_batch(job))
         while (other := company.queue.head_of(job.key)) is not None:
             if other.deadline is not None and other.deadline <= now:
                 self._expire(other, now, commands)
@@ -169,7 +171,7 @@ class Launching(ExpiringJobs):
             if other.deadline is not None and self._is_late(other, other.deadline, now, commands):
                 continue
             self._unqueue(other)
-            self.ledger.launch(other)
+            self.fair_shares.launch(other)
             other.overdue = job.overdue
             members.append(other)
             rows += other.rows
@@ -185,33 +187,33 @@ class Launching(ExpiringJobs):
         """Hand the source's next jobs to lanes that run short ones of it, unless a better job waits for a lane."""
         placing = source.runner.placing
         while (
-            source.followed
+            source.open_for_next
             and not source.closed
             and not source.halted
             and (job := source.queue.head()) is not None
         ):
-            if job.holds or not placing.follows(job.bytes) or placing.inline(job.bytes):
+            if job.is_lease_request or not placing.follows(job.bytes) or placing.inline(job.bytes):
                 return
             if job.deadline is not None and (
                 job.deadline <= now or self._would_be_late(job, job.deadline, now)
             ):
                 return
-            if not self._choice.may_follow(job, now):
+            if not self._selector.may_follow(job, now):
                 return
             self._unqueue(job)
-            self._choice.launches(job, chosen=False)
-            lane = source.followed.pop()
+            self._selector.launches(job, chosen=False)
+            lane = source.open_for_next.pop()
             self._start(job, lane, self.lanes.running[lane].slot, now, commands)
-            self.lanes.following[lane] = job
+            self.lanes.handed_ahead[lane] = job
             commands.append(Launch(job))
-            self._choice.enter(source)
+            self._selector.enter(source)
             self._dispatch(now, commands)  # the room it left may let others in
 
     def _grant(self, job: Job, now: float, commands: list[Command]) -> None:
         """What asked for a lease gets its slot, for which no lane is needed, and is done."""
         runner = job.source.runner
         job.happens(Fact.LAUNCH)
-        self.ledger.rest(job)
+        self.fair_shares.rest(job)
         job.slot = runner.free.pop()
         job.epoch = runner.epoch
         job.started = now
@@ -236,7 +238,7 @@ class Launching(ExpiringJobs):
         else:
             job.happens(fact)
         self._count_run(job, started, seconds)
-        self.ledger.end(job)
+        self.fair_shares.end(job)
         job.started, job.finished = started, finished
         counters = job.source.runner.counters
         if left:
@@ -262,16 +264,16 @@ class Launching(ExpiringJobs):
                 member.source.runner.counters.wasted_seconds += seconds
                 again.append(member)
         leader.members = ()
-        leader.rest = tuple(again)
+        leader.to_retry = tuple(again)
 
     def _count_run(self, job: Job, started: float, seconds: float) -> None:
         """One more run of a job, or its part of one, has taken so long."""
         runner = job.source.runner
         counters = runner.counters
-        if not job.again:
+        if not job.retrying:
             counters.queue_seconds += started - job.submitted
         counters.run_seconds += seconds
         if job.inline:
             counters.inline += 1
-        self.ledger.settle(job, seconds * runner.width)
-        self._choice.took(job, seconds * runner.width)
+        self.fair_shares.settle(job, seconds * runner.width)
+        self._selector.took(job, seconds * runner.width)

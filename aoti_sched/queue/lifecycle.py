@@ -11,10 +11,10 @@ from aoti_sched.queue import barrier
 from aoti_sched.queue.admission.load import Bounds, Load
 from aoti_sched.queue.batching import Batching
 from aoti_sched.queue.commands import Command
-from aoti_sched.queue.ending import Ending
+from aoti_sched.queue.ending import SLICE, Ending
+from aoti_sched.queue.holding import Holding
 from aoti_sched.queue.job import IllegalFactError, Job
 from aoti_sched.queue.launching import Launching
-from aoti_sched.queue.memory import Holding
 from aoti_sched.queue.runner_state import Phase, RunnerState
 from aoti_sched.queue.selection.placement import Placing
 
@@ -35,13 +35,13 @@ class Lifecycle(Launching):
         share: float = 1.0,
         sheds: bool = False,
         predicts: bool = False,
-        foreseen: bool = False,
+        routable: bool = False,
         memory: Holding | None = None,
     ) -> RunnerState:
         """A runner that gives out `slots`. Its runs take `width` cores each on a lane; it has its `share` of the device's time.
 
         With `sheds`, queued jobs make room for better ones; with `predicts`, jobs that would end too late are refused; one
-        that is `foreseen` is asked `when_finished`. `memory` is what was claimed for it, if
+        that is `routable` is asked `when_finished`. `memory` is what was claimed for it, if
         that was; it is on `hold` then.
         """
         if name in self.runners:
@@ -66,7 +66,7 @@ class Lifecycle(Launching):
             load,
             epoch,
             placing or Placing(),
-            self.ledger.open(name, share),
+            self.fair_shares.open(name, share),
             memory or Holding(name),
             batching=batching,
             width=width,
@@ -76,7 +76,7 @@ class Lifecycle(Launching):
         )
         self.runners[name] = runner
         self.memory.lives(runner, held=memory is not None)
-        if (predicts or foreseen) and not self._forecast.kept:
+        if (predicts or routable) and not self._forecast.kept:
             self._forecast.kept = True
             for other in self.runners.values():
                 for source in (other, *other.leases.values()):
@@ -99,12 +99,13 @@ class Lifecycle(Launching):
                 f"runner {runner.name!r} is draining; epoch {job.min_epoch}, which the request waits for, has not come"
             )
 
-        if runner.awaiting:
-            ending = Ending(runner, self._ids, error, queued=False, awaiting=True)
+        epochs = (runner.published, math.inf)
+        if runner.awaiting.first(*epochs) is not None:
+            ending = Ending(runner, self._ids, error, epochs=epochs)
             self._end_in_slices(ending, now, commands)
-        if runner.company is not None:
-            runner.company.hurry(now)
-            self._choice.enter(runner)
+        if runner.batch_queue is not None:
+            runner.batch_queue.flush(now)
+            self._selector.enter(runner)
         self._dispatch(now, commands)
         self._see_what_is_over(runner, now, commands)
         return commands
@@ -151,8 +152,8 @@ class Lifecycle(Launching):
                 f"runner {runner.name!r} is {runner.phase.name}, it can't be removed"
             )
         del self.runners[runner.name]
-        self.ledger.close(runner.name)
-        self._choice.forget(runner)
+        self.fair_shares.close(runner.name)
+        self._selector.forget(runner)
         self.room.gates.leave(runner)
 
     def close_barrier(
@@ -187,23 +188,42 @@ class Lifecycle(Launching):
         barrier.open_on(runner, epoch)
         commands: list[Command] = []
         if epoch is not None:
-            self._serve_epoch(runner, now, commands, back=runner.epoch < before)
-        self._choice.enter(runner)
+            if runner.epoch < before:
+                self._revoke_rolled_back(runner, now, commands)
+            self._moving[runner] = None
+            self._move_some(commands)
+            self.room.gates.enter(runner)
+        self._selector.enter(runner)
         self._dispatch(now, commands)
         self._see_what_is_over(runner, now, commands)
         return commands
 
-    def _serve_epoch(
-        self, runner: RunnerState, now: float, commands: list[Command], *, back: bool
-    ) -> None:
-        """The runner's epoch has changed: who waited for it may queue, who can't have theirs any more, since it went back, is told."""
-        for job in [*runner.waiting(), *runner.queue.jobs()] if back else []:
-            error = barrier.epoch_refusal(job)
-            if error is not None:
-                self._revoke(job, error, now, commands)
-        for job in [job for job in runner.awaiting.values() if job.min_epoch <= runner.epoch]:
-            del runner.awaiting[job.id]
-            self._ids += 1
-            job.id = self._ids  # its turn counts from now
-            self.room.wait(job)
-        self.room.gates.enter(runner)
+    def _revoke_rolled_back(self, runner: RunnerState, now: float, commands: list[Command]) -> None:
+        """Revoke, in slices, the jobs that ask for a later epoch than the one that serves now."""
+        epochs = (runner.epoch, runner.published)
+        if any(jobs.first(*epochs) for jobs in (runner.awaiting, runner.epoch_bound)):
+            ending = Ending(runner, self._ids, barrier.rolled_back, epochs=epochs)
+            self._end_in_slices(ending, now, commands)
+
+    def _move_some(self, commands: list[Command]) -> None:
+        """Move a slice of the jobs whose epoch has come from `awaiting` to the gate.
+
+        Jobs take their place in the order of arrival anew. A runner that is halted is passed over:
+        its ending covers the jobs that have not moved.
+        """
+        left = SLICE
+        for runner in list(self._moving):
+            awaiting = runner.awaiting
+            while (
+                left and not runner.halted and (job := awaiting.first(0, runner.epoch)) is not None
+            ):
+                awaiting.remove(job)
+                self._ids += 1
+                job.id = self._ids
+                runner.epoch_bound.add(job)
+                self.room.wait(job)
+                left -= 1
+            if awaiting.first(0, runner.epoch) is None:
+                del self._moving[runner]
+        if self._moving:
+            self._ask_to_go_on(commands)

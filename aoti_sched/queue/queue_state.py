@@ -10,7 +10,7 @@ from collections import deque
 
 from aoti_sched.queue.admission.gate import Room
 from aoti_sched.queue.admission.load import Bounds
-from aoti_sched.queue.batching import Company
+from aoti_sched.queue.batching import BatchQueue
 from aoti_sched.queue.commands import Command, GoOn, NextTurn, WakeAt
 from aoti_sched.queue.ending import Ending
 from aoti_sched.queue.job import Fact, IllegalFactError, Job, JobState
@@ -18,24 +18,24 @@ from aoti_sched.queue.lanes import Lanes
 from aoti_sched.queue.memory import Memory
 from aoti_sched.queue.policy import Policy
 from aoti_sched.queue.runner_state import Lease, RunnerState
-from aoti_sched.queue.selection.choice import Choice
-from aoti_sched.queue.selection.fairness import Ledger
+from aoti_sched.queue.selection.choice import Selector
+from aoti_sched.queue.selection.fairness import FairShares
 from aoti_sched.queue.selection.forecast import Forecast
 from aoti_sched.queue.selection.placement import INLINE_BUDGET
 from aoti_sched.queue.timers import Timers
 
 
-def company_of(runner: RunnerState) -> Company:
+def batch_queue_of(runner: RunnerState) -> BatchQueue:
     """Return what waits for company at a runner that makes batches."""
-    return runner.company  # type: ignore[return-value]
+    return runner.batch_queue  # type: ignore[return-value]
 
 
-def may_have_company(job: Job) -> bool:
+def may_share_run(job: Job) -> bool:
     """Return whether others may run with a job that has a key.
 
     Such a job draws its slot from a runner that makes batches, and not from a lease.
     """
-    return job.source is job.source.runner and job.source.runner.company is not None
+    return job.source is job.source.runner and job.source.runner.batch_queue is not None
 
 
 class QueueState:
@@ -76,12 +76,14 @@ class QueueState:
         self.load = self.room.load
         self.memory = Memory(name, memory_limit, evicts=evicts)
         self.runners: dict[str, RunnerState] = {}
-        self.ledger = Ledger(self.policy.fair)
+        self.fair_shares = FairShares(self.policy.fair)
         self._watches_age = self.policy.max_wait is not None
-        self._choice = Choice(self.lanes, self.policy.max_wait)
+        self._selector = Selector(self.lanes, self.policy.max_wait)
         self._forecast = Forecast(self.lanes, fair=self.policy.fair)
         self._turn_asked = False
         self._endings: deque[Ending] = deque()
+        # Runners with jobs whose epoch has come, and that have not moved to the gate yet.
+        self._moving: dict[RunnerState, None] = {}
         self._goes_on = False  # `go_on` was asked for
         self.timers = Timers()
         self._gathering: list[
@@ -104,12 +106,14 @@ class QueueState:
         source = job.source
         source.live -= 1
         if waiting:
-            if source.runner.awaiting.pop(job.id, None) is None:
+            if not source.runner.awaiting.remove(job):
                 self.room.leave(job)
+                if job.min_epoch > 1:
+                    source.runner.epoch_bound.remove(job)
         else:
             self._unqueue(job)
-            self.ledger.rest(job)
-            self._choice.enter(source)
+            self.fair_shares.rest(job)
+            self._selector.enter(source)
         self.timers.ended(job)
         if isinstance(source, Lease):
             self._retire_if_over(source)
@@ -117,24 +121,26 @@ class QueueState:
     def _unqueue(self, job: Job) -> None:
         """It leaves its queue, and the room that it had."""
         source, runner = job.source, job.source.runner
-        if job.key is not None and may_have_company(job):
-            company_of(runner).leave(job)
+        if job.key is not None and may_share_run(job):
+            batch_queue_of(runner).leave(job)
         else:
             source.queue.remove(job)
         if self._forecast.kept:
             self._forecast.remove(job)
-        self.ledger.leave(job)
-        if self._watches_age and not job.holds:
+        self.fair_shares.leave(job)
+        if self._watches_age and not job.is_lease_request:
             source.arrivals.remove(job)
         self.room.give_back(job)
+        if job.min_epoch > 1:
+            runner.epoch_bound.remove(job)
 
     def _retire_if_over(self, lease: Lease) -> None:
         runner = lease.runner
         if lease.released and not lease.live and lease.id in runner.leases:
             del runner.leases[lease.id]
             runner.free.append(lease.free.pop())
-            self._choice.forget(lease)
-            self._choice.enter(runner)
+            self._selector.forget(lease)
+            self._selector.enter(runner)
 
     def _known(self, runner: RunnerState) -> None:
         if self.runners.get(runner.name) is not runner:

@@ -5,22 +5,20 @@ from __future__ import annotations
 import enum
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
 
 import msgspec
 
 from aoti_sched.queue.admission.load import Load
-from aoti_sched.queue.admission.shedding import Worst
-from aoti_sched.queue.batching import Batching, Company
+from aoti_sched.queue.admission.shedding import ShedHeap
+from aoti_sched.queue.batching import Batching, BatchQueue
+from aoti_sched.queue.holding import Holding
 from aoti_sched.queue.job import Job, Priority
-from aoti_sched.queue.selection.fairness import Account, Turns
-from aoti_sched.queue.selection.forecast import Backlog
-from aoti_sched.queue.selection.job_queue import NOBODY, InOrder, JobQueue
+from aoti_sched.queue.selection.accounts import Account, FairClass
+from aoti_sched.queue.selection.backlog import Backlog
+from aoti_sched.queue.selection.job_queue import NO_ACCOUNT, JobQueue, SortedJobs
 from aoti_sched.queue.selection.placement import Placing
-
-if TYPE_CHECKING:
-    from aoti_sched.queue.memory import Holding
 
 
 class Phase(enum.IntEnum):
@@ -79,13 +77,13 @@ class Source:
         "arrivals",
         "closed",
         "epoch",
-        "followed",
         "free",
         "gate",
         "halted",
         "live",
         "load",
         "name",
+        "open_for_next",
         "queue",
         "runner",
     )
@@ -97,17 +95,17 @@ class Source:
         self.free = slots
         self.gate = JobQueue()
         self.queue = queue
-        self.arrivals = InOrder()
+        self.arrivals = SortedJobs()
         self.load = load
         self.live = 0
         self.epoch = epoch
         self.closed = False
         self.halted = 0
-        self.followed: list[int] = []
+        self.open_for_next: list[int] = []
         self.runner: RunnerState
 
 
-def _accounts_in(tenants: Sequence[Turns]) -> Callable[[int, Hashable], Account]:
+def _accounts_in(tenants: Sequence[FairClass]) -> Callable[[int, Hashable], Account]:
     """Return what gives a tenant's account of a class. It does not refer to the runner, whose queue keeps it."""
 
     def account_of(priority: int, tenant: Hashable) -> Account:
@@ -117,7 +115,51 @@ def _accounts_in(tenants: Sequence[Turns]) -> Callable[[int, Hashable], Account]
 
 
 def _no_account(_: int, __: Hashable) -> Account:
-    return NOBODY
+    return NO_ACCOUNT
+
+
+class EpochJobs:
+    """Jobs by the epoch that they ask for; those of one epoch in the order in which they came."""
+
+    __slots__ = ("_by_epoch", "_size")
+
+    def __init__(self) -> None:
+        # OrderedDict, since its first key is found in O(1) after many deletions
+        self._by_epoch: dict[int, OrderedDict[int, Job]] = {}
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def add(self, job: Job) -> None:
+        """Keep a job until it is removed; its id must not change until then."""
+        jobs = self._by_epoch.get(job.min_epoch)
+        if jobs is None:
+            jobs = self._by_epoch[job.min_epoch] = OrderedDict()
+        jobs[job.id] = job
+        self._size += 1
+
+    def remove(self, job: Job) -> bool:
+        """Remove a job, and return whether it was kept here."""
+        jobs = self._by_epoch.get(job.min_epoch)
+        if jobs is None or jobs.pop(job.id, None) is None:
+            return False
+        if not jobs:
+            del self._by_epoch[job.min_epoch]
+        self._size -= 1
+        return True
+
+    def within(self, above: int, last: float) -> Iterator[Job]:
+        """Find jobs that ask for an epoch after `above` and up to `last`, one by one."""
+        for epoch, jobs in self._by_epoch.items():
+            if above < epoch <= last:
+                yield from jobs.values()
+
+    def first(self, above: int, last: float) -> Job | None:
+        """Return the first job of `within`; None when there is none."""
+        for job in self.within(above, last):
+            return job
+        return None
 
 
 class RunnerState(Source):
@@ -137,9 +179,10 @@ class RunnerState(Source):
         "awaiting",
         "backlog",
         "backlog_of",
-        "company",
+        "batch_queue",
         "counters",
         "counts_tenants",
+        "epoch_bound",
         "failures",
         "leases",
         "memory",
@@ -176,10 +219,10 @@ class RunnerState(Source):
         sheds: bool = False,
         predicts: bool = False,
     ) -> None:
-        self.tenants = tuple(Turns() for _ in Priority)
+        self.tenants = tuple(FairClass() for _ in Priority)
         queue = JobQueue(_accounts_in(self.tenants) if accounts else _no_account)
         super().__init__(name, list(reversed(range(slots))), epoch, load, queue)
-        self.company = None if batching is None else Company(batching, self.queue)
+        self.batch_queue = None if batching is None else BatchQueue(batching, self.queue)
         self.runner = self
         self.slots = slots
         self.accounts = accounts
@@ -192,8 +235,8 @@ class RunnerState(Source):
         self.backlog_of: dict[Hashable, Backlog] = {}  # by tenant
         self.predicts = predicts
         self.sheds = sheds
-        self.worst = Worst()
-        self.worst_of: dict[Hashable, Worst] = {}
+        self.worst = ShedHeap()
+        self.worst_of: dict[Hashable, ShedHeap] = {}
         self.failures = 0
         self.leases: dict[int, Lease] = {}
         self.phase = Phase.OPEN
@@ -201,7 +244,8 @@ class RunnerState(Source):
         self.placing = placing
         self.published = epoch
         self.reached = False
-        self.awaiting: dict[int, Job] = {}
+        self.awaiting = EpochJobs()
+        self.epoch_bound = EpochJobs()
         self.memory = memory
         self.used = -math.inf
 
@@ -218,6 +262,14 @@ class RunnerState(Source):
     def waits(self) -> int:
         """How many jobs wait for room."""
         return len(self.gate) + sum(map(len, self.tenant_lines.values()))
+
+    @property
+    def withdrawable(self) -> int:
+        """Return how many jobs `withdraw` takes out: all that wait or are queued here.
+
+        Jobs of held leases and jobs that bypass limits stay.
+        """
+        return len(self.awaiting) + self.waits + len(self.queue) - self.load.exempt
 
     @property
     def busy(self) -> bool:

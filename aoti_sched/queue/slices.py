@@ -36,7 +36,7 @@ class Slices(QueueState):
                 self._endings.popleft()
                 ending.over()
                 for source in (runner, *runner.leases.values()):
-                    self._choice.enter(source)
+                    self._selector.enter(source)
                 self.room.gates.enter(runner)
             left -= len(jobs)
             self._see_what_is_over(runner, now, commands)

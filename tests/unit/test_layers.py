@@ -58,16 +58,10 @@ CIRCLES = {
         for name in (
             "admission.load",
             "admission.shedding",
-            "barrier",
             "batching",
-            "commands",
-            "ending",
             "job",
-            "lanes",
-            "memory",
             "runner_state",
-            "selection.fairness",
-            "selection.forecast",
+            "selection.backlog",
             "selection.job_queue",
         )
     ),

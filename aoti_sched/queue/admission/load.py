@@ -38,12 +38,12 @@ class Load:
     def add(self, job: Job) -> None:
         self.jobs += 1
         self.bytes += job.bytes
-        self.exempt += job.exempt
+        self.exempt += job.bypasses_limits
 
     def remove(self, job: Job) -> None:
         self.jobs -= 1
         self.bytes -= job.bytes
-        self.exempt -= job.exempt
+        self.exempt -= job.bypasses_limits
 
     def lacks_room(self, size: int, without: Sequence[Job]) -> bool:
         """Whether a job of `size` bytes would not fit even without these, of whom none is exempt."""

@@ -31,9 +31,9 @@ FACTS = (
     "go_on",
     "claim",
     "give_up",
-    "hold",
-    "settle",
-    "forget",
+    "pin",
+    "update_use",
+    "release_memory",
     "call_back",
     "parked",
     "returned",
@@ -112,7 +112,7 @@ def rejected(commands):
 
 def take_lease(queue, runner, now=0.0):
     """A lease that is granted at once."""
-    (command,) = queue.submit(Job(runner, holds=True), now)
+    (command,) = queue.submit(Job(runner, is_lease_request=True), now)
     assert type(command) is Grant, command
     return command.lease
 

@@ -166,7 +166,7 @@ def test_some_are_not_predicted(exempt):
         source,
         deadline=None if exempt == "no deadline" else 0.5,
         bytes=1000 if exempt == "unknown size" else 0,
-        holds=exempt == "asks for a lease",
+        is_lease_request=exempt == "asks for a lease",
     )
     assert not refused(queue, job)
 

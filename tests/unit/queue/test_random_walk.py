@@ -10,8 +10,10 @@ import math
 import msgspec
 import pytest
 
+from aoti_sched.queue.admission.shedding import VICTIMS
 from aoti_sched.queue.ending import SLICE
 from tests.unit.queue.cases import CASES, COVER, STEPS, cases_of, greedy_cover
+from tests.unit.queue.plain_model import PlainModel
 from tests.unit.queue.plain_parts import LIVE, LOOP
 from tests.unit.queue.seeds import share_of_seeds
 from tests.unit.queue.support import check
@@ -115,3 +117,20 @@ def test_a_case_that_is_not_met_is_named(case):
     }
     with pytest.raises(AssertionError, match=case):
         greedy_cover(met)
+
+
+@pytest.mark.parametrize(("count", "sheds"), [(VICTIMS, True), (VICTIMS + 1, False)])
+def test_the_plain_model_knows_how_many_jobs_a_newcomer_sheds(count, sheds):
+    device = {"lanes": 1, "jobs": None, "size": count, "budget": 1, "cores": None}
+    model, player = PlainModel(**device), Player(**device)
+    wish = {"priority": 2, "deadline": None, "bytes": 0, "is_lease_request": False, "min_epoch": 0}
+    small, large = wish | {"bytes": 1}, wish | {"priority": 0, "bytes": count}
+    runner = ("r", 1, (None, None, None), ("lane", 0, 0, 0), {"sheds": True})
+    facts = [("add_runner", runner)]
+    for number, one in enumerate([wish, *[small] * count, large]):
+        facts.append(("submit", (0.0, number, ("runner", 0), False, one)))
+    for method, arguments in facts:
+        answer = getattr(model, method)(*arguments)
+        assert sorted_out(player.play(method, arguments)) == sorted_out(answer)
+        check(player.queue)
+    assert [job.state for job in model.jobs].count("SHED") == count * sheds

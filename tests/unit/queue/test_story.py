@@ -116,7 +116,7 @@ def test_a_retry_is_a_second_launch():
 
 
 def test_a_granted_lease_has_its_launch_and_its_end_at_once(queue):
-    job = Job(add(queue), holds=True)
+    job = Job(add(queue), is_lease_request=True)
     queue.submit(job, 2.0)
     assert [time for time, _ in job.story()] == [2.0] * 4
     assert names(job) == ["SUBMIT", "ADMIT", "LAUNCH", "SUCCEED"]
