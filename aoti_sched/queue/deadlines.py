@@ -14,7 +14,7 @@ class ExpiringJobs(Slices):
     """Expires jobs, and predicts when a job would be finished."""
 
     def when_finished(self, job: Job, now: float) -> float:
-        """In how many seconds a job would be finished that came now, by what is known. A question, and no fact: nothing changes."""
+        """Estimate the seconds until a job submitted now would be finished. Changes nothing."""
         runner = job.source.runner
         idle = not self.load.jobs and can_start(runner)
         at_once = idle and self._selector.has_place(runner, inline=runner.placing.inline(job.bytes))
@@ -22,7 +22,10 @@ class ExpiringJobs(Slices):
         return runner.placing.times.typical(job.bytes) + waits
 
     def _unreachable(self, job: Job, now: float) -> DeadlineUnreachableError | None:
-        """Whether it would be finished too late, by what is known; of those that would, every so often one is tried."""
+        """Return an error if the job is predicted to miss its deadline.
+
+        Now and then such a job is admitted anyway, to correct a wrong estimate.
+        """
         runner, deadline = job.source.runner, job.deadline
         times = runner.placing.times
         if (
@@ -44,9 +47,10 @@ class ExpiringJobs(Slices):
         )
 
     def _is_late(self, job: Job, deadline: float, now: float, commands: list[Command]) -> bool:
-        """Whether a job that is to start must not: its deadline has passed, or can't be met, by what is known of its runs.
+        """Return whether a job that is to start expires instead, and expire it then.
 
-        What is known may have become wrong, and only runs can tell: so every so often one is tried all the same.
+        A job expires when its deadline has passed, or is predicted to pass during the run.
+        Now and then such a job is launched anyway, to correct a wrong estimate.
         """
         if deadline <= now:  # this fact came before its tick
             self._expire(job, now, commands)
@@ -61,13 +65,13 @@ class ExpiringJobs(Slices):
         return True
 
     def _would_be_late(self, job: Job, deadline: float, now: float) -> bool:
-        """Whether a run that starts now would end after its deadline, by what is known. A lease is no run."""
+        """Return whether a run that starts now is predicted to end after the deadline."""
         if not self.policy.expire_late or job.is_lease_request or job.probing:
             return False
         return now + self._takes(job) > deadline
 
     def _takes(self, job: Job) -> float:
-        """Seconds that it may need, by what is known. Where nobody else waits, half a chance is good enough to try."""
+        """Estimate a run's seconds: the median where no other job waits, otherwise a high quantile."""
         times = job.source.runner.placing.times
         if self.load.jobs <= (job.state is JobState.QUEUED):
             return times.typical(job.bytes)

@@ -84,7 +84,7 @@ from aoti_sched.queue.selection.placement import LOOP
 
 
 def _must_be_lawful(job: Job) -> None:
-    """Refuse a job that no order or bound is defined for; the front makes none."""
+    """Raise IllegalFactError for a job that no order or bound is defined for."""
     if not Priority.HIGH <= job.priority <= Priority.LOW:
         raise IllegalFactError(f"there is no priority class {job.priority}")
     if job.bytes < 0:
@@ -105,10 +105,12 @@ class DeviceQueue(Lifecycle):
     """The queue of one device: a method per fact."""
 
     def claim(self, claim: Claim, now: float) -> list[Command]:
-        """So much memory is wanted for a model that is being loaded, or for new weights of one on `hold`. `Claimed` follows.
+        """Reserve memory for a model being loaded, or for new weights of a pinned runner.
+
+        `Claimed` follows when the memory is there.
 
         Raises:
-            MemoryLimitError: It can't be had, even if all that is idle is parked.
+            MemoryLimitError: Evicting all idle models would not be enough.
         """
         if self.memory.holdings.get(claim.holding) is not None and not claim.holding.updating:
             raise IllegalFactError(
@@ -117,36 +119,42 @@ class DeviceQueue(Lifecycle):
         return self.memory.claim(claim, now)
 
     def give_up(self, claim: Claim, now: float) -> list[Command]:
-        """A claim that was not answered yet is not wanted any more."""
+        """Cancel a claim that was not answered yet."""
         return self._and_who_waits(self.memory.give_up(claim, now), now)
 
     def pin(self, runner: RunnerState) -> None:
-        """Its weights are about to be changed: from now on it is not chosen to be parked, until `update_use`."""
+        """Keep a runner, whose weights are about to be changed, resident until `update_use`."""
         self._known(runner)
         runner.memory.updating = True
 
     def update_use(
         self, holding: Holding, now: float, *, constants: int, inactive: int, fixed: str = ""
     ) -> list[Command]:
-        """What a model has in truth, in bytes, and why it must not be parked, if it must not; nobody changes its weights any more."""
+        """Record a model's actual memory use in bytes, and unpin the model.
+
+        `fixed` says why the model can't be evicted; "" when it can.
+        """
         holding.fixed, holding.updating = fixed, False
         return self._and_who_waits(self.memory.update_use(holding, constants, inactive, now), now)
 
     def release_memory(self, holding: Holding, now: float) -> list[Command]:
-        """A model's memory is free again: it was closed, or could not be loaded."""
+        """Release the memory of a model that was closed, or could not be loaded."""
         return self._and_who_waits(self.memory.release(holding, now), now)
 
     def call_back(self, runner: RunnerState, now: float) -> list[Command]:
-        """A runner is needed, and not just by requests. `Return` follows, unless it is here.
+        """Restore a runner for another reason than requests. `Return` follows, unless it is resident.
 
         Raises:
-            MemoryLimitError: There is no room, even if all that is idle is parked.
+            MemoryLimitError: Evicting all idle models would not be enough.
         """
         self._known(runner)
         return self.memory.call_back(runner, now)
 
     def parked(self, runner: RunnerState, now: float) -> list[Command]:
-        """The constants of one that was to `Park` are freed. What is queued asks for them again."""
+        """Note that the weights of a runner that was to `Park` are freed.
+
+        Jobs that are queued ask for them again.
+        """
         if runner.memory.stay is not Stay.LEAVING or not runner.reached:
             raise IllegalFactError(f"runner {runner.name!r} was not to be parked")
         commands = self.memory.parked(runner.memory, now)
@@ -155,7 +163,10 @@ class DeviceQueue(Lifecycle):
         return self._and_who_waits(commands, now)
 
     def returned(self, runner: RunnerState, now: float, *, error: str = "") -> list[Command]:
-        """The constants of one that was to `Return` are there; or, with an `error`, can't be brought, and what is queued fails."""
+        """Note that the weights of a runner that was to `Return` are restored.
+
+        With an `error` they can't be, and the queued jobs are revoked.
+        """
         if runner.memory.stay is not Stay.COMING:
             raise IllegalFactError(f"runner {runner.name!r} was not to come back")
         commands = self.memory.returned(runner.memory, now, ok=not error)
@@ -172,7 +183,7 @@ class DeviceQueue(Lifecycle):
         return self._and_who_waits(commands, now)
 
     def turn(self, now: float) -> list[Command]:
-        """A new turn of the loop has begun: it has its whole budget of inline runs again."""
+        """Begin a new turn of the loop, with its whole budget of inline runs."""
         self.lanes.inline_left = self.lanes.inline_budget
         self._turn_asked = LOOP in self.lanes.running  # what runs there belongs to this turn, too
         commands: list[Command] = [NextTurn()] if self._turn_asked else []
@@ -188,10 +199,11 @@ class DeviceQueue(Lifecycle):
     def submit(
         self, job: Job, now: float, *, wait: bool = False, since: float | None = None
     ) -> list[Command]:
-        """A new job. With `wait`, it is held at the gate when there is no room, otherwise rejected.
+        """Take a new job. Without room, the job waits at the gate with `wait`, or is rejected.
 
-        One that stands for a job that was withdrawn at another replica, where its caller has waited `since`, was accepted before:
-        it is not refused for what is predicted, nor for those who await an epoch, too.
+        A job with `since` replaces a job that was withdrawn at another replica and submitted then.
+        It was accepted before, so neither a prediction nor the bound of jobs that await an epoch
+        rejects it.
         """
         runner = job.source.runner
         if (
@@ -274,10 +286,10 @@ class DeviceQueue(Lifecycle):
         started: float | None = None,
         finished: float | None = None,
     ) -> list[Command]:
-        """A launched job's run is over, and the device done with it: its lane and slot come home.
+        """Release the lane and slot of a job whose run is over.
 
-        `job.state` then says whether its caller is still there (DONE, FAILED) or had left. `started` and
-        `finished` are the lane's own stamps, where it has better ones than the launch and `now`.
+        `job.state` then says whether the caller is still there (DONE, FAILED) or had left.
+        `started` and `finished` are the lane's own stamps; by default the launch and `now`.
         """
         lanes = self.lanes
         if not lanes.has_launched(job):
@@ -326,7 +338,10 @@ class DeviceQueue(Lifecycle):
         return commands
 
     def cancel(self, job: Job, now: float) -> list[Command]:
-        """The caller gave up. A queued job leaves at once; a running one leaves its lane busy until it is done."""
+        """End a job whose caller gave up.
+
+        A queued job leaves at once. A running job occupies its lane until the run is over.
+        """
         commands: list[Command] = []
         if job.state is JobState.RUNNING:
             job.happens_at(Fact.CANCEL, now)
@@ -339,7 +354,7 @@ class DeviceQueue(Lifecycle):
         return commands
 
     def tick(self, now: float) -> list[Command]:
-        """Time has passed: every live job whose deadline is not after `now` expires."""
+        """Expire every live job whose deadline is not after `now`, a slice at a time."""
         commands: list[Command] = []
         self._wake = None
         self._expire_some(now, commands)
@@ -348,7 +363,7 @@ class DeviceQueue(Lifecycle):
         return commands
 
     def go_on(self, now: float) -> list[Command]:
-        """Do more of what one fact was not to do at once."""
+        """Continue what an earlier fact left for the loop's next turn."""
         commands: list[Command] = []
         self._goes_on = False
         self._end_some(now, commands)
@@ -359,7 +374,7 @@ class DeviceQueue(Lifecycle):
         return commands
 
     def release(self, lease: Lease, now: float) -> list[Command]:
-        """The holder is through with its lease; saying so twice changes nothing."""
+        """Release a lease. A second release changes nothing."""
         commands: list[Command] = []
         if not lease.released:
             lease.released = True

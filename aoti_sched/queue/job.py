@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 class Priority(enum.IntEnum):
-    """Policy class of a request. A higher class always goes first; within a class, the earliest deadline."""
+    """Policy class of a request.
+
+    A higher class always goes first; within a class, the earliest deadline.
+    """
 
     HIGH = 0
     NORMAL = 1
@@ -75,8 +78,8 @@ TRANSITIONS: dict[JobState, dict[Fact, JobState]] = {
         Fact.SHED: JobState.SHED,
         Fact.WITHDRAW: JobState.WITHDRAWN,
     },
-    # A running job that expires or is cancelled ends for its caller at once; its lane and slot come home
-    # with the completion, which then finds the job at its end and changes nothing more.
+    # A running job that expires or is cancelled ends for its caller at once. Its lane and slot are
+    # released by the completion, which finds the job ended and leaves its state as it is.
     JobState.RUNNING: {
         Fact.SUCCEED: JobState.DONE,
         Fact.FAIL: JobState.FAILED,
@@ -113,21 +116,33 @@ class IllegalFactError(Exception):
 
 
 class Job:
-    """One request. The queue owns all fields but `payload`, which belongs to the caller and is not looked at.
+    """One request. The queue owns every field except `payload`, which belongs to the caller.
 
-    `source` is what the job draws its slot from: its runner, or a held lease. A job with `holds` set asks
-    for a lease and not for a run. `bytes` counts the inputs. Times are seconds on the caller's clock;
-    `deadline` is absolute. It runs on constants of `min_epoch` or later. Jobs with an equal `key` may run as one, as
-    long as they have not too many `rows` together. One that is `exempt` is the library's own, and no bound, which are there
-    against callers, holds it back; it takes no room from others, either. A runner's `tenant`s share it equally. `lane` is `LOOP` for a run on the loop's own thread, and then
-    `inline` is set.
+    Times are seconds on the caller's clock.
 
-    The first of a batch, its leader, has all jobs that run with it as `members`, itself first, and stands for them on
-    its lane; `size` is the bytes of all their inputs. `rest` are members of a failed batch that have yet to be run
-    again, one after the other, and `again` is set for one that is. `batch` is how many jobs ran as one with this one.
+    Args:
+        source: What the job draws its slot from: its runner, or a held lease.
+        priority: The priority class.
+        deadline: When the job expires, on the same clock; None for never.
+        bytes: Size of the inputs.
+        is_lease_request: Whether the job asks for a lease, and not for a run.
+        payload: The caller's own; no rule reads it.
+        min_epoch: The job runs on the weights of this epoch or a later one.
+        rows: Rows of the inputs, which count against a batch's `max_rows`.
+        key: Jobs of one runner with an equal key may run as one batch; None for alone.
+        bypasses_limits: Whether no bound holds the job back. Such a job is the library's own.
+        tenant: A runner's tenants share its device time equally.
 
-    It is `expected` to take so many core seconds, by what was known of others like it when it was queued. At its launch that is
-    charged to its runner, and to its tenant's `account`.
+    Attributes:
+        lane: Where the job runs; `LOOP` for the loop's own thread, and then `inline` is set.
+        members: Of a batch's leader: all jobs of the batch, the leader first.
+        size: Bytes of all inputs of the run that the job leads.
+        to_retry: Members of a failed batch that are still to be retried on the same lane.
+        retrying: Whether the job is being retried, alone, since its batch failed.
+        batch: How many jobs ran as one with this job.
+        expected: Core seconds that the run was expected to take when the job was queued.
+        account: The tenant's account, which `expected` is charged to at the launch.
+        recorded: Facts whose time no field keeps, with the state before each; see `story`.
     """
 
     __slots__ = (

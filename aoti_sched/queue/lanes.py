@@ -1,7 +1,8 @@
 """Lanes: what runs where, what was handed ahead to a lane, and what is left of the loop's turn.
 
-Whoever runs has a slot of its source, too. A job that follows another on its lane shares that one's slot, since the two never
-run at once; and so do the members of a failed batch that are run again there, one after the other.
+Each run has a slot of its source, too. A job that was handed ahead to a lane shares the slot of the
+job that runs there, since the two never run at once. Members of a failed batch share the slot, too:
+they are retried there one after the other.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from aoti_sched.queue.selection.placement import LOOP
 
 
 class Lanes:
-    """A device's lanes, and the loop's own thread as one more place to run (`LOOP`), for `inline_budget` seconds a turn.
+    """A device's lanes, and the loop's own thread as one more place to run (`LOOP`).
+
+    Inline runs have `inline_budget` seconds in each turn of the loop.
 
     A run on a lane takes as many of the device's `cores` as its runner is wide.
     """
@@ -37,18 +40,18 @@ class Lanes:
         self.inline_left = inline_budget
 
     def has_launched(self, job: Job) -> bool:
-        """Whether it was launched, and is not complete."""
+        """Return whether a job was launched and is not complete."""
         return self.running.get(job.lane) is job or self.handed_ahead.get(job.lane) is job
 
     def loop_is_free(self) -> bool:
         return LOOP not in self.running and self.inline_left > 0
 
     def launched(self) -> list[Job]:
-        """What was launched and is not complete; of a batch, its leader."""
+        """Return the jobs that were launched and are not complete; of a batch, its leader."""
         return [*self.running.values(), *self.handed_ahead.values()]
 
     def take(self, job: Job) -> None:
-        """It runs on `job.lane`. A lane that runs a short job may be given the next one of its source."""
+        """Occupy `job.lane`. A lane that runs a short job may be handed the source's next job."""
         self.running[job.lane] = job
         if job.lane != LOOP:
             self.free.pop()
@@ -57,9 +60,10 @@ class Lanes:
                 job.source.open_for_next.append(job.lane)
 
     def leave(self, job: Job, now: float) -> Job | None:
-        """Its lane and slot come home, or go on to the one that follows it, or to who of its batch has to be run again.
+        """Release the lane and slot, or pass them on to the job handed ahead or to be retried.
 
-        Returns the latter, which is to be launched. A lane that has someone to run again is given nothing ahead.
+        Returns the batch member to retry, which is to be launched; None when there is none.
+        A lane with a member to retry is handed no other job ahead.
         """
         lane, source = job.lane, job.source
         again = _next_of(job, now) if job.to_retry else None
@@ -88,7 +92,7 @@ class Lanes:
 
 
 def _next_of(job: Job, now: float) -> Job | None:
-    """Who of a failed batch is run next, alone; whoever has left meanwhile is passed over."""
+    """Return the member of a failed batch to retry next; members whose caller left are skipped."""
     rest, job.to_retry = job.to_retry, ()
     for index, member in enumerate(rest):
         if member.state is JobState.RUNNING:

@@ -349,12 +349,12 @@ def publish(queue, runner, epoch):
 def test_a_publish_moves_a_slice_of_the_jobs_that_waited_for_it():
     queue = device()
     runner = add(queue)
-    jobs = [Job(runner, min_epoch=2 + number % 2) for number in range(2 * HUGE)]
-    submit_unchecked(queue, jobs)
-    awaited, later = jobs[::2], jobs[1::2]
+    later = [Job(runner, min_epoch=3) for _ in range(100)]
+    awaited = [Job(runner, min_epoch=2) for _ in range(HUGE)]
+    submit_unchecked(queue, [*later, *awaited])
     raw = queue.unchecked
     raw.close_barrier(runner, 1.0)
-    commands, left = raw.open_barrier(runner, 1.0, epoch=2), 2 * HUGE
+    commands, left = raw.open_barrier(runner, 1.0, epoch=2), HUGE + 100
     running = launches(commands)
     while GoOn() in commands:
         assert left - len(runner.awaiting) <= SLICE
