@@ -453,3 +453,13 @@ def test_jobs_that_wait_for_room_and_asked_for_what_was_are_revoked_too():
     queue.close_barrier(runner, 1.0)
     queue.complete(jobs[0], 1.0)
     assert ended([queue.open_barrier(runner, 1.0, epoch=1)], Revoke) == jobs[1:5]
+
+
+def test_a_runner_knows_how_many_jobs_a_withdrawal_takes_out():
+    queue, runner, _ = scene()
+    queue.submit(Job(runner, Priority.HIGH, is_lease_request=True, bypasses_limits=True), 0.0)
+    crowded(queue, runner)
+    expected = runner.withdrawable
+    parts = slices(queue, queue.withdraw(runner, 1.0))
+    assert len(ended(parts, Withdraw)) == expected == MANY
+    assert runner.withdrawable == 0
