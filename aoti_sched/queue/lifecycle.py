@@ -87,7 +87,7 @@ class Lifecycle(Launching):
     def drain_runner(self, runner: RunnerState, now: float) -> list[Command]:
         """Refuse new work from now on and finish what was accepted, held leases included.
 
-        What awaits an epoch could wait for ever, and is revoked.
+        Jobs that await an epoch are revoked, since they could wait for ever.
         """
         self._known(runner)
         if runner.phase is Phase.OPEN:
@@ -111,7 +111,7 @@ class Lifecycle(Launching):
         return commands
 
     def terminate_runner(self, runner: RunnerState, now: float) -> list[Command]:
-        """Fail what is queued, take held leases back, let what runs finish."""
+        """Revoke what is queued, release held leases, and let the running jobs finish."""
         self._known(runner)
         if runner.phase >= Phase.TERMINATED:
             return []
@@ -133,9 +133,11 @@ class Lifecycle(Launching):
         return commands
 
     def withdraw(self, runner: RunnerState, now: float) -> list[Command]:
-        """Take out what is waiting or queued, to be submitted anew at another replica; what one fact takes out is in the order in which it came.
+        """Take out the waiting and queued jobs, to be submitted at another replica.
 
-        What draws its slot from a held lease stays, and so does what is `exempt`: that is needed at this very runner.
+        One fact takes out a slice, in the order of arrival.
+
+        Jobs of held leases stay, and so do jobs that bypass limits: they are meant for this runner.
         """
         self._known(runner)
         commands: list[Command] = []
@@ -145,7 +147,7 @@ class Lifecycle(Launching):
         return commands
 
     def remove_runner(self, runner: RunnerState) -> None:
-        """Forget a runner that was `Drained`."""
+        """Remove a runner that was `Drained`."""
         self._known(runner)
         if runner.phase is not Phase.DRAINED:
             raise IllegalFactError(
@@ -159,9 +161,11 @@ class Lifecycle(Launching):
     def close_barrier(
         self, runner: RunnerState, now: float, *, abort: bool = False
     ) -> list[Command]:
-        """Start nothing more of this runner, but for its held leases; `BarrierReached` follows when every slot is home.
+        """Start nothing more of this runner except runs of held leases.
 
-        With `abort`, what is queued (and not a held lease's) is revoked and does not wait.
+        `BarrierReached` follows when every slot is free.
+
+        With `abort`, queued jobs that are not a held lease's are revoked.
         """
         self._known(runner)
         barrier.close(runner)
@@ -182,7 +186,10 @@ class Lifecycle(Launching):
     def open_barrier(
         self, runner: RunnerState, now: float, *, epoch: int | None = None
     ) -> list[Command]:
-        """Go on, on another epoch when one is given. Jobs that waited for it now take their place in the queue."""
+        """Start jobs again, on another epoch if one is given.
+
+        Jobs that waited for the epoch move to the gate, a slice at a time.
+        """
         self._known(runner)
         before = runner.epoch
         barrier.open_on(runner, epoch)

@@ -1,4 +1,4 @@
-"""Slices: ends many jobs before they are launched, a few in one fact, and sees what is over then."""
+"""Slices: ends many jobs before they are launched, a few in one fact, and what follows."""
 
 from __future__ import annotations
 
