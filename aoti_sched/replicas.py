@@ -100,7 +100,7 @@ class ReplicatedRunner(Runner):
             old.priority,
             old.deadline,
             old.bytes,
-            old.holds,
+            old.is_lease_request,
             future,
             old.min_epoch,
             old.rows,

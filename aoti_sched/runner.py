@@ -549,8 +549,8 @@ class LeaseContext:
             options.priority,
             None,
             0,
-            holds=True,
-            exempt=self._exempt,
+            is_lease_request=True,
+            bypasses_limits=self._exempt,
             tenant=options.tenant,
         )
         if options.timeout is not None:

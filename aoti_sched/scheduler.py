@@ -62,7 +62,7 @@ from aoti_sched.queue import device_queue
 from aoti_sched.queue.admission.load import Bounds
 from aoti_sched.queue.batching import Batching as QueueBatching
 from aoti_sched.queue.device_queue import DeviceQueue
-from aoti_sched.queue.memory import Holding
+from aoti_sched.queue.holding import Holding
 from aoti_sched.queue.policy import Policy
 from aoti_sched.queue.runner_state import UNHEALTHY, Phase
 from aoti_sched.replicas import ReplicatedRunner
@@ -576,7 +576,7 @@ class Scheduler:
                 share=settings.share,
                 sheds=settings.overflow == "shed",
                 predicts=settings.admission == "predictive",
-                foreseen=not alone,
+                routable=not alone,
                 memory=holding,
             ),
             grouping=grouping,

@@ -38,8 +38,9 @@ from aoti_sched.queue.commands import (
     Withdraw,
 )
 from aoti_sched.queue.device_queue import DeviceQueue
+from aoti_sched.queue.holding import Holding
 from aoti_sched.queue.job import Job, JobState
-from aoti_sched.queue.memory import Claim, Holding
+from aoti_sched.queue.memory import Claim
 from aoti_sched.queue.runner_state import UNHEALTHY, Phase
 from aoti_sched.stats import DeviceStats, MemoryStats, RunnerStats
 
@@ -118,7 +119,7 @@ class Dispatcher:
 
     def withdraw(self, runner: RunnerState, move: Callable[[Job], None]) -> int:
         """Take out what is queued, and `move` each job, at once or in the next turns of the loop; its caller waits on. Returns how many."""
-        count = len(runner.awaiting) + runner.waits + len(runner.queue) - runner.load.exempt
+        count = runner.withdrawable
         self._moves[runner.name] = move
         self._perform(self.queue.withdraw(runner, self._clock.time()))
         return count
@@ -190,11 +191,11 @@ class Dispatcher:
         """What a model has in truth, and why it must not be parked, if it must not."""
         now = self._clock.time()
         self._perform(
-            self.queue.settle(holding, now, constants=constants, inactive=inactive, fixed=fixed)
+            self.queue.update_use(holding, now, constants=constants, inactive=inactive, fixed=fixed)
         )
 
     def forget(self, holding: Holding) -> None:
-        self._perform(self.queue.forget(holding, self._clock.time()))
+        self._perform(self.queue.release_memory(holding, self._clock.time()))
 
     def call_back(self, runner: RunnerState) -> None:
         """It is needed; raises MemoryLimitError if there is no room for it."""
@@ -235,7 +236,7 @@ class Dispatcher:
     def runner_stats(self, runner: RunnerState) -> RunnerStats:
         totals = msgspec.structs.asdict(runner.counters)
         busy = runner.slots - len(runner.free)
-        busy += sum(job.source.runner is runner for job in self.queue.lanes.following.values())
+        busy += sum(job.source.runner is runner for job in self.queue.lanes.handed_ahead.values())
         return RunnerStats(
             name=runner.name,
             phase=runner.phase.name,
@@ -485,7 +486,7 @@ def _deadline_error(job: Job, takes: float | None) -> DeadlineExceededError:
     if job.lane >= 0:
         where = "running; its result will be dropped"
     else:
-        where = "waiting for a lease" if job.holds else "queued"
+        where = "waiting for a lease" if job.is_lease_request else "queued"
     return DeadlineExceededError(
         f"runner {job.source.name!r}: the request's timeout of {timeout:.15g} s passed while it was {where}"
     )

@@ -15,12 +15,12 @@ import anyio
 
 from aoti_sched.engine.worker import in_worker
 from aoti_sched.events import log
-from aoti_sched.queue.memory import Stay
+from aoti_sched.queue.holding import Stay
 from aoti_sched.queue.runner_state import Phase
 
 if TYPE_CHECKING:
     from aoti_sched.engine.dispatcher import Dispatcher
-    from aoti_sched.queue.memory import Holding
+    from aoti_sched.queue.holding import Holding
     from aoti_sched.runner import Runner
 
 
@@ -78,7 +78,7 @@ class Parking:
         if runner.state.phase is not Phase.OPEN:  # it is not to be changed
             yield
             return
-        runner.dispatcher.queue.hold(runner.state)
+        runner.dispatcher.queue.pin(runner.state)
         try:
             if not needed:
                 await self.still(runner)

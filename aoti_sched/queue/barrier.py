@@ -64,9 +64,13 @@ def epoch_refusal(job: Job) -> EpochError | None:
             f"runner {runner.name!r}: a lease that was granted at epoch {source.epoch} stays there, and the request asks "
             f"for epoch {wanted}; release the lease and take a new one"
         )
-    if wanted <= runner.published:
-        return EpochError(
-            f"runner {runner.name!r}: epoch {wanted} was rolled back, epoch {runner.epoch} serves; ask for "
-            f"min_epoch={runner.epoch}, or publish the weights anew"
-        )
-    return None
+    return rolled_back(job) if wanted <= runner.published else None
+
+
+def rolled_back(job: Job) -> EpochError:
+    """Return the error of a job that asks for an epoch that was rolled back."""
+    runner = job.source.runner
+    return EpochError(
+        f"runner {runner.name!r}: epoch {job.min_epoch} was rolled back, epoch {runner.epoch} serves; "
+        f"ask for min_epoch={runner.epoch}, or publish the weights anew"
+    )

@@ -37,7 +37,7 @@ class Key:
         self.ripe_at = math.inf
 
 
-class Company:
+class BatchQueue:
     """What waits for company at one runner. Keys that are not ripe are hidden in its queue.
 
     `arrived` counts the jobs of this turn of the loop; while `gathering`, they are held until it is over.
@@ -58,7 +58,7 @@ class Company:
         """Whether a job that comes now has to be queued, were it the only one."""
         return self.gathering or self.arrived > 0 or self.rule.max_delay > 0
 
-    def arrives(self) -> None:
+    def note_arrival(self) -> None:
         """A job has come. The second in one turn shows that there are many: gather them, from now on."""
         self.arrived += 1
         if self.arrived > 1:
@@ -79,7 +79,7 @@ class Company:
                 latest = math.inf if job.deadline is None else job.deadline - bound
                 key.ripe_at = min(key.ripe_at, job.submitted + self.rule.max_delay, latest)
         self.queue.push(job)
-        self.see(job.key, now)
+        self.refresh(job.key, now)
         return key
 
     def leave(self, job: Job) -> None:
@@ -93,7 +93,7 @@ class Company:
             del self.keys[job.key]
             self.queue.show(job.key)
 
-    def around(self, job: Job) -> tuple[int, int]:
+    def potential_batch(self, job: Job) -> tuple[int, int]:
         """How many bytes, of how many jobs, would run together with a job that is queued no more, itself included, by what is queued."""
         key = self.keys.get(job.key)
         if key is None:
@@ -106,7 +106,7 @@ class Company:
         )
         return (size, jobs) if rows <= most else (size * most // rows, max(1, jobs * most // rows))
 
-    def see(self, name: Hashable, now: float) -> None:
+    def refresh(self, name: Hashable, now: float) -> None:
         """Let a key take part, if it waits no longer."""
         key, rule = self.keys[name], self.rule
         if key.ripe:
@@ -128,10 +128,10 @@ class Company:
         self.arrived = 0
         for name, key in self.keys.items():
             key.held = False
-            self.see(name, now)
+            self.refresh(name, now)
 
-    def hurry(self, now: float) -> None:
+    def flush(self, now: float) -> None:
         """Wait for nobody from now on."""
         self.hurries = True
         for name in self.keys:
-            self.see(name, now)
+            self.refresh(name, now)

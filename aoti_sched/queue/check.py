@@ -4,20 +4,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING
 
+from aoti_sched.queue.holding import Stay
 from aoti_sched.queue.job import Job, JobState
-from aoti_sched.queue.memory import Stay
 from aoti_sched.queue.runner_state import Phase
-from aoti_sched.queue.selection import fairness as fair
+from aoti_sched.queue.selection import accounts as fair
 from aoti_sched.queue.selection.choice import can_start
 from aoti_sched.queue.selection.placement import LOOP
 from aoti_sched.queue.timers import is_over
 
 if TYPE_CHECKING:
     from aoti_sched.queue.admission.load import Load
-    from aoti_sched.queue.batching import Company
+    from aoti_sched.queue.batching import BatchQueue
     from aoti_sched.queue.device_queue import DeviceQueue
     from aoti_sched.queue.runner_state import RunnerState, Source
 
@@ -95,18 +96,30 @@ def check(queue: DeviceQueue) -> None:
             )
             must(not lease.closed, "a held lease is never closed")
         _check_tenants(runner, must)
-        awaiting = list(runner.awaiting.values())
+        awaiting = list(runner.awaiting.within(0, math.inf))
         must(
             all(job.state is JobState.WAITING for job in awaiting),
             "what awaits an epoch is WAITING",
         )
         must(
-            all(job.min_epoch > runner.published for job in awaiting),
+            runner in queue._moving
+            or runner.halted > 0
+            or all(job.min_epoch > runner.published for job in awaiting),
             "nobody awaits an epoch that has been",
         )
         must(
-            all(job.min_epoch <= job.source.epoch for job in (*queued, *gate)),
+            all(
+                job.min_epoch <= job.source.epoch
+                or (runner.halted > 0 and runner.epoch < job.min_epoch <= runner.published)
+                for job in (*queued, *gate)
+            ),
             "what is queued can have its epoch",
+        )
+        bound = [j for j in (*queued, *gate, *in_line) if j.min_epoch > 1 and j.source is runner]
+        must(
+            sorted(job.id for job in runner.epoch_bound.within(0, math.inf))
+            == sorted(job.id for job in bound),
+            "what is queued for an epoch is known by it",
         )
         must(
             all(job.epoch == job.source.epoch for job in on_lanes), "nothing runs on another epoch"
@@ -116,7 +129,9 @@ def check(queue: DeviceQueue) -> None:
             not runner.reached or (runner.closed and runner.home),
             "a barrier is reached while it is closed and every slot is home",
         )
-        following = [job for job in queue.lanes.following.values() if job.source.runner is runner]
+        following = [
+            job for job in queue.lanes.handed_ahead.values() if job.source.runner is runner
+        ]
         for job in following:
             first = queue.lanes.running.get(job.lane)
             must(
@@ -125,15 +140,16 @@ def check(queue: DeviceQueue) -> None:
                 "what follows on a lane has the source, slot and epoch of what runs there",
             )
         for source in sources:
-            open_lanes = source.followed
+            open_lanes = source.open_for_next
             must(
                 all(
-                    queue.lanes.running[lane].source is source and lane not in queue.lanes.following
+                    queue.lanes.running[lane].source is source
+                    and lane not in queue.lanes.handed_ahead
                     for lane in open_lanes
                 ),
                 "a lane that may be given a next job runs one of the source and has no next",
             )
-        if runner.company is not None:
+        if runner.batch_queue is not None:
             _check_company(queue, runner, queued, must)
         must(
             runner.reached or runner.halted > 0 or not (runner.closed and runner.home),
@@ -164,9 +180,9 @@ def check(queue: DeviceQueue) -> None:
         for source in sources:
             head = source.queue.head()
             if head is not None and can_start(source) and not queue._goes_on:
-                here = head.holds or runner.placing.inline(head.bytes)
+                here = head.is_lease_request or runner.placing.inline(head.bytes)
                 lane = bool(queue.lanes.free) and not _waits_for_cores(queue)
-                place = (head.holds or queue.lanes.loop_is_free()) if here else lane
+                place = (head.is_lease_request or queue.lanes.loop_is_free()) if here else lane
                 must(not place, "no job waits while a slot and a place to run are free")
         _check_accounts(queue, runner, queued, must)
         queued_jobs += len(queued)
@@ -177,7 +193,9 @@ def check(queue: DeviceQueue) -> None:
     )
     leases = [load for runner in queue.runners.values() for load in _lease_loads(runner)]
     must(queue.load.within_bounds(*leases), "no bound of the device is exceeded")
-    must(queue._goes_on or not queue._endings, "what is to go on has a next turn")
+    must(
+        queue._goes_on or not (queue._endings or queue._moving), "what is to go on has a next turn"
+    )
     _check_memory(queue, must)
     must(
         sum(not is_over(entry[2]) for entry in queue.timers.deadlines.entries())
@@ -246,7 +264,7 @@ def _check_tenants(runner: RunnerState, must: Callable[[bool, str], None]) -> No
     most = runner.load.bounds.tenant_jobs
     counted: dict[Hashable, int] = {}
     for job in (*runner.gate.jobs(), *runner.queue.jobs()):
-        if most is not None and not job.exempt:
+        if most is not None and not job.bypasses_limits:
             counted[job.tenant] = counted.get(job.tenant, 0) + 1
     must(runner.tenant_jobs == counted, "what a tenant has at the gate and in the queue is counted")
     must(
@@ -267,7 +285,7 @@ def _check_accounts(
     queue: DeviceQueue, runner: RunnerState, queued: list[Job], must: Callable[[bool, str], None]
 ) -> None:
     launched = [job for job in queue.lanes.launched() if job.source.runner is runner]
-    running = [job for first in launched for job in (*(first.members or (first,)), *first.rest)]
+    running = [job for first in launched for job in (*(first.members or (first,)), *first.to_retry)]
     for priority, account in enumerate(runner.accounts):
         of_class = [job for job in queued if job.priority == priority]
         must(
@@ -303,14 +321,18 @@ def _check_accounts(
         runner.backlog.jobs == (len(queued) if queue._forecast.kept else 0),
         "what is queued is foreseen",
     )
-    oldest = [job for job in queued if not job.holds] if queue.policy.max_wait is not None else []
+    oldest = (
+        [job for job in queued if not job.is_lease_request]
+        if queue.policy.max_wait is not None
+        else []
+    )
     sources: list[Source] = [runner, *runner.leases.values()]
     must(
         sorted(job.id for source in sources for job in source.arrivals.jobs())
         == sorted(j.id for j in oldest),
         "what may become overdue is watched",
     )
-    may_go = [j for j in queued if runner.sheds and j.source is runner and not j.holds]
+    may_go = [j for j in queued if runner.sheds and j.source is runner and not j.is_lease_request]
     must(
         runner.worst.alive == len(may_go) == sum(worst.alive for worst in runner.worst_of.values()),
         "what may be shed is known",
@@ -319,7 +341,7 @@ def _check_accounts(
 
 def _live(job: Job) -> int:
     """How many jobs one that was launched stands for."""
-    return len(job.members or (job,)) + len(job.rest)
+    return len(job.members or (job,)) + len(job.to_retry)
 
 
 def _has_room(source: Source) -> bool:
@@ -330,8 +352,8 @@ def _has_room(source: Source) -> bool:
 def _check_company(
     queue: DeviceQueue, runner: RunnerState, queued: list[Job], must: Callable[[bool, str], None]
 ) -> None:
-    company: Company = runner.company  # type: ignore[assignment]
-    for job in [*queue.lanes.running.values(), *queue.lanes.following.values()]:
+    company: BatchQueue = runner.batch_queue  # type: ignore[assignment]
+    for job in [*queue.lanes.running.values(), *queue.lanes.handed_ahead.values()]:
         if job.source is runner and job.members:
             must(job.members[0] is job and len(job.members) > 1, "a batch is led by its first")
             must(all(member.key == job.key for member in job.members), "a batch is of one key")
@@ -347,7 +369,9 @@ def _check_company(
                 "a batch runs in one place",
             )
     keyed = [
-        job for job in queued if job.source is runner and job.key is not None and not job.holds
+        job
+        for job in queued
+        if job.source is runner and job.key is not None and not job.is_lease_request
     ]
     must(
         company.keys.keys() == {job.key for job in keyed},

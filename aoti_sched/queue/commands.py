@@ -1,4 +1,4 @@
-"""Commands: what follows from a fact, for the front to perform. They name jobs, leases and runners, and do nothing."""
+"""Commands: what follows from a fact, for the dispatcher to perform. They are plain values."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from aoti_sched.queue.runner_state import Lease, RunnerState
 
 
 class Launch(msgspec.Struct, frozen=True):
-    """Run this job now, with all its `members` when it has any: on its lane, or, when `job.inline` is set, right here."""
+    """Run this job, with its `members` if any: on its lane, or inline when `job.inline` is set."""
 
     job: Job
 
 
 class Grant(msgspec.Struct, frozen=True):
-    """This job asked for a lease; here it is."""
+    """Give this lease to the job that asked for one."""
 
     job: Job
     lease: Lease
 
 
 class Reject(msgspec.Struct, frozen=True):
-    """Admission refused this job. Only `submit` answers so."""
+    """Admission refused this job. Only `submit` returns this command."""
 
     job: Job
     error: AotiSchedError
 
 
 class Expire(msgspec.Struct, frozen=True):
-    """This job's deadline has passed; or, when the run `takes` longer (in seconds) than is left, it can't be met any more."""
+    """This job's deadline has passed, or can't be met: the run `takes` more seconds than are left."""
 
     job: Job
     takes: float | None = None
 
 
 class Shed(msgspec.Struct, frozen=True):
-    """This queued job makes room for a better one; the error says so."""
+    """This queued job was dropped to make room for a better one; the error says so."""
 
     job: Job
     error: AotiSchedError
@@ -53,19 +53,19 @@ class Revoke(msgspec.Struct, frozen=True):
 
 
 class Withdraw(msgspec.Struct, frozen=True):
-    """This accepted job was taken out; its caller waits on, for what becomes of another in its place."""
+    """This accepted job was taken out, to be submitted at another replica; its caller waits on."""
 
     job: Job
 
 
 class Drained(msgspec.Struct, frozen=True):
-    """Nothing of this runner is queued, running or held any more; it may be removed."""
+    """This runner has no job and no held lease any more; it may be removed."""
 
     runner: RunnerState
 
 
 class BarrierReached(msgspec.Struct, frozen=True):
-    """This runner's barrier is closed, every slot is home and nothing launches: its constants may be swapped."""
+    """This runner's barrier is closed and every slot is free: its weights may be exchanged."""
 
     runner: RunnerState
 
@@ -77,19 +77,19 @@ class Failing(msgspec.Struct, frozen=True):
 
 
 class Claimed(msgspec.Struct, frozen=True):
-    """The memory that this `Claim` asked for is there."""
+    """The memory that this `Claim` reserves is there."""
 
     claim: Any
 
 
 class Park(msgspec.Struct, frozen=True):
-    """Every slot of this runner is home and nothing launches: free its constants, and say that it is `parked`."""
+    """Evict this runner, whose slots are all free: free its weights, then report `parked`."""
 
     runner: RunnerState
 
 
 class Return(msgspec.Struct, frozen=True):
-    """There is room for this runner's constants: bring them back, and say that it has `returned`."""
+    """Restore this runner's weights, for which there is room, then report `returned`."""
 
     runner: RunnerState
 
@@ -99,11 +99,11 @@ class NextTurn(msgspec.Struct, frozen=True):
 
 
 class GoOn(msgspec.Struct, frozen=True):
-    """Call `go_on` in the loop's next turn: there was more to do than one fact does."""
+    """Call `go_on` in the loop's next turn, to continue what one fact does not do at once."""
 
 
 class WakeAt(msgspec.Struct, frozen=True):
-    """Call `tick` at this time; it replaces the time asked for before."""
+    """Call `tick` at this time, which replaces the time of an earlier `WakeAt`."""
 
     at: float
 

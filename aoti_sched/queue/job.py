@@ -6,13 +6,17 @@ import enum
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
+from aoti_sched.queue.selection.accounts import Account
+
 if TYPE_CHECKING:
     from aoti_sched.queue.runner_state import Source
-    from aoti_sched.queue.selection.fairness import Account
 
 
 class Priority(enum.IntEnum):
-    """Policy class of a request. A higher class always goes first; within a class, the earliest deadline."""
+    """Policy class of a request.
+
+    A higher class always goes first; within a class, the earliest deadline.
+    """
 
     HIGH = 0
     NORMAL = 1
@@ -74,8 +78,8 @@ TRANSITIONS: dict[JobState, dict[Fact, JobState]] = {
         Fact.SHED: JobState.SHED,
         Fact.WITHDRAW: JobState.WITHDRAWN,
     },
-    # A running job that expires or is cancelled ends for its caller at once; its lane and slot come home
-    # with the completion, which then finds the job at its end and changes nothing more.
+    # A running job that expires or is cancelled ends for its caller at once. Its lane and slot are
+    # released by the completion, which finds the job ended and leaves its state as it is.
     JobState.RUNNING: {
         Fact.SUCCEED: JobState.DONE,
         Fact.FAIL: JobState.FAILED,
@@ -94,42 +98,66 @@ TRANSITIONS: dict[JobState, dict[Fact, JobState]] = {
 """Every transition of a job. A fact that is not in its state's row is illegal."""
 
 
+Moment = tuple[float, str]
+"""A time and the name of the fact that happened to a job then."""
+
+
 class IllegalFactError(Exception):
-    """A fact that can't happen in this state; a bug of the caller's. Nothing was changed."""
+    """A fact that can't happen in this state; a bug of the caller's. Nothing was changed.
+
+    Attributes:
+        story: What had happened to the job, as (time, fact), in order; empty where no job is meant.
+    """
+
+    def __init__(self, message: str, story: tuple[Moment, ...] = ()) -> None:
+        told = ", ".join(f"{fact} at {time:.15g}" for time, fact in story)
+        super().__init__(f"{message}. Its story: {told}" if told else message)
+        self.story = story
 
 
 class Job:
-    """One request. The queue owns all fields but `payload`, which belongs to the caller and is not looked at.
+    """One request. The queue owns every field except `payload`, which belongs to the caller.
 
-    `source` is what the job draws its slot from: its runner, or a held lease. A job with `holds` set asks
-    for a lease and not for a run. `bytes` counts the inputs. Times are seconds on the caller's clock;
-    `deadline` is absolute. It runs on constants of `min_epoch` or later. Jobs with an equal `key` may run as one, as
-    long as they have not too many `rows` together. One that is `exempt` is the library's own, and no bound, which are there
-    against callers, holds it back; it takes no room from others, either. A runner's `tenant`s share it equally. `lane` is `LOOP` for a run on the loop's own thread, and then
-    `inline` is set.
+    Times are seconds on the caller's clock.
 
-    The first of a batch, its leader, has all jobs that run with it as `members`, itself first, and stands for them on
-    its lane; `size` is the bytes of all their inputs. `rest` are members of a failed batch that have yet to be run
-    again, one after the other, and `again` is set for one that is. `batch` is how many jobs ran as one with this one.
+    Args:
+        source: What the job draws its slot from: its runner, or a held lease.
+        priority: The priority class.
+        deadline: When the job expires, on the same clock; None for never.
+        bytes: Size of the inputs.
+        is_lease_request: Whether the job asks for a lease, and not for a run.
+        payload: The caller's own; no rule reads it.
+        min_epoch: The job runs on the weights of this epoch or a later one.
+        rows: Rows of the inputs, which count against a batch's `max_rows`.
+        key: Jobs of one runner with an equal key may run as one batch; None for alone.
+        bypasses_limits: Whether no bound holds the job back. Such a job is the library's own.
+        tenant: A runner's tenants share its device time equally.
 
-    It is `expected` to take so many core seconds, by what was known of others like it when it was queued. At its launch that is
-    charged to its runner, and to its tenant's `account`.
+    Attributes:
+        lane: Where the job runs; `LOOP` for the loop's own thread, and then `inline` is set.
+        members: Of a batch's leader: all jobs of the batch, the leader first.
+        size: Bytes of all inputs of the run that the job leads.
+        to_retry: Members of a failed batch that are still to be retried on the same lane.
+        retrying: Whether the job is being retried, alone, since its batch failed.
+        batch: How many jobs ran as one with this job.
+        expected: Core seconds that the run was expected to take when the job was queued.
+        account: The tenant's account, which `expected` is charged to at the launch.
+        recorded: Facts whose time no field keeps, with the state before each; see `story`.
     """
 
     __slots__ = (
         "account",
-        "again",
         "batch",
+        "bypasses_limits",
         "bytes",
         "deadline",
         "due",
         "epoch",
-        "exempt",
         "expected",
         "finished",
-        "holds",
         "id",
         "inline",
+        "is_lease_request",
         "key",
         "lane",
         "members",
@@ -137,7 +165,9 @@ class Job:
         "overdue",
         "payload",
         "priority",
-        "rest",
+        "probing",
+        "recorded",
+        "retrying",
         "rows",
         "size",
         "slot",
@@ -147,7 +177,7 @@ class Job:
         "submitted",
         "tenant",
         "timeout",
-        "tried",
+        "to_retry",
     )
 
     def __init__(
@@ -156,24 +186,24 @@ class Job:
         priority: int = Priority.NORMAL,
         deadline: float | None = None,
         bytes: int = 0,
-        holds: bool = False,
+        is_lease_request: bool = False,
         payload: Any = None,
         min_epoch: int = 0,
         rows: int = 1,
         key: Hashable = None,
-        exempt: bool = False,
+        bypasses_limits: bool = False,
         tenant: Hashable = None,
     ) -> None:
         self.source = source
         self.priority = priority
         self.deadline = deadline
         self.bytes = bytes
-        self.holds = holds
+        self.is_lease_request = is_lease_request
         self.payload = payload
         self.min_epoch = min_epoch
         self.rows = rows
         self.key = key
-        self.exempt = exempt
+        self.bypasses_limits = bypasses_limits
         self.tenant = tenant
         self.timeout: float | None = None  # as the caller gave it, for messages
 
@@ -189,19 +219,56 @@ class Job:
         self.due = 0.0  # what orders jobs of one class and tenant: see `Policy.due`
         self.size = 0
         self.members: tuple[Job, ...] = ()
-        self.rest: tuple[Job, ...] = ()
-        self.again = False
+        self.to_retry: tuple[Job, ...] = ()
+        self.retrying = False
         self.batch = 1
         self.expected = 0.0
         self.account: Account | None = None
+        self.recorded: tuple[tuple[float, Fact, JobState], ...] = ()  # see `story`
         self.overdue = False  # launched out of order, for it had waited too long
-        self.tried = False  # believed to be late, and let go on all the same
+        self.probing = False  # believed to be late, and let go on all the same
 
     def happens(self, fact: Fact) -> None:
         """Move to the next state by the table, or raise `IllegalFactError` and change nothing."""
         following = TRANSITIONS[self.state].get(fact)
         if following is None:
-            raise IllegalFactError(
+            raise self.illegal(
                 f"job {self.id} is {self.state.name}: {fact.name} can't happen to it"
             )
         self.state = following
+
+    def happens_at(self, fact: Fact, now: float) -> None:
+        """Do as `happens`, and record a fact whose time no field keeps."""
+        before = self.state
+        self.happens(fact)
+        self.recorded += ((now, fact, before),)
+
+    def illegal(self, message: str) -> IllegalFactError:
+        """Return the error of a fact that can't happen to this job, with the job's story."""
+        return IllegalFactError(message, self.story())
+
+    def story(self) -> tuple[Moment, ...]:
+        """Return what has happened to the job so far, as (time, fact), in order.
+
+        The facts of every request cost nothing: their times are the job's own fields.
+        The rarer facts are recorded. No job has more than a few, since the table has no way back.
+        """
+        if self.id < 0:
+            return ()
+        moments: list[Moment] = [(self.submitted, "SUBMIT")]
+        recorded = self.recorded
+        first = recorded[0][2] if recorded else self.state
+        if first not in (JobState.NEW, JobState.WAITING):
+            moments.append((self.submitted, Fact.ADMIT.name))
+        listed = self.slot < 0  # nothing was launched
+        for time, fact, before in recorded:
+            if not listed and before is JobState.RUNNING:
+                moments.append((self.started, Fact.LAUNCH.name))
+                listed = True
+            moments.append((time, fact.name))
+        if not listed:
+            moments.append((self.started, Fact.LAUNCH.name))
+        if self.state in (JobState.DONE, JobState.FAILED):
+            end = Fact.SUCCEED if self.state is JobState.DONE else Fact.FAIL
+            moments.append((self.finished, end.name))
+        return tuple(moments)

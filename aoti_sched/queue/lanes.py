@@ -1,17 +1,20 @@
 """Lanes: what runs where, what was handed ahead to a lane, and what is left of the loop's turn.
 
-Whoever runs has a slot of its source, too. A job that follows another on its lane shares that one's slot, since the two never
-run at once; and so do the members of a failed batch that are run again there, one after the other.
+Each run has a slot of its source, too. A job that was handed ahead to a lane shares the slot of the
+job that runs there, since the two never run at once. Members of a failed batch share the slot, too:
+they are retried there one after the other.
 """
 
 from __future__ import annotations
 
-from aoti_sched.queue.job import Job, JobState
+from aoti_sched.queue.job import Fact, Job, JobState
 from aoti_sched.queue.selection.placement import LOOP
 
 
 class Lanes:
-    """A device's lanes, and the loop's own thread as one more place to run (`LOOP`), for `inline_budget` seconds a turn.
+    """A device's lanes, and the loop's own thread as one more place to run (`LOOP`).
+
+    Inline runs have `inline_budget` seconds in each turn of the loop.
 
     A run on a lane takes as many of the device's `cores` as its runner is wide.
     """
@@ -19,9 +22,9 @@ class Lanes:
     __slots__ = (
         "cores",
         "count",
-        "following",
         "free",
         "free_cores",
+        "handed_ahead",
         "inline_budget",
         "inline_left",
         "running",
@@ -32,44 +35,45 @@ class Lanes:
         self.cores = self.free_cores = cores
         self.free = list(reversed(range(count)))  # a stack: the lane used last may still be awake
         self.running: dict[int, Job] = {}  # by lane; of a batch, its leader
-        self.following: dict[int, Job] = {}  # by lane: handed to it behind the running one
+        self.handed_ahead: dict[int, Job] = {}  # by lane: handed to it behind the running one
         self.inline_budget = inline_budget
         self.inline_left = inline_budget
 
-    def hold(self, job: Job) -> bool:
-        """Whether it was launched, and is not complete."""
-        return self.running.get(job.lane) is job or self.following.get(job.lane) is job
+    def has_launched(self, job: Job) -> bool:
+        """Return whether a job was launched and is not complete."""
+        return self.running.get(job.lane) is job or self.handed_ahead.get(job.lane) is job
 
     def loop_is_free(self) -> bool:
         return LOOP not in self.running and self.inline_left > 0
 
     def launched(self) -> list[Job]:
-        """What was launched and is not complete; of a batch, its leader."""
-        return [*self.running.values(), *self.following.values()]
+        """Return the jobs that were launched and are not complete; of a batch, its leader."""
+        return [*self.running.values(), *self.handed_ahead.values()]
 
     def take(self, job: Job) -> None:
-        """It runs on `job.lane`. A lane that runs a short job may be given the next one of its source."""
+        """Occupy `job.lane`. A lane that runs a short job may be handed the source's next job."""
         self.running[job.lane] = job
         if job.lane != LOOP:
             self.free.pop()
             self.free_cores -= job.source.runner.width
             if job.source.runner.placing.follows(job.size):
-                job.source.followed.append(job.lane)
+                job.source.open_for_next.append(job.lane)
 
     def leave(self, job: Job, now: float) -> Job | None:
-        """Its lane and slot come home, or go on to the one that follows it, or to who of its batch has to be run again.
+        """Release the lane and slot, or pass them on to the job handed ahead or to be retried.
 
-        Returns the latter, which is to be launched. A lane that has someone to run again is given nothing ahead.
+        Returns the batch member to retry, which is to be launched; None when there is none.
+        A lane with a member to retry is handed no other job ahead.
         """
         lane, source = job.lane, job.source
-        again = _next_of(job, now) if job.rest else None
-        follower = self.following.pop(lane, None)
+        again = _next_of(job, now) if job.to_retry else None
+        follower = self.handed_ahead.pop(lane, None)
         opens = False
         if follower is job:  # the lane would not take it
-            opens = again is None and not self.running[lane].again
+            opens = again is None and not self.running[lane].retrying
         elif follower is not None:
             self.running[lane] = follower
-            opens = again is None and not follower.again
+            opens = again is None and not follower.retrying
         elif again is None:
             del self.running[lane]
             source.free.append(job.slot)
@@ -79,23 +83,24 @@ class Lanes:
         else:
             self.running[lane] = again
         if again is not None and follower is not None:  # it is on the lane already, or was to be
-            self.following[lane] = again
+            self.handed_ahead[lane] = again
         if opens:
-            source.followed.append(lane)
-        elif source.followed and lane in source.followed:
-            source.followed.remove(lane)
+            source.open_for_next.append(lane)
+        elif source.open_for_next and lane in source.open_for_next:
+            source.open_for_next.remove(lane)
         return again
 
 
 def _next_of(job: Job, now: float) -> Job | None:
-    """Who of a failed batch is run next, alone; whoever has left meanwhile is passed over."""
-    rest, job.rest = job.rest, ()
+    """Return the member of a failed batch to retry next; members whose caller left are skipped."""
+    rest, job.to_retry = job.to_retry, ()
     for index, member in enumerate(rest):
         if member.state is JobState.RUNNING:
-            member.rest = rest[index + 1 :]
-            member.again = True
+            member.to_retry = rest[index + 1 :]
+            member.retrying = True
             member.batch = 1
             member.size = member.bytes
+            member.recorded += ((member.started, Fact.LAUNCH, JobState.QUEUED),)
             member.started = now
             member.source.runner.counters.retried += 1
             return member

@@ -13,79 +13,18 @@ their constants are freed, and brought back when they are asked for, while reque
 
 from __future__ import annotations
 
-import enum
-import math
 from collections import deque
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aoti_sched.errors import MemoryLimitError
 from aoti_sched.queue import barrier
 from aoti_sched.queue.commands import Claimed, Command, Park, Return
-from aoti_sched.queue.runner_state import Phase
-
-if TYPE_CHECKING:
-    from aoti_sched.queue.runner_state import RunnerState
+from aoti_sched.queue.holding import Holding, Stay
+from aoti_sched.queue.runner_state import Phase, RunnerState
 
 STAY = 4.0
 """A busy runner is left in memory for at least so many times the time that it took to come."""
-
-
-class Stay(enum.IntEnum):
-    """Where a model's constants are."""
-
-    HERE = 0
-    LEAVING = 1  # nothing of it starts any more; when all slots are home, they are freed
-    AWAY = 2
-    COMING = 3  # room for them was promised; nothing of it starts yet
-
-
-class Holding:
-    """What one model has of its device's memory, in bytes: its `constants`, and what its `inactive` buffer takes beside them.
-
-    `runner` is None while it is loaded. `since` is when it began to come, or came; `took` is how long that lasted. `fixed` says why it is not to be
-    parked, "" when it may; `updating` that its weights are being changed. `payload` is the front's.
-    """
-
-    __slots__ = (
-        "constants",
-        "fixed",
-        "inactive",
-        "name",
-        "parked",
-        "payload",
-        "runner",
-        "since",
-        "stay",
-        "took",
-        "updating",
-        "workspace",
-    )
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.runner: RunnerState | None = None
-        self.constants = 0
-        self.inactive = 0
-        self.stay = Stay.COMING
-        self.since = -math.inf
-        self.took = 0.0
-        self.fixed = ""
-        self.updating = False
-        self.parked = 0
-        """How often it was."""
-        self.payload: Any = None
-        self.workspace = 0
-        """What its runs have besides. Nobody knows beforehand, so no rule looks at it."""
-
-    @property
-    def bytes(self) -> int:
-        """Its own, whether they are there or not."""
-        return self.constants + self.inactive
-
-    @property
-    def is_here(self) -> bool:
-        return self.stay is Stay.HERE
 
 
 class Claim:
@@ -131,7 +70,7 @@ class Memory:
         self.device = device
         self.limit = limit
         self.evicts = evicts
-        self.holdings: dict[Holding, None] = {}
+        self.holdings: dict[Holding, RunnerState | None] = {}
         self.used = 0
         self.leaving = 0
         self.promised = 0
@@ -152,13 +91,13 @@ class Memory:
         victims = self._idle_victims(self._lacks(claim.bytes))
         if victims is None:
             raise self._refusal(claim)
-        self.holdings[claim.holding] = None
+        self.holdings.setdefault(claim.holding, None)
         self._promise(claim, victims, commands)
         self._give(now, commands)
         return commands
 
     def give_up(self, claim: Claim, now: float) -> list[Command]:
-        """What was claimed is not wanted any more; if it was given, `settle` gives it back."""
+        """What was claimed is not wanted any more; if it was given, `update_use` gives it back."""
         commands: list[Command] = []
         if claim in self.claims:
             self.claims.remove(claim)
@@ -166,7 +105,9 @@ class Memory:
             self._give(now, commands)
         return commands
 
-    def settle(self, holding: Holding, constants: int, inactive: int, now: float) -> list[Command]:
+    def update_use(
+        self, holding: Holding, constants: int, inactive: int, now: float
+    ) -> list[Command]:
         """So much it has in truth."""
         commands: list[Command] = []
         if holding.stay is not Stay.AWAY:
@@ -177,18 +118,17 @@ class Memory:
         self._give(now, commands)
         return commands
 
-    def forget(self, holding: Holding, now: float) -> list[Command]:
+    def release(self, holding: Holding, now: float) -> list[Command]:
         """It is closed, or was not loaded."""
-        commands = self.settle(holding, 0, 0, now)
+        commands = self.update_use(holding, 0, 0, now)
         self.holdings.pop(holding, None)
-        holding.runner = None  # the runner refers to it
         return commands
 
     def lives(self, runner: RunnerState, *, held: bool) -> None:
         """What was claimed is this runner's, which serves."""
         holding = runner.memory
-        holding.runner, holding.stay, holding.updating = runner, Stay.HERE, held
-        self.holdings[holding] = None
+        holding.stay, holding.updating = Stay.HERE, held
+        self.holdings[holding] = runner
 
     # --- who leaves and comes --------------------------------------------------------------------------
 
@@ -295,8 +235,9 @@ class Memory:
         return _enough(sorted(able, key=lambda runner: (runner.busy, runner.memory.since)), lacks)
 
     def _movable(self) -> Iterable[RunnerState]:
-        for one in self.holdings if self.evicts else ():
-            runner = one.runner
+        if not self.evicts:
+            return
+        for one, runner in self.holdings.items():
             if runner is None or one.stay is not Stay.HERE or not one.bytes:
                 continue
             if not (one.fixed or one.updating or runner.leases or runner.phase is not Phase.OPEN):
@@ -334,7 +275,7 @@ class Memory:
                 holding.since = now
                 commands.append(Return(claim.returns))
                 continue
-            if holding.runner is None:
+            if self.holdings[holding] is None:
                 holding.constants += claim.bytes
             else:
                 holding.inactive += claim.bytes
@@ -364,7 +305,7 @@ class Memory:
 
     def _why_it_stays(self, holding: Holding) -> str:
         """In brackets, where some are parked."""
-        runner = holding.runner
+        runner = self.holdings[holding]
         why = ""
         if self.evicts:
             if runner is None:

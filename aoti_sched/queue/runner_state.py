@@ -1,26 +1,24 @@
-"""Leases: who holds which slot. A source gives out its slots; a held lease is a source of one slot."""
+"""Runners and leases: the sources that jobs draw their slots from."""
 
 from __future__ import annotations
 
 import enum
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
 
 import msgspec
 
 from aoti_sched.queue.admission.load import Load
-from aoti_sched.queue.admission.shedding import Worst
-from aoti_sched.queue.batching import Batching, Company
+from aoti_sched.queue.admission.shedding import ShedHeap
+from aoti_sched.queue.batching import Batching, BatchQueue
+from aoti_sched.queue.holding import Holding
 from aoti_sched.queue.job import Job, Priority
-from aoti_sched.queue.selection.fairness import Account, Turns
-from aoti_sched.queue.selection.forecast import Backlog
-from aoti_sched.queue.selection.job_queue import NOBODY, InOrder, JobQueue
+from aoti_sched.queue.selection.accounts import Account, FairClass
+from aoti_sched.queue.selection.backlog import Backlog
+from aoti_sched.queue.selection.job_queue import NO_ACCOUNT, JobQueue, SortedJobs
 from aoti_sched.queue.selection.placement import Placing
-
-if TYPE_CHECKING:
-    from aoti_sched.queue.memory import Holding
 
 
 class Phase(enum.IntEnum):
@@ -48,7 +46,7 @@ class Counters(msgspec.Struct):
     queue_seconds: float = 0.0
     run_seconds: float = 0.0
     wasted_seconds: float = 0.0
-    """Run time of jobs whose caller had left, by cancellation or timeout, and of batches that failed."""
+    """Run time of jobs whose caller had left, and of batches that failed."""
     inline: int = 0
     """Jobs that ran on the loop's own thread."""
     batches: int = 0
@@ -66,12 +64,16 @@ UNHEALTHY = 5
 class Source:
     """What jobs draw slots from: a runner with all its slots, or a held lease with its one.
 
-    `queue` holds what was admitted, `load` counts it against its bounds; `gate` holds what waits for room.
-    `free` is a stack, so that the slot used last, whose memory is warm, is used next. `live` counts the
-    jobs that are waiting, queued or running here, callers that left a running job included. A `closed`
-    source gives out no slot, nor does one that is `halted`: of some of its jobs it is settled that they end otherwise, and not all have yet.
-    `runner` is the one whose slots they are. `followed` are lanes that run a short job of this source and may be given its next.
-    `arrivals` is its queue by the time of submission, kept where jobs may become overdue.
+    Attributes:
+        runner: The runner that owns the slots.
+        queue: Admitted jobs, which `load` counts against the bounds.
+        gate: Jobs that wait for room.
+        free: Free slots, a stack: the slot used last, whose memory is warm, is used next.
+        live: Jobs that are waiting, queued or running, those included whose caller has left.
+        closed: Whether a barrier is closed, and no slot is given out.
+        halted: Endings under way, during which no slot is given out either.
+        open_for_next: Lanes that run a short job of this source and may be handed its next.
+        arrivals: The queued jobs by time of submission, where jobs may become overdue.
     """
 
     __deletable__ = ["runner"]  # noqa: RUF012 -- mypyc reads this list in the source
@@ -79,13 +81,13 @@ class Source:
         "arrivals",
         "closed",
         "epoch",
-        "followed",
         "free",
         "gate",
         "halted",
         "live",
         "load",
         "name",
+        "open_for_next",
         "queue",
         "runner",
     )
@@ -97,18 +99,21 @@ class Source:
         self.free = slots
         self.gate = JobQueue()
         self.queue = queue
-        self.arrivals = InOrder()
+        self.arrivals = SortedJobs()
         self.load = load
         self.live = 0
         self.epoch = epoch
         self.closed = False
         self.halted = 0
-        self.followed: list[int] = []
+        self.open_for_next: list[int] = []
         self.runner: RunnerState
 
 
-def _accounts_in(tenants: Sequence[Turns]) -> Callable[[int, Hashable], Account]:
-    """Return what gives a tenant's account of a class. It does not refer to the runner, whose queue keeps it."""
+def _accounts_in(tenants: Sequence[FairClass]) -> Callable[[int, Hashable], Account]:
+    """Return a function that finds a tenant's account of a class.
+
+    The runner's queue keeps the function, so the function does not refer to the runner.
+    """
 
     def account_of(priority: int, tenant: Hashable) -> Account:
         return tenants[priority].of(tenant)
@@ -117,19 +122,70 @@ def _accounts_in(tenants: Sequence[Turns]) -> Callable[[int, Hashable], Account]
 
 
 def _no_account(_: int, __: Hashable) -> Account:
-    return NOBODY
+    return NO_ACCOUNT
+
+
+class EpochJobs:
+    """Jobs by the epoch that they ask for; those of one epoch in the order in which they came."""
+
+    __slots__ = ("_by_epoch", "_size")
+
+    def __init__(self) -> None:
+        # OrderedDict, since its first key is found in O(1) after many deletions
+        self._by_epoch: dict[int, OrderedDict[int, Job]] = {}
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def add(self, job: Job) -> None:
+        """Keep a job until it is removed; its id must not change until then."""
+        jobs = self._by_epoch.get(job.min_epoch)
+        if jobs is None:
+            jobs = self._by_epoch[job.min_epoch] = OrderedDict()
+        jobs[job.id] = job
+        self._size += 1
+
+    def remove(self, job: Job) -> bool:
+        """Remove a job, and return whether it was kept here."""
+        jobs = self._by_epoch.get(job.min_epoch)
+        if jobs is None or jobs.pop(job.id, None) is None:
+            return False
+        if not jobs:
+            del self._by_epoch[job.min_epoch]
+        self._size -= 1
+        return True
+
+    def within(self, above: int, last: float) -> Iterator[Job]:
+        """Find jobs that ask for an epoch after `above` and up to `last`, one by one."""
+        for epoch, jobs in self._by_epoch.items():
+            if above < epoch <= last:
+                yield from jobs.values()
+
+    def first(self, above: int, last: float) -> Job | None:
+        """Return the first job of `within`; None when there is none."""
+        for job in self.within(above, last):
+            return job
+        return None
 
 
 class RunnerState(Source):
-    """A runner's record: its slots, its queue, its held leases, its totals. Its load counts its leases' too.
+    """A runner's record. Its load counts the jobs of its leases, too.
 
-    `published` is the highest epoch there has been. `awaiting` holds jobs whose epoch is yet to come. `company` is there
-    if its jobs may run as one, and then its queue knows their keys.
-
-    A run takes `width` cores on a lane. By class, `accounts` are of its part of the device's time, and `tenants` of theirs of its
-    own. Of each tenant, `tenant_jobs` counts what is queued or at the gate, where that is bounded, and `tenant_lines` hold who waits
-    for that. `worst` are queued jobs that may be shed, if any may; `worst_of` the same, by tenant. `failures` were in a row.
-    `memory` is what it has of the device's, and `used` when it last ran or gave out a slot, where that matters.
+    Attributes:
+        published: The highest epoch so far.
+        awaiting: Jobs whose epoch is yet to come, or that have not moved to the gate since.
+        epoch_bound: Jobs at the gate or in the queue that asked for an epoch after the first.
+        batch_queue: What waits to be batched; None where jobs always run alone.
+        width: Cores that a run takes on a lane.
+        accounts: The runner's share of the device's time, by priority class.
+        tenants: The tenants' shares of the runner's time, by priority class.
+        tenant_jobs: Jobs of each tenant that are queued or at the gate, where these are bounded.
+        tenant_lines: Jobs that wait for that bound, by tenant.
+        worst: Queued jobs that may be shed, the worst first; `worst_of` has them by tenant.
+        failures: Failed runs in a row.
+        memory: What the runner has of the device's memory.
+        used: When it last ran or gave out a slot, where runners may be evicted.
     """
 
     __slots__ = (
@@ -137,9 +193,10 @@ class RunnerState(Source):
         "awaiting",
         "backlog",
         "backlog_of",
-        "company",
+        "batch_queue",
         "counters",
         "counts_tenants",
+        "epoch_bound",
         "failures",
         "leases",
         "memory",
@@ -176,10 +233,10 @@ class RunnerState(Source):
         sheds: bool = False,
         predicts: bool = False,
     ) -> None:
-        self.tenants = tuple(Turns() for _ in Priority)
+        self.tenants = tuple(FairClass() for _ in Priority)
         queue = JobQueue(_accounts_in(self.tenants) if accounts else _no_account)
         super().__init__(name, list(reversed(range(slots))), epoch, load, queue)
-        self.company = None if batching is None else Company(batching, self.queue)
+        self.batch_queue = None if batching is None else BatchQueue(batching, self.queue)
         self.runner = self
         self.slots = slots
         self.accounts = accounts
@@ -192,8 +249,8 @@ class RunnerState(Source):
         self.backlog_of: dict[Hashable, Backlog] = {}  # by tenant
         self.predicts = predicts
         self.sheds = sheds
-        self.worst = Worst()
-        self.worst_of: dict[Hashable, Worst] = {}
+        self.worst = ShedHeap()
+        self.worst_of: dict[Hashable, ShedHeap] = {}
         self.failures = 0
         self.leases: dict[int, Lease] = {}
         self.phase = Phase.OPEN
@@ -201,44 +258,59 @@ class RunnerState(Source):
         self.placing = placing
         self.published = epoch
         self.reached = False
-        self.awaiting: dict[int, Job] = {}
+        self.awaiting = EpochJobs()
+        self.epoch_bound = EpochJobs()
         self.memory = memory
         self.used = -math.inf
 
     def let_go(self) -> None:
-        """Drop the reference to itself, so that a removed runner is in no cycle. No job may be submitted to it any more."""
+        """Drop the runner's reference to itself, so that a removed runner is in no cycle.
+
+        No job may be submitted to it afterwards.
+        """
         del self.runner
 
     def waiting(self) -> list[Job]:
-        """For room: at the gate, and in lines before it."""
+        """Return the jobs that wait for room, at the gate and in lines before it."""
         lines = [job for line in self.tenant_lines.values() for job in line.values()]
         return [*self.gate.jobs(), *lines]
 
     @property
     def waits(self) -> int:
-        """How many jobs wait for room."""
+        """Return how many jobs wait for room."""
         return len(self.gate) + sum(map(len, self.tenant_lines.values()))
 
     @property
+    def withdrawable(self) -> int:
+        """Return how many jobs `withdraw` takes out: all that wait or are queued here.
+
+        Jobs of held leases and jobs that bypass limits stay.
+        """
+        return len(self.awaiting) + self.waits + len(self.queue) - self.load.exempt
+
+    @property
     def busy(self) -> bool:
-        """Whether anything of it waits for room, is queued, runs or is held. Who awaits an epoch wants nothing yet."""
+        """Return whether a job waits for room, is queued or runs, or a lease is held.
+
+        Jobs that await an epoch do not count.
+        """
         return self.live > len(self.awaiting) or bool(self.leases)
 
     @property
     def idle(self) -> bool:
-        """Whether nobody has or wants anything of it. One that is parked does not wait for anything."""
+        """Return whether no job or lease of the runner is left, and no update is under way."""
         return not (self.live or self.leases or (self.closed and self.memory.is_here))
 
     @property
     def home(self) -> bool:
-        """Whether every slot is."""
+        """Return whether every slot is free."""
         return len(self.free) == self.slots
 
 
 class Lease(Source):
     """An exclusive claim on one slot of a runner, for several runs in turn.
 
-    Released, it takes no new jobs; its slot goes home when the last of its accepted jobs is through.
+    A released lease takes no new jobs. Its slot is free when the last accepted job has ended.
     """
 
     __slots__ = ("holder", "id", "released", "slot")

@@ -43,7 +43,6 @@ POINT_UP = {
 # Groups of modules that import each other, for their types alone. None may be added.
 CIRCLES = {
     frozenset({"backends.accelerators.cuda", "backends.accelerators.cuda_graphs"}),
-    frozenset({"queue.check", "queue.device_queue"}),
     frozenset(
         {
             "engine.blocking",
@@ -59,16 +58,10 @@ CIRCLES = {
         for name in (
             "admission.load",
             "admission.shedding",
-            "barrier",
             "batching",
-            "commands",
-            "ending",
             "job",
-            "lanes",
-            "memory",
             "runner_state",
-            "selection.fairness",
-            "selection.forecast",
+            "selection.backlog",
             "selection.job_queue",
         )
     ),

@@ -10,10 +10,10 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from aoti_sched.queue.admission.load import Bounds, Load
-from aoti_sched.queue.admission.shedding import Scope, Worst, victims
+from aoti_sched.queue.admission.shedding import Scope, ShedHeap, victims
 from aoti_sched.queue.job import Job
 from aoti_sched.queue.runner_state import Lease, RunnerState, Source
-from aoti_sched.queue.selection.job_queue import Contest, Rank
+from aoti_sched.queue.selection.job_queue import LazyHeap, Rank
 
 
 def _place(runner: RunnerState) -> Rank | None:
@@ -27,7 +27,7 @@ def _place(runner: RunnerState) -> Rank | None:
 def _is_counted(job: Job) -> bool:
     """Whether it counts against its tenant's bound."""
     runner = job.source.runner
-    return runner.counts_tenants and job.source is runner and not job.exempt
+    return runner.counts_tenants and job.source is runner and not job.bypasses_limits
 
 
 class Room:
@@ -37,9 +37,9 @@ class Room:
 
     def __init__(self, name: str, bounds: Bounds) -> None:
         self.load = Load(f"device {name}", bounds)
-        self.gates: Contest[RunnerState] = Contest(_place)
+        self.gates: LazyHeap[RunnerState] = LazyHeap(_place)
         self._leases: list[Lease] = []  # whose gates are to be looked at
-        self._worst = Worst()
+        self._worst = ShedHeap()
 
     def full(self, job: Job) -> str | None:
         """Why a job can't be queued now. Nobody passes those who wait already.
@@ -47,7 +47,7 @@ class Room:
         A held lease answers for its own jobs alone. Those in the queue may wait for the very slot it
         holds: were its jobs held back by them, neither would ever go on.
         """
-        if job.exempt:
+        if job.bypasses_limits:
             return None
         source = job.source
         reason = source.load.refusal(job.bytes)
@@ -114,7 +114,7 @@ class Room:
         self.load.add(job)
         if runner.counts_tenants and not waited and _is_counted(job):
             _count(job)
-        if runner.sheds and source is runner and not job.holds:
+        if runner.sheds and source is runner and not job.is_lease_request:
             for worst in self._worsts_of(job):
                 worst.push(job)
 
@@ -125,7 +125,7 @@ class Room:
             source.load.remove(job)
         runner.load.remove(job)
         self.load.remove(job)
-        if runner.sheds and source is runner and not job.holds:
+        if runner.sheds and source is runner and not job.is_lease_request:
             for worst in self._worsts_of(job):
                 worst.left()
             if not runner.worst_of[job.tenant].alive:
@@ -134,7 +134,7 @@ class Room:
             self._uncount(job)
         self._look_at_gate(source)
 
-    def make_way(self, job: Job) -> Sequence[Job]:
+    def shed_for(self, job: Job) -> Sequence[Job]:
         """Who is to be shed so that it can be queued; nobody if that does not help, or others wait for room already."""
         runner = job.source.runner
         if job.source is not runner or self._others_wait(job):
@@ -147,7 +147,7 @@ class Room:
         return victims(
             job,
             [
-                Scope(runner.worst_of.get(job.tenant) or Worst(), tenant_lacks_room),
+                Scope(runner.worst_of.get(job.tenant) or ShedHeap(), tenant_lacks_room),
                 Scope(runner.worst, lambda without: runner.load.lacks_room(job.bytes, without)),
                 Scope(self._worst, lambda without: self.load.lacks_room(job.bytes, without)),
             ],
@@ -193,12 +193,12 @@ class Room:
             self._leases.append(source)
         self.gates.enter(source.runner)
 
-    def _worsts_of(self, job: Job) -> tuple[Worst, ...]:
+    def _worsts_of(self, job: Job) -> tuple[ShedHeap, ...]:
         """What keeps a queued job of a runner that sheds."""
         runner = job.source.runner
         of_tenant = runner.worst_of.get(job.tenant)
         if of_tenant is None:
-            of_tenant = runner.worst_of[job.tenant] = Worst()
+            of_tenant = runner.worst_of[job.tenant] = ShedHeap()
         return of_tenant, runner.worst, self._worst
 
 

@@ -15,7 +15,7 @@ class Bounds(msgspec.Struct, frozen=True):
     """How much may be queued (not running) at once. None is no bound; `bytes` counts the inputs.
 
     `tenant_jobs` bounds what one tenant of a runner has queued or waiting for room. A held lease has its runner's
-    bounds of jobs and bytes once more, for itself: see `DeviceQueue._full`.
+    bounds of jobs and bytes once more, for itself: see `Room.full`.
     """
 
     jobs: int | None = 1024
@@ -24,7 +24,7 @@ class Bounds(msgspec.Struct, frozen=True):
 
 
 class Load:
-    """What is queued, held against its bounds. Of the `jobs`, those that are `exempt` take no room."""
+    """What is queued, counted against the bounds. `exempt` counts jobs that take no room."""
 
     __slots__ = ("bounds", "bytes", "exempt", "jobs", "name")
 
@@ -38,12 +38,12 @@ class Load:
     def add(self, job: Job) -> None:
         self.jobs += 1
         self.bytes += job.bytes
-        self.exempt += job.exempt
+        self.exempt += job.bypasses_limits
 
     def remove(self, job: Job) -> None:
         self.jobs -= 1
         self.bytes -= job.bytes
-        self.exempt -= job.exempt
+        self.exempt -= job.bypasses_limits
 
     def lacks_room(self, size: int, without: Sequence[Job]) -> bool:
         """Whether a job of `size` bytes would not fit even without these, of whom none is exempt."""

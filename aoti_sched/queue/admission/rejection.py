@@ -34,7 +34,7 @@ def for_good(job: Job, device: Load, *, moved: bool) -> AotiSchedError | None:
         and runner.load.bounds.tenant_jobs == 0
     ):
         never = f"runner {runner.name!r} queues no jobs of a tenant"
-    if never is not None and not job.exempt:
+    if never is not None and not job.bypasses_limits:
         return QueueFullError(f"runner {runner.name!r}: the request can never be queued, {never}")
     return None if job.min_epoch <= source.epoch else _by_its_epoch(job, moved)
 

@@ -12,12 +12,12 @@ VICTIMS = 32
 """Jobs that make room for one newcomer at most: a newcomer that needs more is refused, so that no fact takes long."""
 
 
-def goodness(job: Job) -> tuple[float, float, int]:
+def shed_rank(job: Job) -> tuple[float, float, int]:
     """The worst has the least."""
     return (-job.priority, -math.inf if job.deadline is None else -job.deadline, -job.id)
 
 
-class Worst(Heap["tuple[tuple[float, float, int], Job]"]):
+class ShedHeap(Heap["tuple[tuple[float, float, int], Job]"]):
     """Queued jobs, the worst first: `alive` of them, and some that have left."""
 
     __slots__ = ("alive",)
@@ -30,7 +30,7 @@ class Worst(Heap["tuple[tuple[float, float, int], Job]"]):
         return entry[1].state is not JobState.QUEUED
 
     def push(self, job: Job) -> None:
-        self.add((goodness(job), job))
+        self.add((shed_rank(job), job))
         self.alive += 1
 
     def left(self) -> None:
@@ -46,7 +46,7 @@ class Worst(Heap["tuple[tuple[float, float, int], Job]"]):
         return entry[1]
 
     def put_back(self, job: Job) -> None:
-        self.add((goodness(job), job))
+        self.add((shed_rank(job), job))
 
 
 class Scope:
@@ -54,7 +54,7 @@ class Scope:
 
     __slots__ = ("lacks_room", "worst")
 
-    def __init__(self, worst: Worst, lacks_room: Callable[[Sequence[Job]], bool]) -> None:
+    def __init__(self, worst: ShedHeap, lacks_room: Callable[[Sequence[Job]], bool]) -> None:
         self.worst = worst
         self.lacks_room = lacks_room
 
@@ -62,14 +62,14 @@ class Scope:
 def victims(newcomer: Job, scopes: Sequence[Scope]) -> list[Job]:
     """Who must go so that the newcomer fits, the worst first; nobody, when it is the worst itself or `VICTIMS` are not enough."""
     chosen: list[Job] = []
-    taken: list[tuple[Worst, Job]] = []
+    taken: list[tuple[ShedHeap, Job]] = []
     enough = True
     for scope in scopes:
         while enough and scope.lacks_room(chosen):
             job = scope.worst.pop()
             if job is not None:
                 taken.append((scope.worst, job))
-            if job is None or len(chosen) == VICTIMS or goodness(newcomer) < goodness(job):
+            if job is None or len(chosen) == VICTIMS or shed_rank(newcomer) < shed_rank(job):
                 enough = False
             elif job not in chosen:
                 chosen.append(job)

@@ -1,4 +1,4 @@
-"""Choice: which of the queued jobs goes next, among those that have a slot and a place to run.
+"""Selector: which of the queued jobs goes next, among those that have a slot and a place to run.
 
 Sources contend with their first jobs: for a lane, for the loop's own thread, for a lease. The class decides, then what
 the runner had for its share (`fair`), then when the job is due. Where jobs may become overdue, every second launch is of the
@@ -11,7 +11,7 @@ from __future__ import annotations
 from aoti_sched.queue.job import Job
 from aoti_sched.queue.lanes import Lanes
 from aoti_sched.queue.runner_state import RunnerState, Source
-from aoti_sched.queue.selection.job_queue import Contest, Rank
+from aoti_sched.queue.selection.job_queue import LazyHeap, Rank
 
 
 def can_start(source: Source) -> bool:
@@ -29,7 +29,7 @@ def _for_a_lane(source: Source) -> Rank | None:
     head = source.queue.head()
     if (
         head is None
-        or head.holds
+        or head.is_lease_request
         or not can_start(source)
         or source.runner.placing.inline(head.bytes)
     ):
@@ -41,7 +41,7 @@ def _for_the_loop(source: Source) -> Rank | None:
     head = source.queue.head()
     if (
         head is None
-        or head.holds
+        or head.is_lease_request
         or not can_start(source)
         or not source.runner.placing.inline(head.bytes)
     ):
@@ -51,7 +51,7 @@ def _for_the_loop(source: Source) -> Rank | None:
 
 def _for_a_lease(source: Source) -> Rank | None:
     head = source.queue.head()
-    return _rank(head) if head is not None and head.holds and can_start(source) else None
+    return _rank(head) if head is not None and head.is_lease_request and can_start(source) else None
 
 
 def _age(source: Source, *, inline: bool) -> Rank | None:
@@ -63,7 +63,7 @@ def _age(source: Source, *, inline: bool) -> Rank | None:
         or source.runner.placing.inline(oldest.bytes) != inline
     ):
         return None
-    company = source.runner.company
+    company = source.runner.batch_queue
     if (
         oldest.key is not None
         and company is not None
@@ -89,7 +89,7 @@ def _better(one: Job | None, other: Job | None) -> Job | None:
     return one if _rank(one) < _rank(other) else other
 
 
-def _first(contest: Contest[Source]) -> Job | None:
+def _first(contest: LazyHeap[Source]) -> Job | None:
     """Of the source that leads."""
     source = contest.best()
     return None if source is None else source.queue.head()
@@ -99,7 +99,7 @@ OVERDUE_PART = 0.25
 """Of the core time, what launches of overdue jobs get at most."""
 
 
-class Choice:
+class Selector:
     """Chooses for one device's `lanes`. A job is overdue after `max_wait` seconds in the queue; None: never."""
 
     __slots__ = (
@@ -123,11 +123,11 @@ class Choice:
         self._credit = (
             0.0  # core seconds, below zero while overdue jobs have had more than their part
         )
-        self._runs: Contest[Source] = Contest(_for_a_lane)
-        self._loop: Contest[Source] = Contest(_for_the_loop)
-        self._lease: Contest[Source] = Contest(_for_a_lease)
-        self._oldest: Contest[Source] = Contest(_age_on_a_lane)
-        self._oldest_inline: Contest[Source] = Contest(_age_on_the_loop)
+        self._runs: LazyHeap[Source] = LazyHeap(_for_a_lane)
+        self._loop: LazyHeap[Source] = LazyHeap(_for_the_loop)
+        self._lease: LazyHeap[Source] = LazyHeap(_for_a_lease)
+        self._oldest: LazyHeap[Source] = LazyHeap(_age_on_a_lane)
+        self._oldest_inline: LazyHeap[Source] = LazyHeap(_age_on_the_loop)
 
     def enter(self, source: Source) -> None:
         """Its first job or its slots changed: it contends again."""
@@ -137,7 +137,7 @@ class Choice:
         head = source.queue.head()
         if head is None or not can_start(source):
             return
-        if head.holds:
+        if head.is_lease_request:
             self._lease.enter_as(source, _rank(head))
         elif source.runner.placing.inline(head.bytes):
             self._loop.enter_as(source, _rank(head))
@@ -225,7 +225,7 @@ class Choice:
             else on_loop
         )
 
-    def _overdue(self, contest: Contest[Source], now: float) -> Job | None:
+    def _overdue(self, contest: LazyHeap[Source], now: float) -> Job | None:
         """Who of them came first, if it is overdue and it is the turn of those."""
         if self._max_wait is None or self._regular or self._credit < 0.0:
             return None

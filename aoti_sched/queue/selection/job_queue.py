@@ -1,6 +1,6 @@
 """Order: which job goes next. The priority class, then whose turn it is, then the earliest deadline.
 
-Jobs that differ in nothing but their deadlines stand in one line, in order. Lines contend within a queue, by their first
+Jobs that differ in nothing but their deadlines stand in one line, in order. Buckets contend within a queue, by their first
 jobs; queues contend for lanes and for room. All of it is O(log n), and O(1) where jobs come in the order in which they go.
 """
 
@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 from aoti_sched.queue.heap import Heap
 from aoti_sched.queue.job import Job, Priority
-from aoti_sched.queue.selection.fairness import Account
+from aoti_sched.queue.selection.accounts import Account
 
 _T = TypeVar("_T", bound=Hashable)
 
@@ -20,13 +20,13 @@ Rank = tuple[float, ...]
 """What is compared: the least goes first. It ends in a job's id, so no two are equal."""
 
 KEPT = 64
-"""Lines that are kept for what comes, although they have no jobs."""
+"""Buckets that are kept for what comes, although they have no jobs."""
 
-NOBODY = Account()
+NO_ACCOUNT = Account()
 """For lines between which there are no turns: it is never charged."""
 
 
-class Contest(Heap["tuple[Rank, _T]"], Generic[_T]):
+class LazyHeap(Heap["tuple[Rank, _T]"], Generic[_T]):
     """Things contending for something, the one with the least rank first.
 
     A heap of (rank, thing) entries that are not updated but checked when they surface. A thing must enter (or re-enter)
@@ -81,7 +81,7 @@ class Contest(Heap["tuple[Rank, _T]"], Generic[_T]):
         return None
 
 
-class InOrder(Heap["tuple[float, int, Job]"]):
+class SortedJobs(Heap["tuple[float, int, Job]"]):
     """Jobs by a number, ties by their ids; the least goes `first`.
 
     Most come in the order in which they go, and stand in `_in_order`. Those that must go before its last are the heap's.
@@ -134,7 +134,7 @@ class InOrder(Heap["tuple[float, int, Job]"]):
         return None if early is None else early[2]
 
 
-class Line(InOrder):
+class Bucket(SortedJobs):
     """Jobs of one class, tenant and key, the earliest due first."""
 
     __slots__ = ("account", "key", "priority")
@@ -150,19 +150,19 @@ class Line(InOrder):
         return None if first is None else (self.priority, self.account.virtual, first.due, first.id)
 
 
-class Lines:
-    """Lines that have jobs, the one whose first job goes next before the others. The `only` one needs no contest."""
+class Buckets:
+    """Buckets that have jobs, the one whose first job goes next before the others. The `only` one needs no contest."""
 
     __slots__ = ("_contest", "lines", "only")
 
     def __init__(self) -> None:
-        self.lines: OrderedDict[Line, None] = (
+        self.lines: OrderedDict[Bucket, None] = (
             OrderedDict()
         )  # its first is found in O(1) after many deletions
-        self.only: Line | None = None
-        self._contest: Contest[Line] = Contest(Line.rank)
+        self.only: Bucket | None = None
+        self._contest: LazyHeap[Bucket] = LazyHeap(Bucket.rank)
 
-    def changed(self, line: Line) -> None:
+    def changed(self, line: Bucket) -> None:
         """Jobs have come to it or left it."""
         if line is self.only:
             if line.first is None:
@@ -184,7 +184,7 @@ class Lines:
             self._contest.leave(line)
             if len(lines) == 1:
                 (self.only,) = lines
-                self._contest = Contest(Line.rank)
+                self._contest = LazyHeap(Bucket.rank)
 
     def first(self) -> Job | None:
         """Of all of them."""
@@ -213,15 +213,15 @@ class JobQueue:
     def __init__(self, account_of: Callable[[int, Hashable], Account] | None = None) -> None:
         self._account_of = account_of
         self._plain = tuple(
-            Line(priority, NOBODY if account_of is None else account_of(priority, None), None)
+            Bucket(priority, NO_ACCOUNT if account_of is None else account_of(priority, None), None)
             for priority in Priority
         )  # of jobs without tenant and key, by class
-        self._lines: dict[tuple[int, Hashable, Hashable], Line] = {}
+        self._lines: dict[tuple[int, Hashable, Hashable], Bucket] = {}
         self._names: deque[tuple[int, Hashable, Hashable]] = (
             deque()
         )  # of lines, as they are looked at
-        self._shown = Lines()
-        self._by_key: dict[Hashable, Lines] = {}
+        self._shown = Buckets()
+        self._by_key: dict[Hashable, Buckets] = {}
         self._hidden: set[Hashable] = set()
         self._size = 0
 
@@ -276,7 +276,7 @@ class JobQueue:
             key=lambda job: (job.priority, job.due, job.id),
         )
 
-    def _line_of(self, job: Job) -> Line:
+    def _line_of(self, job: Job) -> Bucket:
         """Where a job stands, or will."""
         account_of = self._account_of
         if account_of is None or (job.tenant is None and job.key is None):
@@ -285,7 +285,7 @@ class JobQueue:
         line = self._lines.get(name)
         if line is None:
             self._drop_lines()
-            line = self._lines[name] = Line(job.priority, NOBODY, job.key)
+            line = self._lines[name] = Bucket(job.priority, NO_ACCOUNT, job.key)
             self._names.append(name)
         if line.first is None:
             line.account = account_of(job.priority, job.tenant)
@@ -301,12 +301,12 @@ class JobQueue:
             else:
                 names.append(name)
 
-    def _changed(self, line: Line) -> None:
+    def _changed(self, line: Bucket) -> None:
         key = line.key
         if key is not None:
             lines = self._by_key.get(key)
             if lines is None:
-                lines = self._by_key[key] = Lines()
+                lines = self._by_key[key] = Buckets()
             lines.changed(line)
             if not lines.lines:
                 del self._by_key[key]

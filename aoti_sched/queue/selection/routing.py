@@ -39,7 +39,9 @@ class Rotation:
         if len(replicas) == 1:
             job.source = replicas[0][1]
             return
-        known = not job.holds and all(one.placing.times.knows(job.bytes) for _, one in replicas)
+        known = not job.is_lease_request and all(
+            one.placing.times.knows(job.bytes) for _, one in replicas
+        )
         costs: list[Cost] = []
         for queue, runner in replicas:
             job.source = runner
@@ -78,7 +80,7 @@ def _is_tried(job: Job, runner: RunnerState, seconds: float, now: float) -> bool
     waits = seconds > times.typical(job.bytes)
     if waits or (job.deadline is not None and now + seconds > job.deadline):
         return False
-    return times.doubt(job.bytes, now)
+    return times.should_probe(job.bytes, now)
 
 
 def _crowd(runner: RunnerState) -> float:

@@ -113,7 +113,7 @@ class ServiceTimes:
         """Whether enough runs on inputs of about `size` bytes have been seen."""
         return self.bound(size) < math.inf
 
-    def doubt(self, size: int, now: float) -> bool:
+    def should_probe(self, size: int, now: float) -> bool:
         """Whether to run a job that is believed to take too long all the same, so that a wrong belief can be corrected."""
         known = self._by_class[size.bit_length()]
         if now - known.seen < max(PATIENCE, 8 * known.bound):

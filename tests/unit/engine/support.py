@@ -11,6 +11,7 @@ import anyio
 
 from aoti_sched import Limits, Scheduler
 from aoti_sched.config import DeviceConfig, SchedulerConfig
+from aoti_sched.queue.check import check
 from aoti_sched.testing import FakeBackend, ManualClock, settle
 
 PLACES = {"a": "cpu", "b": "other", "c": "cpu"}
@@ -71,7 +72,7 @@ class Fleet:
         """Nothing is lost or mixed, and what each runner says of itself is so; for runners that nobody uses now."""
         await self.quiet()
         for runner in self:
-            runner.dispatcher.queue.check()
+            check(runner.dispatcher.queue)
             stats, info, held = runner.stats(), runner.info, runner.container.inactive
             assert (stats.updating, stats.held_leases, stats.running, stats.queued) == (
                 False,

@@ -20,6 +20,7 @@ import structlog
 import aoti_sched
 from aoti_sched import ConfigError, Scheduler
 from aoti_sched import events as event_log
+from aoti_sched.queue.check import check
 from aoti_sched.queue.ending import SLICE
 from aoti_sched.testing import FakeBackend, settle
 from tests.unit.engine.support import fleet, until, weights
@@ -332,7 +333,7 @@ async def test_a_log_processor_meets_no_fact_half_way_and_may_call_the_scheduler
     def processor(logger, name, event):
         seen.append(event["event"])
         for runner in its:
-            runner.dispatcher.queue.check()
+            check(runner.dispatcher.queue)
         if event["event"] == "run failed" and len(submitted) < 200:
             submitted.append(b.submit())
         raise structlog.DropEvent
@@ -529,7 +530,7 @@ async def test_a_key_is_asked_nothing_after_options(spoiled, ends):
         if ends == "terminate":
             await terminating
         else:
-            a.dispatcher.queue.check()
+            check(a.dispatcher.queue)
         assert [key.asked for key in keys] == [0, 0]
 
 

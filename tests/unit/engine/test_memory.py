@@ -20,6 +20,7 @@ from aoti_sched import (
     SchedulerConfig,
     UpdateError,
 )
+from aoti_sched.queue.check import check
 from aoti_sched.testing import FakeBackend, ManualClock, settle
 from tests.unit.engine.support import Held, until
 
@@ -53,7 +54,7 @@ class Shelf:
     def check(self):
         for runner in self.scheduler.runners.values():
             for replica in runner.loaded:
-                replica.dispatcher.queue.check()
+                check(replica.dispatcher.queue)
 
 
 @contextlib.asynccontextmanager

@@ -19,6 +19,7 @@ from aoti_sched import (
     Scheduler,
     SchedulerConfig,
 )
+from aoti_sched.queue.check import check
 from aoti_sched.testing import FakeBackend, FakeCall, ManualClock, settle
 from tests.unit.engine.support import Held, until, weights
 
@@ -75,7 +76,7 @@ class Pair:
     def check(self):
         for runner in self.scheduler.runners.values():
             for replica in runner.loaded:
-                replica.dispatcher.queue.check()
+                check(replica.dispatcher.queue)
 
 
 @contextlib.asynccontextmanager

@@ -66,10 +66,10 @@ class PlainModel(Room, Order):
         kind, which = source
         lease = self.leases[which - 1] if kind == "lease" else None
         runner = lease.runner if lease else self.runners[which]
-        exempt = wish.get("exempt", False)
-        if number < len(self.jobs) or (lease and wish["holds"]):
+        exempt = wish.get("bypasses_limits", False)
+        if number < len(self.jobs) or (lease and wish["is_lease_request"]):
             raise Illegal
-        if exempt and (not wish["holds"] or wish["bytes"] or wish["min_epoch"]):
+        if exempt and (not wish["is_lease_request"] or wish["bytes"] or wish["min_epoch"]):
             raise Illegal
         self.ids += 1
         job = Job(
@@ -198,7 +198,7 @@ class PlainModel(Room, Order):
         jobs = [
             job for job in self.jobs if job.runner is runner and job.state in ("WAITING", "QUEUED")
         ]
-        jobs = [job for job in jobs if job.lease is None and not job.exempt]
+        jobs = [job for job in jobs if job.lease is None and not job.bypasses_limits]
         for job in sorted(jobs, key=lambda job: job.id):
             self.end(job, "WITHDRAWN")
         self.met |= {f"withdrawn {job.waits_for}" for job in jobs}
@@ -207,7 +207,7 @@ class PlainModel(Room, Order):
         ] + self.settle(now)
 
     def when_finished(self, now, number, wish):
-        job = Job(-1, self.known(number), None, **wish, holds=False, deadline=None)
+        job = Job(-1, self.known(number), None, **wish, is_lease_request=False, deadline=None)
         return [("in", round(self.wait(job, now) + (job.runner.typical(job.bytes) or 0.0), 9))]
 
     def remove_runner(self, number):
@@ -240,7 +240,7 @@ class PlainModel(Room, Order):
             for job in self.waiting_for("epoch", runner):
                 if job.min_epoch <= epoch:
                     self.ids += 1
-                    job.id, job.waits_for = self.ids, "room" if job.exempt else "tenant"
+                    job.id, job.waits_for = self.ids, "room" if job.bypasses_limits else "tenant"
         return commands + self.settle(now)
 
     # --- looking at everything -------------------------------------------------------------------------
@@ -268,7 +268,7 @@ class PlainModel(Room, Order):
                 break
             if self.too_late(job, now):
                 commands.append(self.expire(job))
-            elif job.holds:
+            elif job.is_lease_request:
                 commands.append(self.grant(job, now))
             else:
                 if overdue:
@@ -348,7 +348,7 @@ class PlainModel(Room, Order):
             if not firsts or head is None or getattr(source, "closed", False):
                 return commands
             runner, rival = head.runner, self.best_for_a_lane()
-            if head.holds or runner.inline(head.bytes) or not runner.short(head.bytes):
+            if head.is_lease_request or runner.inline(head.bytes) or not runner.short(head.bytes):
                 return commands
             passed = head.deadline is not None and head.deadline <= now
             if passed or self.is_late(head, now) or (rival and self.rank(rival) < self.rank(head)):

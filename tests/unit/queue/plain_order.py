@@ -71,7 +71,11 @@ class Order:
                 yield head
 
     def best_for_a_lane(self):
-        heads = [job for job in self.heads() if not job.holds and not job.runner.inline(job.bytes)]
+        heads = [
+            job
+            for job in self.heads()
+            if not job.is_lease_request and not job.runner.inline(job.bytes)
+        ]
         return min(heads, key=self.rank, default=None)
 
     # --- places ----------------------------------------------------------------------------------------
@@ -106,13 +110,13 @@ class Order:
     def uncontended(self, job, now):
         """Whether a job that comes now may start at once, since nobody else wants what it needs."""
         queued = any(other.state == "QUEUED" and other.source is job.source for other in self.jobs)
-        if job.holds or queued or not self.can_start(job.source) or self.would_wait(job):
+        if job.is_lease_request or queued or not self.can_start(job.source) or self.would_wait(job):
             return False
         if self.is_late(job, now):
             return False
         self.ripen(now)
         inline = job.runner.inline(job.bytes)
-        rivals = [head for head in self.heads() if not head.holds]
+        rivals = [head for head in self.heads() if not head.is_lease_request]
         if any(head.runner.inline(head.bytes) == inline for head in rivals):
             return False
         return self.has_place(job)
@@ -123,7 +127,7 @@ class Order:
         """Those who waited so long that their turn comes before that of better ones."""
         if self.max_wait is None:
             return []
-        queued = [job for job in self.jobs if job.state == "QUEUED" and not job.holds]
+        queued = [job for job in self.jobs if job.state == "QUEUED" and not job.is_lease_request]
         return [job for job in queued if now - job.submitted >= self.max_wait]
 
     def may_be_overdue(self):
@@ -170,7 +174,7 @@ class Order:
             return min(on_loop + on_lane, key=lambda job: (job.submitted, job.id)), True
 
         def can_go(job):
-            if job.holds:
+            if job.is_lease_request:
                 return True
             if job.runner.inline(job.bytes):
                 return self.loop_is_free()
@@ -184,7 +188,7 @@ class Order:
         typical = job.runner.typical(job.bytes)
         if (
             not self.expire_late
-            or job.holds
+            or job.is_lease_request
             or job.unchecked
             or job.deadline is None
             or typical is None
@@ -231,7 +235,10 @@ class Order:
         the lane."""
         if job.together is None or not self.free_lanes() or job.runner.width > self.free_cores():
             return False
-        if any(not head.holds and not head.runner.inline(head.bytes) for head in self.heads()):
+        if any(
+            not head.is_lease_request and not head.runner.inline(head.bytes)
+            for head in self.heads()
+        ):
             return False
         leaves = not job.runner.grows(*self.company_of(job))
         if leaves:

@@ -56,7 +56,7 @@ class Runner:
     share: float = 1.0
     sheds: bool = False
     predicts: bool = False
-    foreseen: bool = False
+    routable: bool = False
     batching: tuple | None = None  # (most rows, longest delay)
     phase: str = "OPEN"
     removed: bool = False
@@ -151,12 +151,12 @@ class Job:
     priority: int
     deadline: float | None
     bytes: int
-    holds: bool
+    is_lease_request: bool
     min_epoch: int = 0
     tenant: str | None = None
     rows: int = 1
     key: str | None = None
-    exempt: bool = False  # from bounds
+    bypasses_limits: bool = False  # from bounds
     state: str = "NEW"
     waits_for: str = (
         ""  # while it is WAITING: "epoch", "tenant" (one of its own to leave) or "room"
@@ -181,7 +181,7 @@ class Job:
     @property
     def together(self):
         """The key under which it may be put together with others."""
-        alone = self.runner.batching is None or self.lease is not None or self.holds
+        alone = self.runner.batching is None or self.lease is not None or self.is_lease_request
         return None if alone else self.key
 
     def accounts_now(self, fair):

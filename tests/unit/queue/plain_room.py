@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+VICTIMS = 32
+"""Jobs that are shed for one newcomer at most."""
+
 
 class Room:
     """The half of the plain model that decides what is queued."""
@@ -37,19 +40,19 @@ class Room:
     # --- what fits -------------------------------------------------------------------------------------
 
     def fits_tenant(self, job, without=()):
-        if job.exempt:
+        if job.bypasses_limits:
             return True
         same = [
             other
             for other in self.own(job.runner, "WAITING", "QUEUED")
-            if other.tenant == job.tenant and not other.exempt
+            if other.tenant == job.tenant and not other.bypasses_limits
         ]
         return len([other for other in same if other not in without]) < job.runner.tenant_jobs
 
     def fits(self, job, without=()):
         """Whether the bounds that belong to the job's own source have room for it."""
         queued = self.of_lease(job.lease, "QUEUED") if job.lease else self.of(job.runner, "QUEUED")
-        queued = [other for other in queued if other not in without and not other.exempt]
+        queued = [other for other in queued if other not in without and not other.bypasses_limits]
         size = sum(other.bytes for other in queued)
         return len(queued) < job.runner.jobs and size + job.bytes <= job.runner.bytes
 
@@ -57,13 +60,13 @@ class Room:
         queued = [
             other
             for other in self.jobs
-            if other.state == "QUEUED" and other not in without and not other.exempt
+            if other.state == "QUEUED" and other not in without and not other.bypasses_limits
         ]
         size = sum(other.bytes for other in queued)
         return len(queued) < self.jobs_bound and size + job.bytes <= self.bytes_bound
 
     def never_fits(self, job):
-        if job.exempt:
+        if job.bypasses_limits:
             return False
         jobs = [job.runner.jobs, self.jobs_bound] + [job.runner.tenant_jobs] * (job.lease is None)
         return job.bytes > min(job.runner.bytes, self.bytes_bound) or min(jobs) < 1
@@ -91,7 +94,7 @@ class Room:
         )
 
     def must_wait(self, job):
-        if job.exempt:
+        if job.bypasses_limits:
             return False
         if self.others_wait(job) or not self.fits(job):
             return True
@@ -163,11 +166,14 @@ class Room:
                 other.id,
             )
 
-        own = [other for other in self.own(job.runner, "QUEUED") if not other.holds]
+        own = [other for other in self.own(job.runner, "QUEUED") if not other.is_lease_request]
         tenants = [other for other in own if other.tenant == job.tenant]
         shedding = [runner for runner in self.runners if runner.sheds]
         all_there_are = [
-            other for runner in shedding for other in self.own(runner, "QUEUED") if not other.holds
+            other
+            for runner in shedding
+            for other in self.own(runner, "QUEUED")
+            if not other.is_lease_request
         ]
         chosen = []
         bounds = ((self.fits_tenant, tenants), (self.fits, own), (self.fits_device, all_there_are))
@@ -175,7 +181,7 @@ class Room:
             while not fits(job, chosen):
                 worse = [other for other in candidates if badness(other) > badness(job)]
                 worse = [other for other in worse if other not in chosen]
-                if not worse:
+                if not worse or len(chosen) == VICTIMS:
                     return None
                 chosen.append(max(worse, key=badness))
         if len(chosen) > 1:
@@ -185,7 +191,7 @@ class Room:
     def unreachable(self, job, now):
         """Whether, by what is known, it could not be done by its deadline; one in eight is given a try."""
         runner, typical = job.runner, job.runner.typical(job.bytes)
-        if not runner.predicts or job.lease or job.holds or typical is None:
+        if not runner.predicts or job.lease or job.is_lease_request or typical is None:
             return False
         if job.deadline is None or job.deadline <= now:
             return False

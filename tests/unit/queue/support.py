@@ -8,8 +8,10 @@ from collections import deque
 
 import msgspec
 
+from aoti_sched.queue import check as invariants
 from aoti_sched.queue.admission.load import Bounds
-from aoti_sched.queue.device_queue import DeviceQueue, Grant, Launch, Reject
+from aoti_sched.queue.commands import Grant, Launch, Reject
+from aoti_sched.queue.device_queue import DeviceQueue
 from aoti_sched.queue.job import Job
 from aoti_sched.queue.policy import Policy
 
@@ -29,9 +31,9 @@ FACTS = (
     "go_on",
     "claim",
     "give_up",
-    "hold",
-    "settle",
-    "forget",
+    "pin",
+    "update_use",
+    "release_memory",
     "call_back",
     "parked",
     "returned",
@@ -39,7 +41,7 @@ FACTS = (
 
 
 class CheckedQueue:
-    """A `DeviceQueue` that calls `check()` after every fact, also after one that raised.
+    """A `DeviceQueue` whose invariants are checked after every fact, also after one that raised.
 
     It has a queue and is none, since a class that was compiled has no heirs that are not.
     """
@@ -58,9 +60,14 @@ def _checked(queue, fact):
         try:
             return fact(*args, **kwargs)
         finally:
-            queue.check()
+            check(queue)
 
     return then_check
+
+
+def check(queue):
+    """Raise AssertionError unless the invariants hold, whether the queue checks itself or not."""
+    invariants.check(getattr(queue, "unchecked", queue))
 
 
 def device(lanes=1, jobs=None, size=None, *, cores=None, memory=None, evicts=False, **policy):
@@ -105,7 +112,7 @@ def rejected(commands):
 
 def take_lease(queue, runner, now=0.0):
     """A lease that is granted at once."""
-    (command,) = queue.submit(Job(runner, holds=True), now)
+    (command,) = queue.submit(Job(runner, is_lease_request=True), now)
     assert type(command) is Grant, command
     return command.lease
 

@@ -6,7 +6,8 @@ import pytest
 
 from aoti_sched.errors import QueueFullError
 from aoti_sched.queue.admission.load import Bounds
-from aoti_sched.queue.device_queue import DeviceQueue, Launch
+from aoti_sched.queue.commands import Launch
+from aoti_sched.queue.device_queue import DeviceQueue
 from aoti_sched.queue.job import IllegalFactError, Job, JobState, Priority
 from tests.unit.queue.support import add, device, rejected, take_lease
 
@@ -280,8 +281,8 @@ def test_a_lease_request_takes_room_while_it_waits():
     queue = device()
     runner = add(queue, jobs=1)
     take_lease(queue, runner)
-    assert queue.submit(Job(runner, holds=True), 0) == []
-    assert "has 1 jobs queued" in str(rejected(queue.submit(Job(runner, holds=True), 0)))
+    assert queue.submit(Job(runner, is_lease_request=True), 0) == []
+    assert "has 1 jobs queued" in str(rejected(queue.submit(Job(runner, is_lease_request=True), 0)))
 
 
 def test_the_holder_of_a_lease_runs_though_those_who_wait_for_its_slot_fill_the_queue():
@@ -360,7 +361,9 @@ def test_what_is_exempt_is_held_back_by_no_bound_and_takes_no_room_from_others()
     running, queued, second = Job(runner), Job(runner), Job(runner)
     queue.submit(running, 0)
     queue.submit(queued, 0)
-    leases = [Job(runner, Priority.HIGH, holds=True, exempt=True) for _ in range(3)]
+    leases = [
+        Job(runner, Priority.HIGH, is_lease_request=True, bypasses_limits=True) for _ in range(3)
+    ]
     for lease in leases:
         assert queue.submit(lease, 0) == []
         assert lease.state is JobState.QUEUED
@@ -372,17 +375,22 @@ def test_what_is_exempt_passes_those_who_wait_at_a_gate():
     queue = device()
     runner = add(queue, jobs=1)
     running, queued, waiting = (Job(runner) for _ in range(3))
-    lease = Job(runner, Priority.HIGH, holds=True, exempt=True)
+    lease = Job(runner, Priority.HIGH, is_lease_request=True, bypasses_limits=True)
     for job in (running, queued, waiting, lease):
         queue.submit(job, 0, wait=True)
     assert [job.state.name for job in (queued, waiting, lease)] == ["QUEUED", "WAITING", "QUEUED"]
 
 
 @pytest.mark.parametrize(
-    "fields", [{"holds": False}, {"holds": True, "bytes": 1}, {"holds": True, "min_epoch": 2}]
+    "fields",
+    [
+        {"is_lease_request": False},
+        {"is_lease_request": True, "bytes": 1},
+        {"is_lease_request": True, "min_epoch": 2},
+    ],
 )
 def test_only_what_takes_a_lease_and_has_no_inputs_and_waits_for_no_epoch_is_exempt(fields):
     queue = device()
     runner = add(queue)
-    with pytest.raises(IllegalFactError, match="exempt"):
-        queue.submit(Job(runner, exempt=True, **fields), 0)
+    with pytest.raises(IllegalFactError, match="bypasses_limits"):
+        queue.submit(Job(runner, bypasses_limits=True, **fields), 0)

@@ -72,7 +72,7 @@ def test_no_lease_is_granted_at_a_closed_barrier():
     queue = device()
     runner = add(queue)
     queue.close_barrier(runner, 0.0)
-    assert queue.submit(Job(runner, holds=True), 0.0) == []
+    assert queue.submit(Job(runner, is_lease_request=True), 0.0) == []
 
 
 def test_other_runners_go_on():
@@ -171,7 +171,7 @@ def test_what_is_queued_for_an_epoch_is_told_when_that_is_rolled_back():
     for job in (queued, waiting, whatever):
         queue.submit(job, 0.0, wait=True)
     commands = queue.open_barrier(runner, 0.0, epoch=1)
-    assert [command.job for command in commands] == [waiting, queued, whatever]
+    assert [command.job for command in commands] == [queued, waiting, whatever]
     assert kinds(commands)[:2] == [Revoke, Revoke]
     assert all(type(command.error) is EpochError for command in commands[:2])
 

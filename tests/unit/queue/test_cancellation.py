@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from aoti_sched.queue.device_queue import Launch
+from aoti_sched.queue.commands import Launch
 from aoti_sched.queue.job import Job, JobState
 from tests.unit.queue.support import add, device, take_lease
 

@@ -88,7 +88,7 @@ def test_a_granted_lease_counts_as_completed_with_its_time_in_the_queue():
     queue = device()
     runner = add(queue)
     lease = take_lease(queue, runner, now=0)
-    queue.submit(Job(runner, holds=True), 1)
+    queue.submit(Job(runner, is_lease_request=True), 1)
     queue.release(lease, 4)
     assert runner.counters == Counters(submitted=2, completed=2, queue_seconds=3)
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from aoti_sched.queue.device_queue import Drained, Expire, Grant, Launch, WakeAt
+from aoti_sched.queue.commands import Drained, Expire, Grant, Launch, WakeAt
 from aoti_sched.queue.job import IllegalFactError, Job, JobState
 from tests.unit.queue.support import add, device, picture, take_lease
 
@@ -123,7 +123,7 @@ def test_a_tick_does_not_ask_to_be_woken_for_a_lease_it_grants():
     queue.submit(Job(add(queue, "busy")), 0)
     runner = add(queue)
     lease = take_lease(queue, runner)
-    held, request = Job(lease, deadline=5), Job(runner, holds=True, deadline=7)
+    held, request = Job(lease, deadline=5), Job(runner, is_lease_request=True, deadline=7)
     queue.submit(held, 0)
     queue.submit(request, 0)
     queue.release(lease, 1)
@@ -146,7 +146,7 @@ def test_deadlines_of_ended_jobs_do_not_pile_up():
 
 def test_a_granted_request_has_no_deadline_any_more():
     queue = device()
-    request = Job(add(queue), holds=True, deadline=5)
+    request = Job(add(queue), is_lease_request=True, deadline=5)
     (grant,) = queue.submit(request, 0)
     assert type(grant) is Grant
     assert queue.tick(6) == []
@@ -179,7 +179,7 @@ def test_a_lease_is_not_granted_past_its_deadline_when_a_release_comes_before_th
     queue = device()
     runner = add(queue)
     lease = take_lease(queue, runner)
-    late = Job(runner, holds=True, deadline=5)
+    late = Job(runner, is_lease_request=True, deadline=5)
     queue.submit(late, 0)
     assert queue.release(lease, 6) == [Expire(late)]
     assert runner.free == [0]

@@ -81,11 +81,11 @@ def test_what_is_believed_is_tried_when_no_run_was_seen_for_long():
     times = ServiceTimes()
     for _ in range(KNOWN_AFTER):
         times.learn(1, 0.5, 10.0)
-    assert not times.doubt(1, 13.9)
-    assert times.doubt(1, 14.0)  # eight times as long as a run
-    assert not times.doubt(1, 15.0)
+    assert not times.should_probe(1, 13.9)
+    assert times.should_probe(1, 14.0)  # eight times as long as a run
+    assert not times.should_probe(1, 15.0)
     times.learn(1, 1e-6, 20.0)
     for _ in range(WINDOW):
         times.learn(1, 1e-6, 20.0)
-    assert not times.doubt(1, 20.0 + PATIENCE / 2)
-    assert times.doubt(1, 20.0 + PATIENCE)
+    assert not times.should_probe(1, 20.0 + PATIENCE / 2)
+    assert times.should_probe(1, 20.0 + PATIENCE)

@@ -81,7 +81,7 @@ def test_a_lease_is_not_granted_ahead_of_time():
     runner = short_runner(queue)
     first = Job(runner)
     queue.submit(first, 1.0)
-    assert queue.submit(Job(runner, holds=True), 1.0) == []
+    assert queue.submit(Job(runner, is_lease_request=True), 1.0) == []
     (command,) = queue.complete(first, 2.0)
     assert type(command) is Grant
 

@@ -1,4 +1,4 @@
-"""`check()` names the invariant that is broken; here each of them is broken by hand."""
+"""`check` names the invariant that is broken; here each of them is broken by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from aoti_sched.queue.device_queue import DeviceQueue
 from aoti_sched.queue.job import Job, JobState, Priority
 from aoti_sched.queue.policy import Policy
 from aoti_sched.queue.runner_state import Phase
-from tests.unit.queue.support import add, somewhere, take_lease
+from tests.unit.queue.support import add, check, somewhere, take_lease
 
 
 class Scene:
@@ -38,7 +38,7 @@ class Scene:
 
 
 def test_a_sound_queue_passes():
-    Scene().queue.check()
+    check(Scene().queue)
 
 
 def a_lane_too_many(s):
@@ -147,11 +147,15 @@ def a_closed_lease(s):
 
 
 def one_who_awaits_an_epoch_queued(s):
-    s.runner.awaiting[99] = somewhere(Job(s.runner, min_epoch=2), state=JobState.QUEUED)
+    s.runner.awaiting.add(somewhere(Job(s.runner, min_epoch=2), id=99, state=JobState.QUEUED))
 
 
 def one_who_awaits_what_has_been(s):
-    s.runner.awaiting[99] = somewhere(Job(s.runner, min_epoch=1), state=JobState.WAITING)
+    s.runner.awaiting.add(somewhere(Job(s.runner, min_epoch=1), id=99, state=JobState.WAITING))
+
+
+def one_that_is_not_queued_for_its_epoch(s):
+    s.runner.epoch_bound.add(Job(s.runner, min_epoch=2))
 
 
 def one_in_the_queue_who_can_not_have_its_epoch(s):
@@ -176,11 +180,11 @@ def a_barrier_not_reached(s):
 
 
 def one_that_follows_nothing(s):
-    s.queue.lanes.following[2] = somewhere(Job(s.runner), lane=2)
+    s.queue.lanes.handed_ahead[2] = somewhere(Job(s.runner), lane=2)
 
 
 def a_lane_open_to_another(s):
-    s.busy_lease.followed.append(s.running.lane)
+    s.busy_lease.open_for_next.append(s.running.lane)
 
 
 def a_live_deadline_too_many(s):
@@ -222,6 +226,7 @@ def a_live_deadline_too_many(s):
         (one_who_awaits_an_epoch_queued, "what awaits an epoch is WAITING"),
         (one_who_awaits_what_has_been, "nobody awaits an epoch that has been"),
         (one_in_the_queue_who_can_not_have_its_epoch, "what is queued can have its epoch"),
+        (one_that_is_not_queued_for_its_epoch, "what is queued for an epoch is known by it"),
         (a_run_on_another_epoch, "nothing runs on another epoch"),
         (an_epoch_never_published, "an epoch was published"),
         (
@@ -245,7 +250,7 @@ def test_a_broken_invariant_is_named(break_it, sentence):
     scene = Scene()
     break_it(scene)
     with pytest.raises(AssertionError, match=f"cpu: {sentence}"):
-        scene.queue.check()
+        check(scene.queue)
 
 
 class Shared:
@@ -273,7 +278,7 @@ class Shared:
 
 def test_a_sound_queue_with_all_rules_passes():
     scene = Shared()
-    scene.queue.check()
+    check(scene.queue)
     assert scene.leader.members == (scene.leader, scene.rider)
     states = [job.state for job in (scene.rider, scene.queued, scene.in_line)]
     assert states == [JobState.RUNNING, JobState.QUEUED, JobState.WAITING]
@@ -378,19 +383,19 @@ def a_batch_in_two_places(s):
 
 
 def a_key_without_jobs(s):
-    s.runner.company.keys["l"] = Key()
+    s.runner.batch_queue.keys["l"] = Key()
 
 
 def a_keys_job_uncounted(s):
-    s.runner.company.keys["k"].jobs -= 1
+    s.runner.batch_queue.keys["k"].jobs -= 1
 
 
 def a_keys_row_uncounted(s):
-    s.runner.company.keys["k"].rows -= 1
+    s.runner.batch_queue.keys["k"].rows -= 1
 
 
 def a_key_held_for_ever(s):
-    s.runner.company.keys["k"].held = True
+    s.runner.batch_queue.keys["k"].held = True
 
 
 def a_key_forgotten(s):
@@ -398,7 +403,7 @@ def a_key_forgotten(s):
 
 
 def a_turn_of_which_one_does_not_hear(s):
-    s.runner.company.arrived = 1
+    s.runner.batch_queue.arrived = 1
 
 
 @pytest.mark.parametrize(
@@ -453,4 +458,4 @@ def test_a_broken_invariant_of_sharing_and_batches_is_named(break_it, sentence):
     scene = Shared()
     break_it(scene)
     with pytest.raises(AssertionError, match=f"cpu: {sentence}"):
-        scene.queue.check()
+        check(scene.queue)

@@ -6,7 +6,7 @@ from aoti_sched.queue.admission.load import Bounds
 from aoti_sched.queue.commands import Expire, Grant, Launch, WakeAt
 from aoti_sched.queue.job import Job, JobState, Priority
 from aoti_sched.queue.policy import UNHURRIED
-from aoti_sched.queue.selection.job_queue import InOrder
+from aoti_sched.queue.selection.job_queue import SortedJobs
 from aoti_sched.queue.selection.placement import Placement, Placing
 from tests.unit.queue.support import add, device, somewhere
 
@@ -89,7 +89,7 @@ def test_deadlines_order_across_runners():
 
 
 def test_what_left_a_line_out_of_order_does_not_pile_up():
-    line = InOrder()
+    line = SortedJobs()
     runner = add(device())
     jobs = [somewhere(Job(runner), id=number, due=float(-number)) for number in range(200)]
     for job in jobs:
@@ -102,7 +102,7 @@ def test_what_left_a_line_out_of_order_does_not_pile_up():
 
 
 def test_the_next_of_those_out_of_order_goes_when_the_first_has_left():
-    line = InOrder()
+    line = SortedJobs()
     runner = add(device())
     late, first, second = (
         somewhere(Job(runner), id=number, due=due) for number, due in enumerate((9.0, 1.0, 2.0))
@@ -130,7 +130,7 @@ def test_one_that_just_makes_it_is():
 
 def test_a_lease_is_no_run_and_is_granted_until_its_deadline():
     queue = device()
-    job = Job(learning(queue), deadline=0.5, holds=True)
+    job = Job(learning(queue), deadline=0.5, is_lease_request=True)
     assert [type(command) for command in queue.submit(job, 0)] == [Grant]
 
 
@@ -202,5 +202,5 @@ def test_a_job_that_would_be_late_is_not_handed_ahead():
     late, gone = Job(runner, deadline=0.5), Job(runner, deadline=0.25)
     queue.submit(late, 0)
     queue.submit(gone, 0)
-    assert queue.lanes.following == {}
+    assert queue.lanes.handed_ahead == {}
     assert late.state is gone.state is JobState.QUEUED

@@ -6,7 +6,7 @@ import pytest
 
 from aoti_sched.errors import LeaseError, RunnerClosedError
 from aoti_sched.queue.admission.load import Bounds
-from aoti_sched.queue.device_queue import Drained, Expire, Grant, Launch
+from aoti_sched.queue.commands import Drained, Expire, Grant, Launch
 from aoti_sched.queue.job import Job, JobState, Priority
 from tests.unit.queue.support import add, device, launched, rejected, take_lease
 
@@ -20,7 +20,7 @@ def grants(commands):
 def test_a_free_slot_is_leased_at_once_and_takes_no_lane():
     queue = device(lanes=1)
     runner = add(queue, slots=2)
-    request = Job(runner, holds=True, payload="who asked")
+    request = Job(runner, is_lease_request=True, payload="who asked")
     (grant,) = queue.submit(request, 4)
     lease = grant.lease
     assert grant == Grant(request, lease)
@@ -41,7 +41,7 @@ def test_a_lease_carries_the_epoch_of_its_runner():
 def test_a_lease_is_granted_though_every_lane_is_busy():
     queue = device(lanes=1)
     queue.submit(Job(add(queue, "busy")), 0)
-    request = Job(add(queue), holds=True)
+    request = Job(add(queue), is_lease_request=True)
     assert grants(queue.submit(request, 0)) == [request]
 
 
@@ -74,7 +74,7 @@ def test_leases_are_granted_in_the_order_of_the_queue():
     runner = add(queue)
     lease = take_lease(queue, runner)
     requests = [
-        Job(runner, priority, holds=True)
+        Job(runner, priority, is_lease_request=True)
         for priority in (Priority.NORMAL, Priority.NORMAL, Priority.HIGH)
     ]
     for request in requests:
@@ -90,7 +90,7 @@ def test_leases_are_granted_in_the_order_of_the_queue():
 def test_a_lease_request_and_a_run_keep_their_turn():
     queue = device()
     runner = add(queue)
-    running, run, request = Job(runner), Job(runner), Job(runner, holds=True)
+    running, run, request = Job(runner), Job(runner), Job(runner, is_lease_request=True)
     for job in (running, run, request):
         queue.submit(job, 0)
     assert queue.complete(running, 1) == [Launch(run)]
@@ -147,7 +147,7 @@ def test_a_released_lease_whose_last_job_leaves_the_queue_goes_home(ends):
     runner = add(queue, slots=2)
     lease = take_lease(queue, runner)
     queue.submit(Job(runner), 0)
-    last, waiting = Job(lease, deadline=5), Job(runner, holds=True)
+    last, waiting = Job(lease, deadline=5), Job(runner, is_lease_request=True)
     queue.submit(last, 0)
     queue.submit(waiting, 0)
     queue.release(lease, 1)
@@ -163,7 +163,7 @@ def test_a_cancelled_lease_request_is_never_granted():
     queue = device()
     runner = add(queue)
     lease = take_lease(queue, runner)
-    cancelled, following = Job(runner, holds=True), Job(runner, holds=True)
+    cancelled, following = Job(runner, is_lease_request=True), Job(runner, is_lease_request=True)
     queue.submit(cancelled, 0)
     queue.submit(following, 0)
     assert queue.cancel(cancelled, 1) == []
@@ -174,7 +174,7 @@ def test_a_lease_request_can_expire():
     queue = device()
     runner = add(queue)
     lease = take_lease(queue, runner)
-    request = Job(runner, holds=True, deadline=5)
+    request = Job(runner, is_lease_request=True, deadline=5)
     queue.submit(request, 0)
     assert queue.tick(5) == [Expire(request)]
     assert queue.release(lease, 6) == []
@@ -195,7 +195,7 @@ def test_a_draining_runner_still_grants_the_leases_it_accepted():
     queue = device()
     runner = add(queue)
     lease = take_lease(queue, runner)
-    request = Job(runner, holds=True)
+    request = Job(runner, is_lease_request=True)
     queue.submit(request, 0)
     queue.drain_runner(runner, 1)
     (grant,) = queue.release(lease, 2)

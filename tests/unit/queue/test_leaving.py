@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from aoti_sched.errors import RunnerClosedError
-from aoti_sched.queue.device_queue import Drained, Launch, Revoke
+from aoti_sched.queue.commands import Drained, Launch, Revoke
 from aoti_sched.queue.job import IllegalFactError, Job, JobState
 from aoti_sched.queue.runner_state import Phase
 from tests.unit.queue.support import add, device, picture, rejected, take_lease
@@ -45,7 +45,7 @@ def test_a_draining_runner_takes_no_new_work():
     runner = add(queue)
     queue.submit(Job(runner), 0)
     queue.drain_runner(runner, 1)
-    for job in (Job(runner), Job(runner, holds=True)):
+    for job in (Job(runner), Job(runner, is_lease_request=True)):
         error = rejected(queue.submit(job, 2, wait=True))
         assert type(error) is RunnerClosedError
         assert str(error) == "runner 'm' is draining; it takes no new requests"
@@ -194,7 +194,7 @@ def test_a_removed_runner_is_forgotten_everywhere():
     queue.submit(Job(runner), 0, wait=True)
     queue.terminate_runner(runner, 1)
     queue.remove_runner(runner)
-    assert runner not in queue._choice._runs._entered
+    assert runner not in queue._selector._runs._entered
     assert runner not in queue.room.gates._entered
 
 

@@ -18,8 +18,9 @@ from aoti_sched.queue.commands import (
     Revoke,
     WakeAt,
 )
+from aoti_sched.queue.holding import Holding, Stay
 from aoti_sched.queue.job import IllegalFactError, Job
-from aoti_sched.queue.memory import STAY, Claim, Holding, Stay
+from aoti_sched.queue.memory import STAY, Claim
 from tests.unit.queue.support import add, device, launched, launches, picture, take_lease
 
 
@@ -39,7 +40,7 @@ def load(queue, name, size, now=0.0, **options):
 def serving(queue, holding, now=0.0, **options):
     """The runner of what was loaded."""
     runner = add(queue, holding.name, memory=holding, **options)
-    queue.settle(holding, now, constants=holding.constants, inactive=0)
+    queue.update_use(holding, now, constants=holding.constants, inactive=0)
     return runner
 
 
@@ -69,10 +70,10 @@ def test_without_a_limit_all_is_granted_and_counted():
     load(queue, "b", 200)
     assert queue.memory.used == 300
     wanted = Claim(a.memory, 100)
-    queue.hold(a)
+    queue.pin(a)
     assert queue.claim(wanted, 0.0) == [Claimed(wanted)]
     assert (a.memory.constants, a.memory.inactive, queue.memory.used) == (100, 100, 400)
-    queue.settle(a.memory, 0.0, constants=100, inactive=0)
+    queue.update_use(a.memory, 0.0, constants=100, inactive=0)
     assert queue.memory.used == 300
 
 
@@ -81,9 +82,9 @@ def test_what_was_not_known_before_the_load_is_counted_after_it():
     holding = Holding("a")
     claim(queue, holding, 0)
     claim(queue, holding, 7)
-    queue.settle(holding, 0.0, constants=6, inactive=0)
+    queue.update_use(holding, 0.0, constants=6, inactive=0)
     assert queue.memory.used == 6
-    queue.forget(holding, 0.0)
+    queue.release_memory(holding, 0.0)
     assert queue.memory.used == 0
 
 
@@ -101,7 +102,7 @@ def test_who_is_closed_takes_nothing():
     queue.remove_runner(a)
     with pytest.raises(MemoryLimitError):
         queue.claim(Claim(Holding("b"), 1), 0.0)
-    queue.forget(a.memory, 0.0)
+    queue.release_memory(a.memory, 0.0)
     load(queue, "b", 10)
 
 
@@ -136,7 +137,7 @@ def test_one_that_alone_is_too_large_is_refused_and_nobody_is_parked_for_it():
         match=r"needs 11 bytes .* It would not fit if it were alone: raise the limit$",
     ):
         queue.claim(Claim(Holding("b"), 11), 0.0)
-    queue.hold(a)
+    queue.pin(a)
     with pytest.raises(
         MemoryLimitError,
         match=r"needs 6 bytes .* It would not fit if it were alone: raise the limit$",
@@ -149,12 +150,12 @@ def test_one_that_alone_is_too_large_is_refused_and_nobody_is_parked_for_it():
     ("make", "why"),
     [
         (
-            lambda queue, a: queue.settle(
+            lambda queue, a: queue.update_use(
                 a.memory, 0.0, constants=6, inactive=0, fixed="it is dear"
             ),
             "it is dear",
         ),
-        (lambda queue, a: queue.hold(a), "its weights are being changed"),
+        (lambda queue, a: queue.pin(a), "its weights are being changed"),
         (take_lease, "it has held leases"),
         (lambda queue, a: queue.submit(Job(a), 0.0), "it has requests"),
     ],
@@ -299,7 +300,7 @@ def test_a_request_brings_it_back_and_waits_for_it():
 def test_asking_for_a_lease_brings_it_back():
     queue = limited(10)
     a, other = away(queue)
-    job = Job(a, holds=True)
+    job = Job(a, is_lease_request=True)
     assert queue.submit(job, 1.0) == [Park(other)]
     assert queue.parked(other, 1.0) == [Return(a)]
     (grant,) = queue.returned(a, 2.0)
@@ -315,7 +316,7 @@ def test_one_that_is_just_leaving_comes_back_when_it_has_left():
     assert queue.submit(job, 0.0) == []
     assert queue.parked(a, 0.0) == [Claimed(wanted)]
     assert list(queue.memory.line) == [a]
-    assert queue.forget(wanted.holding, 1.0) == [Return(a)]
+    assert queue.release_memory(wanted.holding, 1.0) == [Return(a)]
     assert launched(queue.returned(a, 1.0)) == [job]
 
 
@@ -324,7 +325,9 @@ def test_who_gives_up_while_it_is_away_does_not_bring_it_back():
     a, other = away(queue)
     running, job = Job(other), Job(a)
     queue.submit(running, 0.0)
-    lease = Job(other, holds=True)  # held behind the run, so that it can't be made to leave
+    lease = Job(
+        other, is_lease_request=True
+    )  # held behind the run, so that it can't be made to leave
     queue.submit(lease, 0.0)
     queue.complete(running, 0.0)
     assert queue.submit(job, 0.0) == []
@@ -384,7 +387,7 @@ def test_weights_that_cant_be_brought_fail_what_is_queued_and_the_next_request_t
 def test_requests_for_one_that_can_never_come_back_fail():
     queue = limited(10)
     a, other = away(queue)
-    queue.settle(other.memory, 0.0, constants=5, inactive=0, fixed="it was updated")
+    queue.update_use(other.memory, 0.0, constants=5, inactive=0, fixed="it was updated")
     job = Job(a)
     (revoke,) = queue.submit(job, 1.0)
     assert type(revoke) is Revoke
@@ -392,7 +395,7 @@ def test_requests_for_one_that_can_never_come_back_fail():
         "needs 6 bytes for its weights, and the memory_limit is 10 bytes; taken: 'other' 5 bytes (it was updated)"
         in str(revoke.error)
     )
-    queue.settle(other.memory, 0.0, constants=5, inactive=0)
+    queue.update_use(other.memory, 0.0, constants=5, inactive=0)
     assert queue.submit(Job(a), 1.0) == [Park(other)]
 
 
@@ -412,7 +415,7 @@ def test_one_that_is_away_and_idle_is_drained_at_once():
     a, _ = away(queue)
     assert queue.drain_runner(a, 0.0) == [Drained(a)]
     queue.remove_runner(a)
-    assert queue.forget(a.memory, 0.0) == []
+    assert queue.release_memory(a.memory, 0.0) == []
     assert queue.memory.used == 5
 
 
@@ -426,7 +429,7 @@ def test_one_that_is_terminated_on_its_way_is_drained_and_comes_all_the_same():
     assert (revoke.job, drained) == (job, Drained(a))
     assert queue.returned(a, 1.0) == []
     queue.remove_runner(a)
-    queue.forget(a.memory, 1.0)
+    queue.release_memory(a.memory, 1.0)
     assert queue.memory.used == 0
 
 
@@ -482,7 +485,7 @@ def test_idle_ones_leave_before_busy_ones_and_those_that_came_first_before_other
     queue.claim(e, 1.0)
     for runner in runners.values():
         queue.parked(runner, 1.0)
-    queue.forget(e.holding, 1.0)
+    queue.release_memory(e.holding, 1.0)
     for when, name in enumerate("cabd", 2):
         queue.submit(Job(runners[name]), when)
         queue.returned(runners[name], when)  # in no time
@@ -492,7 +495,7 @@ def test_idle_ones_leave_before_busy_ones_and_those_that_came_first_before_other
     with pytest.raises(MemoryLimitError):
         queue.claim(Claim(holding, 6), 9.0)
     f = serving(queue, holding)
-    queue.settle(
+    queue.update_use(
         holding, 9.0, constants=6, inactive=0
     )  # more than there is: it was not known before
     holding.stay, queue.memory.used = Stay.AWAY, queue.memory.used - 6
@@ -520,30 +523,30 @@ def test_who_stands_in_line_first_comes_first():
 def test_new_weights_claim_as_much_beside_those_that_serve():
     queue = limited(10)
     a, b = load(queue, "a", 5), load(queue, "b", 5)
-    queue.hold(a)
+    queue.pin(a)
     wanted = Claim(a.memory, 5)
     assert queue.claim(wanted, 0.0) == [Park(b)]
     assert queue.parked(b, 0.0) == [Claimed(wanted)]
     assert (a.memory.constants, a.memory.inactive) == (5, 5)
-    assert queue.settle(a.memory, 0.0, constants=5, inactive=0) == []
+    assert queue.update_use(a.memory, 0.0, constants=5, inactive=0) == []
 
 
 def test_one_that_is_held_is_not_parked_until_it_is_settled():
     queue = limited(10)
     a = load(queue, "a", 6)
-    queue.hold(a)
+    queue.pin(a)
     b = serving(queue, Holding("b"))
-    queue.hold(b)
+    queue.pin(b)
     with pytest.raises(MemoryLimitError):
         queue.claim(Claim(b.memory, 6), 0.0)
-    queue.settle(a.memory, 0.0, constants=6, inactive=0)
+    queue.update_use(a.memory, 0.0, constants=6, inactive=0)
     assert queue.claim(Claim(b.memory, 6), 0.0) == [Park(a)]
 
 
 def test_the_barrier_of_an_update_is_not_a_parking():
     queue = limited(10)
     a = load(queue, "a", 6)
-    queue.hold(a)
+    queue.pin(a)
     assert queue.close_barrier(a, 0.0) == [BarrierReached(a)]
     queue.open_barrier(a, 0.0, epoch=2)
 
@@ -551,7 +554,7 @@ def test_the_barrier_of_an_update_is_not_a_parking():
 def test_an_update_calls_one_back_that_is_away():
     queue = limited(10)
     a, other = away(queue)
-    queue.hold(a)
+    queue.pin(a)
     assert queue.call_back(a, 0.0) == [Park(other)]
     assert queue.call_back(a, 0.0) == []  # it comes already
     assert queue.parked(other, 0.0) == [Return(a)]
@@ -572,16 +575,16 @@ def test_memory_that_an_update_gives_back_lets_others_in():
     queue = limited(10)
     a = load(queue, "a", 4)
     b = load(queue, "b", 4)
-    queue.hold(a)
+    queue.pin(a)
     wanted = Claim(a.memory, 4)
     assert queue.claim(wanted, 0.0) == [Park(b)]
     queue.parked(b, 0.0)
-    queue.settle(a.memory, 0.0, constants=4, inactive=4, fixed="it keeps the previous set")
-    queue.settle(a.memory, 0.0, constants=4, inactive=4)
+    queue.update_use(a.memory, 0.0, constants=4, inactive=4, fixed="it keeps the previous set")
+    queue.update_use(a.memory, 0.0, constants=4, inactive=4)
     lease = take_lease(queue, a)
     job = Job(b)
     assert queue.submit(job, 0.0) == []
-    assert queue.settle(a.memory, 0.0, constants=4, inactive=0) == [Return(b)]
+    assert queue.update_use(a.memory, 0.0, constants=4, inactive=0) == [Return(b)]
     queue.release(lease, 0.0)
 
 
@@ -626,8 +629,8 @@ def test_an_update_that_gives_up_on_one_that_is_leaving_changes_nothing():
     queue = limited(10)
     a = load(queue, "a", 6)
     queue.claim(Claim(Holding("b"), 6), 0.0)
-    queue.hold(a)
-    assert queue.settle(a.memory, 0.0, constants=5, inactive=0) == []
+    queue.pin(a)
+    assert queue.update_use(a.memory, 0.0, constants=5, inactive=0) == []
     assert (queue.memory.leaving, queue.memory.used) == (5, 5)
 
 
@@ -636,9 +639,9 @@ def test_the_earliest_of_the_busy_ones_is_waited_for(sinces):
     queue = limited(10, lanes=4)
     a, other = away(queue, size=5)
     b = load(queue, "b", 4)
-    queue.hold(b)
+    queue.pin(b)
     for runner, since in zip((other, b), sinces, strict=True):
         queue.submit(Job(runner), 4.0)
         runner.memory.since, runner.memory.took = since, 1.0
-    queue.settle(b.memory, 4.0, constants=4, inactive=0)
+    queue.update_use(b.memory, 4.0, constants=4, inactive=0)
     assert queue.submit(Job(a), 4.0) == [WakeAt(2.0 + STAY)]

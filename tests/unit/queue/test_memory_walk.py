@@ -9,8 +9,9 @@ import pytest
 
 from aoti_sched.errors import MemoryLimitError
 from aoti_sched.queue.commands import Claimed, Drained, Grant, Launch, Park, Return, Revoke, WakeAt
+from aoti_sched.queue.holding import Holding
 from aoti_sched.queue.job import Job, JobState
-from aoti_sched.queue.memory import Claim, Holding
+from aoti_sched.queue.memory import Claim
 from tests.unit.queue.plain_memory import PlainMemory, PlainModel
 from tests.unit.queue.seeds import share_of_seeds
 from tests.unit.queue.support import add, device
@@ -90,7 +91,7 @@ class Walk:
         holding, _ = self.sides[model]
         if self.draw.random() < 0.2:
             self.both(
-                lambda: self.queue.forget(holding, self.now),
+                lambda: self.queue.release_memory(holding, self.now),
                 lambda: self.plain.forget(model, self.now),
             )
             return
@@ -140,7 +141,7 @@ class Walk:
             "here", truth=lambda m: m.open and not m.queued and len(m.running) + m.leases < m.slots
         )
         if model is not None:
-            job = Job(self.sides[model][1], holds=True)
+            job = Job(self.sides[model][1], is_lease_request=True)
             self.both(
                 lambda: self.queue.submit(job, self.now), lambda: self.plain.lease(model, self.now)
             )
@@ -185,7 +186,7 @@ class Walk:
         holding, runner = self.sides[model]
         if not model.held:
             model.held = True
-            self.queue.hold(runner)
+            self.queue.pin(runner)
         elif model.where != "here":
             self.both(
                 lambda: self.queue.call_back(runner, self.now),
@@ -200,7 +201,7 @@ class Walk:
         else:
             extra, fixed = model.extra * self.draw.randint(0, 1), self.draw.random() < 0.2
             self.both(
-                lambda: self.queue.settle(
+                lambda: self.queue.update_use(
                     holding,
                     self.now,
                     constants=model.size,
@@ -219,7 +220,7 @@ class Walk:
             self.queue.drain_runner(runner, self.now)
             self.queue.remove_runner(runner)
             self.both(
-                lambda: self.queue.forget(holding, self.now),
+                lambda: self.queue.release_memory(holding, self.now),
                 lambda: self.plain.forget(model, self.now),
             )
 
@@ -251,7 +252,7 @@ class Walk:
             if model.open and model.where != "loading" and model.held:
                 holding, _ = self.sides[model]
                 self.both(
-                    lambda h=holding, m=model: self.queue.settle(
+                    lambda h=holding, m=model: self.queue.update_use(
                         h, self.now, constants=m.size, inactive=m.extra
                     ),
                     lambda m=model: self.plain.settle(m, m.size, m.extra, False, self.now),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from aoti_sched.queue.device_queue import Launch
+from aoti_sched.queue.commands import Launch
 from aoti_sched.queue.job import IllegalFactError, Job, JobState, Priority
 from tests.unit.queue.support import CheckedQueue, add, device, launched
 
@@ -140,7 +140,7 @@ def test_what_lost_its_turn_does_not_pile_up_behind_the_best():
         job = Job(b)
         queue.submit(job, 1)
         queue.cancel(job, 1)
-        assert len(queue._choice._runs.entries()) < 50
+        assert len(queue._selector._runs.entries()) < 50
     last = Job(b)
     queue.submit(last, 1)
     assert run_all(queue, running) == [running, best, *others, last]

@@ -185,7 +185,7 @@ def test_a_lease_is_granted_while_lanes_and_loop_are_busy():
     queue.submit(Job(other), 0.0)
     queue.submit(Job(runner), 0.0)
     for source in (runner, other):
-        (command,) = queue.submit(Job(source, holds=True), 0.0)
+        (command,) = queue.submit(Job(source, is_lease_request=True), 0.0)
         assert type(command) is Grant
 
 

@@ -13,7 +13,16 @@ from aoti_sched.errors import (
 from aoti_sched.queue.commands import Expire, Launch, Reject
 from aoti_sched.queue.job import Job, JobState, Priority
 from aoti_sched.queue.selection.placement import Placing
-from tests.unit.queue.support import add, device, launched, launches, rejected, take_lease, teach
+from tests.unit.queue.support import (
+    add,
+    check,
+    device,
+    launched,
+    launches,
+    rejected,
+    take_lease,
+    teach,
+)
 
 HIGH, NORMAL, LOW = Priority.HIGH, Priority.NORMAL, Priority.LOW
 
@@ -157,7 +166,7 @@ def test_some_are_not_predicted(exempt):
         source,
         deadline=None if exempt == "no deadline" else 0.5,
         bytes=1000 if exempt == "unknown size" else 0,
-        holds=exempt == "asks for a lease",
+        is_lease_request=exempt == "asks for a lease",
     )
     assert not refused(queue, job)
 
@@ -251,5 +260,5 @@ def test_what_is_queued_when_the_first_runner_that_predicts_comes_is_foreseen():
     for job in queued:
         queue.submit(job, 0.0)
     add(queue, "predicts", predicts=True)
-    queue.check()
+    check(queue)
     assert queue._forecast.kept

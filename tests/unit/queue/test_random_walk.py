@@ -10,13 +10,15 @@ import math
 import msgspec
 import pytest
 
+from aoti_sched.queue.admission.shedding import VICTIMS
 from aoti_sched.queue.ending import SLICE
+from tests.unit.queue.cases import CASES, COVER, STEPS, cases_of, greedy_cover
+from tests.unit.queue.plain_model import PlainModel
 from tests.unit.queue.plain_parts import LIVE, LOOP
 from tests.unit.queue.seeds import share_of_seeds
+from tests.unit.queue.support import check
 from tests.unit.queue.walks import Player, Walk
 
-STEPS = 80
-SEEDS = range(2400)
 SHARES = 8  # tests to spread the walks over, so that a failure leaves the others to look at
 
 ORDERED = ("launch", "grant", "expire", "shed", "withdraw")
@@ -69,15 +71,17 @@ def wake_is_asked_for_the_earliest(jobs, ripe_times, player, *, exact):
 
 @pytest.mark.parametrize("share", range(SHARES))
 def test_the_core_does_what_the_plain_model_says(share):
+    """The same facts give the same commands, too, to a queue that is checked and to one that is not."""
     for seed in share_of_seeds(share, SHARES):
         walk = Walk(seed, STEPS)
-        player = Player(**walk.device)
+        player, unchecked = Player(**walk.device), Player(**walk.device)
         for step, (fact, answer) in enumerate(zip(walk.facts, walk.answers, strict=True)):
             told = f"seed {seed}, fact {step}: {fact}"
             commands = player.play(*fact)
             assert sorted_out(commands) == sorted_out(answer), told
+            assert (commands, player.wake) == (unchecked.play(*fact), unchecked.wake), told
             try:
-                player.queue.check()
+                check(player.queue)
             except AssertionError as error:
                 raise AssertionError(told) from error
             ticked = fact[0] == "tick"
@@ -90,77 +94,43 @@ def test_the_core_does_what_the_plain_model_says(share):
             raise AssertionError(f"seed {seed}, at its end") from error
 
 
-def test_the_same_facts_give_the_same_commands_whether_checked_or_not():
-    for seed in SEEDS[:100]:
-        walk = Walk(seed, STEPS)
-        one, other = Player(**walk.device), Player(**walk.device)
-        for step, fact in enumerate(walk.facts):
-            said = one.play(*fact)
-            one.queue.check()
-            assert (said, one.wake) == (other.play(*fact), other.wake), (
-                f"seed {seed}, fact {step}: {fact}"
-            )
-
-
-def test_the_walks_go_everywhere():
+def test_the_walks_meet_every_case():
     """A walk that never meets a case proves nothing about it."""
-    said, ends, illegal = set(), set(), 0
-    for seed in SEEDS[:200]:
-        walk = Walk(seed, STEPS)
-        for answer in walk.answers:
-            if answer == "illegal":
-                illegal += 1
-            else:
-                said |= {command[0] if command[0] != "reject" else command[2] for command in answer}
-        ends |= set(states(walk.model))
-    assert said == {
-        *(
-            "launch",
-            "grant",
-            "expire",
-            "revoke",
-            "shed",
-            "drained",
-            "reached",
-            "failing",
-            "next turn",
-        ),
-        *("withdraw", "in"),
-        *(
-            "QueueFullError",
-            "RunnerClosedError",
-            "LeaseError",
-            "EpochError",
-            "DeadlineUnreachableError",
-        ),
-    }
-    assert ends == {
-        *LIVE,
-        *("DONE", "FAILED", "REJECTED", "EXPIRED", "CANCELLED", "REVOKED", "SHED", "WITHDRAWN"),
-    }
-    assert illegal > 20
+    met = set()
+    for seed in COVER:
+        met |= cases_of(Walk(seed, STEPS))
+    assert sorted(CASES - met) == [], (
+        "no walk of COVER meets these; `cases.py` says how to find seeds"
+    )
+    assert sorted(met - CASES) == [], "`cases.py` does not name these"
 
 
-def test_the_walks_need_every_rule():
-    rare = {
-        *("overdue", "waits for cores", "late", "tried all the same", "waits for its tenant"),
-        *("refused by prediction", "waits by prediction", "several are shed"),
-        *(
-            "a batch",
-            "a batch inline",
-            "a batch behind another",
-            "a rider expires",
-            "a rider is late",
-        ),
-        *("withdrawn ", "withdrawn room", "withdrawn tenant", "withdrawn epoch"),
-        *("grows no more", "leaves the loop", "run again", "run again behind another"),
-        *(
-            "gathers",
-            "ripens",
-        ),
+def test_walks_ask_for_what_is_illegal():
+    walks = [Walk(seed, STEPS) for seed in range(40)]
+    assert sum(answer == "illegal" for walk in walks for answer in walk.answers) > 20
+
+
+@pytest.mark.parametrize("case", ["shed", "ripens"])
+def test_a_case_that_is_not_met_is_named(case):
+    met = {
+        seed: {met for met in cases_of(Walk(seed, STEPS)) if met[1] != case} for seed in (63, 112)
     }
-    for seed in SEEDS:
-        rare -= Walk(seed, STEPS).model.met
-        if not rare:
-            return
-    assert rare == set()
+    with pytest.raises(AssertionError, match=case):
+        greedy_cover(met)
+
+
+@pytest.mark.parametrize(("count", "sheds"), [(VICTIMS, True), (VICTIMS + 1, False)])
+def test_the_plain_model_knows_how_many_jobs_a_newcomer_sheds(count, sheds):
+    device = {"lanes": 1, "jobs": None, "size": count, "budget": 1, "cores": None}
+    model, player = PlainModel(**device), Player(**device)
+    wish = {"priority": 2, "deadline": None, "bytes": 0, "is_lease_request": False, "min_epoch": 0}
+    small, large = wish | {"bytes": 1}, wish | {"priority": 0, "bytes": count}
+    runner = ("r", 1, (None, None, None), ("lane", 0, 0, 0), {"sheds": True})
+    facts = [("add_runner", runner)]
+    for number, one in enumerate([wish, *[small] * count, large]):
+        facts.append(("submit", (0.0, number, ("runner", 0), False, one)))
+    for method, arguments in facts:
+        answer = getattr(model, method)(*arguments)
+        assert sorted_out(player.play(method, arguments)) == sorted_out(answer)
+        check(player.queue)
+    assert [job.state for job in model.jobs].count("SHED") == count * sheds

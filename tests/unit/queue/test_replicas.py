@@ -17,7 +17,7 @@ HIGH, NORMAL, LOW = Priority.HIGH, Priority.NORMAL, Priority.LOW
 def replicas(*seconds, lanes=1, slots=1, **rest):
     """One for each, whose runs are known to take so long; nothing is known of one with None."""
     queues = [device(lanes) for _ in seconds]
-    runners = [add(queue, slots=slots, foreseen=True, **rest) for queue in queues]
+    runners = [add(queue, slots=slots, routable=True, **rest) for queue in queues]
     for queue, runner, each in zip(queues, runners, seconds, strict=True):
         if each is not None:
             teach(queue, runner, each)
@@ -131,7 +131,7 @@ def test_as_long_as_one_is_unknown_each_gets_as_much():
 
 def test_a_replica_with_more_slots_gets_more_while_nothing_is_known():
     queues = [device(3), device(1)]
-    runners = [add(queues[0], slots=3, foreseen=True), add(queues[1], foreseen=True)]
+    runners = [add(queues[0], slots=3, routable=True), add(queues[1], routable=True)]
     rotation = Rotation(
         [(queue.unchecked, runner) for queue, runner in zip(queues, runners, strict=True)]
     )
@@ -169,7 +169,7 @@ def test_one_that_is_on_its_way_out_is_passed_over():
 
 def test_a_lease_is_granted_where_the_fewest_are():
     queues, runners, rotation = replicas(1.0, 9.0, slots=2)
-    assert send(rotation, queues, runners, 4, holds=True) == [0, 1, 0, 1]
+    assert send(rotation, queues, runners, 4, is_lease_request=True) == [0, 1, 0, 1]
     assert [len(runner.leases) for runner in runners] == [2, 2]
 
 
@@ -237,7 +237,10 @@ def test_a_held_leases_jobs_stay_and_so_does_what_the_library_needs_itself():
     running, behind, other = Job(lease), Job(lease), Job(runner)
     for job in (running, behind, other):
         queue.submit(job, 0.0)
-    wanted, exempt = Job(runner, holds=True), Job(runner, holds=True, exempt=True)
+    wanted, exempt = (
+        Job(runner, is_lease_request=True),
+        Job(runner, is_lease_request=True, bypasses_limits=True),
+    )
     queue.submit(wanted, 0.0)
     queue.submit(exempt, 0.0)
     assert queue.withdraw(runner, 1.0) == [Withdraw(wanted)]

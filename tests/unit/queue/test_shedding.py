@@ -156,7 +156,7 @@ def test_several_bounds_are_met_one_after_the_other():
 def test_one_that_waits_for_a_lease_is_not_shed():
     queue, runner = scene(1)
     lease_holder = take_lease(queue, runner)
-    (holds,) = queued(queue, Job(runner, LOW, holds=True))
+    (holds,) = queued(queue, Job(runner, LOW, is_lease_request=True))
     rejected(queue.submit(Job(runner, HIGH), 0.0))
     assert holds.state is JobState.QUEUED
     assert lease_holder.id in runner.leases

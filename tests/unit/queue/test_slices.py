@@ -24,7 +24,7 @@ from aoti_sched.queue.commands import (
 from aoti_sched.queue.ending import SLICE
 from aoti_sched.queue.job import Job, JobState, Priority
 from aoti_sched.queue.runner_state import Phase
-from tests.unit.queue.support import add, device, launches, take_lease
+from tests.unit.queue.support import add, check, device, launches, take_lease
 
 MANY = 5 * SLICE + 3
 
@@ -54,7 +54,7 @@ def send(queue, jobs):
     commands = []
     for job in jobs:
         commands += queue.unchecked.submit(job, 0.0, wait=True)
-    queue.check()
+    check(queue)
     return commands
 
 
@@ -116,7 +116,7 @@ def test_terminating_takes_what_held_leases_have_in_slices_too():
 
 def test_what_leaves_for_another_replica_leaves_in_slices_and_the_librarys_own_stays():
     queue, runner, running = scene()
-    own = Job(runner, Priority.HIGH, holds=True, exempt=True)
+    own = Job(runner, Priority.HIGH, is_lease_request=True, bypasses_limits=True)
     queue.submit(own, 0.0)
     jobs = crowded(queue, runner)
     parts = slices(queue, queue.withdraw(runner, 1.0))
@@ -218,8 +218,8 @@ def test_what_waits_for_a_parked_runner_that_cannot_come_back_is_told_in_slices(
     queue = device(memory=10, evicts=True)
     runner, other = add(queue, "a"), add(queue, "b")
     for one in (runner, other):
-        queue.hold(one)
-        queue.settle(one.memory, 0.0, constants=6, inactive=0)
+        queue.pin(one)
+        queue.update_use(one.memory, 0.0, constants=6, inactive=0)
     jobs = [Job(runner) for _ in range(MANY)]
     commands = send(queue, jobs)
     if Park(other) in commands:
@@ -289,7 +289,7 @@ def test_walks_in_slices_end_each_job_once(seed):
                 )
                 jobs.append(job)
                 commands += queue.unchecked.submit(job, now, wait=True)
-            queue.check()
+            check(queue)
         elif fact == "complete" and running:
             commands = queue.complete(running.pop(0), now)
         elif fact == "abort" and not runner.closed and runner.phase is Phase.OPEN:
@@ -328,3 +328,138 @@ def test_what_waits_for_room_is_counted_at_the_gate_and_in_lines():
     jobs = crowded(queue, runner)
     waiting = [job for job in jobs if job.state is JobState.WAITING and not job.min_epoch]
     assert runner.waits == len(waiting) == len(runner.waiting()) > 0
+
+
+# --- epochs ------------------------------------------------------------------------------------------
+
+HUGE = 50_000
+
+
+def submit_unchecked(queue, jobs):
+    for job in jobs:
+        queue.unchecked.submit(job, 0.0, wait=True)
+
+
+def publish(queue, runner, epoch):
+    """Close the barrier of an idle runner and open it on another epoch; return what follows."""
+    queue.close_barrier(runner, 1.0)
+    return queue.open_barrier(runner, 1.0, epoch=epoch)
+
+
+def test_a_publish_moves_a_slice_of_the_jobs_that_waited_for_it():
+    queue = device()
+    runner = add(queue)
+    later = [Job(runner, min_epoch=3) for _ in range(100)]
+    awaited = [Job(runner, min_epoch=2) for _ in range(HUGE)]
+    submit_unchecked(queue, [*later, *awaited])
+    raw = queue.unchecked
+    raw.close_barrier(runner, 1.0)
+    commands, left = raw.open_barrier(runner, 1.0, epoch=2), HUGE + 100
+    running = launches(commands)
+    while GoOn() in commands:
+        assert left - len(runner.awaiting) <= SLICE
+        assert len(commands) <= 3
+        left = len(runner.awaiting)
+        commands = raw.go_on(1.0)
+        running += launches(commands)
+    queue.tick(1.0)
+    assert [*running, *runner.queue.jobs()] == awaited
+    assert list(runner.awaiting.within(0, 9)) == later
+
+
+def test_a_rollback_revokes_a_slice_of_the_jobs_that_asked_for_what_was():
+    queue = device()
+    runner = add(queue, epoch=2)
+    first = Job(runner)
+    queue.submit(first, 0.0)
+    gone = [Job(runner, min_epoch=2) for _ in range(HUGE)]
+    stays = [Job(runner, min_epoch=1) for _ in range(3)]
+    submit_unchecked(queue, [*gone[: HUGE // 2], *stays, *gone[HUGE // 2 :]])
+    raw = queue.unchecked
+    raw.close_barrier(runner, 1.0)
+    raw.complete(first, 1.0)
+    commands, seen = raw.open_barrier(runner, 1.0, epoch=1), []
+    while GoOn() in commands:
+        assert sum(type(command) is Revoke for command in commands) <= SLICE
+        assert not launches(commands)
+        seen += [command.job for command in commands if type(command) is Revoke]
+        commands = raw.go_on(1.0)
+    seen += [command.job for command in commands if type(command) is Revoke]
+    assert seen == gone
+    assert launches(commands) == stays[:1]
+    queue.tick(1.0)
+    assert runner.queue.jobs() == stays[1:]
+
+
+def half_published():
+    """A runner of which one slice of jobs has moved to its new epoch, and others await a later one."""
+    queue = device()
+    runner = add(queue)
+    jobs = [Job(runner, min_epoch=2) for _ in range(MANY)]
+    later = [Job(runner, min_epoch=3) for _ in range(MANY)]
+    for job in (*jobs, *later):
+        queue.submit(job, 0.0)
+    commands = publish(queue, runner, 2)
+    assert GoOn() in commands
+    assert not launches(commands)
+    assert len(runner.awaiting) == 2 * MANY - SLICE
+    return queue, runner, jobs, later
+
+
+def go_on(queue, commands):
+    """The commands of a fact, then those of each `go_on`, the first of which was asked for before."""
+    return [commands, *slices(queue, queue.go_on(1.0))]
+
+
+def test_terminating_in_between_ends_what_has_moved_and_what_has_not():
+    queue, runner, jobs, later = half_published()
+    parts = go_on(queue, queue.terminate_runner(runner, 1.0))
+    assert Counter(ended(parts, Revoke)) == Counter([*jobs, *later])
+    assert not ended(parts, Launch)
+    assert parts[-1] == [*parts[-1][:-1], Drained(runner)]
+
+
+def test_draining_in_between_serves_those_whose_epoch_has_come():
+    queue, runner, jobs, later = half_published()
+    parts = go_on(queue, queue.drain_runner(runner, 1.0))
+    assert Counter(ended(parts, Revoke)) == Counter(later)
+    assert len(runner.awaiting) == 0
+    assert Counter([*ended(parts, Launch), *runner.queue.jobs()]) == Counter(jobs)
+
+
+def test_an_abort_in_between_ends_those_whose_epoch_has_come():
+    queue, runner, jobs, later = half_published()
+    parts = go_on(queue, queue.close_barrier(runner, 1.0, abort=True))
+    assert Counter(ended(parts, Revoke)) == Counter(jobs)
+    assert list(runner.awaiting.within(0, 9)) == later
+    assert sum(BarrierReached(runner) in part for part in parts) == 1
+
+
+def test_a_rollback_in_between_ends_those_that_wait_for_what_was():
+    queue, runner, jobs, later = half_published()
+    parts = go_on(queue, publish(queue, runner, 1))
+    assert Counter(ended(parts, Revoke)) == Counter(jobs)
+    assert list(runner.awaiting.within(0, 9)) == later
+    assert runner.epoch == 1
+
+
+def test_jobs_that_wait_for_room_and_asked_for_what_was_are_revoked_too():
+    queue = device()
+    runner = add(queue, jobs=2, epoch=2)
+    jobs = [Job(runner, min_epoch=2) for _ in range(6)]
+    for job in jobs:
+        queue.submit(job, 0.0, wait=True)
+    queue.cancel(jobs[5], 0.0)
+    queue.close_barrier(runner, 1.0)
+    queue.complete(jobs[0], 1.0)
+    assert ended([queue.open_barrier(runner, 1.0, epoch=1)], Revoke) == jobs[1:5]
+
+
+def test_a_runner_knows_how_many_jobs_a_withdrawal_takes_out():
+    queue, runner, _ = scene()
+    queue.submit(Job(runner, Priority.HIGH, is_lease_request=True, bypasses_limits=True), 0.0)
+    crowded(queue, runner)
+    expected = runner.withdrawable
+    parts = slices(queue, queue.withdraw(runner, 1.0))
+    assert len(ended(parts, Withdraw)) == expected == MANY
+    assert runner.withdrawable == 0

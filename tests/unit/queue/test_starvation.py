@@ -138,7 +138,7 @@ def test_an_overdue_job_whose_slots_are_busy_holds_up_no_other():
 def test_one_that_waits_for_a_lease_is_never_overdue():
     queue = device(max_wait=2.0)
     runner = add(queue)
-    first, holds, high = Job(runner), Job(runner, LOW, holds=True), Job(runner, HIGH)
+    first, holds, high = Job(runner), Job(runner, LOW, is_lease_request=True), Job(runner, HIGH)
     for job in (first, holds, high):
         queue.submit(job, 0.0)
     assert launched(queue.complete(first, 9.0)) == [high]

@@ -88,7 +88,7 @@ def failed(queue, runner, job):
 
 
 def granted(queue, runner, job):
-    job.holds = True
+    job.is_lease_request = True
     queue.submit(job, 0)
 
 
@@ -227,7 +227,7 @@ def fewer_than_no_bytes(queue, runner, lease):
 
 
 def a_lease_of_a_lease(queue, runner, lease):
-    queue.submit(Job(lease, holds=True), 1)
+    queue.submit(Job(lease, is_lease_request=True), 1)
 
 
 def a_name_taken_twice(queue, runner, lease):

@@ -97,7 +97,7 @@ def test_leases_are_granted_while_a_wide_run_waits_and_their_runs_need_cores():
     queue.submit(running, 0.0)
     waits = Job(wide)
     queue.submit(waits, 0.0)
-    (command,) = queue.submit(Job(other, LOW, holds=True), 0.0)
+    (command,) = queue.submit(Job(other, LOW, is_lease_request=True), 0.0)
     assert type(command) is Grant
     held = Job(command.lease)
     assert launched(queue.submit(held, 0.0)) == []

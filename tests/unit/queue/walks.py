@@ -119,7 +119,12 @@ class Walk:
             ):
                 usual = 1 if self.tight and draw.random() < 0.5 else draw.choice([0.125, 0.25])
                 for _ in range(8):
-                    wish = {"priority": 1, "deadline": None, "bytes": size, "holds": False}
+                    wish = {
+                        "priority": 1,
+                        "deadline": None,
+                        "bytes": size,
+                        "is_lease_request": False,
+                    }
                     number = len(model.jobs)
                     self.put(("submit", (self.now, number, ("runner", which), False, wish)))
                     self.now += draw.choice([usual, usual, usual, 0.125, 0.5])
@@ -155,7 +160,7 @@ class Walk:
             "share": draw.choice([0.5, 1.0, 1.0, 2.0]),
             "sheds": draw.random() < 0.3,
             "predicts": draw.random() < 0.4,
-            "foreseen": self.replicas,
+            "routable": self.replicas,
             "batching": None,
         }
         if self.batches and draw.random() < 0.8:
@@ -197,7 +202,7 @@ class Walk:
             "priority": draw.choice([0, 1, 1, 1, 2]),
             "deadline": deadline,
             "bytes": size,
-            "holds": holds,
+            "is_lease_request": holds,
             "min_epoch": draw.choice([0, 0, 0, 1, 2, 3]) if self.barriers else 0,
             "tenant": draw.choice([None, "a", "b", "c"]) if self.tenants else None,
             "rows": draw.choice([0, 1, 1, 1, 2, 3, 5]),
@@ -206,7 +211,7 @@ class Walk:
         if holds or runner.batching is None or not 1 <= wish["rows"] <= runner.batching[0]:
             wish["key"] = None
         if holds and draw.random() < 0.4:
-            wish["exempt"] = True
+            wish["bypasses_limits"] = True
             if draw.random() < 0.9:
                 wish["bytes"] = wish["min_epoch"] = 0
         wait = not runner.sheds and draw.random() < 0.6

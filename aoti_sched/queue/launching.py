@@ -1,0 +1,279 @@
+"""Launching: from the queue to a lane, and back.
+
+`_dispatch` gives free slots and lanes to the best queued jobs, `_start` takes along what may run
+with a job, `_follow` hands a lane its next job ahead of time, and `_end` counts a run that is over.
+"""
+
+from __future__ import annotations
+
+import math
+
+from aoti_sched.queue.commands import Command, Grant, Launch
+from aoti_sched.queue.deadlines import ExpiringJobs
+from aoti_sched.queue.ending import SLICE
+from aoti_sched.queue.job import Fact, Job, JobState
+from aoti_sched.queue.queue_state import batch_queue_of, may_share_run
+from aoti_sched.queue.runner_state import Lease, RunnerState, Source
+from aoti_sched.queue.selection.choice import can_start
+from aoti_sched.queue.selection.forecast import expected
+from aoti_sched.queue.selection.placement import LOOP
+
+
+class Launching(ExpiringJobs):
+    """Admits jobs, launches them, and ends their runs."""
+
+    def _admit(self, job: Job, now: float, commands: list[Command], *, waited: bool) -> None:
+        """It is queued."""
+        if waited:
+            job.happens_at(Fact.ADMIT, now)
+        else:
+            job.happens(Fact.ADMIT)
+        source, runner = job.source, job.source.runner
+        job.expected = expected(job, job.bytes)
+        if self._forecast.kept:
+            self._forecast.add(job)
+        self.room.take(job, waited=waited)
+        self.fair_shares.enter(job)
+        if self._watches_age and not job.is_lease_request:
+            source.arrivals.push(job.submitted, job)
+        if job.key is not None and may_share_run(job):
+            self._arrives(runner, commands)
+            key = batch_queue_of(runner).enter(job, now, runner.placing.times.bound(job.bytes))
+            if not key.ripe and key.ripe_at < math.inf:
+                self.timers.watch_key(runner, job.key, key)
+                self._ask_for_wake(commands)
+        else:
+            source.queue.push(job)
+        self._selector.enter(source)
+        if runner.closed and self.memory.asks(runner):
+            self._serve_line(now, commands)
+
+    def _arrives(self, runner: RunnerState, commands: list[Command]) -> None:
+        """A job that may have company has come in this turn of the loop."""
+        company = batch_queue_of(runner)
+        if not company.arrived:
+            self._gathering.append(runner)
+        company.note_arrival()
+        self._ask_for_turn(commands)
+
+    def _dispatch(self, now: float, commands: list[Command]) -> None:
+        """Give free slots and lanes to the best jobs, and the room that this makes to those at the gate.
+
+        A job whose deadline has passed is not launched, whichever fact finds it first.
+        """
+        if self.timers.keys:
+            self._ripen(now)
+        late = 0
+        admitted = 0
+        while True:
+            while admitted < SLICE and (waits := self.room.next_admitted()) is not None:
+                self._admit(waits, now, commands, waited=True)
+                admitted += 1
+            if SLICE in (admitted, late):
+                self._ask_to_go_on(commands)
+                return
+            job = self._selector.next(now)
+            if job is None:
+                return
+            if job.deadline is not None and self._is_late(job, job.deadline, now, commands):
+                late += 1
+                continue
+            has_choice = self._may_leave_the_loop(job)
+            self._unqueue(job)
+            if job.is_lease_request:
+                self._grant(job, now, commands)
+            else:
+                self._selector.launches(job, chosen=True)
+                placing = job.source.runner.placing
+                inline = placing.inline(job.bytes)
+                if has_choice and not placing.grows(
+                    *batch_queue_of(job.source.runner).potential_batch(job)
+                ):
+                    inline = False  # there it would leave some of its company behind
+                self._launch(job, LOOP if inline else self.lanes.free[-1], now, commands)
+            self._selector.enter(job.source)
+
+    def _may_leave_the_loop(self, job: Job) -> bool:
+        """Whether a lane is free, that nobody waits for, for one that may have company and was chosen for the loop."""
+        runner = job.source.runner
+        return (
+            job.key is not None
+            and may_share_run(job)
+            and runner.placing.inline(job.bytes)
+            and self._selector.has_place(runner, inline=False)
+            and not self._selector.is_wanted(inline=False)
+        )
+
+    def _ripen(self, now: float) -> None:
+        """Let take part what has waited for company long enough."""
+        while (found := self.timers.ripe(now)) is not None:
+            runner, name = found
+            batch_queue_of(runner).refresh(name, now)
+            self._selector.enter(runner)
+
+    def _uncontended_lane(self, job: Job, now: float) -> int | None:
+        """The lane it can have at once, since a slot and the lane are free and nobody else wants them; or None."""
+        source = job.source
+        if job.is_lease_request or not can_start(source):
+            return None
+        if job.key is not None and may_share_run(job) and batch_queue_of(source.runner).waits:
+            return None
+        if job.deadline is not None and self._would_be_late(job, job.deadline, now):
+            return None
+        inline = source.runner.placing.inline(job.bytes)
+        if self.load.jobs:
+            if self.timers.keys:
+                self._ripen(now)
+            if len(source.queue) or self._selector.is_wanted(
+                inline=inline
+            ):  # its own queue may wait for another place
+                return None
+        if not self._selector.has_place(source.runner, inline=inline):
+            return None
+        return LOOP if inline else self.lanes.free[-1]
+
+    def _launch(self, job: Job, lane: int, now: float, commands: list[Command]) -> None:
+        """A job, and what goes with it, gets its slot and its lane."""
+        self._start(job, lane, job.source.free.pop(), now, commands)
+        self.lanes.take(job)
+        commands.append(Launch(job))
+        if lane == LOOP:
+            self._ask_for_turn(commands)
+
+    def _start(self, job: Job, lane: int, slot: int, now: float, commands: list[Command]) -> None:
+        """It runs there, and with it what may and is queued."""
+        job.size = job.bytes
+        self.fair_shares.launch(job)
+        if job.key is not None and may_share_run(job):
+            self._take_along(job, lane == LOOP, now, commands)
+        for member in job.members or (job,):
+            member.happens(Fact.LAUNCH)
+            member.lane = lane
+            member.inline = lane == LOOP
+            member.slot = slot
+            member.epoch = job.source.epoch
+            member.started = now
+
+    def _take_along(self, job: Job, inline: bool, now: float, commands: list[Command]) -> None:
+        """Find the job's company among what is queued, in its order, as long as there is room for the next."""
+        runner = job.source.runner
+        company, placing = batch_queue_of(runner), runner.placing
+        members, rows = [job], job.rows
+        fits = not inline or placing.grows(*company.potential_batch(job))
+        while (other := company.queue.head_of(job.key)) is not None:
+            if other.deadline is not None and other.deadline <= now:
+                self._expire(other, now, commands)
+                continue
+            if rows + other.rows > company.rule.max_rows:
+                break
+            if not fits and not placing.grows(job.size + other.bytes, len(members) + 1):
+                break
+            if other.deadline is not None and self._is_late(other, other.deadline, now, commands):
+                continue
+            self._unqueue(other)
+            self.fair_shares.launch(other)
+            other.overdue = job.overdue
+            members.append(other)
+            rows += other.rows
+            job.size += other.bytes
+        if len(members) > 1:
+            job.members = tuple(members)
+            for member in members:
+                member.batch = len(members)
+            runner.counters.batches += 1
+            runner.counters.batched += len(members)
+
+    def _follow(self, source: Source, now: float, commands: list[Command]) -> None:
+        """Hand the source's next jobs to lanes that run short ones of it, unless a better job waits for a lane."""
+        placing = source.runner.placing
+        while (
+            source.open_for_next
+            and not source.closed
+            and not source.halted
+            and (job := source.queue.head()) is not None
+        ):
+            if job.is_lease_request or not placing.follows(job.bytes) or placing.inline(job.bytes):
+                return
+            if job.deadline is not None and (
+                job.deadline <= now or self._would_be_late(job, job.deadline, now)
+            ):
+                return
+            if not self._selector.may_follow(job, now):
+                return
+            self._unqueue(job)
+            self._selector.launches(job, chosen=False)
+            lane = source.open_for_next.pop()
+            self._start(job, lane, self.lanes.running[lane].slot, now, commands)
+            self.lanes.handed_ahead[lane] = job
+            commands.append(Launch(job))
+            self._selector.enter(source)
+            self._dispatch(now, commands)  # the room it left may let others in
+
+    def _grant(self, job: Job, now: float, commands: list[Command]) -> None:
+        """What asked for a lease gets its slot, for which no lane is needed, and is done."""
+        runner = job.source.runner
+        job.happens(Fact.LAUNCH)
+        self.fair_shares.rest(job)
+        job.slot = runner.free.pop()
+        job.epoch = runner.epoch
+        job.started = now
+        self._lease_ids += 1
+        lease = Lease(self._lease_ids, runner, job.slot, job.payload)
+        runner.leases[lease.id] = lease
+        runner.live -= 1
+        job.happens(Fact.SUCCEED)
+        job.finished = now
+        if self.memory.evicts:
+            runner.used = now
+        runner.counters.completed += 1
+        runner.counters.queue_seconds += now - job.submitted
+        self.timers.ended(job)
+        commands.append(Grant(job, lease))
+
+    def _end(self, job: Job, fact: Fact, started: float, finished: float, seconds: float) -> None:
+        """A job's run of so many seconds is over, whether its caller is still there or had left."""
+        left = job.state is not JobState.RUNNING
+        if left:
+            job.happens_at(fact, finished)
+        else:
+            job.happens(fact)
+        self._count_run(job, started, seconds)
+        self.fair_shares.end(job)
+        job.started, job.finished = started, finished
+        counters = job.source.runner.counters
+        if left:
+            counters.wasted_seconds += seconds
+        elif fact is Fact.SUCCEED:
+            counters.completed += 1
+        else:
+            counters.failed += 1
+        if not left and job.deadline is not None:
+            self.timers.ended(job)
+        job.source.live -= 1
+
+    def _end_batch(self, leader: Job, ok: bool, started: float, finished: float) -> None:
+        """Each member has its part of the run by its rows. One that failed says nothing of any one of them: they are run again."""
+        rows = sum(member.rows for member in leader.members)
+        again = []
+        for member in leader.members:
+            seconds = (finished - started) * member.rows / rows
+            if ok or member.state is not JobState.RUNNING:
+                self._end(member, Fact.SUCCEED if ok else Fact.FAIL, started, finished, seconds)
+            else:
+                self._count_run(member, started, seconds)
+                member.source.runner.counters.wasted_seconds += seconds
+                again.append(member)
+        leader.members = ()
+        leader.to_retry = tuple(again)
+
+    def _count_run(self, job: Job, started: float, seconds: float) -> None:
+        """One more run of a job, or its part of one, has taken so long."""
+        runner = job.source.runner
+        counters = runner.counters
+        if not job.retrying:
+            counters.queue_seconds += started - job.submitted
+        counters.run_seconds += seconds
+        if job.inline:
+            counters.inline += 1
+        self.fair_shares.settle(job, seconds * runner.width)
+        self._selector.took(job, seconds * runner.width)
