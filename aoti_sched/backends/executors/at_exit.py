@@ -29,4 +29,4 @@ def _close_all() -> None:
         executor.close()
     native = sys.modules.get("aoti_sched.backends.native._native")
     if native is not None:
-        native.come_home(threading.active_count() > 1)
+        native.wait_for_detached_threads(threading.active_count() > 1)
