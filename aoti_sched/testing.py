@@ -41,7 +41,7 @@ from aoti_sched.backends.contracts import (
     Work,
 )
 from aoti_sched.backends.executors.batches import Staging
-from aoti_sched.backends.executors.wakeup_fd import Bell
+from aoti_sched.backends.executors.wakeup_fd import WakeupFd
 from aoti_sched.backends.reading import Reading
 from aoti_sched.engine.dispatcher import Clock
 from aoti_sched.errors import ConstantMismatchError, PackageNotFoundError, WeightsTypeError, brief
@@ -288,7 +288,7 @@ class FakeExecutor:
         self.auto = auto
         self.lost: Callable[[], str] = str
         self._done: deque[Completion] = deque()
-        self._bell = Bell()
+        self._bell = WakeupFd()
 
     def submit(self, lane: int, work: Work) -> bool:
         del lane
@@ -307,7 +307,7 @@ class FakeExecutor:
     def step(self, error: BaseException | None = None) -> None:
         """Finish the work that was submitted first, with its function's result or with `error`."""
         self._done.append(self._run(self.pending.popleft(), error))
-        self._bell.ring()
+        self._bell.set()
 
     def _run(self, work: Work, error: BaseException | None) -> Completion:
         started = self._time()
@@ -325,7 +325,7 @@ class FakeExecutor:
         return Completion(work.token, outputs, error, started, self._time())
 
     def drain(self) -> list[Completion]:
-        self._bell.hush()
+        self._bell.clear()
         completions = list(self._done)
         self._done.clear()
         return completions

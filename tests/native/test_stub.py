@@ -107,8 +107,8 @@ def test_the_stub_says_what_the_module_is():
             "Lanes.__init__",
         ),
         (
-            "threads: int,\n        on: Stream | None = None,\n        graph: Graph | None = None,\n    ) -> Taken:\n        \"\"\"Run a batch",
-            "threads: int = 1,\n        on: Stream | None = None,\n        graph: Graph | None = None,\n    ) -> Taken:\n        \"\"\"Run a batch",
+            'threads: int,\n        on: Stream | None = None,\n        graph: Graph | None = None,\n    ) -> Taken:\n        """Run a batch',
+            'threads: int = 1,\n        on: Stream | None = None,\n        graph: Graph | None = None,\n    ) -> Taken:\n        """Run a batch',
             "Lanes.run_batch_here",
         ),
         (

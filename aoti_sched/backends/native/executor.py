@@ -293,7 +293,7 @@ class NativeExecutor:
     def _stand_in_lanes(self) -> ThreadsExecutor:
         if self._stand_in is None:
             self._stand_in = ThreadsExecutor(
-                self._name, self.lanes, self._set_threads, self._affinity, ring=self._native.wake
+                self._name, self.lanes, self._set_threads, self._affinity, wake=self._native.wake
             )
         return self._stand_in
 
