@@ -9,7 +9,7 @@ STEALING := $(IN_TWO) --dist worksteal
 BY_FILE := $(IN_TWO) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test test-unit test-rest test-fallback test-compiled test-pythons wheels soak bench simulate lint hooks clean
+.PHONY: help demo check test test-unit test-rest test-fallback test-compiled test-pythons wheels soak bench simulate lint lint-native hooks clean
 
 help:
 	@echo "make demo      compile two real models (once) and serve them side by side"
@@ -21,7 +21,8 @@ help:
 	@echo "make soak      a minute of random work on real models, checked"
 	@echo "make bench     what a request costs, side by side with other ways and runtimes (20 minutes)"
 	@echo "make simulate  what the scheduling rules do under load, in virtual time, and the pictures of docs/scheduling.md (6 minutes)"
-	@echo "make lint      ruff, codespell and mypy"
+	@echo "make lint      ruff, codespell, mypy and clang-format"
+	@echo "make lint-native  clang-tidy on the C++ that knows no Python"
 	@echo "make test-pythons  the unit tests on each of Python 3.10 to 3.13 that is installed"
 	@echo "make hooks     install the checks of .pre-commit-config.yaml as a git hook"
 
@@ -129,6 +130,11 @@ lint: $(VENV)/installed
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m codespell_lib
 	$(BIN)/python -m mypy
+	$(BIN)/clang-format --dry-run --Werror aoti_sched/backends/native/*.?pp
+
+# Apart from `lint`, since each file takes seconds.
+lint-native: $(VENV)/installed
+	$(BIN)/clang-tidy --quiet $(patsubst %,aoti_sched/backends/native/%.cpp,batch handle lane run stream) -- -std=c++17
 
 clean:
 	rm -rf $(VENV) .cache build dist

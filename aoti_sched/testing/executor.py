@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 
 from aoti_sched.backends.contracts import Completion, Work
-from aoti_sched.backends.executors.wakeup_fd import Bell
+from aoti_sched.backends.executors.wakeup_fd import WakeupFd
 from aoti_sched.engine.dispatcher import Clock
 
 
@@ -23,7 +23,7 @@ class FakeExecutor:
         self.auto = auto
         self.lost: Callable[[], str] = str
         self._done: deque[Completion] = deque()
-        self._bell = Bell()
+        self._wakeup = WakeupFd()
 
     def submit(self, lane: int, work: Work) -> bool:
         del lane
@@ -42,7 +42,7 @@ class FakeExecutor:
     def step(self, error: BaseException | None = None) -> None:
         """Finish the work that was submitted first, with its function's result or with `error`."""
         self._done.append(self._run(self.pending.popleft(), error))
-        self._bell.ring()
+        self._wakeup.set()
 
     def _run(self, work: Work, error: BaseException | None) -> Completion:
         started = self._time()
@@ -60,18 +60,18 @@ class FakeExecutor:
         return Completion(work.token, outputs, error, started, self._time())
 
     def drain(self) -> list[Completion]:
-        self._bell.hush()
+        self._wakeup.clear()
         completions = list(self._done)
         self._done.clear()
         return completions
 
     def fileno(self) -> int:
-        return self._bell.fd
+        return self._wakeup.fd
 
     def close(self) -> None:
         if not self.closed:
             self.closed = True
-            self._bell.close()
+            self._wakeup.close()
 
     def _time(self) -> float:
         return self._clock.time() if self._clock is not None else 0.0

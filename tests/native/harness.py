@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from aoti_sched.backends.native import _native
-from tests.native.library import Container, capsule, library, new_prefix, pointer
+from tests.native.library import Container, Fence, capsule, library, new_prefix, pointer
 
 FOREVER = 60.0
 """Seconds after which a test that waits in vain fails; no test that passes comes near."""
@@ -65,6 +65,45 @@ def open_lanes(
         set_omp_threads=c.address("torch_set_omp_threads"),
         set_mkl_threads=c.address("torch_set_mkl_threads"),
         new_handle=c.address("torch_another_handle"),
+    )
+
+
+SHIM = (
+    "get_data_ptr",
+    "get_dim",
+    "get_sizes",
+    "get_strides",
+    "get_dtype",
+    "dtype_element_size",
+    "empty_strided",
+    "reinterpret_tensor",
+    "clone",
+    "delete_tensor",
+)
+
+
+def stream(fence: Fence, handle: int = 0) -> _native.Stream:
+    """A stream whose device's only step is this fence."""
+    c = library()
+    functions = {
+        "new_handle": "torch_another_handle",
+        "get_device_type": "torch_get_device_type",
+        "copy": "torch_copy",
+    }
+    device = _native.Device(
+        _native.Shim(**{name: c.address(f"torch_{name}") for name in SHIM}, cpu=0),
+        type=0,
+        index=0,
+        one_at_a_time=False,
+        functions={name: c.address(function) for name, function in functions.items()},
+    )
+    return _native.Stream(
+        device,
+        handle=handle,
+        fence=c.address("device_fence"),
+        argument=fence.address,
+        brought=[],
+        home=False,
     )
 
 

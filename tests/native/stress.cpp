@@ -34,7 +34,7 @@ void check(bool holds, const char* what) {
 
 struct Scripted {
   container script{};
-  aoti::Model model;
+  std::shared_ptr<aoti::Model> model = std::make_shared<aoti::Model>();
 };
 
 // One way to end each: success of several shapes, a status, both kinds of exceptions.
@@ -52,11 +52,11 @@ std::vector<std::unique_ptr<Scripted>> make_models(std::mt19937& random) {
     if (way == 5) script.status = 1;
     if (way == 6) script.throws = THROWS_STANDARD;
     if (way == 7) script.throws = THROWS_OTHER;
-    made->model.run = reinterpret_cast<aoti::RunFunction>(&model_run);
-    made->model.container = &script;
-    made->model.num_inputs = random() % 4;
-    made->model.num_outputs = 2;
-    made->model.last_error = &model_last_error;
+    made->model->run = reinterpret_cast<aoti::RunFunction>(&model_run);
+    made->model->container = &script;
+    made->model->num_inputs = random() % 4;
+    made->model->num_outputs = 2;
+    made->model->last_error = &model_last_error;
     models.push_back(std::move(made));
   }
   return models;
@@ -73,6 +73,20 @@ aoti::Runtime runtime() {
   return made;
 }
 
+// A device whose only step is its fence: torch's functions find the host's memory.
+std::shared_ptr<const aoti::Device> device() {
+  auto made = std::make_shared<aoti::Device>();
+  made->shim.delete_tensor = &torch_delete_tensor;
+  made->new_handle = &torch_another_handle;
+  made->get_device_type = &torch_get_device_type;
+  return made;
+}
+
+std::shared_ptr<aoti::Stream> stream(fence* waits) {
+  const aoti::Fence how{reinterpret_cast<aoti::FenceFunction>(&device_fence), nullptr, waits};
+  return std::make_shared<aoti::Stream>(device(), nullptr, how, std::vector<bool>(), false);
+}
+
 struct Round {
   explicit Round(std::mt19937& random)
       : models(make_models(random)),
@@ -82,8 +96,10 @@ struct Round {
         lanes(runtime(), std::vector<std::string>(count, "aoti:stress"), {}, static_cast<int>(random() % 5)) {}
 
   std::vector<std::unique_ptr<Scripted>> models;
-  fence sound{};
-  fence broken{3, 0, 0};
+  fence sound_fence{};
+  fence broken_fence{3, 0, 0};
+  std::shared_ptr<aoti::Stream> sound = stream(&sound_fence);
+  std::shared_ptr<aoti::Stream> broken = stream(&broken_fence);
   std::size_t count;
   bool closes_early;
   bool drains_all;
@@ -101,15 +117,17 @@ void run_here(const Round& round, const Scripted& scripted, int threads) {
   const int omp = omp_threads();
   const int mkl = mkl_threads();
   aoti::Work work;
-  work.model = &scripted.model;
+  work.inputs = aoti::OwnedHandles(&torch_delete_tensor);
+  work.model = scripted.model;
   work.threads = threads;
-  for (std::size_t i = 0; i < scripted.model.num_inputs; ++i) work.inputs.push_back(new_tensor());
-  const aoti::Completion completion = aoti::run_here(round.lanes.runtime(), work);
+  for (std::size_t i = 0; i < scripted.model->num_inputs; ++i) {
+      work.inputs.push_back(aoti::OwnedHandle(&torch_delete_tensor, new_tensor()));
+    }
+  const aoti::Completion completion = aoti::run_here(round.lanes.runtime(), std::move(work));
   check(omp_threads() == omp && mkl_threads() == mkl, "a thread has its own counts again after a run here");
-  for (aoti::Handle handle : work.inputs) check(handle == nullptr, "a run here leaves no input");
+  check(work.inputs.size() == 0, "a run here leaves no input");
   for (aoti::Handle handle : completion.outputs) {
     check(completion.status == 0 || handle == nullptr, "a failed run gives no outputs");
-    if (handle != nullptr) torch_delete_tensor(handle);
   }
 }
 
@@ -121,21 +139,21 @@ void produce(Round& round, unsigned seed) {
     const Scripted& scripted = *round.models[random() % round.models.size()];
     if (random() % 4 == 0) run_here(round, scripted, 1 + static_cast<int>(random() % 3));
     aoti::Work work;
+    work.inputs = aoti::OwnedHandles(&torch_delete_tensor);
     work.token = ++round.tokens;
-    work.model = &scripted.model;
+    work.model = scripted.model;
     work.threads = 1 + static_cast<int>(random() % 2);
-    for (std::size_t i = 0; i < scripted.model.num_inputs; ++i) work.inputs.push_back(new_tensor());
-    if (random() % 4 == 0) {
-      work.fence = reinterpret_cast<aoti::FenceFunction>(&device_fence);
-      work.fence_argument = random() % 2 == 0 ? &round.sound : &round.broken;
+    for (std::size_t i = 0; i < scripted.model->num_inputs; ++i) {
+      work.inputs.push_back(aoti::OwnedHandle(&torch_delete_tensor, new_tensor()));
     }
+    if (random() % 4 == 0) work.on = random() % 2 == 0 ? round.sound : round.broken;
     if (round.lanes.submit(random() % round.count, work)) {
       ++round.accepted;
       ++made;
       continue;
     }
-    check(work.inputs.size() == scripted.model.num_inputs, "a work that is refused keeps its inputs");
-    for (aoti::Handle handle : work.inputs) torch_delete_tensor(handle);
+    check(work.inputs.size() == scripted.model->num_inputs, "a work that is refused keeps its inputs");
+    for (aoti::Handle handle : work.inputs) check(handle != nullptr, "a work that is refused keeps its handles");
     if (round.closed) return;
     std::this_thread::yield();
   }
@@ -148,7 +166,6 @@ void take(Round& round, std::size_t limit) {
     check(completion.started <= completion.finished, "stamps are in order");
     for (aoti::Handle handle : completion.outputs) {
       check(completion.status == 0 || handle == nullptr, "a failed run gives no outputs");
-      if (handle != nullptr) torch_delete_tensor(handle);
     }
     const std::lock_guard lock(round.last_mutex);
     check(++round.last[completion.token] == 1, "a work comes back once");
@@ -173,7 +190,7 @@ void play(std::mt19937& random) {
       }
     });
     std::thread ringer([&round] {
-      for (int i = 0; i < 100; ++i) round.lanes.ring();
+      for (int i = 0; i < 100; ++i) round.lanes.wake();
     });
     std::vector<std::thread> producers;
     for (int i = 0; i < kProducers; ++i) producers.emplace_back(produce, std::ref(round), random());

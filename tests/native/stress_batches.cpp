@@ -69,9 +69,9 @@ std::shared_ptr<const aoti::Plan> make_plan(std::size_t inputs, std::size_t outp
 
 struct Scripted {
   container script{};
-  aoti::Model model;
+  std::shared_ptr<aoti::Model> model = std::make_shared<aoti::Model>();
   std::shared_ptr<const aoti::Plan> plan;
-  std::map<std::size_t, aoti::Staging> stagings;  // by lane, and behind those by producer
+  std::map<std::size_t, std::shared_ptr<aoti::Staging>> stagings;  // by lane, and behind those by producer
 };
 
 enum { kPassesOn = 1, kMoreRows, kFewerRows, kFails, kThrows, kLeavesOut, kWays };
@@ -88,13 +88,13 @@ std::unique_ptr<Scripted> make_model(int way, std::size_t slots, std::mt19937& r
   script.error = "scripted";
   script.status = way == kFails;
   script.throws = way == kThrows ? THROWS_STANDARD : THROWS_NOTHING;
-  made->model.run = reinterpret_cast<aoti::RunFunction>(&row_model_run);
-  made->model.container = &script;
-  made->model.num_inputs = 1 + random() % 2;
-  made->model.num_outputs = 2;
-  made->model.last_error = &model_last_error;
-  made->plan = make_plan(made->model.num_inputs, 2, random() % 2 == 0, random() % 3 == 0);
-  for (std::size_t slot = 0; slot < slots; ++slot) made->stagings[slot];
+  made->model->run = reinterpret_cast<aoti::RunFunction>(&row_model_run);
+  made->model->container = &script;
+  made->model->num_inputs = 1 + random() % 2;
+  made->model->num_outputs = 2;
+  made->model->last_error = &model_last_error;
+  made->plan = make_plan(made->model->num_inputs, 2, random() % 2 == 0, random() % 3 == 0);
+  for (std::size_t slot = 0; slot < slots; ++slot) made->stagings[slot] = std::make_shared<aoti::Staging>();
   return made;
 }
 
@@ -110,7 +110,7 @@ struct Asked {
 
 // A member's output, and what it must be for ever.
 struct Kept {
-  aoti::Handle tensor;
+  aoti::OwnedHandle tensor;
   std::int64_t rows;
   std::int64_t columns;
   int value;
@@ -159,32 +159,31 @@ aoti::Work ask(Round& round, std::mt19937& random, std::size_t slot, Asked& aske
   }
   aoti::Work work;
   work.token = ++round.tokens;
-  work.model = &asked.model->model;
-  work.batch = std::make_unique<aoti::Batch>(asked.model->plan, &asked.model->stagings.at(slot), asked.tensors, asked.rows,
+  work.model = asked.model->model;
+  work.batch = std::make_unique<aoti::Batch>(asked.model->plan, asked.model->stagings.at(slot), asked.tensors, asked.rows,
                                              total + static_cast<std::int64_t>(random() % 3));
   if (round.refuses && random() % 4 == 0) refuse_torch_call(1 + static_cast<int>(random() % 60));
   return work;
 }
 
 void answer(Round& round, Asked& asked, aoti::Completion& completion) {
-  const std::size_t outputs = asked.model->model.num_outputs;
+  const std::size_t outputs = asked.model->model->num_outputs;
   check(completion.members == asked.rows.size(), "a batch comes back with its members");
   if (asked.way == kFails || asked.way == kThrows || asked.way == kMoreRows) {
     check(completion.status != 0 && !completion.error.empty(), "a batch whose model fails fails, and says why");
   }
   for (aoti::Handle handle : completion.outputs) {
     check(completion.status == 0 || handle == nullptr, "a failed batch gives no outputs");
-    if (handle != nullptr) torch_delete_tensor(handle);
   }
   check(completion.status != 0 || completion.parts.size() == outputs * asked.rows.size(), "each member has its outputs");
   const std::lock_guard lock(round.mutex);
   for (std::size_t part = 0; part < completion.parts.size(); ++part) {
-    const aoti::Handle handle = completion.parts[part];
-    check(completion.status == 0 || handle == nullptr, "a failed batch gives no parts");
-    if (handle == nullptr) continue;
+    aoti::OwnedHandle handle = completion.parts.exchange(part);
+    check(completion.status == 0 || !handle, "a failed batch gives no parts");
+    if (!handle) continue;
     const std::size_t member = part / outputs;
     const int value = asked.values[member] + (asked.way == kPassesOn ? 0 : 1);
-    round.kept.push_back({handle, asked.rows[member], asked.columns[member], value});
+    round.kept.push_back({std::move(handle), asked.rows[member], asked.columns[member], value});
   }
   round.succeeded += completion.status == 0;
   for (aoti::Handle tensor : asked.tensors) torch_delete_tensor(tensor);
@@ -193,8 +192,8 @@ void answer(Round& round, Asked& asked, aoti::Completion& completion) {
 void run_here(Round& round, std::mt19937& random, std::size_t slot) {
   Asked asked;
   aoti::Work work = ask(round, random, slot, asked);
-  aoti::Completion completion = aoti::run_here(round.lanes->runtime(), work);
-  for (aoti::Handle handle : work.inputs) check(handle == nullptr, "a run here leaves no input");
+  aoti::Completion completion = aoti::run_here(round.lanes->runtime(), std::move(work));
+  check(work.inputs.size() == 0, "a run here leaves no input");
   answer(round, asked, completion);
 }
 
@@ -260,8 +259,7 @@ int play(std::mt19937& random) {
     while (drains_all && readable(round)) take(round);
     check(!drains_all || round.asked.empty(), "each batch comes back, and the bell says so");
     for (const Kept& kept : round.kept) {
-      check(is_matrix_of(kept.tensor, kept.rows, kept.columns, kept.value), "a member's rows are its own, for ever");
-      torch_delete_tensor(kept.tensor);
+      check(is_matrix_of(kept.tensor.get(), kept.rows, kept.columns, kept.value), "a member's rows are its own, for ever");
     }
     for (auto& [token, asked] : round.asked) {
       for (aoti::Handle tensor : asked.tensors) torch_delete_tensor(tensor);

@@ -57,6 +57,7 @@ std::shared_ptr<const aoti::Device> device(CUcontext context, bool one_at_a_time
   made->type = ON_DEVICE;
   made->one_at_a_time = one_at_a_time;
   made->driver.context = context;
+  made->driver.not_ready = CUDA_ERROR_NOT_READY;
   set(made->driver.get_context, &cuCtxGetCurrent);
   set(made->driver.set_context, &cuCtxSetCurrent);
   set(made->driver.query, &cuStreamQuery);
@@ -70,7 +71,7 @@ std::shared_ptr<const aoti::Device> device(CUcontext context, bool one_at_a_time
 
 struct Slot {
   container script{};
-  aoti::Model model;
+  std::shared_ptr<aoti::Model> model = std::make_shared<aoti::Model>();
   CUstream stream = nullptr;
   std::shared_ptr<aoti::Stream> on;
   bool home = false;
@@ -111,10 +112,10 @@ void play(std::mt19937& random, CUcontext context) {
       slot->script.made = slot->script.again ? 1 : 3;
       slot->script.error = "scripted";
       slot->script.status = random() % 6 == 0;
-      slot->model.run = reinterpret_cast<aoti::RunFunction>(&device_model_run);
-      slot->model.container = &slot->script;
-      slot->model.num_inputs = 1;
-      slot->model.num_outputs = 2;
+      slot->model->run = reinterpret_cast<aoti::RunFunction>(&device_model_run);
+      slot->model->container = &slot->script;
+      slot->model->num_inputs = 1;
+      slot->model->num_outputs = 2;
       slot->home = random() % 2 == 0;
       check(cuStreamCreate(&slot->stream, 1) == 0, "a stream can be made");
       aoti::Fence fence;
@@ -134,8 +135,9 @@ void play(std::mt19937& random, CUcontext context) {
       Slot& slot = *slots[index];
       aoti::Work work;
       work.token = index;
-      work.model = &slot.model;
-      work.inputs.push_back(input(random, slot, *its_device));
+      work.model = slot.model;
+      work.inputs = aoti::OwnedHandles(&torch_delete_tensor);
+      work.inputs.push_back(aoti::OwnedHandle(&torch_delete_tensor, input(random, slot, *its_device)));
       work.on = slot.on;
       --left[index];
       ++under_way;
@@ -157,7 +159,6 @@ void play(std::mt19937& random, CUcontext context) {
           torch_get_device_type(handle, &type);
           check(type == (slot.home ? ON_HOST : ON_DEVICE), "outputs are where they are wanted");
           check(is_matrix_of(handle, slot.rows, 3, slot.value + 1) == 1, "a completed run is complete on the device");
-          torch_delete_tensor(handle);
         }
         if (breaks && left[completion.token] == kWorks / 2) sim_break(CUDA_ERROR_ILLEGAL_ADDRESS);
         if (left[completion.token] > 0) submit(completion.token);

@@ -265,7 +265,8 @@ void* next_matrix(void* handle, int64_t more_rows) {
 /* --- on the device ----------------------------------------------------------------------------------------------- */
 
 int32_t torch_get_device_type(void* handle, int32_t* type) {
-  *type = at(handle)->storage->device_type;
+  const struct storage* storage = at(handle)->storage;
+  *type = storage == NULL ? ON_HOST : storage->device_type;
   return refused();
 }
 

@@ -21,6 +21,7 @@ from tests.native.harness import (
     open_lanes,
     readable,
     run_here,
+    stream,
     submit,
     submit_when_there_is_room,
     tensors,
@@ -175,7 +176,8 @@ def test_closing_frees_one_tensor_at_several_outputs_that_nobody_drained(c):
 
 def test_the_model_is_given_the_counts_the_stream_and_the_proxy_executor(lanes, c):
     container = Container()
-    lanes.submit(0, 1, model(container, 3, 2, proxy_executor=0x1230), tensors(3), 1, stream=0x4560)
+    on = stream(Fence(), handle=0x4560)
+    lanes.submit(0, 1, model(container, 3, 2, proxy_executor=0x1230), tensors(3), 1, on=on)
     collect(lanes, 1)
     assert (container.num_inputs, container.num_outputs) == (3, 2)
     assert (container.stream, container.proxy_executor) == (0x4560, 0x1230)
@@ -262,8 +264,8 @@ def test_a_failed_run_is_followed_by_the_next(lanes, fault):
 
 
 def run_fenced(lanes, container, fence):
-    address = library().address("device_fence")
-    lanes.submit(0, 0, model(container, 0, 1), [], 1, fence=address, fence_argument=fence.address)
+    on = stream(fence)
+    lanes.submit(0, 0, model(container, 0, 1), [], 1, on=on)
     (completion,) = collect(lanes, 1)
     return completion
 
@@ -565,7 +567,7 @@ def test_who_looks_when_the_bell_has_rung_finds_it_and_it_is_hushed(c, lanes):
 
 
 def test_another_may_ring(lanes):
-    lanes.ring()
+    lanes.wake()
     assert readable(lanes)
     assert drain(lanes) == []
     assert not readable(lanes)

@@ -12,7 +12,7 @@ SANITIZERS = {
     "thread": ("-fsanitize=thread",),
     "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DFREE_TENSORS"),
 }
-NATIVE_SOURCES = [NATIVE / f"{name}.cpp" for name in ("lane", "running", "batch", "stream")]
+NATIVE_SOURCES = [NATIVE / f"{name}.cpp" for name in ("batch", "handle", "lane", "run", "stream")]
 SEEDS = (1, 2)
 ROUNDS = 20
 
@@ -83,19 +83,27 @@ def test_streams_under_stress_give_a_sanitizer_nothing_to_say(sanitizer, seed):
 @pytest.mark.parametrize(
     ("line", "instead", "words"),
     [
-        ("held_.push_back(held);", "shim.delete_tensor(held);", "memory is given back that stream"),
-        ("if (fence.fence != nullptr) demand(", "if (fence.fence == nullptr) demand(", "not so"),
         (
-            "if (device_.one_at_a_time) turn_",
-            "if (false) turn_",
+            "held_.push_back(std::move(another));",
+            "another.reset();",
+            "memory is given back that stream",
+        ),
+        ("if (fence.fence != nullptr) {", "if (fence.fence == nullptr) {", "not so"),
+        (
+            "if (device_.one_at_a_time) lock_",
+            "if (false) lock_",
             "one work at a time has the device",
         ),
-        ("held_.push_back(here);", "shim.delete_tensor(here); held_.push_back(there);", ""),
+        (
+            "held_.push_back(std::move(host));",
+            "shim.delete_tensor(host.get()); held_.push_back(std::move(host));",
+            "",
+        ),
     ],
     ids=[
         "inputs are not held",
         "the device is not waited for",
-        "no turn is taken",
+        "no lock is taken",
         "a handle is freed twice",
     ],
 )

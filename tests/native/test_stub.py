@@ -97,8 +97,8 @@ def test_the_stub_says_what_the_module_is():
         ("    def fileno(self) -> int: ...\n", "", "Lanes.fileno"),
         ("    def fileno(self)", "    def gone(self): ...\n    def fileno(self)", "Lanes.gone"),
         (
-            "fence: int = 0,\n        fence_argument: int = 0,\n        on: Stream | None = None,\n        graph: Graph | None = None,\n    ) -> None:",
-            "fence: int = 0,\n        argument: int = 0,\n        on: Stream | None = None,\n        graph: Graph | None = None,\n    ) -> None:",
+            "threads: int,\n        on: Stream | None = None,\n        graph: Graph | None = None,\n    ) -> None:",
+            "threads: int,\n        stream: Stream | None = None,\n        graph: Graph | None = None,\n    ) -> None:",
             "Lanes.submit",
         ),
         (
@@ -107,8 +107,8 @@ def test_the_stub_says_what_the_module_is():
             "Lanes.__init__",
         ),
         (
-            "slot: int,\n        threads: int,\n        on",
-            "slot: int,\n        threads: int = 1,\n        on",
+            'threads: int,\n        on: Stream | None = None,\n        graph: Graph | None = None,\n    ) -> Taken:\n        """Run a batch',
+            'threads: int = 1,\n        on: Stream | None = None,\n        graph: Graph | None = None,\n    ) -> Taken:\n        """Run a batch',
             "Lanes.run_batch_here",
         ),
         (
@@ -118,7 +118,7 @@ def test_the_stub_says_what_the_module_is():
         ),
         ("def count(self) -> int", "def count(self) -> str", "Lanes.count"),
         ("        *,\n        delete_tensor", "        delete_tensor", "Lanes.__init__"),
-        ("Make the descriptor readable", "Make it loud", "Lanes.ring"),
+        ("Make the descriptor readable", "Make it loud", "Lanes.wake"),
         ("ForkedError(RuntimeError)", "ForkedError(ValueError)", "ForkedError"),
     ],
 )

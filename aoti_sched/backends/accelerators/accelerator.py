@@ -180,6 +180,11 @@ class Accelerator(ABC):
     def native_context(self) -> int:
         return 0
 
+    @property
+    def native_not_ready(self) -> int:
+        """What the driver's `query` returns while a stream has work to do."""
+        return 0
+
     def address(self, function: str) -> int:
         """The address of one of torch's functions, or 0."""
         return address_of(function)
@@ -245,6 +250,7 @@ class Accelerator(ABC):
             one_at_a_time=self.one_at_a_time,
             functions=functions,
             context=self.native_context,
+            not_ready=self.native_not_ready,
         )
 
     def _number(self) -> int:

@@ -96,6 +96,10 @@ class CudaDevice(Accelerator):
     def native_context(self) -> int:
         return self.context
 
+    @property
+    def native_not_ready(self) -> int:
+        return NOT_READY
+
     def workspace(self, streams: Sequence[Stream]) -> int:
         handles = {stream.handle for stream in streams}
         segments = self.module.memory_snapshot()

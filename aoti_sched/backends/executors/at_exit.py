@@ -1,5 +1,6 @@
-"""At interpreter exit, lanes are waited for, and threads that are in native code without the GIL: one that came back later would find torch torn
-down, or end the process.
+"""Waits, at interpreter exit, for lanes and for threads that are in native code without the GIL.
+
+A thread that came back later would find torch torn down, or end the process.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _open: weakref.WeakSet[Closable] = weakref.WeakSet()
 
 
 def close_at_exit(executor: Closable) -> None:
-    """Close this executor at interpreter exit, unless it is gone by then; closing twice must do nothing."""
+    """Close this executor at interpreter exit, unless it is gone by then. Closing twice must do nothing."""
     _open.add(executor)
 
 
@@ -29,4 +30,4 @@ def _close_all() -> None:
         executor.close()
     native = sys.modules.get("aoti_sched.backends.native._native")
     if native is not None:
-        native.come_home(threading.active_count() > 1)
+        native.wait_for_detached_threads(threading.active_count() > 1)

@@ -1,7 +1,7 @@
 """The pure-Python executor: one Python thread per lane, over runs that release the GIL.
 
 Waking the loop costs a write to one descriptor per burst of completions. A hop to a Python thread costs
-80 to 200 µs where two threads fight over the GIL; that is what this executor can't help.
+80 to 200 µs where two threads compete for the GIL, and this executor can't avoid it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from aoti_sched.backends.contracts import Completion, Work
 from aoti_sched.backends.executors.at_exit import close_at_exit
 from aoti_sched.backends.executors.inline import refused, run_here, run_raw, without_frames
-from aoti_sched.backends.executors.wakeup_fd import Bell
+from aoti_sched.backends.executors.wakeup_fd import WakeupFd
 from aoti_sched.errors import ResourcesError, UnsupportedLoopError
 
 DRAIN_LIMIT = 256
@@ -29,11 +29,11 @@ class ThreadsExecutor:
 
     Args:
         name: The device's name; lane threads are named `aoti:<name>:<lane>`.
-        lanes: How many.
+        lanes: The number of lanes.
         set_threads: Sets the calling thread's intra-op thread count; called on the lane's thread when a
             work asks for another count than the one before.
         affinity: A core for each lane; None leaves them to the system.
-        ring: Tells of completions in the place of a descriptor of its own.
+        wake: Tells of completions, instead of a descriptor of this executor.
     """
 
     kind = "threads"
@@ -45,28 +45,28 @@ class ThreadsExecutor:
         set_threads: Callable[[int], None],
         affinity: Sequence[int] | None = None,
         *,
-        ring: Callable[[], None] | None = None,
+        wake: Callable[[], None] | None = None,
     ) -> None:
         self.lanes = lanes
         self._name = name
         self._process = os.getpid()
-        self._bell: Bell | None = None
-        if ring is None:
+        self._wakeup: WakeupFd | None = None
+        if wake is None:
             try:
-                self._bell = Bell()
+                self._wakeup = WakeupFd()
             except OSError as error:
                 raise ResourcesError(
                     f"device {name!r}: no descriptor is left for its lanes: {error}. Nothing has changed; close files, "
                     "or raise the limit"
                 ) from error
-            ring = self._bell.ring
-        self._ring = ring
+            wake = self._wakeup.set
+        self._wake = wake
         self._done: deque[Completion] = deque()
         self._running = running = _Running([queue.SimpleQueue() for _ in range(lanes)])
         self._inboxes = running.inboxes
         self._closed = False
         self.lost: Callable[[], str] = str  # a device says more
-        # The threads hold what they need and not the executor: one that is let go without `close` ends them, too.
+        # The threads don't refer to the executor: an executor that is let go without `close` ends them too.
         weakref.finalize(self, running.end).atexit = False
         close_at_exit(running)
         cores: Sequence[int | None] = affinity or [None] * lanes
@@ -74,7 +74,7 @@ class ThreadsExecutor:
             for lane, (inbox, core) in enumerate(zip(self._inboxes, cores, strict=True)):
                 thread = threading.Thread(
                     target=_serve,
-                    args=(running, inbox, self._done, ring, set_threads, core),
+                    args=(running, inbox, self._done, wake, set_threads, core),
                     name=f"aoti:{name}:{lane}",
                     daemon=True,
                 )
@@ -96,31 +96,31 @@ class ThreadsExecutor:
         return False
 
     def poll(self) -> bool:
-        """What Python threads do is never back so soon."""
+        """Return False: the work of a Python thread is never done so soon."""
         return False
 
     def run_here(self, work: Work) -> Completion:
         return run_here(work) if os.getpid() == self._process else refused(work, self._forked())
 
     def drain(self) -> list[Completion]:
-        if self._bell is not None:
-            self._bell.hush()
+        if self._wakeup is not None:
+            self._wakeup.clear()
         done = self._done
         completions = [done.popleft() for _ in range(min(len(done), DRAIN_LIMIT))]
         if done:
-            self._ring()
+            self._wake()
         return completions
 
     def fileno(self) -> int:
-        return self._bell.fd if self._bell is not None else -1
+        return self._wakeup.fd if self._wakeup is not None else -1
 
     def close(self) -> None:
         if self._closed:
             return
         self._closed = True
         self._running.close()
-        if self._bell is not None:
-            self._bell.close()
+        if self._wakeup is not None:
+            self._wakeup.close()
 
     def _forked(self) -> UnsupportedLoopError:
         return UnsupportedLoopError(
@@ -129,7 +129,7 @@ class ThreadsExecutor:
 
 
 class _Running:
-    """The threads of an executor; each of them keeps this, so that those still running are waited for at exit."""
+    """The threads of an executor. Each thread keeps this object, so running threads are waited for at exit."""
 
     def __init__(self, inboxes: list[queue.SimpleQueue[Work | None]]) -> None:
         self.inboxes = inboxes
@@ -149,7 +149,7 @@ def _serve(
     _: _Running,
     inbox: queue.SimpleQueue[Work | None],
     done: deque[Completion],
-    ring: Callable[[], None],
+    wake: Callable[[], None],
     set_threads: Callable[[int], None],
     core: int | None,
 ) -> None:
@@ -168,8 +168,8 @@ def _serve(
         except BaseException as caught:  # noqa: BLE001 -- it is the request's, and must not end the lane
             error = without_frames(caught)
         completion = Completion(work.token, outputs, error, started, time.monotonic())
-        # Let go of the job's tensors before anybody can see it finished.
+        # Free the job's tensors before its completion is seen.
         del work, outputs, error
         done.append(completion)
         del completion
-        ring()
+        wake()

@@ -1,4 +1,4 @@
-"""Bell: tells the event loop, through one descriptor, that completions wait."""
+"""WakeupFd: tells the event loop, through one descriptor, that completions wait."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import contextlib
 import os
 
 
-class Bell:
-    """Makes a descriptor readable from any thread. Rung many times before it is heard, it is written to once.
+class WakeupFd:
+    """Makes a descriptor readable from any thread. Several sets before a clear write to it once.
 
-    Its last owner closes it: a thread that may still ring keeps the bell, and so the descriptor's number, from being
-    given to another file.
+    The last owner closes it: a thread that may still set the descriptor keeps this object, so the descriptor's
+    number is not given to another file.
     """
 
     fd = _write_end = -1
@@ -19,27 +19,28 @@ class Bell:
         if hasattr(os, "eventfd"):
             self.fd = self._write_end = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         else:
-            self.fd, self._write_end = os.pipe()  # as eventfd, not inherited by what is executed
+            self.fd, self._write_end = os.pipe()  # as eventfd, not inherited by executed programs
             os.set_blocking(self.fd, False)
             os.set_blocking(self._write_end, False)
-        self._rung = False
+        self._is_set = False
 
-    def ring(self) -> None:
-        if not self._rung and self.fd >= 0:
-            self._rung = True
-            os.write(self._write_end, b"\1\0\0\0\0\0\0\0")  # eight bytes: what an eventfd takes
+    def set(self) -> None:
+        """Make the descriptor readable."""
+        if not self._is_set and self.fd >= 0:
+            self._is_set = True
+            os.write(self._write_end, b"\1\0\0\0\0\0\0\0")  # an eventfd takes eight bytes
 
-    def hush(self) -> None:
-        """Must come before looking at what was rung for, or a ring in between is lost."""
+    def clear(self) -> None:
+        """Make the descriptor unreadable. Look for completions after this, or a `set` in between is lost."""
         if self.fd < 0:
             return
-        # Nothing to read: a ringer has set the flag and not yet written; its write is one wake-up too many.
+        # Without a byte to read, a thread has set the flag and not yet written: its write is one wake-up too many.
         with contextlib.suppress(BlockingIOError):
             os.read(self.fd, 4096)
-        self._rung = False
+        self._is_set = False
 
     def close(self) -> None:
-        """Give the descriptors back; no thread may ring any more. Closing twice does nothing."""
+        """Close the descriptors. No thread may set them any more. Closing twice does nothing."""
         open_ends = {self.fd, self._write_end} - {-1}
         self.fd = self._write_end = -1
         for fd in open_ends:

@@ -1,6 +1,18 @@
 """Native lanes: C++ threads that run models without the GIL, and tell the loop once per burst.
 
-`lane.cpp` and `running.cpp` are the machinery and know neither torch nor Python, `module.cpp` is its Python face (`_native`), and
-`executor.py` the executor's contract on top. Where no compiler was at hand at install, `_native` is missing, and this
-package still imports.
+- `lane.cpp`, `run.cpp`, `batch.cpp`, `stream.cpp`: the machinery, which knows neither torch nor Python.
+- `bindings.cpp`, `py_lanes.cpp`, `tensors.cpp`: its Python face, the module `_native`.
+- `executor.py`: the executor's contract on top.
+
+Where the installation found no compiler, `_native` is missing, and this package still imports.
 """
+
+from __future__ import annotations
+
+import sysconfig
+
+if sysconfig.get_config_var("Py_GIL_DISABLED"):
+    # The lanes' counters, and much else in this package, change only while the GIL is held.
+    raise ImportError(
+        "aoti_sched: free-threaded Python is not supported. Use a build of Python that has the GIL."
+    )

@@ -4,15 +4,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 Taken: TypeAlias = tuple[int, list[Any] | tuple[str, str], float, float]
-"""Token, outputs (None where one was left out) or the runtime's and torch's words for a failure, start and end in
-seconds of the monotonic clock. A batch's outputs are two lists: of the whole ones (None where the members' are copies), and
-of each member's list."""
+"""Token; outputs, or the runtime's and torch's words for a failure; start and end in seconds of the monotonic clock.
+
+An output that was left out is None. A batch's outputs are two lists: the whole outputs (None where the members' are
+copies), and each member's list.
+"""
 
 class ForkedError(RuntimeError):
     """A forked child used the lanes of its parent, whose threads it does not have."""
 
 class Model:
-    """How one model is run; must outlive its works."""
+    """How one model is run. Works keep the model alive, but not its container."""
 
     def __init__(
         self,
@@ -26,8 +28,11 @@ class Model:
     ) -> None: ...
 
 class Tensors:
-    """How tensors become handles and come back; directly where `new_handle` and `wrap` are given, otherwise through
-    torch's functions for lists of capsules."""
+    """Turns tensors into handles and back.
+
+    The way is direct where `new_handle` and `wrap` are given, and otherwise leads through torch's functions for
+    lists of capsules.
+    """
 
     def __init__(
         self,
@@ -40,7 +45,7 @@ class Tensors:
     ) -> None: ...
 
 class Shim:
-    """Torch's functions by which batches are put together and taken apart, and its number for CPUs."""
+    """Torch's functions for batches, and its number for CPUs."""
 
     def __init__(
         self,
@@ -59,9 +64,16 @@ class Shim:
     ) -> None: ...
 
 class Plan:
-    """How a model's batches are put together and taken apart: for each input its dimension of rows, its order in memory,
-    its ragged dimensions and one padding element for each dtype; for each output its dimension of rows, and as (dimension,
-    input, dimension of that input) what is cut back."""
+    """How a model's batches are put together and taken apart.
+
+    Args:
+        shim: Torch's functions for tensors.
+        inputs: For each input its dimension of rows, its order in memory, its ragged dimensions, and one padding
+            element for each dtype.
+        outputs: For each output its dimension of rows, and (dimension, input, dimension of that input) for each
+            dimension that is cut back.
+        detach_rows: Whether members get copies instead of views.
+    """
 
     def __init__(
         self,
@@ -72,9 +84,19 @@ class Plan:
     ) -> None: ...
 
 class Device:
-    """A device as lanes know it: torch's number for its kind, its own number, whether it takes one work of the process at a time, and
-    functions by name: `new_handle`, `get_device_type` and `copy` of torch; `guard` and `unguard` where there are current streams;
-    `get_context`, `set_context`, `query`, `copy_in`, `copy_out`, `allocate_host`, `free_host`, `launch_graph` and `explain` of a driver."""
+    """A device as lanes know it.
+
+    Args:
+        shim: Torch's functions for tensors.
+        type: Torch's number for this kind of device.
+        index: The device's own number.
+        one_at_a_time: Whether the device takes one work of the process at a time.
+        functions: Addresses by name. `new_handle`, `get_device_type` and `copy` of torch; `guard` and `unguard`
+            where there are current streams; `get_context`, `set_context`, `query`, `copy_in`, `copy_out`,
+            `allocate_host`, `free_host`, `launch_graph` and `explain` of a driver.
+        context: The driver's context.
+        not_ready: What the driver's `query` returns while a stream has work to do.
+    """
 
     def __init__(
         self,
@@ -85,11 +107,21 @@ class Device:
         one_at_a_time: bool,
         functions: Mapping[str, int],
         context: int = 0,
+        not_ready: int = 0,
     ) -> None: ...
 
 class Stream:
-    """A slot's stream. `fence` returns a status or `wait` throws, each given the `argument`. `brought` says of each input whether
-    it is copied to the device when it lies on the host; with `home`, outputs are copied to the host."""
+    """A slot's stream.
+
+    Args:
+        device: The stream's device.
+        handle: The stream as the device's library knows it.
+        fence: Waits for the stream and returns a status. Either this or `wait`.
+        wait: Waits for the stream and throws on failure.
+        argument: What `fence` or `wait` is given.
+        brought: Whether each input is copied to the device where it lies on the host.
+        home: Whether outputs are copied to the host.
+    """
 
     def __init__(
         self,
@@ -104,36 +136,58 @@ class Stream:
     ) -> None: ...
 
 class Graph:
-    """A recorded run, launched on a slot's stream in the place of the model: what the driver launches, and the tensors that it reads and
-    writes, as handles, which are taken; 0 stands for an output that the model left out."""
+    """A recorded run, launched on a slot's stream instead of the model.
+
+    Args:
+        device: Where the run was recorded.
+        executable: What the driver launches.
+        inputs: Handles of the tensors that the graph reads. The graph owns them, even when this raises.
+        outputs: Handles of the tensors that the graph writes, owned likewise; 0 for an output that is left out.
+    """
 
     def __init__(
         self, device: Device, *, executable: int, inputs: Sequence[int], outputs: Sequence[int]
     ) -> None: ...
 
 def take_turn() -> None:
-    """Wait for the process's turn on a device that takes one work at a time; it may be taken again by the same thread."""
+    """Wait for the process's lock on devices that take one work at a time. A thread may take the lock again."""
 
-def come_home(others: bool) -> None:
-    """The interpreter ends, and the lanes are closed: wait for threads that are in here without the GIL. `others` says whether there are threads that it leaves behind: what they keep is no leak."""
+def wait_for_detached_threads(others: bool) -> None:
+    """Wait for threads that are in here without the GIL: the interpreter ends, and the lanes are closed. `others`
+    says whether the interpreter leaves threads behind: then their objects are no leaks."""
 
 def end_turn() -> None:
-    """End it, on the same thread."""
+    """Release the lock, on the thread that took it."""
 
 class ConstantMap:
-    """Names and handles in a `std::unordered_map`, as models compiled before torch 2.13 take and give their constants. The
-    handles stay their owners'."""
+    """Names and handles in a `std::unordered_map`, as models compiled before torch 2.13 take and give constants.
+
+    The handles stay their owners'.
+    """
 
     def __init__(self, pairs: Sequence[tuple[str, int]]) -> None: ...
     def address(self) -> int:
-        """Where the map lies, for as long as this lives."""
+        """Return the map's address, which is valid while this object lives."""
 
     def pairs(self) -> list[tuple[str, int]]:
-        """What it holds, in no order."""
+        """Return the names and handles, in no order."""
 
 class Lanes:
-    """A device's lanes, each with a thread, or with so many `threads` for all, which launch on a device and look what is done. After a fork, the
-    child's copy refuses to work."""
+    """A device's lanes. In a forked child they refuse to work.
+
+    Args:
+        names: One for each lane, and for its thread.
+        affinities: A core for each lane's thread; none where it is missing or negative.
+        cores: Lanes spin for work only while fewer threads than this are awake.
+        tensors: Turns tensors into handles and back.
+        delete_tensor: As the others below, the address of a function of torch's.
+        root_cause: Returns torch's words for the calling thread's last failure.
+        get_threads: Returns the calling thread's intra-op threads.
+        set_omp_threads: Sets the calling thread's OpenMP threads.
+        set_mkl_threads: Sets the calling thread's MKL threads.
+        new_handle: Makes another handle of a tensor.
+        threads: The number of threads for all lanes, which poll a device; 0 for one each.
+    """
 
     def __init__(
         self,
@@ -157,13 +211,10 @@ class Lanes:
         model: Model,
         inputs: Sequence[Any],
         threads: int,
-        stream: int = 0,
-        fence: int = 0,
-        fence_argument: int = 0,
         on: Stream | None = None,
         graph: Graph | None = None,
     ) -> None:
-        """Hand a work to a lane. When it raises, nothing was taken."""
+        """Hand a work to a lane. When it raises, the lane has taken nothing."""
 
     def submit_batch(
         self,
@@ -176,16 +227,14 @@ class Lanes:
         padded_rows: int,
         slot: int,
         threads: int,
-        stream: int = 0,
-        fence: int = 0,
-        fence_argument: int = 0,
         on: Stream | None = None,
         graph: Graph | None = None,
     ) -> object:
-        """As `submit`. What it returns must be kept until the work is drained: the lane reads the members' memory."""
+        """Hand a batch to a lane, as `submit` does. Keep the returned object until the work is drained: the lane reads
+        the members' memory."""
 
     def drain(self, limit: int) -> list[Taken]:
-        """At most so many completions, oldest first, as (token, outputs or error, started, finished)."""
+        """Return at most `limit` completions, oldest first, as (token, outputs or error, started, finished)."""
 
     def run_here(
         self,
@@ -195,7 +244,8 @@ class Lanes:
         on: Stream | None = None,
         graph: Graph | None = None,
     ) -> Taken:
-        """Run on the calling thread, the GIL held unless it is on a device; a completion as of `drain`. The thread has its own counts again after."""
+        """Run on the calling thread, and return a completion as `drain` does. The GIL is held, unless the run is on a
+        device. The thread's own intra-op counts are restored."""
 
     def run_batch_here(
         self,
@@ -209,18 +259,18 @@ class Lanes:
         on: Stream | None = None,
         graph: Graph | None = None,
     ) -> Taken:
-        """As `run_here`."""
+        """Run a batch on the calling thread, as `run_here` does."""
 
     def poll(self, seconds: float) -> bool:
-        """Spin until a completion waits, the GIL released, at most so long. Whether one does."""
+        """Spin without the GIL until a completion waits. Return whether one does."""
 
-    def ring(self) -> None:
+    def wake(self) -> None:
         """Make the descriptor readable."""
 
     def fileno(self) -> int: ...
     def count(self) -> int: ...
     def close(self) -> None:
-        """Wait for what was submitted and join the threads."""
+        """Wait for the submitted works, and join the threads."""
 
     def hang_up(self) -> None:
-        """Close, and give the descriptor back: `fileno` is -1 from then on."""
+        """Close, and close the descriptor: `fileno` is -1 from then on."""

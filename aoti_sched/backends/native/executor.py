@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch._C._aoti import (
@@ -29,7 +29,7 @@ from aoti_sched.errors import AotiSchedError, ResourcesError, RunError, Unsuppor
 from aoti_sched.model.batch_plan import BatchPlan
 
 WRAP = "_Z16THPVariable_WrapRKN2at10TensorBaseE"
-"""`THPVariable_Wrap(const at::TensorBase&)`, by which torch's C++ makes a tensor one of Python's."""
+"""`THPVariable_Wrap(const at::TensorBase&)`: torch's function that makes a C++ tensor one of Python's."""
 
 SHIM = (
     "get_data_ptr",
@@ -43,14 +43,21 @@ SHIM = (
     "clone",
     "delete_tensor_object",
 )
-"""What batches take of torch's `shim.h`, where each name begins with `aoti_torch_`."""
+"""The functions of torch's `shim.h` for batches. Each name begins with `aoti_torch_`."""
 
 
 WAKE_UP = 60e-6
-"""Seconds that it takes to sleep and to be woken, about: to poll for longer would be dearer."""
+"""Seconds that a sleep and a wake-up cost, about. A longer poll would cost more."""
 
 MOST_VAIN = 1023
-"""Where polling is always in vain, since lanes sleep or others have their cores, it is tried with one chance in so many."""
+"""The most chances to poll that are passed up in a row, where polling is always in vain.
+
+Polling is in vain where lanes sleep or other processes have their cores.
+"""
+
+
+_NativeCall: TypeAlias = "tuple[CRun, _native.Stream | None, _native.Graph | None]"
+"""What native code runs, and on which stream. A plain tuple: one is made for each run."""
 
 
 class NativeExecutor:
@@ -58,11 +65,11 @@ class NativeExecutor:
 
     Args:
         name: The device's name; lane threads are named `aoti:<name>:<lane>`.
-        lanes: How many.
+        lanes: The number of lanes.
         cores: Cores the process may use; lanes spin for work only while some are left.
         set_threads: For the stand-in threads, as in `ThreadsExecutor`.
         affinity: A core for each lane; None leaves them to the system.
-        launchers: So many threads for all lanes; None for one each. A lane that has no thread of its own is for devices.
+        launchers: The number of threads for all lanes; None for one each. Fewer threads than lanes are for devices.
     """
 
     kind = "native"
@@ -88,15 +95,14 @@ class NativeExecutor:
                 f"device {name!r}: its {lanes} lanes can't be opened: {error}. Nothing has changed; end threads, close "
                 "files, or raise the limit"
             ) from error
-        self._works: dict[
-            int, Work
-        ] = {}  # the lanes hold no Python object: what they work on lives here
-        self._members: dict[int, object] = {}  # and the members of batches
+        # The lanes hold no Python object: works and the members of batches live here.
+        self._works: dict[int, Work] = {}
+        self._members: dict[int, object] = {}
         self._shim = shim_of_torch()
         self.lost: Callable[[], str] = str  # a device says more
         self._may_poll = cores > 1
         self._lately = math.inf  # seconds of the last run that a lane brought back
-        self._to_pass = 0  # so many chances to poll are passed up, since it was in vain
+        self._to_pass = 0  # chances to poll that are passed up, since polling was in vain
         self._passed = 0
         self._count = 0
         self._stand_in: ThreadsExecutor | None = None
@@ -120,16 +126,10 @@ class NativeExecutor:
         )
 
     def submit(self, lane: int, work: Work) -> bool:
-        run = work.container.c_run
-        if run is None or (run.slots and not self._can_gather(work)):
+        call = self._route(work)
+        if call is None:
             return self._stand_in_lanes().submit(lane, work)
-        on = graph = None
-        if run.slots:
-            if run.graph_of is not None and (graph := run.graph_of(work)) is None:
-                return self._stand_in_lanes().submit(lane, work)
-            slot = run.slots[work.slot]
-            slot.begin(work)
-            on = slot.native
+        run, on, graph = call
         self._count = token = self._count + 1
         self._works[token] = work
         batch = work.batch
@@ -140,8 +140,9 @@ class NativeExecutor:
                     lane, token, model, work.inputs, work.threads, on=on, graph=graph
                 )
             elif self._shim is None:
-                # Not into what is kept for the slot: the work that is running now may still read it.
-                self._native.submit(lane, token, model, gather(run.name, batch), work.threads)
+                # Not into the slot's own memory: the work that runs now may still read it.
+                inputs = gather(run.name, batch)
+                self._native.submit(lane, token, model, inputs, work.threads)
             else:
                 self._members[token] = self._native.submit_batch(
                     lane,
@@ -159,31 +160,24 @@ class NativeExecutor:
         except Exception as error:  # noqa: BLE001 -- it is raised again, in our words
             del self._works[token]
             raise self._plain(error) from None
-        # Several come back in bursts, of which the descriptor tells once: that is cheaper than to look for each.
+        # Several completions come in bursts, and the descriptor tells of a burst once: cheaper than to poll for each.
         if not self._may_poll or len(self._works) != 1 or self._lately > WAKE_UP:
             return False
         self._passed += 1
         return self._passed > self._to_pass
 
     def run_here(self, work: Work) -> Completion:
-        run = work.container.c_run
-        if run is None or (run.slots and not self._can_gather(work)):
-            return run_here(work)
         batch = work.batch
-        on = graph = None
         try:
-            if run.slots:
-                if run.graph_of is not None and (graph := run.graph_of(work)) is None:
-                    return run_here(work)
-                slot = run.slots[work.slot]
-                slot.begin(work)
-                on = slot.native
+            call = self._route(work)
+            if call is None or (batch is not None and self._shim is None):
+                return run_here(work)
+            run, on, graph = call
             model = run.native or _prepare(run)
             if batch is None:
                 taken = self._native.run_here(model, work.inputs, work.threads, on, graph)
-            elif self._shim is None:
-                return run_here(work)
             else:
+                assert self._shim is not None
                 taken = self._native.run_batch_here(
                     model,
                     _plan(self._shim, run, batch),
@@ -199,12 +193,32 @@ class NativeExecutor:
             return refused(work, self._plain(error))
         return self._completion(work, taken)
 
+    def _route(self, work: Work) -> _NativeCall | None:
+        """Return how native code runs the work; None if Python does.
+
+        Raises:
+            DeviceLostError: The slot's device works no more.
+        """
+        run = work.container.c_run
+        if run is None:
+            return None
+        if not run.slots:
+            return run, None, None
+        if not self._can_gather(work):
+            return None
+        graph = None
+        if run.graph_of is not None and (graph := run.graph_of(work)) is None:
+            return None
+        slot = run.slots[work.slot]
+        slot.begin(work)
+        return run, slot.native, graph
+
     def poll(self) -> bool:
         if len(self._works) != 1:
             return False
         began = time.monotonic()
         there = self._native.poll(WAKE_UP)
-        # One that was found late was found because another process had this thread's core, or the lane's.
+        # A completion is found late when another process had this thread's core, or the lane's.
         in_time = there and time.monotonic() - began < WAKE_UP
         self._passed = 0
         self._to_pass = 0 if in_time else min(2 * self._to_pass + 1, MOST_VAIN)
@@ -220,7 +234,7 @@ class NativeExecutor:
         return self._native.fileno()
 
     def close(self) -> None:
-        if self._stand_in is not None:  # first, since its threads ring the lanes' bell
+        if self._stand_in is not None:  # first, since its threads set the lanes' wake-up descriptor
             self._stand_in.close()
         self._native.hang_up()
 
@@ -254,7 +268,7 @@ class NativeExecutor:
         return Completion(work.token, outputs, None, started, finished)
 
     def _own(self, work: Work, batch: Batch, result: list[Any]) -> list[Any]:
-        """A batch's outputs for each member, none of which shares memory with the weights."""
+        """Return a batch's outputs for each member. None of them shares memory with the weights."""
         container = work.container
         run: Any = container.c_run
         if self._shim is None:
@@ -268,7 +282,7 @@ class NativeExecutor:
         return members
 
     def _can_gather(self, work: Work) -> bool:
-        """Whether a device's lane can put a batch together, which it does in the host's memory; others are torch's to gather."""
+        """Return whether a device's lane can put the batch together, which it does in the host's memory."""
         batch = work.batch
         if batch is None:
             return True
@@ -279,12 +293,12 @@ class NativeExecutor:
     def _stand_in_lanes(self) -> ThreadsExecutor:
         if self._stand_in is None:
             self._stand_in = ThreadsExecutor(
-                self._name, self.lanes, self._set_threads, self._affinity, ring=self._native.ring
+                self._name, self.lanes, self._set_threads, self._affinity, wake=self._native.wake
             )
         return self._stand_in
 
     def _plain(self, error: Exception) -> Exception:
-        """What the lanes refused, in the words of this package."""
+        """Return an error of the lanes in the words of this package."""
         if isinstance(error, _native.ForkedError):
             return UnsupportedLoopError(f"device {self._name}: {error}")
         if isinstance(error, MemoryError):
@@ -297,7 +311,7 @@ class NativeExecutor:
 
 
 def _prepare(run: CRun) -> _native.Model:
-    """The model as the lanes know it; kept in the container's `CRun`, so it lives as long as the container."""
+    """Return the model as the lanes know it, and keep it in the container's `CRun`."""
     run.native = model = _native.Model(
         run=run.run,
         container=run.container,
@@ -310,7 +324,7 @@ def _prepare(run: CRun) -> _native.Model:
 
 
 class _Prepared(NamedTuple):
-    """A plan as the lanes know it; what ragged inputs are padded with depends on their dtypes."""
+    """A plan as the lanes know it. The padding of ragged inputs depends on their dtypes."""
 
     plan: BatchPlan
     ragged: tuple[int, ...]
@@ -319,7 +333,7 @@ class _Prepared(NamedTuple):
 
 
 def _plan(shim: _native.Shim, run: CRun, batch: Batch) -> _native.Plan:
-    """A batch's plan as the lanes know it. One is kept with the model, whose batches have the same one."""
+    """Return a batch's plan as the lanes know it. The last one is kept with the model."""
     known: _Prepared | None = run.native_plan
     if (
         known is None
@@ -354,7 +368,10 @@ def _dtypes(inputs: Sequence[int], batch: Batch) -> list[torch.dtype]:
 
 
 def _pad(value: float, dtype: torch.dtype) -> dict[int, bytes]:
-    """The bytes of an element of this value by the number of its dtype; nothing where the dtype has no such value."""
+    """Return the bytes of an element of this value, by the number of its dtype.
+
+    The result is empty where the dtype has no such value.
+    """
     try:
         element = torch.empty(1, dtype=dtype).fill_(value)
     except RuntimeError:
@@ -367,7 +384,7 @@ def _pad(value: float, dtype: torch.dtype) -> dict[int, bytes]:
 
 
 def shim_of_torch() -> _native.Shim | None:
-    """Torch's functions by which lanes put batches together; None where this torch lacks one."""
+    """Return torch's functions for batches; None where this torch lacks one."""
     addresses = {name: _address(f"aoti_torch_{name}") for name in SHIM}
     if not all(addresses.values()):
         return None
@@ -377,7 +394,7 @@ def shim_of_torch() -> _native.Shim | None:
 
 
 def _tensors() -> _native.Tensors:
-    """How tensors become handles and come back: directly, where this torch has what it takes."""
+    """Return the way from tensors to handles and back: the direct one where this torch has it."""
     new_handle, wrap = _address("aoti_torch_new_tensor_handle"), _address(WRAP)
     return _native.Tensors(
         torch.Tensor,

@@ -23,9 +23,14 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// A hop to a sleeping thread costs 60 to 70 µs, so a lane that has just worked looks for more about as long
-// before it sleeps: at worst it wastes what the sleep would have cost.
+// A hop to a sleeping thread costs 60 to 70 µs, so a lane that has just worked spins about as long
+// before it sleeps: at worst it wastes the cost of the sleep.
 constexpr auto kSpin = std::chrono::microseconds(60);
+
+// A launcher sleeps between two polls for a part of the time since the last end or launch, so it
+// notices an end late by at most that part.
+constexpr int kPollsPerWait = 8;
+constexpr std::chrono::nanoseconds kLongestSleep = std::chrono::milliseconds(1);
 
 void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -35,7 +40,7 @@ void relax() {
 #endif
 }
 
-// Looks again and again whether `done`, for so long at most.
+// Polls `done` until it is true, for `limit` at most.
 template <typename Done>
 void spin(std::chrono::nanoseconds limit, Done done) {
   const auto until = Clock::now() + limit;
@@ -47,13 +52,16 @@ void spin(std::chrono::nanoseconds limit, Done done) {
   }
 }
 
-[[noreturn]] void fail(const char* what) { throw std::system_error(errno, std::generic_category(), what); }
+[[noreturn]] void fail(const char* what) {
+  throw std::system_error(errno, std::generic_category(), what);
+}
 
 }  // namespace
 
-// --- Bell -------------------------------------------------------------------------------------------------
+// --- WakeupFd
+// -------------------------------------------------------------------------------------------------
 
-Bell::Bell() {
+WakeupFd::WakeupFd() {
 #ifdef __linux__
   read_end_ = write_end_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
   if (read_end_ < 0) fail("eventfd");
@@ -69,33 +77,34 @@ Bell::Bell() {
 #endif
 }
 
-Bell::~Bell() { close(); }
+WakeupFd::~WakeupFd() { close(); }
 
-void Bell::close() {
+void WakeupFd::close() {
   if (read_end_ < 0) return;
   if (write_end_ != read_end_) ::close(write_end_);
   ::close(read_end_);
   read_end_ = write_end_ = -1;
 }
 
-void Bell::ring() {
+void WakeupFd::set() {
   if (write_end_ < 0) return;
   const std::uint64_t one = 1;
   while (::write(write_end_, &one, sizeof one) < 0 && errno == EINTR) {
   }
 }
 
-void Bell::hush() {
+void WakeupFd::clear() {
   if (read_end_ < 0) return;
-  std::uint64_t rings[64];
-  while (::read(read_end_, rings, sizeof rings) < 0 && errno == EINTR) {
+  std::uint64_t written[64];
+  while (::read(read_end_, written, sizeof written) < 0 && errno == EINTR) {
   }
 }
 
-// --- Lanes ------------------------------------------------------------------------------------------------
+// --- Lanes
+// ------------------------------------------------------------------------------------------------
 
 struct Lanes::Lane {
-  std::array<Work, kDepth> works;  // a ring, guarded by its thread's mutex, as all here
+  std::array<Work, kDepth> works;  // a ring; the thread's mutex guards all fields
   std::size_t first = 0;
   std::size_t queued = 0;   // in the ring
   std::size_t running = 0;  // 0 or 1
@@ -113,7 +122,7 @@ struct Lanes::Thread {
   bool closing = false;                 // guarded by mutex
   std::atomic<std::size_t> signals{0};  // counts submits, for the spinning thread
 
-  // One whose work can begin now; null where there is none. The mutex is held.
+  // Returns a lane whose work can begin now, or null. The mutex is held.
   Lane* next() {
     for (Lane* lane : lanes) {
       if (lane->queued > 0 && lane->running == 0) return lane;
@@ -122,8 +131,8 @@ struct Lanes::Thread {
   }
 };
 
-Lanes::Lanes(Runtime runtime, std::vector<std::string> names, std::vector<int> affinities, int cores,
-             std::size_t threads)
+Lanes::Lanes(Runtime runtime, std::vector<std::string> names, std::vector<int> affinities,
+             int cores, std::size_t threads)
     : runtime_(runtime), cores_(cores) {
   const std::size_t count = threads == 0 ? names.size() : std::min(threads, names.size());
   for (std::size_t index = 0; index < names.size(); ++index) {
@@ -136,20 +145,15 @@ Lanes::Lanes(Runtime runtime, std::vector<std::string> names, std::vector<int> a
     threads_[index % count]->lanes.push_back(lanes_.back().get());
   }
   try {
-    for (auto& thread : threads_) thread->thread = std::thread([this, &thread = *thread] { serve(thread); });
+    for (auto& thread : threads_)
+      thread->thread = std::thread([this, &thread = *thread] { serve(thread); });
   } catch (...) {
     close();
     throw;
   }
 }
 
-Lanes::~Lanes() {
-  close();
-  for (Completion& completion : done_) {
-    free_handles(runtime_, completion.outputs);
-    free_handles(runtime_, completion.parts);
-  }
-}
+Lanes::~Lanes() { close(); }
 
 bool Lanes::submit(std::size_t index, Work& work) {
   Lane& lane = *lanes_[index];
@@ -177,7 +181,7 @@ bool Lanes::poll(std::chrono::nanoseconds limit) {
   spin(limit, [&] { return finished_.load(std::memory_order_acquire) != seen; });
   std::lock_guard lock(done_mutex_);
   polled_ = false;
-  silent_ = !rung_ && !done_.empty();
+  silent_ = !woken_ && !done_.empty();
   return !done_.empty();
 }
 
@@ -187,7 +191,7 @@ std::vector<Completion> Lanes::drain(std::size_t limit) {
     std::lock_guard lock(done_mutex_);
     silent = std::exchange(silent_, false);
   }
-  if (!silent) bell_.hush();
+  if (!silent) wakeup_.clear();
   std::vector<Completion> taken;
   bool more = false;
   {
@@ -199,9 +203,9 @@ std::vector<Completion> Lanes::drain(std::size_t limit) {
       taken.assign(std::make_move_iterator(done_.begin()), std::make_move_iterator(end));
       done_.erase(done_.begin(), end);
     }
-    more = rung_ = !done_.empty();
+    more = woken_ = !done_.empty();
   }
-  if (more) bell_.ring();
+  if (more) wakeup_.set();
   return taken;
 }
 
@@ -224,23 +228,23 @@ void Lanes::close() {
 
 void Lanes::hang_up() {
   close();
-  bell_.close();  // no thread is left that rings
+  wakeup_.close();  // no thread is left that sets it
 }
 
 void Lanes::finish(Completion&& completion) {
-  bool ring = false;
+  bool wake = false;
   {
     std::lock_guard lock(done_mutex_);
     done_.push_back(std::move(completion));
-    ring = !rung_ && !polled_;
-    rung_ = rung_ || ring;
+    wake = !woken_ && !polled_;
+    woken_ = woken_ || wake;
   }
   finished_.fetch_add(1, std::memory_order_release);
-  if (ring) bell_.ring();  // once per burst: until the loop has drained, it knows
+  if (wake) wakeup_.set();  // once per burst: until the loop has drained, it is awake
 }
 
 Lanes::Lane* Lanes::wait_for_work(Thread& thread) {
-  // Only a thread that has just worked comes here awake. It spins if a core is left for it beside the loop's.
+  // A thread that has just worked spins if a core is left for it beside the loop's.
   const std::size_t seen = thread.signals.load(std::memory_order_acquire);
   {
     std::lock_guard lock(thread.mutex);
@@ -275,19 +279,21 @@ void Lanes::serve(Thread& thread) {
 #endif
   if (runtime_.get_threads != nullptr) runtime_.get_threads();
   int threads = 0;
-  std::list<std::pair<Lane*, Running>> left;  // that the device has, while this thread serves its other lanes
-  const auto finish_on = [&](Lane& lane, Running& running) {
-    Completion completion = running.end();
+  std::list<std::pair<Lane*, Run>>
+      detached;  // on the device, while this thread serves its other lanes
+  const auto finish_on = [&](Lane& lane, Run& run) {
+    Completion completion = run.finish();
     {
       std::lock_guard lock(thread.mutex);
-      lane.running = 0;  // before the completion is seen: who sees it may submit again
+      lane.running = 0;  // before the completion is seen: the thread that sees it may submit again
     }
     finish(std::move(completion));
   };
   awake_.fetch_add(1, std::memory_order_relaxed);
+  auto last_progress = Clock::now();
   for (;;) {
     Lane* lane = nullptr;
-    if (left.empty()) {
+    if (detached.empty()) {
       lane = wait_for_work(thread);
       if (lane == nullptr) break;
     } else {
@@ -309,32 +315,52 @@ void Lanes::serve(Thread& thread) {
         if (runtime_.set_mkl_threads != nullptr) runtime_.set_mkl_threads(threads);
       }
       if (thread.lanes.size() == 1) {
-        Running running(runtime_, std::move(work));
-        finish_on(*lane, running);
+        Run run(runtime_, std::move(work));
+        run.launch();
+        finish_on(*lane, run);
         continue;
       }
-      Running& running = left.emplace_back(std::piecewise_construct, std::forward_as_tuple(lane),
-                                           std::forward_as_tuple(runtime_, std::move(work))).second;
-      if (running.can_be_left()) {
-        running.leave();
+      Run& run = detached
+                     .emplace_back(std::piecewise_construct, std::forward_as_tuple(lane),
+                                   std::forward_as_tuple(runtime_, std::move(work)))
+                     .second;
+      run.launch();
+      if (run.can_detach()) {
+        run.detach();
       } else {
-        finish_on(*lane, running);
-        left.pop_back();
+        finish_on(*lane, run);
+        detached.pop_back();
       }
     }
-    bool some = lane != nullptr;
-    for (auto one = left.begin(); one != left.end();) {
+    bool progress = lane != nullptr;
+    for (auto one = detached.begin(); one != detached.end();) {
       if (one->second.ready()) {
         finish_on(*one->first, one->second);
-        one = left.erase(one);
-        some = true;
+        one = detached.erase(one);
+        progress = true;
       } else {
         ++one;
       }
     }
-    if (!some) std::this_thread::yield();
+    if (progress) {
+      last_progress = Clock::now();
+    } else {
+      back_off(thread, Clock::now() - last_progress);
+    }
   }
   awake_.fetch_sub(1, std::memory_order_relaxed);
+}
+
+void Lanes::back_off(Thread& thread, std::chrono::nanoseconds idle) {
+  if (idle < kSpin) {
+    std::this_thread::yield();
+    return;
+  }
+  std::unique_lock lock(thread.mutex);
+  thread.asleep = true;  // a submit wakes the thread
+  thread.wake.wait_for(lock, std::min(idle / kPollsPerWait, kLongestSleep),
+                       [&] { return thread.next() != nullptr; });
+  thread.asleep = false;
 }
 
 }  // namespace aoti

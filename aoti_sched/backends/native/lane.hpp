@@ -1,7 +1,8 @@
 // Lanes: native threads that run compiled models, one work at a time each, and never touch Python.
 //
-// Nothing here knows torch or Python. Models, their errors and tensors arrive as function pointers and
-// handles, so one build serves every torch, and the tests drive it with a small C library.
+// Nothing here knows torch or Python. Models, their errors and tensors arrive as function pointers
+// and handles, so one build serves every torch, and the tests drive the lanes with a small C
+// library.
 #pragma once
 
 #include <array>
@@ -16,21 +17,21 @@
 #include <thread>
 #include <vector>
 
-#include "running.hpp"
+#include "run.hpp"
 
 namespace aoti {
 
-// Makes a descriptor readable while completions wait.
-class Bell {
+// A descriptor that is readable while completions wait.
+class WakeupFd {
  public:
-  Bell();
-  ~Bell();
-  Bell(const Bell&) = delete;
-  Bell& operator=(const Bell&) = delete;
-  void ring();
-  void hush();
-  void close();  // once no thread rings any more; twice does nothing
-  int descriptor() const { return read_end_; }
+  WakeupFd();
+  ~WakeupFd();
+  WakeupFd(const WakeupFd&) = delete;
+  WakeupFd& operator=(const WakeupFd&) = delete;
+  void set();
+  void clear();
+  void close();  // when no thread sets it any more; closing twice does nothing
+  [[nodiscard]] int descriptor() const { return read_end_; }
 
  private:
   int read_end_ = -1;
@@ -41,55 +42,65 @@ class Lanes {
  public:
   static constexpr std::size_t kDepth = 2;  // one running, one next
 
-  // One lane for each name; `affinities` is a core for each, or negative. Each has a thread of its name, unless there shall be fewer `threads`:
-  // then each of those serves several lanes, which is for devices: it launches what they have, and looks again and again what is done. Throws
-  // std::system_error.
-  Lanes(Runtime runtime, std::vector<std::string> names, std::vector<int> affinities, int cores, std::size_t threads = 0);
+  // Starts the lanes. Throws std::system_error.
+  //
+  // names: One for each lane. A lane with a thread of its own gives the thread its name.
+  // affinities: A core for each lane; negative or missing leaves the lane's thread to the system.
+  // cores: Lanes spin for work only while fewer threads than this are awake.
+  // threads: The number of threads for all lanes; 0 for one each. A thread that serves several
+  // lanes launches
+  //   their works on a device and polls for the ends.
+  Lanes(Runtime runtime, std::vector<std::string> names, std::vector<int> affinities, int cores,
+        std::size_t threads = 0);
   ~Lanes();
   Lanes(const Lanes&) = delete;
   Lanes& operator=(const Lanes&) = delete;
 
-  std::size_t count() const { return lanes_.size(); }
-  int descriptor() const { return bell_.descriptor(); }
-  const Runtime& runtime() const { return runtime_; }
-  void ring() { bell_.ring(); }
+  [[nodiscard]] std::size_t count() const { return lanes_.size(); }
+  [[nodiscard]] int descriptor() const { return wakeup_.descriptor(); }
+  [[nodiscard]] const Runtime& runtime() const { return runtime_; }
+  void wake() { wakeup_.set(); }
 
-  // False when the lane holds two works already, or is closed; the work is then untouched.
-  bool submit(std::size_t lane, Work& work);
+  // Returns false, and leaves the work untouched, when the lane is full or closed.
+  [[nodiscard]] bool submit(std::size_t lane, Work& work);
 
-  // At most `limit` completions, oldest first; the bell stays rung while there are more.
-  std::vector<Completion> drain(std::size_t limit);
+  // Returns at most `limit` completions, oldest first. The descriptor stays readable while there
+  // are more.
+  [[nodiscard]] std::vector<Completion> drain(std::size_t limit);
 
-  // Spins until a completion waits, or for so long at most; says whether one does. What comes meanwhile does not ring the bell: it is
-  // for the caller to drain. One thread at a time.
-  bool poll(std::chrono::nanoseconds limit);
+  // Spins until a completion waits, for `limit` at most. Returns whether one waits. Completions
+  // that come meanwhile don't wake the loop: the caller drains them. One thread at a time polls.
+  [[nodiscard]] bool poll(std::chrono::nanoseconds limit);
 
-  // Waits for what was submitted, then joins the threads. Closing twice does nothing.
+  // Waits for the submitted works, then joins the threads. Closing twice does nothing.
   void close();
 
-  // Closes, and gives the descriptor back: it is -1 from then on.
+  // Closes, and closes the descriptor, which is -1 from then on.
   void hang_up();
 
  private:
   struct Lane;
   struct Thread;
   void serve(Thread& thread);
-  // A lane whose work can begin; null when all is done and the lanes are closing.
+  // Returns a lane whose work can begin; null when the lanes are closing and no work is left.
   Lane* wait_for_work(Thread& thread);
+  // Sleeps between two polls of a device, longer the longer nothing has ended; a submit ends the
+  // sleep.
+  static void back_off(Thread& thread, std::chrono::nanoseconds idle);
   void finish(Completion&& completion);
 
   Runtime runtime_;
   int cores_;
   std::atomic<int> awake_{0};  // threads that run or spin
   std::vector<std::unique_ptr<Lane>> lanes_;
-  std::vector<std::unique_ptr<Thread>> threads_;  // each lane's is that of its number, and all beyond the last again
+  std::vector<std::unique_ptr<Thread>> threads_;  // lane i is served by thread i modulo their count
   std::mutex done_mutex_;
   std::vector<Completion> done_;  // guarded by done_mutex_
-  bool rung_ = false;             // guarded by done_mutex_
-  bool polled_ = false;           // guarded by done_mutex_: somebody looks, and needs no bell
-  bool silent_ = false;           // guarded by done_mutex_: what was found by looking rang no bell
+  bool woken_ = false;            // guarded by done_mutex_
+  bool polled_ = false;           // guarded by done_mutex_: a thread polls, and needs no wake-up
+  bool silent_ = false;  // guarded by done_mutex_: the completions that a poll found woke no loop
   std::atomic<std::size_t> finished_{0};  // counts completions, for the loop that polls
-  Bell bell_;
+  WakeupFd wakeup_;
   std::mutex close_mutex_;
   bool closed_ = false;
 };

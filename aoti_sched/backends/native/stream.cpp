@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 #include <utility>
 
 namespace aoti {
@@ -9,11 +10,6 @@ namespace aoti {
 namespace {
 
 constexpr std::size_t kAlignment = 64;
-constexpr std::int32_t kNotReady = 600;  // CUDA_ERROR_NOT_READY
-
-void demand(std::int32_t status, const char* function) {
-  if (status != 0) throw TorchRefused(function);
-}
 
 struct Layout {
   bool known = false;
@@ -22,17 +18,17 @@ struct Layout {
   std::int64_t* strides = nullptr;
   std::int64_t dims = 0;
   std::int32_t dtype = 0;
-  std::size_t bytes = 0;  // from its first element to its last, whatever lies between
+  std::size_t bytes = 0;  // from the first element to the last, with all that lies between
 };
 
-Layout layout_of(const Shim& shim, Handle tensor) {
+Layout layout_of(const Shim& shim, BorrowedHandle tensor) {
   Layout layout;
   void* data = nullptr;
-  demand(shim.get_dim(tensor, &layout.dims), "get_dim");
-  demand(shim.get_sizes(tensor, &layout.sizes), "get_sizes");
-  demand(shim.get_strides(tensor, &layout.strides), "get_strides");
-  demand(shim.get_dtype(tensor, &layout.dtype), "get_dtype");
-  demand(shim.get_data_ptr(tensor, &data), "get_data_ptr");
+  check_torch(shim.get_dim(tensor, &layout.dims), "get_dim");
+  check_torch(shim.get_sizes(tensor, &layout.sizes), "get_sizes");
+  check_torch(shim.get_strides(tensor, &layout.strides), "get_strides");
+  check_torch(shim.get_dtype(tensor, &layout.dtype), "get_dtype");
+  check_torch(shim.get_data_ptr(tensor, &data), "get_data_ptr");
   layout.known = true;
   layout.data = static_cast<char*>(data);
   std::int64_t last = 0;
@@ -44,21 +40,24 @@ Layout layout_of(const Shim& shim, Handle tensor) {
   return layout;
 }
 
-// A tensor of the same sizes and strides on another device.
-Handle like(const Shim& shim, const Layout& layout, std::int32_t type, std::int32_t index) {
-  Handle made = nullptr;
-  demand(shim.empty_strided(layout.dims, layout.sizes, layout.strides, layout.dtype, type, index, &made),
-         "empty_strided");
+// Makes a tensor of the same sizes and strides on another device.
+OwnedHandle empty_like(const Shim& shim, const Layout& layout, std::int32_t type,
+                       std::int32_t index) {
+  OwnedHandle made(shim.delete_tensor);
+  check_torch(shim.empty_strided(layout.dims, layout.sizes, layout.strides, layout.dtype, type,
+                                 index, made.receive()),
+              "empty_strided");
   return made;
 }
 
 bool same_strides(const Layout& one, const Layout& other) {
-  return one.dtype == other.dtype && one.dims == other.dims && std::equal(one.strides, one.strides + one.dims, other.strides);
+  return one.dtype == other.dtype && one.dims == other.dims &&
+         std::equal(one.strides, one.strides + one.dims, other.strides);
 }
 
-// Copies the elements of `from`. Of those that are one element of `to`, along a dimension of stride 0, the first is copied: torch
-// refuses to write to one element several times.
-void write(const Device& device, Handle to, Handle from) {
+// Copies the elements of `from`. Along a dimension of stride 0, many elements are one element of
+// `to`: only the first is copied, since torch refuses to write to one element several times.
+void write(const Device& device, BorrowedHandle to, BorrowedHandle from) {
   const Shim& shim = device.shim;
   const Layout target = layout_of(shim, to);
   std::vector<std::int64_t> sizes;
@@ -68,190 +67,196 @@ void write(const Device& device, Handle to, Handle from) {
     sizes[static_cast<std::size_t>(dim)] = 1;
   }
   if (sizes.empty()) {
-    demand(device.copy(to, from, 0), "copy_");
+    check_torch(device.copy(to, from, 0), "copy_");
     return;
   }
   const Layout source = layout_of(shim, from);
-  Handle once = nullptr;
-  Handle first = nullptr;
-  std::int32_t status = shim.reinterpret_tensor(to, target.dims, sizes.data(), target.strides, 0, &once);
-  if (status == 0) status = shim.reinterpret_tensor(from, source.dims, sizes.data(), source.strides, 0, &first);
-  if (status == 0) status = device.copy(once, first, 0);
-  if (first != nullptr) shim.delete_tensor(first);
-  if (once != nullptr) shim.delete_tensor(once);
-  demand(status, "copy_");
+  OwnedHandle once(shim.delete_tensor);
+  OwnedHandle first(shim.delete_tensor);
+  check_torch(
+      shim.reinterpret_tensor(to, target.dims, sizes.data(), target.strides, 0, once.receive()),
+      "copy_");
+  check_torch(
+      shim.reinterpret_tensor(from, source.dims, sizes.data(), source.strides, 0, first.receive()),
+      "copy_");
+  check_torch(device.copy(once.get(), first.get(), 0), "copy_");
 }
 
-std::size_t aligned(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+std::size_t aligned(std::size_t bytes) {
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
 
 }  // namespace
 
-void demand(const Driver& driver, std::int32_t status, const std::string& what) {
+void check_driver(const Driver& driver, std::int32_t status, const std::string& what) {
   if (status == 0) return;
   const char* words = nullptr;
   std::string text = what + " failed with status " + std::to_string(status);
-  if (driver.explain != nullptr && driver.explain(status, &words) == 0 && words != nullptr) text += std::string(": ") + words;
+  if (driver.explain != nullptr && driver.explain(status, &words) == 0 && words != nullptr) {
+    text += std::string(": ") + words;
+  }
   throw std::runtime_error(text);
 }
 
 InContext::InContext(const Driver& driver) : driver_(driver) {
   if (driver.set_context == nullptr) return;
-  demand(driver, driver.get_context(&before_), "cuCtxGetCurrent");
-  demand(driver, driver.set_context(driver.context), "cuCtxSetCurrent");
+  check_driver(driver, driver.get_context(&before_), "cuCtxGetCurrent");
+  check_driver(driver, driver.set_context(driver.context), "cuCtxSetCurrent");
 }
 
 InContext::~InContext() {
   if (driver_.set_context != nullptr) driver_.set_context(before_);
 }
 
-std::recursive_mutex& process_turn() {
-  static std::recursive_mutex turn;
-  return turn;
+std::recursive_mutex& process_lock() {
+  static std::recursive_mutex lock;
+  return lock;
 }
 
-// --- Pinned -----------------------------------------------------------------------------------------------
+// --- Pinned -----------------------------------------------------------------------------------
 
 Pinned::~Pinned() {
   if (memory_ == nullptr) return;
   try {
     const InContext in_context(driver_);
     driver_.free_host(memory_);
-  } catch (const std::runtime_error&) {
+  } catch (const std::runtime_error&) {  // NOLINT(bugprone-empty-catch)
     // The device is lost, and its memory ends with the process.
   }
 }
 
-char* Pinned::of(std::size_t bytes) {
+char* Pinned::reserve(std::size_t bytes) {
   if (bytes > bytes_) {
-    // Twice as much as before, so that works that grow bit by bit do not each make it anew.
+    // Twice the size before, so that works that grow bit by bit don't each make it again.
     const std::size_t wanted = std::max(bytes, 2 * bytes_);
     if (memory_ != nullptr) driver_.free_host(std::exchange(memory_, nullptr));
     bytes_ = 0;
-    demand(driver_, driver_.allocate_host(&memory_, wanted), "cuMemAllocHost");
+    check_driver(driver_, driver_.allocate_host(&memory_, wanted), "cuMemAllocHost");
     bytes_ = wanted;
   }
   return static_cast<char*>(memory_);
 }
 
-// --- Graph ------------------------------------------------------------------------------------------------
+// --- Graph ------------------------------------------------------------------------------------
 
-Graph::Graph(std::shared_ptr<const Device> its_device, void* its_executable, std::vector<Handle> its_inputs,
-             std::vector<Handle> its_outputs)
+Graph::Graph(std::shared_ptr<const Device> its_device, void* its_executable,
+             OwnedHandles its_inputs, OwnedHandles its_outputs)
     : device(std::move(its_device)),
       executable(its_executable),
       inputs(std::move(its_inputs)),
       outputs(std::move(its_outputs)),
       aliases(take_aliases(outputs)) {}
 
-Graph::~Graph() {
-  for (const std::vector<Handle>* handles : {&inputs, &outputs}) {
-    for (Handle handle : *handles) {
-      if (handle != nullptr) device->shim.delete_tensor(handle);
-    }
-  }
-}
+// --- Stream -----------------------------------------------------------------------------------
 
-// --- Stream -----------------------------------------------------------------------------------------------
-
-Stream::Stream(std::shared_ptr<const Device> device, void* handle, Fence fence, std::vector<bool> brought, bool home)
+Stream::Stream(std::shared_ptr<const Device> device, void* handle, Fence fence,
+               std::vector<bool> copies_in, bool copies_out)
     : device_(std::move(device)),
       handle_(handle),
       fence_(fence),
-      brought_(std::move(brought)),
-      home_(home),
+      copies_in_(std::move(copies_in)),
+      copies_out_(copies_out),
       in_(device_->driver),
       out_(device_->driver) {}
 
-Stream::Run::Run(Stream& stream)
+// --- StreamRun --------------------------------------------------------------------------------
+
+StreamRun::StreamRun(Stream& stream)
     : stream_(stream),
       device_(*stream.device_),
-      turn_(process_turn(), std::defer_lock) {
+      lock_(process_lock(), std::defer_lock),
+      held_(device_.shim.delete_tensor) {
   in_context_.emplace(device_.driver);
-  if (device_.one_at_a_time) turn_.lock();
-  if (device_.guard != nullptr) demand(device_.guard(stream.handle_, device_.index, &guard_), "create_stream_guard");
+  if (device_.one_at_a_time) lock_.lock();
+  if (device_.guard == nullptr) return;
+  check_torch(device_.guard(stream.handle_, device_.index, &guard_), "create_stream_guard");
 }
 
-Stream::Run::~Run() {
-  for (Handle handle : held_) device_.shim.delete_tensor(handle);
-  for (const Home& home : homes_) {
-    if (home.tensor != nullptr) device_.shim.delete_tensor(home.tensor);
-  }
-  leave();
+StreamRun::~StreamRun() {
+  held_.reset();  // in the device's context
+  copies_.clear();
+  detach();
 }
 
-void Stream::Run::leave() {
+void StreamRun::detach() {
   if (guard_ != nullptr) device_.unguard(std::exchange(guard_, nullptr));
   in_context_.reset();
 }
 
-bool Stream::Run::ready() const {
+bool StreamRun::ready() const {
   if (device_.driver.query == nullptr) return false;
   const InContext in_context(device_.driver);
-  return device_.driver.query(stream_.handle_) != kNotReady;
+  return device_.driver.query(stream_.handle_) != device_.driver.not_ready;
 }
 
-void Stream::Run::bring(std::vector<Handle>& inputs, const Graph* graph) {
+void StreamRun::to_device(OwnedHandles& inputs, const Graph* graph) {
   const Shim& shim = device_.shim;
   const Driver& driver = device_.driver;
-  std::vector<Layout> layouts(inputs.size());  // of what is brought
+  std::vector<Layout> layouts(inputs.size());  // of the inputs that are copied to the device
   std::size_t bytes = 0;
   for (std::size_t input = 0; input < inputs.size(); ++input) {
     std::int32_t type = 0;
-    demand(device_.get_device_type(inputs[input], &type), "get_device_type");
-    const bool brings = input < stream_.brought_.size() && stream_.brought_[input] && type == shim.cpu &&
-                        device_.type != shim.cpu;
-    if (!brings) continue;
+    check_torch(device_.get_device_type(inputs[input], &type), "get_device_type");
+    const bool copies = input < stream_.copies_in_.size() && stream_.copies_in_[input] &&
+                        type == shim.cpu && device_.type != shim.cpu;
+    if (!copies) continue;
     layouts[input] = layout_of(shim, inputs[input]);
     bytes += aligned(layouts[input].bytes);
   }
-  char* staged = driver.copy_in != nullptr && bytes > 0 ? stream_.in_.of(bytes) : nullptr;
+  char* staged = driver.copy_in != nullptr && bytes > 0 ? stream_.in_.reserve(bytes) : nullptr;
   for (std::size_t input = 0; input < inputs.size(); ++input) {
     const Layout& layout = layouts[input];
-    const Handle own = graph != nullptr ? graph->inputs[input] : nullptr;
+    const BorrowedHandle own = graph != nullptr ? graph->inputs[input] : nullptr;
     if (layout.known) {
       const bool straight = own != nullptr && same_strides(layout, layout_of(shim, own));
-      const Handle there = straight ? own : like(shim, layout, device_.type, device_.index);
-      const Handle here = std::exchange(inputs[input], straight ? nullptr : there);
-      held_.push_back(here);
+      OwnedHandle made;
+      if (!straight) made = empty_like(shim, layout, device_.type, device_.index);
+      const BorrowedHandle there = straight ? own : made.get();
+      OwnedHandle host = inputs.exchange(input, std::move(made));
+      const BorrowedHandle here = host.get();
+      held_.push_back(std::move(host));
       if (layout.bytes > 0 && driver.copy_in != nullptr) {
         void* target = nullptr;
-        demand(shim.get_data_ptr(there, &target), "get_data_ptr");
+        check_torch(shim.get_data_ptr(there, &target), "get_data_ptr");
         std::memcpy(staged, layout.data, layout.bytes);
-        demand(driver,
-               driver.copy_in(reinterpret_cast<std::uintptr_t>(target), staged, layout.bytes, stream_.handle_),
-               "cuMemcpyHtoDAsync");
+        check_driver(driver,
+                     driver.copy_in(reinterpret_cast<std::uintptr_t>(target), staged, layout.bytes,
+                                    stream_.handle_),
+                     "cuMemcpyHtoDAsync");
         staged += aligned(layout.bytes);
       } else if (layout.bytes > 0) {
         write(device_, there, here);
       }
     }
     if (own != nullptr) {
-      const Handle given = std::exchange(inputs[input], nullptr);
-      if (given == nullptr) continue;
-      held_.push_back(given);
-      write(device_, own, given);
+      OwnedHandle given = inputs.exchange(input);
+      if (!given) continue;
+      const BorrowedHandle source = given.get();
+      held_.push_back(std::move(given));
+      write(device_, own, source);
       continue;
     }
-    Handle held = nullptr;
-    demand(device_.new_handle(inputs[input], &held), "new_tensor_handle");
-    held_.push_back(held);
+    OwnedHandle another(shim.delete_tensor);
+    check_torch(device_.new_handle(inputs[input], another.receive()), "new_tensor_handle");
+    held_.push_back(std::move(another));
   }
 }
 
-void Stream::Run::launch(const Graph& graph, std::vector<Handle>& inputs, std::vector<Handle>& outputs) {
-  bring(inputs, &graph);
-  demand(device_.driver, device_.driver.launch_graph(graph.executable, stream_.handle_), "cuGraphLaunch");
-  send_home(graph.outputs);
-  std::vector<bool> comes_home(outputs.size());
-  for (const Home& home : homes_) comes_home[home.output] = true;
+void StreamRun::launch(const Graph& graph, OwnedHandles& inputs, OwnedHandles& outputs) {
+  to_device(inputs, &graph);
+  check_driver(device_.driver, device_.driver.launch_graph(graph.executable, stream_.handle_),
+               "cuGraphLaunch");
+  start_copies(graph.outputs);
+  std::vector<bool> copied(outputs.size());
+  for (const OutputCopy& copy : copies_) copied[copy.output] = true;
   for (std::size_t output = 0; output < outputs.size(); ++output) {
-    if (graph.outputs[output] == nullptr || comes_home[output]) continue;
-    demand(device_.shim.clone(graph.outputs[output], &outputs[output]), "clone");
+    if (graph.outputs[output] == nullptr || copied[output]) continue;
+    check_torch(device_.shim.clone(graph.outputs[output], outputs.receive(output)), "clone");
   }
 }
 
-void Stream::Run::send_home(const std::vector<Handle>& outputs) {
-  if (!stream_.home_) return;
+void StreamRun::start_copies(const OwnedHandles& outputs) {
+  if (!stream_.copies_out_) return;
   const Shim& shim = device_.shim;
   const Driver& driver = device_.driver;
   std::vector<Layout> layouts(outputs.size());
@@ -259,41 +264,44 @@ void Stream::Run::send_home(const std::vector<Handle>& outputs) {
   for (std::size_t output = 0; output < outputs.size(); ++output) {
     std::int32_t type = 0;
     if (outputs[output] == nullptr) continue;
-    demand(device_.get_device_type(outputs[output], &type), "get_device_type");
+    check_torch(device_.get_device_type(outputs[output], &type), "get_device_type");
     if (type != device_.type) continue;
     layouts[output] = layout_of(shim, outputs[output]);
-    homes_.push_back({output, nullptr, nullptr, nullptr, layouts[output].bytes});
+    copies_.push_back({output, OwnedHandle(), nullptr, nullptr, layouts[output].bytes});
     bytes += aligned(layouts[output].bytes);
   }
-  char* staged = driver.copy_out != nullptr && bytes > 0 ? stream_.out_.of(bytes) : nullptr;
-  for (Home& home : homes_) {
-    const Layout& layout = layouts[home.output];
-    home.tensor = like(shim, layout, shim.cpu, 0);
-    if (home.bytes == 0) continue;
+  char* staged = driver.copy_out != nullptr && bytes > 0 ? stream_.out_.reserve(bytes) : nullptr;
+  for (OutputCopy& copy : copies_) {
+    const Layout& layout = layouts[copy.output];
+    copy.tensor = empty_like(shim, layout, shim.cpu, 0);
+    if (copy.bytes == 0) continue;
     if (driver.copy_out == nullptr) {
-      demand(device_.copy(home.tensor, outputs[home.output], 0), "copy_");
+      check_torch(device_.copy(copy.tensor.get(), outputs[copy.output], 0), "copy_");
       continue;
     }
-    demand(shim.get_data_ptr(home.tensor, &home.to), "get_data_ptr");
-    demand(driver, driver.copy_out(staged, reinterpret_cast<std::uintptr_t>(layout.data), home.bytes, stream_.handle_),
-           "cuMemcpyDtoHAsync");
-    home.from = staged;
-    staged += aligned(home.bytes);
+    check_torch(shim.get_data_ptr(copy.tensor.get(), &copy.to), "get_data_ptr");
+    check_driver(driver,
+                 driver.copy_out(staged, reinterpret_cast<std::uintptr_t>(layout.data), copy.bytes,
+                                 stream_.handle_),
+                 "cuMemcpyDtoHAsync");
+    copy.from = staged;
+    staged += aligned(copy.bytes);
   }
 }
 
-void Stream::Run::fence() {
+void StreamRun::fence() {
   const Fence& fence = stream_.fence_;
   if (!in_context_) in_context_.emplace(device_.driver);
   if (fence.wait != nullptr) fence.wait(fence.argument);
-  if (fence.fence != nullptr) demand(device_.driver, fence.fence(fence.argument), "waiting for the device");
+  if (fence.fence != nullptr) {
+    check_driver(device_.driver, fence.fence(fence.argument), "waiting for the device");
+  }
 }
 
-void Stream::Run::land(std::vector<Handle>& outputs) {
-  for (Home& home : homes_) {
-    if (home.from != nullptr) std::memcpy(home.to, home.from, home.bytes);
-    const Handle left = std::exchange(outputs[home.output], std::exchange(home.tensor, nullptr));
-    if (left != nullptr) device_.shim.delete_tensor(left);
+void StreamRun::finish_copies(OwnedHandles& outputs) {
+  for (OutputCopy& copy : copies_) {
+    if (copy.from != nullptr) std::memcpy(copy.to, copy.from, copy.bytes);
+    static_cast<void>(outputs.exchange(copy.output, std::move(copy.tensor)));
   }
 }
 

@@ -1,7 +1,8 @@
-// Streams: what surrounds a run whose work is done by a device and not by the calling thread.
+// Streams: the steps around a run whose work is done by a device and not by the calling thread.
 //
-// As the lanes, this knows neither torch nor Python nor a device's library: their functions arrive as pointers. Where a
-// driver has its copies (CUDA), they are asynchronous and go through pinned memory; elsewhere torch copies.
+// Nothing here knows torch, Python or a device's library: their functions arrive as pointers. Where
+// a driver has copies (CUDA), the copies are asynchronous and go through pinned memory; elsewhere
+// torch copies.
 #pragma once
 
 #include <cstddef>
@@ -12,35 +13,39 @@
 #include <string>
 #include <vector>
 
-#include "batch.hpp"
 #include "handle.hpp"
+#include "shim.hpp"
 
 namespace aoti {
 
 // Waits until the stream's device work is complete; 0 is success.
 using FenceFunction = std::int32_t (*)(void* argument);
 
-// Of CUDA's driver, or null where torch serves: cuCtxGetCurrent, cuCtxSetCurrent, cuStreamQuery, cuMemcpyHtoDAsync, cuMemcpyDtoHAsync, cuMemAllocHost,
-// cuMemFreeHost, cuGraphLaunch, cuGetErrorString.
+// A driver's functions, or null where torch serves. For CUDA: cuCtxGetCurrent, cuCtxSetCurrent,
+// cuStreamQuery, cuMemcpyHtoDAsync, cuMemcpyDtoHAsync, cuMemAllocHost, cuMemFreeHost,
+// cuGraphLaunch, cuGetErrorString.
 struct Driver {
   void* context = nullptr;
   std::int32_t (*get_context)(void** context) = nullptr;
   std::int32_t (*set_context)(void* context) = nullptr;
   std::int32_t (*query)(void* stream) = nullptr;
-  std::int32_t (*copy_in)(std::uint64_t to, const void* from, std::size_t bytes, void* stream) = nullptr;
+  std::int32_t (*copy_in)(std::uint64_t to, const void* from, std::size_t bytes,
+                          void* stream) = nullptr;
   std::int32_t (*copy_out)(void* to, std::uint64_t from, std::size_t bytes, void* stream) = nullptr;
   std::int32_t (*allocate_host)(void** made, std::size_t bytes) = nullptr;
   std::int32_t (*free_host)(void* memory) = nullptr;
   std::int32_t (*launch_graph)(void* executable, void* stream) = nullptr;
   std::int32_t (*explain)(std::int32_t error, const char** words) = nullptr;
+  std::int32_t not_ready = 0;  // what `query` returns while the stream has work to do
 };
 
 struct Device {
   Shim shim;
-  std::int32_t (*new_handle)(Handle tensor, Handle* made) = nullptr;
-  std::int32_t (*get_device_type)(Handle tensor, std::int32_t* type) = nullptr;
-  std::int32_t (*copy)(Handle to, Handle from, std::int32_t non_blocking) = nullptr;
-  // Makes a stream the calling thread's current one: memory made meanwhile is of its pool. Null where there is no such thing.
+  std::int32_t (*new_handle)(BorrowedHandle tensor, Handle* made) = nullptr;
+  std::int32_t (*get_device_type)(BorrowedHandle tensor, std::int32_t* type) = nullptr;
+  std::int32_t (*copy)(BorrowedHandle to, BorrowedHandle from, std::int32_t non_blocking) = nullptr;
+  // Makes a stream the calling thread's current one: memory made meanwhile is of the stream's pool.
+  // Null for devices without current streams.
   std::int32_t (*guard)(void* stream, std::int32_t index, void** made) = nullptr;
   std::int32_t (*unguard)(void* guard) = nullptr;
   std::int32_t type = 0;  // torch's number for this kind of device
@@ -50,9 +55,10 @@ struct Device {
 };
 
 // Throws std::runtime_error, with the driver's words, unless the status is 0.
-void demand(const Driver& driver, std::int32_t status, const std::string& what);
+void check_driver(const Driver& driver, std::int32_t status, const std::string& what);
 
-// The device's context is the calling thread's current one, and afterwards what it was before: it may be a user's thread.
+// Makes the device's context the calling thread's current one, and restores the one before: the
+// thread may be a user's.
 class InContext {
  public:
   explicit InContext(const Driver& driver);
@@ -65,25 +71,27 @@ class InContext {
   void* before_ = nullptr;
 };
 
-// Held by whoever works on a device that takes one work of the process at a time.
-std::recursive_mutex& process_turn();
+// Held by the thread that works on a device that takes one work of the process at a time.
+[[nodiscard]] std::recursive_mutex& process_lock();
 
-// How a slot waits for its device: `fence`, or `wait`, which throws; each is given the argument.
+// How a slot waits for its device: with `fence`, or with `wait`, which throws. Each gets the
+// argument.
 struct Fence {
   FenceFunction fence = nullptr;
   void (*wait)(void* argument) = nullptr;
   void* argument = nullptr;
 };
 
-// Pinned memory that is kept for the next work; plain where the driver has none.
+// Pinned memory that is kept for the next work; plain memory where the driver has none.
 class Pinned {
  public:
   explicit Pinned(const Driver& driver) : driver_(driver) {}
   ~Pinned();
   Pinned(const Pinned&) = delete;
   Pinned& operator=(const Pinned&) = delete;
-  // At least so many bytes; what was there before is gone, so no copy of it may be going on. Throws std::runtime_error.
-  char* of(std::size_t bytes);
+  // Returns at least this many bytes, and discards the contents: no copy may be under way. Throws
+  // std::runtime_error.
+  [[nodiscard]] char* reserve(std::size_t bytes);
 
  private:
   const Driver& driver_;
@@ -91,85 +99,94 @@ class Pinned {
   std::size_t bytes_ = 0;
 };
 
-// A run of a model that was recorded, and is launched as one thing. It reads its own inputs and writes its own outputs, which are
-// kept with it, null where the model left one out and where an output is an alias.
+// A recorded run of a model, which the driver launches as one thing. The graph reads its own inputs
+// and writes its own outputs. An output is null where the model left it out and where it is an
+// alias.
 struct Graph {
-  // Takes the handles. One tensor at several outputs has one handle, which is given at each of them.
-  Graph(std::shared_ptr<const Device> device, void* executable, std::vector<Handle> inputs, std::vector<Handle> outputs);
-  ~Graph();
-  Graph(const Graph&) = delete;
-  Graph& operator=(const Graph&) = delete;
+  // An output that is the same tensor as an earlier one has that one's handle.
+  Graph(std::shared_ptr<const Device> device, void* executable, OwnedHandles inputs,
+        OwnedHandles outputs);
 
   std::shared_ptr<const Device> device;
   void* executable;
-  std::vector<Handle> inputs;
-  std::vector<Handle> outputs;
+  OwnedHandles inputs;
+  OwnedHandles outputs;
   std::vector<Alias> aliases;
 };
 
-// A slot's stream. One work at a time: a `Run` on it lives from before the inputs are brought until the device is done. One thread has
-// it from beginning to end.
+// A slot's stream. One run at a time is on it.
 class Stream {
  public:
-  // `brought` says of each input whether it shall lie on the device: it is copied over when it does not. Where outputs are
-  // wanted `home`, they come to the host's memory.
-  Stream(std::shared_ptr<const Device> device, void* handle, Fence fence, std::vector<bool> brought, bool home);
+  // `copies_in` says of each input whether it is copied to the device where it lies on the host.
+  // With `copies_out`, outputs are copied to the host.
+  Stream(std::shared_ptr<const Device> device, void* handle, Fence fence,
+         std::vector<bool> copies_in, bool copies_out);
 
-  void* handle() const { return handle_; }
-  // Whether a thread may leave a run to the device and ask later whether it is done.
-  bool can_be_asked() const { return device_->driver.query != nullptr && !device_->one_at_a_time; }
-
-  class Run {
-   public:
-    // Waits for the process's turn where there is one, and makes the stream the thread's current one.
-    explicit Run(Stream& stream);
-    ~Run();
-    Run(const Run&) = delete;
-    Run& operator=(const Run&) = delete;
-
-    // Puts a device's tensor in the place of each input that shall be brought, and holds all inputs: the model lets go of
-    // them when it has launched, and not when the device is done.
-    void bring(std::vector<Handle>& inputs) { bring(inputs, nullptr); }
-    // In the place of the model's run: copies the inputs to the graph's, launches it, and copies its outputs, or lets them come home.
-    void launch(const Graph& graph, std::vector<Handle>& inputs, std::vector<Handle>& outputs);
-    // Lets the outputs come home behind the run.
-    void send_home(const std::vector<Handle>& outputs);
-    // What this thread does next has nothing to do with this run, until it fences.
-    void leave();
-    // Whether the device is done with it, or has failed: then the fence does not wait. Where nobody can ask, it is never known.
-    bool ready() const;
-    // Waits for the device. Must be called, whatever failed before: what was launched may still use what is freed next.
-    void fence();
-    // Puts the tensors that came home in the outputs' places. After the fence.
-    void land(std::vector<Handle>& outputs);
-
-   private:
-    struct Home {
-      std::size_t output;
-      Handle tensor;
-      void* to;
-      const char* from;  // in pinned memory; null when it is there already
-      std::size_t bytes;
-    };
-    void bring(std::vector<Handle>& inputs, const Graph* graph);
-
-    Stream& stream_;
-    const Device& device_;
-    std::unique_lock<std::recursive_mutex> turn_;
-    std::optional<InContext> in_context_;
-    void* guard_ = nullptr;
-    std::vector<Handle> held_;
-    std::vector<Home> homes_;
-  };
+  [[nodiscard]] void* handle() const { return handle_; }
+  // Returns whether a thread may detach from a run and poll for its end.
+  [[nodiscard]] bool can_poll() const {
+    return device_->driver.query != nullptr && !device_->one_at_a_time;
+  }
 
  private:
+  friend class StreamRun;
+
   std::shared_ptr<const Device> device_;
   void* handle_;
   Fence fence_;
-  std::vector<bool> brought_;
-  bool home_;
+  std::vector<bool> copies_in_;
+  bool copies_out_;
   Pinned in_;
   Pinned out_;
+};
+
+// A run on a stream: it lives from before the inputs are copied until the device is done. One
+// thread uses it from the beginning to the end.
+class StreamRun {
+ public:
+  // Waits for the process's lock on a device that takes one work at a time, and makes the stream
+  // the thread's current one.
+  explicit StreamRun(Stream& stream);
+  ~StreamRun();
+  StreamRun(const StreamRun&) = delete;
+  StreamRun& operator=(const StreamRun&) = delete;
+
+  // Replaces each input that belongs on the device by a tensor there. Keeps a handle of every
+  // input: the model frees inputs when it has launched, and not when the device is done.
+  void to_device(OwnedHandles& inputs) { to_device(inputs, nullptr); }
+  // Replaces the model's run: copies the inputs to the graph's, launches the graph, and copies its
+  // outputs.
+  void launch(const Graph& graph, OwnedHandles& inputs, OwnedHandles& outputs);
+  // Starts to copy the outputs to the host, behind the run.
+  void start_copies(const OwnedHandles& outputs);
+  // Separates the calling thread from this run, until `fence`.
+  void detach();
+  // Returns whether the device is done or has failed, so that `fence` does not wait. Always false
+  // where the driver can't be polled.
+  [[nodiscard]] bool ready() const;
+  // Waits for the device. Required after every failure too: the device may still use the memory
+  // that is freed next.
+  void fence();
+  // Replaces the outputs by their copies on the host. Follows `fence`.
+  void finish_copies(OwnedHandles& outputs);
+
+ private:
+  struct OutputCopy {
+    std::size_t output;
+    OwnedHandle tensor;
+    void* to;
+    const char* from;  // in pinned memory; null where the copy needs no second step
+    std::size_t bytes;
+  };
+  void to_device(OwnedHandles& inputs, const Graph* graph);
+
+  Stream& stream_;
+  const Device& device_;
+  std::unique_lock<std::recursive_mutex> lock_;
+  std::optional<InContext> in_context_;
+  void* guard_ = nullptr;
+  OwnedHandles held_;  // until the device is done
+  std::vector<OutputCopy> copies_;
 };
 
 }  // namespace aoti

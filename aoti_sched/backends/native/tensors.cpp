@@ -7,24 +7,27 @@ namespace nb = nanobind;
 
 namespace aoti {
 
-Tensors::Tensors(nb::object type, nb::object to_capsules, nb::object from_capsules, NewHandle new_handle, Wrap wrap)
+Tensors::Tensors(nb::object type, nb::object to_capsules, nb::object from_capsules,
+                 NewHandle new_handle, Wrap wrap)
     : type_(std::move(type)),
       to_capsules_(std::move(to_capsules)),
       from_capsules_(std::move(from_capsules)),
       address_(nb::steal(PyUnicode_InternFromString("_cdata"))),
       new_handle_(new_handle),
       wrap_(wrap) {
-  if ((new_handle == nullptr) != (wrap == nullptr)) throw std::invalid_argument("new_handle and wrap: both or none");
+  if ((new_handle == nullptr) != (wrap == nullptr)) {
+    throw std::invalid_argument("new_handle and wrap: both or none");
+  }
 }
 
 namespace {
 
-// The items of a list or tuple of `count`.
+// Returns the items of a list or tuple of `count`.
 nb::object items_of(nb::handle sequence, std::size_t count) {
   nb::object fast = nb::steal(PySequence_Fast(sequence.ptr(), "the inputs are no sequence"));
   if (!fast.is_valid()) throw nb::python_error();
   if (static_cast<std::size_t>(PySequence_Fast_GET_SIZE(fast.ptr())) != count) {
-    // The runtime throws across its C boundary for this; here it is still the caller's own mistake.
+    // The runtime would throw across its C boundary for this.
     throw std::invalid_argument("wrong number of inputs");
   }
   return fast;
@@ -49,29 +52,38 @@ void* Tensors::address_of(PyObject* tensor) const {
   return pointer;
 }
 
-std::vector<Handle> Tensors::handles_of(nb::handle tensors, std::size_t count, const Runtime& runtime) const {
+OwnedHandles Tensors::from_python(nb::handle tensors, std::size_t count,
+                                  DeleteFunction free) const {
   const nb::object fast = items_of(tensors, count);
-  std::vector<Handle> handles(count);
+  OwnedHandles handles(free, count);
   if (new_handle_ == nullptr) {
     const nb::object capsules = to_capsules_(fast);
-    for (std::size_t i = 0; i < count; ++i) {
-      handles[i] = PyCapsule_GetPointer(nb::object(capsules[i]).ptr(), nullptr);
-      if (handles[i] == nullptr) throw nb::python_error();
+    std::size_t taken = 0;
+    const auto take = [&](std::size_t i) {
+      const nb::object capsule =
+          nb::steal(PySequence_GetItem(capsules.ptr(), static_cast<Py_ssize_t>(i)));
+      Handle* const place = handles.receive(i);
+      if (capsule.is_valid()) *place = PyCapsule_GetPointer(capsule.ptr(), nullptr);
+      return *place != nullptr;
+    };
+    while (taken < count && take(taken)) ++taken;
+    if (taken == count) return handles;
+    nb::python_error error;
+    for (++taken; taken < count; ++taken) {  // the handles of the other capsules are ours to free
+      if (!take(taken)) PyErr_Clear();
     }
-    return handles;
+    throw error;
   }
-  for (std::size_t i = 0; i < count; ++i) handles[i] = address_of(item(fast, i));
   for (std::size_t i = 0; i < count; ++i) {
-    // A tensor of C++ is one pointer to what `_cdata` is the address of.
-    void* tensor = handles[i];
-    if (new_handle_(&tensor, &handles[i]) == 0) continue;
-    for (std::size_t made = 0; made < i; ++made) runtime.delete_tensor(handles[made]);
+    void* tensor = address_of(item(fast, i));  // a tensor of C++ is one pointer to this memory
+    if (new_handle_(&tensor, handles.receive(i)) == 0) continue;
     throw std::runtime_error("torch made no handle for an input");
   }
   return handles;
 }
 
-nb::object Tensors::borrow(nb::handle lists, std::size_t count, std::vector<Handle>& borrowed) const {
+nb::object Tensors::borrow(nb::handle lists, std::size_t count,
+                           std::vector<BorrowedHandle>& borrowed) const {
   const nb::object outer = nb::steal(PySequence_Fast(lists.ptr(), "the members are no sequence"));
   if (!outer.is_valid()) throw nb::python_error();
   const auto members = static_cast<std::size_t>(PySequence_Fast_GET_SIZE(outer.ptr()));
@@ -82,50 +94,61 @@ nb::object Tensors::borrow(nb::handle lists, std::size_t count, std::vector<Hand
     const nb::object fast = items_of(item(outer, member), count);
     for (std::size_t i = 0; i < count; ++i, ++next) {
       PyObject* const tensor = item(fast, i);
-      PyTuple_SET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(next), nb::borrow(tensor).release().ptr());
+      PyTuple_SET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(next),
+                       nb::borrow(tensor).release().ptr());
       borrowed[next] = address_of(tensor);
     }
   }
   return tensors;
 }
 
-nb::object Tensors::tensors_of(std::vector<Handle>& handles, const Runtime& runtime) const {
+nb::object Tensors::to_python(OwnedHandles handles) const {
   if (wrap_ == nullptr) {
     nb::list capsules;
-    for (Handle handle : handles) {
-      if (handle != nullptr) capsules.append(nb::steal(PyCapsule_New(handle, nullptr, nullptr)));
+    for (const BorrowedHandle handle : handles) {
+      if (handle == nullptr) continue;
+      nb::object capsule = nb::steal(PyCapsule_New(handle, nullptr, nullptr));
+      if (!capsule.is_valid()) throw nb::python_error();
+      capsules.append(std::move(capsule));
     }
+    const std::vector<Handle> given =
+        handles.release();  // torch takes all handles, or none is left
     const nb::object made = from_capsules_(capsules);
-    if (capsules.size() == handles.size()) return made;
+    if (capsules.size() == given.size()) return made;
     nb::list tensors;
     std::size_t next = 0;
-    for (Handle handle : handles) tensors.append(handle == nullptr ? nb::none() : nb::object(made[next++]));
+    for (const Handle handle : given) {
+      tensors.append(handle == nullptr ? nb::none() : nb::object(made[next++]));
+    }
     return tensors;
   }
   nb::object tensors = nb::steal(PyList_New(static_cast<Py_ssize_t>(handles.size())));
-  bool failed = !tensors.is_valid();
+  if (!tensors.is_valid()) throw nb::python_error();
+  bool failed = false;
   for (std::size_t i = 0; i < handles.size(); ++i) {
     PyObject* tensor = nullptr;
     if (handles[i] == nullptr) {
       tensor = nb::none().release().ptr();
     } else {
+      const OwnedHandle handle = handles.exchange(i);
       try {
-        if (!failed) tensor = wrap_(handles[i]);
-      } catch (...) {  // torch's own type for an error that Python has been told of
+        if (!failed) tensor = wrap_(handle.get());
+      } catch (...) {
+        // Torch's own type, thrown when Python has the error already.
+        failed = true;
       }
-      runtime.delete_tensor(std::exchange(handles[i], nullptr));
       failed = failed || tensor == nullptr;
     }
-    if (tensors.is_valid()) PyList_SET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i), tensor);
+    PyList_SET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i), tensor);
   }
   if (PyErr_Occurred() != nullptr) throw nb::python_error();
   if (failed) throw std::runtime_error("torch made no tensor of an output");
   return tensors;
 }
 
-nb::object Tensors::lists_of(std::vector<Handle>& handles, std::size_t lists, const Runtime& runtime) const {
-  const nb::object tensors = tensors_of(handles, runtime);
+nb::object Tensors::to_lists(OwnedHandles handles, std::size_t lists) const {
   const std::size_t each = handles.size() / lists;
+  const nb::object tensors = to_python(std::move(handles));
   nb::list made;
   for (std::size_t list = 0; list < lists; ++list) {
     made.append(nb::steal(PyList_GetSlice(tensors.ptr(), static_cast<Py_ssize_t>(list * each),

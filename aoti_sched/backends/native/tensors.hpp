@@ -3,39 +3,47 @@
 
 #include <nanobind/nanobind.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
-#include "lane.hpp"
+#include "handle.hpp"
 
 namespace aoti {
 
-// Torch's own way leads through lists of capsules, which costs more than all the rest of a hand-over. Where torch has
-// the two functions by which C++ can do without, they are used instead.
+// Torch's own way leads through lists of capsules, which costs more than the rest of a hand-over.
+// Where torch has the two functions by which C++ can do without lists, they are used instead.
 class Tensors {
  public:
-  using NewHandle = std::int32_t (*)(Handle tensor, Handle* made);  // aoti_torch_new_tensor_handle
-  using Wrap = PyObject* (*)(Handle tensor);                        // THPVariable_Wrap(const at::TensorBase&)
+  using NewHandle = std::int32_t (*)(BorrowedHandle tensor,
+                                     Handle* made);   // aoti_torch_new_tensor_handle
+  using Wrap = PyObject* (*)(BorrowedHandle tensor);  // THPVariable_Wrap(const at::TensorBase&)
 
-  // `type` is torch.Tensor; the functions are torch's for lists. The pointers may be null, but only both.
-  Tensors(nanobind::object type, nanobind::object to_capsules, nanobind::object from_capsules, NewHandle new_handle,
-          Wrap wrap);
+  // type: torch.Tensor.
+  // to_capsules, from_capsules: Torch's functions for lists.
+  // new_handle, wrap: Both, or both null.
+  Tensors(nanobind::object type, nanobind::object to_capsules, nanobind::object from_capsules,
+          NewHandle new_handle, Wrap wrap);
 
-  // A new handle for each tensor of a list or tuple of `count`; throws when it is none, and then none is made.
-  std::vector<Handle> handles_of(nanobind::handle tensors, std::size_t count, const Runtime& runtime) const;
+  // Makes a handle for each tensor of a list or tuple of `count`. When it throws, no handle is
+  // left.
+  [[nodiscard]] OwnedHandles from_python(nanobind::handle tensors, std::size_t count,
+                                         DeleteFunction free) const;
 
-  // A list of the handles' tensors, None where one is null. The handles are gone afterwards, whatever happens.
-  nanobind::object tensors_of(std::vector<Handle>& handles, const Runtime& runtime) const;
+  // Makes a list of the handles' tensors, None where a handle is null.
+  [[nodiscard]] nanobind::object to_python(OwnedHandles handles) const;
 
-  // Torch's own tensor in each of Python's, of lists or tuples of `count` each, one list after the other. No handles are
-  // made: the tensors live as long as the tuple of them that is returned, whatever becomes of the lists.
-  nanobind::object borrow(nanobind::handle lists, std::size_t count, std::vector<Handle>& borrowed) const;
+  // Makes a list of `lists` lists, which share the handles' tensors evenly.
+  [[nodiscard]] nanobind::object to_lists(OwnedHandles handles, std::size_t lists) const;
 
-  // A list of so many lists, which share the handles' tensors evenly. The handles are gone afterwards.
-  nanobind::object lists_of(std::vector<Handle>& handles, std::size_t lists, const Runtime& runtime) const;
+  // Finds torch's own tensor in each of Python's, of lists or tuples of `count` each, one list
+  // after the other. No handles are made: the tensors live as long as the tuple of them that is
+  // returned, even when the lists change.
+  [[nodiscard]] nanobind::object borrow(nanobind::handle lists, std::size_t count,
+                                        std::vector<BorrowedHandle>& borrowed) const;
 
  private:
-  void* address_of(PyObject* tensor) const;
+  [[nodiscard]] void* address_of(PyObject* tensor) const;
 
   nanobind::object type_;
   nanobind::object to_capsules_;

@@ -1,4 +1,4 @@
-"""The Python executor and the fake one keep the contract; the bell that both ring; the end of the interpreter."""
+"""The Python executor and the fake one keep the contract; the wake-up descriptor that both set; the end of the interpreter."""
 
 import os
 import select
@@ -11,7 +11,7 @@ import pytest
 from aoti_sched.backends.contracts import Work
 from aoti_sched.backends.executors.batches import Batch
 from aoti_sched.backends.executors.threads import ThreadsExecutor
-from aoti_sched.backends.executors.wakeup_fd import Bell
+from aoti_sched.backends.executors.wakeup_fd import WakeupFd
 from aoti_sched.errors import RunError
 from aoti_sched.testing import FakeExecutor, ManualClock
 from tests.compiled.backends.batch_contract import BatchContract, Rows, StagingContract, plan
@@ -127,107 +127,107 @@ class TestBatchesOnTheAutomaticFakeExecutor(BatchContract):
         return FakeExecutor(lanes, None, auto=True)
 
 
-# --- the bell -------------------------------------------------------------------------------------------
+# --- the wake-up descriptor -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=["eventfd", "pipe"] if hasattr(os, "eventfd") else ["pipe"])
-def bell(request, monkeypatch):
+def wakeup(request, monkeypatch):
     if request.param == "pipe":
         monkeypatch.delattr(os, "eventfd", raising=False)
-    bell = Bell()
-    yield bell
-    bell.close()
+    wakeup = WakeupFd()
+    yield wakeup
+    wakeup.close()
 
 
-def heard(bell):
-    return bool(select.select([bell.fd], [], [], 0)[0])
+def readable(wakeup):
+    return bool(select.select([wakeup.fd], [], [], 0)[0])
 
 
-def test_a_bell_is_silent_until_it_is_rung(bell):
-    assert not heard(bell)
+def test_a_descriptor_is_not_readable_until_it_is_set(wakeup):
+    assert not readable(wakeup)
 
 
-def test_a_rung_bell_is_heard_until_it_is_hushed(bell):
-    bell.ring()
-    assert heard(bell)
-    assert heard(bell)
-    bell.hush()
-    assert not heard(bell)
+def test_a_set_descriptor_is_readable_until_it_is_cleared(wakeup):
+    wakeup.set()
+    assert readable(wakeup)
+    assert readable(wakeup)
+    wakeup.clear()
+    assert not readable(wakeup)
 
 
-def test_a_bell_rung_many_times_is_hushed_once(bell):
+def test_a_descriptor_set_many_times_is_cleared_once(wakeup):
     for _ in range(100_000):  # more bytes than a pipe holds, were each written
-        bell.ring()
-    bell.hush()
-    assert not heard(bell)
+        wakeup.set()
+    wakeup.clear()
+    assert not readable(wakeup)
 
 
-def test_a_hushed_bell_can_be_rung_again(bell):
+def test_a_cleared_descriptor_can_be_set_again(wakeup):
     for _ in range(3):
-        bell.ring()
-        bell.hush()
-    bell.ring()
-    assert heard(bell)
+        wakeup.set()
+        wakeup.clear()
+    wakeup.set()
+    assert readable(wakeup)
 
 
-def test_hushing_a_silent_bell_does_not_block(bell):
-    bell.hush()
-    assert not heard(bell)
+def test_clearing_an_unset_descriptor_does_not_block(wakeup):
+    wakeup.clear()
+    assert not readable(wakeup)
 
 
-def test_a_bell_is_heard_across_threads(bell):
-    ringer = threading.Thread(target=bell.ring)
-    ringer.start()
-    assert select.select([bell.fd], [], [], 60)[0]
-    ringer.join()
+def test_a_descriptor_is_set_across_threads(wakeup):
+    setter = threading.Thread(target=wakeup.set)
+    setter.start()
+    assert select.select([wakeup.fd], [], [], 60)[0]
+    setter.join()
 
 
-def test_no_ring_is_lost_between_threads(bell):
-    """Ringers add to a list and ring; who hears takes the list after hushing. In the end all has been taken."""
+def test_no_wake_up_is_lost_between_threads(wakeup):
+    """Threads add to a list and set the descriptor; the reader clears it, then takes the list. In the end all is taken."""
     items, taken = [], []
 
     def ring_often():
         for _ in range(2000):
             items.append(1)
-            bell.ring()
+            wakeup.set()
 
-    ringers = [threading.Thread(target=ring_often) for _ in range(3)]
-    for ringer in ringers:
-        ringer.start()
+    setters = [threading.Thread(target=ring_often) for _ in range(3)]
+    for setter in setters:
+        setter.start()
     while len(taken) < 6000:
-        assert select.select([bell.fd], [], [], 60)[0], (
-            f"{len(taken)} were taken, and the bell is silent"
+        assert select.select([wakeup.fd], [], [], 60)[0], (
+            f"{len(taken)} were taken, and the descriptor is not readable"
         )
-        bell.hush()
+        wakeup.clear()
         while items:
             taken.append(items.pop())
-    for ringer in ringers:
-        ringer.join()
+    for setter in setters:
+        setter.join()
 
 
-def test_a_closed_bell_gives_its_descriptors_back(bell):
-    fds = {bell.fd, bell._write_end}
-    other = Bell()
+def test_a_closed_wakeup_gives_its_descriptors_back(wakeup):
+    fds = {wakeup.fd, wakeup._write_end}
+    other = WakeupFd()
     others = {other.fd, other._write_end}
     other.close()
     other.close()
-    other.ring()
-    other.hush()
+    other.set()
+    other.clear()
     assert other.fd == -1
-    again = Bell()
+    again = WakeupFd()
     assert {again.fd, again._write_end} == others
     assert others.isdisjoint(fds)
     again.close()
 
 
-def test_a_bell_that_is_let_go_gives_its_descriptors_back(bell):
-    fd = bell.fd
-    del bell
-    again = Bell()
+def test_a_wakeup_that_is_let_go_gives_its_descriptors_back(wakeup):
+    fd = wakeup.fd
+    del wakeup
+    again = WakeupFd()
     assert again.fd != fd, "the fixture keeps the first one"
     dropped = again.fd
     del again
-    assert Bell().fd == dropped
+    assert WakeupFd().fd == dropped
 
 
 def test_completions_of_two_executors_are_their_own():

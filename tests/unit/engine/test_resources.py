@@ -19,8 +19,7 @@ import structlog
 
 import aoti_sched
 from aoti_sched import AotiSchedError, ResourcesError, Scheduler
-from aoti_sched.backends.executors import threads
-from aoti_sched.backends.executors import wakeup_fd as bell
+from aoti_sched.backends.executors import threads, wakeup_fd
 from aoti_sched.backends.executors.choose import open_executor
 from aoti_sched.testing import FakeBackend
 from tests.unit.engine.support import until
@@ -228,7 +227,7 @@ def no_descriptor():
 FAULTS = {
     "threads": (no_thread, [(threading.Thread, "start")]),
     "descriptors": (no_descriptor, [(os, "eventfd"), (os, "pipe"), (os, "open")]),
-    "memory of lanes": (MemoryError, [(threads, "_Running"), (bell.Bell, "__init__")]),
+    "memory of lanes": (MemoryError, [(threads, "_Running"), (wakeup_fd.WakeupFd, "__init__")]),
     "memory of loads": (MemoryError, [(FakeBackend, "load")]),
     "memory of runs": (MemoryError, [(aoti_sched.testing.FakeContainer, "run_raw")]),
     "memory of updates": (MemoryError, [(aoti_sched.testing.FakeContainer, "stage")]),
