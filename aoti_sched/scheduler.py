@@ -12,7 +12,6 @@ from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import anyio
-import anyio.from_thread
 import anyio.to_thread
 import msgspec
 
@@ -447,10 +446,6 @@ class Scheduler:
                 return
             dispatcher = self._dispatcher(place, device)
             holding = Holding(name)
-
-            def make_room(size: int) -> None:
-                anyio.from_thread.run(claim, dispatcher, holding, size)
-
             request = LoadRequest(
                 name=name,
                 path=Path(settings.path),
@@ -465,14 +460,18 @@ class Scheduler:
                 replicated=settings.devices is not None,
                 weights=settings.weights if weights is None else weights,
                 weights_strict=settings.weights_strict,
-                make_room=make_room,
             )
+            call = f"load({settings.path!r})"
             try:
+                inspected = await in_worker(
+                    functools.partial(loading.inspect, device, request), self._limiter, call
+                )
+                await claim(dispatcher, holding, inspected.constant_bytes)
                 prepared = await in_worker(
                     functools.partial(
                         loading.prepare,
                         device,
-                        request,
+                        inspected,
                         settings,
                         inputs,
                         dispatcher.executor.kind,
@@ -480,7 +479,7 @@ class Scheduler:
                         warmup_inputs,
                     ),
                     self._limiter,
-                    f"load({settings.path!r})",
+                    call,
                 )
             except BaseException:
                 dispatcher.forget(holding)

@@ -9,21 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 
 from aoti_sched.backends.aoti.c_abi import Library, libtorch
 from aoti_sched.backends.aoti.container import CAbiContainer
-from aoti_sched.backends.aoti.proxy_executor import open_proxy_executor
 from aoti_sched.backends.aoti.raw_container import RawContainer
 from aoti_sched.backends.aoti.torch_runner import TorchRunnerContainer
-from aoti_sched.backends.contracts import Executor, Loaded, LoadRequest
+from aoti_sched.backends.contracts import Container, Executor, Inspected, LoadRequest
 from aoti_sched.backends.executors.choose import open_executor
-from aoti_sched.errors import ConfigError, PlatformMismatchError
-from aoti_sched.model.specs import spec_from_metadata
-from aoti_sched.model.wrapper_source import writes_to_buffers
-from aoti_sched.package import check_platform, open_package
-from aoti_sched.package.sources import constant_layouts
+from aoti_sched.backends.opening import InspectedPackage, inspect_package, open_container
+from aoti_sched.errors import ConfigError
 
 
 class CpuDevice:
@@ -48,56 +43,28 @@ class CpuDevice:
             )
         return open_executor(self.name, lanes, self.cores(), set_threads, affinity)
 
-    def load(self, request: LoadRequest) -> Loaded:
-        package = open_package(request.path, sha256=request.sha256, contents=request.contents)
-        model = package.model(request.model_name)
-        check_platform(model)
-        if model.device not in ("", "cpu"):
-            raise PlatformMismatchError(
-                f"{request.path}: model {model.name!r} was compiled for {model.device}, not for cpu",
-                path=str(request.path),
-            )
-        if "AMX_TILE" in model.cpu_isa:
+    def inspect(self, request: LoadRequest) -> Inspected:
+        inspected = inspect_package(request, "cpu")
+        if "AMX_TILE" in inspected.model.cpu_isa:
             torch.cpu._init_amx()  # noqa: SLF001 -- Linux gives the tile registers only to processes that ask
-        extracted = package.extract(model, request.cache_dir)
-        request = msgspec.structs.replace(
-            request, contents=None
-        )  # what is kept of it is in the cache
-        own, wrapper = spec_from_metadata(model.metadata), package.wrapper_source(model)
-        if writes_to_buffers(own, wrapper):
-            # Instances share their buffers, and nothing in the runtime guards them (pytorch/pytorch#122824).
-            request = msgspec.structs.replace(request, instances=1)
-        request.make_room(model.constant_bytes)
-        library = Library(extracted.library)
-        raw = RawContainer(library, request.instances)
-        if request.instances > 1 and writes_to_buffers(
-            own, wrapper, [c.spec for c in raw.constants]
-        ):
-            raw.close()
-            request = msgspec.structs.replace(request, instances=1)
-            raw = RawContainer(library, 1)
-        raw.name = f"model {request.name!r}"  # in errors: the name the user gave, not the library's
-        raw.layouts = constant_layouts(wrapper or "")
-        try:
-            why_not = ""
-            if model.needs_proxy_executor:
-                raw.proxy, why_not = open_proxy_executor(raw.name, "cpu", extracted.library)
-            container = (
-                TorchRunnerContainer(raw, request, extracted, own, why=why_not)
-                if why_not
-                else CAbiContainer(raw, request, extracted, own)
-            )
-        except BaseException:
-            raw.close()
-            raise
-        return Loaded(
-            container=container,
-            metadata=model.metadata,
-            wrapper_source=wrapper,
-            sha256=package.sha256,
-            thread_limit=model.thread_limit,
-            fixed_threads=model.fixed_threads,
+        return inspected
+
+    def load(self, inspected: Inspected) -> Container:
+        return open_container(inspected, "cpu", _open_raw, _wrap)
+
+
+def _open_raw(library: Library, request: LoadRequest, title: str) -> RawContainer:
+    raw = RawContainer(library, request.instances)
+    raw.name = title
+    return raw
+
+
+def _wrap(raw: RawContainer, inspected: InspectedPackage, why_not: str) -> Container:
+    if why_not:
+        return TorchRunnerContainer(
+            raw, inspected.request, inspected.extracted, inspected.own, why=why_not
         )
+    return CAbiContainer(raw, inspected.request, inspected.extracted, inspected.own)
 
 
 # --- cores and threads --------------------------------------------------------------------------------

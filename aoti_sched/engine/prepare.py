@@ -29,7 +29,6 @@ from aoti_sched.model.specs import (
     RowEvidence,
     SpecSource,
     TensorSpec,
-    spec_from_metadata,
     specs_from_wrapper,
 )
 from aoti_sched.model.wrapper_source import MAY_WRITE, writes_in, writes_to_buffers
@@ -37,7 +36,7 @@ from aoti_sched.queue.selection.placement import FOLLOW_LIMIT, HOP_OF_ONE, Place
 from aoti_sched.stats import RunnerInfo
 
 if TYPE_CHECKING:
-    from aoti_sched.backends.contracts import Container, Device, Loaded, LoadRequest
+    from aoti_sched.backends.contracts import Container, Device, Inspected, LoadRequest
     from aoti_sched.config import ModelConfig
 
 
@@ -56,80 +55,94 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """Why it is not to be parked, "" when it may."""
 
 
+def inspect(device: Device, request: LoadRequest) -> Inspected:
+    """Read and check one model, so that memory can be reserved for it.
+
+    Raises:
+        PackageError, LoadError: As in `Scheduler.load`. Nothing is loaded yet.
+    """
+    if request.cuda_graphs and not device.records_runs:
+        raise ConfigError(
+            f"load({str(request.path)!r}): cuda_graphs=True, but {device.name!r} has no such thing; it is for 'cuda'"
+        )
+    return device.inspect(request)
+
+
 def prepare(
     device: Device,
-    request: LoadRequest,
+    inspected: Inspected,
     settings: ModelConfig,
     declared: Sequence[TensorSpec] | None,
     executor: str,
     cores: int,
     warmup_inputs: object = None,
 ) -> Prepared:
-    """Load one model, find its specs and warm it up. Its runs may use so many `cores`.
+    """Load one model, find its specs and warm it up.
 
-    `warmup_inputs` are the arguments to warm it up with: a tuple, or a tuple and a dict.
+    Args:
+        device: Where to load it.
+        inspected: What `inspect` returned.
+        settings: The model's settings.
+        declared: Specs of its tensor inputs that the user gave.
+        executor: The kind of the device's executor.
+        cores: The most cores that a run may use.
+        warmup_inputs: Arguments to warm it up with: a tuple, or a tuple and a dict.
 
     Raises:
-        PackageError, LoadError: as `Scheduler.load` tells them; nothing stays loaded.
+        PackageError, LoadError: As in `Scheduler.load`. Nothing stays inspected.
     """
-    if request.cuda_graphs and not device.records_runs:
-        raise ConfigError(
-            f"load({str(request.path)!r}): cuda_graphs=True, but {device.name!r} has no such thing; it is for 'cuda'"
-        )
-    loaded = device.load(request)
+    container = device.load(inspected)
     try:
-        own = spec_from_metadata(loaded.metadata)
         return _prepare(
-            device, request, settings, declared, executor, cores, loaded, own, warmup_inputs
+            device, inspected, container, settings, declared, executor, cores, warmup_inputs
         )
     except BaseException:
-        loaded.container.close()
+        container.close()
         raise
 
 
 def _prepare(
     device: Device,
-    request: LoadRequest,
+    inspected: Inspected,
+    container: Container,
     settings: ModelConfig,
     declared: Sequence[TensorSpec] | None,
     executor: str,
     cores: int,
-    loaded: Loaded,
-    own: ModelSpec | None,
     warmup_inputs: object,
 ) -> Prepared:
-    container, name = loaded.container, request.name
+    request, own = inspected.request, inspected.own
+    name = request.name
     facts = container.info
-    specs, source = _find_specs(own, declared, loaded.wrapper_source, facts.num_inputs, name)
+    specs, source = _find_specs(own, declared, inspected.wrapper_source, facts.num_inputs, name)
     # A runner on several devices takes its inputs from the host; "cpu:0" is for torch's devices the CPU.
     place = "cpu" if request.replicated or device.name.startswith("cpu") else device.name
     specs = _on(place, specs, declared=source is SpecSource.DECLARED)
-    leaves_known = own is not None
-    call_spec = loaded.call_spec or ExportedCallSpec(
+    call_spec = inspected.call_spec or ExportedCallSpec(
         name,
         facts.in_spec,
         facts.out_spec,
-        inputs=own.inputs if own is not None and leaves_known else None,
-        outputs=own.outputs if own is not None and leaves_known else None,
+        inputs=own.inputs if own is not None else None,
+        outputs=own.outputs if own is not None else None,
         parameters=own.parameters if own is not None else (),
     )
-    state = writes_to_buffers(own, loaded.wrapper_source, facts.constants)
+    state = writes_to_buffers(own, inspected.wrapper_source, facts.constants)
     given = None if warmup_inputs is None else _warmup_tensors(call_spec, warmup_inputs, name)
-    model = _Model(name, settings, loaded, own, specs, source, state, given)
+    model = _Model(name, settings, inspected, container, specs, source, state, given)
     specs, found = _examined(device, model)
     # With batching, a request may have fewer rows than a run; the model itself is never run with fewer than it takes.
-    grouping, of_requests = _grouping(settings, loaded, own, specs, name, state)
-    threads, notes = _threads(cores, settings, own, loaded)
+    grouping, of_requests = _grouping(settings, inspected, container, own, specs, name, state)
+    threads, notes = _threads(cores, settings, inspected, facts.instances)
     placing = _placing(settings, threads, allowed=facts.inline)
     check = _check(name, of_requests, facts.num_inputs, place, copies=settings.copy_inputs)
-    if loaded.call_spec is not None and of_requests is not None:
+    if inspected.call_spec is not None and of_requests is not None:
         check = _of_calls(check)
     notes.extend(_sizes_found(specs, found))
     notes.extend(_literals_left_out(call_spec, specs, own))
     if settings.warmup and specs is not None and not state:
         notes.extend(_warm_up(container, name, _values(own, specs, given), found.failure))
         facts = container.info  # a warm container knows more of itself
-    if source is SpecSource.ARITY and loaded.call_spec is None:
+    if source is SpecSource.ARITY and inspected.call_spec is None:
         notes.append(
             "Only the number of inputs is checked: the package states no specs. A wrong dtype or size can corrupt memory. "
             "Compile with aoti_sched.compile_package, or declare them: load(..., inputs=[TensorSpec(...)])."
@@ -156,7 +169,7 @@ def _prepare(
     info = RunnerInfo(
         name=name,
         path=str(request.path),
-        sha256=loaded.sha256,
+        sha256=inspected.sha256,
         device=device.name,
         executor=executor,
         runtime=facts.runtime,
@@ -166,14 +179,14 @@ def _prepare(
         epoch=1,
         signature=str(call_spec),
         inputs=_leaves(own, specs) if own is not None else tuple(of_requests or ()),
-        outputs=own.outputs if own is not None and leaves_known else (),
+        outputs=own.outputs if own is not None else (),
         spec_source=source,
         batch=own.batch if own is not None else None,
         max_batch=1 if grouping is None else grouping.max_rows,
         frozen=own.frozen if own is not None else None,
         verified=facts.verified,
         constants=facts.constants,
-        metadata=loaded.metadata,
+        metadata=inspected.metadata,
         notes=tuple(notes),
     )
     return Prepared(
@@ -198,7 +211,8 @@ def _leaves(own: ModelSpec, specs: Sequence[TensorSpec] | None) -> tuple[LeafSpe
 
 def _grouping(
     settings: ModelConfig,
-    loaded: Loaded,
+    inspected: Inspected,
+    container: Container,
     own: ModelSpec | None,
     specs: tuple[TensorSpec, ...] | None,
     name: str,
@@ -208,9 +222,9 @@ def _grouping(
     wanted = Batching() if settings.batching is True else settings.batching
     if not wanted:
         return None, specs
-    if loaded.call_spec is not None:
+    if inspected.call_spec is not None:
         return of_calls(wanted), specs
-    return group(name, wanted, specs, own, loaded.container.info.num_outputs, state=state)
+    return group(name, wanted, specs, own, container.info.num_outputs, state=state)
 
 
 class _Model(msgspec.Struct, frozen=True, eq=False):
@@ -218,13 +232,18 @@ class _Model(msgspec.Struct, frozen=True, eq=False):
 
     name: str
     settings: ModelConfig
-    loaded: Loaded
-    own: ModelSpec | None
+    inspected: Inspected
+    container: Container
     specs: tuple[TensorSpec, ...] | None
     source: SpecSource
     state: str
     given: list[Any] | None
     """Its inputs for warming up, if the user gave some."""
+
+    @property
+    def own(self) -> ModelSpec | None:
+        """The specs that its package brings."""
+        return self.inspected.own
 
 
 def _examined(device: Device, model: _Model) -> tuple[tuple[TensorSpec, ...] | None, Findings]:
@@ -234,7 +253,7 @@ def _examined(device: Device, model: _Model) -> tuple[tuple[TensorSpec, ...] | N
         ConfigError: Batching is asked for, and its rows influence each other or it writes to its inputs.
     """
     own, specs, settings, name = model.own, model.specs, model.settings, model.name
-    if not specs or model.loaded.call_spec is not None:
+    if not specs or model.inspected.call_spec is not None:
         return specs, Findings()
     wanted = Batching() if settings.batching is True else settings.batching or None
     rows, asked = None, specs
@@ -283,12 +302,12 @@ def _examine(
 
         set_threads = cpu.set_threads
     return examine(
-        model.loaded.container,
+        model.container,
         specs,
         examples=_examples(model.own, specs, model.given),
         symbols=symbols,
         rows=rows,
-        dtypes=[constant.dtype for constant in model.loaded.container.info.constants],
+        dtypes=[constant.dtype for constant in model.container.info.constants],
         apart=on_cpu,
         set_threads=set_threads,
     )
@@ -298,7 +317,7 @@ def _batched(
     model: _Model, wanted: Batching, specs: tuple[TensorSpec, ...]
 ) -> tuple[Grouping, tuple[TensorSpec, ...]]:
     """How its requests are batched, and the specs of what a run takes then: with one symbol for rows."""
-    outputs = model.loaded.container.info.num_outputs
+    outputs = model.container.info.num_outputs
     grouping, of_requests = group(model.name, wanted, specs, model.own, outputs, state=model.state)
     static = not isinstance(specs[0].shape[grouping.dim], DynamicDim)
     return grouping, specs if static else of_requests
@@ -327,7 +346,7 @@ def _rows_to_examine(
 
 def _written_inputs(model: _Model, specs: Sequence[TensorSpec], seen: Sequence[int]) -> list[str]:
     """Names of the inputs that a run writes to, as far as the package, its source or a run shows."""
-    own, wrapper = model.own, model.loaded.wrapper_source
+    own, wrapper = model.own, model.inspected.wrapper_source
     if own is not None and own.mutated_inputs is not None:
         return list(own.mutated_inputs)
     shown = None if wrapper is None else writes_in(wrapper)
@@ -453,12 +472,12 @@ def _check(
 
 
 def _threads(
-    cores: int, settings: ModelConfig, own: ModelSpec | None, loaded: Loaded
+    cores: int, settings: ModelConfig, inspected: Inspected, instances: int
 ) -> tuple[int, list[str]]:
     """Intra-op threads per run, and what there is to say about them."""
     notes = []
-    limit, instances = loaded.thread_limit, loaded.container.info.instances
-    threads = settings.threads or (own.threads if own is not None else loaded.fixed_threads or 1)
+    limit, own = inspected.thread_limit, inspected.own
+    threads = settings.threads or (own.threads if own is not None else inspected.fixed_threads or 1)
     if limit is not None and threads > limit:
         notes.append(
             f"threads={threads} was lowered to {limit}: the model's kernels were compiled for that many, and with "

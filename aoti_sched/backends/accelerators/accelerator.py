@@ -26,18 +26,24 @@ from aoti_sched.backends.aoti.c_abi import Library, libtorch
 from aoti_sched.backends.aoti.container import CAbiContainer
 from aoti_sched.backends.aoti.handles import address_of, each_once
 from aoti_sched.backends.aoti.operators import names, operators_of
-from aoti_sched.backends.aoti.proxy_executor import open_proxy_executor
 from aoti_sched.backends.aoti.raw_container import RawContainer
 from aoti_sched.backends.aoti.torch_runner import TorchRunnerContainer
-from aoti_sched.backends.contracts import ContainerInfo, CRun, Executor, Loaded, LoadRequest, Work
+from aoti_sched.backends.contracts import (
+    Container,
+    ContainerInfo,
+    CRun,
+    Executor,
+    Inspected,
+    LoadRequest,
+    Work,
+)
 from aoti_sched.backends.cpu import available_cores, set_threads
 from aoti_sched.backends.executors.choose import open_executor
-from aoti_sched.errors import ConfigError, DeviceLostError, LoadError, PlatformMismatchError
+from aoti_sched.backends.opening import InspectedPackage, inspect_package, open_container
+from aoti_sched.errors import ConfigError, DeviceLostError, LoadError
 from aoti_sched.events import log
-from aoti_sched.model.specs import ModelSpec, TensorSpec, spec_from_metadata, specs_from_wrapper
-from aoti_sched.model.wrapper_source import writes_to_buffers
-from aoti_sched.package import Extracted, check_platform, open_package
-from aoti_sched.package.sources import constant_layouts
+from aoti_sched.model.specs import ModelSpec, TensorSpec, specs_from_wrapper
+from aoti_sched.package import Extracted, PackagedModel
 
 if TYPE_CHECKING:
     from aoti_sched.backends.aoti.constants import Chosen, Constant
@@ -255,78 +261,52 @@ class Accelerator(ABC):
 
     # --- loading ---------------------------------------------------------------------------------------
 
-    def load(self, request: LoadRequest) -> Loaded:
-        """As `Device.load`. The calling thread's current device is afterwards what it was: torch's loader changes it."""
-        package = open_package(request.path, sha256=request.sha256, contents=request.contents)
-        model = package.model(request.model_name)
-        check_platform(model)
-        if model.device not in ("", self.type):
-            raise PlatformMismatchError(
-                f"{request.path}: model {model.name!r} was compiled for {model.device}, not for {self.type}",
-                path=str(request.path),
-            )
-        if request.copy_outputs not in (None, "cpu"):
-            raise LoadError(f"copy_outputs={request.copy_outputs!r}: 'cpu' or None")
-        if request.replicated and not (request.copy_inputs and request.copy_outputs):
+    def inspect(self, request: LoadRequest) -> Inspected:
+        """As `Device.inspect`."""
+
+        def check(model: PackagedModel) -> None:
+            del model
+            if request.copy_outputs not in (None, "cpu"):
+                raise LoadError(f"copy_outputs={request.copy_outputs!r}: 'cpu' or None")
+            if request.replicated and not (request.copy_inputs and request.copy_outputs):
+                raise ConfigError(
+                    f"load({str(request.path)!r}): nobody knows beforehand on which of its devices={self.name!r}, ... a request runs, so "
+                    "inputs come from the host and outputs go there: say copy_inputs=True, copy_outputs='cpu'"
+                )
+
+        inspected = inspect_package(request, self.type, check)
+        if request.cuda_graphs and inspected.model.needs_proxy_executor:
             raise ConfigError(
-                f"load({str(request.path)!r}): nobody knows beforehand on which of its devices={self.name!r}, ... a request runs, so "
-                "inputs come from the host and outputs go there: say copy_inputs=True, copy_outputs='cpu'"
+                f"load({str(request.path)!r}): cuda_graphs=True, but the model calls {names(operators_of(inspected.extracted.library))} through "
+                "torch's dispatcher, which may wait for the device or call Python, and a graph would not do it again. Leave cuda_graphs out."
             )
-        extracted = package.extract(model, request.cache_dir)
-        request = msgspec.structs.replace(
-            request, contents=None
-        )  # what is kept of it is in the cache
-        own = spec_from_metadata(model.metadata)
-        wrapper = package.wrapper_source(model)
-        if writes_to_buffers(own, wrapper):
-            request = msgspec.structs.replace(request, instances=1)
+        self.must_work()
+        return msgspec.structs.replace(inspected, fixed_threads=1)
+
+    def load(self, inspected: Inspected) -> Container:
+        """As `Device.load`. The calling thread's current device stays as it was: torch's loader changes it."""
+        make = StreamContainer
+        if inspected.request.cuda_graphs and self.graph_container is not None:
+            make = self.graph_container
+        own, wrapper = inspected.own, inspected.wrapper_source
         if own is not None:
             specs = [leaf for leaf in own.inputs if isinstance(leaf, TensorSpec)]
         else:
             specs = list(specs_from_wrapper(wrapper) or ()) if wrapper is not None else []
-        make = StreamContainer
-        if request.cuda_graphs and model.needs_proxy_executor:
-            raise ConfigError(
-                f"load({str(request.path)!r}): cuda_graphs=True, but the model calls {names(operators_of(extracted.library))} through "
-                "torch's dispatcher, which may wait for the device or call Python, and a graph would not do it again. Leave cuda_graphs out."
-            )
-        if request.cuda_graphs and self.graph_container is not None:
-            make = self.graph_container
+        on_host = tuple(index for index, spec in enumerate(specs) if spec.device == "cpu")
+
+        def open_raw(library: Library, request: LoadRequest, title: str) -> RawContainer:
+            return self.open_raw(library, make.instances_for(request), title)
+
+        def wrap(raw: RawContainer, opened: InspectedPackage, why_not: str) -> Container:
+            request, extracted = opened.request, opened.extracted
+            if why_not:
+                return StreamTorchRunner(self, raw, request, extracted, on_host, own, why=why_not)
+            return make(self, raw, request, extracted, on_host, own)
+
         self.must_work()
-        request.make_room(model.constant_bytes)
         with self.keeping_current(), self.turn():
-            library, title = Library(extracted.library), f"model {request.name!r}"
-            proxy, why_not = None, ""
-            if model.needs_proxy_executor:
-                proxy, why_not = open_proxy_executor(title, self.name, extracted.library)
-            raw = self.open_raw(library, make.instances_for(request), title)
-            if request.instances > 1 and writes_to_buffers(
-                own, wrapper, [c.spec for c in raw.constants]
-            ):
-                raw.close()
-                request = msgspec.structs.replace(request, instances=1)
-                raw = self.open_raw(library, make.instances_for(request), title)
-            try:
-                on_host = tuple(index for index, spec in enumerate(specs) if spec.device == "cpu")
-                raw.layouts = constant_layouts(wrapper or "")
-                raw.proxy = proxy
-                if why_not:
-                    container: Any = StreamTorchRunner(
-                        self, raw, request, extracted, on_host, own, why=why_not
-                    )
-                else:
-                    container = make(self, raw, request, extracted, on_host, own)
-            except BaseException:
-                raw.close()
-                raise
-        return Loaded(
-            container=container,
-            metadata=model.metadata,
-            wrapper_source=wrapper,
-            sha256=package.sha256,
-            thread_limit=model.thread_limit,
-            fixed_threads=1,
-        )
+            return open_container(inspected, self.name, open_raw, wrap)
 
     def open_raw(self, library: Library, instances: int, name: str) -> RawContainer:
         """A container of a model; its kernels lie beside its library."""

@@ -66,7 +66,7 @@ def load(
         cache_dir=cache,
         **options,
     )
-    return device.load(request).container
+    return device.load(device.inspect(request))
 
 
 def work(container, *inputs, slot=0, token=None):

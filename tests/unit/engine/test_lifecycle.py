@@ -29,10 +29,10 @@ class SlowBackend(FakeBackend):
         self.loading = threading.Event()
         self.go_on = threading.Event()
 
-    def load(self, request):
+    def load(self, inspected):
         self.loading.set()
         self.go_on.wait(30)
-        return super().load(request)
+        return super().load(inspected)
 
 
 async def until(condition):
