@@ -57,8 +57,9 @@ def _accelerator(name: str, kind: str, index: int) -> Accelerator:
     if kind == "cuda":
         from aoti_sched.backends.accelerators.cuda import CudaDevice
         from aoti_sched.backends.accelerators.cuda_driver import Driver
+        from aoti_sched.backends.accelerators.cuda_graphs import GraphContainer
 
-        return CudaDevice(index, Driver())
+        return CudaDevice(index, Driver(), GraphContainer)
     from aoti_sched.backends.accelerators.xpu import XpuDevice
 
     return XpuDevice(index)

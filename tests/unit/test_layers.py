@@ -42,7 +42,6 @@ POINT_UP = {
 }
 # Groups of modules that import each other, for their types alone. None may be added.
 CIRCLES = {
-    frozenset({"backends.accelerators.cuda", "backends.accelerators.cuda_graphs"}),
     frozenset({"queue.check", "queue.device_queue"}),
     frozenset(
         {

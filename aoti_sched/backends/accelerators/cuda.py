@@ -6,11 +6,11 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from aoti_sched.backends.accelerators.accelerator import Accelerator, Stream
+from aoti_sched.backends.accelerators.accelerator import Accelerator
 from aoti_sched.backends.accelerators.cuda_driver import (
     CAPTURING,
     DISABLE_TIMING,
@@ -18,9 +18,12 @@ from aoti_sched.backends.accelerators.cuda_driver import (
     NOT_READY,
     Driver,
 )
-from aoti_sched.backends.accelerators.cuda_graphs import GraphContainer
+from aoti_sched.backends.accelerators.streams import Stream
 from aoti_sched.errors import RunError
 from aoti_sched.events import log
+
+if TYPE_CHECKING:
+    from aoti_sched.backends.accelerators.stream_container import StreamContainer
 
 
 class CudaDevice(Accelerator):
@@ -29,16 +32,23 @@ class CudaDevice(Accelerator):
     Args:
         index: Its number, as torch and the driver count.
         driver: The driver.
+        graphs: The class of containers whose runs are recorded; None to record no runs.
         module: Torch's module for it.
         type: Torch's word for its kind. (The tests have one whose driver is simulated.)
     """
 
-    graph_container = GraphContainer
     may_be_asked = True
 
     def __init__(
-        self, index: int, driver: Driver, *, module: Any = torch.cuda, type: str = "cuda"
+        self,
+        index: int,
+        driver: Driver,
+        graphs: type[StreamContainer] | None,
+        *,
+        module: Any = torch.cuda,
+        type: str = "cuda",
     ) -> None:
+        self.graph_container = graphs
         self.type = type
         self.index = index
         self.driver = driver

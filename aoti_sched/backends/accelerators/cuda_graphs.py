@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from aoti_sched.backends.accelerators.accelerator import Slot, StreamContainer, write
+from aoti_sched.backends.accelerators.slot import Slot, write
+from aoti_sched.backends.accelerators.stream_container import StreamContainer
 from aoti_sched.backends.aoti.container import CAbiContainer
 from aoti_sched.backends.aoti.handles import each_once, handles_of
 from aoti_sched.backends.aoti.raw_container import RawContainer

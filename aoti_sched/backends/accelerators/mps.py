@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from aoti_sched.backends.accelerators.accelerator import Accelerator, Stream
+from aoti_sched.backends.accelerators.accelerator import Accelerator
+from aoti_sched.backends.accelerators.streams import Stream
 from aoti_sched.backends.contracts import Executor
 from aoti_sched.errors import ConfigError
 
