@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from aoti_sched.child import NOT_STARTED, Tell, can_fork, in_child
+from aoti_sched.child import FAULT, NOT_STARTED, Tell, can_fork, in_child
 from aoti_sched.errors import first_line
 from aoti_sched.model.evidence import (
     ROWS,
@@ -170,7 +170,7 @@ def examine(
         trying = _take(findings, todo, told)
         if not end:
             break
-        if not end.startswith(NOT_STARTED):
+        if not end.startswith((NOT_STARTED, FAULT)):
             end = f"a process that ran it so did not survive: {end}"
         if trying is None:
             findings.failure = findings.failure or end
@@ -184,7 +184,8 @@ def examine(
                 for s in todo.values()
             }
         else:
-            findings.least[name] = (value + 1, f"{value} is not taken: {end}.")
+            what = "could not be tried" if end.startswith(FAULT) else "is not taken"
+            findings.least[name] = (value + 1, f"{value} {what}: {end}.")
     for symbol in todo.values():
         findings.least.setdefault(symbol.name, (symbol.trusted, findings.failure))
     return findings
