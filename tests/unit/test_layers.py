@@ -37,6 +37,7 @@ MAY_IMPORT = {
 POINT_UP = {
     ("engine.blocking", "runner"),
     ("engine.future", "runner"),
+    ("engine.lifecycle", "runner"),
     ("engine.parking", "runner"),
     ("engine.weights", "runner"),
 }
