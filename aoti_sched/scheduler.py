@@ -1,4 +1,7 @@
-"""Scheduler: owns the devices and their runners. A value, not a singleton; made, used and closed on one event loop."""
+"""Scheduler: the public verbs, from loading a model to closing everything.
+
+A scheduler is a value, not a singleton. It is entered, used and closed on one event loop.
+"""
 
 from __future__ import annotations
 
@@ -69,13 +72,14 @@ RULES = "python" if device_queue.__file__.endswith(".py") else "compiled"
 class Scheduler:
     """Runs compiled models for one asyncio application.
 
-    Args:
-        config: Settings; models named in it are loaded on entry. See `from_config`.
-        devices: Devices by name, where others than the machine's own are wanted (tests).
-        clock: Another clock (tests).
+    Use it as `async with Scheduler() as scheduler:`. When the block ends, accepted requests are
+    finished. When the block fails, queued requests fail with RunnerClosedError, and only running
+    requests are waited for.
 
-    Use it as `async with Scheduler() as scheduler:`. On leaving, accepted requests are finished; when the
-    block fails, queued ones fail with RunnerClosedError and only running ones are waited for.
+    Args:
+        config: Settings. The models in them are loaded on entry. See `from_config`.
+        devices: Devices by name, in place of the machine's own (for tests).
+        clock: A clock in place of the event loop's (for tests).
 
     Raises:
         ConfigError: A setting is of the wrong type or out of range; the message gives its path.
@@ -98,19 +102,24 @@ class Scheduler:
 
     @classmethod
     def from_config(cls, path: str | os.PathLike[str]) -> Self:
-        """A scheduler as a TOML file describes it (see `aoti_sched.config`); models load on entry.
+        """Make a scheduler as a TOML file describes it. Its models are loaded on entry.
+
+        Args:
+            path: The file. `aoti_sched.config` describes its settings.
 
         Raises:
-            ConfigError: with the setting's path.
+            ConfigError: A setting is wrong; the message gives its path.
         """
         return cls(read_config(path))
 
     async def __aenter__(self) -> Self:
-        if asyncio._get_running_loop() is None:  # noqa: SLF001 -- the public one raises its own error
+        # The public function raises an error of its own.
+        if asyncio._get_running_loop() is None:  # noqa: SLF001
             raise UnsupportedLoopError(
-                "aoti_sched runs on asyncio (and uvloop), and no asyncio loop is running here. Under trio, run the "
-                "scheduler in an asyncio thread of its own and call runner.run_blocking(...) through "
-                "trio.to_thread.run_sync."
+                "aoti_sched runs on asyncio (and uvloop), and no asyncio loop is running here. "
+                "Under "
+                "trio, run the scheduler in an asyncio thread of its own and call "
+                "runner.run_blocking(...) through trio.to_thread.run_sync."
             )
         if self._house is not None or self._closed:
             raise UnsupportedLoopError("a Scheduler is entered once; make a new one")
@@ -154,11 +163,11 @@ class Scheduler:
 
     @property
     def runners(self) -> Mapping[str, Runner]:
-        """The open runners by name; a live, read-only view."""
+        """The open runners by name: a live, read-only view."""
         return MappingProxyType(self._runners)
 
     def stats(self) -> SchedulerStats:
-        """Numbers of every device and runner, now."""
+        """Return the numbers of every device and runner as they are now."""
         devices = {} if self._house is None else self._devices.stats()
         return SchedulerStats(devices=devices, rules=RULES)
 
@@ -197,57 +206,78 @@ class Scheduler:
         inputs: Sequence[TensorSpec] | None = None,
         warmup_inputs: object = None,
     ) -> Runner:
-        """Load a model from a `.pt2` package or a bare `.so`, off the loop, and return its runner.
+        """Load a model from a `.pt2` package or a bare `.so`, and return its runner.
 
-        Loading a package runs its native code: load only what you trust.
+        The work happens off the event loop. Loading a package runs its native code: load only
+        packages that you trust.
 
         Args:
-            path: The package, as a path, or in memory as bytes or an `io.BytesIO`. `bytes` that begin as a zip or a shared library
-                are a package, others a path. What is in memory is extracted to the cache as a file's content is, and not kept.
-            name: The runner's name, in errors, logs and stats; by default the file's stem, or "model" for one in memory.
-            model_name: Which model, when the package holds several.
-            device: Where it shall run: "cpu", "cuda:0", "xpu:0", "mps".
-            devices: In place of `device`, several: one runner with a replica on each, to which requests go where they are predicted to
-                be finished first. `["cpu:0", "cpu:1"]`, or "cuda:*" for all of a kind. On other devices than CPUs it takes
-                `copy_inputs=True` and `copy_outputs="cpu"`: nobody knows beforehand on which device a request runs.
-            instances: Copies that can run at once on a device (they share one set of weights); at most 1024.
-            threads: Intra-op threads per run; by default what it was compiled for.
-            share: Of the device's time, when other models want it, too: one with 2.0 gets twice that of one with 1.0.
-            overflow: When a bound is reached: "reject" with QueueFullError; "wait" for room; or "shed" the worst of those
-                queued: of the lowest class, then with the latest deadline, then the newest.
-            admission: "predictive" refuses a request that could not be finished by its deadline, by what is known of the runs
-                there were, with DeadlineUnreachableError; "bounded" looks at the bounds alone.
-            on_failure: When five runs in a row have failed: "report" it in `stats().health` and the log, or also "rebuild" the
-                container from the package with the current weights. What is queued waits for that.
-            limits: Bounds of this runner's queue.
-            timeout: Default timeout of its requests, in seconds.
-            placement: "lane"; "inline", on the loop's own thread, at most 1 ms per turn of the loop; or "auto": on lanes
-                until its runs are known to be shorter than `inline_limit`, and then inline.
-            inline_limit: Seconds; less than what a hop to another thread costs is worth it.
-            batching: Run requests that come together as one; True asks for what the package says of the model.
-            warmup: Run it before it takes requests: on `warmup_inputs`, on values like the example that it was compiled with, or on
-                zeros. A model that writes to its buffers is not run.
-            copy_inputs: On a device, copy inputs there that are in the host's memory; otherwise they are refused.
-            copy_outputs: "cpu" brings a device's outputs to the host's memory; by default they stay.
-            cuda_graphs: On CUDA, record each run by the sizes of its inputs, and launch it as one thing from then on.
-            sha256: Refuse the file, before anything of it is mapped, unless its digest is this one.
-            weights: The weights to load in place of those in the package, which may have none: the path of a file, or a mapping
-                from names to tensors, both as in `Runner.update`, and a full set. They are written before the first run. A file
-                must stay as it is: it is read again when a parked model is restored. A mapping's tensors are copied.
-            weights_strict: Refuse names in `weights` that nobody knows, as `Runner.update` does by `strict`; otherwise `info.notes`
-                names them.
-            inputs: Specs of its tensor inputs, where the package does not bring its own; they are all of the model's device. They
-                override what its wrapper source states, and what running it showed of the least sizes.
-            warmup_inputs: Arguments of `run` to warm it up with, and to make up others like them: a tuple of the positional ones, or
-                a tuple and a dict, `((x, lengths), {"scale": s})`.
+            path: The package: a path, or its content as bytes or an `io.BytesIO`. `bytes` that
+                begin as a zip or a shared library are content, other `bytes` a path. Content is
+                extracted to the cache as a file's is, and not kept.
+            name: The runner's name in errors, logs and stats. By default the file's stem, or
+                "model" for a package in memory.
+            model_name: Which model to load, when the package holds several.
+            device: Where it runs: "cpu", "cuda:0", "xpu:0" or "mps".
+            devices: Several devices in place of `device`: `["cpu:0", "cpu:1"]`, or "cuda:*" for all
+                of a kind. The runner has a replica on each. A request goes where it is predicted
+                to finish first, so devices other than CPUs need `copy_inputs=True` and
+                `copy_outputs="cpu"`.
+            instances: Runs that may go on at once on a device, 1 to 1024. All share one set of
+                weights.
+            threads: Intra-op threads per run. By default the number that it was compiled for.
+            share: Weight of its share of the device's time, when other models want it too. A model
+                with 2.0 gets twice the time of a model with 1.0.
+            overflow: What happens when a bound is reached. "reject" raises QueueFullError. "wait"
+                waits for room. "shed" drops the worst queued request: of the lowest class, then
+                with the latest deadline, then the newest.
+            admission: "predictive" also refuses a request that is predicted to miss its deadline,
+                with DeadlineUnreachableError. "bounded" checks the bounds alone.
+            on_failure: What happens when five runs in a row have failed. "report" shows it in
+                `stats().health` and the log. "rebuild" also rebuilds the container from the
+                package with the current weights; queued requests wait meanwhile.
+            limits: Bounds of this runner's queue, in requests and bytes.
+            timeout: Default timeout of its requests, in seconds; None for no timeout.
+            placement: "lane" runs on a lane. "inline" runs on the event loop's own thread, at most
+                1 ms per iteration of the loop. "auto" uses lanes until runs are known to be shorter
+                than `inline_limit`, then the loop's thread.
+            inline_limit: Longest predicted run, in seconds, that "auto" places inline. Useful up to
+                what a hop to another thread costs.
+            batching: Run requests that arrive together as one. True takes the settings from the
+                package.
+            warmup: Run the model before it takes requests: on `warmup_inputs`, on values like the
+                example that it was compiled with, or on zeros. A model that writes to its buffers
+                is not run.
+            copy_inputs: Copy inputs in the host's memory to the device; otherwise such inputs are
+                refused.
+            copy_outputs: "cpu" copies outputs to the host's memory; None leaves them on the device.
+            cuda_graphs: On CUDA, record each run by the sizes of its inputs, and launch later runs
+                of the same sizes as one CUDA graph.
+            sha256: The file's SHA-256 digest in hexadecimal. A file with another digest is refused
+                before anything of it is mapped.
+            weights: A full set of weights in place of the package's, which may have none. A path of
+                a file, or a mapping from names to tensors, both as in `Runner.update`. A file must
+                not change while the model is loaded: restoring evicted weights reads it again. A
+                mapping's tensors are copied.
+            weights_strict: Refuse names in `weights` that the model does not know. Otherwise
+                `info.notes` lists them.
+            inputs: Specs of its tensor inputs, where the package does not bring its own. They are
+                on the model's device. They override what the wrapper's source states and what
+                running the model showed of least sizes.
+            warmup_inputs: Arguments of `run` to warm up with: a tuple of positional arguments, or a
+                tuple and a dict, `((x, lengths), {"scale": s})`. Other values for trial runs are
+                made like these.
 
         Raises:
-            PackageError: The file is missing, broken, for another platform or a wider CPU, not the one hashed.
+            PackageError: The file is missing or broken, for another platform or a wider CPU, or has
+                another digest.
             LoadError: Its library or weights can't be loaded.
-            ConstantMismatchError, WeightsFileError, WeightsTypeError: `weights` do not fit, or can't be read.
+            ConstantMismatchError: `weights` do not fit the model.
+            WeightsFileError: The file of `weights` can't be read.
+            WeightsTypeError: `weights` are of a type that can't be read.
             MemoryLimitError: Its weights do not fit into the device's `memory_limit`.
-            DeviceLostError: The device has failed before, and works no more.
-            ConfigError: A setting is out of range, the name is taken, or there is no such device.
+            DeviceLostError: The device has failed before, and nothing runs on it any more.
+            ConfigError: A setting is out of range, the name is taken, or the device does not exist.
         """
         file, contents = named(path)
         call = f"load({file!r}): "
@@ -263,7 +293,8 @@ class Scheduler:
             weights = file_name(f"{call}weights", weights)
         elif weights is not None and not isinstance(weights, Mapping):
             raise WeightsTypeError(
-                f"{call}weights: expected the path of a weights file, or a mapping from names to tensors, got {brief(weights)}."
+                f"{call}weights: expected the path of a weights file, or a mapping from names to "
+                f"tensors, got {brief(weights)}."
             )
         settings = ModelConfig(
             path=file,
@@ -304,9 +335,10 @@ class Scheduler:
         check_finite: bool = False,
         timeout: float | None = None,  # noqa: ASYNC109
     ) -> dict[Runner, UpdateReport]:
-        """Replace the weights of several runners at one instant, all or none; for the rest as `Runner.update`.
+        """Replace the weights of several runners at one instant, all or none.
 
-        A client that calls one of them and then another never meets the new set and then an old one.
+        A client that calls one runner and then another never meets new weights and then old ones.
+        `Runner.update` describes the arguments and errors.
         """
         if not isinstance(changes, Mapping):
             raise ConfigError(f"update(changes): expected weights by runner, got {brief(changes)}.")
@@ -329,7 +361,7 @@ class Scheduler:
         keep_previous: bool = True,
         timeout: float | None = None,  # noqa: ASYNC109
     ) -> dict[Runner, UpdateReport]:
-        """Publish what is staged on several runners at one instant, all or none."""
+        """Publish the staged weights of several runners at one instant, all or none."""
         self._must_own(runners)
         return await self._updates.commit(
             runners, barrier=barrier, keep_previous=keep_previous, timeout=timeout
@@ -341,15 +373,20 @@ class Scheduler:
         barrier: Barrier = "drain",
         timeout: float | None = None,  # noqa: ASYNC109
     ) -> dict[Runner, UpdateReport]:
-        """Take several runners back to their previous sets at one instant, all or none."""
+        """Publish the previous weights of several runners again, at one instant, all or none."""
         self._must_own(runners)
         return await self._updates.rollback(runners, barrier=barrier, timeout=timeout)
 
     async def drain_device(self, device: str) -> None:
-        """Take a device out of service: no new requests, no new models. Returns when nothing is left there.
+        """Take a device out of service, and return when no model is left there.
 
-        What is queued there for a runner on several devices moves to its others. What runs there is finished, and so are held leases.
-        A runner on this device alone finishes what it accepted and is closed. Cancelling this does not bring the device back.
+        The device takes no new requests and no new models. Running requests are finished, and so
+        are leases. Queued requests of a runner on several devices are rerouted to its others. A
+        runner on this device alone finishes its accepted requests and is closed. Cancelling this
+        call does not bring the device back.
+
+        Args:
+            device: The device's name, such as "cuda:0".
 
         Raises:
             ConfigError: No model was ever loaded there.
@@ -360,11 +397,14 @@ class Scheduler:
         await self._lifecycle.drain_device(device)
 
     async def aclose(self) -> None:
-        """Finish what was accepted and free every model and lane. Shielded; closing twice is fine."""
+        """Finish accepted requests, then free every model and lane.
+
+        Closing goes on to its end when the caller is cancelled. Closing twice does nothing.
+        """
         await self._close_all(terminate=False)
 
     async def terminate(self) -> None:
-        """Fail what is queued with RunnerClosedError, wait for what runs, and free everything."""
+        """Fail queued requests with RunnerClosedError, wait for running requests, free the rest."""
         await self._close_all(terminate=True)
 
     # --- loading ---------------------------------------------------------------------------------
@@ -469,7 +509,7 @@ class Scheduler:
         await asyncio.shield(self._all_closed)
         await house.ended()
 
-    # --- housekeeping --------------------------------------------------------------------------------
+    # --- checks ----------------------------------------------------------------------------------
 
     def _must_own(self, runners: Iterable[Runner]) -> None:
         self._must_be_open()

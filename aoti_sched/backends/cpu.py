@@ -22,7 +22,9 @@ from aoti_sched.errors import ConfigError
 
 
 class CpuDevice:
-    """This machine's CPU, as much of it as the process may use; or, by another `name`, so much of that as the numbered `cores` are."""
+    """This machine's CPU, as much of it as the process may use; or, by another `name`, so much of
+    that as the numbered `cores` are.
+    """
 
     records_runs = False
 
@@ -39,14 +41,16 @@ class CpuDevice:
     ) -> Executor:
         if launchers is not None:
             raise ConfigError(
-                f"device {self.name!r}: launchers={launchers}, but a run on a CPU is its thread's work; leave it out"
+                f"device {self.name!r}: launchers={launchers}, but a run on a CPU is its thread's "
+                "work; leave it out"
             )
         return open_executor(self.name, lanes, self.cores(), set_threads, affinity)
 
     def inspect(self, request: LoadRequest) -> Inspected:
         inspected = inspect_package(request, "cpu")
         if "AMX_TILE" in inspected.model.cpu_isa:
-            torch.cpu._init_amx()  # noqa: SLF001 -- Linux gives the tile registers only to processes that ask
+            # Linux gives the tile registers only to processes that ask.
+            torch.cpu._init_amx()  # noqa: SLF001
         return inspected
 
     def load(self, inspected: Inspected) -> Container:
@@ -67,7 +71,8 @@ def _wrap(raw: RawContainer, inspected: InspectedPackage, why_not: str) -> Conta
     return CAbiContainer(raw, inspected.request, inspected.extracted, inspected.own)
 
 
-# --- cores and threads --------------------------------------------------------------------------------
+# --- cores and threads
+# --------------------------------------------------------------------------------
 
 
 def available_cores() -> int:
@@ -80,7 +85,10 @@ def available_cores() -> int:
 
 
 def _cgroup_quota(root: Path) -> float | None:
-    """Cores that the cgroup's quota amounts to; None without one. Docs: kernel.org cgroup-v2, "cpu.max"."""
+    """Cores that the cgroup's quota amounts to; None without one.
+
+    Docs: kernel.org cgroup-v2, "cpu.max".
+    """
     try:
         quota, _, period = (root / "cpu.max").read_text().partition(" ")
         return None if quota == "max" else int(quota) / int(period)
@@ -97,10 +105,11 @@ def _cgroup_quota(root: Path) -> float | None:
 def set_threads(count: int) -> None:
     """Set the intra-op threads of the calling thread alone: OpenMP's, and MKL's where torch has it.
 
-    `torch.set_num_threads` would also set MKL's process-wide count and the default of threads born later, which are the
-    application's own business.
+    `torch.set_num_threads` would also set MKL's process-wide count and the default of threads born
+    later, which are the application's own business.
     """
-    torch.get_num_threads()  # torch initializes a thread's count lazily; do it now, or it would overwrite ours
+    # Torch initializes a thread's count lazily; do it now, or it would overwrite ours
+    torch.get_num_threads()
     set_openmp = _symbol("omp_set_num_threads")
     if set_openmp is None:
         torch.set_num_threads(count)

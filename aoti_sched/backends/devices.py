@@ -16,7 +16,9 @@ _NAME = re.compile(r"(cpu|mps)|(cuda|xpu)(?::(\d+))?")
 
 
 def open_device(name: str, cores: Sequence[int] | None = None) -> Device:
-    """The device of a name: "cpu", "cuda:0", "xpu:0" or "mps". One like "cpu:0" is these `cores` of the CPU.
+    """The device of a name:
+
+    "cpu", "cuda:0", "xpu:0" or "mps". One like "cpu:0" is these `cores` of the CPU.
 
     Raises:
         ConfigError: There is no such device here, or torch was built without that kind.
@@ -86,4 +88,7 @@ def _absent(kind: str, *, built: bool) -> str:
 
     if built:
         return f"torch finds no {kind} device here"
-    return f"this torch ({torch.__version__}) was built without {kind}; install one that was built with it"
+    return (
+        f"this torch ({torch.__version__}) was built without {kind}; install one that was built "
+        "with it"
+    )

@@ -1,7 +1,9 @@
-"""Opens packages for every kind of device: what a CPU and an accelerator do in the same way when a model is loaded.
+"""Opens packages for every kind of device: what a CPU and an accelerator do in the same way when a
+model is loaded.
 
-Loading has two steps, so that memory can be reserved between them. `inspect_package` reads, checks and extracts a
-package; nothing of it runs. `open_container` loads the library and makes the container. Both block.
+Loading has two steps, so that memory can be reserved between them. `inspect_package` reads, checks
+and extracts a package; nothing of it runs. `open_container` loads the library and makes the
+container. Both block.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ def inspect_package(
         check: Checks of the device's own, before anything is extracted.
 
     Raises:
-        PackageError: The package is missing, broken, for another platform or for another kind of device.
+        PackageError: The package is missing, broken, for another platform or for another kind of
+            device.
     """
     package = open_package(request.path, sha256=request.sha256, contents=request.contents)
     model = package.model(request.model_name)
@@ -68,7 +71,8 @@ def inspect_package(
     request = msgspec.structs.replace(request, contents=None)
     own, wrapper = spec_from_metadata(model.metadata), package.wrapper_source(model)
     if writes_to_buffers(own, wrapper):
-        # Instances share their buffers, and nothing in the runtime guards them (pytorch/pytorch#122824).
+        # Instances share their buffers, and nothing in the runtime guards them
+        # (pytorch/pytorch#122824).
         request = msgspec.structs.replace(request, instances=1)
     return InspectedPackage(
         request=request,
@@ -87,7 +91,9 @@ def inspect_package(
 def open_container(
     inspected: Inspected, device: str, open_raw: OpenRaw, wrap: WrapRaw
 ) -> Container:
-    """Load an inspected model's library and make its container. After a failure nothing stays loaded.
+    """Load an inspected model's library and make its container.
+
+    After a failure nothing stays loaded.
 
     Args:
         inspected: What `inspect_package` returned.

@@ -1,7 +1,8 @@
 """Devices: the devices of one scheduler, and the dispatcher of each.
 
-Which devices a model's settings name, which are in service, and which cores belong to "cpu:0", "cpu:1" and so on. Devices
-are opened when the first model is loaded there, in a worker thread: the first backend imports torch.
+Which devices a model's settings name, which are in service, and which cores belong to "cpu:0",
+"cpu:1" and so on. Devices are opened when the first model is loaded there, in a worker thread: the
+first backend imports torch.
 """
 
 from __future__ import annotations
@@ -73,7 +74,10 @@ class Devices:
         return {name: dispatcher.stats() for name, dispatcher in self.dispatchers.items()}
 
     async def close(self) -> list[BaseException]:
-        """End the lanes of every device. Return the faults; a device that failed is closed by the next call."""
+        """End the lanes of every device.
+
+        Return the faults; a device that failed is closed by the next call.
+        """
         faults: list[BaseException] = []
         for name, dispatcher in list(self.dispatchers.items()):
             dispatcher.close()
@@ -135,7 +139,8 @@ class Devices:
                 names.append(in_full(name))
         if not names or len({*names}) < len(names):
             raise ConfigError(
-                f"load({settings.path!r}): devices={list(wanted)}: name one or more devices, each once"
+                f"load({settings.path!r}): devices={list(wanted)}: name one or more devices, each "
+                "once"
             )
         return names
 
@@ -200,8 +205,8 @@ class Devices:
     async def divide_cores(self, names: Sequence[str]) -> None:
         """Give cores to "cpu:0", "cpu:1" and so on where the settings name none.
 
-        Cores are divided once, among these devices and those that the configuration names. Lanes are bound to their
-        cores, so a later device would have to take some of them away.
+        Cores are divided once, among these devices and those that the configuration names. Lanes
+        are bound to their cores, so a later device would have to take some of them away.
 
         Raises:
             ConfigError: Cores were divided before, and not for all of these.
@@ -216,13 +221,16 @@ class Devices:
         late = [name for name in unnamed if name not in self._shares]
         if late:
             raise ConfigError(
-                f"device {late[0]!r}: the cores were divided among {', '.join(map(repr, self._shares))} when the "
+                f"device {late[0]!r}: the cores were divided among "
+                f"{', '.join(map(repr, self._shares))} when the "
                 "first model was loaded there. Name all such devices beforehand: "
                 f"SchedulerConfig(devices={{{late[0]!r}: DeviceConfig(), ...}})."
             )
 
     def note_on_cores(self, name: str) -> tuple[str, ...]:
-        """Return a sentence for `RunnerInfo.notes` about a device whose cores were chosen here, otherwise none."""
+        """Return a sentence for `RunnerInfo.notes` about a device whose cores were chosen here,
+        otherwise none.
+        """
         if name not in self._shares:
             return ()
         cores = ", ".join(map(str, self._shares[name]))
@@ -286,11 +294,13 @@ def _lanes(name: str, settings: DeviceConfig, device: Device) -> int:
         )
     if settings.affinity is not None and len(settings.affinity) != lanes:
         raise ConfigError(
-            f"devices.{name}: affinity names {len(settings.affinity)} cores for {lanes} lanes; one for each is needed"
+            f"devices.{name}: affinity names {len(settings.affinity)} cores for {lanes} lanes; one "
+            "for each is needed"
         )
     if settings.limits.tenant_jobs is not None:
         raise ConfigError(
-            f"devices.{name}: tenant_jobs bounds each tenant of a model; set it in the model's limits"
+            f"devices.{name}: tenant_jobs bounds each tenant of a model; set it in the model's "
+            "limits"
         )
     if settings.evict is not None and settings.memory_limit is None:
         raise ConfigError(

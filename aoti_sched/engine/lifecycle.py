@@ -1,7 +1,10 @@
-"""Lifecycle: from a runner's name to its last freed byte. Drains, closes and frees replicas; survives lost devices.
+"""Lifecycle: from a runner's name to its last freed byte.
 
-A runner's life is one record with a stage. A replica is freed once, whoever asks first: a close, a drained device or a
-lost one. Nothing here refers to the scheduler or its devices, so that a closed scheduler is no part of a reference cycle.
+Drains, closes and frees replicas; survives lost devices.
+
+A runner's life is one record with a stage. A replica is freed once, whoever asks first: a close, a
+drained device or a lost one. Nothing here refers to the scheduler or its devices, so that a closed
+scheduler is no part of a reference cycle.
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ if TYPE_CHECKING:
     from aoti_sched.runner import Runner
 
 SLOW_CLOSE = 60.0
-"""Seconds after which a close that still waits for runs or leases is logged, as asyncpg's pool does."""
+"""Seconds after which a close that still waits for runs or leases is logged, as asyncpg's pool
+does.
+"""
 
 
 class _Named(Protocol):
@@ -144,7 +149,10 @@ class Lifecycle(Generic[_Handle]):
             await self._close(life, terminate=True)
 
     def abandon(self, life: Life) -> None:
-        """Give a name back unless its runner has been opened. What its load still brings must be freed."""
+        """Give a name back unless its runner has been opened.
+
+        What its load still brings must be freed.
+        """
         if life.stage is Stage.LOADING:
             life.stage = Stage.ABANDONED
         if life.stage is Stage.ABANDONED and self._lives.get(life.name) is life:
@@ -187,7 +195,10 @@ class Lifecycle(Generic[_Handle]):
             self._drain(life, terminate=True)
 
     async def drain_device(self, device: str) -> None:
-        """Free every replica on a device, and close each runner that has no other. Returns when all of that is done."""
+        """Free every replica on a device, and close each runner that has no other.
+
+        Returns when all of that is done.
+        """
         ends: list[Awaitable[None]] = []
         for life, runner in self._open():
             for replica in runner.loaded:
@@ -270,7 +281,9 @@ class Lifecycle(Generic[_Handle]):
     # --- what dispatchers report -----------------------------------------------------------------
 
     def on_failing(self, state: RunnerState) -> None:
-        """The last runs of a replica have all failed: log it, and rebuild the container if that is wanted."""
+        """The last runs of a replica have all failed: log it, and rebuild the container if that is
+        wanted.
+        """
         replica = self._replica_of(state)
         log.warning(
             "runs fail again and again",
@@ -290,7 +303,10 @@ class Lifecycle(Generic[_Handle]):
         self._start_soon(self._parking.bring_back, self._replica_of(state))
 
     def on_lost(self, device: str, error: DeviceLostError) -> None:
-        """A run has met a lost device: reroute its jobs where a runner has a replica elsewhere. Called for each such run."""
+        """A run has met a lost device: reroute its jobs where a runner has a replica elsewhere.
+
+        Called for each such run.
+        """
         for life, runner in self._open():
             for replica in list(runner.replicas):
                 others = [one for one in runner.replicas if one is not replica]

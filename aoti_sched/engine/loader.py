@@ -1,7 +1,8 @@
-"""Loader: inspects a model, reserves memory for it, loads it and warms it up, on each of its devices in turn.
+"""Loader: inspects a model, reserves memory for it, loads it and warms it up, on each of its
+devices in turn.
 
-Only reserving happens on the event loop; the rest blocks, in worker threads (`prepare.py`). A load goes on to its end
-whatever becomes of its caller, and what nobody wants any more is freed.
+Only reserving happens on the event loop; the rest blocks, in worker threads (`prepare.py`). A load
+goes on to its end whatever becomes of its caller, and what nobody wants any more is freed.
 """
 
 from __future__ import annotations
@@ -210,8 +211,8 @@ class Loader:
 async def _reserve_rest(model: LoadedModel) -> None:
     """Reserve the memory that a loaded model takes beyond what was reserved before.
 
-    A package states how many bytes its constants take, except a bare library without its sources. Its size is known once
-    it is loaded, and is reserved only then.
+    A package states how many bytes its constants take, except a bare library without its sources.
+    Its size is known once it is loaded, and is reserved only then.
 
     Raises:
         MemoryLimitError: The memory can't be had, even if every idle model is evicted.

@@ -1,4 +1,7 @@
-"""Worker threads: blocking calls of the front. Whatever a call raises is an `Exception` on the loop, and ends its own operation alone."""
+"""Worker threads: blocking calls of the front.
+
+Whatever a call raises is an `Exception` on the loop, and ends its own operation alone.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,9 @@ _T = TypeVar("_T")
 async def in_worker(
     call: Callable[[], _T], limiter: anyio.CapacityLimiter, what: str, *, or_here: bool = False
 ) -> _T:
-    """Call in a worker thread. The call goes on to its end when it is given up, and so does its caller.
+    """Call in a worker thread.
+
+    The call goes on to its end when it is given up, and so does its caller.
 
     Args:
         call: Blocks.
@@ -29,7 +34,8 @@ async def in_worker(
         ResourcesError: No thread can be started, or the call has met such a limit.
     """
     began = False
-    # What is raised is handed back as a value: anyio's future would hold it, and its traceback the future.
+    # What is raised is handed back as a value: anyio's future would hold it, and its traceback the
+    # future.
     raised: list[Exception] = []
     returned: list[_T] = []
 
@@ -48,7 +54,8 @@ async def in_worker(
             raise
         if not or_here:
             raise ResourcesError(
-                f"{what}: no thread can be started: {error}. Nothing has changed; end other threads, or raise the limit"
+                f"{what}: no thread can be started: {error}. Nothing has changed; end other "
+                "threads, or raise the limit"
             ) from error
     if not began:
         guarded()

@@ -1,4 +1,6 @@
-"""Accelerators: what CUDA, XPU and MPS have in common as devices: lanes, and how models are loaded there."""
+"""Accelerators: what CUDA, XPU and MPS have in common as devices: lanes, and how models are loaded
+there.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from aoti_sched.model.specs import TensorSpec, specs_from_wrapper
 from aoti_sched.package import PackagedModel
 
 LANES = 4
-"""The least lanes by default: each mostly waits for its device, and needs no core of its own for that."""
+"""The least lanes by default: each mostly waits for its device, and needs no core of its own for
+that.
+"""
 
 
 class Accelerator(StreamDevice):
@@ -43,7 +47,8 @@ class Accelerator(StreamDevice):
     ) -> Executor:
         if launchers is not None and not (self.may_be_asked and self.native is not None):
             raise ConfigError(
-                f"device {self.name!r}: launchers={launchers} needs native lanes, and a device that can be asked what is done, as 'cuda' can; "
+                f"device {self.name!r}: launchers={launchers} needs native lanes, and a device "
+                "that can be asked what is done, as 'cuda' can; "
                 "leave it out"
             )
         executor = open_executor(
@@ -61,21 +66,28 @@ class Accelerator(StreamDevice):
                 raise LoadError(f"copy_outputs={request.copy_outputs!r}: 'cpu' or None")
             if request.replicated and not (request.copy_inputs and request.copy_outputs):
                 raise ConfigError(
-                    f"load({str(request.path)!r}): nobody knows beforehand on which of its devices={self.name!r}, ... a request runs, so "
-                    "inputs come from the host and outputs go there: say copy_inputs=True, copy_outputs='cpu'"
+                    f"load({str(request.path)!r}): nobody knows beforehand on which of its "
+                    f"devices={self.name!r}, ... a request runs, so "
+                    "inputs come from the host and outputs go there: say copy_inputs=True, "
+                    "copy_outputs='cpu'"
                 )
 
         inspected = inspect_package(request, self.type, check)
         if request.cuda_graphs and inspected.model.needs_proxy_executor:
             raise ConfigError(
-                f"load({str(request.path)!r}): cuda_graphs=True, but the model calls {names(operators_of(inspected.extracted.library))} through "
-                "torch's dispatcher, which may wait for the device or call Python, and a graph would not do it again. Leave cuda_graphs out."
+                f"load({str(request.path)!r}): cuda_graphs=True, but the model calls "
+                f"{names(operators_of(inspected.extracted.library))} through "
+                "torch's dispatcher, which may wait for the device or call Python, and a graph "
+                "would not do it again. Leave cuda_graphs out."
             )
         self.must_work()
         return msgspec.structs.replace(inspected, fixed_threads=1)
 
     def load(self, inspected: Inspected) -> Container:
-        """As `Device.load`. The calling thread's current device stays as it was: torch's loader changes it."""
+        """As `Device.load`.
+
+        The calling thread's current device stays as it was: torch's loader changes it.
+        """
         make = StreamContainer
         if inspected.request.cuda_graphs and self.graph_container is not None:
             make = self.graph_container

@@ -1,4 +1,6 @@
-"""CUDA: a stream of the driver's own for each slot, on which lanes launch, copy and wait without the GIL."""
+"""CUDA: a stream of the driver's own for each slot, on which lanes launch, copy and wait without
+the GIL.
+"""
 
 from __future__ import annotations
 
@@ -155,7 +157,9 @@ class CudaDevice(Accelerator):
 
 
 class CudaEvent:
-    """An event of the device's, given back when nobody refers to it: whoever waits for it has been told by then."""
+    """An event of the device's, given back when nobody refers to it: whoever waits for it has been
+    told by then.
+    """
 
     __slots__ = ("_device", "handle")
 

@@ -1,7 +1,8 @@
-"""CUDA's driver, as much of it as streams need, through ctypes: found at run time, so that nothing links against CUDA.
+"""CUDA's driver, as much of it as streams need, through ctypes: found at run time, so that nothing
+links against CUDA.
 
-Calls release the GIL. The functions are described in the CUDA Driver API reference; `_v2` is what the header's macros make of a
-name. What blocks is `cuStreamSynchronize`, and `cuInit` at first.
+Calls release the GIL. The functions are described in the CUDA Driver API reference; `_v2` is what
+the header's macros make of a name. What blocks is `cuStreamSynchronize`, and `cuInit` at first.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ DISABLE_TIMING = 2
 NOT_READY = 600
 """`CUDA_ERROR_NOT_READY`: a stream has work to do."""
 CAPTURING = range(900, 910)
-"""`CUDA_ERROR_STREAM_CAPTURE_*`: what was asked is not allowed while a graph is being recorded, which says nothing of the device."""
+"""`CUDA_ERROR_STREAM_CAPTURE_*`: what was asked is not allowed while a graph is being recorded,
+which says nothing of the device.
+"""
 
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuInit": (c_uint,),
@@ -110,7 +113,9 @@ class Driver:
 
     @contextmanager
     def current(self, context: int | None) -> Iterator[None]:
-        """The context is the calling thread's current one inside, and what was it before is so again; None changes nothing inside."""
+        """The context is the calling thread's current one inside, and what was it before is so
+        again; None changes nothing inside.
+        """
         before = c_void_p()
         self.call("cuCtxGetCurrent", byref(before))
         if context is not None and before.value != context:

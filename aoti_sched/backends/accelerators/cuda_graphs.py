@@ -1,16 +1,21 @@
-"""CUDA graphs: a model's run is recorded once for each of its slots and sizes of inputs, and launched as one thing from then on.
+"""CUDA graphs: a model's run is recorded once for each of its slots and sizes of inputs, and
+launched as one thing from then on.
 
 A graph reads and writes the memory that it was recorded with, so
 
-- it has inputs and outputs of its own, to and from which a request's are copied, on its slot's stream;
+- it has inputs and outputs of its own, to and from which a request's are copied, on its slot's
+stream;
 - what it needs in between lies in a pool that only a slot's graphs have, which never run at once;
-- the weights that it reads are those of one of the container's two buffers, so there are graphs for each. After a swap, a buffer that has been
+- the weights that it reads are those of one of the container's two buffers, so there are graphs for
+each. After a swap, a buffer that has been
   active before has its own still; those of a buffer whose memory was freed go with it.
 
-The first run with new sizes is launched one kernel after the other, and recorded afterwards. The runtime's `Run` can't be recorded, since it records events and
-takes locks. `RunSingleThreaded` can, but it always takes the first instance that is free, and `Run` leaves none behind (`pending_models_` in
-model_container.h): so there is one instance here, which nothing but `RunSingleThreaded` ever takes, one launch at a time. Slots still run beside
-each other on the device: what an instance has of its own is its loaded kernels.
+The first run with new sizes is launched one kernel after the other, and recorded afterwards. The
+runtime's `Run` can't be recorded, since it records events and takes locks. `RunSingleThreaded` can,
+but it always takes the first instance that is free, and `Run` leaves none behind (`pending_models_`
+in model_container.h): so there is one instance here, which nothing but `RunSingleThreaded` ever
+takes, one launch at a time. Slots still run beside each other on the device: what an instance has
+of its own is its loaded kernels.
 """
 
 from __future__ import annotations
@@ -40,7 +45,9 @@ if TYPE_CHECKING:
     from aoti_sched.backends.native import _native
 
 MOST_GRAPHS = 32
-"""Sizes of inputs for which a slot has graphs, of each buffer; runs with others are launched one kernel after the other."""
+"""Sizes of inputs for which a slot has graphs, of each buffer; runs with others are launched one
+kernel after the other.
+"""
 
 Shapes: TypeAlias = tuple[Sequence[int], ...]
 
@@ -82,7 +89,9 @@ class Graph:
             )
 
     def launch(self, slot: Slot, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-        """Launch it on the slot's stream, which is the current one; the outputs are the caller's own."""
+        """Launch it on the slot's stream, which is the current one; the outputs are the caller's
+        own.
+        """
         for own, given in zip(self._inputs, inputs, strict=True):
             write(own, given)
         self._device.launch_graph(self._executable, slot.stream.handle)
@@ -119,8 +128,8 @@ class GraphContainer(StreamContainer):
         self._cuda = device
         self._launching = threading.Lock()
         """Held by whoever uses the instance."""
-        # Of the active buffer and of the inactive one: for each slot, its graphs by the sizes of their inputs. None stands for
-        # sizes that can't be recorded.
+        # Of the active buffer and of the inactive one: for each slot, its graphs by the sizes of
+        # their inputs. None stands for sizes that can't be recorded.
         self._graphs: list[list[dict[Shapes, Graph | None]]] = [
             [{} for _ in range(request.instances)] for _ in range(2)
         ]
@@ -176,7 +185,9 @@ class GraphContainer(StreamContainer):
             return self._raw.run_single_threaded(inputs, stream=slot.stream.handle)
 
     def _recorded(self, number: int, like: Sequence[torch.Tensor], *, draws: bool) -> Graph | None:
-        """The graph of a slot's run of inputs like these, which have been run before; None where it can't be had."""
+        """The graph of a slot's run of inputs like these, which have been run before; None where it
+        can't be had.
+        """
         if not all(tensor.numel() for tensor in like):
             return None
         try:
@@ -203,7 +214,8 @@ class GraphContainer(StreamContainer):
         ]
         recorded = self._cuda.module.CUDAGraph()
         with self._cuda.recording:
-            # Other threads go on using the device meanwhile: what they may not do then is this thread's concern alone.
+            # Other threads go on using the device meanwhile: what they may not do then is this
+            # thread's concern alone.
             recorded.capture_begin(pool=self._pools[number], capture_error_mode="thread_local")
             try:
                 outputs = self._launch(self._slots[number], inputs)
@@ -289,7 +301,10 @@ def _why_not(raw: RawContainer, on_host: Sequence[int]) -> str:
     """Why a model's runs can't be recorded; "" when they can."""
     if on_host:
         name = raw.input_names[on_host[0]]
-        return f"its input {name!r} lies in the host's memory, and a graph would go on with the value that it was recorded with"
+        return (
+            f"its input {name!r} lies in the host's memory, and a graph would go on with the value "
+            "that it was recorded with"
+        )
     if any(constant.spec.folded for constant in raw.constants):
         return "it computes constants from others, for which an instance must be free"
     return ""

@@ -1,8 +1,9 @@
 """Apple's MPS: one work of the process at a time, and the device is waited for after each.
 
-Torch has one stream there, which models use whatever they are given, and two threads that encode at once end the process
-(pytorch/pytorch#197805, #167541). So there is one lane, and whoever works on the device outside of it takes the process's turn, which
-all schedulers share. A run's completion is reported when it is encoded, not when it is done, hence the fence.
+Torch has one stream there, which models use whatever they are given, and two threads that encode at
+once end the process (pytorch/pytorch#197805, #167541). So there is one lane, and whoever works on
+the device outside of it takes the process's turn, which all schedulers share. A run's completion is
+reported when it is encoded, not when it is done, hence the fence.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ _turn = threading.RLock()
 
 
 class MpsDevice(Accelerator):
-    """The one MPS device. `module` and `type` are torch's module for it and word for its kind (the tests have others)."""
+    """The one MPS device.
+
+    `module` and `type` are torch's module for it and word for its kind (the tests have others).
+    """
 
     one_at_a_time = True
     has_addresses = False
@@ -52,7 +56,8 @@ class MpsDevice(Accelerator):
     ) -> Executor:
         if lanes != 1:
             raise ConfigError(
-                f"device {self.name!r}: lanes={lanes}, but it runs one model at a time; leave lanes out, or say 1"
+                f"device {self.name!r}: lanes={lanes}, but it runs one model at a time; leave "
+                "lanes out, or say 1"
             )
         return super().open_executor(lanes, affinity, launchers)
 

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 
 class Arrived(list[Any]):
-    """A request's inputs, and what was current when it came: an event after all that they depend on, and the stream that will
-    use the outputs."""
+    """A request's inputs, and what was current when it came: an event after all that they depend
+    on, and the stream that will use the outputs.
+    """
 
     __slots__ = ("consumer", "event")
 
@@ -30,7 +31,14 @@ class Arrived(list[Any]):
 
 
 class Slot:
-    """One of a container's slots: a stream that is its alone, and what is done around a run on it."""
+    """One of a container's slots: a stream of its own, and what is done around a run on it.
+
+    Args:
+        device: The container's.
+        stream: No other slot uses it.
+        on_host: For each input, whether the model takes it from the host.
+        request: Says whether inputs and outputs are copied.
+    """
 
     def __init__(
         self, device: StreamDevice, stream: Stream, on_host: Sequence[bool], request: LoadRequest
@@ -117,7 +125,9 @@ def copied(tensor: torch.Tensor, device: str) -> torch.Tensor:
 
 
 def write(to: torch.Tensor, given: torch.Tensor) -> None:
-    """Copy the elements of `given`. Of those that are one element of `to`, along a dimension of stride 0, the first is copied.
+    """Copy the elements of `given`.
+
+    Of those that are one element of `to`, along a dimension of stride 0, the first is copied.
 
     Torch refuses to write to one element several times.
     """

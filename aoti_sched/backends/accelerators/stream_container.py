@@ -1,12 +1,14 @@
 """Containers whose runs go on streams: one that C runs, and one that torch's own runner runs.
 
-A run is launched on its slot's stream by one thread, which then waits for the device (the *fence*) without the GIL. So a
-completed run is complete on the device, too: its inputs may be freed, its slot given to the next run, and a barrier needs
-no other fence.
+A run is launched on its slot's stream by one thread, which then waits for the device (the *fence*)
+without the GIL. So a completed run is complete on the device, too: its inputs may be freed, its
+slot given to the next run, and a barrier needs no other fence.
 
-- On the way in, the slot's stream waits for an event. The event is on the stream that was current when the caller called.
+- On the way in, the slot's stream waits for an event. The event is on the stream that was current
+when the caller called.
 - Inputs are held until the fence: the model drops its references when it has launched.
-- On the way out, outputs are recorded on the caller's stream. Their memory is of the slot's pool. Without the record, the
+- On the way out, outputs are recorded on the caller's stream. Their memory is of the slot's pool.
+Without the record, the
   slot's next run would get it while the caller's own work may still read it.
 """
 
@@ -34,11 +36,16 @@ if TYPE_CHECKING:
     from aoti_sched.backends.aoti.constants import Chosen, Constant
 
 STAGED_AT_ONCE = 64 << 20
-"""Bytes of constants that are written in one call. Between two calls, runs have the device's copy engine."""
+"""Bytes of constants that are written in one call.
+
+Between two calls, runs have the device's copy engine.
+"""
 
 
 class OnStreams(ABC):
-    """What a container has whose runs go on streams, be they called through the C ABI or by torch's runner."""
+    """What a container has whose runs go on streams, be they called through the C ABI or by torch's
+    runner.
+    """
 
     staging: Any
 
@@ -94,7 +101,9 @@ class OnStreams(ABC):
         return Arrived(inputs, event, None if self._host_outputs else stream)
 
     def as_here(self) -> AbstractContextManager[object]:
-        """The calling thread's current stream is, inside, that of whatever thread enters: a request is made for another thread."""
+        """The calling thread's current stream is, inside, that of whatever thread enters: a request
+        is made for another thread.
+        """
         return self._device.under(self._device.current_stream())
 
     def run_work(self, work: Work) -> list[Any]:
@@ -154,7 +163,9 @@ class StreamContainer(OnStreams, CAbiContainer):
         return self._c_run if self._slots and self._slots[0].native is not None else None
 
     def own(self, outputs: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """Outputs that are weights are copied on a stream of their own, and that is waited for: the weights may be written next."""
+        """Outputs that are weights are copied on a stream of their own, and that is waited for: the
+        weights may be written next.
+        """
         if self._host_outputs:  # and lie there
             return super().own(outputs)
         if self._aliases(outputs):
@@ -197,7 +208,8 @@ class StreamContainer(OnStreams, CAbiContainer):
         with slot.run(Work(self, self.arrive(inputs), 1, None)):
             return self._raw.run(slot.brought(inputs), stream=slot.stream.handle)
 
-    # --- live weights ----------------------------------------------------------------------------------
+    # --- live weights
+    # ----------------------------------------------------------------------------------
 
     def _fold(self, raw: RawContainer, *, inactive: bool) -> None:
         with self._device.keeping_current(), self._device.turn():
@@ -226,7 +238,9 @@ class StreamContainer(OnStreams, CAbiContainer):
 
     @contextmanager
     def _bring(self, tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-        """Host tensors on the device, for models that can't take them from the host; inside they are written."""
+        """Host tensors on the device, for models that can't take them from the host; inside they
+        are written.
+        """
         with self._house.current():
             brought = [copied(tensor, self._device.name) for tensor in tensors]
             self._house.fence()

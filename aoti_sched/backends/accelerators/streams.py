@@ -1,7 +1,7 @@
 """Streams: how one device makes streams and events, waits for them, and finds out that it is lost.
 
-Each kind of device has its own (`cuda.py`, `xpu.py`, `mps.py`). Slots and containers know a device as a `StreamDevice`;
-loading is in `accelerator.py`.
+Each kind of device has its own (`cuda.py`, `xpu.py`, `mps.py`). Slots and containers know a device
+as a `StreamDevice`; loading is in `accelerator.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 
 class Stream(ABC):
-    """One stream, owned. `handle` is what a model is given, `of_torch` torch's object for it; None where there is none."""
+    """One stream, owned.
+
+    `handle` is what a model is given, `of_torch` torch's object for it; None where there is none.
+    """
 
     handle: int = 0
     of_torch: Any = None
@@ -48,7 +51,11 @@ class Stream(ABC):
 
     @abstractmethod
     def native_fence(self) -> dict[str, int]:
-        """How C waits: `fence` or `wait`, the address of a function, and its `argument`; 0 for both functions where C can't."""
+        """How C waits:
+
+        `fence` or `wait`, the address of a function, and its `argument`; 0 for both functions where
+        C can't.
+        """
 
     def close(self) -> None:  # noqa: B027 -- a device may have nothing to do
         """Give it back; nothing may be going on."""
@@ -81,7 +88,8 @@ class StreamDevice(ABC):
     def name(self) -> str:
         return f"{self.type}:{self.index}"
 
-    # --- streams ---------------------------------------------------------------------------------------
+    # --- streams
+    # ---------------------------------------------------------------------------------------
 
     @abstractmethod
     def open_stream(self) -> Stream:
@@ -89,14 +97,20 @@ class StreamDevice(ABC):
 
     @abstractmethod
     def record(self, stream: Any) -> Any:
-        """An event after all that a stream (torch's object) has been given; None where there is no such thing."""
+        """An event after all that a stream (torch's object) has been given; None where there is no
+        such thing.
+        """
 
     @abstractmethod
     def current_stream(self) -> Any:
-        """Torch's object for the calling thread's current stream, for `Tensor.record_stream`; None where there is none."""
+        """Torch's object for the calling thread's current stream, for `Tensor.record_stream`; None
+        where there is none.
+        """
 
     def under(self, stream: Any) -> AbstractContextManager[object]:
-        """A stream (torch's object; None where there is no such thing) is the thread's current one inside."""
+        """A stream (torch's object; None where there is no such thing) is the thread's current one
+        inside.
+        """
         made: AbstractContextManager[object] = (
             nullcontext() if stream is None else self.module.stream(stream)
         )
@@ -111,7 +125,7 @@ class StreamDevice(ABC):
         """Wait for all streams."""
 
     def native_functions(self) -> dict[str, int]:
-        """Of the device's own functions those that native lanes call, by `_native.Device`'s names."""
+        """Return addresses of the functions that native lanes call, by their names there."""
         return {}
 
     @property
@@ -123,7 +137,9 @@ class StreamDevice(ABC):
         return address_of(function)
 
     def workspace(self, streams: Sequence[Stream]) -> int | None:
-        """Bytes that torch keeps for these streams, used at the moment or not; None where it does not say."""
+        """Bytes that torch keeps for these streams, used at the moment or not; None where it does
+        not say.
+        """
         del streams
         return None
 
@@ -147,7 +163,8 @@ class StreamDevice(ABC):
         why = self.lost()
         if why:
             raise DeviceLostError(
-                f"device {self.name} is lost: {why}. Nothing runs on it until the process is started again.",
+                f"device {self.name} is lost: {why}. Nothing runs on it until the process is "
+                "started again.",
                 device=self.name,
             )
 

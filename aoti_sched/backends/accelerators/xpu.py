@@ -1,4 +1,6 @@
-"""Intel's XPU: a `sycl::queue` for each slot, given to the model explicitly; torch copies, and torch's own stream waits."""
+"""Intel's XPU: a `sycl::queue` for each slot, given to the model explicitly; torch copies, and
+torch's own stream waits.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,19 @@ from aoti_sched.backends.accelerators.streams import Stream
 from aoti_sched.errors import LoadError
 
 POOL = 32
-"""Streams that torch has on a device, of each priority; asked for one more, it gives the first again."""
+"""Streams that torch has on a device, of each priority; asked for one more, it gives the first
+again.
+"""
 
 SYNCHRONIZE = "_ZNK3c106Stream11synchronizeEv"
 """`c10::Stream::synchronize() const`."""
 
 
 class XpuDevice(Accelerator):
-    """One XPU. `module` and `type` are torch's module for it and word for its kind (the tests have others)."""
+    """One XPU.
+
+    `module` and `type` are torch's module for it and word for its kind (the tests have others).
+    """
 
     def __init__(self, index: int, *, module: Any = torch.xpu, type: str = "xpu") -> None:
         self.type = type
@@ -38,7 +45,8 @@ class XpuDevice(Accelerator):
                     self._taken.add(stream.sycl_queue)
                     return XpuStream(self, stream)
         raise LoadError(
-            f"device {self.name}: its {POOL} streams are taken; each instance of a model has one, and each model one more"
+            f"device {self.name}: its {POOL} streams are taken; each instance of a model has one, "
+            "and each model one more"
         )
 
     def give_back(self, handle: int) -> None:
