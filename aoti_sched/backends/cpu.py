@@ -22,8 +22,11 @@ from aoti_sched.errors import ConfigError
 
 
 class CpuDevice:
-    """This machine's CPU, as much of it as the process may use; or, by another `name`, so much of
-    that as the numbered `cores` are.
+    """This machine's CPU, as far as the process may use it.
+
+    Args:
+        name: "cpu"; or "cpu:0" and so on for a part of the CPU.
+        cores: The numbers of the part's cores.
     """
 
     records_runs = False
@@ -76,7 +79,10 @@ def _wrap(raw: RawContainer, inspected: InspectedPackage, why_not: str) -> Conta
 
 
 def available_cores() -> int:
-    """Cores this process may use: its affinity, and the CPU quota of its cgroup (v2, then v1)."""
+    """Return the number of cores that this process may use.
+
+    Its affinity limits them, and the CPU quota of its cgroup (v2, then v1).
+    """
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -85,7 +91,7 @@ def available_cores() -> int:
 
 
 def _cgroup_quota(root: Path) -> float | None:
-    """Cores that the cgroup's quota amounts to; None without one.
+    """Return the cores that the cgroup's quota amounts to; None without a quota.
 
     Docs: kernel.org cgroup-v2, "cpu.max".
     """
@@ -103,10 +109,12 @@ def _cgroup_quota(root: Path) -> float | None:
 
 
 def set_threads(count: int) -> None:
-    """Set the intra-op threads of the calling thread alone: OpenMP's, and MKL's where torch has it.
+    """Set the intra-op threads of the calling thread alone:
 
-    `torch.set_num_threads` would also set MKL's process-wide count and the default of threads born
-    later, which are the application's own business.
+    OpenMP's, and MKL's where torch has MKL.
+
+    `torch.set_num_threads` would also set MKL's process-wide count and the default of later
+    threads. Both belong to the application.
     """
     # Torch initializes a thread's count lazily; do it now, or it would overwrite ours
     torch.get_num_threads()

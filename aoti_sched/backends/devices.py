@@ -1,4 +1,4 @@
-"""Which device a name means."""
+"""Opens the device that a name means."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ _NAME = re.compile(r"(cpu|mps)|(cuda|xpu)(?::(\d+))?")
 
 
 def open_device(name: str, cores: Sequence[int] | None = None) -> Device:
-    """The device of a name:
+    """Open a device.
 
-    "cpu", "cuda:0", "xpu:0" or "mps". One like "cpu:0" is these `cores` of the CPU.
+    Args:
+        name: "cpu", "cuda:0", "xpu:0" or "mps"; or, with `cores`, the name of a part of the CPU.
+        cores: The numbers of the part's cores.
 
     Raises:
         ConfigError: There is no such device here, or torch was built without that kind.
@@ -68,14 +70,14 @@ def _accelerator(name: str, kind: str, index: int) -> Accelerator:
 
 
 def count_devices(kind: str) -> int:
-    """How many devices of a kind like "cuda" this machine has, as far as torch can use them."""
+    """Return how many devices of a kind like "cuda" torch can use on this machine."""
     import torch
 
     return getattr(torch, kind).device_count() if _built(kind) else 0
 
 
 def _built(kind: str) -> bool:
-    """Whether this torch was built with a kind of devices that have numbers."""
+    """Return whether this torch was built with a kind of devices that have numbers."""
     import torch
 
     if kind == "cuda":

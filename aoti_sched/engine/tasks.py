@@ -69,7 +69,7 @@ class Housekeeping:
         return outcome
 
     def start_soon(self, work: Callable[[], Awaitable[object]]) -> None:
-        """Start `work` in a turn of its own; for callers in the midst of other things."""
+        """Start `work` in the next iteration of the loop, for callers in the middle of a step."""
         self._errands.put_nowait(work)
 
     def must_be_here(self) -> None:
@@ -82,7 +82,7 @@ class Housekeeping:
             )
 
     def finish(self) -> None:
-        """Take no more errands; the task ends with the work under way."""
+        """Take no more work. The task ends with the work under way."""
         self._errands.put_nowait(None)
 
     async def ended(self) -> None:
@@ -117,6 +117,6 @@ async def _carry(work: Callable[[], Awaitable[_T]], outcome: asyncio.Future[_T])
 
 
 def _look_at(outcome: asyncio.Future[Any]) -> None:
-    """Mark an outcome's error as seen: its caller may have been cancelled."""
+    """Mark an outcome's error as retrieved: its caller may have been cancelled."""
     if not outcome.cancelled():
         outcome.exception()

@@ -1,4 +1,4 @@
-"""Worker threads: blocking calls of the front.
+"""Worker threads: blocking calls of the engine.
 
 Whatever a call raises is an `Exception` on the loop, and ends its own operation alone.
 """
@@ -22,12 +22,12 @@ async def in_worker(
 ) -> _T:
     """Call in a worker thread.
 
-    The call goes on to its end when it is given up, and so does its caller.
+    When the caller is cancelled, the call goes on to its end, and so does the caller's wait.
 
     Args:
         call: Blocks.
-        limiter: Of the threads.
-        what: Names the call in a `LoadError`, which stands for a `BaseException` that it raises.
+        limiter: Limits the threads.
+        what: Names the call in the `LoadError` that replaces a `BaseException` of the call.
         or_here: Call on the loop's thread where no thread can be started.
 
     Raises:

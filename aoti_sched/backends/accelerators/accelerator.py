@@ -28,7 +28,7 @@ that.
 
 
 class Accelerator(StreamDevice):
-    """One device."""
+    """A device whose runs go on streams."""
 
     graph_container: type[StreamContainer] | None = None
     """Makes containers whose runs are recorded; None where runs can't be recorded."""
@@ -39,7 +39,7 @@ class Accelerator(StreamDevice):
         return self.graph_container is not None
 
     def cores(self) -> int:
-        """How many lanes there are by default, and how many of them may work at once."""
+        """Return the number of lanes by default, and how many may work at once."""
         return max(LANES, available_cores())
 
     def open_executor(

@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 
 
 class Arrived(list[Any]):
-    """A request's inputs, and what was current when it came: an event after all that they depend
-    on, and the stream that will use the outputs.
+    """A request's inputs, and what was current when the request came.
+
+    Attributes:
+        event: Recorded after everything that the inputs depend on.
+        consumer: The stream that will use the outputs.
     """
 
     __slots__ = ("consumer", "event")
@@ -59,10 +62,10 @@ class Slot:
             )
 
     def begin(self, work: Work) -> None:
-        """Before a run is launched: its stream waits for what the inputs depend on. Does not block.
+        """Let the slot's stream wait for everything that a work's inputs depend on. Does not block.
 
         Raises:
-            DeviceLostError: The device works no more.
+            DeviceLostError: Nothing runs on the device any more.
         """
         self.device.must_work()
         for inputs in _arrivals(work):
@@ -74,7 +77,10 @@ class Slot:
                     raise self.device.judged(error) from None
 
     def hand_over(self, work: Work, outputs: list[Any]) -> None:
-        """Outputs (of a batch: each member's) are used on their caller's stream from now on."""
+        """Record outputs on their caller's stream, which uses them from now on.
+
+        The outputs of a batch are those of each member.
+        """
         if self.copies_home:
             return
         each = outputs if work.batch is not None else [outputs]
@@ -85,7 +91,7 @@ class Slot:
                     tensor.record_stream(consumer)
 
     def brought(self, inputs: Sequence[Any]) -> list[Any]:
-        """The inputs where the model wants them, in Python's way: inside `stream.current()`."""
+        """Return the inputs where the model wants them. Called inside `stream.current()`."""
         if not self._copies:
             return list(inputs)
         return [
@@ -97,12 +103,15 @@ class Slot:
         return copied(tensor.detach(), self.device.name)
 
     def home(self, outputs: list[Any]) -> list[Any]:
-        """The outputs where they are wanted."""
+        """Return the outputs where the caller wants them."""
         return each_once(outputs, torch.Tensor.cpu) if self.copies_home else outputs
 
     @contextmanager
     def run(self, work: Work) -> Iterator[None]:
-        """A run of Python's inside; when it comes out, the device is done, whatever has failed."""
+        """Run Python code on the stream in the block.
+
+        When the block ends, the device is done, even after a failure.
+        """
         with self.device.turn(), torch.no_grad():
             self.begin(work)
             try:
@@ -125,10 +134,9 @@ def copied(tensor: torch.Tensor, device: str) -> torch.Tensor:
 
 
 def write(to: torch.Tensor, given: torch.Tensor) -> None:
-    """Copy the elements of `given`.
+    """Copy the elements of `given` to a tensor.
 
-    Of those that are one element of `to`, along a dimension of stride 0, the first is copied.
-
+    Along a dimension of stride 0, several elements of `to` are one in memory; the first is copied.
     Torch refuses to write to one element several times.
     """
     for dim, step in enumerate(to.stride()):

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 class Stream(ABC):
     """One stream, owned.
 
-    `handle` is what a model is given, `of_torch` torch's object for it; None where there is none.
+    Attributes:
+        handle: What a model is given.
+        of_torch: Torch's object for the stream; None where there is none.
     """
 
     handle: int = 0
@@ -35,10 +37,10 @@ class Stream(ABC):
 
     @abstractmethod
     def wait_for(self, event: Any) -> None:
-        """What comes next on this stream comes after the event. Does not block."""
+        """Let later work on this stream wait for an event. Does not block."""
 
     def current(self) -> AbstractContextManager[object]:
-        """Torch's operations inside go on this stream."""
+        """Let torch's operations in the block go to this stream."""
         return self._device.under(self.of_torch)
 
     @abstractmethod
@@ -51,14 +53,14 @@ class Stream(ABC):
 
     @abstractmethod
     def native_fence(self) -> dict[str, int]:
-        """How C waits:
+        """Return how C waits.
 
-        `fence` or `wait`, the address of a function, and its `argument`; 0 for both functions where
-        C can't.
+        The keys are `fence` or `wait`, the address of a function (0 where C can't wait), and
+        `argument`.
         """
 
     def close(self) -> None:  # noqa: B027 -- a device may have nothing to do
-        """Give it back; nothing may be going on."""
+        """Release the stream. Nothing may be running on it."""
 
 
 class StreamDevice(ABC):
@@ -93,23 +95,22 @@ class StreamDevice(ABC):
 
     @abstractmethod
     def open_stream(self) -> Stream:
-        """A stream that nobody else has."""
+        """Open a stream that has no other user."""
 
     @abstractmethod
     def record(self, stream: Any) -> Any:
-        """An event after all that a stream (torch's object) has been given; None where there is no
-        such thing.
+        """Record an event after all work on a stream (torch's object); None where there are no
+        events.
         """
 
     @abstractmethod
     def current_stream(self) -> Any:
-        """Torch's object for the calling thread's current stream, for `Tensor.record_stream`; None
-        where there is none.
-        """
+        """Return torch's object for the calling thread's current stream; None where there is none."""
 
     def under(self, stream: Any) -> AbstractContextManager[object]:
-        """A stream (torch's object; None where there is no such thing) is the thread's current one
-        inside.
+        """Make a stream (torch's object) the thread's current one for the block.
+
+        None changes nothing.
         """
         made: AbstractContextManager[object] = (
             nullcontext() if stream is None else self.module.stream(stream)
@@ -133,30 +134,30 @@ class StreamDevice(ABC):
         return 0
 
     def address(self, function: str) -> int:
-        """The address of one of torch's functions, or 0."""
+        """Return the address of one of torch's functions, or 0."""
         return address_of(function)
 
     def workspace(self, streams: Sequence[Stream]) -> int | None:
-        """Bytes that torch keeps for these streams, used at the moment or not; None where it does
+        """Return the bytes that torch keeps for these streams, used or not; None where torch does
         not say.
         """
         del streams
         return None
 
     def turn(self) -> AbstractContextManager[object]:
-        """The process's turn, on a device that takes one work at a time."""
+        """Hold the process's lock for the block, on a device that takes one work at a time."""
         return nullcontext()
 
     def keeping_current(self) -> AbstractContextManager[object]:
-        """Whatever is done inside leaves the calling thread's current device as it was."""
+        """Preserve the calling thread's current device for the block."""
         return nullcontext()
 
     def lost(self) -> str:
-        """Why nothing runs on it any more; "" while it works."""
+        """Return why nothing runs on the device any more; "" while it works."""
         return ""
 
     def look_after_failure(self) -> None:  # noqa: B027 -- a device may have no way to know
-        """A run has failed: find out whether the device is lost."""
+        """Find out whether the device is lost, after a run has failed."""
 
     def must_work(self) -> None:
         """Raise DeviceLostError unless the device works."""
@@ -169,7 +170,7 @@ class StreamDevice(ABC):
             )
 
     def judged(self, error: BaseException) -> BaseException:
-        """A failed run's error, or that the device is lost with it."""
+        """Return a failed run's error, or a DeviceLostError if the device is lost."""
         self.look_after_failure()
         why = self.lost()
         if not why or isinstance(error, DeviceLostError):
@@ -178,7 +179,7 @@ class StreamDevice(ABC):
 
     @functools.cached_property
     def native(self) -> _native.Device | None:
-        """The device as native lanes know it; None where they can't run on it."""
+        """The device as native lanes know it; None where native lanes can't run on it."""
         try:
             from aoti_sched.backends.native import _native
             from aoti_sched.backends.native.executor import shim_of_torch
@@ -203,13 +204,13 @@ class StreamDevice(ABC):
         )
 
     def _number(self) -> int:
-        """Torch's number for this kind of device."""
+        """Return torch's number for this kind of device."""
         kind = "privateuse1" if self.type == torch._C._get_privateuse1_backend_name() else self.type  # noqa: SLF001
         number: int = getattr(libtorch, f"aoti_torch_device_type_{kind}")()
         return number
 
     def open_raw(self, library: Library, instances: int, name: str) -> RawContainer:
-        """A container of a model; its kernels lie beside its library."""
+        """Make the runtime's container. The model's kernels lie beside its library."""
         raw = RawContainer(library, instances, self.name, str(library.path.parent))
         raw.name = name
         raw.takes_from_cpu &= self.takes_from_host
