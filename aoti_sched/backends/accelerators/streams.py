@@ -105,7 +105,7 @@ class StreamDevice(ABC):
 
     @abstractmethod
     def current_stream(self) -> Any:
-        """Return torch's object for the calling thread's current stream; None where there is none."""
+        """Return torch's object for the thread's current stream; None where there is none."""
 
     def under(self, stream: Any) -> AbstractContextManager[object]:
         """Make a stream (torch's object) the thread's current one for the block.
