@@ -2,9 +2,9 @@
 
 Drains, closes and frees replicas; survives lost devices.
 
-A runner's life is one record with a stage. A replica is freed once, whoever asks first: a close, a
-drained device or a lost one. Nothing here refers to the scheduler or its devices, so that a closed
-scheduler is no part of a reference cycle.
+A runner's life is one record with a stage. A close, a drained device and a lost device all free a
+replica; the first of them does it. Nothing here refers to the scheduler or its devices, so that a
+closed scheduler is no part of a reference cycle.
 """
 
 from __future__ import annotations

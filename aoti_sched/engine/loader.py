@@ -2,7 +2,7 @@
 devices in turn.
 
 Only reserving happens on the event loop; the rest blocks, in worker threads (`prepare.py`). A load
-goes on to its end whatever becomes of its caller, and what nobody wants any more is freed.
+goes on to its end when its caller is cancelled. The engine then frees the model.
 """
 
 from __future__ import annotations

@@ -75,10 +75,13 @@ class Rows(msgspec.Struct, frozen=True):
 class Findings(msgspec.Struct):
     """What was found.
 
-    `least` gives, for each symbol that was examined, the least value that was shown to be right,
-    and why no smaller one was. `rows` is None where nobody asked. `mutated` are places of inputs
-    that a run wrote to (None: unknown). `failure` says why the model could not be run on values
-    made up for it; `zeros` says that it took zeros only.
+    Attributes:
+        least: For each symbol that was examined, the least value that was shown to be right, and
+            why no smaller value was.
+        rows: Whether rows are independent; None where that was not examined.
+        mutated: Numbers of the inputs that a run wrote to; None where that is unknown.
+        failure: Why the model could not be run on values made up for it; "" where it could.
+        zeros: Whether the model could be run on zeros only.
     """
 
     least: dict[str, tuple[int, str]] = {}

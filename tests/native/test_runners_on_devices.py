@@ -316,7 +316,7 @@ async def test_a_runner_on_two_devices_takes_from_the_host_and_brings_there_or_i
     two, options
 ):
     scheduler, load = two
-    with pytest.raises(ConfigError, match="say copy_inputs=True, copy_outputs='cpu'"):
+    with pytest.raises(ConfigError, match="Set copy_inputs=True, copy_outputs='cpu'"):
         await load(**options)
     assert dict(scheduler.runners) == {}
 

@@ -66,10 +66,9 @@ class Accelerator(StreamDevice):
                 raise LoadError(f"copy_outputs={request.copy_outputs!r}: 'cpu' or None")
             if request.replicated and not (request.copy_inputs and request.copy_outputs):
                 raise ConfigError(
-                    f"load({str(request.path)!r}): nobody knows beforehand on which of its "
-                    f"devices={self.name!r}, ... a request runs, so "
-                    "inputs come from the host and outputs go there: say copy_inputs=True, "
-                    "copy_outputs='cpu'"
+                    f"load({str(request.path)!r}): a request runs on any of its "
+                    f"devices={self.name!r}, ..., so its inputs come from the host and its outputs "
+                    "go there. Set copy_inputs=True, copy_outputs='cpu'."
                 )
 
         inspected = inspect_package(request, self.type, check)

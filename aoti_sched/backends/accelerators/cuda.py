@@ -1,6 +1,4 @@
-"""CUDA: a stream of the driver's own for each slot, on which lanes launch, copy and wait without
-the GIL.
-"""
+"""CUDA: a stream of the driver for each slot. Lanes launch, copy and wait there without the GIL."""
 
 from __future__ import annotations
 
@@ -57,10 +55,10 @@ class CudaDevice(Accelerator):
         self.module = module
         module.init()
         self.context = driver.primary_context(index)
-        self._events: deque[int] = deque()  # that nobody uses now
+        self._events: deque[int] = deque()  # that are free
         self._lost = ""
         self.recording = threading.Lock()
-        """Held while a run is recorded: meanwhile nobody may wait for the whole device."""
+        """Held while a run is recorded: no thread may wait for the whole device meanwhile."""
 
     def open_stream(self) -> CudaStream:
         return CudaStream(self)
@@ -124,7 +122,9 @@ class CudaDevice(Accelerator):
             self.driver.call("cuGraphLaunch", executable, stream)
 
     def numbers_drawn(self) -> int:
-        """How many random numbers the device's default generator has given, in its own count."""
+        """Return how many random numbers the device's default generator has given, in its own
+        count.
+        """
         drawn: int = self.module.default_generators[self.index].get_offset()
         return drawn
 
@@ -157,8 +157,9 @@ class CudaDevice(Accelerator):
 
 
 class CudaEvent:
-    """An event of the device's, given back when nobody refers to it: whoever waits for it has been
-    told by then.
+    """An event of the device, released when the last reference to it goes.
+
+    Every stream that waits for the event has been given the wait by then.
     """
 
     __slots__ = ("_device", "handle")

@@ -92,7 +92,7 @@ class Driver:
         return ctypes.cast(getattr(self._cdll, function), c_void_p).value or 0
 
     def explain(self, status: int) -> str:
-        """The driver's name and words for a status."""
+        """Return the driver's name and words for a status."""
         texts = []
         for function in ("cuGetErrorName", "cuGetErrorString"):
             text = c_char_p()
@@ -106,15 +106,17 @@ class Driver:
         return count.value
 
     def primary_context(self, index: int) -> int:
-        """The context that torch uses on a device, too; kept for the process's life."""
+        """Return the context that torch uses on a device, too; it is kept for the life of the
+        process.
+        """
         device = c_int()
         self.call("cuDeviceGet", byref(device), index)
         return self.make("cuDevicePrimaryCtxRetain", device.value)
 
     @contextmanager
     def current(self, context: int | None) -> Iterator[None]:
-        """The context is the calling thread's current one inside, and what was it before is so
-        again; None changes nothing inside.
+        """Make a context the calling thread's current one for the block, then restore the previous
+        one.
         """
         before = c_void_p()
         self.call("cuCtxGetCurrent", byref(before))

@@ -43,15 +43,13 @@ Between two calls, runs have the device's copy engine.
 
 
 class OnStreams(ABC):
-    """What a container has whose runs go on streams, be they called through the C ABI or by torch's
-    runner.
-    """
+    """What containers on streams share, whether C or torch's own runner runs them."""
 
     staging: Any
 
     @staticmethod
     def instances_for(request: LoadRequest) -> int:
-        """How many instances the runtime's container must have."""
+        """Return how many instances the runtime's container must have."""
         return request.instances
 
     def _open_slots(
@@ -64,7 +62,7 @@ class OnStreams(ABC):
         for _ in range(request.instances):
             self._slots.append(Slot(device, device.open_stream(), marks, request))
         self._house = device.open_stream()
-        """For what is no request's: folding, copies."""
+        """For work of no request: folding, copies."""
         self._workspace: int | None = None
 
     @property
@@ -107,7 +105,7 @@ class OnStreams(ABC):
         return self._device.under(self._device.current_stream())
 
     def run_work(self, work: Work) -> list[Any]:
-        """A work from beginning to end on the calling thread, in Python's way."""
+        """Run a work from beginning to end on the calling thread, in Python."""
         slot = self._slots[work.slot]
         try:
             with slot.run(work):
@@ -125,7 +123,7 @@ class OnStreams(ABC):
 
     @abstractmethod
     def _once(self, slot: Slot, inputs: Sequence[Any]) -> list[Any]:
-        """One run of the model inside `slot.run`."""
+        """Run the model once inside `slot.run`."""
 
 
 class StreamContainer(OnStreams, CAbiContainer):
@@ -163,8 +161,9 @@ class StreamContainer(OnStreams, CAbiContainer):
         return self._c_run if self._slots and self._slots[0].native is not None else None
 
     def own(self, outputs: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """Outputs that are weights are copied on a stream of their own, and that is waited for: the
-        weights may be written next.
+        """Copy outputs that are weights, on a stream of their own, and wait for the copies.
+
+        The weights may be written next.
         """
         if self._host_outputs:  # and lie there
             return super().own(outputs)
@@ -202,7 +201,7 @@ class StreamContainer(OnStreams, CAbiContainer):
         return slot.home(CAbiContainer.own(self, outputs))
 
     def _run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-        """A run of warming up: outputs as the model gave them, each time in the next slot."""
+        """Run once for warming up, in the next slot. Outputs stay as the model gave them."""
         slot = self._slots[self._turns % len(self._slots)]
         self._turns += 1
         with slot.run(Work(self, self.arrive(inputs), 1, None)):
@@ -238,8 +237,9 @@ class StreamContainer(OnStreams, CAbiContainer):
 
     @contextmanager
     def _bring(self, tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-        """Host tensors on the device, for models that can't take them from the host; inside they
-        are written.
+        """Copy host tensors to the device, for models that can't take them from the host.
+
+        The copies are written in the block.
         """
         with self._house.current():
             brought = [copied(tensor, self._device.name) for tensor in tensors]
@@ -262,7 +262,7 @@ class StreamContainer(OnStreams, CAbiContainer):
     unparkable = ""
 
     def park(self) -> None:
-        """What the package has not is kept on the host."""
+        """Free the constants. Constants that the package does not have are kept on the host."""
         with self._device.keeping_current(), self._device.turn():
             if not self._packaged[0]:
                 self._kept = self._raw.extract(host=True)

@@ -1,5 +1,6 @@
-"""Intel's XPU: a `sycl::queue` for each slot, given to the model explicitly; torch copies, and
-torch's own stream waits.
+"""Intel's XPU: a `sycl::queue` for each slot, which the model is given explicitly.
+
+Torch copies, and torch's own stream waits.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from aoti_sched.backends.accelerators.streams import Stream
 from aoti_sched.errors import LoadError
 
 POOL = 32
-"""Streams that torch has on a device, of each priority; asked for one more, it gives the first
-again.
+"""Streams that torch has on a device, of each priority.
+
+Asked for one more, torch gives the first again.
 """
 
 SYNCHRONIZE = "_ZNK3c106Stream11synchronizeEv"
@@ -87,7 +89,7 @@ class _C10Stream(ctypes.Structure):
 
 
 class XpuStream(Stream):
-    """One of torch's streams, for as long as it is held."""
+    """One of torch's streams, taken until it is closed."""
 
     _device: XpuDevice
 
