@@ -45,6 +45,9 @@ TOO_LONG = "it took too long to find out"
 NOT_STARTED = "no process could be started to try it"
 """The beginning of the answer where no child can be forked; the reason follows."""
 
+FAULT = "trying it failed by itself"
+"""The beginning of the answer where the code that tries raised an error; the error follows."""
+
 _DONE = "done"
 
 
@@ -54,20 +57,21 @@ def can_fork() -> bool:
 
 
 def is_unknown(answer: str) -> bool:
-    """Return whether an answer says nothing of the trial, for lack of time or of a process."""
-    return answer == TOO_LONG or answer.startswith(NOT_STARTED)
+    """Return whether an answer says nothing of the trial: no time, no process, or a fault of its own."""
+    return answer == TOO_LONG or answer.startswith((NOT_STARTED, FAULT))
 
 
 def in_child(work: Callable[[Tell], None], limit: float) -> tuple[list[Any], str]:
     """Do the work in a child process and wait for it.
 
     Args:
-        work: Called in the child with a function that sends values to the parent. What it raises is
-            lost.
+        work: Called in the child with a function that sends values to the parent. An error that it
+            raises ends the child.
         limit: Seconds after which the child is killed.
 
     Returns:
-        What the child told, in order, and why it told no more: "" where the work came to its end.
+        What the child told, in order, and why it told no more: "" where the work came to its end;
+        a text that begins with `FAULT` where it raised an error.
     """
     found: list[tuple[list[Any], str]] = []
     # libgomp keeps a team for each thread that ran kernels in parallel, and a fork loses its
@@ -123,7 +127,7 @@ def answers(
         elif time.monotonic() >= deadline:
             found += [TOO_LONG] * left
         elif left:
-            found.append(DIED)
+            found.append(end if end.startswith(FAULT) else DIED)
     return found
 
 
@@ -159,6 +163,8 @@ def _fork(work: Callable[[Tell], None], limit: float) -> tuple[list[Any], str]:
     told = [json.loads(line) for line in lines]
     if told and told[-1] == [_DONE]:
         return told[:-1], ""
+    if told and isinstance(told[-1], dict) and FAULT in told[-1]:
+        return told[:-1], f"{FAULT}: {told[-1][FAULT]}"
     if not in_time:
         return told, f"it took longer than {limit:g} s"
     if status is not None and os.WIFSIGNALED(status):
@@ -181,8 +187,12 @@ def _be_child(work: Callable[[Tell], None], its: int, dump_no_core: Callable[[],
         def tell(value: Any) -> None:
             _write(its, json.dumps(value).encode() + b"\n")
 
-        work(tell)
-        tell([_DONE])
+        try:
+            work(tell)
+        except Exception as error:  # noqa: BLE001 -- the parent reports it
+            tell({FAULT: first_line(error)})
+        else:
+            tell([_DONE])
     finally:
         os._exit(0)
 

@@ -1,7 +1,7 @@
-"""`compile_package`: export and compile a module, with the specs of its inputs and outputs in the package.
+"""`compile_package`: exports and compiles a module, and stores the specs of its inputs and outputs.
 
-torch is slow to import and to compile; nothing here is imported until it is called. Compiling blocks
-for many seconds: call it from a build step or a worker thread, never from the event loop.
+torch is slow to import and to compile, so nothing here is imported until it is called. Compiling
+blocks for many seconds: call it from a build step or a worker thread, never from the event loop.
 """
 
 from __future__ import annotations
@@ -62,16 +62,18 @@ def compile_package(
         path: Where to write the package; must end in `.pt2`.
         example_kwargs: Keyword example arguments.
         dynamic: Dynamic dimensions, in the form of `torch.export.export`'s `dynamic_shapes`, for
-            example `{"x": {0: torch.export.Dim("batch", max=64)}}`. A `Dim` without `min`, `Dim.AUTO` and
-            `Dim.DYNAMIC` admit 0 and 1, where running the module and the compiled code shows that both are right.
-        threads: Intra-op threads per run that inductor compiles into its kernels. With 1, the default, a run uses one core and
-            the scheduler fills the others with other runs. More only pays for large models, and it costs safety:
-            an error inside a parallel kernel ends the process.
+            example `{"x": {0: torch.export.Dim("batch", max=64)}}`. A `Dim` without `min`,
+            `Dim.AUTO` and `Dim.DYNAMIC` admit 0 and 1, where running the module and the compiled
+            code shows that both are right.
+        threads: Intra-op threads per run that inductor compiles into its kernels. With 1, the
+            default, a run uses one core and the scheduler fills the others with other runs. More
+            only pays for large models, and it costs safety: an error inside a parallel kernel ends
+            the process.
         freeze: Turn on inductor's freezing: weights are folded into the code in the layout the
             kernels like best. Faster, but the weights can never be updated live.
-        batch_dim: The dimension along which requests may be batched: dynamic, with the same `Dim` in every
-            tensor input and output. By default 0 where that holds and running the module shows that rows do not influence
-            each other, otherwise none.
+        batch_dim: The dimension along which requests may be batched: dynamic, with the same `Dim`
+            in every tensor input and output. By default 0 where that holds and running the module
+            shows that rows do not influence each other, otherwise none.
         metadata: Further strings to store in the package.
         options: Further inductor options; they win over the ones set here.
 
@@ -79,9 +81,9 @@ def compile_package(
         The package's path.
 
     Raises:
-        CompileError: The module can't be exported or compiled, an example or an output can't be served, the exported program
-            differs from the module, `freeze` is asked for a module that writes to its buffers, or `batch_dim` for one whose
-            rows influence each other.
+        CompileError: The module can't be exported or compiled, an example or an output can't be
+            served, the exported program differs from the module, `freeze` is asked for a module
+            that writes to its buffers, or `batch_dim` for one whose rows influence each other.
     """
     import torch
 
@@ -115,14 +117,17 @@ def compile_package(
         spec = msgspec.structs.replace(spec, weights=names_of(module, program))
         if freeze and spec.mutates_buffers:
             raise CompileError(
-                f"{type(module).__name__} writes to its own buffers, and freeze=True would fix their values. Compile it "
+                f"{type(module).__name__} writes to its own buffers, and freeze=True would fix "
+                "their values. Compile it "
                 "without freezing."
             )
         findings = Findings(module, arguments, program, functional, spec, dynamic)
         if difference := findings.disagreement():
             raise CompileError(
-                f"{type(module).__name__}: the exported program differs from the module on inputs unlike the example "
-                f"({difference}). What the module computes depends on the example; make it depend on its inputs alone."
+                f"{type(module).__name__}: the exported program differs from the module on inputs "
+                "unlike the example "
+                f"({difference}). What the module computes depends on the example; make it depend "
+                "on its inputs alone."
             )
         spec = findings.merged()
         findings.try_sizes()
@@ -130,9 +135,11 @@ def compile_package(
         inductor = {
             "cpp.threads": threads,
             "freezing": freeze,
-            # Else constants of up to 8 elements (a small bias) would become code, and no update could reach them.
+            # Else constants of up to 8 elements (a small bias) would become code, and no update
+            # could reach them.
             "always_keep_tensor_constants": not freeze,
-            # Inductor takes a buffer of one value (a counter, say) for that value even where the module writes to it.
+            # Inductor takes a buffer of one value (a counter, say) for that value even where the
+            # module writes to it.
             "joint_graph_constant_folding": not spec.mutates_buffers,
             "aot_inductor.metadata": {**(metadata or {}), **spec_to_metadata(spec)},
             **(options or {}),
@@ -146,7 +153,7 @@ def compile_package(
 
 
 def _compile(program: ExportedProgram, options: dict[str, Any]) -> list[Any]:
-    """The files of a compiled program, as `torch._inductor.aoti_compile_and_package` puts them into a package."""
+    """Compile a program, and return the files for its package."""
     import torch._inductor
 
     args, kwargs = program.example_inputs
@@ -161,7 +168,7 @@ def _compile(program: ExportedProgram, options: dict[str, Any]) -> list[Any]:
 
 
 def _package(files: list[Any], target: Path, findings: Findings, spec: ModelSpec) -> None:
-    """Put the files into a package, with what running the compiled code shows in its metadata."""
+    """Write the package, with what running the compiled code shows in its metadata."""
     from torch._inductor.package.package import package_aoti
 
     paths = [Path(file) for file in files if isinstance(file, str)]
@@ -177,14 +184,17 @@ def _package(files: list[Any], target: Path, findings: Findings, spec: ModelSpec
 
 
 def _advice(error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> str:
-    """What to say about the commonest mistake of all: an example of one row in a dynamic dimension."""
+    """Return advice on the commonest mistake: an example of one row in a dynamic dimension."""
     from torch.utils import _pytree as pytree
 
     sizes = [
         size for leaf in pytree.tree_leaves((args, kwargs)) for size in getattr(leaf, "shape", ())
     ]
     if "specialized" in str(error) and 1 in sizes:
-        return "\nAn example has size 1, which torch.export takes for a constant: give at least 2 in a dynamic dimension."
+        return (
+            "\nAn example has size 1, which torch.export takes for a constant: give at least 2 in "
+            "a dynamic dimension."
+        )
     return ""
 
 
@@ -195,11 +205,12 @@ def describe(
     threads: int = 1,
     freeze: bool = False,
 ) -> ModelSpec:
-    """The specs of an exported program's inputs and outputs, as far as the program states them; nothing is run.
+    """The specs of an exported program's inputs and outputs, as far as the program states them;
+    nothing is run.
 
     Raises:
-        CompileError: An input or output is what AOTInductor can't pass, or not every tensor input and output has
-            the same dynamic dimension at `batch_dim`.
+        CompileError: An input or output is what AOTInductor can't pass, or not every tensor input
+            and output has the same dynamic dimension at `batch_dim`.
     """
     functional = program.run_decompositions({})
     return _with_batch(
@@ -210,9 +221,14 @@ def describe(
 def _described(
     program: ExportedProgram, functional: ExportedProgram, *, threads: int, freeze: bool
 ) -> ModelSpec:
-    """The specs without a batch dimension. `functional` is the program decomposed.
+    """Return the specs without a batch dimension.
 
-    The signature tells what is written to only once in-place operators, views of buffers included, were made functional.
+    Args:
+        program: The exported program.
+        functional: The program decomposed. Its signature tells what is written to only once
+            in-place operators, views of buffers included, are functional.
+        threads: Intra-op threads per run.
+        freeze: Whether the weights are folded into the code.
     """
     from torch.export.graph_signature import InputKind, OutputKind
 
@@ -246,12 +262,14 @@ def _described(
 
 
 def _with_batch(spec: ModelSpec, findings: Findings | None, wanted: int | None) -> ModelSpec:
-    """The spec with its batch dimension, where the rows do not influence each other, and with the examples.
+    """The spec with its batch dimension, where the rows do not influence each other, and with the
+    examples.
 
     Raises:
         CompileError: The dimension that the user wants can't be one.
     """
-    # Inputs may have rows of a symbol each (`Dim.AUTO`), and be batched where each request has as many of all.
+    # Inputs may have rows of a symbol each (`Dim.AUTO`), and be batched where each request has as
+    # many of all.
     first, *others = row_symbols(spec.inputs, wanted or 0) or [""]
     if findings is None or not all(map(findings.stated.leaves_open, (first, *others))):
         others = []
@@ -264,12 +282,14 @@ def _with_batch(spec: ModelSpec, findings: Findings | None, wanted: int | None) 
     batch = _batch_dim(inputs, outputs, wanted or 0)
     if batch is None and wanted is not None:
         raise CompileError(
-            f"batch_dim={wanted}: not every tensor input and output has the same dynamic dimension there"
+            f"batch_dim={wanted}: not every tensor input and output has the same dynamic dimension "
+            "there"
         )
     if batch is not None and spec.mutated_inputs:
         if wanted is not None:
             raise CompileError(
-                f"batch_dim={wanted}: the module writes to its input {spec.mutated_inputs[0]!r}, and in a batch it would write "
+                f"batch_dim={wanted}: the module writes to its input {spec.mutated_inputs[0]!r}, "
+                "and in a batch it would write "
                 "to a copy. Return the new value instead."
             )
         batch = None
@@ -289,7 +309,8 @@ def _check_outputs(program: ExportedProgram) -> None:
     """Refuse outputs that only the compiled package would turn out unable to rebuild.
 
     Raises:
-        CompileError: An output is in a structure of torch's own (`torch.return_types`), or a constant that is not passed.
+        CompileError: An output is in a structure of torch's own (`torch.return_types`), or a
+            constant that is not passed.
     """
     from torch.utils import _pytree as pytree
 
@@ -303,14 +324,16 @@ def _check_outputs(program: ExportedProgram) -> None:
     foreign = sorted(kind for kind in kinds(out_spec) if kind.startswith("torch.return_types."))
     if foreign:
         raise CompileError(
-            f"the module returns {foreign[0]}, which a package can't store. Return a tuple or a dict, for example "
+            f"the module returns {foreign[0]}, which a package can't store. Return a tuple or a "
+            "dict, for example "
             "tuple(result)."
         )
     try:
         pytree.treespec_dumps(out_spec)
     except Exception as error:
         raise CompileError(
-            f"the structure of the module's outputs can't be stored in a package: {error}. Return tuples, lists and dicts."
+            f"the structure of the module's outputs can't be stored in a package: {error}. Return "
+            "tuples, lists and dicts."
         ) from error
 
 
@@ -340,7 +363,7 @@ class _Reader:
                     return
 
     def parameters(self) -> tuple[str, ...]:
-        """Names of the positional parameters, where torch kept them."""
+        """Return the names of the positional parameters, where torch kept them."""
         call = self.program.call_spec.in_spec
         positional = call.children()[0].num_children if call is not None else 0
         top = next((entry for entry in self.program.module_call_graph if entry.fqn == ""), None)
@@ -353,7 +376,8 @@ class _Reader:
             plain = isinstance(arg.value, (bool, int, float, str, type(None)))
             if side == "output" and not isinstance(arg.value, (bool, int, type(None))):
                 raise CompileError(
-                    f"an output is the constant {arg.value!r:.60}, which AOTInductor can't pass. Leave it out, or return "
+                    f"an output is the constant {arg.value!r:.60}, which AOTInductor can't pass. "
+                    "Leave it out, or return "
                     "torch.tensor(...)."
                 )
             return LiteralSpec(arg.name, arg.value if plain else repr(arg.value))
@@ -366,7 +390,8 @@ class _Reader:
             return computed[kind](arg.name)
         if kind != "TensorArgument":
             raise CompileError(
-                f"{side} {arg.name!r} is a {kind.removesuffix('Argument')}, which AOTInductor can't pass. "
+                f"{side} {arg.name!r} is a {kind.removesuffix('Argument')}, which AOTInductor "
+                "can't pass. "
                 "Make it a 0-dim tensor."
             )
         value = self.values[arg.name]
@@ -381,12 +406,13 @@ class _Reader:
         )
 
     def strides(self, name: str, value: Any) -> tuple[int | DynamicDim, ...]:
-        """The strides of an input that is not dense, which are compiled in."""
+        """Return the strides of an input that is not dense, which are compiled in."""
         own = {dim.symbol for dim in map(self.dim, value.shape) if isinstance(dim, DynamicDim)}
         strides = tuple(self.dim(stride) for stride in value.stride())
         if any(isinstance(step, DynamicDim) and step.symbol not in own for step in strides):
             raise CompileError(
-                f"example input {name!r} is not dense, and its strides {tuple(value.stride())} depend on several dynamic "
+                f"example input {name!r} is not dense, and its strides {tuple(value.stride())} "
+                "depend on several dynamic "
                 "sizes, which no request can be checked for. Pass example.contiguous()."
             )
         return strides
@@ -413,8 +439,9 @@ class _Reader:
 
 
 def _order(value: Any) -> tuple[int, ...] | None:
-    """The memory order of a dense tensor; None when it is not dense."""
-    # Hints stand in for dynamic sizes: the order is a property of the example, and asking symbols would guard.
+    """Return the memory order of a dense tensor; None when it is not dense."""
+    # Hints stand in for dynamic sizes: the order is a property of the example, and asking symbols
+    # would guard.
     sizes = [_hint(size) for size in value.shape]
     strides = [_hint(stride) for stride in value.stride()]
     usual = tuple(range(len(sizes)))
@@ -438,7 +465,9 @@ def _hint(size: Any) -> int:
 def _batch_dim(
     inputs: Sequence[LeafSpec], outputs: Sequence[LeafSpec], dim: int
 ) -> BatchDim | None:
-    """The dimension `dim`, if every tensor has the same dynamic size there, and nothing else depends on it."""
+    """Return the dimension `dim` if every tensor has the same dynamic size there, and nothing else
+    depends on the size.
+    """
     leaves = [leaf for leaf in (*inputs, *outputs) if isinstance(leaf, TensorSpec)]
     if not any(isinstance(leaf, TensorSpec) for leaf in inputs):
         return None

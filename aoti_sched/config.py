@@ -1,4 +1,4 @@
-"""Settings: what a scheduler, its devices and its models are told; TOML in, validated, plain Structs.
+"""Settings of a scheduler, its devices and its models: read from TOML, validated, plain Structs.
 
 [devices.cpu]
 lanes = 2
@@ -26,34 +26,57 @@ from aoti_sched.arguments import checked_struct, expanded, file_name, flag
 from aoti_sched.errors import ConfigError, brief
 
 Overflow = Literal["reject", "wait", "shed"]
-"""What happens to a request when a bound is reached: an immediate QueueFullError; waiting for room; or the worst of those
-queued, itself included, is dropped: of the lowest class, then with the latest deadline, then the newest."""
+"""What happens to a request when a bound is reached.
+
+- "reject": an immediate QueueFullError.
+- "wait": the request waits for room.
+- "shed": the worst queued request is dropped, perhaps the new one: of the lowest class, then with
+  the latest deadline, then the newest.
+"""
 
 Admission = Literal["bounded", "predictive"]
-"""What admission looks at: the bounds alone, or also whether a request could be finished by its deadline."""
+"""What admission checks: the bounds alone, or also whether a request can meet its deadline."""
 
 OnFailure = Literal["report", "rebuild"]
-"""What follows when runs fail again and again: `stats().health` says so; or the container is built anew, too."""
+"""What happens when five runs in a row fail.
+
+- "report": `stats().health` and the log show it.
+- "rebuild": the container is also rebuilt from the package.
+"""
 
 Evict = Literal["lru"]
-"""Whose weights are freed when a model needs the memory: those of the idle model that was used the longest ago."""
+"""Which weights are evicted when a model needs the memory.
+
+- "lru": those of the idle model that was used the longest ago.
+"""
 
 PlacementName = Literal["auto", "lane", "inline"]
-"""Where runs go: on a lane; inline, on the loop's own thread; or inline once they are known to be short."""
+"""Where runs happen.
+
+- "lane": on a lane.
+- "inline": on the event loop's own thread.
+- "auto": on lanes, and inline once runs are known to be short.
+"""
 
 MOST = 1024
-"""Instances of a model, and lanes of a device, at most. Each instance has memory of its own in the runtime, and each lane a thread."""
+"""The most instances of a model, and the most lanes of a device.
+
+Each instance has memory of its own in the runtime, and each lane has a thread.
+"""
 
 INLINE_LIMIT = 50e-6
-"""Seconds. A hop to a sleeping thread costs 60 to 70 µs: a run that is hardly longer than this is over sooner inline."""
+"""The longest run, in seconds, that "auto" places inline by default.
+
+A hop to a sleeping thread costs 60 to 70 µs, so a run of hardly more ends sooner inline.
+"""
 
 _LARGEST = 16 << 20
-"""Bytes of a configuration file."""
+"""The most bytes of a configuration file."""
 
 _T = TypeVar("_T")
 _Count = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
 _Few = Annotated[int, Meta(ge=1, le=MOST)]
-"""Of things that take a thread, a stream or a model's memory each."""
+"""A number of things that each take a thread, a stream or a model's memory."""
 _Core = Annotated[int, Meta(ge=0, le=65535)]
 _Delay = Annotated[float, Meta(ge=0, le=3600)]
 _Seconds = Annotated[float, Meta(gt=0)]
@@ -61,9 +84,13 @@ _Share = Annotated[float, Meta(gt=0, lt=1e9)]
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How much may be queued (not running) at once; `bytes` counts the inputs. None is no bound.
+    """Bounds of what is queued and not running. None sets no bound.
 
-    `tenant_jobs` is for each tenant of a model (`runner.options(tenant=...)`), and means nothing for a device.
+    Args:
+        jobs: Requests.
+        bytes: Bytes of the requests' inputs.
+        tenant_jobs: Requests of each tenant of a model (`runner.options(tenant=...)`). Not for
+            devices.
     """
 
     jobs: _Count | None = 1024
@@ -74,15 +101,22 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One device.
 
-    `lanes` is how many runs go on at once, at most 1024; by default one per core of the process. `affinity` binds each
-    lane's thread to one core, by number; by default the system places them. Of "cpu:0", "cpu:1" and so on, which are parts of the
-    CPU, it says which cores they are; for those where it does not, what other cores there are is divided among them. Runs never use more than `cores` together, each as many as it has threads; by default what
-    the process may use, and on other devices than CPUs one for each lane. A request that was queued for `max_wait` seconds is
-    overdue, and every second run is of the one that came first, whatever its priority class; None for strict classes. On CUDA, `launchers`
-    is how many threads launch the runs of all lanes and look what is done; by default each lane has a thread, which waits for its runs.
-
-    The weights of its models take at most `memory_limit` bytes together, staged and previous sets included. A load or an update that would not
-    fit is refused with MemoryLimitError; with `evict="lru"`, models that are idle are parked for it, and come back when they are asked for.
+    Args:
+        lanes: Runs that go on at once, 1 to 1024. By default one for each core of the process.
+        cores: Cores that all runs may use together; a run uses as many as it has threads. By
+            default the cores of the process, and on devices other than CPUs one for each lane.
+        max_wait: Seconds after which a queued request is overdue. Every second run is of the
+            oldest overdue request, whatever its priority class. None for strict classes.
+        affinity: For each lane, the number of the core that its thread is bound to. By default the
+            system places threads. "cpu:0", "cpu:1" and so on are the parts of the CPU that
+            `affinity` names; those without `affinity` divide the remaining cores.
+        launchers: On CUDA, threads that launch the runs of all lanes and poll what is done. By
+            default each lane has a thread, which waits for its runs.
+        limits: Bounds of the device's queue.
+        memory_limit: Bytes that the weights of all its models may take, staged and previous sets
+            included. A load or an update that does not fit is refused with MemoryLimitError.
+        evict: "lru" evicts the weights of idle models where memory is needed, and restores them
+            when the models are used again.
     """
 
     lanes: _Few | None = None
@@ -96,21 +130,25 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
 
 class Batching(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Requests that come together run as one, and each gets its own rows back.
+    """Settings for running requests together. Each request gets its own rows back.
 
     Args:
-        max_size: Rows of one batch; by default what the model was compiled for, or 64.
-        max_delay: Seconds that a request waits for others to join it, though never past a deadline. With 0.0, only those go
-            together that would have waited anyway, or come in the same turn of the loop.
-        dim: The dimension along which the rows of every input and output lie. A package that `compile_package` made says it by
-            itself; of another one, only you know that a request's rows do not depend on one another.
-        pad_to: Run the model with one of these numbers of rows only, for models that were compiled for them or would
-            compile anew; "powers_of_two" for 1, 2, 4 and so on. What is padded is zeros, and never given back.
-        ragged: Inputs, by name, that may differ in their other free dimensions within a batch, and what they are padded with to
-            the longest: `{"input_ids": 0, "attention_mask": 0}`. Without, only requests of the same sizes go together.
-        detach_rows: Give each request a copy of its rows, and not a view of all of them.
-        assume_independent: Take your word that no row influences another. Otherwise a model is refused where running it, when it was
-            compiled or as it is loaded, shows that rows do, or can't show that they don't.
+        max_size: The most rows of one batch. By default what the model was compiled for, or 64.
+        max_delay: Seconds that a request waits for others to join it, never past a deadline. With
+            0.0, only requests that would wait anyway, or come in the same iteration of the event
+            loop, run together.
+        dim: The dimension along which the rows of every input and output lie. A package that
+            `compile_package` made states it. For other packages, only you know that a request's
+            rows do not depend on one another.
+        pad_to: Numbers of rows that the model is run with, for models that were compiled for them.
+            "powers_of_two" stands for 1, 2, 4 and so on. Padded rows are zeros, and are not
+            returned.
+        ragged: Inputs whose other free dimensions may differ within a batch, and the value that
+            pads them to the longest: `{"input_ids": 0, "attention_mask": 0}`. Without it, only
+            requests of the same sizes run together.
+        detach_rows: Give each request a copy of its rows instead of a view of all rows.
+        assume_independent: Trust that no row influences another. Otherwise running the model must
+            show it, at compile time or at load, and the model is refused where it does not.
     """
 
     max_size: _Count | None = None
@@ -125,7 +163,7 @@ class Batching(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One model, as `Scheduler.load` takes it; see there."""
+    """One model. `Scheduler.load` describes the settings."""
 
     path: str
     model_name: str | None = None
@@ -152,10 +190,15 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """All of a scheduler.
+    """All settings of a scheduler.
 
-    `cache_dir` is where packages are extracted (default: the user's cache directory); `~` is your home directory. `log_requests`
-    logs one event per request; otherwise only loads, closes and faults are logged.
+    Args:
+        devices: Settings of devices by name.
+        models: Models that are loaded on entry, by the names of their runners.
+        cache_dir: Where packages are extracted; `~` is your home directory. By default the user's
+            cache directory.
+        log_requests: Log one event for each request. Otherwise only loads, closes and faults are
+            logged.
     """
 
     devices: dict[str, DeviceConfig] = {}
@@ -167,9 +210,12 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 def read_config(path: str | os.PathLike[str]) -> SchedulerConfig:
     """Read a TOML file. Paths in it are relative to its folder, and `~` is a home directory.
 
+    Args:
+        path: The file.
+
     Raises:
-        ConfigError: The file is missing, not TOML, or a setting is unknown, of the wrong type or out of
-            range; the message gives the setting's path.
+        ConfigError: The file is missing, not TOML, or a setting is unknown, of the wrong type or
+            out of range; the message gives the setting's path.
     """
     file = Path(file_name("the configuration", path))
     try:
@@ -189,7 +235,8 @@ def read_config(path: str | os.PathLike[str]) -> SchedulerConfig:
         raise ConfigError(
             f"{file}: nested too deeply. No setting is nested more than four deep."
         ) from error
-    # Each device and model by itself first: msgspec's path of a fault in the whole would not name it.
+    # Each device and model by itself first: msgspec's path of a fault in the whole would not name
+    # it.
     for section, kind in (("devices", DeviceConfig), ("models", ModelConfig)):
         entries = settings.get(section)
         for name, entry in entries.items() if isinstance(entries, dict) else ():
@@ -208,7 +255,7 @@ def read_config(path: str | os.PathLike[str]) -> SchedulerConfig:
 
 
 def _beside(file: Path, setting: str, path: str) -> str:
-    """The path that a setting of the file means."""
+    """Return the path that a setting of the file means."""
     what = f"{file}: {setting}"
     return str(file.parent / expanded(what, file_name(what, path)))
 
@@ -225,7 +272,7 @@ def _convert(settings: Any, kind: type[_T], file: Path, section: str = "") -> _T
 
 
 def in_full(device: str) -> str:
-    """A device's name, with its number where torch lets it be left out, and without zeros before it."""
+    """Return a device's full name: "cuda:0" for "cuda" and for "cuda:00"."""
     parts = re.fullmatch(r"(cpu|cuda|xpu):([0-9]{1,9})", device)
     if parts is not None:
         return f"{parts[1]}:{int(parts[2])}"
@@ -233,15 +280,22 @@ def in_full(device: str) -> str:
 
 
 def is_part(device: str) -> bool:
-    """Whether a device is a part of the CPU: "cpu:0", "cpu:1" and so on."""
+    """Return whether a device is a part of the CPU: "cpu:0", "cpu:1" and so on."""
     return re.fullmatch(r"cpu:[0-9]{1,9}", device) is not None
 
 
 def cores_of(device: str, devices: Mapping[str, DeviceConfig]) -> tuple[int, ...] | None:
-    """The cores that are named for "cpu:0", "cpu:1" and so on and are nobody else's; () when none are, None for other devices.
+    """Return the cores that are named for a part of the CPU.
+
+    Args:
+        device: The device's name.
+        devices: Settings by name.
+
+    Returns:
+        The numbers of the cores; () where none are named, None for other devices.
 
     Raises:
-        ConfigError: Another such device has one of them, too.
+        ConfigError: Another part of the CPU has one of the cores, or a core is named twice.
     """
     if not is_part(device):
         return None
@@ -250,7 +304,8 @@ def cores_of(device: str, devices: Mapping[str, DeviceConfig]) -> tuple[int, ...
         shared = sorted({*cores} & {*(settings.affinity or ())})
         if other != device and is_part(other) and shared:
             raise ConfigError(
-                f"devices.{device}: affinity: core {shared[0]} is {other!r}'s, too; such devices have no core in common"
+                f"devices.{device}: affinity: core {shared[0]} is {other!r}'s, too; such devices "
+                "have no core in common"
             )
     if len({*cores}) < len(cores):
         raise ConfigError(f"devices.{device}: affinity={list(cores)}: a core is named twice")
@@ -258,7 +313,9 @@ def cores_of(device: str, devices: Mapping[str, DeviceConfig]) -> tuple[int, ...
 
 
 def divided(devices: Sequence[str], cores: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Divide cores among parts of the CPU, by number: as many for each, and of what is left one for each of the first.
+    """Divide cores among parts of the CPU, in the order of their numbers.
+
+    Each part gets the same number of cores; the first parts get one more each while any are left.
 
     Raises:
         ConfigError: There are fewer cores than devices.
@@ -267,7 +324,8 @@ def divided(devices: Sequence[str], cores: Sequence[int]) -> dict[str, tuple[int
     each, more = divmod(len(cores), len(devices))
     if not each:
         raise ConfigError(
-            f"devices {', '.join(map(repr, devices))}: {len(cores)} cores can't be divided among {len(devices)} devices. Use fewer of "
+            f"devices {', '.join(map(repr, devices))}: {len(cores)} cores can't be divided among "
+            f"{len(devices)} devices. Use fewer of "
             "them, or 'cpu', which is all cores."
         )
     shares = {}
@@ -285,14 +343,16 @@ def checked(settings: ModelConfig) -> ModelConfig:
 
 
 def checked_config(config: object) -> SchedulerConfig:
-    """Return a scheduler's settings that were given in code, validated as if they had come from a file.
+    """Return a scheduler's settings that were given in code, validated as if they had come from a
+    file.
 
     Raises:
         ConfigError: A setting is of the wrong type or out of range; the message gives its path.
     """
     if not isinstance(config, SchedulerConfig):
         raise ConfigError(
-            f"Scheduler(config=): expected a SchedulerConfig, got {brief(config)}. Of a file: Scheduler.from_config(path)."
+            f"Scheduler(config=): expected a SchedulerConfig, got {brief(config)}. Of a file: "
+            "Scheduler.from_config(path)."
         )
     sections = {}
     for section, kind in (("devices", DeviceConfig), ("models", ModelConfig)):

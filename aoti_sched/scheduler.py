@@ -1,30 +1,27 @@
-"""Scheduler: owns the devices and their runners. A value, not a singleton; made, used and closed on one event loop."""
+"""Scheduler: the public verbs, from loading a model to closing everything.
+
+A scheduler is a value, not a singleton. It is entered, used and closed on one event loop.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import io
 import os
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
-import anyio.from_thread
-import anyio.to_thread
 import msgspec
 
 from aoti_sched.arguments import file_name, text
 from aoti_sched.arguments import timeout as seconds_or_none
-from aoti_sched.backends.contracts import LoadRequest
 from aoti_sched.config import (
     INLINE_LIMIT,
-    MOST,
     Admission,
     Batching,
-    DeviceConfig,
     Limits,
     ModelConfig,
     OnFailure,
@@ -33,38 +30,30 @@ from aoti_sched.config import (
     SchedulerConfig,
     checked,
     checked_config,
-    cores_of,
-    divided,
     in_full,
-    is_part,
     read_config,
 )
-from aoti_sched.engine import prepare as loading
 from aoti_sched.engine.blocking import BlockingCalls
-from aoti_sched.engine.dispatcher import Clock, Dispatcher, LoopClock
-from aoti_sched.engine.parking import Parking, account, claim
+from aoti_sched.engine.devices import Devices
+from aoti_sched.engine.dispatcher import Clock, LoopClock
+from aoti_sched.engine.lifecycle import Lifecycle
+from aoti_sched.engine.loader import Loader, ModelSource
+from aoti_sched.engine.parking import Parking, account
 from aoti_sched.engine.tasks import Housekeeping
 from aoti_sched.engine.weights import Barrier, UpdateReport, Updates
-from aoti_sched.engine.worker import in_worker
 from aoti_sched.errors import (
     ConfigError,
-    DeviceLostError,
     RunnerClosedError,
     UnsupportedLoopError,
     WeightsTypeError,
     brief,
 )
 from aoti_sched.events import log
-from aoti_sched.foreign import said
 from aoti_sched.model.input_check import declared
 from aoti_sched.package.given import named
 from aoti_sched.queue import device_queue
 from aoti_sched.queue.admission.load import Bounds
 from aoti_sched.queue.batching import Batching as QueueBatching
-from aoti_sched.queue.device_queue import DeviceQueue
-from aoti_sched.queue.holding import Holding
-from aoti_sched.queue.policy import Policy
-from aoti_sched.queue.runner_state import UNHEALTHY, Phase
 from aoti_sched.replicas import ReplicatedRunner
 from aoti_sched.runner import Options, Runner
 from aoti_sched.stats import SchedulerStats
@@ -73,14 +62,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from aoti_sched.backends.contracts import Device
-    from aoti_sched.engine.prepare import Prepared
+    from aoti_sched.engine.lifecycle import Life
+    from aoti_sched.engine.loader import LoadedModel
     from aoti_sched.model.specs import TensorSpec
-    from aoti_sched.queue.runner_state import RunnerState
-
-_T = TypeVar("_T")
-
-SLOW_CLOSE = 60.0
-"""Seconds after which a close that still waits for runs or leases is logged, as asyncpg's pool does."""
 
 RULES = "python" if device_queue.__file__.endswith(".py") else "compiled"
 
@@ -88,13 +72,14 @@ RULES = "python" if device_queue.__file__.endswith(".py") else "compiled"
 class Scheduler:
     """Runs compiled models for one asyncio application.
 
-    Args:
-        config: Settings; models named in it are loaded on entry. See `from_config`.
-        devices: Devices by name, where others than the machine's own are wanted (tests).
-        clock: Another clock (tests).
+    Use it as `async with Scheduler() as scheduler:`. When the block ends, accepted requests are
+    finished. When the block fails, queued requests fail with RunnerClosedError, and only running
+    requests are waited for.
 
-    Use it as `async with Scheduler() as scheduler:`. On leaving, accepted requests are finished; when the
-    block fails, queued ones fail with RunnerClosedError and only running ones are waited for.
+    Args:
+        config: Settings. The models in them are loaded on entry. See `from_config`.
+        devices: Devices by name, in place of the machine's own (for tests).
+        clock: A clock in place of the event loop's (for tests).
 
     Raises:
         ConfigError: A setting is of the wrong type or out of range; the message gives its path.
@@ -108,56 +93,53 @@ class Scheduler:
         clock: Clock | None = None,
     ) -> None:
         self._config = SchedulerConfig() if config is None else checked_config(config)
-        self._devices = dict(devices or {})
-        self._of_device = {
-            in_full(name): settings for name, settings in self._config.devices.items()
-        }
-        self._clock = clock
-        self._dispatchers: dict[str, Dispatcher] = {}
+        self._given = dict(devices or {})
+        self._given_clock = clock
         self._runners: dict[str, Runner] = {}
-        self._names: set[str] = set()  # of runners, those still loading included
-        self._closing: dict[str, asyncio.Future[None]] = {}
-        self._freed: dict[Runner, asyncio.Future[None]] = {}  # replicas
-        self._drained: set[str] = set()  # devices
-        self._shares: dict[
-            str, tuple[int, ...]
-        ] = {}  # cores of parts of the CPU for which none were named
         self._all_closed: asyncio.Future[None] | None = None
         self._house: Housekeeping | None = None
         self._closed = False
 
     @classmethod
     def from_config(cls, path: str | os.PathLike[str]) -> Self:
-        """A scheduler as a TOML file describes it (see `aoti_sched.config`); models load on entry.
+        """Make a scheduler as a TOML file describes it. Its models are loaded on entry.
+
+        Args:
+            path: The file. `aoti_sched.config` describes its settings.
 
         Raises:
-            ConfigError: with the setting's path.
+            ConfigError: A setting is wrong; the message gives its path.
         """
         return cls(read_config(path))
 
     async def __aenter__(self) -> Self:
-        if asyncio._get_running_loop() is None:  # noqa: SLF001 -- the public one raises its own error
+        # The public function raises an error of its own.
+        if asyncio._get_running_loop() is None:  # noqa: SLF001
             raise UnsupportedLoopError(
-                "aoti_sched runs on asyncio (and uvloop), and no asyncio loop is running here. Under trio, run the "
-                "scheduler in an asyncio thread of its own and call runner.run_blocking(...) through "
-                "trio.to_thread.run_sync."
+                "aoti_sched runs on asyncio (and uvloop), and no asyncio loop is running here. "
+                "Under "
+                "trio, run the scheduler in an asyncio thread of its own and call "
+                "runner.run_blocking(...) through trio.to_thread.run_sync."
             )
         if self._house is not None or self._closed:
             raise UnsupportedLoopError("a Scheduler is entered once; make a new one")
-        self._loop = asyncio.get_running_loop()
-        self._blocking = BlockingCalls(self._loop, real_time=self._clock is None)
-        self._limiter = anyio.CapacityLimiter(
-            2
-        )  # loads and deletes: they compete with runs for cores
-        limiter = anyio.CapacityLimiter(2)
-        self._parking = Parking(limiter)
+        loop = asyncio.get_running_loop()
+        self._clock = self._given_clock or LoopClock(loop)
+        self._blocking = BlockingCalls(loop, real_time=self._given_clock is None)
         self._house = Housekeeping(self._blocking.end)
-        clock = self._clock or LoopClock(self._loop)
-        self._updates = Updates(self._house.start, self._parking, limiter, clock)
+        loads = anyio.CapacityLimiter(2)  # loads and closes: they compete with runs for cores
+        limiter = anyio.CapacityLimiter(2)
+        parking = Parking(limiter)
+        self._updates = Updates(self._house.start, parking, limiter, self._clock)
+        self._lifecycle = Lifecycle(self._runners, self._house, self._updates, parking, loads)
+        self._devices = Devices(self._given, self._config, self._clock, self._lifecycle, loads)
+        self._loader = Loader(
+            self._devices, self._lifecycle, self._house, loads, self._config.cache_dir
+        )
         await self._house.open()
         try:
             for name, model in self._config.models.items():
-                await self._load(name, model, None)
+                await self._load(name, model, ModelSource())
         except BaseException as error:
             await self.__aexit__(type(error), error, error.__traceback__)
             raise
@@ -181,14 +163,13 @@ class Scheduler:
 
     @property
     def runners(self) -> Mapping[str, Runner]:
-        """The open runners by name; a live, read-only view."""
+        """The open runners by name: a live, read-only view."""
         return MappingProxyType(self._runners)
 
     def stats(self) -> SchedulerStats:
-        """Numbers of every device and runner, now."""
-        return SchedulerStats(
-            devices={name: d.stats() for name, d in self._dispatchers.items()}, rules=RULES
-        )
+        """Return the numbers of every device and runner as they are now."""
+        devices = {} if self._house is None else self._devices.stats()
+        return SchedulerStats(devices=devices, rules=RULES)
 
     async def load(
         self,
@@ -225,57 +206,78 @@ class Scheduler:
         inputs: Sequence[TensorSpec] | None = None,
         warmup_inputs: object = None,
     ) -> Runner:
-        """Load a model from a `.pt2` package or a bare `.so`, off the loop, and return its runner.
+        """Load a model from a `.pt2` package or a bare `.so`, and return its runner.
 
-        Loading a package runs its native code: load only what you trust.
+        The work happens off the event loop. Loading a package runs its native code: load only
+        packages that you trust.
 
         Args:
-            path: The package, as a path, or in memory as bytes or an `io.BytesIO`. `bytes` that begin as a zip or a shared library
-                are a package, others a path. What is in memory is extracted to the cache as a file's content is, and not kept.
-            name: The runner's name, in errors, logs and stats; by default the file's stem, or "model" for one in memory.
-            model_name: Which model, when the package holds several.
-            device: Where it shall run: "cpu", "cuda:0", "xpu:0", "mps".
-            devices: In place of `device`, several: one runner with a replica on each, to which requests go where they are predicted to
-                be finished first. `["cpu:0", "cpu:1"]`, or "cuda:*" for all of a kind. On other devices than CPUs it takes
-                `copy_inputs=True` and `copy_outputs="cpu"`: nobody knows beforehand on which device a request runs.
-            instances: Copies that can run at once on a device (they share one set of weights); at most 1024.
-            threads: Intra-op threads per run; by default what it was compiled for.
-            share: Of the device's time, when other models want it, too: one with 2.0 gets twice that of one with 1.0.
-            overflow: When a bound is reached: "reject" with QueueFullError; "wait" for room; or "shed" the worst of those
-                queued: of the lowest class, then with the latest deadline, then the newest.
-            admission: "predictive" refuses a request that could not be finished by its deadline, by what is known of the runs
-                there were, with DeadlineUnreachableError; "bounded" looks at the bounds alone.
-            on_failure: When five runs in a row have failed: "report" it in `stats().health` and the log, or also "rebuild" the
-                container from the package with the current weights. What is queued waits for that.
-            limits: Bounds of this runner's queue.
-            timeout: Default timeout of its requests, in seconds.
-            placement: "lane"; "inline", on the loop's own thread, at most 1 ms per turn of the loop; or "auto": on lanes
-                until its runs are known to be shorter than `inline_limit`, and then inline.
-            inline_limit: Seconds; less than what a hop to another thread costs is worth it.
-            batching: Run requests that come together as one; True asks for what the package says of the model.
-            warmup: Run it before it takes requests: on `warmup_inputs`, on values like the example that it was compiled with, or on
-                zeros. A model that writes to its buffers is not run.
-            copy_inputs: On a device, copy inputs there that are in the host's memory; otherwise they are refused.
-            copy_outputs: "cpu" brings a device's outputs to the host's memory; by default they stay.
-            cuda_graphs: On CUDA, record each run by the sizes of its inputs, and launch it as one thing from then on.
-            sha256: Refuse the file, before anything of it is mapped, unless its digest is this one.
-            weights: The weights to load in place of those in the package, which may have none: the path of a file, or a mapping
-                from names to tensors, both as in `Runner.update`, and a full set. They are written before the first run. A file
-                must stay as it is: it is read again when a parked model is restored. A mapping's tensors are copied.
-            weights_strict: Refuse names in `weights` that nobody knows, as `Runner.update` does by `strict`; otherwise `info.notes`
-                names them.
-            inputs: Specs of its tensor inputs, where the package does not bring its own; they are all of the model's device. They
-                override what its wrapper source states, and what running it showed of the least sizes.
-            warmup_inputs: Arguments of `run` to warm it up with, and to make up others like them: a tuple of the positional ones, or
-                a tuple and a dict, `((x, lengths), {"scale": s})`.
+            path: The package: a path, or its content as bytes or an `io.BytesIO`. `bytes` that
+                begin as a zip or a shared library are content, other `bytes` a path. Content is
+                extracted to the cache as a file's is, and not kept.
+            name: The runner's name in errors, logs and stats. By default the file's stem, or
+                "model" for a package in memory.
+            model_name: Which model to load, when the package holds several.
+            device: Where it runs: "cpu", "cuda:0", "xpu:0" or "mps".
+            devices: Several devices in place of `device`: `["cpu:0", "cpu:1"]`, or "cuda:*" for all
+                of a kind. The runner has a replica on each. A request goes where it is predicted
+                to finish first, so devices other than CPUs need `copy_inputs=True` and
+                `copy_outputs="cpu"`.
+            instances: Runs that may go on at once on a device, 1 to 1024. All share one set of
+                weights.
+            threads: Intra-op threads per run. By default the number that it was compiled for.
+            share: Weight of its share of the device's time, when other models want it too. A model
+                with 2.0 gets twice the time of a model with 1.0.
+            overflow: What happens when a bound is reached. "reject" raises QueueFullError. "wait"
+                waits for room. "shed" drops the worst queued request: of the lowest class, then
+                with the latest deadline, then the newest.
+            admission: "predictive" also refuses a request that is predicted to miss its deadline,
+                with DeadlineUnreachableError. "bounded" checks the bounds alone.
+            on_failure: What happens when five runs in a row have failed. "report" shows it in
+                `stats().health` and the log. "rebuild" also rebuilds the container from the
+                package with the current weights; queued requests wait meanwhile.
+            limits: Bounds of this runner's queue, in requests and bytes.
+            timeout: Default timeout of its requests, in seconds; None for no timeout.
+            placement: "lane" runs on a lane. "inline" runs on the event loop's own thread, at most
+                1 ms per iteration of the loop. "auto" uses lanes until runs are known to be shorter
+                than `inline_limit`, then the loop's thread.
+            inline_limit: Longest predicted run, in seconds, that "auto" places inline. Useful up to
+                what a hop to another thread costs.
+            batching: Run requests that arrive together as one. True takes the settings from the
+                package.
+            warmup: Run the model before it takes requests: on `warmup_inputs`, on values like the
+                example that it was compiled with, or on zeros. A model that writes to its buffers
+                is not run.
+            copy_inputs: Copy inputs in the host's memory to the device; otherwise such inputs are
+                refused.
+            copy_outputs: "cpu" copies outputs to the host's memory; None leaves them on the device.
+            cuda_graphs: On CUDA, record each run by the sizes of its inputs, and launch later runs
+                of the same sizes as one CUDA graph.
+            sha256: The file's SHA-256 digest in hexadecimal. A file with another digest is refused
+                before anything of it is mapped.
+            weights: A full set of weights in place of the package's, which may have none. A path of
+                a file, or a mapping from names to tensors, both as in `Runner.update`. A file must
+                not change while the model is loaded: restoring evicted weights reads it again. A
+                mapping's tensors are copied.
+            weights_strict: Refuse names in `weights` that the model does not know. Otherwise
+                `info.notes` lists them.
+            inputs: Specs of its tensor inputs, where the package does not bring its own. They are
+                on the model's device. They override what the wrapper's source states and what
+                running the model showed of least sizes.
+            warmup_inputs: Arguments of `run` to warm up with: a tuple of positional arguments, or a
+                tuple and a dict, `((x, lengths), {"scale": s})`. Other values for trial runs are
+                made like these.
 
         Raises:
-            PackageError: The file is missing, broken, for another platform or a wider CPU, not the one hashed.
+            PackageError: The file is missing or broken, for another platform or a wider CPU, or has
+                another digest.
             LoadError: Its library or weights can't be loaded.
-            ConstantMismatchError, WeightsFileError, WeightsTypeError: `weights` do not fit, or can't be read.
+            ConstantMismatchError: `weights` do not fit the model.
+            WeightsFileError: The file of `weights` can't be read.
+            WeightsTypeError: `weights` are of a type that can't be read.
             MemoryLimitError: Its weights do not fit into the device's `memory_limit`.
-            DeviceLostError: The device has failed before, and works no more.
-            ConfigError: A setting is out of range, the name is taken, or there is no such device.
+            DeviceLostError: The device has failed before, and nothing runs on it any more.
+            ConfigError: A setting is out of range, the name is taken, or the device does not exist.
         """
         file, contents = named(path)
         call = f"load({file!r}): "
@@ -291,7 +293,8 @@ class Scheduler:
             weights = file_name(f"{call}weights", weights)
         elif weights is not None and not isinstance(weights, Mapping):
             raise WeightsTypeError(
-                f"{call}weights: expected the path of a weights file, or a mapping from names to tensors, got {brief(weights)}."
+                f"{call}weights: expected the path of a weights file, or a mapping from names to "
+                f"tensors, got {brief(weights)}."
             )
         settings = ModelConfig(
             path=file,
@@ -317,14 +320,8 @@ class Scheduler:
             weights=weights if isinstance(weights, str) else None,
             weights_strict=weights_strict,
         )
-        return await self._load(
-            name or Path(file).stem,
-            checked(settings),
-            inputs,
-            contents,
-            warmup_inputs=warmup_inputs,
-            weights=weights,
-        )
+        source = ModelSource(inputs, contents, warmup_inputs, weights)
+        return await self._load(name or Path(file).stem, checked(settings), source)
 
     async def update(
         self,
@@ -338,9 +335,10 @@ class Scheduler:
         check_finite: bool = False,
         timeout: float | None = None,  # noqa: ASYNC109
     ) -> dict[Runner, UpdateReport]:
-        """Replace the weights of several runners at one instant, all or none; for the rest as `Runner.update`.
+        """Replace the weights of several runners at one instant, all or none.
 
-        A client that calls one of them and then another never meets the new set and then an old one.
+        A client that calls one runner and then another never meets new weights and then old ones.
+        `Runner.update` describes the arguments and errors.
         """
         if not isinstance(changes, Mapping):
             raise ConfigError(f"update(changes): expected weights by runner, got {brief(changes)}.")
@@ -363,7 +361,7 @@ class Scheduler:
         keep_previous: bool = True,
         timeout: float | None = None,  # noqa: ASYNC109
     ) -> dict[Runner, UpdateReport]:
-        """Publish what is staged on several runners at one instant, all or none."""
+        """Publish the staged weights of several runners at one instant, all or none."""
         self._must_own(runners)
         return await self._updates.commit(
             runners, barrier=barrier, keep_previous=keep_previous, timeout=timeout
@@ -375,191 +373,69 @@ class Scheduler:
         barrier: Barrier = "drain",
         timeout: float | None = None,  # noqa: ASYNC109
     ) -> dict[Runner, UpdateReport]:
-        """Take several runners back to their previous sets at one instant, all or none."""
+        """Publish the previous weights of several runners again, at one instant, all or none."""
         self._must_own(runners)
         return await self._updates.rollback(runners, barrier=barrier, timeout=timeout)
 
     async def drain_device(self, device: str) -> None:
-        """Take a device out of service: no new requests, no new models. Returns when nothing is left there.
+        """Take a device out of service, and return when no model is left there.
 
-        What is queued there for a runner on several devices moves to its others. What runs there is finished, and so are held leases.
-        A runner on this device alone finishes what it accepted and is closed. Cancelling this does not bring the device back.
+        The device takes no new requests and no new models. Running requests are finished, and so
+        are leases. Queued requests of a runner on several devices are rerouted to its others. A
+        runner on this device alone finishes its accepted requests and is closed. Cancelling this
+        call does not bring the device back.
+
+        Args:
+            device: The device's name, such as "cuda:0".
 
         Raises:
             ConfigError: No model was ever loaded there.
         """
         self._must_be_open()
         device = in_full(text("drain_device(device)", device))
-        if device not in self._dispatchers:
-            raise ConfigError(
-                f"drain_device({device!r}): no such device is in use, but {', '.join(map(repr, self._dispatchers)) or 'none'}"
-            )
-        if device not in self._drained:
-            self._drained.add(device)
-            log.info("device drains", device=device)
-        ends = []
-        for replica in [one for runner in self._runners.values() for one in runner.loaded]:
-            if replica.device != device:
-                continue
-            if not replica.left:
-                self._leave(replica, f"{device!r} was drained")
-            if replica.whole.replicas:
-                ends.append(self._free(replica))
-            else:
-                ends.append(
-                    asyncio.ensure_future(self._close_runner(replica.whole, terminate=False))
-                )
-        await asyncio.shield(asyncio.gather(*ends))
+        self._devices.drain(device)
+        await self._lifecycle.drain_device(device)
 
     async def aclose(self) -> None:
-        """Finish what was accepted and free every model and lane. Shielded; closing twice is fine."""
+        """Finish accepted requests, then free every model and lane.
+
+        Closing goes on to its end when the caller is cancelled. Closing twice does nothing.
+        """
         await self._close_all(terminate=False)
 
     async def terminate(self) -> None:
-        """Fail what is queued with RunnerClosedError, wait for what runs, and free everything."""
+        """Fail queued requests with RunnerClosedError, wait for running requests, free the rest."""
         await self._close_all(terminate=True)
 
-    # --- loading -------------------------------------------------------------------------------------
+    # --- loading ---------------------------------------------------------------------------------
 
-    async def _load(
-        self,
-        name: str,
-        settings: ModelConfig,
-        inputs: Sequence[TensorSpec] | None,
-        contents: bytes | None = None,
-        *,
-        warmup_inputs: object = None,
-        weights: object = None,
-    ) -> Runner:
+    async def _load(self, name: str, settings: ModelConfig, source: ModelSource) -> Runner:
         self._must_be_open()
-        if name in self._names:
-            raise ConfigError(
-                f"load({settings.path!r}): a runner named {name!r} exists; give it another name="
-            )
-        self._names.add(name)
-        wanted = True
-
-        loaded: list[tuple[Prepared, Dispatcher, Holding]] = []
-
-        async def load_on(place: str) -> None:
-            device = await self._device(place)
-            if self._closed:
-                return
-            dispatcher = self._dispatcher(place, device)
-            holding = Holding(name)
-
-            def make_room(size: int) -> None:
-                anyio.from_thread.run(claim, dispatcher, holding, size)
-
-            request = LoadRequest(
-                name=name,
-                path=Path(settings.path),
-                model_name=settings.model_name,
-                instances=settings.instances,
-                sha256=settings.sha256,
-                cache_dir=Path(self._config.cache_dir) if self._config.cache_dir else None,
-                contents=contents,
-                copy_inputs=settings.copy_inputs,
-                copy_outputs=settings.copy_outputs,
-                cuda_graphs=settings.cuda_graphs,
-                replicated=settings.devices is not None,
-                weights=settings.weights if weights is None else weights,
-                weights_strict=settings.weights_strict,
-                make_room=make_room,
-            )
-            try:
-                prepared = await in_worker(
-                    functools.partial(
-                        loading.prepare,
-                        device,
-                        request,
-                        settings,
-                        inputs,
-                        dispatcher.executor.kind,
-                        dispatcher.queue.lanes.cores,
-                        warmup_inputs,
-                    ),
-                    self._limiter,
-                    f"load({settings.path!r})",
-                )
-            except BaseException:
-                dispatcher.forget(holding)
-                raise
-            loaded.append((prepared, dispatcher, holding))
-            takes = prepared.container.constant_bytes
-            if takes > holding.bytes:  # the package did not say so
-                await claim(dispatcher, holding, takes - holding.bytes)
-            dispatcher.settle(holding, constants=takes)
-
-        async def work() -> Runner | None:
-            try:
-                places = await self._places(settings)
-                await self._divide_cores(places)
-                for place in places:
-                    if not wanted or self._closed:
-                        break
-                    await load_on(place)
-                for _, dispatcher, _ in loaded:
-                    self._must_be_in_service(dispatcher.queue.name)
-                if wanted and not self._closed:
-                    return self._open_runner(name, settings, loaded)
-            except BaseException:
-                await self._unload(loaded)
-                raise
-            await self._unload(loaded)
-            return None
-
-        try:
-            runner = await self._housekeep(work)
-        except asyncio.CancelledError:
-            wanted = False  # the load goes on in its thread; what it brings is freed there
-            if name in self._runners:  # it had just succeeded
-                await self._close_runner(self._runners[name], terminate=True)
-            raise
-        finally:
-            if name not in self._runners:
-                self._names.discard(name)
-        if runner is None:
-            raise RunnerClosedError(f"load({settings.path!r}): the scheduler was closed meanwhile")
-        return runner
+        return await self._loader.load(name, settings, source, self._open_runner)
 
     def _open_runner(
-        self,
-        name: str,
-        settings: ModelConfig,
-        loaded: Sequence[tuple[Prepared, Dispatcher, Holding]],
+        self, life: Life, settings: ModelConfig, loaded: Sequence[LoadedModel]
     ) -> Runner:
-        replicas = [
-            self._open_replica(
-                name, settings, prepared, dispatcher, holding, alone=len(loaded) == 1
-            )
-            for prepared, dispatcher, holding in loaded
-        ]
+        """Make the runner of a model that is loaded on every device, and open it for requests."""
+        alone = len(loaded) == 1
+        replicas = [self._open_replica(model, settings, alone=alone) for model in loaded]
         runner = replicas[0]
-        if len(replicas) > 1:
-            clock = self._clock or LoopClock(self._loop)
-            options = Options(timeout=seconds_or_none("timeout", settings.timeout))
+        if not alone:
             runner = ReplicatedRunner(
-                replicas, options=options, clock=clock, close=self._close_runner
+                replicas,
+                options=Options(timeout=seconds_or_none("timeout", settings.timeout)),
+                clock=self._clock,
+                close=self._lifecycle.close,
             )
-        self._runners[name] = runner
+        self._lifecycle.open(life, runner, runner)
         return runner
 
-    def _open_replica(
-        self,
-        name: str,
-        settings: ModelConfig,
-        prepared: Prepared,
-        dispatcher: Dispatcher,
-        holding: Holding,
-        *,
-        alone: bool,
-    ) -> Runner:
-        info = msgspec.structs.replace(prepared.info, device=dispatcher.queue.name)
-        if info.device in self._shares:
-            cores = ", ".join(map(str, self._shares[info.device]))
-            note = f"No cores were named for {info.device!r}; of those there are, it has {cores}."
-            info = msgspec.structs.replace(info, notes=(*info.notes, note))
+    def _open_replica(self, model: LoadedModel, settings: ModelConfig, *, alone: bool) -> Runner:
+        """Make a loaded model known to its device's queue."""
+        prepared, dispatcher = model.prepared, model.dispatcher
+        device = dispatcher.queue.name
+        notes = (*prepared.info.notes, *self._devices.note_on_cores(device))
+        info = msgspec.structs.replace(prepared.info, device=device, notes=notes)
         limits = settings.limits
         bounds = Bounds(limits.jobs, limits.bytes, limits.tenant_jobs)
         grouping = prepared.grouping
@@ -567,7 +443,7 @@ class Scheduler:
         runner = Runner(
             info,
             state=dispatcher.queue.add_runner(
-                name,
+                info.name,
                 info.instances,
                 bounds,
                 placing=prepared.placing,
@@ -577,7 +453,7 @@ class Scheduler:
                 sheds=settings.overflow == "shed",
                 predicts=settings.admission == "predictive",
                 routable=not alone,
-                memory=holding,
+                memory=model.holding,
             ),
             grouping=grouping,
             container=prepared.container,
@@ -590,12 +466,12 @@ class Scheduler:
             fixed=prepared.fixed,
             updates=self._updates,
             blocking=self._blocking,
-            close=self._close_runner,
+            close=self._lifecycle.close,
         )
         account(runner)
         log.info(
             "model loaded",
-            runner=name,
+            runner=info.name,
             device=info.device,
             runtime=info.runtime,
             gil=info.gil,
@@ -606,293 +482,7 @@ class Scheduler:
         )
         return runner
 
-    async def _unload(self, loaded: Sequence[tuple[Prepared, Dispatcher, Holding]]) -> None:
-        for prepared, dispatcher, holding in loaded:
-            await self._close_here_or_there(
-                prepared.container.close, f"runner {prepared.info.name!r}"
-            )
-            dispatcher.forget(holding)
-
-    async def _places(self, settings: ModelConfig) -> list[str]:
-        """The devices that a model shall be loaded on."""
-        if settings.devices is None:
-            only = in_full(settings.device)
-            self._must_be_in_service(only)
-            return [only]
-        if settings.device != "cpu":
-            raise ConfigError(f"load({settings.path!r}): give device= or devices=, and not both")
-        wanted = [settings.devices] if isinstance(settings.devices, str) else settings.devices
-        places = []
-        for name in wanted:
-            kind, _, number = name.partition(":")
-            if number != "*":
-                one = in_full(name)
-                self._must_be_in_service(one)
-                places.append(one)
-                continue
-            named = [*self._devices, *(one for one in self._of_device if one not in self._devices)]
-            found = [one for one in named if one.startswith(f"{kind}:")]
-            if not found:
-                count = await anyio.to_thread.run_sync(_count_devices, kind, limiter=self._limiter)
-                found = [f"{kind}:{index}" for index in range(count)]
-            found = [one for one in found if one not in self._drained]
-            if not found:
-                raise ConfigError(
-                    f"load({settings.path!r}): devices={name!r}: there is none in service"
-                )
-            places += found
-        if not places or len({*places}) < len(places):
-            raise ConfigError(
-                f"load({settings.path!r}): devices={list(wanted)}: name one or more devices, each once"
-            )
-        return places
-
-    def _must_be_in_service(self, device: str) -> None:
-        if device in self._drained:
-            raise ConfigError(
-                f"device {device!r} was drained by drain_device(); load on another one"
-            )
-
-    async def _divide_cores(self, places: Sequence[str]) -> None:
-        """Give cores to the parts of the CPU among these places, and those that the configuration names, for which none were named.
-
-        That happens once: lanes are bound to their cores, so a part that comes later would have to take some of them away.
-
-        Raises:
-            ConfigError: Cores were divided before, and not for all of these.
-        """
-        unnamed = self._parts_without_cores(places)
-        if not unnamed:
-            return
-        if not self._shares:
-            numbers, count = await anyio.to_thread.run_sync(_cores_here, limiter=self._limiter)
-            if not self._shares:  # another load may have been quicker
-                self._share_cores(
-                    [*unnamed, *self._parts_without_cores(self._places_of_config())], numbers, count
-                )
-        late = [name for name in unnamed if name not in self._shares]
-        if late:
-            raise ConfigError(
-                f"device {late[0]!r}: the cores were divided among {', '.join(map(repr, self._shares))} when the first model was loaded there. "
-                f"Name all such devices beforehand: SchedulerConfig(devices={{{late[0]!r}: DeviceConfig(), ...}})."
-            )
-
-    def _share_cores(self, names: Sequence[str], numbers: Sequence[int], count: int) -> None:
-        taken = {
-            core
-            for name, settings in self._of_device.items()
-            if is_part(name)
-            for core in settings.affinity or ()
-        }
-        bound = count >= len(
-            numbers
-        )  # under a quota, all processes would bind themselves to the first cores
-        free = [core for core in numbers if core not in taken][: max(0, count - len(taken))]
-        self._shares = divided(list(dict.fromkeys(names)), free)
-        for name, cores in self._shares.items():
-            settings = self._of_device.get(name, DeviceConfig())
-            fits = settings.lanes in (None, len(cores))
-            self._of_device[name] = (
-                msgspec.structs.replace(settings, affinity=cores)
-                if bound and fits
-                else msgspec.structs.replace(
-                    settings,
-                    affinity=None,
-                    lanes=settings.lanes or len(cores),
-                    cores=settings.cores or len(cores),
-                )
-            )
-        log.info("cores divided", **{name: list(cores) for name, cores in self._shares.items()})
-
-    def _parts_without_cores(self, names: Iterable[str]) -> list[str]:
-        return [
-            name
-            for name in map(in_full, names)
-            if name not in self._devices
-            and (name in self._shares or cores_of(name, self._of_device) == ())
-        ]
-
-    def _places_of_config(self) -> list[str]:
-        places = list(self._of_device)
-        for model in self._config.models.values():
-            wanted = model.devices or model.device
-            places += [wanted] if isinstance(wanted, str) else wanted
-        return places
-
-    async def _device(self, name: str) -> Device:
-        device = self._devices.get(name)
-        if device is None:
-            cores = self._shares.get(name) or cores_of(name, self._of_device)
-            opened = await anyio.to_thread.run_sync(
-                _open_device, name, cores, limiter=self._limiter
-            )
-            device = self._devices.setdefault(name, opened)  # another load may have been quicker
-        return device
-
-    def _dispatcher(self, name: str, device: Device) -> Dispatcher:
-        dispatcher = self._dispatchers.get(name)
-        if dispatcher is None:
-            settings = self._of_device.get(name, DeviceConfig())
-            lanes = settings.lanes or len(settings.affinity or ()) or device.cores()
-            if settings.lanes is not None and not 1 <= settings.lanes <= MOST:
-                raise ConfigError(
-                    f"devices.{name}: lanes={lanes}: a device has 1 to {MOST} lanes. Give fewer."
-                )
-            if settings.affinity is not None and len(settings.affinity) != lanes:
-                raise ConfigError(
-                    f"devices.{name}: affinity names {len(settings.affinity)} cores for {lanes} lanes; one for each is needed"
-                )
-            if settings.limits.tenant_jobs is not None:
-                raise ConfigError(
-                    f"devices.{name}: tenant_jobs bounds each tenant of a model; set it in the model's limits"
-                )
-            bounds = Bounds(settings.limits.jobs, settings.limits.bytes)
-            cores = device.cores()
-            if not name.startswith("cpu"):  # a lane that waits for its device keeps no core busy
-                cores = max(cores, lanes)
-            cores = settings.cores or cores
-            if settings.evict is not None and settings.memory_limit is None:
-                raise ConfigError(
-                    f"devices.{name}: evict={settings.evict!r} needs a memory_limit (in bytes)"
-                )
-            policy = Policy(max_wait=settings.max_wait)
-            queue = DeviceQueue(
-                name,
-                lanes,
-                bounds,
-                cores=cores,
-                policy=policy,
-                memory_limit=settings.memory_limit,
-                evicts=settings.evict is not None,
-            )
-            executor = device.open_executor(lanes, settings.affinity, settings.launchers)
-            try:
-                dispatcher = Dispatcher(
-                    self._loop,
-                    self._clock or LoopClock(self._loop),
-                    queue,
-                    executor,
-                    log_requests=self._config.log_requests,
-                    on_failing=self._look_after,
-                    on_lost=self._lose,
-                    on_park=lambda state: self._run_errand(self._parking.park, state),
-                    on_return=lambda state: self._run_errand(self._parking.bring_back, state),
-                )
-            except BaseException:
-                executor.close()
-                raise
-            self._dispatchers[name] = dispatcher
-            log.info("device opened", device=name, executor=dispatcher.executor.kind, lanes=lanes)
-        return dispatcher
-
-    def _look_after(self, state: RunnerState) -> None:
-        """The last runs of a runner have all failed."""
-        runner = self._replica_of(state)
-        log.warning(
-            "runs fail again and again",
-            runner=runner.name,
-            device=runner.device,
-            failures=UNHEALTHY,
-        )
-        if runner.rebuilds:
-            self._run_errand(self._updates.renew, state)
-
-    def _run_errand(
-        self, errand: Callable[[Runner], Awaitable[object]], state: RunnerState
-    ) -> None:
-        self._at_work().start_soon(functools.partial(errand, self._replica_of(state)))
-
-    def _replica_of(self, state: RunnerState) -> Runner:
-        return next(one for one in self._runners[state.name].loaded if one.state is state)
-
-    def _lose(self, device: str, error: DeviceLostError) -> None:
-        """A run has met a device that is lost: who has a replica elsewhere goes on there. Called for each such run."""
-        for runner in list(self._runners.values()):
-            for replica in runner.replicas:
-                others = [one for one in runner.replicas if one is not replica]
-                if replica.device == device and any(
-                    one.state.phase is Phase.OPEN for one in others
-                ):
-                    log.error("device lost", device=device, runner=runner.name, error=error)
-                    self._leave(replica, f"{device!r} was lost: {said(error)}")
-                    self._at_work().start_soon(functools.partial(self._free_lost, replica))
-
-    async def _free_lost(self, replica: Runner) -> None:
-        try:
-            await self._free(replica)
-        except Exception as error:  # noqa: BLE001 -- nobody waits for it
-            log.warning(
-                "model can't be freed", runner=replica.name, device=replica.device, error=error
-            )
-
-    def _leave(self, replica: Runner, why: str) -> None:
-        moved = replica.whole.leave(replica, why)
-        log.info("replica left", runner=replica.name, device=replica.device, why=why, moved=moved)
-
-    # --- closing -------------------------------------------------------------------------------------
-
-    async def _close_runner(self, runner: Runner, terminate: bool) -> None:
-        if self._runners.get(runner.name) is not runner:
-            return  # closed before
-        self._at_work().must_be_here()
-        for replica in runner.loaded:
-            replica.dispatcher.drain(replica.state, terminate=terminate)
-        closing = self._closing.get(runner.name)
-        if closing is None:
-
-            async def work() -> None:
-                try:
-                    frees = [self._free(replica) for replica in runner.loaded]
-                    faults = [
-                        f
-                        for f in await asyncio.gather(*frees, return_exceptions=True)
-                        if f is not None
-                    ]
-                    if faults:
-                        raise faults[0]  # closing again tries again
-                finally:
-                    del self._closing[runner.name]
-                for replica in runner.loaded:
-                    del self._freed[replica]
-                del self._runners[runner.name]
-                self._names.discard(runner.name)
-                runner.let_go()
-
-            closing = self._closing[runner.name] = self._at_work().start(work)
-        await asyncio.shield(closing)
-
-    def _free(self, replica: Runner) -> asyncio.Future[None]:
-        """Drain what is on one device, and free it; done when it is gone. After a failure the next call tries again."""
-        freed = self._freed.get(replica)
-        if freed is None:
-            drained = replica.dispatcher.drain(replica.state, terminate=False)
-            self._updates.leave_sources(replica)
-
-            async def work() -> None:
-                slow = self._loop.call_later(SLOW_CLOSE, _log_slow_close, replica)
-                try:
-                    await drained
-                    slow.cancel()
-                    async with replica.weights.turn:  # an update under way ends first
-                        await self._parking.still(replica)
-                        replica.dispatcher.remove(replica.state)
-                        await self._close_here_or_there(
-                            replica.container.close, f"runner {replica.name!r}"
-                        )
-                        replica.dispatcher.forget(replica.state.memory)
-                except BaseException:
-                    del self._freed[replica]
-                    raise
-                finally:
-                    slow.cancel()
-                log.info("model closed", runner=replica.name, device=replica.device)
-
-            freed = self._freed[replica] = self._at_work().start(work)
-        return freed
-
-    async def _close_here_or_there(self, close: Callable[[], None], what: str) -> None:
-        """Close in a thread, since that may wait; where no thread can be started, on the loop's: it must be closed."""
-        await in_worker(close, self._limiter, f"{what}: closing", or_here=True)
+    # --- closing ---------------------------------------------------------------------------------
 
     async def _close_all(self, *, terminate: bool) -> None:
         house = self._house
@@ -901,50 +491,33 @@ class Scheduler:
             return  # never entered, or closed
         house.must_be_here()
         self._closed = True
+        self._lifecycle.abandon_loads()
 
         async def work() -> None:
-            closes = [
-                self._close_runner(runner, terminate) for runner in list(self._runners.values())
-            ]
-            faults = [
-                f for f in await asyncio.gather(*closes, return_exceptions=True) if f is not None
-            ]
-            for name, dispatcher in list(
-                self._dispatchers.items()
-            ):  # whatever became of the models, no thread stays
-                dispatcher.close()
-                try:
-                    await self._close_here_or_there(dispatcher.executor.close, f"device {name!r}")
-                except Exception as fault:  # noqa: BLE001 -- it is raised below
-                    faults.append(fault)
-                else:
-                    del self._dispatchers[name]
+            faults = await self._lifecycle.close_all(terminate=terminate)
+            faults += await self._devices.close()  # whatever became of the models
             self._blocking.end()
             if faults:
-                self._all_closed = None  # closing again tries again
+                self._all_closed = None  # the next call tries again
                 raise faults[0]
             house.finish()
 
         if self._all_closed is None:
             self._all_closed = house.start(work)
-        elif terminate:  # whoever closes already has less to wait for
-            for runner in list(self._runners.values()):
-                for replica in runner.loaded:
-                    replica.dispatcher.drain(replica.state, terminate=True)
+        elif terminate:  # the close under way has less to wait for
+            self._lifecycle.terminate()
         await asyncio.shield(self._all_closed)
         await house.ended()
 
-    # --- housekeeping --------------------------------------------------------------------------------
+    # --- checks ----------------------------------------------------------------------------------
 
     def _must_own(self, runners: Iterable[Runner]) -> None:
         self._must_be_open()
+        runners = tuple(runners)
         for runner in runners:
             if not isinstance(runner, Runner):
                 raise ConfigError(f"expected the runner that load() returned, got {brief(runner)}.")
-            if self._runners.get(runner.name) is not runner:
-                raise RunnerClosedError(
-                    f"runner {runner.name!r} is closed, or belongs to another scheduler"
-                )
+        self._lifecycle.must_own(runners)
 
     def _must_be_open(self) -> None:
         if self._closed:
@@ -954,38 +527,3 @@ class Scheduler:
                 "the scheduler is not running; use `async with Scheduler() as scheduler:`"
             )
         self._house.must_be_here()
-
-    async def _housekeep(self, work: Callable[[], Awaitable[_T]]) -> _T:
-        return await asyncio.shield(self._at_work().start(work))
-
-    def _at_work(self) -> Housekeeping:
-        if self._house is None:
-            raise RunnerClosedError("the scheduler is not running")
-        return self._house
-
-
-def _open_device(name: str, cores: Sequence[int] | None) -> Device:
-    """Off the loop: the first backend imports torch, which takes a second or two."""
-    from aoti_sched.backends.devices import open_device
-
-    return open_device(name, cores)
-
-
-def _cores_here() -> tuple[list[int], int]:
-    """The cores that this process may use by number, and how many of them at once."""
-    from aoti_sched.backends.cpu import available_cores
-
-    count = available_cores()
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0)), count
-    return list(range(count)), count
-
-
-def _count_devices(kind: str) -> int:
-    from aoti_sched.backends.devices import count_devices
-
-    return count_devices(kind)
-
-
-def _log_slow_close(runner: Runner) -> None:
-    log.warning("closing waits for runs or leases", runner=runner.name, stats=runner.stats())

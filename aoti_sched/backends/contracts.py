@@ -1,7 +1,9 @@
-"""The contracts of the machinery: Container, Executor, Device. A backend does everything and decides nothing.
+"""The contracts of the machinery: Container, Executor, Device. A backend does everything and decides
+nothing.
 
-All of it is blocking and knows no event loop. The front calls `Device.load` and `Container.close` from
-worker threads, `Executor.submit`, `Executor.drain` and `Executor.run_here` from the loop's thread.
+All of it is blocking and knows no event loop. The engine calls `Device.inspect`, `Device.load` and
+`Container.close` from worker threads. It calls `Executor.submit`, `Executor.drain` and
+`Executor.run_here` from the loop's thread.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import msgspec
 from aoti_sched.backends.executors.batches import Batch, Staging
 from aoti_sched.backends.reading import Reading
 from aoti_sched.model.call_spec import CallSpec
-from aoti_sched.model.specs import ConstantSpec
+from aoti_sched.model.specs import ConstantSpec, ModelSpec
 
 
 class ContainerInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -250,10 +252,6 @@ class Executor(Protocol):
         """Wait for what runs, then end the lanes. Closing twice does nothing."""
 
 
-def _there_is_room(size: int) -> None:
-    """Where memory has no limit."""
-
-
 class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What a device needs to load one model of a package."""
 
@@ -270,62 +268,93 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     copy_outputs: str | None = None
     """"cpu" for outputs on the host; None leaves them where the model makes them."""
     cuda_graphs: bool = False
-    """Whether runs are recorded and launched as one thing."""
+    """Whether runs are recorded, and launched as one CUDA graph."""
     weights: object = None
-    """A mapping from names to tensors, or the path of a file, in place of the weights in the package; None for those."""
-    weights_strict: bool = True
-    """Whether names in `weights` that nobody knows are refused."""
-    replicated: bool = False
-    """Whether the runner is on several devices; a request then runs on any of them, and may move."""
-    make_room: Callable[[int], None] = _there_is_room
-    """Called before the container is made, with the bytes that its constants will take, as far as the package says. It may wait.
+    """Weights in place of the package's: a mapping from names to tensors, or the path of a file.
 
-    Raises:
-        MemoryLimitError: They do not fit.
+    None for the package's.
+    """
+    weights_strict: bool = True
+    """Whether names in `weights` that the model does not know are refused."""
+    replicated: bool = False
+    """Whether the runner is on several devices.
+
+    A request then runs on any of them, and may be rerouted.
     """
 
 
-class Loaded(msgspec.Struct, frozen=True, kw_only=True, eq=False):
-    """A loaded model: its container, and what its package says of it."""
+class Inspected(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+    """A model as its package describes it, before its container is made."""
 
-    container: Container
+    request: LoadRequest
+    """What to load: without `contents`, and with one instance where the model allows no more."""
+    constant_bytes: int
+    """Bytes that one set of constants takes on the device; 0 where the package does not state them.
+    """
+    own: ModelSpec | None = None
+    """The specs that the package brings."""
     metadata: dict[str, str]
     wrapper_source: str | None
+    """The C++ source of the model's wrapper, where the package has it."""
     sha256: str
     thread_limit: int | None
-    """Beyond this many intra-op threads the compiled code would write past its arrays."""
+    """The most intra-op threads of a run.
+
+    With more, the compiled code would write past its arrays.
+    """
     fixed_threads: int | None = None
-    """As many threads run in a kernel whatever is set at run time."""
+    """Intra-op threads that every kernel uses, whatever is set at run time."""
     call_spec: CallSpec | None = None
     """The device's own, where the container's `in_spec` does not say how it is called (fakes)."""
 
 
 class Device(Protocol):
-    """What the front needs of one kind of device."""
+    """What the engine needs of one device."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def records_runs(self) -> bool:
-        """Whether a run can be recorded there, and launched again as one thing (CUDA graphs)."""
+        """Whether a run can be recorded there, and launched again as one CUDA graph."""
 
     def cores(self) -> int:
-        """How many lanes there are by default: on a CPU, the cores that this process may use."""
+        """Return the number of lanes by default: on a CPU, the cores that this process may use."""
 
     def open_executor(
         self, lanes: int, affinity: Sequence[int] | None = None, launchers: int | None = None
     ) -> Executor:
-        """Start the lanes; with `affinity`, each bound to the core of that number. Each has a thread, unless there shall be so many `launchers`
-        for all, which launch runs and look what is done.
+        """Start the lanes.
+
+        Args:
+            lanes: How many runs go on at once.
+            affinity: For each lane, the number of the core that its thread is bound to; None to
+                bind none.
+            launchers: Threads that launch the runs of all lanes and poll what is done; None for a
+                thread for each lane.
 
         Raises:
-            ConfigError: There are no such lanes here.
+            ConfigError: The device has no such lanes.
         """
 
-    def load(self, request: LoadRequest) -> Loaded:
-        """Read, check, extract and load one model. Blocking, for seconds.
+    def inspect(self, request: LoadRequest) -> Inspected:
+        """Read, check and extract one model. Nothing of it runs yet. Blocking, for seconds.
 
         Raises:
-            PackageError, LoadError: as `aoti_sched.errors` tells them.
+            PackageError: The package is missing, broken, or for another platform or device.
+            DeviceLostError: The device has failed before.
+        """
+
+    def load(self, inspected: Inspected) -> Container:
+        """Load a model that this device's `inspect` returned, and make its container.
+
+        Blocking, for seconds.
+
+        The engine has reserved `inspected.constant_bytes` of the device's memory by then.
+        `Container.constant_bytes` is what the constants take in fact; the engine reserves the
+        difference afterwards.
+
+        Raises:
+            LoadError: The library or its weights can't be loaded.
+            DeviceLostError: The device has failed before.
         """

@@ -9,25 +9,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 
 from aoti_sched.backends.aoti.c_abi import Library, libtorch
 from aoti_sched.backends.aoti.container import CAbiContainer
-from aoti_sched.backends.aoti.proxy_executor import open_proxy_executor
 from aoti_sched.backends.aoti.raw_container import RawContainer
 from aoti_sched.backends.aoti.torch_runner import TorchRunnerContainer
-from aoti_sched.backends.contracts import Executor, Loaded, LoadRequest
+from aoti_sched.backends.contracts import Container, Executor, Inspected, LoadRequest
 from aoti_sched.backends.executors.choose import open_executor
-from aoti_sched.errors import ConfigError, PlatformMismatchError
-from aoti_sched.model.specs import spec_from_metadata
-from aoti_sched.model.wrapper_source import writes_to_buffers
-from aoti_sched.package import check_platform, open_package
-from aoti_sched.package.sources import constant_layouts
+from aoti_sched.backends.opening import InspectedPackage, inspect_package, open_container
+from aoti_sched.errors import ConfigError
 
 
 class CpuDevice:
-    """This machine's CPU, as much of it as the process may use; or, by another `name`, so much of that as the numbered `cores` are."""
+    """This machine's CPU, as far as the process may use it.
+
+    Args:
+        name: "cpu"; or "cpu:0" and so on for a part of the CPU.
+        cores: The numbers of the part's cores.
+    """
 
     records_runs = False
 
@@ -44,67 +44,45 @@ class CpuDevice:
     ) -> Executor:
         if launchers is not None:
             raise ConfigError(
-                f"device {self.name!r}: launchers={launchers}, but a run on a CPU is its thread's work; leave it out"
+                f"device {self.name!r}: launchers={launchers}, but a run on a CPU is its thread's "
+                "work; leave it out"
             )
         return open_executor(self.name, lanes, self.cores(), set_threads, affinity)
 
-    def load(self, request: LoadRequest) -> Loaded:
-        package = open_package(request.path, sha256=request.sha256, contents=request.contents)
-        model = package.model(request.model_name)
-        check_platform(model)
-        if model.device not in ("", "cpu"):
-            raise PlatformMismatchError(
-                f"{request.path}: model {model.name!r} was compiled for {model.device}, not for cpu",
-                path=str(request.path),
-            )
-        if "AMX_TILE" in model.cpu_isa:
-            torch.cpu._init_amx()  # noqa: SLF001 -- Linux gives the tile registers only to processes that ask
-        extracted = package.extract(model, request.cache_dir)
-        request = msgspec.structs.replace(
-            request, contents=None
-        )  # what is kept of it is in the cache
-        own, wrapper = spec_from_metadata(model.metadata), package.wrapper_source(model)
-        if writes_to_buffers(own, wrapper):
-            # Instances share their buffers, and nothing in the runtime guards them (pytorch/pytorch#122824).
-            request = msgspec.structs.replace(request, instances=1)
-        request.make_room(model.constant_bytes)
-        library = Library(extracted.library)
-        raw = RawContainer(library, request.instances)
-        if request.instances > 1 and writes_to_buffers(
-            own, wrapper, [c.spec for c in raw.constants]
-        ):
-            raw.close()
-            request = msgspec.structs.replace(request, instances=1)
-            raw = RawContainer(library, 1)
-        raw.name = f"model {request.name!r}"  # in errors: the name the user gave, not the library's
-        raw.layouts = constant_layouts(wrapper or "")
-        try:
-            why_not = ""
-            if model.needs_proxy_executor:
-                raw.proxy, why_not = open_proxy_executor(raw.name, "cpu", extracted.library)
-            container = (
-                TorchRunnerContainer(raw, request, extracted, own, why=why_not)
-                if why_not
-                else CAbiContainer(raw, request, extracted, own)
-            )
-        except BaseException:
-            raw.close()
-            raise
-        return Loaded(
-            container=container,
-            metadata=model.metadata,
-            wrapper_source=wrapper,
-            sha256=package.sha256,
-            thread_limit=model.thread_limit,
-            fixed_threads=model.fixed_threads,
+    def inspect(self, request: LoadRequest) -> Inspected:
+        inspected = inspect_package(request, "cpu")
+        if "AMX_TILE" in inspected.model.cpu_isa:
+            # Linux gives the tile registers only to processes that ask.
+            torch.cpu._init_amx()  # noqa: SLF001
+        return inspected
+
+    def load(self, inspected: Inspected) -> Container:
+        return open_container(inspected, "cpu", _open_raw, _wrap)
+
+
+def _open_raw(library: Library, request: LoadRequest, title: str) -> RawContainer:
+    raw = RawContainer(library, request.instances)
+    raw.name = title
+    return raw
+
+
+def _wrap(raw: RawContainer, inspected: InspectedPackage, why_not: str) -> Container:
+    if why_not:
+        return TorchRunnerContainer(
+            raw, inspected.request, inspected.extracted, inspected.own, why=why_not
         )
+    return CAbiContainer(raw, inspected.request, inspected.extracted, inspected.own)
 
 
-# --- cores and threads --------------------------------------------------------------------------------
+# --- cores and threads
+# --------------------------------------------------------------------------------
 
 
 def available_cores() -> int:
-    """Cores this process may use: its affinity, and the CPU quota of its cgroup (v2, then v1)."""
+    """Return the number of cores that this process may use.
+
+    Its affinity limits them, and the CPU quota of its cgroup (v2, then v1).
+    """
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -113,7 +91,10 @@ def available_cores() -> int:
 
 
 def _cgroup_quota(root: Path) -> float | None:
-    """Cores that the cgroup's quota amounts to; None without one. Docs: kernel.org cgroup-v2, "cpu.max"."""
+    """Return the cores that the cgroup's quota amounts to; None without a quota.
+
+    Docs: kernel.org cgroup-v2, "cpu.max".
+    """
     try:
         quota, _, period = (root / "cpu.max").read_text().partition(" ")
         return None if quota == "max" else int(quota) / int(period)
@@ -128,12 +109,15 @@ def _cgroup_quota(root: Path) -> float | None:
 
 
 def set_threads(count: int) -> None:
-    """Set the intra-op threads of the calling thread alone: OpenMP's, and MKL's where torch has it.
+    """Set the intra-op threads of the calling thread alone:
 
-    `torch.set_num_threads` would also set MKL's process-wide count and the default of threads born later, which are the
-    application's own business.
+    OpenMP's, and MKL's where torch has MKL.
+
+    `torch.set_num_threads` would also set MKL's process-wide count and the default of later
+    threads. Both belong to the application.
     """
-    torch.get_num_threads()  # torch initializes a thread's count lazily; do it now, or it would overwrite ours
+    # Torch initializes a thread's count lazily; do it now, or it would overwrite ours
+    torch.get_num_threads()
     set_openmp = _symbol("omp_set_num_threads")
     if set_openmp is None:
         torch.set_num_threads(count)

@@ -1,4 +1,4 @@
-"""Which device a name means."""
+"""Opens the device that a name means."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ _NAME = re.compile(r"(cpu|mps)|(cuda|xpu)(?::(\d+))?")
 
 
 def open_device(name: str, cores: Sequence[int] | None = None) -> Device:
-    """The device of a name: "cpu", "cuda:0", "xpu:0" or "mps". One like "cpu:0" is these `cores` of the CPU.
+    """Open a device.
+
+    Args:
+        name: "cpu", "cuda:0", "xpu:0" or "mps"; or, with `cores`, the name of a part of the CPU.
+        cores: The numbers of the part's cores.
 
     Raises:
         ConfigError: There is no such device here, or torch was built without that kind.
@@ -57,22 +61,23 @@ def _accelerator(name: str, kind: str, index: int) -> Accelerator:
     if kind == "cuda":
         from aoti_sched.backends.accelerators.cuda import CudaDevice
         from aoti_sched.backends.accelerators.cuda_driver import Driver
+        from aoti_sched.backends.accelerators.cuda_graphs import GraphContainer
 
-        return CudaDevice(index, Driver())
+        return CudaDevice(index, Driver(), GraphContainer)
     from aoti_sched.backends.accelerators.xpu import XpuDevice
 
     return XpuDevice(index)
 
 
 def count_devices(kind: str) -> int:
-    """How many devices of a kind like "cuda" this machine has, as far as torch can use them."""
+    """Return how many devices of a kind like "cuda" torch can use on this machine."""
     import torch
 
     return getattr(torch, kind).device_count() if _built(kind) else 0
 
 
 def _built(kind: str) -> bool:
-    """Whether this torch was built with a kind of devices that have numbers."""
+    """Return whether this torch was built with a kind of devices that have numbers."""
     import torch
 
     if kind == "cuda":
@@ -85,4 +90,7 @@ def _absent(kind: str, *, built: bool) -> str:
 
     if built:
         return f"torch finds no {kind} device here"
-    return f"this torch ({torch.__version__}) was built without {kind}; install one that was built with it"
+    return (
+        f"this torch ({torch.__version__}) was built without {kind}; install one that was built "
+        "with it"
+    )

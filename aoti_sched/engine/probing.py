@@ -1,8 +1,9 @@
-"""What running a model at load shows of it: the least sizes, whether rows are independent, which inputs it writes to.
+"""Probing: runs a model at load, and finds its least sizes, whether rows are independent, and which
+inputs it writes to.
 
-Blocking; policy only. On a CPU the runs happen in a child process (`child.py`), so that one which goes wrong ends nothing,
-prints nothing and changes no buffer. On other devices, and where there are no child processes, only sizes that the compiler knew of
-are run, and size 1.
+Blocking; policy only. On a CPU the runs happen in a child process (`child.py`). A run that fails
+there ends no other process, prints nothing and changes no buffer. On other devices, and where there
+are no child processes, only sizes that the compiler knew of are run, and size 1.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from aoti_sched.child import NOT_STARTED, Tell, can_fork, in_child
+from aoti_sched.child import FAULT, NOT_STARTED, Tell, can_fork, in_child
 from aoti_sched.errors import first_line
 from aoti_sched.model.evidence import (
     ROWS,
@@ -32,14 +33,24 @@ if TYPE_CHECKING:
     from aoti_sched.backends.contracts import Container
 
 LIMIT = 10.0
-"""Seconds that the runs in one child may take. A child that dies is followed by another, at most 2 x symbols + 2."""
+"""Seconds that the runs in one child may take.
+
+A child that dies is followed by another, at most 2 x symbols + 2.
+"""
 
 _TRUSTED = 2
-"""The compiler takes every dynamic size for at least this."""
+"""The compiler assumes that every dynamic size is at least this."""
 
 
 class Symbol(msgspec.Struct, frozen=True):
-    """The values that a symbol may have: from `trusted` the compiler vouches for them, from `floor` up to it running it must show them."""
+    """The values that a symbol may have.
+
+    Attributes:
+        name: The symbol's.
+        floor: The least value that is examined. Running the model must show values below `trusted`.
+        trusted: The least value that the compiler vouches for.
+        most: The largest value; None without a bound.
+    """
 
     name: str
     floor: int
@@ -48,7 +59,13 @@ class Symbol(msgspec.Struct, frozen=True):
 
 
 class Rows(msgspec.Struct, frozen=True):
-    """Along which dimension rows lie, and with which numbers of rows alone the model is run ("()": any)."""
+    """Which rows to examine.
+
+    Attributes:
+        dim: The dimension along which rows lie.
+        symbol: The dimension's symbol; "" where its size was compiled in.
+        sizes: The only numbers of rows that the model is run with; () for any.
+    """
 
     dim: int
     symbol: str
@@ -58,9 +75,13 @@ class Rows(msgspec.Struct, frozen=True):
 class Findings(msgspec.Struct):
     """What was found.
 
-    `least` gives, for each symbol that was examined, the least value that was shown to be right, and why no smaller one was.
-    `rows` is None where nobody asked. `mutated` are places of inputs that a run wrote to (None: unknown). `failure` says why the model
-    could not be run on values made up for it; `zeros` says that it took zeros only.
+    Attributes:
+        least: For each symbol that was examined, the least value that was shown to be right, and
+            why no smaller value was.
+        rows: Whether rows are independent; None where that was not examined.
+        mutated: Numbers of the inputs that a run wrote to; None where that is unknown.
+        failure: Why the model could not be run on values made up for it; "" where it could.
+        zeros: Whether the model could be run on zeros only.
     """
 
     least: dict[str, tuple[int, str]] = {}
@@ -71,10 +92,10 @@ class Findings(msgspec.Struct):
 
 
 def symbols_in(specs: Sequence[TensorSpec], *, stated_by_user: bool) -> dict[str, Symbol]:
-    """The symbols of a model's inputs with the values that their dimensions state.
+    """Return the symbols of a model's inputs with the values that their dimensions state.
 
-    A wrapper's least value of 2 may be no more than the compiler's assumption, so 0 and 1 are to be examined. A user's least value
-    is meant, and not extended.
+    A wrapper's least value of 2 may be the compiler's assumption alone, so 0 and 1 are examined. A
+    least value that a user states is meant, and is not extended.
     """
     low: dict[str, int] = {}
     high: dict[str, int | None] = {}
@@ -102,7 +123,7 @@ def symbols_in(specs: Sequence[TensorSpec], *, stated_by_user: bool) -> dict[str
 def with_least(
     specs: Sequence[TensorSpec], least: Mapping[str, tuple[int, str]]
 ) -> tuple[TensorSpec, ...]:
-    """The specs with the least sizes that were found."""
+    """Return the specs with the least sizes that were found."""
 
     def changed(dim: int | DynamicDim) -> int | DynamicDim:
         if isinstance(dim, int) or dim.symbol not in least:
@@ -127,7 +148,9 @@ def examine(
     apart: bool = True,
     set_threads: Callable[[int], None] | None = None,
 ) -> Findings:
-    """Run a model that was just loaded on values made up for it, and say what that shows. About 8 runs for each symbol.
+    """Run a model that was just loaded on values made up for it, and say what that shows.
+
+    About 8 runs for each symbol.
 
     Args:
         container: The model; nothing else may run on it.
@@ -170,7 +193,7 @@ def examine(
         trying = _take(findings, todo, told)
         if not end:
             break
-        if not end.startswith(NOT_STARTED):
+        if not end.startswith((NOT_STARTED, FAULT)):
             end = f"a process that ran it so did not survive: {end}"
         if trying is None:
             findings.failure = findings.failure or end
@@ -184,7 +207,8 @@ def examine(
                 for s in todo.values()
             }
         else:
-            findings.least[name] = (value + 1, f"{value} is not taken: {end}.")
+            what = "could not be tried" if end.startswith(FAULT) else "is not taken"
+            findings.least[name] = (value + 1, f"{value} {what}: {end}.")
     for symbol in todo.values():
         findings.least.setdefault(symbol.name, (symbol.trusted, findings.failure))
     return findings
@@ -193,7 +217,11 @@ def examine(
 def _take(
     findings: Findings, todo: Mapping[str, Symbol], told: Sequence[Any]
 ) -> tuple[str, int] | None:
-    """Note what was told; returns the symbol and value that were being tried last, if that came to no end."""
+    """Note what a child told.
+
+    Returns:
+        The symbol and the value of the trial that did not end; None where every trial ended.
+    """
     trying = None
     for kind, *values in told:
         trying = None
@@ -252,7 +280,8 @@ class _Examination:
             found = self._rows(rows, max(1, least.get(rows.symbol, self._least(rows.symbol))))
             self._tell(("rows", found.independent, found.reason))
 
-    # --- runs ------------------------------------------------------------------------------------------
+    # --- runs
+    # ------------------------------------------------------------------------------------------
 
     def _draw(self, sizes: Mapping[str, int], seed: int) -> list[torch.Tensor]:
         tensors = tensors_like(self._specs, sizes, self._examples, seed=seed)
@@ -263,7 +292,7 @@ class _Examination:
         return [None if output is None else output.detach().clone() for output in outputs]
 
     def _first(self) -> bool:
-        """Whether it runs at all on values made up for it."""
+        """Return whether the model runs at all on values made up for it."""
         failure = ""
         for zeros in (False, True):
             self._zeros = zeros
@@ -283,7 +312,8 @@ class _Examination:
         self._tell(("failed", failure))
         return False
 
-    # --- sizes -----------------------------------------------------------------------------------------
+    # --- sizes
+    # -----------------------------------------------------------------------------------------
 
     def _least(self, name: str) -> int:
         return self._all[name].floor if name in self._all else 1
@@ -315,7 +345,7 @@ class _Examination:
         return _Growth(self, symbol.name, most, full, other, big, mid)
 
     def _cut(self, tensors: Sequence[torch.Tensor], name: str, value: int) -> list[torch.Tensor]:
-        """The first rows of tensors, as many as a value of the symbol makes."""
+        """Return the first rows of tensors, as many as a value of the symbol makes."""
         cut = []
         for spec, tensor in zip(self._specs, tensors, strict=True):
             part = tensor
@@ -326,7 +356,7 @@ class _Examination:
         return cut
 
     def _together(self, todo: Mapping[str, Symbol], least: Mapping[str, int]) -> None:
-        """Least values that were found one by one must do together, too."""
+        """Try the least values that were found one by one together."""
         lowered = [name for name, value in least.items() if value < todo[name].trusted]
         if len(lowered) < 2:
             return
@@ -357,7 +387,8 @@ class _Examination:
                     )
                 )
 
-    # --- rows ------------------------------------------------------------------------------------------
+    # --- rows
+    # ------------------------------------------------------------------------------------------
 
     def _rows(self, rows: Rows, least: int) -> RowEvidence:
         most = self._all[rows.symbol].most if rows.symbol in self._all else None
@@ -395,7 +426,7 @@ class _Examination:
         return row_evidence(run, draw, rows.dim, least=least, tolerance=self._tolerance)
 
     def _run_rows(self, tensors: list[torch.Tensor], rows: Rows) -> list[Any]:
-        """Run as batches are: with rows of zeros added up to a size that the model is run with, and taken away again."""
+        """Run the model as a batch is run: with rows of zeros up to a size that it is run with."""
         import torch
 
         count = tensors[0].shape[rows.dim]
@@ -423,7 +454,10 @@ class _NoRowsError(Exception):
 
 
 class _Growth:
-    """How outputs depend on one symbol, from runs with `most` rows and one fewer; and whether fewer still are right."""
+    """Find out how outputs depend on one symbol, from runs with `most` rows and one fewer.
+
+    Also find out whether runs with fewer rows give the same values.
+    """
 
     def __init__(
         self,
@@ -453,7 +487,7 @@ class _Growth:
             self._prefix.append(not difference([part], [small], owner._tolerance))  # noqa: SLF001
 
     def why_not(self, value: int) -> str:
-        """Why the model is not shown to be right with this value; "" where it is."""
+        """Return why the model is not shown to be right with this value; "" where it is."""
         shapes = [self._shape(index, value) for index in range(len(self._mid))]
         if any(shape is not None and min(shape, default=0) < 0 for shape in shapes):
             return "an output would have a negative size"
@@ -461,11 +495,15 @@ class _Growth:
         if any(not tensor.numel() for tensor in inputs):
             for index, shape in enumerate(shapes):
                 if shape is not None and 0 not in shape:
-                    return f"output {index} has values even of no rows, and nothing shows that they are right"
+                    return (
+                        f"output {index} has values even of no rows, and nothing shows that they "
+                        "are right"
+                    )
         try:
             found = []
             for high, before in ((False, self._full), (True, self._other)):
-                self._owner._run(before)  # noqa: SLF001 -- leaves other values where intermediate results were
+                # Leaves other values where intermediate results were.
+                self._owner._run(before)  # noqa: SLF001
                 found.append(self._owner._run(inputs, high=high))  # noqa: SLF001
         except Exception as error:  # noqa: BLE001 -- the model's own
             return f"the run failed: {first_line(error)}"
@@ -498,7 +536,7 @@ def _most(symbol: Symbol, wanted: int) -> int:
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors have the same bytes: NaN is NaN."""
+    """Return whether two tensors have the same bytes: NaN is NaN."""
     import torch
 
     if a.shape != b.shape or a.dtype is not b.dtype:

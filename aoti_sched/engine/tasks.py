@@ -1,7 +1,7 @@
 """Housekeeping: the scheduler's own work, which goes on to its end whatever happens to the caller.
 
-A task of its own owns the task group, so that a scheduler may be entered in one task and left in another. Nothing here
-refers to the scheduler, so that a closed one is no part of a reference cycle.
+A task of its own owns the task group, so that a scheduler may be entered in one task and left in
+another. Nothing here refers to the scheduler, so that a closed one is no part of a reference cycle.
 """
 
 from __future__ import annotations
@@ -69,18 +69,20 @@ class Housekeeping:
         return outcome
 
     def start_soon(self, work: Callable[[], Awaitable[object]]) -> None:
-        """Start `work` in a turn of its own; for callers in the midst of other things."""
+        """Start `work` in the next iteration of the loop, for callers in the middle of a step."""
         self._errands.put_nowait(work)
 
     def must_be_here(self) -> None:
         """Raise UnsupportedLoopError outside the scheduler's event loop."""
-        if asyncio._get_running_loop() is not self._loop:  # noqa: SLF001 -- the public one raises its own error
+        # The public one raises its own error.
+        if asyncio._get_running_loop() is not self._loop:  # noqa: SLF001
             raise UnsupportedLoopError(
-                "the scheduler belongs to another event loop, or none is running here. Call it on the loop that entered it"
+                "the scheduler belongs to another event loop, or none is running here. Call it on "
+                "the loop that entered it"
             )
 
     def finish(self) -> None:
-        """Take no more errands; the task ends with the work under way."""
+        """Take no more work. The task ends with the work under way."""
         self._errands.put_nowait(None)
 
     async def ended(self) -> None:
@@ -103,7 +105,8 @@ async def _carry(work: Callable[[], Awaitable[_T]], outcome: asyncio.Future[_T])
     with anyio.CancelScope(shield=True):
         try:
             outcome.set_result(await work())
-        except BaseException as error:  # noqa: BLE001 -- it is raised where the outcome is awaited; siblings go on
+        # It is raised where the outcome is awaited; siblings go on.
+        except BaseException as error:  # noqa: BLE001
             outcome.set_exception(ended_by(error, AotiSchedError, "the operation"))
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 outcome.get_loop().call_soon(
@@ -114,6 +117,6 @@ async def _carry(work: Callable[[], Awaitable[_T]], outcome: asyncio.Future[_T])
 
 
 def _look_at(outcome: asyncio.Future[Any]) -> None:
-    """Mark an outcome's error as seen: its caller may have been cancelled."""
+    """Mark an outcome's error as retrieved: its caller may have been cancelled."""
     if not outcome.cancelled():
         outcome.exception()

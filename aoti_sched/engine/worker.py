@@ -1,4 +1,7 @@
-"""Worker threads: blocking calls of the front. Whatever a call raises is an `Exception` on the loop, and ends its own operation alone."""
+"""Worker threads: blocking calls of the engine.
+
+Whatever a call raises is an `Exception` on the loop, and ends its own operation alone.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +20,22 @@ _T = TypeVar("_T")
 async def in_worker(
     call: Callable[[], _T], limiter: anyio.CapacityLimiter, what: str, *, or_here: bool = False
 ) -> _T:
-    """Call in a worker thread. The call goes on to its end when it is given up, and so does its caller.
+    """Call in a worker thread.
+
+    When the caller is cancelled, the call goes on to its end, and so does the caller's wait.
 
     Args:
         call: Blocks.
-        limiter: Of the threads.
-        what: Names the call in a `LoadError`, which stands for a `BaseException` that it raises.
+        limiter: Limits the threads.
+        what: Names the call in the `LoadError` that replaces a `BaseException` of the call.
         or_here: Call on the loop's thread where no thread can be started.
 
     Raises:
         ResourcesError: No thread can be started, or the call has met such a limit.
     """
     began = False
-    # What is raised is handed back as a value: anyio's future would hold it, and its traceback the future.
+    # What is raised is handed back as a value: anyio's future would hold it, and its traceback the
+    # future.
     raised: list[Exception] = []
     returned: list[_T] = []
 
@@ -48,7 +54,8 @@ async def in_worker(
             raise
         if not or_here:
             raise ResourcesError(
-                f"{what}: no thread can be started: {error}. Nothing has changed; end other threads, or raise the limit"
+                f"{what}: no thread can be started: {error}. Nothing has changed; end other "
+                "threads, or raise the limit"
             ) from error
     if not began:
         guarded()

@@ -171,6 +171,24 @@ def group(
     return grouping, tuple(specs)
 
 
+def as_requests(specs: Sequence[TensorSpec], grouping: Grouping) -> tuple[TensorSpec, ...]:
+    """Return the specs that a request is checked against, made from the specs of a run.
+
+    Every input has the same number of rows, and any number up to `grouping.max_rows` where the model's own is fixed.
+    """
+    dim = grouping.dim
+    first, *others = row_symbols(specs, dim) or [""]
+    for other in others:
+        specs = with_one_symbol(specs, other, first)
+    row = DynamicDim("rows", min=1, max=grouping.max_rows)
+    return tuple(
+        spec
+        if isinstance(spec.shape[dim], DynamicDim)
+        else msgspec.structs.replace(spec, shape=(*spec.shape[:dim], row, *spec.shape[dim + 1 :]))
+        for spec in specs
+    )
+
+
 def _with_one_row_symbol(
     specs: Sequence[TensorSpec], own: ModelSpec | None, wanted: Batching
 ) -> tuple[Sequence[TensorSpec], ModelSpec | None]:

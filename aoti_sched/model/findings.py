@@ -259,7 +259,7 @@ class Findings:
         if self.impossible or not self._apart or not self._sizes:
             return
         control, *_ = self._answers([lambda: self._compiled(library, self._sizes)])
-        if control == child.DIED or control.startswith((_RAISES, child.NOT_STARTED)):
+        if control == child.DIED or control.startswith((_RAISES, child.NOT_STARTED, child.FAULT)):
             return  # it can't be run apart (without its weights, say), and tells nothing
         if control:
             self._values = False

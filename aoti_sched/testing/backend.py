@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from aoti_sched.backends.contracts import Executor, Loaded, LoadRequest
+import msgspec
+
+from aoti_sched.backends.contracts import Executor, Inspected, LoadRequest
 from aoti_sched.engine.dispatcher import Clock
 from aoti_sched.errors import PackageNotFoundError
 from aoti_sched.testing.container import AnyCall, FakeContainer, weight_items
@@ -57,28 +58,38 @@ class FakeBackend:
         self._executor = FakeExecutor(lanes, self._clock, auto=self._auto)
         return self._executor
 
-    def load(self, request: LoadRequest) -> Loaded:
-        function = self.models.get(request.name) or self.models.get(Path(request.path).stem)
-        if function is None:
-            raise PackageNotFoundError(
-                f"the fake backend has no model {request.name!r}; it has {sorted(self.models)}. "
-                f"Add one: backend.models[{request.name!r}] = function",
-                path=str(request.path),
-            )
-        weights = self.weights.get(request.name) or self.weights.get(Path(request.path).stem) or {}
-        if request.weights is not None:
-            weights = dict(weight_items(request.weights))
-        request.make_room(len(weights))
-        container = FakeContainer(function, request.instances, weights)
-        self.containers.append(container)
-        return Loaded(
-            container=container,
+    def inspect(self, request: LoadRequest) -> Inspected:
+        self._function(request)
+        weights = request.weights
+        if weights is None:
+            weights = self.weights.get(request.name) or self.weights.get(request.path.stem) or {}
+        weights = dict(weight_items(weights))
+        return Inspected(
+            request=msgspec.structs.replace(request, weights=weights),
+            constant_bytes=len(weights),
             metadata={},
             wrapper_source=None,
             sha256="",
             thread_limit=None,
             call_spec=AnyCall(),
         )
+
+    def load(self, inspected: Inspected) -> FakeContainer:
+        request = inspected.request
+        weights = dict(weight_items(request.weights))
+        container = FakeContainer(self._function(request), request.instances, weights)
+        self.containers.append(container)
+        return container
+
+    def _function(self, request: LoadRequest) -> Callable[..., Any]:
+        function = self.models.get(request.name) or self.models.get(request.path.stem)
+        if function is None:
+            raise PackageNotFoundError(
+                f"the fake backend has no model {request.name!r}; it has {sorted(self.models)}. "
+                f"Add one: backend.models[{request.name!r}] = function",
+                path=str(request.path),
+            )
+        return function
 
     @property
     def running(self) -> int:

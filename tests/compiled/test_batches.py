@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import aoti_sched
 from aoti_sched import Batching, Scheduler
-from aoti_sched.engine import prepare as loading
+from aoti_sched.engine import warmup
 from tests.compiled.conftest import EXECUTORS
 from tests.models import build
 
@@ -126,9 +126,9 @@ async def test_a_model_compiled_for_two_rows_is_never_run_with_one_not_even_to_w
     monkeypatch,
 ):
     made = []
-    example_inputs = loading.example_inputs
+    example_inputs = warmup.example_inputs
     monkeypatch.setattr(
-        loading, "example_inputs", lambda specs: made.append(example_inputs(specs)) or made[-1]
+        warmup, "example_inputs", lambda specs: made.append(example_inputs(specs)) or made[-1]
     )
     async with Scheduler() as scheduler:
         await scheduler.load(build("conv").path, batching=Batching(dim=0))

@@ -144,7 +144,7 @@ async def test_under_a_quota_devices_get_numbers_of_cores_and_no_lane_is_bound(
     executor, monkeypatch
 ):
     cores = (list(range(64)), 3)
-    monkeypatch.setattr("aoti_sched.scheduler._cores_here", lambda: cores)
+    monkeypatch.setattr("aoti_sched.engine.devices._cores_here", lambda: cores)
     monkeypatch.setattr("aoti_sched.backends.cpu.available_cores", lambda: 3)
     async with Scheduler() as scheduler:
         await scheduler.load(build("mlp").path, devices=BOTH)

@@ -18,6 +18,7 @@ from torch.utils import rename_privateuse1_backend
 
 from aoti_sched.backends.accelerators.cuda import CudaDevice
 from aoti_sched.backends.accelerators.cuda_driver import Driver
+from aoti_sched.backends.accelerators.cuda_graphs import GraphContainer
 from aoti_sched.backends.accelerators.mps import MpsDevice
 from aoti_sched.backends.accelerators.xpu import XpuDevice
 from aoti_sched.backends.aoti.handles import address_of
@@ -165,7 +166,8 @@ class Simulator:
         return address_of(name) if function is None else ctypes.cast(function, c_void_p).value or 0
 
     def cuda(self, index: int = 0) -> CudaDevice:
-        return self._over(CudaDevice(index, self.driver, module=self.module, type=KIND))
+        device = CudaDevice(index, self.driver, GraphContainer, module=self.module, type=KIND)
+        return self._over(device)
 
     def xpu(self, index: int = 0) -> XpuDevice:
         return self._over(XpuDevice(index, module=self.module, type=KIND))

@@ -432,7 +432,8 @@ def mlp(built, tmp_path):
         sha256=None,
         cache_dir=tmp_path,
     )
-    with contextlib.closing(CpuDevice().load(request).container) as container:
+    device = CpuDevice()
+    with contextlib.closing(device.load(device.inspect(request))) as container:
         yield container
 
 

@@ -199,7 +199,8 @@ def test_a_compiled_model_runs_here_as_it_does_alone(executor, built, tmp_path):
         cache_dir=tmp_path,
     )
     inputs = built("mlp").args
-    with contextlib.closing(CpuDevice().load(request).container) as container:
+    device = CpuDevice()
+    with contextlib.closing(device.load(device.inspect(request))) as container:
         expected = container.run_raw(inputs)
         completion = executor.run_here(Work(container, inputs, 1, None))
         assert completion.error is None

@@ -49,7 +49,7 @@ async def scheduler(kind):
 @pytest.fixture
 def load(scheduler):
     async def load(**options):
-        name = next(iter(scheduler._devices))
+        name = next(iter(scheduler._devices.opened))
         return await scheduler.load(
             model_path(), **{"name": "times", "device": name, "inputs": SPECS, **options}
         )
@@ -75,7 +75,7 @@ async def test_requests_from_the_host_go_there_and_come_home(load):
 @pytest.mark.parametrize("specs", [SPECS, None], ids=["with specs", "by arity"])
 async def test_an_input_on_the_host_is_refused_and_the_way_out_is_named(load, scheduler, specs):
     runner = await load(inputs=specs)
-    wanted = next(iter(scheduler._devices))
+    wanted = next(iter(scheduler._devices.opened))
     with pytest.raises(InputMismatchError) as caught:
         await runner.run(torch.ones(2, 4))
     assert caught.value.got == "cpu"
@@ -179,7 +179,7 @@ async def test_another_threads_current_stream_is_what_its_request_is_ordered_wit
     load, scheduler, sim
 ):
     runner = await load()
-    device = next(iter(scheduler._devices.values()))
+    device = next(iter(scheduler._devices.opened.values()))
     mine = device.open_stream()
     x = torch.ones(1, 4).to("sim")
     sim.synchronize()
@@ -292,7 +292,7 @@ async def test_what_is_queued_on_a_device_that_is_lost_runs_on_the_other(two, si
     inputs = [torch.full((1, 4), float(number)) for number in range(20)]
     futures = [runner.submit(x) for x in inputs]
     await asyncio.to_thread(sim.wait_until_waiting, 2)
-    scheduler._devices["sim:0"]._lost = "CUDA_ERROR_ILLEGAL_ADDRESS"
+    scheduler._devices.opened["sim:0"]._lost = "CUDA_ERROR_ILLEGAL_ADDRESS"
     sim.go()
     outcomes = await asyncio.gather(*futures, return_exceptions=True)
     failed = [y for y in outcomes if isinstance(y, Exception)]
@@ -316,7 +316,7 @@ async def test_a_runner_on_two_devices_takes_from_the_host_and_brings_there_or_i
     two, options
 ):
     scheduler, load = two
-    with pytest.raises(ConfigError, match="say copy_inputs=True, copy_outputs='cpu'"):
+    with pytest.raises(ConfigError, match="Set copy_inputs=True, copy_outputs='cpu'"):
         await load(**options)
     assert dict(scheduler.runners) == {}
 

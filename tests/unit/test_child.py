@@ -10,7 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from aoti_sched.child import DIED, NOT_STARTED, TOO_LONG, answers, can_fork, in_child, is_unknown
+from aoti_sched.child import (
+    DIED,
+    FAULT,
+    NOT_STARTED,
+    TOO_LONG,
+    answers,
+    can_fork,
+    in_child,
+    is_unknown,
+)
 
 pytestmark = pytest.mark.skipif(not can_fork(), reason="there are no child processes here")
 
@@ -37,11 +46,26 @@ def test_a_child_that_hangs_is_killed():
     assert (told, end) == (["before"], "it took longer than 0.5 s")
 
 
-def test_a_child_whose_work_raises_says_that_it_ended_early():
+def test_an_error_of_the_work_itself_is_told_and_what_was_told_before_is_kept():
     def work(tell):
-        raise ValueError
+        tell("before")
+        raise ValueError("first line\nsecond line")
 
-    assert in_child(work, 30) == ([], "it ended early")
+    told, end = in_child(work, 30)
+    assert (told, end) == (["before"], f"{FAULT}: ValueError: first line")
+    assert is_unknown(end)
+
+
+def test_a_child_that_leaves_by_itself_says_that_it_ended_early():
+    assert in_child(lambda tell: os._exit(0), 30) == ([], "it ended early")
+
+
+def test_an_error_of_the_preparation_is_the_answer_of_every_trial():
+    def prepare():
+        raise ValueError("no")
+
+    end = f"{FAULT}: ValueError: no"
+    assert answers([lambda: "one", lambda: "two"], seconds=30, prepare=prepare) == [end, end]
 
 
 def test_the_child_prints_nothing(capfd):

@@ -37,12 +37,12 @@ MAY_IMPORT = {
 POINT_UP = {
     ("engine.blocking", "runner"),
     ("engine.future", "runner"),
+    ("engine.lifecycle", "runner"),
     ("engine.parking", "runner"),
     ("engine.weights", "runner"),
 }
 # Groups of modules that import each other, for their types alone. None may be added.
 CIRCLES = {
-    frozenset({"backends.accelerators.cuda", "backends.accelerators.cuda_graphs"}),
     frozenset(
         {
             "engine.blocking",

@@ -1,4 +1,4 @@
-"""CUDA: a stream of the driver's own for each slot, on which lanes launch, copy and wait without the GIL."""
+"""CUDA: a stream of the driver for each slot. Lanes launch, copy and wait there without the GIL."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from aoti_sched.backends.accelerators.accelerator import Accelerator, Stream
+from aoti_sched.backends.accelerators.accelerator import Accelerator
 from aoti_sched.backends.accelerators.cuda_driver import (
     CAPTURING,
     DISABLE_TIMING,
@@ -18,9 +18,12 @@ from aoti_sched.backends.accelerators.cuda_driver import (
     NOT_READY,
     Driver,
 )
-from aoti_sched.backends.accelerators.cuda_graphs import GraphContainer
+from aoti_sched.backends.accelerators.streams import Stream
 from aoti_sched.errors import RunError
 from aoti_sched.events import log
+
+if TYPE_CHECKING:
+    from aoti_sched.backends.accelerators.stream_container import StreamContainer
 
 
 class CudaDevice(Accelerator):
@@ -29,26 +32,33 @@ class CudaDevice(Accelerator):
     Args:
         index: Its number, as torch and the driver count.
         driver: The driver.
+        graphs: The class of containers whose runs are recorded; None to record no runs.
         module: Torch's module for it.
         type: Torch's word for its kind. (The tests have one whose driver is simulated.)
     """
 
-    graph_container = GraphContainer
     may_be_asked = True
 
     def __init__(
-        self, index: int, driver: Driver, *, module: Any = torch.cuda, type: str = "cuda"
+        self,
+        index: int,
+        driver: Driver,
+        graphs: type[StreamContainer] | None,
+        *,
+        module: Any = torch.cuda,
+        type: str = "cuda",
     ) -> None:
+        self.graph_container = graphs
         self.type = type
         self.index = index
         self.driver = driver
         self.module = module
         module.init()
         self.context = driver.primary_context(index)
-        self._events: deque[int] = deque()  # that nobody uses now
+        self._events: deque[int] = deque()  # that are free
         self._lost = ""
         self.recording = threading.Lock()
-        """Held while a run is recorded: meanwhile nobody may wait for the whole device."""
+        """Held while a run is recorded: no thread may wait for the whole device meanwhile."""
 
     def open_stream(self) -> CudaStream:
         return CudaStream(self)
@@ -116,7 +126,9 @@ class CudaDevice(Accelerator):
             self.driver.call("cuGraphLaunch", executable, stream)
 
     def numbers_drawn(self) -> int:
-        """How many random numbers the device's default generator has given, in its own count."""
+        """Return how many random numbers the device's default generator has given, in its own
+        count.
+        """
         drawn: int = self.module.default_generators[self.index].get_offset()
         return drawn
 
@@ -149,7 +161,10 @@ class CudaDevice(Accelerator):
 
 
 class CudaEvent:
-    """An event of the device's, given back when nobody refers to it: whoever waits for it has been told by then."""
+    """An event of the device, released when the last reference to it goes.
+
+    Every stream that waits for the event has been given the wait by then.
+    """
 
     __slots__ = ("_device", "handle")
 

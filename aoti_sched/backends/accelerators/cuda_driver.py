@@ -1,7 +1,8 @@
-"""CUDA's driver, as much of it as streams need, through ctypes: found at run time, so that nothing links against CUDA.
+"""CUDA's driver, as much of it as streams need, through ctypes: found at run time, so that nothing
+links against CUDA.
 
-Calls release the GIL. The functions are described in the CUDA Driver API reference; `_v2` is what the header's macros make of a
-name. What blocks is `cuStreamSynchronize`, and `cuInit` at first.
+Calls release the GIL. The functions are described in the CUDA Driver API reference; `_v2` is what
+the header's macros make of a name. What blocks is `cuStreamSynchronize`, and `cuInit` at first.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ DISABLE_TIMING = 2
 NOT_READY = 600
 """`CUDA_ERROR_NOT_READY`: a stream has work to do."""
 CAPTURING = range(900, 910)
-"""`CUDA_ERROR_STREAM_CAPTURE_*`: what was asked is not allowed while a graph is being recorded, which says nothing of the device."""
+"""`CUDA_ERROR_STREAM_CAPTURE_*`: what was asked is not allowed while a graph is being recorded,
+which says nothing of the device.
+"""
 
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuInit": (c_uint,),
@@ -89,7 +92,7 @@ class Driver:
         return ctypes.cast(getattr(self._cdll, function), c_void_p).value or 0
 
     def explain(self, status: int) -> str:
-        """The driver's name and words for a status."""
+        """Return the driver's name and words for a status."""
         texts = []
         for function in ("cuGetErrorName", "cuGetErrorString"):
             text = c_char_p()
@@ -103,14 +106,18 @@ class Driver:
         return count.value
 
     def primary_context(self, index: int) -> int:
-        """The context that torch uses on a device, too; kept for the process's life."""
+        """Return the context that torch uses on a device, too; it is kept for the life of the
+        process.
+        """
         device = c_int()
         self.call("cuDeviceGet", byref(device), index)
         return self.make("cuDevicePrimaryCtxRetain", device.value)
 
     @contextmanager
     def current(self, context: int | None) -> Iterator[None]:
-        """The context is the calling thread's current one inside, and what was it before is so again; None changes nothing inside."""
+        """Make a context the calling thread's current one for the block, then restore the previous
+        one.
+        """
         before = c_void_p()
         self.call("cuCtxGetCurrent", byref(before))
         if context is not None and before.value != context:

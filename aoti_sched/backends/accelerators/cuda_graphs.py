@@ -1,16 +1,21 @@
-"""CUDA graphs: a model's run is recorded once for each of its slots and sizes of inputs, and launched as one thing from then on.
+"""CUDA graphs: a run is recorded once for each slot and sizes of inputs, then launched as one
+graph.
 
 A graph reads and writes the memory that it was recorded with, so
 
-- it has inputs and outputs of its own, to and from which a request's are copied, on its slot's stream;
-- what it needs in between lies in a pool that only a slot's graphs have, which never run at once;
-- the weights that it reads are those of one of the container's two buffers, so there are graphs for each. After a swap, a buffer that has been
-  active before has its own still; those of a buffer whose memory was freed go with it.
+- it has inputs and outputs of its own. A request's are copied to and from them, on the slot's
+stream;
+- what it needs in between lies in a pool that only a slot's graphs use, which never run at once;
+- it reads the weights of one of the container's two buffers, so there are graphs for each buffer.
+  After a swap, a buffer that was active before still has its graphs. The graphs of a buffer whose
+  memory was freed go with the memory.
 
-The first run with new sizes is launched one kernel after the other, and recorded afterwards. The runtime's `Run` can't be recorded, since it records events and
-takes locks. `RunSingleThreaded` can, but it always takes the first instance that is free, and `Run` leaves none behind (`pending_models_` in
-model_container.h): so there is one instance here, which nothing but `RunSingleThreaded` ever takes, one launch at a time. Slots still run beside
-each other on the device: what an instance has of its own is its loaded kernels.
+The first run with new sizes is launched one kernel after the other, and recorded afterwards. The
+runtime's `Run` can't be recorded, since it records events and takes locks. `RunSingleThreaded` can,
+but always takes the first free instance, and `Run` leaves none free (`pending_models_` in
+model_container.h). So there is one instance here, which only `RunSingleThreaded` takes, one launch
+at a time. Slots still run beside each other on the device: only loaded kernels belong to an
+instance.
 """
 
 from __future__ import annotations
@@ -22,7 +27,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from aoti_sched.backends.accelerators.accelerator import Slot, StreamContainer, write
+from aoti_sched.backends.accelerators.slot import Slot, write
+from aoti_sched.backends.accelerators.stream_container import StreamContainer
 from aoti_sched.backends.aoti.container import CAbiContainer
 from aoti_sched.backends.aoti.handles import each_once, handles_of
 from aoti_sched.backends.aoti.raw_container import RawContainer
@@ -39,7 +45,10 @@ if TYPE_CHECKING:
     from aoti_sched.backends.native import _native
 
 MOST_GRAPHS = 32
-"""Sizes of inputs for which a slot has graphs, of each buffer; runs with others are launched one kernel after the other."""
+"""The most sizes of inputs for which a slot has graphs, of each buffer.
+
+Runs with other sizes are launched one kernel after the other.
+"""
 
 Shapes: TypeAlias = tuple[Sequence[int], ...]
 
@@ -81,7 +90,10 @@ class Graph:
             )
 
     def launch(self, slot: Slot, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-        """Launch it on the slot's stream, which is the current one; the outputs are the caller's own."""
+        """Launch the graph on the slot's stream, which is the current one.
+
+        The caller owns the outputs.
+        """
         for own, given in zip(self._inputs, inputs, strict=True):
             write(own, given)
         self._device.launch_graph(self._executable, slot.stream.handle)
@@ -92,7 +104,7 @@ class Graph:
         return slot.home(home)
 
     def close(self) -> None:
-        """Give its memory back. It must not be running."""
+        """Release the memory. The graph must not be running."""
         self.native = None
         self._inputs, self._outputs = [], []
         self._recorded.reset()
@@ -117,9 +129,9 @@ class GraphContainer(StreamContainer):
             )
         self._cuda = device
         self._launching = threading.Lock()
-        """Held by whoever uses the instance."""
-        # Of the active buffer and of the inactive one: for each slot, its graphs by the sizes of their inputs. None stands for
-        # sizes that can't be recorded.
+        """Held while the instance is used."""
+        # Of the active buffer and of the inactive one: for each slot, its graphs by the sizes of
+        # their inputs. None stands for sizes that can't be recorded.
         self._graphs: list[list[dict[Shapes, Graph | None]]] = [
             [{} for _ in range(request.instances)] for _ in range(2)
         ]
@@ -128,7 +140,7 @@ class GraphContainer(StreamContainer):
 
     @staticmethod
     def instances_for(request: LoadRequest) -> int:
-        """One for all slots."""
+        """Return 1: all slots share one instance."""
         del request
         return 1
 
@@ -146,7 +158,7 @@ class GraphContainer(StreamContainer):
         self._c_run.graph_of = self._graph_of
 
     def _graph_of(self, work: Work) -> _native.Graph | None:
-        """The graph for a work; None where it has none, and Python must launch the run."""
+        """Return the graph for a work; None where there is none, and Python must launch the run."""
         batch = work.batch
         shapes = tuple([t.shape for t in work.inputs]) if batch is None else whole_shapes(batch)
         graph = self._graphs[0][work.slot].get(shapes)
@@ -175,7 +187,9 @@ class GraphContainer(StreamContainer):
             return self._raw.run_single_threaded(inputs, stream=slot.stream.handle)
 
     def _recorded(self, number: int, like: Sequence[torch.Tensor], *, draws: bool) -> Graph | None:
-        """The graph of a slot's run of inputs like these, which have been run before; None where it can't be had."""
+        """The graph of a slot's run of inputs like these, which have been run before; None where it
+        can't be had.
+        """
         if not all(tensor.numel() for tensor in like):
             return None
         try:
@@ -202,7 +216,8 @@ class GraphContainer(StreamContainer):
         ]
         recorded = self._cuda.module.CUDAGraph()
         with self._cuda.recording:
-            # Other threads go on using the device meanwhile: what they may not do then is this thread's concern alone.
+            # Other threads go on using the device meanwhile: what they may not do then is this
+            # thread's concern alone.
             recorded.capture_begin(pool=self._pools[number], capture_error_mode="thread_local")
             try:
                 outputs = self._launch(self._slots[number], inputs)
@@ -215,7 +230,7 @@ class GraphContainer(StreamContainer):
         return Graph(self._cuda, recorded, inputs, outputs)
 
     def warm_up(self, make_inputs: Callable[[], Sequence[torch.Tensor]]) -> None:
-        """Each slot records, and runs what it recorded."""
+        """Let each slot record a run, and run what it recorded."""
         for slot in [*range(self._instances)] * 2:
             self.run_work(Work(self, self.arrive(make_inputs()), 1, None, slot=slot))
         self._measure()
@@ -249,7 +264,7 @@ class GraphContainer(StreamContainer):
         return written
 
     def _see_inactive(self, before: Sequence[tuple[int, int]]) -> None:
-        """Forget the graphs of the inactive buffer, unless they still read what is there."""
+        """Drop the graphs of the inactive buffer, unless they still read what is there."""
         # What lies on the host was read when the graph was recorded.
         if not before or self._raw.on_host or before != self._raw.constant_memory(inactive=True):
             self._forget(active=False)
@@ -285,10 +300,13 @@ class GraphContainer(StreamContainer):
 
 
 def _why_not(raw: RawContainer, on_host: Sequence[int]) -> str:
-    """Why a model's runs can't be recorded; "" when they can."""
+    """Return why a model's runs can't be recorded; "" when they can."""
     if on_host:
         name = raw.input_names[on_host[0]]
-        return f"its input {name!r} lies in the host's memory, and a graph would go on with the value that it was recorded with"
+        return (
+            f"its input {name!r} lies in the host's memory, and a graph would go on with the value "
+            "that it was recorded with"
+        )
     if any(constant.spec.folded for constant in raw.constants):
         return "it computes constants from others, for which an instance must be free"
     return ""

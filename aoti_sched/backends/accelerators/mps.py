@@ -1,8 +1,9 @@
-"""Apple's MPS: one work of the process at a time, and the device is waited for after each.
+"""Apple's MPS: one work of the process at a time, and a wait for the device after each.
 
-Torch has one stream there, which models use whatever they are given, and two threads that encode at once end the process
-(pytorch/pytorch#197805, #167541). So there is one lane, and whoever works on the device outside of it takes the process's turn, which
-all schedulers share. A run's completion is reported when it is encoded, not when it is done, hence the fence.
+Torch has one stream there, and models use that stream whatever they are given. Two threads that
+encode at once end the process (pytorch/pytorch#197805, #167541). So there is one lane. Work outside
+the lane holds the process's lock, which all schedulers share. A run's completion is reported when
+the run is encoded, not when it is done, hence the fence.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 
 import torch
 
-from aoti_sched.backends.accelerators.accelerator import Accelerator, Stream
+from aoti_sched.backends.accelerators.accelerator import Accelerator
+from aoti_sched.backends.accelerators.streams import Stream
 from aoti_sched.backends.contracts import Executor
 from aoti_sched.errors import ConfigError
 
@@ -22,11 +24,14 @@ SYNCHRONIZE = "_ZN2at11accelerator17synchronizeDeviceEa"
 """`at::accelerator::synchronizeDevice(c10::DeviceIndex)`."""
 
 _turn = threading.RLock()
-"""Where native lanes are not built; otherwise theirs is the one."""
+"""The process's lock where native lanes are not built; otherwise native lanes have it."""
 
 
 class MpsDevice(Accelerator):
-    """The one MPS device. `module` and `type` are torch's module for it and word for its kind (the tests have others)."""
+    """The one MPS device.
+
+    `module` and `type` are torch's module for it and word for its kind (the tests have others).
+    """
 
     one_at_a_time = True
     has_addresses = False
@@ -43,7 +48,7 @@ class MpsDevice(Accelerator):
         return self.type  # torch's runtime takes exactly this
 
     def cores(self) -> int:
-        """One lane."""
+        """Return 1: there is one lane."""
         return 1
 
     def open_executor(
@@ -51,7 +56,8 @@ class MpsDevice(Accelerator):
     ) -> Executor:
         if lanes != 1:
             raise ConfigError(
-                f"device {self.name!r}: lanes={lanes}, but it runs one model at a time; leave lanes out, or say 1"
+                f"device {self.name!r}: lanes={lanes}, but it runs one model at a time; leave "
+                "lanes out, or say 1"
             )
         return super().open_executor(lanes, affinity, launchers)
 
@@ -59,10 +65,10 @@ class MpsDevice(Accelerator):
         return MpsStream(self)
 
     def record(self, stream: Any) -> None:
-        """There is one stream, and it keeps its order."""
+        """Return None: there is one stream, and it keeps its order."""
 
     def current_stream(self) -> None:
-        """As above."""
+        """Return None, for the same reason."""
 
     def settle(self) -> None:
         self.module.synchronize()
@@ -93,7 +99,7 @@ class MpsStream(Stream):
         self._device = device
 
     def wait_for(self, event: Any) -> None:
-        """There are no events."""
+        """Do nothing: there are no events."""
 
     def fence(self) -> None:
         self._device.module.synchronize()

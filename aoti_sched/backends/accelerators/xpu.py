@@ -1,4 +1,7 @@
-"""Intel's XPU: a `sycl::queue` for each slot, given to the model explicitly; torch copies, and torch's own stream waits."""
+"""Intel's XPU: a `sycl::queue` for each slot, which the model is given explicitly.
+
+Torch copies, and torch's own stream waits.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,25 @@ from typing import Any
 
 import torch
 
-from aoti_sched.backends.accelerators.accelerator import Accelerator, Stream
+from aoti_sched.backends.accelerators.accelerator import Accelerator
+from aoti_sched.backends.accelerators.streams import Stream
 from aoti_sched.errors import LoadError
 
 POOL = 32
-"""Streams that torch has on a device, of each priority; asked for one more, it gives the first again."""
+"""Streams that torch has on a device, of each priority.
+
+Asked for one more, torch gives the first again.
+"""
 
 SYNCHRONIZE = "_ZNK3c106Stream11synchronizeEv"
 """`c10::Stream::synchronize() const`."""
 
 
 class XpuDevice(Accelerator):
-    """One XPU. `module` and `type` are torch's module for it and word for its kind (the tests have others)."""
+    """One XPU.
+
+    `module` and `type` are torch's module for it and word for its kind (the tests have others).
+    """
 
     def __init__(self, index: int, *, module: Any = torch.xpu, type: str = "xpu") -> None:
         self.type = type
@@ -37,7 +47,8 @@ class XpuDevice(Accelerator):
                     self._taken.add(stream.sycl_queue)
                     return XpuStream(self, stream)
         raise LoadError(
-            f"device {self.name}: its {POOL} streams are taken; each instance of a model has one, and each model one more"
+            f"device {self.name}: its {POOL} streams are taken; each instance of a model has one, "
+            "and each model one more"
         )
 
     def give_back(self, handle: int) -> None:
@@ -78,7 +89,7 @@ class _C10Stream(ctypes.Structure):
 
 
 class XpuStream(Stream):
-    """One of torch's streams, for as long as it is held."""
+    """One of torch's streams, taken until it is closed."""
 
     _device: XpuDevice
 

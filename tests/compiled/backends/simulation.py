@@ -9,7 +9,7 @@ from ctypes import POINTER, c_int, c_size_t, c_void_p
 import pytest
 import torch
 
-from aoti_sched.backends.accelerators.accelerator import Slot
+from aoti_sched.backends.accelerators.slot import Slot
 from aoti_sched.backends.contracts import LoadRequest, Work
 from aoti_sched.backends.executors.threads import ThreadsExecutor
 from tests.native.c_function import CFunction
@@ -66,7 +66,7 @@ def load(
         cache_dir=cache,
         **options,
     )
-    return device.load(request).container
+    return device.load(device.inspect(request))
 
 
 def work(container, *inputs, slot=0, token=None):

@@ -67,7 +67,9 @@ def load(built, tmp_path):
             request = LoadRequest(
                 name=name, path=path, model_name=None, instances=2, sha256=None, cache_dir=tmp_path
             )
-            return stack.enter_context(contextlib.closing(CpuDevice().load(request).container))
+            device = CpuDevice()
+            container = device.load(device.inspect(request))
+            return stack.enter_context(contextlib.closing(container))
 
         yield load
 

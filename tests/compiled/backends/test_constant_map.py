@@ -281,7 +281,8 @@ def load_device(tmp_path):
             sha256=None,
             cache_dir=tmp_path,
         )
-        opened.append(CpuDevice().load(request).container)
+        device = CpuDevice()
+        opened.append(device.load(device.inspect(request)))
         return opened[-1]
 
     yield load_device

@@ -166,26 +166,25 @@ def load_model(built, tmp_path):
             "instances": 1,
             "sha256": None,
         }
-        loaded.append(
-            CpuDevice().load(LoadRequest(**{**settings, "cache_dir": tmp_path, **changes}))
-        )
+        device = CpuDevice()
+        request = LoadRequest(**{**settings, "cache_dir": tmp_path, **changes})
+        loaded.append(device.load(device.inspect(request)))
         return loaded[-1]
 
     yield load
-    for one in loaded:
-        one.container.close()
+    for container in loaded:
+        container.close()
 
 
 def test_a_loaded_model_runs(load_model, built):
     model = built("mlp")
-    loaded = load_model("mlp")
-    (output,) = loaded.container.run_raw(model.args)
+    container = load_model("mlp")
+    (output,) = container.run_raw(model.args)
     assert torch.allclose(output, model.module()(*model.args), atol=1e-5)
 
 
 def test_a_loaded_model_says_what_it_is(load_model):
-    loaded = load_model("mlp", instances=2)
-    info = loaded.container.info
+    info = load_model("mlp", instances=2).info
     assert (info.runtime, info.gil, info.instances) == ("c_abi", "released", 2)
     assert (info.num_inputs, info.num_outputs, info.missing) == (1, 1, ())
     assert {constant.fqn for constant in info.constants} == {
@@ -194,11 +193,19 @@ def test_a_loaded_model_says_what_it_is(load_model):
 
 
 def test_a_model_that_writes_to_its_buffers_gets_one_instance(load_model):
-    assert load_model("mutating", instances=4).container.info.instances == 1
+    assert load_model("mutating", instances=4).info.instances == 1
 
 
-def test_a_models_own_threads_are_its_limit(load_model):
-    assert load_model("parallel").thread_limit == 2
+def test_a_models_own_threads_are_its_limit(built, tmp_path):
+    request = LoadRequest(
+        name="parallel",
+        path=built("parallel").path,
+        model_name=None,
+        instances=1,
+        sha256=None,
+        cache_dir=tmp_path,
+    )
+    assert CpuDevice().inspect(request).thread_limit == 2
 
 
 def test_an_unpacked_package_lies_under_the_cache(load_model, tmp_path):
@@ -230,7 +237,7 @@ def test_a_model_of_another_device_is_not_loaded(load_model, built, tmp_path):
 
 
 def test_a_closed_container_refuses_to_run(load_model, built):
-    container = load_model("mlp").container
+    container = load_model("mlp")
     container.close()
     container.close()
     with pytest.raises(RunnerClosedError):
@@ -238,7 +245,7 @@ def test_a_closed_container_refuses_to_run(load_model, built):
 
 
 def test_outputs_that_are_the_models_own_weights_are_copies(load_model, built):
-    container, module = load_model("aliasing").container, built("aliasing").module()
+    container, module = load_model("aliasing"), built("aliasing").module()
     for output in container.run_raw([torch.zeros(4)]):
         output.add_(1)
     again = container.run_raw([torch.zeros(4)])

@@ -552,7 +552,7 @@ def test_every_slot_is_warmed_up_and_one_more_time(cuda, loaded, sim):
 
 def test_a_model_of_another_kind_is_refused(cuda, built, tmp_path):
     with pytest.raises(PlatformMismatchError, match="was compiled for cpu, not for sim"):
-        cuda.load(
+        cuda.inspect(
             LoadRequest(
                 name="mlp",
                 path=built("mlp").path,
@@ -944,7 +944,7 @@ def test_a_model_on_a_device_is_given_the_proxy_executor_of_that_devices_runner(
         sha256=None,
         cache_dir=tmp_path / "cache",
     )
-    container = device.load(request).container
+    container = device.load(device.inspect(request))
     try:
         assert asked == [device.name]
         assert container.info.runtime == "c_abi"
@@ -977,7 +977,7 @@ def test_runs_that_call_such_operators_are_not_recorded(cuda, calls_svd, tmp_pat
     with pytest.raises(
         ConfigError, match="cuda_graphs=True, but the model calls aten::_linalg_svd through"
     ):
-        cuda.load(request)
+        cuda.inspect(request)
 
 
 # --- torch's own runner ---------------------------------------------------------------------------------------------------

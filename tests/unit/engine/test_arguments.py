@@ -412,9 +412,9 @@ async def test_a_package_in_memory_reaches_the_device(wrap):
     seen = []
 
     class Backend(FakeBackend):
-        def load(self, request):
+        def inspect(self, request):
             seen.append(request)
-            return super().load(request)
+            return super().inspect(request)
 
     async with Scheduler(devices={"cpu": Backend({"model": len}, auto=True)}) as scheduler:
         given = wrap(b"PK\x03\x04 and so on")

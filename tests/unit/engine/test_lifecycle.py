@@ -29,10 +29,10 @@ class SlowBackend(FakeBackend):
         self.loading = threading.Event()
         self.go_on = threading.Event()
 
-    def load(self, request):
+    def load(self, inspected):
         self.loading.set()
         self.go_on.wait(30)
-        return super().load(request)
+        return super().load(inspected)
 
 
 async def until(condition):
@@ -234,7 +234,7 @@ async def test_two_schedulers_live_side_by_side():
 async def test_a_close_that_waits_long_is_logged(
     aoti_backend, aoti_scheduler, quiet_logs, monkeypatch
 ):
-    monkeypatch.setattr("aoti_sched.scheduler.SLOW_CLOSE", 0.0)
+    monkeypatch.setattr("aoti_sched.engine.lifecycle.SLOW_CLOSE", 0.0)
     aoti_backend.models["m"] = lambda x: x
     runner = await aoti_scheduler.load("m.pt2")
     runner.submit(1)

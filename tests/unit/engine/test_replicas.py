@@ -914,7 +914,7 @@ async def test_a_cancelled_load_leaves_nothing_anywhere():
         loading.cancel()
         with pytest.raises(asyncio.CancelledError):
             await loading
-        await until(lambda: "m" not in its.scheduler._names)
+        await until(lambda: "m" not in its.scheduler._lifecycle._lives)
         await until(lambda: all(c.closed for b in its.backends.values() for c in b.containers))
         assert dict(its.scheduler.runners) == {}
 

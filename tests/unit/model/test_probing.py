@@ -104,6 +104,16 @@ def test_a_size_that_ends_the_process_ends_a_child_alone(size):
     assert "SIGSEGV" in why
 
 
+def test_an_error_of_the_examination_itself_is_reported_as_that(monkeypatch):
+    def fail(self, todo, rows):
+        raise ValueError("a mistake in it")
+
+    monkeypatch.setattr("aoti_sched.engine.probing._Examination.all", fail)
+    found = examine(Model(torch.relu), [X], symbols=symbols_in([X], stated_by_user=False))
+    assert found.failure == "trying it failed by itself: ValueError: a mistake in it"
+    assert found.least == {"s": (2, found.failure)}
+
+
 def test_a_size_that_fails_is_not_taken():
     def function(x):
         if not x.shape[0]:

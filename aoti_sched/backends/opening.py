@@ -1,0 +1,129 @@
+"""Opens packages for every kind of device: what a CPU and an accelerator do in the same way when a
+model is loaded.
+
+Loading has two steps, so that memory can be reserved between them. `inspect_package` reads, checks
+and extracts a package; nothing of it runs. `open_container` loads the library and makes the
+container. Both block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
+
+import msgspec
+
+from aoti_sched.backends.aoti.c_abi import Library
+from aoti_sched.backends.aoti.proxy_executor import open_proxy_executor
+from aoti_sched.backends.contracts import Container, Inspected, LoadRequest
+from aoti_sched.errors import PlatformMismatchError
+from aoti_sched.model.specs import spec_from_metadata
+from aoti_sched.model.wrapper_source import writes_to_buffers
+from aoti_sched.package import Extracted, PackagedModel, check_platform, open_package
+from aoti_sched.package.sources import constant_layouts
+
+if TYPE_CHECKING:
+    from aoti_sched.backends.aoti.raw_container import RawContainer
+
+OpenRaw: TypeAlias = "Callable[[Library, LoadRequest, str], RawContainer]"
+"""Makes the runtime's container for a request; the text is the model's name in errors."""
+
+WrapRaw: TypeAlias = "Callable[[RawContainer, InspectedPackage, str], Container]"
+"""Makes the container around the runtime's.
+
+The text says why torch's own runner is needed; it is "" where the C ABI suffices.
+"""
+
+
+class InspectedPackage(Inspected, frozen=True, kw_only=True, eq=False):
+    """A model of a package, inspected, and its files."""
+
+    model: PackagedModel
+    extracted: Extracted
+
+
+def inspect_package(
+    request: LoadRequest, kind: str, check: Callable[[PackagedModel], None] | None = None
+) -> InspectedPackage:
+    """Read, check and extract one model of a package.
+
+    Args:
+        request: What to load.
+        kind: Torch's word for the kind of device that the model must be compiled for.
+        check: Checks of the device's own, before anything is extracted.
+
+    Raises:
+        PackageError: The package is missing, broken, for another platform or for another kind of
+            device.
+    """
+    package = open_package(request.path, sha256=request.sha256, contents=request.contents)
+    model = package.model(request.model_name)
+    check_platform(model)
+    if model.device not in ("", kind):
+        raise PlatformMismatchError(
+            f"{request.path}: model {model.name!r} was compiled for {model.device}, not for {kind}",
+            path=str(request.path),
+        )
+    if check is not None:
+        check(model)
+    extracted = package.extract(model, request.cache_dir)
+    # The cache keeps what is needed of a package in memory.
+    request = msgspec.structs.replace(request, contents=None)
+    own, wrapper = spec_from_metadata(model.metadata), package.wrapper_source(model)
+    if writes_to_buffers(own, wrapper):
+        # Instances share their buffers, and nothing in the runtime guards them
+        # (pytorch/pytorch#122824).
+        request = msgspec.structs.replace(request, instances=1)
+    return InspectedPackage(
+        request=request,
+        constant_bytes=model.constant_bytes,
+        model=model,
+        extracted=extracted,
+        own=own,
+        metadata=model.metadata,
+        wrapper_source=wrapper,
+        sha256=package.sha256,
+        thread_limit=model.thread_limit,
+        fixed_threads=model.fixed_threads,
+    )
+
+
+def open_container(
+    inspected: Inspected, device: str, open_raw: OpenRaw, wrap: WrapRaw
+) -> Container:
+    """Load an inspected model's library and make its container.
+
+    After a failure nothing stays loaded.
+
+    Args:
+        inspected: What `inspect_package` returned.
+        device: The device's name, as torch's runtime takes it.
+        open_raw: Makes the runtime's container.
+        wrap: Makes the container around it.
+
+    Raises:
+        LoadError: The library or its weights can't be loaded.
+    """
+    if not isinstance(inspected, InspectedPackage):
+        raise TypeError(f"device {device!r}: it loads what its own inspect() returned.")
+    request, extracted = inspected.request, inspected.extracted
+    wrapper = inspected.wrapper_source
+    title = f"model {request.name!r}"  # the name that the user gave, not the library's
+    library = Library(extracted.library)
+    proxy, why_not = None, ""
+    if inspected.model.needs_proxy_executor:
+        proxy, why_not = open_proxy_executor(title, device, extracted.library)
+    raw = open_raw(library, request, title)
+    if request.instances > 1 and writes_to_buffers(
+        inspected.own, wrapper, [constant.spec for constant in raw.constants]
+    ):
+        raw.close()
+        request = msgspec.structs.replace(request, instances=1)
+        raw = open_raw(library, request, title)
+    try:
+        raw.layouts = constant_layouts(wrapper or "")
+        raw.proxy = proxy
+        return wrap(raw, msgspec.structs.replace(inspected, request=request), why_not)
+    except BaseException:
+        raw.close()
+        raise

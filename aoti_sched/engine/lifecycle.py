@@ -1,0 +1,346 @@
+"""Lifecycle: from a runner's name to its last freed byte.
+
+Drains, closes and frees replicas; survives lost devices.
+
+A runner's life is one record with a stage. A close, a drained device and a lost device all free a
+replica; the first of them does it. Nothing here refers to the scheduler or its devices, so that a
+closed scheduler is no part of a reference cycle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import functools
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+from aoti_sched.engine.worker import in_worker
+from aoti_sched.errors import ConfigError, RunnerClosedError
+from aoti_sched.events import log
+from aoti_sched.foreign import said
+from aoti_sched.queue.runner_state import UNHEALTHY, Phase
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable
+
+    import anyio
+
+    from aoti_sched.engine.parking import Parking
+    from aoti_sched.engine.tasks import Housekeeping
+    from aoti_sched.engine.weights import Updates
+    from aoti_sched.errors import DeviceLostError
+    from aoti_sched.queue.runner_state import RunnerState
+    from aoti_sched.runner import Runner
+
+SLOW_CLOSE = 60.0
+"""Seconds after which a close that still waits for runs or leases is logged, as asyncpg's pool
+does.
+"""
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+_Handle = TypeVar("_Handle", bound=_Named)
+
+
+class Stage(enum.Enum):
+    """How far a runner's life has got."""
+
+    LOADING = enum.auto()
+    """Its name is taken, and it is on no device yet."""
+    ABANDONED = enum.auto()
+    """Its load was cancelled, or the scheduler closes: what the load brings is freed."""
+    OPEN = enum.auto()
+    CLOSING = enum.auto()
+    """Its replicas drain and are freed. After a failure, the next close tries again."""
+    CLOSED = enum.auto()
+
+
+class Life:
+    """The record of one runner.
+
+    Attributes:
+        name: The runner's.
+        stage: How far its life has got.
+        runner: Routes over the runner's replicas; None while it loads.
+        closing: Done when the close that is under way ends.
+        freed: Done when a replica is freed; of each whose freeing has begun and not failed.
+    """
+
+    __slots__ = ("closing", "freed", "name", "runner", "stage")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.stage = Stage.LOADING
+        self.runner: Runner | None = None
+        self.closing: asyncio.Future[None] | None = None
+        self.freed: dict[Runner, asyncio.Future[None]] = {}
+
+    def is_wanted(self) -> bool:
+        """Return whether a load goes on."""
+        return self.stage is Stage.LOADING
+
+    @property
+    def replicas(self) -> tuple[Runner, ...]:
+        """All replicas there were from the beginning."""
+        return () if self.runner is None else self.runner.loaded
+
+
+class Lifecycle(Generic[_Handle]):
+    """The lives of one scheduler's runners.
+
+    Args:
+        runners: The open runners by name, as the user sees them; kept up to date here.
+        tasks: The scheduler's task group.
+        updates: The scheduler's.
+        parking: The scheduler's.
+        limiter: Of the threads that free containers.
+    """
+
+    def __init__(
+        self,
+        runners: dict[str, _Handle],
+        tasks: Housekeeping,
+        updates: Updates,
+        parking: Parking,
+        limiter: anyio.CapacityLimiter,
+    ) -> None:
+        self._runners = runners
+        self._tasks = tasks
+        self._updates = updates
+        self._parking = parking
+        self._limiter = limiter
+        self._lives: dict[str, Life] = {}
+
+    # --- loading and open ------------------------------------------------------------------------
+
+    def begin(self, name: str, path: str) -> Life:
+        """Take a name for a runner that is being loaded.
+
+        Raises:
+            ConfigError: Another runner has the name.
+        """
+        if name in self._lives:
+            raise ConfigError(
+                f"load({path!r}): a runner named {name!r} exists; give it another name="
+            )
+        life = self._lives[name] = Life(name)
+        return life
+
+    def open(self, life: Life, handle: _Handle, runner: Runner) -> None:
+        """Note that a runner is loaded.
+
+        Args:
+            life: Its record.
+            handle: The runner as the user sees it.
+            runner: Routes over its replicas.
+        """
+        life.stage = Stage.OPEN
+        life.runner = runner
+        self._runners[life.name] = handle
+
+    async def cancel(self, life: Life) -> None:
+        """End a life whose load was cancelled; close the runner where it had just been opened."""
+        self.abandon(life)
+        if life.stage is not Stage.ABANDONED:
+            await self._close(life, terminate=True)
+
+    def abandon(self, life: Life) -> None:
+        """Give a name back unless its runner has been opened.
+
+        What its load still brings must be freed.
+        """
+        if life.stage is Stage.LOADING:
+            life.stage = Stage.ABANDONED
+        if life.stage is Stage.ABANDONED and self._lives.get(life.name) is life:
+            del self._lives[life.name]
+
+    def abandon_loads(self) -> None:
+        """Open no runner that is still being loaded."""
+        for life in self._lives.values():
+            if life.stage is Stage.LOADING:
+                life.stage = Stage.ABANDONED
+
+    def must_own(self, handles: Iterable[_Handle]) -> None:
+        """Raise RunnerClosedError unless all these runners are open here."""
+        for handle in handles:
+            if self._runners.get(handle.name) is not handle:
+                raise RunnerClosedError(
+                    f"runner {handle.name!r} is closed, or belongs to another scheduler"
+                )
+
+    # --- closing ---------------------------------------------------------------------------------
+
+    async def close(self, handle: _Handle, terminate: bool) -> None:
+        """Drain a runner and free it on every device. Shielded; closing twice does nothing.
+
+        Args:
+            handle: The runner.
+            terminate: Whether queued requests fail; otherwise they are finished first.
+        """
+        if self._runners.get(handle.name) is handle:
+            await self._close(self._lives[handle.name], terminate)
+
+    async def close_all(self, *, terminate: bool) -> list[BaseException]:
+        """Close every runner. Return the faults."""
+        closes = [self._close(life, terminate) for life, _ in self._open()]
+        return await _faults_of(closes)
+
+    def terminate(self) -> None:
+        """Fail what is queued on every runner."""
+        for life, _ in self._open():
+            self._drain(life, terminate=True)
+
+    async def drain_device(self, device: str) -> None:
+        """Free every replica on a device, and close each runner that has no other.
+
+        Returns when all of that is done.
+        """
+        ends: list[Awaitable[None]] = []
+        for life, runner in self._open():
+            for replica in runner.loaded:
+                if replica.device != device:
+                    continue
+                if not replica.left:
+                    self._remove(runner, replica, f"{device!r} was drained")
+                if runner.replicas:
+                    ends.append(self._free(life, replica))
+                else:
+                    ends.append(asyncio.ensure_future(self._close(life, terminate=False)))
+        await asyncio.shield(asyncio.gather(*ends))
+
+    def _open(self) -> list[tuple[Life, Runner]]:
+        """Return the runners that are loaded and not yet closed, with their records."""
+        lives = self._lives.values()
+        return [(life, life.runner) for life in lives if life.runner is not None]
+
+    def _drain(self, life: Life, *, terminate: bool) -> None:
+        for replica in life.replicas:
+            replica.dispatcher.drain(replica.state, terminate=terminate)
+
+    async def _close(self, life: Life, terminate: bool) -> None:
+        if life.stage is Stage.CLOSED:
+            return
+        self._tasks.must_be_here()
+        self._drain(life, terminate=terminate)
+        life.stage = Stage.CLOSING
+        if life.closing is None:
+            life.closing = self._tasks.start(functools.partial(self._carry_out_close, life))
+        await asyncio.shield(life.closing)
+
+    async def _carry_out_close(self, life: Life) -> None:
+        try:
+            faults = await _faults_of([self._free(life, replica) for replica in life.replicas])
+            if faults:
+                raise faults[0]
+        finally:
+            life.closing = None
+        life.stage = Stage.CLOSED
+        del self._runners[life.name]
+        del self._lives[life.name]
+        if life.runner is not None:
+            life.runner.let_go()
+
+    def _free(self, life: Life, replica: Runner) -> asyncio.Future[None]:
+        """Drain and free a replica, once. After a failure the next call tries again."""
+        freed = life.freed.get(replica)
+        if freed is None:
+            drained = replica.dispatcher.drain(replica.state, terminate=False)
+            self._updates.leave_sources(replica)
+            work = functools.partial(self._carry_out_free, life, replica, drained)
+            freed = life.freed[replica] = self._tasks.start(work)
+        return freed
+
+    async def _carry_out_free(
+        self, life: Life, replica: Runner, drained: asyncio.Future[None]
+    ) -> None:
+        slow = asyncio.get_running_loop().call_later(SLOW_CLOSE, _log_slow_close, replica)
+        try:
+            await drained
+            slow.cancel()
+            async with replica.weights.turn:  # an update under way ends first
+                await self._parking.still(replica)
+                replica.dispatcher.remove(replica.state)
+                await in_worker(
+                    replica.container.close,
+                    self._limiter,
+                    f"runner {replica.name!r}: closing",
+                    or_here=True,
+                )
+                replica.dispatcher.forget(replica.state.memory)
+        except BaseException:
+            del life.freed[replica]
+            raise
+        finally:
+            slow.cancel()
+        log.info("model closed", runner=replica.name, device=replica.device)
+
+    # --- what dispatchers report -----------------------------------------------------------------
+
+    def on_failing(self, state: RunnerState) -> None:
+        """The last runs of a replica have all failed: log it, and rebuild the container if that is
+        wanted.
+        """
+        replica = self._replica_of(state)
+        log.warning(
+            "runs fail again and again",
+            runner=replica.name,
+            device=replica.device,
+            failures=UNHEALTHY,
+        )
+        if replica.rebuilds:
+            self._start_soon(self._updates.renew, replica)
+
+    def on_evict(self, state: RunnerState) -> None:
+        """Free the weights of an idle replica, as its queue has decided."""
+        self._start_soon(self._parking.park, self._replica_of(state))
+
+    def on_restore(self, state: RunnerState) -> None:
+        """Load the weights of a replica back, as its queue has decided."""
+        self._start_soon(self._parking.bring_back, self._replica_of(state))
+
+    def on_lost(self, device: str, error: DeviceLostError) -> None:
+        """A run has met a lost device: reroute its jobs where a runner has a replica elsewhere.
+
+        Called for each such run.
+        """
+        for life, runner in self._open():
+            for replica in list(runner.replicas):
+                others = [one for one in runner.replicas if one is not replica]
+                if replica.device == device and any(
+                    one.state.phase is Phase.OPEN for one in others
+                ):
+                    log.error("device lost", device=device, runner=life.name, error=error)
+                    self._remove(runner, replica, f"{device!r} was lost: {said(error)}")
+                    self._start_soon(functools.partial(self._free_lost, life), replica)
+
+    async def _free_lost(self, life: Life, replica: Runner) -> None:
+        try:
+            await self._free(life, replica)
+        except Exception as error:  # noqa: BLE001 -- no caller waits for it
+            log.warning(
+                "model can't be freed", runner=replica.name, device=replica.device, error=error
+            )
+
+    def _remove(self, runner: Runner, replica: Runner, why: str) -> None:
+        moved = runner.leave(replica, why)
+        log.info("replica left", runner=replica.name, device=replica.device, why=why, moved=moved)
+
+    def _replica_of(self, state: RunnerState) -> Runner:
+        return next(one for one in self._lives[state.name].replicas if one.state is state)
+
+    def _start_soon(self, work: Callable[[Runner], Awaitable[object]], replica: Runner) -> None:
+        self._tasks.start_soon(functools.partial(work, replica))
+
+
+async def _faults_of(works: Iterable[Awaitable[Any]]) -> list[BaseException]:
+    """Wait for all of them and return what they raised."""
+    ends = await asyncio.gather(*works, return_exceptions=True)
+    return [end for end in ends if isinstance(end, BaseException)]
+
+
+def _log_slow_close(replica: Runner) -> None:
+    log.warning("closing waits for runs or leases", runner=replica.name, stats=replica.stats())

@@ -1,0 +1,223 @@
+"""Loader: inspects a model, reserves memory for it, loads it and warms it up, on each of its
+devices in turn.
+
+Only reserving happens on the event loop; the rest blocks, in worker threads (`prepare.py`). A load
+goes on to its end when its caller is cancelled. The engine then frees the model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+
+from aoti_sched.backends.contracts import LoadRequest
+from aoti_sched.engine import prepare as preparing
+from aoti_sched.engine.parking import claim
+from aoti_sched.engine.worker import in_worker
+from aoti_sched.errors import RunnerClosedError
+from aoti_sched.queue.holding import Holding
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import anyio
+
+    from aoti_sched.backends.contracts import Device
+    from aoti_sched.config import ModelConfig
+    from aoti_sched.engine.devices import Devices
+    from aoti_sched.engine.dispatcher import Dispatcher
+    from aoti_sched.engine.lifecycle import Life, Lifecycle
+    from aoti_sched.engine.prepare import Prepared
+    from aoti_sched.engine.tasks import Housekeeping
+    from aoti_sched.model.specs import TensorSpec
+
+_T = TypeVar("_T")
+
+
+class LoadedModel(msgspec.Struct, frozen=True, eq=False):
+    """A model on one device, which takes no requests yet."""
+
+    prepared: Prepared
+    dispatcher: Dispatcher
+    holding: Holding
+    """The record of its memory in the device's queue."""
+
+
+class ModelSource(msgspec.Struct, frozen=True, eq=False):
+    """What a model is loaded from, besides its settings.
+
+    Attributes:
+        inputs: Specs that the user declared.
+        contents: The package, where it is in memory.
+        warmup_inputs: Arguments to warm it up with.
+        weights: A mapping in place of the package's weights; None for those of the settings.
+    """
+
+    inputs: Sequence[TensorSpec] | None = None
+    contents: bytes | None = None
+    warmup_inputs: object = None
+    weights: object = None
+
+
+class Loader:
+    """Loads the models of one scheduler.
+
+    Args:
+        devices: The scheduler's.
+        lifecycle: Keeps the records of runners, those that load included.
+        tasks: The scheduler's task group.
+        limiter: Of the threads that load: they compete with runs for cores.
+        cache_dir: Where packages are extracted; None for the user's cache directory.
+    """
+
+    def __init__(
+        self,
+        devices: Devices,
+        lifecycle: Lifecycle[Any],
+        tasks: Housekeeping,
+        limiter: anyio.CapacityLimiter,
+        cache_dir: str | None,
+    ) -> None:
+        self._devices = devices
+        self._lifecycle = lifecycle
+        self._tasks = tasks
+        self._limiter = limiter
+        self._cache_dir = Path(cache_dir) if cache_dir else None
+
+    async def load(
+        self,
+        name: str,
+        settings: ModelConfig,
+        source: ModelSource,
+        open_runner: Callable[[Life, ModelConfig, Sequence[LoadedModel]], _T],
+    ) -> _T:
+        """Load a model on all its devices and open its runner.
+
+        Args:
+            name: The runner's name.
+            settings: The model's settings.
+            source: What it is loaded from.
+            open_runner: Makes the runner and opens its life, when the model is on every device.
+
+        Raises:
+            RunnerClosedError: The scheduler was closed meanwhile.
+            AotiSchedError: As in `Scheduler.load`.
+        """
+        life = self._lifecycle.begin(name, settings.path)
+
+        async def work() -> _T | None:
+            loaded: list[LoadedModel] = []
+            try:
+                await self._load_everywhere(life, settings, source, loaded)
+                if life.is_wanted():
+                    return open_runner(life, settings, loaded)
+            except BaseException:
+                await self._unload(loaded)
+                raise
+            await self._unload(loaded)
+            return None
+
+        try:
+            runner = await asyncio.shield(self._tasks.start(work))
+        except asyncio.CancelledError:
+            await self._lifecycle.cancel(life)
+            raise
+        finally:
+            self._lifecycle.abandon(life)
+        if runner is None:
+            raise RunnerClosedError(f"load({settings.path!r}): the scheduler was closed meanwhile")
+        return runner
+
+    async def _load_everywhere(
+        self, life: Life, settings: ModelConfig, source: ModelSource, loaded: list[LoadedModel]
+    ) -> None:
+        """Load on one device after another, and append what is loaded to `loaded`."""
+        places = await self._devices.named_by(settings)
+        await self._devices.divide_cores(places)
+        request = self._request(life.name, settings, source)
+        for place in places:
+            if not life.is_wanted():
+                break
+            device = await self._devices.open(place)
+            if not life.is_wanted():
+                break
+            dispatcher = self._devices.dispatcher(place, device)
+            model = await self._load_on(device, dispatcher, request, settings, source)
+            loaded.append(model)
+            await _reserve_rest(model)
+        for model in loaded:
+            self._devices.must_be_in_service(model.dispatcher.queue.name)
+
+    async def _load_on(
+        self,
+        device: Device,
+        dispatcher: Dispatcher,
+        request: LoadRequest,
+        settings: ModelConfig,
+        source: ModelSource,
+    ) -> LoadedModel:
+        """Inspect a model, reserve memory on its device, load it and warm it up."""
+        holding, call = Holding(request.name), f"load({settings.path!r})"
+        try:
+            inspect = functools.partial(preparing.inspect, device, request)
+            inspected = await in_worker(inspect, self._limiter, call)
+            await claim(dispatcher, holding, inspected.constant_bytes)
+            prepare = functools.partial(
+                preparing.prepare,
+                device,
+                inspected,
+                settings,
+                source.inputs,
+                dispatcher.executor.kind,
+                dispatcher.queue.lanes.cores,
+                source.warmup_inputs,
+            )
+            prepared = await in_worker(prepare, self._limiter, call)
+        except BaseException:
+            dispatcher.forget(holding)
+            raise
+        return LoadedModel(prepared, dispatcher, holding)
+
+    async def _unload(self, loaded: Sequence[LoadedModel]) -> None:
+        for model in loaded:
+            container, name = model.prepared.container, model.prepared.info.name
+            await in_worker(
+                container.close, self._limiter, f"runner {name!r}: closing", or_here=True
+            )
+            model.dispatcher.forget(model.holding)
+
+    def _request(self, name: str, settings: ModelConfig, source: ModelSource) -> LoadRequest:
+        return LoadRequest(
+            name=name,
+            path=Path(settings.path),
+            model_name=settings.model_name,
+            instances=settings.instances,
+            sha256=settings.sha256,
+            cache_dir=self._cache_dir,
+            contents=source.contents,
+            copy_inputs=settings.copy_inputs,
+            copy_outputs=settings.copy_outputs,
+            cuda_graphs=settings.cuda_graphs,
+            replicated=settings.devices is not None,
+            weights=settings.weights if source.weights is None else source.weights,
+            weights_strict=settings.weights_strict,
+        )
+
+
+async def _reserve_rest(model: LoadedModel) -> None:
+    """Reserve the memory that a loaded model takes beyond what was reserved before.
+
+    A package states how many bytes its constants take, except a bare library without its sources.
+    Its size is known once it is loaded, and is reserved only then.
+
+    Raises:
+        MemoryLimitError: The memory can't be had, even if every idle model is evicted.
+    """
+    takes, reserved = model.prepared.container.constant_bytes, model.holding.bytes
+    if takes > reserved:
+        await claim(model.dispatcher, model.holding, takes - reserved)
+    model.dispatcher.settle(model.holding, constants=takes)
