@@ -10,7 +10,6 @@ import functools
 import operator
 from asyncio import _get_running_loop  # the public one raises; this one is for the hot path
 from collections.abc import Hashable
-from contextlib import nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,7 @@ from aoti_sched.queue.job import Job, Priority
 from aoti_sched.stats import RunnerInfo, RunnerStats
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
     from contextlib import AbstractContextManager
 
     from typing_extensions import Self
@@ -100,9 +99,10 @@ class Calls:
             job.min_epoch = options.min_epoch
         if runner.place is not None and self._source is runner.state:
             runner = runner.place(job)
+        tensors: Sequence[Any] = inputs
         if runner.arrive is not None:
-            inputs = runner.arrive(inputs)
-        future = future_of(runner, job, inputs)
+            tensors = runner.arrive(inputs)
+        future = future_of(runner, job, tensors)
         runner.dispatcher.submit(job, wait=runner.waits)
         return future
 
@@ -249,10 +249,8 @@ class Runner(RunnerView):
         self.state = state
         self.container = container
         # On a device: what the inputs depend on, and who uses the outputs; and, for another thread, its current stream.
-        self.arrive = getattr(container, "arrive", None)
-        self.as_here: Callable[[], AbstractContextManager[object]] = getattr(
-            container, "as_here", nullcontext
-        )
+        self.arrive = container.capture_stream
+        self.as_here: Callable[[], AbstractContextManager[object]] = container.inherit_stream
         self.call_spec = call_spec
         self.input_check = input_check
         self.grouping = grouping

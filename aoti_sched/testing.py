@@ -35,6 +35,7 @@ from aoti_sched.backends.contracts import (
     Completion,
     ContainerInfo,
     Executor,
+    HostContainer,
     Loaded,
     LoadRequest,
     StagedSet,
@@ -131,7 +132,7 @@ class _AnyCall:
         return "(*args, **kwargs)"
 
 
-class FakeContainer:
+class FakeContainer(HostContainer):
     """A Python function in a container's place.
 
     Its weights are a dict of any values, of which an update must give all; each counts as a byte. `faults` makes the next "stage", "fold",

@@ -6,7 +6,9 @@ worker threads, `Executor.submit`, `Executor.drain` and `Executor.run_here` from
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -97,6 +99,24 @@ class Container(Protocol):
             RunError: with torch's root cause. No handle is lost.
         """
 
+    def run_work(self, work: Work) -> list[Any]:
+        """Run one work, a request's or a batch's, from beginning to end on the calling thread.
+
+        Raises:
+            RunError: As `run_raw`.
+        """
+
+    @property
+    def capture_stream(self) -> Callable[[Sequence[Any]], Sequence[Any]] | None:
+        """A function of a request's inputs; None where runs depend on no stream.
+
+        The function is called on the caller's thread. It returns the inputs with the caller's stream:
+        what they wait for, and where the outputs are used. It may raise DeviceLostError.
+        """
+
+    def inherit_stream(self) -> AbstractContextManager[object]:
+        """Return a context that makes the calling thread's stream current on the thread that enters."""
+
     def warm_up(self, make_inputs: Callable[[], Sequence[Any]]) -> None:
         """Run once per instance plus one, serially, before traffic; raises as `run_raw` does."""
 
@@ -185,6 +205,31 @@ class Container(Protocol):
 
     def close(self) -> None:
         """Free the container. No run may be going on. Closing twice does nothing."""
+
+
+class HostContainer(ABC):
+    """What containers have in common whose runs depend on no stream."""
+
+    staging: Staging
+
+    @abstractmethod
+    def run_raw(self, inputs: Sequence[Any]) -> list[Any]:
+        """Run once and wait."""
+
+    def run_work(self, work: Work) -> list[Any]:
+        """Run one work, a request's or a batch's."""
+        if work.batch is None:
+            return self.run_raw(work.inputs)
+        return self.staging.run(work.batch, self.run_raw)
+
+    @property
+    def capture_stream(self) -> Callable[[Sequence[Any]], Sequence[Any]] | None:
+        """None: there is no stream."""
+        return None
+
+    def inherit_stream(self) -> AbstractContextManager[object]:
+        """Return a context that does nothing."""
+        return nullcontext()
 
 
 class Work(msgspec.Struct, frozen=True, eq=False):
