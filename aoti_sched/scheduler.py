@@ -42,9 +42,13 @@ from aoti_sched.config import (
 from aoti_sched.engine import prepare as loading
 from aoti_sched.engine.blocking import BlockingCalls
 from aoti_sched.engine.dispatcher import Clock, Dispatcher, LoopClock
-from aoti_sched.engine.parking import Parking, account, claim
+from aoti_sched.engine.parking import Parking, claim
+from aoti_sched.engine.replica import Replica
+from aoti_sched.engine.router import Router
 from aoti_sched.engine.tasks import Housekeeping
-from aoti_sched.engine.weights import Barrier, UpdateReport, Updates
+from aoti_sched.engine.weights.report import UpdateReport
+from aoti_sched.engine.weights.staging import StageOptions
+from aoti_sched.engine.weights.transaction import Barrier, Updates
 from aoti_sched.engine.worker import in_worker
 from aoti_sched.errors import (
     ConfigError,
@@ -56,6 +60,7 @@ from aoti_sched.errors import (
 )
 from aoti_sched.events import log
 from aoti_sched.foreign import said
+from aoti_sched.handle import Options
 from aoti_sched.model.input_check import declared
 from aoti_sched.package.given import named
 from aoti_sched.queue import device_queue
@@ -65,8 +70,7 @@ from aoti_sched.queue.device_queue import DeviceQueue
 from aoti_sched.queue.memory import Holding
 from aoti_sched.queue.policy import Policy
 from aoti_sched.queue.runner_state import UNHEALTHY, Phase
-from aoti_sched.replicas import ReplicatedRunner
-from aoti_sched.runner import Options, Runner
+from aoti_sched.runner import Runner, router_of
 from aoti_sched.stats import SchedulerStats
 
 if TYPE_CHECKING:
@@ -117,7 +121,7 @@ class Scheduler:
         self._runners: dict[str, Runner] = {}
         self._names: set[str] = set()  # of runners, those still loading included
         self._closing: dict[str, asyncio.Future[None]] = {}
-        self._freed: dict[Runner, asyncio.Future[None]] = {}  # replicas
+        self._freed: dict[Replica, asyncio.Future[None]] = {}
         self._drained: set[str] = set()  # devices
         self._shares: dict[
             str, tuple[int, ...]
@@ -345,16 +349,14 @@ class Scheduler:
         if not isinstance(changes, Mapping):
             raise ConfigError(f"update(changes): expected weights by runner, got {brief(changes)}.")
         self._must_own(changes)
-        return await self._updates.update(
-            changes,
-            partial=partial,
-            strict=strict,
-            fold=fold,
+        reports = await self._updates.update(
+            {router_of(runner): weights for runner, weights in changes.items()},
+            StageOptions(partial, strict, fold, check_finite),
             barrier=barrier,
             keep_previous=keep_previous,
-            check_finite=check_finite,
             timeout=timeout,
         )
+        return {runner: reports[router_of(runner)] for runner in changes}
 
     async def commit(
         self,
@@ -365,9 +367,13 @@ class Scheduler:
     ) -> dict[Runner, UpdateReport]:
         """Publish what is staged on several runners at one instant, all or none."""
         self._must_own(runners)
-        return await self._updates.commit(
-            runners, barrier=barrier, keep_previous=keep_previous, timeout=timeout
+        reports = await self._updates.commit(
+            [router_of(runner) for runner in runners],
+            barrier=barrier,
+            keep_previous=keep_previous,
+            timeout=timeout,
         )
+        return {runner: reports[router_of(runner)] for runner in runners}
 
     async def rollback(
         self,
@@ -377,7 +383,10 @@ class Scheduler:
     ) -> dict[Runner, UpdateReport]:
         """Take several runners back to their previous sets at one instant, all or none."""
         self._must_own(runners)
-        return await self._updates.rollback(runners, barrier=barrier, timeout=timeout)
+        reports = await self._updates.rollback(
+            [router_of(runner) for runner in runners], barrier=barrier, timeout=timeout
+        )
+        return {runner: reports[router_of(runner)] for runner in runners}
 
     async def drain_device(self, device: str) -> None:
         """Take a device out of service: no new requests, no new models. Returns when nothing is left there.
@@ -398,17 +407,17 @@ class Scheduler:
             self._drained.add(device)
             log.info("device drains", device=device)
         ends = []
-        for replica in [one for runner in self._runners.values() for one in runner.loaded]:
-            if replica.device != device:
-                continue
-            if not replica.left:
-                self._leave(replica, f"{device!r} was drained")
-            if replica.whole.replicas:
-                ends.append(self._free(replica))
-            else:
-                ends.append(
-                    asyncio.ensure_future(self._close_runner(replica.whole, terminate=False))
-                )
+        for runner in list(self._runners.values()):
+            router = router_of(runner)
+            for replica in router.replicas:
+                if replica.device != device:
+                    continue
+                if not replica.removed_because:
+                    self._leave(router, replica, f"{device!r} was drained")
+                if router.serving:
+                    ends.append(self._free(replica))
+                else:
+                    ends.append(asyncio.ensure_future(self._close_runner(runner, terminate=False)))
         await asyncio.shield(asyncio.gather(*ends))
 
     async def aclose(self) -> None:
@@ -535,13 +544,13 @@ class Scheduler:
             )
             for prepared, dispatcher, holding in loaded
         ]
-        runner = replicas[0]
-        if len(replicas) > 1:
-            clock = self._clock or LoopClock(self._loop)
-            options = Options(timeout=seconds_or_none("timeout", settings.timeout))
-            runner = ReplicatedRunner(
-                replicas, options=options, clock=clock, close=self._close_runner
-            )
+        clock = self._clock or LoopClock(self._loop)
+        runner = Runner(
+            Router(replicas, clock, self._blocking),
+            options=Options(timeout=seconds_or_none("timeout", settings.timeout)),
+            updates=self._updates,
+            close=self._close_runner,
+        )
         self._runners[name] = runner
         return runner
 
@@ -554,7 +563,7 @@ class Scheduler:
         holding: Holding,
         *,
         alone: bool,
-    ) -> Runner:
+    ) -> Replica:
         info = msgspec.structs.replace(prepared.info, device=dispatcher.queue.name)
         if info.device in self._shares:
             cores = ", ".join(map(str, self._shares[info.device]))
@@ -564,7 +573,7 @@ class Scheduler:
         bounds = Bounds(limits.jobs, limits.bytes, limits.tenant_jobs)
         grouping = prepared.grouping
         rule = None if grouping is None else QueueBatching(grouping.max_rows, grouping.max_delay)
-        runner = Runner(
+        replica = Replica(
             info,
             state=dispatcher.queue.add_runner(
                 name,
@@ -579,20 +588,16 @@ class Scheduler:
                 foreseen=not alone,
                 memory=holding,
             ),
-            grouping=grouping,
+            batch_layout=grouping,
             container=prepared.container,
             call_spec=prepared.call_spec,
             input_check=prepared.input_check,
             dispatcher=dispatcher,
-            options=Options(timeout=seconds_or_none("timeout", settings.timeout)),
-            waits=settings.overflow == "wait",
-            rebuilds=settings.on_failure == "rebuild",
-            fixed=prepared.fixed,
-            updates=self._updates,
-            blocking=self._blocking,
-            close=self._close_runner,
+            blocks_when_full=settings.overflow == "wait",
+            rebuild_on_failure=settings.on_failure == "rebuild",
+            not_evictable_because=prepared.fixed,
         )
-        account(runner)
+        replica.refresh_memory_use()
         log.info(
             "model loaded",
             runner=name,
@@ -604,7 +609,7 @@ class Scheduler:
             specs=info.spec_source.value,
             notes=info.notes,
         )
-        return runner
+        return replica
 
     async def _unload(self, loaded: Sequence[tuple[Prepared, Dispatcher, Holding]]) -> None:
         for prepared, dispatcher, holding in loaded:
@@ -787,37 +792,39 @@ class Scheduler:
 
     def _look_after(self, state: RunnerState) -> None:
         """The last runs of a runner have all failed."""
-        runner = self._replica_of(state)
+        replica = self._replica_of(state)
         log.warning(
             "runs fail again and again",
-            runner=runner.name,
-            device=runner.device,
+            runner=replica.name,
+            device=replica.device,
             failures=UNHEALTHY,
         )
-        if runner.rebuilds:
+        if replica.rebuild_on_failure:
             self._run_errand(self._updates.renew, state)
 
     def _run_errand(
-        self, errand: Callable[[Runner], Awaitable[object]], state: RunnerState
+        self, errand: Callable[[Replica], Awaitable[object]], state: RunnerState
     ) -> None:
         self._at_work().start_soon(functools.partial(errand, self._replica_of(state)))
 
-    def _replica_of(self, state: RunnerState) -> Runner:
-        return next(one for one in self._runners[state.name].loaded if one.state is state)
+    def _replica_of(self, state: RunnerState) -> Replica:
+        replicas = router_of(self._runners[state.name]).replicas
+        return next(replica for replica in replicas if replica.state is state)
 
     def _lose(self, device: str, error: DeviceLostError) -> None:
         """A run has met a device that is lost: who has a replica elsewhere goes on there. Called for each such run."""
         for runner in list(self._runners.values()):
-            for replica in runner.replicas:
-                others = [one for one in runner.replicas if one is not replica]
+            router = router_of(runner)
+            for replica in list(router.serving):
+                others = [one for one in router.serving if one is not replica]
                 if replica.device == device and any(
                     one.state.phase is Phase.OPEN for one in others
                 ):
                     log.error("device lost", device=device, runner=runner.name, error=error)
-                    self._leave(replica, f"{device!r} was lost: {said(error)}")
+                    self._leave(router, replica, f"{device!r} was lost: {said(error)}")
                     self._at_work().start_soon(functools.partial(self._free_lost, replica))
 
-    async def _free_lost(self, replica: Runner) -> None:
+    async def _free_lost(self, replica: Replica) -> None:
         try:
             await self._free(replica)
         except Exception as error:  # noqa: BLE001 -- nobody waits for it
@@ -825,8 +832,8 @@ class Scheduler:
                 "model can't be freed", runner=replica.name, device=replica.device, error=error
             )
 
-    def _leave(self, replica: Runner, why: str) -> None:
-        moved = replica.whole.leave(replica, why)
+    def _leave(self, router: Router, replica: Replica, why: str) -> None:
+        moved = router.remove(replica, why)
         log.info("replica left", runner=replica.name, device=replica.device, why=why, moved=moved)
 
     # --- closing -------------------------------------------------------------------------------------
@@ -835,14 +842,15 @@ class Scheduler:
         if self._runners.get(runner.name) is not runner:
             return  # closed before
         self._at_work().must_be_here()
-        for replica in runner.loaded:
+        router = router_of(runner)
+        for replica in router.replicas:
             replica.dispatcher.drain(replica.state, terminate=terminate)
         closing = self._closing.get(runner.name)
         if closing is None:
 
             async def work() -> None:
                 try:
-                    frees = [self._free(replica) for replica in runner.loaded]
+                    frees = [self._free(replica) for replica in router.replicas]
                     faults = [
                         f
                         for f in await asyncio.gather(*frees, return_exceptions=True)
@@ -852,16 +860,16 @@ class Scheduler:
                         raise faults[0]  # closing again tries again
                 finally:
                     del self._closing[runner.name]
-                for replica in runner.loaded:
+                for replica in router.replicas:
                     del self._freed[replica]
                 del self._runners[runner.name]
                 self._names.discard(runner.name)
-                runner.let_go()
+                router.close()
 
             closing = self._closing[runner.name] = self._at_work().start(work)
         await asyncio.shield(closing)
 
-    def _free(self, replica: Runner) -> asyncio.Future[None]:
+    def _free(self, replica: Replica) -> asyncio.Future[None]:
         """Drain what is on one device, and free it; done when it is gone. After a failure the next call tries again."""
         freed = self._freed.get(replica)
         if freed is None:
@@ -873,8 +881,8 @@ class Scheduler:
                 try:
                     await drained
                     slow.cancel()
-                    async with replica.weights.turn:  # an update under way ends first
-                        await self._parking.still(replica)
+                    async with replica.weights.lock:  # an update under way ends first
+                        await self._parking.settled_residency(replica)
                         replica.dispatcher.remove(replica.state)
                         await self._close_here_or_there(
                             replica.container.close, f"runner {replica.name!r}"
@@ -929,7 +937,7 @@ class Scheduler:
             self._all_closed = house.start(work)
         elif terminate:  # whoever closes already has less to wait for
             for runner in list(self._runners.values()):
-                for replica in runner.loaded:
+                for replica in router_of(runner).replicas:
                     replica.dispatcher.drain(replica.state, terminate=True)
         await asyncio.shield(self._all_closed)
         await house.ended()
@@ -987,5 +995,5 @@ def _count_devices(kind: str) -> int:
     return count_devices(kind)
 
 
-def _log_slow_close(runner: Runner) -> None:
-    log.warning("closing waits for runs or leases", runner=runner.name, stats=runner.stats())
+def _log_slow_close(replica: Replica) -> None:
+    log.warning("closing waits for runs or leases", runner=replica.name, stats=replica.stats())

@@ -30,10 +30,10 @@ from aoti_sched.errors import DeadlineExceededError, RunnerClosedError, Unsuppor
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     from aoti_sched.engine.future import RunFuture
-    from aoti_sched.runner import Calls, Runner
 
 CLOSED_LOOP = "its event loop is closed. Call it while the loop runs"
 IDLE_LOOP = "its event loop is not running. Call it while the loop runs"
@@ -65,32 +65,37 @@ class BlockingCalls:
 
     def run(
         self,
-        calls: Calls,
-        runner: Runner,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
+        name: str,
+        submit: Callable[[float | None], RunFuture],
+        inherit_stream: Callable[[], AbstractContextManager[object]],
         timeout: float | None,
     ) -> Any:
-        """Hand a request over to the loop and wait for its end; raises as `Calls.run_blocking` does."""
+        """Hand a request over to the loop and wait for its end; raises as `Handle.run_blocking` does.
+
+        Args:
+            name: The runner's.
+            submit: Submits the request on the loop, with the seconds that are left of its timeout.
+            inherit_stream: Returns a context that makes the calling thread's stream current on the loop's thread.
+            timeout: Seconds for all of it.
+        """
         if os.getpid() != self._process:
             raise UnsupportedLoopError(
-                f"runner {runner.name!r}: the process was forked after the scheduler was made. "
+                f"runner {name!r}: the process was forked after the scheduler was made. "
                 "Make a new Scheduler in the child"
             )
-        call = _Call(calls, runner, args, kwargs, timeout if self._real_time else None)
-        self._waiting.add(
-            call
-        )  # before the loop is looked at: what ends the loop looks at the calls afterwards
+        call = _Call(name, submit, inherit_stream(), timeout if self._real_time else None)
+        # Before the loop's state is read: the callbacks of a loop that ends read the calls afterwards.
+        self._waiting.add(call)
         try:
             if self._ended:
-                raise RunnerClosedError(f"runner {runner.name!r}: {self._ended}")
+                raise RunnerClosedError(f"runner {name!r}: {self._ended}")
             if not self.loop.is_running():
                 why = CLOSED_LOOP if self.loop.is_closed() else IDLE_LOOP
-                raise RunnerClosedError(f"runner {runner.name!r}: {why}")
+                raise RunnerClosedError(f"runner {name!r}: {why}")
             try:
                 self.loop.call_soon_threadsafe(call.submit)
             except RuntimeError:  # closed since
-                raise RunnerClosedError(f"runner {runner.name!r}: {CLOSED_LOOP}") from None
+                raise RunnerClosedError(f"runner {name!r}: {CLOSED_LOOP}") from None
             return call.wait()
         finally:
             self._waiting.discard(call)
@@ -106,7 +111,7 @@ class BlockingCalls:
             self._last_hope.cancel()
             self._last_hope = None
         for call in list(self._waiting):
-            call.fail(RunnerClosedError(f"runner {call.runner.name!r}: {self._ended}"))
+            call.fail(RunnerClosedError(f"runner {call.name!r}: {self._ended}"))
 
     def _listen(self) -> None:
         """Learn when the loop stops. On the loop's thread, while it runs."""
@@ -127,7 +132,7 @@ class BlockingCalls:
             return
         if not self.loop.is_running():
             for call in list(self._waiting):
-                if call.fail(RunnerClosedError(f"runner {call.runner.name!r}: {STOPPED_LOOP}")):
+                if call.fail(RunnerClosedError(f"runner {call.name!r}: {STOPPED_LOOP}")):
                     self._when_it_goes_on(call.cancel)
         self._when_it_goes_on(self._listen)
 
@@ -166,33 +171,28 @@ class _Call:
     """One request of another thread. It ends once: whoever takes the only element of `_open` says how."""
 
     __slots__ = (
-        "_args",
-        "_as_here",
-        "_calls",
         "_deadline",
         "_done",
         "_error",
         "_future",
-        "_kwargs",
         "_open",
         "_result",
+        "_stream",
+        "_submit",
         "_timeout",
-        "runner",
+        "name",
     )
 
     def __init__(
         self,
-        calls: Calls,
-        runner: Runner,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
+        name: str,
+        submit: Callable[[float | None], RunFuture],
+        stream: AbstractContextManager[object],
         timeout: float | None,
     ) -> None:
-        self.runner = runner
-        self._calls = calls
-        self._args = args
-        self._kwargs = kwargs
-        self._as_here = runner.as_here()
+        self.name = name
+        self._submit = submit
+        self._stream = stream
         self._timeout = timeout
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._open = [True]  # a list's pop is atomic, and may come in the midst of anything
@@ -212,7 +212,7 @@ class _Call:
         if not self._done.acquire(timeout=seconds):
             if self.give_up():  # on the loop, what was submitted expires at the same time
                 raise DeadlineExceededError(
-                    f"runner {self.runner.name!r}: the request's timeout of {self._timeout:.3g} s passed while its "
+                    f"runner {self.name!r}: the request's timeout of {self._timeout:.3g} s passed while its "
                     "thread waited for the event loop"
                 )
             self._done.acquire()  # it ended in this moment
@@ -244,17 +244,16 @@ class _Call:
 
     def submit(self) -> None:
         """Submit the request, unless its thread has left."""
-        calls = self._calls
         if not self._open:
             return
+        left = None
         try:
             if self._deadline is not None:
                 left = self._deadline - time.monotonic()
                 if left <= 0:
                     return  # the thread knows
-                calls = calls.options(timeout=left)
-            with self._as_here:
-                future = calls.submit(*self._args, **self._kwargs)
+            with self._stream:
+                future = self._submit(left)
         except BaseException as error:
             self.fail(error)
             if not isinstance(error, Exception):
@@ -271,7 +270,7 @@ class _Call:
     def _end(self, future: asyncio.Future[Any]) -> None:
         self._future = None
         if future.cancelled():
-            self.fail(RunnerClosedError(f"runner {self.runner.name!r}: the request was cancelled"))
+            self.fail(RunnerClosedError(f"runner {self.name!r}: the request was cancelled"))
             return
         error = future.exception()
         if error is not None:

@@ -44,8 +44,34 @@ from aoti_sched.queue.runner_state import UNHEALTHY, Phase
 from aoti_sched.stats import DeviceStats, MemoryStats, RunnerStats
 
 if TYPE_CHECKING:
-    from aoti_sched.engine.future import RunFuture
+    from collections.abc import Sequence
+
+    from aoti_sched.backends.contracts import Container
+    from aoti_sched.model.batch_layout import Grouping
     from aoti_sched.queue.runner_state import Lease, RunnerState
+
+
+class Model(Protocol):
+    """What a run needs to know of the model on this device: a replica."""
+
+    container: Container
+    threads: int
+    batch_layout: Grouping | None
+
+
+class Request(Protocol):
+    """A job's payload: the caller's future, with the inputs of its run. `RunFuture` is one."""
+
+    _inputs: Sequence[Any]
+    _replica: Model
+
+    def done(self) -> bool: ...
+
+    def set_result(self, result: Any) -> None: ...
+
+    def _deliver(self, outputs: list[Any]) -> None: ...
+
+    def _refuse(self, error: BaseException) -> None: ...
 
 
 class Timer(Protocol):
@@ -129,7 +155,7 @@ class Dispatcher:
         try:
             self._perform(self.queue.submit(job, self._clock.time(), wait=True, since=since))
         except AotiSchedError as error:
-            future.refuse(error)
+            future._refuse(error)
 
     def cancel(self, job: Job) -> None:
         """The caller has cancelled this job's future."""
@@ -200,7 +226,7 @@ class Dispatcher:
         """It is needed; raises MemoryLimitError if there is no room for it."""
         self._perform(self.queue.call_back(runner, self._clock.time()))
 
-    def moved(self, runner: RunnerState) -> asyncio.Future[BaseException | None]:
+    def residency_change(self, runner: RunnerState) -> asyncio.Future[BaseException | None]:
         """Of one that leaves or comes: done when it is away or here; with the error of one that could not come."""
         holding = runner.memory
         if holding.payload is None:
@@ -343,9 +369,9 @@ class Dispatcher:
         future, job.payload = job.payload, None
         if future is not None and not future.done():
             if error is None:
-                future.deliver(outputs or [])
+                future._deliver(outputs or [])
             else:
-                future.refuse(error)
+                future._refuse(error)
         if self._log_requests:
             self._log_job(job)
 
@@ -433,7 +459,7 @@ class Dispatcher:
     def _fail(self, job: Job, error: Exception) -> None:
         future, job.payload = job.payload, None
         if future is not None and not future.done():
-            future.refuse(error)
+            future._refuse(error)
         if self._log_requests:
             self._log_job(job)
 
@@ -462,17 +488,17 @@ class Dispatcher:
 
 def _work(job: Job) -> Work:
     """What a launched job, and all that run with it, are to an executor. A batch's token are its jobs, the leader first."""
-    future: RunFuture = job.payload
-    runner = future.runner
-    grouping = runner.grouping
-    if grouping is None or (not job.members and grouping.padded(job.rows) == job.rows):
-        inputs, future.inputs = future.inputs, ()  # from now on the lane alone keeps them alive
-        return Work(runner.container, inputs, runner.threads, job, slot=job.slot)
+    request: Request = job.payload
+    replica = request._replica
+    layout = replica.batch_layout
+    if layout is None or (not job.members and layout.padded(job.rows) == job.rows):
+        inputs, request._inputs = request._inputs, ()  # from now on the lane alone keeps them alive
+        return Work(replica.container, inputs, replica.threads, job, slot=job.slot)
     jobs = job.members or (job,)
     rows = [member.rows for member in jobs]
-    members = [member.payload.inputs for member in jobs]
-    batch = Batch(grouping.plan, members, rows, grouping.padded(sum(rows)), job.slot)
-    return Work(runner.container, (), runner.threads, jobs, batch, job.slot)
+    members = [member.payload._inputs for member in jobs]
+    batch = Batch(layout.plan, members, rows, layout.padded(sum(rows)), job.slot)
+    return Work(replica.container, (), replica.threads, jobs, batch, job.slot)
 
 
 def _deadline_error(job: Job, takes: float | None) -> DeadlineExceededError:
