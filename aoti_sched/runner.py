@@ -247,8 +247,8 @@ class _NotOfViews:
         if view is None:
             raise AttributeError(f"type object {kind.__name__!r} has no attribute {self._name!r}")
         raise AttributeError(
-            f"{view!r} has no attribute {self._name!r}: options() gives a view, and {self._name!r} belongs to "
-            f"the runner. Use it on the runner that load() returned."
+            f"{view!r}: options() gives a view, and {self._name!r} belongs to the runner. "
+            "Use it on the runner that load() returned."
         )
 
 
