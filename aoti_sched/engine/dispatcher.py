@@ -44,34 +44,8 @@ from aoti_sched.queue.runner_state import UNHEALTHY, Phase
 from aoti_sched.stats import DeviceStats, MemoryStats, RunnerStats
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from aoti_sched.backends.contracts import Container
-    from aoti_sched.model.batch_layout import Grouping
+    from aoti_sched.engine.request import Request
     from aoti_sched.queue.runner_state import Lease, RunnerState
-
-
-class Model(Protocol):
-    """What a run needs to know of the model on this device: a replica."""
-
-    container: Container
-    threads: int
-    batch_layout: Grouping | None
-
-
-class Request(Protocol):
-    """A job's payload: the caller's future, with the inputs of its run. `RunFuture` is one."""
-
-    _inputs: Sequence[Any]
-    _replica: Model
-
-    def done(self) -> bool: ...
-
-    def set_result(self, result: Any) -> None: ...
-
-    def _deliver(self, outputs: list[Any]) -> None: ...
-
-    def _refuse(self, error: BaseException) -> None: ...
 
 
 class Timer(Protocol):
