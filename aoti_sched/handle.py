@@ -1,7 +1,7 @@
 """Handle: what can be called. A runner, a view of a runner with other options, or a lease.
 
-`run` and `submit` take exactly the model's own arguments. Scheduling options are passed separately, with
-`options(...)`, which returns a light and immutable handle.
+`run` and `submit` take exactly the model's own arguments. Scheduling options are passed separately,
+with `options(...)`, which returns a light and immutable handle.
 """
 
 from __future__ import annotations
@@ -82,7 +82,10 @@ class Handle(Generic[_View]):
         return await self.submit(*args, **kwargs)
 
     def submit(self, *args: Any, **kwargs: Any) -> RunFuture:
-        """Queue a run now and return its future. Raises as `run` does, except for what comes later."""
+        """Queue a run now and return its future.
+
+        Raises as `run` does, except for what happens later.
+        """
         replica = self._replica
         options = self._options
         source = self._source
@@ -115,21 +118,23 @@ class Handle(Generic[_View]):
     def run_blocking(self, *args: Any, **kwargs: Any) -> Any:
         """`run` for callers in other threads: block until the result is there.
 
-        The timeout counts from this call and fires in this thread, whatever the event loop does. Without a timeout, a
-        thread waits as long as the loop runs. A thread that is interrupted takes its request back.
+        The timeout counts from this call and fires in this thread, whatever the event loop does.
+        Without a timeout, a thread waits as long as the loop runs. A thread that is interrupted
+        takes its request back.
 
         Raises:
-            RunnerClosedError: The event loop stopped, is closed, or does not run; or the scheduler is closed.
-            UnsupportedLoopError: Called on the event loop's own thread, where it would wait for itself, or in a
-                forked child.
+            RunnerClosedError: The event loop stopped, is closed, or does not run; or the scheduler
+                is closed.
+            UnsupportedLoopError: Called on the event loop's own thread, where it would wait for
+                itself, or in a forked child.
             DeadlineExceededError: The timeout passed.
             AotiSchedError: As `run`.
         """
         router = self._router
         if _get_running_loop() is router.loop:
             raise UnsupportedLoopError(
-                f"runner {router.name!r}: run_blocking() was called on the event loop's own thread and would wait "
-                "for itself; use `await runner.run(...)` there"
+                f"runner {router.name!r}: run_blocking() was called on the event loop's own thread "
+                "and would wait for itself; use `await runner.run(...)` there"
             )
 
         def submit(left: float | None) -> RunFuture:
@@ -148,22 +153,23 @@ class Handle(Generic[_View]):
         min_epoch: int | None = None,
         tenant: Hashable | msgspec.UnsetType = msgspec.UNSET,
     ) -> _View:
-        """Return a light handle whose requests are scheduled otherwise. What is not given stays as it is here.
+        """Return a light handle with other options. What is not given stays as it is here.
 
         Args:
             priority: The class of the requests.
             timeout: Seconds for waiting, queue and run; None for no timeout.
-            min_epoch: Requests run on the weights of this epoch or a later one. They wait for its publication, and
-                fail with EpochError when it was rolled back.
-            tenant: A customer's name, say. The requests of each tenant share the runner equally with those of each
-                other one. Requests of no tenant count as one more tenant.
+            min_epoch: Requests run on the weights of this epoch or a later one. They wait for its
+                publication, and fail with EpochError when it was rolled back.
+            tenant: A customer's name, say. The requests of each tenant share the runner equally
+                with those of each other one. Requests of no tenant count as one more tenant.
 
         Raises:
             ConfigError: A value is of the wrong type or out of range; it is a ValueError.
             TypeError: The tenant can't be hashed.
         """
         old = self._options
-        # Values of foreign types are compared, converted and hashed here, and not in the middle of a request.
+        # Values of foreign types are compared, converted and hashed here, and not in the middle of
+        # a request.
         if tenant is msgspec.UNSET:
             whose = old.tenant
         else:
@@ -199,8 +205,8 @@ class Handle(Generic[_View]):
 def wrong_loop(name: str) -> UnsupportedLoopError:
     """Return the error of a call outside the runner's event loop."""
     return UnsupportedLoopError(
-        f"runner {name!r} belongs to another event loop (or none is running here); call it on the loop that "
-        "loaded it, or use run_blocking(...) from another thread"
+        f"runner {name!r} belongs to another event loop (or none is running here); call it on the "
+        "loop that loaded it, or use run_blocking(...) from another thread"
     )
 
 
@@ -208,7 +214,8 @@ def _priority(value: object) -> Priority:
     if type(value) is Priority:
         return value
     try:
-        return Priority(-1 if isinstance(value, bool) else operator.index(value))  # type: ignore[arg-type]
+        number = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+        return Priority(number)
     except (TypeError, ValueError):
         raise ConfigError(
             f"options(priority=): expected Priority.HIGH, NORMAL or LOW, got {brief(value)}."

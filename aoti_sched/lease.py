@@ -1,4 +1,4 @@
-"""Lease: one slot of a runner, held for several runs; and the context that acquires and releases it."""
+"""Lease: one slot of a runner, held for several runs; and the context that acquires the slot."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 
 class Lease(Handle["Lease"]):
-    """One slot, held. Its runs go one after the other, and compete with all other requests for the lanes."""
+    """One slot, held. Its runs go one after the other.
+
+    The runs compete with all other requests for the lanes.
+    """
 
     __slots__ = ()
 

@@ -23,14 +23,15 @@ if TYPE_CHECKING:
 
 
 class RunnerView(Handle["RunnerView"]):
-    """A runner seen with other options, made by `options()`. It calls the runner, and does not own it."""
+    """A runner with other options, made by `options()`."""
 
     __slots__ = ()
 
     def lease(self) -> LeaseContext:
-        """Hold one slot for several runs in turn: `async with runner.lease() as lease: await lease.run(...)`.
+        """Hold one slot for several runs.
 
-        The slot is granted in the order of the queue, with this view's priority and timeout.
+        Use it as `async with runner.lease() as lease: await lease.run(...)`. The slot is granted in
+        the order of the queue, with this view's priority and timeout.
         """
         return LeaseContext(self._router, self._replica, self._source, self._options)
 
@@ -90,7 +91,7 @@ class Runner(RunnerView):
         """Return its numbers now and since its load."""
         return self._router.stats()
 
-    # --- live weights --------------------------------------------------------------------------------
+    # --- live weights ----------------------------------------------------------------------------
 
     async def update(
         self,
@@ -104,27 +105,29 @@ class Runner(RunnerView):
         check_finite: bool = False,
         timeout: float | None = None,
     ) -> UpdateReport:
-        """Replace the weights between two requests: each runs on the old set or on the new one, never on both.
+        """Replace the weights between two requests. Each request runs on one set only, old or new.
 
-        Staging goes on beside the requests; then what runs (and held leases) is waited for, what is queued waits, and the
-        sets are exchanged. The tensors are copied; don't write to them until this returns.
+        Staging goes on beside the requests. Then running requests and held leases are waited for,
+        queued requests wait, and the sets are exchanged. The tensors are copied; don't write to
+        them until this returns.
 
         Args:
-            weights: A mapping of names (FQNs) to tensors such as a state dict, (name, tensor) pairs, or the path of a
-                `.safetensors` file or torch checkpoint.
-            partial: Keep the current values of what is not given; otherwise every parameter and buffer of the module's
-                `state_dict()` that the model uses must be.
-            strict: Refuse names that neither the model nor the compiled module has; otherwise they are in the report's
-                `ignored`. A package that `compile_package` made knows the module's names. One of torch's does not: names that
-                its graph does not use are unknown there, and so are values that were compiled into the code.
+            weights: A mapping of names (FQNs) to tensors such as a state dict, (name, tensor)
+                pairs, or the path of a `.safetensors` file or torch checkpoint.
+            partial: Keep the current values of names that are not given. Otherwise every parameter
+                and buffer of the module's `state_dict()` that the model uses must be given.
+            strict: Refuse names that neither the model nor the compiled module has. Otherwise the
+                report lists them as `ignored`. A package that `compile_package` made knows the
+                module's names. A package of torch's does not: names that its graph does not use
+                are unknown there, and so are values that were compiled into the code.
             fold: Compute now what the model folds from its constants, and not in the first request.
-            barrier: "drain" lets queued requests wait; "abort" fails them with UpdateAbortedError.
+            barrier: "drain" lets queued requests wait. "abort" fails them with UpdateAbortedError.
             keep_previous: Keep the old set in memory, for `rollback`.
             check_finite: Refuse NaN and infinities.
-            timeout: Seconds for all of it; when they pass, nothing has changed.
+            timeout: Seconds for all of it. When they pass, nothing has changed.
 
         Raises:
-            ConstantMismatchError: The set does not fit; every fault is listed, and nothing has changed.
+            ConstantMismatchError: The set does not fit. Every fault is listed, and nothing changed.
             WeightsFileError, WeightsTypeError: The weights can't be read.
             UpdateError: This model's weights can't be updated live.
             MemoryLimitError: Two sets do not fit into the device's `memory_limit`.
@@ -150,7 +153,10 @@ class Runner(RunnerView):
         check_finite: bool = False,
         timeout: float | None = None,
     ) -> None:
-        """The first half of `update`: write the new set beside the one that serves. A previous set kept there is gone."""
+        """Write the new set beside the one that serves: the first half of `update`.
+
+        A previous set that was kept there is gone.
+        """
         options = StageOptions(partial, strict, fold, check_finite)
         await self._updates.stage(self._router, weights, options, timeout=timeout)
 
@@ -161,7 +167,7 @@ class Runner(RunnerView):
         keep_previous: bool = True,
         timeout: float | None = None,
     ) -> UpdateReport:
-        """The second half of `update`: publish the staged set.
+        """Publish the staged set: the second half of `update`.
 
         Raises:
             UpdateError: Nothing is staged.
@@ -172,7 +178,7 @@ class Runner(RunnerView):
         return reports[self._router]
 
     async def discard(self) -> None:
-        """Drop the staged set and give its memory back; without one, nothing happens."""
+        """Drop the staged set and free its memory. Without one, nothing happens."""
         await self._updates.free(self._router, Inactive.STAGED)
 
     async def rollback(
@@ -181,16 +187,17 @@ class Runner(RunnerView):
         barrier: Barrier = "drain",
         timeout: float | None = None,
     ) -> UpdateReport:
-        """Go back to the previous set, and to its epoch. The set left is kept in turn: a second rollback returns to it.
+        """Go back to the previous set and its epoch. A second rollback returns to the set left.
 
         Raises:
-            UpdateError: None is kept: there was no update, `keep_previous` was off, or another set was staged since.
+            UpdateError: No previous set is kept. There was no update, `keep_previous` was off, or
+                another set was staged since.
         """
         reports = await self._updates.rollback([self._router], barrier=barrier, timeout=timeout)
         return reports[self._router]
 
     async def free_previous(self) -> None:
-        """Give the memory of the previous set back; there is no way back to it then."""
+        """Free the memory of the previous set. No rollback is possible then."""
         await self._updates.free(self._router, Inactive.PREVIOUS)
 
     def constants(self) -> dict[str, ConstantSpec]:
@@ -198,20 +205,20 @@ class Runner(RunnerView):
         return {spec.fqn: spec for spec in self._replica.constants}
 
     async def extract(self, *, inactive: bool = False) -> dict[str, Any]:
-        """Copies of the weights that serve (or of the inactive set) by FQN, a full set for `update`.
+        """Return copies of the weights that serve, or of the inactive set, by FQN.
 
-        It has every constant that is not computed from others, each under one name, non-persistent buffers and tensors that the
-        compiler made included.
+        The result is a full set for `update`. It has every constant that is not computed from
+        others, each under one name, with non-persistent buffers and tensors that the compiler made.
 
         Raises:
             UpdateError: There is no inactive set.
         """
         return await self._updates.extract(self._router, inactive=inactive)
 
-    # --- leaving -------------------------------------------------------------------------------------
+    # --- leaving ---------------------------------------------------------------------------------
 
     async def drain(self) -> None:
-        """Refuse new requests and wait until all accepted ones, held leases included, are through."""
+        """Refuse new requests, and wait until all accepted ones and held leases have ended."""
         self._must_be_here()
         drains = [
             replica.dispatcher.drain(replica.state, terminate=False)
@@ -220,7 +227,10 @@ class Runner(RunnerView):
         await asyncio.shield(asyncio.gather(*drains))
 
     async def aclose(self) -> None:
-        """Drain, then free the model. Shielded from cancellation; closing twice waits for the same end."""
+        """Drain, then free the model.
+
+        The close is shielded from cancellation. Closing twice waits for the same end.
+        """
         self._must_be_here()
         await self._close(self, False)
 
@@ -235,7 +245,7 @@ class Runner(RunnerView):
 
 
 class _NotOfViews:
-    """An attribute of runners that views lack. Reading it on a view raises an AttributeError that says so.
+    """An attribute of runners that views lack. Reading it on a view raises AttributeError.
 
     A descriptor costs nothing where `__getattr__` would slow down each request.
     """

@@ -58,10 +58,10 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunFuture(asyncio.Future[Any]):
-    """The result of `runner.submit(...)`: an asyncio future, so gather, wait and timeouts simply work.
+    """The result of `runner.submit(...)`, an asyncio future: gather, wait and timeouts work.
 
-    Cancelling the future takes a queued request out at once. A running request finishes on its lane, and its
-    result is dropped.
+    Cancelling the future takes a queued request out at once. A running request finishes on its
+    lane, and its result is dropped.
     """
 
     __slots__ = ("_inputs", "_job", "_replica")
@@ -69,7 +69,7 @@ class RunFuture(asyncio.Future[Any]):
     _replica: Replica
     _job: Job
     _inputs: Sequence[Any]
-    """Kept until the run begins. A batch keeps them to its end, since its requests are retried one by one if it fails."""
+    """Kept until the run begins; in a batch to its end, since a failed batch is retried singly."""
 
     @property
     def trace(self) -> Trace:
@@ -97,7 +97,7 @@ class RunFuture(asyncio.Future[Any]):
         self._replica.dispatcher.cancel(self._job)
         return True
 
-    # --- for the dispatcher --------------------------------------------------------------------------
+    # --- for the dispatcher ----------------------------------------------------------------------
 
     def _deliver(self, outputs: list[Any]) -> None:
         """Resolve with a run's outputs in the structure that the module returned."""

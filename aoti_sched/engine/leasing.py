@@ -38,8 +38,8 @@ async def acquire(replica: Replica, job: Job) -> tuple[Replica, Lease]:
 async def slot_for_update(replica: Replica) -> AsyncIterator[None]:
     """Hold a slot for the library's own work on the weights.
 
-    The next free slot is granted, after HIGH requests that came before. Bounds protect against callers that
-    send too much, so they do not apply here.
+    The next free slot is granted, after HIGH requests that came before. Bounds protect against
+    callers that send too much, so they do not apply here.
     """
     job = Job(replica.state, Priority.HIGH, None, 0, holds=True, exempt=True)
     holder, lease = await acquire(replica, job)

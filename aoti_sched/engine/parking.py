@@ -1,7 +1,9 @@
-"""Parking: evicts the weights of replicas that have to make room, and restores them. `queue/memory.py` decides when, and whose.
+"""Parking: evicts the weights of replicas that have to make room, and restores them.
 
-Both block for long, so they run in worker threads. Weights that are being changed are not evicted meanwhile, and evicted
-weights are restored before they are changed (`resident`).
+`queue/memory.py` decides when, and whose weights.
+
+Both block for long, so they run in worker threads. Weights that are being changed are not evicted
+meanwhile, and evicted weights are restored before they are changed (`resident`).
 """
 
 from __future__ import annotations

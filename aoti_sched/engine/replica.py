@@ -1,7 +1,8 @@
 """Replica: one model on one device.
 
 Everything that works on "the model on this device" takes a Replica: dispatching, weights, eviction.
-A runner's router (`router.py`) knows all replicas of the runner and tells each of them about the others.
+A runner's router (`router.py`) knows all replicas of the runner and tells each of them about the
+others.
 """
 
 from __future__ import annotations
@@ -102,8 +103,8 @@ class Replica:
         self.not_evictable_because = not_evictable_because
         self.weights = LiveWeights()
         self.removed_because = ""
-        # The router of its runner sets these: the replicas of the runner that take requests, how a new job is
-        # routed where that is not always here, and how this replica is taken out.
+        # The router of its runner sets these: the replicas of the runner that take requests, how a
+        # new job is routed where that is not always here, and how this replica is taken out.
         self.peers: list[Replica] = [self]
         self.route: Callable[[Job], Replica] | None = None
         self.leave: Callable[[str], int] | None = None
@@ -150,7 +151,8 @@ class Replica:
         """
         if self.state.phase is not Phase.OPEN:
             raise RunnerClosedError(
-                f"runner {self.name!r} is {self.state.phase.name.lower()}; its weights can't be changed"
+                f"runner {self.name!r} is {self.state.phase.name.lower()}; "
+                "its weights can't be changed"
             )
 
     def refresh_memory_use(self) -> None:
@@ -167,7 +169,10 @@ class Replica:
         self.state.memory.workspace = container.workspace or 0
 
     def retire(self, why: str, error: BaseException) -> None:
-        """Never run the container again, since its answers could be wrong. Other replicas take its requests."""
+        """Never run the container again, since its answers could be wrong.
+
+        Other replicas take the requests.
+        """
         log.error(why, runner=self.name, device=self.device, error=error, exc_info=error)
         if self.leave is not None and not self.removed_because and len(self.peers) > 1:
             self.leave(f"its {why} on {self.device!r}: {said(error)}")

@@ -1,6 +1,7 @@
 """Request: what the dispatcher knows of a job's payload.
 
-A file of its own, since `dispatcher.py` is compiled: a class that is defined there would be demanded at run time.
+A file of its own, since `dispatcher.py` is compiled: a class that is defined there would be
+demanded at run time.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Router: the 1..n replicas of one runner. Chooses a replica for each job, and reroutes jobs when a replica is removed.
+"""Router: the 1..n replicas of one runner.
 
-The rule of the choice is in `queue/selection/routing.py`. A runner on one device has a router of one replica,
-which is never asked for a choice.
+The router chooses a replica for each job, and reroutes queued jobs when a replica is removed. The
+rule of the choice is in `queue/selection/routing.py`. A runner on one device has a router of one
+replica, which is never asked for a choice.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class Router:
         return self._of_state[job.source]
 
     def remove(self, replica: Replica, why: str) -> int:
-        """Give a replica no more requests, and reroute its queued jobs if another replica takes requests.
+        """Give a replica no more requests, and reroute its queued jobs where another serves.
 
         Returns:
             The number of jobs that are rerouted.
@@ -106,9 +107,10 @@ class Router:
             replica.state.let_go()
 
     def inherit_stream(self) -> AbstractContextManager[object]:
-        """Return a context that makes the calling thread's stream current on the thread that enters.
+        """Return a context that makes the calling thread's stream current where it is entered.
 
-        Several devices take inputs from the host and return outputs to the host, so no stream matters there.
+        Several devices take inputs from the host and return outputs to the host, so no stream
+        matters there.
         """
         if len(self.replicas) > 1:
             return nullcontext()

@@ -1,4 +1,4 @@
-"""The live weights of one replica: their lock, what the inactive buffer holds, and the call under way.
+"""The live weights of one replica: their lock, the inactive buffer, and the call under way.
 
 The classes here are records. `staging.py` and `transaction.py` act on them.
 """
@@ -41,7 +41,8 @@ class Attempt:
         scope: Cancelled to give the attempt up.
         committed: Whether the attempt takes effect, so that it can't be given up any more.
         waits: Whether it waits for the lock of a replica.
-        closing: The name of a runner of the attempt that closes, "" if none does. Nothing more is read then.
+        closing: The name of a runner of the attempt that closes, "" if none does. Nothing more is
+            read then.
         reads: The live weights that are read for now.
         leave: Leaves the source that is read.
     """

@@ -53,7 +53,7 @@ def reports_by_router(
 
 
 def _merged(reports: list[UpdateReport]) -> UpdateReport:
-    """Return one report for replicas that were staged one after the other and published at one instant."""
+    """Return one report for replicas that were published at one instant."""
     return msgspec.structs.replace(
         reports[0],
         bytes=sum(report.bytes for report in reports),

@@ -1,6 +1,7 @@
 """Staging: writes, folds, exchanges and frees the inactive buffers of containers.
 
-A source of weights may be foreign code that never returns, so a thread of its own reads it and can be left behind.
+A source of weights may be foreign code that never returns, so a thread of its own reads it and can
+be left behind.
 """
 
 from __future__ import annotations
@@ -129,7 +130,8 @@ class InactiveBuffers:
                 try:
                     await self.in_thread(replica.container.fold)
                 except Exception:
-                    # The runtime leaves the instance it folded with on the inactive buffer: nothing may start there.
+                    # The runtime leaves the instance it folded with on the inactive buffer: nothing
+                    # may start there.
                     reached = replica.dispatcher.close_barrier(replica.state, abort=False)
                     raise
         except Exception:
@@ -147,7 +149,8 @@ class InactiveBuffers:
             replica: Whose container.
             reached: Done when no run is under way.
             why: The reason, for the log.
-            usable: Whether the old container may serve on if no fresh one can be made. Otherwise the replica is retired.
+            usable: Whether the old container may serve on if no fresh one can be made. Otherwise
+                the replica is retired.
         """
         await reached
         replica.weights.inactive = Inactive.NOTHING
@@ -195,7 +198,7 @@ def swap_all(replicas: Sequence[Replica]) -> None:
         for replica in reversed(swapped):
             try:
                 replica.container.swap()
-            except BaseException as error:  # noqa: BLE001, PERF203 -- the error that led here is raised
+            except BaseException as error:  # noqa: BLE001, PERF203 -- the first error is raised
                 replica.retire("container can't go back to its weights", error)
         raise
 
@@ -210,7 +213,8 @@ def must_hold(replica: Replica, wanted: Inactive, otherwise: str) -> None:
     replica.must_be_open()
     if replica.weights.inactive is not wanted:
         raise UpdateError(
-            f"runner {replica.name!r}: {otherwise}: the inactive buffer holds {replica.weights.inactive.value}"
+            f"runner {replica.name!r}: {otherwise}: the inactive buffer holds "
+            f"{replica.weights.inactive.value}"
         )
 
 
@@ -226,7 +230,10 @@ def closing_error(name: str) -> RunnerClosedError:
 
 @contextmanager
 def _overwriting(replica: Replica) -> Iterator[None]:
-    """Mark the inactive buffer empty during the block. If the block fails without touching it, restore the mark."""
+    """Mark the inactive buffer empty during the block.
+
+    If the block fails without touching the buffer, the mark is restored.
+    """
     live = replica.weights
     held, live.inactive = live.inactive, Inactive.NOTHING
     try:
@@ -240,10 +247,13 @@ def _overwriting(replica: Replica) -> Iterator[None]:
 async def _read(
     replica: Replica, attempt: Attempt, call: Callable[[Reading], StagedSet]
 ) -> StagedSet:
-    """Let a container read its weights in a thread, which is left behind where foreign code does not return.
+    """Let a container read its weights in a thread of its own.
+
+    The thread is left behind where foreign code does not return.
 
     Raises:
-        UpdateError: No thread can be started, or the source has raised a `BaseException` that is no `Exception`.
+        UpdateError: No thread can be started, or the source has raised a `BaseException` that is no
+            `Exception`.
         RunnerClosedError: The runner, or another one of the same update, closes.
     """
     loop = asyncio.get_running_loop()
@@ -285,7 +295,8 @@ async def _read(
         thread.start()
     except RuntimeError as error:
         raise UpdateError(
-            f"runner {replica.name!r}: no thread can be started to read its weights: {error}. Try again later."
+            f"runner {replica.name!r}: no thread can be started to read its weights: {error}. "
+            "Try again later."
         ) from error
     attempt.reads, attempt.leave = replica.weights, leave
     try:

@@ -1,4 +1,6 @@
-"""Live weights: the transaction that publishes new constants between two requests, on one runner or on several at once.
+"""Live weights: the transaction that publishes new constants between two requests.
+
+One transaction covers one runner or several at once.
 
 The order of events:
 
@@ -6,9 +8,11 @@ The order of events:
 2. Stage into the inactive buffers, off the loop, while runs go on.
 3. Fold what is computed from constants, holding a slot.
 4. Close the barrier of every replica, and wait until all slots are released.
-5. Swap all buffers and open the barriers on the new epochs, in one piece of code that awaits nothing.
+5. Swap all buffers and open the barriers on the new epochs, in one piece of code that awaits
+   nothing.
 
-A transaction that fails or is given up before the swap leaves every replica on the epoch that serves.
+A transaction that fails or is given up before the swap leaves every replica on the epoch that
+serves.
 """
 
 from __future__ import annotations
@@ -55,14 +59,14 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 Barrier = Literal["drain", "abort"]
-"""What happens to queued requests while the weights change: they wait, or they fail with UpdateAbortedError."""
+"""Whether queued requests wait ("drain") or fail with UpdateAbortedError ("abort") meanwhile."""
 
 
 class Updates:
     """Changes the weights of one scheduler's runners, of each on all its devices.
 
-    A call that begins with a runner works on the replicas of the runner. A replica that is removed on the way is left
-    out from there on, as long as others serve in its place.
+    A call that begins with a runner works on the replicas of the runner. A replica that is removed
+    on the way is left out from there on, as long as others serve in its place.
 
     Args:
         start: Runs a coroutine to its end in the scheduler's task group.
@@ -205,9 +209,9 @@ class Updates:
         await self._run_transaction("free", [router], work, None)
 
     async def renew(self, replica: Replica) -> None:
-        """Replace a container whose runs fail by a fresh one with the current weights. Queued requests wait.
+        """Replace a container whose runs fail by a fresh one with the current weights.
 
-        A staged or previous set is gone then.
+        Queued requests wait. A staged or previous set is gone then.
         """
         async with self._exclusive([replica], needed=False):
             if replica.state.phase is not Phase.OPEN or not replica.state.memory.is_here:
@@ -231,7 +235,8 @@ class Updates:
                 replica.must_be_open()
                 if inactive and replica.weights.is_empty:
                     raise UpdateError(
-                        f"runner {router.name!r}: extract(inactive=True), but the inactive buffer holds nothing"
+                        f"runner {router.name!r}: extract(inactive=True), "
+                        "but the inactive buffer holds nothing"
                     )
                 extract = replica.container.extract
                 return await self._buffers.in_thread(lambda: extract(inactive=inactive))
@@ -239,9 +244,10 @@ class Updates:
         return await self._run_transaction("extract", [router], work, None)
 
     def leave_sources(self, replica: Replica) -> None:
-        """Stop waiting for a foreign source that is read for an update of a replica that closes.
+        """Stop waiting for a foreign source that is read for a replica that closes.
 
-        A removed replica is left out of the update, and the source is left only when it is read for this replica.
+        A removed replica is left out of the update. The source is left only when it is read for
+        this replica.
         """
         attempt = replica.weights.attempt
         if attempt is None or (replica.is_removed and attempt.reads is not replica.weights):
@@ -252,7 +258,7 @@ class Updates:
         elif attempt.waits and attempt.closing:  # another attempt may read for ever
             attempt.scope.cancel()
 
-    # --- the steps -----------------------------------------------------------------------------------
+    # --- the steps -------------------------------------------------------------------------------
 
     async def _commit(
         self,
@@ -320,7 +326,7 @@ class Updates:
             log.info("weights published", device=replica.device, **report)
         return reports
 
-    # --- how they are run ----------------------------------------------------------------------------
+    # --- how they are run ------------------------------------------------------------------------
 
     @asynccontextmanager
     async def _exclusive(
@@ -330,7 +336,7 @@ class Updates:
         needed: bool = True,
         attempt: Attempt | None = None,
     ) -> AsyncIterator[None]:
-        """Hold the locks of all these replicas, whose weights are in memory if they are `needed`."""
+        """Hold the locks of these replicas, whose weights are in memory if they are `needed`."""
         attempt = attempt or Attempt()
         async with AsyncExitStack() as stack:
             attempt.waits = True
@@ -351,7 +357,10 @@ class Updates:
         work: Callable[[Attempt], Awaitable[_T]],
         timeout: float | None,  # noqa: ASYNC109
     ) -> _T:
-        """Run the work in the scheduler's task group. A cancelled or late caller gives it up, where that is possible."""
+        """Run the work in the scheduler's task group.
+
+        A cancelled or late caller gives the work up, unless it has taken effect.
+        """
         if not routers:
             raise UpdateError(f"{what}: no runner was given")
         timeout = arguments.timeout(f"{what}(timeout=)", timeout)
@@ -399,12 +408,15 @@ def _check_barrier(what: str, barrier: object) -> None:
 
 
 def _serving(routers: Iterable[Router]) -> list[Replica]:
-    """Return the replicas that serve. Of a router where none is left, return all, which say so."""
+    """Return the replicas that serve; all replicas of a router where none is left."""
     return [replica for router in routers for replica in router.serving or router.replicas]
 
 
 def _weights_by_replica(router: Router, weights: object) -> list[tuple[Replica, object]]:
-    """Return the weights for each replica. An iterator is read once, and remembered for the next replica."""
+    """Return the weights for each replica.
+
+    An iterator is read once, and remembered for the next replica.
+    """
     replicas = _serving([router])
     if not isinstance(weights, Iterator) or len(replicas) == 1:
         return [(replica, weights) for replica in replicas]
