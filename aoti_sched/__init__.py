@@ -3,7 +3,7 @@
 from aoti_sched.compile import compile_package
 from aoti_sched.config import Batching, DeviceConfig, Limits, ModelConfig, SchedulerConfig
 from aoti_sched.engine.future import RunFuture, Trace
-from aoti_sched.engine.weights import UpdateReport
+from aoti_sched.engine.weights.report import UpdateReport
 from aoti_sched.errors import (
     AotiSchedError,
     CompileError,
@@ -37,6 +37,7 @@ from aoti_sched.errors import (
     WeightsFileError,
     WeightsTypeError,
 )
+from aoti_sched.lease import Lease
 from aoti_sched.model.specs import (
     BatchDim,
     ConstantSpec,
@@ -46,7 +47,7 @@ from aoti_sched.model.specs import (
     TensorSpec,
 )
 from aoti_sched.queue.job import Priority
-from aoti_sched.runner import Lease, Runner, RunnerView
+from aoti_sched.runner import Runner, RunnerView
 from aoti_sched.scheduler import Scheduler
 from aoti_sched.stats import DeviceStats, RunnerInfo, RunnerStats, SchedulerStats
 

@@ -38,9 +38,13 @@ from aoti_sched.engine.devices import Devices
 from aoti_sched.engine.dispatcher import Clock, LoopClock
 from aoti_sched.engine.lifecycle import Lifecycle
 from aoti_sched.engine.loader import Loader, ModelSource
-from aoti_sched.engine.parking import Parking, account
+from aoti_sched.engine.parking import Parking
+from aoti_sched.engine.replica import Replica
+from aoti_sched.engine.router import Router
 from aoti_sched.engine.tasks import Housekeeping
-from aoti_sched.engine.weights import Barrier, UpdateReport, Updates
+from aoti_sched.engine.weights.report import UpdateReport
+from aoti_sched.engine.weights.staging import StageOptions
+from aoti_sched.engine.weights.transaction import Barrier, Updates
 from aoti_sched.errors import (
     ConfigError,
     RunnerClosedError,
@@ -49,13 +53,13 @@ from aoti_sched.errors import (
     brief,
 )
 from aoti_sched.events import log
+from aoti_sched.handle import Options
 from aoti_sched.model.input_check import declared
 from aoti_sched.package.given import named
 from aoti_sched.queue import device_queue
 from aoti_sched.queue.admission.load import Bounds
 from aoti_sched.queue.batching import Batching as QueueBatching
-from aoti_sched.replicas import ReplicatedRunner
-from aoti_sched.runner import Options, Runner
+from aoti_sched.runner import Runner, router_of
 from aoti_sched.stats import SchedulerStats
 
 if TYPE_CHECKING:
@@ -343,16 +347,14 @@ class Scheduler:
         if not isinstance(changes, Mapping):
             raise ConfigError(f"update(changes): expected weights by runner, got {brief(changes)}.")
         self._must_own(changes)
-        return await self._updates.update(
-            changes,
-            partial=partial,
-            strict=strict,
-            fold=fold,
+        reports = await self._updates.update(
+            {router_of(runner): weights for runner, weights in changes.items()},
+            StageOptions(partial, strict, fold, check_finite),
             barrier=barrier,
             keep_previous=keep_previous,
-            check_finite=check_finite,
             timeout=timeout,
         )
+        return {runner: reports[router_of(runner)] for runner in changes}
 
     async def commit(
         self,
@@ -363,9 +365,13 @@ class Scheduler:
     ) -> dict[Runner, UpdateReport]:
         """Publish the staged weights of several runners at one instant, all or none."""
         self._must_own(runners)
-        return await self._updates.commit(
-            runners, barrier=barrier, keep_previous=keep_previous, timeout=timeout
+        reports = await self._updates.commit(
+            [router_of(runner) for runner in runners],
+            barrier=barrier,
+            keep_previous=keep_previous,
+            timeout=timeout,
         )
+        return {runner: reports[router_of(runner)] for runner in runners}
 
     async def rollback(
         self,
@@ -375,7 +381,10 @@ class Scheduler:
     ) -> dict[Runner, UpdateReport]:
         """Publish the previous weights of several runners again, at one instant, all or none."""
         self._must_own(runners)
-        return await self._updates.rollback(runners, barrier=barrier, timeout=timeout)
+        reports = await self._updates.rollback(
+            [router_of(runner) for runner in runners], barrier=barrier, timeout=timeout
+        )
+        return {runner: reports[router_of(runner)] for runner in runners}
 
     async def drain_device(self, device: str) -> None:
         """Take a device out of service, and return when no model is left there.
@@ -419,18 +428,17 @@ class Scheduler:
         """Make the runner of a model that is loaded on every device, and open it for requests."""
         alone = len(loaded) == 1
         replicas = [self._open_replica(model, settings, alone=alone) for model in loaded]
-        runner = replicas[0]
-        if not alone:
-            runner = ReplicatedRunner(
-                replicas,
-                options=Options(timeout=seconds_or_none("timeout", settings.timeout)),
-                clock=self._clock,
-                close=self._lifecycle.close,
-            )
-        self._lifecycle.open(life, runner, runner)
+        router = Router(replicas, self._clock, self._blocking)
+        runner = Runner(
+            router,
+            options=Options(timeout=seconds_or_none("timeout", settings.timeout)),
+            updates=self._updates,
+            close=self._lifecycle.close,
+        )
+        self._lifecycle.open(life, runner, router)
         return runner
 
-    def _open_replica(self, model: LoadedModel, settings: ModelConfig, *, alone: bool) -> Runner:
+    def _open_replica(self, model: LoadedModel, settings: ModelConfig, *, alone: bool) -> Replica:
         """Make a loaded model known to its device's queue."""
         prepared, dispatcher = model.prepared, model.dispatcher
         device = dispatcher.queue.name
@@ -440,7 +448,7 @@ class Scheduler:
         bounds = Bounds(limits.jobs, limits.bytes, limits.tenant_jobs)
         grouping = prepared.grouping
         rule = None if grouping is None else QueueBatching(grouping.max_rows, grouping.max_delay)
-        runner = Runner(
+        replica = Replica(
             info,
             state=dispatcher.queue.add_runner(
                 info.name,
@@ -455,20 +463,16 @@ class Scheduler:
                 routable=not alone,
                 memory=model.holding,
             ),
-            grouping=grouping,
+            batch_layout=grouping,
             container=prepared.container,
             call_spec=prepared.call_spec,
             input_check=prepared.input_check,
             dispatcher=dispatcher,
-            options=Options(timeout=seconds_or_none("timeout", settings.timeout)),
-            waits=settings.overflow == "wait",
-            rebuilds=settings.on_failure == "rebuild",
-            fixed=prepared.fixed,
-            updates=self._updates,
-            blocking=self._blocking,
-            close=self._lifecycle.close,
+            blocks_when_full=settings.overflow == "wait",
+            rebuild_on_failure=settings.on_failure == "rebuild",
+            not_evictable_because=prepared.fixed,
         )
-        account(runner)
+        replica.refresh_memory_use()
         log.info(
             "model loaded",
             runner=info.name,
@@ -480,7 +484,7 @@ class Scheduler:
             specs=info.spec_source.value,
             notes=info.notes,
         )
-        return runner
+        return replica
 
     # --- closing ---------------------------------------------------------------------------------
 

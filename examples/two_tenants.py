@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import aoti_sched
-from aoti_sched import Limits, QueueFullError, RunFuture
-from aoti_sched.runner import RunnerView
+from aoti_sched import Limits, QueueFullError, RunFuture, RunnerView
 
 from .colours import made_once
 

@@ -1,14 +1,15 @@
-"""The contracts of the machinery: Container, Executor, Device. A backend does everything and decides
-nothing.
+"""The contracts of the machinery: Container, Executor, Device.
 
-All of it is blocking and knows no event loop. The engine calls `Device.inspect`, `Device.load` and
-`Container.close` from worker threads. It calls `Executor.submit`, `Executor.drain` and
-`Executor.run_here` from the loop's thread.
+A backend does everything and decides nothing. All of it is blocking and knows no event loop. The
+engine calls `Device.inspect`, `Device.load` and `Container.close` from worker threads. It calls
+`Executor.submit`, `Executor.drain` and `Executor.run_here` from the loop's thread.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,16 +22,14 @@ from aoti_sched.model.specs import ConstantSpec, ModelSpec
 
 
 class ContainerInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What a loaded container says of itself.
-
-    `runtime` is the way it is run ("c_abi", "torch runner", "fake"); `reason` says why it is not the C ABI, or what the model
-    calls that has no C function.
-    `gil` says whether a run holds the GIL: "released", "held", or "unknown".
-    """
+    """What a loaded container says of itself."""
 
     runtime: str
+    """How the model is run: "c_abi", "torch runner", "fake"."""
     reason: str = ""
+    """Why it is not run through the C ABI, or what the model calls that has no C function."""
     gil: str = "released"
+    """Whether a run holds the GIL: "released", "held", or "unknown"."""
     instances: int
     num_inputs: int | None
     num_outputs: int | None
@@ -44,35 +43,37 @@ class ContainerInfo(msgspec.Struct, frozen=True, kw_only=True):
     verified: bool = True
     """Whether this way to run a model has run on a real device of its kind."""
     notes: tuple[str, ...] = ()
-    """What else there is to say of how it was loaded, a sentence each."""
+    """What else matters about how it was loaded, a sentence each."""
 
 
 class StagedSet(msgspec.Struct, frozen=True):
-    """A set of weights that was written: its bytes, and the names that were given and are of no use to the model."""
+    """A set of weights that was written."""
 
     bytes: int
     ignored: tuple[str, ...] = ()
+    """Given names that are of no use to the model."""
 
 
 class CRun(msgspec.Struct, kw_only=True, eq=False):
-    """How C runs a container: addresses of its functions, for lanes that never touch Python.
-
-    `name` is what errors call the model; `proxy_executor` is torch's, for operators without a C function; `native` is what native lanes keep of it, `native_plan` the plan of its last
-    batch as they know it. `slots` are the streams of a device, one for each of the container's slots; () on a CPU. Where runs are recorded,
-    `graph_of` gives what native lanes launch for a work, and None where they can't.
-    """
+    """How C runs a container: addresses of its functions, for lanes that never touch Python."""
 
     name: str
+    """What errors call the model."""
     run: int
     container: int
     num_inputs: int
     num_outputs: int
     last_error: int = 0
     proxy_executor: int = 0
+    """Torch's, for operators without a C function."""
     native: Any = None
+    """What native lanes keep of the model."""
     native_plan: Any = None
+    """The plan of the model's last batch as native lanes know it."""
     slots: Sequence[Any] = ()
+    """The streams of a device, one for each of the container's slots; () on a CPU."""
     graph_of: Callable[[Work], Any] | None = None
+    """Where runs are recorded: returns what native lanes launch for a work, None if they can't."""
 
 
 class Container(Protocol):
@@ -83,34 +84,55 @@ class Container(Protocol):
 
     @property
     def c_run(self) -> CRun | None:
-        """How C runs it; None where only `run_raw` can."""
+        """How C runs the model; None where only `run_raw` can."""
 
     @property
     def staging(self) -> Staging:
-        """Where Python puts batches together; cleared when the container is closed."""
+        """The memory in which Python assembles batches; cleared when the container is closed."""
 
     def detach_outputs(self, outputs: list[Any]) -> list[Any]:
-        """The same outputs, but copies of those that share memory with the weights."""
+        """Return the outputs, with copies in the place of those that share memory with weights."""
 
     def run_raw(self, inputs: Sequence[Any]) -> list[Any]:
-        """Run once and wait. At most `info.instances` callers at a time; inputs are validated already.
+        """Run once and wait. The inputs are validated already.
+
+        At most `info.instances` callers run at a time.
 
         Raises:
-            RunError: with torch's root cause. No handle is lost.
+            RunError: The run failed. The text is torch's root cause. No handle is lost.
         """
+
+    def run_work(self, work: Work) -> list[Any]:
+        """Run one work, of a request or a batch, from beginning to end on the calling thread.
+
+        Raises:
+            RunError: As `run_raw`.
+        """
+
+    @property
+    def capture_stream(self) -> Callable[[Sequence[Any]], Sequence[Any]] | None:
+        """A function of a request's inputs; None where runs depend on no stream.
+
+        The function is called on the caller's thread. It returns the inputs with the caller's
+        stream: what they wait for, and where the outputs are used. It may raise DeviceLostError.
+        """
+
+    def inherit_stream(self) -> AbstractContextManager[object]:
+        """Return a context that makes the calling thread's stream current where it is entered."""
 
     def warm_up(self, make_inputs: Callable[[], Sequence[Any]]) -> None:
         """Run once per instance plus one, serially, before traffic; raises as `run_raw` does."""
 
-    # Live weights: one caller at a time, in a worker thread, but for `swap`; runs go on meanwhile unless said otherwise.
+    # Live weights: one caller at a time, in a worker thread except for `swap`. Runs go on meanwhile
+    # unless a docstring excludes them.
 
     @property
     def updatable(self) -> str:
-        """ "" when its weights can be replaced live, otherwise the reason in a sentence."""
+        """Why the weights can't be replaced live, a sentence; "" when they can."""
 
     @property
     def folds(self) -> bool:
-        """Whether it has constants that are computed from others."""
+        """Whether some constants are computed from others."""
 
     @property
     def inactive_ready(self) -> bool:
@@ -118,7 +140,7 @@ class Container(Protocol):
 
     @property
     def inactive_bytes(self) -> int:
-        """Memory that the inactive buffer holds now; 0 when it is free."""
+        """Bytes that the inactive buffer holds now; 0 when it is free."""
 
     def stage(
         self,
@@ -129,99 +151,141 @@ class Container(Protocol):
         check_finite: bool = False,
         reading: Reading | None = None,
     ) -> StagedSet:
-        """Write a full set into the inactive buffer; what `partial` leaves out is the active one's. If not `strict`, names that
-        nobody knows are ignored.
+        """Write a full set into the inactive buffer.
 
-        The weights are read through `reading.source`, where there is a reading: its owner may leave while foreign code runs.
+        Args:
+            weights: A mapping, pairs, or the path of a file.
+            partial: Take what is not given from the active set.
+            strict: Refuse unknown names. Otherwise they are ignored.
+            check_finite: Refuse NaN and infinities.
+            reading: The weights are read through its `source`, so that its owner may leave while
+                foreign code runs.
 
         Raises:
-            ConstantMismatchError: with every fault at once. Nothing was written: a set kept there is still ready.
-            WeightsFileError, WeightsTypeError: they can't be read.
+            ConstantMismatchError: The set does not fit, with every fault at once. Nothing was
+                written: a set kept there is still ready.
+            WeightsFileError, WeightsTypeError: The weights can't be read.
         """
 
     def fold(self) -> None:
-        """Compute the inactive buffer's folded constants. Takes an instance; after a failure only `rebuild` helps."""
+        """Compute the inactive buffer's folded constants, which takes an instance.
+
+        After a failure only `rebuild` helps.
+        """
 
     def swap(self) -> None:
-        """Exchange the buffers; quick, on the loop's thread. No run may be going on."""
+        """Exchange the buffers. Quick, and called on the loop's thread while no run goes on."""
 
     def free_inactive(self) -> None:
-        """Give the inactive buffer's memory back."""
+        """Free the inactive buffer."""
 
     def extract(self, *, inactive: bool = False) -> dict[str, Any]:
-        """Copies of the constants by FQN."""
+        """Return copies of the constants by FQN."""
 
     def rebuild(self) -> None:
-        """Put a fresh container with the active weights in this one's place. No run may be going on."""
+        """Replace the runtime's container by a fresh one with the active weights.
+
+        Called while no run goes on.
+        """
 
     @property
     def graphs(self) -> int:
-        """Recorded runs that it keeps."""
+        """The number of recorded runs that are kept."""
 
     # Memory: one caller at a time, as above.
 
     @property
     def constant_bytes(self) -> int:
-        """Memory that one set of constants takes."""
+        """Bytes that one set of constants takes."""
 
     @property
     def workspace(self) -> int | None:
-        """Memory of its device that its runs have besides, as it was when it was warmed up or had its constants changed last; None where nobody knows."""
+        """Further bytes of the device that runs use, None where that is unknown.
+
+        Measured at the warm-up, and when the constants change.
+        """
 
     @property
     def unparkable(self) -> str:
-        """ "" when it can be parked without losing anything, otherwise the reason in a few words."""
+        """Why parking would lose something, in a few words; "" when it would not."""
 
     def park(self) -> None:
-        """Give the memory of its constants back; there is only `unpark` and `close` then. No run may be going on.
+        """Free the constants. Only `unpark` and `close` may follow. Called while no run goes on.
 
-        When it fails, nothing is lost: `unpark` helps all the same.
+        A failure loses nothing: `unpark` helps then, too.
         """
 
     def unpark(self) -> None:
-        """Be what it was before `park`, with the weights that served then. When it fails, it can be tried again.
+        """Restore the state before `park`, with the weights that served then.
+
+        After a failure it can be called again.
 
         Raises:
             LoadError, DeviceLostError: The weights can't be brought back.
         """
 
     def close(self) -> None:
-        """Free the container. No run may be going on. Closing twice does nothing."""
+        """Free the container. Called while no run goes on. Closing twice does nothing."""
+
+
+class HostContainer(ABC):
+    """What containers have in common whose runs depend on no stream."""
+
+    staging: Staging
+
+    @abstractmethod
+    def run_raw(self, inputs: Sequence[Any]) -> list[Any]:
+        """Run once and wait."""
+
+    def run_work(self, work: Work) -> list[Any]:
+        """Run one work, a request's or a batch's."""
+        if work.batch is None:
+            return self.run_raw(work.inputs)
+        return self.staging.run(work.batch, self.run_raw)
+
+    @property
+    def capture_stream(self) -> Callable[[Sequence[Any]], Sequence[Any]] | None:
+        """None: there is no stream."""
+        return None
+
+    def inherit_stream(self) -> AbstractContextManager[object]:
+        """Return a context that does nothing."""
+        return nullcontext()
 
 
 class Work(msgspec.Struct, frozen=True, eq=False):
-    """One run for a lane. `token` comes back with the completion and is not looked at.
-
-    With a `batch` it is the run of that batch, and `inputs` is (). `slot` is the container's that it runs in: on a device, each
-    has a stream of its own.
-    """
+    """One run for a lane."""
 
     container: Container
     inputs: Sequence[Any]
+    """The tensors of a request; () with a batch."""
     threads: int
+    """Intra-op threads of the run."""
     token: Any
+    """Comes back with the completion. Executors do not read it."""
     batch: Batch | None = None
     slot: int = 0
+    """The container's slot that the run takes. On a device each slot has a stream of its own."""
 
 
 class Completion(msgspec.Struct, frozen=True, eq=False):
-    """The end of one work. Either `outputs` or `error`; times are seconds of `time.monotonic`.
-
-    The `outputs` of a batch are a list of outputs for each member. It was started before its members were put together, and
-    finished after they were taken apart.
-    """
+    """The end of one work, with outputs or an error. Times are seconds of `time.monotonic`."""
 
     token: Any
     outputs: list[Any] | None
+    """The outputs of a request; a list of them for each member of a batch."""
     error: BaseException | None
     started: float
+    """When the run began; with a batch, before its members were assembled."""
     finished: float
+    """When the run ended; with a batch, after its outputs were taken apart."""
 
 
 class Executor(Protocol):
-    """A device's lanes. Each runs one work at a time. `lost` says why nothing runs on its device any more; "" while it works."""
+    """A device's lanes. Each runs one work at a time."""
 
     lost: Callable[[], str]
+    """Returns why nothing runs on the device any more, "" while it works."""
 
     @property
     def kind(self) -> str: ...
@@ -230,26 +294,34 @@ class Executor(Protocol):
     def lanes(self) -> int: ...
 
     def submit(self, lane: int, work: Work) -> bool:
-        """Hand a work to a lane. Never blocks. Says whether it may be back sooner than its owner could fall asleep and be woken."""
+        """Hand a work to a lane. Never blocks.
+
+        Returns:
+            True if the work may finish before a sleeping loop could wake up. Then `poll` is worth
+            a call.
+        """
 
     def run_here(self, work: Work) -> Completion:
-        """Run a work on the calling thread, which waits for it; no lane hears of it.
+        """Run a work on the calling thread, which waits for it. No lane is involved.
 
-        During the run the thread's intra-op thread counts are the work's, afterwards what they were. Never raises for
-        a run that fails: the completion carries the error, and no handle is lost.
+        During the run the thread's intra-op thread counts are the work's, afterwards what they
+        were. A run that fails raises nothing: its completion carries the error. No handle is lost.
         """
 
     def poll(self) -> bool:
-        """Wait for what was submitted last, for no longer than it would take to sleep and be woken. Whether completions are there."""
+        """Return whether completions are there, after a short wait for the last work submitted.
+
+        The wait is no longer than it would take to sleep and be woken.
+        """
 
     def drain(self) -> list[Completion]:
-        """The completions that are there now, a bounded number; the descriptor stays readable for the rest."""
+        """Return completions, a bounded number. The descriptor stays readable for the rest."""
 
     def fileno(self) -> int:
-        """A descriptor that is readable while completions wait; -1 where the owner is told in another way."""
+        """Return a descriptor that is readable while completions wait; -1 where there is none."""
 
     def close(self) -> None:
-        """Wait for what runs, then end the lanes. Closing twice does nothing."""
+        """Wait for running works, then end the lanes. Closing twice does nothing."""
 
 
 class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):

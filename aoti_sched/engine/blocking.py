@@ -1,19 +1,20 @@
 """Calls of other threads that wait for the event loop: `run_blocking`.
 
-A waiting thread ends whatever becomes of the loop, and no thread polls. These wake a thread that waits:
+A waiting thread ends whatever happens to the loop, and no thread polls. These events wake it:
 
 - its request ends, on the loop;
 - its deadline passes, in the thread itself;
 - the loop leaves `run_forever` (it was stopped, `asyncio.run` returned, an error ended it);
 - the scheduler is closed.
 
-asyncio has no callback for the end of `run_forever`. Both asyncio and uvloop set the thread's asynchronous generator
-hooks to methods of the loop when `run_forever` begins, and restore the previous hooks when it ends, after
-`loop.is_running()` has become False. The thread holds the only reference to the bound method, so a weak reference
-to that method dies at this very moment, and its callback is the hook.
+asyncio has no callback for the end of `run_forever`. Both asyncio and uvloop set the thread's
+asynchronous generator hooks to methods of the loop when `run_forever` begins. They restore the
+previous hooks when it ends, after `loop.is_running()` has become False. The thread holds the only
+reference to the bound method, so a weak reference to that method dies then, and its callback is the
+hook.
 
-A loop of another kind that sets no such hooks is noticed when it is closed, and when a new call finds that it does not
-run.
+The end of a loop of another kind, without such hooks, is noticed when the loop is closed, and when
+a new call finds that the loop does not run.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from aoti_sched.errors import DeadlineExceededError, RunnerClosedError, Unsuppor
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     from aoti_sched.engine.future import RunFuture
-    from aoti_sched.runner import Calls, Runner
 
 CLOSED_LOOP = "its event loop is closed. Call it while the loop runs"
 IDLE_LOOP = "its event loop is not running. Call it while the loop runs"
@@ -50,7 +51,8 @@ class BlockingCalls:
 
     Args:
         loop: The scheduler's event loop. The constructor is called on its thread, while it runs.
-        real_time: Whether timeouts are seconds of `time.monotonic`, so that a waiting thread can measure them itself.
+        real_time: Whether timeouts are seconds of `time.monotonic`, which a waiting thread can
+            measure itself.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, *, real_time: bool) -> None:
@@ -65,32 +67,41 @@ class BlockingCalls:
 
     def run(
         self,
-        calls: Calls,
-        runner: Runner,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
+        name: str,
+        submit: Callable[[float | None], RunFuture],
+        inherit_stream: Callable[[], AbstractContextManager[object]],
         timeout: float | None,
     ) -> Any:
-        """Hand a request over to the loop and wait for its end; raises as `Calls.run_blocking` does."""
+        """Hand a request over to the loop and wait for its end.
+
+        Raises as `Handle.run_blocking` does.
+
+        Args:
+            name: The runner's.
+            submit: Submits the request on the loop, with the seconds that are left of its timeout.
+            inherit_stream: Returns a context that makes the calling thread's stream current on the
+                loop's thread.
+            timeout: Seconds for all of it.
+        """
         if os.getpid() != self._process:
             raise UnsupportedLoopError(
-                f"runner {runner.name!r}: the process was forked after the scheduler was made. "
+                f"runner {name!r}: the process was forked after the scheduler was made. "
                 "Make a new Scheduler in the child"
             )
-        call = _Call(calls, runner, args, kwargs, timeout if self._real_time else None)
-        self._waiting.add(
-            call
-        )  # before the loop is looked at: what ends the loop looks at the calls afterwards
+        call = _Call(name, submit, inherit_stream(), timeout if self._real_time else None)
+        # Before the loop's state is read: the callbacks of a loop that ends read the calls
+        # afterwards.
+        self._waiting.add(call)
         try:
             if self._ended:
-                raise RunnerClosedError(f"runner {runner.name!r}: {self._ended}")
+                raise RunnerClosedError(f"runner {name!r}: {self._ended}")
             if not self.loop.is_running():
                 why = CLOSED_LOOP if self.loop.is_closed() else IDLE_LOOP
-                raise RunnerClosedError(f"runner {runner.name!r}: {why}")
+                raise RunnerClosedError(f"runner {name!r}: {why}")
             try:
                 self.loop.call_soon_threadsafe(call.submit)
             except RuntimeError:  # closed since
-                raise RunnerClosedError(f"runner {runner.name!r}: {CLOSED_LOOP}") from None
+                raise RunnerClosedError(f"runner {name!r}: {CLOSED_LOOP}") from None
             return call.wait()
         finally:
             self._waiting.discard(call)
@@ -99,17 +110,17 @@ class BlockingCalls:
                     self.loop.call_soon_threadsafe(call.cancel)
 
     def end(self) -> None:
-        """The scheduler is closed: what still waits ends, and later calls are refused. On the loop's thread."""
+        """End the calls that wait, and refuse later calls. Called on the loop's thread."""
         self._ended = CLOSED_SCHEDULER
         self._hook = None
         if self._last_hope is not None:
             self._last_hope.cancel()
             self._last_hope = None
         for call in list(self._waiting):
-            call.fail(RunnerClosedError(f"runner {call.runner.name!r}: {self._ended}"))
+            call.fail(RunnerClosedError(f"runner {call.name!r}: {self._ended}"))
 
     def _listen(self) -> None:
-        """Learn when the loop stops. On the loop's thread, while it runs."""
+        """Listen for the end of the loop. Called on the loop's thread, while the loop runs."""
         if self._ended:
             return
         hook = sys.get_asyncgen_hooks().finalizer
@@ -117,22 +128,22 @@ class BlockingCalls:
             me = weakref.ref(self)
             self._hook = weakref.ref(hook, lambda _: _when_stopped(me))
         elif self._last_hope is None:
-            # A loop that is closed drops its timers, and they what they hold.
+            # A closed loop drops its timers, and they drop what they hold.
             self._last_hope = self.loop.call_later(FAR, _Sentinel(self))
 
     def stopped(self) -> None:
-        """The loop has stopped, or is closed. It may run again."""
+        """End the calls that wait for a loop that has stopped. The loop may run again."""
         self._hook = None
         if self._ended:
             return
         if not self.loop.is_running():
             for call in list(self._waiting):
-                if call.fail(RunnerClosedError(f"runner {call.runner.name!r}: {STOPPED_LOOP}")):
+                if call.fail(RunnerClosedError(f"runner {call.name!r}: {STOPPED_LOOP}")):
                     self._when_it_goes_on(call.cancel)
         self._when_it_goes_on(self._listen)
 
     def _when_it_goes_on(self, callback: Callable[[], None]) -> None:
-        """The first thing that the loop does if it runs again."""
+        """Schedule a callback for the case that the loop runs again."""
         with contextlib.suppress(RuntimeError):  # a loop that is closed
             self.loop.call_soon_threadsafe(callback)
 
@@ -140,9 +151,8 @@ class BlockingCalls:
 def _when_stopped(
     calls: weakref.ref[BlockingCalls], is_finalizing: Callable[[], bool] = sys.is_finalizing
 ) -> None:
-    if (
-        is_finalizing()
-    ):  # waking the loop would give up the GIL, and a thread that takes it now ends the process
+    # Waking the loop would release the GIL, and a thread that takes it now ends the process.
+    if is_finalizing():
         return
     there = calls()
     if there is not None:
@@ -150,72 +160,67 @@ def _when_stopped(
 
 
 class _Sentinel:
-    """Goes with the timers of a loop that is closed."""
+    """An object that is deleted with the timers of a closed loop."""
 
     def __init__(self, calls: BlockingCalls) -> None:
         self._calls = weakref.ref(calls)
 
     def __call__(self) -> None:
-        """A timer that is never due."""
+        """Do nothing: the timer is never due."""
 
     def __del__(self) -> None:
         _when_stopped(self._calls)
 
 
 class _Call:
-    """One request of another thread. It ends once: whoever takes the only element of `_open` says how."""
+    """One request of another thread. The code that takes the only element of `_open` ends it."""
 
     __slots__ = (
-        "_args",
-        "_as_here",
-        "_calls",
         "_deadline",
         "_done",
         "_error",
         "_future",
-        "_kwargs",
         "_open",
         "_result",
+        "_stream",
+        "_submit",
         "_timeout",
-        "runner",
+        "name",
     )
 
     def __init__(
         self,
-        calls: Calls,
-        runner: Runner,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
+        name: str,
+        submit: Callable[[float | None], RunFuture],
+        stream: AbstractContextManager[object],
         timeout: float | None,
     ) -> None:
-        self.runner = runner
-        self._calls = calls
-        self._args = args
-        self._kwargs = kwargs
-        self._as_here = runner.as_here()
+        self.name = name
+        self._submit = submit
+        self._stream = stream
         self._timeout = timeout
         self._deadline = None if timeout is None else time.monotonic() + timeout
-        self._open = [True]  # a list's pop is atomic, and may come in the midst of anything
+        self._open = [True]  # a list's pop is atomic
         self._done = threading.Lock()
         self._done.acquire()
         self._future: RunFuture | None = None
         self._result: Any = None
         self._error: BaseException | None = None
 
-    # --- in the thread -------------------------------------------------------------------------------
+    # --- in the thread ---------------------------------------------------------------------------
 
     def wait(self) -> Any:
-        """Return the result, or raise the error; the deadline's own if it passes first."""
+        """Return the result, or raise the error. The deadline has an error of its own."""
         seconds = -1.0
         if self._deadline is not None:
             seconds = max(0.0, min(self._deadline - time.monotonic(), threading.TIMEOUT_MAX))
         if not self._done.acquire(timeout=seconds):
-            if self.give_up():  # on the loop, what was submitted expires at the same time
+            if self.give_up():  # on the loop, the job expires at the same time
                 raise DeadlineExceededError(
-                    f"runner {self.runner.name!r}: the request's timeout of {self._timeout:.3g} s passed while its "
-                    "thread waited for the event loop"
+                    f"runner {self.name!r}: the request's timeout of {self._timeout:.3g} s passed "
+                    "while its thread waited for the event loop"
                 )
-            self._done.acquire()  # it ended in this moment
+            self._done.acquire()  # the request ended meanwhile
         error, self._error = self._error, None
         if error is None:
             return self._result
@@ -225,7 +230,7 @@ class _Call:
             del error  # its traceback holds this frame
 
     def give_up(self) -> bool:
-        """Take back the right to end this call; False if it has ended."""
+        """Take the right to end this call. Return False if the call has ended."""
         try:
             self._open.pop()
         except IndexError:
@@ -233,28 +238,27 @@ class _Call:
         return True
 
     def fail(self, error: BaseException) -> bool:
-        """End it with an error; False if it has ended."""
+        """End the call with an error. Return False if the call has ended."""
         if not self.give_up():
             return False
         self._error = error
         self._done.release()
         return True
 
-    # --- on the loop's thread ------------------------------------------------------------------------
+    # --- on the loop's thread --------------------------------------------------------------------
 
     def submit(self) -> None:
         """Submit the request, unless its thread has left."""
-        calls = self._calls
         if not self._open:
             return
+        left = None
         try:
             if self._deadline is not None:
                 left = self._deadline - time.monotonic()
                 if left <= 0:
                     return  # the thread knows
-                calls = calls.options(timeout=left)
-            with self._as_here:
-                future = calls.submit(*self._args, **self._kwargs)
+            with self._stream:
+                future = self._submit(left)
         except BaseException as error:
             self.fail(error)
             if not isinstance(error, Exception):
@@ -264,14 +268,14 @@ class _Call:
         future.add_done_callback(self._end)
 
     def cancel(self) -> None:
-        """The thread has left: take the request back."""
+        """Cancel the request of a thread that has left."""
         if self._future is not None:
             self._future.cancel()
 
     def _end(self, future: asyncio.Future[Any]) -> None:
         self._future = None
         if future.cancelled():
-            self.fail(RunnerClosedError(f"runner {self.runner.name!r}: the request was cancelled"))
+            self.fail(RunnerClosedError(f"runner {self.name!r}: the request was cancelled"))
             return
         error = future.exception()
         if error is not None:

@@ -45,7 +45,7 @@ from aoti_sched.queue.runner_state import UNHEALTHY, Phase
 from aoti_sched.stats import DeviceStats, MemoryStats, RunnerStats
 
 if TYPE_CHECKING:
-    from aoti_sched.engine.future import RunFuture
+    from aoti_sched.engine.request import Request
     from aoti_sched.queue.runner_state import Lease, RunnerState
 
 
@@ -56,7 +56,10 @@ class Timer(Protocol):
 
 
 class Clock(Protocol):
-    """The scheduler's time, in seconds; tests bring their own (`aoti_sched.testing.ManualClock`). Neither method raises."""
+    """The scheduler's time, in seconds. Neither method raises.
+
+    Tests bring a clock of their own (`aoti_sched.testing.ManualClock`).
+    """
 
     def time(self) -> float: ...
 
@@ -107,33 +110,43 @@ class Dispatcher:
         loop.add_reader(executor.fileno(), self._collect)
 
     def deadline(self, timeout: float) -> float:
-        """The point on the scheduler's clock that lies `timeout` seconds from now."""
+        """Return the point on the scheduler's clock that lies `timeout` seconds from now."""
         return self._clock.time() + timeout
 
     def submit(self, job: Job, *, wait: bool) -> None:
-        """A new job whose `payload` is its future. Raises the error of a rejected one."""
+        """Queue a new job, whose `payload` is its future. Raises the error of a rejected job."""
         try:
             self._perform(self.queue.submit(job, self._clock.time(), wait=wait))
         except AotiSchedError as error:
-            raise error.with_traceback(None)  # noqa: B904 -- the frames in there hold the error: a cycle with the inputs
+            # The frames of the traceback hold the error: a cycle with the inputs.
+            raise error.with_traceback(None)  # noqa: B904
 
     def withdraw(self, runner: RunnerState, move: Callable[[Job], None]) -> int:
-        """Take out what is queued, and `move` each job, at once or in the next turns of the loop; its caller waits on. Returns how many."""
+        """Take out the queued jobs, and `move` each of them. Their callers wait on.
+
+        Some jobs are moved at once, the others in the next iterations of the loop.
+
+        Returns:
+            The number of jobs.
+        """
         count = runner.withdrawable
         self._moves[runner.name] = move
         self._perform(self.queue.withdraw(runner, self._clock.time()))
         return count
 
     def resubmit(self, job: Job, since: float) -> None:
-        """A job in the place of one that was withdrawn at another replica. Its caller waits already, and is told of a rejection."""
+        """Queue a job in the place of one that was withdrawn at another replica.
+
+        The caller waits already, and gets the error of a rejected job.
+        """
         future = job.payload
         try:
             self._perform(self.queue.submit(job, self._clock.time(), wait=True, since=since))
         except AotiSchedError as error:
-            future.refuse(error)
+            future._refuse(error)
 
     def cancel(self, job: Job) -> None:
-        """The caller has cancelled this job's future."""
+        """Cancel a job whose future the caller has cancelled."""
         if job.state <= JobState.RUNNING:
             job.payload = None
             self._perform(self.queue.cancel(job, self._clock.time()))
@@ -142,7 +155,7 @@ class Dispatcher:
         self._perform(self.queue.release(lease, self._clock.time()))
 
     def drain(self, runner: RunnerState, *, terminate: bool) -> asyncio.Future[None]:
-        """Begin to drain (or terminate) a runner; the future is done when nothing of it is left."""
+        """Begin to drain (or terminate) a runner. The future is done when nothing is left."""
         drained = self._drained.get(runner.name) or self.loop.create_future()
         if runner.phase is Phase.DRAINED:
             if not drained.done():
@@ -160,23 +173,23 @@ class Dispatcher:
         self._moves.pop(runner.name, None)
 
     def close_barrier(self, runner: RunnerState, *, abort: bool) -> asyncio.Future[None]:
-        """Hold back what is queued; the future is done when every slot of the runner is home."""
+        """Hold back the queued jobs. The future is done when every slot of the runner is free."""
         reached = self._reached[runner.name] = self.loop.create_future()
         self._perform(self.queue.close_barrier(runner, self._clock.time(), abort=abort))
         return reached
 
     def open_barrier(self, runner: RunnerState, epoch: int | None) -> None:
-        """Let it go on; with `epoch`, on other constants."""
+        """Let the runner go on; with `epoch`, on other constants."""
         self._reached.pop(runner.name, None)
         self._perform(self.queue.open_barrier(runner, self._clock.time(), epoch=epoch))
 
-    # --- memory ----------------------------------------------------------------------------------------
+    # --- memory ----------------------------------------------------------------------------------
 
     def claim(self, holding: Holding, size: int) -> Claim:
-        """Ask for bytes of memory; the claim's payload is a future that is done when they are there.
+        """Reserve `size` bytes of memory. The claim's payload is a future that is done then.
 
         Raises:
-            MemoryLimitError: They can't be had.
+            MemoryLimitError: There is no room, even if all idle models are evicted.
         """
         claim = Claim(holding, size, self.loop.create_future())
         self._perform(self.queue.claim(claim, self._clock.time()))
@@ -188,7 +201,7 @@ class Dispatcher:
     def settle(
         self, holding: Holding, *, constants: int, inactive: int = 0, fixed: str = ""
     ) -> None:
-        """What a model has in truth, and why it must not be parked, if it must not."""
+        """Record a model's actual memory use. `fixed` says why it can't be evicted, if it can't."""
         now = self._clock.time()
         self._perform(
             self.queue.update_use(holding, now, constants=constants, inactive=inactive, fixed=fixed)
@@ -198,11 +211,14 @@ class Dispatcher:
         self._perform(self.queue.release_memory(holding, self._clock.time()))
 
     def call_back(self, runner: RunnerState) -> None:
-        """It is needed; raises MemoryLimitError if there is no room for it."""
+        """Restore the runner's weights. Raises MemoryLimitError if there is no room for them."""
         self._perform(self.queue.call_back(runner, self._clock.time()))
 
-    def moved(self, runner: RunnerState) -> asyncio.Future[BaseException | None]:
-        """Of one that leaves or comes: done when it is away or here; with the error of one that could not come."""
+    def residency_change(self, runner: RunnerState) -> asyncio.Future[BaseException | None]:
+        """Return a future that is done when weights under way are evicted or restored.
+
+        Its result is the error of weights that could not be restored, otherwise None.
+        """
         holding = runner.memory
         if holding.payload is None:
             holding.payload = self.loop.create_future()
@@ -228,7 +244,7 @@ class Dispatcher:
             future.set_result(error)
 
     def close(self) -> None:
-        """Stop listening; the executor is closed elsewhere, since that waits."""
+        """Stop listening. The executor is closed elsewhere, since that blocks."""
         self.loop.remove_reader(self.executor.fileno())
         if self._timer is not None:
             self._timer.cancel()
@@ -284,7 +300,7 @@ class Dispatcher:
             workspace=sum(one.workspace for one in memory.holdings),
         )
 
-    # --- the way back ----------------------------------------------------------------------------------
+    # --- the way back ----------------------------------------------------------------------------
 
     def _collect(self) -> None:
         """The executor's descriptor is readable: hand each completion to the queue."""
@@ -292,18 +308,20 @@ class Dispatcher:
         fault: BaseException | None = None
         for completion in self.executor.drain():
             try:
-                self._see_loss(completion)  # before what is queued is launched there
-                self._perform(
-                    self._complete(completion, now)
-                )  # the next launches first: lanes should not wait
-            except BaseException as error:  # noqa: BLE001 -- a fault must not keep back the other completions
+                self._see_loss(completion)  # before queued jobs are launched there
+                # The next launches come first: lanes should not wait.
+                self._perform(self._complete(completion, now))
+            except BaseException as error:  # noqa: BLE001 -- the other completions go on
                 fault = fault or error
             self._settle(completion)
         if fault is not None:
             raise fault
 
     def _poll(self) -> None:
-        """What was handed to a lane may be back sooner than the loop could fall asleep and be woken. Others had their turn first."""
+        """Collect a run that may end sooner than the loop could fall asleep and be woken.
+
+        The other callbacks of this iteration of the loop were called before.
+        """
         if self.executor.poll():
             self._collect()
 
@@ -344,21 +362,20 @@ class Dispatcher:
         future, job.payload = job.payload, None
         if future is not None and not future.done():
             if error is None:
-                future.deliver(outputs or [])
+                future._deliver(outputs or [])
             else:
-                future.refuse(error)
+                future._refuse(error)
         if self._log_requests:
             self._log_job(job)
 
     def _perform(self, commands: list[Command]) -> None:
-        """Perform all commands of a fact, whatever one of them raises; the first error is raised at the end."""
+        """Perform all commands of a fact. The first error of a command is raised at the end."""
         fault: BaseException | None = None
-        for (
-            command
-        ) in commands:  # what follows from a run that is over at once joins the end of the list
+        # The commands that follow from a run that ends at once join the end of the list.
+        for command in commands:
             if type(command) is not Launch:
                 try:
-                    self._perform_rare(command)
+                    self._perform_other(command)
                 except BaseException as error:  # noqa: BLE001
                     fault = fault or error
                 continue
@@ -371,7 +388,7 @@ class Dispatcher:
                     if self.executor.submit(job.lane, work):
                         self.loop.call_soon(self._poll)
                     continue
-            except BaseException as error:  # noqa: BLE001 -- nothing was begun: the request fails, its slot comes home
+            except BaseException as error:  # noqa: BLE001 -- the request fails
                 now = self._clock.time()
                 ours = out_of_resources(error, "the run") or error
                 completion = Completion(work.token, None, ours, now, now)
@@ -386,7 +403,7 @@ class Dispatcher:
         if error is not None and isinstance(error, DeviceLostError):
             self._on_lost(self.queue.name, error)
 
-    def _perform_rare(self, command: Command) -> None:
+    def _perform_other(self, command: Command) -> None:
         match command:
             case Expire(job=job, takes=takes):
                 self._fail(job, _deadline_error(job, takes))
@@ -412,14 +429,14 @@ class Dispatcher:
                 self._moves[job.source.name](job)
             case BarrierReached(runner=runner):
                 reached = self._reached[runner.name]
-                if not reached.done():  # whoever waited may have given up
+                if not reached.done():  # the waiting caller may have given up
                     reached.set_result(None)
             case Drained(runner=runner):
                 drained = self._drained.get(runner.name)
                 if drained is not None and not drained.done():
                     drained.set_result(None)
             case Claimed(claim=claim):
-                if not claim.payload.done():  # whoever asked may have given up
+                if not claim.payload.done():  # the caller may have given up
                     claim.payload.set_result(None)
             case Park(runner=runner):
                 self._on_park(runner)
@@ -434,7 +451,7 @@ class Dispatcher:
     def _fail(self, job: Job, error: Exception) -> None:
         future, job.payload = job.payload, None
         if future is not None and not future.done():
-            future.refuse(error)
+            future._refuse(error)
         if self._log_requests:
             self._log_job(job)
 
@@ -462,31 +479,35 @@ class Dispatcher:
 
 
 def _work(job: Job) -> Work:
-    """What a launched job, and all that run with it, are to an executor. A batch's token are its jobs, the leader first."""
-    future: RunFuture = job.payload
-    runner = future.runner
-    grouping = runner.grouping
-    if grouping is None or (not job.members and grouping.padded(job.rows) == job.rows):
-        inputs, future.inputs = future.inputs, ()  # from now on the lane alone keeps them alive
-        return Work(runner.container, inputs, runner.threads, job, slot=job.slot)
+    """Return the work of a launched job and of all jobs that run with it.
+
+    The token of a batch is the tuple of its jobs, the leader first.
+    """
+    request: Request = job.payload
+    replica = request._replica
+    layout = replica.batch_layout
+    if layout is None or (not job.members and layout.padded(job.rows) == job.rows):
+        inputs, request._inputs = request._inputs, ()  # from now on the lane alone keeps them alive
+        return Work(replica.container, inputs, replica.threads, job, slot=job.slot)
     jobs = job.members or (job,)
     rows = [member.rows for member in jobs]
-    members = [member.payload.inputs for member in jobs]
-    batch = Batch(grouping.plan, members, rows, grouping.padded(sum(rows)), job.slot)
-    return Work(runner.container, (), runner.threads, jobs, batch, job.slot)
+    members = [member.payload._inputs for member in jobs]
+    batch = Batch(layout.plan, members, rows, layout.padded(sum(rows)), job.slot)
+    return Work(replica.container, (), replica.threads, jobs, batch, job.slot)
 
 
 def _deadline_error(job: Job, takes: float | None) -> DeadlineExceededError:
     timeout = (job.deadline or 0.0) - job.submitted if job.timeout is None else job.timeout
     if takes is not None:
         return DeadlineExceededError(
-            f"runner {job.source.name!r}: the request's timeout of {timeout:.15g} s can't be met any more: a run takes about "
-            f"{takes:.3g} s; it was not started"
+            f"runner {job.source.name!r}: the request's timeout of {timeout:.15g} s can't be met "
+            f"any more: a run takes about {takes:.3g} s; it was not started"
         )
     if job.lane >= 0:
         where = "running; its result will be dropped"
     else:
         where = "waiting for a lease" if job.is_lease_request else "queued"
     return DeadlineExceededError(
-        f"runner {job.source.name!r}: the request's timeout of {timeout:.15g} s passed while it was {where}"
+        f"runner {job.source.name!r}: the request's timeout of {timeout:.15g} s passed while it "
+        f"was {where}"
     )

@@ -1,4 +1,4 @@
-"""RunFuture: the asyncio future of one request, and the trace of its way."""
+"""RunFuture: the asyncio future of one request, and the trace of where and when the request ran."""
 
 from __future__ import annotations
 
@@ -13,16 +13,25 @@ from aoti_sched.foreign import own, raise_again
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from aoti_sched.engine.replica import Replica
     from aoti_sched.queue.job import Job
-    from aoti_sched.runner import Runner
 
 
 class Trace(msgspec.Struct, frozen=True, kw_only=True):
     """Where and when a request ran. Times are seconds on the scheduler's clock (`time.monotonic`).
 
-    `started` and `finished` are the lane's stamps around the run; for a request that has not run they
-    are 0.0, and `lane` and `slot` are -1. `placement` is "lane" or, for a run on the event loop's own
-    thread, "inline"; then there is no lane, either. `batch_size` is how many requests ran as one.
+    Attributes:
+        runner: The runner's name.
+        device: The device that the request was queued on.
+        state: The state of the request, as a word.
+        placement: "lane", or "inline" for a run on the event loop's own thread.
+        lane: The lane of the run; -1 before the run, and for an inline run.
+        slot: The slot of the run; -1 before the run.
+        epoch: The epoch of the weights that the request ran on.
+        queued: When the request was submitted.
+        started: The lane's stamp before the run; 0.0 for a request that has not run.
+        finished: The lane's stamp after the run; 0.0 for a request that has not run.
+        batch_size: How many requests ran as one.
     """
 
     runner: str
@@ -39,36 +48,36 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def queue_seconds(self) -> float:
-        """From submission to the start of the run; 0.0 if it has not started."""
+        """Seconds from submission to the start of the run; 0.0 before the start."""
         return max(0.0, self.started - self.queued) if self.started else 0.0
 
     @property
     def run_seconds(self) -> float:
-        """The run itself; 0.0 if it has not finished."""
+        """Seconds of the run itself; 0.0 before its end."""
         return max(0.0, self.finished - self.started) if self.started and self.finished else 0.0
 
 
 class RunFuture(asyncio.Future[Any]):
-    """The result of `runner.submit(...)`: an asyncio future, so gather, wait and timeouts simply work.
+    """The result of `runner.submit(...)`, an asyncio future: gather, wait and timeouts work.
 
-    Cancelling it takes a queued request out at once; a running one is left to finish on its lane and its
-    result is dropped.
+    Cancelling the future takes a queued request out at once. A running request finishes on its
+    lane, and its result is dropped.
     """
 
-    __slots__ = ("inputs", "job", "runner")
+    __slots__ = ("_inputs", "_job", "_replica")
 
-    runner: Runner
-    job: Job
-    inputs: Sequence[Any]
-    """Kept for a batch, whose requests are run again one by one should it fail; otherwise until the run begins."""
+    _replica: Replica
+    _job: Job
+    _inputs: Sequence[Any]
+    """Kept until the run begins; in a batch to its end, since a failed batch is retried singly."""
 
     @property
     def trace(self) -> Trace:
-        """What is known of the request's way so far."""
-        job = self.job
+        """Where and when the request ran, as far as it is known now."""
+        job = self._job
         return Trace(
-            runner=self.runner.name,
-            device=self.runner.device,
+            runner=self._replica.name,
+            device=self._replica.device,
             state=job.state.name,
             placement="inline" if job.inline else "lane",
             lane=job.lane,
@@ -81,37 +90,41 @@ class RunFuture(asyncio.Future[Any]):
         )
 
     def cancel(self, msg: Any = None) -> bool:
-        """Give up on the request. Returns False if it is done already."""
+        """Cancel the request. Returns False if the request is done already."""
         if not super().cancel(msg):
             return False
-        self.inputs = ()
-        self.runner.dispatcher.cancel(self.job)
+        self._inputs = ()
+        self._replica.dispatcher.cancel(self._job)
         return True
 
-    # --- for the dispatcher --------------------------------------------------------------------------
+    # --- for the dispatcher ----------------------------------------------------------------------
 
-    def deliver(self, outputs: list[Any]) -> None:
+    def _deliver(self, outputs: list[Any]) -> None:
         """Resolve with a run's outputs in the structure that the module returned."""
-        self.inputs = ()
+        self._inputs = ()
         try:
-            result = self.runner.call_spec.unflatten(outputs)
-        except BaseException as error:  # noqa: BLE001 -- a user's pytree type may raise anything; it is this request's
-            self.refuse(error)
+            result = self._replica.call_spec.unflatten(outputs)
+        except BaseException as error:  # noqa: BLE001 -- a user's pytree type may raise anything
+            self._refuse(error)
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                self.get_loop().call_soon(raise_again, error)  # after all steps of what goes on
+                # Raised once the current callback has ended.
+                self.get_loop().call_soon(raise_again, error)
         else:
             self.set_result(result)
 
-    def refuse(self, error: BaseException) -> None:
+    def _refuse(self, error: BaseException) -> None:
         """Resolve with an error."""
-        self.inputs = ()
-        self.set_exception(own(error, RunError, f"runner {self.runner.name!r}: the request"))
+        self._inputs = ()
+        self.set_exception(own(error, RunError, f"runner {self._replica.name!r}: the request"))
 
 
-def future_of(runner: Runner, job: Job, inputs: Sequence[Any]) -> RunFuture:
-    """The future of a job: its payload. (A constructor in Python would cost three times as much.)"""
-    job.payload = future = RunFuture(loop=runner.loop)
-    future.runner = runner
-    future.job = job
-    future.inputs = inputs
+def future_of(replica: Replica, job: Job, inputs: Sequence[Any]) -> RunFuture:
+    """Return the future of a job and make it the job's payload.
+
+    A constructor in Python would cost three times as much.
+    """
+    job.payload = future = RunFuture(loop=replica.loop)
+    future._replica = replica
+    future._job = job
+    future._inputs = inputs
     return future

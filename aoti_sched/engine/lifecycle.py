@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     import anyio
 
     from aoti_sched.engine.parking import Parking
+    from aoti_sched.engine.replica import Replica
+    from aoti_sched.engine.router import Router
     from aoti_sched.engine.tasks import Housekeeping
-    from aoti_sched.engine.weights import Updates
+    from aoti_sched.engine.weights.transaction import Updates
     from aoti_sched.errors import DeviceLostError
-    from aoti_sched.queue.runner_state import RunnerState
-    from aoti_sched.runner import Runner
 
 SLOW_CLOSE = 60.0
 """Seconds after which a close that still waits for runs or leases is logged, as asyncpg's pool
@@ -65,28 +65,28 @@ class Life:
     Attributes:
         name: The runner's.
         stage: How far its life has got.
-        runner: Routes over the runner's replicas; None while it loads.
+        router: Routes over the runner's replicas; None while the runner is being loaded.
         closing: Done when the close that is under way ends.
         freed: Done when a replica is freed; of each whose freeing has begun and not failed.
     """
 
-    __slots__ = ("closing", "freed", "name", "runner", "stage")
+    __slots__ = ("closing", "freed", "name", "router", "stage")
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.stage = Stage.LOADING
-        self.runner: Runner | None = None
+        self.router: Router | None = None
         self.closing: asyncio.Future[None] | None = None
-        self.freed: dict[Runner, asyncio.Future[None]] = {}
+        self.freed: dict[Replica, asyncio.Future[None]] = {}
 
     def is_wanted(self) -> bool:
         """Return whether a load goes on."""
         return self.stage is Stage.LOADING
 
     @property
-    def replicas(self) -> tuple[Runner, ...]:
+    def replicas(self) -> tuple[Replica, ...]:
         """All replicas there were from the beginning."""
-        return () if self.runner is None else self.runner.loaded
+        return () if self.router is None else self.router.replicas
 
 
 class Lifecycle(Generic[_Handle]):
@@ -130,16 +130,16 @@ class Lifecycle(Generic[_Handle]):
         life = self._lives[name] = Life(name)
         return life
 
-    def open(self, life: Life, handle: _Handle, runner: Runner) -> None:
+    def open(self, life: Life, handle: _Handle, router: Router) -> None:
         """Note that a runner is loaded.
 
         Args:
             life: Its record.
             handle: The runner as the user sees it.
-            runner: Routes over its replicas.
+            router: Routes over its replicas.
         """
         life.stage = Stage.OPEN
-        life.runner = runner
+        life.router = router
         self._runners[life.name] = handle
 
     async def cancel(self, life: Life) -> None:
@@ -200,22 +200,22 @@ class Lifecycle(Generic[_Handle]):
         Returns when all of that is done.
         """
         ends: list[Awaitable[None]] = []
-        for life, runner in self._open():
-            for replica in runner.loaded:
+        for life, router in self._open():
+            for replica in router.replicas:
                 if replica.device != device:
                     continue
-                if not replica.left:
-                    self._remove(runner, replica, f"{device!r} was drained")
-                if runner.replicas:
+                if not replica.removed_because:
+                    self._remove(router, replica, f"{device!r} was drained")
+                if router.serving:
                     ends.append(self._free(life, replica))
                 else:
                     ends.append(asyncio.ensure_future(self._close(life, terminate=False)))
         await asyncio.shield(asyncio.gather(*ends))
 
-    def _open(self) -> list[tuple[Life, Runner]]:
-        """Return the runners that are loaded and not yet closed, with their records."""
+    def _open(self) -> list[tuple[Life, Router]]:
+        """Return the records of runners that are loaded and not yet closed, with their routers."""
         lives = self._lives.values()
-        return [(life, life.runner) for life in lives if life.runner is not None]
+        return [(life, life.router) for life in lives if life.router is not None]
 
     def _drain(self, life: Life, *, terminate: bool) -> None:
         for replica in life.replicas:
@@ -241,10 +241,10 @@ class Lifecycle(Generic[_Handle]):
         life.stage = Stage.CLOSED
         del self._runners[life.name]
         del self._lives[life.name]
-        if life.runner is not None:
-            life.runner.let_go()
+        if life.router is not None:
+            life.router.close()
 
-    def _free(self, life: Life, replica: Runner) -> asyncio.Future[None]:
+    def _free(self, life: Life, replica: Replica) -> asyncio.Future[None]:
         """Drain and free a replica, once. After a failure the next call tries again."""
         freed = life.freed.get(replica)
         if freed is None:
@@ -255,14 +255,14 @@ class Lifecycle(Generic[_Handle]):
         return freed
 
     async def _carry_out_free(
-        self, life: Life, replica: Runner, drained: asyncio.Future[None]
+        self, life: Life, replica: Replica, drained: asyncio.Future[None]
     ) -> None:
         slow = asyncio.get_running_loop().call_later(SLOW_CLOSE, _log_slow_close, replica)
         try:
             await drained
             slow.cancel()
-            async with replica.weights.turn:  # an update under way ends first
-                await self._parking.still(replica)
+            async with replica.weights.lock:  # an update under way ends first
+                await self._parking.settled_residency(replica)
                 replica.dispatcher.remove(replica.state)
                 await in_worker(
                     replica.container.close,
@@ -291,7 +291,7 @@ class Lifecycle(Generic[_Handle]):
             device=replica.device,
             failures=UNHEALTHY,
         )
-        if replica.rebuilds:
+        if replica.rebuild_on_failure:
             self._start_soon(self._updates.renew, replica)
 
     def on_evict(self, state: RunnerState) -> None:
@@ -307,17 +307,17 @@ class Lifecycle(Generic[_Handle]):
 
         Called for each such run.
         """
-        for life, runner in self._open():
-            for replica in list(runner.replicas):
-                others = [one for one in runner.replicas if one is not replica]
+        for life, router in self._open():
+            for replica in list(router.serving):
+                others = [one for one in router.serving if one is not replica]
                 if replica.device == device and any(
                     one.state.phase is Phase.OPEN for one in others
                 ):
                     log.error("device lost", device=device, runner=life.name, error=error)
-                    self._remove(runner, replica, f"{device!r} was lost: {said(error)}")
+                    self._remove(router, replica, f"{device!r} was lost: {said(error)}")
                     self._start_soon(functools.partial(self._free_lost, life), replica)
 
-    async def _free_lost(self, life: Life, replica: Runner) -> None:
+    async def _free_lost(self, life: Life, replica: Replica) -> None:
         try:
             await self._free(life, replica)
         except Exception as error:  # noqa: BLE001 -- no caller waits for it
@@ -325,14 +325,14 @@ class Lifecycle(Generic[_Handle]):
                 "model can't be freed", runner=replica.name, device=replica.device, error=error
             )
 
-    def _remove(self, runner: Runner, replica: Runner, why: str) -> None:
-        moved = runner.leave(replica, why)
+    def _remove(self, router: Router, replica: Replica, why: str) -> None:
+        moved = router.remove(replica, why)
         log.info("replica left", runner=replica.name, device=replica.device, why=why, moved=moved)
 
-    def _replica_of(self, state: RunnerState) -> Runner:
+    def _replica_of(self, state: RunnerState) -> Replica:
         return next(one for one in self._lives[state.name].replicas if one.state is state)
 
-    def _start_soon(self, work: Callable[[Runner], Awaitable[object]], replica: Runner) -> None:
+    def _start_soon(self, work: Callable[[Replica], Awaitable[object]], replica: Replica) -> None:
         self._tasks.start_soon(functools.partial(work, replica))
 
 
@@ -342,5 +342,5 @@ async def _faults_of(works: Iterable[Awaitable[Any]]) -> list[BaseException]:
     return [end for end in ends if isinstance(end, BaseException)]
 
 
-def _log_slow_close(replica: Runner) -> None:
+def _log_slow_close(replica: Replica) -> None:
     log.warning("closing waits for runs or leases", runner=replica.name, stats=replica.stats())

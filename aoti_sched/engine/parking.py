@@ -1,7 +1,9 @@
-"""Parking: frees the weights of runners that have to make room, and brings them back. When, and whose, is decided in `queue/memory.py`.
+"""Parking: evicts the weights of replicas that have to make room, and restores them.
 
-Both are long and blocking, so they are done in worker threads. A runner whose weights are being changed is not parked meanwhile, and one that is
-parked comes back first (`at_home`): so whoever touches a container finds it there.
+`queue/memory.py` decides when, and whose weights.
+
+Both block for long, so they run in worker threads. Weights that are being changed are not evicted
+meanwhile, and evicted weights are restored before they are changed (`resident`).
 """
 
 from __future__ import annotations
@@ -20,88 +22,94 @@ from aoti_sched.queue.runner_state import Phase
 
 if TYPE_CHECKING:
     from aoti_sched.engine.dispatcher import Dispatcher
+    from aoti_sched.engine.replica import Replica
     from aoti_sched.queue.holding import Holding
-    from aoti_sched.runner import Runner
 
 
 class Parking:
-    """Parks one scheduler's runners.
+    """Evicts and restores the weights of one scheduler's replicas.
 
     Args:
-        limiter: Of the threads in which memory is freed and filled.
+        limiter: Limits the threads in which memory is freed and filled.
     """
 
     def __init__(self, limiter: anyio.CapacityLimiter) -> None:
         self._limiter = limiter
 
-    async def park(self, runner: Runner) -> None:
-        """Its slots are all home: free its weights."""
+    async def park(self, replica: Replica) -> None:
+        """Free the weights of a replica with no run under way."""
         try:
             await in_worker(
-                runner.container.park, self._limiter, f"runner {runner.name!r}: parking"
+                replica.container.park, self._limiter, f"runner {replica.name!r}: parking"
             )
-        except Exception as error:  # noqa: BLE001 -- nobody waits for it, and nothing is lost
-            log.error("weights can't be freed", runner=runner.name, error=error, exc_info=error)
+        except Exception as error:  # noqa: BLE001 -- no caller waits, and nothing is lost
+            log.error("weights can't be freed", runner=replica.name, error=error, exc_info=error)
         log.info(
             "model parked",
-            runner=runner.name,
-            device=runner.device,
-            bytes=runner.state.memory.bytes,
+            runner=replica.name,
+            device=replica.device,
+            bytes=replica.state.memory.bytes,
         )
-        runner.dispatcher.parked(runner.state)
+        replica.dispatcher.parked(replica.state)
 
-    async def bring_back(self, runner: Runner) -> None:
-        """There is room for its weights. If they can't be brought, its requests fail, and the next one tries again."""
+    async def bring_back(self, replica: Replica) -> None:
+        """Restore the weights, for which there is room now.
+
+        If they can't be restored, the queued requests fail, and the next request tries again.
+        """
         fault = None
         try:
             await in_worker(
-                runner.container.unpark, self._limiter, f"runner {runner.name!r}: its return"
+                replica.container.unpark, self._limiter, f"runner {replica.name!r}: its return"
             )
-        except Exception as error:  # noqa: BLE001 -- it is told to those who wait
+        except Exception as error:  # noqa: BLE001 -- the requests that wait get it
             fault = error
             log.error(
-                "weights can't be brought back", runner=runner.name, error=error, exc_info=error
+                "weights can't be brought back", runner=replica.name, error=error, exc_info=error
             )
-        runner.dispatcher.returned(runner.state, fault)
+        replica.dispatcher.returned(replica.state, fault)
         if fault is None:
-            took = round(runner.state.memory.took, 6)
-            log.info("model is back", runner=runner.name, device=runner.device, seconds=took)
+            took = round(replica.state.memory.took, 6)
+            log.info("model is back", runner=replica.name, device=replica.device, seconds=took)
 
     @asynccontextmanager
-    async def at_home(self, runner: Runner, *, needed: bool) -> AsyncIterator[None]:
-        """Inside, its weights are in memory and stay there; afterwards it is known what they take. If they are not `needed`, they may also
-        be parked, and stay so.
+    async def resident(self, replica: Replica, *, needed: bool) -> AsyncIterator[None]:
+        """Keep the weights where they are for the duration of the block, then measure them again.
+
+        Args:
+            replica: Whose weights.
+            needed: Whether the weights must be in memory. Otherwise evicted weights stay evicted.
 
         Raises:
-            MemoryLimitError: It is parked, and there is no room for it.
+            MemoryLimitError: The weights are evicted, and there is no room for them.
         """
-        if runner.state.phase is not Phase.OPEN:  # it is not to be changed
+        if replica.state.phase is not Phase.OPEN:  # its weights are not to be changed
             yield
             return
-        runner.dispatcher.queue.pin(runner.state)
+        replica.dispatcher.queue.pin(replica.state)
         try:
             if not needed:
-                await self.still(runner)
-            while needed and runner.state.memory.stay is not Stay.HERE:
-                runner.dispatcher.call_back(runner.state)
-                error = await asyncio.shield(runner.dispatcher.moved(runner.state))
+                await self.settled_residency(replica)
+            while needed and replica.state.memory.stay is not Stay.HERE:
+                replica.dispatcher.call_back(replica.state)
+                error = await asyncio.shield(replica.dispatcher.residency_change(replica.state))
                 if error is not None:
                     raise error
             yield
         finally:
-            account(runner)
+            replica.refresh_memory_use()
 
-    async def still(self, runner: Runner) -> None:
-        """Wait until it neither leaves nor comes."""
-        while runner.state.memory.stay in (Stay.LEAVING, Stay.COMING):
-            await asyncio.shield(runner.dispatcher.moved(runner.state))
+    async def settled_residency(self, replica: Replica) -> None:
+        """Wait until the weights are neither evicted nor restored at the moment."""
+        while replica.state.memory.stay in (Stay.LEAVING, Stay.COMING):
+            await asyncio.shield(replica.dispatcher.residency_change(replica.state))
 
 
 async def claim(dispatcher: Dispatcher, holding: Holding, size: int) -> None:
-    """Wait for so many bytes of a device's memory.
+    """Wait for `size` bytes of a device's memory.
 
     Raises:
-        MemoryLimitError: They can't be had, even if all that is idle is parked.
+        MemoryLimitError: There is no room, even if all idle models are evicted.
     """
     wanted = dispatcher.claim(holding, size)
     try:
@@ -109,17 +117,3 @@ async def claim(dispatcher: Dispatcher, holding: Holding, size: int) -> None:
     except BaseException:
         dispatcher.give_up(wanted)
         raise
-
-
-def account(runner: Runner) -> None:
-    """What a runner takes of its device's memory, now that nobody changes it any more."""
-    container = runner.container
-    kept = "" if runner.weights.is_empty else f"it keeps {runner.weights.inactive.value}"
-    inactive = container.constant_bytes if container.inactive_bytes else 0
-    runner.dispatcher.settle(
-        runner.state.memory,
-        constants=container.constant_bytes,
-        inactive=inactive,
-        fixed=runner.fixed or container.unparkable or kept,
-    )
-    runner.state.memory.workspace = container.workspace or 0

@@ -1,7 +1,8 @@
 """Tenants: the scheduler's own objects in the place of the keys by which users name their tenants.
 
-A user's key is hashed and compared when `options()` is called, and never again: what happens to requests later knows the tenant alone,
-whose hash and equality are its identity. A key is kept as long as its tenant, and that is kept by views, requests and accounts.
+A user's key is hashed and compared when `options()` is called, and never again. Later code knows
+the tenant alone, whose hash and equality are its identity. A key is kept as long as its tenant,
+which views, requests and accounts keep.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Hashable
 LONGEST = 80
 """Characters of a key's text in errors."""
 SLICE = 64
-"""Tenants that a call forgets: at most 1 ms, where 100,000 at once were measured to take 1.2 s of the loop."""
+"""Tenants that a call forgets: at most 1 ms. All of 100,000 at once took 1.2 s of the loop."""
 
 
 class Tenant:
@@ -33,8 +34,8 @@ class Tenant:
 class Tenants:
     """The tenants of one runner. May be used by several threads.
 
-    What is gone is noted, and forgotten at the next calls, some at each: a key's destructor runs there, and not in the midst of something
-    else.
+    Tenants that are gone are noted, and each of the next calls forgets some of them. So a key's
+    destructor runs there, and not in the middle of other work.
     """
 
     __slots__ = ("_by_hash", "_gone", "_lock")
@@ -48,7 +49,10 @@ class Tenants:
         return sum(len(entries) for entries in self._by_hash.values())
 
     def of(self, key: Hashable) -> Tenant:
-        """Return the tenant of a key: the same one for equal keys. Raises what the key's hash or comparison raises."""
+        """Return the tenant of a key: the same tenant for equal keys.
+
+        An error of the key's hash or comparison is raised.
+        """
         number = hash(key)
         found = self._find(number, key)
         if found is None:

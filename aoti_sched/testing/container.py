@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from aoti_sched.backends.contracts import ContainerInfo, StagedSet
+from aoti_sched.backends.contracts import ContainerInfo, HostContainer, StagedSet
 from aoti_sched.backends.executors.batches import Staging
 from aoti_sched.backends.reading import Reading
 from aoti_sched.errors import ConstantMismatchError, WeightsTypeError, brief
@@ -44,7 +44,7 @@ class AnyCall:
         return "(*args, **kwargs)"
 
 
-class FakeContainer:
+class FakeContainer(HostContainer):
     """A Python function in a container's place.
 
     Its weights are a dict of any values, of which an update must give all; each counts as a byte.

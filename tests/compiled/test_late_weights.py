@@ -20,6 +20,7 @@ from aoti_sched import (
     WeightsTypeError,
 )
 from aoti_sched.backends import cpu
+from tests.inside import container_of, serving, submit_to
 from tests.models import build
 
 NAMES = ["weights_none", "late", "weights_blob", "weights_pickle", "mlp", "folding"]
@@ -46,8 +47,12 @@ def file_of(module, path, *, save="safetensors"):
 
 async def answers(runner, name, module):
     args = build(name).args
+    await must_be_of(runner.submit(*args), args, module)
+
+
+async def must_be_of(future, args, module):
     with torch.no_grad():
-        assert_close(await runner.run(*args), module(*args), rtol=1e-4, atol=1e-4)
+        assert_close(await future, module(*args), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("given", ["state dict", "safetensors", "checkpoint"])
@@ -100,8 +105,9 @@ async def test_several_devices_get_the_same_weights(tmp_path):
             runner = await scheduler.load(
                 build("late").path, name=str(number), devices=["cpu:0", "cpu:1"], weights=weights
             )
-            for replica in runner.replicas:
-                await answers(replica, "late", module)
+            args = build("late").args
+            for replica in serving(runner):
+                await must_be_of(submit_to(replica, *args), args, module)
 
 
 async def test_what_does_not_fit_loads_nothing(tmp_path):
@@ -133,7 +139,7 @@ async def test_a_parked_model_comes_back_with_the_weights_of_its_file(name, tmp_
     path = file_of(module, tmp_path / "new")
     async with Scheduler() as scheduler:
         runner = await scheduler.load(build(name).path, weights=path)
-        container = runner.container
+        container = container_of(runner)
         assert container.unparkable == ""
         container.park()
         container.unpark()
@@ -157,8 +163,8 @@ async def test_tensors_that_were_given_stay_in_memory_and_are_the_models_own():
         for tensor in state.values():
             tensor.zero_()
         await answers(runner, "late", module)
-        assert "only memory has them" in runner.container.unparkable
-        runner.container.rebuild()
+        assert "only memory has them" in container_of(runner).unparkable
+        container_of(runner).rebuild()
         await answers(runner, "late", module)
 
 
@@ -173,8 +179,8 @@ async def test_a_model_of_torchs_own_runner_takes_them_too(tmp_path, monkeypatch
                 build("custom_late").path, name=str(number), weights=weights
             )
             await answers(runner, "custom_late", module)
-            runner.container.park()
-            runner.container.unpark()
+            container_of(runner).park()
+            container_of(runner).unpark()
             await answers(runner, "custom_late", module)
 
 

@@ -31,6 +31,7 @@ from aoti_sched import (
 from aoti_sched.backends.aoti import container
 from examples.semantic_search import packages
 from tests.compiled.conftest import EXECUTORS
+from tests.inside import container_of
 from tests.models import build
 
 CLIENTS = 64
@@ -429,14 +430,14 @@ async def test_a_container_whose_fold_failed_is_rebuilt_under_load_and_serves_wh
 
         clients = [asyncio.create_task(client()) for _ in range(8)]
         for _ in range(5):
-            old = runner.container.c_run.container
+            old = container_of(runner).c_run.container
             with monkeypatch.context() as patch:
-                patch.setattr(runner.container._raw, "fold", broken)
+                patch.setattr(container_of(runner)._raw, "fold", broken)
                 with pytest.raises(RunError, match="no fold"):
                     await runner.update(
                         {name: value * 3 for name, value in module.state_dict().items()}
                     )
-            assert runner.container.c_run.container != old
+            assert container_of(runner).c_run.container != old
             assert (runner.info.staged, runner.info.previous_epoch, runner.epoch) == (
                 False,
                 None,
@@ -466,7 +467,7 @@ async def test_a_swap_that_fails_on_one_of_three_is_taken_back_on_those_before(
             raise RunError("no swap")
 
         with monkeypatch.context() as patch:
-            patch.setattr(runners[which].container, "swap", no_swap)
+            patch.setattr(container_of(runners[which]), "swap", no_swap)
             with pytest.raises(RunError, match="no swap"):
                 await scheduler.update({runner: canary_weights(2) for runner in runners})
         assert await seen() == [1, 1, 1]

@@ -10,6 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from aoti_sched import DeviceConfig, MemoryLimitError, Scheduler, SchedulerConfig
+from tests.inside import replica_of
 from tests.models import build
 
 MIB = 1 << 20
@@ -71,9 +72,11 @@ async def test_every_kind_of_weights_comes_back(name):
     async with limited(1 << 30) as scheduler:
         runner = await scheduler.load(model.path, name=name, placement="lane", instances=2)
         expected = await runner.run(*model.args, **model.kwargs)
-        container = runner.container
+        replica = replica_of(runner)
+        container = replica.container
         assert container.unparkable == ""
-        assert runner.fixed == ""  # its package or its source says that it writes to no buffer
+        # its package or its source says that it writes to no buffer
+        assert replica.not_evictable_because == ""
         for _ in range(3):
             await asyncio.to_thread(container.park)
             await asyncio.to_thread(container.unpark)

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from aoti_sched import Batching, LoadError, RunError, Scheduler, UpdateError
 from aoti_sched.backends.aoti import operators, proxy_executor
 from tests.compiled.conftest import EXECUTORS, NATIVE
+from tests.inside import container_of
 from tests.models import build
 
 needs_native = pytest.mark.skipif(not NATIVE, reason="no native module was built")
@@ -131,7 +132,8 @@ async def test_a_container_that_is_parked_or_built_anew_calls_them_still(executo
         _, runner = await load(scheduler, "linear_algebra", placement="lane")
         x = matrices(2)
         expected = await runner.run(x)
-        for again in (runner.container.park, runner.container.unpark, runner.container.rebuild):
+        container = container_of(runner)
+        for again in (container.park, container.unpark, container.rebuild):
             await asyncio.to_thread(again)
         assert_close(await runner.run(x), expected)
 

@@ -22,6 +22,7 @@ from aoti_sched import (
 )
 from tests.compiled.conftest import EXECUTORS
 from tests.compiled.test_live_weights import Served
+from tests.inside import replicas_of, serving
 from tests.models import build
 
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -238,10 +239,10 @@ async def test_a_device_that_is_lost_under_load_loses_what_was_handed_to_it_alon
     runner = await scheduler.load(build("mlp").path, devices=BOTH, placement="lane")
     async with Clients(runner) as clients:
         await clients.answered(300)
-        dispatcher = runner.loaded[1].dispatcher
+        dispatcher = replicas_of(runner)[1].dispatcher
         dispatcher.executor = Lost(dispatcher.executor, "cpu:1")
         with anyio.fail_after(60):
-            while len(runner.replicas) == 2:  # noqa: ASYNC110 -- until something is sent there
+            while len(serving(runner)) == 2:  # noqa: ASYNC110 -- until something is sent there
                 await asyncio.sleep(0)
         await clients.answered(300)
     errors = []
@@ -252,7 +253,7 @@ async def test_a_device_that_is_lost_under_load_loses_what_was_handed_to_it_alon
             errors.append(future.exception())
     assert {type(error) for error in errors} == {DeviceLostError}
     assert len(errors) <= 2  # what runs on its one lane, and what is next there
-    assert [replica.device for replica in runner.replicas] == ["cpu:0"]
+    assert [replica.device for replica in serving(runner)] == ["cpu:0"]
     stats = runner.stats()
     assert (stats.completed, stats.failed) == (len(clients.futures) - len(errors), len(errors))
 

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from aoti_sched import DeadlineUnreachableError, Limits, RunError, Scheduler
 from tests.compiled.conftest import EXECUTORS
+from tests.inside import container_of, replica_of, updates_of
 from tests.models import build
 
 
@@ -78,7 +79,7 @@ async def test_a_container_whose_runs_fail_is_built_anew_and_serves_with_its_wei
     await runner.update(weights)
     good, bad = torch.tensor([1, 2, 3]), torch.tensor([10])
     expected = await runner.run(good)
-    before = runner.container._raw
+    before = container_of(runner)._raw
     for _ in range(5):
         with pytest.raises(RunError, match="index out of bounds"):
             await runner.run(bad)
@@ -86,7 +87,7 @@ async def test_a_container_whose_runs_fail_is_built_anew_and_serves_with_its_wei
     for answer in await asyncio.gather(*waiting):
         assert_close(answer, expected)
     assert runner.stats().health == "ok"
-    assert runner.container._raw is not before
+    assert container_of(runner)._raw is not before
     assert before._handle is None, "the old one is freed"
     assert runner.epoch == 2
     assert not runner.info.staged
@@ -101,6 +102,6 @@ async def test_whatever_its_weights_are_a_container_that_is_built_anew_gives_the
     async with Scheduler() as scheduler:
         runner = await scheduler.load(built.path)
         before = await runner.run(*built.args, **built.kwargs)
-        await runner.updates.renew(runner)
+        await updates_of(runner).renew(replica_of(runner))
         assert_close(await runner.run(*built.args, **built.kwargs), before, rtol=0, atol=0)
         assert runner.stats().phase == "OPEN"

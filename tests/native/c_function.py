@@ -4,7 +4,7 @@ import ctypes
 from ctypes import CFUNCTYPE, POINTER, c_char_p, c_int32, c_size_t, c_void_p
 
 from aoti_sched.backends.aoti.handles import handles_of, tensors_of
-from aoti_sched.backends.contracts import CRun
+from aoti_sched.backends.contracts import CRun, HostContainer
 from aoti_sched.backends.executors.batches import Staging
 
 _Run = CFUNCTYPE(
@@ -13,7 +13,7 @@ _Run = CFUNCTYPE(
 _LastError = CFUNCTYPE(c_int32, POINTER(c_char_p))
 
 
-class CFunction:
+class CFunction(HostContainer):
     """A container whose run calls `function` with the tensors that C gives it. An exception is the runtime's failure."""
 
     def __init__(self, function, inputs, outputs, own):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from aoti_sched.backends.contracts import Work
+from aoti_sched.backends.contracts import HostContainer, Work
 from aoti_sched.backends.executors.choose import open_executor, warn_of_threads
 from aoti_sched.errors import ConfigError
 from tests.compiled.backends.executor_contract import collect, work
@@ -117,7 +117,7 @@ def test_an_unknown_choice_is_refused_with_those_there_are(choose):
 KINDS = ["threads", *(["native"] if importlib.util.find_spec(NATIVE) else [])]
 
 
-class Tid:
+class Tid(HostContainer):
     """A container whose run tells the thread it is on, by the system's number."""
 
     c_run = None

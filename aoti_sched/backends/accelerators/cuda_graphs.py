@@ -232,7 +232,7 @@ class GraphContainer(StreamContainer):
     def warm_up(self, make_inputs: Callable[[], Sequence[torch.Tensor]]) -> None:
         """Let each slot record a run, and run what it recorded."""
         for slot in [*range(self._instances)] * 2:
-            self.run_work(Work(self, self.arrive(make_inputs()), 1, None, slot=slot))
+            self.run_work(Work(self, self.capture_stream(make_inputs()), 1, None, slot=slot))
         self._measure()
 
     def close(self) -> None:

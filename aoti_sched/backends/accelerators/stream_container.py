@@ -82,7 +82,7 @@ class OnStreams(ABC):
             self._house.close()
         self._slots = []
 
-    def arrive(self, inputs: Sequence[Any]) -> Sequence[Any]:
+    def capture_stream(self, inputs: Sequence[Any]) -> Sequence[Any]:
         """A request's inputs, on the caller's thread and under its current stream.
 
         Raises:
@@ -98,7 +98,7 @@ class OnStreams(ABC):
             raise self._device.judged(error) from None
         return Arrived(inputs, event, None if self._host_outputs else stream)
 
-    def as_here(self) -> AbstractContextManager[object]:
+    def inherit_stream(self) -> AbstractContextManager[object]:
         """The calling thread's current stream is, inside, that of whatever thread enters: a request
         is made for another thread.
         """
@@ -183,7 +183,7 @@ class StreamContainer(OnStreams, CAbiContainer):
         return [index for index in sorted(weights) if outputs[index] is not None]
 
     def run_raw(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-        return self.run_work(Work(self, self.arrive(inputs), 1, None))
+        return self.run_work(Work(self, self.capture_stream(inputs), 1, None))
 
     def warm_up(self, make_inputs: Callable[[], Sequence[torch.Tensor]]) -> None:
         super().warm_up(make_inputs)
@@ -204,7 +204,7 @@ class StreamContainer(OnStreams, CAbiContainer):
         """Run once for warming up, in the next slot. Outputs stay as the model gave them."""
         slot = self._slots[self._turns % len(self._slots)]
         self._turns += 1
-        with slot.run(Work(self, self.arrive(inputs), 1, None)):
+        with slot.run(Work(self, self.capture_stream(inputs), 1, None)):
             return self._raw.run(slot.brought(inputs), stream=slot.stream.handle)
 
     # --- live weights
@@ -311,7 +311,7 @@ class StreamTorchRunner(OnStreams, TorchRunnerContainer):
 
     def run_raw(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         slot = self._turns % len(self._slots)
-        return self.run_work(Work(self, self.arrive(inputs), 1, None, slot=slot))
+        return self.run_work(Work(self, self.capture_stream(inputs), 1, None, slot=slot))
 
     def warm_up(self, make_inputs: Callable[[], Sequence[torch.Tensor]]) -> None:
         for _ in self._slots:

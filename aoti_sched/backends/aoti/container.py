@@ -16,7 +16,13 @@ from aoti_sched.backends.aoti.handles import each_once
 from aoti_sched.backends.aoti.packaged_weights import GivenWeights, give_weights, load_weights
 from aoti_sched.backends.aoti.raw_container import RawContainer
 from aoti_sched.backends.aoti.weight_files import open_weights
-from aoti_sched.backends.contracts import ContainerInfo, CRun, LoadRequest, StagedSet
+from aoti_sched.backends.contracts import (
+    ContainerInfo,
+    CRun,
+    HostContainer,
+    LoadRequest,
+    StagedSet,
+)
 from aoti_sched.backends.executors.batches import Staging
 from aoti_sched.backends.reading import Reading
 from aoti_sched.errors import LoadError, shortened
@@ -24,7 +30,7 @@ from aoti_sched.model.specs import ModelSpec
 from aoti_sched.package import Extracted
 
 
-class CAbiContainer:
+class CAbiContainer(HostContainer):
     """A container run through the C ABI, the GIL released."""
 
     def __init__(

@@ -23,7 +23,7 @@ from aoti_sched.backends.aoti.operators import names, operators_of, sentence, wh
 from aoti_sched.backends.aoti.packaged_weights import GivenWeights, load_weights, read_stored
 from aoti_sched.backends.aoti.raw_container import RawContainer
 from aoti_sched.backends.aoti.stock_runner import stock_runner
-from aoti_sched.backends.contracts import ContainerInfo, LoadRequest, StagedSet
+from aoti_sched.backends.contracts import ContainerInfo, HostContainer, LoadRequest, StagedSet
 from aoti_sched.backends.executors.batches import Staging
 from aoti_sched.backends.reading import Reading
 from aoti_sched.errors import LoadError, RunError, UpdateError
@@ -32,7 +32,7 @@ from aoti_sched.model.specs import ModelSpec
 from aoti_sched.package import Extracted
 
 
-class TorchRunnerContainer:
+class TorchRunnerContainer(HostContainer):
     """The stock runner behind the container's contract.
 
     Args:

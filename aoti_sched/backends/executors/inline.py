@@ -61,17 +61,8 @@ def run_here(work: Work) -> Completion:
 
 
 def run_raw(work: Work) -> list[Any]:
-    """Run a work, one request's or a batch, by its container's own `run_raw`."""
-    container = work.container
-    run_work = getattr(
-        container, "run_work", None
-    )  # of a container on a device, which has more to do around a run
-    if run_work is not None:
-        outputs: list[Any] = run_work(work)
-        return outputs
-    if work.batch is None:
-        return container.run_raw(work.inputs)
-    return container.staging.run(work.batch, container.run_raw)
+    """Run a work, one request's or a batch, by its container's own `run_work`."""
+    return work.container.run_work(work)
 
 
 def refused(work: Work, error: BaseException) -> Completion:

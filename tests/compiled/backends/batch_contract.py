@@ -12,7 +12,7 @@ import weakref
 import pytest
 import torch
 
-from aoti_sched.backends.contracts import Work
+from aoti_sched.backends.contracts import HostContainer, Work
 from aoti_sched.backends.executors.batches import Batch, Staging
 from aoti_sched.backends.executors.inline import refused
 from aoti_sched.errors import RunError
@@ -23,7 +23,7 @@ ROWS = InputPlan(0, (0, 1))
 """A matrix whose rows lie one after the other."""
 
 
-class Rows:
+class Rows(HostContainer):
     """A container that calls a function with tensors."""
 
     c_run = None

@@ -16,14 +16,14 @@ import pytest
 import torch
 
 from aoti_sched.backends.aoti.c_abi import libtorch
-from aoti_sched.backends.contracts import Work
+from aoti_sched.backends.contracts import HostContainer, Work
 from aoti_sched.errors import RunError
 
 FOREVER = 60.0
 """Seconds after which a test that waits in vain fails; no test that passes comes near."""
 
 
-class Function:
+class Function(HostContainer):
     """A container that calls a function with its inputs."""
 
     c_run = None

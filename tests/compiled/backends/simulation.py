@@ -70,7 +70,7 @@ def load(
 
 
 def work(container, *inputs, slot=0, token=None):
-    return Work(container, container.arrive(inputs), 1, token, slot=slot)
+    return Work(container, container.capture_stream(inputs), 1, token, slot=slot)
 
 
 def on_device(*shape, value=1.0):

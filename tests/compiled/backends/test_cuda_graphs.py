@@ -170,7 +170,7 @@ def test_batches_of_the_same_sizes_share_a_graph(recorded, executor, where):
     plan = BatchPlan((InputPlan(0, (0, 1)),), (OutputPlan(0),))
     for sizes in ((1, 2), (2, 1), (3,), (1, 1, 1)):
         members = [torch.full((rows, 4), float(rows)) for rows in sizes]
-        there = [container.arrive([m if where == "host" else m.to("sim")]) for m in members]
+        there = [container.capture_stream([m if where == "host" else m.to("sim")]) for m in members]
         executor.submit(0, Work(container, (), 1, None, Batch(plan, there, sizes, 4, 0)))
         (completion,) = collect(executor, 1)
         assert completion.error is None

@@ -86,7 +86,7 @@ class OnSimulatedDevice:
             with slots.slots[0].run(work):
                 return function.run_raw(work.inputs)
 
-        monkeypatch.setattr(Function, "run_work", run_work, raising=False)
+        monkeypatch.setattr(Function, "run_work", run_work)
         self.slots = slots
         yield
         slots.close()
@@ -232,7 +232,7 @@ def test_batches_are_put_together_wherever_their_members_lie(device, executors, 
         m.to("sim") if where == "device" or (where == "both" and m.shape[0] == 2) else m
         for m in members
     ]
-    batch = Batch(plan, [container.arrive([member]) for member in there], [1, 2, 3], 8, 0)
+    batch = Batch(plan, [container.capture_stream([member]) for member in there], [1, 2, 3], 8, 0)
     for _ in range(2):
         executor.submit(0, Work(container, (), 1, None, batch))
         (completion,) = collect(executor, 1)

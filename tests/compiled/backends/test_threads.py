@@ -48,10 +48,10 @@ class TestThreadsExecutor(LanesContract):
     def test_at_the_interpreters_exit_what_runs_is_waited_for(self):
         script = """
 import threading
-from aoti_sched.backends.contracts import Work
+from aoti_sched.backends.contracts import HostContainer, Work
 from aoti_sched.backends.executors.threads import ThreadsExecutor
 
-class Container:
+class Container(HostContainer):
     def run_raw(self, inputs):
         running.set()
         threading.main_thread().join()

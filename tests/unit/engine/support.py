@@ -9,10 +9,11 @@ import time
 
 import anyio
 
-from aoti_sched import Limits, Scheduler
+from aoti_sched import Limits, Runner, Scheduler
 from aoti_sched.config import DeviceConfig, SchedulerConfig
 from aoti_sched.queue.check import check
 from aoti_sched.testing import FakeBackend, ManualClock, settle
+from tests.inside import container_of, replica_of
 
 PLACES = {"a": "cpu", "b": "other", "c": "cpu"}
 """Runner by device. An update locks and closes them in the order of (device, name): a, c, b."""
@@ -36,7 +37,7 @@ class Fleet:
     async def load(self, name, **options):
         device = PLACES[name]
         backend = self.backends[device]
-        backend.models[name] = lambda: tuple(self.runners[name].container.weights.values())
+        backend.models[name] = lambda: tuple(container_of(self.runners[name]).weights.values())
         backend.weights[name] = weights(1)
         runner = self.runners[name] = await self.scheduler.load(
             f"{name}.pt2", device=device, **options
@@ -65,15 +66,16 @@ class Fleet:
 
     async def quiet(self):
         """Wait until no update is under way, those included whose callers have left."""
-        await until(lambda: not any(runner.weights.turn.locked() for runner in self))
+        await until(lambda: not any(replica_of(runner).weights.lock.locked() for runner in self))
         await settle()
 
     async def must_be_sound(self):
         """Nothing is lost or mixed, and what each runner says of itself is so; for runners that nobody uses now."""
         await self.quiet()
         for runner in self:
-            check(runner.dispatcher.queue)
-            stats, info, held = runner.stats(), runner.info, runner.container.inactive
+            replica = replica_of(runner)
+            check(replica.dispatcher.queue)
+            stats, info, held = runner.stats(), runner.info, replica.container.inactive
             assert (stats.updating, stats.held_leases, stats.running, stats.queued) == (
                 False,
                 0,
@@ -130,12 +132,13 @@ async def fleet(names="abc", *, auto=True, lanes=2, room=None, **options):
 
 
 class Held:
-    """A step of a container that waits in its thread until it is let go on."""
+    """A step of a container that waits in its thread until it is let go on; of a replica, or a runner on one device."""
 
     def __init__(self, runner, step):
         self._entered = threading.Event()
         self._go_on = threading.Event()
-        call = getattr(runner.container, step)
+        replica = replica_of(runner) if isinstance(runner, Runner) else runner
+        call = getattr(replica.container, step)
 
         def held(*args, **kwargs):
             self._entered.set()
@@ -144,7 +147,7 @@ class Held:
             )  # a test hangs for half of that
             return call(*args, **kwargs)
 
-        setattr(runner.container, step, held)
+        setattr(replica.container, step, held)
 
     async def reached(self):
         await until(self._entered.is_set)

@@ -19,6 +19,7 @@ import structlog
 import uvloop
 
 from aoti_sched import DeadlineExceededError, RunnerClosedError, Scheduler, UnsupportedLoopError
+from aoti_sched.runner import router_of
 from aoti_sched.testing import FakeBackend, settle
 from tests.native.library import ROOT
 
@@ -165,7 +166,7 @@ def test_a_request_that_a_stopped_loop_never_took_is_refused(loop, backend):
                 hand_over(*args)
                 handed.set()
 
-        runner.blocking.loop = Loop()
+        router_of(runner).blocking.loop = Loop()
         caller = Caller(runner.run_blocking, 1)
         assert handed.wait(FOREVER)  # this turn of the loop is the last one
         loop.stop()
@@ -339,6 +340,7 @@ PRELUDE = """
 import asyncio, os, signal, sys, threading
 import aoti_sched
 from aoti_sched.testing import FakeBackend
+from aoti_sched.runner import router_of
 
 ready, runners = threading.Event(), []
 backend = FakeBackend({"m": lambda x: x * 2}, auto=True)

@@ -23,6 +23,7 @@ from aoti_sched import events as event_log
 from aoti_sched.queue.check import check
 from aoti_sched.queue.ending import SLICE
 from aoti_sched.testing import FakeBackend, settle
+from tests.inside import container_of, replica_of, tenants_of
 from tests.unit.engine.support import fleet, until, weights
 
 
@@ -132,7 +133,7 @@ async def test_a_source_that_blocks_is_left_at_the_deadline_and_others_go_on():
         for source in sources:  # what comes back writes nothing
             source.go_on()
         await no_source_is_read()
-        assert [runner.container.inactive for runner in its] == [weights(1)] * 3
+        assert [container_of(runner).inactive for runner in its] == [weights(1)] * 3
         await its.must_be_sound()
 
 
@@ -178,7 +179,7 @@ async def test_closing_never_waits_for_a_turn_behind_a_source_of_another_runner(
             waiting = asyncio.ensure_future(its.scheduler.update({a: weights(2), b: weights(2)}))
         else:
             waiting = asyncio.ensure_future(its.scheduler.commit(a, b))
-        await until(a.weights.turn.locked)
+        await until(replica_of(a).weights.lock.locked)
         await a.aclose()
         with pytest.raises(aoti_sched.RunnerClosedError, match="'a'"):
             await waiting
@@ -284,7 +285,7 @@ async def test_a_log_processor_that_raises_changes_nothing_and_is_told_of_once(e
     structlog.configure(processors=[processor])
     async with fleet() as its:
         a, b, _ = its
-        its.backends["cpu"].models["a"] = a.container.function = fails
+        its.backends["cpu"].models["a"] = container_of(a).function = fails
         ends = await all_ends([runner.submit() for _ in range(80) for runner in (a, b)])
         assert ends == ["ValueError", "tuple"] * 80
         await its.update(2)
@@ -318,7 +319,7 @@ async def test_a_logging_filter_that_raises_changes_nothing(told):
     try:
         async with fleet() as its:
             a, b, _ = its
-            a.container.function = fails
+            container_of(a).function = fails
             ends = await all_ends([runner.submit() for _ in range(80) for runner in (a, b)])
             assert ends == ["ValueError", "tuple"] * 80
     finally:
@@ -333,7 +334,7 @@ async def test_a_log_processor_meets_no_fact_half_way_and_may_call_the_scheduler
     def processor(logger, name, event):
         seen.append(event["event"])
         for runner in its:
-            check(runner.dispatcher.queue)
+            check(replica_of(runner).dispatcher.queue)
         if event["event"] == "run failed" and len(submitted) < 200:
             submitted.append(b.submit())
         raise structlog.DropEvent
@@ -341,7 +342,7 @@ async def test_a_log_processor_meets_no_fact_half_way_and_may_call_the_scheduler
     async with fleet() as its:
         a, b, _ = its
         structlog.configure(processors=[processor])
-        a.container.function = fails
+        container_of(a).function = fails
         first = [runner.submit() for _ in range(80) for runner in (a, b)]
         assert not seen
         await all_ends(first)
@@ -364,7 +365,7 @@ def test_an_exit_asked_for_by_a_log_processor_leaves_the_loop_and_no_request_is_
         async with fleet() as its:
             a, b, _ = its
             structlog.configure(processors=[processor])
-            a.container.function = fails
+            container_of(a).function = fails
             ends = await all_ends([a.submit(), b.submit(), b.submit()])
             structlog.reset_defaults()
             return ends
@@ -411,16 +412,17 @@ async def test_whatever_is_raised_in_a_fact_is_its_own_operations_error(place, e
     expected = type(error).__name__
     async with fleet("ab") as its:
         a, b = its
-        container, was = a.container, None
+        replica, was = replica_of(a), None
+        container = replica.container
         if place == "run":
             was, container.function = container.function, raises
         elif place == "unflatten":
-            was, a.call_spec = (
-                a.call_spec,
-                types.SimpleNamespace(flatten=a.call_spec.flatten, unflatten=raises),
+            was, replica.call_spec = (
+                replica.call_spec,
+                types.SimpleNamespace(flatten=replica.call_spec.flatten, unflatten=raises),
             )
         elif place == "submit":
-            a.dispatcher.executor.submit = raises
+            replica.dispatcher.executor.submit = raises
         else:
             container.folds = True
             setattr(container, place, raises)
@@ -437,11 +439,11 @@ async def test_whatever_is_raised_in_a_fact_is_its_own_operations_error(place, e
             assert isinstance(both[0], Exception)
             assert type(both[0]) is type(error) or f"raised {expected}" in str(both[0])
         if place in ("run", "unflatten"):
-            container.function, a.call_spec = (
-                (was, a.call_spec) if place == "run" else (container.function, was)
+            container.function, replica.call_spec = (
+                (was, replica.call_spec) if place == "run" else (container.function, was)
             )
         elif place == "submit":
-            del a.dispatcher.executor.submit
+            del replica.dispatcher.executor.submit
         else:
             delattr(container, place)
         await b.update(weights(2))
@@ -459,13 +461,13 @@ async def test_a_model_that_cannot_be_closed_is_closings_own_error_and_others_cl
     backends = {name: FakeBackend({name: lambda: 1}, auto=True, name=name) for name in "ab"}
     scheduler = await Scheduler(devices=backends).__aenter__()
     a, b = [await scheduler.load(f"{name}.pt2", device=name) for name in "ab"]
-    a.container.close = raises
+    container_of(a).close = raises
     with pytest.raises(refusal):
         await a.aclose()
     assert await b.run() == 1
     with pytest.raises(refusal):
         await scheduler.__aexit__(None, None, None)
-    assert b.container.closed
+    assert container_of(b).closed
 
 
 # --- keys and numbers of users ------------------------------------------------------------------------
@@ -530,7 +532,7 @@ async def test_a_key_is_asked_nothing_after_options(spoiled, ends):
         if ends == "terminate":
             await terminating
         else:
-            check(a.dispatcher.queue)
+            check(replica_of(a).dispatcher.queue)
         assert [key.asked for key in keys] == [0, 0]
 
 
@@ -558,7 +560,7 @@ async def test_tenants_that_are_gone_are_forgotten_with_their_keys():
             )
         gc.collect()
         a.options(tenant="one more")
-        known = len(a.tenants)
+        known = len(tenants_of(a))
         assert known <= 2000
         assert kept._options.tenant is a.options(tenant="kept")._options.tenant
         assert kept._options.tenant is not a.options(tenant=5)._options.tenant
@@ -570,10 +572,10 @@ async def test_tenants_that_are_gone_at_once_are_forgotten_in_slices():
         views = [a.options(tenant=number) for number in range(1000)]
         del views
         a.options(tenant="one more")
-        assert len(a.tenants) > 800
+        assert len(tenants_of(a)) > 800
         for number in range(20):
             a.options(tenant=f"another {number}")
-        assert len(a.tenants) < 100
+        assert len(tenants_of(a)) < 100
 
 
 class Odd(float):

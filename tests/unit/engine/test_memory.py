@@ -22,6 +22,7 @@ from aoti_sched import (
 )
 from aoti_sched.queue.check import check
 from aoti_sched.testing import FakeBackend, ManualClock, settle
+from tests.inside import container_of, replica_of, replicas_of, serving
 from tests.unit.engine.support import Held, until
 
 
@@ -45,7 +46,9 @@ class Shelf:
         return await self.scheduler.load(f"{name}.pt2", **options)
 
     def numbers(self, name, device):
-        (replica,) = [one for one in self.scheduler.runners[name].loaded if one.device == device]
+        (replica,) = [
+            one for one in replicas_of(self.scheduler.runners[name]) if one.device == device
+        ]
         return set(replica.container.weights.values())
 
     def memory(self, device="cpu"):
@@ -53,7 +56,7 @@ class Shelf:
 
     def check(self):
         for runner in self.scheduler.runners.values():
-            for replica in runner.loaded:
+            for replica in replicas_of(runner):
                 check(replica.dispatcher.queue)
 
 
@@ -150,7 +153,7 @@ async def test_when_all_who_asked_have_left_it_comes_back_and_can_be_parked_agai
 async def test_weights_that_cant_be_brought_back_fail_the_requests_and_the_next_tries_again():
     async with shelf(1) as its:
         a, _ = await its.load("a"), await its.load("b")
-        a.container.faults["unpark"] = OSError("the disk is gone")
+        container_of(a).faults["unpark"] = OSError("the disk is gone")
         answers = await asyncio.gather(a.run(), a.run(), return_exceptions=True)
         assert [type(error) for error in answers] == [LoadError, LoadError]
         assert (
@@ -164,7 +167,7 @@ async def test_weights_that_cant_be_brought_back_fail_the_requests_and_the_next_
 async def test_one_that_could_not_be_parked_is_sound():
     async with shelf(1) as its:
         a = await its.load("a")
-        a.container.faults["park"] = RuntimeError("no")
+        container_of(a).faults["park"] = RuntimeError("no")
         b = await its.load("b")
         assert await a.run() == await b.run() == {1}
 
@@ -321,7 +324,7 @@ async def test_an_update_that_is_given_up_while_it_waits_for_memory_gives_it_bac
         with pytest.raises(asyncio.CancelledError):
             await update
         leaving.go_on()
-        await until(lambda: not a.weights.turn.locked())
+        await until(lambda: not replica_of(a).weights.lock.locked())
         assert await b.run() == await a.run() == {1}
         assert its.memory().used == 2
         its.check()
@@ -334,7 +337,7 @@ async def test_a_parked_model_closes():
     async with shelf(1) as its:
         a, b = await its.load("a"), await its.load("b")
         await a.aclose()
-        assert a.container.closed
+        assert container_of(a).closed
         assert its.memory().parked == 0
         assert await b.run() == {1}
 
@@ -361,10 +364,10 @@ async def test_one_that_is_terminated_on_its_way_is_closed_when_it_has_come():
         closing = asyncio.ensure_future(a.terminate())
         await settle()
         assert isinstance(request.exception(), Exception)
-        assert not a.container.closed
+        assert not container_of(a).closed
         coming.go_on()
         await closing
-        assert a.container.closed
+        assert container_of(a).closed
 
 
 async def test_a_load_that_nobody_waits_for_any_more_gives_its_memory_back():
@@ -386,7 +389,7 @@ async def test_a_replica_that_is_parked_is_passed_over():
     async with shelf(2, devices=("cpu:0", "cpu:1")) as its:
         both = await its.load("both", devices=["cpu:0", "cpu:1"])
         await its.load("other", 2, device="cpu:0")
-        first, second = both.replicas
+        first, second = serving(both)
         assert (first.stats().parked, second.stats().parked, both.stats().parked) == (
             True,
             False,
@@ -445,7 +448,7 @@ async def test_random_work_loses_nothing(seed):
         for runner in runners.values():
             await runner.free_previous()
         for runner in runners.values():
-            numbers = set(runner.container.weights.values())
+            numbers = set(container_of(runner).weights.values())
             assert await runner.run() == numbers
         its.check()
         assert answered > 20

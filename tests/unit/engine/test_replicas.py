@@ -21,6 +21,7 @@ from aoti_sched import (
 )
 from aoti_sched.queue.check import check
 from aoti_sched.testing import FakeBackend, FakeCall, ManualClock, settle
+from tests.inside import alone, replicas_of, serving, updates_of
 from tests.unit.engine.support import Held, until, weights
 
 
@@ -48,7 +49,7 @@ class Pair:
 
     def run(self, name, device):
         self.clock.advance(self.seconds[device])
-        replicas = self.scheduler.runners[name].loaded
+        replicas = replicas_of(self.scheduler.runners[name])
         replica = next(replica for replica in replicas if replica.device == device)
         return tuple(replica.container.weights.values())
 
@@ -75,7 +76,7 @@ class Pair:
 
     def check(self):
         for runner in self.scheduler.runners.values():
-            for replica in runner.loaded:
+            for replica in replicas_of(runner):
                 check(replica.dispatcher.queue)
 
 
@@ -190,7 +191,7 @@ async def test_what_one_asks_for_and_gets_is_of_one_runner():
         assert [one.device for one in info.replicas] == ["cpu:0", "cpu:1"]
         assert dict(its.scheduler.runners) == {"m": runner}
         assert (stats.free_slots, list(stats.replicas)) == (4, ["cpu:0", "cpu:1"])
-        assert repr(runner) == "<ReplicatedRunner 'm' on cpu:0, cpu:1>"
+        assert repr(runner) == "<Runner 'm' on cpu:0, cpu:1>"
         futures = [runner.submit() for _ in range(5)]
         stats = runner.stats()
         assert (stats.submitted, stats.running, stats.queued, stats.phase) == (5, 2, 3, "OPEN")
@@ -271,10 +272,10 @@ async def test_the_steps_of_an_update_are_of_one_runner():
     async with devices(auto=True) as its:
         runner = await its.load()
         await runner.stage(weights(2))
-        assert [replica.container.inactive for replica in runner.loaded] == [weights(2)] * 2
+        assert [replica.container.inactive for replica in replicas_of(runner)] == [weights(2)] * 2
         assert await runner.extract(inactive=True) == weights(2)
         await runner.discard()
-        assert [replica.container.inactive for replica in runner.loaded] == [None] * 2
+        assert [replica.container.inactive for replica in replicas_of(runner)] == [None] * 2
         with pytest.raises(aoti_sched.UpdateError, match="nothing to publish"):
             await runner.commit()
         await runner.stage(weights(3))
@@ -299,11 +300,11 @@ async def test_several_runners_are_updated_together_wherever_they_are():
 async def test_what_fails_on_one_device_changes_nothing_on_the_others(step):
     async with devices(auto=True) as its:
         runner = await its.load()
-        runner.loaded[1].container.faults[step] = RuntimeError("no memory")
+        replicas_of(runner)[1].container.faults[step] = RuntimeError("no memory")
         with pytest.raises(RuntimeError, match="no memory"):
             await runner.update(weights(2))
         assert [await runner.run() for _ in range(4)] == [(1, 1)] * 4
-        assert {replica.epoch for replica in runner.loaded} == {1}
+        assert {replica.epoch for replica in replicas_of(runner)} == {1}
         assert runner.info.staged is False
         await runner.update(weights(3))
         assert [await runner.run() for _ in range(4)] == [(3, 3)] * 4
@@ -312,7 +313,7 @@ async def test_what_fails_on_one_device_changes_nothing_on_the_others(step):
 async def test_a_device_that_can_not_go_back_to_its_weights_leaves():
     async with devices(3, auto=True) as its:
         runner = await its.load()
-        first, second, third = runner.loaded
+        first, second, third = replicas_of(runner)
         swap = first.container.swap
 
         def once():
@@ -326,7 +327,7 @@ async def test_a_device_that_can_not_go_back_to_its_weights_leaves():
         second.container.faults["swap"] = RuntimeError("no")
         with pytest.raises(RuntimeError, match="no"):
             await runner.update(weights(2))
-        assert runner.replicas == (second, third)
+        assert serving(runner) == (second, third)
         assert [await runner.run() for _ in range(4)] == [(1, 1)] * 4
         await runner.update(weights(3))
         assert [await runner.run() for _ in range(4)] == [(3, 3)] * 4
@@ -608,7 +609,7 @@ async def test_a_drained_device_takes_no_models():
 async def test_an_update_goes_on_without_a_device_that_leaves_while_it_is_staged():
     async with devices(auto=True) as its:
         runner = await its.load()
-        held = Held(runner.loaded[0], "stage")
+        held = Held(replicas_of(runner)[0], "stage")
         update = asyncio.ensure_future(runner.update(weights(2)))
         await held.reached()
         draining = asyncio.ensure_future(its.scheduler.drain_device("cpu:0"))
@@ -623,8 +624,8 @@ async def test_an_update_goes_on_without_a_device_that_leaves_while_it_is_staged
 async def test_an_update_goes_on_without_a_device_whose_staging_fails_when_it_has_left():
     async with devices(auto=True) as its:
         runner = await its.load()
-        runner.loaded[0].container.faults["stage"] = RuntimeError("lost")
-        held = Held(runner.loaded[0], "stage")
+        replicas_of(runner)[0].container.faults["stage"] = RuntimeError("lost")
+        held = Held(replicas_of(runner)[0], "stage")
         update = asyncio.ensure_future(runner.update(weights(2)))
         await held.reached()
         draining = asyncio.ensure_future(its.scheduler.drain_device("cpu:0"))
@@ -640,7 +641,7 @@ async def test_an_update_goes_on_without_a_device_that_leaves_at_the_barrier():
         futures = [runner.submit() for _ in range(4)]
         update = asyncio.ensure_future(runner.update(weights(2)))
         await until(lambda: runner.stats().updating)
-        runner.loaded[0].container.faults["swap"] = RuntimeError("lost")
+        replicas_of(runner)[0].container.faults["swap"] = RuntimeError("lost")
         draining = asyncio.ensure_future(its.scheduler.drain_device("cpu:0"))
         await settle()
         assert places(futures) == ["cpu:0", "cpu:1", "cpu:1", "cpu:1"]
@@ -650,7 +651,7 @@ async def test_an_update_goes_on_without_a_device_that_leaves_at_the_barrier():
         await its.serve()
         assert await asyncio.gather(*futures) == [(1, 1), (1, 1), (2, 2), (2, 2)]
         await draining
-        assert [replica.epoch for replica in runner.loaded] == [1, 2]
+        assert [replica.epoch for replica in replicas_of(runner)] == [1, 2]
         its.check()
 
 
@@ -661,10 +662,12 @@ async def test_who_waits_for_its_turn_goes_on_without_a_device_that_leaves_meanw
     async with devices(auto=True) as its:
         runner = await its.load()
         await runner.update(weights(2))
-        second = runner.loaded[1]
+        second = replicas_of(runner)[1]
         held = Held(second, "extract" if what == "rollback" else "stage")
         if what == "rollback":  # staging would leave nothing to go back to
-            blocking = asyncio.ensure_future(second.updates.extract(second, inactive=False))
+            blocking = asyncio.ensure_future(
+                updates_of(runner).extract(alone(second), inactive=False)
+            )
         else:
             blocking = asyncio.ensure_future(runner.stage(weights(3)))
         await held.reached()
@@ -688,7 +691,7 @@ async def test_who_waits_for_its_turn_goes_on_without_a_device_that_leaves_meanw
 async def test_an_update_that_loses_its_last_device_fails():
     async with devices(auto=True) as its:
         runner = await its.load()
-        held = Held(runner.loaded[0], "stage")
+        held = Held(replicas_of(runner)[0], "stage")
         update = asyncio.ensure_future(runner.update(weights(2)))
         await held.reached()
         drains = [asyncio.ensure_future(its.scheduler.drain_device(name)) for name in its.backends]
@@ -802,10 +805,10 @@ async def test_a_run_on_the_loop_may_meet_a_lost_device():
         def gone():
             raise aoti_sched.DeviceLostError("gone", device="cpu:0")
 
-        runner.loaded[0].container.function = gone
+        replicas_of(runner)[0].container.function = gone
         with pytest.raises(aoti_sched.DeviceLostError, match="gone"):
             await runner.submit()
-        assert runner.replicas == runner.loaded[1:]
+        assert serving(runner) == replicas_of(runner)[1:]
         assert [await runner.run() for _ in range(2)] == [(1, 1)] * 2
 
 
@@ -844,7 +847,7 @@ async def test_the_last_device_stays_and_says_itself_that_it_is_lost():
             await its.step(device, aoti_sched.DeviceLostError(f"{device} is gone", device=device))
         errors = [str(future.exception()) for future in futures]
         assert errors == ["cpu:0 is gone"] + ["cpu:1 is gone"] * 3
-        assert [replica.device for replica in runner.replicas] == ["cpu:1"]
+        assert [replica.device for replica in serving(runner)] == ["cpu:1"]
 
 
 async def test_a_lost_device_does_not_stop_an_update_of_the_others():

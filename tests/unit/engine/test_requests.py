@@ -166,7 +166,7 @@ async def test_a_timeout_without_an_end_is_none(aoti_backend, aoti_scheduler, gi
 def test_a_negative_timeout_is_refused():
     options = aoti_sched.RunnerView.options
     with pytest.raises(ValueError, match="seconds"):
-        options(aoti_sched.RunnerView(None, None, aoti_sched.runner.Options()), timeout=-1)
+        options(aoti_sched.RunnerView(None, None, None, aoti_sched.handle.Options()), timeout=-1)
 
 
 async def test_cancelling_a_queued_request_frees_its_place_at_once(aoti_backend, aoti_scheduler):

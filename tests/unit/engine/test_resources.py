@@ -22,6 +22,7 @@ from aoti_sched import AotiSchedError, ResourcesError, Scheduler
 from aoti_sched.backends.executors import threads, wakeup_fd
 from aoti_sched.backends.executors.choose import open_executor
 from aoti_sched.testing import FakeBackend
+from tests.inside import replica_of
 from tests.unit.engine.support import until
 
 EXECUTORS = ["native", "threads"]
@@ -87,13 +88,12 @@ async def life(backend):
             await scheduler.load("other.pt2")
         future = runner.submit(5)
         await future
-        owners = [scheduler, runner.dispatcher.executor, runner.dispatcher, backend.containers[-1]]
+        dispatcher = replica_of(runner).dispatcher
+        owners = [scheduler, dispatcher.executor, dispatcher, backend.containers[-1]]
     with pytest.raises(aoti_sched.RunnerClosedError):
         await runner.run(1)
     backend.containers.clear()
-    return [
-        weakref.ref(owner) for owner in owners if not isinstance(owner, type(runner.dispatcher))
-    ]
+    return [weakref.ref(owner) for owner in owners if not isinstance(owner, type(dispatcher))]
 
 
 # --- nothing is kept --------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from aoti_sched import (
     ShedError,
 )
 from aoti_sched.testing import FakeBackend, ManualClock, fake_scheduler, settle
+from tests.inside import container_of
 from tests.unit.engine.support import until
 
 
@@ -267,7 +268,7 @@ class TestHealth:
         runner = await aoti_scheduler.load("m.pt2", on_failure="rebuild", instances=2)
         await runner.update({"w": 2})
         built = []
-        container = runner.container
+        container = container_of(runner)
         container.rebuild = lambda: built.append(dict(container.weights))
         await self.fail(aoti_backend, runner, 3)
         futures = [runner.submit() for _ in range(5)]
@@ -302,7 +303,7 @@ class TestHealth:
     ):
         aoti_backend.models["m"] = lambda: "well"
         runner = await aoti_scheduler.load("m.pt2", on_failure="rebuild")
-        runner.container.faults["rebuild"] = RuntimeError("the package is gone")
+        container_of(runner).faults["rebuild"] = RuntimeError("the package is gone")
         await self.fail(aoti_backend, runner, 5)
         await until(lambda: any(entry["event"] == "container can't be rebuilt" for entry in logs))
         await settle()

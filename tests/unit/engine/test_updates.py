@@ -9,8 +9,9 @@ import structlog
 
 import aoti_sched
 from aoti_sched import Limits, Priority, Scheduler
-from aoti_sched.engine import weights as update
+from aoti_sched.engine.weights import staging
 from aoti_sched.testing import FakeBackend, settle
+from tests.inside import container_of, replica_of
 from tests.unit.engine.support import Held, fleet, until, weights
 
 
@@ -59,9 +60,9 @@ async def test_several_runners_on_two_devices_change_together():
 async def test_the_report_tells_what_each_step_took():
     async with fleet("a", auto=False) as its:
         (a,) = its
-        a.container.folds = True
+        container_of(a).folds = True
         for step, seconds in [("stage", 8), ("fold", 4), ("swap", 1)]:
-            takes(its.clock, a.container, step, seconds)
+            takes(its.clock, container_of(a), step, seconds)
         running, queued = a.submit(), a.submit()
         updating = later(a.update(weights(2)))
         await until(lambda: a.stats().queued == 2)  # the fold's lease goes first
@@ -91,7 +92,7 @@ def takes(clock, container, step, seconds):
 async def test_a_commit_tells_what_its_staging_took_and_a_rollback_staged_nothing():
     async with fleet("a") as its:
         (a,) = its
-        takes(its.clock, a.container, "stage", 8)
+        takes(its.clock, container_of(a), "stage", 8)
         await a.stage(weights(2))
         its.clock.advance(100)
         report = await a.commit()
@@ -140,7 +141,7 @@ async def test_a_set_that_does_not_fit_is_refused_with_every_fault_and_nothing_c
 async def test_a_model_that_cannot_be_updated_says_why():
     async with fleet("ab") as its:
         a, b = its
-        b.container.updatable = "it was compiled with freeze=True"
+        container_of(b).updatable = "it was compiled with freeze=True"
         with pytest.raises(aoti_sched.UpdateError, match=r"runner 'b': .* freeze=True"):
             await its.scheduler.update({a: weights(2), b: weights(2)})
         await its.must_be_sound()
@@ -314,8 +315,8 @@ async def test_a_runner_of_another_scheduler_is_refused():
 @pytest.mark.parametrize("name", ["a", "b", "c"])
 async def test_a_fault_on_one_of_three_runners_changes_none(step, name):
     async with fleet() as its:
-        its.runners[name].container.folds = True
-        its.runners[name].container.faults[step] = RuntimeError(f"{step} failed")
+        container_of(its.runners[name]).folds = True
+        container_of(its.runners[name]).faults[step] = RuntimeError(f"{step} failed")
         with pytest.raises(RuntimeError, match=f"{step} failed"):
             await its.update(2)
         assert its.epochs == [1, 1, 1]
@@ -328,15 +329,18 @@ async def test_a_fault_on_one_of_three_runners_changes_none(step, name):
 async def test_a_container_that_cannot_go_back_leaves_rather_than_serve_what_the_others_do_not():
     async with fleet() as its:
         a, b, c = its
-        swap = a.container.swap
+        swap = container_of(a).swap
 
         def swap_once():
-            a.container.faults["swap"] = RuntimeError("no way back")
-            a.container.swap = swap
-            a.container.inactive, a.container.weights = a.container.weights, a.container.inactive
+            container_of(a).faults["swap"] = RuntimeError("no way back")
+            container_of(a).swap = swap
+            container_of(a).inactive, container_of(a).weights = (
+                container_of(a).weights,
+                container_of(a).inactive,
+            )
 
-        a.container.swap = swap_once
-        c.container.faults["swap"] = RuntimeError("swap failed")
+        container_of(a).swap = swap_once
+        container_of(c).faults["swap"] = RuntimeError("swap failed")
         with pytest.raises(RuntimeError, match="swap failed"):
             await its.update(2)
         with pytest.raises(aoti_sched.RunnerClosedError):
@@ -349,7 +353,7 @@ async def test_a_container_that_cannot_go_back_leaves_rather_than_serve_what_the
 
 async def test_memory_that_is_not_given_back_does_not_undo_an_update(quiet_logs):
     async with fleet() as its:
-        its.runners["a"].container.faults["free_inactive"] = RuntimeError("not now")
+        container_of(its.runners["a"]).faults["free_inactive"] = RuntimeError("not now")
         await its.update(2, keep_previous=False)
         assert its.epochs == [2, 2, 2]
         assert [r.info.inactive_bytes for r in its] == [2, 0, 0]
@@ -362,7 +366,7 @@ async def test_memory_that_is_not_given_back_does_not_undo_an_update(quiet_logs)
 async def test_a_failed_update_whose_memory_is_not_given_back_raises_its_own_error_and_leaves_nothing_to_commit():
     async with fleet() as its:
         a, b, c = its
-        a.container.faults["free_inactive"] = RuntimeError("not now")
+        container_of(a).faults["free_inactive"] = RuntimeError("not now")
         with pytest.raises(aoti_sched.ConstantMismatchError):
             await its.scheduler.update({a: weights(2), b: weights(2), c: {}})
         assert [r.info.staged for r in its] == [False, False, False]
@@ -375,7 +379,7 @@ async def test_a_discard_that_fails_can_be_tried_again():
     async with fleet("a") as its:
         (a,) = its
         await a.stage(weights(2))
-        a.container.faults["free_inactive"] = RuntimeError("not now")
+        container_of(a).faults["free_inactive"] = RuntimeError("not now")
         with pytest.raises(RuntimeError, match="not now"):
             await a.discard()
         assert (a.info.staged, a.info.inactive_bytes) == (True, 2)
@@ -388,15 +392,15 @@ async def test_a_failed_fold_has_the_container_rebuilt_before_anything_starts_on
         (a,) = its
         await its.update(2)
         rebuilt = []
-        rebuild = a.container.rebuild
+        rebuild = container_of(a).rebuild
 
         def noted():
             rebuilt.append((its.backends["cpu"].running, a.stats().updating))
             rebuild()
 
-        a.container.rebuild = noted
-        a.container.folds = True
-        a.container.faults["fold"] = RuntimeError("fold failed")
+        container_of(a).rebuild = noted
+        container_of(a).folds = True
+        container_of(a).faults["fold"] = RuntimeError("fold failed")
         running, queued = a.submit(), a.submit()
         updating = later(a.update(weights(3)))
         await its.backends["cpu"].step()
@@ -412,8 +416,8 @@ async def test_a_failed_fold_has_the_container_rebuilt_before_anything_starts_on
 async def test_a_container_that_cannot_be_rebuilt_serves_no_more_and_can_be_closed(quiet_logs):
     async with fleet("ab") as its:
         a, b = its
-        a.container.folds = True
-        a.container.faults.update(
+        container_of(a).folds = True
+        container_of(a).faults.update(
             fold=RuntimeError("fold failed"), rebuild=RuntimeError("rebuild failed")
         )
         with pytest.raises(RuntimeError, match="rebuild failed"):
@@ -432,8 +436,8 @@ async def test_a_container_that_cannot_be_rebuilt_serves_no_more_and_can_be_clos
 async def test_a_rebuild_waits_for_held_leases_but_not_so_the_caller():
     async with fleet("a", instances=2) as its:
         (a,) = its
-        a.container.folds = True
-        a.container.faults["fold"] = RuntimeError("fold failed")
+        container_of(a).folds = True
+        container_of(a).faults["fold"] = RuntimeError("fold failed")
         async with a.lease() as lease:
             updating = later(a.update(weights(2), timeout=5))
             await until(lambda: a.stats().updating)
@@ -452,7 +456,7 @@ async def test_a_rebuild_waits_for_held_leases_but_not_so_the_caller():
 async def test_an_update_that_folds_works_while_the_queue_is_full():
     async with fleet("a", auto=False, limits=Limits(jobs=2)) as its:
         (a,) = its
-        a.container.folds = True
+        container_of(a).folds = True
         running, *queued = [a.submit() for _ in range(3)]
         updating = later(its.update(2))
         await until(lambda: a.stats().queued == 3)
@@ -469,7 +473,7 @@ async def test_an_update_that_folds_works_while_the_queue_is_full():
 async def test_a_fold_waits_for_nothing_but_a_slot_when_another_runner_has_filled_the_device():
     async with fleet("ac", auto=False, lanes=1, room=2) as its:
         a, c = its
-        a.container.folds = True
+        container_of(a).folds = True
         others = [c.submit() for _ in range(3)]
         await its.update(2, a)
         assert not any(future.done() for future in others)
@@ -481,7 +485,7 @@ async def test_a_fold_waits_for_nothing_but_a_slot_when_another_runner_has_fille
 async def test_a_fold_goes_before_those_who_are_queued_and_those_who_wait_for_room():
     async with fleet("a", auto=False, limits=Limits(jobs=1), overflow="wait") as its:
         (a,) = its
-        a.container.folds = True
+        container_of(a).folds = True
         running, queued = a.submit(), a.submit()
         urgent = a.options(priority=Priority.HIGH).submit()
         waiting = [a.submit() for _ in range(3)]
@@ -503,7 +507,7 @@ async def test_a_fold_goes_before_those_who_are_queued_and_those_who_wait_for_ro
 async def test_a_fold_at_a_full_queue_waits_for_a_held_lease_whose_runs_go_on():
     async with fleet("a", limits=Limits(jobs=1)) as its:
         (a,) = its
-        a.container.folds = True
+        container_of(a).folds = True
         async with a.lease() as lease:
             queued = a.submit()
             updating = later(its.update(2))
@@ -519,7 +523,7 @@ async def test_a_fold_at_a_full_queue_waits_for_a_held_lease_whose_runs_go_on():
 async def test_updates_that_fold_side_by_side_on_a_full_device_all_come_through():
     async with fleet("ac", auto=False, room=1, limits=Limits(jobs=1)) as its:
         for runner in its:
-            runner.container.folds = True
+            container_of(runner).folds = True
         a, c = its
         running = [a.submit(), c.submit(), a.submit()]
         both = its.update(2), its.update(3, c), its.update(4, a)
@@ -535,7 +539,7 @@ async def test_updates_that_fold_side_by_side_on_a_full_device_all_come_through(
 async def test_a_fold_that_waits_behind_a_full_queue_can_be_given_up(how):
     async with fleet("a", auto=False, limits=Limits(jobs=1)) as its:
         (a,) = its
-        a.container.folds = True
+        container_of(a).folds = True
         futures = [a.submit(), a.submit()]
         updating = later(a.update(weights(2), timeout=5))
         await until(lambda: a.stats().queued == 2)
@@ -557,7 +561,7 @@ async def test_a_fold_that_waits_behind_a_full_queue_can_be_given_up(how):
 async def test_closing_while_a_fold_waits_for_a_slot_ends_the_update(way):
     async with fleet("a", auto=False, limits=Limits(jobs=1)) as its:
         (a,) = its
-        a.container.folds = True
+        container_of(a).folds = True
         running, queued = a.submit(), a.submit()
         updating = later(a.update(weights(2)))
         await until(lambda: a.stats().queued == 2)
@@ -583,7 +587,7 @@ async def test_closing_while_a_fold_waits_for_a_slot_ends_the_update(way):
 async def test_a_step_in_its_thread_is_given_up_after_it_and_the_caller_leaves_at_once(step):
     async with fleet("a", instances=2) as its:  # folding has one of them
         (a,) = its
-        a.container.folds = True
+        container_of(a).folds = True
         await its.update(2)
         held = Held(a, step)
         updating = later(a.update(weights(3)))
@@ -601,7 +605,7 @@ async def test_a_step_in_its_thread_is_given_up_after_it_and_the_caller_leaves_a
 async def test_what_timed_out_in_its_thread_is_never_published(step):
     async with fleet("a") as its:
         (a,) = its
-        a.container.folds = True
+        container_of(a).folds = True
         held = Held(a, step)
         updating = later(a.update(weights(2), timeout=5))
         await held.reached()
@@ -677,7 +681,9 @@ async def test_a_timeout_in_the_very_moment_the_barrier_is_reached_still_changes
         updating = later(a.update(weights(2), timeout=5))
         await until(lambda: a.stats().updating)
         its.backends["cpu"]._executor.step()
-        a.dispatcher._collect()  # the last slot is home, the update has not yet been told
+        replica_of(
+            a
+        ).dispatcher._collect()  # the last slot is home, the update has not yet been told
         its.clock.advance(5)
         with pytest.raises(aoti_sched.DeadlineExceededError):
             await updating
@@ -725,8 +731,8 @@ def without_threads(monkeypatch):
         await asyncio.sleep(0)
         return call(None)
 
-    monkeypatch.setattr(update.Updates, "_in_thread", here)
-    monkeypatch.setattr(update, "_read", read_here)
+    monkeypatch.setattr(staging.InactiveBuffers, "in_thread", here)
+    monkeypatch.setattr(staging, "_read", read_here)
 
 
 @pytest.mark.parametrize("how", ["cancel", "timeout"])
@@ -739,7 +745,7 @@ async def test_an_update_given_up_at_any_turn_of_the_loop_has_changed_all_or_not
     while not finished:
         async with fleet(auto=False, instances=2) as its:
             for runner in its:
-                runner.container.folds = True
+                container_of(runner).folds = True
             await its.update(2)
             in_use = [runner.submit() for runner in its]
             updating = later(
@@ -836,7 +842,7 @@ async def test_a_lease_asked_for_at_a_closed_barrier_is_of_the_new_epoch():
 async def test_a_fold_takes_a_slot_of_its_own_and_gives_it_back():
     async with fleet("a", instances=2, auto=False) as its:
         (a,) = its
-        a.container.folds = True
+        container_of(a).folds = True
         held = Held(a, "fold")
         updating = later(its.update(2))
         await held.reached()
@@ -853,8 +859,8 @@ async def test_a_fold_takes_a_slot_of_its_own_and_gives_it_back():
 async def test_fold_can_be_left_to_the_first_request():
     async with fleet("a") as its:
         (a,) = its
-        a.container.folds = True
-        a.container.faults["fold"] = RuntimeError("it was not to be called")
+        container_of(a).folds = True
+        container_of(a).faults["fold"] = RuntimeError("it was not to be called")
         await its.update(2, fold=False)
         await its.must_be_sound()
 
@@ -862,7 +868,7 @@ async def test_fold_can_be_left_to_the_first_request():
 async def test_a_fold_that_waits_for_a_slot_can_be_given_up():
     async with fleet("a") as its:
         (a,) = its
-        a.container.folds = True
+        container_of(a).folds = True
         async with a.lease():
             updating = later(a.update(weights(2)))
             await until(lambda: a.stats().queued)
@@ -940,14 +946,14 @@ async def test_what_is_asked_for_during_an_update_waits_for_its_turn():
 async def test_closing_waits_for_the_step_of_an_update_that_is_under_way(way, step):
     async with fleet("ab") as its:
         a, b = its
-        a.container.folds = True
+        container_of(a).folds = True
         held = Held(a, step)
         updating = later(its.update(2, keep_previous=False))
         await held.reached()
         closing = later(getattr(a, way)())
         await settle()
         assert not closing.done()
-        assert not a.container.closed
+        assert not container_of(a).closed
         held.go_on()
         await closing
         if step == "free_inactive":  # it was published before
@@ -957,7 +963,7 @@ async def test_closing_waits_for_the_step_of_an_update_that_is_under_way(way, st
                 aoti_sched.RunnerClosedError, match=r"'a' is .*its weights can't be changed"
             ):
                 await updating
-        assert a.container.closed
+        assert container_of(a).closed
         del its.runners["a"]
         await its.must_be_sound()
         await its.update(3, b)
@@ -1295,7 +1301,7 @@ async def test_a_failed_update_keeps_those_waiting_who_wait_for_its_epoch():
     async with fleet("a") as its:
         (a,) = its
         future = a.options(min_epoch=2).submit()
-        a.container.faults["swap"] = RuntimeError("swap failed")
+        container_of(a).faults["swap"] = RuntimeError("swap failed")
         with pytest.raises(RuntimeError):
             await a.update(weights(2))
         await settle()

@@ -1,0 +1,38 @@
+"""Request: what the dispatcher knows of a job's payload.
+
+A file of its own, since `dispatcher.py` is compiled: a class that is defined there would be
+demanded at run time.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from aoti_sched.backends.contracts import Container
+    from aoti_sched.model.batch_layout import Grouping
+
+
+class Model(Protocol):
+    """What a run needs of the model on this device. A `Replica` has it."""
+
+    container: Container
+    threads: int
+    batch_layout: Grouping | None
+
+
+class Request(Protocol):
+    """The caller's future, with the inputs of its run. A `RunFuture` is one."""
+
+    _inputs: Sequence[Any]
+    _replica: Model
+
+    def done(self) -> bool: ...
+
+    def set_result(self, result: Any) -> None: ...
+
+    def _deliver(self, outputs: list[Any]) -> None: ...
+
+    def _refuse(self, error: BaseException) -> None: ...
