@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from aoti_sched.engine.tasks import Housekeeping
     from aoti_sched.engine.weights.transaction import Updates
     from aoti_sched.errors import DeviceLostError
+    from aoti_sched.queue.runner_state import RunnerState
 
 SLOW_CLOSE = 60.0
 """Seconds after which a close that still waits for runs or leases is logged, as asyncpg's pool
