@@ -240,6 +240,7 @@ class ZipSource:
                 infos = file.infolist()
         except PackageError:
             raise
+        # NotImplementedError is zipfile's word for an unsupported compression method.
         except (
             zipfile.BadZipFile,
             NotImplementedError,

@@ -108,7 +108,10 @@ class Source:
 
 
 def _accounts_in(tenants: Sequence[Turns]) -> Callable[[int, Hashable], Account]:
-    """Return what gives a tenant's account of a class. It does not refer to the runner, whose queue keeps it."""
+    """Return a function that gives a tenant's account in a priority class.
+
+    The function does not refer to the runner: the runner's queue keeps it.
+    """
 
     def account_of(priority: int, tenant: Hashable) -> Account:
         return tenants[priority].of(tenant)
@@ -206,7 +209,10 @@ class RunnerState(Source):
         self.used = -math.inf
 
     def let_go(self) -> None:
-        """Drop the reference to itself, so that a removed runner is in no cycle. No job may be submitted to it any more."""
+        """Drop the runner's reference to itself, so that a removed runner is in no reference cycle.
+
+        No job may be submitted to the runner afterwards.
+        """
         del self.runner
 
     def waiting(self) -> list[Job]:

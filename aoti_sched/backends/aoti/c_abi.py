@@ -232,7 +232,10 @@ FUNCTIONS = {function.name: function for function in _TABLE}
 
 @functools.cache
 def handle_array(count: int) -> type[ctypes.Array[c_void_p]]:
-    """Return the ctypes type of `count` handles in a row. Types are kept: each one is in a reference cycle."""
+    """Return the ctypes type of `count` handles in a row.
+
+    The types are kept, because a class is in a reference cycle.
+    """
     return c_void_p * count
 
 
@@ -287,7 +290,7 @@ class Library:
         return function
 
     def address(self, name: str) -> int:
-        """Return a function's address, for callers in C; 0 when this library lacks it, and for names not in the table."""
+        """Return a function's address for callers in C; 0 when the library or the table lacks it."""
         return self._symbol(name) if self.has(name) else 0
 
     def _symbol(self, name: str) -> int:

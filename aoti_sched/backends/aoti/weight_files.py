@@ -335,7 +335,8 @@ def _safetensors_layout(path: Path, file: io.BufferedReader) -> list[tuple[str, 
                 raise _fault(
                     path,
                     f"has a broken safetensors header: {quoted} ({entry.dtype} {clipped(entry.shape)}, "
-                    f"{clipped(wanted, 40)} bytes) is said to lie at {start} to {stop}, where {end} bytes came before it.",
+                    f"{clipped(wanted, 40)} bytes) has the offsets {start} to {stop}, but "
+                    f"{end} bytes come before it.",
                 )
             try:
                 like = torch.empty(entry.shape, dtype=dtype, device="meta")
@@ -408,6 +409,7 @@ def _read_stored(
         ) from error
     except OSError as error:
         raise _unreadable(path, error) from error
+    # NotImplementedError is zipfile's word for an unsupported compression method.
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise _fault(path, f"is damaged at {clipped(repr(name))}: {reason(error)}") from error
 

@@ -264,7 +264,7 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"a": F32 | {"shape": [-2]}}, "broken safetensors header"),
         ({"a": F32 | {"shape": [2.5]}}, "broken safetensors header"),
         ({"a": F32 | {"dtype": "F4"}}, "'a' of dtype F4"),
-        ({"a": F32 | {"shape": [3]}}, "'a' (F32 [3], 12 bytes) is said to lie at 0 to 8"),
+        ({"a": F32 | {"shape": [3]}}, "'a' (F32 [3], 12 bytes) has the offsets 0 to 8"),
         ({"a": F32 | {"shape": [1 << 62, 1 << 62]}}, "broken safetensors header"),
         ({"a": F32 | {"shape": [10**30]}}, "broken safetensors header"),
         (
@@ -274,9 +274,9 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"a": F32 | {"data_offsets": [8, 0]}}, "broken safetensors header"),
         (
             {"a": F32 | {"data_offsets": [4, 12]}},
-            "'a' (F32 [2], 8 bytes) is said to lie at 4 to 12",
+            "'a' (F32 [2], 8 bytes) has the offsets 4 to 12",
         ),
-        ({"a": F32, "b": F32}, "'b' (F32 [2], 8 bytes) is said to lie at 0 to 8, where 8 bytes"),
+        ({"a": F32, "b": F32}, "'b' (F32 [2], 8 bytes) has the offsets 0 to 8, but 8 bytes"),
         ({"a": F32, "b": F32 | {"data_offsets": [8, 16]}}, "is truncated: its header promises"),
     ],
 )
