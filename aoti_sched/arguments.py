@@ -44,11 +44,10 @@ def timeout(what: str, value: object) -> float | None:
     """
     if value is None:
         return None
-    if type(value) is not float:
-        value = _real(value)
-    if value is None or not value >= 0:
+    seconds = value if type(value) is float else _real(value)
+    if seconds is None or not seconds >= 0:
         raise ConfigError(f"{what}: expected seconds, not negative, or None, got {brief(value)}.")
-    return None if value == math.inf else value
+    return None if seconds == math.inf else seconds
 
 
 def whole(what: str, value: object, *, least: int = 0) -> int:

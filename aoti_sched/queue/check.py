@@ -105,7 +105,7 @@ def check(queue: DeviceQueue) -> None:
             runner in queue._moving
             or runner.halted > 0
             or all(job.min_epoch > runner.published for job in awaiting),
-            "nobody awaits an epoch that has been",
+            "no job awaits an epoch that has been published",
         )
         must(
             all(
@@ -273,7 +273,7 @@ def _check_tenants(runner: RunnerState, must: Callable[[bool, str], None]) -> No
     for tenant, line in runner.tenant_lines.items():
         must(
             bool(line) and counted.get(tenant) == most,
-            "nobody waits for its tenant when there is room",
+            "no job waits for its tenant when there is room",
         )
         must(
             all(job.state is JobState.WAITING and job.tenant == tenant for job in line.values()),

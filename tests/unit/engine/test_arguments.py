@@ -431,3 +431,11 @@ async def test_priorities_are_taken_by_name_and_by_number(scheduler):
     runner = await scheduler.load("m.pt2")
     for priority in (Priority.HIGH, 0, np.int64(0)):
         assert runner.options(priority=priority)._options.priority is Priority.HIGH
+
+
+@pytest.mark.parametrize("value", ["soon", -1, True, 10**400])
+async def test_a_timeout_that_is_refused_is_shown_as_it_was_given(value):
+    async with Scheduler(devices={"cpu": FakeBackend({"m": lambda: 1})}) as scheduler:
+        runner = await scheduler.load("m.pt2")
+        with pytest.raises(ConfigError, match=re.escape(f"got {value!r}"[:20])):
+            runner.options(timeout=value)

@@ -224,7 +224,7 @@ def a_live_deadline_too_many(s):
         ),
         (a_closed_lease, "a held lease is never closed"),
         (one_who_awaits_an_epoch_queued, "what awaits an epoch is WAITING"),
-        (one_who_awaits_what_has_been, "nobody awaits an epoch that has been"),
+        (one_who_awaits_what_has_been, "no job awaits an epoch that has been published"),
         (one_in_the_queue_who_can_not_have_its_epoch, "what is queued can have its epoch"),
         (one_that_is_not_queued_for_its_epoch, "what is queued for an epoch is known by it"),
         (a_run_on_another_epoch, "nothing runs on another epoch"),
@@ -413,7 +413,7 @@ def a_turn_of_which_one_does_not_hear(s):
         (more_on_lanes_than_there_are_cores, "what is on lanes has its cores"),
         (a_tenants_job_counted_twice, "what a tenant has at the gate and in the queue is counted"),
         (a_smaller_bound_for_tenants, "no bound of a tenant is exceeded"),
-        (a_bigger_bound_for_tenants, "nobody waits for its tenant when there is room"),
+        (a_bigger_bound_for_tenants, "no job waits for its tenant when there is room"),
         (one_in_line_queued, "what waits for its tenant is WAITING"),
         (one_in_the_line_of_another_tenant, "what waits for its tenant is WAITING"),
         (
