@@ -243,7 +243,7 @@ class DeviceQueue(Lifecycle):
         if shed:
             for other in shed:
                 self._shed(other, now, commands)
-            full = self.room.full(job)
+            full = None  # the room is the newcomer's, even if another job is at the gate by now
         job.source.live += 1
         if job.min_epoch > job.source.epoch:
             job.happens_at(Fact.HOLD, now)

@@ -27,6 +27,16 @@ def test_an_idle_runner_is_drained_at_once():
     assert runner.phase is Phase.DRAINED
 
 
+def test_a_removed_runner_can_drop_its_reference_to_itself():
+    queue = device()
+    runner = add(queue)
+    queue.drain_runner(runner, 1)
+    queue.remove_runner(runner)
+    assert runner.runner is runner
+    runner.let_go()
+    assert not hasattr(runner, "runner")
+
+
 def test_a_draining_runner_finishes_everything_it_accepted():
     queue = device()
     runner = add(queue, jobs=1)

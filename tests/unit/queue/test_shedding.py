@@ -50,6 +50,16 @@ def test_the_one_with_the_latest_deadline_makes_place():
     assert (runner.counters.shed, runner.load.jobs) == (1, 2)
 
 
+def test_a_newcomer_has_the_room_that_was_made_for_it_before_one_of_the_victims_tenant():
+    queue, runner = scene(2, tenant_jobs=1)
+    _, worst = queued(queue, Job(runner, HIGH, tenant="a"), Job(runner, LOW, tenant="b"))
+    behind = Job(runner, HIGH, tenant="b")
+    queue.submit(behind, 0.0, wait=True)
+    newcomer = Job(runner, NORMAL, tenant="c")
+    assert shed(queue.submit(newcomer, 0.0)) == [worst]
+    assert (newcomer.state, behind.state) == (JobState.QUEUED, JobState.WAITING)
+
+
 def test_the_error_is_that_of_a_full_queue():
     queue, runner = scene(1)
     queued(queue, Job(runner))
