@@ -1,4 +1,7 @@
-"""All benchmarks in one run, side by side: tables with ratios, and the figures as JSON and PNG. See README.md."""
+"""All benchmarks in one run, side by side: tables with ratios, and the figures as JSON and PNG.
+
+See README.md.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,9 @@ WIDTH = 100
 """Columns, where the output is no terminal."""
 
 QUIET = 0.1
-"""Others may take so much of all cores during a measurement; a clock tick of 0.25 s on two cores is 0.02."""
+"""Others may take so much of all cores during a measurement; a clock tick of 0.25 s on two
+cores is 0.02.
+"""
 
 CLOSE = 1e-3
 """How far two contestants' answers may lie apart."""
@@ -32,9 +37,11 @@ CLOSE = 1e-3
 def run(
     workload: Workload, scale: Scale, entrants: Sequence[Entrant], tell: Callable[[str], None]
 ) -> Part:
-    """Every entrant in every repetition, the first one changing, so that what else the machine does falls on all.
+    """Every entrant in every repetition, the first one changing, so that what else the machine
+    does falls on all.
 
-    A measurement that others disturbed is made again at the end, for up to half as many as there are.
+    A measurement that others disturbed is made again at the end, for up to half as many as there
+    are.
     """
     present = [entrant for entrant in entrants if not entrant.missing]
     for name, kind in dict.fromkeys(file for entrant in present for file in entrant.files):
@@ -81,7 +88,9 @@ def rotated(workers: list[Worker], repetition: int, repetitions: int) -> list[Wo
 
 
 def must_agree(answers: dict[str, tuple[float, ...]]) -> None:
-    """Raise RuntimeError unless all who answer give the same answer: else they did not do the same work."""
+    """Raise RuntimeError unless all who answer give the same answer: else they did not do the
+    same work.
+    """
     told = {name: answer for name, answer in answers.items() if answer}
     for name, answer in told.items():
         first, expected = next(iter(told.items()))

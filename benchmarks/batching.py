@@ -1,9 +1,9 @@
-"""The workloads of batching: (h) how many small requests are answered, (i) how soon at half load, (j) sentences of all
-lengths.
+"""The workloads of batching: (h) how many small requests are answered, (i) how soon at half
+load, (j) sentences of all lengths.
 
-In (h) every client's request is one row, and the stock runner in a bare loop answers one row after the other. What batching
-can gain at most is shown by a batcher as its users would write it: it takes what has come in this turn of the loop,
-runs that at once, and schedules nothing.
+In (h) every client's request is one row, and the stock runner in a bare loop answers one row after
+the other. What batching can gain at most is shown by a batcher as its users would write it: it
+takes what has come in this turn of the loop, runs that at once, and schedules nothing.
 """
 
 from __future__ import annotations
@@ -42,11 +42,13 @@ SENTENCES = 16
 """So many at most in a batch, so that there is one for each core, and more come meanwhile."""
 PADDED = {"input_ids": 0, "attention_mask": 0}
 
-# --- (h): requests per second -----------------------------------------------------------------------------
+# --- (h): requests per second ---------------------------------------------------------------------
 
 
 class HandWritten:
-    """Whoever asks in one turn of the loop is run at its end, together, on the loop's own thread."""
+    """Whoever asks in one turn of the loop is run at its end, together, on the loop's own
+    thread.
+    """
 
     def __init__(self, run: Callable[[list[Tensor]], list[Tensor]], most: int) -> None:
         self._run = run
@@ -135,15 +137,15 @@ def rate_targets(scale: Scale) -> list[Target]:
     return targets
 
 
-# --- (i): times at half load ------------------------------------------------------------------------------
+# --- (i): times at half load ----------------------------------------------------------------------
 
 
 @asynccontextmanager
 async def half_load(batching: Batching | None) -> AsyncIterator[Opened]:
     """Requests that come at random moments, half as many as the library answers without batching.
 
-    How many those are is measured at the beginning of each repetition, in the same process, so that what else the
-    machine does falls on both.
+    How many those are is measured at the beginning of each repetition, in the same process, so that
+    what else the machine does falls on both.
     """
     x = models.example("tiny")
     endless = Limits(
@@ -170,10 +172,11 @@ async def half_load(batching: Batching | None) -> AsyncIterator[Opened]:
 async def arrivals(
     submit: Callable[[], asyncio.Future[Any]], rate: float, seconds: float, seed: int = 0
 ) -> list[float]:
-    """Seconds from when each request was due until its answer was there, while they come as a Poisson process.
+    """Seconds from when each request was due until its answer was there, while they come as a
+    Poisson process.
 
-    The loop's timers count whole milliseconds, in which many are due; so it never sleeps, and each of its turns looks
-    for what is due.
+    The loop's timers count whole milliseconds, in which many are due; so it never sleeps, and each
+    of its turns looks for what is due.
     """
     chance = random.Random(seed)
     times: list[float] = []
@@ -207,11 +210,13 @@ def half_loads(scale: Scale) -> list[Entrant]:
     ]
 
 
-# --- (j): sentences of all lengths ------------------------------------------------------------------------
+# --- (j): sentences of all lengths ----------------------------------------------------------------
 
 
 def encoded() -> Iterator[tuple[Tensor, Tensor]]:
-    """The demo's sentences as the encoder's inputs, one row each, over and over; long and short ones are mixed."""
+    """The demo's sentences as the encoder's inputs, one row each, over and over; long and short
+    ones are mixed.
+    """
     from examples.semantic_search.corpus import sentences
     from examples.semantic_search.minilm import Tokenizer
 
@@ -271,7 +276,7 @@ def encoders(scale: Scale) -> list[Entrant]:
     ]
 
 
-# --- all --------------------------------------------------------------------------------------------------
+# --- all ------------------------------------------------------------------------------------------
 
 
 def workloads() -> list[Workload]:
@@ -279,7 +284,8 @@ def workloads() -> list[Workload]:
     return [
         Workload(
             "h",
-            f"(h) {' and '.join(map(str, CLIENTS))} clients, tiny model, batching: requests per second",
+            f"(h) {' and '.join(map(str, CLIENTS))} clients, tiny model, batching: requests per "
+            f"second",
             rates,
             (rate,),
             field_of.BARE.name,

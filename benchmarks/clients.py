@@ -1,4 +1,6 @@
-"""A model under clients: entrants that run one, and clients that ask again as soon as they are answered."""
+"""A model under clients: entrants that run one, and clients that ask again as soon as they are
+answered.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,10 @@ def serving(
 async def many_clients(
     contestant: Contestant, setting: Setting, run: Run, seconds: float
 ) -> Measured:
-    """Clients that ask again as soon as they are answered. One that blocks is called from a bare loop."""
+    """Clients that ask again as soon as they are answered.
+
+    One that blocks is called from a bare loop.
+    """
     if not contestant.blocking:
         return Measured({"rate": await served(run, setting.clients, seconds)})
     started = time.perf_counter()

@@ -1,7 +1,8 @@
-"""The ways of running a model from asyncio that are held against each other, each as its users would write it.
+"""The ways of running a model from asyncio that are held against each other, each as its users
+would write it.
 
-A contestant, opened, gives a function without arguments that runs the model once on `models.example`. All take
-one intra-op thread per run.
+A contestant, opened, gives a function without arguments that runs the model once on
+`models.example`. All take one intra-op thread per run.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ Run = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Setting:
-    """What a contestant is asked to serve: a model, with so many runs at once, to so many clients."""
+    """What a contestant is asked to serve: a model, with so many runs at once, to so many
+    clients.
+    """
 
     model: str
     instances: int
@@ -68,11 +71,13 @@ def beginning(answer: Any) -> tuple[float, ...]:
     return tuple(float(value) for value in first.reshape(-1)[:4])
 
 
-# --- the stock runner -----------------------------------------------------------------------------------
+# --- the stock runner -----------------------------------------------------------------------------
 
 
 def stock_runner(setting: Setting) -> Callable[[list[Tensor]], list[Tensor]]:
-    """torch's own container runner, the quickest of the stock ways: `aoti_load_package` adds 10 µs of pytrees."""
+    """torch's own container runner, the quickest of the stock ways: `aoti_load_package` adds 10
+    µs of pytrees.
+    """
     import torch
     from torch._C._aoti import AOTIModelContainerRunnerCpu
 
@@ -105,7 +110,7 @@ async def thread_pool(setting: Setting) -> AsyncIterator[Run]:
         yield partial(asyncio.get_running_loop().run_in_executor, pool, _stock(setting))
 
 
-# --- this library ---------------------------------------------------------------------------------------
+# --- this library ---------------------------------------------------------------------------------
 
 
 def scheduled(
@@ -123,7 +128,7 @@ def scheduled(
     return open_runner
 
 
-# --- other runtimes, on the same network ----------------------------------------------------------------
+# --- other runtimes, on the same network ----------------------------------------------------------
 
 
 @asynccontextmanager
@@ -153,7 +158,9 @@ async def openvino(setting: Setting) -> AsyncIterator[Run]:
 
 @asynccontextmanager
 async def onnx_runtime(setting: Setting) -> AsyncIterator[Run]:
-    """`run_async`, which runs on the session's pool: that has one thread less than it is told, and needs one."""
+    """`run_async`, which runs on the session's pool: that has one thread less than it is told,
+    and needs one.
+    """
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -183,7 +190,7 @@ async def onnx_runtime(setting: Setting) -> AsyncIterator[Run]:
     yield run
 
 
-# --- the field ------------------------------------------------------------------------------------------
+# --- the field ------------------------------------------------------------------------------------
 
 BARE = Contestant(
     "bare loop", "AOTIModelContainerRunnerCpu, called directly: the floor", bare_loop, blocking=True

@@ -1,11 +1,15 @@
-"""What a device is served with: `python -m benchmarks.devices cuda:0`, side by side with torch's own runner, as tables for docs/devices.md.
+"""What a device is served with: `python -m benchmarks.devices cuda:0`, side by side with
+torch's own runner, as tables for docs/devices.md.
 
-- One client: from the request to the result on the device, beside a bare loop of torch's runner, which waits for the device after each run.
-- Throughput with 1, 2, 4 and 8 instances, beside a bare loop that never waits: one thread that launches as fast as it can, on one stream.
-- The pause of a swap under load, and what a set of new weights from the host takes to stage, alone and under load, beside torch's own copy.
+- One client: from the request to the result on the device, beside a bare loop of torch's runner,
+  which waits for the device after each run.
+- Throughput with 1, 2, 4 and 8 instances, beside a bare loop that never waits: one thread that
+  launches as fast as it can, on one stream.
+- The pause of a swap under load, and what a set of new weights from the host takes to stage, alone
+  and under load, beside torch's own copy.
 
-On CUDA each row of runs is there with CUDA graphs, and with one launcher for all lanes, too. Every row is measured in each round, so that what
-else the machine does falls on all.
+On CUDA each row of runs is there with CUDA graphs, and with one launcher for all lanes, too. Every
+row is measured in each round, so that what else the machine does falls on all.
 """
 
 from __future__ import annotations
@@ -44,7 +48,9 @@ BUSY = 8
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured, and for how long: `seconds` for each row in each of the `rounds`, and so many `updates`."""
+    """What is measured, and for how long: `seconds` for each row in each of the `rounds`, and
+    so many `updates`.
+    """
 
     device: str
     seconds: float
@@ -136,8 +142,10 @@ async def compared(
     rows: Sequence[Row],
     tell: Callable[[float, float], tuple[str, float]],
 ) -> list[str]:
-    """The median of each row over the rounds, in each of which another one begins. `tell` makes of a rate and the first row's what is shown, and
-    their ratio."""
+    """The median of each row over the rounds, in each of which another one begins.
+
+    `tell` makes of a rate and the first row's what is shown, and their ratio.
+    """
     measured: list[list[float]] = [[] for _ in rows]
     for turn in range(bench.rounds):
         for number in [(turn + one) % len(rows) for one in range(len(rows))]:

@@ -1,8 +1,9 @@
-"""The workloads of live weights: (f) how long new ones take to serve under load, (g) what staging them costs meanwhile.
+"""The workloads of live weights: (f) how long new ones take to serve under load, (g) what
+staging them costs meanwhile.
 
-In (f) busy callers run a model while its two sets of weights are exchanged over and over. Beside this library are torch's
-own runner, whose bindings hold the GIL from the beginning of a call to its end, and the functions beneath it, called with
-the GIL released, as C++ would.
+In (f) busy callers run a model while its two sets of weights are exchanged over and over. Beside
+this library are torch's own runner, whose bindings hold the GIL from the beginning of a call to its
+end, and the functions beneath it, called with the GIL released, as C++ would.
 """
 
 from __future__ import annotations
@@ -36,14 +37,17 @@ if TYPE_CHECKING:
 
 CALLERS = (1, 2, 4)
 PATIENCE = 5.0
-"""Seconds that a swap is waited for. One that has not returned by then counts as having taken so long."""
+"""Seconds that a swap is waited for.
+
+One that has not returned by then counts as having taken so long.
+"""
 SLACK = 2e-3
 """Seconds that a swap may take beyond the longest run that was under way."""
 SERVED = 8
 """Clients while a set is staged."""
 
 
-# --- (f): until new weights serve -------------------------------------------------------------------------
+# --- (f): until new weights serve -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -59,16 +63,21 @@ class Span:
 
     @property
     def given_up(self) -> bool:
-        """Whether it was waited for as long as that; the clock's times, being large, are rounded."""
+        """Whether it was waited for as long as that; the clock's times, being large, are
+        rounded.
+        """
         return self.seconds > PATIENCE - 1e-6
 
 
 def swap_figures(
     swaps: Sequence[Span], runs: Sequence[Span], pauses: Sequence[float] | None = None
 ) -> dict[str, float]:
-    """What came of these swaps. `over` is by how much the worst pause exceeds the longest run that was under way.
+    """What came of these swaps.
 
-    Pauses are what swaps held requests up for; where nothing is held up, the time of the swap stands for it.
+    `over` is by how much the worst pause exceeds the longest run that was under way.
+
+    Pauses are what swaps held requests up for; where nothing is held up, the time of the swap
+    stands for it.
     """
 
     times = [swap.seconds for swap in swaps]
@@ -168,7 +177,9 @@ class InThreads:
 
 @asynccontextmanager
 async def stock_swaps(callers: int) -> AsyncIterator[Opened]:
-    """torch's runner: `update_constant_buffer` into the inactive buffer, then `swap_constant_buffer`."""
+    """torch's runner: `update_constant_buffer` into the inactive buffer, then
+    `swap_constant_buffer`.
+    """
     runner, x, sets = _stock("heavy", callers)
 
     def stage(number: int) -> None:
@@ -264,7 +275,7 @@ def _called(way: str, callers: int) -> str:
     return f"{way}, {callers} caller{'s' if callers > 1 else ''}"
 
 
-# --- (g): staging while serving ---------------------------------------------------------------------------
+# --- (g): staging while serving -------------------------------------------------------------------
 
 Copy = Callable[[], object]
 """Copies a whole set once, blocking."""
@@ -273,7 +284,9 @@ Copy = Callable[[], object]
 async def _served(
     run: Callable[[], Awaitable[object]], seconds: float
 ) -> tuple[float, list[float]]:
-    """Runs per second of clients that ask again as soon as they are answered, and the loop's lags."""
+    """Runs per second of clients that ask again as soon as they are answered, and the loop's
+    lags.
+    """
 
     async def client() -> int:
         runs = 0
@@ -359,7 +372,9 @@ async def copying(model: str) -> AsyncIterator[Opened]:
 
 @asynccontextmanager
 async def stock_staging(model: str) -> AsyncIterator[Opened]:
-    """torch's runner in a pool of threads, and `update_constant_buffer` into its inactive buffer in another thread."""
+    """torch's runner in a pool of threads, and `update_constant_buffer` into its inactive
+    buffer in another thread.
+    """
     cores = available_cores()
     runner, x, sets = _stock(model, cores)
     with ThreadPoolExecutor(cores) as pool:
@@ -386,7 +401,7 @@ def stagings(scale: Scale) -> list[Entrant]:
     ]
 
 
-# --- both -------------------------------------------------------------------------------------------------
+# --- both -----------------------------------------------------------------------------------------
 
 
 def _library(model: str) -> str:
@@ -394,7 +409,9 @@ def _library(model: str) -> str:
 
 
 def _stock(model: str, instances: int) -> tuple[Any, Tensor, list[Weights]]:
-    """torch's runner, its input, and two sets of weights by the names that it wants, which are the compiler's own."""
+    """torch's runner, its input, and two sets of weights by the names that it wants, which are
+    the compiler's own.
+    """
     import torch
     from torch._C._aoti import AOTIModelContainerRunnerCpu
 
@@ -425,7 +442,8 @@ def workloads() -> list[Workload]:
             None,
             lambda _: [
                 Target(
-                    f"ms of pause beyond the longest run under way, {_called('aoti_sched', callers)}",
+                    f"ms of pause beyond the longest run under way, "
+                    f"{_called('aoti_sched', callers)}",
                     _called("aoti_sched", callers),
                     "over",
                     most=SLACK,

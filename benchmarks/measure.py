@@ -1,6 +1,7 @@
 """What the workloads measure with: a ticker on the event loop, percentiles, the machine's name.
 
-Nothing here knows a model or a scheduler. Durations are seconds; only tables and pictures speak other units.
+Nothing here knows a model or a scheduler. Durations are seconds; only tables and pictures speak
+other units.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ LAGS = {"p50": 50, "p99": 99, "max": 100}
 async def ticker(tick: float = TICK) -> AsyncIterator[list[float]]:
     """While the block runs, sleep `tick` seconds at a time and collect how late the loop woke us.
 
-    That lateness is what every other task on the loop feels. A loop that stands still takes few samples, so
-    its percentiles, if anything, flatter it.
+    That lateness is what every other task on the loop feels. A loop that stands still takes few
+    samples, so its percentiles, if anything, flatter it.
     """
     lags: list[float] = []
 
@@ -51,7 +52,9 @@ async def ticker(tick: float = TICK) -> AsyncIterator[list[float]]:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest value that `percent` of 100 values do not exceed (nearest rank); values need not be sorted."""
+    """The smallest value that `percent` of 100 values do not exceed (nearest rank); values need
+    not be sorted.
+    """
     ordered = sorted(values)
     rank = -(-len(ordered) * percent // 100)
     return ordered[max(0, int(rank) - 1)]
@@ -72,7 +75,9 @@ class Machine:
     cores: int
     processor: str
     rules: str
-    """Whether this library's rules are "compiled", as where it is installed, or "python", as where it is worked on."""
+    """Whether this library's rules are "compiled", as where it is installed, or "python", as
+    where it is worked on.
+    """
 
     def __str__(self) -> str:
         return (

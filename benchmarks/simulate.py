@@ -1,8 +1,10 @@
-"""What the rules of `aoti_sched.queue` do under load: the very same core in virtual time, on requests that are drawn from a seed.
+"""What the rules of `aoti_sched.queue` do under load: the very same core in virtual time, on
+requests that are drawn from a seed.
 
-Work comes at a multiple of what the devices can do, and is served by first come, first served, and by one rule more each time.
-Nothing is loaded and no run takes any time: a million requests take about a minute. What the simulator leaves out is all that is
-not in the core: the event loop, hops between threads, and that runs on neighbouring cores slow each other down.
+Work comes at a multiple of what the devices can do, and is served by first come, first served, and
+by one rule more each time. Nothing is loaded and no run takes any time: a million requests take
+about a minute. What the simulator leaves out is all that is not in the core: the event loop, hops
+between threads, and that runs on neighbouring cores slow each other down.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     rules = "\n".join(f"  {rules.name:<12}{rules.note}" for rules in RULES.values())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.simulate",
-        description=f"{(__doc__ or '').strip()}\n\npolicies, each with one rule more than the one before (the last two than the default):\n{rules}",
+        description=f"{(__doc__ or '').strip()}\n\npolicies, each with one rule more than the one "
+        f"before (the last two than the default):\n{rules}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -199,8 +202,10 @@ def about(scenario: Scenario) -> str:
     if scenario.bounds != Scenario.bounds:
         bounds = f", at most {' and '.join(f'{most:,}' for most in dict.fromkeys(scenario.bounds))} queued"
     return (
-        f"{scenario.trace}: {several(scenario.requests, 'request')} at each load, {several(scenario.devices, 'device')} of "
-        f"{several(scenario.lanes, 'lane')}, {several(scenario.models, 'model')} with runs of {runs} ms, {times}{bounds}; "
+        f"{scenario.trace}: {several(scenario.requests, 'request')} at each load, "
+        f"{several(scenario.devices, 'device')} of "
+        f"{several(scenario.lanes, 'lane')}, {several(scenario.models, 'model')} with runs of "
+        f"{runs} ms, {times}{bounds}; "
         f"seed {scenario.seed}"
     )
 

@@ -1,7 +1,9 @@
-"""The simulated world: requests drawn beforehand, devices whose lanes only count time, and the very core that serves them otherwise.
+"""The simulated world: requests drawn beforehand, devices whose lanes only count time, and the
+very core that serves them otherwise.
 
-Every device is a `DeviceQueue` of its own, fed with facts at virtual times. A run takes the time that was drawn for its request,
-and nothing else takes any. All numbers come from the scenario's seed. Times are seconds.
+Every device is a `DeviceQueue` of its own, fed with facts at virtual times. A run takes the time
+that was drawn for its request, and nothing else takes any. All numbers come from the scenario's
+seed. Times are seconds.
 """
 
 from __future__ import annotations
@@ -29,24 +31,31 @@ CHUNK = 65_536
 """Requests that are Python objects at a time."""
 
 WARM = 0.1
-"""The first part of a trace, in which queues fill and service times are learned. It is not measured,"""
+"""The first part of a trace, in which queues fill and service times are learned.
+
+It is not measured,
+"""
 COOL = 0.05
 """and neither is its last part, after which nothing comes any more."""
 
 
-# --- what is asked for ------------------------------------------------------------------------------------
+# --- what is asked for ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is asked of what. `load` is the work that comes, as a multiple of what all lanes together can do.
+    """What is asked of what.
 
-    Models are asked for as Zipf's law has it, with exponent `skew`, and tenants ask with exponent `tenant_skew`. A model's mean run lies
-    between the two of `runs`, spaced evenly in the logarithm; a single run deviates from it by a factor that is log-normal with
-    sigma `spread`. Where models are `even`, popularity is of work and not of requests: the quick ones are asked for more often. A
-    request's timeout is one of `timeouts`, plus three of its model's mean runs; without any, it has none. `classes` are the parts of
-    the requests that are of high, normal and low priority. `shares` are those of the models, in turn; without, all have the same.
-    `bounds` are how many jobs a model and a device may have queued.
+    `load` is the work that comes, as a multiple of what all lanes together can do.
+
+    Models are asked for as Zipf's law has it, with exponent `skew`, and tenants ask with exponent
+    `tenant_skew`. A model's mean run lies between the two of `runs`, spaced evenly in the
+    logarithm; a single run deviates from it by a factor that is log-normal with sigma `spread`.
+    Where models are `even`, popularity is of work and not of requests: the quick ones are asked for
+    more often. A request's timeout is one of `timeouts`, plus three of its model's mean runs;
+    without any, it has none. `classes` are the parts of the requests that are of high, normal and
+    low priority. `shares` are those of the models, in turn; without, all have the same. `bounds`
+    are how many jobs a model and a device may have queued.
     """
 
     requests: int = 200_000
@@ -97,10 +106,12 @@ RULES = {
         Rules("shed", "default, and full queues drop the worst", sheds=True),
     )
 }
-"""Each has one rule more than the one before, the last two than "default", which is what a scheduler does when nothing else is asked for."""
+"""Each has one rule more than the one before, the last two than "default", which is what a
+scheduler does when nothing else is asked for.
+"""
 
 
-# --- arrivals ---------------------------------------------------------------------------------------------
+# --- arrivals -------------------------------------------------------------------------------------
 
 
 def _steady(_: np.random.Generator, until: float) -> tuple[Floats, Floats]:
@@ -108,7 +119,9 @@ def _steady(_: np.random.Generator, until: float) -> tuple[Floats, Floats]:
 
 
 def _bursty(random: np.random.Generator, until: float) -> tuple[Floats, Floats]:
-    """On for a quarter of the time, for half a second on average, with 3.25 times the mean rate; else with a quarter of it."""
+    """On for a quarter of the time, for half a second on average, with 3.25 times the mean
+    rate; else with a quarter of it.
+    """
     pairs = max(16, math.ceil(until / 2.0 * 1.5) + 64)
     spans = np.empty(2 * pairs)
     spans[0::2] = random.exponential(1.5, pairs)
@@ -184,11 +197,12 @@ def _zipf(count: int, skew: float) -> Floats:
     return weights / weights.sum()
 
 
-# --- the devices ------------------------------------------------------------------------------------------
+# --- the devices ----------------------------------------------------------------------------------
 
 
 def places(requests: Requests) -> list[list[int]]:
-    """Which devices have each model: those to which least work was given so far, the model with most work first.
+    """Which devices have each model: those to which least work was given so far, the model with
+    most work first.
 
     A model is put on twice as many devices as its work keeps busy, on one at least.
     """
@@ -209,8 +223,9 @@ def places(requests: Requests) -> list[list[int]]:
 class Simulation:
     """Runs a scenario by some rules, once.
 
-    A request goes to one of the devices that have its model: of two drawn at random, to that with less work under way, by the mean runs of
-    their models. `state` is how each request ended, `ended` when that was, `device` where it went, and `home` when its run was over, if it ran.
+    A request goes to one of the devices that have its model: of two drawn at random, to that with
+    less work under way, by the mean runs of their models. `state` is how each request ended,
+    `ended` when that was, `device` where it went, and `home` when its run was over, if it ran.
     """
 
     def __init__(self, requests: Requests, rules: Rules) -> None:
@@ -332,7 +347,8 @@ class Simulation:
         index = job.payload
         if self.state[index]:
             raise RuntimeError(
-                f"request {index} has ended twice: {JobState(self.state[index]).name}, {job.state.name}"
+                f"request {index} has ended twice: {JobState(self.state[index]).name}, "
+                f"{job.state.name}"
             )
         self.state[index] = job.state
         self.ended[index] = self.now
@@ -341,7 +357,7 @@ class Simulation:
         self._work[device] -= self._mean[self._model[index]]
 
 
-# --- what came of it --------------------------------------------------------------------------------------
+# --- what came of it ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -349,12 +365,14 @@ class Outcome:
     """One simulation's figures, of the measured part of its trace.
 
     ends: How many of all requests ended how.
-    goodput: Answers within their deadlines, as a multiple of the requests of this mix that all lanes together can run.
+    goodput: Answers within their deadlines, as a multiple of the requests of this mix that all
+    lanes together can run.
     useful, busy: The part of all lanes' time that went into those answers, and into runs at all.
     kept: The part of the requests that were answered in time, for high, normal and low priority.
     p50, p99, mean: Seconds from a request's arrival to its answer, among those that had one.
-    jain, least: How evenly models were served. A model's lot is the device time it got over what it should have had (`entitled`). Jain's
-        index of the lots is 1 where all are equal, and 1/n where one of n has everything; `least` is the mean of the tenth with the least.
+    jain, least: How evenly models were served. A model's lot is the device time it got over what it
+        should have had (`entitled`). Jain's index of the lots is 1 where all are equal, and 1/n
+        where one of n has everything; `least` is the mean of the tenth with the least.
     by_model, by_tenant: The part of all lanes' time that each of them asked for, and that it got.
     """
 
@@ -445,7 +463,9 @@ def _entitled_models(simulation: Simulation, came: NDArray[np.bool_]) -> Floats:
 
 
 def entitled(asked: Floats, shares: Floats, seconds: float) -> Floats:
-    """Who should get how much of so many seconds: what it asks for, or as much for its share as all others who ask for more."""
+    """Who should get how much of so many seconds: what it asks for, or as much for its share as
+    all others who ask for more.
+    """
     given = np.zeros_like(asked)
     wanting = asked > 0.0
     while wanting.any() and seconds > 0.0:

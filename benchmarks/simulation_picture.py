@@ -1,4 +1,6 @@
-"""The simulator's pictures: how the rules fare as the load grows, and who gets which part of a device."""
+"""The simulator's pictures: how the rules fare as the load grows, and who gets which part of a
+device.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ CLASSES = ("high", "normal", "low")
 
 
 def draw_overload(outcomes: Sequence[Outcome], title: str, path: Path) -> None:
-    """Panels over the load, goodput and latency, and with several models useful time and fairness; and bars by class for high loads."""
+    """Panels over the load, goodput and latency, and with several models useful time and
+    fairness; and bars by class for high loads.
+    """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -48,7 +52,9 @@ def draw_overload(outcomes: Sequence[Outcome], title: str, path: Path) -> None:
 
 
 def draw_parts(outcomes: Sequence[Outcome], by: str, title: str, path: Path) -> None:
-    """Who got which part of the devices' time, a group of bars for each; dashes are what it should have had (`entitled`)."""
+    """Who got which part of the devices' time, a group of bars for each; dashes are what it
+    should have had (`entitled`).
+    """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -99,7 +105,8 @@ def draw_parts(outcomes: Sequence[Outcome], by: str, title: str, path: Path) -> 
     axes.legend(frameon=False, fontsize=9)
     _plain(
         axes,
-        f"{title}\npart of the device's time that each {by} got (dashes: what it asks for, or its share of the rest)",
+        f"{title}\npart of the device's time that each {by} got (dashes: what it asks for, or its "
+        f"share of the rest)",
     )
     _save(figure, path)
 

@@ -1,7 +1,8 @@
-"""Each entrant in a process of its own, opened once, measured in turn with the others, idle in between.
+"""Each entrant in a process of its own, opened once, measured in turn with the others, idle in
+between.
 
-A fresh process, because an event loop, an environment variable and the thread pools of OpenMP, ONNX Runtime and OpenVINO
-stay for good once they are there.
+A fresh process, because an event loop, an environment variable and the thread pools of OpenMP, ONNX
+Runtime and OpenVINO stay for good once they are there.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 PATIENCE = 900.0
-"""Seconds for one answer of a process. The slowest million requests took an eighth of that on two cores."""
+"""Seconds for one answer of a process.
+
+The slowest million requests took an eighth of that on two cores.
+"""
 
 
 class Worker:

@@ -1,7 +1,7 @@
 """The workloads (a) to (e), and the list of them all.
 
-(a) to (c) and (e) run a model under clients, (d) the scheduler alone; those of live weights are in `live_weights.py`,
-those of batching in `batching.py`.
+(a) to (c) and (e) run a model under clients, (d) the scheduler alone; those of live weights are in
+`live_weights.py`, those of batching in `batching.py`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .contestants import Contestant, Run, Setting
 from .measure import LAGS, lag_figures, percentile, ticker
 from .plan import Entrant, Figure, Measured, Opened, Scale, Target, Workload
 
-# --- (a) to (c), (e): a model under clients ---------------------------------------------------------------
+# --- (a) to (c), (e): a model under clients -------------------------------------------------------
 
 
 async def one_client(
@@ -86,7 +86,9 @@ async def _many_requests(requests: int, run: Run, clients: int) -> None:
 
 
 def million(requests: int) -> Callable[[Contestant, Setting, Run, float], Awaitable[Measured]]:
-    """What the process holds, looked at ten times over so many requests, after a tenth of them to warm up."""
+    """What the process holds, looked at ten times over so many requests, after a tenth of them
+    to warm up.
+    """
 
     async def measure(
         contestant: Contestant, setting: Setting, run: Run, seconds: float
@@ -109,9 +111,11 @@ def million(requests: int) -> Callable[[Contestant, Setting, Run, float], Awaita
 
 
 def _holdings() -> dict[str, float]:
-    """Memory in bytes; what Python's collector knows of, tensors among it; open descriptors; threads.
+    """Memory in bytes; what Python's collector knows of, tensors among it; open descriptors;
+    threads.
 
-    A handle of a tensor that is lost to C shows in the memory alone: it keeps 300 bytes and the tensor's own.
+    A handle of a tensor that is lost to C shows in the memory alone: it keeps 300 bytes and the
+    tensor's own.
     """
     import psutil
     import torch
@@ -128,7 +132,7 @@ def _holdings() -> dict[str, float]:
     }
 
 
-# --- (d): the scheduler alone -----------------------------------------------------------------------------
+# --- (d): the scheduler alone ---------------------------------------------------------------------
 
 LANES = 2
 QUEUED = 1_000
@@ -137,7 +141,9 @@ QUEUED = 1_000
 
 @asynccontextmanager
 async def core_alone(depth: int, runners: int) -> AsyncIterator[Opened]:
-    """`DeviceQueue` under a steady depth: a run completes, the next is launched, a new job is submitted."""
+    """`DeviceQueue` under a steady depth: a run completes, the next is launched, a new job is
+    submitted.
+    """
     no_bounds = Bounds(jobs=None)
     queue = DeviceQueue("fake", LANES, no_bounds)
     sources = [queue.add_runner(f"model {n}", LANES, no_bounds) for n in range(runners)]
@@ -170,7 +176,9 @@ async def core_alone(depth: int, runners: int) -> AsyncIterator[Opened]:
 
 @asynccontextmanager
 async def front_alone(depth: int, runners: int) -> AsyncIterator[Opened]:
-    """A `Scheduler` on the fake backend: whoever is answered submits anew, so that the depth stays."""
+    """A `Scheduler` on the fake backend: whoever is answered submits anew, so that the depth
+    stays.
+    """
     names = [f"model{n}" for n in range(runners)]
     backend = FakeBackend(dict.fromkeys(names, lambda: None), lanes=LANES, auto=True)
     config = SchedulerConfig(devices={"cpu": DeviceConfig(limits=Limits(jobs=None))})
@@ -213,7 +221,9 @@ async def front_alone(depth: int, runners: int) -> AsyncIterator[Opened]:
 
 
 def _endlessly(things: Sequence[Any]) -> Any:
-    """Each thing at random, the same choice on every run; drawn beforehand, because drawing costs time itself."""
+    """Each thing at random, the same choice on every run; drawn beforehand, because drawing
+    costs time itself.
+    """
     return itertools.cycle(random.Random(0).choices(things, k=100_003))
 
 
@@ -244,7 +254,7 @@ def scheduler_targets(scale: Scale) -> list[Target]:
     return targets
 
 
-# --- the programme --------------------------------------------------------------------------------------
+# --- the programme --------------------------------------------------------------------------------
 
 
 def programme() -> dict[str, Workload]:
@@ -287,7 +297,8 @@ def programme() -> dict[str, Workload]:
         ),
         Workload(
             "c",
-            f"(c) 8 clients, heavy model ({rows} by {width}, {cores} at once): throughput and the loop's lag",
+            f"(c) 8 clients, heavy model ({rows} by {width}, {cores} at once): throughput and the "
+            f"loop's lag",
             lambda _: serving(heavy_runs, heavy, [*field_of.EVERYONE, *frozen]),
             (
                 Figure("rate", "runs/s", more_is_better=True),

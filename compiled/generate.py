@@ -1,8 +1,9 @@
-"""Makes C of the rules, and of what every request goes through on its way to them and back, by mypyc:
-`python compiled/generate.py FOLDER`, in the repository's root.
+"""Makes C of the rules, and of what every request goes through on its way to them and back, by
+mypyc: `python compiled/generate.py FOLDER`, in the repository's root.
 
-Prints a line for each extension module: its full name, the folder of mypyc's own C, and the sources to compile. The modules stay
-Python as they are: what is compiled is the same text, and takes its place where it could be.
+Prints a line for each extension module: its full name, the folder of mypyc's own C, and the sources
+to compile. The modules stay Python as they are: what is compiled is the same text, and takes its
+place where it could be.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ WAY = [
     for name in ("engine/dispatcher.py", "model/call_spec.py", "model/input_check.py")
 ]
 SEEN = PACKAGE / "errors.py"
-"""Read for its types, but not compiled. No other import is followed: behind `aoti_sched` itself lies torch."""
+"""Read for its types, but not compiled.
+
+No other import is followed: behind `aoti_sched` itself lies torch.
+"""
 
 
 def main(folder: str) -> None:

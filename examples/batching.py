@@ -1,10 +1,12 @@
-"""Many small requests as few runs: what `batching=True` does for them, and what it does not do to them.
+"""Many small requests as few runs: what `batching=True` does for them, and what it does not do
+to them.
 
 python -m examples.batching
 
-A catalogue of a thousand songs: for each, the model finds the song most like it. Two hundred listeners ask for one song at
-a time, again and again. Each gets their own answer, whoever they were run together with; one of them asks for a song
-that there is not, and is the only one who hears of it.
+A catalogue of a thousand songs: for each, the model finds the song most like it. Two hundred
+listeners ask for one song at a time, again and again. Each gets their own answer, whoever they were
+run together with; one of them asks for a song that there is not, and is the only one who hears of
+it.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ class Alike(nn.Module):
 
 
 def compile_alike(path: Path) -> None:
-    """Requests can be batched when the first dimension of all inputs and outputs is free, up to the largest batch."""
+    """Requests can be batched when the first dimension of all inputs and outputs is free, up to
+    the largest batch.
+    """
     rows = Dim("rows", min=1, max=LISTENERS)
     aoti_sched.compile_package(
         Alike().eval(), (torch.tensor([1, 2]),), path, dynamic={"song": {0: rows}}
@@ -50,7 +54,10 @@ def compile_alike(path: Path) -> None:
 
 
 async def listen(alike: Runner, song: int) -> int:
-    """A listener goes from song to song. Nothing here knows of batches: one row is asked for, and comes back."""
+    """A listener goes from song to song.
+
+    Nothing here knows of batches: one row is asked for, and comes back.
+    """
     for _ in range(QUESTIONS):
         song = int(await alike.run(torch.tensor([song])))
     return song
@@ -65,21 +72,23 @@ async def evening(alike: Runner) -> list[int]:
     runs = stats.completed - stats.batched + stats.batches
     rate = stats.completed / took
     print(
-        f"{alike.name:<11} {stats.completed:,} requests in {runs:,} runs: {rate:,.0f} requests per second"
+        f"{alike.name:<11} {stats.completed:,} requests in {runs:,} runs: {rate:,.0f} requests "
+        f"per second"
     )
     return last
 
 
 async def main(package: Path) -> None:
     async with aoti_sched.Scheduler() as scheduler:
-        # The same package twice. True asks for what it says of itself; Batching(max_size=64, max_delay=0.002) for less,
-        # and to wait 2 ms for company.
+        # The same package twice. True asks for what it says of itself; Batching(max_size=64,
+        # max_delay=0.002) for less, and to wait 2 ms for company.
         alone = await scheduler.load(package, name="one by one")
         alike = await scheduler.load(package, name="batched", batching=True)
         same = await evening(alone) == await evening(alike)
         print(f"answers     {'the same' if same else 'different'}")
 
-        # What comes in one turn of the loop goes together, but that a request which seems to be alone goes at once.
+        # What comes in one turn of the loop goes together, but that a request which seems to be
+        # alone goes at once.
         futures = [alike.submit(torch.tensor([song])) for song in range(10)]
         await asyncio.gather(*futures)
         print(f"batch_size  {[future.trace.batch_size for future in futures]}")

@@ -1,6 +1,8 @@
-"""Two small models that the other examples share: one looks at the middle of a photo, one names a colour.
+"""Two small models that the other examples share: one looks at the middle of a photo, one names
+a colour.
 
-    python -m examples.colours      compiles both into .cache/examples/, where the examples find them
+    python -m examples.colours      compiles both into .cache/examples/, where the examples find
+    them
 
 Nothing here knows a scheduler; `first_steps.py` is where to start reading.
 """
@@ -97,7 +99,9 @@ def compile_namer(path: Path) -> None:
 
 
 def made_once(name: str, compile_to: Callable[[Path], None]) -> Path:
-    """The package `name` in the cache; compiled when it is not there or older than what it is made from."""
+    """The package `name` in the cache; compiled when it is not there or older than what it is
+    made from.
+    """
     library = Path(aoti_sched.__file__).parent
     sources = [
         Path(__file__),

@@ -18,7 +18,10 @@ from .colours import made_once, names, trained_namer
 
 
 def compile_namer(path: Path) -> None:
-    """A build step: it takes seconds and needs g++. What it writes is all that the application needs."""
+    """A build step: it takes seconds and needs g++.
+
+    What it writes is all that the application needs.
+    """
     module = (
         trained_namer()
     )  # Linear, ReLU, Linear: three numbers of a colour to eight scores of names
@@ -36,7 +39,8 @@ async def main(package: Path) -> None:
         scores = await namer.run(torch.tensor([[0.9, 0.1, 0.2], [0.1, 0.2, 0.9]]))
         print(f"run         {names(scores)}")
 
-        # How to schedule is said apart from the model's arguments. Such a view costs nothing to keep.
+        # How to schedule is said apart from the model's arguments. Such a view costs nothing to
+        # keep.
         urgent = namer.options(priority=Priority.HIGH, timeout=0.5)
         print(f"urgent      {names(await urgent.run(torch.tensor([[0.95, 0.9, 0.2]])))}")
 
@@ -62,7 +66,8 @@ async def main(package: Path) -> None:
 
         stats = namer.stats()
         print(
-            f"stats       {stats.completed} of {stats.submitted} done, {stats.run_seconds * 1e3:.2f} ms of work"
+            f"stats       {stats.completed} of {stats.submitted} done, "
+            f"{stats.run_seconds * 1e3:.2f} ms of work"
         )
     # Leaving the block finishes what was accepted and frees the models.
 

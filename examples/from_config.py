@@ -16,13 +16,15 @@ CONFIG = Path(__file__).with_name("scheduler.toml")
 
 
 async def main() -> None:
-    # Read and checked here; a wrong setting is a ConfigError that names it. The models load on entry.
+    # Read and checked here; a wrong setting is a ConfigError that names it. The models load on
+    # entry.
     async with aoti_sched.Scheduler.from_config(CONFIG) as scheduler:
         for runner in scheduler.runners.values():
             info = runner.info
             inputs = ", ".join(str(spec) for spec in info.inputs)
             print(
-                f"{runner.name:<6} {info.instances} instance(s) of {info.threads} thread(s), takes {inputs}"
+                f"{runner.name:<6} {info.instances} instance(s) of {info.threads} thread(s), "
+                f"takes {inputs}"
             )
 
         eye, namer = scheduler.runners["eye"], scheduler.runners["namer"]

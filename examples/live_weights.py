@@ -2,11 +2,12 @@
 
 python -m examples.live_weights
 
-A classifier of handwritten digits starts out untrained, and clients ask it all the while. In the same program it is
-trained; after every few steps its weights are published with `runner.update`, and `trace.epoch` tells
-which set gave an answer. Then noise is published by mistake: the share of right answers falls, somebody watches it, and
-`runner.rollback` brings the last good set back. At the end every answer is computed again, in plain PyTorch, with
-the set that its trace names. What happened is printed, and drawn in .cache/examples/live_weights.png.
+A classifier of handwritten digits starts out untrained, and clients ask it all the while. In the
+same program it is trained; after every few steps its weights are published with `runner.update`,
+and `trace.epoch` tells which set gave an answer. Then noise is published by mistake: the share of
+right answers falls, somebody watches it, and `runner.rollback` brings the last good set back. At
+the end every answer is computed again, in plain PyTorch, with the set that its trace names. What
+happened is printed, and drawn in .cache/examples/live_weights.png.
 """
 
 from __future__ import annotations
@@ -94,7 +95,10 @@ class Observed:
 
 
 def compile_untrained(path: Path) -> None:
-    """A build step. Its weights stay apart from its code (`freeze` is off), so that they can be changed."""
+    """A build step.
+
+    Its weights stay apart from its code (`freeze` is off), so that they can be changed.
+    """
     torch.manual_seed(SEED)
     batch = Dim("batch", min=1, max=64)
     aoti_sched.compile_package(
@@ -135,7 +139,10 @@ async def ask(
 
 
 async def publish(reader: Runner, weights: State, observed: Observed) -> int:
-    """New weights go live: from the next request on, every answer is theirs. Nobody has to stop for it."""
+    """New weights go live: from the next request on, every answer is theirs.
+
+    Nobody has to stop for it.
+    """
     report = await reader.update(weights)
     observed.changes.append(Change(time.monotonic(), report))
     observed.published[report.epoch] = weights
@@ -178,13 +185,14 @@ async def serve(package: Path, train: Digits, held_out: Digits) -> Observed:
     return observed
 
 
-# --- what happened ----------------------------------------------------------------------------------
+# --- what happened --------------------------------------------------------------------------------
 
 
 def same_as_alone(observed: Observed, digits: Digits) -> int:
     """How many answers are those that plain PyTorch gives with the weights which their traces name.
 
-    Compiled code rounds otherwise; a few steps of training change the scores a hundred times more than that.
+    Compiled code rounds otherwise; a few steps of training change the scores a hundred times more
+    than that.
     """
     model, count = DigitClassifier().eval(), 0
     with torch.no_grad():
@@ -203,7 +211,9 @@ def share_right(answers: Sequence[Answer]) -> float:
 
 
 def steps_back(answers: Sequence[Answer]) -> int:
-    """How often a client that awaits each answer before it asks again was given an older epoch than before."""
+    """How often a client that awaits each answer before it asks again was given an older epoch
+    than before.
+    """
     last: dict[int, int] = {}
     count = 0
     for answer in answers:
@@ -229,12 +239,17 @@ def summary(observed: Observed, digits: Digits) -> str:
     span = answers[-1].answered - answers[0].asked
     return "\n".join(
         [
-            f"requests    {len(answers):,} answered in {span:.1f} s, {observed.lost} lost; {clients} clients",
-            f"epochs      {published} published, {seen} seen in answers; 1 rolled back, which {back} clients saw",
+            f"requests    {len(answers):,} answered in {span:.1f} s, {observed.lost} lost; "
+            f"{clients} clients",
+            f"epochs      {published} published, {seen} seen in answers; 1 rolled back, which "
+            f"{back} clients saw",
             f"accuracy    {first:.0%} of the answers right at first, {last:.0%} at last",
-            f"staging     {size:.2f} MB beside the requests: median {middle(staging):.2f} ms, at most {staging[-1]:.2f} ms",
-            f"pause       of all requests, per update: median {middle(pauses):.2f} ms, at most {pauses[-1]:.2f} ms",
-            f"exactness   {exact:,} of {len(answers):,} answers are those of the very epoch their trace names",
+            f"staging     {size:.2f} MB beside the requests: median {middle(staging):.2f} ms, at "
+            f"most {staging[-1]:.2f} ms",
+            f"pause       of all requests, per update: median {middle(pauses):.2f} ms, at most "
+            f"{pauses[-1]:.2f} ms",
+            f"exactness   {exact:,} of {len(answers):,} answers are those of the very epoch their "
+            f"trace names",
         ]
     )
 
@@ -244,7 +259,9 @@ def middle(ordered: Sequence[float]) -> float:
 
 
 def draw(observed: Observed, path: Path) -> None:
-    """Write a PNG: the share of right answers, the epoch of each answer, and how long each took; all over time."""
+    """Write a PNG: the share of right answers, the epoch of each answer, and how long each
+    took; all over time.
+    """
     start = observed.answers[0].asked
     shades = Normalize(1, max(observed.published))
 
@@ -294,7 +311,9 @@ def draw(observed: Observed, path: Path) -> None:
 def draw_accuracy(
     axes: Axes, observed: Observed, start: float, colour: Callable[[int], Any]
 ) -> None:
-    """A bar for each epoch: as wide as the time it was live, as high as the share of right answers it gave."""
+    """A bar for each epoch: as wide as the time it was live, as high as the share of right
+    answers it gave.
+    """
     changes = observed.changes
     starts = [observed.answers[0].asked, *(change.at for change in changes)]
     ends = [*starts[1:], observed.answers[-1].answered]
@@ -322,7 +341,8 @@ def draw_accuracy(
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}%")
     axes.set_ylabel("right answers")
     axes.set_title(
-        f"{len(observed.answers):,} requests while {len(observed.published)} sets of weights went live; "
+        f"{len(observed.answers):,} requests while {len(observed.published)} sets of weights went "
+        f"live; "
         "each colour is one set",
         loc="left",
     )

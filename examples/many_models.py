@@ -1,4 +1,5 @@
-"""Six models of 16 MiB on a device that has room for three: the idle ones are parked, and come back when they are asked for.
+"""Six models of 16 MiB on a device that has room for three: the idle ones are parked, and come
+back when they are asked for.
 
 python -m examples.many_models
 
@@ -42,7 +43,8 @@ async def main(package: Path) -> None:
         ]
         memory = scheduler.stats().devices["cpu"].memory
         print(
-            f"loaded      {MODELS} models: {memory.used // MIB} MiB are there, {memory.parked // MIB} MiB parked"
+            f"loaded      {MODELS} models: {memory.used // MIB} MiB are there, "
+            f"{memory.parked // MIB} MiB parked"
         )
 
         # The first is asked for half of the time, the second a quarter of it, and so on.
@@ -57,7 +59,8 @@ async def main(package: Path) -> None:
             middle = sorted(times)[len(times) // 2]
             where = "had to come back" if was_parked else "were there"
             print(
-                f"answered    {len(times)} of 200 by models that {where}, half of them within {middle * 1e3:.1f} ms"
+                f"answered    {len(times)} of 200 by models that {where}, half of them within "
+                f"{middle * 1e3:.1f} ms"
             )
         print(
             f"parked      {', '.join(f'{one.name} {one.stats().parks}' for one in experts)} times"

@@ -2,10 +2,11 @@
 
 python -m examples.overload
 
-A search box asks for suggestions at every key stroke, and a suggestion that comes later than 100 ms is of no use. One key stroke
-in twenty is a paying customer's. The same crowd, at half of what the machine can do and at five times that, meets the model
-three times: behind a queue without a bound; behind one that drops the worst when it is full; and behind one that refuses at
-once what could not be answered in time. In none of them a request runs that can't be in time any more.
+A search box asks for suggestions at every key stroke, and a suggestion that comes later than 100 ms
+is of no use. One key stroke in twenty is a paying customer's. The same crowd, at half of what the
+machine can do and at five times that, meets the model three times: behind a queue without a bound;
+behind one that drops the worst when it is full; and behind one that refuses at once what could not
+be answered in time. In none of them a request runs that can't be in time any more.
 """
 
 from __future__ import annotations
@@ -54,7 +55,10 @@ def compile_suggest(path: Path) -> None:
 
 
 async def capacity(suggest: Runner, words: Tensor) -> float:
-    """Requests per second, with as many at once as there are instances. Also, how long a run takes is known afterwards."""
+    """Requests per second, with as many at once as there are instances.
+
+    Also, how long a run takes is known afterwards.
+    """
     count, instances = 100, suggest.info.instances
 
     async def client() -> None:

@@ -1,4 +1,5 @@
-"""A pipeline: each photo goes through one model and then another, many photos at once, with a short queue.
+"""A pipeline: each photo goes through one model and then another, many photos at once, with a
+short queue.
 
 python -m examples.pipeline
 """
@@ -21,7 +22,10 @@ QUEUE = 8  # requests that may wait for a model; everyone else waits at the gate
 
 
 async def colour_in(photo: Tensor, eye: Runner, namer: Runner) -> str:
-    """One item's way. It reads like straight code; other items use the models while this one waits."""
+    """One item's way.
+
+    It reads like straight code; other items use the models while this one waits.
+    """
     rgb = await eye.run(photo)
     scores = await namer.run(rgb)
     return names(scores)[0]
@@ -41,7 +45,8 @@ async def main(eye_file: Path, namer_file: Path) -> None:
         await asyncio.sleep(0)  # every item has asked for the eye by now
         stats = eye.stats()
         print(
-            f"eye        {stats.running} running, {stats.queued} queued, {stats.waiting} waiting at the gate"
+            f"eye        {stats.running} running, {stats.queued} queued, {stats.waiting} waiting "
+            f"at the gate"
         )
 
         # Somebody lost interest in the last photo. The others don't notice.
@@ -54,7 +59,8 @@ async def main(eye_file: Path, namer_file: Path) -> None:
         for runner in (eye, namer):
             stats = runner.stats()
             print(
-                f"{runner.name:<9}  {stats.completed} completed, {stats.cancelled} cancelled, {stats.failed} failed"
+                f"{runner.name:<9}  {stats.completed} completed, {stats.cancelled} cancelled, "
+                f"{stats.failed} failed"
             )
 
 

@@ -1,9 +1,10 @@
-"""One model on two devices: who answers what, new weights on both at once, and one of them taken out of service under load.
+"""One model on two devices: who answers what, new weights on both at once, and one of them
+taken out of service under load.
 
 python -m examples.replicas
 
-Two halves of the CPU, each with cores of its own, stand for two devices; with GPUs, `devices="cuda:*"` says the same. The
-application awaits one runner and need not know.
+Two halves of the CPU, each with cores of its own, stand for two devices; with GPUs,
+`devices="cuda:*"` says the same. The application awaits one runner and need not know.
 """
 
 from __future__ import annotations

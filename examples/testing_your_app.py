@@ -1,10 +1,13 @@
-"""An application function and its tests. The scheduler is the real one; the model is a Python function.
+"""An application function and its tests.
+
+The scheduler is the real one; the model is a Python function.
 
     python -m pytest examples/testing_your_app.py
 
-The fixtures `aoti_scheduler`, `aoti_backend` and `aoti_clock` come with the library; there is nothing to import.
-Nothing runs until a test says `step()`, and no time passes until it says `advance()`. That needs
-`asyncio_mode = "auto"` of pytest-asyncio, as in this repository's pyproject.toml.
+The fixtures `aoti_scheduler`, `aoti_backend` and `aoti_clock` come with the library; there is
+nothing to import. Nothing runs until a test says `step()`, and no time passes until it says
+`advance()`. That needs `asyncio_mode = "auto"` of pytest-asyncio, as in this repository's
+pyproject.toml.
 """
 
 from __future__ import annotations
@@ -18,11 +21,13 @@ import aoti_sched
 from aoti_sched import Runner
 from aoti_sched.testing import FakeBackend, ManualClock
 
-# --- the application --------------------------------------------------------------------------------
+# --- the application ------------------------------------------------------------------------------
 
 
 async def moderate(comment: str, judge: Runner) -> str:
-    """Publish a comment or remove it; when the judge is too slow or too busy, a person shall look at it."""
+    """Publish a comment or remove it; when the judge is too slow or too busy, a person shall
+    look at it.
+    """
     characters = torch.tensor([list(comment.encode())])
     try:
         spam = await judge.options(timeout=0.2).run(characters)
@@ -31,7 +36,7 @@ async def moderate(comment: str, judge: Runner) -> str:
     return "removed" if spam > 0.9 else "published"
 
 
-# --- its tests --------------------------------------------------------------------------------------
+# --- its tests ------------------------------------------------------------------------------------
 
 
 def shouting(characters: torch.Tensor) -> float:

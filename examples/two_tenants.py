@@ -1,10 +1,11 @@
-"""Two customers and one model: the one who sends everything at once does not keep the other waiting.
+"""Two customers and one model: the one who sends everything at once does not keep the other
+waiting.
 
 python -m examples.two_tenants
 
-One customer hands in an archive, four hundred photos at once. The other looks at single ones, again and again. In one queue for
-all, the single photos wait behind the archive. As tenants, the two take turns, and a bound of its own keeps each from
-filling the queue.
+One customer hands in an archive, four hundred photos at once. The other looks at single ones, again
+and again. In one queue for all, the single photos wait behind the archive. As tenants, the two take
+turns, and a bound of its own keeps each from filling the queue.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ async def main(package: Path) -> None:
 
         _, took = await asyncio.gather(archive(sharpness), look(sharpness))
         print(
-            f"one queue   the first look took {took[0]:.1f} ms, the others {statistics.median(took[1:]):.1f} ms"
+            f"one queue   the first look took {took[0]:.1f} ms, the others "
+            f"{statistics.median(took[1:]):.1f} ms"
         )
 
         archivist, visitor = (
@@ -84,7 +86,8 @@ async def main(package: Path) -> None:
         )
         _, took = await asyncio.gather(archive(archivist), look(visitor))
         print(
-            f"tenants     the first look took {took[0]:.1f} ms, the others {statistics.median(took[1:]):.1f} ms"
+            f"tenants     the first look took {took[0]:.1f} ms, the others "
+            f"{statistics.median(took[1:]):.1f} ms"
         )
 
         bounded = await scheduler.load(

@@ -1,4 +1,5 @@
-"""A web application with a model inside: the scheduler lives in its lifespan, each error has its HTTP status.
+"""A web application with a model inside: the scheduler lives in its lifespan, each error has
+its HTTP status.
 
 pip install 'aoti_sched[web]'
 python -m examples.web_app
@@ -28,7 +29,8 @@ from .colours import namer_package, names
 STATUS = {
     msgspec.ValidationError: 422,  # the body is JSON, but no `Question`
     msgspec.DecodeError: 400,  # the body is not JSON
-    aoti_sched.InputMismatchError: 422,  # a `Question`, but not for this model; the message says what is wrong
+    # a `Question`, but not for this model; the message says what is wrong
+    aoti_sched.InputMismatchError: 422,
     aoti_sched.QueueFullError: 429,  # too many wait already: come back later
     aoti_sched.RunnerClosedError: 503,  # the server is shutting down
     aoti_sched.DeadlineExceededError: 504,  # the load's timeout passed, in the queue or running
@@ -61,7 +63,9 @@ async def explain(_: Request, error: Exception) -> Response:
 
 
 def make_app(scheduler: Scheduler, package: Path) -> Starlette:
-    """The application over a scheduler that is not yet entered; a test brings one with a fake backend."""
+    """The application over a scheduler that is not yet entered; a test brings one with a fake
+    backend.
+    """
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

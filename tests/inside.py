@@ -1,4 +1,6 @@
-"""The one door through which tests reach behind a runner, to its replicas and what they are made of."""
+"""The one door through which tests reach behind a runner, to its replicas and what they are
+made of.
+"""
 
 from __future__ import annotations
 

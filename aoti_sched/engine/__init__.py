@@ -1,1 +1,4 @@
-"""What connects the rules with the machinery. asyncio lives here and in the face (`scheduler`, `runner`)."""
+"""What connects the rules with the machinery.
+
+asyncio lives here and in the face (`scheduler`, `runner`).
+"""

@@ -174,7 +174,8 @@ def group(
 def as_requests(specs: Sequence[TensorSpec], grouping: Grouping) -> tuple[TensorSpec, ...]:
     """Return the specs that a request is checked against, made from the specs of a run.
 
-    Every input has the same number of rows, and any number up to `grouping.max_rows` where the model's own is fixed.
+    Every input has the same number of rows, and any number up to `grouping.max_rows` where the
+    model's own is fixed.
     """
     dim = grouping.dim
     first, *others = row_symbols(specs, dim) or [""]

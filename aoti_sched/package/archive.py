@@ -440,7 +440,8 @@ def _end(entry: _Entry) -> int:
 def _unreadable(path: Path, error: OSError) -> PackageError:
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
         return PackageNotFoundError(
-            f"There is no package at {path}. Check the path, or make the package with compile_package.",
+            f"There is no package at {path}. Check the path, or make the package with "
+            f"compile_package.",
             path=str(path),
         )
     return PackageError(f"Cannot read {path}: {error.strerror or error}.", path=str(path))

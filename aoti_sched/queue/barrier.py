@@ -1,11 +1,11 @@
 """Barrier: the point between two epochs, and what a request may ask of an epoch.
 
-A closed barrier gives out no slot, so what is queued waits in its order; held leases keep theirs and finish
-their runs on the epoch they began with. Once every slot is home, the constants may be exchanged, and the
-barrier opens on another epoch, or, when nothing came of it, on the same.
+A closed barrier gives out no slot, so what is queued waits in its order; held leases keep theirs
+and finish their runs on the epoch they began with. Once every slot is home, the constants may be
+exchanged, and the barrier opens on another epoch, or, when nothing came of it, on the same.
 
-Epochs are numbered in the order of their publication, and a number is never used twice: a rollback goes back to
-the number before, and the next set published gets one that was never seen.
+Epochs are numbered in the order of their publication, and a number is never used twice: a rollback
+goes back to the number before, and the next set published gets one that was never seen.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def epoch_refusal(job: Job) -> EpochError | None:
         return None
     if source is not runner:
         return EpochError(
-            f"runner {runner.name!r}: a lease that was granted at epoch {source.epoch} stays there, and the request asks "
+            f"runner {runner.name!r}: a lease that was granted at epoch {source.epoch} stays "
+            f"there, and the request asks "
             f"for epoch {wanted}; release the lease and take a new one"
         )
     return rolled_back(job) if wanted <= runner.published else None
@@ -71,6 +72,7 @@ def rolled_back(job: Job) -> EpochError:
     """Return the error of a job that asks for an epoch that was rolled back."""
     runner = job.source.runner
     return EpochError(
-        f"runner {runner.name!r}: epoch {job.min_epoch} was rolled back, epoch {runner.epoch} serves; "
+        f"runner {runner.name!r}: epoch {job.min_epoch} was rolled back, epoch {runner.epoch} "
+        f"serves; "
         f"ask for min_epoch={runner.epoch}, or publish the weights anew"
     )

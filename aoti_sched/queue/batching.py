@@ -1,8 +1,9 @@
 """Batch: which jobs may run as one, and how long they wait for company.
 
-Jobs of one runner with the same key may share a launch, as long as their rows together are not too many. None waits
-when it could run, but for two reasons. Where several come in one turn of the loop, the turn is let come to its end,
-so that they go together. And where it is asked for (`max_delay`), a key waits for more, though never past a deadline.
+Jobs of one runner with the same key may share a launch, as long as their rows together are not too
+many. None waits when it could run, but for two reasons. Where several come in one turn of the loop,
+the turn is let come to its end, so that they go together. And where it is asked for (`max_delay`),
+a key waits for more, though never past a deadline.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from aoti_sched.queue.selection.job_queue import JobQueue
 
 
 class Batching(msgspec.Struct, frozen=True):
-    """At most `max_rows` rows run as one; a job waits at most `max_delay` seconds for others to join it."""
+    """At most `max_rows` rows run as one; a job waits at most `max_delay` seconds for others to
+    join it.
+    """
 
     max_rows: int
     max_delay: float = 0.0
@@ -40,7 +43,8 @@ class Key:
 class BatchQueue:
     """What waits for company at one runner. Keys that are not ripe are hidden in its queue.
 
-    `arrived` counts the jobs of this turn of the loop; while `gathering`, they are held until it is over.
+    `arrived` counts the jobs of this turn of the loop; while `gathering`, they are held until it is
+    over.
     """
 
     __slots__ = ("arrived", "gathering", "hurries", "keys", "queue", "rule")
@@ -59,7 +63,10 @@ class BatchQueue:
         return self.gathering or self.arrived > 0 or self.rule.max_delay > 0
 
     def note_arrival(self) -> None:
-        """A job has come. The second in one turn shows that there are many: gather them, from now on."""
+        """A job has come.
+
+        The second in one turn shows that there are many: gather them, from now on.
+        """
         self.arrived += 1
         if self.arrived > 1:
             self.gathering = True
@@ -94,7 +101,9 @@ class BatchQueue:
             self.queue.show(job.key)
 
     def potential_batch(self, job: Job) -> tuple[int, int]:
-        """How many bytes, of how many jobs, would run together with a job that is queued no more, itself included, by what is queued."""
+        """How many bytes, of how many jobs, would run together with a job that is queued no
+        more, itself included, by what is queued.
+        """
         key = self.keys.get(job.key)
         if key is None:
             return job.bytes, 1

@@ -32,7 +32,9 @@ class Reject(msgspec.Struct, frozen=True):
 
 
 class Expire(msgspec.Struct, frozen=True):
-    """This job's deadline has passed, or can't be met: the run `takes` more seconds than are left."""
+    """This job's deadline has passed, or can't be met: the run `takes` more seconds than are
+    left.
+    """
 
     job: Job
     takes: float | None = None

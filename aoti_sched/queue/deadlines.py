@@ -71,7 +71,9 @@ class ExpiringJobs(Slices):
         return now + self._takes(job) > deadline
 
     def _takes(self, job: Job) -> float:
-        """Estimate a run's seconds: the median where no other job waits, otherwise a high quantile."""
+        """Estimate a run's seconds: the median where no other job waits, otherwise a high
+        quantile.
+        """
         times = job.source.runner.placing.times
         if self.load.jobs <= (job.state is JobState.QUEUED):
             return times.typical(job.bytes)

@@ -142,7 +142,9 @@ class DeviceQueue(Lifecycle):
         return self._and_who_waits(self.memory.release(holding, now), now)
 
     def call_back(self, runner: RunnerState, now: float) -> list[Command]:
-        """Restore a runner for another reason than requests. `Return` follows, unless it is resident.
+        """Restore a runner for another reason than requests.
+
+        `Return` follows, unless it is resident.
 
         Raises:
             MemoryLimitError: Evicting all idle models would not be enough.

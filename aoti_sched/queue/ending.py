@@ -1,7 +1,8 @@
 """Ending: which queued jobs of a runner end together, in slices, so that no fact takes long.
 
-The fact decides which jobs end, and the runner starts nothing until all of them have. Each fact ends
-at most `SLICE` of them; `go_on` ends the others. In between, a job may also be cancelled, or expire.
+The fact decides which jobs end, and the runner starts nothing until all of them have. Each fact
+ends at most `SLICE` of them; `go_on` ends the others. In between, a job may also be cancelled, or
+expire.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Heap: the least entry first, of entries that may come to nothing without being found and taken out.
+"""Heap: the least entry first, of entries that may come to nothing without being found and
+taken out.
 
-Those that are over are dropped when they are the least, and a few at a time once they outnumber the others: no fact pays for all.
+Those that are over are dropped when they are the least, and a few at a time once they outnumber the
+others: no fact pays for all.
 """
 
 from __future__ import annotations
@@ -15,7 +17,10 @@ SPARE = 16
 """Entries that may be over without mattering, however few the others are."""
 
 MOVED = 4
-"""Entries that one call of `tidy` looks at. Of n entries half are over when it begins, so it is done before n/4 more are."""
+"""Entries that one call of `tidy` looks at.
+
+Of n entries half are over when it begins, so it is done before n/4 more are.
+"""
 
 _NONE: list[Any] = []  # never changed
 
@@ -23,7 +28,8 @@ _NONE: list[Any] = []  # never changed
 class Heap(ABC, Generic[_E]):
     """Entries are tuples that can be compared; a subclass says which are over.
 
-    To be rid of those that are over, entries move to another heap: from the end, which leaves the rest a heap.
+    To be rid of those that are over, entries move to another heap: from the end, which leaves the
+    rest a heap.
     """
 
     __slots__ = ("_entries", "_old")
@@ -61,7 +67,10 @@ class Heap(ABC, Generic[_E]):
         return entry
 
     def tidy(self, alive: int) -> None:
-        """Drop some of the entries that are over. Call when one more may be; `alive` others are not."""
+        """Drop some of the entries that are over.
+
+        Call when one more may be; `alive` others are not.
+        """
         old = self._old
         if len(self._entries) + len(old) <= alive + SPARE:
             return

@@ -17,10 +17,12 @@ class Stay(enum.IntEnum):
 
 
 class Holding:
-    """What one model has of its device's memory, in bytes: its `constants`, and what its `inactive` buffer takes beside them.
+    """What one model has of its device's memory, in bytes: its `constants`, and what its
+    `inactive` buffer takes beside them.
 
-    `since` is when it began to come, or came; `took` is how long that lasted. `fixed` says why it is not to be
-    parked, "" when it may; `updating` that its weights are being changed. `payload` is the front's.
+    `since` is when it began to come, or came; `took` is how long that lasted. `fixed` says why it
+    is not to be parked, "" when it may; `updating` that its weights are being changed. `payload` is
+    the front's.
     """
 
     __slots__ = (

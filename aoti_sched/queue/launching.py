@@ -57,7 +57,8 @@ class Launching(ExpiringJobs):
         self._ask_for_turn(commands)
 
     def _dispatch(self, now: float, commands: list[Command]) -> None:
-        """Give free slots and lanes to the best jobs, and the room that this makes to those at the gate.
+        """Give free slots and lanes to the best jobs, and the room that this makes to those at
+        the gate.
 
         A job whose deadline has passed is not launched, whichever fact finds it first.
         """
@@ -94,7 +95,9 @@ class Launching(ExpiringJobs):
             self._selector.enter(job.source)
 
     def _may_leave_the_loop(self, job: Job) -> bool:
-        """Whether a lane is free, that nobody waits for, for one that may have company and was chosen for the loop."""
+        """Whether a lane is free, that nobody waits for, for one that may have company and was
+        chosen for the loop.
+        """
         runner = job.source.runner
         return (
             job.key is not None
@@ -112,7 +115,9 @@ class Launching(ExpiringJobs):
             self._selector.enter(runner)
 
     def _uncontended_lane(self, job: Job, now: float) -> int | None:
-        """The lane it can have at once, since a slot and the lane are free and nobody else wants them; or None."""
+        """The lane it can have at once, since a slot and the lane are free and nobody else
+        wants them; or None.
+        """
         source = job.source
         if job.is_lease_request or not can_start(source):
             return None
@@ -155,7 +160,9 @@ class Launching(ExpiringJobs):
             member.started = now
 
     def _take_along(self, job: Job, inline: bool, now: float, commands: list[Command]) -> None:
-        """Find the job's company among what is queued, in its order, as long as there is room for the next."""
+        """Find the job's company among what is queued, in its order, as long as there is room
+        for the next.
+        """
         runner = job.source.runner
         company, placing = batch_queue_of(runner), runner.placing
         members, rows = [job], job.rows
@@ -184,7 +191,9 @@ class Launching(ExpiringJobs):
             runner.counters.batched += len(members)
 
     def _follow(self, source: Source, now: float, commands: list[Command]) -> None:
-        """Hand the source's next jobs to lanes that run short ones of it, unless a better job waits for a lane."""
+        """Hand the source's next jobs to lanes that run short ones of it, unless a better job
+        waits for a lane.
+        """
         placing = source.runner.placing
         while (
             source.open_for_next
@@ -252,7 +261,10 @@ class Launching(ExpiringJobs):
         job.source.live -= 1
 
     def _end_batch(self, leader: Job, ok: bool, started: float, finished: float) -> None:
-        """Each member has its part of the run by its rows. One that failed says nothing of any one of them: they are run again."""
+        """Each member has its part of the run by its rows.
+
+        One that failed says nothing of any one of them: they are run again.
+        """
         rows = sum(member.rows for member in leader.members)
         again = []
         for member in leader.members:

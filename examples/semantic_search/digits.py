@@ -1,7 +1,8 @@
 """A small convolutional network that reads handwritten digits, trained here in seconds.
 
-The digits are scikit-learn's: 1,797 real ones, 8 by 8 pixels, each pixel the count 0..16 of inked dots in it. A
-quarter is held out: the network never trains on it, its accuracy is measured on it, and the demo serves it.
+The digits are scikit-learn's: 1,797 real ones, 8 by 8 pixels, each pixel the count 0..16 of inked
+dots in it. A quarter is held out: the network never trains on it, its accuracy is measured on it,
+and the demo serves it.
 """
 
 from __future__ import annotations
@@ -45,12 +46,16 @@ class DigitClassifier(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images as `Digits` has them, to one score per digit: float32 [batch, 10]; the highest is the answer."""
+        """Images as `Digits` has them, to one score per digit: float32 [batch, 10]; the highest
+        is the answer.
+        """
         return cast("Tensor", self.layers(images / 16))
 
 
 def load_digits() -> tuple[Digits, Digits]:
-    """The digits to train on, and those held out; always the same split, each digit in the same proportion."""
+    """The digits to train on, and those held out; always the same split, each digit in the same
+    proportion.
+    """
     from sklearn import datasets  # type: ignore[import-untyped]
     from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
 
@@ -66,7 +71,9 @@ def load_digits() -> tuple[Digits, Digits]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """This network is too small to share among threads: they would spend their time waiting for each other."""
+    """This network is too small to share among threads: they would spend their time waiting for
+    each other.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -76,7 +83,10 @@ def one_thread() -> Iterator[None]:
 
 
 def train_classifier(train: Digits) -> DigitClassifier:
-    """A classifier trained on `train`, ready for inference. The seed is fixed; the caller's is left alone."""
+    """A classifier trained on `train`, ready for inference.
+
+    The seed is fixed; the caller's is left alone.
+    """
     with one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = DigitClassifier()
@@ -100,7 +110,9 @@ def accuracy(model: nn.Module, digits: Digits) -> float:
 
 
 def draw(image: Tensor) -> str:
-    """The image as 8 lines of characters, each pixel two wide, because a character is twice as high as wide."""
+    """The image as 8 lines of characters, each pixel two wide, because a character is twice as
+    high as wide.
+    """
     darkest = len(SHADES) - 1
     rows = (image.reshape(8, 8) / 16 * darkest).round().int().tolist()
     return "\n".join("".join(SHADES[shade] * 2 for shade in row) for row in rows)

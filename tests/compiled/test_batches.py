@@ -1,4 +1,6 @@
-"""Requests that run as one on really compiled models give each what it gets alone, on both executors."""
+"""Requests that run as one on really compiled models give each what it gets alone, on both
+executors.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Whatever is cancelled, times out or is left at any moment: the device's work comes home and nothing hangs."""
+"""Whatever is cancelled, times out or is left at any moment: the device's work comes home and
+nothing hangs.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +85,7 @@ def lanes(scheduler: Scheduler) -> int:
     return scheduler.stats().devices["cpu"].busy_lanes
 
 
-# --- runs ------------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 
 def test_a_run_cancelled_in_the_queue_leaves_at_once(run):
@@ -220,7 +222,7 @@ def test_one_failure_in_a_gather_leaves_the_others_alone(run):
     run(main())
 
 
-# --- timeouts --------------------------------------------------------------------------------------------
+# --- timeouts -------------------------------------------------------------------------------------
 
 
 def test_a_timeout_on_the_lane_frees_the_caller_and_the_lane_comes_home(run):
@@ -307,7 +309,7 @@ def test_anyios_cancel_scopes_work(run):
     run(main())
 
 
-# --- leases ----------------------------------------------------------------------------------------------
+# --- leases ---------------------------------------------------------------------------------------
 
 
 def test_a_lease_cancelled_while_it_waits_is_not_granted(run):
@@ -380,7 +382,7 @@ def test_holders_cancelled_at_every_stage_leave_nothing(run):
     run(main())
 
 
-# --- loading and closing ---------------------------------------------------------------------------------
+# --- loading and closing --------------------------------------------------------------------------
 
 
 def test_a_load_cancelled_at_any_turn_leaves_its_name_free(run):
@@ -592,7 +594,7 @@ def test_a_block_that_fails_finishes_what_runs_and_refuses_what_waits(run):
     run(main())
 
 
-# --- threads and loops -----------------------------------------------------------------------------------
+# --- threads and loops ----------------------------------------------------------------------------
 
 
 def test_other_threads_run_blocking(run):
@@ -660,7 +662,7 @@ def test_trio_is_told_what_to_do():
         trio.run(main)
 
 
-# --- the end of the process ------------------------------------------------------------------------------
+# --- the end of the process -----------------------------------------------------------------------
 
 PROGRAM = """
 import asyncio, sys, threading, uvloop, aoti_sched

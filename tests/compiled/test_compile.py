@@ -1,4 +1,6 @@
-"""`compile_package` and the specs it writes; but for one package from the cache, modules are exported and no more."""
+"""`compile_package` and the specs it writes; but for one package from the cache, modules are
+exported and no more.
+"""
 
 import msgspec
 import pytest
@@ -42,7 +44,7 @@ def double(x):
     return x * 2
 
 
-# --- dimensions -----------------------------------------------------------------------------------------
+# --- dimensions -----------------------------------------------------------------------------------
 
 
 def test_static_sizes_are_numbers():
@@ -103,7 +105,7 @@ def test_an_output_whose_size_depends_on_the_data_is_bounded():
     assert (rows.min, rows.max, width) == (0, 12, 2)
 
 
-# --- leaves ---------------------------------------------------------------------------------------------
+# --- leaves ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -184,7 +186,7 @@ def test_positional_parameters_are_named_and_keyword_ones_are_not_among_them():
     assert spec.parameters == ("first", "second")
 
 
-# --- order in memory ------------------------------------------------------------------------------------
+# --- order in memory ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -237,7 +239,7 @@ def test_outputs_that_a_package_can_not_store_are_refused_before_anything_is_com
     assert list(tmp_path.iterdir()) == []
 
 
-# --- the batch ------------------------------------------------------------------------------------------
+# --- the batch ------------------------------------------------------------------------------------
 
 BATCH = Dim("batch", min=1, max=8)
 
@@ -321,7 +323,7 @@ def test_a_scalar_has_no_batch_dimension_from_either_end():
             described(double, torch.tensor(1.0), batch_dim=dim)
 
 
-# --- the module -----------------------------------------------------------------------------------------
+# --- the module -----------------------------------------------------------------------------------
 
 
 def test_a_module_that_writes_to_its_buffers_is_told():
@@ -347,7 +349,7 @@ def test_how_it_is_compiled_is_stored():
     assert (spec.threads, spec.frozen, spec.torch_version) == (4, True, torch.__version__)
 
 
-# --- what can't be compiled -----------------------------------------------------------------------------
+# --- what can't be compiled -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["model", "model.so", "model.pt", "model.pt2.zip"])
@@ -406,7 +408,7 @@ def test_a_module_that_writes_to_its_buffers_can_not_be_frozen(tmp_path):
         compile_package(Counter(), (torch.zeros(3),), tmp_path / "m.pt2", freeze=True)
 
 
-# --- a package ------------------------------------------------------------------------------------------
+# --- a package ------------------------------------------------------------------------------------
 
 
 def test_a_compiled_package_carries_what_describe_tells(built):

@@ -1,6 +1,8 @@
-"""Really compiled models on every device there is: the same tests on the CPU, which is everywhere, and on CUDA, XPU and MPS where they are.
+"""Really compiled models on every device there is: the same tests on the CPU, which is
+everywhere, and on CUDA, XPU and MPS where they are.
 
-Where a device is missing, its tests are skipped with the reason. `pytest -m cuda` runs those of CUDA alone.
+Where a device is missing, its tests are skipped with the reason. `pytest -m cuda` runs those of
+CUDA alone.
 """
 
 from __future__ import annotations

@@ -54,7 +54,9 @@ def test_scalars_in_a_generated_wrapper_have_no_dimensions(built):
 
 @pytest.mark.parametrize("model", ["mlp", "attention", "dtypes", "scalars", "canary", "failing"])
 def test_a_generated_wrapper_and_our_metadata_tell_the_same(built, model):
-    """Except the symbols' names, and a lower bound of 0 or 1, which generated code does not state."""
+    """Except the symbols' names, and a lower bound of 0 or 1, which generated code does not
+    state.
+    """
     own = spec_from_metadata(open_package(built(model).path).model().metadata)
 
     def plain(spec):

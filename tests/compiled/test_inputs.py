@@ -1,4 +1,6 @@
-"""A request that does not fit is refused in words that name model and input, before native code sees it."""
+"""A request that does not fit is refused in words that name model and input, before native code
+sees it.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ async def load(scheduler):
 
 
 async def refused(runner, *args, **kwargs) -> InputMismatchError:
-    """The error of a bad call; afterwards nothing was queued, and a good call is answered rightly."""
+    """The error of a bad call; afterwards nothing was queued, and a good call is answered
+    rightly.
+    """
     submitted = runner.stats().submitted
     with pytest.raises(InputMismatchError) as caught:
         runner.submit(*args, **kwargs)
@@ -69,7 +73,7 @@ async def refused(runner, *args, **kwargs) -> InputMismatchError:
     return caught.value
 
 
-# --- one tensor, wrong in every way ----------------------------------------------------------------------
+# --- one tensor, wrong in every way ---------------------------------------------------------------
 
 FAULTS = {
     "another dtype": (lambda: torch.zeros(2, 8, dtype=torch.float64), "dtype float32", "float64"),
@@ -159,7 +163,7 @@ async def test_channels_last_is_refused_where_contiguous_was_compiled(load):
     assert (error.expected, error.got) == ("strides (192, 64, 8, 1)", "(192, 1, 24, 3)")
 
 
-# --- the number of arguments, and their names ------------------------------------------------------------
+# --- the number of arguments, and their names -----------------------------------------------------
 
 X = torch.zeros(2, 8)
 
@@ -193,7 +197,7 @@ async def test_a_missing_positional_argument_of_several_is_refused(load):
     assert error.got.startswith("3 positional")
 
 
-# --- structure -------------------------------------------------------------------------------------------
+# --- structure ------------------------------------------------------------------------------------
 
 
 def changed(**changes):
@@ -297,7 +301,7 @@ async def test_where_specs_come_from_the_source_what_is_no_tensor_is_refused_too
         await refused(runner, value)
 
 
-# --- what a refusal costs --------------------------------------------------------------------------------
+# --- what a refusal costs -------------------------------------------------------------------------
 
 
 async def test_ten_thousand_refusals_leave_nothing_behind(load):
@@ -333,7 +337,7 @@ async def test_ten_thousand_refusals_leave_nothing_behind(load):
     assert_close(await runner.run(*build("mlp").args), build("mlp").module()(*build("mlp").args))
 
 
-# --- what running the model showed when it was compiled ---------------------------------------------------
+# --- what running the model showed when it was compiled -------------------------------------------
 
 
 async def test_views_and_computed_outputs_are_what_the_module_takes_and_gives(load):

@@ -1,4 +1,6 @@
-"""Weights that come after loading: from a file or as tensors, for packages without any and in place of those they have."""
+"""Weights that come after loading: from a file or as tensors, for packages without any and in
+place of those they have.
+"""
 
 from __future__ import annotations
 

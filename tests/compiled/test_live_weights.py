@@ -1,7 +1,9 @@
-"""New weights under full load, on really compiled models: each answer shows which set it was computed from.
+"""New weights under full load, on really compiled models: each answer shows which set it was
+computed from.
 
-A client notes what had been published before and after each request, so what an answer may show is known exactly: one
-of the epochs that served meanwhile, the one that its trace names, and nothing mixed.
+A client notes what had been published before and after each request, so what an answer may show is
+known exactly: one of the epochs that served meanwhile, the one that its trace names, and nothing
+mixed.
 """
 
 from __future__ import annotations
@@ -57,7 +59,8 @@ def number_in(outputs: tuple[torch.Tensor, torch.Tensor]) -> int:
 class Served(logging.Handler):
     """Runners of one model whose weights change while clients call them in turn.
 
-    The log tells of a publication in the very turn of the loop in which it happens, so `history` is never late.
+    The log tells of a publication in the very turn of the loop in which it happens, so `history` is
+    never late.
     """
 
     def __init__(self, *runners: Runner) -> None:
@@ -319,7 +322,9 @@ async def test_infinities_pass_where_nobody_asks():
 
 
 async def test_views_of_all_kinds_arrive_as_what_they_show():
-    """Strides, an offset, a storage that holds more, an expanded one: the runtime would copy what lies beneath."""
+    """Strides, an offset, a storage that holds more, an expanded one: the runtime would copy
+    what lies beneath.
+    """
     async with Scheduler() as scheduler:
         runner = await scheduler.load(build("canary").path)
         shown = {

@@ -1,4 +1,6 @@
-"""Each call into a model's library fails once while the model is loaded: nothing stays, and the next load works."""
+"""Each call into a model's library fails once while the model is loaded: nothing stays, and the
+next load works.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,11 @@ FREES = "Delete"
 
 
 class FailingCalls:
-    """Makes the n-th request for a function of any library fail, and counts containers that are not freed.
+    """Makes the n-th request for a function of any library fail, and counts containers that are
+    not freed.
 
-    `Library.call` asks `Library.function`, so each call counts once. The call that frees a container never fails.
+    `Library.call` asks `Library.function`, so each call counts once. The call that frees a
+    container never fails.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:

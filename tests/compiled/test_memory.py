@@ -1,4 +1,6 @@
-"""Parking, with really compiled models: the memory is given back, and what comes back computes what it did."""
+"""Parking, with really compiled models: the memory is given back, and what comes back computes
+what it did.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Runners of models that torch 2.12 compiled: their weights are updated through C++ maps, where the native module is there."""
+"""Runners of models that torch 2.12 compiled: their weights are updated through C++ maps, where
+the native module is there.
+"""
 
 import sys
 

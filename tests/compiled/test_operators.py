@@ -1,4 +1,6 @@
-"""Operators without a C function, torch's own and custom ones: such models run as all others do, without the GIL."""
+"""Operators without a C function, torch's own and custom ones: such models run as all others
+do, without the GIL.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ async def test_torchs_own_operators_run_through_the_c_abi_and_give_what_eager_gi
 
 @needs_native
 async def test_they_do_not_hold_the_loop(executor):
-    """Were the GIL held for the run, no turn of the loop would be between its beginning and its end."""
+    """Were the GIL held for the run, no turn of the loop would be between its beginning and its
+    end.
+    """
     async with Scheduler() as scheduler:
         _, runner = await load(scheduler, "linear_algebra", placement="lane")
         x = matrices(1024)
@@ -279,7 +283,8 @@ def test_where_no_temporary_directory_can_be_made_torchs_own_runner_is_left(monk
 def test_an_operator_of_torchs_own_that_is_not_there_means_another_torch(tmp_path):
     library = tmp_path / "model.so"
     (tmp_path / "model.json").write_text(
-        '{"nodes": [{"name": "b", "node": {"target": "aten::no_such", "inputs": [], "outputs": [], "metadata": {}}}]}'
+        '{"nodes": [{"name": "b", "node": {"target": "aten::no_such", "inputs": [], "outputs": '
+        '[], "metadata": {}}}]}'
     )
     with pytest.raises(
         LoadError,
@@ -307,7 +312,8 @@ def test_the_list_of_operators_may_be_anything(tmp_path, content, expected):
 def test_a_note_names_few_operators_and_counts_the_others():
     own = [f"aten::a{number}" for number in range(20)]
     assert operators.sentence(own).startswith(
-        "Calls aten::a0, aten::a1, aten::a2, aten::a3, aten::a4, aten::a5, aten::a6, aten::a7 and 12 more through"
+        "Calls aten::a0, aten::a1, aten::a2, aten::a3, aten::a4, aten::a5, aten::a6, aten::a7 and "
+        "12 more through"
     )
     assert (
         operators.sentence(["my::own"])

@@ -1,4 +1,6 @@
-"""A model gives what its eager module gives, whatever goes in and comes out, wherever its weights lie."""
+"""A model gives what its eager module gives, whatever goes in and comes out, wherever its
+weights lie.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,7 @@ def eager(built: BuiltModel, *args, **kwargs):
     return built.module()(*args, **kwargs)
 
 
-# --- every kind of model ---------------------------------------------------------------------------------
+# --- every kind of model --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -118,7 +120,7 @@ async def test_scalars_go_in_and_come_out_without_dimensions(scheduler):
     assert_close((product, total), eager(built, *args))
 
 
-# --- signatures ------------------------------------------------------------------------------------------
+# --- signatures -----------------------------------------------------------------------------------
 
 
 async def test_keywords_nested_dicts_tuples_and_literals_are_passed_as_the_module_takes_them(
@@ -168,7 +170,7 @@ async def test_containers_that_only_torchs_pytree_knows_keep_their_type(schedule
     assert_close(result, eager(built, *args))
 
 
-# --- how it is called ------------------------------------------------------------------------------------
+# --- how it is called -----------------------------------------------------------------------------
 
 
 async def test_requests_at_once_each_get_their_own_result(scheduler):
@@ -210,7 +212,7 @@ async def test_the_inputs_are_left_as_they_were(scheduler):
     assert all(map(torch.equal, args, before))
 
 
-# --- where weights are, and what becomes of them ---------------------------------------------------------
+# --- where weights are, and what becomes of them --------------------------------------------------
 
 
 async def test_a_package_without_weights_is_refused_at_load_by_their_names(scheduler):
@@ -266,7 +268,7 @@ async def test_changing_a_result_in_place_does_not_change_the_model(scheduler, n
             result.fill_(7)
 
 
-# --- foreign packages, bare libraries --------------------------------------------------------------------
+# --- foreign packages, bare libraries -------------------------------------------------------------
 
 
 async def test_a_foreign_package_is_checked_by_what_its_source_states(scheduler):
@@ -338,12 +340,14 @@ async def test_of_several_models_one_must_be_named(scheduler):
         await scheduler.load(built.path, model_name="cube")
 
 
-# --- a real model ----------------------------------------------------------------------------------------
+# --- a real model ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def minilm():
-    """The demo's package of the sentence encoder, from its cache or compiled now, and the eager encoder."""
+    """The demo's package of the sentence encoder, from its cache or compiled now, and the eager
+    encoder.
+    """
     from rich.console import Console
 
     from examples.semantic_search.minilm import load_encoder
@@ -371,7 +375,7 @@ async def test_minilm_refuses_sizes_beyond_its_range(scheduler, minilm):
             await runner.run(ids, torch.ones_like(ids))
 
 
-# --- one tensor at several outputs -----------------------------------------------------------------------
+# --- one tensor at several outputs ----------------------------------------------------------------
 
 
 def same_tensors(result):

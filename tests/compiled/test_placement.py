@@ -1,4 +1,6 @@
-"""Where runs of a really compiled model go: to lanes, or inline on the loop's thread; what the loop feels of it."""
+"""Where runs of a really compiled model go: to lanes, or inline on the loop's thread; what the
+loop feels of it.
+"""
 
 from __future__ import annotations
 

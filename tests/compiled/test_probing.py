@@ -22,7 +22,7 @@ def notes(runner, words):
     return [note for note in runner.info.notes if words in note]
 
 
-# --- state ------------------------------------------------------------------------------------------------
+# --- state ----------------------------------------------------------------------------------------
 
 
 async def test_first_answers_of_a_model_that_writes_to_a_buffer_are_right(scheduler):
@@ -39,7 +39,7 @@ async def test_buffers_that_are_only_read_cost_no_instances(scheduler):
     assert not notes(runner, "writes to its buffers")
 
 
-# --- sizes ------------------------------------------------------------------------------------------------
+# --- sizes ----------------------------------------------------------------------------------------
 
 
 async def test_small_sizes_that_are_right_are_taken(scheduler):
@@ -78,7 +78,7 @@ async def test_strides_that_were_compiled_in_are_read(scheduler):
     assert [spec.strides for spec in runner.info.inputs] == [(6, 2), (0, 1)]
 
 
-# --- batching ---------------------------------------------------------------------------------------------
+# --- batching -------------------------------------------------------------------------------------
 
 
 async def test_a_model_whose_rows_influence_each_other_is_not_batched(scheduler):
@@ -112,7 +112,7 @@ async def test_two_symbols_for_one_batch_are_one(scheduler):
         await runner.run(torch.randn(1, 3), torch.randn(2, 3))
 
 
-# --- warming up -------------------------------------------------------------------------------------------
+# --- warming up -----------------------------------------------------------------------------------
 
 
 async def test_a_model_that_can_not_take_zeros_prints_nothing_and_gets_one_line(scheduler, capfd):
@@ -143,7 +143,7 @@ async def test_warm_up_inputs_that_do_not_fit_are_refused(scheduler):
         await scheduler.load(build("picky").path, warmup_inputs=(torch.arange(20, 23),) * 2)
 
 
-# --- literals ---------------------------------------------------------------------------------------------
+# --- literals -------------------------------------------------------------------------------------
 
 
 async def test_literals_that_a_package_does_not_state_are_noted(scheduler):

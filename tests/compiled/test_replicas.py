@@ -1,4 +1,6 @@
-"""One runner on several CPU devices with cores of their own, on really compiled models; losing one of them under load."""
+"""One runner on several CPU devices with cores of their own, on really compiled models; losing
+one of them under load.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Sharing and overload with really compiled models: what is measured of their runs is what they are charged for."""
+"""Sharing and overload with really compiled models: what is measured of their runs is what they
+are charged for.
+"""
 
 from __future__ import annotations
 

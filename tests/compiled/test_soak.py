@@ -1,10 +1,12 @@
-"""The soak: random work on real models, everything that can happen to a request at once, then nothing is left.
+"""The soak: random work on real models, everything that can happen to a request at once, then
+nothing is left.
 
-200 clients call four runners with random inputs, cancel, set timeouts, send what does not fit, hold leases, and
-close runners that others use, while they are loaded again, and while their weights are replaced by equal ones. They are
-tenants of models with different shares, whose queues wait, shed or predict, and one is built anew when its runs fail.
-Every request, lease and update ends exactly once, every result is the eager module's, and at the end nothing is
-left of it all. `AOTI_SCHED_SOAK_SECONDS` says how long (10), and `AOTI_SCHED_SOAK_SEED` repeats a run's decisions;
+200 clients call four runners with random inputs, cancel, set timeouts, send what does not fit, hold
+leases, and close runners that others use, while they are loaded again, and while their weights are
+replaced by equal ones. They are tenants of models with different shares, whose queues wait, shed or
+predict, and one is built anew when its runs fail. Every request, lease and update ends exactly
+once, every result is the eager module's, and at the end nothing is left of it all.
+`AOTI_SCHED_SOAK_SECONDS` says how long (10), and `AOTI_SCHED_SOAK_SEED` repeats a run's decisions;
 the interleaving is the machine's own.
 """
 
@@ -51,7 +53,9 @@ CLIENTS = 200
 INPUTS = 32
 TENANTS = (None, "one", "another", "third")
 GROWTH = 24 << 20
-"""Bytes that the process may grow by in the second half; a leak of a kilobyte per request is more."""
+"""Bytes that the process may grow by in the second half; a leak of a kilobyte per request is
+more.
+"""
 
 
 @dataclass
@@ -107,7 +111,10 @@ def models(rng: random.Random) -> list[Model]:
 
 
 class Soak:
-    """One scheduler under 200 clients. What began is counted by kind ("request", "lease", "update"), how it ended, too."""
+    """One scheduler under 200 clients.
+
+    What began is counted by kind ("request", "lease", "update"), how it ended, too.
+    """
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
@@ -149,7 +156,9 @@ class Soak:
         self.runners[model.name] = await scheduler.load(path, name=model.name, **model.settings)
 
     async def replace_runners(self, scheduler: Scheduler, rng: random.Random) -> None:
-        """Close a runner that is in use and load it again, over and over; sometimes give up a load midway."""
+        """Close a runner that is in use and load it again, over and over; sometimes give up a
+        load midway.
+        """
         while not self.over:
             model = rng.choice(self.models)
             runner = self.runners[model.name]
@@ -230,7 +239,7 @@ class Soak:
             # A refusal needs no turn of the loop, and would keep the others from theirs.
             await asyncio.sleep(0)
 
-    # --- what clients do ---------------------------------------------------------------------------------
+    # --- what clients do --------------------------------------------------------------------------
 
     async def plain(self, rng: random.Random, model: Model, runner: Runner) -> None:
         which = rng.randrange(INPUTS)
@@ -306,7 +315,7 @@ class Soak:
                 assert_close(result, model.answers[which])
                 ends("right")
 
-    # --- the account -------------------------------------------------------------------------------------
+    # --- the account ------------------------------------------------------------------------------
 
     @contextmanager
     def one(self, kind: str) -> Iterator[Callable[[str], None]]:
@@ -323,7 +332,9 @@ class Soak:
         assert stats.submitted == sum(getattr(stats, kind) for kind in ended), stats
 
     async def must_be_home(self, runner: Runner) -> None:
-        """Whatever callers left behind on the lanes is over: a request of each slot goes through."""
+        """Whatever callers left behind on the lanes is over: a request of each slot goes
+        through.
+        """
         model = next(model for model in self.models if model.name == runner.name)
         leases = [runner.lease() for _ in range(runner.info.instances)]
         for lease in leases:
@@ -356,7 +367,8 @@ class Census:
 def test_the_soak(executor, monkeypatch):
     monkeypatch.setenv("AOTI_SCHED_EXECUTOR", executor)
     sys.__stderr__.write(
-        f"\nsoak on {executor}: seed {SEED}, {SECONDS:g} s (AOTI_SCHED_SOAK_SEED={SEED} repeats its decisions)\n"
+        f"\nsoak on {executor}: seed {SEED}, {SECONDS:g} s (AOTI_SCHED_SOAK_SEED={SEED} repeats "
+        f"its decisions)\n"
     )
     rng = random.Random(SEED)
     soak = Soak(rng)

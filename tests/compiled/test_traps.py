@@ -1,7 +1,8 @@
-"""The runtime's traps on a CPU: first that they are there, in a process that may die of them, then that ours are not.
+"""The runtime's traps on a CPU: first that they are there, in a process that may die of them,
+then that ours are not.
 
-What a trap does is as of torch 2.13. Where the stock way ends the process, ours runs in a process of its own too,
-and prints `served on` when it is still there.
+What a trap does is as of torch 2.13. Where the stock way ends the process, ours runs in a process
+of its own too, and prints `served on` when it is still there.
 """
 
 from __future__ import annotations
@@ -74,12 +75,13 @@ def patched(package: Path, target: Path, **metadata: str) -> Path:
     return target
 
 
-# --- weights that are not there --------------------------------------------------------------------------
+# --- weights that are not there -------------------------------------------------------------------
 
 
 def test_the_stock_runner_dies_when_a_package_has_no_weights(program):
     process = program(
-        "AOTIModelContainerRunnerCpu(str(build('weights_none').library()), 1).run([torch.randn(3, 4)])"
+        "AOTIModelContainerRunnerCpu(str(build('weights_none').library()), 1).run([torch.randn(3, "
+        "4)])"
     )
     assert process.returncode == -signal.SIGSEGV
 
@@ -100,7 +102,7 @@ def test_a_package_without_weights_is_refused_at_load_and_the_process_serves_on(
     )
 
 
-# --- inputs that don't fit -------------------------------------------------------------------------------
+# --- inputs that don't fit ------------------------------------------------------------------------
 
 
 def test_a_wrong_number_of_inputs_through_the_c_abi_ends_the_process(program):
@@ -163,7 +165,7 @@ async def test_what_the_model_was_not_compiled_for_is_refused(scheduler):
         await ours.run(torch.randn(65, 8))
 
 
-# --- packages for elsewhere, and damaged ones ------------------------------------------------------------
+# --- packages for elsewhere, and damaged ones -----------------------------------------------------
 
 
 async def test_a_wider_instruction_set_is_refused_before_it_is_sigill(scheduler, tmp_path):
@@ -247,7 +249,7 @@ def test_a_model_whose_file_is_overwritten_runs_on(program, tmp_path, suffix):
     )
 
 
-# --- runs that fail --------------------------------------------------------------------------------------
+# --- runs that fail -------------------------------------------------------------------------------
 
 
 async def test_a_failed_run_tells_torchs_root_cause_and_the_next_is_right(scheduler):
@@ -311,7 +313,7 @@ async def test_first_runs_may_come_all_at_once_without_a_warm_up(scheduler):
     assert_close(results, [built.module()(*built.args)] * 8)
 
 
-# --- custom operators ------------------------------------------------------------------------------------
+# --- custom operators -----------------------------------------------------------------------------
 
 OPERATOR = """
 @torch.library.custom_op("aoti_sched_tests::twice_plus_one", mutates_args=())
@@ -376,7 +378,7 @@ async def test_a_custom_operators_model_is_not_called_with_the_wrong_number_of_i
         await runner.run()
 
 
-# --- where what a model computes ends the process -------------------------------------------------------
+# --- where what a model computes ends the process -------------------------------------------------
 
 
 @pytest.mark.skipif(
@@ -452,7 +454,7 @@ def test_a_bad_index_on_one_thread_fails_its_own_request(program):
     )
 
 
-# --- a cache to which others can change the way ----------------------------------------------------------
+# --- a cache to which others can change the way ---------------------------------------------------
 
 
 @pytest.mark.skipif(
@@ -472,7 +474,7 @@ async def test_a_model_is_mapped_through_a_descriptor_where_the_caches_folder_co
     assert any(Path(file.path).is_relative_to(cache) for file in psutil.Process().memory_maps())
 
 
-# --- loading, again and again ----------------------------------------------------------------------------
+# --- loading, again and again ---------------------------------------------------------------------
 
 
 async def test_one_package_loads_many_times_at_once(scheduler):
@@ -558,7 +560,7 @@ def test_ours_leaves_nothing_in_the_temporary_directory(program, tmp_path, way):
     assert list(tmp_path.iterdir()) == []
 
 
-# --- threads ---------------------------------------------------------------------------------------------
+# --- threads --------------------------------------------------------------------------------------
 
 
 async def test_more_threads_than_the_kernels_were_compiled_for_are_lowered_and_said(scheduler):

@@ -1,4 +1,6 @@
-"""`update(module.state_dict())` for ordinary modules: names that no constant has, several names of one tensor, buffers left out."""
+"""`update(module.state_dict())` for ordinary modules: names that no constant has, several names
+of one tensor, buffers left out.
+"""
 
 from __future__ import annotations
 
@@ -145,7 +147,9 @@ async def test_a_buffer_that_state_dict_leaves_out_can_be_given():
 
 
 async def test_a_torch_package_ignores_names_that_it_cannot_know_when_it_is_told_to():
-    """Its small constants are code: the values of those must be the compiled ones, which nothing here can tell."""
+    """Its small constants are code: the values of those must be the compiled ones, which
+    nothing here can tell.
+    """
     module = build("conv").module()
     async with Scheduler() as scheduler:
         runner = await scheduler.load(build("conv").path)

@@ -1,4 +1,7 @@
-"""The benchmarks run, and report truly on every contestant. What they measure is nobody's business here."""
+"""The benchmarks run, and report truly on every contestant.
+
+What they measure is nobody's business here.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,7 @@ def only(names):
     return [argument for name in names for argument in ("--contestant", name)]
 
 
-# --- the programme, end to end --------------------------------------------------------------------------
+# --- the programme, end to end --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +140,7 @@ def test_contestants_whose_answers_differ_did_not_do_the_same_work():
         must_agree({"one": (1.0, 2.0), "other": (1.0, 2.1)})
 
 
-# --- the report -----------------------------------------------------------------------------------------
+# --- the report -----------------------------------------------------------------------------------
 
 
 def result(name, *times):
@@ -239,7 +242,7 @@ def test_every_target_names_entrants_and_figures_that_there_are():
             assert target.figure in fields
 
 
-# --- measuring ------------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 
 
 def test_a_swap_is_held_against_the_longest_run_that_was_under_way_in_it():
@@ -269,7 +272,8 @@ def test_a_swap_that_returns_only_when_its_callers_are_gone_is_given_up(monkeypa
         called.set()
         os.sched_yield()
 
-    def swap():  # starved by its callers, it returns when the last of them is gone, be that early or late
+    # starved by its callers, it returns when the last of them is gone, be that early or late
+    def swap():
         called.wait()
         for caller in list(callers):
             caller.join()

@@ -1,4 +1,7 @@
-"""The demo as a person starts it: a program, from the repository root. It compiles its models if they are not cached."""
+"""The demo as a person starts it: a program, from the repository root.
+
+It compiles its models if they are not cached.
+"""
 
 import re
 import subprocess

@@ -1,4 +1,6 @@
-"""The example that trains beside its serving: what it tells and draws is what happened, and a run of it loses nothing."""
+"""The example that trains beside its serving: what it tells and draws is what happened, and a
+run of it loses nothing.
+"""
 
 import re
 import subprocess

@@ -1,4 +1,6 @@
-"""The simulator: the same seed gives the same figures, every request has one end, and what queueing theory knows comes out."""
+"""The simulator: the same seed gives the same figures, every request has one end, and what
+queueing theory knows comes out.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,7 @@ def with_load(scenario, load, **others):
     return dataclasses.replace(scenario, load=load, **others)
 
 
-# --- true to itself -------------------------------------------------------------------------------------------
+# --- true to itself -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("trace", TRACES)
@@ -79,7 +81,7 @@ def test_no_lane_is_ever_busier_than_always():
     assert measure(simulated(scenario, "fifo")).busy == pytest.approx(1.0, abs=0.02)
 
 
-# --- what is known of simple queues ---------------------------------------------------------------------------
+# --- what is known of simple queues ---------------------------------------------------------------
 
 
 def test_under_half_load_all_is_answered_and_goodput_is_the_load():
@@ -135,7 +137,7 @@ def test_models_get_device_time_by_their_shares():
     assert unfair != pytest.approx(fair, abs=0.1)
 
 
-# --- its parts ------------------------------------------------------------------------------------------------
+# --- its parts ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("trace", TRACES)
@@ -170,7 +172,7 @@ def test_whoever_asks_for_little_gets_it_and_the_others_share_the_rest():
     assert entitled(np.array([0.0, 9.0, 9.0]), shares, 0.0) == pytest.approx([0.0, 0.0, 0.0])
 
 
-# --- the command ----------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 def test_the_command_prints_a_row_for_each_policy_and_load_and_draws_a_picture(tmp_path):

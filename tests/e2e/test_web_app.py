@@ -1,4 +1,6 @@
-"""The web application's answers, in process: its own code and the real scheduler over a fake model."""
+"""The web application's answers, in process: its own code and the real scheduler over a fake
+model.
+"""
 
 from __future__ import annotations
 

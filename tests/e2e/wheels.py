@@ -1,5 +1,7 @@
-"""Wheels as `pip wheel .` builds them, with a compiler and without one. `make wheels` runs this; the suite does not, for pip
-fetches what builds the native module."""
+"""Wheels as `pip wheel .` builds them, with a compiler and without one.
+
+`make wheels` runs this; the suite does not, for pip fetches what builds the native module.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def files(built: Path) -> list[str]:
 
 
 def lanes(built: Path, into: Path) -> subprocess.CompletedProcess[str]:
-    """What the package says of its lanes, unpacked: without `site`, which would find the one that is installed here."""
+    """What the package says of its lanes, unpacked: without `site`, which would find the one
+    that is installed here.
+    """
     into.mkdir(exist_ok=True)
     zipfile.ZipFile(built).extractall(into)
     path = os.pathsep.join(

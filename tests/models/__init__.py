@@ -1,8 +1,10 @@
-"""Really compiled models for tests: each built once, then found in the repository's `.cache/models`.
+"""Really compiled models for tests: each built once, then found in the repository's
+`.cache/models`.
 
-`build("mlp")` gives a `BuiltModel`; `python -m tests.models` builds them all beforehand, two at a time.
-A model is built again when its definition, the compiler or the machine has changed. Processes that want the
-same model wait for the one that builds it, and a build that is broken off leaves nothing behind.
+`build("mlp")` gives a `BuiltModel`; `python -m tests.models` builds them all beforehand, two at a
+time. A model is built again when its definition, the compiler or the machine has changed. Processes
+that want the same model wait for the one that builds it, and a build that is broken off leaves
+nothing behind.
 """
 
 from __future__ import annotations
@@ -88,13 +90,17 @@ def build(name: str) -> BuiltModel:
 
 
 def build_here(name: str) -> None:
-    """Have the model built in this process, which leaves traces of the compiler in it: not for tests."""
+    """Have the model built in this process, which leaves traces of the compiler in it: not for
+    tests.
+    """
     _build(name, here=True)
 
 
 def compile_apart(scratch: str) -> None:
-    """Give this process a compiler cache of its own: models that share their code (the same module, its weights here
-    or there) share its files by content, and torch rewrites some of them in place while another package reads them."""
+    """Give this process a compiler cache of its own: models that share their code (the same
+    module, its weights here or there) share its files by content, and torch rewrites some of
+    them in place while another package reads them.
+    """
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(scratch, str(os.getpid())))
 
 

@@ -1,6 +1,8 @@
-"""`python -m tests.models [names]`: build these models, or all, two at a time; what is built already costs nothing.
+"""`python -m tests.models [names]`: build these models, or all, two at a time; what is built
+already costs nothing.
 
-The two processes stay for many models, since half of a small model's time is importing the compiler.
+The two processes stay for many models, since half of a small model's time is importing the
+compiler.
 """
 
 from __future__ import annotations

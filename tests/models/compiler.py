@@ -1,7 +1,7 @@
 """Compiles one definition into a directory; run as a program, in a process of its own.
 
-Compiling leaves traces in a process (dynamo's state, warnings, inductor's choice of code generator), so tests
-never do it in theirs.
+Compiling leaves traces in a process (dynamo's state, warnings, inductor's choice of code
+generator), so tests never do it in theirs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch._inductor.package import package_aoti
 from aoti_sched.compile import compile_package
 from tests.models import DEFINITIONS, Definition
 
-# The wrapper is the glue around the kernels. Unoptimized, it computes the same and compiles in 4.5 s, not 6.5 s.
+# The wrapper is the glue around the kernels. Unoptimized, it computes the same and compiles in 4.5
+# s, not 6.5 s.
 QUICK = {"aot_inductor.compile_wrapper_opt_level": "O0"}
 
 

@@ -1,9 +1,11 @@
-"""The modules that tests compile for real: one function per model, each saying what it is there to show.
+"""The modules that tests compile for real: one function per model, each saying what it is there
+to show.
 
-A function is self-contained: its source text is the key under which the compiled package is cached, so
-what it uses from outside (torch, `Definition`) may not change what it means. Every module is built
-after `torch.manual_seed(0)`, so a test's eager module has the same weights as the compiled one. Models
-are tiny unless they say otherwise: the time to compile them is the time before the first test.
+A function is self-contained: its source text is the key under which the compiled package is cached,
+so what it uses from outside (torch, `Definition`) may not change what it means. Every module is
+built after `torch.manual_seed(0)`, so a test's eager module has the same weights as the compiled
+one. Models are tiny unless they say otherwise: the time to compile them is the time before the
+first test.
 """
 
 from __future__ import annotations
@@ -25,9 +27,9 @@ class Definition:
 
     `make` gives the module; `args` and `kwargs` are example arguments; `dynamic` is torch.export's
     `dynamic_shapes`. A `foreign` model is compiled by torch alone, so that its package carries no
-    metadata of ours. `freeze` is `compile_package`'s, `options` are inductor's. `companions` are the models
-    of a package that holds several. An `alone` model is compiled in a process of its own, since inductor picks
-    a code generator only once.
+    metadata of ours. `freeze` is `compile_package`'s, `options` are inductor's. `companions` are
+    the models of a package that holds several. An `alone` model is compiled in a process of its
+    own, since inductor picks a code generator only once.
     """
 
     make: Callable[[], nn.Module]
@@ -63,7 +65,7 @@ def model(function: Callable[[], Definition]) -> Callable[[], Definition]:
     return define
 
 
-# --- what users bring -----------------------------------------------------------------------------------
+# --- what users bring -----------------------------------------------------------------------------
 
 
 @model
@@ -143,7 +145,9 @@ def attention() -> Definition:
 
 @model
 def signature() -> Definition:
-    """Every shape of argument: nested dicts, a tuple, keywords, None, an int and a flag; a dict comes out."""
+    """Every shape of argument: nested dicts, a tuple, keywords, None, an int and a flag; a dict
+    comes out.
+    """
 
     class Signature(nn.Module):
         def forward(
@@ -279,7 +283,9 @@ def registered() -> Definition:
 
 @model
 def pair() -> Definition:
-    """Two models in one package, `double` and `square`; foreign, since one call compiles one model."""
+    """Two models in one package, `double` and `square`; foreign, since one call compiles one
+    model.
+    """
 
     class Double(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -297,7 +303,9 @@ def pair() -> Definition:
 
 @model
 def one_tensor_twice() -> Definition:
-    """One tensor at several outputs, made there or an input: the runtime gives its one handle at each of them."""
+    """One tensor at several outputs, made there or an input: the runtime gives its one handle
+    at each of them.
+    """
 
     class Twice(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
@@ -338,7 +346,9 @@ def one_constant_twice() -> Definition:
 
 @model
 def linear_algebra() -> Definition:
-    """Operators of torch's own that have no C function, and fail for what has no inverse; weights that can be replaced."""
+    """Operators of torch's own that have no C function, and fail for what has no inverse;
+    weights that can be replaced.
+    """
 
     class LinearAlgebra(nn.Module):
         def __init__(self) -> None:
@@ -404,7 +414,7 @@ def custom_late() -> Definition:
     )
 
 
-# --- where weights live ---------------------------------------------------------------------------------
+# --- where weights live ---------------------------------------------------------------------------
 
 
 @model
@@ -448,7 +458,9 @@ def weights_pickle() -> Definition:
 
 @model
 def late() -> Definition:
-    """No weights anywhere, folded constants, and a parameter that does not lie in memory as files have it."""
+    """No weights anywhere, folded constants, and a parameter that does not lie in memory as
+    files have it.
+    """
 
     class Late(nn.Module):
         def __init__(self) -> None:
@@ -471,14 +483,15 @@ def late() -> Definition:
     )
 
 
-# --- constants ------------------------------------------------------------------------------------------
+# --- constants ------------------------------------------------------------------------------------
 
 
 @model
 def canary() -> Definition:
     """Every constant carries one number, and the output reveals the number in each.
 
-    A run on half an update shows two numbers. `seen` has two rows per constant, its smallest and its largest
+    A run on half an update shows two numbers. `seen` has two rows per constant, its smallest and
+    its largest
     element: of `first` before the work, of `last` after it.
     """
 
@@ -503,8 +516,10 @@ def canary() -> Definition:
 
 @model
 def ordinary() -> Definition:
-    """What a state dict has besides the graph's constants: a count that only training uses, a layer that nothing calls,
-    tied weights, a buffer that it leaves out, extra state, a number that inductor takes for code, and a plain tensor."""
+    """What a state dict has besides the graph's constants: a count that only training uses, a
+    layer that nothing calls, tied weights, a buffer that it leaves out, extra state, a number
+    that inductor takes for code, and a plain tensor.
+    """
 
     class Ordinary(nn.Module):
         def __init__(self) -> None:
@@ -535,7 +550,9 @@ def ordinary() -> Definition:
 
 @model
 def folding() -> Definition:
-    """weight.T @ weight depends on constants alone, so the runtime folds it once per set of constants."""
+    """weight.T @ weight depends on constants alone, so the runtime folds it once per set of
+    constants.
+    """
 
     class Folding(nn.Module):
         def __init__(self) -> None:
@@ -577,8 +594,9 @@ def folded_output() -> Definition:
 
 @model
 def strided() -> Definition:
-    """Constants in odd places: a transposed parameter, a channels-last one, a view with an offset, an empty
-    one, and a tensor that is neither parameter nor buffer."""
+    """Constants in odd places: a transposed parameter, a channels-last one, a view with an
+    offset, an empty one, and a tensor that is neither parameter nor buffer.
+    """
 
     class Strided(nn.Module):
         def __init__(self) -> None:
@@ -598,7 +616,9 @@ def strided() -> Definition:
 
 @model
 def views() -> Definition:
-    """Inputs that are not dense, outputs that are numbers and conditions, and rows that may not be fewer than two."""
+    """Inputs that are not dense, outputs that are numbers and conditions, and rows that may not
+    be fewer than two.
+    """
 
     class Views(nn.Module):
         def forward(
@@ -625,7 +645,10 @@ def views() -> Definition:
 
 @model
 def towers() -> Definition:
-    """Two inputs whose rows torch tells apart; one row, and none, are right of either. The examples are one tensor."""
+    """Two inputs whose rows torch tells apart; one row, and none, are right of either.
+
+    The examples are one tensor.
+    """
 
     class Towers(nn.Module):
         def __init__(self) -> None:
@@ -657,7 +680,9 @@ def mutating() -> Definition:
 
 @model
 def counter() -> Definition:
-    """Counts its runs in one element, which torch 2.13 takes for a constant of its first value unless told not to."""
+    """Counts its runs in one element, which torch 2.13 takes for a constant of its first value
+    unless told not to.
+    """
 
     class Counter(nn.Module):
         def __init__(self) -> None:
@@ -673,7 +698,10 @@ def counter() -> Definition:
 
 @model
 def aliasing() -> Definition:
-    """Outputs that alias: a buffer, a view of a parameter, and an input itself. torch 2.13 clones the constants."""
+    """Outputs that alias: a buffer, a view of a parameter, and an input itself.
+
+    torch 2.13 clones the constants.
+    """
 
     class Aliasing(nn.Module):
         def __init__(self) -> None:
@@ -687,12 +715,14 @@ def aliasing() -> Definition:
     return Definition(Aliasing, (torch.zeros(4),))
 
 
-# --- how runs go ----------------------------------------------------------------------------------------
+# --- how runs go ----------------------------------------------------------------------------------
 
 
 @model
 def heavy() -> Definition:
-    """About 50 ms on one thread, all in matmuls of its input: it keeps a core busy, and has no weights."""
+    """About 50 ms on one thread, all in matmuls of its input: it keeps a core busy, and has no
+    weights.
+    """
 
     class Heavy(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -745,7 +775,7 @@ def fails_on_zeros() -> Definition:
     return Definition(Offset, (torch.arange(20, 23),))
 
 
-# --- packages of torch alone, of which loading finds out what they are ----------------------------------
+# --- packages of torch alone, of which loading finds out what they are ----------------------------
 
 
 @model
@@ -781,7 +811,9 @@ def foreign_counter() -> Definition:
 
 @model
 def pairs_of_rows() -> Definition:
-    """A foreign package: rows come in pairs, stated as at least 4; buffers that are only read; two literals."""
+    """A foreign package: rows come in pairs, stated as at least 4; buffers that are only read;
+    two literals.
+    """
 
     class Pairs(nn.Module):
         def __init__(self) -> None:
@@ -804,7 +836,9 @@ def pairs_of_rows() -> Definition:
 
 @model
 def last_rows() -> Definition:
-    """A foreign package that reads the last row of an intermediate result, and the first two of its input."""
+    """A foreign package that reads the last row of an intermediate result, and the first two of
+    its input.
+    """
 
     class Last(nn.Module):
         def __init__(self) -> None:
@@ -852,7 +886,9 @@ def cache_input() -> Definition:
 
 @model
 def two_symbols() -> Definition:
-    """A foreign package as torch's own advice makes it: each input has a symbol of its own for the batch."""
+    """A foreign package as torch's own advice makes it: each input has a symbol of its own for
+    the batch.
+    """
 
     class Two(nn.Module):
         def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -903,7 +939,9 @@ def floors() -> Definition:
 
 @model
 def parallel() -> Definition:
-    """Kernels of two threads: a reduction, and an embedding whose bad ids are found in a parallel region."""
+    """Kernels of two threads: a reduction, and an embedding whose bad ids are found in a
+    parallel region.
+    """
 
     class Parallel(nn.Module):
         def __init__(self) -> None:

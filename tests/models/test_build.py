@@ -1,4 +1,6 @@
-"""The cache of compiled models: built once, all or nothing, and again when what made them changes."""
+"""The cache of compiled models: built once, all or nothing, and again when what made them
+changes.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,3 @@
-"""The native lanes, driven by a small C library in the place of compiled models, so that every failure can be had."""
+"""The native lanes, driven by a small C library in the place of compiled models, so that every
+failure can be had.
+"""

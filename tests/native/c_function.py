@@ -1,4 +1,6 @@
-"""A function of Python as a model that C runs: through it the lanes are held to the same contracts as Python's threads."""
+"""A function of Python as a model that C runs: through it the lanes are held to the same
+contracts as Python's threads.
+"""
 
 import ctypes
 from ctypes import CFUNCTYPE, POINTER, c_char_p, c_int32, c_size_t, c_void_p
@@ -14,7 +16,10 @@ _LastError = CFUNCTYPE(c_int32, POINTER(c_char_p))
 
 
 class CFunction(HostContainer):
-    """A container whose run calls `function` with the tensors that C gives it. An exception is the runtime's failure."""
+    """A container whose run calls `function` with the tensors that C gives it.
+
+    An exception is the runtime's failure.
+    """
 
     def __init__(self, function, inputs, outputs, own):
         self.function = function

@@ -1,4 +1,6 @@
-"""Without the compiled module there are no native lanes: then their tests are left out, and the summary says so."""
+"""Without the compiled module there are no native lanes: then their tests are left out, and the
+summary says so.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What tests of the lanes share: lanes over the C model library, works of fake tensors, and how completions come."""
+"""What tests of the lanes share: lanes over the C model library, works of fake tensors, and how
+completions come.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ FOREVER = 60.0
 """Seconds after which a test that waits in vain fails; no test that passes comes near."""
 
 
-# Lanes hold no Python object: models and their containers must live as long as there may be works of theirs.
+# Lanes hold no Python object: models and their containers must live as long as there may be works
+# of theirs.
 _kept: list[tuple[_native.Model, Container]] = []
 
 
@@ -40,7 +43,9 @@ def tries() -> Iterator[None]:
 
 
 def numbers() -> _native.Tensors:
-    """Handles of the C library's tensors as plain numbers; those that a run gives are the test's own."""
+    """Handles of the C library's tensors as plain numbers; those that a run gives are the
+    test's own.
+    """
     return _native.Tensors(
         int, lambda handles: [*map(capsule, handles)], lambda capsules: [*map(pointer, capsules)]
     )

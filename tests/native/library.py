@@ -1,4 +1,6 @@
-"""The C model library, compiled once and loaded; scripted containers and counted tensors as Python sees them."""
+"""The C model library, compiled once and loaded; scripted containers and counted tensors as
+Python sees them.
+"""
 
 from __future__ import annotations
 
@@ -149,7 +151,9 @@ class Library:
             self._cdll.torch_delete_tensor(handle)
 
     def thread_calls(self, prefix: str) -> list[tuple[str, str, int]]:
-        """(thread, function, count) of every time that a thread of such a name asked or was told its thread count."""
+        """(thread, function, count) of every time that a thread of such a name asked or was
+        told its thread count.
+        """
         calls = []
         name, function = ctypes.create_string_buffer(16), c_char()
         for n in range(self._cdll.thread_calls()):

@@ -1,7 +1,8 @@
-"""The simulated device in this process: its driver, torch's tensors on it (kind "sim"), a compiled model for it, and the backends of
-CUDA, XPU and MPS over it.
+"""The simulated device in this process: its driver, torch's tensors on it (kind "sim"), a
+compiled model for it, and the backends of CUDA, XPU and MPS over it.
 
-Torch learns of the device when it is first asked for, and does not forget it again; nothing else in the process is changed.
+Torch learns of the device when it is first asked for, and does not forget it again; nothing else in
+the process is changed.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ def model_path(
 ) -> Path:
     """The compiled model.
 
-    An older one can't take constants from the host, a mixed one has a factor that lies there, a chain is two kernels, and
-    with `twice` one tensor is two outputs. Rows of its input lie `row` elements apart.
+    An older one can't take constants from the host, a mixed one has a factor that lies there, a
+    chain is two kernels, and with `twice` one tensor is two outputs. Rows of its input lie `row`
+    elements apart.
     """
     flags = ["-DOLDER"] * older + ["-DMIXED"] * mixed + ["-DCHAIN"] * chain + ["-DTWICE"] * twice
     flags += [f"-DROW={row}"] * (row != 4)

@@ -1,4 +1,6 @@
-"""Batches on native lanes: the contract in every way there is; what is refused or goes wrong; nothing lost in thousands."""
+"""Batches on native lanes: the contract in every way there is; what is refused or goes wrong;
+nothing lost in thousands.
+"""
 
 import contextlib
 import gc
@@ -77,7 +79,7 @@ class TestBatchesOnThreadsOfCModels(OnNativeLanes, StagingContract):
         return ThreadsExecutor("cpu", lanes, set_threads)
 
 
-# --- real tensors, scripted models --------------------------------------------------------------------------
+# --- real tensors, scripted models ----------------------------------------------------------------
 
 
 @pytest.fixture
@@ -237,7 +239,7 @@ def test_nothing_is_lost_in_ten_thousand_batches(executor):
     assert use() - before < 2 << 20
 
 
-# --- a torch that refuses -----------------------------------------------------------------------------------
+# --- a torch that refuses -------------------------------------------------------------------------
 
 
 class TestRefusals:

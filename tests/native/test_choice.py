@@ -111,7 +111,7 @@ def test_an_unknown_choice_is_refused_with_those_there_are(choose):
         open_one()
 
 
-# --- cores ------------------------------------------------------------------------------------------------
+# --- cores ----------------------------------------------------------------------------------------
 
 
 KINDS = ["threads", *(["native"] if importlib.util.find_spec(NATIVE) else [])]

@@ -1,4 +1,6 @@
-"""The map of constants that C++ code of compiled models reads and fills: what goes in and comes out."""
+"""The map of constants that C++ code of compiled models reads and fills: what goes in and comes
+out.
+"""
 
 import pytest
 

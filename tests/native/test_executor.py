@@ -1,4 +1,6 @@
-"""`NativeExecutor` keeps the executors' contract: its stand-in threads with Python functions, its lanes with C models."""
+"""`NativeExecutor` keeps the executors' contract: its stand-in threads with Python functions,
+its lanes with C models.
+"""
 
 import contextlib
 import os
@@ -395,7 +397,9 @@ gated.wait_until_inside()
 def test_a_thread_that_looks_for_completions_when_the_interpreter_ends_does_not_end_the_process(
     look,
 ):
-    """Python ends a thread that wants the GIL back later, and the process with it, since C++ has promised not to throw there."""
+    """Python ends a thread that wants the GIL back later, and the process with it, since C++
+    has promised not to throw there.
+    """
     script = f"""
 import sys, threading
 from aoti_sched.backends.native.executor import NativeExecutor

@@ -1,4 +1,6 @@
-"""Forked children and the interpreter's end: each in a process of its own, which must neither hang nor crash."""
+"""Forked children and the interpreter's end: each in a process of its own, which must neither
+hang nor crash.
+"""
 
 import subprocess
 import sys
@@ -62,7 +64,7 @@ def run(lines):
 REFUSAL = "the process was forked after the lanes were made; make a new Scheduler in the child"
 
 
-# --- fork -------------------------------------------------------------------------------------------------
+# --- fork -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,7 @@ def test_lanes_made_in_a_forked_child_work():
     assert run(lines) == (["8", "child 0"], "", 0)
 
 
-# --- exit -------------------------------------------------------------------------------------------------
+# --- exit -----------------------------------------------------------------------------------------
 
 
 def test_the_interpreter_ends_with_work_in_flight():

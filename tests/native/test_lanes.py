@@ -1,4 +1,6 @@
-"""Native lanes: what they run, whose every handle is, how the loop hears of it, and how they end."""
+"""Native lanes: what they run, whose every handle is, how the loop hears of it, and how they
+end.
+"""
 
 import contextlib
 import gc
@@ -82,7 +84,7 @@ def thread_names(prefix):
     return sorted(name for name in names if name.startswith(prefix))
 
 
-# --- a run that succeeds ----------------------------------------------------------------------------------
+# --- a run that succeeds --------------------------------------------------------------------------
 
 
 def test_a_run_gives_its_token_and_outputs(c, lanes):
@@ -201,7 +203,7 @@ def test_stamps_are_seconds_of_the_monotonic_clock_and_in_order(lanes):
     assert stamps[-1] <= time.monotonic()
 
 
-# --- a run that fails -------------------------------------------------------------------------------------
+# --- a run that fails -----------------------------------------------------------------------------
 
 
 def test_a_failed_run_gives_the_words_of_the_runtime_and_of_torch_from_its_own_thread(lanes):
@@ -260,7 +262,7 @@ def test_a_failed_run_is_followed_by_the_next(lanes, fault):
     assert (second.token, second.outputs) == (2, [])
 
 
-# --- fences -----------------------------------------------------------------------------------------------
+# --- fences ---------------------------------------------------------------------------------------
 
 
 def run_fenced(lanes, container, fence):
@@ -297,7 +299,7 @@ def test_the_device_is_waited_for_after_a_failed_run_too_and_the_runs_own_words_
     assert completion.error == ("the run failed", "")
 
 
-# --- what is refused, and that nothing is taken then ------------------------------------------------------
+# --- what is refused, and that nothing is taken then ----------------------------------------------
 
 
 def refuse(lanes, error, match, one, inputs, *, lane=0):
@@ -360,7 +362,7 @@ def test_a_model_without_a_run_function_is_refused():
         _native.Model(run=0, container=1, num_inputs=0, num_outputs=0)
 
 
-# --- lanes ------------------------------------------------------------------------------------------------
+# --- lanes ----------------------------------------------------------------------------------------
 
 
 def test_there_are_as_many_lanes_as_names(two_lanes):
@@ -486,7 +488,7 @@ def test_torch_sets_a_lanes_thread_count_before_the_lane_does(c):
     assert [function for _, function, _ in c.thread_calls(prefix)] == ["g", "o", "m"]
 
 
-# --- how the loop hears of it -----------------------------------------------------------------------------
+# --- how the loop hears of it ---------------------------------------------------------------------
 
 
 def test_the_descriptor_is_readable_while_completions_wait_and_only_then(lanes):
@@ -573,7 +575,7 @@ def test_another_may_ring(lanes):
     assert not readable(lanes)
 
 
-# --- on the calling thread --------------------------------------------------------------------------------
+# --- on the calling thread ------------------------------------------------------------------------
 
 
 def test_a_run_here_gives_the_same_as_a_lanes(c, lanes):
@@ -605,7 +607,9 @@ def test_a_run_here_with_a_wrong_number_of_inputs_is_refused_before_a_handle_is_
 
 
 def with_counts(omp, mkl, function):
-    """Call a function on a new thread that has these thread counts; what it returns, and the counts afterwards."""
+    """Call a function on a new thread that has these thread counts; what it returns, and the
+    counts afterwards.
+    """
     outcome = []
 
     def body():
@@ -666,7 +670,7 @@ def test_where_the_count_can_not_be_asked_for_a_run_here_changes_none(c):
     assert (container.omp_threads, container.mkl_threads) == (2, 0)
 
 
-# --- the end ----------------------------------------------------------------------------------------------
+# --- the end --------------------------------------------------------------------------------------
 
 
 def test_closing_waits_for_what_runs_and_for_what_is_next(c, gated):

@@ -1,4 +1,6 @@
-"""C models on the calling thread: through the native module, and through ctypes where it is not built."""
+"""C models on the calling thread: through the native module, and through ctypes where it is not
+built.
+"""
 
 import contextlib
 import ctypes

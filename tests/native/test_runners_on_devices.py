@@ -1,4 +1,6 @@
-"""A scheduler on a device, simulated: requests, weights, and what becomes of them when the device is lost."""
+"""A scheduler on a device, simulated: requests, weights, and what becomes of them when the
+device is lost.
+"""
 
 import asyncio
 

@@ -1,4 +1,6 @@
-"""The C++ alone, under ThreadSanitizer and AddressSanitizer: a seeded stress of submits, errors and closes."""
+"""The C++ alone, under ThreadSanitizer and AddressSanitizer: a seeded stress of submits, errors
+and closes.
+"""
 
 import os
 import shutil
@@ -22,7 +24,8 @@ def compile_with(sanitizer, name, *sources):
         return compile_once(name, [*sources], *SANITIZERS[sanitizer])
     except (RuntimeError, OSError) as error:
         pytest.fail(
-            f"the {sanitizer} sanitizer could not be tried; it comes with gcc (libtsan, libasan): {error}"
+            f"the {sanitizer} sanitizer could not be tried; it comes with gcc (libtsan, libasan): "
+            f"{error}"
         )
 
 

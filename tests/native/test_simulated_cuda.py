@@ -1,4 +1,6 @@
-"""The simulated device sees each rule that is broken, and nothing else: or the tests that ask it could not fail."""
+"""The simulated device sees each rule that is broken, and nothing else: or the tests that ask
+it could not fail.
+"""
 
 import pytest
 import torch

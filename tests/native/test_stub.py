@@ -1,6 +1,8 @@
-"""`_native.pyi` says what the compiled module is: the same names, parameters, defaults, types and words.
+"""`_native.pyi` says what the compiled module is: the same names, parameters, defaults, types
+and words.
 
-mypy's stubtest can't tell: it finds no signatures in nanobind's functions, which keep them in an attribute of their own.
+mypy's stubtest can't tell: it finds no signatures in nanobind's functions, which keep them in an
+attribute of their own.
 """
 
 import ast
@@ -17,7 +19,9 @@ UNKNOWN = {"object", "list", "tuple"}
 
 
 def in_module(module):
-    """(signature, words) of each function of a module and its classes; None for a class that is an error."""
+    """(signature, words) of each function of a module and its classes; None for a class that is
+    an error.
+    """
     found = {}
     for name, thing in vars(module).items():
         if name.startswith("__"):
@@ -97,8 +101,10 @@ def test_the_stub_says_what_the_module_is():
         ("    def fileno(self) -> int: ...\n", "", "Lanes.fileno"),
         ("    def fileno(self)", "    def gone(self): ...\n    def fileno(self)", "Lanes.gone"),
         (
-            "threads: int,\n        on: Stream | None = None,\n        graph: Graph | None = None,\n    ) -> None:",
-            "threads: int,\n        stream: Stream | None = None,\n        graph: Graph | None = None,\n    ) -> None:",
+            "threads: int,\n        on: Stream | None = None,\n        graph: Graph | None = "
+            "None,\n    ) -> None:",
+            "threads: int,\n        stream: Stream | None = None,\n        graph: Graph | None = "
+            "None,\n    ) -> None:",
             "Lanes.submit",
         ),
         (
@@ -107,8 +113,10 @@ def test_the_stub_says_what_the_module_is():
             "Lanes.__init__",
         ),
         (
-            'threads: int,\n        on: Stream | None = None,\n        graph: Graph | None = None,\n    ) -> Taken:\n        """Run a batch',
-            'threads: int = 1,\n        on: Stream | None = None,\n        graph: Graph | None = None,\n    ) -> Taken:\n        """Run a batch',
+            "threads: int,\n        on: Stream | None = None,\n        graph: Graph | None = "
+            'None,\n    ) -> Taken:\n        """Run a batch',
+            "threads: int = 1,\n        on: Stream | None = None,\n        graph: Graph | None = "
+            'None,\n    ) -> Taken:\n        """Run a batch',
             "Lanes.run_batch_here",
         ),
         (

@@ -1,4 +1,6 @@
-"""From tensors to handles and back: directly, and through torch's functions for lists of capsules."""
+"""From tensors to handles and back: directly, and through torch's functions for lists of
+capsules.
+"""
 
 import ctypes
 import gc
@@ -112,7 +114,7 @@ def test_what_is_no_sequence_is_refused(lanes):
         lanes.run_here(taken(1, 0), 7, 1)
 
 
-# --- directly ---------------------------------------------------------------------------------------------
+# --- directly -------------------------------------------------------------------------------------
 
 
 class Storage:
@@ -174,7 +176,7 @@ def test_there_are_both_functions_to_do_without_capsules_or_none():
         _native.Tensors(Tensor, list, list, new_handle=library().address("torch_new_tensor_handle"))
 
 
-# --- through capsules -------------------------------------------------------------------------------------
+# --- through capsules -----------------------------------------------------------------------------
 
 
 def test_outputs_that_can_not_be_taken_fail_their_run_and_not_those_drained_with_it():

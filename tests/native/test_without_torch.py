@@ -1,4 +1,6 @@
-"""The native module does not know torch: one build serves every torch, and lanes run where none is installed."""
+"""The native module does not know torch: one build serves every torch, and lanes run where none
+is installed.
+"""
 
 import subprocess
 import sys

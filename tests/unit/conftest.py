@@ -1,4 +1,6 @@
-"""Where torch is not installed, the test files whose subject is torch are skipped with that reason."""
+"""Where torch is not installed, the test files whose subject is torch are skipped with that
+reason.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Settings: TOML in, checked, each fault told with its place; a scheduler loads the models that a file names."""
+"""Settings: TOML in, checked, each fault told with its place; a scheduler loads the models that
+a file names.
+"""
 
 import re
 from pathlib import Path
@@ -35,7 +37,7 @@ def write(tmp_path):
     return write
 
 
-# --- reading --------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def test_an_empty_file_gives_the_defaults(write):
@@ -147,7 +149,7 @@ def test_a_configuration_crosses_a_wire(write):
     assert msgspec.json.decode(msgspec.json.encode(config), type=SchedulerConfig) == config
 
 
-# --- faults ---------------------------------------------------------------------------------------------
+# --- faults ---------------------------------------------------------------------------------------
 
 FAULTS = {
     "an unknown setting": ("lanes = 2", "Object contains unknown field `lanes`"),
@@ -271,7 +273,7 @@ def test_valid_settings_given_in_code_are_left_as_they_are():
     assert checked(settings) == settings
 
 
-# --- a scheduler from a file ----------------------------------------------------------------------------
+# --- a scheduler from a file ----------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
@@ -345,7 +347,7 @@ def test_a_scheduler_is_not_made_from_a_faulty_file(write):
         Scheduler.from_config(write("[model.encoder]\n"))
 
 
-# --- CPU devices ----------------------------------------------------------------------------------------
+# --- CPU devices ----------------------------------------------------------------------------------
 
 
 def cpus(**cores):

@@ -1,4 +1,7 @@
-"""The rooms: which room may import which. Reads every import of the package, type-only imports included."""
+"""The rooms: which room may import which.
+
+Reads every import of the package, type-only imports included.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ import aoti_sched
 
 ROOT = Path(aoti_sched.__file__).parent
 
-# Rooms of several modules; every other module or folder below `aoti_sched/` is a room of its own name.
+# Rooms of several modules; every other module or folder below `aoti_sched/` is a room of its own
+# name.
 FACE = {"", "handle", "lease", "runner", "scheduler"}
 WORDS = {"arguments", "config", "errors", "events", "foreign", "stats"}
 MAY_IMPORT = {
@@ -74,7 +78,8 @@ def room_of(module):
 
 
 def imports_in(source):
-    """Full names of all that a source imports, wherever in it the import stands, types' imports included.
+    """Full names of all that a source imports, wherever in it the import stands, types' imports
+    included.
 
     `from a import b` gives "a.b", be that a module or a name in one.
     """
@@ -87,7 +92,9 @@ def imports_in(source):
 
 
 def own_module(name, modules):
-    """Return which of the package's modules an imported name is, or is in; None for foreign names."""
+    """Return which of the package's modules an imported name is, or is in; None for foreign
+    names.
+    """
     if name.partition(".")[0] != "aoti_sched":
         return None
     inner = name.partition(".")[2]
@@ -113,7 +120,9 @@ def arrows_up(sources):
 
 
 def circles(sources):
-    """The groups of modules that reach each other by imports (Tarjan's strongly connected components)."""
+    """The groups of modules that reach each other by imports (Tarjan's strongly connected
+    components).
+    """
     edges = {module: sorted(targets(module, sources)) for module in sources}
     index, low, stack, found = {}, {}, [], []
 

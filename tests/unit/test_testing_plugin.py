@@ -1,4 +1,6 @@
-"""What users test their applications with: the pytest fixtures in a suite of their own, the clock, the fake backend."""
+"""What users test their applications with: the pytest fixtures in a suite of their own, the
+clock, the fake backend.
+"""
 
 import asyncio
 import textwrap
@@ -13,14 +15,15 @@ from aoti_sched.testing import FakeBackend, ManualClock, fake_scheduler, settle
 
 pytest_plugins = ["pytester"]
 
-# Installed for development, our plugin is imported through a hook that pytest can't look at; it says so.
+# Installed for development, our plugin is imported through a hook that pytest can't look at; it
+# says so.
 EDITABLE = "ignore:Module already imported so cannot be rewritten:pytest.PytestAssertRewriteWarning"
 LOOP_SCOPE = "asyncio_default_fixture_loop_scope=function"
 STRICT = ("-o", "asyncio_mode=auto", "-o", LOOP_SCOPE, "-W", "error", "-W", EDITABLE)
 ROOT = Path(__file__).resolve().parents[2]
 
 
-# --- a user's own suite ---------------------------------------------------------------------------------
+# --- a user's own suite ---------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -132,7 +135,7 @@ def test_the_plugin_leaves_torch_alone(run_suite):
     run_suite(text).assert_outcomes(passed=1)
 
 
-# --- the clock ------------------------------------------------------------------------------------------
+# --- the clock ------------------------------------------------------------------------------------
 
 
 def test_a_manual_clock_stands_still():
@@ -201,7 +204,7 @@ def test_a_timer_of_the_past_is_called_now():
     assert calls == [10.0]
 
 
-# --- the fake backend -----------------------------------------------------------------------------------
+# --- the fake backend -----------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)

@@ -1,1 +1,3 @@
-"""How runs are placed on threads: lanes of Python threads, the choice of native ones, inline runs, batches."""
+"""How runs are placed on threads: lanes of Python threads, the choice of native ones, inline
+runs, batches.
+"""

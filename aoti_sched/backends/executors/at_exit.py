@@ -20,7 +20,10 @@ _open: weakref.WeakSet[Closable] = weakref.WeakSet()
 
 
 def close_at_exit(executor: Closable) -> None:
-    """Close this executor at interpreter exit, unless it is gone by then. Closing twice must do nothing."""
+    """Close this executor at interpreter exit, unless it is gone by then.
+
+    Closing twice must do nothing.
+    """
     _open.add(executor)
 
 

@@ -1,8 +1,9 @@
-"""Batches: how the tensors of several requests are put together for one run, and its outputs taken apart.
+"""Batches: how the tensors of several requests are put together for one run, and its outputs
+taken apart.
 
-Here are the batch and the way through torch's functions, for runs that Python calls; native lanes have their
-own (`native/batch.cpp`), which does the same without the GIL. Which requests make a batch is decided elsewhere. torch
-is imported where it is first needed: fakes know batches too.
+Here are the batch and the way through torch's functions, for runs that Python calls; native lanes
+have their own (`native/batch.cpp`), which does the same without the GIL. Which requests make a
+batch is decided elsewhere. torch is imported where it is first needed: fakes know batches too.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
 class Batch(msgspec.Struct, frozen=True, eq=False):
     """The requests of one run.
 
-    `members` are the inputs of each, validated already; `rows` how many rows each has. The run has `padded_rows`: those
-    beyond the members' are zeros, and are never given back. `slot` is the container's, one work at a time: the
-    memory in which inputs are put together is kept for it.
+    `members` are the inputs of each, validated already; `rows` how many rows each has. The run has
+    `padded_rows`: those beyond the members' are zeros, and are never given back. `slot` is the
+    container's, one work at a time: the memory in which inputs are put together is kept for it.
     """
 
     plan: BatchPlan
@@ -35,7 +36,8 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
 
 
 class Staging:
-    """Memory in which the inputs of a container's batches are put together, kept for each slot until it is closed.
+    """Memory in which the inputs of a container's batches are put together, kept for each slot
+    until it is closed.
 
     `name` is what errors call the model.
     """
@@ -50,7 +52,8 @@ class Staging:
         """Run a batch by `run`, which runs the model once; a list of outputs for each member.
 
         Raises:
-            RunError: The model failed, the members do not fit together, or an output has not the rows it should have.
+            RunError: The model failed, the members do not fit together, or an output has not the
+                rows it should have.
         """
         memories = self._slots.setdefault(batch.slot, [None] * len(batch.plan.inputs))
         outputs = run(gather(self._name, batch, memories))
@@ -66,7 +69,9 @@ class Staging:
     def _give_up(
         self, memories: list[torch.Tensor | None], outputs: list[torch.Tensor | None]
     ) -> None:
-        """What an output shares is left to it: the next batch would write over the results of this one."""
+        """What an output shares is left to it: the next batch would write over the results of
+        this one.
+        """
         shared = {output.untyped_storage().data_ptr() for output in outputs if output is not None}
         for index, memory in enumerate(memories):
             if memory is not None and memory.data_ptr() in shared:
@@ -76,7 +81,8 @@ class Staging:
 def gather(
     name: str, batch: Batch, memories: list[torch.Tensor | None] | None = None
 ) -> list[torch.Tensor]:
-    """The inputs of a batch's one run, in the memory there is or in new one; what is new is put into `memories`.
+    """The inputs of a batch's one run, in the memory there is or in new one; what is new is put
+    into `memories`.
 
     Raises:
         RunError: The members do not fit together.
@@ -89,7 +95,8 @@ def gather(
         or sum(batch.rows) > batch.padded_rows
     ):
         raise ValueError(
-            f"{name}: {len(batch.members)} members with {sum(batch.rows)} rows are no batch of {batch.padded_rows} rows"
+            f"{name}: {len(batch.members)} members with {sum(batch.rows)} rows are no batch of "
+            f"{batch.padded_rows} rows"
         )
     inputs = []
     # Memory made in a caller's inference mode could not be written by torch outside of one.
@@ -100,7 +107,8 @@ def gather(
             strides, elements = _dense(sizes, plan.order)
             memory = None if memories is None else memories[index]
             if memory is None or memory.dtype != parts[0].dtype or memory.numel() < elements:
-                # Twice as much as before, so that batches that grow row by row do not each make it anew.
+                # Twice as much as before, so that batches that grow row by row do not each make it
+                # anew.
                 twice = 0 if memory is None else 2 * memory.numel()
                 memory = torch.empty(
                     max(elements, twice), dtype=parts[0].dtype, device=parts[0].device
@@ -169,7 +177,8 @@ def _whole_sizes(name: str, batch: Batch, index: int, parts: list[torch.Tensor])
                 shape[dim] = sizes[dim]
         if shape != sizes or part.dim() != len(plan.order) or part.dtype is not dtype:
             raise RunError(
-                f"{name}: the run failed: input {index} of request {number} of the batch {_misfit(plan, part, dtype, sizes)}"
+                f"{name}: the run failed: input {index} of request {number} of the batch "
+                f"{_misfit(plan, part, dtype, sizes)}"
             )
     sizes[plan.dim] = batch.padded_rows
     return sizes
@@ -227,7 +236,8 @@ def _check_output(name: str, batch: Batch, index: int, output: torch.Tensor) -> 
         )
     if output.shape[how.dim] != batch.padded_rows:
         raise RunError(
-            f"{what} has {output.shape[how.dim]} rows in dimension {how.dim}, expected {batch.padded_rows}"
+            f"{what} has {output.shape[how.dim]} rows in dimension {how.dim}, expected "
+            f"{batch.padded_rows}"
         )
     for cut in how.ragged:
         for number, inputs in enumerate(batch.members):
@@ -236,6 +246,7 @@ def _check_output(name: str, batch: Batch, index: int, output: torch.Tensor) -> 
                 or inputs[cut.input].shape[cut.input_dim] > output.shape[cut.dim]
             ):
                 raise RunError(
-                    f"{what} is shorter in dimension {cut.dim} than input {cut.input} of request {number} in dimension "
+                    f"{what} is shorter in dimension {cut.dim} than input {cut.input} of request "
+                    f"{number} in dimension "
                     f"{cut.input_dim}"
                 )

@@ -1,4 +1,6 @@
-"""Which executor a device gets: native lanes, or Python threads where no compiler was at hand at install."""
+"""Which executor a device gets: native lanes, or Python threads where no compiler was at hand
+at install.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from aoti_sched.errors import ConfigError
 from aoti_sched.events import log
 
 CHOICE = "AOTI_SCHED_EXECUTOR"
-"""Environment: "native" or "threads" forces one, for comparisons and tests; otherwise the best there is."""
+"""Environment: "native" or "threads" forces one, for comparisons and tests; otherwise the best
+there is.
+"""
 
 
 def open_executor(
@@ -31,12 +35,14 @@ def open_executor(
         lanes: How many lanes.
         cores: How many cores the process may use.
         set_threads: Sets the intra-op thread count of the thread that calls it.
-        affinity: A core for each lane, by the system's numbers; None leaves them to the system. The threads that a run
-            starts stay on their lane's core too, so this is for models of one thread.
+        affinity: A core for each lane, by the system's numbers; None leaves them to the system. The
+            threads that a run starts stay on their lane's core too, so this is for models of one
+            thread.
         launchers: So many threads for all native lanes; None for one each.
 
     Raises:
-        ConfigError: The environment asks for an executor that is not there, or a lane's core is not this process's.
+        ConfigError: The environment asks for an executor that is not there, or a lane's core is not
+            this process's.
     """
     if affinity is not None:
         _check(name, lanes, affinity)
@@ -78,10 +84,12 @@ def _check(name: str, lanes: int, affinity: Sequence[int]) -> None:
         )
     if len(affinity) != lanes:
         raise ConfigError(
-            f"device {name!r}: affinity={list(affinity)}: expected one core for each of {lanes} lanes"
+            f"device {name!r}: affinity={list(affinity)}: expected one core for each of {lanes} "
+            f"lanes"
         )
     ours = os.sched_getaffinity(0)
     if not ours.issuperset(affinity):
         raise ConfigError(
-            f"device {name!r}: affinity={list(affinity)}: this process may use the cores {sorted(ours)} only"
+            f"device {name!r}: affinity={list(affinity)}: this process may use the cores "
+            f"{sorted(ours)} only"
         )

@@ -1,7 +1,8 @@
-"""Runs on the calling thread, for executors in Python; and what becomes of a run's error before it is handed on.
+"""Runs on the calling thread, for executors in Python; and what becomes of a run's error before
+it is handed on.
 
-A run that is shorter than a hop to a lane is cheaper where its caller is. There the GIL is kept: to give it up around a
-call of 5 µs costs more than the call when others want it.
+A run that is shorter than a hop to a lane is cheaper where its caller is. There the GIL is kept: to
+give it up around a call of 5 µs costs more than the call when others want it.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ _set_mkl = getattr(libtorch, "MKL_Set_Num_Threads_Local", None)
 
 
 def run_here(work: Work) -> Completion:
-    """Run a work on the calling thread as `Executor.run_here` does, but for the handles: in Python."""
+    """Run a work on the calling thread as `Executor.run_here` does, but for the handles: in
+    Python.
+    """
     outputs: list[Any] | None = None
     error: BaseException | None = None
     started = time.monotonic()
@@ -73,7 +76,9 @@ def refused(work: Work, error: BaseException) -> Completion:
 
 @contextmanager
 def intra_op_threads(count: int) -> Iterator[None]:
-    """The calling thread's intra-op threads, OpenMP's and MKL's, are so many inside and what they were afterwards."""
+    """The calling thread's intra-op threads, OpenMP's and MKL's, are so many inside and what
+    they were afterwards.
+    """
     # Asked for the first time, torch sets a thread's count: this must not come later, over ours.
     before = torch.get_num_threads()
     set_threads = torch.set_num_threads if _set_openmp is None else _set_openmp
@@ -92,10 +97,12 @@ class Origin(Exception):  # noqa: N818 -- nobody raises or catches it
 
 
 def without_frames(error: BaseException) -> BaseException:
-    """The error of a run, holding no frame: a frame holds its locals and its callers', and so the run's tensors.
+    """The error of a run, holding no frame: a frame holds its locals and its callers', and so
+    the run's tensors.
 
-    The errors of this package say everything in their texts. Any other one is a surprise, and its traceback goes with
-    it as text. One that can't be changed so is replaced by an error that names it.
+    The errors of this package say everything in their texts. Any other one is a surprise, and its
+    traceback goes with it as text. One that can't be changed so is replaced by an error that names
+    it.
     """
     try:
         return _without_frames(out_of_resources(error, "the run") or error)

@@ -1,7 +1,7 @@
 """The pure-Python executor: one Python thread per lane, over runs that release the GIL.
 
-Waking the loop costs a write to one descriptor per burst of completions. A hop to a Python thread costs
-80 to 200 µs where two threads compete for the GIL, and this executor can't avoid it.
+Waking the loop costs a write to one descriptor per burst of completions. A hop to a Python thread
+costs 80 to 200 µs where two threads compete for the GIL, and this executor can't avoid it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class ThreadsExecutor:
     Args:
         name: The device's name; lane threads are named `aoti:<name>:<lane>`.
         lanes: The number of lanes.
-        set_threads: Sets the calling thread's intra-op thread count; called on the lane's thread when a
-            work asks for another count than the one before.
+        set_threads: Sets the calling thread's intra-op thread count; called on the lane's thread
+            when a work asks for another count than the one before.
         affinity: A core for each lane; None leaves them to the system.
         wake: Tells of completions, instead of a descriptor of this executor.
     """
@@ -56,7 +56,8 @@ class ThreadsExecutor:
                 self._wakeup = WakeupFd()
             except OSError as error:
                 raise ResourcesError(
-                    f"device {name!r}: no descriptor is left for its lanes: {error}. Nothing has changed; close files, "
+                    f"device {name!r}: no descriptor is left for its lanes: {error}. Nothing has "
+                    f"changed; close files, "
                     "or raise the limit"
                 ) from error
             wake = self._wakeup.set
@@ -66,7 +67,8 @@ class ThreadsExecutor:
         self._inboxes = running.inboxes
         self._closed = False
         self.lost: Callable[[], str] = str  # a device says more
-        # The threads don't refer to the executor: an executor that is let go without `close` ends them too.
+        # The threads don't refer to the executor: an executor that is let go without `close` ends
+        # them too.
         weakref.finalize(self, running.end).atexit = False
         close_at_exit(running)
         cores: Sequence[int | None] = affinity or [None] * lanes
@@ -84,7 +86,8 @@ class ThreadsExecutor:
             self.close()
             if isinstance(error, (RuntimeError, MemoryError)):
                 raise ResourcesError(
-                    f"device {name!r}: {len(running.threads)} of {lanes} lanes were started, then no thread could be: "
+                    f"device {name!r}: {len(running.threads)} of {lanes} lanes were started, then "
+                    f"no thread could be: "
                     f"{error}. Nothing has changed; end other threads, or raise the limit"
                 ) from error
             raise
@@ -124,12 +127,16 @@ class ThreadsExecutor:
 
     def _forked(self) -> UnsupportedLoopError:
         return UnsupportedLoopError(
-            f"device {self._name}: the process was forked after the lanes were made; make a new Scheduler in the child"
+            f"device {self._name}: the process was forked after the lanes were made; make a new "
+            f"Scheduler in the child"
         )
 
 
 class _Running:
-    """The threads of an executor. Each thread keeps this object, so running threads are waited for at exit."""
+    """The threads of an executor.
+
+    Each thread keeps this object, so running threads are waited for at exit.
+    """
 
     def __init__(self, inboxes: list[queue.SimpleQueue[Work | None]]) -> None:
         self.inboxes = inboxes

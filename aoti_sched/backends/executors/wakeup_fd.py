@@ -9,8 +9,8 @@ import os
 class WakeupFd:
     """Makes a descriptor readable from any thread. Several sets before a clear write to it once.
 
-    The last owner closes it: a thread that may still set the descriptor keeps this object, so the descriptor's
-    number is not given to another file.
+    The last owner closes it: a thread that may still set the descriptor keeps this object, so the
+    descriptor's number is not given to another file.
     """
 
     fd = _write_end = -1
@@ -31,10 +31,14 @@ class WakeupFd:
             os.write(self._write_end, b"\1\0\0\0\0\0\0\0")  # an eventfd takes eight bytes
 
     def clear(self) -> None:
-        """Make the descriptor unreadable. Look for completions after this, or a `set` in between is lost."""
+        """Make the descriptor unreadable.
+
+        Look for completions after this, or a `set` in between is lost.
+        """
         if self.fd < 0:
             return
-        # Without a byte to read, a thread has set the flag and not yet written: its write is one wake-up too many.
+        # Without a byte to read, a thread has set the flag and not yet written: its write is one
+        # wake-up too many.
         with contextlib.suppress(BlockingIOError):
             os.read(self.fd, 4096)
         self._is_set = False

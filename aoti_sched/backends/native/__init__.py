@@ -1,6 +1,7 @@
 """Native lanes: C++ threads that run models without the GIL, and tell the loop once per burst.
 
-- `lane.cpp`, `run.cpp`, `batch.cpp`, `stream.cpp`: the machinery, which knows neither torch nor Python.
+- `lane.cpp`, `run.cpp`, `batch.cpp`, `stream.cpp`: the machinery, which knows neither torch nor
+  Python.
 - `bindings.cpp`, `py_lanes.cpp`, `tensors.cpp`: its Python face, the module `_native`.
 - `executor.py`: the executor's contract on top.
 

@@ -1,8 +1,8 @@
-"""`python -m aoti_sched.backends.native` tells which lanes this installation has, and whether its rules are compiled; it fails
-where lanes are Python threads.
+"""`python -m aoti_sched.backends.native` tells which lanes this installation has, and whether
+its rules are compiled; it fails where lanes are Python threads.
 
-An installation succeeds without the native module, be it that no compiler was at hand or that the compiler failed. So this
-is how one knows.
+An installation succeeds without the native module, be it that no compiler was at hand or that the
+compiler failed. So this is how one knows.
 """
 
 from __future__ import annotations

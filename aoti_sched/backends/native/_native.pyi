@@ -1,13 +1,17 @@
-"""Native lanes: threads that run compiled models and never touch Python. Addresses are plain integers."""
+"""Native lanes: threads that run compiled models and never touch Python.
+
+Addresses are plain integers.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 Taken: TypeAlias = tuple[int, list[Any] | tuple[str, str], float, float]
-"""Token; outputs, or the runtime's and torch's words for a failure; start and end in seconds of the monotonic clock.
+"""Token; outputs, or the runtime's and torch's words for a failure; start and end in seconds of
+the monotonic clock.
 
-An output that was left out is None. A batch's outputs are two lists: the whole outputs (None where the members' are
-copies), and each member's list.
+An output that was left out is None. A batch's outputs are two lists: the whole outputs (None where
+the members' are copies), and each member's list.
 """
 
 class ForkedError(RuntimeError):
@@ -30,8 +34,8 @@ class Model:
 class Tensors:
     """Turns tensors into handles and back.
 
-    The way is direct where `new_handle` and `wrap` are given, and otherwise leads through torch's functions for
-    lists of capsules.
+    The way is direct where `new_handle` and `wrap` are given, and otherwise leads through torch's
+    functions for lists of capsules.
     """
 
     def __init__(
@@ -68,10 +72,10 @@ class Plan:
 
     Args:
         shim: Torch's functions for tensors.
-        inputs: For each input its dimension of rows, its order in memory, its ragged dimensions, and one padding
-            element for each dtype.
-        outputs: For each output its dimension of rows, and (dimension, input, dimension of that input) for each
-            dimension that is cut back.
+        inputs: For each input its dimension of rows, its order in memory, its ragged dimensions,
+            and one padding element for each dtype.
+        outputs: For each output its dimension of rows, and (dimension, input, dimension of that
+            input) for each dimension that is cut back.
         detach_rows: Whether members get copies instead of views.
     """
 
@@ -91,9 +95,10 @@ class Device:
         type: Torch's number for this kind of device.
         index: The device's own number.
         one_at_a_time: Whether the device takes one work of the process at a time.
-        functions: Addresses by name. `new_handle`, `get_device_type` and `copy` of torch; `guard` and `unguard`
-            where there are current streams; `get_context`, `set_context`, `query`, `copy_in`, `copy_out`,
-            `allocate_host`, `free_host`, `launch_graph` and `explain` of a driver.
+        functions: Addresses by name. `new_handle`, `get_device_type` and `copy` of torch; `guard`
+            and `unguard` where there are current streams; `get_context`, `set_context`, `query`,
+            `copy_in`, `copy_out`, `allocate_host`, `free_host`, `launch_graph` and `explain` of a
+            driver.
         context: The driver's context.
         not_ready: What the driver's `query` returns while a stream has work to do.
     """
@@ -141,8 +146,10 @@ class Graph:
     Args:
         device: Where the run was recorded.
         executable: What the driver launches.
-        inputs: Handles of the tensors that the graph reads. The graph owns them, even when this raises.
-        outputs: Handles of the tensors that the graph writes, owned likewise; 0 for an output that is left out.
+        inputs: Handles of the tensors that the graph reads. The graph owns them, even when this
+            raises.
+        outputs: Handles of the tensors that the graph writes, owned likewise; 0 for an output that
+            is left out.
     """
 
     def __init__(
@@ -150,11 +157,16 @@ class Graph:
     ) -> None: ...
 
 def take_turn() -> None:
-    """Wait for the process's lock on devices that take one work at a time. A thread may take the lock again."""
+    """Wait for the process's lock on devices that take one work at a time.
+
+    A thread may take the lock again.
+    """
 
 def wait_for_detached_threads(others: bool) -> None:
-    """Wait for threads that are in here without the GIL: the interpreter ends, and the lanes are closed. `others`
-    says whether the interpreter leaves threads behind: then their objects are no leaks."""
+    """Wait for threads that are in here without the GIL: the interpreter ends, and the lanes
+    are closed. `others` says whether the interpreter leaves threads behind: then their objects
+    are no leaks.
+    """
 
 def end_turn() -> None:
     """Release the lock, on the thread that took it."""
@@ -230,11 +242,15 @@ class Lanes:
         on: Stream | None = None,
         graph: Graph | None = None,
     ) -> object:
-        """Hand a batch to a lane, as `submit` does. Keep the returned object until the work is drained: the lane reads
-        the members' memory."""
+        """Hand a batch to a lane, as `submit` does.
+
+        Keep the returned object until the work is drained: the lane reads the members' memory.
+        """
 
     def drain(self, limit: int) -> list[Taken]:
-        """Return at most `limit` completions, oldest first, as (token, outputs or error, started, finished)."""
+        """Return at most `limit` completions, oldest first, as (token, outputs or error,
+        started, finished).
+        """
 
     def run_here(
         self,
@@ -244,8 +260,11 @@ class Lanes:
         on: Stream | None = None,
         graph: Graph | None = None,
     ) -> Taken:
-        """Run on the calling thread, and return a completion as `drain` does. The GIL is held, unless the run is on a
-        device. The thread's own intra-op counts are restored."""
+        """Run on the calling thread, and return a completion as `drain` does.
+
+        The GIL is held, unless the run is on a device. The thread's own intra-op counts are
+        restored.
+        """
 
     def run_batch_here(
         self,

@@ -1,6 +1,7 @@
 """`NativeExecutor`: the executor's contract on native lanes.
 
-A container that has no C function to call (torch's own runner) runs on a Python thread that stands in for its lane.
+A container that has no C function to call (torch's own runner) runs on a Python thread that stands
+in for its lane.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ class NativeExecutor:
         cores: Cores the process may use; lanes spin for work only while some are left.
         set_threads: For the stand-in threads, as in `ThreadsExecutor`.
         affinity: A core for each lane; None leaves them to the system.
-        launchers: The number of threads for all lanes; None for one each. Fewer threads than lanes are for devices.
+        launchers: The number of threads for all lanes; None for one each. Fewer threads than lanes
+            are for devices.
     """
 
     kind = "native"
@@ -92,7 +94,8 @@ class NativeExecutor:
             self._native = self._open(lanes, cores, affinity, launchers)
         except (RuntimeError, MemoryError) as error:
             raise ResourcesError(
-                f"device {name!r}: its {lanes} lanes can't be opened: {error}. Nothing has changed; end threads, close "
+                f"device {name!r}: its {lanes} lanes can't be opened: {error}. Nothing has "
+                f"changed; end threads, close "
                 "files, or raise the limit"
             ) from error
         # The lanes hold no Python object: works and the members of batches live here.
@@ -160,7 +163,8 @@ class NativeExecutor:
         except Exception as error:  # noqa: BLE001 -- it is raised again, in our words
             del self._works[token]
             raise self._plain(error) from None
-        # Several completions come in bursts, and the descriptor tells of a burst once: cheaper than to poll for each.
+        # Several completions come in bursts, and the descriptor tells of a burst once: cheaper than
+        # to poll for each.
         if not self._may_poll or len(self._works) != 1 or self._lately > WAKE_UP:
             return False
         self._passed += 1
@@ -282,7 +286,9 @@ class NativeExecutor:
         return members
 
     def _can_gather(self, work: Work) -> bool:
-        """Return whether a device's lane can put the batch together, which it does in the host's memory."""
+        """Return whether a device's lane can put the batch together, which it does in the
+        host's memory.
+        """
         batch = work.batch
         if batch is None:
             return True

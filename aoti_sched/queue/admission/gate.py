@@ -1,7 +1,8 @@
 """Room: who may be queued, who waits for it, and who makes way.
 
-A job that does not fit waits at its source's gate. Gates contend for the device's room; a held lease's gate waits for its own alone. Of
-a tenant with a bound of its own, no more than that are at the gate and in the queue; the others stand in line before it.
+A job that does not fit waits at its source's gate. Gates contend for the device's room; a held
+lease's gate waits for its own alone. Of a tenant with a bound of its own, no more than that are at
+the gate and in the queue; the others stand in line before it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Room:
     def full(self, job: Job) -> str | None:
         """Why a job can't be queued now. Nobody passes those who wait already.
 
-        A held lease answers for its own jobs alone. Those in the queue may wait for the very slot it
+        A held lease answers for its own jobs alone. Those in the queue may wait for the very slot
+        it
         holds: were its jobs held back by them, neither would ever go on.
         """
         if job.bypasses_limits:
@@ -135,7 +137,9 @@ class Room:
         self._look_at_gate(source)
 
     def shed_for(self, job: Job) -> Sequence[Job]:
-        """Who is to be shed so that it can be queued; nobody if that does not help, or others wait for room already."""
+        """Who is to be shed so that it can be queued; nobody if that does not help, or others
+        wait for room already.
+        """
         runner = job.source.runner
         if job.source is not runner or self._others_wait(job):
             return ()
@@ -172,7 +176,9 @@ class Room:
         return f"tenant {job.tenant!r} has {most} jobs queued, its bound is {most}"
 
     def _uncount(self, job: Job) -> None:
-        """One of its tenant's has left the gate or the queue: the next in line may have its place."""
+        """One of its tenant's has left the gate or the queue: the next in line may have its
+        place.
+        """
         runner, tenant = job.source.runner, job.tenant
         runner.tenant_jobs[tenant] -= 1
         if not runner.tenant_jobs[tenant]:
@@ -188,7 +194,10 @@ class Room:
         self._look_at_gate(runner)
 
     def _look_at_gate(self, source: Source) -> None:
-        """Its head or the room behind it changed. A runner's gate then contends for the device's room."""
+        """Its head or the room behind it changed.
+
+        A runner's gate then contends for the device's room.
+        """
         if isinstance(source, Lease) and len(source.gate):
             self._leases.append(source)
         self.gates.enter(source.runner)

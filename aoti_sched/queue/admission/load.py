@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 class Bounds(msgspec.Struct, frozen=True):
     """How much may be queued (not running) at once. None is no bound; `bytes` counts the inputs.
 
-    `tenant_jobs` bounds what one tenant of a runner has queued or waiting for room. A held lease has its runner's
-    bounds of jobs and bytes once more, for itself: see `Room.full`.
+    `tenant_jobs` bounds what one tenant of a runner has queued or waiting for room. A held lease
+    has its runner's bounds of jobs and bytes once more, for itself: see `Room.full`.
     """
 
     jobs: int | None = 1024
@@ -46,7 +46,9 @@ class Load:
         self.exempt -= job.bypasses_limits
 
     def lacks_room(self, size: int, without: Sequence[Job]) -> bool:
-        """Whether a job of `size` bytes would not fit even without these, of whom none is exempt."""
+        """Whether a job of `size` bytes would not fit even without these, of whom none is
+        exempt.
+        """
         bounds = self.bounds
         if bounds.jobs is not None and self.jobs - self.exempt - len(without) >= bounds.jobs:
             return True
@@ -75,7 +77,10 @@ class Load:
         return None
 
     def within_bounds(self, *leased: Load) -> bool:
-        """Whether the bounds are kept. What leases queue is bounded by themselves, and counted here too."""
+        """Whether the bounds are kept.
+
+        What leases queue is bounded by themselves, and counted here too.
+        """
         bounds = self.bounds
         jobs = self.jobs - self.exempt - sum(load.jobs for load in leased)
         size = self.bytes - sum(load.bytes for load in leased)

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 
 def for_good(job: Job, device: Load, *, moved: bool) -> AotiSchedError | None:
-    """Why a job can't be taken, whatever room there is; None when it can. One that has `moved` was accepted at another replica."""
+    """Why a job can't be taken, whatever room there is; None when it can.
+
+    One that has `moved` was accepted at another replica.
+    """
     source, runner = job.source, job.source.runner
     if source is not runner or runner.phase is not Phase.OPEN:
         error = _by_its_source(job)
@@ -42,14 +45,16 @@ def for_good(job: Job, device: Load, *, moved: bool) -> AotiSchedError | None:
 def for_now(job: Job, full: str) -> QueueFullError:
     """There is no room, for this reason."""
     return QueueFullError(
-        f"runner {job.source.name!r}: {full}. Send less, raise the bound, or load with overflow='wait'"
+        f"runner {job.source.name!r}: {full}. Send less, raise the bound, or load with "
+        f"overflow='wait'"
     )
 
 
 def shed(job: Job) -> ShedError:
     """It was queued, and makes room."""
     return ShedError(
-        f"runner {job.source.name!r}: the queue is full, and the request was dropped for a better one (overflow='shed'): send less, "
+        f"runner {job.source.name!r}: the queue is full, and the request was dropped for a better "
+        f"one (overflow='shed'): send less, "
         "or give it a higher priority or an earlier deadline"
     )
 
@@ -67,7 +72,8 @@ def _by_its_source(job: Job) -> AotiSchedError | None:
         )
     if source.released:
         return LeaseError(
-            f"lease {source.id} of runner {runner.name!r} (slot {source.slot}) was released; take a new one with runner.lease()"
+            f"lease {source.id} of runner {runner.name!r} (slot {source.slot}) was released; take "
+            f"a new one with runner.lease()"
         )
     return None
 
@@ -78,6 +84,7 @@ def _by_its_epoch(job: Job, moved: bool) -> AotiSchedError | None:
     most = runner.load.bounds.jobs
     if error is None and most is not None and not moved and len(runner.awaiting) >= most:
         return QueueFullError(
-            f"runner {runner.name!r}: {len(runner.awaiting)} requests wait for an epoch, the bound is {most}"
+            f"runner {runner.name!r}: {len(runner.awaiting)} requests wait for an epoch, the "
+            f"bound is {most}"
         )
     return error

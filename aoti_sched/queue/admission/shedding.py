@@ -1,4 +1,7 @@
-"""Overload: which queued jobs are dropped to protect the rest. The worst first: lowest class, latest deadline, newest."""
+"""Overload: which queued jobs are dropped to protect the rest.
+
+The worst first: lowest class, latest deadline, newest.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ from aoti_sched.queue.heap import Heap
 from aoti_sched.queue.job import Job, JobState
 
 VICTIMS = 32
-"""Jobs that make room for one newcomer at most: a newcomer that needs more is refused, so that no fact takes long."""
+"""Jobs that make room for one newcomer at most: a newcomer that needs more is refused, so that
+no fact takes long.
+"""
 
 
 def shed_rank(job: Job) -> tuple[float, float, int]:
@@ -50,7 +55,9 @@ class ShedHeap(Heap["tuple[tuple[float, float, int], Job]"]):
 
 
 class Scope:
-    """What shares a bound: who of it may be shed, and whether a newcomer lacks room there when some are gone."""
+    """What shares a bound: who of it may be shed, and whether a newcomer lacks room there when
+    some are gone.
+    """
 
     __slots__ = ("lacks_room", "worst")
 
@@ -60,7 +67,9 @@ class Scope:
 
 
 def victims(newcomer: Job, scopes: Sequence[Scope]) -> list[Job]:
-    """Who must go so that the newcomer fits, the worst first; nobody, when it is the worst itself or `VICTIMS` are not enough."""
+    """Who must go so that the newcomer fits, the worst first; nobody, when it is the worst
+    itself or `VICTIMS` are not enough.
+    """
     chosen: list[Job] = []
     taken: list[tuple[ShedHeap, Job]] = []
     enough = True

@@ -10,16 +10,19 @@ import heapq
 from collections.abc import Hashable
 
 DEBTORS = 1024
-"""Idle tenants of one runner and class whose accounts are kept although they had more than what is served now. Of more, those that had the
-least are forgotten, and no tenant begins before them any more."""
+"""Idle tenants of one runner and class whose accounts are kept although they had more than what
+is served now. Of more, those that had the least are forgotten, and no tenant begins before them
+any more.
+"""
 
 
 class Account:
     """What one has had of something shared, in one priority class.
 
-    `virtual` never falls: what was charged too much is kept as a (negative) `balance` and set off against what comes.
-    `queued` counts its queued jobs, `running` those that were launched and have not ended: members of a failed batch that are to be run
-    again are among them. A tenant's account has its `name`. `rested` numbers the time since which it is idle; 0 while it is not.
+    `virtual` never falls: what was charged too much is kept as a (negative) `balance` and set off
+    against what comes. `queued` counts its queued jobs, `running` those that were launched and have
+    not ended: members of a failed batch that are to be run again are among them. A tenant's account
+    has its `name`. `rested` numbers the time since which it is idle; 0 while it is not.
     """
 
     __slots__ = ("balance", "name", "queued", "rested", "running", "share", "virtual")
@@ -41,10 +44,13 @@ class Account:
 
 
 class FairClass:
-    """The accounts of one priority class that take turns. No account saves up turns while it has nothing to do.
+    """The accounts of one priority class that take turns.
 
-    `floor` is the virtual time that was last served: an account that comes, or comes back, begins there. An idle tenant's account that is
-    not above the floor is as good as a new one, and is forgotten.
+    No account saves up turns while it has nothing to do.
+
+    `floor` is the virtual time that was last served: an account that comes, or comes back, begins
+    there. An idle tenant's account that is not above the floor is as good as a new one, and is
+    forgotten.
     """
 
     __slots__ = ("_idle", "_resting", "_rests", "accounts", "floor")
@@ -74,7 +80,9 @@ class FairClass:
         account.charge(seconds)
 
     def rest(self, account: Account) -> None:
-        """A job of a tenant's has ended: if it was the last, forget the account, or keep it as long as there are not too many."""
+        """A job of a tenant's has ended: if it was the last, forget the account, or keep it as
+        long as there are not too many.
+        """
         if account.queued or account.running or account.name is None:
             return
         self._rests += 1

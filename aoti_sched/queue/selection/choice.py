@@ -1,9 +1,10 @@
 """Selector: which of the queued jobs goes next, among those that have a slot and a place to run.
 
-Sources contend with their first jobs: for a lane, for the loop's own thread, for a lease. The class decides, then what
-the runner had for its share (`fair`), then when the job is due. Where jobs may become overdue, every second launch is of the
-one that came first, as long as these don't take more than a quarter of the time: where more comes than can be done, everything is
-overdue sooner or later, and there would be no classes and shares any more.
+Sources contend with their first jobs: for a lane, for the loop's own thread, for a lease. The class
+decides, then what the runner had for its share (`fair`), then when the job is due. Where jobs may
+become overdue, every second launch is of the one that came first, as long as these don't take more
+than a quarter of the time: where more comes than can be done, everything is overdue sooner or
+later, and there would be no classes and shares any more.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ def _for_a_lease(source: Source) -> Rank | None:
 
 
 def _age(source: Source, *, inline: bool) -> Rank | None:
-    """Of the job that came first, if it may run there and does not wait for the turn of the loop to end."""
+    """Of the job that came first, if it may run there and does not wait for the turn of the
+    loop to end.
+    """
     oldest = source.arrivals.first
     if (
         oldest is None
@@ -100,7 +103,10 @@ OVERDUE_PART = 0.25
 
 
 class Selector:
-    """Chooses for one device's `lanes`. A job is overdue after `max_wait` seconds in the queue; None: never."""
+    """Chooses for one device's `lanes`.
+
+    A job is overdue after `max_wait` seconds in the queue; None: never.
+    """
 
     __slots__ = (
         "_credit",
@@ -152,7 +158,8 @@ class Selector:
     def next(self, now: float) -> Job | None:
         """Who goes now, still queued.
 
-        Who is first in line for a lane and does not find cores enough is not passed by others: it would wait for ever.
+        Who is first in line for a lane and does not find cores enough is not passed by others: it
+        would wait for ever.
         """
         lanes, overdue = self._lanes, None
         if self._max_wait is not None:
@@ -200,7 +207,9 @@ class Selector:
         )
 
     def may_follow(self, job: Job, now: float) -> bool:
-        """Whether a lane may be given this job ahead, and not come free: nobody better waits for one, or waits too long."""
+        """Whether a lane may be given this job ahead, and not come free: nobody better waits
+        for one, or waits too long.
+        """
         first = _first(self._runs)
         if first is not None and _rank(first) < _rank(job):
             return False

@@ -1,8 +1,10 @@
-"""Fair: whose turn it is among those that share something. Runners share a device's time, tenants a runner's.
+"""Fair: whose turn it is among those that share something.
 
-Each has an account of the time it has had, divided by its share: its virtual time. The one with the least goes
-next (start-time fair queueing; Goyal, Vin and Cheng, 1996). How long a run takes is known when it is over, so what is
-expected is charged at its launch, and the difference at its end.
+Runners share a device's time, tenants a runner's.
+
+Each has an account of the time it has had, divided by its share: its virtual time. The one with the
+least goes next (start-time fair queueing; Goyal, Vin and Cheng, 1996). How long a run takes is
+known when it is over, so what is expected is charged at its launch, and the difference at its end.
 """
 
 from __future__ import annotations
@@ -12,9 +14,12 @@ from aoti_sched.queue.selection.accounts import Account, FairClass
 
 
 class FairShares:
-    """Keeps the accounts of a device's runners, and of their tenants. Jobs of a held lease are on its runner's account alone.
+    """Keeps the accounts of a device's runners, and of their tenants.
 
-    Where it is not `fair`, there are no accounts. A job that is launched without having been queued has entered and left.
+    Jobs of a held lease are on its runner's account alone.
+
+    Where it is not `fair`, there are no accounts. A job that is launched without having been queued
+    has entered and left.
     """
 
     __slots__ = ("_turns", "fair")

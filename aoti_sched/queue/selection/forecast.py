@@ -1,4 +1,6 @@
-"""Forecast: when a job that comes now would be finished, by what is known of the runs there were."""
+"""Forecast: when a job that comes now would be finished, by what is known of the runs there
+were.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,10 @@ from aoti_sched.queue.selection.backlog import Backlog
 
 
 class Forecast:
-    """One device's. It is kept from the first runner on that wants to know, and until then costs nothing."""
+    """One device's.
+
+    It is kept from the first runner on that wants to know, and until then costs nothing.
+    """
 
     __slots__ = ("_backlog", "_busy", "_fair", "_lanes", "_shares", "kept")
 
@@ -50,9 +55,10 @@ class Forecast:
     def waiting_time(self, job: Job, now: float) -> float:
         """Seconds until a job that comes now starts, unless it can at once.
 
-        It starts no later than when all that is queued before it is done, and no later than when its runner's own queue is done
-        at the rate that the runner's share of the device gives it; and no sooner than its runner's slots can get through what runs there
-        and that queue. Of its runner's queue that counts which its tenant has to wait for.
+        It starts no later than when all that is queued before it is done, and no later than when
+        its runner's own queue is done at the rate that the runner's share of the device gives it;
+        and no sooner than its runner's slots can get through what runs there and that queue. Of its
+        runner's queue that counts which its tenant has to wait for.
         """
         runner, cores = job.source.runner, self._lanes.cores
         running = running_own = 0.0
@@ -77,6 +83,8 @@ class Forecast:
 
 
 def expected(job: Job, size: int) -> float:
-    """Core seconds that a run of this job's runner on so many bytes will take; 0 while that is not known."""
+    """Core seconds that a run of this job's runner on so many bytes will take; 0 while that is
+    not known.
+    """
     runner = job.source.runner
     return runner.width * runner.placing.times.mean(size)

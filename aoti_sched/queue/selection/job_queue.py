@@ -1,7 +1,10 @@
-"""Order: which job goes next. The priority class, then whose turn it is, then the earliest deadline.
+"""Order: which job goes next.
 
-Jobs that differ in nothing but their deadlines stand in one line, in order. Buckets contend within a queue, by their first
-jobs; queues contend for lanes and for room. All of it is O(log n), and O(1) where jobs come in the order in which they go.
+The priority class, then whose turn it is, then the earliest deadline.
+
+Jobs that differ in nothing but their deadlines stand in one line, in order. Buckets contend within
+a queue, by their first jobs; queues contend for lanes and for room. All of it is O(log n), and O(1)
+where jobs come in the order in which they go.
 """
 
 from __future__ import annotations
@@ -29,9 +32,9 @@ NO_ACCOUNT = Account()
 class LazyHeap(Heap["tuple[Rank, _T]"], Generic[_T]):
     """Things contending for something, the one with the least rank first.
 
-    A heap of (rank, thing) entries that are not updated but checked when they surface. A thing must enter (or re-enter)
-    when its rank falls or it becomes eligible, and need not when its rank rises: so each fact costs O(log n), and
-    what has no work costs nothing.
+    A heap of (rank, thing) entries that are not updated but checked when they surface. A thing must
+    enter (or re-enter) when its rank falls or it becomes eligible, and need not when its rank
+    rises: so each fact costs O(log n), and what has no work costs nothing.
 
     Args:
         rank_of: A thing's rank now; None while it is not eligible.
@@ -48,7 +51,9 @@ class LazyHeap(Heap["tuple[Rank, _T]"], Generic[_T]):
         return self._entered.get(entry[1]) != entry[0]
 
     def enter(self, thing: _T) -> None:
-        """Call when its rank may have fallen or it may have become eligible; entering twice does no harm."""
+        """Call when its rank may have fallen or it may have become eligible; entering twice
+        does no harm.
+        """
         rank = self._rank_of(thing)
         if rank is not None:
             self.enter_as(thing, rank)
@@ -84,7 +89,8 @@ class LazyHeap(Heap["tuple[Rank, _T]"], Generic[_T]):
 class SortedJobs(Heap["tuple[float, int, Job]"]):
     """Jobs by a number, ties by their ids; the least goes `first`.
 
-    Most come in the order in which they go, and stand in `_in_order`. Those that must go before its last are the heap's.
+    Most come in the order in which they go, and stand in `_in_order`. Those that must go before its
+    last are the heap's.
     """
 
     __slots__ = ("_early", "_in_order", "_last", "first")
@@ -92,7 +98,8 @@ class SortedJobs(Heap["tuple[float, int, Job]"]):
     def __init__(self) -> None:
         super().__init__()
         self.first: Job | None = None
-        # OrderedDict is a linked list: unlike a dict's, its first key is found in O(1) after many deletions.
+        # OrderedDict is a linked list: unlike a dict's, its first key is found in O(1) after many
+        # deletions.
         self._in_order: OrderedDict[int, tuple[float, int, Job]] = OrderedDict()
         self._last: tuple[float, int] = (0.0, 0)  # of those in order
         self._early: dict[int, Job] = {}
@@ -151,7 +158,10 @@ class Bucket(SortedJobs):
 
 
 class Buckets:
-    """Buckets that have jobs, the one whose first job goes next before the others. The `only` one needs no contest."""
+    """Buckets that have jobs, the one whose first job goes next before the others.
+
+    The `only` one needs no contest.
+    """
 
     __slots__ = ("_contest", "lines", "only")
 
@@ -196,7 +206,8 @@ class JobQueue:
     """The jobs of one source that wait for the same thing.
 
     Args:
-        account_of: Gives a tenant's account of a class; without, tenants and keys make no difference.
+        account_of: Gives a tenant's account of a class; without, tenants and keys make no
+            difference.
     """
 
     __slots__ = (
@@ -292,7 +303,9 @@ class JobQueue:
         return line
 
     def _drop_lines(self) -> None:
-        """Drop lines without jobs, of two that are looked at in turn: for each line that comes, so that none has to look at all."""
+        """Drop lines without jobs, of two that are looked at in turn: for each line that comes,
+        so that none has to look at all.
+        """
         names = self._names
         for _ in range(2 if len(names) >= KEPT else 0):
             name = names.popleft()

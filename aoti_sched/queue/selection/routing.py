@@ -7,11 +7,16 @@ from aoti_sched.queue.job import Job
 from aoti_sched.queue.runner_state import Phase, RunnerState
 
 NEAR = 0.125
-"""Predictions that differ by no more than this part are equal. Runs differ by as much from one to the next; were a hair to decide,
-one of two equal devices would get everything that comes while both are idle."""
+"""Predictions that differ by no more than this part are equal.
+
+Runs differ by as much from one to the next; were a hair to decide, one of two equal devices would
+get everything that comes while both are idle.
+"""
 
 Cost = tuple[bool, bool, bool, float]
-"""What speaks against a replica: it takes nothing; it has no room; it gives out no slot for now; the time, or who is there."""
+"""What speaks against a replica: it takes nothing; it has no room; it gives out no slot for
+now; the time, or who is there.
+"""
 
 
 class Rotation:
@@ -30,10 +35,13 @@ class Rotation:
         self._turn -= place < self._turn
 
     def place(self, job: Job, now: float) -> None:
-        """Choose the replica that a new job draws its slot from: where it would be finished first. Ties take turns.
+        """Choose the replica that a new job draws its slot from: where it would be finished first.
 
-        Where nothing is known of its runs at one of them, and for a lease, which may last for any time, that is where the least
-        is for each slot. One that is believed to be slower, and has not run any for long, is tried all the same: only runs can tell.
+        Ties take turns.
+
+        Where nothing is known of its runs at one of them, and for a lease, which may last for any
+        time, that is where the least is for each slot. One that is believed to be slower, and has
+        not run any for long, is tried all the same: only runs can tell.
         """
         replicas = self.replicas
         if len(replicas) == 1:
@@ -75,7 +83,9 @@ class Rotation:
 
 
 def _is_tried(job: Job, runner: RunnerState, seconds: float, now: float) -> bool:
-    """Whether a job goes to a replica where it would be finished in so many, later than elsewhere, but for its runs alone."""
+    """Whether a job goes to a replica where it would be finished in so many, later than
+    elsewhere, but for its runs alone.
+    """
     times = runner.placing.times
     waits = seconds > times.typical(job.bytes)
     if waits or (job.deadline is not None and now + seconds > job.deadline):

@@ -1,7 +1,7 @@
 """What every executor makes of batches, and what those make of them that put tensors together.
 
-A test class derives from a contract and gives `open` and `finish`, as for `ExecutorContract`, and where its containers are
-others than Python functions also `container`.
+A test class derives from a contract and gives `open` and `finish`, as for `ExecutorContract`, and
+where its containers are others than Python functions also `container`.
 """
 
 import contextlib
@@ -402,7 +402,7 @@ class GatheringContract(BatchContract):
         whole, _ = self.whole(executor, batch_of(how, [[odd], [odd]]))
         assert same(whole, torch.cat([odd, odd]))
 
-    # --- the memory -------------------------------------------------------------------------------------
+    # --- the memory -------------------------------------------------------------------------------
 
     def addresses(self, executor, model, *batches):
         model.seen.clear()
@@ -531,7 +531,8 @@ class GatheringContract(BatchContract):
         batch = batch_of(how, [[torch.rand(1, n)] for n in (2, 5)])
         error = self.error(executor, lambda x: [x[:, :4]], batch)
         assert str(error) == (
-            "model 'rows': the run failed: output 0 of a batch is shorter in dimension 1 than input 0 of request 1 in "
+            "model 'rows': the run failed: output 0 of a batch is shorter in dimension 1 than "
+            "input 0 of request 1 in "
             "dimension 1"
         )
 

@@ -1,5 +1,6 @@
-"""Containers of compiled models, closed when the test is over; the simulated device and what is opened on it; and processes that may die in a
-test's place."""
+"""Containers of compiled models, closed when the test is over; the simulated device and what is
+opened on it; and processes that may die in a test's place.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ def load() -> Iterator[Callable[..., RawContainer]]:
 
 @pytest.fixture
 def sim():
-    """The simulated device, which must not have seen a rule broken, and has nothing of the test's afterwards."""
+    """The simulated device, which must not have seen a rule broken, and has nothing of the
+    test's afterwards.
+    """
     sim = simulator()
     before = sim.allocated(), sim.pinned()
     yield sim
@@ -112,7 +115,8 @@ def in_own_process() -> Callable[[str], subprocess.CompletedProcess[str]]:
 
 
 class _MallocInfo(ctypes.Structure):
-    # The last but two of ten sizes is what is handed out, the fifth what is mapped for large blocks.
+    # The last but two of ten sizes is what is handed out, the fifth what is mapped for large
+    # blocks.
     _fields_ = tuple((f"field_{index}", ctypes.c_size_t) for index in range(10))
 
 

@@ -1,7 +1,8 @@
 """What every executor keeps to, and what those with lanes of their own keep to besides.
 
-A test class derives from a contract and gives `open`, which makes an executor of so many lanes. Containers are
-Python functions; what must wait waits for events, so that nothing here depends on how fast anything is.
+A test class derives from a contract and gives `open`, which makes an executor of so many lanes.
+Containers are Python functions; what must wait waits for events, so that nothing here depends on
+how fast anything is.
 """
 
 import contextlib
@@ -50,7 +51,9 @@ MKL = hasattr(libtorch, "MKL_Set_Num_Threads_Local")
 
 
 def thread_counts():
-    """The calling thread's intra-op threads: OpenMP's and MKL's (0 where it has none of its own)."""
+    """The calling thread's intra-op threads: OpenMP's and MKL's (0 where it has none of its
+    own).
+    """
     mkl = set_mkl_threads(0)
     set_mkl_threads(mkl)
     return libtorch.omp_get_max_threads(), mkl

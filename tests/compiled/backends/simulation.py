@@ -1,4 +1,6 @@
-"""What tests of devices share: each kind of backend over the simulated device, and that the device saw no rule broken."""
+"""What tests of devices share: each kind of backend over the simulated device, and that the
+device saw no rule broken.
+"""
 
 from __future__ import annotations
 
@@ -54,8 +56,8 @@ def load(
 ):
     """The compiled model on a device: y = x * weight, which is ones.
 
-    `mixed`: and times a factor on the host, 1. `chain`: times weight again. `twice`: y is both of two outputs. `row`: elements from
-    one row of x to the next.
+    `mixed`: and times a factor on the host, 1. `chain`: times weight again. `twice`: y is both of
+    two outputs. `row`: elements from one row of x to the next.
     """
     request = LoadRequest(
         name="times",
@@ -101,7 +103,9 @@ class Slots:
 
 
 class OnDevice(CFunction):
-    """A function of tensors on the device as a model that C runs there; `host` inputs are copied over, outputs come home."""
+    """A function of tensors on the device as a model that C runs there; `host` inputs are
+    copied over, outputs come home.
+    """
 
     def __init__(self, device, slots, function, inputs, outputs, own):
         def on_the_stream(*tensors):
@@ -125,7 +129,7 @@ class OnDevice(CFunction):
             )
 
 
-# --- kernels of the caller's own -----------------------------------------------------------------------------------------
+# --- kernels of the caller's own ------------------------------------------------------------------
 
 
 class _Range(ctypes.Structure):

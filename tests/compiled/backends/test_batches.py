@@ -43,7 +43,9 @@ MODELS = {
     "dtypes": (BatchPlan((VECTOR,) * 5, (ROWS,) * 5), of_each_dtype, 70),
     "failing": (BatchPlan((VECTOR,), (ROWS,)), lambda rows: [torch.randint(0, 10, (rows,))], 64),
 }
-"""How requests of each model that has a dimension of rows are put together, how one is made, and the most rows."""
+"""How requests of each model that has a dimension of rows are put together, how one is made,
+and the most rows.
+"""
 
 
 @pytest.fixture(
@@ -149,7 +151,8 @@ def test_an_output_that_is_of_no_batch_fails_it(executor, load):
     batch = Batch(plan, [[torch.randn(1, 4)], [torch.randn(2, 4)]], [1, 2], 3, 0)
     for completion in run_everywhere(executor, container, batch):
         assert str(completion.error) == (
-            "model 'folded_output': the run failed: output 0 of a batch has 4 rows in dimension 0, expected 3"
+            "model 'folded_output': the run failed: output 0 of a batch has 4 rows in dimension "
+            "0, expected 3"
         )
 
 

@@ -1,4 +1,5 @@
-"""Models that a torch before 2.13 compiled take and give their constants in a C++ map, and are updated all the same.
+"""Models that a torch before 2.13 compiled take and give their constants in a C++ map, and are
+updated all the same.
 
 `older.py` plays their libraries.
 """
@@ -25,7 +26,9 @@ from tests.models import build
 
 @pytest.fixture(params=["2.8", "2.12"])
 def compiled_by(request, monkeypatch):
-    """The torch that compiled the models: the first that lets constants be read, and the last that knows only maps."""
+    """The torch that compiled the models: the first that lets constants be read, and the last
+    that knows only maps.
+    """
     monkeypatch.setattr(OlderLibrary, "compiled_by", request.param)
     return request.param
 
@@ -50,7 +53,7 @@ def without_native(monkeypatch):
     monkeypatch.setitem(sys.modules, NATIVE, None)
 
 
-# --- a container ------------------------------------------------------------------------------------------
+# --- a container ----------------------------------------------------------------------------------
 
 
 @with_maps
@@ -218,7 +221,7 @@ def test_newer_code_may_have_its_constants_in_any_order(load):
     assert container.why_not_updatable == ""
 
 
-# --- without the native module ----------------------------------------------------------------------------
+# --- without the native module --------------------------------------------------------------------
 
 
 def test_newer_models_need_no_map(without_native, load):
@@ -259,7 +262,7 @@ def test_a_model_whose_constants_can_not_be_read_is_not_updated(compiler, load_o
     )
 
 
-# --- a device's container --------------------------------------------------------------------------------
+# --- a device's container -------------------------------------------------------------------------
 
 
 @pytest.fixture

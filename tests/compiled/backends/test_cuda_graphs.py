@@ -1,4 +1,6 @@
-"""CUDA graphs over the simulated device: recorded runs give the same results, whatever happens to the weights and the memory around them."""
+"""CUDA graphs over the simulated device: recorded runs give the same results, whatever happens
+to the weights and the memory around them.
+"""
 
 import gc
 import threading
@@ -188,7 +190,7 @@ def test_the_sizes_of_a_batch_are_those_that_it_is_put_together_in():
     )
 
 
-# --- weights --------------------------------------------------------------------------------------------------------------
+# --- weights --------------------------------------------------------------------------------------
 
 
 def test_graphs_read_the_weights_that_serve(recorded, executor):
@@ -251,7 +253,7 @@ def test_a_set_that_could_not_be_staged_takes_its_graphs_along(recorded, executo
     assert run(executor, container, x).unique().tolist() == [2.0]
 
 
-# --- what can't be recorded -----------------------------------------------------------------------------------------------
+# --- what can't be recorded -----------------------------------------------------------------------
 
 
 def test_a_model_that_waits_for_the_device_is_launched_as_ever_and_the_reason_is_logged(
@@ -334,7 +336,7 @@ def test_what_can_not_be_recorded_at_all_is_refused(recorded, device, monkeypatc
         make(device, raw, request, None, [])
 
 
-# --- faults ---------------------------------------------------------------------------------------------------------------
+# --- faults ---------------------------------------------------------------------------------------
 
 
 def test_a_run_that_fails_while_it_is_recorded_leaves_nothing_behind(

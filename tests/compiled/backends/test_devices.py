@@ -1,6 +1,8 @@
-"""Devices whose runs go on streams, over the simulated one: the contracts, and in what order things happen.
+"""Devices whose runs go on streams, over the simulated one: the contracts, and in what order
+things happen.
 
-After every test the device is asked whether a rule was broken (`tests/native/simulated_cuda.h` lists them).
+After every test the device is asked whether a rule was broken (`tests/native/simulated_cuda.h`
+lists them).
 """
 
 import gc
@@ -71,7 +73,7 @@ def cuda():
     return open_device("cuda")
 
 
-# --- the contracts ------------------------------------------------------------------------------------------------
+# --- the contracts --------------------------------------------------------------------------------
 
 
 class OnSimulatedDevice:
@@ -126,7 +128,9 @@ class TestMpssExecutor(OnSimulatedDevice, ExecutorContract):
 
 
 class Batches(OnSimulatedDevice, GatheringContract):
-    """Members lie on the host, are put together there and brought as one; what comes back is at home again."""
+    """Members lie on the host, are put together there and brought as one; what comes back is at
+    home again.
+    """
 
     test_an_error_fails_the_whole_batch_and_is_followed_by_the_next = (
         None  # `4 in x` reads what is on the device
@@ -162,7 +166,7 @@ class TestBatchesOnMps(Batches):
     kind = "mps"
 
 
-# --- runs ---------------------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("home", [None, "cpu"])
@@ -302,11 +306,13 @@ def test_launchers_are_refused_where_nobody_can_be_asked(device, kind, monkeypat
         CpuDevice().open_executor(2, launchers=2)
 
 
-# --- in what order things happen -------------------------------------------------------------------------------------
+# --- in what order things happen ------------------------------------------------------------------
 
 
 def test_inputs_are_held_until_the_device_is_done_with_them(cuda, executors, loaded, sim):
-    """The model lets go of them when it has launched, and their memory is of another stream's pool."""
+    """The model lets go of them when it has launched, and their memory is of another stream's
+    pool.
+    """
     container = loaded(cuda)
     executor = executors(cuda)
     x = on_device(64, 4)
@@ -357,7 +363,9 @@ def test_a_run_waits_for_what_the_callers_stream_was_given_before(device, execut
 
 @pytest.mark.parametrize("kind", ["cuda", "xpu"])
 def test_outputs_are_recorded_on_the_callers_stream(device, executors, loaded, sim):
-    """Their memory is of the slot's pool: given back while the caller's kernel still reads it, it would be the next run's."""
+    """Their memory is of the slot's pool: given back while the caller's kernel still reads it,
+    it would be the next run's.
+    """
     container = loaded(device)
     executor = executors(device)
     mine = device.open_stream()
@@ -503,7 +511,7 @@ def test_xpus_streams_are_handed_out_once(loaded, sim):
     device.open_stream()
 
 
-# --- loading ------------------------------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
 def test_loading_leaves_the_threads_device_as_it_was(loaded, sim):
@@ -525,7 +533,9 @@ def test_loading_leaves_the_threads_device_as_it_was(loaded, sim):
 
 
 def test_runs_and_closing_leave_the_threads_device_as_it_was(executors, tmp_path, sim):
-    """The loop's own thread may run and close; what a user does there next must not land on another device."""
+    """The loop's own thread may run and close; what a user does there next must not land on
+    another device.
+    """
     device = simulator().cuda(0)
     other = sim.driver.primary_context(1)
     container = load(device, tmp_path, copy_inputs=True, copy_outputs="cpu")
@@ -564,7 +574,7 @@ def test_a_model_of_another_kind_is_refused(cuda, built, tmp_path):
         )
 
 
-# --- weights ------------------------------------------------------------------------------------------------------------
+# --- weights --------------------------------------------------------------------------------------
 
 
 def weights(value, device="cpu"):
@@ -608,7 +618,9 @@ def test_weights_are_replaced_from_the_host_and_from_the_device(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_that_are_weights_become_copies(device, kind, loaded, monkeypatch):
-    """On MPS an address is that of an object, plus an offset: a number within the weights' may be anybody's."""
+    """On MPS an address is that of an object, plus an offset: a number within the weights' may
+    be anybody's.
+    """
     container = loaded(device)
     blob = torch.zeros(8)
     monkeypatch.setattr(container._raw, "_borrow", lambda *, inactive: [("weight", blob)])
@@ -813,7 +825,7 @@ def test_large_sets_are_written_in_bounded_groups_and_what_is_no_parameter_last(
     ]
 
 
-# --- a lost device --------------------------------------------------------------------------------------------------------
+# --- a lost device --------------------------------------------------------------------------------
 
 
 def test_an_error_that_stays_means_that_the_device_is_lost(cuda, executors, loaded, sim):
@@ -873,7 +885,7 @@ def test_a_driver_that_records_a_graph_is_not_lost(cuda, monkeypatch):
     assert "ILLEGAL_ADDRESS" in cuda.lost()
 
 
-# --- which devices there are ------------------------------------------------------------------------------------------------
+# --- which devices there are ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cpu:1", "mps:0", "", "xpu:-1"])
@@ -904,7 +916,7 @@ def test_a_driver_that_is_not_there_is_said():
         cuda_driver.Driver("libm.so.6")
 
 
-# --- operators without a C function ---------------------------------------------------------------------------------------
+# --- operators without a C function ---------------------------------------------------------------
 
 
 @pytest.fixture
@@ -980,7 +992,7 @@ def test_runs_that_call_such_operators_are_not_recorded(cuda, calls_svd, tmp_pat
         cuda.inspect(request)
 
 
-# --- torch's own runner ---------------------------------------------------------------------------------------------------
+# --- torch's own runner ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["cuda:1", "xpu:0", "mps"])

@@ -1,7 +1,8 @@
-"""Every function of the table, called by itself against a compiled model, and what it does seen to be done.
+"""Every function of the table, called by itself against a compiled model, and what it does seen
+to be done.
 
-`exercise` registers a check under the functions it calls; a test asserts that none of the table lacks one. So
-a new torch's function is noticed twice: first by the table, then here.
+`exercise` registers a check under the functions it calls; a test asserts that none of the table
+lacks one. So a new torch's function is noticed twice: first by the table, then here.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def test_no_exercise_is_left_over():
     assert set(CHECKS) == set(FUNCTIONS)
 
 
-# --- helpers ----------------------------------------------------------------------------------------------
+# --- helpers --------------------------------------------------------------------------------------
 
 
 def get(library: Library, kind: Any, name: str, *arguments: Any) -> Any:
@@ -168,7 +169,7 @@ def index_of(library: Library, container: c_void_p, constant: str) -> int:
     return names.index(constant.encode())
 
 
-# --- containers -------------------------------------------------------------------------------------------
+# --- containers -----------------------------------------------------------------------------------
 
 
 @exercise(CONTAINER + "Create")
@@ -228,7 +229,7 @@ def the_call_spec_is_the_modules_pytrees(abi):
     assert read(out_spec.value.decode()) == torch.utils._pytree.tree_structure(outputs)
 
 
-# --- what is known of each constant -----------------------------------------------------------------------
+# --- what is known of each constant ---------------------------------------------------------------
 
 
 @exercise(
@@ -308,7 +309,7 @@ def a_blob_fills_a_container_without_weights(abi):
     torch.testing.assert_close(run(library, container, *built.args)[0], built.module()(*built.args))
 
 
-# --- the values of constants ------------------------------------------------------------------------------
+# --- the values of constants ----------------------------------------------------------------------
 
 
 @exercise(CONTAINER + "ExtractConstantsMap")
@@ -405,7 +406,7 @@ def freeing_the_inactive_buffer_leaves_the_active_one(abi):
     free(inputs)
 
 
-# --- the bare model ---------------------------------------------------------------------------------------
+# --- the bare model -------------------------------------------------------------------------------
 
 
 def bare(abi: Abi) -> tuple[Library, c_void_p]:
@@ -497,7 +498,7 @@ def the_arrayref_interface_runs_on_borrowed_memory(abi):
     torch.testing.assert_close(result, build("arrayref").module()(x))
 
 
-# --- failures ---------------------------------------------------------------------------------------------
+# --- failures -------------------------------------------------------------------------------------
 
 
 @exercise("AOTInductorGetLastError")

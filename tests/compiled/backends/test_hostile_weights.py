@@ -1,6 +1,8 @@
-"""Weights that cost more than they are worth: what is wrong with them is found before it is paid for, and said in a few lines.
+"""Weights that cost more than they are worth: what is wrong with them is found before it is
+paid for, and said in a few lines.
 
-Names and sizes are compared before the bytes of a tensor are read; headers, pickles and directories have bounds.
+Names and sizes are compared before the bytes of a tensor are read; headers, pickles and directories
+have bounds.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ def refusal(weights, **options):
     return caught.value
 
 
-# --- values -----------------------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "float16", "complex64"])
@@ -94,7 +96,7 @@ def test_tied_names_must_agree_in_every_dtype(dtype, shape):
     assert "other values" in str(refusal({"w": one, "v": other}, constants=constants, names=names))
 
 
-# --- sizes ------------------------------------------------------------------------------------------
+# --- sizes ----------------------------------------------------------------------------------------
 
 EXPENSIVE = """
 import resource, sys
@@ -215,7 +217,7 @@ def test_only_what_the_model_wants_is_read(tmp_path):
     assert took.keys() == {"w"}
 
 
-# --- tensors that do not fill their storage ---------------------------------------------------------
+# --- tensors that do not fill their storage -------------------------------------------------------
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -248,7 +250,7 @@ def test_views_in_a_checkpoint_are_read_as_what_they_show(tmp_path, view, zipped
     assert torch.equal(read.resolve_conj().resolve_neg(), shown.resolve_conj().resolve_neg())
 
 
-# --- names ------------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------------------
 
 MANY = 300_000
 
@@ -310,7 +312,7 @@ def test_lists_are_shortened():
     assert clipped(12345, 5) == "12345"
 
 
-# --- values that are code ---------------------------------------------------------------------------
+# --- values that are code -------------------------------------------------------------------------
 
 
 def test_a_value_that_became_code_may_be_given_as_it_was_compiled():
@@ -327,7 +329,7 @@ def test_a_value_that_became_code_may_be_given_as_it_was_compiled():
     refusal({**state, "small": torch.ones(3)}, names=(WeightName("w"), WeightName("small")))
 
 
-# --- chance -----------------------------------------------------------------------------------------
+# --- chance ---------------------------------------------------------------------------------------
 
 _numbers = st.one_of(st.integers(0, 64), st.sampled_from([-1, 1 << 31, 1 << 62, 1 << 63, 10**30]))
 _entries = st.fixed_dictionaries(

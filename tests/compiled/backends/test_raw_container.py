@@ -1,4 +1,6 @@
-"""Containers against compiled models: results, refusals in place of crashes, weights, and nothing leaked."""
+"""Containers against compiled models: results, refusals in place of crashes, weights, and
+nothing leaked.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,7 @@ def seen(container):
     return set(container.run(build("canary").args)[0].flatten().tolist())
 
 
-# --- runs -------------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -130,7 +132,7 @@ def test_a_run_leaves_the_callers_grad_mode_and_gradients_alone(load):
     assert not y.requires_grad
 
 
-# --- refusals where the runtime would end the process ------------------------------------------------------
+# --- refusals where the runtime would end the process ---------------------------------------------
 
 
 def test_the_stock_runtime_dies_of_a_wrong_number_of_inputs(in_own_process):
@@ -259,7 +261,7 @@ def test_a_closed_container_refuses_every_call_and_closes_once(load):
             refused()
 
 
-# --- nothing leaks ----------------------------------------------------------------------------------------
+# --- nothing leaks --------------------------------------------------------------------------------
 
 
 def test_ten_thousand_failed_runs_lose_neither_handles_nor_memory(load, capfd):
@@ -324,7 +326,7 @@ def test_containers_created_and_closed_lose_no_memory(built):
     assert heap_bytes() - before < 50_000  # a set of weights is a thousand bytes
 
 
-# --- what constants are -----------------------------------------------------------------------------------
+# --- what constants are ---------------------------------------------------------------------------
 
 
 def test_constants_are_described_with_what_the_module_calls_them(load):
@@ -385,7 +387,7 @@ def test_extracting_from_a_model_that_cannot_is_a_missing_capability(load, monke
             container.extract()
 
 
-# --- updates ----------------------------------------------------------------------------------------------
+# --- updates --------------------------------------------------------------------------------------
 
 
 def test_what_is_staged_shows_after_the_swap_and_swapping_back_undoes_it(load):
@@ -528,7 +530,7 @@ def test_constants_may_come_from_the_cpu_whatever_the_device(load):
     assert seen(container) == {2.0}
 
 
-# --- weights that are not in the library ------------------------------------------------------------------
+# --- weights that are not in the library ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["weights_none", "weights_pickle"])

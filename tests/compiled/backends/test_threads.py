@@ -1,4 +1,6 @@
-"""The Python executor and the fake one keep the contract; the wake-up descriptor that both set; the end of the interpreter."""
+"""The Python executor and the fake one keep the contract; the wake-up descriptor that both set;
+the end of the interpreter.
+"""
 
 import os
 import select
@@ -87,7 +89,7 @@ class TestAutomaticFakeExecutor(ExecutorContract):
         return FakeExecutor(lanes, None, auto=True)
 
 
-# --- batches --------------------------------------------------------------------------------------------
+# --- batches --------------------------------------------------------------------------------------
 
 
 class TestBatchesOnThreads(StagingContract):
@@ -127,7 +129,7 @@ class TestBatchesOnTheAutomaticFakeExecutor(BatchContract):
         return FakeExecutor(lanes, None, auto=True)
 
 
-# --- the wake-up descriptor -------------------------------------------------------------------------------------------
+# --- the wake-up descriptor -----------------------------------------------------------------------
 
 
 @pytest.fixture(params=["eventfd", "pipe"] if hasattr(os, "eventfd") else ["pipe"])
@@ -183,7 +185,10 @@ def test_a_descriptor_is_set_across_threads(wakeup):
 
 
 def test_no_wake_up_is_lost_between_threads(wakeup):
-    """Threads add to a list and set the descriptor; the reader clears it, then takes the list. In the end all is taken."""
+    """Threads add to a list and set the descriptor; the reader clears it, then takes the list.
+
+    In the end all is taken.
+    """
     items, taken = [], []
 
     def ring_often():

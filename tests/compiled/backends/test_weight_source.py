@@ -72,7 +72,7 @@ def with_header(path, header, data=b""):
     return path
 
 
-# --- what is in memory ------------------------------------------------------------------------------
+# --- what is in memory ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_what_is_no_weights_is_named(weights, said):
     assert isinstance(raised.value, TypeError)
 
 
-# --- safetensors ------------------------------------------------------------------------------------
+# --- safetensors ----------------------------------------------------------------------------------
 
 DTYPES = [
     *(torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64),
@@ -232,7 +232,7 @@ def test_a_file_is_closed_when_the_block_is_left(safetensors):
     assert process.num_fds() == before
 
 
-# --- faults of safetensors --------------------------------------------------------------------------
+# --- faults of safetensors ------------------------------------------------------------------------
 
 
 def test_safetensors_cut_at_any_place_are_refused(safetensors):
@@ -289,7 +289,7 @@ def test_a_promise_of_more_than_the_file_allocates_nothing(tmp_path):
     assert "is truncated" in fault(with_header(tmp_path / "a.safetensors", huge, bytes(8)))
 
 
-# --- torch.save -------------------------------------------------------------------------------------
+# --- torch.save -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -390,7 +390,7 @@ def test_a_checkpoint_whose_tensors_reach_beyond_their_records_is_refused(checkp
     fault(tmp_path / "a.pt")
 
 
-# --- what is no weights file ------------------------------------------------------------------------
+# --- what is no weights file ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -451,7 +451,7 @@ def test_a_file_that_may_not_be_read_is_refused(safetensors):
     assert "Permission denied" in fault(safetensors)
 
 
-# --- shards -----------------------------------------------------------------------------------------
+# --- shards ---------------------------------------------------------------------------------------
 
 
 def sharded(folder, save=save_file):
@@ -515,7 +515,7 @@ def test_a_shard_that_changes_after_it_was_read_is_noticed(tmp_path):
         read_on(index, after=2, doing=lambda: touched(tmp_path / "one-of-two"))
 
 
-# --- files that change ------------------------------------------------------------------------------
+# --- files that change ----------------------------------------------------------------------------
 
 
 def replaced(path):
@@ -602,7 +602,7 @@ def test_a_file_that_shrinks_while_it_is_read_does_not_end_the_process(tmp_path,
     assert ran.stdout.startswith(f"{float(1 << 18)} {path}")
 
 
-# --- chance -----------------------------------------------------------------------------------------
+# --- chance ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "checkpoint", "legacy"])

@@ -1,4 +1,6 @@
-"""Runners on fake devices whose results tell which set of weights they ran on, and what must be true after anything."""
+"""Runners on fake devices whose results tell which set of weights they ran on, and what must be
+true after anything.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,10 @@ def weights(number):
 
 
 class Fleet:
-    """A scheduler with runners on two fake devices. The set that each was loaded with is number 1."""
+    """A scheduler with runners on two fake devices.
+
+    The set that each was loaded with is number 1.
+    """
 
     def __init__(self, scheduler, clock, backends):
         self.scheduler = scheduler
@@ -70,7 +75,9 @@ class Fleet:
         await settle()
 
     async def must_be_sound(self):
-        """Nothing is lost or mixed, and what each runner says of itself is so; for runners that nobody uses now."""
+        """Nothing is lost or mixed, and what each runner says of itself is so; for runners that
+        nobody uses now.
+        """
         await self.quiet()
         for runner in self:
             replica = replica_of(runner)
@@ -92,7 +99,9 @@ class Fleet:
             assert await self.answer(runner) == (runner.epoch, number), runner.name
 
     async def answer(self, runner):
-        """Run once: the epoch that the trace names, and the number of the set that gave the result."""
+        """Run once: the epoch that the trace names, and the number of the set that gave the
+        result.
+        """
         future = runner.submit()
         while not future.done():  # on a backend that is stepped by hand, or not
             if self.backends[runner.device].running:
@@ -132,7 +141,9 @@ async def fleet(names="abc", *, auto=True, lanes=2, room=None, **options):
 
 
 class Held:
-    """A step of a container that waits in its thread until it is let go on; of a replica, or a runner on one device."""
+    """A step of a container that waits in its thread until it is let go on; of a replica, or a
+    runner on one device.
+    """
 
     def __init__(self, runner, step):
         self._entered = threading.Event()

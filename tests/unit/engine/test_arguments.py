@@ -1,4 +1,6 @@
-"""Whatever is passed: it works, or it is refused at once with an error of ours that names the argument."""
+"""Whatever is passed: it works, or it is refused at once with an error of ours that names the
+argument.
+"""
 
 from __future__ import annotations
 
@@ -255,7 +257,7 @@ async def test_draining_something_else_than_a_device_is_refused(scheduler, value
     await must_refuse(scheduler.drain_device(NONSENSE[value]), "drain_device")
 
 
-# --- structs -------------------------------------------------------------------------------------------
+# --- structs --------------------------------------------------------------------------------------
 
 STRUCTS = {
     DeviceConfig: {
@@ -376,7 +378,7 @@ async def test_specs_that_no_tensor_could_meet_are_refused(scheduler, spec):
     await must_refuse(scheduler.load("m.pt2", inputs=[spec]), "inputs")
 
 
-# --- paths ---------------------------------------------------------------------------------------------
+# --- paths ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""`run_blocking`: whatever becomes of the event loop, a thread that waits ends, with the result or an error of ours."""
+"""`run_blocking`: whatever becomes of the event loop, a thread that waits ends, with the result
+or an error of ours.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +92,7 @@ def is_closed_error(error, text):
     return True
 
 
-# --- the loop stops, or is closed --------------------------------------------------------------------------
+# --- the loop stops, or is closed -----------------------------------------------------------------
 
 
 def test_a_loop_that_stops_ends_the_threads_that_wait(loop, backend):
@@ -246,7 +248,7 @@ def test_a_loop_in_a_thread_that_dies_of_an_error_ends_the_callers(backend):
     server.join(FOREVER)
 
 
-# --- the scheduler is closed -------------------------------------------------------------------------------
+# --- the scheduler is closed ----------------------------------------------------------------------
 
 
 async def test_a_closed_scheduler_has_served_what_it_accepted_and_refuses_the_rest(backend):
@@ -278,7 +280,7 @@ async def test_terminating_fails_the_threads_whose_requests_are_queued(backend):
     assert sum(isinstance(outcome, RunnerClosedError) for outcome in outcomes) == len(outcomes) - 1
 
 
-# --- deadlines ---------------------------------------------------------------------------------------------
+# --- deadlines ------------------------------------------------------------------------------------
 
 
 async def test_the_deadline_fires_in_the_thread_while_the_loop_is_blocked(backend):
@@ -325,7 +327,7 @@ async def test_a_clock_set_by_hand_expires_calls_of_threads_too(
     await aoti_backend.step()
 
 
-# --- the process ------------------------------------------------------------------------------------------
+# --- the process ----------------------------------------------------------------------------------
 
 
 def run_program(lines):

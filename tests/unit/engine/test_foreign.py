@@ -1,4 +1,6 @@
-"""Foreign code: whatever a user's source, type, key or log processor does, it ends its own operation, and no device stops."""
+"""Foreign code: whatever a user's source, type, key or log processor does, it ends its own
+operation, and no device stops.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,7 @@ async def no_source_is_read():
     await until(lambda: not any(t.name.startswith("aoti weights") for t in threading.enumerate()))
 
 
-# --- weights sources ----------------------------------------------------------------------------------
+# --- weights sources ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -255,7 +257,7 @@ def test_a_source_that_blocks_does_not_hold_the_interpreter():
     assert (ran.returncode, ran.stdout.strip()) == (0, "RunnerClosedError"), ran.stderr
 
 
-# --- log processors -----------------------------------------------------------------------------------
+# --- log processors -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -386,7 +388,7 @@ def test_an_event_whose_level_is_off_costs_a_comparison(monkeypatch):
     event_log.log.info("nothing is made of this", error=ValueError())
 
 
-# --- in the midst of a fact ---------------------------------------------------------------------------
+# --- in the midst of a fact -----------------------------------------------------------------------
 
 
 class Mute(Exception):
@@ -470,11 +472,13 @@ async def test_a_model_that_cannot_be_closed_is_closings_own_error_and_others_cl
     assert container_of(b).closed
 
 
-# --- keys and numbers of users ------------------------------------------------------------------------
+# --- keys and numbers of users --------------------------------------------------------------------
 
 
 class Key:
-    """A tenant's key that counts what is asked of it; it raises, or has another hash, once it is `spoiled`."""
+    """A tenant's key that counts what is asked of it; it raises, or has another hash, once it
+    is `spoiled`.
+    """
 
     def __init__(self):
         self.asked = 0
@@ -607,7 +611,7 @@ async def test_what_is_no_number_of_seconds_is_refused_by_options(timeout):
             a.options(min_epoch="1")
 
 
-# --- operations over all jobs -------------------------------------------------------------------------
+# --- operations over all jobs ---------------------------------------------------------------------
 
 
 async def turns_until(done):

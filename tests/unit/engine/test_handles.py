@@ -1,4 +1,6 @@
-"""What a user sees of a runner, a view, a lease and a future, and nothing of what is behind them."""
+"""What a user sees of a runner, a view, a lease and a future, and nothing of what is behind
+them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A device with less memory than its models want: who is parked, who comes back, and that nothing is lost on the way."""
+"""A device with less memory than its models want: who is parked, who comes back, and that
+nothing is lost on the way.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def logs():
 
 
 class Shelf:
-    """A scheduler whose device has room for so many bytes; a model's weights are as many as its `size`, each one its number."""
+    """A scheduler whose device has room for so many bytes; a model's weights are as many as its
+    `size`, each one its number.
+    """
 
     def __init__(self, scheduler, backends):
         self.scheduler = scheduler
@@ -217,7 +221,7 @@ async def test_a_busy_model_makes_way_and_gets_its_turn_again():
         assert await busy[1] == {1}
 
 
-# --- updates -------------------------------------------------------------------------------------------------------------
+# --- updates --------------------------------------------------------------------------------------
 
 
 async def test_an_update_needs_room_for_two_sets():
@@ -330,7 +334,7 @@ async def test_an_update_that_is_given_up_while_it_waits_for_memory_gives_it_bac
         its.check()
 
 
-# --- leaving -------------------------------------------------------------------------------------------------------------
+# --- leaving --------------------------------------------------------------------------------------
 
 
 async def test_a_parked_model_closes():
@@ -416,7 +420,9 @@ async def test_evicting_needs_a_limit():
 
 @pytest.mark.parametrize("seed", range(40))
 async def test_random_work_loses_nothing(seed):
-    """Clients, leases, updates, loads and closes, at random: each request is answered by its own model, or told why not."""
+    """Clients, leases, updates, loads and closes, at random: each request is answered by its
+    own model, or told why not.
+    """
     draw = random.Random(seed)
     async with shelf(draw.randint(2, 4)) as its:
         runners = {name: await its.load(name) for name in "abcdef"}

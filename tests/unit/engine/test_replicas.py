@@ -1,4 +1,6 @@
-"""One runner on several devices: where its requests go, one set of weights, and devices that leave while it serves."""
+"""One runner on several devices: where its requests go, one set of weights, and devices that
+leave while it serves.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,10 @@ def logs():
 
 
 class Pair:
-    """A scheduler on fake devices, stepped by hand, and a runner on all of them. Its results are the weights they were made with."""
+    """A scheduler on fake devices, stepped by hand, and a runner on all of them.
+
+    Its results are the weights they were made with.
+    """
 
     def __init__(self, scheduler, clock, backends):
         self.scheduler = scheduler
@@ -103,7 +108,7 @@ def places(futures):
     return [future.trace.device for future in futures]
 
 
-# --- where requests go -------------------------------------------------------------------------------
+# --- where requests go ----------------------------------------------------------------------------
 
 
 async def test_equal_devices_take_turns():
@@ -216,7 +221,7 @@ async def test_a_runner_whose_runs_fail_on_one_device_is_failing(logs):
         await until(lambda: [entry for entry in logs if entry["event"] == "container rebuilt"])
 
 
-# --- leases ------------------------------------------------------------------------------------------
+# --- leases ---------------------------------------------------------------------------------------
 
 
 async def test_leases_are_spread_and_each_stays_where_it_is():
@@ -240,7 +245,7 @@ async def test_requests_go_past_a_device_whose_slots_are_leased():
             await its.serve()
 
 
-# --- weights -----------------------------------------------------------------------------------------
+# --- weights --------------------------------------------------------------------------------------
 
 
 async def test_new_weights_are_on_all_devices_at_one_instant():
@@ -350,7 +355,7 @@ async def test_an_epoch_to_come_is_waited_for_on_any_device():
         await draining
 
 
-# --- a device leaves ---------------------------------------------------------------------------------
+# --- a device leaves ------------------------------------------------------------------------------
 
 
 async def test_what_is_queued_on_a_device_that_is_drained_moves_and_what_runs_is_finished():
@@ -603,7 +608,7 @@ async def test_a_drained_device_takes_no_models():
             await its.scheduler.drain_device("cuda:7")
 
 
-# --- a device leaves during something else -----------------------------------------------------------
+# --- a device leaves during something else --------------------------------------------------------
 
 
 async def test_an_update_goes_on_without_a_device_that_leaves_while_it_is_staged():
@@ -751,7 +756,7 @@ async def test_all_replicas_end_together(end):
         ]
 
 
-# --- a device is lost --------------------------------------------------------------------------------
+# --- a device is lost -----------------------------------------------------------------------------
 
 
 async def test_what_is_queued_on_a_device_that_is_lost_moves(logs):
@@ -813,7 +818,9 @@ async def test_a_run_on_the_loop_may_meet_a_lost_device():
 
 
 async def test_who_gets_a_lost_device_s_room_is_woken_in_time():
-    """What is found out in the midst of one fact's commands is heeded by those that are still to be carried out."""
+    """What is found out in the midst of one fact's commands is heeded by those that are still
+    to be carried out.
+    """
     config = SchedulerConfig(devices={"cpu:0": DeviceConfig(limits=Limits(jobs=2))})
     async with devices(lanes=2, config=config) as its:
         runner = await its.load()
@@ -863,7 +870,7 @@ async def test_a_lost_device_does_not_stop_an_update_of_the_others():
         assert await futures[1] == (1, 1)
 
 
-# --- loading -----------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -954,12 +961,14 @@ async def test_devices_come_from_a_configuration_too(tmp_path):
         assert scheduler.runners["m"].device == "cpu:0, cpu:1"
 
 
-# --- anything, in any order --------------------------------------------------------------------------
+# --- anything, in any order -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(60))
 async def test_each_request_is_answered_once_and_by_one_set_of_weights(seed):
-    """Requests, leases, updates, cancellations, and devices that are drained or lost, until one is left."""
+    """Requests, leases, updates, cancellations, and devices that are drained or lost, until one
+    is left.
+    """
     draw = random.Random(seed)
     async with devices(3, lanes=draw.randint(1, 2)) as its:
         its.seconds = {name: draw.choice([0.0, 1.0, 1.0, 3.0]) for name in its.backends}

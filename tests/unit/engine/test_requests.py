@@ -1,4 +1,6 @@
-"""A request through the real front on a hand-stepped backend: results, order, timeouts, cancellation, bounds."""
+"""A request through the real front on a hand-stepped backend: results, order, timeouts,
+cancellation, bounds.
+"""
 
 from __future__ import annotations
 

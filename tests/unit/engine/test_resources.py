@@ -1,4 +1,5 @@
-"""Descriptors, threads and memory: none is kept by what is closed, and where they are exhausted each operation says so.
+"""Descriptors, threads and memory: none is kept by what is closed, and where they are exhausted
+each operation says so.
 
 The lanes are real ones, of both kinds; the models on them are Python functions.
 """
@@ -96,7 +97,7 @@ async def life(backend):
     return [weakref.ref(owner) for owner in owners if not isinstance(owner, type(dispatcher))]
 
 
-# --- nothing is kept --------------------------------------------------------------------------------------
+# --- nothing is kept ------------------------------------------------------------------------------
 
 
 def test_a_closed_scheduler_and_all_it_owned_are_gone_without_the_collector(executor):
@@ -181,7 +182,7 @@ def test_a_runner_that_nobody_closed_leaves_no_lane_behind(executor):
     assert descriptors() <= before
 
 
-# --- exhausted resources ----------------------------------------------------------------------------------
+# --- exhausted resources --------------------------------------------------------------------------
 
 
 class Faults:
@@ -366,7 +367,7 @@ def test_descriptors_really_exhausted(executor):
     assert descriptors() == before
 
 
-# --- closing at odd times ----------------------------------------------------------------------------------
+# --- closing at odd times -------------------------------------------------------------------------
 
 
 async def test_closing_before_entry_closes_for_good():

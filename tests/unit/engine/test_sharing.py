@@ -1,4 +1,7 @@
-"""What a device's users share, through the real front: its time, its queue, its cores. And who is turned away when it is too much."""
+"""What a device's users share, through the real front: its time, its queue, its cores.
+
+And who is turned away when it is too much.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Live weights through the real front on fake devices: one instant for all, nothing lost, nothing mixed, a way back."""
+"""Live weights through the real front on fake devices: one instant for all, nothing lost,
+nothing mixed, a way back.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ async def gone(task):
         await task
 
 
-# --- what an update is --------------------------------------------------------------------------------
+# --- what an update is ----------------------------------------------------------------------------
 
 
 async def test_an_update_brings_the_new_set_and_the_next_epoch():
@@ -161,7 +163,7 @@ async def test_extract_gives_copies_of_either_set():
         assert (await a.extract(), await a.extract(inactive=True)) == (weights(2), weights(1))
 
 
-# --- the way back -------------------------------------------------------------------------------------
+# --- the way back ---------------------------------------------------------------------------------
 
 
 async def test_a_rollback_goes_back_to_the_old_number_and_the_next_set_gets_a_new_one():
@@ -274,7 +276,7 @@ async def test_a_refused_set_leaves_what_was_staged_or_kept_before():
         await its.must_be_sound()
 
 
-# --- what is asked for wrongly ------------------------------------------------------------------------
+# --- what is asked for wrongly --------------------------------------------------------------------
 
 
 async def test_no_runner_is_a_mistake_and_is_told():
@@ -308,7 +310,7 @@ async def test_a_runner_of_another_scheduler_is_refused():
         assert (mine.epoch, other.epoch) == (1, 1)
 
 
-# --- faults -------------------------------------------------------------------------------------------
+# --- faults ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("step", ["stage", "fold", "swap"])
@@ -450,7 +452,7 @@ async def test_a_rebuild_waits_for_held_leases_but_not_so_the_caller():
         await its.update(3)
 
 
-# --- the fold's lease, when the queue is full -----------------------------------------------------------
+# --- the fold's lease, when the queue is full -----------------------------------------------------
 
 
 async def test_an_update_that_folds_works_while_the_queue_is_full():
@@ -580,7 +582,7 @@ async def test_closing_while_a_fold_waits_for_a_slot_ends_the_update(way):
         its.runners.clear()
 
 
-# --- giving up ----------------------------------------------------------------------------------------
+# --- giving up ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("step", ["stage", "fold"])
@@ -721,7 +723,9 @@ async def test_memory_is_given_back_even_when_nobody_waits_for_it():
 
 @pytest.fixture
 def without_threads(monkeypatch):
-    """What blocks is called on the loop, after one turn: an update then takes the same turns each time."""
+    """What blocks is called on the loop, after one turn: an update then takes the same turns
+    each time.
+    """
 
     async def here(self, call):
         await asyncio.sleep(0)
@@ -740,7 +744,9 @@ def without_threads(monkeypatch):
 async def test_an_update_given_up_at_any_turn_of_the_loop_has_changed_all_or_nothing(
     how, options, without_threads
 ):
-    """Of three runners on two devices, all of which fold and are in use: so this is every await there is."""
+    """Of three runners on two devices, all of which fold and are in use: so this is every await
+    there is.
+    """
     turns, finished, outcomes, held_up = 0, False, set(), 0
     while not finished:
         async with fleet(auto=False, instances=2) as its:
@@ -785,7 +791,7 @@ async def test_an_update_given_up_at_any_turn_of_the_loop_has_changed_all_or_not
     assert held_up > 5
 
 
-# --- held leases --------------------------------------------------------------------------------------
+# --- held leases ----------------------------------------------------------------------------------
 
 
 async def test_an_update_waits_for_a_held_lease_whose_runs_go_on_at_its_epoch():
@@ -879,7 +885,7 @@ async def test_a_fold_that_waits_for_a_slot_can_be_given_up():
         await its.update(3)
 
 
-# --- several at once ----------------------------------------------------------------------------------
+# --- several at once ------------------------------------------------------------------------------
 
 
 async def test_updates_of_one_runner_take_effect_in_the_order_of_their_calls():
@@ -938,7 +944,7 @@ async def test_what_is_asked_for_during_an_update_waits_for_its_turn():
         assert (back.epoch, extracted, committed.epoch) == (1, weights(1), 3)
 
 
-# --- leaving ------------------------------------------------------------------------------------------
+# --- leaving --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("way", ["aclose", "terminate"])
@@ -1085,7 +1091,7 @@ async def test_a_load_goes_on_beside_an_update():
         await its.must_be_sound()
 
 
-# --- the barrier --------------------------------------------------------------------------------------
+# --- the barrier ----------------------------------------------------------------------------------
 
 
 async def test_a_drain_barrier_keeps_order_and_priorities():
@@ -1227,7 +1233,7 @@ async def test_only_the_runners_that_change_are_held_up():
         await its.must_be_sound()
 
 
-# --- the epoch a request asks for -----------------------------------------------------------------------
+# --- the epoch a request asks for -----------------------------------------------------------------
 
 
 async def test_a_request_waits_for_the_epoch_it_asks_for():

@@ -1,4 +1,6 @@
-"""What a model's specs and a user's wish make of batching: plans, keys, padding, and reasons why not."""
+"""What a model's specs and a user's wish make of batching: plans, keys, padding, and reasons
+why not.
+"""
 
 from __future__ import annotations
 
@@ -208,7 +210,7 @@ def test_what_cannot_be_batched_is_refused_with_the_reason(inputs, options, reas
         grouped(*inputs, **options)
 
 
-# --- what running the model showed ------------------------------------------------------------------------
+# --- what running the model showed ----------------------------------------------------------------
 
 DEPENDENT = RowEvidence(
     False, "Rows influence each other: row 0 of 4 run alone, output 0 has other values."

@@ -1,6 +1,8 @@
-"""How a call's arguments become the container's inputs, and its outputs become what the module returned.
+"""How a call's arguments become the container's inputs, and its outputs become what the module
+returned.
 
-torch's own pytree is the oracle: our plan gives the same leaves in the same order, and the same structures back.
+torch's own pytree is the oracle: our plan gives the same leaves in the same order, and the same
+structures back.
 """
 
 import collections
@@ -58,7 +60,7 @@ pytree.register_pytree_node(
 )
 
 
-# --- against torch's pytree -----------------------------------------------------------------------------
+# --- against torch's pytree -----------------------------------------------------------------------
 
 keys = st.one_of(st.text(max_size=3), st.integers(-9, 9))
 trees = st.recursive(
@@ -116,7 +118,7 @@ def test_a_call_of_another_structure_is_refused_just_when_torch_tells_them_apart
         assert [*map(in_lists, spec.flatten(*called))] == expected
 
 
-# --- arguments ------------------------------------------------------------------------------------------
+# --- arguments ------------------------------------------------------------------------------------
 
 
 def test_flat_arguments_are_taken_as_they_come():
@@ -175,7 +177,7 @@ def test_leaves_that_are_no_tensors_are_kept_for_the_input_check_where_all_input
     assert spec.flatten((a, 3), {}) == [a, 3]
 
 
-# --- literals -------------------------------------------------------------------------------------------
+# --- literals -------------------------------------------------------------------------------------
 
 
 def literal_spec(value):
@@ -220,7 +222,7 @@ def test_a_long_value_is_cut_in_the_message():
     assert len(refused(literal_spec("a"), torch.zeros(()), "b" * 10_000).got) == 60
 
 
-# --- misfits --------------------------------------------------------------------------------------------
+# --- misfits --------------------------------------------------------------------------------------
 
 
 def nested():
@@ -291,7 +293,7 @@ def test_a_misfit_of_a_large_structure_is_told_in_a_few_words():
     assert error.got.endswith("key19=, and 99980 more")
 
 
-# --- what torch's own loader takes ----------------------------------------------------------------------
+# --- what torch's own loader takes ----------------------------------------------------------------
 
 Named = collections.namedtuple("Named", "x y")  # noqa: PYI024
 Other = collections.namedtuple("Other", "y x")  # noqa: PYI024
@@ -305,10 +307,13 @@ A, B, C = torch.tensor(1.0), torch.tensor(2.0), torch.tensor(3.0)
 
 
 def stock(exported, args, kwargs):
-    """The inputs that a model gets from torch's own loader, None when the loader refuses the call."""
+    """The inputs that a model gets from torch's own loader, None when the loader refuses the
+    call.
+    """
     seen = []
 
-    class Loader:  # stands for the C++ class, which takes a list of tensors and looks at nothing else
+    # stands for the C++ class, which takes a list of tensors and looks at nothing else
+    class Loader:
         def get_call_spec(self):
             return [text(exported), text(0)]
 
@@ -323,7 +328,8 @@ def stock(exported, args, kwargs):
     return seen
 
 
-# What was exported, what is given, and what the model should get; None: nothing, the call is refused.
+# What was exported, what is given, and what the model should get; None: nothing, the call is
+# refused.
 TAKEN_AS_STOCK = {
     "a list for a tuple": (((A, B),), ([A, B],), {}, [A, B]),
     "a tuple for a list": (([A, B],), ((A, B),), {}, [A, B]),
@@ -416,7 +422,7 @@ def test_a_flat_signature_reads_as_its_names():
     assert str(call_spec(tuple(tensors(3)), parameters=("x", "y"))) == "(x, y, args[2])"
 
 
-# --- registered types -----------------------------------------------------------------------------------
+# --- registered types -----------------------------------------------------------------------------
 
 
 def test_a_registered_type_is_flattened_by_torch():
@@ -503,7 +509,7 @@ def test_all_classes_that_are_not_registered_are_named():
         ExportedCallSpec("m", *texts)
 
 
-# --- results --------------------------------------------------------------------------------------------
+# --- results --------------------------------------------------------------------------------------
 
 
 def test_one_tensor_comes_back_as_itself():
@@ -549,7 +555,7 @@ def test_the_runtimes_list_of_outputs_is_not_changed():
     assert values == [None]
 
 
-# --- specs that are none --------------------------------------------------------------------------------
+# --- specs that are none --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""What running a module shows before it is compiled: least sizes, rows, and whether it was exported right. Nothing is compiled."""
+"""What running a module shows before it is compiled: least sizes, rows, and whether it was
+exported right. Nothing is compiled.
+"""
 
 import pytest
 import torch
@@ -49,7 +51,7 @@ def rows_of(spec):
     return spec.inputs[0].shape[0]
 
 
-# --- least sizes ----------------------------------------------------------------------------------------
+# --- least sizes ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -109,7 +111,7 @@ def test_a_request_too_large_to_be_tried_gets_no_small_sizes(monkeypatch):
     assert "were not tried: the example has" in dim.reason
 
 
-# --- rows -----------------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
 
 ATTENTION = {"d_model": 16, "nhead": 2, "dim_feedforward": 32}
 
@@ -211,7 +213,7 @@ def test_two_inputs_that_only_work_with_as_many_rows_have_one_symbol():
     assert first.symbol == second.symbol == spec.batch.symbol
 
 
-# --- examples -------------------------------------------------------------------------------------------
+# --- examples -------------------------------------------------------------------------------------
 
 
 def test_one_tensor_given_twice_is_two_inputs():
@@ -248,7 +250,7 @@ def test_examples_are_kept_as_far_as_making_another_takes():
     assert (lengths.low, lengths.high, lengths.values) == (1.0, 3.0, (3, 1, 2, 3))
 
 
-# --- outputs and inputs of other kinds ------------------------------------------------------------------
+# --- outputs and inputs of other kinds ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""The check of every request: each fault is found, told in a sentence, and nothing else is refused."""
+"""The check of every request: each fault is found, told in a sentence, and nothing else is
+refused.
+"""
 
 import pickle
 
@@ -43,7 +45,7 @@ def parts(error):
     return error.input, error.expected, error.got
 
 
-# --- every kind of fault --------------------------------------------------------------------------------
+# --- every kind of fault --------------------------------------------------------------------------
 
 
 def test_tensors_that_fit_are_accepted():
@@ -272,7 +274,7 @@ def test_an_error_comes_through_a_process_boundary_whole():
     assert (str(copy), parts(copy)) == (str(error), parts(error))
 
 
-# --- dynamic sizes --------------------------------------------------------------------------------------
+# --- dynamic sizes --------------------------------------------------------------------------------
 
 
 def test_inputs_that_share_a_symbol_agree():
@@ -315,7 +317,7 @@ def test_a_size_whose_symbol_would_be_negative_is_refused():
     assert parts(error) == ("x", "a size of the form batch+5:0.. at dimension 0", "3")
 
 
-# --- layout ---------------------------------------------------------------------------------------------
+# --- layout ---------------------------------------------------------------------------------------
 
 CHANNELS_LAST = (0, 2, 3, 1)
 
@@ -447,7 +449,7 @@ def test_a_permuted_dense_tensor_lies_in_its_own_order(case):
     assert lies_in_order(tensor.shape, tensor.stride(), order)
 
 
-# --- specs that mean nothing ----------------------------------------------------------------------------
+# --- specs that mean nothing ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -465,7 +467,7 @@ def test_a_spec_that_means_nothing_is_refused_with_the_inputs_name(bad, words):
         InputCheck("m", [bad])
 
 
-# --- against an oracle ----------------------------------------------------------------------------------
+# --- against an oracle ----------------------------------------------------------------------------
 
 
 def fits(specs, tensors):
@@ -558,7 +560,7 @@ def test_the_fast_check_agrees_with_the_plain_rules(request):
         assert fits(specs, tensors)
 
 
-# --- only the number is known ---------------------------------------------------------------------------
+# --- only the number is known ---------------------------------------------------------------------
 
 
 def refused_by_arity(*tensors):

@@ -1,4 +1,7 @@
-"""What running a model at load shows. The models are functions of tensors that read memory as compiled code would."""
+"""What running a model at load shows.
+
+The models are functions of tensors that read memory as compiled code would.
+"""
 
 import ctypes
 import os
@@ -44,7 +47,7 @@ def crash(_):
     ctypes.string_at(0)
 
 
-# --- the least sizes --------------------------------------------------------------------------------------
+# --- the least sizes ------------------------------------------------------------------------------
 
 
 def test_a_model_that_works_on_each_row_takes_none_at_all():
@@ -214,7 +217,7 @@ def test_the_state_of_a_model_is_what_it_was():
     assert runs == [0]
 
 
-# --- writes -----------------------------------------------------------------------------------------------
+# --- writes ---------------------------------------------------------------------------------------
 
 
 def test_an_input_that_a_run_writes_to_is_found():
@@ -222,7 +225,7 @@ def test_an_input_that_a_run_writes_to_is_found():
     assert examine(Model(lambda x, y: y.add_(x) * 1), [X, y]).mutated == (1,)
 
 
-# --- rows -------------------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
 
 ROWS = Rows(0, "s")
 

@@ -61,7 +61,7 @@ SPEC = ModelSpec(
 )
 
 
-# --- metadata -------------------------------------------------------------------------------------------
+# --- metadata -------------------------------------------------------------------------------------
 
 
 def test_a_spec_comes_back_from_metadata_as_it_went_in():
@@ -109,7 +109,7 @@ def test_garbage_in_the_metadata_is_no_spec(text):
     assert spec_from_metadata({METADATA_KEY: text}) is None
 
 
-# --- in words -------------------------------------------------------------------------------------------
+# --- in words -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_tensor_reads_as_its_dtype_and_shape():
     assert str(TensorSpec("x", "int64", (DynamicDim("batch", 1, 8), 3))) == "int64[batch:1..8, 3]"
 
 
-# --- edited wrapper sources -----------------------------------------------------------------------------
+# --- edited wrapper sources -----------------------------------------------------------------------
 
 CHECK = """
 AOTI_NOINLINE static void check_input_{index}(
@@ -153,7 +153,9 @@ SIZES = '    if (_check()) {{ assert_size_stride({name}, {{{sizes}}}, {{{strides
 
 
 def wrapper(sizes, strides, *, index=0, dtype="Float", bounds=(), device="0(cpu)"):
-    """What torch prints of one input; `bounds` are conditions on its sizes, such as "size[0] > 8"."""
+    """What torch prints of one input; `bounds` are conditions on its sizes, such as "size[0] >
+    8".
+    """
     name = f"arg{index}_1"
     lines = "\n".join(
         f"    if ({bound.replace('size', name + '_size')}) {{\n    }}" for bound in bounds

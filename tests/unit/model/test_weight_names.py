@@ -1,4 +1,6 @@
-"""The names of a module's weights: what of its state a program uses, and which names are of one tensor."""
+"""The names of a module's weights: what of its state a program uses, and which names are of one
+tensor.
+"""
 
 from __future__ import annotations
 

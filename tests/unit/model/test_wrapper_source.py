@@ -40,27 +40,35 @@ static inline void call_triton_poi_0(
 """
 READS = {
     "not used": "",
-    "a kernel reads": "    cpp_fused_0((const float*)(table.data_ptr()), (float*)(buf0.data_ptr()));",
-    "an operator reads": "    AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(buf0, buf1, table));",
-    "an operator of several results reads": "    aoti_torch_cpu_convolution(buf1, table, 0, 1, &buf0_handle);",
-    "a view is read": "    aoti_torch_cpu_mm_out(buf0, buf1, wrap(reinterpret_tensor_wrapper(table, 2, a, b, 0L)));",
-    "a named view is read": "    auto var_0 = wrap(reinterpret_tensor_wrapper(table, 2, a, b, 0L));\n"
+    "a kernel reads": "    cpp_fused_0((const float*)(table.data_ptr()), "
+    "(float*)(buf0.data_ptr()));",
+    "an operator reads": "    AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(buf0, buf1, "
+    "table));",
+    "an operator of several results reads": "    aoti_torch_cpu_convolution(buf1, table, 0, 1, "
+    "&buf0_handle);",
+    "a view is read": "    aoti_torch_cpu_mm_out(buf0, buf1, "
+    "wrap(reinterpret_tensor_wrapper(table, 2, a, b, 0L)));",
+    "a named view is read": "    auto var_0 = wrap(reinterpret_tensor_wrapper(table, 2, a, b, "
+    "0L));\n"
     "    aoti_torch_cpu_mm_out(buf0, buf1, var_0);",
     "it is returned": "    aoti_torch_clone(table, &output_handles[1]);",
     "a comment names it": "    // table, table.add_(x), (float*)(table.data_ptr())",
     "a device's kernel reads": "    call_triton_poi_0(table, buf0, 4L);",
 }
 WRITES_TO_IT = {
-    "a kernel writes": "    cpp_fused_0((const float*)(table.data_ptr()), (float*)(table.data_ptr()));",
+    "a kernel writes": "    cpp_fused_0((const float*)(table.data_ptr()), "
+    "(float*)(table.data_ptr()));",
     "an operator copies": "    aoti_torch_copy_(table, buf1, 0);",
     "an operator works in place": "    aoti_torch_cpu_fill__Scalar(table, 1.0);",
     "an operator has it as its result": "    aoti_torch_cpu_mm_out(table, buf1, buf2);",
-    "a named view is written": "    auto var_0 = wrap(reinterpret_tensor_wrapper(table, 2, a, b, 0L));\n"
+    "a named view is written": "    auto var_0 = wrap(reinterpret_tensor_wrapper(table, 2, a, b, "
+    "0L));\n"
     "    aoti_torch_zero_(var_0);",
     "a device's kernel writes": "    call_triton_poi_0(buf0, table, 4L);",
 }
 UNKNOWN = {
-    "a custom operator takes it": "    aoti_torch_proxy_executor_call_function(proxy_executor, 0, 0, nullptr, 1, "
+    "a custom operator takes it": "    aoti_torch_proxy_executor_call_function(proxy_executor, 0, "
+    "0, nullptr, 1, "
     "std::array<AtenTensorHandle, 1>{table}.data());",
     "something new": "    frobnicate(table);",
 }

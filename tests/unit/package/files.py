@@ -14,7 +14,9 @@ STORED, DEFLATED = 0, 8
 
 
 def elf(payload: bytes = b"code", machine: int = 62, table: int = 0) -> bytes:
-    """A 64-bit ELF header (machine 62 is x86-64) whose section table is at `table`, and a payload."""
+    """A 64-bit ELF header (machine 62 is x86-64) whose section table is at `table`, and a
+    payload.
+    """
     header = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")
     header += struct.pack(
         "<HHIQQQIHHHHHH", 3, machine, 1, 0, 0, table, 0, 64, 0, 0, 64, 1 if table else 0, 0
@@ -25,7 +27,8 @@ def elf(payload: bytes = b"code", machine: int = 62, table: int = 0) -> bytes:
 def wrapper(constants: int = 1, include_weights: str = "true") -> str:
     return (
         "AOTInductorModel::AOTInductorModel(std::shared_ptr<ConstantMap> constants_map)\n"
-        f"    : AOTInductorModelBase(1,\n  2,\n  {constants},\n  device_str,\n  std::move(cubin_dir),\n"
+        f"    : AOTInductorModelBase(1,\n  2,\n  {constants},\n  device_str,\n  "
+        f"std::move(cubin_dir),\n"
         f"  {include_weights}) {{\n"
     )
 

@@ -27,7 +27,7 @@ def hostile(tmp_path: Path, *members: Member) -> Path:
     return write_package(tmp_path / "p.pt2", *members)
 
 
-# --- names -------------------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_member_called_differently_in_its_own_header_is_refused(tmp_path):
     refuse_extraction(path, "is called differently in the directory and in its own header")
 
 
-# --- sizes -------------------------------------------------------------------------------------------------
+# --- sizes ----------------------------------------------------------------------------------------
 
 
 def test_a_compressed_member_that_claims_to_grow_absurdly_is_refused(tmp_path):
@@ -141,7 +141,7 @@ def test_a_source_too_large_to_be_one_is_not_read(tmp_path):
         open_package(hostile(tmp_path), limits=ReadLimits(source=10)).model()
 
 
-# --- content -----------------------------------------------------------------------------------------------
+# --- content --------------------------------------------------------------------------------------
 
 
 def with_library(tmp_path: Path, **fields: object) -> Path:
@@ -241,7 +241,7 @@ def test_a_library_of_many_blocks_unpacks_to_the_same_bytes(tmp_path):
     assert open_package(path).extract(cache_dir=tmp_path / "cache").library.read_bytes() == library
 
 
-# --- no package at all ----------------------------------------------------------------------------------------
+# --- no package at all ----------------------------------------------------------------------------
 
 
 def test_every_prefix_of_a_package_is_refused(tmp_path):
@@ -327,7 +327,7 @@ def test_damage_anywhere_gives_a_package_error_or_nothing_worse_than_other_bytes
             assert directory.is_relative_to(tmp_path / "cache")
 
 
-# --- hashes ------------------------------------------------------------------------------------------------
+# --- hashes ---------------------------------------------------------------------------------------
 
 
 def digest(path: Path) -> str:

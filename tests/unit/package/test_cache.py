@@ -1,4 +1,6 @@
-"""The unpacked files: where they lie, who may write there, and what happens when something breaks."""
+"""The unpacked files: where they lie, who may write there, and what happens when something
+breaks.
+"""
 
 import errno
 import json
@@ -41,7 +43,7 @@ def directories(cache: Path) -> list[Path]:
     return [path for path in entries(cache) if path.is_dir()]
 
 
-# --- where --------------------------------------------------------------------------------------------------------
+# --- where ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -93,7 +95,7 @@ def test_the_directory_is_named_by_the_hash_and_the_model(package, cache):
     )
 
 
-# --- who ----------------------------------------------------------------------------------------------------------
+# --- who ------------------------------------------------------------------------------------------
 
 
 def test_nobody_else_may_enter_and_nobody_may_write(package, cache):
@@ -110,7 +112,8 @@ def test_a_cache_that_others_may_write_to_is_refused(package, cache, mode):
     cache.chmod(mode)
     with pytest.raises(
         PackageError,
-        match=rf"may be written by others \(mode 0{mode:o}\).*Delete everything in it, then chmod 700",
+        match=rf"may be written by others \(mode 0{mode:o}\).*Delete everything in it, then chmod "
+        rf"700",
     ):
         package.extract(cache_dir=cache)
     assert not entries(cache)
@@ -136,7 +139,7 @@ def test_a_cache_that_is_a_file_is_explained(package, cache):
         package.extract(cache_dir=cache)
 
 
-# --- once ---------------------------------------------------------------------------------------------------------
+# --- once -----------------------------------------------------------------------------------------
 
 
 def test_a_package_is_unpacked_once(package, cache):
@@ -169,7 +172,7 @@ def test_an_unpacked_package_is_found_when_the_file_is_gone(package, cache, tmp_
     assert package.extract(cache_dir=cache) == first
 
 
-# --- damage ---------------------------------------------------------------------------------------------------------
+# --- damage ---------------------------------------------------------------------------------------
 
 
 def truncate(library: Path) -> None:
@@ -399,7 +402,7 @@ def test_a_cache_in_the_home_of_nobody_is_refused_with_the_variable(monkeypatch)
         default_cache_dir()
 
 
-# --- what is looked at again ----------------------------------------------------------------------------------------
+# --- what is looked at again ----------------------------------------------------------------------
 
 
 @pytest.fixture

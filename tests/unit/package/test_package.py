@@ -1,4 +1,6 @@
-"""What a package says about its models, on packages made by hand; `test_package_torch` has torch's own."""
+"""What a package says about its models, on packages made by hand; `test_package_torch` has
+torch's own.
+"""
 
 import json
 import os
@@ -54,7 +56,7 @@ def described(tmp_path: Path, *more: Member, **files: str | bytes | None):
     return open_package(package_of(tmp_path, *kept, *more)).model()
 
 
-# --- reading ------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def test_reading_a_package_neither_imports_torch_nor_leaves_anything(tmp_path):
@@ -155,7 +157,7 @@ def test_a_missing_package_is_a_missing_file(tmp_path):
         open_package(tmp_path / "absent.pt2")
 
 
-# --- which model -----------------------------------------------------------------------------------------------
+# --- which model ----------------------------------------------------------------------------------
 
 
 def several(tmp_path: Path, *names: str) -> Path:
@@ -248,7 +250,7 @@ def test_a_model_with_two_libraries_alike_is_refused(tmp_path):
         open_package(package_of(tmp_path, *model_members(), second))
 
 
-# --- weights ----------------------------------------------------------------------------------------------------
+# --- weights --------------------------------------------------------------------------------------
 
 STORED = json.dumps(
     {"linear.weight": ["weight_0", [2, 3], [3, 1], 0], "tied": ["weight_0", [3, 2], [1, 3], 0]}
@@ -322,7 +324,7 @@ def test_a_weight_in_a_file_that_is_not_there_is_named(tmp_path, file):
         )
 
 
-# --- what it needs -------------------------------------------------------------------------------------------------
+# --- what it needs --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -375,7 +377,7 @@ def test_without_sources_one_thread_is_what_every_kernel_bears(tmp_path):
     assert (model.sources, model.thread_limit) == ((), 1)
 
 
-# --- bare libraries ----------------------------------------------------------------------------------------------
+# --- bare libraries -------------------------------------------------------------------------------
 
 
 def bare(tmp_path: Path, **files: str | bytes) -> Path:

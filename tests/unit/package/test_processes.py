@@ -1,4 +1,6 @@
-"""Unpacking by several at once, and by one that is killed in the middle: real threads, real processes."""
+"""Unpacking by several at once, and by one that is killed in the middle: real threads, real
+processes.
+"""
 
 import json
 import os
@@ -18,8 +20,8 @@ from aoti_sched.package import cache as package_cache
 from aoti_sched.package import open_package
 from tests.unit.package.files import elf, write_package
 
-# Says what it extracted and how often it wrote, and waits where it is told: for a line on its input before
-# it starts, or in the middle of the library, for ever.
+# Says what it extracted and how often it wrote, and waits where it is told: for a line on its input
+# before it starts, or in the middle of the library, for ever.
 SCRIPT = textwrap.dedent(
     """
     import json, sys

@@ -1,4 +1,6 @@
-"""What `sources` reads out of generated C++; the lines are as torch's code generator prints them."""
+"""What `sources` reads out of generated C++; the lines are as torch's code generator prints
+them.
+"""
 
 import pytest
 

@@ -1,4 +1,7 @@
-"""Other users of the machine: real ones, who swap folders and plant files. They need root to be played."""
+"""Other users of the machine: real ones, who swap folders and plant files.
+
+They need root to be played.
+"""
 
 import json
 import os
@@ -26,8 +29,9 @@ needs_proc = pytest.mark.skipif(
     not Path("/proc/self/fd").is_dir(), reason="files are mapped through descriptors on Linux only"
 )
 
-# Becomes another user when everything is imported: that user may have no access to this interpreter.
-# Extracts; on each further line on its input says what lies where it extracted to, and extracts again.
+# Becomes another user when everything is imported: that user may have no access to this
+# interpreter. Extracts; on each further line on its input says what lies where it extracted to, and
+# extracts again.
 VICTIM = textwrap.dedent(
     """
     import json, os, sys, tempfile
@@ -141,7 +145,7 @@ def plant(cache: Path, original: Path) -> None:
     library.write_bytes(PLANTED)
 
 
-# --- the way to the cache -------------------------------------------------------------------------------------------
+# --- the way to the cache -------------------------------------------------------------------------
 
 
 @needs_root
@@ -311,7 +315,7 @@ def test_a_held_cache_costs_one_descriptor_however_often_it_is_used(tmp_path):
     assert again.library.read_bytes() == elf()
 
 
-# --- what lies in it ------------------------------------------------------------------------------------------------
+# --- what lies in it ------------------------------------------------------------------------------
 
 
 def change_owner(path: Path) -> None:
@@ -366,7 +370,8 @@ def test_what_another_user_has_or_can_write_is_not_used(path, place, which, plan
         library.unlink()
     with pytest.raises(
         PackageError,
-        match=r"(belongs to user 61002|may be written by others).*planted\. Delete everything in .*cache, or",
+        match=r"(belongs to user 61002|may be written by others).*planted\. Delete everything in "
+        r".*cache, or",
     ):
         open_package(path, sha256=sha256 if pinned else None).extract(cache_dir=cache)
 
@@ -408,7 +413,7 @@ def test_a_link_for_a_lock_writes_to_nothing(tmp_path):
     assert precious.read_text() == "precious"
 
 
-# --- a cache that was prepared by root ------------------------------------------------------------------------------
+# --- a cache that was prepared by root ------------------------------------------------------------
 
 
 @needs_root

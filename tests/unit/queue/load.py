@@ -1,4 +1,6 @@
-"""Sustained load on a real `DeviceQueue` in virtual time: every completion is a fact at its time, nothing sleeps."""
+"""Sustained load on a real `DeviceQueue` in virtual time: every completion is a fact at its
+time, nothing sleeps.
+"""
 
 from __future__ import annotations
 

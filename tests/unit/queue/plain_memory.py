@@ -1,6 +1,7 @@
 """The rules of memory once more, the slow and simple way: nothing is kept that can be counted.
 
-Jobs are just numbers here: of each model, those that run, and those that are queued, in their order; there is a lane for each.
+Jobs are just numbers here: of each model, those that run, and those that are queued, in their
+order; there is a lane for each.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class PlainMemory:
         self.models, self.claims, self.line = [], [], []
         self.told = []
 
-    # --- what can be counted ---------------------------------------------------------------------------
+    # --- what can be counted ----------------------------------------------------------------------
 
     def there(self):
         """What takes memory: all that is not away, and not just promised to come."""
@@ -76,7 +77,7 @@ class PlainMemory:
         idle = [m for m in self.candidates() if not m.busy]
         return self.choose(sorted(idle, key=lambda m: m.used), short)
 
-    # --- what follows ----------------------------------------------------------------------------------
+    # --- what follows -----------------------------------------------------------------------------
 
     def promise(self, model, size, returns, victims):
         if returns:
@@ -155,7 +156,7 @@ class PlainMemory:
         told, self.told = self.told, []
         return sorted(told)
 
-    # --- facts -----------------------------------------------------------------------------------------
+    # --- facts ------------------------------------------------------------------------------------
 
     def claim(self, model, size, now):
         victims = self.idle_victims(self.short(size))

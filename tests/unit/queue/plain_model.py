@@ -1,8 +1,9 @@
 """The rules once more, plain and slow: every decision is made by looking at everything there is.
 
-No heaps, no entries that go stale, no counts kept beside the things they count. It shares nothing with
-the package, so that the two can be held against each other. It takes the facts of `walks.py` and gives
-their commands as tuples. `plain_room` decides what is queued, `plain_order` what is launched.
+No heaps, no entries that go stale, no counts kept beside the things they count. It shares nothing
+with the package, so that the two can be held against each other. It takes the facts of `walks.py`
+and gives their commands as tuples. `plain_room` decides what is queued, `plain_order` what is
+launched.
 """
 
 from __future__ import annotations
@@ -46,10 +47,12 @@ class PlainModel(Room, Order):
         self.lanes_freed = {}
         self.met = set()  # the rarer rules that were needed
 
-    # --- facts -----------------------------------------------------------------------------------------
+    # --- facts ------------------------------------------------------------------------------------
 
     def add_runner(self, name, slots, bounds, placing, rest):
-        """`bounds` are jobs, bytes and jobs of one tenant; `placing` is the choice, its two limits and the cost of a hop."""
+        """`bounds` are jobs, bytes and jobs of one tenant; `placing` is the choice, its two
+        limits and the cost of a hop.
+        """
         if any(runner.name == name and not runner.removed for runner in self.runners):
             raise Illegal
         if not 1 <= rest.get("width", 1) <= self.cores:
@@ -61,7 +64,8 @@ class PlainModel(Room, Order):
     def submit(self, now, number, source, wait, wish, since=None):
         """`source` is ("runner", number) or ("lease", number), `wish` what else the job is made of.
 
-        A job's number seen before is a resubmission. One with `since` was accepted elsewhere at that time.
+        A job's number seen before is a resubmission. One with `since` was accepted elsewhere at
+        that time.
         """
         kind, which = source
         lease = self.leases[which - 1] if kind == "lease" else None
@@ -243,7 +247,7 @@ class PlainModel(Room, Order):
                     job.id, job.waits_for = self.ids, "room" if job.bypasses_limits else "tenant"
         return commands + self.settle(now)
 
-    # --- looking at everything -------------------------------------------------------------------------
+    # --- looking at everything --------------------------------------------------------------------
 
     def known(self, number):
         if self.runners[number].removed:
@@ -254,7 +258,7 @@ class PlainModel(Room, Order):
         """Its own jobs in the queue, at the gate and in line behind others of their tenant."""
         return self.own(runner, "WAITING", "QUEUED") + self.waiting_for("tenant", runner)
 
-    # --- what follows ----------------------------------------------------------------------------------
+    # --- what follows -----------------------------------------------------------------------------
 
     def settle(self, now, *, over=True):
         """Everything goes that can."""
@@ -291,7 +295,9 @@ class PlainModel(Room, Order):
         return ("grant", job.number, lease.number, lease.slot)
 
     def launch(self, job, now, behind=None):
-        """Run it with those who go along: on a lane or the loop, or `behind` another on its lane and slot."""
+        """Run it with those who go along: on a lane or the loop, or `behind` another on its
+        lane and slot.
+        """
         inline = job.runner.inline(job.bytes) and not self.leaves_the_loop(job)
         slot = behind.slot if behind else self.slot_for(job)
         lane = (
@@ -362,7 +368,9 @@ class PlainModel(Room, Order):
             commands += self.settle(now, over=False)
 
     def leave_lane(self, run, now):
-        """Its lane and slot go to the next of a failed batch, or to what is behind it, or come home."""
+        """Its lane and slot go to the next of a failed batch, or to what is behind it, or come
+        home.
+        """
         self.runs.remove(run)
         self.moments += 1
         others = [other for other in self.runs if other.lane == run.lane]

@@ -8,10 +8,12 @@ from tests.unit.queue.plain_parts import LOOP, OWN, UNHURRIED
 class Order:
     """The half of the plain model that decides what is launched."""
 
-    # --- accounts --------------------------------------------------------------------------------------
+    # --- accounts ---------------------------------------------------------------------------------
 
     def lift(self, job):
-        """Who comes to an empty queue gets no credit for the time in which nothing was asked for."""
+        """Who comes to an empty queue gets no credit for the time in which nothing was asked
+        for.
+        """
         runner = job.runner
         same = [
             other
@@ -29,7 +31,9 @@ class Order:
                 account.lift(floors.get(job.priority, 0.0))
 
     def take(self, job):
-        """It is about to run: the floors rise to its accounts', and they are charged what it alone would take."""
+        """It is about to run: the floors rise to its accounts', and they are charged what it
+        alone would take.
+        """
         job.accounts, job.charged = job.accounts_now(self.fair), job.expected
         for floors, account in zip((self.floors, job.runner.floors), job.accounts, strict=False):
             floors[job.priority] = max(floors.get(job.priority, 0.0), account.virtual)
@@ -40,7 +44,7 @@ class Order:
         for account in job.accounts:
             account.charge(seconds - job.charged)
 
-    # --- the order -------------------------------------------------------------------------------------
+    # --- the order --------------------------------------------------------------------------------
 
     def due(self, job):
         if self.order == "arrival":
@@ -53,7 +57,10 @@ class Order:
         return (job.priority, virtual, self.due(job), job.id)
 
     def tenant_rank(self, job):
-        """Its place among those of its runner. Equal jobs of one tenant are told apart by what comes last."""
+        """Its place among those of its runner.
+
+        Equal jobs of one tenant are told apart by what comes last.
+        """
         virtual = job.runner.account(job.tenant, job.priority).virtual if self.fair else 0
         return (job.priority, virtual, self.due(job), job.id)
 
@@ -78,7 +85,7 @@ class Order:
         ]
         return min(heads, key=self.rank, default=None)
 
-    # --- places ----------------------------------------------------------------------------------------
+    # --- places -----------------------------------------------------------------------------------
 
     def can_start(self, source):
         if source in self.runners:
@@ -121,7 +128,7 @@ class Order:
             return False
         return self.has_place(job)
 
-    # --- the next --------------------------------------------------------------------------------------
+    # --- the next ---------------------------------------------------------------------------------
 
     def overdue(self, now):
         """Those who waited so long that their turn comes before that of better ones."""
@@ -131,7 +138,9 @@ class Order:
         return [job for job in queued if now - job.submitted >= self.max_wait]
 
     def may_be_overdue(self):
-        """Whether the next launch may be of an overdue one: not two in a row, and no more than a quarter of the time."""
+        """Whether the next launch may be of an overdue one: not two in a row, and no more than
+        a quarter of the time.
+        """
         return not self.regular_turn and self.credit >= 0
 
     def launched(self, job, *, overdue):
@@ -156,7 +165,9 @@ class Order:
                     yield oldest
 
     def choose(self, now):
-        """Who goes next, and whether for having waited too long; only those with a slot and a place to run."""
+        """Who goes next, and whether for having waited too long; only those with a slot and a
+        place to run.
+        """
         on_loop = [job for job in self.overdue_heads(now) if job.runner.inline(job.bytes)]
         on_lane = [job for job in self.overdue_heads(now) if not job.runner.inline(job.bytes)]
         if not self.loop_is_free():
@@ -182,7 +193,7 @@ class Order:
 
         return min(filter(can_go, self.heads()), key=self.rank, default=None), False
 
-    # --- late ------------------------------------------------------------------------------------------
+    # --- late -------------------------------------------------------------------------------------
 
     def is_late(self, job, now):
         typical = job.runner.typical(job.bytes)
@@ -198,7 +209,9 @@ class Order:
         return now + (job.runner.bound(job.bytes) if others else typical) > job.deadline
 
     def tried(self, job, now):
-        """Of those who can hardly be done in time, one is run all the same when none was for long: times change."""
+        """Of those who can hardly be done in time, one is run all the same when none was for
+        long: times change.
+        """
         seen, kind = job.runner.seen, job.bytes.bit_length()
         if now - seen[kind] < max(1.0, 8 * job.runner.bound(job.bytes)):
             return False
@@ -216,10 +229,12 @@ class Order:
         self.met.add("late")
         return True
 
-    # --- batches ---------------------------------------------------------------------------------------
+    # --- batches ----------------------------------------------------------------------------------
 
     def company_of(self, leader):
-        """How many bytes, of how many jobs, would run with it, itself included, were all as the average."""
+        """How many bytes, of how many jobs, would run with it, itself included, were all as the
+        average.
+        """
         others = [
             job for job in self.own(leader.runner, "QUEUED") if job.together == leader.together
         ]
@@ -231,8 +246,9 @@ class Order:
         return size * most // rows, max(1, len(together) * most // rows)
 
     def leaves_the_loop(self, job):
-        """Whether one that was chosen for the loop goes to a lane: it has more company than the loop can take, and nobody waits for
-        the lane."""
+        """Whether one that was chosen for the loop goes to a lane: it has more company than the
+        loop can take, and nobody waits for the lane.
+        """
         if job.together is None or not self.free_lanes() or job.runner.width > self.free_cores():
             return False
         if any(

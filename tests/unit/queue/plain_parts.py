@@ -1,4 +1,7 @@
-"""What the plain model keeps: accounts, runners, leases, jobs and runs. Nothing is counted here that can be looked up."""
+"""What the plain model keeps: accounts, runners, leases, jobs and runs.
+
+Nothing is counted here that can be looked up.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The plain rules of room: what fits, who waits where, who is shed, and who could not be done in time."""
+"""The plain rules of room: what fits, who waits where, who is shed, and who could not be done
+in time.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ class Room:
     """The half of the plain model that decides what is queued."""
 
     def of(self, runner, *states):
-        """Jobs of a runner, its leases' too; not those that wait for an epoch or for others of their tenant."""
+        """Jobs of a runner, its leases' too; not those that wait for an epoch or for others of
+        their tenant.
+        """
         return [
             job
             for job in self.jobs
@@ -37,7 +41,7 @@ class Room:
         line = [job for job in self.waiting_for("tenant", runner) if job.tenant == tenant]
         return sorted(line, key=lambda job: job.id)
 
-    # --- what fits -------------------------------------------------------------------------------------
+    # --- what fits --------------------------------------------------------------------------------
 
     def fits_tenant(self, job, without=()):
         if job.bypasses_limits:
@@ -71,13 +75,15 @@ class Room:
         jobs = [job.runner.jobs, self.jobs_bound] + [job.runner.tenant_jobs] * (job.lease is None)
         return job.bytes > min(job.runner.bytes, self.bytes_bound) or min(jobs) < 1
 
-    # --- who waits -------------------------------------------------------------------------------------
+    # --- who waits --------------------------------------------------------------------------------
 
     def gate_rank(self, job):
         return (job.priority, self.due(job), job.id)
 
     def gate_heads(self):
-        """The first at each runner's gate that would fit its runner: they contend for the device's room."""
+        """The first at each runner's gate that would fit its runner: they contend for the
+        device's room.
+        """
         for runner in self.runners:
             gate = self.own(runner, "WAITING")
             if gate and self.fits(head := min(gate, key=self.gate_rank)):
@@ -132,7 +138,7 @@ class Room:
         job.expected = job.runner.expected(job.bytes)
         return [] if job.together is None else self.joins(job, now)
 
-    # --- who is refused or shed ------------------------------------------------------------------------
+    # --- who is refused or shed -------------------------------------------------------------------
 
     def refusal(self, job, now, *, new):
         """Why a job is not even held against the bounds."""
@@ -189,7 +195,9 @@ class Room:
         return chosen
 
     def unreachable(self, job, now):
-        """Whether, by what is known, it could not be done by its deadline; one in eight is given a try."""
+        """Whether, by what is known, it could not be done by its deadline; one in eight is
+        given a try.
+        """
         runner, typical = job.runner, job.runner.typical(job.bytes)
         if not runner.predicts or job.lease or job.is_lease_request or typical is None:
             return False
@@ -238,7 +246,7 @@ class Room:
             (ahead_own + running_own) / capacity,
         )
 
-    # --- which keys are ripe ---------------------------------------------------------------------------
+    # --- which keys are ripe ----------------------------------------------------------------------
 
     def ripens_at(self, job):
         """When it makes its key ripe, were there no more to come; before all times for at once."""
@@ -249,7 +257,9 @@ class Room:
         return at if job.deadline is None else min(at, job.deadline - runner.bound(job.bytes))
 
     def would_wait(self, job):
-        """Whether one that comes to an empty queue is queued, since others may go with it; some are ripe at once there."""
+        """Whether one that comes to an empty queue is queued, since others may go with it; some
+        are ripe at once there.
+        """
         if job.together is None:
             return False
         delays = job.runner.batching[1] > 0 and self.max_wait != 0
@@ -300,7 +310,9 @@ class Room:
         return job.together is None or job.together in job.runner.ripe
 
     def ripe_times(self, *, held=False):
-        """When keys that wait get ripe; with `held`, also of those that wait for the next turn in any case."""
+        """When keys that wait get ripe; with `held`, also of those that wait for the next turn
+        in any case.
+        """
         return {
             job.runner.ripe_at[job.together]
             for job in self.jobs

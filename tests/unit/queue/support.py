@@ -1,4 +1,6 @@
-"""What the tests of the core share: a queue that checks itself after every fact, jobs, pictures of state."""
+"""What the tests of the core share: a queue that checks itself after every fact, jobs, pictures
+of state.
+"""
 
 from __future__ import annotations
 
@@ -125,7 +127,9 @@ def somewhere(job, **fields):
 
 
 def picture(thing, seen=None):
-    """Everything a queue is, as plain values that can be compared; an object met again is a number."""
+    """Everything a queue is, as plain values that can be compared; an object met again is a
+    number.
+    """
     seen = {} if seen is None else seen
     if isinstance(thing, (enum.Enum, str, int, float, type(None))):
         return thing
@@ -147,7 +151,9 @@ def picture(thing, seen=None):
 
 
 def _fields(kind):
-    """The names of what objects of this class have beside a `__dict__`, by Python's word for them or by mypyc's."""
+    """The names of what objects of this class have beside a `__dict__`, by Python's word for
+    them or by mypyc's.
+    """
     compiled = getattr(kind, "__mypyc_attrs__", None)
     if compiled is not None:
         return [name for name in compiled if name != "__dict__"]

@@ -251,7 +251,8 @@ def test_a_job_bigger_than_its_runners_bound_is_rejected_even_if_it_may_wait(wai
     assert type(error) is QueueFullError
     assert (
         str(error)
-        == "runner 'm': the request can never be queued, its inputs are 11 bytes, runner 'm' takes 10 in all"
+        == "runner 'm': the request can never be queued, its inputs are 11 bytes, runner 'm' "
+        "takes 10 in all"
     )
 
 

@@ -1,4 +1,6 @@
-"""The point between two epochs: who waits there, who does not, and what becomes of those who asked for an epoch."""
+"""The point between two epochs: who waits there, who does not, and what becomes of those who
+asked for an epoch.
+"""
 
 from __future__ import annotations
 

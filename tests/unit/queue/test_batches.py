@@ -1,4 +1,6 @@
-"""Jobs that run as one: who joins, who waits for company and how long, and what becomes of a batch that fails."""
+"""Jobs that run as one: who joins, who waits for company and how long, and what becomes of a
+batch that fails.
+"""
 
 from __future__ import annotations
 
@@ -416,7 +418,9 @@ def gathered(queue, runner, count, size):
 
 
 def test_a_batch_on_the_loops_thread_grows_as_far_as_its_run_is_likely_to_be_short():
-    """A run is believed to take no longer per byte than a smaller one: 8 jobs of 1 s, and not 16, may be below 16 s."""
+    """A run is believed to take no longer per byte than a smaller one: 8 jobs of 1 s, and not
+    16, may be below 16 s.
+    """
     queue = inline_device()
     runner = add(queue, rows=64, placing=Placing(Placement.AUTO, LIMIT))
     learned(queue, runner, 1)
@@ -478,7 +482,9 @@ def test_no_batch_goes_to_a_lane_that_another_waits_for():
 
 
 def test_what_many_take_together_tells_that_one_alone_is_short():
-    """Where requests always come together, one alone is never seen, and it would go to the lanes for ever."""
+    """Where requests always come together, one alone is never seen, and it would go to the
+    lanes for ever.
+    """
     placing = Placing(Placement.AUTO, LIMIT)
     for _ in range(8):
         placing.times.learn(64, SHORT, 0.0)

@@ -1,4 +1,6 @@
-"""The running totals of a runner: each job is counted once, where it ended, and time where it went."""
+"""The running totals of a runner: each job is counted once, where it ended, and time where it
+went.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Who shares what: runners a device's time by their shares, tenants a runner's time equally, each in its class."""
+"""Who shares what: runners a device's time by their shares, tenants a runner's time equally,
+each in its class.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def parts(streams):
 
 
 def run_all(queue, first):
-    """Complete what runs, each after a second, and return the jobs in the order of their launches."""
+    """Complete what runs, each after a second, and return the jobs in the order of their
+    launches.
+    """
     order, now = [first], first.started
     for job in order:
         now += 1
@@ -43,7 +47,7 @@ def run_all(queue, first):
     return order
 
 
-# --- runners -----------------------------------------------------------------------------------------
+# --- runners --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lanes", [1, 2])
@@ -272,7 +276,7 @@ def test_granted_leases_cost_nothing():
     assert launched(queue.complete(blocker, 1.0)) == [of_a]
 
 
-# --- tenants -----------------------------------------------------------------------------------------
+# --- tenants --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lanes", [1, 2])

@@ -1,4 +1,6 @@
-"""State that is gone: what was kept for tenants that ask for nothing any more is dropped, and no order changes by that."""
+"""State that is gone: what was kept for tenants that ask for nothing any more is dropped, and
+no order changes by that.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The heap whose entries may come to nothing: its least is right, and no call looks at many of those that are over."""
+"""The heap whose entries may come to nothing: its least is right, and no call looks at many of
+those that are over.
+"""
 
 from __future__ import annotations
 

@@ -14,7 +14,10 @@ from tests.unit.queue.support import add, check, somewhere, take_lease
 
 
 class Scene:
-    """A queue with a job in every place. Lanes: a run of the lease, one of the runner, one is free."""
+    """A queue with a job in every place.
+
+    Lanes: a run of the lease, one of the runner, one is free.
+    """
 
     def __init__(self):
         self.queue = queue = DeviceQueue("cpu", 3, Bounds(9, 99))
@@ -254,7 +257,9 @@ def test_a_broken_invariant_is_named(break_it, sentence):
 
 
 class Shared:
-    """A queue whose runner has tenants, makes batches, predicts and sheds. A batch of two runs on one lane, the other is free.
+    """A queue whose runner has tenants, makes batches, predicts and sheds.
+
+    A batch of two runs on one lane, the other is free.
 
     One job waits for company, and behind it, in line, another of the same tenant.
     """

@@ -1,4 +1,6 @@
-"""Leases: a slot held for several runs in turn; granted in the order of the queue, given back once."""
+"""Leases: a slot held for several runs in turn; granted in the order of the queue, given back
+once.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What the constants of models take of a device's memory, and whose are freed when others need the room."""
+"""What the constants of models take of a device's memory, and whose are freed when others need
+the room.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,7 @@ def limited(memory=10, *, evicts=True, lanes=4, **options):
     return device(lanes, memory=memory, evicts=evicts, **options)
 
 
-# --- counting -----------------------------------------------------------------------------------------
+# --- counting -------------------------------------------------------------------------------------
 
 
 def test_without_a_limit_all_is_granted_and_counted():
@@ -106,7 +108,7 @@ def test_who_is_closed_takes_nothing():
     load(queue, "b", 10)
 
 
-# --- refusals -----------------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
 
 
 def test_a_load_that_does_not_fit_is_refused_with_the_numbers():
@@ -117,7 +119,8 @@ def test_a_load_that_does_not_fit_is_refused_with_the_numbers():
         queue.claim(Claim(Holding("b"), 3 << 20), 0.0)
     assert picture(queue.unchecked) == before
     assert str(caught.value) == (
-        "device 'cpu': model 'b' needs 3.0 MiB for its weights, and the memory_limit is 10.0 MiB; taken: 'a' 8.0 MiB. Close a model, or "
+        "device 'cpu': model 'b' needs 3.0 MiB for its weights, and the memory_limit is 10.0 MiB; "
+        "taken: 'a' 8.0 MiB. Close a model, or "
         "raise the limit, or let idle models be parked with evict='lru'"
     )
     error = pickle.loads(pickle.dumps(caught.value))
@@ -186,7 +189,7 @@ def test_those_being_loaded_and_promised_are_named():
     assert a.memory.stay is Stay.LEAVING
 
 
-# --- parking ------------------------------------------------------------------------------------------
+# --- parking --------------------------------------------------------------------------------------
 
 
 def test_the_idle_one_that_was_used_the_longest_ago_is_parked():
@@ -271,7 +274,7 @@ def test_who_awaits_an_epoch_is_idle():
     assert not queue.memory.line  # it does not ask for weights that are not there yet
 
 
-# --- coming back --------------------------------------------------------------------------------------
+# --- coming back ----------------------------------------------------------------------------------
 
 
 def away(queue, name="a", size=6, **options):
@@ -392,8 +395,8 @@ def test_requests_for_one_that_can_never_come_back_fail():
     (revoke,) = queue.submit(job, 1.0)
     assert type(revoke) is Revoke
     assert (
-        "needs 6 bytes for its weights, and the memory_limit is 10 bytes; taken: 'other' 5 bytes (it was updated)"
-        in str(revoke.error)
+        "needs 6 bytes for its weights, and the memory_limit is 10 bytes; taken: 'other' 5 bytes "
+        "(it was updated)" in str(revoke.error)
     )
     queue.update_use(other.memory, 0.0, constants=5, inactive=0)
     assert queue.submit(Job(a), 1.0) == [Park(other)]
@@ -433,7 +436,7 @@ def test_one_that_is_terminated_on_its_way_is_drained_and_comes_all_the_same():
     assert queue.memory.used == 0
 
 
-# --- busy ones ----------------------------------------------------------------------------------------
+# --- busy ones ------------------------------------------------------------------------------------
 
 
 def test_a_busy_one_leaves_for_one_that_is_asked_for_and_finishes_what_runs():
@@ -517,7 +520,7 @@ def test_who_stands_in_line_first_comes_first():
     assert queue.parked(other, 1.0) == [Return(a)]
 
 
-# --- updates ------------------------------------------------------------------------------------------
+# --- updates --------------------------------------------------------------------------------------
 
 
 def test_new_weights_claim_as_much_beside_those_that_serve():
@@ -588,7 +591,7 @@ def test_memory_that_an_update_gives_back_lets_others_in():
     queue.release(lease, 0.0)
 
 
-# --- illegal facts ------------------------------------------------------------------------------------
+# --- illegal facts --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fact", ["parked", "returned"])

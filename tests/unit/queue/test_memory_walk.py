@@ -1,4 +1,6 @@
-"""Random walks through the rules of memory: the core and the plain model say the same, and the invariants hold throughout."""
+"""Random walks through the rules of memory: the core and the plain model say the same, and the
+invariants hold throughout.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,10 @@ STEPS, SHARES = 120, 4
 
 
 class Walk:
-    """One walk, on both sides at once. Times are multiples of 1/8, so that sums of them are exact."""
+    """One walk, on both sides at once.
+
+    Times are multiples of 1/8, so that sums of them are exact.
+    """
 
     def __init__(self, seed):
         self.draw = draw = random.Random(seed)
@@ -33,7 +38,9 @@ class Walk:
         self.jobs, self.leases, self.due = {}, {}, []
 
     def both(self, fact, plain):
-        """What follows from a fact, which is the same on both sides; `due` are the commands that are to be performed."""
+        """What follows from a fact, which is the same on both sides; `due` are the commands
+        that are to be performed.
+        """
         try:
             commands = fact()
         except MemoryLimitError:
@@ -66,7 +73,7 @@ class Walk:
         models = [m for m in self.plain.models if m.where in where and truth(m)]
         return self.draw.choice(models) if models else None
 
-    # --- facts -----------------------------------------------------------------------------------------
+    # --- facts ------------------------------------------------------------------------------------
 
     def load(self):
         if sum(m.where != "loading" for m in self.plain.models) >= 6:
@@ -176,7 +183,9 @@ class Walk:
         )
 
     def update(self):
-        """A step of one: it is held; claims memory; or is settled, with more or less than before."""
+        """A step of one: it is held; claims memory; or is settled, with more or less than
+        before.
+        """
         waits = [model for model, _, _ in self.plain.claims]
         model = self.some(
             "here", "away", "leaving", "coming", truth=lambda m: m.open and m not in waits

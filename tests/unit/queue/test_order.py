@@ -1,4 +1,6 @@
-"""Which job goes next: priority classes, first in first out within, and runners that don't block each other."""
+"""Which job goes next: priority classes, first in first out within, and runners that don't
+block each other.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ HIGH, NORMAL, LOW = Priority.HIGH, Priority.NORMAL, Priority.LOW
 
 
 def run_all(queue, first):
-    """Complete what runs, one after the other, and return the jobs in the order of their launches."""
+    """Complete what runs, one after the other, and return the jobs in the order of their
+    launches.
+    """
     order = [first]
     for job in order:
         order += launched(queue.complete(job, 1))

@@ -1,4 +1,5 @@
-"""Random walks of facts: the core and the plain model say the same, and the invariants hold throughout.
+"""Random walks of facts: the core and the plain model say the same, and the invariants hold
+throughout.
 
 A failure names its seed; `Walk(seed, STEPS)` is that walk again.
 """
@@ -71,7 +72,9 @@ def wake_is_asked_for_the_earliest(jobs, ripe_times, player, *, exact):
 
 @pytest.mark.parametrize("share", range(SHARES))
 def test_the_core_does_what_the_plain_model_says(share):
-    """The same facts give the same commands, too, to a queue that is checked and to one that is not."""
+    """The same facts give the same commands, too, to a queue that is checked and to one that is
+    not.
+    """
     for seed in share_of_seeds(share, SHARES):
         walk = Walk(seed, STEPS)
         player, unchecked = Player(**walk.device), Player(**walk.device)

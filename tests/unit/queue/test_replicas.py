@@ -1,4 +1,6 @@
-"""Replicas: a request goes where it would be finished first, and what is withdrawn at one loses nothing on its way to another."""
+"""Replicas: a request goes where it would be finished first, and what is withdrawn at one loses
+nothing on its way to another.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ def send(rotation, queues, runners, count=1, now=0.0, **job):
     return places
 
 
-# --- where a request goes ----------------------------------------------------------------------------
+# --- where a request goes -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seconds", [None, 1.0])
@@ -197,7 +199,7 @@ def test_the_last_one_is_asked_for_nothing():
     assert placed(rotation, runners)[1] == 1
 
 
-# --- what is withdrawn -------------------------------------------------------------------------------
+# --- what is withdrawn ----------------------------------------------------------------------------
 
 
 def test_what_is_queued_is_withdrawn_and_what_runs_is_not():
@@ -291,7 +293,7 @@ def test_a_runner_that_drains_is_drained_when_nothing_is_left_to_withdraw():
     assert [type(command).__name__ for command in queue.open_barrier(runner, 2.0)] == ["Drained"]
 
 
-# --- what is submitted anew --------------------------------------------------------------------------
+# --- what is submitted anew -----------------------------------------------------------------------
 
 
 def test_who_has_waited_elsewhere_has_waited():

@@ -1,4 +1,6 @@
-"""Shedding: where there is no more room, the worst that is queued makes place for what is better."""
+"""Shedding: where there is no more room, the worst that is queued makes place for what is
+better.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Facts about all jobs of a runner: none does more than a slice at once, and in between everything is as sound as after any fact."""
+"""Facts about all jobs of a runner: none does more than a slice at once, and in between
+everything is as sound as after any fact.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ MANY = 5 * SLICE + 3
 
 
 def slices(queue, commands, now=1.0):
-    """The commands of a fact, then those of each `go_on` that follows: none is longer than a slice and a few."""
+    """The commands of a fact, then those of each `go_on` that follows: none is longer than a
+    slice and a few.
+    """
     while True:
         assert len(commands) <= 2 * SLICE + 4  # jobs that expire, and jobs that are found late
         yield commands
@@ -40,7 +44,9 @@ def slices(queue, commands, now=1.0):
 
 
 def crowded(queue, runner, count=MANY):
-    """Jobs of all kinds: of several classes and tenants, in the queue, waiting for room, and awaiting an epoch."""
+    """Jobs of all kinds: of several classes and tenants, in the queue, waiting for room, and
+    awaiting an epoch.
+    """
     jobs = [
         Job(runner, number % 3, tenant=number % 7 or None, min_epoch=2 * (number % 11 == 0))
         for number in range(count)
@@ -50,7 +56,9 @@ def crowded(queue, runner, count=MANY):
 
 
 def send(queue, jobs):
-    """Submit all, and check once: to check after each would take as long as they are many, squared."""
+    """Submit all, and check once: to check after each would take as long as they are many,
+    squared.
+    """
     commands = []
     for job in jobs:
         commands += queue.unchecked.submit(job, 0.0, wait=True)
@@ -330,7 +338,7 @@ def test_what_waits_for_room_is_counted_at_the_gate_and_in_lines():
     assert runner.waits == len(waiting) == len(runner.waiting()) > 0
 
 
-# --- epochs ------------------------------------------------------------------------------------------
+# --- epochs ---------------------------------------------------------------------------------------
 
 HUGE = 50_000
 
@@ -392,7 +400,9 @@ def test_a_rollback_revokes_a_slice_of_the_jobs_that_asked_for_what_was():
 
 
 def half_published():
-    """A runner of which one slice of jobs has moved to its new epoch, and others await a later one."""
+    """A runner of which one slice of jobs has moved to its new epoch, and others await a later
+    one.
+    """
     queue = device()
     runner = add(queue)
     jobs = [Job(runner, min_epoch=2) for _ in range(MANY)]
@@ -407,7 +417,9 @@ def half_published():
 
 
 def go_on(queue, commands):
-    """The commands of a fact, then those of each `go_on`, the first of which was asked for before."""
+    """The commands of a fact, then those of each `go_on`, the first of which was asked for
+    before.
+    """
     return [commands, *slices(queue, queue.go_on(1.0))]
 
 

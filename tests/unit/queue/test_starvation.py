@@ -69,7 +69,7 @@ def test_it_does_not_turn_the_classes_upside_down():
     assert min(waits(jobs)) >= MAX_WAIT
 
 
-# --- the rule, fact by fact ---------------------------------------------------------------------------
+# --- the rule, fact by fact -----------------------------------------------------------------------
 
 
 def run_all(queue, first, now):

@@ -1,4 +1,6 @@
-"""How much of a runner's queue one tenant may have: others find room, and its own wait in a line of their own."""
+"""How much of a runner's queue one tenant may have: others find room, and its own wait in a
+line of their own.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The table of transitions, whole: what is in it happens, what is not raises and changes nothing."""
+"""The table of transitions, whole: what is in it happens, what is not raises and changes
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,7 @@ def test_what_is_not_in_the_table_raises_and_changes_nothing(pair):
     assert picture(job) == before
 
 
-# --- the same through the queue's own facts ----------------------------------------------------------
+# --- the same through the queue's own facts -------------------------------------------------------
 
 
 def new(queue, runner, job):
@@ -211,7 +213,7 @@ def test_a_fact_is_taken_where_it_can_happen_and_else_raises_and_changes_nothing
     assert picture([queue, job]) == before
 
 
-# --- other facts that can't be -----------------------------------------------------------------------
+# --- other facts that can't be --------------------------------------------------------------------
 
 
 def a_priority_above_all(queue, runner, lease):

@@ -142,7 +142,7 @@ class Walk:
         jobs = [job.number for job in self.model.jobs if truth(job)]
         return self.draw.choice(jobs) if jobs else None
 
-    # --- facts -----------------------------------------------------------------------------------------
+    # --- facts ------------------------------------------------------------------------------------
 
     def add_runner(self):
         draw = self.draw
@@ -307,7 +307,9 @@ class Walk:
 
 
 class Player:
-    """Puts a walk's facts to a real `DeviceQueue` and says its commands in the plain model's words."""
+    """Puts a walk's facts to a real `DeviceQueue` and says its commands in the plain model's
+    words.
+    """
 
     def __init__(self, lanes, jobs, size, budget, cores, **policy):
         bounds, policy = Bounds(jobs, size), Policy(**policy)
