@@ -131,9 +131,15 @@ def rate_targets(scale: Scale) -> list[Target]:
     targets = []
     for clients in CLIENTS:
         targets += [
-            Target(f"rate, {_called(who, clients)}, over the bare loop's", _called(who, clients), "rate", bare, least=least)
+            Target(
+                f"rate, {_called(who, clients)}, over the bare loop's",
+                _called(who, clients),
+                "rate",
+                bare,
+                least=least,
+            )
             for who, least in ((AUTO, 1.5), (NATIVE, 1.5), (HAND_WRITTEN, 2.0))
-        ]  # fmt: skip
+        ]
     return targets
 
 
@@ -297,12 +303,19 @@ def workloads() -> list[Workload]:
             "i",
             "(i) tiny model, half load, batching: time per request",
             half_loads,
-            (Figure("p99", "p99 µs", 1e6), Figure("p50", "p50 µs", 1e6), Figure("offered", "requests/s")),
+            (
+                Figure("p99", "p99 µs", 1e6),
+                Figure("p50", "p50 µs", 1e6),
+                Figure("offered", "requests/s"),
+            ),
             field_of.AUTO.name,
             lambda _: [
                 Target(
                     "p99 at half load, auto, batching, times that without",
-                    AUTO.name, "p99", field_of.AUTO.name, most=1.2,
+                    AUTO.name,
+                    "p99",
+                    field_of.AUTO.name,
+                    most=1.2,
                 ),
             ],
             seconds=1.0,
@@ -317,10 +330,13 @@ def workloads() -> list[Workload]:
             lambda _: [
                 Target(
                     "sentences/s, ragged batches, times one by one",
-                    "aoti_sched, ragged", "rate", "aoti_sched", least=1.0,
+                    "aoti_sched, ragged",
+                    "rate",
+                    "aoti_sched",
+                    least=1.0,
                 ),
             ],
             seconds=2.0,
             warm_up=1.0,
         ),
-    ]  # fmt: skip
+    ]

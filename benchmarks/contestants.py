@@ -235,5 +235,14 @@ ONNX_RUNTIME = Contestant(
     needs=("onnxruntime", *models.EXPORTERS),
 )
 EVERYONE = (
-    BARE, TO_THREAD, POOL, THREADS, NATIVE, NATIVE_UVLOOP, AUTO, AUTO_UVLOOP, OPENVINO, ONNX_RUNTIME,
-)  # fmt: skip
+    BARE,
+    TO_THREAD,
+    POOL,
+    THREADS,
+    NATIVE,
+    NATIVE_UVLOOP,
+    AUTO,
+    AUTO_UVLOOP,
+    OPENVINO,
+    ONNX_RUNTIME,
+)

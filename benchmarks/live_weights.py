@@ -466,10 +466,22 @@ def workloads() -> list[Workload]:
             "serving alone",
             lambda _: [
                 Target("lag p99 ms while staging", "aoti_sched", "lag_p99", most=2e-3),
-                Target("rate while staging, times that beside a memcpy", "aoti_sched", "rate", "memcpy", least=0.9),
-                Target("bytes/s staged, no clients, times a memcpy's", "aoti_sched", "idle", "memcpy", least=0.8),
+                Target(
+                    "rate while staging, times that beside a memcpy",
+                    "aoti_sched",
+                    "rate",
+                    "memcpy",
+                    least=0.9,
+                ),
+                Target(
+                    "bytes/s staged, no clients, times a memcpy's",
+                    "aoti_sched",
+                    "idle",
+                    "memcpy",
+                    least=0.8,
+                ),
             ],
             seconds=2.0,
             warm_up=1.0,
         ),
-    ]  # fmt: skip
+    ]

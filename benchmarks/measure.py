@@ -36,7 +36,8 @@ async def ticker(tick: float = TICK) -> AsyncIterator[list[float]]:
             due = time.perf_counter() + tick
             try:
                 await asyncio.sleep(tick)
-            finally:  # the last sleep counts too: when the loop stood still all along, it is the only one
+            finally:
+                # The last sleep counts too: it is the only one when the loop stood still all along.
                 now = time.perf_counter()
                 if now >= due:
                     lags.append(now - due)

@@ -117,7 +117,8 @@ class Report:
     @property
     def place(self) -> str:
         """Where and when, and how much was going on there otherwise."""
-        return f"{self.machine}; {disturbance([share for part in self.parts for share in part.others])}"
+        shares = [share for part in self.parts for share in part.others]
+        return f"{self.machine}; {disturbance(shares)}"
 
 
 def print_part(console: Console, part: Part) -> None:
@@ -232,7 +233,8 @@ def disturbance(others: list[float]) -> str:
     """How much other processes were in the way, in words."""
     if not others:
         return "nothing measured"
-    return f"others took {statistics.median(others):.0%} of the cores (median; at most {max(others):.0%})"
+    median = statistics.median(others)
+    return f"others took {median:.0%} of the cores (median; at most {max(others):.0%})"
 
 
 def _unit(part: Part, target: Target) -> float:

@@ -44,8 +44,13 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--policies", default=",".join(RULES), help="(default: %(default)s)")
-    add("--load", type=numbers, default=(0.5, 0.9, 1.0, 2.0, 5.0), metavar="LOADS",
-        help="work that comes as multiples of what all lanes can do (default: 0.5,0.9,1,2,5)")  # fmt: skip
+    add(
+        "--load",
+        type=numbers,
+        default=(0.5, 0.9, 1.0, 2.0, 5.0),
+        metavar="LOADS",
+        help="work that comes as multiples of what all lanes can do (default: 0.5,0.9,1,2,5)",
+    )
     add(
         "--requests",
         type=int,
@@ -102,9 +107,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="parts of high, normal, low priority (default: 0.1,0.6,0.3)",
     )
     add(
-        "--bounds", type=numbers, default=usual.bounds, metavar="MODEL,DEVICE",
+        "--bounds",
+        type=numbers,
+        default=usual.bounds,
+        metavar="MODEL,DEVICE",
         help="how many requests each may have queued (default: 1024,4096)",
-    )  # fmt: skip
+    )
     add("--max-wait", type=float, help="seconds after which a request is overdue (default: never)")
     add("--seed", type=int, default=usual.seed, help="(default: %(default)s)")
     add("--out", type=Path, metavar="FOLDER", help="write a picture there")
@@ -195,12 +203,14 @@ def about(scenario: Scenario) -> str:
 
     times = "no timeouts"
     if scenario.timeouts:
-        times = f"timeouts of {', '.join(f'{1e3 * t:g}' for t in scenario.timeouts)} ms and three mean runs"
+        timeouts = ", ".join(f"{1e3 * t:g}" for t in scenario.timeouts)
+        times = f"timeouts of {timeouts} ms and three mean runs"
     low, high = scenario.runs
     runs = f"{1e3 * low:g}" if low == high else f"{1e3 * low:g} to {1e3 * high:g}"
     bounds = ""
     if scenario.bounds != Scenario.bounds:
-        bounds = f", at most {' and '.join(f'{most:,}' for most in dict.fromkeys(scenario.bounds))} queued"
+        each = " and ".join(f"{most:,}" for most in dict.fromkeys(scenario.bounds))
+        bounds = f", at most {each} queued"
     return (
         f"{scenario.trace}: {several(scenario.requests, 'request')} at each load, "
         f"{several(scenario.devices, 'device')} of "
@@ -211,8 +221,20 @@ def about(scenario: Scenario) -> str:
 
 
 HEADINGS = (
-    "goodput", "useful", "busy", "high", "normal", "low", "p50 ms", "p99 ms", "Jain", "least", "refused", "expired", "shed"
-)  # fmt: skip
+    "goodput",
+    "useful",
+    "busy",
+    "high",
+    "normal",
+    "low",
+    "p50 ms",
+    "p99 ms",
+    "Jain",
+    "least",
+    "refused",
+    "expired",
+    "shed",
+)
 
 
 def table(outcomes: Sequence[Outcome], title: str) -> Any:
@@ -255,9 +277,12 @@ def table(outcomes: Sequence[Outcome], title: str) -> Any:
 
 
 EXPLAINED = """\
-goodput: answers in time per second, of those of this mix that all lanes can run. useful: device time that went into them; busy: into any run.
-high, normal, low: requests of that class answered in time. Jain, least: device time that models got, of what they should have by their shares:
-Jain's index (1: all alike), and the tenth of the models that got least. refused, expired, shed: of all requests."""
+goodput: answers in time per second, of those of this mix that all lanes can run.
+useful: device time that went into them; busy: into any run.
+high, normal, low: requests of that class answered in time.
+Jain, least: device time that models got, of what they should have by their shares:
+Jain's index (1: all alike), and the tenth of the models that got least.
+refused, expired, shed: of all requests."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

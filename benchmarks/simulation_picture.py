@@ -163,9 +163,15 @@ def _lines(
     for name in _names(outcomes):
         mine = sorted((o for o in outcomes if o.rules == name), key=lambda o: o.scenario.load)
         axes.plot(
-            [o.scenario.load for o in mine], [value(o) for o in mine], marker="o", markersize=3.5,
-            color=COLOURS[name], linestyle=STYLES[name], linewidth=1.7 * width if name == "default" else width, label=name,
-        )  # fmt: skip
+            [o.scenario.load for o in mine],
+            [value(o) for o in mine],
+            marker="o",
+            markersize=3.5,
+            color=COLOURS[name],
+            linestyle=STYLES[name],
+            linewidth=1.7 * width if name == "default" else width,
+            label=name,
+        )
     loads = _loads(outcomes)
     axes.set_xscale("log")
     axes.set_xticks(loads, [f"{load:g}" for load in loads], minor=False)

@@ -307,13 +307,26 @@ def programme() -> dict[str, Workload]:
             field_of.POOL.name,
             lambda _: [
                 *(
-                    Target(f"rate, {name}, times the stock runner's in threads", name, "rate", least=1.8,
-                           against=field_of.POOL.name)
+                    Target(
+                        f"rate, {name}, times the stock runner's in threads",
+                        name,
+                        "rate",
+                        least=1.8,
+                        against=field_of.POOL.name,
+                    )
                     for name in (native, auto)
                 ),
-                *(Target(f"lag p99 ms, {name}", name, "lag_p99", most=2e-3) for name in (native, auto)),
-                Target("rate under auto, frozen, times OpenVINO's", frozen[1].name, "rate", least=1,
-                       against=field_of.OPENVINO.name),
+                *(
+                    Target(f"lag p99 ms, {name}", name, "lag_p99", most=2e-3)
+                    for name in (native, auto)
+                ),
+                Target(
+                    "rate under auto, frozen, times OpenVINO's",
+                    frozen[1].name,
+                    "rate",
+                    least=1,
+                    against=field_of.OPENVINO.name,
+                ),
             ],
             seconds=1.0,
             warm_up=0.5,
@@ -354,5 +367,5 @@ def programme() -> dict[str, Workload]:
         ),
         *live_weights.workloads(),
         *batching.workloads(),
-    ]  # fmt: skip
+    ]
     return {workload.key: workload for workload in workloads}

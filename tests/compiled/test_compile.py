@@ -152,8 +152,10 @@ def test_an_output_computed_from_sizes_is_an_integer():
 def test_outputs_that_are_computed_numbers_and_conditions_have_kinds_of_their_own():
     spec = described(
         lambda x, y: (x + 1, x.shape[0] / 2, x.shape[0] > 5, y.item()),
-        torch.zeros(3), torch.tensor(2.5), dynamic=({0: Dim("batch")}, None),
-    )  # fmt: skip
+        torch.zeros(3),
+        torch.tensor(2.5),
+        dynamic=({0: Dim("batch")}, None),
+    )
     assert [type(leaf) for leaf in spec.outputs] == [TensorSpec, FloatSpec, BoolSpec, FloatSpec]
 
 
@@ -181,8 +183,12 @@ def test_leaves_of_nested_arguments_come_in_flattening_order():
 
 
 def test_positional_parameters_are_named_and_keyword_ones_are_not_among_them():
-    spec = described(lambda first, second, *, third: first + second + third, torch.zeros(3), torch.zeros(3),
-                     kwargs={"third": torch.zeros(3)})  # fmt: skip
+    spec = described(
+        lambda first, second, *, third: first + second + third,
+        torch.zeros(3),
+        torch.zeros(3),
+        kwargs={"third": torch.zeros(3)},
+    )
     assert spec.parameters == ("first", "second")
 
 
@@ -434,6 +440,9 @@ def test_a_compiled_package_carries_what_describe_tells(built):
 def test_a_compiled_packages_own_examples_pass_its_check(built, name):
     model = built(name)
     spec = spec_from_metadata(open_package(model.path).model().metadata)
-    tensors = [leaf for leaf in torch.utils._pytree.tree_leaves((model.args, dict(model.kwargs)))
-               if isinstance(leaf, torch.Tensor)]  # fmt: skip
+    tensors = [
+        leaf
+        for leaf in torch.utils._pytree.tree_leaves((model.args, dict(model.kwargs)))
+        if isinstance(leaf, torch.Tensor)
+    ]
     InputCheck(name, [leaf for leaf in spec.inputs if isinstance(leaf, TensorSpec)])(tensors)

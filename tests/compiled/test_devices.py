@@ -93,7 +93,9 @@ def model(device, built, packages, python):
                 made = DEFINITIONS[name]()
                 compile_package(
                     made.module().to(device), to(device, made.args), path,
-                    example_kwargs=to(device, dict(made.kwargs)), dynamic=made.dynamic, options=dict(made.options),
+                    example_kwargs=to(device, dict(made.kwargs)),
+                    dynamic=made.dynamic,
+                    options=dict(made.options),
                 )
             """
             result = python(program, name, device, path)

@@ -262,7 +262,12 @@ STRUCTURES = {
     "three for two": ({"pair": (T, T, T)}, "pair", "2 elements", "3"),
     "a missing key": ({"nested": {"a": T}}, "nested", "the keys ['a', 'deep']", "['a']"),
     "a key more": ({"nested": {"a": T, "deep": {"b": T}, "c": T}}, "nested", "the keys", "'c'"),
-    "a wrong key below": ({"nested": {"a": T, "deep": {"c": T}}}, "nested['deep']", "['b']", "['c']"),
+    "a wrong key below": (
+        {"nested": {"a": T, "deep": {"c": T}}},
+        "nested['deep']",
+        "['b']",
+        "['c']",
+    ),
     "a tuple for a dict": ({"nested": (T, T)}, "nested", "a dict of 2", "tuple of 2"),
     "another literal": ({"scale": 3}, "scale", "2, the value", "3"),
     "a literal of another type": ({"scale": 2.0}, "scale", "2, the value", "2.0"),
@@ -270,12 +275,25 @@ STRUCTURES = {
     "a tensor for a literal": ({"scale": torch.tensor(2)}, "scale", "2, the value", "tensor(2)"),
     "a tensor for None": ({"nothing": T}, "nothing", "None, the value", "tensor("),
     "None for a tensor": ({"x": None}, "x", "a tensor float32[3]", "NoneType None"),
-    "a number for a tensor in a tuple": ({"pair": (T, 3)}, "pair_1", "a tensor float32[3]", "int 3"),
-    "a wrong dtype below": (
-        {"nested": {"a": T, "deep": {"b": T.double()}}}, "nested_deep_b", "dtype float32", "float64",
+    "a number for a tensor in a tuple": (
+        {"pair": (T, 3)},
+        "pair_1",
+        "a tensor float32[3]",
+        "int 3",
     ),
-    "a wrong size in a keyword": ({"offset": torch.zeros(4)}, "offset", "size 3 at dimension 0", "4"),
-}  # fmt: skip
+    "a wrong dtype below": (
+        {"nested": {"a": T, "deep": {"b": T.double()}}},
+        "nested_deep_b",
+        "dtype float32",
+        "float64",
+    ),
+    "a wrong size in a keyword": (
+        {"offset": torch.zeros(4)},
+        "offset",
+        "size 3 at dimension 0",
+        "4",
+    ),
+}
 
 
 @pytest.mark.parametrize("fault", STRUCTURES)

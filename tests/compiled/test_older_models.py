@@ -46,7 +46,10 @@ async def test_without_the_native_module_an_update_is_refused_with_what_to_do_an
     monkeypatch.setitem(sys.modules, NATIVE, None)
     async with Scheduler() as scheduler:
         runner = await scheduler.load(build("canary").path)
-        words = r"can't be updated live: a torch before 2\.13 .* C\+\+ map, .* install a compiler \(g\+\+\)"
+        words = (
+            r"can't be updated live: a torch before 2\.13 .* C\+\+ map, .* install a compiler "
+            r"\(g\+\+\)"
+        )
         with pytest.raises(UpdateError, match=words):
             await runner.update(canary_weights(2))
         assert await numbers_seen(runner) == {1.0}

@@ -20,7 +20,10 @@ from tests.models import build
 
 needs_native = pytest.mark.skipif(not NATIVE, reason="no native module was built")
 
-ALGEBRA = "Calls aten::_linalg_svd, aten::linalg_inv_ex, aten::_linalg_check_errors through torch's dispatcher"
+ALGEBRA = (
+    "Calls aten::_linalg_svd, aten::linalg_inv_ex, aten::_linalg_check_errors through torch's "
+    "dispatcher"
+)
 
 
 @pytest.fixture(params=EXECUTORS)

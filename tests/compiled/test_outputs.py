@@ -56,9 +56,27 @@ def eager(built: BuiltModel, *args, **kwargs):
 
 @pytest.mark.parametrize(
     "name",
-    ["mlp", "conv", "attention", "dtypes", "scalars", "zero_rows", "frozen", "folding", "strided", "weights_blob",
-     "weights_pickle", "custom_op", "unbounded", "canary", "heavy", "failing", "parallel", "arrayref"],
-)  # fmt: skip
+    [
+        "mlp",
+        "conv",
+        "attention",
+        "dtypes",
+        "scalars",
+        "zero_rows",
+        "frozen",
+        "folding",
+        "strided",
+        "weights_blob",
+        "weights_pickle",
+        "custom_op",
+        "unbounded",
+        "canary",
+        "heavy",
+        "failing",
+        "parallel",
+        "arrayref",
+    ],
+)
 async def test_outputs_equal_the_eager_modules(scheduler, name):
     built, runner = await load(scheduler, name)
     for args in (built.args, fresh(built.args)):

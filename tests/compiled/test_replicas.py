@@ -128,7 +128,7 @@ async def test_without_named_cores_those_there_are_are_divided(executor):
         assert_close(await again.run(inputs(1)), build("mlp").module()(inputs(1)))
 
 
-async def test_a_device_that_is_to_come_later_is_named_beforehand_and_named_cores_stay_whose_they_are(
+async def test_a_later_device_is_named_beforehand_and_named_cores_keep_their_owner(
     executor,
 ):
     devices = {"cpu:5": DeviceConfig(), "cpu:1": DeviceConfig(affinity=(CORES[0],))}

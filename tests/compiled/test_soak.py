@@ -89,9 +89,20 @@ def models(rng: random.Random) -> list[Model]:
     return [
         Model(
             "mlp",
-            {"instances": 2, "overflow": "shed", "admission": "predictive", "limits": Limits(jobs=32)},
+            {
+                "instances": 2,
+                "overflow": "shed",
+                "admission": "predictive",
+                "limits": Limits(jobs=32),
+            },
             [(torch.randn(rng.randint(1, 64), 8),) for _ in range(INPUTS)],
-            [(torch.randn(65, 8),), (torch.randn(2, 8).double(),), (), (None,), (torch.randn(8, 2).t(),)],
+            [
+                (torch.randn(65, 8),),
+                (torch.randn(2, 8).double(),),
+                (),
+                (None,),
+                (torch.randn(8, 2).t(),),
+            ],
         ),
         Model(
             "attention",
@@ -106,8 +117,13 @@ def models(rng: random.Random) -> list[Model]:
             [(torch.zeros(3),), (torch.zeros(65, dtype=torch.int64),)],
             [(torch.tensor([10]),), (torch.tensor([3, -11, 4]),)],
         ),
-        Model("canary", {"timeout": 30.0}, [(torch.randn(32, 16),) for _ in range(INPUTS)], [(torch.randn(31, 16),)]),
-    ]  # fmt: skip
+        Model(
+            "canary",
+            {"timeout": 30.0},
+            [(torch.randn(32, 16),) for _ in range(INPUTS)],
+            [(torch.randn(31, 16),)],
+        ),
+    ]
 
 
 class Soak:

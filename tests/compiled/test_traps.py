@@ -111,10 +111,12 @@ def test_a_wrong_number_of_inputs_through_the_c_abi_ends_the_process(program):
         from aoti_sched.backends.aoti.handles import handles_of
         library = Library(build("mlp").library())
         container = ctypes.c_void_p()
-        library.call("AOTInductorModelContainerCreateWithDevice", ctypes.byref(container), 1, b"cpu", None)
+        create = "AOTInductorModelContainerCreateWithDevice"
+        library.call(create, ctypes.byref(container), 1, b"cpu", None)
         inputs = (ctypes.c_void_p * 2)(*handles_of([torch.randn(2, 8), torch.randn(2, 8)]))
         outputs = (ctypes.c_void_p * 1)()
-        library.function("AOTInductorModelContainerRun")(container, inputs, 2, outputs, 1, None, None)
+        run = library.function("AOTInductorModelContainerRun")
+        run(container, inputs, 2, outputs, 1, None, None)
         """)
     assert process.returncode == -signal.SIGABRT
 
@@ -151,7 +153,8 @@ def test_the_stock_runner_takes_what_the_model_was_not_compiled_for(program):
         runner, module = AOTIModelContainerRunnerCpu(str(built.library()), 1), built.module()
         x = torch.randn(4, 3, dtype=torch.float64)
         print(torch.allclose(runner.run([x])[0], module(x.float())))
-        print(len(AOTIModelContainerRunnerCpu(str(build("mlp").library()), 1).run([torch.randn(65, 8)])[0]))
+        runner = AOTIModelContainerRunnerCpu(str(build("mlp").library()), 1)
+        print(len(runner.run([torch.randn(65, 8)])[0]))
         """)
     assert process.stdout.split() == ["False", "65"]
 
@@ -233,13 +236,15 @@ def test_a_model_whose_file_is_overwritten_runs_on(program, tmp_path, suffix):
         program(
             """
             built, copy = build("mlp"), Path(sys.argv[1])
-            copy.write_bytes((built.path if copy.suffix == ".pt2" else built.library()).read_bytes())
+            original = built.path if copy.suffix == ".pt2" else built.library()
+            copy.write_bytes(original.read_bytes())
 
             async def main():
                 async with aoti_sched.Scheduler() as scheduler:
                     runner = await scheduler.load(copy)
                     os.truncate(copy, 0)
-                    torch.testing.assert_close(await runner.run(*built.args), built.module()(*built.args))
+                    got = await runner.run(*built.args)
+                    torch.testing.assert_close(got, built.module()(*built.args))
                     await serve_on(scheduler)
 
             asyncio.run(main())
@@ -498,11 +503,13 @@ def test_two_processes_load_one_package_at_once_and_unpack_it_once(tmp_path):
     text = PRELUDE + textwrap.dedent("""
         async def main():
             built = build("conv")
-            async with aoti_sched.Scheduler(aoti_sched.SchedulerConfig(cache_dir=sys.argv[1])) as scheduler:
+            config = aoti_sched.SchedulerConfig(cache_dir=sys.argv[1])
+            async with aoti_sched.Scheduler(config) as scheduler:
                 print("ready", flush=True)
                 sys.stdin.readline()
                 runner = await scheduler.load(built.path)
-                torch.testing.assert_close(await runner.run(*built.args), built.module()(*built.args))
+                got = await runner.run(*built.args)
+                torch.testing.assert_close(got, built.module()(*built.args))
 
         asyncio.run(main())
         """)
@@ -510,10 +517,14 @@ def test_two_processes_load_one_package_at_once_and_unpack_it_once(tmp_path):
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", text, tmp_path / "cache"],
-            cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=root,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for _ in range(2)
-    ]  # fmt: skip
+    ]
     for process in processes:
         assert process.stdout.readline() == "ready\n", process.stderr.read()
     for process in processes:
@@ -529,7 +540,8 @@ def test_two_processes_load_one_package_at_once_and_unpack_it_once(tmp_path):
 def test_the_stock_loader_leaves_a_directory_behind_in_a_crash(program, tmp_path):
     program(
         """
-        loader = torch._C._aoti.AOTIModelPackageLoader(str(build("mlp").path), "model", False, 1, -1)
+        path = str(build("mlp").path)
+        loader = torch._C._aoti.AOTIModelPackageLoader(path, "model", False, 1, -1)
         os._exit(0)
         """,
         TMPDIR=str(tmp_path),

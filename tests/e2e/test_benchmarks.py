@@ -111,8 +111,14 @@ def test_another_runtime_gives_the_same_answers(other, tmp_path):
         pytest.skip(f"the bench extra is not installed: {', '.join(other.missing)}")
     # The run ends with an error where answers differ.
     printed = run(
-        "--only", "a", *only(["bare loop", other.name]), "--json", tmp_path / "json", "--png", tmp_path / "png"
-    )  # fmt: skip
+        "--only",
+        "a",
+        *only(["bare loop", other.name]),
+        "--json",
+        tmp_path / "json",
+        "--png",
+        tmp_path / "png",
+    )
     assert other.name in printed
 
 

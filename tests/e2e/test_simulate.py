@@ -28,8 +28,16 @@ from benchmarks.simulation import (
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = Scenario(requests=3000, devices=2, lanes=2, models=20)
 ONE_QUEUE = Scenario(
-    requests=3000, devices=1, lanes=1, models=1, tenants=1, runs=(0.01, 0.01), spread=0.0, timeouts=(), classes=(0, 1, 0)
-)  # fmt: skip
+    requests=3000,
+    devices=1,
+    lanes=1,
+    models=1,
+    tenants=1,
+    runs=(0.01, 0.01),
+    spread=0.0,
+    timeouts=(),
+    classes=(0, 1, 0),
+)
 
 
 def simulated(scenario, rules="default"):
@@ -129,9 +137,20 @@ def test_high_priority_is_answered_whatever_comes_of_others():
 
 def test_models_get_device_time_by_their_shares():
     scenario = Scenario(
-        requests=40_000, load=5.0, devices=1, lanes=2, models=4, tenants=1, skew=0.0, even=True, runs=(0.001, 0.1),
-        timeouts=(), classes=(0, 1, 0), shares=(1.0, 1.0, 2.0, 4.0), bounds=(100, 400),
-    )  # fmt: skip
+        requests=40_000,
+        load=5.0,
+        devices=1,
+        lanes=2,
+        models=4,
+        tenants=1,
+        skew=0.0,
+        even=True,
+        runs=(0.001, 0.1),
+        timeouts=(),
+        classes=(0, 1, 0),
+        shares=(1.0, 1.0, 2.0, 4.0),
+        bounds=(100, 400),
+    )
     fair, unfair = (measure(simulated(scenario, rules)).by_model[1] for rules in ("fair", "edf"))
     assert fair == pytest.approx([1 / 8, 1 / 8, 2 / 8, 4 / 8], abs=0.02)
     assert unfair != pytest.approx(fair, abs=0.1)
@@ -189,8 +208,12 @@ def test_the_command_prints_a_row_for_each_policy_and_load_and_draws_a_picture(t
     ]
     ran = subprocess.run(
         [*command, "--out", str(tmp_path / "made")],
-        cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     for name in RULES:
         assert ran.stdout.count(f" {name} ") >= 2

@@ -369,7 +369,7 @@ def test_outputs_that_nobody_drained_are_freed_with_the_executor():
 def test_at_the_interpreters_exit_what_runs_is_waited_for():
     script = """
 import atexit
-# Handlers run in the order opposite to this: the gate opens, the executor closes, and then this one speaks.
+# Handlers run in reverse order: the gate opens, the executor closes, then this one prints.
 atexit.register(lambda: print(gated.script.runs, last.script.runs, flush=True))
 from tests.native.test_executor import CModel, Gated, NativeExecutor
 gated, last = Gated(), CModel(0, 0)
@@ -405,7 +405,7 @@ import sys, threading
 from aoti_sched.backends.native.executor import NativeExecutor
 
 executor = NativeExecutor("cpu", 1, 2, lambda count: None)
-sys.setswitchinterval(1000)  # a thread has the GIL until it gives it up: so it looks when this one goes on
+sys.setswitchinterval(1000)  # a thread has the GIL until it gives it up
 looking = threading.Event()
 
 def look():

@@ -12,7 +12,8 @@ from tests.native.library import ROOT, library
 
 PRELUDE = """
 import gc, os, sys
-from tests.native.harness import collect, drain, model, open_lanes, readable, run_here, submit, tensors
+from tests.native.harness import collect, drain, model, open_lanes, readable
+from tests.native.harness import run_here, submit, tensors
 from tests.native.library import Container, capsule, library
 
 c = library()

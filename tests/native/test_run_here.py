@@ -151,7 +151,10 @@ executor.close()
         check=False,
         timeout=120,
     )
-    refusal = "device cpu: the process was forked after the lanes were made; make a new Scheduler in the child"
+    refusal = (
+        "device cpu: the process was forked after the lanes were made; make a new Scheduler in the "
+        "child"
+    )
     assert result.stdout.splitlines() == [refusal, f"UnsupportedLoopError {refusal}", "child 0"]
     assert (result.stderr, result.returncode) == ("", 0)
 

@@ -20,10 +20,12 @@ container = Container(num_inputs=0, num_outputs=1, made=1)
 done = run_here(lanes, model(container, outputs=1))
 lanes.close()
 loaded = {name.partition(".")[0] for name in sys.modules}
-mapped = {Path(line.split()[-1]).name for line in Path("/proc/self/maps").read_text().splitlines() if ".so" in line}
+lines = Path("/proc/self/maps").read_text().splitlines()
+mapped = {Path(line.split()[-1]).name for line in lines if ".so" in line}
 print(done.error, container.runs)
 print(sorted(loaded & {"torch", "numpy"}))
-print(sorted(name for name in mapped if name.startswith(("libtorch", "libc10", "libgomp", "libiomp", "libshm"))))
+torch_like = ("libtorch", "libc10", "libgomp", "libiomp", "libshm")
+print(sorted(name for name in mapped if name.startswith(torch_like)))
 print(any(name.startswith("_native.") for name in mapped))
 """
 

@@ -204,7 +204,8 @@ def test_asyncio_lives_in_the_engine_and_the_face_alone():
 
 @pytest.mark.parametrize("module", ["aoti_sched", "aoti_sched.testing"])
 def test_importing_costs_no_torch(module):
-    code = f"import sys, {module}; print([name for name in sys.modules if name.partition('.')[0] == 'torch'])"
+    names = "[name for name in sys.modules if name.partition('.')[0] == 'torch']"
+    code = f"import sys, {module}; print({names})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -30,7 +30,7 @@ from aoti_sched.errors import AotiSchedError, ResourcesError, RunError, Unsuppor
 from aoti_sched.model.batch_plan import BatchPlan
 
 WRAP = "_Z16THPVariable_WrapRKN2at10TensorBaseE"
-"""`THPVariable_Wrap(const at::TensorBase&)`: torch's function that makes a C++ tensor one of Python's."""
+"""`THPVariable_Wrap(const at::TensorBase&)`: torch's function that wraps a C++ tensor."""
 
 SHIM = (
     "get_data_ptr",

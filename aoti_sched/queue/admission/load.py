@@ -64,7 +64,10 @@ class Load:
                 f"{self.name} has {self.jobs - self.exempt} jobs queued, its bound is {bounds.jobs}"
             )
         if bounds.bytes is not None and self.bytes + size > bounds.bytes:
-            return f"{self.name} has {self.bytes} bytes of inputs queued; {size} more exceed its bound of {bounds.bytes}"
+            return (
+                f"{self.name} has {self.bytes} bytes of inputs queued; "
+                f"{size} more exceed its bound of {bounds.bytes}"
+            )
         return None
 
     def never_fits(self, size: int) -> str | None:

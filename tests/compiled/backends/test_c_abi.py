@@ -118,7 +118,10 @@ def test_a_file_that_is_no_library_is_refused_with_the_loaders_own_words(tmp_pat
 
 
 def test_a_library_of_another_torch_is_refused_with_the_symbol_that_is_missing(tmp_path):
-    source = "int of_another_torch(void); int AOTInductorModelContainerRun(void) { return of_another_torch(); }"
+    source = (
+        "int of_another_torch(void); int AOTInductorModelContainerRun(void) { return "
+        "of_another_torch(); }"
+    )
     with pytest.raises(
         LoadError, match=r"undefined symbol: of_another_torch.*compile it again with this one"
     ):

@@ -256,7 +256,10 @@ def test_a_model_whose_constants_can_not_be_read_is_not_updated(compiler, load_o
     assert seen(container) == {1.0}
     with pytest.raises(LoadError):
         container.update(canary_set(2), inactive=True)
-    lacking = r"\w+UpdateConstantBufferPairs \(torch 2\.13\), \w+ExtractConstantsMapEntries \(torch 2\.13\); "
+    lacking = (
+        r"\w+UpdateConstantBufferPairs \(torch 2\.13\), \w+ExtractConstantsMapEntries \(torch "
+        r"2\.13\); "
+    )
     assert re.match(
         f"an older torch compiled it, and its library lacks {lacking}", container.why_not_updatable
     )

@@ -188,7 +188,12 @@ def test_the_stock_runtime_dies_of_a_partial_set_that_is_swapped_in(in_own_proce
         (handle,) = handles_of([torch.zeros(16, 16)])
         pairs = (ConstantEntry * 1)(ConstantEntry(b"first", handle))
         container.library.call(
-            "AOTInductorModelContainerUpdateConstantBufferPairs", container._handle, pairs, 1, True, False
+            "AOTInductorModelContainerUpdateConstantBufferPairs",
+            container._handle,
+            pairs,
+            1,
+            True,
+            False,
         )
         container.library.call("AOTInductorModelContainerSwapConstantBuffer", container._handle)
         container.run(build("canary").args)

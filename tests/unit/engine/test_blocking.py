@@ -382,7 +382,8 @@ def test_a_forked_child_is_refused():
 def test_a_forked_child_whose_loop_runs_is_refused_in_its_threads_too():
     lines = """
     async def forks():
-        async with aoti_sched.Scheduler(devices={"cpu": FakeBackend({"m": lambda x: x}, auto=True)}) as scheduler:
+        backend = FakeBackend({"m": lambda x: x}, auto=True)
+        async with aoti_sched.Scheduler(devices={"cpu": backend}) as scheduler:
             runner = await scheduler.load("m.pt2")
             child = os.fork()
             if child:

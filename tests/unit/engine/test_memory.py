@@ -283,7 +283,7 @@ async def test_what_is_not_to_be_had_is_said_and_requests_for_it_fail():
         its.check()
 
 
-async def test_a_parked_model_has_nothing_to_publish_or_go_back_to_and_is_not_brought_back_to_say_so():
+async def test_an_evicted_model_has_nothing_to_publish_and_is_not_restored_to_say_so():
     async with shelf(1) as its:
         a, b = await its.load("a"), await its.load("b")
         async with b.lease():

@@ -365,7 +365,7 @@ async def test_memory_that_is_not_given_back_does_not_undo_an_update(quiet_logs)
         await its.must_be_sound()
 
 
-async def test_a_failed_update_whose_memory_is_not_given_back_raises_its_own_error_and_leaves_nothing_to_commit():
+async def test_a_failed_update_whose_memory_stays_raises_its_own_error_and_stages_nothing():
     async with fleet() as its:
         a, b, c = its
         container_of(a).faults["free_inactive"] = RuntimeError("not now")

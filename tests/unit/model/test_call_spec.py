@@ -494,7 +494,10 @@ def test_a_class_that_is_not_registered_in_this_process_is_refused_at_load(value
         texts[0] = text(((A,), {}))
     else:
         texts[1] = text(A)
-    sentence = rf"model 'm': its {side} contain tests.unit.model.test_call_spec.{name}, which is not .*import the module"
+    sentence = (
+        rf"model 'm': its {side} contain tests.unit.model.test_call_spec.{name}, which is not "
+        rf".*import the module"
+    )
     with unregistered(Point, Named), pytest.raises(LoadError, match=sentence):
         ExportedCallSpec("m", *texts)
     ExportedCallSpec("m", *texts)

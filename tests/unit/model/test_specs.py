@@ -233,8 +233,10 @@ def test_the_memory_order_is_read_where_two_sizes_are_one_symbol(sizes, strides,
 
 
 def test_inputs_come_in_their_own_order_whatever_the_order_of_the_text():
-    source = "".join(wrapper(f"{size}L", "1L", index=i, bounds=[f"{size} != size[0]"]) for i, size in
-                     [(2, 30), (0, 10), (1, 20)])  # fmt: skip
+    source = "".join(
+        wrapper(f"{size}L", "1L", index=i, bounds=[f"{size} != size[0]"])
+        for i, size in [(2, 30), (0, 10), (1, 20)]
+    )
     assert [spec.shape for spec in specs_from_wrapper(source)] == [(10,), (20,), (30,)]
 
 

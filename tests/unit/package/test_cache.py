@@ -543,7 +543,8 @@ def test_whatever_the_umask_no_other_user_can_write(tmp_path):
         from aoti_sched.package import open_package
         os.umask(0)
         for _ in range(2):
-            print(open_package(sys.argv[1]).extract(cache_dir=Path(sys.argv[2]) / "x" / "y").directory)
+            cache = Path(sys.argv[2]) / "x" / "y"
+            print(open_package(sys.argv[1]).extract(cache_dir=cache).directory)
         """
     process = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), path, tmp_path / "cache"],

@@ -57,12 +57,18 @@ def test_the_smallest_limit_and_the_largest_fixed_number_of_all_kernels_count():
 
 
 def test_an_array_that_holds_the_tail_of_a_loop_says_nothing_about_threads():
-    tail = 'extern "C" void tail()\n{\n float tmp_acc0_arr[2];\n tmp_acc0_arr[x0_tail - 8L] = tmp_acc0;\n}\n'
+    tail = (
+        'extern "C" void tail()\n{\n float tmp_acc0_arr[2];\n tmp_acc0_arr[x0_tail - 8L] = '
+        "tmp_acc0;\n}\n"
+    )
     assert thread_facts([reduction(6) + tail]).limit == 6
 
 
 def test_the_pragma_of_a_blocked_matrix_product_counts():
-    source = "    #pragma omp parallel for num_threads(7)\n    for (int64_t b_start = 0; b_start < 7; ++b_start) {}"
+    source = (
+        "    #pragma omp parallel for num_threads(7)\n    for (int64_t b_start = 0; b_start < 7; "
+        "++b_start) {}"
+    )
     assert thread_facts([source]) == ThreadFacts(limit=7, fixed=7)
 
 
@@ -74,13 +80,19 @@ def test_arrays_as_the_microsoft_compiler_needs_them_are_read():
 
 
 def test_the_scratch_of_an_attention_kernel_is_a_limit():
-    source = 'extern "C" void cpp_flex_attention()\n{\n  int64_t num_thread = 4;\n  int ompIdx = at::get_thread_num();\n}'
+    source = (
+        'extern "C" void cpp_flex_attention()\n{\n  int64_t num_thread = 4;\n  int ompIdx = '
+        "at::get_thread_num();\n}"
+    )
     assert thread_facts([source]) == ThreadFacts(limit=4, fixed=None)
 
 
 @pytest.mark.parametrize(("include", "in_library"), [("true", True), ("false", False)])
 def test_the_wrapper_says_whether_the_library_brings_the_weights(include, in_library):
-    source = f"    : AOTInductorModelBase(1,\n  2,\n  5,\n  device_str,\n  std::move(cubin_dir),\n  {include}) {{"
+    source = (
+        f"    : AOTInductorModelBase(1,\n  2,\n  5,\n  device_str,\n  std::move(cubin_dir),\n  "
+        f"{include}) {{"
+    )
     assert weight_facts(source) == WeightFacts(constants=5, in_library=in_library)
 
 
@@ -111,5 +123,8 @@ def test_the_wrapper_says_how_constants_lie_in_memory():
 def test_the_wrapper_says_how_large_the_constants_are():
     source = ": AOTInductorModelBase(1, 1, 2, device_str, cubin_dir) {\n"
     for index, size in enumerate((1024, 36)):
-        source += f"    constants_info_[{index}].offset = 0;\n    constants_info_[{index}].data_size = {size};\n"
+        source += (
+            f"    constants_info_[{index}].offset = 0;\n    constants_info_[{index}].data_size = "
+            f"{size};\n"
+        )
     assert weight_facts(source).bytes == 1060

@@ -80,7 +80,7 @@ def test_a_tenant_that_had_more_than_others_is_not_forgotten():
     assert launched(queue.complete(first, 21.0)) == [modest]
 
 
-def test_of_too_many_that_had_more_those_that_had_the_least_are_forgotten_and_none_begins_before_them(
+def test_of_too_many_accounts_the_least_are_forgotten_and_none_begins_before_them(
     monkeypatch,
 ):
     monkeypatch.setattr(fair, "DEBTORS", 2)

@@ -173,7 +173,7 @@ def test_a_run_that_teaches_makes_a_try_needless():
     assert job.state is JobState.EXPIRED
 
 
-def test_where_others_wait_a_job_must_be_likely_to_be_in_time_and_where_none_does_half_a_chance_will_do():
+def test_a_job_must_be_likely_in_time_where_others_wait_and_half_likely_where_none_does():
     queue = device()
     runner = learning(queue)
     for seconds in (2.0, 2.0, 2.0):  # of eleven runs
