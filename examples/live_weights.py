@@ -239,17 +239,27 @@ def summary(observed: Observed, digits: Digits) -> str:
     span = answers[-1].answered - answers[0].asked
     return "\n".join(
         [
-            f"requests    {len(answers):,} answered in {span:.1f} s, {observed.lost} lost; "
-            f"{clients} clients",
-            f"epochs      {published} published, {seen} seen in answers; 1 rolled back, which "
-            f"{back} clients saw",
+            (
+                f"requests    {len(answers):,} answered in {span:.1f} s, {observed.lost} lost; "
+                f"{clients} clients"
+            ),
+            (
+                f"epochs      {published} published, {seen} seen in answers; 1 rolled back, which "
+                f"{back} clients saw"
+            ),
             f"accuracy    {first:.0%} of the answers right at first, {last:.0%} at last",
-            f"staging     {size:.2f} MB beside the requests: median {middle(staging):.2f} ms, at "
-            f"most {staging[-1]:.2f} ms",
-            f"pause       of all requests, per update: median {middle(pauses):.2f} ms, at most "
-            f"{pauses[-1]:.2f} ms",
-            f"exactness   {exact:,} of {len(answers):,} answers are those of the very epoch their "
-            f"trace names",
+            (
+                f"staging     {size:.2f} MB beside the requests: median {middle(staging):.2f} ms, at "
+                f"most {staging[-1]:.2f} ms"
+            ),
+            (
+                f"pause       of all requests, per update: median {middle(pauses):.2f} ms, at most "
+                f"{pauses[-1]:.2f} ms"
+            ),
+            (
+                f"exactness   {exact:,} of {len(answers):,} answers are those of the very epoch their "
+                f"trace names"
+            ),
         ]
     )
 

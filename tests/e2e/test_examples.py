@@ -50,8 +50,10 @@ PROGRAMS = {
         "parked      expert-0 ",
         "memory      the process has grown by ",
         "all at once 30 answered, all the same",
-        "refused     device 'cpu': model 'one more' needs 16.0 MiB for its weights, and the "
-        "memory_limit is 50.0 MiB; taken: ",
+        (
+            "refused     device 'cpu': model 'one more' needs 16.0 MiB for its weights, and the "
+            "memory_limit is 50.0 MiB; taken: "
+        ),
         "'expert-0' 16.0 MiB (it has held leases)",
     ],
     "overload": [

