@@ -249,7 +249,8 @@ def summary(observed: Observed, digits: Digits) -> str:
             ),
             f"accuracy    {first:.0%} of the answers right at first, {last:.0%} at last",
             (
-                f"staging     {size:.2f} MB beside the requests: median {middle(staging):.2f} ms, at "
+                f"staging     {size:.2f} MB beside the requests: median {middle(staging):.2f} ms, "
+                f"at "
                 f"most {staging[-1]:.2f} ms"
             ),
             (
@@ -257,7 +258,8 @@ def summary(observed: Observed, digits: Digits) -> str:
                 f"{pauses[-1]:.2f} ms"
             ),
             (
-                f"exactness   {exact:,} of {len(answers):,} answers are those of the very epoch their "
+                f"exactness   {exact:,} of {len(answers):,} answers are those of the very epoch "
+                f"their "
                 f"trace names"
             ),
         ]

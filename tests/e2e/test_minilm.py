@@ -10,7 +10,8 @@ SENTENCES = [
     "Ein Café, 3,14 und 東京!",
     "short",
     (
-        "A much longer sentence, which has commas, numbers such as 1234 and a café in it, so that the "
+        "A much longer sentence, which has commas, numbers such as 1234 and a café in it, so that "
+        "the "
         "padding of its neighbours is tested too."
     ),
 ]

@@ -106,7 +106,8 @@ def test_the_stub_says_what_the_module_is():
                 "None,\n    ) -> None:"
             ),
             (
-                "threads: int,\n        stream: Stream | None = None,\n        graph: Graph | None = "
+                "threads: int,\n        stream: Stream | None = None,\n        graph: Graph | "
+                "None = "
                 "None,\n    ) -> None:"
             ),
             "Lanes.submit",
@@ -122,7 +123,8 @@ def test_the_stub_says_what_the_module_is():
                 'None,\n    ) -> Taken:\n        """Run a batch'
             ),
             (
-                "threads: int = 1,\n        on: Stream | None = None,\n        graph: Graph | None = "
+                "threads: int = 1,\n        on: Stream | None = None,\n        graph: Graph | "
+                "None = "
                 'None,\n    ) -> Taken:\n        """Run a batch'
             ),
             "Lanes.run_batch_here",
