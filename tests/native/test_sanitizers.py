@@ -139,3 +139,40 @@ def test_the_sanitizers_see_what_they_are_there_for(sanitizer, fault, report):
     result = run(compile_with(sanitizer, "faults", HERE / "faults.cpp"), fault)
     assert result.returncode != 0
     assert report in result.stderr
+
+
+@pytest.mark.parametrize(("fault", "least"), [("memory", 100), ("threads", 3)])
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_no_failed_allocation_or_thread_start_loses_a_work(sanitizer, fault, least):
+    sources = [HERE / "starved.cpp", *C_SOURCES, *NATIVE_SOURCES]
+    result = run(compile_with(sanitizer, "starved", *sources), fault)
+    assert (result.stderr, result.returncode) == ("", 0)
+    faults, word = result.stdout.split()
+    assert word == "faults"
+    assert int(faults) >= least
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "instead", "words"),
+    [
+        (
+            "lane.cpp",
+            "completion.front() = run.finish();",
+            "std::make_unique<int>(1); completion.front() = run.finish();",
+            "bad_alloc",
+        ),
+        ("run.cpp", 'error = "out of memory";', "", "has a text"),
+    ],
+    ids=["a completion needs memory", "a failure has no text"],
+)
+def test_the_starved_lanes_see_what_they_are_there_for(file, line, instead, words, tmp_path):
+    """Or it could not fail."""
+    source = (NATIVE / file).read_text()
+    assert source.count(line) == 1
+    broken = tmp_path / file
+    broken.write_text(source.replace(line, instead))
+    others = [path for path in NATIVE_SOURCES if path.name != file]
+    program = compile_with("address", "starved", HERE / "starved.cpp", *C_SOURCES, *others, broken)
+    result = run(program, "memory")
+    assert result.returncode != 0
+    assert words in result.stderr

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <new>
 #include <numeric>
 
 namespace aoti {
@@ -46,8 +47,11 @@ std::vector<Alias> take_aliases(OwnedHandles& handles) {
   std::vector<Alias> aliases;
   try {
     aliases = find_aliases(handles);
-  } catch (...) {
-    static_cast<void>(handles.release());  // without memory a leak is better than a second free
+  } catch (const std::bad_alloc&) {  // the other places are lost, but no handle is freed twice
+    for (std::size_t output = 1; output < handles.size(); ++output) {
+      const auto end = handles.begin() + static_cast<std::ptrdiff_t>(output);
+      if (std::find(handles.begin(), end, *end) != end) handles.data()[output] = nullptr;
+    }
     throw;
   }
   for (const Alias& alias : aliases) handles.data()[alias.output] = nullptr;

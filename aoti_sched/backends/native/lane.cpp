@@ -4,9 +4,8 @@
 #include <cerrno>
 #include <chrono>
 #include <iterator>
-#include <list>
+#include <optional>
 #include <system_error>
-#include <tuple>
 #include <utility>
 
 #include <fcntl.h>
@@ -103,11 +102,20 @@ void WakeupFd::clear() {
 // --- Lanes
 // ------------------------------------------------------------------------------------------------
 
+// Completions are made at the submit, as lists of one, so no thread needs memory to pass one on.
 struct Lanes::Lane {
-  std::array<Work, kDepth> works;  // a ring; the thread's mutex guards all fields
+  struct Queued {
+    Work work;
+    std::list<Completion> completion;
+  };
+  // Guarded by the thread's mutex:
+  std::array<Queued, kDepth> works;  // a ring
   std::size_t first = 0;
   std::size_t queued = 0;   // in the ring
   std::size_t running = 0;  // 0 or 1
+  // The thread's own:
+  std::list<Completion> completion;  // of the running work
+  std::optional<Run> run;            // on the device, while the thread serves its other lanes
 };
 
 // Serves one lane or several.
@@ -115,6 +123,7 @@ struct Lanes::Thread {
   std::string name;
   int core = -1;
   std::vector<Lane*> lanes;
+  std::vector<Lane*> detached;  // those with a run on the device; has room for all lanes
   std::thread thread;
   std::mutex mutex;
   std::condition_variable wake;
@@ -144,6 +153,7 @@ Lanes::Lanes(Runtime runtime, std::vector<std::string> names, std::vector<int> a
     }
     threads_[index % count]->lanes.push_back(lanes_.back().get());
   }
+  for (auto& thread : threads_) thread->detached.reserve(thread->lanes.size());
   try {
     for (auto& thread : threads_)
       thread->thread = std::thread([this, &thread = *thread] { serve(thread); });
@@ -159,10 +169,13 @@ bool Lanes::submit(std::size_t index, Work& work) {
   Lane& lane = *lanes_[index];
   Thread& thread = *threads_[index % threads_.size()];
   bool asleep = false;
+  std::list<Completion> completion(1);
   {
     std::lock_guard lock(thread.mutex);
     if (thread.closing || lane.queued + lane.running == kDepth) return false;
-    lane.works[(lane.first + lane.queued) % kDepth] = std::move(work);
+    Lane::Queued& place = lane.works[(lane.first + lane.queued) % kDepth];
+    place.work = std::move(work);
+    place.completion.swap(completion);
     ++lane.queued;
     asleep = thread.asleep;
   }
@@ -185,28 +198,36 @@ bool Lanes::poll(std::chrono::nanoseconds limit) {
   return !done_.empty();
 }
 
-std::vector<Completion> Lanes::drain(std::size_t limit) {
+std::list<Completion> Lanes::drain(std::size_t limit) {
   bool silent = false;
   {
     std::lock_guard lock(done_mutex_);
     silent = std::exchange(silent_, false);
   }
   if (!silent) wakeup_.clear();
-  std::vector<Completion> taken;
+  std::list<Completion> taken;
   bool more = false;
   {
     std::lock_guard lock(done_mutex_);
     if (done_.size() <= limit) {
       taken.swap(done_);
     } else {
-      const auto end = done_.begin() + static_cast<std::ptrdiff_t>(limit);
-      taken.assign(std::make_move_iterator(done_.begin()), std::make_move_iterator(end));
-      done_.erase(done_.begin(), end);
+      const auto end = std::next(done_.begin(), static_cast<std::ptrdiff_t>(limit));
+      taken.splice(taken.end(), done_, done_.begin(), end);
     }
     more = woken_ = !done_.empty();
   }
   if (more) wakeup_.set();
   return taken;
+}
+
+void Lanes::put_back(std::list<Completion>&& completions) noexcept {
+  {
+    std::lock_guard lock(done_mutex_);
+    done_.splice(done_.begin(), completions);
+    woken_ = true;
+  }
+  wakeup_.set();
 }
 
 void Lanes::close() {
@@ -231,11 +252,18 @@ void Lanes::hang_up() {
   wakeup_.close();  // no thread is left that sets it
 }
 
-void Lanes::finish(Completion&& completion) {
+void Lanes::finish(Thread& thread, Lane& lane, Run& run) {
+  std::list<Completion> completion;
+  completion.swap(lane.completion);
+  completion.front() = run.finish();
+  {
+    std::lock_guard lock(thread.mutex);
+    lane.running = 0;  // before the completion is seen: the thread that sees it may submit again
+  }
   bool wake = false;
   {
     std::lock_guard lock(done_mutex_);
-    done_.push_back(std::move(completion));
+    done_.splice(done_.end(), completion);
     wake = !woken_ && !polled_;
     woken_ = woken_ || wake;
   }
@@ -279,16 +307,7 @@ void Lanes::serve(Thread& thread) {
 #endif
   if (runtime_.get_threads != nullptr) runtime_.get_threads();
   int threads = 0;
-  std::list<std::pair<Lane*, Run>>
-      detached;  // on the device, while this thread serves its other lanes
-  const auto finish_on = [&](Lane& lane, Run& run) {
-    Completion completion = run.finish();
-    {
-      std::lock_guard lock(thread.mutex);
-      lane.running = 0;  // before the completion is seen: the thread that sees it may submit again
-    }
-    finish(std::move(completion));
-  };
+  std::vector<Lane*>& detached = thread.detached;
   awake_.fetch_add(1, std::memory_order_relaxed);
   auto last_progress = Clock::now();
   for (;;) {
@@ -304,7 +323,9 @@ void Lanes::serve(Thread& thread) {
       Work work;
       {
         std::lock_guard lock(thread.mutex);
-        work = std::move(lane->works[lane->first]);
+        Lane::Queued& place = lane->works[lane->first];
+        work = std::move(place.work);
+        lane->completion.swap(place.completion);
         lane->first = (lane->first + 1) % kDepth;
         --lane->queued;
         lane->running = 1;
@@ -317,25 +338,25 @@ void Lanes::serve(Thread& thread) {
       if (thread.lanes.size() == 1) {
         Run run(runtime_, std::move(work));
         run.launch();
-        finish_on(*lane, run);
+        finish(thread, *lane, run);
         continue;
       }
-      Run& run = detached
-                     .emplace_back(std::piecewise_construct, std::forward_as_tuple(lane),
-                                   std::forward_as_tuple(runtime_, std::move(work)))
-                     .second;
+      Run& run = lane->run.emplace(runtime_, std::move(work));
       run.launch();
       if (run.can_detach()) {
         run.detach();
+        detached.push_back(lane);
       } else {
-        finish_on(*lane, run);
-        detached.pop_back();
+        finish(thread, *lane, run);
+        lane->run.reset();
       }
     }
     bool progress = lane != nullptr;
     for (auto one = detached.begin(); one != detached.end();) {
-      if (one->second.ready()) {
-        finish_on(*one->first, one->second);
+      Lane& ready = **one;
+      if (ready.run->ready()) {
+        finish(thread, ready, *ready.run);
+        ready.run.reset();
         one = detached.erase(one);
         progress = true;
       } else {

@@ -11,6 +11,7 @@
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
+#include <list>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -61,12 +62,17 @@ class Lanes {
   [[nodiscard]] const Runtime& runtime() const { return runtime_; }
   void wake() { wakeup_.set(); }
 
-  // Returns false, and leaves the work untouched, when the lane is full or closed.
+  // Returns false, and leaves the work untouched, when the lane is full or closed. Throws
+  // std::bad_alloc, and leaves the work untouched, when there is no memory for its completion: an
+  // accepted work completes without more memory.
   [[nodiscard]] bool submit(std::size_t lane, Work& work);
 
   // Returns at most `limit` completions, oldest first. The descriptor stays readable while there
   // are more.
-  [[nodiscard]] std::vector<Completion> drain(std::size_t limit);
+  [[nodiscard]] std::list<Completion> drain(std::size_t limit);
+
+  // Takes drained completions back, for the next `drain`.
+  void put_back(std::list<Completion>&& completions) noexcept;
 
   // Spins until a completion waits, for `limit` at most. Returns whether one waits. Completions
   // that come meanwhile don't wake the loop: the caller drains them. One thread at a time polls.
@@ -87,7 +93,7 @@ class Lanes {
   // Sleeps between two polls of a device, longer the longer nothing has ended; a submit ends the
   // sleep.
   static void back_off(Thread& thread, std::chrono::nanoseconds idle);
-  void finish(Completion&& completion);
+  void finish(Thread& thread, Lane& lane, Run& run);
 
   Runtime runtime_;
   int cores_;
@@ -95,9 +101,9 @@ class Lanes {
   std::vector<std::unique_ptr<Lane>> lanes_;
   std::vector<std::unique_ptr<Thread>> threads_;  // lane i is served by thread i modulo their count
   std::mutex done_mutex_;
-  std::vector<Completion> done_;  // guarded by done_mutex_
-  bool woken_ = false;            // guarded by done_mutex_
-  bool polled_ = false;           // guarded by done_mutex_: a thread polls, and needs no wake-up
+  std::list<Completion> done_;  // guarded by done_mutex_
+  bool woken_ = false;          // guarded by done_mutex_
+  bool polled_ = false;         // guarded by done_mutex_: a thread polls, and needs no wake-up
   bool silent_ = false;  // guarded by done_mutex_: the completions that a poll found woke no loop
   std::atomic<std::size_t> finished_{0};  // counts completions, for the loop that polls
   WakeupFd wakeup_;

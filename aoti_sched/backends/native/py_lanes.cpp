@@ -81,7 +81,22 @@ nb::object PyLanes::submit_batch(std::size_t lane, std::uint64_t token, PyModel&
 nb::list PyLanes::drain(std::size_t limit) {
   refuse_in_child();
   nb::list taken;
-  for (Completion& completion : lanes_->drain(limit)) taken.append(to_python(completion));
+  std::list<Completion> drained = lanes_->drain(limit);
+  while (!drained.empty()) {
+    try {
+      taken.append(to_python(drained.front()));
+    } catch (...) {  // no memory: this run has failed, and the others are drained later
+      Completion& failed = drained.front();
+      failed.status = -1;
+      failed.error = "out of memory";
+      failed.outputs.reset();
+      failed.parts.reset();
+      lanes_->put_back(std::move(drained));
+      if (taken.size() == 0) throw;
+      break;
+    }
+    drained.pop_front();
+  }
   return taken;
 }
 

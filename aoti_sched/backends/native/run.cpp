@@ -2,6 +2,7 @@
 
 #include <chrono>
 #include <exception>
+#include <new>
 #include <stdexcept>
 #include <utility>
 
@@ -25,15 +26,24 @@ void explain(const Runtime& runtime, const Model& model, Completion& completion)
   if (text != nullptr) completion.cause = text;
 }
 
+// Sets a text, or a shorter one that needs no memory.
+void say(std::string& error, const char* text) noexcept {
+  try {
+    error = text;
+  } catch (const std::bad_alloc&) {
+    error = "out of memory";
+  }
+}
+
 // Calls into the model or the device; an exception becomes a status and a text.
 template <typename Call>
-std::int32_t catch_all(std::string& error, Call call) {
+std::int32_t catch_all(std::string& error, Call call) noexcept {
   try {
     return call();
   } catch (const std::exception& thrown) {
-    error = thrown.what();
+    say(error, thrown.what());
   } catch (...) {
-    error = "the model threw something that is no std::exception";
+    say(error, "the model threw something that is no std::exception");
   }
   return -1;
 }
@@ -95,7 +105,7 @@ class IntraOpThreads {
 
 }  // namespace
 
-void Run::launch() {
+void Run::launch() noexcept {
   completion_.token = work_.token;
   completion_.started = now();
   attempt(runtime_, completion_, [&] {
@@ -124,7 +134,7 @@ void Run::launch_on_stream() {
   }
 }
 
-void Run::run_model() {
+void Run::run_model() noexcept {
   if (completion_.status != 0) return;
   const Model& model = *work_.model;
   OwnedHandles& outputs = completion_.outputs;
@@ -155,7 +165,7 @@ bool Run::ready() const noexcept {
   }
 }
 
-Completion Run::finish() {
+Completion Run::finish() noexcept {
   if (stream_run_) {  // after a failure too: the device may still use the memory that is freed next
     std::string error;
     const std::int32_t fenced = catch_all(error, [&] {

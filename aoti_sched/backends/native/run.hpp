@@ -78,7 +78,7 @@ class Run {
   Run(const Runtime& runtime, Work&& work) noexcept : runtime_(runtime), work_(std::move(work)) {}
 
   // Runs the model. On a device it only launches the model; on a CPU it blocks for the whole run.
-  void launch();
+  void launch() noexcept;
 
   // Whether the device has the work, and can be polled for its end. Until `finish`, the thread may
   // serve other runs.
@@ -91,11 +91,11 @@ class Run {
   [[nodiscard]] bool ready() const noexcept;
 
   // Waits for the device and returns the outcome. Follows `launch`, once.
-  [[nodiscard]] Completion finish();
+  [[nodiscard]] Completion finish() noexcept;
 
  private:
   void launch_on_stream();
-  void run_model();
+  void run_model() noexcept;
 
   const Runtime& runtime_;
   Work work_;
