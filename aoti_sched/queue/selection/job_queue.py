@@ -165,46 +165,46 @@ class Buckets:
     """Buckets that have jobs, ordered by their first jobs.
 
     Attributes:
-        lines: The buckets.
+        buckets: The buckets.
         only: The bucket, when there is only one; the heap is not used then.
     """
 
-    __slots__ = ("_contest", "lines", "only")
+    __slots__ = ("_contest", "buckets", "only")
 
     def __init__(self) -> None:
         # OrderedDict, since its first key is found in O(1) after many deletions.
-        self.lines: OrderedDict[Bucket, None] = OrderedDict()
+        self.buckets: OrderedDict[Bucket, None] = OrderedDict()
         self.only: Bucket | None = None
         self._contest: LazyHeap[Bucket] = LazyHeap(Bucket.rank)
 
-    def changed(self, line: Bucket) -> None:
+    def changed(self, bucket: Bucket) -> None:
         """Note that jobs have come to a bucket or left it."""
-        if line is self.only:
-            if line.first is None:
+        if bucket is self.only:
+            if bucket.first is None:
                 self.only = None
-                del self.lines[line]
+                del self.buckets[bucket]
             return
-        lines = self.lines
-        if line.first is not None:
-            if not lines:
-                self.only = line
+        buckets = self.buckets
+        if bucket.first is not None:
+            if not buckets:
+                self.only = bucket
             elif self.only is not None:  # the bucket that was alone did not contend until now
                 self._contest.enter(self.only)
                 self.only = None
-            lines[line] = None
+            buckets[bucket] = None
             if self.only is None:
-                self._contest.enter(line)
+                self._contest.enter(bucket)
         else:
-            del lines[line]
-            self._contest.leave(line)
-            if len(lines) == 1:
-                (self.only,) = lines
+            del buckets[bucket]
+            self._contest.leave(bucket)
+            if len(buckets) == 1:
+                (self.only,) = buckets
                 self._contest = LazyHeap(Bucket.rank)
 
     def first(self) -> Job | None:
         """Return the job that goes first; None when there is no bucket."""
-        line = self.only or self._contest.best()
-        return None if line is None else line.first
+        bucket = self.only or self._contest.best()
+        return None if bucket is None else bucket.first
 
 
 class JobQueue:
@@ -217,9 +217,9 @@ class JobQueue:
 
     __slots__ = (
         "_account_of",
+        "_buckets",
         "_by_key",
         "_hidden",
-        "_lines",
         "_names",
         "_plain",
         "_shown",
@@ -232,8 +232,8 @@ class JobQueue:
             Bucket(priority, NO_ACCOUNT if account_of is None else account_of(priority, None), None)
             for priority in Priority
         )  # buckets of jobs without tenant and key, by class
-        self._lines: dict[tuple[int, Hashable, Hashable], Bucket] = {}
-        # The names of the buckets in `_lines`, in the order in which they are checked.
+        self._buckets: dict[tuple[int, Hashable, Hashable], Bucket] = {}
+        # The names of the buckets in `_buckets`, in the order in which they are checked.
         self._names: deque[tuple[int, Hashable, Hashable]] = deque()
         self._shown = Buckets()
         self._by_key: dict[Hashable, Buckets] = {}
@@ -244,16 +244,16 @@ class JobQueue:
         return self._size
 
     def push(self, job: Job) -> None:
-        line = self._line_of(job)
-        line.push(job.due, job)
+        bucket = self._bucket_of(job)
+        bucket.push(job.due, job)
         self._size += 1
-        self._changed(line)
+        self._changed(bucket)
 
     def remove(self, job: Job) -> None:
-        line = self._line_of(job)
-        line.remove(job)
+        bucket = self._bucket_of(job)
+        bucket.remove(job)
         self._size -= 1
-        self._changed(line)
+        self._changed(bucket)
 
     def head(self) -> Job | None:
         """Return the job that goes first, of those that are not hidden; None when there is none."""
@@ -262,8 +262,8 @@ class JobQueue:
 
     def head_of(self, key: Hashable) -> Job | None:
         """Return the job that goes first, of those with a key; None when there is none."""
-        lines = self._by_key.get(key)
-        return None if lines is None else lines.first()
+        of_key = self._by_key.get(key)
+        return None if of_key is None else of_key.first()
 
     def hide(self, key: Hashable) -> None:
         """Hide the jobs of a key that come from now on. The key must have no jobs yet."""
@@ -272,41 +272,41 @@ class JobQueue:
     def show(self, key: Hashable) -> None:
         """Let the jobs of a hidden key contend."""
         self._hidden.discard(key)
-        lines = self._by_key.get(key)
-        for line in () if lines is None else list(lines.lines):
-            self._shown.changed(line)
+        of_key = self._by_key.get(key)
+        for bucket in () if of_key is None else list(of_key.buckets):
+            self._shown.changed(bucket)
 
     def each(self) -> Iterator[Job]:
         """Yield all jobs, in no guaranteed order, and without building a list."""
-        for line in self._shown.lines:
-            yield from line.each()
+        for bucket in self._shown.buckets:
+            yield from bucket.each()
         for key in self._hidden:
-            for line in self._by_key[key].lines:  # a key is hidden only while it has jobs
-                yield from line.each()
+            for bucket in self._by_key[key].buckets:  # a key is hidden only while it has jobs
+                yield from bucket.each()
 
     def jobs(self) -> list[Job]:
         """Return all jobs, ordered by class, due time and arrival."""
         return sorted(
-            [job for line in (*self._plain, *self._lines.values()) for job in line.jobs()],
+            [job for bucket in (*self._plain, *self._buckets.values()) for job in bucket.jobs()],
             key=lambda job: (job.priority, job.due, job.id),
         )
 
-    def _line_of(self, job: Job) -> Bucket:
+    def _bucket_of(self, job: Job) -> Bucket:
         """Return the bucket of a job that is, or is about to be, in the queue."""
         account_of = self._account_of
         if account_of is None or (job.tenant is None and job.key is None):
             return self._plain[job.priority]
         name = (job.priority, job.tenant, job.key)
-        line = self._lines.get(name)
-        if line is None:
-            self._drop_lines()
-            line = self._lines[name] = Bucket(job.priority, NO_ACCOUNT, job.key)
+        bucket = self._buckets.get(name)
+        if bucket is None:
+            self._drop_buckets()
+            bucket = self._buckets[name] = Bucket(job.priority, NO_ACCOUNT, job.key)
             self._names.append(name)
-        if line.first is None:
-            line.account = account_of(job.priority, job.tenant)
-        return line
+        if bucket.first is None:
+            bucket.account = account_of(job.priority, job.tenant)
+        return bucket
 
-    def _drop_lines(self) -> None:
+    def _drop_buckets(self) -> None:
         """Check two buckets for a new one, and drop those without jobs.
 
         The buckets are checked in a circle, so that no fact has to check all.
@@ -314,20 +314,20 @@ class JobQueue:
         names = self._names
         for _ in range(2 if len(names) >= KEPT else 0):
             name = names.popleft()
-            if self._lines[name].first is None:
-                del self._lines[name]
+            if self._buckets[name].first is None:
+                del self._buckets[name]
             else:
                 names.append(name)
 
-    def _changed(self, line: Bucket) -> None:
-        key = line.key
+    def _changed(self, bucket: Bucket) -> None:
+        key = bucket.key
         if key is not None:
-            lines = self._by_key.get(key)
-            if lines is None:
-                lines = self._by_key[key] = Buckets()
-            lines.changed(line)
-            if not lines.lines:
+            of_key = self._by_key.get(key)
+            if of_key is None:
+                of_key = self._by_key[key] = Buckets()
+            of_key.changed(bucket)
+            if not of_key.buckets:
                 del self._by_key[key]
             if key in self._hidden:
                 return
-        self._shown.changed(line)
+        self._shown.changed(bucket)
