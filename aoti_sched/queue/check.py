@@ -154,7 +154,7 @@ def check(queue: DeviceQueue) -> None:
                 "a lane that is open for a source's next job runs one of its jobs and has no next",
             )
         if runner.batch_queue is not None:
-            _check_company(queue, runner, queued, must)
+            _check_batches(queue, runner, queued, must)
         must(
             runner.reached or runner.halted > 0 or not (runner.closed and runner.home),
             "a barrier that can be reached is reached",
@@ -302,8 +302,8 @@ def _check_accounts(
             "a runner's account counts its queued and running jobs",
         )
         must(account.balance <= 0.0, "no account owes time that was used")
-        turns = runner.tenants[priority]
-        for tenant, own in turns.accounts.items():
+        fair_class = runner.tenants[priority]
+        for tenant, own in fair_class.accounts.items():
             mine = [job for job in of_class if job.source is runner and job.tenant == tenant]
             runs = [
                 j
@@ -316,16 +316,16 @@ def _check_accounts(
             )
             idle = tenant is not None and not (own.queued or own.running)
             must(idle == (own.rested > 0), "an idle tenant's account says that the tenant is idle")
-        resting = sum(own.rested > 0 for own in turns.accounts.values())
+        resting = sum(own.rested > 0 for own in fair_class.accounts.values())
         must(
-            resting == turns._resting <= fair.DEBTORS,
+            resting == fair_class._resting <= fair.DEBTORS,
             "idle tenants are counted, and are no more than are kept",
         )
         of_tenants = [
             j for j in (*of_class, *running) if j.source is runner and j.priority == priority
         ]
         must(
-            all(turns.accounts.get(job.tenant) is job.account for job in of_tenants),
+            all(fair_class.accounts.get(job.tenant) is job.account for job in of_tenants),
             "each queued or running job is on its tenant's account",
         )
     must(
@@ -360,10 +360,10 @@ def _has_room(source: Source) -> bool:
     return head is not None and source.load.refusal(head.bytes) is None
 
 
-def _check_company(
+def _check_batches(
     queue: DeviceQueue, runner: RunnerState, queued: list[Job], must: Callable[[bool, str], None]
 ) -> None:
-    company: BatchQueue = runner.batch_queue  # type: ignore[assignment]
+    batches: BatchQueue = runner.batch_queue  # type: ignore[assignment]
     for job in [*queue.lanes.running.values(), *queue.lanes.handed_ahead.values()]:
         if job.source is runner and job.members:
             must(
@@ -375,7 +375,7 @@ def _check_company(
                 "the members of a batch have one key",
             )
             must(
-                sum(member.rows for member in job.members) <= company.rule.max_rows,
+                sum(member.rows for member in job.members) <= batches.rule.max_rows,
                 "a batch has at most max_rows rows",
             )
             must(
@@ -391,10 +391,10 @@ def _check_company(
         if job.source is runner and job.key is not None and not job.is_lease_request
     ]
     must(
-        company.keys.keys() == {job.key for job in keyed},
+        batches.keys.keys() == {job.key for job in keyed},
         "exactly the keys that have jobs are listed",
     )
-    for name, key in company.keys.items():
+    for name, key in batches.keys.items():
         alike = [job for job in keyed if job.key == name]
         must(
             (key.jobs, key.rows) == (len(alike), sum(job.rows for job in alike)),
@@ -409,7 +409,7 @@ def _check_company(
             key.ripe or key.held or wakes, "the device wakes for each key that waits for more jobs"
         )
     must(
-        bool(company.arrived) == (runner in queue._gathering),
+        bool(batches.arrived) == (runner in queue._gathering),
         "a runner with new batchable jobs is listed until the turn ends",
     )
 

@@ -32,7 +32,7 @@ the next job of the same source ahead of time; both share one slot, since they n
 (`batching.py`). Its first job, the leader, has the lane and the slot, and holds the others as
 `members`. When a batch fails, no member is known to be the cause, so each one whose caller is still
 there is retried alone, on the same lane and slot, one after the other. Two places carry out this
-one rule. `complete` leaves such members RUNNING, puts them into the leader's `rest`, and
+one rule. `complete` leaves such members RUNNING and puts them into the leader's `to_retry`, and
 `Lanes.leave` turns the first of them into the next `Launch`. The dispatcher, which resolves the
 futures of a failed batch, skips the members that are still RUNNING: they are retried.
 

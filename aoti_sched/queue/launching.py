@@ -52,10 +52,10 @@ class Launching(ExpiringJobs):
 
     def _arrives(self, runner: RunnerState, commands: list[Command]) -> None:
         """Note that a job that may share a run has come in this turn of the loop."""
-        company = batch_queue_of(runner)
-        if not company.arrived:
+        batches = batch_queue_of(runner)
+        if not batches.arrived:
             self._gathering.append(runner)
-        company.note_arrival()
+        batches.note_arrival()
         self._ask_for_turn(commands)
 
     def _dispatch(self, now: float, commands: list[Command]) -> None:
@@ -168,14 +168,14 @@ class Launching(ExpiringJobs):
         The batch is closed at the first job that does not fit. Without such jobs there is no batch.
         """
         runner = job.source.runner
-        company, placing = batch_queue_of(runner), runner.placing
+        batches, placing = batch_queue_of(runner), runner.placing
         members, rows = [job], job.rows
-        fits = not inline or placing.grows(*company.potential_batch(job))
-        while (other := company.queue.head_of(job.key)) is not None:
+        fits = not inline or placing.grows(*batches.potential_batch(job))
+        while (other := batches.queue.head_of(job.key)) is not None:
             if other.deadline is not None and other.deadline <= now:
                 self._expire(other, now, commands)
                 continue
-            if rows + other.rows > company.rule.max_rows:
+            if rows + other.rows > batches.rule.max_rows:
                 break
             if not fits and not placing.grows(job.size + other.bytes, len(members) + 1):
                 break

@@ -1,6 +1,6 @@
 """The parts of a device's queue, and what happens to them when a job leaves the queue.
 
-The classes of `ending.py`, `deadlines.py`, `launching.py`, `lifecycle.py` and `device_queue.py`
+The classes of `slices.py`, `deadlines.py`, `launching.py`, `lifecycle.py` and `device_queue.py`
 extend this one in that order. Each uses only what the ones before it define.
 """
 

@@ -73,12 +73,12 @@ def _age(source: Source, *, inline: bool) -> Rank | None:
         or source.runner.placing.inline(oldest.bytes) != inline
     ):
         return None
-    company = source.runner.batch_queue
+    batches = source.runner.batch_queue
     if (
         oldest.key is not None
-        and company is not None
+        and batches is not None
         and source is source.runner
-        and company.holds_back(oldest)
+        and batches.holds_back(oldest)
     ):
         return None
     return (oldest.submitted, oldest.id)

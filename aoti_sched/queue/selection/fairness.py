@@ -22,26 +22,26 @@ class FairShares:
         fair: Whether there are accounts; without them, only class and due time order jobs.
     """
 
-    __slots__ = ("_turns", "fair")
+    __slots__ = ("_classes", "fair")
 
     def __init__(self, fair: bool) -> None:
         self.fair = fair
-        self._turns = tuple(FairClass() for _ in Priority)
+        self._classes = tuple(FairClass() for _ in Priority)
 
     def open(self, name: str, share: float) -> tuple[Account, ...]:
         """Open a new runner's accounts, and return them by priority class."""
         if not self.fair:
             return ()
         accounts = tuple(Account(share) for _ in Priority)
-        for turns, account in zip(self._turns, accounts, strict=True):
-            turns.accounts[name] = account
+        for fair_class, account in zip(self._classes, accounts, strict=True):
+            fair_class.accounts[name] = account
         return accounts
 
     def close(self, name: str) -> None:
         """Remove the accounts of a runner."""
         if self.fair:
-            for turns in self._turns:
-                del turns.accounts[name]
+            for fair_class in self._classes:
+                del fair_class.accounts[name]
 
     def enter(self, job: Job) -> None:
         """Count a job that is queued."""
@@ -49,11 +49,11 @@ class FairShares:
             return
         source, priority = job.source, job.priority
         runner = source.runner
-        self._turns[priority].enter(runner.accounts[priority])
+        self._classes[priority].enter(runner.accounts[priority])
         if source is runner:
-            turns = runner.tenants[priority]
-            job.account = turns.of(job.tenant)
-            turns.enter(job.account)
+            fair_class = runner.tenants[priority]
+            job.account = fair_class.of(job.tenant)
+            fair_class.enter(job.account)
 
     def leave(self, job: Job) -> None:
         """Uncount a job that has left the queue."""
@@ -75,7 +75,7 @@ class FairShares:
         runner, priority = job.source.runner, job.priority
         new = not job.retrying
         runner.accounts[priority].running += new
-        self._turns[priority].launch(runner.accounts[priority], job.expected)
+        self._classes[priority].launch(runner.accounts[priority], job.expected)
         if job.account is not None:
             job.account.running += new
             runner.tenants[priority].launch(job.account, job.expected)

@@ -27,17 +27,17 @@ class Rotation:
     Ties between replicas are broken in rotation.
     """
 
-    __slots__ = ("_turn", "replicas")
+    __slots__ = ("_next", "replicas")
 
     def __init__(self, replicas: list[tuple[DeviceQueue, RunnerState]]) -> None:
         self.replicas = replicas
-        self._turn = 0
+        self._next = 0
 
     def leave(self, runner: RunnerState) -> None:
         """Remove a replica, which takes no more requests."""
-        place = [one for _, one in self.replicas].index(runner)
-        del self.replicas[place]
-        self._turn -= place < self._turn
+        index = [one for _, one in self.replicas].index(runner)
+        del self.replicas[index]
+        self._next -= index < self._next
 
     def place(self, job: Job, now: float) -> None:
         """Choose the replica that a new job draws its slot from, and set the job's source.
@@ -70,22 +70,22 @@ class Rotation:
         *hindrances, least = min(costs)
         most = least * (1 + NEAR) if known else least
         best = [
-            place
-            for place, (*those, seconds) in enumerate(costs)
+            index
+            for index, (*those, seconds) in enumerate(costs)
             if those == hindrances and seconds <= most
         ]
-        chosen = min(best, key=lambda place: (place - self._turn) % len(replicas))
-        for place, (*those, seconds) in enumerate(costs):
+        chosen = min(best, key=lambda index: (index - self._next) % len(replicas))
+        for index, (*those, seconds) in enumerate(costs):
             if (
                 known
                 and those == hindrances
                 and seconds > most
-                and _is_tried(job, replicas[place][1], seconds, now)
+                and _is_tried(job, replicas[index][1], seconds, now)
             ):
-                chosen = place
+                chosen = index
                 break
         job.source = replicas[chosen][1]
-        self._turn = (chosen + 1) % len(replicas)
+        self._next = (chosen + 1) % len(replicas)
 
 
 def _is_tried(job: Job, runner: RunnerState, seconds: float, now: float) -> bool:
