@@ -18,7 +18,7 @@ from aoti_sched.queue.selection.job_queue import JobQueue
 
 
 class Batching(msgspec.Struct, frozen=True):
-    """How a runner's jobs are batched.
+    """The rule by which a runner's jobs are batched.
 
     Args:
         max_rows: The most rows that run as one batch.

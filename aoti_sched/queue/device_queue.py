@@ -10,44 +10,44 @@ clock, which never goes back, and returns the commands that the caller must perf
 state raises `IllegalFactError`, which tells the job's story, and changes nothing. Commands are
 performed at once, and their outcomes return as further facts.
 
-**A job's way.** `job.TRANSITIONS` holds every state of a job and every way out of it.
-`submit` rejects a job, queues it, or lets it wait at its source's gate until there is room
-(`admission/`). A source is what a job draws its slot from: a runner, or a held lease.
-A source that has a queued job and a free slot contends for a lane.
-`Launch` gives the best job a slot and a lane; `complete` releases both.
+**A job's way.** `job.TRANSITIONS` holds every state of a job and every way out of it. `submit`
+rejects a job, queues it, or lets it wait at its source's gate until there is room (`admission/`). A
+source is what a job draws its slot from: a runner, or a held lease. A source that has a queued job
+and a free slot contends for a lane. `Launch` gives the best job a slot and a lane; `complete`
+releases both.
 
-**The order of jobs.** Jobs are ordered by priority class, then by the device time that their
-runner and tenant have used relative to their share (`selection/fairness.py`), then by due time
-(`policy.py`). With `max_wait`, every second launch goes to the oldest overdue job, within a quarter
-of the time (`selection/choice.py`). If the first job in line for a lane needs more cores than are
-free, no other job overtakes it.
+**The order of jobs.** Jobs are ordered by priority class first. Within a class, those jobs go first
+whose runner and tenant have used the least device time for their share (`selection/fairness.py`).
+Then the due time decides (`policy.py`). With `max_wait`, every second launch goes to the oldest
+overdue job, within a quarter of the time (`selection/choice.py`). If the first job in line for a
+lane needs more cores than are free, no other job overtakes it.
 
-**Slots and lanes.** A run occupies one slot of its source and one lane of the device, and as many
-cores as its runner is wide. A short run may instead go inline, on the loop's own thread, within a
-budget per turn of the loop (`selection/placement.py`). A lane that runs a short job may be handed
-the next job of the same source ahead of time; both share one slot, since they never run at once
-(`lanes.py`). A lease holds a slot without a lane, and its jobs take lanes as others do.
+**Slots and lanes.** A run occupies one slot of its source and one lane of the device. The run takes
+as many cores as its runner is wide. A short run may instead go inline, on the loop's own thread,
+within a budget per turn of the loop (`selection/placement.py`). A lane that runs a short job may be
+handed the next job of the same source ahead of time; both share one slot, since they never run at
+once (`lanes.py`). A lease holds a slot without a lane, and its jobs take lanes as others do.
 
 **Batches and retries.** Queued jobs of a runner with an equal key may run as one batch
 (`batching.py`). Its first job, the leader, has the lane and the slot, and holds the others as
-`members`. When a batch fails, no member is known to be the cause, so each one whose caller is still
-there is retried alone, on the same lane and slot, one after the other. Two places carry out this
-one rule. `complete` leaves such members RUNNING and puts them into the leader's `to_retry`, and
-`Lanes.leave` turns the first of them into the next `Launch`. The dispatcher, which resolves the
+`members`. When a batch fails, no member is known to be the cause. So each member whose caller is
+still there is retried alone, on the same lane and slot, one after the other. Two places carry out
+this one rule. `complete` leaves such members RUNNING and puts them into the leader's `to_retry`,
+and `Lanes.leave` turns the first of them into the next `Launch`. The dispatcher, which resolves the
 futures of a failed batch, skips the members that are still RUNNING: they are retried.
 
 **Barriers.** A closed barrier stops a runner from starting anything but the runs of held leases.
-When every slot is free, `BarrierReached` follows, the caller exchanges the weights, and the barrier
-opens on the next epoch, an earlier one, or the same (`barrier.py`). Jobs that asked for an epoch
-that is yet to come wait outside the queue. Jobs whose epoch was rolled back are revoked.
+When every slot is free, `BarrierReached` follows, and the caller exchanges the weights. Then the
+barrier opens on the next epoch, an earlier one, or the same (`barrier.py`). Jobs that asked for an
+epoch that is yet to come wait outside the queue. Jobs whose epoch was rolled back are revoked.
 
 **Memory.** Where the device has a limit, memory is reserved before a model is loaded. When it does
 not suffice, runners are evicted: their barrier closes, `Park` asks the caller to free the weights,
 and `Return` to restore them, when requests want them and there is room (`memory.py`).
 
 **Slices.** No fact takes long, however many jobs it concerns. Facts that end, move or admit many
-jobs do so for `SLICE` of them and ask with `GoOn` to be continued in the loop's next turn. The fact
-decides which jobs end, and a runner whose jobs are ending starts nothing (`ending.py`).
+jobs do so for `SLICE` of them. They return `GoOn`, to be continued in the loop's next turn. The
+fact decides which jobs end, and a runner whose jobs are ending starts nothing (`ending.py`).
 
 **What is guaranteed**
 
@@ -208,8 +208,8 @@ class DeviceQueue(Lifecycle):
         """Take a new job. Without room, the job waits at the gate with `wait`, or is rejected.
 
         A job with `since` replaces a job that was withdrawn at another replica and submitted then.
-        It was accepted before, so neither a prediction nor the bound of jobs that await an epoch
-        rejects it.
+        Such a job was accepted before, so neither a prediction nor the bound of jobs that await an
+        epoch rejects it.
         """
         runner = job.source.runner
         # A job for a drained runner, which may be removed by now, is rejected, and not illegal.

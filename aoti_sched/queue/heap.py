@@ -13,10 +13,10 @@ from typing import Any, Generic, TypeVar
 _E = TypeVar("_E", bound="tuple[Any, ...]")
 
 SPARE = 16
-"""How many entries may be over before any are dropped, however few the others are."""
+"""The number of entries that may be over before any are dropped, however few the others are."""
 
 MOVED = 4
-"""How many entries one call of `tidy` moves to the new heap.
+"""The number of entries that one call of `tidy` moves to the new heap.
 
 Half of n entries are over when the move begins, so the move ends before n/4 more are over.
 """
@@ -27,8 +27,8 @@ _NONE: list[Any] = []  # never changed
 class Heap(ABC, Generic[_E]):
     """A heap of tuples that can be compared. A subclass says which entries are over.
 
-    To drop the entries that are over, the others move to another heap. They are taken from the end,
-    which leaves the rest a heap.
+    To drop the entries that are over, the others move to another heap. Entries are taken from
+    the end, which leaves the rest a heap.
     """
 
     __slots__ = ("_entries", "_old")

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Stay(enum.IntEnum):
-    """Where a model's constants are."""
+    """The residency of a model's constants."""
 
     HERE = 0  # resident
     LEAVING = 1  # being evicted: no run starts; once every slot is free, the constants are freed

@@ -24,7 +24,7 @@ class Priority(enum.IntEnum):
 
 
 class JobState(enum.IntEnum):
-    """What has become of a job. In the first four states a job is alive; the others are final."""
+    """The states of a job. In the first four states a job is alive; the others are final."""
 
     NEW = 0  # not yet submitted
     WAITING = 1  # held until admission has room (overflow="wait"), or until its epoch is published
@@ -41,7 +41,7 @@ class JobState(enum.IntEnum):
 
 
 class Fact(enum.IntEnum):
-    """What can happen to one job."""
+    """The facts that can happen to one job."""
 
     REJECT = 0
     HOLD = 1

@@ -10,8 +10,8 @@ requests ask for them. The requests wait in the runners' queues meanwhile.
   others are idle, busy runners are evicted as well: their runs finish, and their other jobs wait.
   A busy runner is evicted only when it has been resident for at least `STAY` times as long as its
   restore took. So no more than a fifth of the time goes into restores.
-- A runner is not evicted while it has a held lease, nor while its weights are being changed, nor
-  after a change whose weights exist in memory only (`Holding.fixed`).
+- A runner is not evicted while it has a held lease, or while its weights are being changed. Nor is
+  it evicted after a change whose weights exist in memory only (`Holding.fixed`).
 """
 
 from __future__ import annotations

@@ -15,10 +15,10 @@ earlier deadlines go first, but can't delay the job for ever.
 
 
 class Policy(msgspec.Struct, frozen=True):
-    """How a device chooses among jobs.
+    """The rules by which a device chooses among jobs.
 
     Args:
-        order: What orders jobs of one priority class and tenant: "deadline" or "arrival".
+        order: The order of jobs of one priority class and tenant: "deadline" or "arrival".
         fair: Whether runners share the device's time by their shares, and tenants a runner's time
             equally.
         expire_late: Whether a job that is predicted to miss its deadline expires instead of

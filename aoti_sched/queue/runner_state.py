@@ -22,7 +22,7 @@ from aoti_sched.queue.selection.placement import Placing
 
 
 class Phase(enum.IntEnum):
-    """How far a runner is on its way out."""
+    """The phases of a runner, from open to drained."""
 
     OPEN = 0
     DRAINING = 1  # takes no new jobs, finishes all that it accepted
@@ -58,11 +58,11 @@ class Counters(msgspec.Struct):
 
 
 UNHEALTHY = 5
-"""How many runs in a row must fail before a runner is failing."""
+"""The number of runs in a row that must fail before a runner is failing."""
 
 
 class Source:
-    """What jobs draw slots from: a runner with all its slots, or a held lease with its one.
+    """A record that jobs draw slots from: a runner with all its slots, or a held lease with one.
 
     Attributes:
         runner: The runner that owns the slots.

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Bounds(msgspec.Struct, frozen=True):
-    """How much may be queued, and not running, at once. None is no bound.
+    """Bounds of the jobs that are queued, and not running, at once. None is no bound.
 
     A held lease has its runner's bounds of jobs and bytes once more, for itself: see `Room.full`.
 

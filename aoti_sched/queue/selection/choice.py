@@ -59,7 +59,7 @@ def _for_a_lease(source: Source) -> Rank | None:
 def _age(source: Source, *, inline: bool) -> Rank | None:
     """Return the age of a source's oldest job as a rank; None when the source does not contend.
 
-    A source contends if it has a free slot, its oldest job belongs in this place, and that job does
+    A source contends if it has a free slot, and its oldest job belongs in this place. That job must
     not wait for the turn of the loop to end.
 
     Args:

@@ -20,7 +20,10 @@ from aoti_sched.queue.selection.accounts import Account
 _T = TypeVar("_T", bound=Hashable)
 
 Rank = tuple[float, ...]
-"""What is compared: the least rank goes first. A rank ends in a job's id, so no two are equal."""
+"""The order of things that contend: the least rank goes first.
+
+A rank ends in a job's id, so no two ranks are equal.
+"""
 
 KEPT = 64
 """The most buckets of a queue that are kept for later jobs before empty ones are dropped."""
@@ -33,8 +36,8 @@ class LazyHeap(Heap["tuple[Rank, _T]"], Generic[_T]):
     """A heap of things that contend, the thing with the least rank first.
 
     Entries (rank, thing) are not updated, but checked when they surface. A thing must enter again
-    when its rank falls or it becomes eligible. It need not when its rank rises. So each fact costs
-    O(log n), and things without work cost nothing.
+    when its rank falls or it becomes eligible. When its rank rises, it need not. So each
+    fact costs O(log n), and things without work cost nothing.
 
     Args:
         rank_of: A thing's rank now; None while it is not eligible.

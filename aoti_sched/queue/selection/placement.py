@@ -96,8 +96,8 @@ class Placing:
     def learn(self, size: int, seconds: float, now: float, *, too_long: bool) -> bool:
         """Learn from a run.
 
-        One inline run that is too long is enough to send runs of its size and larger ones back to
-        the lanes, where their times are learned anew.
+        After an inline run that is too long, runs of its size and larger ones go back to the lanes,
+        where their times are learned anew.
 
         Args:
             size: The bytes of the run's inputs.

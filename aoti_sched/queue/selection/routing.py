@@ -14,7 +14,7 @@ requests that come while both are idle.
 """
 
 Cost = tuple[bool, bool, bool, float]
-"""What speaks against a replica, the strongest reason first.
+"""The reasons against a replica, the strongest first.
 
 Three hindrances: the replica takes no new jobs, has no room, or gives out no slot at present. Then
 the predicted seconds, or the jobs and leases per slot.
@@ -91,8 +91,8 @@ class Rotation:
 def _is_tried(job: Job, runner: RunnerState, seconds: float, now: float) -> bool:
     """Return whether to try a replica that is predicted to be slower than others.
 
-    Only a replica is tried that is slower by its run times alone, and not because the job would
-    wait there, and only if the job's deadline can be met.
+    A replica is tried only if it is slower by its run times alone, and not because the job would
+    wait there. The job's deadline must be met there, too.
 
     Args:
         job: The job.

@@ -6,13 +6,13 @@ import math
 from bisect import bisect_left
 
 WINDOW = 32
-"""How many runs are remembered."""
+"""The number of runs that are remembered."""
 
 KNOWN_AFTER = 8
-"""How many runs it takes until a time is known."""
+"""The number of runs after which a time is known."""
 
 OUTLIERS = 10
-"""One in this number of the remembered runs may have taken longer than the bound."""
+"""The part of the remembered runs that may have taken longer than the bound: one in this many."""
 
 PATIENCE = 1.0
 """The least seconds without a run of a size before a probe.

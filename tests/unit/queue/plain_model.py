@@ -1,9 +1,9 @@
 """The plain model: the queue's rules once more, simple and slow.
 
-The model makes each decision by looking at all jobs and runs. It has no heaps, no stale entries and
-no counts kept beside the counted things. It shares no code with the package, so that the two can be
-compared. It takes the facts of `walks.py` and returns the commands as tuples. `plain_room` decides
-which jobs are queued, `plain_order` which are launched.
+The model makes each decision by looking at all jobs and runs. There are no heaps, no stale entries
+and no counts kept beside the counted things. The model shares no code with the package, so that the
+two can be compared. The facts of `walks.py` are its methods, which return the commands as tuples.
+`plain_room` decides which jobs are queued, `plain_order` which are launched.
 """
 
 from __future__ import annotations

@@ -396,9 +396,8 @@ class Player:
         if number < len(self.jobs):
             return self.queue.submit(self.jobs[number], now, wait=wait, since=since)
         job = Job(owner, payload=number, **wish)
-        commands = self.queue.submit(
-            job, now, wait=wait, since=since
-        )  # may raise, so that the job is not kept
+        # An illegal job raises here, and is not kept.
+        commands = self.queue.submit(job, now, wait=wait, since=since)
         self.jobs.append(job)
         return commands
 
