@@ -80,7 +80,7 @@ class Rotation:
                 known
                 and those == hindrances
                 and seconds > most
-                and _is_tried(job, replicas[index][1], seconds, now)
+                and _is_probed(job, replicas[index][1], seconds, now)
             ):
                 chosen = index
                 break
@@ -88,7 +88,7 @@ class Rotation:
         self._next = (chosen + 1) % len(replicas)
 
 
-def _is_tried(job: Job, runner: RunnerState, seconds: float, now: float) -> bool:
+def _is_probed(job: Job, runner: RunnerState, seconds: float, now: float) -> bool:
     """Return whether to try a replica that is predicted to be slower than others.
 
     A replica is tried only if it is slower by its run times alone, and not because the job would
