@@ -1298,7 +1298,8 @@ async def test_waiting_for_an_epoch_ends_by_timeout_cancellation_or_closing():
         assert a.stats().waiting == 1
         await a.aclose()
         with pytest.raises(
-            aoti_sched.RunnerClosedError, match="epoch 2, which the request waits for, was not published"
+            aoti_sched.RunnerClosedError,
+            match="epoch 2, which the request waits for, was not published",
         ):
             await closed
 
