@@ -1,11 +1,12 @@
-"""Barrier: the point between two epochs, and what a request may ask of an epoch.
+"""Barrier: the point between two epochs, and the epochs that a request may ask for.
 
-A closed barrier gives out no slot, so what is queued waits in its order; held leases keep theirs
-and finish their runs on the epoch they began with. Once every slot is home, the constants may be
-exchanged, and the barrier opens on another epoch, or, when nothing came of it, on the same.
+While a runner's barrier is closed, the runner gives out no slot, and queued jobs wait in their
+order. Held leases keep their slots, and finish their runs on the epoch that they began with. When
+every slot is free, the constants may be exchanged. Then the barrier opens on another epoch, or on
+the same after a failed exchange.
 
-Epochs are numbered in the order of their publication, and a number is never used twice: a rollback
-goes back to the number before, and the next set published gets one that was never seen.
+Epochs are numbered in the order of their publication, and a number is never used twice. A rollback
+returns to the number before, and the next set that is published gets a new number.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def close(runner: RunnerState) -> None:
-    """Nothing of this runner starts any more but the runs of leases that are held."""
+    """Close a runner's barrier: from now on, only runs of held leases start."""
     if runner.closed or runner.phase is Phase.DRAINED:
         state = "its barrier is closed already" if runner.closed else "it is drained"
         raise IllegalFactError(f"runner {runner.name!r}: {state}")
@@ -30,7 +31,7 @@ def close(runner: RunnerState) -> None:
 
 
 def reach(runner: RunnerState) -> bool:
-    """Whether a closed barrier has, by the last fact, seen every slot come home; true once."""
+    """Return True once when a closed barrier is reached: every slot is free since this fact."""
     if runner.closed and not runner.reached and not runner.halted and runner.home:
         runner.reached = True
         return True
@@ -38,7 +39,7 @@ def reach(runner: RunnerState) -> bool:
 
 
 def open_on(runner: RunnerState, epoch: int | None) -> None:
-    """Let it start again, on this epoch; None is the one it had."""
+    """Open a runner's barrier on an epoch; None keeps the present epoch."""
     if not runner.closed:
         raise IllegalFactError(f"runner {runner.name!r}: its barrier is open")
     if epoch is not None:
@@ -54,7 +55,10 @@ def open_on(runner: RunnerState, epoch: int | None) -> None:
 
 
 def epoch_refusal(job: Job) -> EpochError | None:
-    """Why a job can't have the epoch it asks for, now or later; None when it can."""
+    """Return the error of a job that asks for an impossible epoch; None if it can have it.
+
+    A job can have an epoch that is yet to be published.
+    """
     source, runner = job.source, job.source.runner
     wanted = job.min_epoch
     if wanted <= source.epoch:
@@ -62,8 +66,7 @@ def epoch_refusal(job: Job) -> EpochError | None:
     if source is not runner:
         return EpochError(
             f"runner {runner.name!r}: a lease that was granted at epoch {source.epoch} stays "
-            f"there, and the request asks "
-            f"for epoch {wanted}; release the lease and take a new one"
+            f"there, and the request asks for epoch {wanted}. Release the lease and take a new one"
         )
     return rolled_back(job) if wanted <= runner.published else None
 
@@ -73,6 +76,5 @@ def rolled_back(job: Job) -> EpochError:
     runner = job.source.runner
     return EpochError(
         f"runner {runner.name!r}: epoch {job.min_epoch} was rolled back, epoch {runner.epoch} "
-        f"serves; "
-        f"ask for min_epoch={runner.epoch}, or publish the weights anew"
+        f"serves. Ask for min_epoch={runner.epoch}, or publish the weights again"
     )

@@ -1,9 +1,9 @@
-"""Batch: which jobs may run as one, and how long they wait for company.
+"""Batching: which jobs may run as one batch, and how long they wait for further jobs.
 
-Jobs of one runner with the same key may share a launch, as long as their rows together are not too
-many. None waits when it could run, but for two reasons. Where several come in one turn of the loop,
-the turn is let come to its end, so that they go together. And where it is asked for (`max_delay`),
-a key waits for more, though never past a deadline.
+Jobs of one runner with the same key may share a launch, as long as their rows together are at most
+`max_rows`. A job that could run waits for two reasons only. Where several jobs come in one turn of
+the loop, they are held until the turn ends, so that they run together. And with `max_delay`, a key
+waits for more jobs, though never past a deadline.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from aoti_sched.queue.selection.job_queue import JobQueue
 
 
 class Batching(msgspec.Struct, frozen=True):
-    """At most `max_rows` rows run as one; a job waits at most `max_delay` seconds for others to
-    join it.
+    """The rule by which a runner's jobs are batched.
+
+    Args:
+        max_rows: The most rows that run as one batch.
+        max_delay: The most seconds that a job waits for others to join its batch.
     """
 
     max_rows: int
@@ -27,7 +30,16 @@ class Batching(msgspec.Struct, frozen=True):
 
 
 class Key:
-    """The queued jobs with one key. Once `ripe`, it stays so until none is left."""
+    """The queued jobs with one key.
+
+    Attributes:
+        jobs: How many jobs there are.
+        rows: Their rows.
+        bytes: The bytes of their inputs.
+        held: Whether the jobs wait until the turn of the loop is over.
+        ripe: Whether the jobs may run. A key that is ripe stays so until no job is left.
+        ripe_at: When the delay of the key has elapsed.
+    """
 
     __slots__ = ("bytes", "held", "jobs", "ripe", "ripe_at", "rows")
 
@@ -35,16 +47,23 @@ class Key:
         self.jobs = 0
         self.rows = 0
         self.bytes = 0
-        self.held = False  # until the turn of the loop is over
+        self.held = False
         self.ripe = False
         self.ripe_at = math.inf
 
 
 class BatchQueue:
-    """What waits for company at one runner. Keys that are not ripe are hidden in its queue.
+    """The jobs of one runner that may be batched. Keys that are not ripe are hidden in its queue.
 
-    `arrived` counts the jobs of this turn of the loop; while `gathering`, they are held until it is
-    over.
+    Args:
+        rule: How the jobs are batched.
+        queue: The runner's queue.
+
+    Attributes:
+        keys: The queued jobs by key.
+        arrived: Batchable jobs that have come in this turn of the loop.
+        gathering: Whether new jobs are held until the turn of the loop is over.
+        hurries: Whether no job waits for others any more, since the runner drains.
     """
 
     __slots__ = ("arrived", "gathering", "hurries", "keys", "queue", "rule")
@@ -55,24 +74,34 @@ class BatchQueue:
         self.keys: dict[Hashable, Key] = {}
         self.arrived = 0
         self.gathering = False
-        self.hurries = False  # it drains: nobody else will come
+        self.hurries = False
 
     @property
     def waits(self) -> bool:
-        """Whether a job that comes now has to be queued, were it the only one."""
+        """Return whether a job that comes now has to be queued, even if no other job is."""
         return self.gathering or self.arrived > 0 or self.rule.max_delay > 0
 
     def note_arrival(self) -> None:
-        """A job has come.
+        """Count a job that has come in this turn of the loop.
 
-        The second in one turn shows that there are many: gather them, from now on.
+        From the second job of a turn on, jobs are gathered, as more are likely to come.
         """
         self.arrived += 1
         if self.arrived > 1:
             self.gathering = True
 
     def enter(self, job: Job, now: float, bound: float) -> Key:
-        """Queue a job whose run will hardly take longer than `bound` seconds."""
+        """Queue a job.
+
+        Args:
+            job: The job, which has a key.
+            now: The present time.
+            bound: Seconds that the run will hardly exceed. The key is ripe that long before the
+                job's deadline.
+
+        Returns:
+            The queued jobs with the job's key.
+        """
         key = self.keys.get(job.key)
         if key is None:
             key = self.keys[job.key] = Key()
@@ -90,7 +119,7 @@ class BatchQueue:
         return key
 
     def leave(self, job: Job) -> None:
-        """A job is queued no more."""
+        """Take a job out of the queue."""
         self.queue.remove(job)
         key = self.keys[job.key]
         key.jobs -= 1
@@ -101,8 +130,13 @@ class BatchQueue:
             self.queue.show(job.key)
 
     def potential_batch(self, job: Job) -> tuple[int, int]:
-        """How many bytes, of how many jobs, would run together with a job that is queued no
-        more, itself included, by what is queued.
+        """Estimate the batch that a job which has left the queue can lead.
+
+        Where the queued jobs of the key have too many rows for one batch, a proportional part of
+        their bytes and number is taken.
+
+        Returns:
+            The bytes and the number of the batch's jobs, the leader included.
         """
         key = self.keys.get(job.key)
         if key is None:
@@ -116,7 +150,7 @@ class BatchQueue:
         return (size, jobs) if rows <= most else (size * most // rows, max(1, jobs * most // rows))
 
     def refresh(self, name: Hashable, now: float) -> None:
-        """Let a key take part, if it waits no longer."""
+        """Make a key ripe if it has waited long enough, or its batch is full."""
         key, rule = self.keys[name], self.rule
         if key.ripe:
             return
@@ -126,12 +160,12 @@ class BatchQueue:
             self.queue.show(name)
 
     def holds_back(self, job: Job) -> bool:
-        """Whether a queued job waits for the turn of the loop to end."""
+        """Return whether a queued job waits for the turn of the loop to end."""
         key = self.keys[job.key]
         return key.held and not key.ripe
 
     def turn(self, now: float) -> None:
-        """The turn of the loop is over."""
+        """Release the keys that were held until the turn of the loop was over."""
         if self.arrived < 2:
             self.gathering = False
         self.arrived = 0
@@ -140,7 +174,7 @@ class BatchQueue:
             self.refresh(name, now)
 
     def flush(self, now: float) -> None:
-        """Wait for nobody from now on."""
+        """Make each key ripe, now and from now on, without waiting for further jobs."""
         self.hurries = True
         for name in self.keys:
             self.refresh(name, now)

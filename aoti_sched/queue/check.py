@@ -1,4 +1,4 @@
-"""What is true of a `DeviceQueue` after every fact, whatever it was."""
+"""Check: what is true of a `DeviceQueue` after every fact."""
 
 # ruff: noqa: SLF001 -- the invariants are about what is inside
 
@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 
 
 def check(queue: DeviceQueue) -> None:
-    """Raise AssertionError, with the sentence that is not true."""
+    """Check all invariants of a device's queue.
+
+    Raises:
+        AssertionError: An invariant is broken. The message names it.
+    """
 
     def must(truth: bool, sentence: str) -> None:
         if not truth:
@@ -40,7 +44,7 @@ def check(queue: DeviceQueue) -> None:
             job.lane == lane and job.inline == (lane == LOOP)
             for lane, job in queue.lanes.running.items()
         ),
-        "a job knows its lane",
+        "a job's lane and inline fields say where the job runs",
     )
     must(
         queue._turn_asked
@@ -49,14 +53,14 @@ def check(queue: DeviceQueue) -> None:
             and queue.lanes.inline_left == queue.lanes.inline_budget
             and not queue._gathering
         ),
-        "a turn with inline runs, or with jobs that may have company, has a next",
+        "a turn with inline runs, or with jobs that may share a run, has a next turn",
     )
     on_cores = sum(
         job.source.runner.width for lane, job in queue.lanes.running.items() if lane != LOOP
     )
     must(
         queue.lanes.free_cores == queue.lanes.cores - on_cores >= 0,
-        "what is on lanes has its cores",
+        "each run on a lane has its cores",
     )
     queued_jobs = queued_bytes = 0
     for runner in queue.runners.values():
@@ -75,8 +79,8 @@ def check(queue: DeviceQueue) -> None:
         queued = [job for source in sources for job in source.queue.jobs()]
         gate = [job for source in sources for job in source.gate.jobs()]
         in_line = [job for line in runner.tenant_lines.values() for job in line.values()]
-        must(all(job.state is JobState.QUEUED for job in queued), "what is in a queue is QUEUED")
-        must(all(job.state is JobState.WAITING for job in gate), "what is at a gate is WAITING")
+        must(all(job.state is JobState.QUEUED for job in queued), "each job in a queue is QUEUED")
+        must(all(job.state is JobState.WAITING for job in gate), "each job at a gate is WAITING")
         must(runner.load.jobs == len(queued), "a runner's load counts its queued jobs")
         must(
             runner.load.bytes == sum(job.bytes for job in queued),
@@ -92,14 +96,14 @@ def check(queue: DeviceQueue) -> None:
             must(lease.load.within_bounds(), "no bound of a lease is exceeded")
             must(
                 not _has_room(lease) or lease.halted > 0 or queue._goes_on,
-                "nobody waits at a lease's gate when it has room",
+                "no job waits at a lease's gate when the lease has room",
             )
             must(not lease.closed, "a held lease is never closed")
         _check_tenants(runner, must)
         awaiting = list(runner.awaiting.within(0, math.inf))
         must(
             all(job.state is JobState.WAITING for job in awaiting),
-            "what awaits an epoch is WAITING",
+            "each job that awaits an epoch is WAITING",
         )
         must(
             runner in queue._moving
@@ -113,21 +117,21 @@ def check(queue: DeviceQueue) -> None:
                 or (runner.halted > 0 and runner.epoch < job.min_epoch <= runner.published)
                 for job in (*queued, *gate)
             ),
-            "what is queued can have its epoch",
+            "each queued job can have its epoch",
         )
         bound = [j for j in (*queued, *gate, *in_line) if j.min_epoch > 1 and j.source is runner]
         must(
             sorted(job.id for job in runner.epoch_bound.within(0, math.inf))
             == sorted(job.id for job in bound),
-            "what is queued for an epoch is known by it",
+            "each queued job that asks for an epoch is listed under the epoch",
         )
         must(
             all(job.epoch == job.source.epoch for job in on_lanes), "nothing runs on another epoch"
         )
-        must(1 <= runner.epoch <= runner.published, "an epoch was published")
+        must(1 <= runner.epoch <= runner.published, "the present epoch was published")
         must(
             not runner.reached or (runner.closed and runner.home),
-            "a barrier is reached while it is closed and every slot is home",
+            "a reached barrier is closed, and every slot is free",
         )
         following = [
             job for job in queue.lanes.handed_ahead.values() if job.source.runner is runner
@@ -137,7 +141,7 @@ def check(queue: DeviceQueue) -> None:
             must(
                 first is not None
                 and (first.source, first.slot, first.epoch) == (job.source, job.slot, job.epoch),
-                "what follows on a lane has the source, slot and epoch of what runs there",
+                "a job handed ahead has the source, slot and epoch of the job on its lane",
             )
         for source in sources:
             open_lanes = source.open_for_next
@@ -147,16 +151,19 @@ def check(queue: DeviceQueue) -> None:
                     and lane not in queue.lanes.handed_ahead
                     for lane in open_lanes
                 ),
-                "a lane that may be given a next job runs one of the source and has no next",
+                "a lane that is open for a source's next job runs one of its jobs and has no next",
             )
         if runner.batch_queue is not None:
-            _check_company(queue, runner, queued, must)
+            _check_batches(queue, runner, queued, must)
         must(
             runner.reached or runner.halted > 0 or not (runner.closed and runner.home),
-            "a barrier that can be reached is",
+            "a barrier that can be reached is reached",
         )
         halting = sum(ending.runner is runner for ending in queue._endings)
-        must(runner.halted == halting, "a runner is halted while jobs of it are to end")
+        must(
+            runner.halted == halting,
+            "a runner is halted as often as endings of its jobs are under way",
+        )
         must(
             sum(s.live for s in sources)
             == len(queued)
@@ -164,14 +171,14 @@ def check(queue: DeviceQueue) -> None:
             + len(in_line)
             + len(awaiting)
             + sum(map(_live, [*on_lanes, *following])),
-            "live jobs are somewhere",
+            "each live job is at a gate, in a queue or on a lane",
         )
         must(runner.load.within_bounds(*_lease_loads(runner)), "no bound of a runner is exceeded")
         if _has_room(runner) and not runner.halted and not queue._goes_on:
             at_gate = queue.room.gates.best()
             waits = None if at_gate is None else at_gate.gate.head()
             blocked = waits is not None and queue.load.refusal(waits.bytes) is not None
-            must(blocked, "nobody waits at a gate when there is room")
+            must(blocked, "no job waits at a gate when there is room")
         must((runner.phase is not Phase.DRAINED) or runner.idle, "a drained runner is idle")
         must(
             runner.phase not in (Phase.DRAINING, Phase.TERMINATED) or not runner.idle,
@@ -194,7 +201,8 @@ def check(queue: DeviceQueue) -> None:
     leases = [load for runner in queue.runners.values() for load in _lease_loads(runner)]
     must(queue.load.within_bounds(*leases), "no bound of the device is exceeded")
     must(
-        queue._goes_on or not (queue._endings or queue._moving), "what is to go on has a next turn"
+        queue._goes_on or not (queue._endings or queue._moving),
+        "endings and moves that are under way are continued in the next turn",
     )
     _check_memory(queue, must)
     must(
@@ -208,48 +216,48 @@ def _check_memory(queue: DeviceQueue, must: Callable[[bool, str], None]) -> None
     memory = queue.memory
     waiting = [claim.holding for claim in memory.claims if claim.returns is not None]
     there = [one for one in memory.holdings if one.stay is not Stay.AWAY and one not in waiting]
-    must(memory.used == sum(one.bytes for one in there), "what is in memory is counted")
+    must(memory.used == sum(one.bytes for one in there), "resident bytes are counted")
     must(
         memory.leaving == sum(one.bytes for one in there if one.stay is Stay.LEAVING),
-        "what leaves memory is counted",
+        "bytes that evictions will free are counted",
     )
     must(
         memory.promised == sum(claim.bytes for claim in memory.claims),
-        "what was promised is counted",
+        "bytes of waiting claims are counted",
     )
     must(
         not memory.claims
         or (memory.limit is not None and memory.used + memory.claims[0].bytes > memory.limit),
-        "nobody waits for memory that is free",
+        "no claim waits for memory that is free",
     )
     must(
         all(one.stay is Stay.COMING for one in waiting),
-        "who was promised to come back is on the way",
+        "a runner with a waiting claim is being restored",
     )
     for runner in queue.runners.values():
         stay = runner.memory.stay
-        must(runner.memory in memory.holdings, "what a runner has of the memory is known")
+        must(runner.memory in memory.holdings, "each runner's memory is recorded")
         must(
             runner.closed or stay is Stay.HERE,
-            "nothing of a runner starts while its constants are not there",
+            "a runner whose constants are not resident has a closed barrier",
         )
-        must(runner.home or stay in (Stay.HERE, Stay.LEAVING), "nothing runs without constants")
-        must(stay is Stay.HERE or not runner.leases, "who has held leases is not parked")
+        must(runner.home or stay in (Stay.HERE, Stay.LEAVING), "no job runs without constants")
+        must(stay is Stay.HERE or not runner.leases, "a runner with held leases is not evicted")
         must(
             runner in memory.line
             or stay is not Stay.AWAY
             or not runner.load.jobs
             or runner.halted > 0,
-            "who is away and asked for stands in line",
+            "an evicted runner with queued jobs is in line",
         )
     must(
         memory.wake is None or (queue._wake is not None and queue._wake <= memory.wake),
-        "who stands in line is not forgotten",
+        "the device wakes for the runners in line",
     )
 
 
 def _waits_for_cores(queue: DeviceQueue) -> bool:
-    """Whether one that is first in line for a lane, or may be, needs more cores than are free."""
+    """Return whether a source that contends for a lane needs more cores than are free."""
     sources = [s for runner in queue.runners.values() for s in (runner, *runner.leases.values())]
     return any(
         source.free
@@ -266,7 +274,7 @@ def _check_tenants(runner: RunnerState, must: Callable[[bool, str], None]) -> No
     for job in (*runner.gate.jobs(), *runner.queue.jobs()):
         if most is not None and not job.bypasses_limits:
             counted[job.tenant] = counted.get(job.tenant, 0) + 1
-    must(runner.tenant_jobs == counted, "what a tenant has at the gate and in the queue is counted")
+    must(runner.tenant_jobs == counted, "a tenant's jobs at the gate and in the queue are counted")
     must(
         most is None or max(counted.values(), default=0) <= most, "no bound of a tenant is exceeded"
     )
@@ -277,7 +285,7 @@ def _check_tenants(runner: RunnerState, must: Callable[[bool, str], None]) -> No
         )
         must(
             all(job.state is JobState.WAITING and job.tenant == tenant for job in line.values()),
-            "what waits for its tenant is WAITING",
+            "each job in a tenant's line is WAITING",
         )
 
 
@@ -291,11 +299,11 @@ def _check_accounts(
         must(
             account.queued == len(of_class)
             and account.running == sum(job.priority == priority for job in running),
-            "a runner's account knows what is queued and runs",
+            "a runner's account counts its queued and running jobs",
         )
-        must(account.balance <= 0.0, "what was used is paid for")
-        turns = runner.tenants[priority]
-        for tenant, own in turns.accounts.items():
+        must(account.balance <= 0.0, "no account owes time that was used")
+        fair_class = runner.tenants[priority]
+        for tenant, own in fair_class.accounts.items():
             mine = [job for job in of_class if job.source is runner and job.tenant == tenant]
             runs = [
                 j
@@ -304,22 +312,25 @@ def _check_accounts(
             ]
             must(
                 (own.queued, own.running) == (len(mine), len(runs)),
-                "a tenant's account knows what is queued and runs",
+                "a tenant's account counts its queued and running jobs",
             )
             idle = tenant is not None and not (own.queued or own.running)
-            must(idle == (own.rested > 0), "an idle tenant is known as one")
-        resting = sum(own.rested > 0 for own in turns.accounts.values())
-        must(resting == turns._resting <= fair.DEBTORS, "of idle tenants not too many are known")
+            must(idle == (own.rested > 0), "an idle tenant's account says that the tenant is idle")
+        resting = sum(own.rested > 0 for own in fair_class.accounts.values())
+        must(
+            resting == fair_class._resting <= fair.DEBTORS,
+            "idle tenants are counted, and are no more than are kept",
+        )
         of_tenants = [
             j for j in (*of_class, *running) if j.source is runner and j.priority == priority
         ]
         must(
-            all(turns.accounts.get(job.tenant) is job.account for job in of_tenants),
-            "what is queued or runs is on its tenant's account",
+            all(fair_class.accounts.get(job.tenant) is job.account for job in of_tenants),
+            "each queued or running job is on its tenant's account",
         )
     must(
         runner.backlog.jobs == (len(queued) if queue._forecast.kept else 0),
-        "what is queued is foreseen",
+        "each queued job is part of the forecast",
     )
     oldest = (
         [job for job in queued if not job.is_lease_request]
@@ -330,17 +341,17 @@ def _check_accounts(
     must(
         sorted(job.id for source in sources for job in source.arrivals.jobs())
         == sorted(j.id for j in oldest),
-        "what may become overdue is watched",
+        "each job that may become overdue is watched",
     )
     may_go = [j for j in queued if runner.sheds and j.source is runner and not j.is_lease_request]
     must(
         runner.worst.alive == len(may_go) == sum(worst.alive for worst in runner.worst_of.values()),
-        "what may be shed is known",
+        "each job that may be shed is listed",
     )
 
 
 def _live(job: Job) -> int:
-    """How many jobs one that was launched stands for."""
+    """Return how many jobs a launched job stands for: its batch, and the members to retry."""
     return len(job.members or (job,)) + len(job.to_retry)
 
 
@@ -349,24 +360,30 @@ def _has_room(source: Source) -> bool:
     return head is not None and source.load.refusal(head.bytes) is None
 
 
-def _check_company(
+def _check_batches(
     queue: DeviceQueue, runner: RunnerState, queued: list[Job], must: Callable[[bool, str], None]
 ) -> None:
-    company: BatchQueue = runner.batch_queue  # type: ignore[assignment]
+    batches: BatchQueue = runner.batch_queue  # type: ignore[assignment]
     for job in [*queue.lanes.running.values(), *queue.lanes.handed_ahead.values()]:
         if job.source is runner and job.members:
-            must(job.members[0] is job and len(job.members) > 1, "a batch is led by its first")
-            must(all(member.key == job.key for member in job.members), "a batch is of one key")
             must(
-                sum(member.rows for member in job.members) <= company.rule.max_rows,
-                "a batch has not too many rows",
+                job.members[0] is job and len(job.members) > 1,
+                "a batch has several members and is led by the first",
+            )
+            must(
+                all(member.key == job.key for member in job.members),
+                "the members of a batch have one key",
+            )
+            must(
+                sum(member.rows for member in job.members) <= batches.rule.max_rows,
+                "a batch has at most max_rows rows",
             )
             must(
                 all(
                     (m.lane, m.slot, m.epoch) == (job.lane, job.slot, job.epoch)
                     for m in job.members
                 ),
-                "a batch runs in one place",
+                "the members of a batch have one lane, slot and epoch",
             )
     keyed = [
         job
@@ -374,24 +391,26 @@ def _check_company(
         if job.source is runner and job.key is not None and not job.is_lease_request
     ]
     must(
-        company.keys.keys() == {job.key for job in keyed},
-        "each key that has jobs is known, and no other",
+        batches.keys.keys() == {job.key for job in keyed},
+        "exactly the keys that have jobs are listed",
     )
-    for name, key in company.keys.items():
+    for name, key in batches.keys.items():
         alike = [job for job in keyed if job.key == name]
         must(
             (key.jobs, key.rows) == (len(alike), sum(job.rows for job in alike)),
-            "a key counts its jobs",
+            "a key counts its jobs and rows",
         )
         must(
             not key.held or key.ripe or queue._turn_asked,
-            "what is held until the next turn has one",
+            "a next turn comes for each key that is held until then",
         )
         wakes = queue._wake is not None and queue._wake <= key.ripe_at
-        must(key.ripe or key.held or wakes, "what waits for company is not forgotten")
+        must(
+            key.ripe or key.held or wakes, "the device wakes for each key that waits for more jobs"
+        )
     must(
-        bool(company.arrived) == (runner in queue._gathering),
-        "who has had jobs in this turn hears of its end",
+        bool(batches.arrived) == (runner in queue._gathering),
+        "a runner with new batchable jobs is listed until the turn ends",
     )
 
 

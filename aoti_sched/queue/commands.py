@@ -1,4 +1,4 @@
-"""Commands: what follows from a fact, for the dispatcher to perform. They are plain values."""
+"""Commands: plain values that follow from a fact, for the dispatcher to perform."""
 
 from __future__ import annotations
 
@@ -32,8 +32,12 @@ class Reject(msgspec.Struct, frozen=True):
 
 
 class Expire(msgspec.Struct, frozen=True):
-    """This job's deadline has passed, or can't be met: the run `takes` more seconds than are
-    left.
+    """This job's deadline has passed, or can't be met.
+
+    Args:
+        job: The job.
+        takes: The predicted seconds of the run, which are more than are left; None when the
+            deadline has passed.
     """
 
     job: Job
@@ -101,7 +105,7 @@ class NextTurn(msgspec.Struct, frozen=True):
 
 
 class GoOn(msgspec.Struct, frozen=True):
-    """Call `go_on` in the loop's next turn, to continue what one fact does not do at once."""
+    """Call `go_on` in the loop's next turn, to continue what an earlier fact left."""
 
 
 class WakeAt(msgspec.Struct, frozen=True):

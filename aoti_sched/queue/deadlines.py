@@ -71,8 +71,11 @@ class ExpiringJobs(Slices):
         return now + self._takes(job) > deadline
 
     def _takes(self, job: Job) -> float:
-        """Estimate a run's seconds: the median where no other job waits, otherwise a high
-        quantile.
+        """Estimate the seconds of a job's run.
+
+        Returns:
+            The median where no other job is queued. Otherwise a high quantile, or 0.0 while too
+            little is known.
         """
         times = job.source.runner.placing.times
         if self.load.jobs <= (job.state is JobState.QUEUED):

@@ -8,52 +8,52 @@ time has passed. `DeviceQueue` has one method per fact. Each takes `now`, in sec
 clock, which never goes back, and returns the commands that the caller must perform, in order
 (`commands.py`). The same facts give the same commands. A fact that can't happen in the present
 state raises `IllegalFactError`, which tells the job's story, and changes nothing. Commands are
-performed at once, and what comes of them returns as further facts.
+performed at once, and their outcomes return as further facts.
 
-**A job's way.** `job.TRANSITIONS` holds every state of a job and every way out of it.
-`submit` rejects a job, queues it, or lets it wait at its source's gate until there is room
-(`admission/`). A source is what a job draws its slot from: a runner, or a held lease.
-A source that has a queued job and a free slot contends for a lane.
-`Launch` gives the best job a slot and a lane; `complete` releases both.
+**A job's way.** `job.TRANSITIONS` holds every state of a job and every way out of it. `submit`
+rejects a job, queues it, or lets it wait at its source's gate until there is room (`admission/`). A
+source is what a job draws its slot from: a runner, or a held lease. A source that has a queued job
+and a free slot contends for a lane. `Launch` gives the best job a slot and a lane; `complete`
+releases both.
 
-**The order of jobs.** The job goes first whose priority class is highest; then whose runner, then
-whose tenant has used the least device time for its share (`selection/fairness.py`); then which is
-due first (`policy.py`). With `max_wait`, every second launch goes to the oldest overdue job, within
-a quarter of the time (`selection/choice.py`). No job overtakes the first in line for a lane because
-that one needs more cores than are free.
+**The order of jobs.** Jobs are ordered by priority class first. Within a class, those jobs go first
+whose runner and tenant have used the least device time for their share (`selection/fairness.py`).
+Then the due time decides (`policy.py`). With `max_wait`, every second launch goes to the oldest
+overdue job, within a quarter of the time (`selection/choice.py`). If the first job in line for a
+lane needs more cores than are free, no other job overtakes it.
 
-**Slots and lanes.** A run occupies one slot of its source and one lane of the device, and as many
-cores as its runner is wide. A short run may instead go inline, on the loop's own thread, within a
-budget per turn of the loop (`selection/placement.py`). A lane that runs a short job may be handed
-the next job of the same source ahead of time; both share one slot, since they never run at once
-(`lanes.py`). A lease holds a slot without a lane, and its jobs take lanes as others do.
+**Slots and lanes.** A run occupies one slot of its source and one lane of the device. The run takes
+as many cores as its runner is wide. A short run may instead go inline, on the loop's own thread,
+within a budget per turn of the loop (`selection/placement.py`). A lane that runs a short job may be
+handed the next job of the same source ahead of time; both share one slot, since they never run at
+once (`lanes.py`). A lease holds a slot without a lane, and its jobs take lanes as others do.
 
 **Batches and retries.** Queued jobs of a runner with an equal key may run as one batch
 (`batching.py`). Its first job, the leader, has the lane and the slot, and holds the others as
-`members`. When a batch fails, no member is known to be the cause, so each one whose caller is still
-there is retried alone, on the same lane and slot, one after the other. Two places carry out this
-one rule. `complete` leaves such members RUNNING, puts them into the leader's `rest`, and
-`Lanes.leave` turns the first of them into the next `Launch`. The dispatcher, which resolves the
+`members`. When a batch fails, no member is known to be the cause. So each member whose caller is
+still there is retried alone, on the same lane and slot, one after the other. Two places carry out
+this one rule. `complete` leaves such members RUNNING and puts them into the leader's `to_retry`,
+and `Lanes.leave` turns the first of them into the next `Launch`. The dispatcher, which resolves the
 futures of a failed batch, skips the members that are still RUNNING: they are retried.
 
 **Barriers.** A closed barrier stops a runner from starting anything but the runs of held leases.
-When every slot is free, `BarrierReached` follows, the caller exchanges the weights, and the barrier
-opens on the next epoch, an earlier one, or the same (`barrier.py`). Jobs that asked for an epoch
-that is yet to come wait outside the queue. Jobs whose epoch was rolled back are revoked.
+When every slot is free, `BarrierReached` follows, and the caller exchanges the weights. Then the
+barrier opens on the next epoch, an earlier one, or the same (`barrier.py`). Jobs that asked for an
+epoch that is yet to come wait outside the queue. Jobs whose epoch was rolled back are revoked.
 
 **Memory.** Where the device has a limit, memory is reserved before a model is loaded. When it does
 not suffice, runners are evicted: their barrier closes, `Park` asks the caller to free the weights,
 and `Return` to restore them, when requests want them and there is room (`memory.py`).
 
 **Slices.** No fact takes long, however many jobs it concerns. Facts that end, move or admit many
-jobs do so for `SLICE` of them and ask with `GoOn` to be continued in the loop's next turn. What
-ends is settled by the fact, and a runner whose jobs are ending starts nothing (`ending.py`).
+jobs do so for `SLICE` of them. They return `GoOn`, to be continued in the loop's next turn. The
+fact decides which jobs end, and a runner whose jobs are ending starts nothing (`ending.py`).
 
 **What is guaranteed**
 
 - Each job ends exactly once, and each slot, lane and byte is released.
 - Nothing launches on another epoch than its source's, and no job after its deadline.
-- No bound is exceeded, and nobody passes a job that waits for room.
+- No bound is exceeded, and no job overtakes a job that waits for room.
 - No job waits while a slot of its source and a place to run are free.
 - A fact costs O(log n) in the queued jobs and nothing in idle runners.
 
@@ -84,7 +84,11 @@ from aoti_sched.queue.selection.placement import LOOP
 
 
 def _must_be_lawful(job: Job) -> None:
-    """Raise IllegalFactError for a job that no order or bound is defined for."""
+    """Check a new job.
+
+    Raises:
+        IllegalFactError: No order or bound is defined for the job.
+    """
     if not Priority.HIGH <= job.priority <= Priority.LOW:
         raise IllegalFactError(f"there is no priority class {job.priority}")
     if job.bytes < 0:
@@ -114,12 +118,12 @@ class DeviceQueue(Lifecycle):
         """
         if self.memory.holdings.get(claim.holding) is not None and not claim.holding.updating:
             raise IllegalFactError(
-                f"runner {claim.holding.name!r}: memory is claimed for one on hold"
+                f"runner {claim.holding.name!r}: new weights need a runner on hold; call pin first"
             )
         return self.memory.claim(claim, now)
 
     def give_up(self, claim: Claim, now: float) -> list[Command]:
-        """Cancel a claim that was not answered yet."""
+        """Cancel a claim that was not answered by `Claimed` yet."""
         return self._and_who_waits(self.memory.give_up(claim, now), now)
 
     def pin(self, runner: RunnerState) -> None:
@@ -204,13 +208,12 @@ class DeviceQueue(Lifecycle):
         """Take a new job. Without room, the job waits at the gate with `wait`, or is rejected.
 
         A job with `since` replaces a job that was withdrawn at another replica and submitted then.
-        It was accepted before, so neither a prediction nor the bound of jobs that await an epoch
-        rejects it.
+        Such a job was accepted before, so neither a prediction nor the bound of jobs that await an
+        epoch rejects it.
         """
         runner = job.source.runner
-        if (
-            runner.phase is not Phase.DRAINED
-        ):  # one that was drained and removed is refused, not unknown
+        # A job for a drained runner, which may be removed by now, is rejected, and not illegal.
+        if runner.phase is not Phase.DRAINED:
             self._known(runner)
         if job.state is not JobState.NEW:
             raise job.illegal(f"job {job.id} was submitted before, it is {job.state.name}")
@@ -245,7 +248,7 @@ class DeviceQueue(Lifecycle):
         if shed:
             for other in shed:
                 self._shed(other, now, commands)
-            full = None  # the room is the newcomer's, even if another job is at the gate by now
+            full = None  # the new job has the room, even if another job is at the gate by now
         job.source.live += 1
         if job.min_epoch > job.source.epoch:
             job.happens_at(Fact.HOLD, now)
@@ -267,7 +270,7 @@ class DeviceQueue(Lifecycle):
             if job.key is not None and may_share_run(job):
                 self._arrives(runner, commands)
             self._launch(job, lane, now, commands)
-            if self.load.jobs:  # what waited for company may have done so long enough
+            if self.load.jobs:  # the delay of a key may have elapsed
                 self._dispatch(now, commands)
         else:
             if job.min_epoch > 1 and job.source is runner:
@@ -328,7 +331,7 @@ class DeviceQueue(Lifecycle):
             self._retire_if_over(source)
         too_long = inline and seconds > lanes.inline_budget
         moved = (ok or too_long) and runner.placing.learn(size, seconds, now, too_long=too_long)
-        if self.load.jobs:  # nobody waits for room, a slot or a lane when nothing is queued
+        if self.load.jobs:  # no job waits for room, a slot or a lane when none is queued
             for other in (runner, *runner.leases.values()) if moved else (source,):
                 self._selector.enter(other)
             self._dispatch(now, commands)

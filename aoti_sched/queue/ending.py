@@ -23,16 +23,16 @@ cores): a slice of 32 took 0.75 ms of the loop's time, at worst 2.2 ms; a slice 
 
 
 class Ending:
-    """The jobs of a runner that came up to the id `last`, and were not launched.
+    """The jobs of a runner that end together: those up to an id that are not launched.
 
     Args:
-        runner: It is halted until they have all ended.
-        last: The id.
-        error: Says why a job is revoked; None where jobs are withdrawn.
-        awaiting: Whether those that await an epoch are. Those whose epoch has come, but that have
-            not moved to the gate yet, count as waiting for room.
-        epochs: Only jobs that ask for an epoch after the first number and up to the second.
-        leases: Whether those of held leases are, which are halted, too.
+        runner: The runner, which is halted until all the jobs have ended.
+        last: The highest id of the jobs.
+        error: Returns the error of a revoked job; None where jobs are withdrawn.
+        awaiting: Whether jobs that await an epoch end, too. Jobs whose epoch has come always end,
+            even if they have not moved to the gate yet.
+        epochs: Only jobs that ask for an epoch after the first number and up to the second end.
+        leases: Whether the jobs of held leases end, too. The leases are then halted as well.
     """
 
     __slots__ = ("_awaiting", "_epochs", "_last", "_leases", "error", "runner")

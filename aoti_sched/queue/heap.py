@@ -1,8 +1,7 @@
-"""Heap: the least entry first, of entries that may come to nothing without being found and
-taken out.
+"""Heap: the least entry first, where entries may become obsolete without being taken out.
 
-Those that are over are dropped when they are the least, and a few at a time once they outnumber the
-others: no fact pays for all.
+Entries that are over are dropped when they are the least, and a few at a time once they outnumber
+the others. So no fact takes long.
 """
 
 from __future__ import annotations
@@ -14,22 +13,22 @@ from typing import Any, Generic, TypeVar
 _E = TypeVar("_E", bound="tuple[Any, ...]")
 
 SPARE = 16
-"""Entries that may be over without mattering, however few the others are."""
+"""The number of entries that may be over before any are dropped, however few the others are."""
 
 MOVED = 4
-"""Entries that one call of `tidy` looks at.
+"""The number of entries that one call of `tidy` moves to the new heap.
 
-Of n entries half are over when it begins, so it is done before n/4 more are.
+Half of n entries are over when the move begins, so the move ends before n/4 more are over.
 """
 
 _NONE: list[Any] = []  # never changed
 
 
 class Heap(ABC, Generic[_E]):
-    """Entries are tuples that can be compared; a subclass says which are over.
+    """A heap of tuples that can be compared. A subclass says which entries are over.
 
-    To be rid of those that are over, entries move to another heap: from the end, which leaves the
-    rest a heap.
+    To drop the entries that are over, the others move to another heap. Entries are taken from
+    the end, which leaves the rest a heap.
     """
 
     __slots__ = ("_entries", "_old")
@@ -40,36 +39,37 @@ class Heap(ABC, Generic[_E]):
 
     @abstractmethod
     def is_over(self, entry: _E) -> bool:
-        """Whether an entry has come to nothing."""
+        """Return whether an entry is obsolete."""
 
     def add(self, entry: _E) -> None:
         heapq.heappush(self._entries, entry)
 
     def entries(self) -> list[_E]:
-        """All of them, in no order, with those that are over."""
+        """Return all entries, in no order, those that are over included."""
         return self._entries + self._old
 
     def least(self) -> _E | None:
-        """The least entry, be it over or not; None when there is none."""
+        """Return the least entry, whether it is over or not; None when there is none."""
         entries, old = self._entries, self._old
         if old and (not entries or old[0] < entries[0]):
             heapq.heappush(entries, heapq.heappop(old))
         return entries[0] if entries else None
 
     def drop(self) -> None:
-        """Take out what `least` has just said."""
+        """Take out the entry that `least` has just returned."""
         heapq.heappop(self._entries)
 
     def first_alive(self) -> _E | None:
-        """The least entry that is not over; None when there is none."""
+        """Return the least entry that is not over; None when there is none."""
         while (entry := self.least()) is not None and self.is_over(entry):
             self.drop()
         return entry
 
     def tidy(self, alive: int) -> None:
-        """Drop some of the entries that are over.
+        """Drop some of the entries that are over. Call when one more may be over.
 
-        Call when one more may be; `alive` others are not.
+        Args:
+            alive: How many entries are not over.
         """
         old = self._old
         if len(self._entries) + len(old) <= alive + SPARE:

@@ -1,4 +1,4 @@
-"""Holding: what one model has of its device's memory, and where its constants are."""
+"""Holding: the memory that one model has on its device, and where its constants are."""
 
 from __future__ import annotations
 
@@ -8,21 +8,31 @@ from typing import Any
 
 
 class Stay(enum.IntEnum):
-    """Where a model's constants are."""
+    """The residency of a model's constants."""
 
-    HERE = 0
-    LEAVING = 1  # nothing of it starts any more; when all slots are home, they are freed
-    AWAY = 2
-    COMING = 3  # room for them was promised; nothing of it starts yet
+    HERE = 0  # resident
+    LEAVING = 1  # being evicted: no run starts; once every slot is free, the constants are freed
+    AWAY = 2  # evicted
+    COMING = 3  # being loaded or restored: their memory is reserved, and no run starts yet
 
 
 class Holding:
-    """What one model has of its device's memory, in bytes: its `constants`, and what its
-    `inactive` buffer takes beside them.
+    """The record of the memory that one model has on its device.
 
-    `since` is when it began to come, or came; `took` is how long that lasted. `fixed` says why it
-    is not to be parked, "" when it may; `updating` that its weights are being changed. `payload` is
-    the front's.
+    Args:
+        name: The model's name, for messages.
+
+    Attributes:
+        constants: Bytes of the constants.
+        inactive: Bytes that the inactive buffer takes besides.
+        stay: Where the constants are.
+        since: When the restore that is under way began, or the last one ended.
+        took: Seconds that the last restore took.
+        fixed: Why the model can't be evicted; "" when it can.
+        updating: Whether the weights are being changed, so that the model is not evicted.
+        parked: How often the model was evicted.
+        payload: The caller's own; no rule reads it.
+        workspace: Bytes that runs need besides. No rule reads them: before a run they are unknown.
     """
 
     __slots__ = (
@@ -49,14 +59,12 @@ class Holding:
         self.fixed = ""
         self.updating = False
         self.parked = 0
-        """How often it was."""
         self.payload: Any = None
         self.workspace = 0
-        """What its runs have besides. Nobody knows beforehand, so no rule looks at it."""
 
     @property
     def bytes(self) -> int:
-        """Its own, whether they are there or not."""
+        """Return the size of the constants and the inactive buffer, resident or not."""
         return self.constants + self.inactive
 
     @property

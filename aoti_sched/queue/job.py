@@ -24,7 +24,7 @@ class Priority(enum.IntEnum):
 
 
 class JobState(enum.IntEnum):
-    """Where a job is. The first four are alive, the others are ends."""
+    """The states of a job. In the first four states a job is alive; the others are final."""
 
     NEW = 0  # not yet submitted
     WAITING = 1  # held until admission has room (overflow="wait"), or until its epoch is published
@@ -36,12 +36,12 @@ class JobState(enum.IntEnum):
     EXPIRED = 7
     CANCELLED = 8
     REVOKED = 9  # its runner was terminated, an update aborted it, or its epoch was rolled back
-    SHED = 10  # dropped from a full queue to make room for a better one
-    WITHDRAWN = 11  # taken out, to be submitted anew at another replica
+    SHED = 10  # dropped from a full queue to make room for a better job
+    WITHDRAWN = 11  # taken out, to be submitted again at another replica
 
 
 class Fact(enum.IntEnum):
-    """What can happen to one job."""
+    """The facts that can happen to one job."""
 
     REJECT = 0
     HOLD = 1
@@ -103,7 +103,7 @@ Moment = tuple[float, str]
 
 
 class IllegalFactError(Exception):
-    """A fact that can't happen in this state; a bug of the caller's. Nothing was changed.
+    """A fact that can't happen in the present state: a bug of the caller. Nothing was changed.
 
     Attributes:
         story: What had happened to the job, as (time, fact), in order; empty where no job is meant.
@@ -225,11 +225,15 @@ class Job:
         self.expected = 0.0
         self.account: Account | None = None
         self.recorded: tuple[tuple[float, Fact, JobState], ...] = ()  # see `story`
-        self.overdue = False  # launched out of order, for it had waited too long
-        self.probing = False  # believed to be late, and let go on all the same
+        self.overdue = False  # launched out of order, since it had waited too long
+        self.probing = False  # predicted to be late, and run anyway to correct the prediction
 
     def happens(self, fact: Fact) -> None:
-        """Move to the next state by the table, or raise `IllegalFactError` and change nothing."""
+        """Move to the next state by the table.
+
+        Raises:
+            IllegalFactError: The fact can't happen in the present state. Nothing was changed.
+        """
         following = TRANSITIONS[self.state].get(fact)
         if following is None:
             raise self.illegal(
@@ -250,7 +254,7 @@ class Job:
     def story(self) -> tuple[Moment, ...]:
         """Return what has happened to the job so far, as (time, fact), in order.
 
-        The facts of every request cost nothing: their times are the job's own fields.
+        The facts that each request has are not recorded: their times are the job's own fields.
         The rarer facts are recorded. No job has more than a few, since the table has no way back.
         """
         if self.id < 0:

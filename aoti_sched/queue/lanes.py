@@ -69,7 +69,7 @@ class Lanes:
         again = _next_of(job, now) if job.to_retry else None
         follower = self.handed_ahead.pop(lane, None)
         opens = False
-        if follower is job:  # the lane would not take it
+        if follower is job:  # the lane did not take the job
             opens = again is None and not self.running[lane].retrying
         elif follower is not None:
             self.running[lane] = follower
@@ -82,7 +82,7 @@ class Lanes:
                 self.free_cores += source.runner.width
         else:
             self.running[lane] = again
-        if again is not None and follower is not None:  # it is on the lane already, or was to be
+        if again is not None and follower is not None:  # behind the job that has the lane now
             self.handed_ahead[lane] = again
         if opens:
             source.open_for_next.append(lane)

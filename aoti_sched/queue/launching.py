@@ -1,7 +1,9 @@
 """Launching: from the queue to a lane, and back.
 
-`_dispatch` gives free slots and lanes to the best queued jobs, `_start` takes along what may run
-with a job, `_follow` hands a lane its next job ahead of time, and `_end` counts a run that is over.
+- `_dispatch` gives free slots and lanes to the best queued jobs.
+- `_start` starts a job, together with the queued jobs that join its batch.
+- `_follow` hands a lane its next job ahead of time.
+- `_end` counts a run that is over.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ class Launching(ExpiringJobs):
     """Admits jobs, launches them, and ends their runs."""
 
     def _admit(self, job: Job, now: float, commands: list[Command], *, waited: bool) -> None:
-        """It is queued."""
+        """Queue a job, which has `waited` at the gate, or is new."""
         if waited:
             job.happens_at(Fact.ADMIT, now)
         else:
@@ -49,16 +51,15 @@ class Launching(ExpiringJobs):
             self._serve_line(now, commands)
 
     def _arrives(self, runner: RunnerState, commands: list[Command]) -> None:
-        """A job that may have company has come in this turn of the loop."""
-        company = batch_queue_of(runner)
-        if not company.arrived:
+        """Note that a job that may share a run has come in this turn of the loop."""
+        batches = batch_queue_of(runner)
+        if not batches.arrived:
             self._gathering.append(runner)
-        company.note_arrival()
+        batches.note_arrival()
         self._ask_for_turn(commands)
 
     def _dispatch(self, now: float, commands: list[Command]) -> None:
-        """Give free slots and lanes to the best jobs, and the room that this makes to those at
-        the gate.
+        """Give free slots and lanes to the best jobs, and admit waiting jobs to the freed room.
 
         A job whose deadline has passed is not launched, whichever fact finds it first.
         """
@@ -90,13 +91,14 @@ class Launching(ExpiringJobs):
                 if has_choice and not placing.grows(
                     *batch_queue_of(job.source.runner).potential_batch(job)
                 ):
-                    inline = False  # there it would leave some of its company behind
+                    inline = False  # inline, the batch could not take all jobs of the key
                 self._launch(job, LOOP if inline else self.lanes.free[-1], now, commands)
             self._selector.enter(job.source)
 
     def _may_leave_the_loop(self, job: Job) -> bool:
-        """Whether a lane is free, that nobody waits for, for one that may have company and was
-        chosen for the loop.
+        """Return whether a job that was chosen for the loop may go to a lane instead.
+
+        The job must be one that may share a run, and a lane must be free that no other job wants.
         """
         runner = job.source.runner
         return (
@@ -108,15 +110,16 @@ class Launching(ExpiringJobs):
         )
 
     def _ripen(self, now: float) -> None:
-        """Let take part what has waited for company long enough."""
+        """Release the batch keys whose delay has elapsed."""
         while (found := self.timers.ripe(now)) is not None:
             runner, name = found
             batch_queue_of(runner).refresh(name, now)
             self._selector.enter(runner)
 
     def _uncontended_lane(self, job: Job, now: float) -> int | None:
-        """The lane it can have at once, since a slot and the lane are free and nobody else
-        wants them; or None.
+        """Return the lane where a new job can start at once; None when it has to be queued.
+
+        A job starts at once if a slot and a lane are free and no other job wants them.
         """
         source = job.source
         if job.is_lease_request or not can_start(source):
@@ -138,7 +141,7 @@ class Launching(ExpiringJobs):
         return LOOP if inline else self.lanes.free[-1]
 
     def _launch(self, job: Job, lane: int, now: float, commands: list[Command]) -> None:
-        """A job, and what goes with it, gets its slot and its lane."""
+        """Launch a job, with its batch, on a free slot and a free lane."""
         self._start(job, lane, job.source.free.pop(), now, commands)
         self.lanes.take(job)
         commands.append(Launch(job))
@@ -146,7 +149,7 @@ class Launching(ExpiringJobs):
             self._ask_for_turn(commands)
 
     def _start(self, job: Job, lane: int, slot: int, now: float, commands: list[Command]) -> None:
-        """It runs there, and with it what may and is queued."""
+        """Start a job on a lane and a slot, with the queued jobs that may share its run."""
         job.size = job.bytes
         self.fair_shares.launch(job)
         if job.key is not None and may_share_run(job):
@@ -160,18 +163,19 @@ class Launching(ExpiringJobs):
             member.started = now
 
     def _take_along(self, job: Job, inline: bool, now: float, commands: list[Command]) -> None:
-        """Find the job's company among what is queued, in its order, as long as there is room
-        for the next.
+        """Make the job the leader of a batch with queued jobs of its key, in their order.
+
+        The batch is closed at the first job that does not fit. Without such jobs there is no batch.
         """
         runner = job.source.runner
-        company, placing = batch_queue_of(runner), runner.placing
+        batches, placing = batch_queue_of(runner), runner.placing
         members, rows = [job], job.rows
-        fits = not inline or placing.grows(*company.potential_batch(job))
-        while (other := company.queue.head_of(job.key)) is not None:
+        fits = not inline or placing.grows(*batches.potential_batch(job))
+        while (other := batches.queue.head_of(job.key)) is not None:
             if other.deadline is not None and other.deadline <= now:
                 self._expire(other, now, commands)
                 continue
-            if rows + other.rows > company.rule.max_rows:
+            if rows + other.rows > batches.rule.max_rows:
                 break
             if not fits and not placing.grows(job.size + other.bytes, len(members) + 1):
                 break
@@ -191,8 +195,9 @@ class Launching(ExpiringJobs):
             runner.counters.batched += len(members)
 
     def _follow(self, source: Source, now: float, commands: list[Command]) -> None:
-        """Hand the source's next jobs to lanes that run short ones of it, unless a better job
-        waits for a lane.
+        """Hand the source's next jobs ahead to lanes that run short jobs of the source.
+
+        No job is handed ahead while a better job waits for a lane.
         """
         placing = source.runner.placing
         while (
@@ -216,10 +221,10 @@ class Launching(ExpiringJobs):
             self.lanes.handed_ahead[lane] = job
             commands.append(Launch(job))
             self._selector.enter(source)
-            self._dispatch(now, commands)  # the room it left may let others in
+            self._dispatch(now, commands)  # waiting jobs may be admitted to the freed room
 
     def _grant(self, job: Job, now: float, commands: list[Command]) -> None:
-        """What asked for a lease gets its slot, for which no lane is needed, and is done."""
+        """Give a lease request its slot, without a lane, and complete the request."""
         runner = job.source.runner
         job.happens(Fact.LAUNCH)
         self.fair_shares.rest(job)
@@ -240,7 +245,10 @@ class Launching(ExpiringJobs):
         commands.append(Grant(job, lease))
 
     def _end(self, job: Job, fact: Fact, started: float, finished: float, seconds: float) -> None:
-        """A job's run of so many seconds is over, whether its caller is still there or had left."""
+        """End a job whose run took `seconds`, and count the run.
+
+        The run of a job that was cancelled or expired meanwhile counts as wasted.
+        """
         left = job.state is not JobState.RUNNING
         if left:
             job.happens_at(fact, finished)
@@ -261,9 +269,10 @@ class Launching(ExpiringJobs):
         job.source.live -= 1
 
     def _end_batch(self, leader: Job, ok: bool, started: float, finished: float) -> None:
-        """Each member has its part of the run by its rows.
+        """End the members of a batch. Each is charged a part of the run in proportion to its rows.
 
-        One that failed says nothing of any one of them: they are run again.
+        The failure of a batch does not tell which member caused it. So the members that are still
+        RUNNING are kept in the leader's `to_retry`.
         """
         rows = sum(member.rows for member in leader.members)
         again = []
@@ -279,7 +288,7 @@ class Launching(ExpiringJobs):
         leader.to_retry = tuple(again)
 
     def _count_run(self, job: Job, started: float, seconds: float) -> None:
-        """One more run of a job, or its part of one, has taken so long."""
+        """Count and charge the seconds of a job's run, or of its part of a batch's run."""
         runner = job.source.runner
         counters = runner.counters
         if not job.retrying:

@@ -1,4 +1,4 @@
-"""Lifecycle: facts about runners, from the first to the last, and the barriers between epochs."""
+"""Lifecycle: facts about runners, from adding to removing them, and about their barriers."""
 
 from __future__ import annotations
 
@@ -38,28 +38,40 @@ class Lifecycle(Launching):
         routable: bool = False,
         memory: Holding | None = None,
     ) -> RunnerState:
-        """A runner that gives out `slots`.
+        """Add a runner.
 
-        Its runs take `width` cores each on a lane; it has its `share` of the device's time.
+        Args:
+            name: The runner's name, which no other runner of the device has.
+            slots: How many slots the runner gives out.
+            bounds: The most that may be queued at the runner.
+            epoch: The epoch that serves at first.
+            placing: Where runs go, on a lane or inline.
+            batching: How jobs are batched; None where jobs always run alone.
+            width: Cores that a run takes on a lane.
+            share: The runner's part of the device's time, relative to the other runners' shares.
+            sheds: Whether queued jobs are shed for better ones when the queue is full.
+            predicts: Whether jobs that are predicted to miss their deadline are rejected.
+            routable: Whether `when_finished` will be asked for this runner.
+            memory: The record of the memory that was claimed for the runner, if any. The runner is
+                then pinned until `update_use`.
 
-        With `sheds`, queued jobs make room for better ones; with `predicts`, jobs that would end
-        too late are refused; one that is `routable` is asked `when_finished`. `memory` is what was
-        claimed for it, if that was; it is on `hold` then.
+        Returns:
+            The runner's record.
         """
         if name in self.runners:
             raise IllegalFactError(f"{self.name} has a runner {name!r} already")
         if slots < 1:
-            raise IllegalFactError(f"runner {name!r}: at least one slot, not {slots}")
+            raise IllegalFactError(f"runner {name!r}: a runner has at least one slot, not {slots}")
         if not 1 <= width <= self.lanes.cores:
             raise IllegalFactError(
-                f"runner {name!r}: {width} cores for a run, {self.name} has {self.lanes.cores}"
+                f"runner {name!r}: a run takes {width} cores, and {self.name} has "
+                f"{self.lanes.cores}"
             )
         if not 0.0 < share < math.inf:
             raise IllegalFactError(f"runner {name!r}: a share is a positive number, not {share}")
         if batching is not None and self.policy.max_wait is not None:
-            delay = min(
-                batching.max_delay, self.policy.max_wait
-            )  # who is overdue waits for no company
+            # An overdue job does not wait for others to join its batch.
+            delay = min(batching.max_delay, self.policy.max_wait)
             batching = msgspec.structs.replace(batching, max_delay=delay)
         load = Load(f"runner {name!r}", bounds or Bounds())
         runner = RunnerState(
@@ -99,7 +111,7 @@ class Lifecycle(Launching):
         def error(job: Job) -> AotiSchedError:
             return RunnerClosedError(
                 f"runner {runner.name!r} is draining; epoch {job.min_epoch}, which the request "
-                f"waits for, has not come"
+                f"waits for, was not published"
             )
 
         epochs = (runner.published, math.inf)
@@ -131,7 +143,7 @@ class Lifecycle(Launching):
         for lease in list(runner.leases.values()):
             lease.released = True
             self._retire_if_over(lease)
-        self._dispatch(now, commands)  # the room that was freed may let others in
+        self._dispatch(now, commands)  # waiting jobs may be admitted to the freed room
         self._see_what_is_over(runner, now, commands)
         return commands
 
@@ -177,8 +189,7 @@ class Lifecycle(Launching):
         def error(_: Job) -> AotiSchedError:
             return UpdateAbortedError(
                 f"runner {runner.name!r}: an update of its weights with barrier='abort' failed "
-                f"what was queued; "
-                "send the request again"
+                "the queued requests. Send the request again"
             )
 
         if abort:
@@ -219,8 +230,8 @@ class Lifecycle(Launching):
     def _move_some(self, commands: list[Command]) -> None:
         """Move a slice of the jobs whose epoch has come from `awaiting` to the gate.
 
-        Jobs take their place in the order of arrival anew. A runner that is halted is passed over:
-        its ending covers the jobs that have not moved.
+        Jobs get new ids, so they count as arrived now. A halted runner is skipped, because its
+        ending covers the jobs that have not moved.
         """
         left = SLICE
         for runner in list(self._moving):

@@ -1,18 +1,17 @@
-"""Memory: what the constants of a device's models take of it, and whose are freed when others
-need the room.
+"""Memory: which models are resident on a device, and which are evicted for others.
 
-Where the device has a `limit`, whoever needs memory claims it first. What is not there is made by
-parking runners, if that is allowed: their constants are freed, and brought back when they are asked
-for, while requests wait in their queues.
+Where the device has a `limit`, memory is reserved with a claim before it is used. When too little
+is free, runners are evicted, if that is allowed: their constants are freed, and restored when
+requests ask for them. The requests wait in the runners' queues meanwhile.
 
-- A load or an update is refused when parking all that is idle now would not be enough. Of the idle
-  ones those go that were used the longest ago.
-- Runners that are asked for while they are away stand in line, and are not refused for being too
-  many. When not enough of the others are idle, busy ones leave as well: they finish what runs, and
-  the rest of theirs waits. Such a one was here before for at least `STAY` times as long as it took
-  to come, so that no more than a fifth of the time goes into moving.
-- Nobody leaves who has a held lease, or whose weights are being changed, or were, where only memory
-  has them (`Holding.fixed`).
+- A load or an update is rejected when evicting all idle runners would not be enough. Of the idle
+  runners, the least recently used are evicted.
+- Evicted runners that requests ask for wait in line, however many they are. When too few of the
+  others are idle, busy runners are evicted as well: their runs finish, and their other jobs wait.
+  A busy runner is evicted only when it has been resident for at least `STAY` times as long as its
+  restore took. So no more than a fifth of the time goes into restores.
+- A runner is not evicted while it has a held lease, or while its weights are being changed. Nor is
+  it evicted after a change whose weights exist in memory only (`Holding.fixed`).
 """
 
 from __future__ import annotations
@@ -28,13 +27,17 @@ from aoti_sched.queue.holding import Holding, Stay
 from aoti_sched.queue.runner_state import Phase, RunnerState
 
 STAY = 4.0
-"""A busy runner is left in memory for at least so many times the time that it took to come."""
+"""A busy runner stays resident for at least this many times the time that its restore took."""
 
 
 class Claim:
-    """So many bytes are wanted for one model; for all its constants, if it is one that `returns`.
+    """A request to reserve memory for one model.
 
-    `payload` is the front's.
+    Args:
+        holding: The model's record.
+        size: The bytes to reserve, kept as `bytes`.
+        payload: The caller's own; no rule reads it.
+        returns: The evicted runner that the memory restores; None for a load or an update.
     """
 
     __slots__ = ("bytes", "holding", "payload", "returns")
@@ -54,11 +57,21 @@ class Claim:
 
 
 class Memory:
-    """A device's. Without a `limit` (in bytes) all there is to do is to count.
+    """Accounts for one device's memory.
 
-    `used` is what is there, or was given to a claim; of that, `leaving` is about to be freed.
-    `claims` wait for that, in their order, and are `promised` so much in all. In `line` stand
-    runners that are away and asked for.
+    Args:
+        device: The device's name, for messages.
+        limit: Bytes that the models may take; without a limit, memory is only counted.
+        evicts: Whether runners are evicted when others need their memory.
+
+    Attributes:
+        holdings: The records of all models, each with its runner; None while that is loading.
+        used: Bytes that are resident, or that were given to a claim.
+        leaving: The part of `used` that evictions under way will free.
+        claims: Claims that were accepted and wait until memory is freed, in their order.
+        promised: Bytes of the waiting claims.
+        line: Evicted runners that requests ask for, in their order.
+        wake: When the next busy runner may be evicted; None when no runner in line waits for that.
     """
 
     __slots__ = (
@@ -85,15 +98,14 @@ class Memory:
         self.claims: deque[Claim] = deque()
         self.line: dict[RunnerState, None] = {}
         self.wake: float | None = None
-        """When a busy runner has been here for long enough, and there is somebody in line."""
 
-    # --- who needs room ---------------------------------------------------------------------------
+    # --- claims and use ---------------------------------------------------------------------------
 
     def claim(self, claim: Claim, now: float) -> list[Command]:
-        """`Claimed` follows when the bytes are there.
+        """Reserve memory. `Claimed` follows when the bytes are free.
 
         Raises:
-            MemoryLimitError: They will not be, even if all that is idle is parked.
+            MemoryLimitError: Evicting all idle models would not be enough.
         """
         commands: list[Command] = []
         victims = self._idle_victims(self._lacks(claim.bytes))
@@ -105,7 +117,7 @@ class Memory:
         return commands
 
     def give_up(self, claim: Claim, now: float) -> list[Command]:
-        """What was claimed is not wanted any more; if it was given, `update_use` gives it back."""
+        """Cancel a claim that still waits. Memory that was given is released by `update_use`."""
         commands: list[Command] = []
         if claim in self.claims:
             self.claims.remove(claim)
@@ -116,7 +128,7 @@ class Memory:
     def update_use(
         self, holding: Holding, constants: int, inactive: int, now: float
     ) -> list[Command]:
-        """So much it has in truth."""
+        """Record a model's actual memory use in bytes."""
         commands: list[Command] = []
         if holding.stay is not Stay.AWAY:
             self.used += constants + inactive - holding.bytes
@@ -127,31 +139,38 @@ class Memory:
         return commands
 
     def release(self, holding: Holding, now: float) -> list[Command]:
-        """It is closed, or was not loaded."""
+        """Release the memory of a model that was closed or could not be loaded."""
         commands = self.update_use(holding, 0, 0, now)
         self.holdings.pop(holding, None)
         return commands
 
     def lives(self, runner: RunnerState, *, held: bool) -> None:
-        """What was claimed is this runner's, which serves."""
+        """Note that a runner's model is resident and takes requests.
+
+        With `held`, the model is not evicted until `DeviceQueue.update_use` unpins it.
+        """
         holding = runner.memory
         holding.stay, holding.updating = Stay.HERE, held
         self.holdings[holding] = runner
 
-    # --- who leaves and comes ---------------------------------------------------------------------
+    # --- evictions and restores -------------------------------------------------------------------
 
     def asks(self, runner: RunnerState) -> bool:
-        """Requests want one that is not here. Whether that is new in line."""
+        """Put an evicted runner that requests ask for in line.
+
+        Returns:
+            Whether the runner is new in line. False also when the runner is not evicted.
+        """
         if runner.memory.stay is not Stay.AWAY or runner in self.line:
             return False
         self.line[runner] = None
         return True
 
     def call_back(self, runner: RunnerState, now: float) -> list[Command]:
-        """It is needed at once, or not at all; nothing happens unless it is away.
+        """Restore a runner ahead of those in line. Changes nothing unless it is evicted.
 
         Raises:
-            MemoryLimitError: There will be no room, even if all that is idle is parked.
+            MemoryLimitError: Evicting all idle models would not be enough.
         """
         commands: list[Command] = []
         if runner.memory.stay is Stay.AWAY:
@@ -164,7 +183,7 @@ class Memory:
         return commands
 
     def parked(self, holding: Holding, now: float) -> list[Command]:
-        """Its constants have been freed."""
+        """Note that an eviction is complete: the constants are freed."""
         holding.stay = Stay.AWAY
         holding.parked += 1
         self.leaving -= holding.bytes
@@ -174,7 +193,7 @@ class Memory:
         return commands
 
     def returned(self, holding: Holding, now: float, *, ok: bool) -> list[Command]:
-        """They are there again; or could not be brought."""
+        """Note that a restore is complete, or without `ok`, that it failed."""
         commands: list[Command] = []
         if ok:
             holding.stay = Stay.HERE
@@ -186,9 +205,10 @@ class Memory:
         return commands
 
     def serve(self, now: float, commands: list[Command]) -> list[RunnerState]:
-        """Let come back who stands in line, one after the other.
+        """Begin to restore the runners in line, one after the other, until the memory is used up.
 
-        Returns those who never can: too much of the memory is of `fixed` ones.
+        Returns:
+            The runners that can't be restored, since `fixed` models take too much of the memory.
         """
         hopeless = []
         self.wake = None
@@ -196,7 +216,7 @@ class Memory:
             runner = next(iter(self.line))
             holding = runner.memory
             if not runner.load.jobs:
-                del self.line[runner]  # whoever asked has left
+                del self.line[runner]  # the requests that asked have ended
                 continue
             if self._never_fits(holding):
                 del self.line[runner]
@@ -213,32 +233,38 @@ class Memory:
         return hopeless
 
     def refusal(self, runner: RunnerState) -> MemoryLimitError:
-        """Why one that is away can't come back."""
+        """Return the error of an evicted runner that can't be restored."""
         return self._refusal(Claim(runner.memory, runner.memory.bytes))
 
     def of(self, holding: Holding) -> int:
-        """What it takes now."""
+        """Return the bytes that a model takes now; 0 while evicted, or waiting to be restored."""
         waits = any(claim.returns is not None and claim.holding is holding for claim in self.claims)
         return 0 if waits or holding.stay is Stay.AWAY else holding.bytes
 
-    # --- how it is decided ------------------------------------------------------------------------
+    # --- decisions --------------------------------------------------------------------------------
 
     def _lacks(self, size: int) -> int:
-        """What can't be had by waiting for those who leave already."""
+        """Return the bytes that further evictions must free; 0 or less when none are needed."""
         if self.limit is None:
             return 0
         return self.used - self.leaving + self.promised + size - self.limit
 
     def _idle_victims(self, lacks: int) -> list[RunnerState] | None:
-        """Who is to leave for so many bytes, of those that do nothing; None when all of them
-        were not enough.
+        """Choose idle runners to evict, the least recently used first.
+
+        Returns:
+            Runners that have `lacks` bytes together; None when all idle ones do not have them.
         """
         idle = [runner for runner in self._movable() if not runner.busy]
         return _enough(sorted(idle, key=lambda runner: runner.used), lacks)
 
     def _victims(self, lacks: int, now: float) -> list[RunnerState] | None:
-        """The same, of all that may leave: first those that do nothing, then those that have
-        been here for the longest time.
+        """Choose runners to evict: first idle ones, then busy ones, the longest resident first.
+
+        Sets `wake` to the time at which the next busy runner may be evicted.
+
+        Returns:
+            Runners that have `lacks` bytes together; None when all that may be evicted do not.
         """
         able = []
         for runner in self._movable():
@@ -263,7 +289,7 @@ class Memory:
         return self.limit is not None and fixed + holding.bytes > self.limit
 
     def _promise(self, claim: Claim, victims: list[RunnerState], commands: list[Command]) -> None:
-        """Those leave, and it comes after them."""
+        """Accept a claim, and begin to evict the runners whose memory the claim waits for."""
         if claim.returns is not None:
             claim.holding.stay = Stay.COMING
             self.line.pop(claim.returns, None)
@@ -277,7 +303,7 @@ class Memory:
                 commands.append(Park(runner))
 
     def _give(self, now: float, commands: list[Command]) -> None:
-        """To those that were promised something, in their order, as long as it is there."""
+        """Give free memory to the accepted claims, in their order."""
         while self.claims:
             claim = self.claims[0]
             if self.limit is not None and claim.bytes and self.used + claim.bytes > self.limit:
@@ -320,7 +346,7 @@ class Memory:
         )
 
     def _why_it_stays(self, holding: Holding) -> str:
-        """In brackets, where some are parked."""
+        """Return why a model is not evicted, in brackets; "" where models never are."""
         runner = self.holdings[holding]
         why = ""
         if self.evicts:
@@ -338,8 +364,12 @@ class Memory:
 
 
 def _enough(in_order: list[RunnerState], lacks: int) -> list[RunnerState] | None:
-    """The first of them that have so many bytes, without those that would not have been needed
-    then; None when all have not.
+    """Choose the first runners that have `lacks` bytes together.
+
+    A later runner may have so many bytes that an earlier one is not needed; that one is left out.
+
+    Returns:
+        The chosen runners; None when all of them do not have enough bytes.
     """
     chosen: list[RunnerState] = []
     for runner in in_order:

@@ -9,22 +9,22 @@ import msgspec
 UNHURRIED = 10.0
 """Seconds.
 
-A job without a deadline is ordered as if it were due so long after its submission: behind those
-that are in a hurry, but not for ever.
+A job without a deadline is ordered as if it were due this long after its submission. So jobs with
+earlier deadlines go first, but can't delay the job for ever.
 """
 
 
 class Policy(msgspec.Struct, frozen=True):
-    """How a device chooses.
+    """The rules by which a device chooses among jobs.
 
     Args:
-        order: Within a priority class and tenant, what goes first: the earliest "deadline", or the
-            earliest "arrival".
-        fair: Runners share the device's time by their shares, and tenants a runner's time equally.
-        expire_late: Drop a job when its deadline can't be met any more, by what is known of its
-            runs, before it takes a lane.
-        max_wait: Seconds after which a queued job is overdue: then every second launch is of the
-            one that came first. None: never.
+        order: The order of jobs of one priority class and tenant: "deadline" or "arrival".
+        fair: Whether runners share the device's time by their shares, and tenants a runner's time
+            equally.
+        expire_late: Whether a job that is predicted to miss its deadline expires instead of
+            starting.
+        max_wait: Seconds after which a queued job is overdue; every second launch is of the overdue
+            job that came first. None for never.
     """
 
     order: Literal["deadline", "arrival"] = "deadline"
@@ -33,7 +33,7 @@ class Policy(msgspec.Struct, frozen=True):
     max_wait: float | None = None
 
     def due(self, submitted: float, deadline: float | None) -> float:
-        """What orders a job within its class and tenant, the earliest first; ties go by arrival."""
+        """Return the time that orders jobs of one class and tenant; ties go by arrival."""
         if self.order == "arrival":
             return 0.0
         return submitted + UNHURRIED if deadline is None else deadline

@@ -1,6 +1,6 @@
 """The parts of a device's queue, and what happens to them when a job leaves the queue.
 
-The classes of `ending.py`, `deadlines.py`, `launching.py`, `lifecycle.py` and `device_queue.py`
+The classes of `slices.py`, `deadlines.py`, `launching.py`, `lifecycle.py` and `device_queue.py`
 extend this one in that order. Each uses only what the ones before it define.
 """
 
@@ -26,7 +26,7 @@ from aoti_sched.queue.timers import Timers
 
 
 def batch_queue_of(runner: RunnerState) -> BatchQueue:
-    """Return what waits for company at a runner that makes batches."""
+    """Return the batchable jobs of a runner that makes batches."""
     return runner.batch_queue  # type: ignore[return-value]
 
 
@@ -86,9 +86,8 @@ class QueueState:
         self._moving: dict[RunnerState, None] = {}
         self._goes_on = False  # `go_on` was asked for
         self.timers = Timers()
-        self._gathering: list[
-            RunnerState
-        ] = []  # jobs that may have company have come to them in this turn
+        # Runners that received batchable jobs in this turn of the loop.
+        self._gathering: list[RunnerState] = []
         self._wake: float | None = None
         self._ids = 0
         self._lease_ids = 0
@@ -96,11 +95,11 @@ class QueueState:
 
     @property
     def busy_lanes(self) -> int:
-        """How many lanes run something."""
+        """Return how many lanes run a job."""
         return self.lanes.count - len(self.lanes.free)
 
     def _leave_queue(self, job: Job, fact: Fact, now: float) -> None:
-        """A job that is waiting or queued ends there."""
+        """End a job that is waiting or queued."""
         waiting = job.state is JobState.WAITING
         job.happens_at(fact, now)
         job.finished = now
@@ -120,7 +119,7 @@ class QueueState:
             self._retire_if_over(source)
 
     def _unqueue(self, job: Job) -> None:
-        """It leaves its queue, and the room that it had."""
+        """Take a job out of its queue, and release its room."""
         source, runner = job.source, job.source.runner
         if job.key is not None and may_share_run(job):
             batch_queue_of(runner).leave(job)

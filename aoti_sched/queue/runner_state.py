@@ -22,12 +22,12 @@ from aoti_sched.queue.selection.placement import Placing
 
 
 class Phase(enum.IntEnum):
-    """How far a runner is on its way out."""
+    """The phases of a runner, from open to drained."""
 
     OPEN = 0
-    DRAINING = 1  # takes no new work, finishes what it accepted
-    TERMINATED = 2  # takes no new work, finishes only what runs
-    DRAINED = 3  # nothing queued, running or held; may be removed
+    DRAINING = 1  # takes no new jobs, finishes all that it accepted
+    TERMINATED = 2  # takes no new jobs, finishes only running jobs
+    DRAINED = 3  # has no job and no held lease; may be removed
 
 
 class Counters(msgspec.Struct):
@@ -42,7 +42,7 @@ class Counters(msgspec.Struct):
     revoked: int = 0
     shed: int = 0
     withdrawn: int = 0
-    """Jobs that were taken out, to be submitted anew at another replica."""
+    """Jobs that were taken out, to be submitted again at another replica."""
     queue_seconds: float = 0.0
     run_seconds: float = 0.0
     wasted_seconds: float = 0.0
@@ -52,17 +52,17 @@ class Counters(msgspec.Struct):
     batches: int = 0
     """Launches of several jobs as one."""
     batched: int = 0
-    """Jobs that were in them."""
+    """Jobs that were launched in batches."""
     retried: int = 0
-    """Jobs that were run again by themselves, since their batch had failed."""
+    """Jobs that were retried alone, since their batch had failed."""
 
 
 UNHEALTHY = 5
-"""Failed runs in a row that make a runner a failing one."""
+"""The number of runs in a row that must fail before a runner is failing."""
 
 
 class Source:
-    """What jobs draw slots from: a runner with all its slots, or a held lease with its one.
+    """A record that jobs draw slots from: a runner with all its slots, or a held lease with one.
 
     Attributes:
         runner: The runner that owns the slots.
@@ -176,15 +176,15 @@ class RunnerState(Source):
         published: The highest epoch so far.
         awaiting: Jobs whose epoch is yet to come, or that have not moved to the gate since.
         epoch_bound: Jobs at the gate or in the queue that asked for an epoch after the first.
-        batch_queue: What waits to be batched; None where jobs always run alone.
+        batch_queue: The batchable jobs; None where jobs always run alone.
         width: Cores that a run takes on a lane.
         accounts: The runner's share of the device's time, by priority class.
         tenants: The tenants' shares of the runner's time, by priority class.
         tenant_jobs: Jobs of each tenant that are queued or at the gate, where these are bounded.
-        tenant_lines: Jobs that wait for that bound, by tenant.
+        tenant_lines: Jobs that wait before the gate since their tenant's bound is reached.
         worst: Queued jobs that may be shed, the worst first; `worst_of` has them by tenant.
         failures: Failed runs in a row.
-        memory: What the runner has of the device's memory.
+        memory: The record of the memory that the runner's model has on the device.
         used: When it last ran or gave out a slot, where runners may be evicted.
     """
 

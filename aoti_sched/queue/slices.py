@@ -1,4 +1,4 @@
-"""Slices: ends many jobs before they are launched, a few in one fact, and what follows."""
+"""Slices: ends many waiting or queued jobs, a few in each fact, with all that follows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Slices(QueueState):
     """Ends jobs that are waiting or queued."""
 
     def _end_in_slices(self, ending: Ending, now: float, commands: list[Command]) -> None:
-        """Begin to end jobs, after those of endings that are under way."""
+        """Begin to end jobs, after the jobs of endings that are under way."""
         self._endings.append(ending)
         self._end_some(now, commands)
 
@@ -66,11 +66,11 @@ class Slices(QueueState):
         self._ask_for_wake(commands)
 
     def _and_who_waits(self, commands: list[Command], now: float) -> list[Command]:
-        """The same, and what follows for those that stand in line for memory."""
+        """Serve the runners in line for memory; return the commands, with those that follow."""
         self._serve_line(now, commands)
         return commands
 
     def _refused(self, runner: RunnerState) -> Ending:
-        """There will be no room for the constants of a runner that is away."""
+        """Return the ending of the jobs of an evicted runner that can't be restored."""
         error = self.memory.refusal(runner)
         return Ending(runner, self._ids, lambda _: error)

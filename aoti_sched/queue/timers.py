@@ -1,6 +1,6 @@
-"""Timers: when time itself is a fact.
+"""Timers: the times at which the passing of time is a fact.
 
-Deadlines of live jobs, and the times at which a key has waited long enough.
+These are the deadlines of live jobs, and the times at which a batch key's delay has elapsed.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ if TYPE_CHECKING:
 
 
 def is_over(job: Job) -> bool:
-    """Whether its deadline does not matter any more."""
+    """Return whether a job has ended, so that its deadline does not matter any more."""
     return job.state > JobState.RUNNING
 
 
 class Deadlines(Heap["tuple[float, int, Job]"]):
-    """Of live jobs: `alive` of them, and of some that have ended."""
+    """The deadlines of live jobs, and of some that have ended.
+
+    Attributes:
+        alive: How many entries are of live jobs.
+    """
 
     __slots__ = ("alive",)
 
@@ -36,9 +40,10 @@ class Deadlines(Heap["tuple[float, int, Job]"]):
 
 
 class Timers:
-    """What a device waits for.
+    """The deadlines and keys of one device.
 
-    Entries that have come to nothing are dropped when they surface, or outnumber the others.
+    Obsolete deadlines are dropped when they surface, or outnumber the others; obsolete keys are
+    dropped when they surface.
     """
 
     __slots__ = ("_serial", "deadlines", "keys")
@@ -49,29 +54,29 @@ class Timers:
         self._serial = 0
 
     def watch(self, job: Job, deadline: float) -> None:
-        """Until it ends."""
+        """Watch the deadline of a job until the job ends."""
         self.deadlines.alive += 1
         self.deadlines.add((deadline, job.id, job))
 
     def ended(self, job: Job) -> None:
-        """A job that was watched, if it has a deadline, has ended."""
+        """Note that a job has ended. A job without a deadline was not watched."""
         if job.deadline is not None:
             deadlines = self.deadlines
             deadlines.alive -= 1
             deadlines.tidy(deadlines.alive)
 
     def due(self, now: float) -> Job | None:
-        """The live job with the earliest deadline, if that is not after `now`."""
+        """Return the live job with the earliest deadline, if that is not after `now`."""
         first = self.deadlines.first_alive()
         return first[2] if first is not None and first[0] <= now else None
 
     def watch_key(self, runner: RunnerState, name: Hashable, key: Key) -> None:
-        """Until it is ripe. Call again when its time has changed."""
+        """Watch a key until it is ripe. Call again when `ripe_at` has changed."""
         self._serial += 1
         heapq.heappush(self.keys, (key.ripe_at, self._serial, runner, name, key))
 
     def ripe(self, now: float) -> tuple[RunnerState, Hashable] | None:
-        """A key whose time has come, once."""
+        """Return a key whose delay has elapsed, and watch it no more; None when there is none."""
         at = self._earliest_key()
         if at is None or at > now:
             return None
@@ -79,7 +84,7 @@ class Timers:
         return runner, name
 
     def next(self) -> float | None:
-        """The earliest time of all."""
+        """Return the earliest time of all; None when there is none."""
         first, key = self.deadlines.first_alive(), self._earliest_key()
         if first is None or key is None:
             return key if first is None else first[0]

@@ -1,1 +1,1 @@
-"""What is let in: bounds, room, shedding, and the errors of what is refused."""
+"""Admission: the bounds, the gate, shedding, and the errors of rejected jobs."""

@@ -1,8 +1,9 @@
-"""Room: who may be queued, who waits for it, and who makes way.
+"""Gate: which jobs may be queued, which wait for room, and which are shed for a new job.
 
-A job that does not fit waits at its source's gate. Gates contend for the device's room; a held
-lease's gate waits for its own alone. Of a tenant with a bound of its own, no more than that are at
-the gate and in the queue; the others stand in line before it.
+A job that does not fit waits at its source's gate. The gates of runners contend for the device's
+room. The gate of a held lease waits for the lease's own room alone. Where tenants are bounded, a
+tenant has at most that many jobs at the gate and in the queue together. The tenant's other jobs
+wait in a line before the gate.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from aoti_sched.queue.selection.job_queue import LazyHeap, Rank
 
 
 def _place(runner: RunnerState) -> Rank | None:
-    """Among those who wait for the device's room, if it has room itself."""
+    """Return a gate's rank among the gates that contend for the device's room.
+
+    None means that no job waits at the gate, or that the runner itself has no room.
+    """
     head = runner.gate.head()
     if head is None or runner.halted or runner.load.refusal(head.bytes) is not None:
         return None
@@ -26,28 +30,38 @@ def _place(runner: RunnerState) -> Rank | None:
 
 
 def _is_counted(job: Job) -> bool:
-    """Whether it counts against its tenant's bound."""
+    """Return whether a job counts against its tenant's bound."""
     runner = job.source.runner
     return runner.counts_tenants and job.source is runner and not job.bypasses_limits
 
 
 class Room:
-    """One device's. `load` is what is queued there in all."""
+    """The room for queued jobs on one device.
+
+    Args:
+        name: The device's name, for messages.
+        bounds: The most that may be queued over all runners.
+
+    Attributes:
+        load: All jobs that are queued on the device.
+        gates: Runners whose gates contend for the device's room.
+    """
 
     __slots__ = ("_leases", "_worst", "gates", "load")
 
     def __init__(self, name: str, bounds: Bounds) -> None:
         self.load = Load(f"device {name}", bounds)
         self.gates: LazyHeap[RunnerState] = LazyHeap(_place)
-        self._leases: list[Lease] = []  # whose gates are to be looked at
+        self._leases: list[Lease] = []  # leases whose gates may have a job to admit
         self._worst = ShedHeap()
 
     def full(self, job: Job) -> str | None:
-        """Why a job can't be queued now. Nobody passes those who wait already.
+        """Return why a job can't be queued now; None when there is room.
 
-        A held lease answers for its own jobs alone. Those in the queue may wait for the very slot
-        it
-        holds: were its jobs held back by them, neither would ever go on.
+        No job overtakes the jobs that wait already.
+
+        The jobs of a held lease are bounded by the lease's room alone. Other queued jobs may wait
+        for the slot that the lease holds. If they held back the lease's jobs, neither could go on.
         """
         if job.bypasses_limits:
             return None
@@ -63,7 +77,7 @@ class Room:
         return reason
 
     def wait(self, job: Job) -> None:
-        """At its source's gate, or in line before it."""
+        """Put a job to its source's gate, or into its tenant's line before the gate."""
         source = job.source
         if _is_counted(job):
             runner = source.runner
@@ -78,7 +92,7 @@ class Room:
         self._look_at_gate(source)
 
     def leave(self, job: Job) -> None:
-        """It waits no more."""
+        """Take a waiting job out of the gate or the line."""
         source, runner = job.source, job.source.runner
         line = runner.tenant_lines.get(job.tenant) if source is runner else None
         if line is not None and line.pop(job.id, None) is not None:
@@ -91,7 +105,7 @@ class Room:
         self._look_at_gate(source)
 
     def next_admitted(self) -> Job | None:
-        """Who has waited, and is to be queued now."""
+        """Take the next job to be queued out of its gate; None when no waiting job has room."""
         while self._leases:
             lease = self._leases[-1]
             head = lease.gate.head()
@@ -108,7 +122,7 @@ class Room:
         return head
 
     def take(self, job: Job, *, waited: bool) -> None:
-        """It is queued."""
+        """Give room to a job that is queued, and that has `waited` at the gate, or is new."""
         source, runner = job.source, job.source.runner
         if source is not runner:
             source.load.add(job)
@@ -121,7 +135,7 @@ class Room:
                 worst.push(job)
 
     def give_back(self, job: Job) -> None:
-        """It is queued no more."""
+        """Release the room of a job that has left the queue."""
         source, runner = job.source, job.source.runner
         if source is not runner:
             source.load.remove(job)
@@ -137,8 +151,11 @@ class Room:
         self._look_at_gate(source)
 
     def shed_for(self, job: Job) -> Sequence[Job]:
-        """Who is to be shed so that it can be queued; nobody if that does not help, or others
-        wait for room already.
+        """Choose the queued jobs to be shed for a new job.
+
+        Returns:
+            The jobs; empty if shedding would not make enough room, or if other jobs that the new
+            one may not overtake wait for room.
         """
         runner = job.source.runner
         if job.source is not runner or self._others_wait(job):
@@ -158,7 +175,7 @@ class Room:
         )
 
     def _others_wait(self, job: Job) -> bool:
-        """Whether there are some for room whom it may not pass."""
+        """Return whether other jobs wait for room that a new job may not overtake."""
         source, runner = job.source, job.source.runner
         if len(source.gate):
             return True
@@ -169,15 +186,16 @@ class Room:
         )
 
     def _tenant_full(self, runner: RunnerState, job: Job) -> str | None:
-        """Why a job of this tenant can't be queued now, nor wait at the gate."""
+        """Return why a job's tenant can have no more jobs at the gate and in the queue, or None."""
         most = runner.load.bounds.tenant_jobs
         if most is None or runner.tenant_jobs.get(job.tenant, 0) < most:
             return None
         return f"tenant {job.tenant!r} has {most} jobs queued, its bound is {most}"
 
     def _uncount(self, job: Job) -> None:
-        """One of its tenant's has left the gate or the queue: the next in line may have its
-        place.
+        """Uncount a job that left the gate or the queue; its tenant's next job goes to the gate.
+
+        The next job is the first in the tenant's line.
         """
         runner, tenant = job.source.runner, job.tenant
         runner.tenant_jobs[tenant] -= 1
@@ -194,16 +212,17 @@ class Room:
         self._look_at_gate(runner)
 
     def _look_at_gate(self, source: Source) -> None:
-        """Its head or the room behind it changed.
+        """Note that the head of a source's gate or the source's room has changed.
 
-        A runner's gate then contends for the device's room.
+        The gate of a lease is checked by `next_admitted`. The gate of the runner contends anew for
+        the device's room.
         """
         if isinstance(source, Lease) and len(source.gate):
             self._leases.append(source)
         self.gates.enter(source.runner)
 
     def _worsts_of(self, job: Job) -> tuple[ShedHeap, ...]:
-        """What keeps a queued job of a runner that sheds."""
+        """Return the heaps that list a queued job of a runner that sheds."""
         runner = job.source.runner
         of_tenant = runner.worst_of.get(job.tenant)
         if of_tenant is None:

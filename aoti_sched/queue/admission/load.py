@@ -1,4 +1,4 @@
-"""Admission: whether there is room for one more job, and the sentence that says why not."""
+"""Load: whether there is room for one more job, and the sentence that says why not."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ if TYPE_CHECKING:
 
 
 class Bounds(msgspec.Struct, frozen=True):
-    """How much may be queued (not running) at once. None is no bound; `bytes` counts the inputs.
+    """Bounds of the jobs that are queued, and not running, at once. None is no bound.
 
-    `tenant_jobs` bounds what one tenant of a runner has queued or waiting for room. A held lease
-    has its runner's bounds of jobs and bytes once more, for itself: see `Room.full`.
+    A held lease has its runner's bounds of jobs and bytes once more, for itself: see `Room.full`.
+
+    Args:
+        jobs: The most queued jobs.
+        bytes: The most bytes of their inputs.
+        tenant_jobs: The most jobs that one tenant of a runner has queued or at the gate.
     """
 
     jobs: int | None = 1024
@@ -24,7 +28,17 @@ class Bounds(msgspec.Struct, frozen=True):
 
 
 class Load:
-    """What is queued, counted against the bounds. `exempt` counts jobs that take no room."""
+    """The queued jobs, counted against the bounds.
+
+    Args:
+        name: The name of the bounds' owner, for messages.
+        bounds: The bounds.
+
+    Attributes:
+        jobs: How many jobs are queued.
+        bytes: The bytes of their inputs.
+        exempt: How many of the jobs take no room, since they bypass limits.
+    """
 
     __slots__ = ("bounds", "bytes", "exempt", "jobs", "name")
 
@@ -46,8 +60,11 @@ class Load:
         self.exempt -= job.bypasses_limits
 
     def lacks_room(self, size: int, without: Sequence[Job]) -> bool:
-        """Whether a job of `size` bytes would not fit even without these, of whom none is
-        exempt.
+        """Return whether a job of `size` bytes would not fit even if others had left.
+
+        Args:
+            size: The bytes of the job's inputs.
+            without: The queued jobs that would have left. None of them is exempt.
         """
         bounds = self.bounds
         if bounds.jobs is not None and self.jobs - self.exempt - len(without) >= bounds.jobs:
@@ -57,7 +74,7 @@ class Load:
         )
 
     def refusal(self, size: int) -> str | None:
-        """Why a job with inputs of `size` bytes does not fit now; None when it does."""
+        """Return why a job with inputs of `size` bytes does not fit now; None when it does."""
         bounds = self.bounds
         if bounds.jobs is not None and self.jobs - self.exempt >= bounds.jobs:
             return (
@@ -65,24 +82,25 @@ class Load:
             )
         if bounds.bytes is not None and self.bytes + size > bounds.bytes:
             return (
-                f"{self.name} has {self.bytes} bytes of inputs queued; "
-                f"{size} more exceed its bound of {bounds.bytes}"
+                f"{self.name} has {self.bytes} bytes of inputs queued; {size} more exceed its "
+                f"bound of {bounds.bytes}"
             )
         return None
 
     def never_fits(self, size: int) -> str | None:
-        """Why a job of `size` bytes could not even enter an empty queue; None when it could."""
+        """Return why a job of `size` bytes does not even fit in an empty queue; None if it does."""
         bounds = self.bounds
         if bounds.bytes is not None and size > bounds.bytes:
-            return f"its inputs are {size} bytes, {self.name} takes {bounds.bytes} in all"
+            return f"its inputs are {size} bytes, and {self.name} queues at most {bounds.bytes}"
         if bounds.jobs is not None and bounds.jobs < 1:
             return f"{self.name} queues no jobs"
         return None
 
     def within_bounds(self, *leased: Load) -> bool:
-        """Whether the bounds are kept.
+        """Return whether the bounds are kept.
 
-        What leases queue is bounded by themselves, and counted here too.
+        Args:
+            leased: The loads of held leases, which are counted here, and have their own bounds.
         """
         bounds = self.bounds
         jobs = self.jobs - self.exempt - sum(load.jobs for load in leased)

@@ -1,4 +1,4 @@
-"""Refusal: why a job is not taken at submission, in the sentence that its caller reads."""
+"""Rejection: the errors of jobs that are rejected at submit, or shed from the queue."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 
 
 def for_good(job: Job, device: Load, *, moved: bool) -> AotiSchedError | None:
-    """Why a job can't be taken, whatever room there is; None when it can.
+    """Return the error of a job that can't be accepted whatever room there is; None if it can.
 
-    One that has `moved` was accepted at another replica.
+    Args:
+        job: The new job.
+        device: The load of the job's device.
+        moved: Whether the job was accepted at another replica before.
     """
     source, runner = job.source, job.source.runner
     if source is not runner or runner.phase is not Phase.OPEN:
@@ -38,12 +41,19 @@ def for_good(job: Job, device: Load, *, moved: bool) -> AotiSchedError | None:
     ):
         never = f"runner {runner.name!r} queues no jobs of a tenant"
     if never is not None and not job.bypasses_limits:
-        return QueueFullError(f"runner {runner.name!r}: the request can never be queued, {never}")
+        return QueueFullError(
+            f"runner {runner.name!r}: the request can never be queued: {never}. Raise the bound"
+        )
     return None if job.min_epoch <= source.epoch else _by_its_epoch(job, moved)
 
 
 def for_now(job: Job, full: str) -> QueueFullError:
-    """There is no room, for this reason."""
+    """Return the error of a job that has no room now.
+
+    Args:
+        job: The new job.
+        full: Why there is no room.
+    """
     return QueueFullError(
         f"runner {job.source.name!r}: {full}. Send less, raise the bound, or load with "
         f"overflow='wait'"
@@ -51,16 +61,18 @@ def for_now(job: Job, full: str) -> QueueFullError:
 
 
 def shed(job: Job) -> ShedError:
-    """It was queued, and makes room."""
+    """Return the error of a queued job that is dropped to make room for a better one."""
     return ShedError(
         f"runner {job.source.name!r}: the queue is full, and the request was dropped for a better "
-        f"one (overflow='shed'): send less, "
-        "or give it a higher priority or an earlier deadline"
+        f"one (overflow='shed'). Send less, or give it a higher priority or an earlier deadline"
     )
 
 
 def _by_its_source(job: Job) -> AotiSchedError | None:
-    """Of a lease, or of a runner that is not open."""
+    """Return the error of a job whose lease or runner takes no new jobs; None if it does.
+
+    The job's source is a lease, or a runner that is not open.
+    """
     source, runner = job.source, job.source.runner
     if not isinstance(source, Lease):
         return RunnerClosedError(
@@ -85,6 +97,6 @@ def _by_its_epoch(job: Job, moved: bool) -> AotiSchedError | None:
     if error is None and most is not None and not moved and len(runner.awaiting) >= most:
         return QueueFullError(
             f"runner {runner.name!r}: {len(runner.awaiting)} requests wait for an epoch, the "
-            f"bound is {most}"
+            f"bound is {most}. Send less, or raise the bound"
         )
     return error

@@ -1,6 +1,6 @@
-"""Overload: which queued jobs are dropped to protect the rest.
+"""Shedding: which queued jobs are dropped for a better one when the queue is full.
 
-The worst first: lowest class, latest deadline, newest.
+The worst job is dropped first: of the lowest class, with the latest deadline, the newest.
 """
 
 from __future__ import annotations
@@ -12,18 +12,23 @@ from aoti_sched.queue.heap import Heap
 from aoti_sched.queue.job import Job, JobState
 
 VICTIMS = 32
-"""Jobs that make room for one newcomer at most: a newcomer that needs more is refused, so that
-no fact takes long.
+"""The most jobs that are shed for one new job.
+
+A new job that needs more is rejected, so that no fact takes long.
 """
 
 
 def shed_rank(job: Job) -> tuple[float, float, int]:
-    """The worst has the least."""
+    """Return a job's rank among those that may be shed; the worst job has the least rank."""
     return (-job.priority, -math.inf if job.deadline is None else -job.deadline, -job.id)
 
 
 class ShedHeap(Heap["tuple[tuple[float, float, int], Job]"]):
-    """Queued jobs, the worst first: `alive` of them, and some that have left."""
+    """Queued jobs that may be shed, the worst first.
+
+    Attributes:
+        alive: How many entries are of queued jobs; the others are of jobs that have left.
+    """
 
     __slots__ = ("alive",)
 
@@ -39,7 +44,7 @@ class ShedHeap(Heap["tuple[tuple[float, float, int], Job]"]):
         self.alive += 1
 
     def left(self) -> None:
-        """One of its jobs is queued no more."""
+        """Note that a job of the heap has left the queue."""
         self.alive -= 1
         self.tidy(self.alive)
 
@@ -51,12 +56,16 @@ class ShedHeap(Heap["tuple[tuple[float, float, int], Job]"]):
         return entry[1]
 
     def put_back(self, job: Job) -> None:
+        """Add a popped job again, which is still queued."""
         self.add((shed_rank(job), job))
 
 
 class Scope:
-    """What shares a bound: who of it may be shed, and whether a newcomer lacks room there when
-    some are gone.
+    """The jobs that share a bound.
+
+    Args:
+        worst: Those that may be shed.
+        lacks_room: Whether a new job lacks room even if these jobs had left.
     """
 
     __slots__ = ("lacks_room", "worst")
@@ -67,8 +76,10 @@ class Scope:
 
 
 def victims(newcomer: Job, scopes: Sequence[Scope]) -> list[Job]:
-    """Who must go so that the newcomer fits, the worst first; nobody, when it is the worst
-    itself or `VICTIMS` are not enough.
+    """Choose the queued jobs to be shed so that a new job fits in all scopes, the worst first.
+
+    Returns:
+        The jobs; empty when the new job is worse than they are, or `VICTIMS` are not enough.
     """
     chosen: list[Job] = []
     taken: list[tuple[ShedHeap, Job]] = []

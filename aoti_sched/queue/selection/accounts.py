@@ -1,4 +1,4 @@
-"""Accounts: the time that each of several had of something shared, and which of them goes next.
+"""Accounts: the device time that runners or tenants have had, and which of them goes next.
 
 The account with the least virtual time goes next (start-time fair queueing; Goyal, Vin and Cheng,
 1996). `fairness.py` says what is charged to accounts, and when.
@@ -10,19 +10,26 @@ import heapq
 from collections.abc import Hashable
 
 DEBTORS = 1024
-"""Idle tenants of one runner and class whose accounts are kept although they had more than what
-is served now. Of more, those that had the least are forgotten, and no tenant begins before them
-any more.
+"""The most idle tenants of one runner and class whose accounts are kept.
+
+Kept accounts have more virtual time than the floor. Of more such accounts, those with the least are
+forgotten, and the floor rises to their virtual time.
 """
 
 
 class Account:
-    """What one has had of something shared, in one priority class.
+    """The device time that a runner or tenant has had, in one priority class.
 
-    `virtual` never falls: what was charged too much is kept as a (negative) `balance` and set off
-    against what comes. `queued` counts its queued jobs, `running` those that were launched and have
-    not ended: members of a failed batch that are to be run again are among them. A tenant's account
-    has its `name`. `rested` numbers the time since which it is idle; 0 while it is not.
+    Args:
+        share: The part of the time, relative to the shares of the other accounts.
+        virtual: Core seconds charged so far, divided by the share; never falls.
+        name: The tenant, of a tenant's account.
+
+    Attributes:
+        balance: Core seconds charged too much (below zero), to be set off against later charges.
+        queued: Queued jobs.
+        running: Jobs that were launched and have not ended, members to be retried included.
+        rested: The number of the account's present rest; 0 while the account is not idle.
     """
 
     __slots__ = ("balance", "name", "queued", "rested", "running", "share", "virtual")
@@ -44,13 +51,14 @@ class Account:
 
 
 class FairClass:
-    """The accounts of one priority class that take turns.
+    """The accounts of one priority class that share time.
 
-    No account saves up turns while it has nothing to do.
+    An account gains nothing by being idle: when a job comes again, the account begins at the floor.
+    An idle tenant's account that is not above the floor is as good as a new one, and is forgotten.
 
-    `floor` is the virtual time that was last served: an account that comes, or comes back, begins
-    there. An idle tenant's account that is not above the floor is as good as a new one, and is
-    forgotten.
+    Attributes:
+        floor: The highest virtual time that an account had at a launch, or when forgotten.
+        accounts: The accounts by the name of the runner or tenant.
     """
 
     __slots__ = ("_idle", "_resting", "_rests", "accounts", "floor")
@@ -58,15 +66,14 @@ class FairClass:
     def __init__(self) -> None:
         self.floor = 0.0
         self.accounts: dict[Hashable, Account] = {}
-        self._idle: list[
-            tuple[float, int, Account]
-        ] = []  # the least virtual time first; some have come back
-        self._resting = 0  # how many of these have not
+        # A heap of (virtual time, rest, account); some of the accounts are not idle any more.
+        self._idle: list[tuple[float, int, Account]] = []
+        self._resting = 0  # how many of these are still idle
         self._rests = 0
 
     def enter(self, account: Account) -> None:
-        """One of its jobs is queued."""
-        if not account.queued and account.virtual <= self.floor:  # what was not used is lost
+        """Count a job that is queued."""
+        if not account.queued and account.virtual <= self.floor:  # time that was not used is lost
             account.virtual = self.floor
             account.balance = 0.0
         account.queued += 1
@@ -75,13 +82,15 @@ class FairClass:
             self._resting -= 1
 
     def launch(self, account: Account, seconds: float) -> None:
-        """One of its jobs starts, and is expected to take so long."""
+        """Charge a job that starts, and is expected to take `seconds`."""
         self.floor = max(self.floor, account.virtual)
         account.charge(seconds)
 
     def rest(self, account: Account) -> None:
-        """A job of a tenant's has ended: if it was the last, forget the account, or keep it as
-        long as there are not too many.
+        """Note that a job has ended. A tenant's account becomes idle with its last job.
+
+        Idle accounts that are not above the floor are forgotten, two at a time. So are those with
+        the least virtual time when there are more than `DEBTORS`.
         """
         if account.queued or account.running or account.name is None:
             return
@@ -89,7 +98,7 @@ class FairClass:
         self._resting += 1
         account.rested = self._rests
         heapq.heappush(self._idle, (account.virtual, self._rests, account))
-        for _ in range(2):  # each time two, so that none has to take all
+        for _ in range(2):  # two each time, so that no fact has to forget all
             if self._idle and self._idle[0][0] <= self.floor:
                 self._forget_first()
         while self._resting > DEBTORS:
@@ -99,14 +108,14 @@ class FairClass:
             heapq.heapify(self._idle)
 
     def of(self, name: Hashable) -> Account:
-        """The account of this name, a new one if need be."""
+        """Return the account of a name, a new one if there is none."""
         account = self.accounts.get(name)
         if account is None:
             account = self.accounts[name] = Account(name=name)
         return account
 
     def _forget_first(self) -> None:
-        """Of the idle ones; unless it has come back."""
+        """Forget the first account of the heap, unless it is not idle any more."""
         virtual, rests, account = heapq.heappop(self._idle)
         if account.rested == rests:
             self.floor = max(self.floor, virtual)

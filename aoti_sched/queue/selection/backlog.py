@@ -1,4 +1,4 @@
-"""Backlog: the device time that is queued, as far as run times are known."""
+"""Backlog: the device time that queued jobs will take, as far as run times are known."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from aoti_sched.queue.job import Job, Priority
 
 
 class Backlog:
-    """Device time that is queued, in core seconds, as far as it is known; by priority class."""
+    """The expected core seconds of queued jobs, by priority class; 0 for unknown run times."""
 
     __slots__ = ("_seconds", "jobs")
 
@@ -23,9 +23,9 @@ class Backlog:
         self._seconds[job.priority] -= job.expected
 
     def ahead_of(self, priority: int) -> float:
-        """Of this class and the higher ones."""
+        """Return the core seconds of a class and the higher classes."""
         return sum(self._seconds[: priority + 1])
 
     def within(self, priority: int) -> float:
-        """Of this class."""
+        """Return the core seconds of a class."""
         return self._seconds[priority]

@@ -1,10 +1,11 @@
-"""Selector: which of the queued jobs goes next, among those that have a slot and a place to run.
+"""Selector: which queued job is launched next, among those with a free slot and a place to run.
 
-Sources contend with their first jobs: for a lane, for the loop's own thread, for a lease. The class
-decides, then what the runner had for its share (`fair`), then when the job is due. Where jobs may
-become overdue, every second launch is of the one that came first, as long as these don't take more
-than a quarter of the time: where more comes than can be done, everything is overdue sooner or
-later, and there would be no classes and shares any more.
+Sources contend with their first jobs: for a lane, for the loop's own thread, or for a lease. The
+priority class decides, then the runner's virtual time (`fairness.py`), then the job's due time.
+
+Where jobs may become overdue, every second launch is of the overdue job that came first. These
+launches take at most a quarter of the time (`OVERDUE_PART`). Under overload, each job becomes
+overdue sooner or later, and without this limit priority classes and shares would have no effect.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from aoti_sched.queue.selection.job_queue import LazyHeap, Rank
 
 
 def can_start(source: Source) -> bool:
-    """Whether it has a slot to give."""
+    """Return whether a source has a free slot that it may give out."""
     return bool(source.free) and not source.closed and not source.halted
 
 
 def _rank(head: Job) -> Rank:
-    """Of its source among the others."""
+    """Return the rank of a source whose first job is `head`."""
     priority, accounts = head.priority, head.source.runner.accounts
     return (priority, accounts[priority].virtual if accounts else 0.0, head.due, head.id)
 
@@ -56,8 +57,14 @@ def _for_a_lease(source: Source) -> Rank | None:
 
 
 def _age(source: Source, *, inline: bool) -> Rank | None:
-    """Of the job that came first, if it may run there and does not wait for the turn of the
-    loop to end.
+    """Return the age of a source's oldest job as a rank; None when the source does not contend.
+
+    A source contends if it has a free slot, and its oldest job belongs in this place. That job must
+    not wait for the turn of the loop to end.
+
+    Args:
+        source: The source.
+        inline: Whether the place is the loop's own thread, or else a lane.
     """
     oldest = source.arrivals.first
     if (
@@ -66,12 +73,12 @@ def _age(source: Source, *, inline: bool) -> Rank | None:
         or source.runner.placing.inline(oldest.bytes) != inline
     ):
         return None
-    company = source.runner.batch_queue
+    batches = source.runner.batch_queue
     if (
         oldest.key is not None
-        and company is not None
+        and batches is not None
         and source is source.runner
-        and company.holds_back(oldest)
+        and batches.holds_back(oldest)
     ):
         return None
     return (oldest.submitted, oldest.id)
@@ -86,26 +93,28 @@ def _age_on_the_loop(source: Source) -> Rank | None:
 
 
 def _better(one: Job | None, other: Job | None) -> Job | None:
-    """Which of them goes first."""
+    """Return the job that is launched first; None when there is neither."""
     if one is None or other is None:
         return one or other
     return one if _rank(one) < _rank(other) else other
 
 
 def _first(contest: LazyHeap[Source]) -> Job | None:
-    """Of the source that leads."""
+    """Return the first job of the source with the least rank; None when no source contends."""
     source = contest.best()
     return None if source is None else source.queue.head()
 
 
 OVERDUE_PART = 0.25
-"""Of the core time, what launches of overdue jobs get at most."""
+"""The most that launches of overdue jobs get of the core time."""
 
 
 class Selector:
-    """Chooses for one device's `lanes`.
+    """Chooses the next job for one device.
 
-    A job is overdue after `max_wait` seconds in the queue; None: never.
+    Args:
+        lanes: The device's lanes.
+        max_wait: Seconds in the queue after which a job is overdue; None for never.
     """
 
     __slots__ = (
@@ -124,11 +133,10 @@ class Selector:
     def __init__(self, lanes: Lanes, max_wait: float | None) -> None:
         self._lanes = lanes
         self._max_wait = max_wait
-        self._regular = False  # the next launch is not of an overdue job, since the last one was
-        self._was_overdue = False  # the one that was chosen last
-        self._credit = (
-            0.0  # core seconds, below zero while overdue jobs have had more than their part
-        )
+        self._regular = False  # the last launch was of an overdue job, so the next one is not
+        self._was_overdue = False  # whether the job that was chosen last is overdue
+        # Core seconds, below zero while overdue jobs have had more than their part.
+        self._credit = 0.0
         self._runs: LazyHeap[Source] = LazyHeap(_for_a_lane)
         self._loop: LazyHeap[Source] = LazyHeap(_for_the_loop)
         self._lease: LazyHeap[Source] = LazyHeap(_for_a_lease)
@@ -136,7 +144,7 @@ class Selector:
         self._oldest_inline: LazyHeap[Source] = LazyHeap(_age_on_the_loop)
 
     def enter(self, source: Source) -> None:
-        """Its first job or its slots changed: it contends again."""
+        """Let a source contend anew, since its first job or its slots have changed."""
         if self._max_wait is not None:
             self._oldest.enter(source)
             self._oldest_inline.enter(source)
@@ -151,15 +159,15 @@ class Selector:
             self._runs.enter_as(source, _rank(head))
 
     def forget(self, source: Source) -> None:
-        """It is gone for good."""
+        """Remove a source that no job will come to any more."""
         for contest in (self._runs, self._loop, self._lease, self._oldest, self._oldest_inline):
             contest.leave(source)
 
     def next(self, now: float) -> Job | None:
-        """Who goes now, still queued.
+        """Return the job to be launched now, which is still queued; None when there is none.
 
-        Who is first in line for a lane and does not find cores enough is not passed by others: it
-        would wait for ever.
+        If the first job in line for a lane needs more cores than are free, no other job overtakes
+        it on a lane; otherwise it could starve.
         """
         lanes, overdue = self._lanes, None
         if self._max_wait is not None:
@@ -178,27 +186,32 @@ class Selector:
         return first
 
     def launches(self, job: Job, *, chosen: bool) -> None:
-        """The one that was chosen last runs; or one that was not chosen here."""
+        """Note that a job is launched.
+
+        Args:
+            job: The job.
+            chosen: Whether the job is the one that `next` chose last.
+        """
         if self._max_wait is None:
             return
         self._regular = job.overdue = chosen and self._was_overdue
 
     def took(self, job: Job, seconds: float) -> None:
-        """Its run is over, and took so many core seconds."""
+        """Note that a job's run is over, and took `seconds` of core time."""
         if self._max_wait is not None:
             part = -(1 - OVERDUE_PART) if job.overdue else OVERDUE_PART
             self._credit = min(0.0, self._credit + seconds * part)
 
     def rests(self) -> None:
-        """Nobody waits: what overdue jobs have had is nobody's loss any more."""
+        """Forget what overdue jobs have had, since no job is queued that could have lost by it."""
         self._credit = 0.0
 
     def is_wanted(self, *, inline: bool) -> bool:
-        """Whether somebody queued could start on the loop, or on a lane, were it free."""
+        """Return whether a queued job with a free slot contends for the loop, or for a lane."""
         return (self._loop if inline else self._runs).best() is not None
 
     def has_place(self, runner: RunnerState, *, inline: bool) -> bool:
-        """Whether a run may start there now."""
+        """Return whether a run of a runner may start on the loop, or on a lane, now."""
         lanes = self._lanes
         return (
             lanes.loop_is_free()
@@ -207,8 +220,10 @@ class Selector:
         )
 
     def may_follow(self, job: Job, now: float) -> bool:
-        """Whether a lane may be given this job ahead, and not come free: nobody better waits
-        for one, or waits too long.
+        """Return whether a job may be handed ahead to a lane, instead of freeing the lane.
+
+        The job may not while a better job contends for a lane, nor while it is the turn of overdue
+        jobs and there is one.
         """
         first = _first(self._runs)
         if first is not None and _rank(first) < _rank(job):
@@ -220,7 +235,7 @@ class Selector:
         return not waits and self._overdue(self._oldest, now) is None
 
     def _next_overdue(self, now: float) -> Job | None:
-        """Who has waited too long and has a place to run."""
+        """Return the oldest overdue job that has a place to run; None when there is none."""
         lanes = self._lanes
         on_lane = self._overdue(self._oldest, now) if lanes.free else None
         if on_lane is not None and on_lane.source.runner.width > lanes.free_cores:
@@ -235,7 +250,7 @@ class Selector:
         )
 
     def _overdue(self, contest: LazyHeap[Source], now: float) -> Job | None:
-        """Who of them came first, if it is overdue and it is the turn of those."""
+        """Return the oldest contending job if it is overdue, and an overdue job is to go next."""
         if self._max_wait is None or self._regular or self._credit < 0.0:
             return None
         source = contest.best()

@@ -1,10 +1,9 @@
-"""Fair: whose turn it is among those that share something.
+"""Fairness: runners share a device's time, and tenants share a runner's time.
 
-Runners share a device's time, tenants a runner's.
-
-Each has an account of the time it has had, divided by its share: its virtual time. The one with the
-least goes next (start-time fair queueing; Goyal, Vin and Cheng, 1996). How long a run takes is
-known when it is over, so what is expected is charged at its launch, and the difference at its end.
+Each runner and each tenant has an account. Its virtual time is the device time that it has had,
+divided by its share. The account with the least virtual time goes next (start-time fair queueing;
+Goyal, Vin and Cheng, 1996). A run's time is known only when the run is over. So the expected time
+is charged at the launch, and the difference at the end.
 """
 
 from __future__ import annotations
@@ -16,47 +15,48 @@ from aoti_sched.queue.selection.accounts import Account, FairClass
 class FairShares:
     """Keeps the accounts of a device's runners, and of their tenants.
 
-    Jobs of a held lease are on its runner's account alone.
+    Jobs of a held lease are on the runner's account alone. For a job that is launched without
+    having been queued, `enter` and `leave` are called before `launch`.
 
-    Where it is not `fair`, there are no accounts. A job that is launched without having been queued
-    has entered and left.
+    Args:
+        fair: Whether there are accounts; without them, only class and due time order jobs.
     """
 
-    __slots__ = ("_turns", "fair")
+    __slots__ = ("_classes", "fair")
 
     def __init__(self, fair: bool) -> None:
         self.fair = fair
-        self._turns = tuple(FairClass() for _ in Priority)
+        self._classes = tuple(FairClass() for _ in Priority)
 
     def open(self, name: str, share: float) -> tuple[Account, ...]:
-        """A new runner's accounts, by class."""
+        """Open a new runner's accounts, and return them by priority class."""
         if not self.fair:
             return ()
         accounts = tuple(Account(share) for _ in Priority)
-        for turns, account in zip(self._turns, accounts, strict=True):
-            turns.accounts[name] = account
+        for fair_class, account in zip(self._classes, accounts, strict=True):
+            fair_class.accounts[name] = account
         return accounts
 
     def close(self, name: str) -> None:
-        """The runner is gone."""
+        """Remove the accounts of a runner."""
         if self.fair:
-            for turns in self._turns:
-                del turns.accounts[name]
+            for fair_class in self._classes:
+                del fair_class.accounts[name]
 
     def enter(self, job: Job) -> None:
-        """It is queued."""
+        """Count a job that is queued."""
         if not self.fair:
             return
         source, priority = job.source, job.priority
         runner = source.runner
-        self._turns[priority].enter(runner.accounts[priority])
+        self._classes[priority].enter(runner.accounts[priority])
         if source is runner:
-            turns = runner.tenants[priority]
-            job.account = turns.of(job.tenant)
-            turns.enter(job.account)
+            fair_class = runner.tenants[priority]
+            job.account = fair_class.of(job.tenant)
+            fair_class.enter(job.account)
 
     def leave(self, job: Job) -> None:
-        """It is queued no more."""
+        """Uncount a job that has left the queue."""
         if not self.fair:
             return
         job.source.runner.accounts[job.priority].queued -= 1
@@ -64,24 +64,24 @@ class FairShares:
             job.account.queued -= 1
 
     def rest(self, job: Job) -> None:
-        """It was queued, and has ended without a run."""
+        """Note that a job has left the queue and ends without a run."""
         if job.account is not None:
             job.source.runner.tenants[job.priority].rest(job.account)
 
     def launch(self, job: Job) -> None:
-        """It starts, and what is expected of it is charged."""
+        """Charge the expected time of a job that starts."""
         if not self.fair:
             return
         runner, priority = job.source.runner, job.priority
         new = not job.retrying
         runner.accounts[priority].running += new
-        self._turns[priority].launch(runner.accounts[priority], job.expected)
+        self._classes[priority].launch(runner.accounts[priority], job.expected)
         if job.account is not None:
             job.account.running += new
             runner.tenants[priority].launch(job.account, job.expected)
 
     def settle(self, job: Job, seconds: float) -> None:
-        """Its run took so many core seconds."""
+        """Charge the difference between the core seconds that a run took and those expected."""
         if not self.fair:
             return
         job.source.runner.accounts[job.priority].charge(seconds - job.expected)
@@ -89,7 +89,7 @@ class FairShares:
             job.account.charge(seconds - job.expected)
 
     def end(self, job: Job) -> None:
-        """It was launched, and will not run again."""
+        """Note that a launched job has ended, and is not retried."""
         if not self.fair:
             return
         runner, priority = job.source.runner, job.priority

@@ -1,6 +1,4 @@
-"""Forecast: when a job that comes now would be finished, by what is known of the runs there
-were.
-"""
+"""Forecast: when a job submitted now would start, predicted from learned run times."""
 
 from __future__ import annotations
 
@@ -10,9 +8,15 @@ from aoti_sched.queue.selection.backlog import Backlog
 
 
 class Forecast:
-    """One device's.
+    """The forecast of one device.
 
-    It is kept from the first runner on that wants to know, and until then costs nothing.
+    Args:
+        lanes: The device's lanes.
+        fair: Whether runners and tenants share time.
+
+    Attributes:
+        kept: Whether queued jobs are added. The first runner that needs a forecast sets this;
+            until then the forecast costs nothing.
     """
 
     __slots__ = ("_backlog", "_busy", "_fair", "_lanes", "_shares", "kept")
@@ -22,11 +26,11 @@ class Forecast:
         self._fair = fair
         self.kept = False
         self._backlog = Backlog()
-        self._busy = 0  # runners that have something queued,
-        self._shares = 0.0  # and their shares together
+        self._busy = 0  # runners that have queued jobs
+        self._shares = 0.0  # the sum of their shares
 
     def add(self, job: Job) -> None:
-        """It is queued."""
+        """Count a job that is queued."""
         runner = job.source.runner
         if not runner.backlog.jobs:
             self._busy += 1
@@ -39,7 +43,7 @@ class Forecast:
         own.add(job)
 
     def remove(self, job: Job) -> None:
-        """It is queued no more."""
+        """Uncount a job that has left the queue."""
         runner = job.source.runner
         self._backlog.remove(job)
         runner.backlog.remove(job)
@@ -49,16 +53,16 @@ class Forecast:
             del runner.backlog_of[job.tenant]
         if not runner.backlog.jobs:
             self._busy -= 1
-            # Sums of floats drift; nobody has no share.
+            # Sums of floats drift, so the sum starts anew at zero when no runner is busy.
             self._shares = self._shares - runner.share if self._busy else 0.0
 
     def waiting_time(self, job: Job, now: float) -> float:
-        """Seconds until a job that comes now starts, unless it can at once.
+        """Predict the seconds until a job submitted now starts, if it can't start at once.
 
-        It starts no later than when all that is queued before it is done, and no later than when
-        its runner's own queue is done at the rate that the runner's share of the device gives it;
-        and no sooner than its runner's slots can get through what runs there and that queue. Of its
-        runner's queue that counts which its tenant has to wait for.
+        The prediction is the earlier of two times: when all jobs queued before this one are done;
+        and when the runner's own queue is done at the rate of the runner's share. The prediction is
+        never earlier than the runner's slots allow, by what they run and the runner's own queue.
+        Of that queue, only the part that the job's tenant has to wait for counts.
         """
         runner, cores = job.source.runner, self._lanes.cores
         running = running_own = 0.0
@@ -70,7 +74,7 @@ class Forecast:
                 running_own += rest
         everything = self._backlog.ahead_of(job.priority)
         own = runner.backlog.ahead_of(job.priority)
-        if self._fair:  # no more of the other tenants' is before it than its own tenant has
+        if self._fair:  # each other tenant has at most as much before the job as its own tenant
             mine = runner.backlog_of.get(job.tenant)
             busy = len(runner.backlog_of) + (mine is None)
             of_tenant = 0.0 if mine is None else mine.within(job.priority)
@@ -83,8 +87,14 @@ class Forecast:
 
 
 def expected(job: Job, size: int) -> float:
-    """Core seconds that a run of this job's runner on so many bytes will take; 0 while that is
-    not known.
+    """Return the core seconds that a run of a job's runner is expected to take.
+
+    Args:
+        job: The job.
+        size: The bytes of the run's inputs.
+
+    Returns:
+        Core seconds; 0.0 while too little is known.
     """
     runner = job.source.runner
     return runner.width * runner.placing.times.mean(size)

@@ -1,10 +1,10 @@
-"""Order: which job goes next.
+"""Job queue: which job of one source goes next.
 
-The priority class, then whose turn it is, then the earliest deadline.
+Jobs are ordered by priority class, then by their tenant's virtual time, then by due time.
 
-Jobs that differ in nothing but their deadlines stand in one line, in order. Buckets contend within
-a queue, by their first jobs; queues contend for lanes and for room. All of it is O(log n), and O(1)
-where jobs come in the order in which they go.
+Jobs of one class, tenant and key are in one bucket, in the order of their due times. Buckets
+contend within a queue, by their first jobs; queues contend for lanes and for room. A change costs
+O(log n), and O(1) where jobs come in the order in which they go.
 """
 
 from __future__ import annotations
@@ -20,21 +20,24 @@ from aoti_sched.queue.selection.accounts import Account
 _T = TypeVar("_T", bound=Hashable)
 
 Rank = tuple[float, ...]
-"""What is compared: the least goes first. It ends in a job's id, so no two are equal."""
+"""The order of things that contend: the least rank goes first.
+
+A rank ends in a job's id, so no two ranks are equal.
+"""
 
 KEPT = 64
-"""Buckets that are kept for what comes, although they have no jobs."""
+"""The most buckets of a queue that are kept for later jobs before empty ones are dropped."""
 
 NO_ACCOUNT = Account()
-"""For lines between which there are no turns: it is never charged."""
+"""The account of buckets that do not share time; never charged."""
 
 
 class LazyHeap(Heap["tuple[Rank, _T]"], Generic[_T]):
-    """Things contending for something, the one with the least rank first.
+    """A heap of things that contend, the thing with the least rank first.
 
-    A heap of (rank, thing) entries that are not updated but checked when they surface. A thing must
-    enter (or re-enter) when its rank falls or it becomes eligible, and need not when its rank
-    rises: so each fact costs O(log n), and what has no work costs nothing.
+    Entries (rank, thing) are not updated, but checked when they surface. A thing must enter again
+    when its rank falls or it becomes eligible. When its rank rises, it need not. So each
+    fact costs O(log n), and things without work cost nothing.
 
     Args:
         rank_of: A thing's rank now; None while it is not eligible.
@@ -51,15 +54,16 @@ class LazyHeap(Heap["tuple[Rank, _T]"], Generic[_T]):
         return self._entered.get(entry[1]) != entry[0]
 
     def enter(self, thing: _T) -> None:
-        """Call when its rank may have fallen or it may have become eligible; entering twice
-        does no harm.
+        """Let a thing contend, whose rank may have fallen or that may have become eligible.
+
+        To enter twice does no harm.
         """
         rank = self._rank_of(thing)
         if rank is not None:
             self.enter_as(thing, rank)
 
     def enter_as(self, thing: _T, rank: Rank) -> None:
-        """`enter`, by one who knows the rank and that it is eligible."""
+        """Let an eligible thing contend, whose rank is known."""
         if self._entered.get(thing) == rank:
             return
         self.add((rank, thing))
@@ -72,7 +76,7 @@ class LazyHeap(Heap["tuple[Rank, _T]"], Generic[_T]):
         self.tidy(len(self._entered))
 
     def best(self) -> _T | None:
-        """The thing that goes next; None when none is eligible."""
+        """Return the thing that goes next; None when none is eligible."""
         while (least := self.least()) is not None:
             rank, thing = least
             current = self._rank_of(thing)
@@ -87,10 +91,13 @@ class LazyHeap(Heap["tuple[Rank, _T]"], Generic[_T]):
 
 
 class SortedJobs(Heap["tuple[float, int, Job]"]):
-    """Jobs by a number, ties by their ids; the least goes `first`.
+    """Jobs ordered by a number, and by their ids where the numbers are equal.
 
-    Most come in the order in which they go, and stand in `_in_order`. Those that must go before its
-    last are the heap's.
+    Most jobs come in the order in which they go. These are in `_in_order`. A job that must go
+    before the last of these is in the heap.
+
+    Attributes:
+        first: The job with the least number; None when there is no job.
     """
 
     __slots__ = ("_early", "_in_order", "_last", "first")
@@ -101,7 +108,7 @@ class SortedJobs(Heap["tuple[float, int, Job]"]):
         # OrderedDict is a linked list: unlike a dict's, its first key is found in O(1) after many
         # deletions.
         self._in_order: OrderedDict[int, tuple[float, int, Job]] = OrderedDict()
-        self._last: tuple[float, int] = (0.0, 0)  # of those in order
+        self._last: tuple[float, int] = (0.0, 0)  # number and id of the last job in order
         self._early: dict[int, Job] = {}
 
     def is_over(self, entry: tuple[float, int, Job]) -> bool:
@@ -142,7 +149,7 @@ class SortedJobs(Heap["tuple[float, int, Job]"]):
 
 
 class Bucket(SortedJobs):
-    """Jobs of one class, tenant and key, the earliest due first."""
+    """Jobs of one class, tenant and key, the earliest due job first."""
 
     __slots__ = ("account", "key", "priority")
 
@@ -158,63 +165,64 @@ class Bucket(SortedJobs):
 
 
 class Buckets:
-    """Buckets that have jobs, the one whose first job goes next before the others.
+    """Buckets that have jobs, ordered by their first jobs.
 
-    The `only` one needs no contest.
+    Attributes:
+        buckets: The buckets.
+        only: The bucket, when there is only one; the heap is not used then.
     """
 
-    __slots__ = ("_contest", "lines", "only")
+    __slots__ = ("_contest", "buckets", "only")
 
     def __init__(self) -> None:
-        self.lines: OrderedDict[Bucket, None] = (
-            OrderedDict()
-        )  # its first is found in O(1) after many deletions
+        # OrderedDict, since its first key is found in O(1) after many deletions.
+        self.buckets: OrderedDict[Bucket, None] = OrderedDict()
         self.only: Bucket | None = None
         self._contest: LazyHeap[Bucket] = LazyHeap(Bucket.rank)
 
-    def changed(self, line: Bucket) -> None:
-        """Jobs have come to it or left it."""
-        if line is self.only:
-            if line.first is None:
+    def changed(self, bucket: Bucket) -> None:
+        """Note that jobs have come to a bucket or left it."""
+        if bucket is self.only:
+            if bucket.first is None:
                 self.only = None
-                del self.lines[line]
+                del self.buckets[bucket]
             return
-        lines = self.lines
-        if line.first is not None:
-            if not lines:
-                self.only = line
-            elif self.only is not None:  # until now it did not contend
+        buckets = self.buckets
+        if bucket.first is not None:
+            if not buckets:
+                self.only = bucket
+            elif self.only is not None:  # the bucket that was alone did not contend until now
                 self._contest.enter(self.only)
                 self.only = None
-            lines[line] = None
+            buckets[bucket] = None
             if self.only is None:
-                self._contest.enter(line)
+                self._contest.enter(bucket)
         else:
-            del lines[line]
-            self._contest.leave(line)
-            if len(lines) == 1:
-                (self.only,) = lines
+            del buckets[bucket]
+            self._contest.leave(bucket)
+            if len(buckets) == 1:
+                (self.only,) = buckets
                 self._contest = LazyHeap(Bucket.rank)
 
     def first(self) -> Job | None:
-        """Of all of them."""
-        line = self.only or self._contest.best()
-        return None if line is None else line.first
+        """Return the job that goes first; None when there is no bucket."""
+        bucket = self.only or self._contest.best()
+        return None if bucket is None else bucket.first
 
 
 class JobQueue:
     """The jobs of one source that wait for the same thing.
 
     Args:
-        account_of: Gives a tenant's account of a class; without, tenants and keys make no
-            difference.
+        account_of: Gives a tenant's account of a class. Without the function, tenants and keys
+            make no difference.
     """
 
     __slots__ = (
         "_account_of",
+        "_buckets",
         "_by_key",
         "_hidden",
-        "_lines",
         "_names",
         "_plain",
         "_shown",
@@ -226,11 +234,10 @@ class JobQueue:
         self._plain = tuple(
             Bucket(priority, NO_ACCOUNT if account_of is None else account_of(priority, None), None)
             for priority in Priority
-        )  # of jobs without tenant and key, by class
-        self._lines: dict[tuple[int, Hashable, Hashable], Bucket] = {}
-        self._names: deque[tuple[int, Hashable, Hashable]] = (
-            deque()
-        )  # of lines, as they are looked at
+        )  # buckets of jobs without tenant and key, by class
+        self._buckets: dict[tuple[int, Hashable, Hashable], Bucket] = {}
+        # The names of the buckets in `_buckets`, in the order in which they are checked.
+        self._names: deque[tuple[int, Hashable, Hashable]] = deque()
         self._shown = Buckets()
         self._by_key: dict[Hashable, Buckets] = {}
         self._hidden: set[Hashable] = set()
@@ -240,89 +247,90 @@ class JobQueue:
         return self._size
 
     def push(self, job: Job) -> None:
-        line = self._line_of(job)
-        line.push(job.due, job)
+        bucket = self._bucket_of(job)
+        bucket.push(job.due, job)
         self._size += 1
-        self._changed(line)
+        self._changed(bucket)
 
     def remove(self, job: Job) -> None:
-        line = self._line_of(job)
-        line.remove(job)
+        bucket = self._bucket_of(job)
+        bucket.remove(job)
         self._size -= 1
-        self._changed(line)
+        self._changed(bucket)
 
     def head(self) -> Job | None:
-        """The first of what is shown."""
+        """Return the job that goes first, of those that are not hidden; None when there is none."""
         only = self._shown.only
         return self._shown.first() if only is None else only.first
 
     def head_of(self, key: Hashable) -> Job | None:
-        """The first of those with this key."""
-        lines = self._by_key.get(key)
-        return None if lines is None else lines.first()
+        """Return the job that goes first, of those with a key; None when there is none."""
+        of_key = self._by_key.get(key)
+        return None if of_key is None else of_key.first()
 
     def hide(self, key: Hashable) -> None:
-        """Keep back jobs of this key that come from now on; there are none yet."""
+        """Hide the jobs of a key that come from now on. The key must have no jobs yet."""
         self._hidden.add(key)
 
     def show(self, key: Hashable) -> None:
-        """Let the jobs of a hidden key take part."""
+        """Let the jobs of a hidden key contend."""
         self._hidden.discard(key)
-        lines = self._by_key.get(key)
-        for line in () if lines is None else list(lines.lines):
-            self._shown.changed(line)
+        of_key = self._by_key.get(key)
+        for bucket in () if of_key is None else list(of_key.buckets):
+            self._shown.changed(bucket)
 
     def each(self) -> Iterator[Job]:
-        """All jobs, in no order that is promised; found one by one."""
-        for line in self._shown.lines:
-            yield from line.each()
+        """Yield all jobs, in no guaranteed order, and without building a list."""
+        for bucket in self._shown.buckets:
+            yield from bucket.each()
         for key in self._hidden:
-            for line in self._by_key[key].lines:  # a key is hidden only while it has jobs
-                yield from line.each()
+            for bucket in self._by_key[key].buckets:  # a key is hidden only while it has jobs
+                yield from bucket.each()
 
     def jobs(self) -> list[Job]:
-        """All jobs, by class, due time and arrival."""
+        """Return all jobs, ordered by class, due time and arrival."""
         return sorted(
-            [job for line in (*self._plain, *self._lines.values()) for job in line.jobs()],
+            [job for bucket in (*self._plain, *self._buckets.values()) for job in bucket.jobs()],
             key=lambda job: (job.priority, job.due, job.id),
         )
 
-    def _line_of(self, job: Job) -> Bucket:
-        """Where a job stands, or will."""
+    def _bucket_of(self, job: Job) -> Bucket:
+        """Return the bucket of a job that is, or is about to be, in the queue."""
         account_of = self._account_of
         if account_of is None or (job.tenant is None and job.key is None):
             return self._plain[job.priority]
         name = (job.priority, job.tenant, job.key)
-        line = self._lines.get(name)
-        if line is None:
-            self._drop_lines()
-            line = self._lines[name] = Bucket(job.priority, NO_ACCOUNT, job.key)
+        bucket = self._buckets.get(name)
+        if bucket is None:
+            self._drop_buckets()
+            bucket = self._buckets[name] = Bucket(job.priority, NO_ACCOUNT, job.key)
             self._names.append(name)
-        if line.first is None:
-            line.account = account_of(job.priority, job.tenant)
-        return line
+        if bucket.first is None:
+            bucket.account = account_of(job.priority, job.tenant)
+        return bucket
 
-    def _drop_lines(self) -> None:
-        """Drop lines without jobs, of two that are looked at in turn: for each line that comes,
-        so that none has to look at all.
+    def _drop_buckets(self) -> None:
+        """Check two buckets for a new one, and drop those without jobs.
+
+        The buckets are checked in a circle, so that no fact has to check all.
         """
         names = self._names
         for _ in range(2 if len(names) >= KEPT else 0):
             name = names.popleft()
-            if self._lines[name].first is None:
-                del self._lines[name]
+            if self._buckets[name].first is None:
+                del self._buckets[name]
             else:
                 names.append(name)
 
-    def _changed(self, line: Bucket) -> None:
-        key = line.key
+    def _changed(self, bucket: Bucket) -> None:
+        key = bucket.key
         if key is not None:
-            lines = self._by_key.get(key)
-            if lines is None:
-                lines = self._by_key[key] = Buckets()
-            lines.changed(line)
-            if not lines.lines:
+            of_key = self._by_key.get(key)
+            if of_key is None:
+                of_key = self._by_key[key] = Buckets()
+            of_key.changed(bucket)
+            if not of_key.buckets:
                 del self._by_key[key]
             if key in self._hidden:
                 return
-        self._shown.changed(line)
+        self._shown.changed(bucket)

@@ -1,7 +1,7 @@
 """Placement: where a launch runs, on a lane or inline, on the loop's own thread.
 
-A hop to a sleeping thread costs 60 to 70 µs, even in C. A run known to be shorter than that is over
-sooner when the loop runs it itself; a longer one would keep the loop from everything else.
+A hop to a sleeping thread costs 60 to 70 µs, even in C. A run that is known to be shorter than that
+ends sooner when the loop runs it inline. A longer run would block the loop.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ import enum
 from aoti_sched.queue.selection.service_time import ServiceTimes
 
 INLINE_BUDGET = 1e-3
-"""Seconds of inline runs per turn of the loop: what they may add to its lag."""
+"""Seconds of inline runs per turn of the loop: what inline runs may add to the loop's lag."""
 
 FOLLOW_LIMIT = 1e-3
-"""Seconds.
+"""Seconds: a lane that runs a shorter job may be handed the next job ahead of time.
 
-A lane that runs a job hardly longer than this is given the next one before it is done: it would
-otherwise idle for about 100 µs, until the loop has heard of the first and answered. For a longer
-run that is nothing, and its successor had better keep its place in the order.
+Otherwise the lane would idle for about 100 µs, until the loop has learned of the end and answered.
+For a longer run, 100 µs do not matter, and it is better to choose the next job at the end.
 """
 
 HOP_OF_ONE = 0.5e-6
-"""Seconds that each request of a batch costs the loop on its way to a lane and back, beyond
-what it costs inline: its inputs are kept for the lane, and its outputs are another thread's
-memory. Measured with 64 and 512 requests of one row.
+"""Seconds that each request of a batch costs the loop on a lane, beyond the cost inline.
+
+The inputs are kept for the lane, and the outputs are another thread's memory. Measured with 64 and
+512 requests of one row.
 """
 
 LOOP = -1
-"""The loop's own place among the lanes. It runs one job at a time, as lanes do."""
+"""The lane number of the loop's own thread, which runs one job at a time, as lanes do."""
 
 
 class Placement(enum.Enum):
@@ -40,11 +40,17 @@ class Placement(enum.Enum):
 
 
 class Placing:
-    """What a runner's launches go by: its choice, and what was learned of its runs.
+    """Decides where a runner's launches run, by its choice and the learned run times.
 
-    Under AUTO, a run that hardly takes longer than `limit` (seconds) goes inline; that of a batch
-    may take `hop` longer for each further request. One that goes to a lane, and hardly takes longer
-    than `follow_limit`, may be handed to it before the lane is done with the one before.
+    Args:
+        choice: The runner's choice.
+        limit: Under AUTO, a run that hardly takes longer than these seconds goes inline.
+        follow_limit: A job that hardly takes longer than these seconds may be handed ahead to a
+            lane that runs such a job.
+        hop: Seconds that the limit of a batch is higher for each further request.
+
+    Attributes:
+        times: The learned run times.
     """
 
     __slots__ = ("choice", "follow_limit", "hop", "limit", "times")
@@ -64,11 +70,10 @@ class Placing:
         self.times = ServiceTimes()
 
     def inline(self, size: int) -> bool:
-        """Whether a run on inputs of `size` bytes belongs on the loop's thread: it, or one on
-        larger inputs, is known to be short.
+        """Return whether a run on inputs of `size` bytes belongs on the loop's own thread.
 
-        Where requests always come together, one alone is never seen, and what they take together
-        tells of it.
+        Under AUTO, such a run, or a run on larger inputs, must be known to be short. Where requests
+        always come in batches, only runs on larger inputs are known.
         """
         if self.choice is Placement.AUTO:
             times = self.times
@@ -78,25 +83,30 @@ class Placing:
         return self.choice is Placement.INLINE
 
     def follows(self, size: int) -> bool:
-        """Whether a run on inputs of `size` bytes is short enough to be handed to a lane ahead
-        of time.
-        """
+        """Return whether a run on inputs of `size` bytes is short enough to be handed ahead."""
         return self.times.bound(size) < self.follow_limit
 
     def grows(self, size: int, jobs: int) -> bool:
-        """Whether a batch on the loop's thread may grow to so many jobs, of `size` bytes
-        together.
-        """
+        """Return whether a batch on the loop's thread may grow to `jobs` jobs of `size` bytes."""
         if self.choice is Placement.INLINE:
             return True
         limit, times = self.limit + (jobs - 1) * self.hop, self.times
         return times.grown(size) < limit or times.one_larger_is_short(size, limit, self.hop)
 
     def learn(self, size: int, seconds: float, now: float, *, too_long: bool) -> bool:
-        """A run took so long. Says whether others may now belong in another place.
+        """Learn from a run.
 
-        One run on the loop's thread that was `too_long` for a whole turn's budget is enough to send
-        what is like it, or larger, back to the lanes, to be learned anew.
+        After an inline run that is too long, runs of its size and larger ones go back to the lanes,
+        where their times are learned anew.
+
+        Args:
+            size: The bytes of the run's inputs.
+            seconds: How long the run took.
+            now: The present time.
+            too_long: Whether the run was inline and exceeded a whole turn's budget.
+
+        Returns:
+            Whether other jobs of the runner may now belong in another place.
         """
         times = self.times
         before = times.bound(size)

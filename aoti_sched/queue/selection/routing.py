@@ -1,4 +1,4 @@
-"""Replicas: which of a runner's several, each on a device of its own, a request goes to."""
+"""Routing: which of a runner's replicas, each on a device of its own, a request goes to."""
 
 from __future__ import annotations
 
@@ -7,41 +7,47 @@ from aoti_sched.queue.job import Job
 from aoti_sched.queue.runner_state import Phase, RunnerState
 
 NEAR = 0.125
-"""Predictions that differ by no more than this part are equal.
+"""Predictions that differ by no more than this part count as equal.
 
-Runs differ by as much from one to the next; were a hair to decide, one of two equal devices would
-get everything that comes while both are idle.
+Run times vary by as much. If a smaller difference decided, one of two equal devices would get all
+requests that come while both are idle.
 """
 
 Cost = tuple[bool, bool, bool, float]
-"""What speaks against a replica: it takes nothing; it has no room; it gives out no slot for
-now; the time, or who is there.
+"""The reasons against a replica, the strongest first.
+
+Three hindrances: the replica takes no new jobs, has no room, or gives out no slot at present. Then
+the predicted seconds, or the jobs and leases per slot.
 """
 
 
 class Rotation:
-    """The replicas of one runner that take requests, with their queues, and whose turn it is."""
+    """The replicas of one runner that take requests, with their queues.
 
-    __slots__ = ("_turn", "replicas")
+    Ties between replicas are broken in rotation.
+    """
+
+    __slots__ = ("_next", "replicas")
 
     def __init__(self, replicas: list[tuple[DeviceQueue, RunnerState]]) -> None:
         self.replicas = replicas
-        self._turn = 0
+        self._next = 0
 
     def leave(self, runner: RunnerState) -> None:
-        """This replica takes no more requests."""
-        place = [one for _, one in self.replicas].index(runner)
-        del self.replicas[place]
-        self._turn -= place < self._turn
+        """Remove a replica, which takes no more requests."""
+        index = [one for _, one in self.replicas].index(runner)
+        del self.replicas[index]
+        self._next -= index < self._next
 
     def place(self, job: Job, now: float) -> None:
-        """Choose the replica that a new job draws its slot from: where it would be finished first.
+        """Choose the replica that a new job draws its slot from, and set the job's source.
 
-        Ties take turns.
+        The job goes where it is predicted to finish first; ties are broken in rotation. When the
+        run times of a replica are not known, the job goes where the fewest jobs and leases are for
+        each slot. So does a lease request, since a lease may last for any time.
 
-        Where nothing is known of its runs at one of them, and for a lease, which may last for any
-        time, that is where the least is for each slot. One that is believed to be slower, and has
-        not run any for long, is tried all the same: only runs can tell.
+        A replica that is predicted to be slower, and has had no run of that size for long, is tried
+        now and then: only a run can correct its prediction.
         """
         replicas = self.replicas
         if len(replicas) == 1:
@@ -64,27 +70,35 @@ class Rotation:
         *hindrances, least = min(costs)
         most = least * (1 + NEAR) if known else least
         best = [
-            place
-            for place, (*those, seconds) in enumerate(costs)
+            index
+            for index, (*those, seconds) in enumerate(costs)
             if those == hindrances and seconds <= most
         ]
-        chosen = min(best, key=lambda place: (place - self._turn) % len(replicas))
-        for place, (*those, seconds) in enumerate(costs):
+        chosen = min(best, key=lambda index: (index - self._next) % len(replicas))
+        for index, (*those, seconds) in enumerate(costs):
             if (
                 known
                 and those == hindrances
                 and seconds > most
-                and _is_tried(job, replicas[place][1], seconds, now)
+                and _is_probed(job, replicas[index][1], seconds, now)
             ):
-                chosen = place
+                chosen = index
                 break
         job.source = replicas[chosen][1]
-        self._turn = (chosen + 1) % len(replicas)
+        self._next = (chosen + 1) % len(replicas)
 
 
-def _is_tried(job: Job, runner: RunnerState, seconds: float, now: float) -> bool:
-    """Whether a job goes to a replica where it would be finished in so many, later than
-    elsewhere, but for its runs alone.
+def _is_probed(job: Job, runner: RunnerState, seconds: float, now: float) -> bool:
+    """Return whether to try a replica that is predicted to be slower than others.
+
+    A replica is tried only if it is slower by its run times alone, and not because the job would
+    wait there. The job's deadline must be met there, too.
+
+    Args:
+        job: The job.
+        runner: The replica.
+        seconds: The predicted seconds until the job would be finished there.
+        now: The present time.
     """
     times = runner.placing.times
     waits = seconds > times.typical(job.bytes)
@@ -94,5 +108,5 @@ def _is_tried(job: Job, runner: RunnerState, seconds: float, now: float) -> bool
 
 
 def _crowd(runner: RunnerState) -> float:
-    """Who wants or has one of its slots, for each slot."""
+    """Return the number of a replica's live jobs and leases per slot."""
     return (runner.live + len(runner.leases)) / runner.slots

@@ -1,4 +1,4 @@
-"""Estimate: how long a run takes, learned from the runs there were."""
+"""Service times: how long a run takes, learned from earlier runs."""
 
 from __future__ import annotations
 
@@ -6,49 +6,49 @@ import math
 from bisect import bisect_left
 
 WINDOW = 32
-"""Runs that are remembered."""
+"""The number of runs that are remembered."""
 
 KNOWN_AFTER = 8
-"""Runs after which something is known."""
+"""The number of runs after which a time is known."""
 
 OUTLIERS = 10
-"""One in so many of the remembered runs may have taken longer than the bound."""
+"""The part of the remembered runs that may have taken longer than the bound: one in this many."""
 
 PATIENCE = 1.0
-"""Seconds, at least, without a run of a kind, while jobs are given up since runs of that kind
-are believed to take too long. Then one is run all the same. A kind that runs anyway needs no
-such try.
+"""The least seconds without a run of a size before a probe.
+
+A probe runs a job that is predicted to be late, to correct a wrong prediction. Sizes that run
+anyway need no probe.
 """
 
 GRAIN = 2.0**-30
 """Seconds, about a nanosecond.
 
-Times are whole numbers of it, so that their sums are exact, in whatever order.
+Times are kept as whole numbers of grains, so that their sums are exact in any order.
 """
 
 
 class ServiceTime:
-    """The service time of one kind of run, by the last `WINDOW` runs."""
+    """The service time of runs of one size class, by the last `WINDOW` runs.
+
+    Attributes:
+        bound: Seconds that a run will hardly exceed, a high quantile; infinite while unknown.
+        typical: Seconds that half of the runs take at most; 0.0 while unknown.
+        mean: Seconds per run, for sums of several runs; 0.0 while unknown.
+        seen: When a run was last learned from, or probed.
+    """
 
     __slots__ = ("_oldest", "_recent", "_sorted", "_total", "bound", "mean", "seen", "typical")
 
     def __init__(self) -> None:
-        self._recent: list[int] = []  # in grains; once it is full, the oldest is at `_oldest`
+        self._recent: list[int] = []  # in grains; once the list is full, the oldest is at `_oldest`
         self._oldest = 0
         self._sorted: list[int] = []
         self._total = 0
         self.bound = math.inf
-        """Seconds that a run will hardly exceed, a high quantile; infinite while too little is
-        known.
-        """
         self.typical = 0.0
-        """Seconds that half of the runs take at most; 0.0 while too little is known."""
         self.mean = 0.0
-        """Seconds that so many runs take one by one, per run: what sums are made of.
-
-        0.0 while too little is known.
-        """
-        self.seen = 0.0  # when a run was last learned of, or tried
+        self.seen = 0.0
 
     def learn(self, seconds: float, now: float) -> None:
         self.seen = now
@@ -74,8 +74,8 @@ class ServiceTime:
 class ServiceTimes:
     """A runner's service times by the size of the inputs, in classes of powers of two.
 
-    A model that takes inputs of many sizes is quick with small ones and slow with large ones; what
-    was learned of the one says nothing of the other.
+    A model is fast on small inputs and slow on large ones, so times learned on one size say little
+    about another.
     """
 
     __slots__ = ("_by_class",)
@@ -84,15 +84,18 @@ class ServiceTimes:
         self._by_class: dict[int, ServiceTime] = {}
 
     def bound(self, size: int) -> float:
-        """Seconds that a run on inputs of `size` bytes will hardly exceed; infinite while too
-        little is known.
-        """
+        """Return the seconds that a run on `size` bytes will hardly exceed; inf while unknown."""
         known = self._by_class.get(size.bit_length())
         return math.inf if known is None else known.bound
 
     def grown(self, size: int) -> float:
-        """`bound`, and where that is not known, what the nearest smaller size makes likely: a
-        run takes no longer per byte.
+        """Return the bound of a run on `size` bytes, extrapolated where it is not known.
+
+        The bound of the nearest smaller size that is known is scaled by the sizes: a run on larger
+        inputs is assumed to take no longer per byte.
+
+        Returns:
+            Seconds; infinite while no smaller size is known either.
         """
         known = self.bound(size)
         if known < math.inf:
@@ -105,9 +108,15 @@ class ServiceTimes:
         return math.inf if nearest < 0 else self._by_class[nearest].bound * 2.0 ** (bits - nearest)
 
     def one_larger_is_short(self, size: int, limit: float, more: float) -> bool:
-        """Whether a run on larger inputs than of `size` bytes is known to stay below the limit,
-        which is as much higher for each that it is twice as large: a run on smaller inputs
-        takes no longer.
+        """Return whether a run on inputs larger than `size` bytes is known to be short.
+
+        A run on smaller inputs takes no longer.
+
+        Args:
+            size: The bytes.
+            limit: Seconds below which a run is short.
+            more: Seconds that the limit is higher for inputs twice as large, three times as much
+                for inputs four times as large, and so on.
         """
         bits = size.bit_length()
         for larger, known in self._by_class.items():
@@ -116,26 +125,24 @@ class ServiceTimes:
         return False
 
     def typical(self, size: int) -> float:
-        """Seconds that half of the runs on inputs of `size` bytes take at most; 0.0 while too
-        little is known.
-        """
+        """Return the median seconds of runs on `size` bytes; 0.0 while too little is known."""
         known = self._by_class.get(size.bit_length())
         return 0.0 if known is None else known.typical
 
     def mean(self, size: int) -> float:
-        """Seconds that a run on inputs of `size` bytes takes on an average; 0.0 while too
-        little is known.
-        """
+        """Return the mean seconds of runs on `size` bytes; 0.0 while too little is known."""
         known = self._by_class.get(size.bit_length())
         return 0.0 if known is None else known.mean
 
     def knows(self, size: int) -> bool:
-        """Whether enough runs on inputs of about `size` bytes have been seen."""
+        """Return whether enough runs on inputs of about `size` bytes have been seen."""
         return self.bound(size) < math.inf
 
     def should_probe(self, size: int, now: float) -> bool:
-        """Whether to run a job that is believed to take too long all the same, so that a wrong
-        belief can be corrected.
+        """Return whether to run a job that is predicted to take too long, and note the probe then.
+
+        A probe can correct a wrong prediction. A probe is due when no run of the size was seen for
+        `PATIENCE` seconds, and for 8 times the bound.
         """
         known = self._by_class[size.bit_length()]
         if now - known.seen < max(PATIENCE, 8 * known.bound):
@@ -153,7 +160,7 @@ class ServiceTimes:
         known.learn(seconds, now)
 
     def forget(self, size: int) -> None:
-        """What was known of inputs of this size, and of larger ones, is not true any more."""
+        """Forget the times of runs on inputs of about `size` bytes, and of larger ones."""
         bits = size.bit_length()
         for larger in [known for known in self._by_class if known >= bits]:
             del self._by_class[larger]

@@ -428,7 +428,7 @@ async def test_one_that_could_never_be_queued_where_it_has_to_move_is_told(monke
         assert places([running, queued]) == ["cpu:0"] * 2  # the other one would not take them
         draining = asyncio.ensure_future(its.scheduler.drain_device("cpu:0"))
         with pytest.raises(
-            aoti_sched.QueueFullError, match="can never be queued, its inputs are 2 bytes"
+            aoti_sched.QueueFullError, match="can never be queued: its inputs are 2 bytes"
         ):
             await queued
         await its.serve()

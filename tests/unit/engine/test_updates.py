@@ -1123,7 +1123,7 @@ async def test_abort_fails_what_is_queued_in_words_but_not_what_runs_or_comes_la
         later_one = a.submit()
         for refused in (queued, leasing):
             with pytest.raises(
-                aoti_sched.UpdateAbortedError, match=r"runner 'a'.*send the request again"
+                aoti_sched.UpdateAbortedError, match=r"runner 'a'.*Send the request again"
             ):
                 await refused
         assert queued.trace.state == "REVOKED"
@@ -1298,7 +1298,8 @@ async def test_waiting_for_an_epoch_ends_by_timeout_cancellation_or_closing():
         assert a.stats().waiting == 1
         await a.aclose()
         with pytest.raises(
-            aoti_sched.RunnerClosedError, match="epoch 2, which the request waits for, has not come"
+            aoti_sched.RunnerClosedError,
+            match="epoch 2, which the request waits for, was not published",
         ):
             await closed
 

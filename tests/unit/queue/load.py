@@ -1,6 +1,4 @@
-"""Sustained load on a real `DeviceQueue` in virtual time: every completion is a fact at its
-time, nothing sleeps.
-"""
+"""Sustained load on a `DeviceQueue` in virtual time: no test sleeps."""
 
 from __future__ import annotations
 
@@ -14,16 +12,19 @@ from tests.unit.queue.support import launches
 class Stream:
     """One client that always has `depth` requests under way, each of which takes `seconds`."""
 
-    make: object  # a new job
+    make: object  # returns a new job
     seconds: float
     depth: int = 4
     served: float = 0.0
-    """Seconds that lanes have run for it."""
+    """Seconds of the client's runs so far."""
     runs: list = field(default_factory=list)
 
 
 class Load:
-    """Streams at work. `submit` adds single jobs that take so long and are nobody's stream."""
+    """Streams at work on a queue.
+
+    `submit` adds a single job; a stream with depth 0 says how long it takes.
+    """
 
     def __init__(self, queue, streams):
         self.queue = queue
@@ -44,7 +45,7 @@ class Load:
         self._perform(self.queue.submit(job, self.now))
 
     def step(self):
-        """Up to the next completion; its stream then asks for one more."""
+        """Go on to the next completion; each stream of its jobs then submits one more."""
         self.now, _, leader = heapq.heappop(self._ends)
         jobs = leader.members or (leader,)
         streams = [self._of.pop(job) for job in jobs]

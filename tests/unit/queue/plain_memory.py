@@ -1,7 +1,7 @@
-"""The rules of memory once more, the slow and simple way: nothing is kept that can be counted.
+"""The plain model of memory: its rules once more, simple and slow.
 
-Jobs are just numbers here: of each model, those that run, and those that are queued, in their
-order; there is a lane for each.
+The model keeps no number that can be counted. Jobs are numbers: each model has its running jobs,
+and its queued jobs in their order. There is a lane for each job.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ class PlainModel:
 
 
 class PlainMemory:
-    """Each fact returns what follows, as (word, of what) pairs."""
+    """The memory of one device. Each fact returns its commands as (word, model or job) pairs."""
 
     def __init__(self, limit, *, evicts):
         self.limit, self.evicts = limit, evicts
         self.models, self.claims, self.line = [], [], []
         self.told = []
 
-    # --- what can be counted ----------------------------------------------------------------------
+    # --- counts -----------------------------------------------------------------------------------
 
     def there(self):
-        """What takes memory: all that is not away, and not just promised to come."""
+        """Return the models that take memory: not evicted, and without a waiting claim."""
         promised = [model for model, _, returns in self.claims if returns]
         return [m for m in self.models if m.where != "away" and m not in promised]
 
@@ -132,7 +132,7 @@ class PlainMemory:
             self.give(now)
 
     def wake(self, now):
-        """When it may be another's turn, with nothing else happening."""
+        """Return when the next busy model may be evicted for the line; infinite for never."""
         if not self.line:
             return math.inf
         times = [m.since + 4 * m.took for m in self.candidates() if m.busy]

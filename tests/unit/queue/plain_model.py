@@ -1,9 +1,9 @@
-"""The rules once more, plain and slow: every decision is made by looking at everything there is.
+"""The plain model: the queue's rules once more, simple and slow.
 
-No heaps, no entries that go stale, no counts kept beside the things they count. It shares nothing
-with the package, so that the two can be held against each other. It takes the facts of `walks.py`
-and gives their commands as tuples. `plain_room` decides what is queued, `plain_order` what is
-launched.
+The model makes each decision by looking at all jobs and runs. There are no heaps, no stale entries
+and no counts kept beside the counted things. The model shares no code with the package, so that the
+two can be compared. The facts of `walks.py` are its methods, which return the commands as tuples.
+`plain_room` decides which jobs are queued, `plain_order` which are launched.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class PlainModel(Room, Order):
         self.regular_turn, self.credit = False, 0.0
         self.jobs_bound = math.inf if jobs is None else jobs
         self.bytes_bound = math.inf if size is None else size
-        self.floors = {}  # of the runners' accounts, by class
+        self.floors = {}  # by class: the virtual time at which a runner's account begins
         self.runners = []
         self.leases = []
         self.jobs = []
@@ -45,13 +45,19 @@ class PlainModel(Room, Order):
         self.ids = 0
         self.moments = 0
         self.lanes_freed = {}
-        self.met = set()  # the rarer rules that were needed
+        self.met = set()  # the rarer rules that were used
 
     # --- facts ------------------------------------------------------------------------------------
 
     def add_runner(self, name, slots, bounds, placing, rest):
-        """`bounds` are jobs, bytes and jobs of one tenant; `placing` is the choice, its two
-        limits and the cost of a hop.
+        """Add a runner.
+
+        Args:
+            name: Its name.
+            slots: How many slots it gives out.
+            bounds: The most jobs, bytes, and jobs of one tenant.
+            placing: The choice, the limit, the limit for jobs handed ahead, and the hop.
+            rest: Other fields of `Runner`.
         """
         if any(runner.name == name and not runner.removed for runner in self.runners):
             raise Illegal
@@ -62,10 +68,15 @@ class PlainModel(Room, Order):
         return []
 
     def submit(self, now, number, source, wait, wish, since=None):
-        """`source` is ("runner", number) or ("lease", number), `wish` what else the job is made of.
+        """Submit a job.
 
-        A job's number seen before is a resubmission. One with `since` was accepted elsewhere at
-        that time.
+        Args:
+            now: The present time.
+            number: The job's number; one that was used before is illegal.
+            source: ("runner", number) or ("lease", number).
+            wait: Whether the job waits when there is no room.
+            wish: The job's other fields.
+            since: When the job was accepted at another replica; None for a new job.
         """
         kind, which = source
         lease = self.leases[which - 1] if kind == "lease" else None
@@ -247,7 +258,7 @@ class PlainModel(Room, Order):
                     job.id, job.waits_for = self.ids, "room" if job.bypasses_limits else "tenant"
         return commands + self.settle(now)
 
-    # --- looking at everything --------------------------------------------------------------------
+    # --- lookups ----------------------------------------------------------------------------------
 
     def known(self, number):
         if self.runners[number].removed:
@@ -255,13 +266,13 @@ class PlainModel(Room, Order):
         return self.runners[number]
 
     def in_line_for(self, runner):
-        """Its own jobs in the queue, at the gate and in line behind others of their tenant."""
+        """Return a runner's own jobs in the queue, at the gate and in the tenants' lines."""
         return self.own(runner, "WAITING", "QUEUED") + self.waiting_for("tenant", runner)
 
     # --- what follows -----------------------------------------------------------------------------
 
     def settle(self, now, *, over=True):
-        """Everything goes that can."""
+        """Admit, launch, grant and expire jobs until nothing more can happen."""
         commands = []
         while True:
             self.ripen(now)
@@ -295,8 +306,9 @@ class PlainModel(Room, Order):
         return ("grant", job.number, lease.number, lease.slot)
 
     def launch(self, job, now, behind=None):
-        """Run it with those who go along: on a lane or the loop, or `behind` another on its
-        lane and slot.
+        """Run a job, with the members of its batch, on a lane or the loop.
+
+        With `behind`, the job is handed ahead to that run's lane and slot.
         """
         inline = job.runner.inline(job.bytes) and not self.leaves_the_loop(job)
         slot = behind.slot if behind else self.slot_for(job)
@@ -338,7 +350,7 @@ class PlainModel(Room, Order):
         return [] if asked else [("next turn",)]
 
     def follow(self, source, now):
-        """Give the source's next jobs to lanes that run short ones of it and have none behind."""
+        """Hand the source's next jobs ahead to lanes that run short jobs of the source."""
         commands = []
         while True:
             taken = {run.lane for run in self.runs if run.behind}
@@ -368,9 +380,7 @@ class PlainModel(Room, Order):
             commands += self.settle(now, over=False)
 
     def leave_lane(self, run, now):
-        """Its lane and slot go to the next of a failed batch, or to what is behind it, or come
-        home.
-        """
+        """Pass a run's lane and slot on to a member to retry or to the job behind, or free them."""
         self.runs.remove(run)
         self.moments += 1
         others = [other for other in self.runs if other.lane == run.lane]
@@ -387,7 +397,7 @@ class PlainModel(Room, Order):
         return []
 
     def run_again(self, jobs, run, now, *, behind):
-        """The first of those whose batch failed, alone; the others after it."""
+        """Retry the first of a failed batch's members alone; the others follow one by one."""
         job, *to_come = jobs
         self.take(job)
         job.runner.counters["retried"] += 1
@@ -437,7 +447,7 @@ class PlainModel(Room, Order):
                 lease.runner.freed[lease.slot] = self.moments
 
     def over(self):
-        """Barriers that are reached now, runners that are drained now."""
+        """Report the barriers that are reached now, and the runners that are drained now."""
         commands = []
         for runner in self.runners:
             if (

@@ -1,4 +1,4 @@
-"""The plain rules of order: who goes next, who goes with it, and who is charged for it."""
+"""The plain rules of order: which job is launched next, in which batch, on which accounts."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ class Order:
     # --- accounts ---------------------------------------------------------------------------------
 
     def lift(self, job):
-        """Who comes to an empty queue gets no credit for the time in which nothing was asked
-        for.
-        """
+        """Raise accounts without queued jobs to the floor: idle time gives no credit."""
         runner = job.runner
         same = [
             other
@@ -31,8 +29,9 @@ class Order:
                 account.lift(floors.get(job.priority, 0.0))
 
     def take(self, job):
-        """It is about to run: the floors rise to its accounts', and they are charged what it
-        alone would take.
+        """Charge a job's accounts what the job alone is expected to take.
+
+        The floors first rise to the accounts' virtual times.
         """
         job.accounts, job.charged = job.accounts_now(self.fair), job.expected
         for floors, account in zip((self.floors, job.runner.floors), job.accounts, strict=False):
@@ -40,7 +39,7 @@ class Order:
             account.charge(job.charged)
 
     def settle_accounts(self, job, seconds):
-        """It took so much device time, and not what was thought before."""
+        """Charge the difference between the seconds that a job took and those charged before."""
         for account in job.accounts:
             account.charge(seconds - job.charged)
 
@@ -52,26 +51,23 @@ class Order:
         return job.submitted + UNHURRIED if job.deadline is None else job.deadline
 
     def rank(self, job):
-        """Its place among the heads of all sources."""
+        """Return a job's rank among the heads of all sources."""
         virtual = job.runner.account(OWN, job.priority).virtual if self.fair else 0
         return (job.priority, virtual, self.due(job), job.id)
 
     def tenant_rank(self, job):
-        """Its place among those of its runner.
-
-        Equal jobs of one tenant are told apart by what comes last.
-        """
+        """Return a job's rank among the jobs of its runner."""
         virtual = job.runner.account(job.tenant, job.priority).virtual if self.fair else 0
         return (job.priority, virtual, self.due(job), job.id)
 
     def first_of(self, source):
-        """The first of what is queued there and ripe."""
+        """Return the first job of a source that is queued and ripe."""
         queued = [job for job in self.jobs if job.state == "QUEUED" and job.source is source]
         rank = self.tenant_rank if source in self.runners else self.gate_rank
         return min((job for job in queued if self.is_ripe(job)), key=rank, default=None)
 
     def heads(self):
-        """The first of each source, if there is a slot for it."""
+        """Yield the first job of each source that has a free slot."""
         for source in (*self.runners, *self.leases):
             head = self.first_of(source)
             if head is not None and self.can_start(source):
@@ -115,7 +111,7 @@ class Order:
         return bool(self.free_lanes()) and job.runner.width <= self.free_cores()
 
     def uncontended(self, job, now):
-        """Whether a job that comes now may start at once, since nobody else wants what it needs."""
+        """Return whether a new job may start at once: no other job wants its slot or place."""
         queued = any(other.state == "QUEUED" and other.source is job.source for other in self.jobs)
         if job.is_lease_request or queued or not self.can_start(job.source) or self.would_wait(job):
             return False
@@ -131,15 +127,16 @@ class Order:
     # --- the next ---------------------------------------------------------------------------------
 
     def overdue(self, now):
-        """Those who waited so long that their turn comes before that of better ones."""
+        """Return the queued jobs that are overdue."""
         if self.max_wait is None:
             return []
         queued = [job for job in self.jobs if job.state == "QUEUED" and not job.is_lease_request]
         return [job for job in queued if now - job.submitted >= self.max_wait]
 
     def may_be_overdue(self):
-        """Whether the next launch may be of an overdue one: not two in a row, and no more than
-        a quarter of the time.
+        """Return whether the next launch may be of an overdue job.
+
+        There are no two such launches in a row, and they take at most a quarter of the time.
         """
         return not self.regular_turn and self.credit >= 0
 
@@ -152,7 +149,7 @@ class Order:
         self.credit = min(0.0, self.credit + seconds * (-0.75 if job.overdue else 0.25))
 
     def overdue_heads(self, now):
-        """Of each source that can start, the one of them that came first."""
+        """Yield the oldest overdue job of each source that has a free slot."""
         for source in (*self.runners, *self.leases):
             overdue = [job for job in self.overdue(now) if job.source is source]
             if overdue and self.can_start(source) and self.may_be_overdue():
@@ -165,8 +162,9 @@ class Order:
                     yield oldest
 
     def choose(self, now):
-        """Who goes next, and whether for having waited too long; only those with a slot and a
-        place to run.
+        """Return the job to launch next, and whether it was chosen because it is overdue.
+
+        Only jobs with a free slot and a place to run are chosen.
         """
         on_loop = [job for job in self.overdue_heads(now) if job.runner.inline(job.bytes)]
         on_lane = [job for job in self.overdue_heads(now) if not job.runner.inline(job.bytes)]
@@ -209,19 +207,20 @@ class Order:
         return now + (job.runner.bound(job.bytes) if others else typical) > job.deadline
 
     def tried(self, job, now):
-        """Of those who can hardly be done in time, one is run all the same when none was for
-        long: times change.
+        """Return whether to run a job that is predicted to be late, as a probe.
+
+        A probe is run when no run of the size was seen for long.
         """
         seen, kind = job.runner.seen, job.bytes.bit_length()
         if now - seen[kind] < max(1.0, 8 * job.runner.bound(job.bytes)):
             return False
         seen[kind] = now
         job.unchecked = True
-        self.met.add("tried all the same")
+        self.met.add("probed")
         return True
 
     def too_late(self, job, now):
-        """Whether it is not launched but expires."""
+        """Return whether a job expires instead of being launched."""
         if job.deadline is not None and job.deadline <= now:
             return True
         if not self.is_late(job, now) or self.tried(job, now):
@@ -232,8 +231,9 @@ class Order:
     # --- batches ----------------------------------------------------------------------------------
 
     def company_of(self, leader):
-        """How many bytes, of how many jobs, would run with it, itself included, were all as the
-        average.
+        """Return the bytes and the number of jobs of the batch that a leader could have.
+
+        Where there are too many rows for one batch, all jobs count as average ones.
         """
         others = [
             job for job in self.own(leader.runner, "QUEUED") if job.together == leader.together
@@ -246,8 +246,9 @@ class Order:
         return size * most // rows, max(1, len(together) * most // rows)
 
     def leaves_the_loop(self, job):
-        """Whether one that was chosen for the loop goes to a lane: it has more company than the
-        loop can take, and nobody waits for the lane.
+        """Return whether a job that was chosen for the loop goes to a lane.
+
+        Its batch is larger than the loop can take, and no other job wants the lane.
         """
         if job.together is None or not self.free_lanes() or job.runner.width > self.free_cores():
             return False
@@ -262,7 +263,7 @@ class Order:
         return leaves
 
     def put_together(self, leader, now, *, inline):
-        """Those who run with it, itself first, and the commands for those who can't any more."""
+        """Return the members of a batch, the leader first, and the commands for expired jobs."""
         runner, members, commands = leader.runner, [leader], []
         leader.state = "RUNNING"
         self.take(leader)

@@ -1,6 +1,6 @@
-"""What the plain model keeps: accounts, runners, leases, jobs and runs.
+"""The plain model's records: accounts, runners, leases, jobs and runs.
 
-Nothing is counted here that can be looked up.
+No record keeps a number that can be counted.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ COUNTS = (
     *("shed", "batches", "batched", "retried", "withdrawn"),
 )
 SECONDS = ("queue_seconds", "run_seconds", "wasted_seconds")
-UNHURRIED = (
-    10.0  # seconds after which a job without a deadline takes its turn among those that have one
-)
-OWN = ("the runner itself",)  # in place of a tenant
+UNHURRIED = 10.0  # a job without a deadline is due so late after its submission, in seconds
+OWN = ("the runner itself",)  # the runner's own account, instead of a tenant's
 
 
 class Illegal(Exception):
@@ -27,7 +25,10 @@ class Illegal(Exception):
 
 @dataclass(eq=False)
 class Account:
-    """How much device time somebody had, by weight; `balance` is what was charged too much."""
+    """The device time that a runner or tenant has had, divided by its share.
+
+    `balance` is what was charged too much, below zero.
+    """
 
     share: float
     virtual: float = 0.0
@@ -65,20 +66,18 @@ class Runner:
     removed: bool = False
     counters: dict = field(default_factory=lambda: dict.fromkeys((*COUNTS, *SECONDS), 0))
     freed: dict = field(default_factory=dict)  # slot: when it was last freed, as a running number
-    times: dict = field(
-        default_factory=dict
-    )  # how long runs took, by the number of bits of their size
-    seen: dict = field(
-        default_factory=dict
-    )  # when one was last learned of or tried, by the number of bits of the size
+    # How long runs took, by the number of bits of their size.
+    times: dict = field(default_factory=dict)
+    # When a run was last learned of or probed, by the number of bits of the size.
+    seen: dict = field(default_factory=dict)
     accounts: dict = field(default_factory=dict)  # by (tenant or OWN, class)
-    floors: dict = field(default_factory=dict)  # of its tenants, by class
-    has_tenants: bool = False  # before the first that has a name, there are no accounts of tenants
+    floors: dict = field(default_factory=dict)  # by class: where a tenant's account begins
+    has_tenants: bool = False  # accounts of tenants begin with the first tenant that has a name
     gathering: bool = False
-    got: int = 0  # jobs that may be put together, since the last turn
+    got: int = 0  # batchable jobs that came since the last turn
     held: set = field(default_factory=set)  # keys that wait for the next turn
     ripe: set = field(default_factory=set)  # keys that wait no more
-    ripe_at: dict = field(default_factory=dict)  # by key
+    ripe_at: dict = field(default_factory=dict)  # when a key's delay has elapsed, by key
     failures: int = 0  # in a row
     failing: bool = False
     epoch: int = 1
@@ -87,7 +86,7 @@ class Runner:
     reached: bool = False
 
     def known(self, size):
-        """The last runs on inputs of that size, shortest first; none while there are too few."""
+        """Return the last run times of a size, shortest first; none while there are too few."""
         recent = sorted(self.times.get(size.bit_length(), [])[-32:])
         return recent if len(recent) >= 8 else []
 
@@ -100,7 +99,7 @@ class Runner:
         return recent[len(recent) // 2] if recent else None
 
     def expected(self, size):
-        """Device time of a run."""
+        """Return the core seconds that a run is expected to take."""
         recent = self.known(size)
         grains = sum(round(seconds * 2.0**30) for seconds in recent)
         return self.width * (grains // len(recent) * 2.0**-30) if recent else 0.0
@@ -119,7 +118,7 @@ class Runner:
         )
 
     def grows(self, size, jobs):
-        """Whether a batch of so many jobs that runs inline may have so many bytes."""
+        """Return whether an inline batch may have this number of jobs and bytes."""
         if self.choice == "inline":
             return True
         bits, limit = size.bit_length(), self.limit + (jobs - 1) * self.hop
@@ -161,15 +160,14 @@ class Job:
     key: str | None = None
     bypasses_limits: bool = False  # from bounds
     state: str = "NEW"
-    waits_for: str = (
-        ""  # while it is WAITING: "epoch", "tenant" (one of its own to leave) or "room"
-    )
+    # Of a WAITING job: "epoch", "tenant" (until another of its tenant leaves) or "room".
+    waits_for: str = ""
     id: int = 0
     submitted: float = 0
-    overdue: bool = False  # launched for having waited too long
-    unchecked: bool = False  # was let through once and is not asked again whether it is late
-    expected: float = 0.0  # device time, as known when it was queued
-    charged: float = 0.0  # at its launch, to these accounts
+    overdue: bool = False  # launched because it had waited too long
+    unchecked: bool = False  # a probe, which is not checked for being late any more
+    expected: float = 0.0  # core seconds, as known when the job was queued
+    charged: float = 0.0  # core seconds charged at the launch to `accounts`
     accounts: list = field(default_factory=list)
     run: Run | None = None
 
@@ -183,29 +181,29 @@ class Job:
 
     @property
     def together(self):
-        """The key under which it may be put together with others."""
+        """Return the key under which the job may be batched; None for alone."""
         alone = self.runner.batching is None or self.lease is not None or self.is_lease_request
         return None if alone else self.key
 
     def accounts_now(self, fair):
-        """Its runner's and, unless it is a lease's, its tenant's."""
+        """Return the runner's account and, unless a lease is the source, the tenant's."""
         names = [OWN] if self.lease or not fair else [OWN, self.tenant]
         return [self.runner.account(name, self.priority) for name in names]
 
 
 @dataclass(eq=False)
 class Run:
-    """What was launched: one job or a batch, the leader first."""
+    """A launch: one job, or a batch with the leader first."""
 
     members: list
     lane: int
     slot: int
     started: float
     expected: float  # device time
-    behind: bool = False  # on its lane, but not yet the one that runs
-    again: bool = False  # one of a failed batch
-    to_come: list = field(default_factory=list)  # others of that batch, to be run after it
-    opened: float | None = None  # when its lane could be given a next one, as a running number
+    behind: bool = False  # handed ahead to its lane, behind the run that is there
+    again: bool = False  # the retry of a member of a failed batch
+    to_come: list = field(default_factory=list)  # other members of that batch, to be retried later
+    opened: float | None = None  # when its lane could be handed a next job, as a running number
 
     @property
     def source(self):
@@ -220,7 +218,7 @@ class Run:
         return sum(job.bytes for job in self.members)
 
     def part(self, job, seconds):
-        """What falls to one of its jobs."""
+        """Return the part of the run's seconds that one of its jobs is charged."""
         if len(self.members) == 1:
             return seconds
         rows = sum(member.rows for member in self.members)
@@ -228,5 +226,5 @@ class Run:
 
 
 def freed_last(free, freed):
-    """The one used last; of those never used, the lowest."""
+    """Return the number that was freed last; of those never used, the lowest."""
     return max(free, key=lambda number: (freed.get(number, 0), -number))

@@ -1,21 +1,20 @@
-"""The plain rules of room: what fits, who waits where, who is shed, and who could not be done
-in time.
-"""
+"""The plain rules of room: which jobs fit, wait, are shed, or are predicted to be late."""
 
 from __future__ import annotations
 
 import math
 
 VICTIMS = 32
-"""Jobs that are shed for one newcomer at most."""
+"""The most jobs that are shed for one new job."""
 
 
 class Room:
     """The half of the plain model that decides what is queued."""
 
     def of(self, runner, *states):
-        """Jobs of a runner, its leases' too; not those that wait for an epoch or for others of
-        their tenant.
+        """Return the jobs of a runner and its leases that are in one of the states.
+
+        Jobs that wait for an epoch or for other jobs of their tenant are left out.
         """
         return [
             job
@@ -37,7 +36,7 @@ class Room:
         ]
 
     def line(self, runner, tenant):
-        """Those who wait for others of the same tenant, first in first out."""
+        """Return the jobs that wait for other jobs of the same tenant, in their order."""
         line = [job for job in self.waiting_for("tenant", runner) if job.tenant == tenant]
         return sorted(line, key=lambda job: job.id)
 
@@ -54,7 +53,7 @@ class Room:
         return len([other for other in same if other not in without]) < job.runner.tenant_jobs
 
     def fits(self, job, without=()):
-        """Whether the bounds that belong to the job's own source have room for it."""
+        """Return whether a job fits in the bounds of its own source."""
         queued = self.of_lease(job.lease, "QUEUED") if job.lease else self.of(job.runner, "QUEUED")
         queued = [other for other in queued if other not in without and not other.bypasses_limits]
         size = sum(other.bytes for other in queued)
@@ -75,14 +74,15 @@ class Room:
         jobs = [job.runner.jobs, self.jobs_bound] + [job.runner.tenant_jobs] * (job.lease is None)
         return job.bytes > min(job.runner.bytes, self.bytes_bound) or min(jobs) < 1
 
-    # --- who waits --------------------------------------------------------------------------------
+    # --- which jobs wait --------------------------------------------------------------------------
 
     def gate_rank(self, job):
         return (job.priority, self.due(job), job.id)
 
     def gate_heads(self):
-        """The first at each runner's gate that would fit its runner: they contend for the
-        device's room.
+        """Yield the first job at each runner's gate, if it fits in the runner's bounds.
+
+        These jobs contend for the device's room.
         """
         for runner in self.runners:
             gate = self.own(runner, "WAITING")
@@ -90,7 +90,7 @@ class Room:
                 yield head
 
     def others_wait(self, job):
-        """Whether there are some whom it may not pass."""
+        """Return whether other jobs wait that a new job may not overtake."""
         if job.lease is not None:
             return bool(self.of_lease(job.lease, "WAITING"))
         return bool(
@@ -132,16 +132,16 @@ class Room:
         return commands
 
     def enter(self, job, now):
-        """It is queued."""
+        """Queue a job."""
         self.lift(job)
         job.state, job.waits_for = "QUEUED", ""
         job.expected = job.runner.expected(job.bytes)
         return [] if job.together is None else self.joins(job, now)
 
-    # --- who is refused or shed -------------------------------------------------------------------
+    # --- which jobs are rejected or shed ----------------------------------------------------------
 
     def refusal(self, job, now, *, new):
-        """Why a job is not even held against the bounds."""
+        """Return the error of a job that is rejected whatever room there is; None otherwise."""
         runner = job.runner
         if job.lease is not None and runner.phase in ("TERMINATED", "DRAINED"):
             return "RunnerClosedError"
@@ -159,7 +159,7 @@ class Room:
         return "DeadlineUnreachableError" if new and self.unreachable(job, now) else None
 
     def to_shed(self, job):
-        """Who is shed for it to be queued, in that order; None when that would not help either."""
+        """Return the jobs to shed for a new job, in order; None when shedding does not help."""
         if not self.must_wait(job):
             return []
         if not job.runner.sheds or job.lease or self.others_wait(job):
@@ -195,9 +195,7 @@ class Room:
         return chosen
 
     def unreachable(self, job, now):
-        """Whether, by what is known, it could not be done by its deadline; one in eight is
-        given a try.
-        """
+        """Return whether a new job is predicted to miss its deadline, and is not a probe."""
         runner, typical = job.runner, job.runner.typical(job.bytes)
         if not runner.predicts or job.lease or job.is_lease_request or typical is None:
             return False
@@ -249,7 +247,7 @@ class Room:
     # --- which keys are ripe ----------------------------------------------------------------------
 
     def ripens_at(self, job):
-        """When it makes its key ripe, were there no more to come; before all times for at once."""
+        """Return when a job makes its key ripe without further jobs; -inf for at once."""
         runner, delay = job.runner, job.runner.batching[1]
         if not delay or self.max_wait == 0:
             return -math.inf
@@ -257,16 +255,14 @@ class Room:
         return at if job.deadline is None else min(at, job.deadline - runner.bound(job.bytes))
 
     def would_wait(self, job):
-        """Whether one that comes to an empty queue is queued, since others may go with it; some
-        are ripe at once there.
-        """
+        """Return whether a new job is queued, even in an empty queue, since others may join it."""
         if job.together is None:
             return False
         delays = job.runner.batching[1] > 0 and self.max_wait != 0
         return delays or job.runner.gathering or job.runner.got > 0
 
     def came(self, job):
-        """One more that may be put together is queued, or launched at once."""
+        """Note that a batchable job is queued, or launched at once."""
         if job.together is None:
             return []
         job.runner.got += 1
@@ -274,10 +270,10 @@ class Room:
         return self.ask_for_turn()
 
     def joins(self, job, now):
-        """It is queued, and its key has one more."""
+        """Note that a key has one more queued job."""
         runner, key = job.runner, job.together
         commands = self.came(job)
-        if self.of_key(runner, key) == [job]:  # what was true of those before is forgotten
+        if self.of_key(runner, key) == [job]:  # the first job of a key starts anew
             runner.ripe.discard(key)
             runner.held.discard(key)
             runner.ripe_at.pop(key, None)
@@ -292,13 +288,13 @@ class Room:
         return [job for job in self.own(runner, "QUEUED") if job.together == key]
 
     def ripen(self, now):
-        """See which keys are ripe by now, because of the time, the turn, or one that is overdue."""
+        """Make all keys ripe that have waited long enough, or whose turn of the loop has ended."""
         for job in self.jobs:
             if job.state == "QUEUED" and not self.is_ripe(job):
                 self.see_ripeness(job.runner, job.together, now)
 
     def see_ripeness(self, runner, key, now):
-        """A key that is ripe stays it as long as jobs of it are queued."""
+        """Make a key ripe if it is due. A ripe key stays ripe while it has queued jobs."""
         rows = sum(job.rows for job in self.of_key(runner, key))
         full = rows >= runner.batching[0] or now >= runner.ripe_at[key]
         if runner.phase != "OPEN" or (full and key not in runner.held):
@@ -310,8 +306,9 @@ class Room:
         return job.together is None or job.together in job.runner.ripe
 
     def ripe_times(self, *, held=False):
-        """When keys that wait get ripe; with `held`, also of those that wait for the next turn
-        in any case.
+        """Return the times at which waiting keys get ripe.
+
+        With `held`, the keys that are held until the next turn are included.
         """
         return {
             job.runner.ripe_at[job.together]

@@ -14,9 +14,7 @@ FRESH = 50
 
 
 def share_of_seeds(share, shares):
-    """One test's share of the fixed seeds, and as large a share of fresh ones, which are
-    printed.
-    """
+    """Return one test's share of the fixed seeds, and of fresh ones, which are printed."""
     source = random.SystemRandom()
     fresh = [source.randrange(10**6, 10**9) for _ in range(-(-FRESH // shares))]
     print("fresh seeds:", *fresh)

@@ -1,6 +1,4 @@
-"""What the tests of the core share: a queue that checks itself after every fact, jobs, pictures
-of state.
-"""
+"""Helpers of the queue's tests: a queue that checks itself, jobs, and pictures of state."""
 
 from __future__ import annotations
 
@@ -45,7 +43,7 @@ FACTS = (
 class CheckedQueue:
     """A `DeviceQueue` whose invariants are checked after every fact, also after one that raised.
 
-    It has a queue and is none, since a class that was compiled has no heirs that are not.
+    The class wraps a queue, since Python classes can't extend a class that mypyc has compiled.
     """
 
     def __init__(self, *args, **kwargs):
@@ -73,7 +71,7 @@ def check(queue):
 
 
 def device(lanes=1, jobs=None, size=None, *, cores=None, memory=None, evicts=False, **policy):
-    """A device's queue with no bounds but those given."""
+    """Return a device's checked queue, with no bounds except the given ones."""
     bounds, rules = Bounds(jobs, size), Policy(**policy)
     return CheckedQueue(
         "cpu", lanes, bounds, cores=cores, policy=rules, memory_limit=memory, evicts=evicts
@@ -81,12 +79,12 @@ def device(lanes=1, jobs=None, size=None, *, cores=None, memory=None, evicts=Fal
 
 
 def add(queue, name="m", slots=1, jobs=None, size=None, *, tenant_jobs=None, **rest):
-    """A runner with no bounds but those given."""
+    """Add a runner with no bounds except the given ones."""
     return queue.add_runner(name, slots, Bounds(jobs, size, tenant_jobs), **rest)
 
 
 def teach(queue, runner, seconds, *, size=0, runs=8, now=0.0):
-    """Runs of that length, one after the other, while nothing else wants a place."""
+    """Run jobs of this length, one after the other, on a queue without other jobs."""
     for _ in range(runs):
         queue.turn(now)
         job = Job(runner, bytes=size)
@@ -95,40 +93,41 @@ def teach(queue, runner, seconds, *, size=0, runs=8, now=0.0):
 
 
 def launches(commands):
-    """The jobs launched, in order, whatever else there is among the commands."""
+    """Return the launched jobs, in order, and ignore other commands."""
     return [command.job for command in commands if type(command) is Launch]
 
 
 def launched(commands):
-    """The jobs launched, in order; there is nothing else among the commands."""
+    """Return the launched jobs, in order, and assert that there are no other commands."""
     assert all(type(command) is Launch for command in commands), commands
     return [command.job for command in commands]
 
 
 def rejected(commands):
-    """The error of the one command, a `Reject`."""
+    """Return the error of the only command, a `Reject`."""
     (command,) = commands
     assert type(command) is Reject, command
     return command.error
 
 
 def take_lease(queue, runner, now=0.0):
-    """A lease that is granted at once."""
+    """Return a lease, which is granted at once."""
     (command,) = queue.submit(Job(runner, is_lease_request=True), now)
     assert type(command) is Grant, command
     return command.lease
 
 
 def somewhere(job, **fields):
-    """This job, as if it had come so far."""
+    """Set fields of a job, as if it had come to that state, and return the job."""
     for name, value in fields.items():
         setattr(job, name, value)
     return job
 
 
 def picture(thing, seen=None):
-    """Everything a queue is, as plain values that can be compared; an object met again is a
-    number.
+    """Return the whole state of a queue as plain values that can be compared.
+
+    An object that was met before is the number of its first meeting.
     """
     seen = {} if seen is None else seen
     if isinstance(thing, (enum.Enum, str, int, float, type(None))):
@@ -151,9 +150,7 @@ def picture(thing, seen=None):
 
 
 def _fields(kind):
-    """The names of what objects of this class have beside a `__dict__`, by Python's word for
-    them or by mypyc's.
-    """
+    """Return the names of a class's slots, or of the attributes of a compiled class."""
     compiled = getattr(kind, "__mypyc_attrs__", None)
     if compiled is not None:
         return [name for name in compiled if name != "__dict__"]

@@ -251,8 +251,8 @@ def test_a_job_bigger_than_its_runners_bound_is_rejected_even_if_it_may_wait(wai
     assert type(error) is QueueFullError
     assert (
         str(error)
-        == "runner 'm': the request can never be queued, its inputs are 11 bytes, runner 'm' "
-        "takes 10 in all"
+        == "runner 'm': the request can never be queued: its inputs are 11 bytes, and runner "
+        "'m' queues at most 10. Raise the bound"
     )
 
 
@@ -260,7 +260,7 @@ def test_a_job_bigger_than_its_runners_bound_is_rejected_even_if_it_may_wait(wai
 def test_a_job_bigger_than_the_devices_bound_is_rejected_even_if_it_may_wait(wait):
     queue = device(size=10)
     error = rejected(queue.submit(Job(add(queue), bytes=11), 0, wait=wait))
-    assert "its inputs are 11 bytes, device cpu takes 10 in all" in str(error)
+    assert "its inputs are 11 bytes, and device cpu queues at most 10" in str(error)
 
 
 @pytest.mark.parametrize("wait", [False, True])
@@ -322,7 +322,7 @@ def test_a_lease_has_its_runners_bounds_for_itself():
     error = rejected(queue.submit(Job(lease, bytes=1), 0))
     assert "lease 1 of runner 'm' has 2 jobs queued, its bound is 2" in str(error)
     assert queue.submit(Job(other, bytes=1), 0) == []
-    assert "lease 2 of runner 'm' takes 10 in all" in str(
+    assert "lease 2 of runner 'm' queues at most 10" in str(
         rejected(queue.submit(Job(other, bytes=11), 0))
     )
 

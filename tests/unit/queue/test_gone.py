@@ -42,7 +42,7 @@ def test_of_many_tenants_that_ask_once_few_are_remembered(known, monkeypatch):
         run_each(queue.unchecked, runner, range(start, start + 100))
         check(queue)  # after each fact would take as long as there are tenants
         assert len(accounts(runner)) <= 16 + 1
-        assert len(runner.queue._lines) <= KEPT + 101
+        assert len(runner.queue._buckets) <= KEPT + 101
         assert len(runner.tenants[NORMAL]._idle) <= 3 * 16 + 16
 
 

@@ -1,5 +1,6 @@
-"""Random walks through the rules of memory: the core and the plain model say the same, and the
-invariants hold throughout.
+"""Random walks through the rules of memory: the queue answers as the plain model does.
+
+The invariants hold after every fact.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ STEPS, SHARES = 120, 4
 
 
 class Walk:
-    """One walk, on both sides at once.
+    """One walk, through the queue and the plain model at once.
 
     Times are multiples of 1/8, so that sums of them are exact.
     """
@@ -34,12 +35,13 @@ class Walk:
         self.queue = device(64, memory=limit, evicts=evicts)
         self.plain = PlainMemory(limit, evicts=evicts)
         self.now, self.names, self.wake = 0.0, 0, math.inf
-        self.sides = {}  # of each plain model: the holding, and the runner once it serves
+        self.sides = {}  # by plain model: its record, and its runner once it takes requests
         self.jobs, self.leases, self.due = {}, {}, []
 
     def both(self, fact, plain):
-        """What follows from a fact, which is the same on both sides; `due` are the commands
-        that are to be performed.
+        """Put a fact to both sides, and assert that their commands are the same.
+
+        Commands to be performed are added to `due`.
         """
         try:
             commands = fact()
@@ -90,7 +92,7 @@ class Walk:
             self.sides[model] = (holding, None)
 
     def serve(self):
-        """What was loaded serves; or was not, and is forgotten."""
+        """Let a model whose memory is claimed take requests, or give up its load."""
         waits = [model for model, _, _ in self.plain.claims]
         model = self.some("loading", truth=lambda model: model not in waits)
         if model is None:
@@ -163,7 +165,7 @@ class Walk:
             )
 
     def perform(self):
-        """A park or return that was commanded is done, or failed."""
+        """Complete a commanded park or return; a return may also fail."""
         if not self.due:
             return
         word, name = self.due.pop(self.draw.randrange(len(self.due)))
@@ -183,8 +185,9 @@ class Walk:
         )
 
     def update(self):
-        """A step of one: it is held; claims memory; or is settled, with more or less than
-        before.
+        """Take one step of a model's update: pin it, restore it, claim memory, or end the update.
+
+        At the end, the model has as much memory as it claimed, or less.
         """
         waits = [model for model, _, _ in self.plain.claims]
         model = self.some(
@@ -256,7 +259,7 @@ class Walk:
             self.draw.choices(facts, weights)[0]()
 
     def must_end(self):
-        """When all is let go on that can, nobody waits any more."""
+        """Complete all that can be completed, and return whether no job waits any more."""
         for model in self.plain.models:
             if model.open and model.where != "loading" and model.held:
                 holding, _ = self.sides[model]

@@ -211,7 +211,7 @@ def test_tenants_that_are_gone_are_forgotten():
         if number % 50 == 0:  # each time would take as long as there are tenants
             check(queue)
     assert len(runner.tenants[Priority.NORMAL].accounts) < 200
-    assert len(runner.queue._lines) < 200
+    assert len(runner.queue._buckets) < 200
     assert None in runner.tenants[Priority.NORMAL].accounts
 
 

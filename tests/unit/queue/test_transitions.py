@@ -268,7 +268,7 @@ def removing_another_devices_runner(queue, runner, lease):
         (fewer_than_no_bytes, "a job's inputs have -1 bytes"),
         (a_lease_of_a_lease, "lease 1 holds one slot and can't lease it again"),
         (a_name_taken_twice, "cpu has a runner 'm' already"),
-        (a_runner_without_slots, "runner 'n': at least one slot, not 0"),
+        (a_runner_without_slots, "runner 'n': a runner has at least one slot, not 0"),
         (a_job_for_another_devices_runner, "cpu has no runner 'm'"),
         (draining_another_devices_runner, "cpu has no runner 'm'"),
         (terminating_another_devices_runner, "cpu has no runner 'm'"),

@@ -1,4 +1,4 @@
-"""Random walks: a script of facts drawn from a seed, and what the plain model says to each."""
+"""Random walks: facts drawn from a seed, and the plain model's answers to them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.unit.queue.plain_parts import LIVE, Illegal
 
 
 class Walk:
-    """Facts of one walk as (method, arguments), chosen by what the plain model says is there.
+    """The facts of one walk as (method, arguments), drawn from what exists in the plain model.
 
     Times are multiples of 1/8, and shares powers of two, so that sums of them are exact.
     """
@@ -40,7 +40,7 @@ class Walk:
         self.draw = random.Random(seed)
         self.now = 0.0
         draw = self.draw
-        # Each walk is about some of the rules; one about everything goes nowhere.
+        # Each walk is about some of the rules; a walk about all of them meets few cases.
         self.batches, self.tenants = draw.random() < 0.5, draw.random() < 0.5
         self.barriers, self.short_runs = (
             draw.random() < (0.2 if self.batches else 0.4),
@@ -111,7 +111,7 @@ class Walk:
             self.ripe_times.append((self.model.ripe_times(), self.model.ripe_times(held=True)))
 
     def learn(self):
-        """Some runs, one after the other, so that it is known from the start how long they take."""
+        """Put some runs, one after the other, so that run times are known from the start."""
         draw, model = self.draw, self.model
         for which in range(len(model.runners)):
             for size in draw.sample(
@@ -238,7 +238,7 @@ class Walk:
         return ("turn", (self.now,)) if self.model.turn_asked else None
 
     def barrier(self):
-        """Close one, or open it on the same, the next or an earlier epoch."""
+        """Close a barrier, or open it on the same, the next, an earlier or an illegal epoch."""
         draw, runners = self.draw, self.model.runners
         closed = [runner for runner in runners if runner.closed]
         runner = draw.choice(closed if closed and draw.random() < 0.6 else runners)
@@ -258,7 +258,7 @@ class Walk:
         return ("release", (self.now, self.draw.choice(leases))) if leases else None
 
     def leave(self):
-        """Drain, terminate, remove what is drained, put another in its place."""
+        """Drain or terminate a runner, remove a drained one, or add one after a removal."""
         draw, runners = self.draw, self.model.runners
         number = draw.randrange(len(runners))
         if runners[number].removed:
@@ -283,7 +283,7 @@ class Walk:
         return ("when_finished", (self.now, draw.choice(numbers), wish)) if numbers else None
 
     def impossible(self):
-        """What the state may or may not allow; mostly not."""
+        """Draw a fact without regard to the state, so that it is mostly illegal."""
         draw, model = self.draw, self.model
         if not model.jobs:
             return "remove_runner", (draw.randrange(len(model.runners)),)
@@ -307,9 +307,7 @@ class Walk:
 
 
 class Player:
-    """Puts a walk's facts to a real `DeviceQueue` and says its commands in the plain model's
-    words.
-    """
+    """Puts a walk's facts to a `DeviceQueue`, and translates its commands to the plain model's."""
 
     def __init__(self, lanes, jobs, size, budget, cores, **policy):
         bounds, policy = Bounds(jobs, size), Policy(**policy)
@@ -326,7 +324,7 @@ class Player:
             commands = list(getattr(self, method)(*arguments))
         except IllegalFactError:
             return "illegal"
-        while GoOn() in commands:  # the plain model ends all at once
+        while GoOn() in commands:  # the plain model ends all jobs in one fact
             commands.remove(GoOn())
             commands += self.queue.go_on(arguments[0])
         if method == "tick":
@@ -398,7 +396,8 @@ class Player:
         if number < len(self.jobs):
             return self.queue.submit(self.jobs[number], now, wait=wait, since=since)
         job = Job(owner, payload=number, **wish)
-        commands = self.queue.submit(job, now, wait=wait, since=since)  # an unlawful one is none
+        # An illegal job raises here, and is not kept.
+        commands = self.queue.submit(job, now, wait=wait, since=since)
         self.jobs.append(job)
         return commands
 
