@@ -50,7 +50,7 @@ class Holding:
         """How often it was."""
         self.payload: Any = None
         self.workspace = 0
-        """What its runs have besides. Nobody knows beforehand, so no rule looks at it."""
+        """Bytes that its runs take besides. No rule reads it, since it is not known beforehand."""
 
     @property
     def bytes(self) -> int:

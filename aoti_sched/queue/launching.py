@@ -94,7 +94,10 @@ class Launching(ExpiringJobs):
             self._selector.enter(job.source)
 
     def _may_leave_the_loop(self, job: Job) -> bool:
-        """Whether a lane is free, that nobody waits for, for one that may have company and was chosen for the loop."""
+        """Return whether a job chosen for the loop may run on a lane, in a larger batch.
+
+        A lane is free then, and no other job waits for a lane.
+        """
         runner = job.source.runner
         return (
             job.key is not None
@@ -112,7 +115,10 @@ class Launching(ExpiringJobs):
             self._selector.enter(runner)
 
     def _uncontended_lane(self, job: Job, now: float) -> int | None:
-        """The lane it can have at once, since a slot and the lane are free and nobody else wants them; or None."""
+        """Return the lane that a job can have at once, or None.
+
+        A slot and the lane are free then, and no other job wants them.
+        """
         source = job.source
         if job.is_lease_request or not can_start(source):
             return None
@@ -231,7 +237,7 @@ class Launching(ExpiringJobs):
         commands.append(Grant(job, lease))
 
     def _end(self, job: Job, fact: Fact, started: float, finished: float, seconds: float) -> None:
-        """A job's run of so many seconds is over, whether its caller is still there or had left."""
+        """End the run of a job, whether its caller is still there or had left."""
         left = job.state is not JobState.RUNNING
         if left:
             job.happens_at(fact, finished)

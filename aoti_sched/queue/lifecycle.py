@@ -55,9 +55,8 @@ class Lifecycle(Launching):
         if not 0.0 < share < math.inf:
             raise IllegalFactError(f"runner {name!r}: a share is a positive number, not {share}")
         if batching is not None and self.policy.max_wait is not None:
-            delay = min(
-                batching.max_delay, self.policy.max_wait
-            )  # who is overdue waits for no company
+            # an overdue job does not wait to be batched
+            delay = min(batching.max_delay, self.policy.max_wait)
             batching = msgspec.structs.replace(batching, max_delay=delay)
         load = Load(f"runner {name!r}", bounds or Bounds())
         runner = RunnerState(
