@@ -54,17 +54,17 @@ def open_on(runner: RunnerState, epoch: int | None) -> None:
 
 
 def epoch_refusal(job: Job) -> EpochError | None:
-    """Why a job can't have the epoch it asks for, now or later; None when it can."""
+    """Return why a job never gets the epoch it asks for, which is later than its source's.
+
+    None means that this epoch may still be published.
+    """
     source, runner = job.source, job.source.runner
-    wanted = job.min_epoch
-    if wanted <= source.epoch:
-        return None
     if source is not runner:
         return EpochError(
             f"runner {runner.name!r}: a lease that was granted at epoch {source.epoch} stays there, and the request asks "
-            f"for epoch {wanted}; release the lease and take a new one"
+            f"for epoch {job.min_epoch}; release the lease and take a new one"
         )
-    return rolled_back(job) if wanted <= runner.published else None
+    return rolled_back(job) if job.min_epoch <= runner.published else None
 
 
 def rolled_back(job: Job) -> EpochError:
