@@ -114,13 +114,13 @@ def open_container(
     if inspected.model.needs_proxy_executor:
         proxy, why_not = open_proxy_executor(title, device, extracted.library)
     raw = open_raw(library, request, title)
-    if request.instances > 1 and writes_to_buffers(
-        inspected.own, wrapper, [constant.spec for constant in raw.constants]
-    ):
-        raw.close()
-        request = msgspec.structs.replace(request, instances=1)
-        raw = open_raw(library, request, title)
     try:
+        if request.instances > 1 and writes_to_buffers(
+            inspected.own, wrapper, [constant.spec for constant in raw.constants]
+        ):
+            raw.close()
+            request = msgspec.structs.replace(request, instances=1)
+            raw = open_raw(library, request, title)
         raw.layouts = constant_layouts(wrapper or "")
         raw.proxy = proxy
         return wrap(raw, msgspec.structs.replace(inspected, request=request), why_not)

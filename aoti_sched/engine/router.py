@@ -169,20 +169,8 @@ class Router:
     def _reroute(self, old: Job) -> None:
         """Submit a job that was withdrawn at one replica to another, for the same future."""
         future: RunFuture = old.payload
+        job = old.resubmitted()
         old.payload = None
-        job = Job(
-            old.source,
-            old.priority,
-            old.deadline,
-            old.bytes,
-            old.is_lease_request,
-            future,
-            old.min_epoch,
-            old.rows,
-            old.key,
-            tenant=old.tenant,
-        )
-        job.timeout = old.timeout
         replica = self.choose(job)
         future._replica, future._job = replica, job
         replica.dispatcher.resubmit(job, old.submitted)

@@ -60,15 +60,13 @@ def epoch_refusal(job: Job) -> EpochError | None:
     A job can have an epoch that is yet to be published.
     """
     source, runner = job.source, job.source.runner
-    wanted = job.min_epoch
-    if wanted <= source.epoch:
-        return None
     if source is not runner:
         return EpochError(
             f"runner {runner.name!r}: a lease that was granted at epoch {source.epoch} stays "
-            f"there, and the request asks for epoch {wanted}. Release the lease and take a new one"
+            f"there, and the request asks for epoch {job.min_epoch}. Release the lease and take "
+            "a new one"
         )
-    return rolled_back(job) if wanted <= runner.published else None
+    return rolled_back(job) if job.min_epoch <= runner.published else None
 
 
 def rolled_back(job: Job) -> EpochError:

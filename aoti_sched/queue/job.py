@@ -228,6 +228,27 @@ class Job:
         self.overdue = False  # launched out of order, since it had waited too long
         self.probing = False  # predicted to be late, and run anyway to correct the prediction
 
+    def resubmitted(self) -> Job:
+        """Return a new job of the same request, for another replica.
+
+        The new job has what the caller asked for, and nothing of what has happened to this job.
+        """
+        job = Job(
+            source=self.source,
+            priority=self.priority,
+            deadline=self.deadline,
+            bytes=self.bytes,
+            is_lease_request=self.is_lease_request,
+            payload=self.payload,
+            min_epoch=self.min_epoch,
+            rows=self.rows,
+            key=self.key,
+            bypasses_limits=self.bypasses_limits,
+            tenant=self.tenant,
+        )
+        job.timeout = self.timeout
+        return job
+
     def happens(self, fact: Fact) -> None:
         """Move to the next state by the table.
 

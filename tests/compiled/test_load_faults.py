@@ -60,8 +60,11 @@ def threads() -> list[str]:
     return sorted(thread.name for thread in threading.enumerate())
 
 
+@pytest.mark.parametrize("instances", [1, 2])
 @pytest.mark.parametrize("name", MODELS)
-async def test_a_load_whose_nth_call_fails_leaves_nothing_and_the_next_one_works(name, monkeypatch):
+async def test_a_load_whose_nth_call_fails_leaves_nothing_and_the_next_one_works(
+    name, instances, monkeypatch
+):
     built = build(name)
     wanted = built.module().eval()(*built.args)
     calls = FailingCalls(monkeypatch)
@@ -73,7 +76,7 @@ async def test_a_load_whose_nth_call_fails_leaves_nothing_and_the_next_one_works
             n += 1
             calls.start(n)
             try:
-                runner = await scheduler.load(built.path, name="model")
+                runner = await scheduler.load(built.path, name="model", instances=instances)
             except LoadError as error:
                 assert calls.failed
                 assert f"{calls.failed} failed: injected" in str(error)  # noqa: PT017

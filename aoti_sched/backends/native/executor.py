@@ -174,16 +174,17 @@ class NativeExecutor:
         batch = work.batch
         try:
             call = self._route(work)
-            if call is None or (batch is not None and self._shim is None):
+            if call is None:
                 return run_here(work)
             run, on, graph = call
-            model = run.native or _prepare(run)
             if batch is None:
+                model = run.native or _prepare(run)
                 taken = self._native.run_here(model, work.inputs, work.threads, on, graph)
+            elif self._shim is None:
+                return run_here(work)
             else:
-                assert self._shim is not None
                 taken = self._native.run_batch_here(
-                    model,
+                    run.native or _prepare(run),
                     _plan(self._shim, run, batch),
                     batch.members,
                     batch.rows,

@@ -11,7 +11,17 @@ from __future__ import annotations
 import math
 
 from tests.unit.queue.plain_order import Order
-from tests.unit.queue.plain_parts import LIVE, LOOP, Illegal, Job, Lease, Run, Runner, freed_last
+from tests.unit.queue.plain_parts import (
+    LIVE,
+    LOOP,
+    SLICE,
+    Illegal,
+    Job,
+    Lease,
+    Run,
+    Runner,
+    freed_last,
+)
 from tests.unit.queue.plain_room import Room
 
 
@@ -34,6 +44,7 @@ class PlainModel(Room, Order):
         self.order, self.fair, self.expire_late, self.max_wait = order, fair, expire_late, max_wait
         self.budget = self.budget_left = budget
         self.turn_asked = False
+        self.goes_on = False  # a fact has left something to `go_on`
         self.regular_turn, self.credit = False, 0.0
         self.jobs_bound = math.inf if jobs is None else jobs
         self.bytes_bound = math.inf if size is None else size
@@ -111,7 +122,7 @@ class PlainModel(Room, Order):
             return commands + self.settle(now)
         if not self.uncontended(job, now):
             commands += self.enter(job, now) + self.settle(now)
-            return commands + self.follow(job.source, now) + self.over()
+            return commands + self.follow([job.source], now) + self.over()
         job.expected = job.runner.expected(job.bytes)
         self.lift(job)
         commands += self.came(job) + self.launch(job, now)
@@ -146,7 +157,7 @@ class PlainModel(Room, Order):
         commands += self.leave_lane(run, now)
         self.retire()
         commands += self.settle(now, over=False)
-        return commands + self.follow(run.source, now) + self.over()
+        return commands + self.follow([run.source], now) + self.over()
 
     def turn(self, now):
         self.budget_left, self.turn_asked = self.budget, any(run.lane == LOOP for run in self.runs)
@@ -156,9 +167,7 @@ class PlainModel(Room, Order):
                 runner.gathering = False
             runner.got, runner.held = 0, set()
         commands = [("next turn",)] * self.turn_asked + self.settle(now)
-        for runner in gathering:
-            commands += self.follow(runner, now)
-        return commands
+        return commands + self.follow(gathering, now)
 
     def cancel(self, now, number):
         job = self.jobs[number]
@@ -169,15 +178,12 @@ class PlainModel(Room, Order):
         return self.settle(now)
 
     def tick(self, now):
-        due = [
-            job
-            for job in self.jobs
-            if job.state in LIVE and job.deadline is not None and job.deadline <= now
-        ]
-        commands = [
-            self.expire(job) for job in sorted(due, key=lambda job: (job.deadline, job.number))
-        ]
-        return commands + self.settle(now)
+        return self.expire_due(now) + self.settle(now)
+
+    def go_on(self, now):
+        self.goes_on = False
+        self.move_some()
+        return self.expire_due(now) + self.settle(now)
 
     def release(self, now, number):
         self.leases[number - 1].released = True
@@ -214,12 +220,9 @@ class PlainModel(Room, Order):
             job for job in self.jobs if job.runner is runner and job.state in ("WAITING", "QUEUED")
         ]
         jobs = [job for job in jobs if job.lease is None and not job.bypasses_limits]
-        for job in sorted(jobs, key=lambda job: job.id):
-            self.end(job, "WITHDRAWN")
         self.met |= {f"withdrawn {job.waits_for}" for job in jobs}
-        return [
-            ("withdraw", job.number) for job in sorted(jobs, key=lambda job: job.id)
-        ] + self.settle(now)
+        jobs.sort(key=lambda job: job.id)
+        return self.end_all(jobs, "WITHDRAWN", "withdraw") + self.settle(now)
 
     def when_finished(self, now, number, wish):
         job = Job(-1, self.known(number), None, **wish, is_lease_request=False, deadline=None)
@@ -252,10 +255,7 @@ class PlainModel(Room, Order):
             commands = self.revoke(
                 [job for job in self.in_line_for(runner) if job.min_epoch > epoch]
             )
-            for job in self.waiting_for("epoch", runner):
-                if job.min_epoch <= epoch:
-                    self.ids += 1
-                    job.id, job.waits_for = self.ids, "room" if job.bypasses_limits else "tenant"
+            self.move_some()
         return commands + self.settle(now)
 
     # --- lookups ----------------------------------------------------------------------------------
@@ -272,17 +272,23 @@ class PlainModel(Room, Order):
     # --- what follows -----------------------------------------------------------------------------
 
     def settle(self, now, *, over=True):
-        """Admit, launch, grant and expire jobs until nothing more can happen."""
-        commands = []
+        """Everything goes that can. After a slice of jobs, the rest is left to `go_on`."""
+        commands, admitted, late = [], 0, 0
         while True:
             self.ripen(now)
-            commands += self.open_gates(now)
+            while admitted < SLICE and (job := self.next_admitted()) is not None:
+                commands += self.enter(job, now)
+                admitted += 1
             self.ripen(now)
+            if SLICE in (admitted, late):
+                self.goes_on = True
+                break
             job, overdue = self.choose(now)
             if job is None:
                 break
             if self.too_late(job, now):
                 commands.append(self.expire(job))
+                late += 1
             elif job.is_lease_request:
                 commands.append(self.grant(job, now))
             else:
@@ -349,35 +355,44 @@ class PlainModel(Room, Order):
         asked, self.turn_asked = self.turn_asked, True
         return [] if asked else [("next turn",)]
 
-    def follow(self, source, now):
-        """Hand the source's next jobs ahead to lanes that run short jobs of the source."""
+    def follow(self, sources, now):
+        """Hand the next jobs of the sources ahead, the best job first."""
         commands = []
-        while True:
-            taken = {run.lane for run in self.runs if run.behind}
-            firsts = [
-                run
-                for run in self.runs
-                if run.source is source
-                and run.opened is not None
-                and not run.behind
-                and run.lane not in taken
-            ]
-            head = self.first_of(source)
-            if not firsts or head is None or getattr(source, "closed", False):
-                return commands
-            runner, rival = head.runner, self.best_for_a_lane()
-            if head.is_lease_request or runner.inline(head.bytes) or not runner.short(head.bytes):
-                return commands
-            passed = head.deadline is not None and head.deadline <= now
-            if passed or self.is_late(head, now) or (rival and self.rank(rival) < self.rank(head)):
-                return commands
-            if self.may_be_overdue():
-                wants = [job for job in self.overdue_heads(now) if not job.runner.inline(job.bytes)]
-                if wants or [job for job in self.overdue(now) if job.source is source]:
-                    return commands
-            commands += self.launch(head, now, max(firsts, key=lambda run: run.opened))
-            self.launched(head, overdue=False)
+        while jobs := [self.first_of(source) for source in sources if self.hands_on(source, now)]:
+            job = min(jobs, key=self.rank)
+            first = max(self.with_none_behind(job.source), key=lambda run: run.opened)
+            commands += self.launch(job, now, behind=first)
+            self.launched(job, overdue=False)
             commands += self.settle(now, over=False)
+        return commands
+
+    def with_none_behind(self, source):
+        """The short runs of the source whose lanes may be given one more job."""
+        taken = {run.lane for run in self.runs if run.behind}
+        return [
+            run
+            for run in self.runs
+            if run.source is source
+            and run.opened is not None
+            and not run.behind
+            and run.lane not in taken
+        ]
+
+    def hands_on(self, source, now):
+        """Whether a lane may be given the source's next job behind the one that it runs."""
+        head = self.first_of(source)
+        if head is None or not self.with_none_behind(source) or getattr(source, "closed", False):
+            return False
+        runner, rival = head.runner, self.best_for_a_lane()
+        if head.is_lease_request or runner.inline(head.bytes) or not runner.short(head.bytes):
+            return False
+        passed = head.deadline is not None and head.deadline <= now
+        if passed or self.is_late(head, now) or (rival and self.rank(rival) < self.rank(head)):
+            return False
+        if not self.may_be_overdue():
+            return True
+        waits = [job for job in self.overdue_heads(now) if not job.runner.inline(job.bytes)]
+        return not waits and all(job.source is not source for job in self.overdue(now))
 
     def leave_lane(self, run, now):
         """Pass a run's lane and slot on to a member to retry or to the job behind, or free them."""
@@ -424,15 +439,44 @@ class PlainModel(Room, Order):
         runner.failing = True
         return [("failing", self.runners.index(runner))]
 
+    def expire_due(self, now):
+        """Expire jobs whose deadline has passed, the earliest first."""
+        due = [
+            job
+            for job in self.jobs
+            if job.state in LIVE and job.deadline is not None and job.deadline <= now
+        ]
+        self.goes_on |= len(due) > SLICE
+        due.sort(key=lambda job: (job.deadline, job.number))
+        return [self.expire(job) for job in due[:SLICE]]
+
     def expire(self, job):
         self.end(job, "EXPIRED")
         self.retire()
         return ("expire", job.number)
 
     def revoke(self, jobs):
+        return self.end_all(jobs, "REVOKED", "revoke")
+
+    def end_all(self, jobs, state, command):
+        """End jobs together. The order of slices is not promised, so this ends all at once."""
+        self.goes_on |= len(jobs) >= SLICE
         for job in jobs:
-            self.end(job, "REVOKED")
-        return [("revoke", job.number) for job in jobs]
+            self.end(job, state)
+        return [(command, job.number) for job in jobs]
+
+    def move_some(self):
+        """Jobs whose epoch has come wait for room from now on, in the order of arrival."""
+        jobs = [
+            job
+            for runner in self.runners
+            for job in self.waiting_for("epoch", runner)
+            if job.min_epoch <= runner.epoch
+        ]
+        self.goes_on |= len(jobs) > SLICE
+        for job in jobs[:SLICE]:
+            self.ids += 1
+            job.id, job.waits_for = self.ids, "room" if job.bypasses_limits else "tenant"
 
     def end(self, job, state, count=None):
         job.state = state

@@ -17,6 +17,7 @@ COUNTS = (
 SECONDS = ("queue_seconds", "run_seconds", "wasted_seconds")
 UNHURRIED = 10.0  # a job without a deadline is due so late after its submission, in seconds
 OWN = ("the runner itself",)  # the runner's own account, instead of a tenant's
+SLICE = 16  # jobs that one fact ends, moves or admits at most, for each reason
 
 
 class Illegal(Exception):

@@ -296,6 +296,40 @@ def test_a_runner_that_drains_is_drained_when_nothing_is_left_to_withdraw():
 # --- what is submitted anew -----------------------------------------------------------------------
 
 
+def test_a_resubmitted_job_asks_for_the_same_and_has_no_past():
+    queue = device()
+    runner = add(queue, batching=Batching(8, 1.0))
+    asked = {
+        "source": runner,
+        "priority": LOW,
+        "deadline": 60.0,
+        "bytes": 7,
+        "is_lease_request": False,
+        "payload": object(),
+        "min_epoch": 1,
+        "rows": 3,
+        "key": "a",
+        "bypasses_limits": False,
+        "tenant": "them",
+    }
+    queue.submit(Job(runner), 1.0)
+    job = Job(**asked)
+    job.timeout = asked["timeout"] = 59.0
+    queue.submit(job, 1.0)
+    assert Withdraw(job) in queue.withdraw(runner, 2.0)
+    assert job.story()
+    fresh, again = Job(runner), job.resubmitted()
+    assert again.story() == ()
+    names = [name for name in dir(fresh) if not name.startswith("_")]
+    for name in names:
+        if not callable(getattr(fresh, name)):
+            wanted = asked[name] if name in asked else getattr(fresh, name)
+            assert getattr(again, name) == wanted, name
+    assert asked.keys() <= set(names)
+    for flag in ("is_lease_request", "bypasses_limits"):
+        assert getattr(Job(runner, **{flag: True}).resubmitted(), flag)
+
+
 def test_who_has_waited_elsewhere_has_waited():
     queue = device()
     runner = add(queue)
