@@ -54,11 +54,9 @@ def open_on(runner: RunnerState, epoch: int | None) -> None:
 
 
 def epoch_refusal(job: Job) -> EpochError | None:
-    """Why a job can't have the epoch it asks for, now or later; None when it can."""
+    """Return why a job can't have a later epoch than its source's; None when it can."""
     source, runner = job.source, job.source.runner
     wanted = job.min_epoch
-    if wanted <= source.epoch:
-        return None
     if source is not runner:
         return EpochError(
             f"runner {runner.name!r}: a lease that was granted at epoch {source.epoch} stays there, and the request asks "
