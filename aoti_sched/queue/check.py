@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING
 
@@ -105,17 +106,24 @@ def check(queue: DeviceQueue) -> None:
             all(job.state is JobState.WAITING for job in awaiting),
             "each job that awaits an epoch is WAITING",
         )
+        ending = {
+            job.id
+            for one in queue._endings
+            if one.runner is runner
+            for job in one.some(sys.maxsize)
+        }
+        moving = runner.epoch if runner in queue._moving else 0
         must(
-            runner in queue._moving
-            or runner.halted > 0
-            or all(job.min_epoch > runner.published for job in awaiting),
+            all(
+                job.min_epoch > runner.published or job.min_epoch <= moving or job.id in ending
+                for job in awaiting
+            ),
             "no job awaits an epoch that has been published",
         )
         must(
             all(
-                job.min_epoch <= job.source.epoch
-                or (runner.halted > 0 and runner.epoch < job.min_epoch <= runner.published)
-                for job in (*queued, *gate)
+                job.min_epoch <= job.source.epoch or job.id in ending
+                for job in (*queued, *gate, *in_line)
             ),
             "each queued job can have its epoch",
         )

@@ -69,6 +69,7 @@ static void repeat(const struct container* container, void** outputs, size_t num
 
 int32_t model_run(struct container* container, void** inputs, size_t num_inputs, void** outputs, size_t num_outputs,
                   void* stream, void* proxy_executor) {
+  note_inputs(inputs, num_inputs);
   const int waited_in_vain = enter(container, num_inputs, num_outputs, stream, proxy_executor);
   if (container->probe != NULL) container->probed = container->probe();
   for (size_t i = 0; i < num_inputs; ++i) {
@@ -89,6 +90,7 @@ int32_t model_run(struct container* container, void** inputs, size_t num_inputs,
 
 int32_t row_model_run(struct container* container, void** inputs, size_t num_inputs, void** outputs, size_t num_outputs,
                       void* stream, void* proxy_executor) {
+  note_inputs(inputs, num_inputs);
   const int waited_in_vain = enter(container, num_inputs, num_outputs, stream, proxy_executor);
   for (size_t i = 0; i < num_outputs; ++i) {
     if (!(container->made >> i & 1)) continue;

@@ -111,6 +111,9 @@ int32_t device_fence(struct fence* fence);
 /* For the tests. Those that wait give up after a minute: then they return 0. */
 void* new_tensor(void);
 int tensor_deletes(void* handle);
+/* How many inputs of the calling thread's last run it has not freed since. Runs note their inputs. */
+int inputs_left(void);
+void note_inputs(void** inputs, size_t num_inputs);
 int live_tensors(void);
 int live_storages(void);
 void set_root_cause(const char* words); /* of the calling thread */

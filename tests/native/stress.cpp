@@ -121,11 +121,11 @@ void run_here(const Round& round, const Scripted& scripted, int threads) {
   work.model = scripted.model;
   work.threads = threads;
   for (std::size_t i = 0; i < scripted.model->num_inputs; ++i) {
-      work.inputs.push_back(aoti::OwnedHandle(&torch_delete_tensor, new_tensor()));
-    }
+    work.inputs.push_back(aoti::OwnedHandle(&torch_delete_tensor, new_tensor()));
+  }
   const aoti::Completion completion = aoti::run_here(round.lanes.runtime(), std::move(work));
   check(omp_threads() == omp && mkl_threads() == mkl, "a thread has its own counts again after a run here");
-  check(work.inputs.size() == 0, "a run here leaves no input");
+  check(inputs_left() == 0, "a run here leaves no input");
   for (aoti::Handle handle : completion.outputs) {
     check(completion.status == 0 || handle == nullptr, "a failed run gives no outputs");
   }
@@ -144,8 +144,8 @@ void produce(Round& round, unsigned seed) {
     work.model = scripted.model;
     work.threads = 1 + static_cast<int>(random() % 2);
     for (std::size_t i = 0; i < scripted.model->num_inputs; ++i) {
-      work.inputs.push_back(aoti::OwnedHandle(&torch_delete_tensor, new_tensor()));
-    }
+    work.inputs.push_back(aoti::OwnedHandle(&torch_delete_tensor, new_tensor()));
+  }
     if (random() % 4 == 0) work.on = random() % 2 == 0 ? round.sound : round.broken;
     if (round.lanes.submit(random() % round.count, work)) {
       ++round.accepted;

@@ -193,7 +193,7 @@ void run_here(Round& round, std::mt19937& random, std::size_t slot) {
   Asked asked;
   aoti::Work work = ask(round, random, slot, asked);
   aoti::Completion completion = aoti::run_here(round.lanes->runtime(), std::move(work));
-  check(work.inputs.size() == 0, "a run here leaves no input");
+  check(inputs_left() == 0, "a run here leaves no input");
   answer(round, asked, completion);
 }
 

@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MOST_DIMS = 4 };
+enum { MOST_DIMS = 4, MOST_INPUTS = 64 };
 
 struct storage {
   int owners; /* guarded by the mutex */
@@ -33,6 +33,7 @@ static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static int live;
 static int live_memory;
 static _Thread_local CUstream current_stream;
+static _Thread_local void* given[MOST_INPUTS]; /* to the thread's last run; null: freed since */
 static int calls_until_refusal; /* 0: none is refused */
 
 static void must(int holds, const char* what) {
@@ -56,8 +57,23 @@ static struct tensor* make(void) {
 
 void* new_tensor(void) { return make(); }
 
+void note_inputs(void** inputs, size_t num_inputs) {
+  must(num_inputs <= MOST_INPUTS, "a run has few inputs");
+  memset(given, 0, sizeof given);
+  for (size_t i = 0; i < num_inputs; ++i) given[i] = inputs[i];
+}
+
+int inputs_left(void) {
+  int left = 0;
+  for (size_t i = 0; i < MOST_INPUTS; ++i) left += given[i] != NULL;
+  return left;
+}
+
 int32_t torch_delete_tensor(void* handle) {
   struct tensor* tensor = handle;
+  for (size_t i = 0; i < MOST_INPUTS; ++i) {
+    if (given[i] == handle) given[i] = NULL;
+  }
   pthread_mutex_lock(&mutex);
   ++tensor->deletes;
   --live;

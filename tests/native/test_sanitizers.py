@@ -125,6 +125,21 @@ def test_the_stress_of_streams_sees_what_it_is_there_for(line, instead, words, t
     assert words in result.stderr
 
 
+@pytest.mark.parametrize("stress", ["stress", "stress_batches"])
+def test_the_stress_of_runs_sees_inputs_that_outlive_their_run(stress, tmp_path):
+    """Or its check of the inputs could not fail."""
+    source, line = (NATIVE / "run.cpp").read_text(), "  work_ = Work();\n"
+    assert source.count(line) == 1
+    broken = tmp_path / "run.cpp"
+    kept = "  static thread_local Work kept;\n  kept = std::move(work_);\n"
+    broken.write_text(source.replace(line, kept))
+    others = [path for path in NATIVE_SOURCES if path.name != "run.cpp"]
+    program = compile_with("address", stress, HERE / f"{stress}.cpp", *C_SOURCES, *others, broken)
+    result = run(program, 1, ROUNDS)
+    assert result.returncode != 0
+    assert "a run here leaves no input" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("sanitizer", "fault", "report"),
     [

@@ -7,6 +7,7 @@ import pytest
 from aoti_sched.queue.admission.load import Bounds
 from aoti_sched.queue.batching import Batching, Key
 from aoti_sched.queue.device_queue import DeviceQueue
+from aoti_sched.queue.ending import SLICE
 from aoti_sched.queue.job import Job, JobState, Priority
 from aoti_sched.queue.policy import Policy
 from aoti_sched.queue.runner_state import Phase
@@ -257,6 +258,68 @@ def test_a_broken_invariant_is_named(break_it, sentence):
     break_it(scene)
     with pytest.raises(AssertionError, match=f"cpu: {sentence}"):
         check(scene.queue)
+
+
+def publish(queue, runner, epoch):
+    queue.close_barrier(runner, 1.0)
+    return queue.open_barrier(runner, 1.0, epoch=epoch)
+
+
+def half_rolled_back():
+    """A queue whose runner was rolled back. A slice of those that asked for what was has ended, the others are to."""
+    queue = DeviceQueue("cpu", 1)
+    runner = add(queue)
+    jobs = [Job(runner, min_epoch=2) for _ in range(3 * SLICE)]
+    for job in jobs:
+        queue.submit(job, 0.0)
+    publish(queue, runner, 2)
+    publish(queue, runner, 1)
+    assert runner.halted == 1
+    return queue, runner
+
+
+def half_published():
+    """A queue of which a slice of jobs has moved to its runner's new epoch, and the others are to."""
+    queue = DeviceQueue("cpu", 1)
+    runner = add(queue, epoch=2)
+    queue.submit(Job(runner, min_epoch=2), 0.0)
+    for _ in range(3 * SLICE):
+        queue.submit(Job(runner, min_epoch=3), 0.0)
+    (running,) = queue.lanes.running.values()
+    queue.complete(running, 1.0)
+    publish(queue, runner, 3)
+    assert len(runner.awaiting) == 2 * SLICE
+    return queue, runner
+
+
+@pytest.mark.parametrize("scene", [half_rolled_back, half_published])
+def test_a_sound_queue_passes_between_slices(scene):
+    queue, _ = scene()
+    check(queue)
+
+
+def test_a_job_that_came_after_a_rollback_must_not_await_what_was():
+    queue, runner = half_rolled_back()
+    runner.awaiting.add(somewhere(Job(runner, min_epoch=2), id=99, state=JobState.WAITING))
+    with pytest.raises(AssertionError, match="no job awaits an epoch that has been published"):
+        check(queue)
+
+
+def test_a_job_that_came_after_a_rollback_must_not_be_queued_for_what_was():
+    queue, runner = half_rolled_back()
+    job = Job(runner)
+    queue.submit(job, 1.0)
+    assert job.state is JobState.QUEUED
+    job.min_epoch = 2
+    with pytest.raises(AssertionError, match="what is queued can have its epoch"):
+        check(queue)
+
+
+def test_a_job_whose_epoch_was_published_must_be_about_to_move():
+    queue, _ = half_published()
+    queue._moving.clear()
+    with pytest.raises(AssertionError, match="no job awaits an epoch that has been published"):
+        check(queue)
 
 
 class Shared:
