@@ -26,11 +26,6 @@ BANNED = re.compile(
 )
 
 NOT_CLEAN_YET: set[str] = {
-    "aoti_sched/backends/aoti/operators.py",
-    "aoti_sched/backends/aoti/stock_runner.py",
-    "aoti_sched/backends/executors/choose.py",
-    "aoti_sched/backends/executors/inline.py",
-    "aoti_sched/backends/native/__main__.py",
     "aoti_sched/compile.py",
     "aoti_sched/events.py",
     "aoti_sched/model/findings.py",
