@@ -26,12 +26,6 @@ BANNED = re.compile(
 )
 
 NOT_CLEAN_YET: set[str] = {
-    "aoti_sched/compile.py",
-    "aoti_sched/events.py",
-    "aoti_sched/model/findings.py",
-    "aoti_sched/model/specs.py",
-    "aoti_sched/model/wrapper_source.py",
-    "aoti_sched/package/trust.py",
     "aoti_sched/queue/admission/gate.py",
     "aoti_sched/queue/admission/shedding.py",
     "aoti_sched/queue/batching.py",
@@ -46,7 +40,6 @@ NOT_CLEAN_YET: set[str] = {
     "aoti_sched/queue/selection/placement.py",
     "aoti_sched/queue/selection/routing.py",
     "aoti_sched/queue/selection/service_time.py",
-    "aoti_sched/stats.py",
 }
 
 

@@ -46,8 +46,8 @@ class Accelerator(StreamDevice):
     ) -> Executor:
         if launchers is not None and not (self.may_be_asked and self.native is not None):
             raise ConfigError(
-                f"device {self.name!r}: launchers={launchers} needs native lanes and a device that "
-                "can be polled, such as 'cuda'. Leave launchers out."
+                f"device {self.name!r}: launchers={launchers} needs native lanes, and a device "
+                "that can be polled, such as 'cuda'. Leave launchers out."
             )
         executor = open_executor(
             self.name, lanes, available_cores(), set_threads, affinity, launchers=launchers

@@ -86,8 +86,8 @@ class ThreadsExecutor:
             if isinstance(error, (RuntimeError, MemoryError)):
                 raise ResourcesError(
                     f"device {name!r}: after {len(running.threads)} of {lanes} lanes, no more "
-                    f"threads could be started: {error}. Nothing has changed. End other threads, or "
-                    "raise the limit."
+                    f"threads could be started: {error}. Nothing has changed. End other threads, "
+                    "or raise the limit."
                 ) from error
             raise
 

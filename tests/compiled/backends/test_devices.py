@@ -493,7 +493,7 @@ def test_the_device_sees_when_two_run_at_once(cuda, executors, loaded, sim):
 
 def test_mps_has_one_lane():
     with pytest.raises(
-        ConfigError, match=r"device 'sim': lanes=2, but it runs one model at a time"
+        ConfigError, match=r"device 'sim': lanes=2, but MPS runs one model at a time"
     ):
         open_device("mps").open_executor(2)
     assert open_device("mps").cores() == 1
@@ -996,7 +996,7 @@ def test_a_stock_runner_that_this_torch_has_not_is_named(name, tmp_path):
     runner = f"AOTIModelContainerRunner{name.partition(':')[0].capitalize()}"
     if hasattr(torch._C._aoti, runner):
         pytest.skip("this torch has it")
-    with pytest.raises(LoadError, match=f"{runner}, which this torch"):
+    with pytest.raises(LoadError, match=f"lacks {runner}, which the model needs"):
         stock.stock_runner(name, tmp_path / "model.so", 1)
 
 
