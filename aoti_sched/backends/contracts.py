@@ -1,8 +1,8 @@
 """The contracts of the machinery: Container, Executor, Device.
 
 Backends run models and contain no scheduling policy. Their calls block and use no event loop. The
-engine calls `Device.inspect`, `Device.load` and `Container.close` from worker threads, and `Executor.submit`,
-`Executor.drain` and `Executor.run_here` from the loop's thread.
+engine calls `Device.inspect`, `Device.load` and `Container.close` from worker threads, and
+`Executor.submit`, `Executor.drain` and `Executor.run_here` from the loop's thread.
 """
 
 from __future__ import annotations

@@ -280,7 +280,7 @@ def row_symbols(specs: Iterable[LeafSpec], dim: int) -> list[str]:
 
 
 def with_one_symbol(leaves: Sequence[_Leaf], old: str, new: str) -> tuple[_Leaf, ...]:
-    """Return the leaves with `new` in place of the symbol `old`, and the narrower bounds of both."""
+    """Return the leaves with the symbol `new` in place of `old`, and the narrower bounds."""
     mentions = re.compile(rf"\b{re.escape(old)}\b")
     both = [
         dim

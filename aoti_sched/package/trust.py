@@ -36,7 +36,7 @@ class Folder(msgspec.Struct, frozen=True):
     name: Path
     """The path to show to people."""
     moved: bool
-    """Whether another user can remove the folder at `name`, or put another one of ours there."""
+    """Whether another user can remove the folder at `name` or put another of ours there."""
 
 
 def private_folder(path: Path) -> Folder:

@@ -344,8 +344,8 @@ def explain_failure(own: str, torchs: str) -> str:
     """Return one text for a failure, without a C++ backtrace.
 
     The runtime's message states the cause, unless it only reports that a call into torch failed.
-    Then torch's message states the cause. Torch's message may come from an older failure of the same
-    thread, so it is used only if the runtime points to torch or has no message.
+    Then torch's message states the cause. Torch's message may come from an older failure of the
+    same thread, so it is used only if the runtime points to torch or has no message.
 
     Args:
         own: The runtime's message.

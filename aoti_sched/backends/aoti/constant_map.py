@@ -46,7 +46,7 @@ def why_not_updatable(library: Library, constants: Sequence[Constant]) -> str:
     if not lacking:
         return ""
     if not (library.has(UPDATE) and library.has(EXTRACT)):
-        # A model with EXTRACT (2.8) also has the std::string of torch's wheels since 2.6 in its maps.
+        # A model with EXTRACT (2.8) has maps with the std::string of torch's wheels since 2.6.
         listed = ", ".join(f"{name} (torch {FUNCTIONS[name].since})" for name in lacking)
         return (
             f"an older torch compiled it, and its library lacks {listed}; compile it again with "
