@@ -42,9 +42,9 @@ class Folder(msgspec.Struct, frozen=True):
 def private_folder(path: Path) -> Folder:
     """Return the folder at `path`, made with mode 0700, once no other user can change it.
 
-    Each folder and each link of the path is checked, from the root on. Where another user can change
-    the path, Linux opens the folder and uses it through its descriptor. The descriptor stays open
-    for the life of the process, like the libraries that are mapped through it.
+    Each folder and each link of the path is checked, from the root on. Where another user can
+    change the path, Linux opens the folder and uses it through its descriptor. The descriptor stays
+    open for the life of the process, like the libraries that are mapped through it.
 
     Raises:
         PackageError: Another user owns the folder or can write to it. Or another user can change

@@ -44,7 +44,7 @@ class Accelerator(StreamDevice):
     def open_executor(
         self, lanes: int, affinity: Sequence[int] | None = None, launchers: int | None = None
     ) -> Executor:
-        if launchers is not None and not (self.may_be_asked and self.native is not None):
+        if launchers is not None and not (self.supports_query and self.native is not None):
             raise ConfigError(
                 f"device {self.name!r}: launchers={launchers} needs native lanes, and a device "
                 "that can be polled, such as 'cuda'. Leave launchers out."
@@ -79,7 +79,7 @@ class Accelerator(StreamDevice):
                 "torch's dispatcher, which may wait for the device or call Python, and a graph "
                 "would not do it again. Leave cuda_graphs out."
             )
-        self.must_work()
+        self.check_alive()
         return msgspec.structs.replace(inspected, fixed_threads=1)
 
     def load(self, inspected: Inspected) -> Container:
@@ -106,6 +106,6 @@ class Accelerator(StreamDevice):
                 return StreamTorchRunner(self, raw, request, extracted, on_host, own, why=why_not)
             return make(self, raw, request, extracted, on_host, own)
 
-        self.must_work()
-        with self.keeping_current(), self.turn():
+        self.check_alive()
+        with self.preserve_current_device(), self.turn():
             return open_container(inspected, self.name, open_raw, wrap)

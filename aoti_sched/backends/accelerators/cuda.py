@@ -37,7 +37,7 @@ class CudaDevice(Accelerator):
         type: Torch's word for the kind of device. Tests pass another one, with a simulated driver.
     """
 
-    may_be_asked = True
+    supports_query = True
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class CudaDevice(Accelerator):
             self.module.synchronize(self.index)
 
     @contextmanager
-    def keeping_current(self) -> Iterator[None]:
+    def preserve_current_device(self) -> Iterator[None]:
         # The thread may be a new one, which has no context yet.
         with self.driver.current(self.context), self.module.device(self.index):
             yield
@@ -125,7 +125,7 @@ class CudaDevice(Accelerator):
         with self.driver.current(self.context):
             self.driver.call("cuGraphLaunch", executable, stream)
 
-    def numbers_drawn(self) -> int:
+    def random_offset(self) -> int:
         """Return the offset of the device's default random generator.
 
         The offset grows whenever a run draws random numbers.

@@ -172,10 +172,10 @@ class GraphContainer(StreamContainer):
         if graph is not None:
             return graph.launch(slot, inputs)
         there = slot.brought(inputs)
-        drawn = self._cuda.numbers_drawn()
+        drawn = self._cuda.random_offset()
         outputs = self._launch(slot, there)
         if shapes not in known and len(known) < MOST_GRAPHS:
-            known[shapes] = self._recorded(number, there, draws=self._cuda.numbers_drawn() != drawn)
+            known[shapes] = self._recorded(number, there, draws=self._cuda.random_offset() != drawn)
             if len(known) == MOST_GRAPHS:
                 log.warning(
                     "no more graphs are recorded", runner=self._name, slot=number, most=MOST_GRAPHS

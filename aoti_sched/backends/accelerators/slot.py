@@ -67,14 +67,14 @@ class Slot:
         Raises:
             DeviceLostError: Nothing runs on the device any more.
         """
-        self.device.must_work()
+        self.device.check_alive()
         for inputs in _arrivals(work):
             event = getattr(inputs, "event", None)
             if event is not None:
                 try:
                     self.stream.wait_for(event)
                 except RuntimeError as error:
-                    raise self.device.judged(error) from None
+                    raise self.device.classify(error) from None
 
     def hand_over(self, work: Work, outputs: list[Any]) -> None:
         """Record outputs on the stream of their caller, which uses them next.

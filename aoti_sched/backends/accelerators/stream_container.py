@@ -61,7 +61,7 @@ class OnStreams(ABC):
         self._slots: list[Slot] = []
         for _ in range(request.instances):
             self._slots.append(Slot(device, device.open_stream(), marks, request))
-        self._house = device.open_stream()
+        self._internal_stream = device.open_stream()
         """The stream for work that belongs to no request: folding and copies of weights."""
         self._workspace: int | None = None
 
@@ -71,7 +71,7 @@ class OnStreams(ABC):
 
     def _measure(self) -> None:
         self._workspace = self._device.workspace(
-            [*(slot.stream for slot in self._slots), self._house]
+            [*(slot.stream for slot in self._slots), self._internal_stream]
         )
 
     def _close_slots(self) -> None:
@@ -79,7 +79,7 @@ class OnStreams(ABC):
             slot.native = None  # frees its pinned memory
             slot.stream.close()
         if self._slots:
-            self._house.close()
+            self._internal_stream.close()
         self._slots = []
 
     def capture_stream(self, inputs: Sequence[Any]) -> Sequence[Any]:
@@ -97,7 +97,7 @@ class OnStreams(ABC):
         try:
             event = None if from_host else self._device.record(stream)
         except RuntimeError as error:
-            raise self._device.judged(error) from None
+            raise self._device.classify(error) from None
         return Arrived(inputs, event, None if self._host_outputs else stream)
 
     def inherit_stream(self) -> AbstractContextManager[object]:
@@ -105,7 +105,7 @@ class OnStreams(ABC):
 
         One thread uses this to make a request on behalf of another.
         """
-        return self._device.under(self._device.current_stream())
+        return self._device.stream_context(self._device.current_stream())
 
     def run_work(self, work: Work) -> list[Any]:
         """Run a work completely on the calling thread, in Python."""
@@ -120,7 +120,7 @@ class OnStreams(ABC):
                     there = msgspec.structs.replace(batch, members=members)
                     outputs = self.staging.run(there, functools.partial(self._once, slot))
         except Exception as error:  # noqa: BLE001 -- it is raised again, perhaps as another
-            raise self._device.judged(error) from None
+            raise self._device.classify(error) from None
         slot.hand_over(work, outputs)
         return outputs
 
@@ -171,9 +171,9 @@ class StreamContainer(OnStreams, CAbiContainer):
         if self._host_outputs:  # the outputs are on the host already
             return super().detach_outputs(outputs)
         if self._aliases(outputs):
-            with self._device.turn(), self._house.current():
+            with self._device.turn(), self._internal_stream.current():
                 super().detach_outputs(outputs)
-                self._house.fence()
+                self._internal_stream.fence()
         return outputs
 
     def _aliases(self, outputs: Sequence[torch.Tensor | None]) -> list[int]:
@@ -214,23 +214,23 @@ class StreamContainer(OnStreams, CAbiContainer):
     # ----------------------------------------------------------------------------------
 
     def _fold(self, raw: RawContainer, *, inactive: bool) -> None:
-        with self._device.keeping_current(), self._device.turn():
-            raw.fold(inactive=inactive, stream=self._house.handle)
-            self._house.fence()
+        with self._device.preserve_current_device(), self._device.turn():
+            raw.fold(inactive=inactive, stream=self._internal_stream.handle)
+            self._internal_stream.fence()
             self._device.settle()  # constants other than parameters are copied on that stream
 
     def _full_set(
         self, chosen: Chosen, *, check_finite: bool
     ) -> list[tuple[Constant, torch.Tensor]]:
         # Laying out tensors that are on the device is work of the device, too.
-        with self._device.keeping_current(), self._device.turn():
+        with self._device.preserve_current_device(), self._device.turn():
             return super()._full_set(chosen, check_finite=check_finite)
 
     def _write(self, ready: list[tuple[Constant, torch.Tensor]]) -> int:
-        self._device.must_work()
+        self._device.check_alive()
         if any(not tensor.is_cpu for _, tensor in ready):
             self._device.synchronize()  # any stream may still be computing them
-        with self._device.keeping_current(), self._device.turn():
+        with self._device.preserve_current_device(), self._device.turn():
             size = self._raw.stage(ready, at_once=STAGED_AT_ONCE, bring=self._bring)
             self._device.settle()  # the runtime does not wait for copies from device to device
         self._measure()
@@ -242,20 +242,20 @@ class StreamContainer(OnStreams, CAbiContainer):
 
         The block writes the copies to the constants.
         """
-        with self._house.current():
+        with self._internal_stream.current():
             brought = [copied(tensor, self._device.name) for tensor in tensors]
-            self._house.fence()
+            self._internal_stream.fence()
         yield brought
         self._device.settle()  # the runtime reads the copies on the default stream without waiting
 
     def extract(self, *, inactive: bool = False) -> dict[str, torch.Tensor]:
-        with self._device.keeping_current(), self._device.turn():
+        with self._device.preserve_current_device(), self._device.turn():
             constants = super().extract(inactive=inactive)
             self._device.settle()
         return constants
 
     def rebuild(self) -> None:
-        with self._device.keeping_current(), self._device.turn():
+        with self._device.preserve_current_device(), self._device.turn():
             super().rebuild()
             self._device.settle()
         self._know_c_run()
@@ -264,14 +264,14 @@ class StreamContainer(OnStreams, CAbiContainer):
 
     def park(self) -> None:
         """Free the constants, after copying those that the package lacks to the host."""
-        with self._device.keeping_current(), self._device.turn():
+        with self._device.preserve_current_device(), self._device.turn():
             if not self._packaged[0]:
                 self._kept = self._raw.extract(host=True)
             super().park()
 
     def unpark(self) -> None:
-        self._device.must_work()
-        with self._device.keeping_current(), self._device.turn():
+        self._device.check_alive()
+        with self._device.preserve_current_device(), self._device.turn():
             super().unpark()
             self._device.settle()
         self._measure()
@@ -325,7 +325,7 @@ class StreamTorchRunner(OnStreams, TorchRunnerContainer):
         return slot.home(self._run_on(slot.brought(inputs), slot.stream.handle))
 
     def rebuild(self) -> None:
-        with self._device.keeping_current(), self._device.turn():
+        with self._device.preserve_current_device(), self._device.turn():
             super().rebuild()
             self._device.settle()
 

@@ -41,7 +41,7 @@ class Stream(ABC):
 
     def current(self) -> AbstractContextManager[object]:
         """Make this stream the current one of torch's operations for the block."""
-        return self._device.under(self.of_torch)
+        return self._device.stream_context(self.of_torch)
 
     @abstractmethod
     def fence(self) -> None:
@@ -83,7 +83,7 @@ class StreamDevice(ABC):
     """Whether a model's own function for constants from the host works on this device."""
     has_addresses = True
     """As `RawContainer.has_addresses`."""
-    may_be_asked = False
+    supports_query = False
     """Whether native lanes can poll the device for completed work instead of waiting."""
 
     @property
@@ -112,7 +112,7 @@ class StreamDevice(ABC):
     def current_stream(self) -> Any:
         """Return torch's object for the calling thread's current stream; None without one."""
 
-    def under(self, stream: Any) -> AbstractContextManager[object]:
+    def stream_context(self, stream: Any) -> AbstractContextManager[object]:
         """Make torch's object for a stream the thread's current stream for the block.
 
         None changes nothing.
@@ -159,7 +159,7 @@ class StreamDevice(ABC):
         """Take the process's lock for the block, on a device that takes one work at a time."""
         return nullcontext()
 
-    def keeping_current(self) -> AbstractContextManager[object]:
+    def preserve_current_device(self) -> AbstractContextManager[object]:
         """Preserve the calling thread's current device for the block."""
         return nullcontext()
 
@@ -170,7 +170,7 @@ class StreamDevice(ABC):
     def look_after_failure(self) -> None:  # noqa: B027 -- a device may have no way to know
         """Find out, after a failed run, whether the device is lost."""
 
-    def must_work(self) -> None:
+    def check_alive(self) -> None:
         """Raise DeviceLostError unless the device works."""
         why = self.lost()
         if why:
@@ -179,7 +179,7 @@ class StreamDevice(ABC):
                 device=self.name,
             )
 
-    def judged(self, error: BaseException) -> BaseException:
+    def classify(self, error: BaseException) -> BaseException:
         """Return a failed run's error, or a DeviceLostError if the device is lost."""
         self.look_after_failure()
         why = self.lost()

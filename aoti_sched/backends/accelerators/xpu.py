@@ -70,7 +70,7 @@ class XpuDevice(Accelerator):
     def synchronize(self) -> None:
         self.module.synchronize(self.index)
 
-    def keeping_current(self) -> AbstractContextManager[object]:
+    def preserve_current_device(self) -> AbstractContextManager[object]:
         made: AbstractContextManager[object] = self.module.device(self.index)
         return made
 

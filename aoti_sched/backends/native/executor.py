@@ -256,7 +256,7 @@ class NativeExecutor:
                 f"{run.name}: the run failed: {explain_failure(*result)}"
             )
             if run.slots:
-                error = run.slots[work.slot].device.judged(error)
+                error = run.slots[work.slot].device.classify(error)
             return Completion(work.token, None, error, started, finished)
         try:
             outputs = (
