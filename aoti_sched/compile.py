@@ -1,7 +1,8 @@
 """`compile_package`: exports and compiles a module, and stores the specs of its inputs and outputs.
 
-torch is slow to import and to compile, so nothing here is imported until it is called. Compiling
-blocks for many seconds: call it from a build step or a worker thread, never from the event loop.
+torch is slow to import, so the functions import torch when they are called. Compiling blocks for
+many seconds: call `compile_package` from a build step or a worker thread, never from the event
+loop.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def compile_package(
     """Compile `module` into a `.pt2` package that `Scheduler.load` can check every request against.
 
     Args:
-        module: The module, in the mode (`eval()`) and on the device it shall run in.
+        module: The module, in the mode (`eval()`) and on the device in which it will run.
         example_inputs: Positional example arguments; their sizes are compiled in unless `dynamic`.
         path: Where to write the package; must end in `.pt2`.
         example_kwargs: Keyword example arguments.
@@ -66,24 +67,25 @@ def compile_package(
             `Dim.AUTO` and `Dim.DYNAMIC` admit 0 and 1, where running the module and the compiled
             code shows that both are right.
         threads: Intra-op threads per run that inductor compiles into its kernels. With 1, the
-            default, a run uses one core and the scheduler fills the others with other runs. More
-            only pays for large models, and it costs safety: an error inside a parallel kernel ends
-            the process.
-        freeze: Turn on inductor's freezing: weights are folded into the code in the layout the
-            kernels like best. Faster, but the weights can never be updated live.
+            default, a run uses one core, and the scheduler fills the other cores with other runs.
+            More threads only pay for large models. An error inside a parallel kernel ends the
+            process.
+        freeze: Turn on inductor's freezing, which folds the weights into the code in the fastest
+            layout. Runs are faster, but the weights can never be updated live.
         batch_dim: The dimension along which requests may be batched: dynamic, with the same `Dim`
             in every tensor input and output. By default 0 where that holds and running the module
             shows that rows do not influence each other, otherwise none.
         metadata: Further strings to store in the package.
-        options: Further inductor options; they win over the ones set here.
+        options: Further inductor options, which override the options that this function sets.
 
     Returns:
         The package's path.
 
     Raises:
-        CompileError: The module can't be exported or compiled, an example or an output can't be
-            served, the exported program differs from the module, `freeze` is asked for a module
-            that writes to its buffers, or `batch_dim` for one whose rows influence each other.
+        CompileError: The module can't be exported or compiled; an example or an output can't be
+            served; the exported program differs from the module; `freeze` is set for a module that
+            writes to its buffers; or `batch_dim` is set for a module whose rows influence each
+            other.
     """
     import torch
 
@@ -92,12 +94,12 @@ def compile_package(
 
     target = Path(path)
     if target.suffix != ".pt2":
-        raise CompileError(f"{target}: a package's name ends in .pt2")
+        raise CompileError(f"{target}: a package's name must end in .pt2.")
     if threads < 1:
-        raise CompileError(f"threads={threads}: at least one thread runs a model")
+        raise CompileError(f"threads={threads}: a model runs on at least one thread.")
     target.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad(), warnings.catch_warnings():
-        # torch warns itself, of its own pytree; nothing a caller could mend
+        # torch warns of its own use of pytree, which no caller could change.
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
         arguments = separated(example_inputs, example_kwargs or {}, module)
         try:
@@ -135,11 +137,11 @@ def compile_package(
         inductor = {
             "cpp.threads": threads,
             "freezing": freeze,
-            # Else constants of up to 8 elements (a small bias) would become code, and no update
-            # could reach them.
+            # Otherwise constants of up to 8 elements (a small bias) would become code, which no
+            # update could change.
             "always_keep_tensor_constants": not freeze,
-            # Inductor takes a buffer of one value (a counter, say) for that value even where the
-            # module writes to it.
+            # Inductor replaces a buffer that has one value (a counter, say) by that value, even
+            # where the module writes to the buffer.
             "joint_graph_constant_folding": not spec.mutates_buffers,
             "aot_inductor.metadata": {**(metadata or {}), **spec_to_metadata(spec)},
             **(options or {}),
@@ -153,7 +155,7 @@ def compile_package(
 
 
 def _compile(program: ExportedProgram, options: dict[str, Any]) -> list[Any]:
-    """Compile a program, and return the files for its package."""
+    """Compile a program and return the files for its package."""
     import torch._inductor
 
     args, kwargs = program.example_inputs
@@ -168,7 +170,7 @@ def _compile(program: ExportedProgram, options: dict[str, Any]) -> list[Any]:
 
 
 def _package(files: list[Any], target: Path, findings: Findings, spec: ModelSpec) -> None:
-    """Write the package, with what running the compiled code shows in its metadata."""
+    """Write the package. Its metadata has the findings of running the compiled code."""
     from torch._inductor.package.package import package_aoti
 
     paths = [Path(file) for file in files if isinstance(file, str)]
@@ -184,7 +186,7 @@ def _package(files: list[Any], target: Path, findings: Findings, spec: ModelSpec
 
 
 def _advice(error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> str:
-    """Return advice on the commonest mistake: an example of one row in a dynamic dimension."""
+    """Return advice on the most common mistake: an example of size 1 in a dynamic dimension."""
     from torch.utils import _pytree as pytree
 
     sizes = [
@@ -192,7 +194,7 @@ def _advice(error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any] | No
     ]
     if "specialized" in str(error) and 1 in sizes:
         return (
-            "\nAn example has size 1, which torch.export takes for a constant: give at least 2 in "
+            "\nAn example has size 1, which torch.export takes for a constant. Give at least 2 in "
             "a dynamic dimension."
         )
     return ""
@@ -205,12 +207,18 @@ def describe(
     threads: int = 1,
     freeze: bool = False,
 ) -> ModelSpec:
-    """The specs of an exported program's inputs and outputs, as far as the program states them;
-    nothing is run.
+    """Return the specs that an exported program states of its inputs and outputs, without a run.
+
+    Args:
+        program: The exported program.
+        batch_dim: The dimension along which requests may be batched. By default 0 where every
+            tensor has the same dynamic dimension there, otherwise none.
+        threads: Intra-op threads per run.
+        freeze: Whether the weights are folded into the code.
 
     Raises:
-        CompileError: An input or output is what AOTInductor can't pass, or not every tensor input
-            and output has the same dynamic dimension at `batch_dim`.
+        CompileError: AOTInductor can't pass an input or an output, or not every tensor input and
+            output has the same dynamic dimension at `batch_dim`.
     """
     functional = program.run_decompositions({})
     return _with_batch(
@@ -225,8 +233,8 @@ def _described(
 
     Args:
         program: The exported program.
-        functional: The program decomposed. Its signature tells what is written to only once
-            in-place operators, views of buffers included, are functional.
+        functional: The decomposed program. Only its signature states all writes, since in-place
+            operators and views of buffers are functional there.
         threads: Intra-op threads per run.
         freeze: Whether the weights are folded into the code.
     """
@@ -262,14 +270,19 @@ def _described(
 
 
 def _with_batch(spec: ModelSpec, findings: Findings | None, wanted: int | None) -> ModelSpec:
-    """The spec with its batch dimension, where the rows do not influence each other, and with the
-    examples.
+    """Return the spec with its batch dimension, the evidence on rows, and the examples.
+
+    Args:
+        spec: The spec without a batch dimension.
+        findings: Runs the module; None to run nothing and add no evidence.
+        wanted: The dimension that the user asks for; None for dimension 0 where rows are shown not
+            to influence each other.
 
     Raises:
-        CompileError: The dimension that the user wants can't be one.
+        CompileError: The dimension that the user asks for can't be the batch dimension.
     """
-    # Inputs may have rows of a symbol each (`Dim.AUTO`), and be batched where each request has as
-    # many of all.
+    # With `Dim.AUTO`, the rows of each input have a symbol of their own. Requests can be batched if
+    # all inputs of a request have equally many rows.
     first, *others = row_symbols(spec.inputs, wanted or 0) or [""]
     if findings is None or not all(map(findings.stated.leaves_open, (first, *others))):
         others = []
@@ -283,14 +296,13 @@ def _with_batch(spec: ModelSpec, findings: Findings | None, wanted: int | None) 
     if batch is None and wanted is not None:
         raise CompileError(
             f"batch_dim={wanted}: not every tensor input and output has the same dynamic dimension "
-            "there"
+            "there. Name a dimension that all have, or leave batch_dim out."
         )
     if batch is not None and spec.mutated_inputs:
         if wanted is not None:
             raise CompileError(
                 f"batch_dim={wanted}: the module writes to its input {spec.mutated_inputs[0]!r}, "
-                "and in a batch it would write "
-                "to a copy. Return the new value instead."
+                "and in a batch it would write to a copy. Return the new value instead."
             )
         batch = None
     if findings is None:
@@ -306,11 +318,13 @@ def _with_batch(spec: ModelSpec, findings: Findings | None, wanted: int | None) 
 
 
 def _check_outputs(program: ExportedProgram) -> None:
-    """Refuse outputs that only the compiled package would turn out unable to rebuild.
+    """Refuse a structure of outputs that a package can't store.
+
+    Without this check, only the compiled package would fail.
 
     Raises:
-        CompileError: An output is in a structure of torch's own (`torch.return_types`), or a
-            constant that is not passed.
+        CompileError: The structure has a type of torch's own (`torch.return_types`), or torch can't
+            serialize it.
     """
     from torch.utils import _pytree as pytree
 
@@ -325,8 +339,7 @@ def _check_outputs(program: ExportedProgram) -> None:
     if foreign:
         raise CompileError(
             f"the module returns {foreign[0]}, which a package can't store. Return a tuple or a "
-            "dict, for example "
-            "tuple(result)."
+            "dict, for example tuple(result)."
         )
     try:
         pytree.treespec_dumps(out_spec)
@@ -354,7 +367,7 @@ class _Reader:
             for size in getattr(value, "shape", ()):
                 if not isinstance(size, int):
                     environment = size.node.shape_env
-                    # Names make better messages; where torch keeps none, its symbols do.
+                    # Names make better messages. Without names, torch's symbols are used.
                     debug_names = getattr(environment, "source_name_to_debug_name", {})
                     variables = getattr(environment, "source_to_var", {})
                     self.names = {
@@ -377,8 +390,7 @@ class _Reader:
             if side == "output" and not isinstance(arg.value, (bool, int, type(None))):
                 raise CompileError(
                     f"an output is the constant {arg.value!r:.60}, which AOTInductor can't pass. "
-                    "Leave it out, or return "
-                    "torch.tensor(...)."
+                    "Leave it out, or return torch.tensor(...)."
                 )
             return LiteralSpec(arg.name, arg.value if plain else repr(arg.value))
         computed: dict[str, Callable[[str], LeafSpec]] = {
@@ -391,8 +403,7 @@ class _Reader:
         if kind != "TensorArgument":
             raise CompileError(
                 f"{side} {arg.name!r} is a {kind.removesuffix('Argument')}, which AOTInductor "
-                "can't pass. "
-                "Make it a 0-dim tensor."
+                "can't pass. Make it a 0-dim tensor."
             )
         value = self.values[arg.name]
         order = _order(value)
@@ -412,8 +423,8 @@ class _Reader:
         if any(isinstance(step, DynamicDim) and step.symbol not in own for step in strides):
             raise CompileError(
                 f"example input {name!r} is not dense, and its strides {tuple(value.stride())} "
-                "depend on several dynamic "
-                "sizes, which no request can be checked for. Pass example.contiguous()."
+                "depend on several dynamic sizes, which no request can be checked for. Pass "
+                "example.contiguous()."
             )
         return strides
 
@@ -427,7 +438,7 @@ class _Reader:
         low = int(bounds.lower) if bounds is not None else 0
         high = int(bounds.upper) if bounds is not None and bounds.upper.is_Integer else None
         symbols = sorted(expression.free_symbols, key=str)
-        if len(symbols) == 1:  # scale * symbol + offset is all that a torch.export.Dim can express
+        if len(symbols) == 1:  # a torch.export.Dim can express only scale * symbol + offset
             symbol = symbols[0]
             scale, offset = expression.coeff(symbol, 1), expression.coeff(symbol, 0)
             if scale.is_Integer and scale > 0 and expression == scale * symbol + offset:
@@ -440,8 +451,8 @@ class _Reader:
 
 def _order(value: Any) -> tuple[int, ...] | None:
     """Return the memory order of a dense tensor; None when it is not dense."""
-    # Hints stand in for dynamic sizes: the order is a property of the example, and asking symbols
-    # would guard.
+    # Use hints for dynamic sizes: the order is a property of the example, and to compare symbols
+    # would add guards.
     sizes = [_hint(size) for size in value.shape]
     strides = [_hint(stride) for stride in value.stride()]
     usual = tuple(range(len(sizes)))
@@ -456,17 +467,17 @@ def _hint(size: Any) -> int:
     if isinstance(size, int):
         return size
     node = size.node
-    hint = (
-        node.hint if node.hint is not None else 8191
-    )  # data-dependent: a prime no product repeats
-    return int(hint)
+    # A data-dependent size has no hint. 8191 is a prime, which no product of other sizes equals.
+    return int(node.hint if node.hint is not None else 8191)
 
 
 def _batch_dim(
     inputs: Sequence[LeafSpec], outputs: Sequence[LeafSpec], dim: int
 ) -> BatchDim | None:
-    """Return the dimension `dim` if every tensor has the same dynamic size there, and nothing else
-    depends on the size.
+    """Return the batch dimension `dim`; None where `dim` can't be one.
+
+    Every tensor must have the same dynamic size at `dim`, and no other size may depend on that
+    size.
     """
     leaves = [leaf for leaf in (*inputs, *outputs) if isinstance(leaf, TensorSpec)]
     if not any(isinstance(leaf, TensorSpec) for leaf in inputs):
@@ -479,7 +490,7 @@ def _batch_dim(
     if not isinstance(first, DynamicDim) or first.scale != 1 or first.offset:
         return None
     if any(isinstance(leaf, (IntegerSpec, FloatSpec, BoolSpec)) for leaf in outputs):
-        return None  # it may well be the size of the batch, which is not one request's
+        return None  # the number may be the size of the batch instead of one request's size
     mentions = re.compile(rf"\b{re.escape(first.symbol)}\b")
     for leaf in leaves:
         for position, size in enumerate(leaf.shape):
@@ -487,5 +498,5 @@ def _batch_dim(
                 if not isinstance(size, DynamicDim) or str(size).split(":")[0] != first.symbol:
                     return None
             elif isinstance(size, DynamicDim) and mentions.search(size.symbol):
-                return None  # x @ x.T would have each request's rows meet the others'
+                return None  # as in x @ x.T, where rows of different requests would meet
     return BatchDim(dim, first.symbol, first.max)

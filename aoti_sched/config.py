@@ -76,7 +76,7 @@ _LARGEST = 16 << 20
 _T = TypeVar("_T")
 _Count = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
 _Few = Annotated[int, Meta(ge=1, le=MOST)]
-"""A number of things that each take a thread, a stream or a model's memory."""
+"""A number of lanes or instances. Each takes a thread, a stream or a model's memory."""
 _Core = Annotated[int, Meta(ge=0, le=65535)]
 _Delay = Annotated[float, Meta(ge=0, le=3600)]
 _Seconds = Annotated[float, Meta(gt=0)]
@@ -235,8 +235,8 @@ def read_config(path: str | os.PathLike[str]) -> SchedulerConfig:
         raise ConfigError(
             f"{file}: nested too deeply. No setting is nested more than four deep."
         ) from error
-    # Each device and model by itself first: msgspec's path of a fault in the whole would not name
-    # it.
+    # Convert each device and model alone first: msgspec's path of a fault in the whole would not
+    # have its name.
     for section, kind in (("devices", DeviceConfig), ("models", ModelConfig)):
         entries = settings.get(section)
         for name, entry in entries.items() if isinstance(entries, dict) else ():
@@ -304,8 +304,8 @@ def cores_of(device: str, devices: Mapping[str, DeviceConfig]) -> tuple[int, ...
         shared = sorted({*cores} & {*(settings.affinity or ())})
         if other != device and is_part(other) and shared:
             raise ConfigError(
-                f"devices.{device}: affinity: core {shared[0]} is {other!r}'s, too; such devices "
-                "have no core in common"
+                f"devices.{device}: affinity: core {shared[0]} also belongs to {other!r}. Give "
+                "each core to one of them."
             )
     if len({*cores}) < len(cores):
         raise ConfigError(f"devices.{device}: affinity={list(cores)}: a core is named twice")
@@ -325,8 +325,7 @@ def divided(devices: Sequence[str], cores: Sequence[int]) -> dict[str, tuple[int
     if not each:
         raise ConfigError(
             f"devices {', '.join(map(repr, devices))}: {len(cores)} cores can't be divided among "
-            f"{len(devices)} devices. Use fewer of "
-            "them, or 'cpu', which is all cores."
+            f"{len(devices)} devices. Use fewer of them, or 'cpu', which is all cores."
         )
     shares = {}
     begin = 0
@@ -343,15 +342,14 @@ def checked(settings: ModelConfig) -> ModelConfig:
 
 
 def checked_config(config: object) -> SchedulerConfig:
-    """Return a scheduler's settings that were given in code, validated as if they had come from a
-    file.
+    """Return a scheduler's settings from code, validated as if they had come from a file.
 
     Raises:
         ConfigError: A setting is of the wrong type or out of range; the message gives its path.
     """
     if not isinstance(config, SchedulerConfig):
         raise ConfigError(
-            f"Scheduler(config=): expected a SchedulerConfig, got {brief(config)}. Of a file: "
+            f"Scheduler(config=): expected a SchedulerConfig, got {brief(config)}. For a file, use "
             "Scheduler.from_config(path)."
         )
     sections = {}

@@ -1,12 +1,11 @@
 """Events for the log.
 
-What an application's log processors and handlers do ends here: nothing of the package fails or
-waits in its midst.
+An application's log processors and handlers can neither fail nor block a step of this package.
 
-A call on an event loop's thread is carried out by the loop, after all steps of what goes on. A call
-of another thread is carried out at once. What processors and handlers raise is dropped; the first
-time, `sys.unraisablehook` is told. An interrupt or exit on a loop's thread leaves the loop as from
-any callback of the application's.
+- An event of an event loop's thread is logged by a later callback of the loop.
+- An event of another thread is logged at once.
+- An error of a processor or a handler is dropped. The first one goes to `sys.unraisablehook`.
+- KeyboardInterrupt and SystemExit on a loop's thread leave the loop, as from any callback.
 """
 
 from __future__ import annotations
@@ -29,15 +28,13 @@ _LEVELS = {
 
 
 class EventLog:
-    """Gives events to the application's structlog processors, and so to a standard logger.
+    """Passes events to the application's structlog processors, and so to a standard logger.
 
-    No call raises.
-
-    Where structlog is not configured and the logger's level is off, an event is dropped before
-    anything is made of it.
+    No call raises. Where structlog is not configured and the logger's level is off, an event is
+    dropped before any text is made.
 
     Args:
-        name: The standard logger's.
+        name: The standard logger's name.
     """
 
     def __init__(self, name: str) -> None:
@@ -46,19 +43,19 @@ class EventLog:
         self._complained = False
 
     def debug(self, event: str, **values: Any) -> None:
-        self._give("debug", event, values)
+        self._log_soon("debug", event, values)
 
     def info(self, event: str, **values: Any) -> None:
-        self._give("info", event, values)
+        self._log_soon("info", event, values)
 
     def warning(self, event: str, **values: Any) -> None:
-        self._give("warning", event, values)
+        self._log_soon("warning", event, values)
 
     def error(self, event: str, **values: Any) -> None:
-        """An `error` among the values may be the exception itself: its text is made later."""
-        self._give("error", event, values)
+        """Log an error. A value `error` may be an exception, whose text is made later."""
+        self._log_soon("error", event, values)
 
-    def _give(self, level: str, event: str, values: dict[str, Any]) -> None:
+    def _log_soon(self, level: str, event: str, values: dict[str, Any]) -> None:
         if not (structlog.is_configured() or self._logger.isEnabledFor(_LEVELS[level])):
             return
         loop = _get_running_loop()
@@ -78,26 +75,26 @@ class EventLog:
             self._complain(error)
 
     def _complain(self, error: BaseException) -> None:
-        """Tell of the first error, once."""
+        """Report the first error to `sys.unraisablehook`."""
         if self._complained:
             return
         self._complained = True
         with contextlib.suppress(BaseException):  # a text or a traceback may be foreign, too
             lost = LostEventError(
-                "an event of aoti_sched was lost in a log processor or handler, and more may be; "
-                f"no more is said of it. It raised {type(error).__name__}: {said(error)}"
+                "an event of aoti_sched was lost, and later losses are not reported: a log "
+                f"processor or handler raised {type(error).__name__}: {said(error)}"
             ).with_traceback(error.__traceback__)
-            _Teller(lost)
+            _Unraisable(lost)
 
 
 class LostEventError(RuntimeError):
-    """What `sys.unraisablehook` is told of."""
+    """The error that `sys.unraisablehook` gets when an event is lost."""
 
 
-class _Teller:
-    """Tells `sys.unraisablehook` of an error.
+class _Unraisable:
+    """Raises an error in `__del__`, so that the interpreter passes it to `sys.unraisablehook`.
 
-    The interpreter's own hook takes no other arguments than the interpreter's.
+    The default hook accepts only arguments that the interpreter made.
     """
 
     def __init__(self, error: BaseException) -> None:
@@ -108,7 +105,8 @@ class _Teller:
 
 
 log = EventLog("aoti_sched")
-"""Events go through the application's structlog processors to the standard logger `aoti_sched`:
-unless either is configured, warnings are seen on stderr and the rest is silent, as is decent for a
-library.
+"""The log of this package, which uses the standard logger `aoti_sched`.
+
+Where neither structlog nor the logger is configured, warnings go to stderr, and other events are
+dropped.
 """

@@ -23,7 +23,7 @@ class RunnerInfo(msgspec.Struct, frozen=True, kw_only=True):
         device: The device; for several devices, their names with commas between them.
         executor: What runs the model: native lanes or Python threads.
         runtime: "c_abi" or "torch runner".
-        gil: What a run does with the GIL: "released" or "held".
+        gil: Whether a run has the GIL: "released" or "held".
         instances: How many runs may go on at once.
         threads: Intra-op threads of one run.
         epoch: Number of the set of weights that serves.
@@ -32,7 +32,7 @@ class RunnerInfo(msgspec.Struct, frozen=True, kw_only=True):
         outputs: Specs of the results' leaves.
         spec_source: Where `inputs` come from. With "arity only", only the number of tensors is
             checked.
-        batch: What the package says of the rows; None when it says nothing.
+        batch: The dimension of the rows; None where the package states none.
         max_batch: The most rows that run as one; 1 without batching.
         frozen: Whether the weights are part of the compiled code; None when that is not known.
         constants: The constants of the model.
@@ -77,7 +77,7 @@ class RunnerInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunnerStats(msgspec.Struct, frozen=True, kw_only=True):
-    """A runner's numbers. `queued_bytes` to `parked` are of now, counts and seconds since its load.
+    """A runner's numbers. Counts and seconds are totals since the load, unless stated otherwise.
 
     For a runner on several devices, the numbers are sums over its replicas.
 
@@ -87,13 +87,13 @@ class RunnerStats(msgspec.Struct, frozen=True, kw_only=True):
         health: "failing" from the fifth failed run in a row until a run succeeds; otherwise "ok".
         waiting: Requests that wait for room in the queue, or for an epoch, now.
         queued: Requests that wait for a slot and a lane, now.
-        queued_bytes: Bytes of the inputs of queued requests.
+        queued_bytes: Bytes of the inputs of queued requests, now.
         running: Runs that go on now; a batch is one run.
         held_leases: Leases that callers hold now.
         free_slots: Slots that neither a run nor a lease has now.
         epoch: Number of the set of weights that serves.
-        updating: Whether the barrier of an update holds back what is queued.
-        parked: Whether the weights are evicted; what is queued waits for them.
+        updating: Whether queued requests wait at the barrier of an update now.
+        parked: Whether the weights are evicted now. Queued requests wait until they are restored.
         memory: Bytes that the weights take now.
         parks: How often the weights were evicted.
         submitted: Requests that were submitted; a request that was rerouted counts once.
@@ -107,7 +107,7 @@ class RunnerStats(msgspec.Struct, frozen=True, kw_only=True):
         withdrawn: Requests that were rerouted to another replica.
         queue_seconds: Seconds that requests spent in the queue, together.
         run_seconds: Seconds that runs took, together.
-        wasted_seconds: Seconds of runs whose result nobody took.
+        wasted_seconds: Seconds of runs whose result was dropped, since no caller waited for it.
         inline: Requests that ran on the thread of the event loop.
         batches: Runs of several requests as one.
         batched: Requests in `batches`.
@@ -156,9 +156,9 @@ class MemoryStats(msgspec.Struct, frozen=True, kw_only=True):
         used: Bytes taken now, those reserved for models that are being loaded included.
         inactive: The part of `used` for staged and previous sets.
         parked: Bytes that the evicted models would take.
-        workspace: What torch keeps besides for runs: intermediate results, outputs and graphs.
-            Measured at the last warm-up or change of weights. 0 on devices other than CUDA,
-            where it is not known. Does not count towards the limit.
+        workspace: Further bytes that torch keeps for runs: intermediate results, outputs and
+            graphs. Measured at the last warm-up or change of weights. 0 on devices other than CUDA,
+            where the number is not known. Not counted against the limit.
     """
 
     limit: int | None
@@ -181,7 +181,7 @@ class DeviceStats(msgspec.Struct, frozen=True, kw_only=True):
         free_cores: Cores that no run on a lane uses; a run uses one for each of its threads.
         queued: Requests that wait for a slot and a lane.
         queued_bytes: Bytes of the inputs of queued requests.
-        memory: What weights take.
+        memory: The memory that weights take.
         runners: The stats of each runner by name.
     """
 
@@ -199,7 +199,7 @@ class DeviceStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
-    """The numbers of everything.
+    """The numbers of a scheduler.
 
     Attributes:
         devices: The stats of each device by name.

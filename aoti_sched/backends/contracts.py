@@ -1,7 +1,7 @@
 """The contracts of the machinery: Container, Executor, Device.
 
-A backend does everything and decides nothing. All of it is blocking and knows no event loop. The
-engine calls `Device.inspect`, `Device.load` and `Container.close` from worker threads. It calls
+Backends run models and contain no scheduling policy. Their calls block and use no event loop. The
+engine calls `Device.inspect`, `Device.load` and `Container.close` from worker threads, and
 `Executor.submit`, `Executor.drain` and `Executor.run_here` from the loop's thread.
 """
 
@@ -22,12 +22,12 @@ from aoti_sched.model.specs import ConstantSpec, ModelSpec
 
 
 class ContainerInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What a loaded container says of itself."""
+    """The properties of a loaded container."""
 
     runtime: str
-    """How the model is run: "c_abi", "torch runner", "fake"."""
+    """What runs the model: "c_abi", "torch runner" or "fake"."""
     reason: str = ""
-    """Why it is not run through the C ABI, or what the model calls that has no C function."""
+    """Why the C ABI is not used, or a note on operators that have no C function."""
     gil: str = "released"
     """Whether a run holds the GIL: "released", "held", or "unknown"."""
     instances: int
@@ -39,11 +39,11 @@ class ContainerInfo(msgspec.Struct, frozen=True, kw_only=True):
     missing: tuple[str, ...] = ()
     """Functions of the C ABI that this model lacks, because an older torch compiled it."""
     inline: bool = True
-    """Whether short runs may be placed on the loop's own thread without being asked for."""
+    """Whether "auto" placement may run short runs on the loop's own thread."""
     verified: bool = True
     """Whether this way to run a model has run on a real device of its kind."""
     notes: tuple[str, ...] = ()
-    """What else matters about how it was loaded, a sentence each."""
+    """Further notes on the load, a sentence each."""
 
 
 class StagedSet(msgspec.Struct, frozen=True):
@@ -51,29 +51,29 @@ class StagedSet(msgspec.Struct, frozen=True):
 
     bytes: int
     ignored: tuple[str, ...] = ()
-    """Given names that are of no use to the model."""
+    """The given names for which the model has no use."""
 
 
 class CRun(msgspec.Struct, kw_only=True, eq=False):
-    """How C runs a container: addresses of its functions, for lanes that never touch Python."""
+    """The addresses by which native lanes run a container without Python."""
 
     name: str
-    """What errors call the model."""
+    """The model's name in errors."""
     run: int
     container: int
     num_inputs: int
     num_outputs: int
     last_error: int = 0
     proxy_executor: int = 0
-    """Torch's, for operators without a C function."""
+    """The address of torch's proxy executor, for operators without a C function; 0 for none."""
     native: Any = None
-    """What native lanes keep of the model."""
+    """The native lanes' record of the model."""
     native_plan: Any = None
-    """The plan of the model's last batch as native lanes know it."""
+    """The native lanes' record of the plan of the model's last batch."""
     slots: Sequence[Any] = ()
     """The streams of a device, one for each of the container's slots; () on a CPU."""
     graph_of: Callable[[Work], Any] | None = None
-    """Where runs are recorded: returns what native lanes launch for a work, None if they can't."""
+    """Returns the recorded run to launch for a work; None where native lanes have none."""
 
 
 class Container(Protocol):
@@ -113,8 +113,8 @@ class Container(Protocol):
     def capture_stream(self) -> Callable[[Sequence[Any]], Sequence[Any]] | None:
         """A function of a request's inputs; None where runs depend on no stream.
 
-        The function is called on the caller's thread. It returns the inputs with the caller's
-        stream: what they wait for, and where the outputs are used. It may raise DeviceLostError.
+        The function is called on the caller's thread, and may raise DeviceLostError. The result is
+        the inputs with the caller's stream, which the run waits for and which uses the outputs.
         """
 
     def inherit_stream(self) -> AbstractContextManager[object]:
@@ -155,15 +155,14 @@ class Container(Protocol):
 
         Args:
             weights: A mapping, pairs, or the path of a file.
-            partial: Take what is not given from the active set.
+            partial: Take constants that are not given from the active set.
             strict: Refuse unknown names. Otherwise they are ignored.
             check_finite: Refuse NaN and infinities.
-            reading: The weights are read through its `source`, so that its owner may leave while
-                foreign code runs.
+            reading: Reads the weights, so that its owner may abandon them while foreign code runs.
 
         Raises:
-            ConstantMismatchError: The set does not fit, with every fault at once. Nothing was
-                written: a set kept there is still ready.
+            ConstantMismatchError: The set does not fit. The error lists every fault. Nothing was
+                written, so a set in the inactive buffer is still ready.
             WeightsFileError, WeightsTypeError: The weights can't be read.
         """
 
@@ -174,7 +173,7 @@ class Container(Protocol):
         """
 
     def swap(self) -> None:
-        """Exchange the buffers. Quick, and called on the loop's thread while no run goes on."""
+        """Exchange the buffers. This is quick. The loop's thread calls it while no run goes on."""
 
     def free_inactive(self) -> None:
         """Free the inactive buffer."""
@@ -200,28 +199,28 @@ class Container(Protocol):
 
     @property
     def workspace(self) -> int | None:
-        """Further bytes of the device that runs use, None where that is unknown.
+        """Further bytes of the device that runs use; None where that is unknown.
 
         Measured at the warm-up, and when the constants change.
         """
 
     @property
     def unparkable(self) -> str:
-        """Why parking would lose something, in a few words; "" when it would not."""
+        """Why eviction would lose weights, in a few words; "" when nothing would be lost."""
 
     def park(self) -> None:
         """Free the constants. Only `unpark` and `close` may follow. Called while no run goes on.
 
-        A failure loses nothing: `unpark` helps then, too.
+        A failure loses nothing: `unpark` restores the state even then.
         """
 
     def unpark(self) -> None:
         """Restore the state before `park`, with the weights that served then.
 
-        After a failure it can be called again.
+        After a failure, the caller may retry.
 
         Raises:
-            LoadError, DeviceLostError: The weights can't be brought back.
+            LoadError, DeviceLostError: The weights can't be restored.
         """
 
     def close(self) -> None:
@@ -229,7 +228,7 @@ class Container(Protocol):
 
 
 class HostContainer(ABC):
-    """What containers have in common whose runs depend on no stream."""
+    """The common part of containers whose runs depend on no stream."""
 
     staging: Staging
 
@@ -238,7 +237,7 @@ class HostContainer(ABC):
         """Run once and wait."""
 
     def run_work(self, work: Work) -> list[Any]:
-        """Run one work, a request's or a batch's."""
+        """Run one work, of a request or of a batch."""
         if work.batch is None:
             return self.run_raw(work.inputs)
         return self.staging.run(work.batch, self.run_raw)
@@ -262,7 +261,7 @@ class Work(msgspec.Struct, frozen=True, eq=False):
     threads: int
     """Intra-op threads of the run."""
     token: Any
-    """Comes back with the completion. Executors do not read it."""
+    """An object that is returned with the completion. Executors do not read it."""
     batch: Batch | None = None
     slot: int = 0
     """The container's slot that the run takes. On a device each slot has a stream of its own."""
@@ -285,7 +284,7 @@ class Executor(Protocol):
     """A device's lanes. Each runs one work at a time."""
 
     lost: Callable[[], str]
-    """Returns why nothing runs on the device any more, "" while it works."""
+    """Returns why nothing runs on the device any more; "" while the device works."""
 
     @property
     def kind(self) -> str: ...
@@ -302,16 +301,16 @@ class Executor(Protocol):
         """
 
     def run_here(self, work: Work) -> Completion:
-        """Run a work on the calling thread, which waits for it. No lane is involved.
+        """Run a work on the calling thread, without a lane.
 
-        During the run the thread's intra-op thread counts are the work's, afterwards what they
-        were. A run that fails raises nothing: its completion carries the error. No handle is lost.
+        The work's intra-op thread count applies during the run, and is reset afterwards. A run that
+        fails raises nothing: its completion has the error. No handle is lost.
         """
 
     def poll(self) -> bool:
-        """Return whether completions are there, after a short wait for the last work submitted.
+        """Wait shortly for the last submitted work. Return whether completions wait.
 
-        The wait is no longer than it would take to sleep and be woken.
+        The wait is no longer than a sleep and a wake-up would take.
         """
 
     def drain(self) -> list[Completion]:
@@ -325,7 +324,7 @@ class Executor(Protocol):
 
 
 class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a device needs to load one model of a package."""
+    """A request to load one model of a package."""
 
     name: str
     path: Path
@@ -334,7 +333,7 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str | None
     cache_dir: Path | None
     contents: bytes | None = None
-    """The package, where it is in memory; `path` only names it then."""
+    """The package, where it is in memory; `path` is then only a name."""
     copy_inputs: bool = False
     """Whether inputs on the host are copied to the device."""
     copy_outputs: str | None = None
@@ -347,7 +346,7 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     None for the package's.
     """
     weights_strict: bool = True
-    """Whether names in `weights` that the model does not know are refused."""
+    """Whether names in `weights` that the model does not have are refused."""
     replicated: bool = False
     """Whether the runner is on several devices.
 
@@ -359,12 +358,12 @@ class Inspected(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """A model as its package describes it, before its container is made."""
 
     request: LoadRequest
-    """What to load: without `contents`, and with one instance where the model allows no more."""
+    """The request without `contents`, and with one instance where the model allows no more."""
     constant_bytes: int
     """Bytes that one set of constants takes on the device; 0 where the package does not state them.
     """
     own: ModelSpec | None = None
-    """The specs that the package brings."""
+    """The specs that `compile_package` stored in the package."""
     metadata: dict[str, str]
     wrapper_source: str | None
     """The C++ source of the model's wrapper, where the package has it."""
@@ -377,18 +376,18 @@ class Inspected(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     fixed_threads: int | None = None
     """Intra-op threads that every kernel uses, whatever is set at run time."""
     call_spec: CallSpec | None = None
-    """The device's own, where the container's `in_spec` does not say how it is called (fakes)."""
+    """The model's call spec, where the container's `in_spec` has none (fakes)."""
 
 
 class Device(Protocol):
-    """What the engine needs of one device."""
+    """One device, as the engine uses it."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def records_runs(self) -> bool:
-        """Whether a run can be recorded there, and launched again as one CUDA graph."""
+        """Whether a run can be recorded on the device, and launched again as one CUDA graph."""
 
     def cores(self) -> int:
         """Return the number of lanes by default: on a CPU, the cores that this process may use."""
@@ -399,18 +398,18 @@ class Device(Protocol):
         """Start the lanes.
 
         Args:
-            lanes: How many runs go on at once.
+            lanes: The most runs that go on at once.
             affinity: For each lane, the number of the core that its thread is bound to; None to
                 bind none.
-            launchers: Threads that launch the runs of all lanes and poll what is done; None for a
-                thread for each lane.
+            launchers: The number of threads that launch the runs of all lanes and poll for their
+                completion; None for one thread per lane.
 
         Raises:
             ConfigError: The device has no such lanes.
         """
 
     def inspect(self, request: LoadRequest) -> Inspected:
-        """Read, check and extract one model. Nothing of it runs yet. Blocking, for seconds.
+        """Read, check and extract one model, without running its code. Blocks for seconds.
 
         Raises:
             PackageError: The package is missing, broken, or for another platform or device.
@@ -420,11 +419,9 @@ class Device(Protocol):
     def load(self, inspected: Inspected) -> Container:
         """Load a model that this device's `inspect` returned, and make its container.
 
-        Blocking, for seconds.
-
-        The engine has reserved `inspected.constant_bytes` of the device's memory by then.
-        `Container.constant_bytes` is what the constants take in fact; the engine reserves the
-        difference afterwards.
+        This call blocks for seconds. The engine has reserved `inspected.constant_bytes` of the
+        device's memory before. Afterwards the engine reserves the difference to
+        `Container.constant_bytes`, the bytes that the constants really take.
 
         Raises:
             LoadError: The library or its weights can't be loaded.

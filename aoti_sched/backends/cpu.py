@@ -1,4 +1,4 @@
-"""The CPU: lanes are threads, and a run's own threads are capped."""
+"""The CPU as a device: its lanes are threads, and a run's own threads are limited."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from aoti_sched.errors import ConfigError
 
 
 class CpuDevice:
-    """This machine's CPU, as far as the process may use it.
+    """This machine's CPU, or a part of it.
 
     Args:
-        name: "cpu"; or "cpu:0" and so on for a part of the CPU.
-        cores: The numbers of the part's cores.
+        name: "cpu", or "cpu:0", "cpu:1" and so on for a part of the CPU.
+        cores: The numbers of the part's cores; None for all cores that the process may use.
     """
 
     records_runs = False
@@ -45,14 +45,14 @@ class CpuDevice:
         if launchers is not None:
             raise ConfigError(
                 f"device {self.name!r}: launchers={launchers}, but a run on a CPU is its thread's "
-                "work; leave it out"
+                "work. Leave launchers out."
             )
         return open_executor(self.name, lanes, self.cores(), set_threads, affinity)
 
     def inspect(self, request: LoadRequest) -> Inspected:
         inspected = inspect_package(request, "cpu")
         if "AMX_TILE" in inspected.model.cpu_isa:
-            # Linux gives the tile registers only to processes that ask.
+            # Linux enables the tile registers only for processes that ask for them.
             torch.cpu._init_amx()  # noqa: SLF001
         return inspected
 
@@ -91,7 +91,7 @@ def available_cores() -> int:
 
 
 def _cgroup_quota(root: Path) -> float | None:
-    """Return the cores that the cgroup's quota amounts to; None without a quota.
+    """Return the number of cores that the cgroup's quota amounts to; None without a quota.
 
     Docs: kernel.org cgroup-v2, "cpu.max".
     """
@@ -109,14 +109,12 @@ def _cgroup_quota(root: Path) -> float | None:
 
 
 def set_threads(count: int) -> None:
-    """Set the intra-op threads of the calling thread alone:
+    """Set the intra-op threads of the calling thread alone.
 
-    OpenMP's, and MKL's where torch has MKL.
-
-    `torch.set_num_threads` would also set MKL's process-wide count and the default of later
-    threads. Both belong to the application.
+    This sets OpenMP's count, and MKL's where torch has MKL. `torch.set_num_threads` would also set
+    MKL's process-wide count and the default of later threads. Both belong to the application.
     """
-    # Torch initializes a thread's count lazily; do it now, or it would overwrite ours
+    # Torch initializes a thread's count on first use, which would overwrite the new count later.
     torch.get_num_threads()
     set_openmp = _symbol("omp_set_num_threads")
     if set_openmp is None:

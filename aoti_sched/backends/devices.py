@@ -23,7 +23,7 @@ def open_device(name: str, cores: Sequence[int] | None = None) -> Device:
         cores: The numbers of the part's cores.
 
     Raises:
-        ConfigError: There is no such device here, or torch was built without that kind.
+        ConfigError: This machine has no such device, or torch was built without its kind.
     """
     if cores is not None:
         from aoti_sched.backends.cpu import CpuDevice
@@ -32,7 +32,7 @@ def open_device(name: str, cores: Sequence[int] | None = None) -> Device:
     parts = _NAME.fullmatch(name)
     if parts is None:
         raise ConfigError(
-            f"device {name!r}: expected 'cpu', 'cuda:0', 'xpu:0' or 'mps', or another number"
+            f"device {name!r}: expected 'cpu', 'mps', or 'cuda:0' or 'xpu:0' with any number."
         )
     if parts[1] == "cpu":
         from aoti_sched.backends.cpu import CpuDevice
@@ -57,7 +57,7 @@ def _accelerator(name: str, kind: str, index: int) -> Accelerator:
         raise ConfigError(f"device {name!r}: {_absent(kind.upper(), built=built)}")
     if index >= count:
         there = ", ".join(f"{kind}:{number}" for number in range(count))
-        raise ConfigError(f"device {name!r}: there is no such device; there is {there}")
+        raise ConfigError(f"device {name!r}: no such device. Choose from: {there}.")
     if kind == "cuda":
         from aoti_sched.backends.accelerators.cuda import CudaDevice
         from aoti_sched.backends.accelerators.cuda_driver import Driver
@@ -77,7 +77,7 @@ def count_devices(kind: str) -> int:
 
 
 def _built(kind: str) -> bool:
-    """Return whether this torch was built with a kind of devices that have numbers."""
+    """Return whether this torch was built with CUDA ("cuda") or XPU ("xpu")."""
     import torch
 
     if kind == "cuda":
@@ -89,8 +89,8 @@ def _absent(kind: str, *, built: bool) -> str:
     import torch
 
     if built:
-        return f"torch finds no {kind} device here"
+        return f"torch finds no {kind} device here. Use another device, or check the driver."
     return (
-        f"this torch ({torch.__version__}) was built without {kind}; install one that was built "
-        "with it"
+        f"this torch ({torch.__version__}) was built without {kind}. Install a torch that was "
+        f"built with {kind}."
     )

@@ -1,8 +1,7 @@
-"""Opens packages for every kind of device: what a CPU and an accelerator do in the same way when a
-model is loaded.
+"""Opening: the part of loading a model that is the same on every kind of device.
 
 Loading has two steps, so that memory can be reserved between them. `inspect_package` reads, checks
-and extracts a package; nothing of it runs. `open_container` loads the library and makes the
+and extracts a package, and runs none of its code. `open_container` loads the library and makes the
 container. Both block.
 """
 
@@ -26,17 +25,17 @@ if TYPE_CHECKING:
     from aoti_sched.backends.aoti.raw_container import RawContainer
 
 OpenRaw: TypeAlias = "Callable[[Library, LoadRequest, str], RawContainer]"
-"""Makes the runtime's container for a request; the text is the model's name in errors."""
+"""A function that makes the runtime's container; the text is the model's name in errors."""
 
 WrapRaw: TypeAlias = "Callable[[RawContainer, InspectedPackage, str], Container]"
-"""Makes the container around the runtime's.
+"""A function that makes the container around the runtime's container.
 
-The text says why torch's own runner is needed; it is "" where the C ABI suffices.
+The text is the reason why torch's own runner is needed, or "" where the C ABI suffices.
 """
 
 
 class InspectedPackage(Inspected, frozen=True, kw_only=True, eq=False):
-    """A model of a package, inspected, and its files."""
+    """An inspected model of a package, with the model's extracted files."""
 
     model: PackagedModel
     extracted: Extracted
@@ -50,7 +49,7 @@ def inspect_package(
     Args:
         request: What to load.
         kind: Torch's word for the kind of device that the model must be compiled for.
-        check: Checks of the device's own, before anything is extracted.
+        check: The device's own checks, called before anything is extracted.
 
     Raises:
         PackageError: The package is missing, broken, for another platform or for another kind of
@@ -67,7 +66,7 @@ def inspect_package(
     if check is not None:
         check(model)
     extracted = package.extract(model, request.cache_dir)
-    # The cache keeps what is needed of a package in memory.
+    # A package in memory is not needed any more: its files are in the cache now.
     request = msgspec.structs.replace(request, contents=None)
     own, wrapper = spec_from_metadata(model.metadata), package.wrapper_source(model)
     if writes_to_buffers(own, wrapper):
@@ -93,7 +92,7 @@ def open_container(
 ) -> Container:
     """Load an inspected model's library and make its container.
 
-    After a failure nothing stays loaded.
+    After a failure, nothing stays loaded.
 
     Args:
         inspected: What `inspect_package` returned.
@@ -105,7 +104,10 @@ def open_container(
         LoadError: The library or its weights can't be loaded.
     """
     if not isinstance(inspected, InspectedPackage):
-        raise TypeError(f"device {device!r}: it loads what its own inspect() returned.")
+        raise TypeError(
+            f"device {device!r}: load() got {type(inspected).__name__}. Pass the result of the "
+            "device's own inspect()."
+        )
     request, extracted = inspected.request, inspected.extracted
     wrapper = inspected.wrapper_source
     title = f"model {request.name!r}"  # the name that the user gave, not the library's

@@ -39,7 +39,7 @@ class Reading:
         Between the first item and the last, the block must not touch the container.
 
         Raises:
-            Abandoned: The owner has left. The container must not be touched any more.
+            Abandoned: The owner has abandoned the reading. Do not touch the container any more.
         """
         self._leave()
         try:
@@ -57,7 +57,7 @@ class Reading:
         """Mark the block as foreign code, which may block for ever.
 
         Raises:
-            Abandoned: The owner has left. The container must not be touched any more.
+            Abandoned: The owner has abandoned the reading. Do not touch the container any more.
         """
         self._leave()
         try:

@@ -228,9 +228,7 @@ class Devices:
             )
 
     def note_on_cores(self, name: str) -> tuple[str, ...]:
-        """Return a sentence for `RunnerInfo.notes` about a device whose cores were chosen here,
-        otherwise none.
-        """
+        """Return a note on a device whose cores were chosen here, for `RunnerInfo.notes`."""
         if name not in self._shares:
             return ()
         cores = ", ".join(map(str, self._shares[name]))

@@ -282,9 +282,7 @@ class Lifecycle(Generic[_Handle]):
     # --- what dispatchers report -----------------------------------------------------------------
 
     def on_failing(self, state: RunnerState) -> None:
-        """The last runs of a replica have all failed: log it, and rebuild the container if that is
-        wanted.
-        """
+        """Log that a replica's last runs all failed, and rebuild the container if that is set."""
         replica = self._replica_of(state)
         log.warning(
             "runs fail again and again",

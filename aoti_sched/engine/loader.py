@@ -1,5 +1,4 @@
-"""Loader: inspects a model, reserves memory for it, loads it and warms it up, on each of its
-devices in turn.
+"""Loader: inspects a model, reserves memory, loads the model and warms it up, device by device.
 
 Only reserving happens on the event loop; the rest blocks, in worker threads (`prepare.py`). A load
 goes on to its end when its caller is cancelled. The engine then frees the model.

@@ -1,7 +1,6 @@
-"""Probing: runs a model at load, and finds its least sizes, whether rows are independent, and which
-inputs it writes to.
+"""Probing: runs a model at load to find its least sizes, independent rows and written inputs.
 
-Blocking; policy only. On a CPU the runs happen in a child process (`child.py`). A run that fails
+All of it blocks. On a CPU the runs happen in a child process (`child.py`). A run that fails
 there ends no other process, prints nothing and changes no buffer. On other devices, and where there
 are no child processes, only sizes that the compiler knew of are run, and size 1.
 """

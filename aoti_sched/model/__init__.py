@@ -1,3 +1,4 @@
-"""What a model takes and gives: specs, call spec, input check, layout of batches.
+"""Model: what a model takes and returns, as specs, call spec, input check and batch layout.
 
-No torch at import."""
+Nothing here imports torch at import.
+"""

@@ -1,9 +1,8 @@
-"""What `compile_package` learns by running a module, its exported program and compiled code.
+"""Findings: what `compile_package` learns by running a module, its exported program and its code.
 
-Everything runs in a forked child where the platform has one (`child`), so no trial changes the
-module, the random state or the process. Models for a device can't run in a forked child. There, a
-copy of the module and the exported program are run in this process, and the compiled code is not
-run.
+Trials run in a forked child where the platform can fork (`child`), so no trial changes the module,
+the random state or the process. Models for an accelerator can't run in a forked child. For them, a
+copy of the module and the exported program run in this process, and the compiled code is not run.
 """
 
 from __future__ import annotations
@@ -44,18 +43,19 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 SECONDS = 120.0
-"""How long trials may take before compiling, and again after it.
+"""The most seconds that trials may take before compiling, and again after compiling.
 
-What is not found out by then counts as not shown.
+A trial that has not ended by then shows nothing.
 """
 
 LARGEST = 1 << 30
-"""Bytes of example inputs above which nothing is run: an eager run of such a request takes memory
-and minutes.
+"""The most bytes of example inputs for which trials run.
+
+An eager run of a larger request would take much memory, and minutes.
 """
 
 EXPORTED_FROM = 2
-"""Export takes any dynamic size to be at least this; what the code does with fewer is to be shown.
+"""The least value that export assumes of any dynamic size. Trials show smaller values to be right.
 """
 
 _WORD = re.compile(r"^\w+$")
@@ -65,10 +65,9 @@ _RANDOM = "random"
 def separated(args: tuple[Any, ...], kwargs: dict[str, Any], module: Any) -> tuple[Any, Any]:
     """Return the example arguments, with copies of tensors that share memory.
 
-    A tensor is copied that shares memory with an earlier one or with a weight.
-
-    Export takes two inputs that are one tensor for one input, and an input that is a parameter for
-    that parameter. Copies keep their strides.
+    A tensor is copied if it shares memory with an earlier tensor or with a weight. Otherwise export
+    would take two equal tensors for one input, and an input that is a parameter for that parameter.
+    Copies keep their strides.
     """
     import torch
     from torch.utils import _pytree as pytree
@@ -110,11 +109,11 @@ class Stated:
                 self._hints = True
 
     def leaves_open(self, symbol: str) -> bool:
-        """Return whether the symbol is torch's own: the user stated no difference from others."""
+        """Return whether a symbol is torch's own, so that the user did not tell it from others."""
         return symbol not in self._names
 
     def least(self, symbol: str, low: int) -> int:
-        """Return the least value of a symbol that the user states; `low` is torch's."""
+        """Return the least value of a symbol, given the least value `low` that torch states."""
         return low if low != EXPORTED_FROM or symbol in self._names or self._hints else 0
 
 
@@ -123,10 +122,10 @@ class Findings:
 
     Args:
         module: The module.
-        arguments: Its example arguments and keyword arguments, as exported.
+        arguments: The module's example arguments and keyword arguments, as exported.
         program: The exported program.
-        functional: The same after `run_decompositions`: it writes to nothing.
-        spec: What `describe` says of it.
+        functional: The program after `run_decompositions`, which writes to nothing.
+        spec: The specs that the program states.
         dynamic: The dynamic dimensions as the user gave them.
     """
 
@@ -155,14 +154,16 @@ class Findings:
         self._apart = self._apart and all(
             tensor.is_cpu for tensor in (*module.parameters(), *module.buffers())
         )
-        self._values = True  # whether a run's values tell anything
+        self._values = True  # whether the values of two runs can be compared
         self._found: dict[tuple[str, int], str] = {}
         self.impossible = self._why_not()
 
     def _why_not(self) -> str:
         size = self._runs.example_bytes()
         if size > LARGEST:
-            return f"the example has {size >> 20} MB, more than is run to find out"
+            return (
+                f"the example has {size >> 20} MB, and trials run with at most {LARGEST >> 20} MB"
+            )
         if any(not _WORD.match(symbol) for symbol in symbols_of(self._runs.specs)):
             return "a size depends on several dynamic ones"
         return ""
@@ -178,9 +179,9 @@ class Findings:
     # --- before compiling -------------------------------------------------------------------------
 
     def disagreement(self) -> str:
-        """Return where the exported program differs from the module on other inputs; "" if nowhere.
+        """Return where the exported program differs from the module on other inputs.
 
-        The result is "" also where that is not known.
+        Returns "" where it does not differ, and where that is not known.
         """
         if self.impossible:
             self._values = False
@@ -190,9 +191,9 @@ class Findings:
         return where.removeprefix(_DIFFERS) if self._values and where.startswith(_DIFFERS) else ""
 
     def merged(self) -> ModelSpec:
-        """Return the spec with one symbol for rows of several inputs that the module wants equal.
+        """Return the spec with one symbol for the rows of inputs that the module requires equal.
 
-        `Dim.AUTO` gives each input a symbol of its own.
+        With `Dim.AUTO`, export gives each input a symbol of its own.
         """
         rows = row_symbols(self._runs.specs, 0)
         low = max((least for least, _ in map(self._bounds, rows)), default=0)
@@ -220,9 +221,11 @@ class Findings:
         return self._spec
 
     def rows(self, dim: int, symbols: Sequence[str]) -> RowEvidence:
-        """Return whether rows in this dimension influence each other.
+        """Return whether rows influence each other.
 
-        Its size is one of these symbols in each input.
+        Args:
+            dim: The dimension of the rows.
+            symbols: The symbols of its size in the inputs.
         """
         if self.impossible:
             return RowEvidence(None, self.impossible)
@@ -260,7 +263,7 @@ class Findings:
             return
         control, *_ = self._answers([lambda: self._compiled(library, self._sizes)])
         if control == child.DIED or control.startswith((_RAISES, child.NOT_STARTED, child.FAULT)):
-            return  # it can't be run apart (without its weights, say), and tells nothing
+            return  # the library can't be run alone (without its weights, say)
         if control:
             self._values = False
         wanted = [key for key in self._wanted() if not self._found.get(key)]
@@ -302,10 +305,7 @@ class Findings:
         return self.stated.least(symbol, low), high
 
     def _wanted(self) -> list[tuple[str, int]]:
-        """Symbols and the small values to try.
-
-        The largest come first: what is refused of 1 is not tried with 0.
-        """
+        """Return the symbols and the small values to try, the largest values of a symbol first."""
         wanted = []
         for symbol in symbols_of(self._runs.specs):
             low, high = self._bounds(symbol)
@@ -325,7 +325,10 @@ class Findings:
             self._found[key] = answer.removeprefix(_DIFFERS).removeprefix(_RAISES)
 
     def _least(self, symbol: str) -> tuple[int, str]:
-        """Return the least value of a symbol, and why it is not less ("": as stated)."""
+        """Return the least value of a symbol and the reason why no less value is allowed.
+
+        The reason is "" where the user or torch states that value.
+        """
         low, high = self._bounds(symbol)
         if low > EXPORTED_FROM:
             return low, ""
@@ -355,7 +358,7 @@ class Findings:
         return self._answers_here(trials)
 
     def _answers_here(self, trials: Sequence[child.Trial]) -> list[str]:
-        """Without a child: on a copy of the module."""
+        """Run the trials in this process, on a copy of the module."""
         import torch
 
         module = self._runs.module
@@ -370,7 +373,7 @@ class Findings:
             self._runs.module = module
 
     def _is_random(self) -> str:
-        """Return whether two runs on the same inputs give different values."""
+        """Return `_RANDOM` if two runs on the same inputs give different values, otherwise ""."""
         inputs, once = self._runs.run_module(self._sizes, 0)
         return (
             _RANDOM if difference(once, self._runs.eager(copies(inputs)), self._tolerance) else ""
@@ -382,11 +385,11 @@ class Findings:
         return f"{_DIFFERS}{what}" if what else ""
 
     def _exported(self, sizes: dict[str, int]) -> str:
-        """Return what is wrong with the exported program on such sizes, in words for a message."""
+        """Return what is wrong with the exported program on these sizes; "" if nothing is."""
         return self._beside(sizes, self._runs.interpret, "the exported program")
 
     def _compiled(self, library: Path, sizes: dict[str, int]) -> str:
-        """Return what is wrong with the compiled code on such sizes."""
+        """Return what is wrong with the compiled code on these sizes; "" if nothing is."""
         for high in (True, False):
             run = functools.partial(self._runs.run_library, library, high=high)
             if what := self._beside(sizes, run, "the compiled code"):
@@ -394,24 +397,24 @@ class Findings:
         return ""
 
     def _beside(
-        self, sizes: dict[str, int], run: Callable[[list[torch.Tensor]], Any], who: str
+        self, sizes: dict[str, int], run: Callable[[list[torch.Tensor]], Any], subject: str
     ) -> str:
         what = ""
         for seed in range(2):  # rounding may tip an integer in one draw
             try:
                 inputs, wanted = self._runs.run_module(sizes, seed)
-            except Exception as error:  # noqa: BLE001 -- a module raises what it likes
+            except Exception as error:  # noqa: BLE001 -- a module may raise any error
                 return f"the module itself raises {first_line(error).rstrip('.')}"
             try:
                 got = run(inputs)
-            except Exception as error:  # noqa: BLE001 -- and so does its program
+            except Exception as error:  # noqa: BLE001 -- and so may its program
                 if isinstance(error, OtherShapeError):
                     return f"{_DIFFERS}{str(error).splitlines()[0]}"  # fx adds lines of its own
-                return f"{_RAISES}{who} raises {first_line(error).rstrip('.')}"
+                return f"{_RAISES}{subject} raises {first_line(error).rstrip('.')}"
             what = difference(wanted, got, self._tolerance if self._values else None)
             if not what:
                 return ""
-        return f"{_DIFFERS}{who} is wrong: {what}"
+        return f"{_DIFFERS}{subject} is wrong: {what}"
 
     def _row_trial(self, dim: int, sizes: dict[str, int], least: int, *, wide: bool) -> str:
         specs, tolerance = self._runs.specs, self._tolerance or 0.0
@@ -431,9 +434,10 @@ class Findings:
         return msgspec.json.encode(found).decode()
 
     def _can_widen(self) -> bool:
-        """Return whether a half-precision module can run in single precision.
+        """Return whether a half-precision module can also run in single precision.
 
-        A faint influence shows only there. The module must cast nothing itself.
+        A weak influence of rows shows only in single precision. The module must contain no casts
+        of its own.
         """
         import torch
 
@@ -458,7 +462,7 @@ _WIDER = {"float16": "float32", "bfloat16": "float32"}
 def _varied(
     examples: Sequence[ExampleSpec], specs: Sequence[TensorSpec]
 ) -> tuple[ExampleSpec, ...]:
-    """Return the examples with integers that differ: equal rows would show nothing."""
+    """Return the examples with varied integers, because equal rows would show no influence."""
     return tuple(
         msgspec.structs.replace(e, high=e.low + 1, values=None)
         if e.low is not None
@@ -478,7 +482,7 @@ def _one_thread() -> None:
 def _answer(trial: child.Trial) -> str:
     try:
         return trial()
-    except Exception as error:  # noqa: BLE001 -- a model raises what it likes
+    except Exception as error:  # noqa: BLE001 -- a model may raise any error
         return first_line(error)
 
 

@@ -19,9 +19,9 @@ class ProgramRuns:
 
     Args:
         module: The module.
-        arguments: Its example arguments and keyword arguments, as exported.
+        arguments: The module's example arguments and keyword arguments, as exported.
         program: The exported program.
-        functional: The same after `run_decompositions`: it writes to nothing.
+        functional: The program after `run_decompositions`, which writes to nothing.
         inputs: The specs of the leaves of the arguments.
     """
 
@@ -48,11 +48,11 @@ class ProgramRuns:
         self._runner: Any = None
 
     def example_bytes(self) -> int:
-        """Bytes of the example's tensors."""
+        """Return the bytes of the example's tensors."""
         return sum(self._leaves[place].nbytes for place in self._places)
 
     def _variants(self) -> Iterator[tuple[ExampleSpec, ...]]:
-        """Yield the examples, then the same with their integers at the least value, 0 and 1."""
+        """Yield the examples, then variants with all integers at their least value, 0 and 1."""
         yield self.examples
         discrete = [
             not spec.dtype.startswith(("float", "bfloat", "complex")) for spec in self.specs
@@ -71,16 +71,16 @@ class ProgramRuns:
                 )
 
     def run_module(self, sizes: dict[str, int], seed: int) -> tuple[list[torch.Tensor], list[Any]]:
-        """Inputs of such sizes that the module takes, and its outputs.
+        """Return inputs of these sizes that the module takes, and the module's outputs.
 
-        Raises what it raises where it takes none.
+        Where the module takes no variant of the inputs, its error on the first one is raised.
         """
         failure: Exception | None = None
         for examples in self._variants():
             inputs = tensors_like(self.specs, sizes, examples, seed=seed)
             try:
                 return inputs, self.eager(copies(inputs))
-            except Exception as error:  # noqa: BLE001 -- told of the first variant
+            except Exception as error:  # noqa: BLE001 -- the first variant's error is raised
                 failure = failure or error
         raise failure or RuntimeError("no inputs")
 
@@ -126,7 +126,7 @@ class ProgramRuns:
 
 
 class OtherShapeError(Exception):
-    """A value has another shape than the one that is compiled for it."""
+    """A value has another shape than the compiled one."""
 
 
 def _interpreter(program: ExportedProgram) -> Any:
@@ -134,9 +134,9 @@ def _interpreter(program: ExportedProgram) -> Any:
 
     A value of another shape raises `OtherShapeError`.
 
-    Export fixes shapes for sizes of 2 and more: where a smaller one gives another shape (a slice
-    that is cut short, a dimension that is squeezed), the compiled code computes the shape of the
-    larger.
+    Export fixes shapes for sizes of 2 and more. A smaller size may give another shape, such as a
+    shortened slice or a squeezed dimension. The compiled code computes the shape of a larger size
+    even then.
     """
     import torch
 
@@ -192,4 +192,5 @@ def copy_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return a copy of each tensor with the same strides."""
     return [copy_of(tensor) for tensor in tensors]

@@ -1,9 +1,13 @@
-"""What a model takes and gives: specs of its inputs, outputs and constants.
+"""Specs: descriptions of a model's inputs, outputs and constants.
 
-Where the specs come from, in this order (`SpecSource`): metadata that `compile_package` wrote into
-the package; what the user declared at load; what the packaged wrapper source states; otherwise
-nothing but the number of inputs. Specs are msgspec Structs, so they can be stored in a package and
-cross a wire.
+Specs come from the first of these sources that exists (`SpecSource`):
+
+1. Metadata that `compile_package` wrote into the package.
+2. The user's declaration at load.
+3. The packaged wrapper source.
+4. The number of inputs alone.
+
+Specs are msgspec Structs, so they can be stored in a package and cross a wire.
 """
 
 from __future__ import annotations
@@ -138,9 +142,7 @@ COMPUTED: dict[type, type[int | float | bool]] = {
     FloatSpec: float,
     BoolSpec: bool,
 }
-"""Kinds of computed outputs that are no tensors, and what the caller gets for the runtime's 0-dim
-tensor.
-"""
+"""The specs of computed outputs, with the type that replaces the runtime's 0-dim tensor."""
 
 
 class BatchDim(msgspec.Struct, frozen=True):
@@ -205,7 +207,7 @@ class WeightName(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """All that `compile_package` knows of a model, stored as JSON in the package.
+    """The whole description that `compile_package` makes of a model, stored as JSON in the package.
 
     Attributes:
         version: The version of this format.
@@ -263,7 +265,7 @@ class ConstantSpec(msgspec.Struct, frozen=True):
 
 
 def row_symbols(specs: Iterable[LeafSpec], dim: int) -> list[str]:
-    """Return the symbols that are a tensor's whole size in this dimension, in order."""
+    """Return the symbols that alone are a tensor's size in this dimension, in order."""
     sizes = [
         spec.shape[dim]
         for spec in specs
@@ -278,10 +280,7 @@ def row_symbols(specs: Iterable[LeafSpec], dim: int) -> list[str]:
 
 
 def with_one_symbol(leaves: Sequence[_Leaf], old: str, new: str) -> tuple[_Leaf, ...]:
-    """Return the leaves with one symbol in the place of two.
-
-    Where both stood, the narrower bounds hold.
-    """
+    """Return the leaves with the symbol `new` in place of `old`, and the narrower bounds."""
     mentions = re.compile(rf"\b{re.escape(old)}\b")
     both = [
         dim
@@ -317,7 +316,7 @@ def with_one_symbol(leaves: Sequence[_Leaf], old: str, new: str) -> tuple[_Leaf,
 
 def spec_to_metadata(spec: ModelSpec) -> dict[str, str]:
     """Return the strings to store in a package, for `spec_from_metadata` to read."""
-    # Not msgspec's encoder: it writes null for a literal that is infinite or NaN.
+    # msgspec's own encoder would write null for a literal that is infinite or NaN.
     return {METADATA_KEY: json.dumps(msgspec.to_builtins(spec))}
 
 
@@ -358,14 +357,15 @@ _DTYPES = {
 
 
 def specs_from_wrapper(source: str) -> tuple[TensorSpec, ...] | None:
-    """Return the input specs that the generated `*.wrapper.cpp` states.
+    """Return the input specs that a generated `*.wrapper.cpp` states.
 
-    They stand in `check_input_N` and `assert_size_stride`.
+    The specs are read from `check_input_N` and `assert_size_stride`. Least sizes are taken from the
+    source. A least size of 2 may come from the exporter's 0/1 specialization, and the code may not
+    need it (pytorch/pytorch#196131 and #169430). Only running the model shows that.
 
-    Least sizes are those that the source states. Where they come from a symbol of at least 2, they
-    may be the exporter's 0/1 specialization and no need of the code (pytorch/pytorch#196131 and
-    #169430); running the model shows that. Returns None when the source states nothing that is
-    understood; a partly understood one would check partly and so lull.
+    Returns:
+        The specs; None unless all inputs are understood, because a partial check would be
+        misleading.
     """
     sizes = {name: (shape, strides) for name, shape, strides in _SIZES.findall(source)}
     specs: dict[int, TensorSpec] = {}
@@ -411,13 +411,13 @@ def _wrapper_dim(expression: str, low: int, high: int | None) -> DynamicDim:
             offset += int(number[1])
         elif term is not None and not symbol:
             symbol, scale = term[2], int(term[1] or 1)
-        else:  # an expression of several symbols: bounded, but bound to nothing
+        else:  # an expression of several symbols, which only its bounds can be checked for
             return DynamicDim(symbol=expression, min=low, max=high)
     return DynamicDim(symbol=symbol or expression, min=low, max=high, scale=scale, offset=offset)
 
 
 _FACTOR = re.compile(r"^(?:(\d+)L?|([a-zA-Z_]\w*))$")
-_Product = tuple[int, tuple[str, ...]]  # a number times symbols, these in alphabetic order
+_Product = tuple[int, tuple[str, ...]]  # a number times symbols, in alphabetic order
 
 
 def _wrapper_order(sizes: list[str], strides: list[str]) -> tuple[int, ...] | None:
@@ -425,14 +425,15 @@ def _wrapper_order(sizes: list[str], strides: list[str]) -> tuple[int, ...] | No
 
     The order is found from the innermost dimension outwards.
 
-    None when they make none, or when it can't be told because an expression is no plain product.
+    Returns:
+        The order; None for strides that are not dense, and where an expression is no plain product.
     """
     order: list[int] = []
     left = list(range(len(sizes)))
     step: _Product | None = (1, ())
     while left:
-        # Of several that would do, the last: a size of 1 has any stride, and the usual order is
-        # wanted then.
+        # Take the last of several candidates. A size of 1 fits any stride, and then the usual order
+        # is preferred.
         fits = [dim for dim in left if sizes[dim] in ("1", "1L") or _product(strides[dim]) == step]
         if step is None or not fits:
             return None
@@ -461,7 +462,7 @@ def _product(expression: str) -> _Product | None:
     """
     number = 1
     symbols = []
-    # In a product brackets mean nothing, and a sum is no factor without them either.
+    # Brackets do not change a product. A sum is no factor, with or without its brackets.
     for factor in _GROUPING.sub("", expression).split("*"):
         match = _FACTOR.match(factor.strip())
         if match is None:

@@ -1,7 +1,7 @@
-"""What a package's generated `*.wrapper.cpp` shows of writes to buffers and inputs.
+"""Wrapper source: finds writes to buffers and inputs in a package's generated `*.wrapper.cpp`.
 
-Pure text. Everything that is not understood counts as unknown, never as harmless. What the source
-states of inputs' shapes is read in `specs.py`.
+The source is searched as text. Code that is not understood counts as unknown, never as harmless.
+`specs.py` reads the shapes of inputs from the same source.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from aoti_sched.model.specs import ConstantSpec, ModelSpec
 
 
 class Writes(msgspec.Struct, frozen=True):
-    """Who is written to during a run: True, False, or None where the source does not show it.
+    """Whether a run writes to constants and inputs; None where the source does not show that.
 
-    `constants` has an entry for each constant by FQN, `inputs` one for each input in its order.
-    `buffers` names the constants that are buffers of the module.
+    Attributes:
+        constants: An entry for each constant by FQN.
+        buffers: The FQNs of the constants that are buffers of the module.
+        inputs: An entry for each input, in order.
     """
 
     constants: dict[str, bool | None]
@@ -27,7 +29,7 @@ class Writes(msgspec.Struct, frozen=True):
 
 
 def writes_in(source: str) -> Writes | None:
-    """Return what the wrapper source shows of writes; None without a body that is understood."""
+    """Return the writes in a wrapper source; None where the source's body is not understood."""
     body = _body(source)
     if body is None:
         return None
@@ -54,17 +56,15 @@ MAY_WRITE = "it has buffers, and its package does not say whether it writes to t
 def writes_to_buffers(
     own: ModelSpec | None, wrapper: str | None, constants: Sequence[ConstantSpec] = ()
 ) -> str:
-    """Return why a model counts as one that writes to its buffers; "" where it does not.
+    """Return why a model counts as writing to its buffers; "" where it does not.
 
-    One rule for all that depends on it.
-
-    A model that has buffers and does not say whether it writes to them counts as writing.
+    A model with buffers counts as writing to them unless its package shows otherwise.
 
     Args:
-        own: What `compile_package` says of it.
-        wrapper: Its wrapper source.
-        constants: Of the loaded container; with neither of the others, they alone tell whether
-            there are buffers.
+        own: The spec that `compile_package` stored in the package.
+        wrapper: The model's wrapper source.
+        constants: The constants of the loaded container. Without the other two, only these show
+            whether there are buffers.
 
     Returns:
         `WRITES`, `MAY_WRITE` or "".
@@ -128,7 +128,7 @@ def _triton_parameters(source: str) -> dict[str, list[str]]:
 def _is_written(
     body: str, name: str, parameters: dict[str, list[str]], seen: frozenset[str] = frozenset()
 ) -> bool | None:
-    """Return whether the code writes to the tensor of this name, or to what aliases it."""
+    """Return whether the code writes to the tensor of this name, or to an alias of the tensor."""
     word = re.escape(name)
     if re.search(_CAST.format(word), body):
         return True
@@ -141,7 +141,7 @@ def _is_written(
         if not mention.search(statement):
             continue
         found = _use(statement, mention, parameters)
-        if found is None:  # is there another name for it, whose uses tell?
+        if found is None:  # the uses of an alias may show it
             alias = _ALIAS.search(statement)
             other = (alias[1] or alias[2]) if alias is not None else None
             if other is not None and other not in {name, *seen} and other != "output_handles":
@@ -155,7 +155,7 @@ def _is_written(
 
 
 def _use(statement: str, mention: re.Pattern[str], parameters: dict[str, list[str]]) -> bool | None:
-    """Return what the call in a statement does with the tensor in its arguments."""
+    """Return whether the call in a statement writes to the tensor among its arguments."""
     call = _CALL.search(statement)
     if call is None:
         return None
@@ -173,8 +173,8 @@ def _use(statement: str, mention: re.Pattern[str], parameters: dict[str, list[st
     shim = _SHIM.fullmatch(function)
     if shim is None or shim[1] in _OPAQUE or "moving_avg" in shim[1]:
         return None
-    # As torch names its functions: add_ and fill__Scalar write to their first argument, mm_out
-    # does, all others to none.
+    # By torch's naming, functions like add_, fill__Scalar and mm_out write to their first argument.
+    # All others write to no argument.
     in_place = (
         shim[1].endswith("_") or "__" in shim[1].lstrip("_") or re.search(r"_out(_|$)", shim[1])
     )

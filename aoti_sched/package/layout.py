@@ -1,4 +1,4 @@
-"""Which member of a package is what for each of its models, found by their names alone."""
+"""Layout: finds the members of each model of a package, by their names alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MODEL_MEMBER = re.compile(
 
 
 class ModelLayout(msgspec.Struct, frozen=True, kw_only=True):
-    """Which member of the package is what for one model. None: it is not there."""
+    """The members of a package that belong to one model; None for a member that is not there."""
 
     name: str
     library: str
@@ -34,11 +34,15 @@ class ModelLayout(msgspec.Struct, frozen=True, kw_only=True):
     weight_files: dict[str, str]
     """The pickled weights' members by the names that weights_config.json uses."""
     files: dict[str, str]
-    """What to unpack, pickled weights apart: for each path in the directory, the member it holds.
-    """
+    """The members to unpack, without pickled weights, by their paths in the directory."""
 
 
 def zip_layouts(source: ZipSource) -> dict[str, ModelLayout]:
+    """Return the layout of each model of a zip package, by the model's name.
+
+    Raises:
+        PackageFormatError: The package has no compiled model, or models under several top folders.
+    """
     models: dict[str, dict[str, str]] = {}
     roots: set[str] = set()
     for member in source.members:
@@ -60,7 +64,7 @@ def zip_layouts(source: ZipSource) -> dict[str, ModelLayout]:
     if len(roots) > 1:
         raise PackageFormatError(
             f"{source.path} has models under several top folders: "
-            f"{', '.join(sorted(map(repr, roots)))}; refused.",
+            f"{', '.join(sorted(map(repr, roots)))}. Package the models anew.",
             path=str(source.path),
         )
     (root,) = roots
@@ -78,6 +82,7 @@ def _zip_layout(source: ZipSource, root: str, name: str, files: Mapping[str, str
 
 
 def bare_layout(source: LibrarySource) -> dict[str, ModelLayout]:
+    """Return the layout of the one model of a bare library, by the model's name."""
     name = source.path.stem
     return {
         name: _layout(name, source.path.name, {member: member for member in source.members}, {})
@@ -90,7 +95,7 @@ def _layout(
     stem = _wrapper_stem(library, files)
     extern_nodes = files.get(f"{stem}.json")
     unpacked = dict(files)
-    if extern_nodes is not None:  # torch's runners look for them under the library's own name
+    if extern_nodes is not None:  # torch's runners read the file under the library's own name
         unpacked[f"{_stem(library)}.json"] = extern_nodes
     return ModelLayout(
         name=name,
@@ -126,7 +131,7 @@ def _wrapper_stem(library: str, files: Iterable[str]) -> str:
 def _library_among(path: Path, model: str, files: Iterable[str]) -> str:
     """Return the model's own library.
 
-    Kernels may be libraries too; only the model's has a wrapper's name or metadata.
+    Kernels may be libraries too. Only the model's library has a wrapper's name or metadata.
     """
     libraries = [file for file in files if file.endswith(LIBRARY_SUFFIXES) and "/" not in file]
     if len(libraries) > 1:

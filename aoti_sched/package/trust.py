@@ -1,13 +1,13 @@
-"""Who else can change what lies at a path.
+"""Trust: checks that no other user can change the cache, whose files are executed.
 
-What lies in the cache is executed, so the answer must be: no other user.
+Two users are trusted: the user of this process, and root. These users can change a folder:
 
-Two users are trusted: the one of this process, and root. A folder can be changed by its owner, by
-those whom its mode lets write (with the sticky bit: only what is theirs), and by whoever can change
-a folder above it. An access list shows in the group's bits of the mode (POSIX), or not at all
-(NFSv4, SMB).
+- its owner;
+- users that its mode lets write. With the sticky bit, they can only change their own files;
+- users that can change a folder above it.
 
-Windows has no such modes; there nothing is checked.
+An access list shows in the group bits of the mode (POSIX), or does not show (NFSv4, SMB). Windows
+has no such modes, so nothing is checked there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from aoti_sched.errors import PackageError
 
 _POSIX = os.name == "posix"
 _WRITABLE = stat.S_IWGRP | stat.S_IWOTH
-_MOST_LINKS = 40  # as many as Linux follows in one path
+_MOST_LINKS = 40  # the most links that Linux resolves in one path
 _ELSEWHERE = "or name another directory in AOTI_SCHED_CACHE or cache_dir=."
 
 
@@ -36,23 +36,20 @@ class Folder(msgspec.Struct, frozen=True):
     name: Path
     """The path to show to people."""
     moved: bool
-    """Whether other users can put another folder of ours, or none, at `name` before the next
-    process starts.
-    """
+    """Whether another user can remove the folder at `name` or put another of ours there."""
 
 
 def private_folder(path: Path) -> Folder:
     """Return the folder at `path`, made with mode 0700, once no other user can change it.
 
-    Each folder and each link on the way from the root is checked. Where another user can change the
-    way, Linux still has an answer: the folder is held open, and used through its descriptor. The
-    descriptor stays open for the life of the process, as the libraries that are mapped through it
-    do.
+    Each folder and each link of the path is checked, from the root on. Where another user can
+    change the path, Linux opens the folder and uses it through its descriptor. The descriptor stays
+    open for the life of the process, like the libraries that are mapped through it.
 
     Raises:
-        PackageError: other users can write to the folder, or it is another user's; or they can
-            change the way to it, and this system can't map files through a descriptor.
-        OSError: the operating system refuses to make or to read it.
+        PackageError: Another user owns the folder or can write to it. Or another user can change
+            the path, and this system can't map files through a descriptor.
+        OSError: The operating system refuses to make or to read the folder.
     """
     if not _POSIX:
         path.mkdir(parents=True, exist_ok=True)
@@ -62,20 +59,19 @@ def private_folder(path: Path) -> Folder:
         status = real.lstat()
         _check_folder(real, status, _trusted())
         return Folder(real, real, moved=False)
-    return Folder(_held(real, weakness), real, moved=True)
+    return Folder(_opened(real, weakness), real, moved=True)
 
 
 def inventory(cache: Folder, entry: Path) -> dict[str, os.stat_result]:
     """Return the status of each file beneath `entry` by its relative path, `/` between the parts.
 
     Args:
-        cache: the cache.
-        entry: a folder in it. Links beneath are listed, not followed.
+        cache: The cache.
+        entry: A folder in the cache. Links beneath the folder are listed, not resolved.
 
     Raises:
-        PackageError: something in it, or the folder itself, belongs to another user, or others can
-            write to it.
-        FileNotFoundError, NotADirectoryError: it is not there, or goes at this moment.
+        PackageError: Another user owns the folder or something in it, or can write there.
+        FileNotFoundError, NotADirectoryError: The folder is missing, or is being removed.
     """
     check_planted(cache, entry, entry.lstat())
     files: dict[str, os.stat_result] = {}
@@ -98,7 +94,7 @@ def check_planted(cache: Folder, path: Path, status: os.stat_result) -> None:
     """Refuse a file or a folder in the cache that another user owns or can write to.
 
     Raises:
-        PackageError: with the advice to empty the cache.
+        PackageError: Another user owns the file or can write to it.
     """
     if not _POSIX:
         return
@@ -133,12 +129,13 @@ def _trusted() -> frozenset[int]:
 
 
 def _walk(path: Path) -> tuple[Path, str | None]:
-    """Return the folder that `path` means, and what lets another user change the way to it.
+    """Resolve `path`, and return what lets another user change the way to its folder.
 
-    The folder has no links in its path. None means that nothing lets another user in.
+    The check goes from the root downwards. In a safe folder, every name of this user or of root is
+    safe.
 
-    From the root downwards: once a folder is known to be safe, so is every name in it that is ours
-    or root's.
+    Returns:
+        The folder, with no links in its path, and the weakness; None where there is none.
     """
     path = path.absolute()
     current = Path(path.anchor)
@@ -180,7 +177,7 @@ def _found_or_made(path: Path) -> os.stat_result:
 
 
 def _weakness(folder: Path, status: os.stat_result) -> str | None:
-    """Return what lets another user replace a name of ours in `folder`; None: nothing does."""
+    """Return what lets another user replace a name of ours in `folder`; None without a weakness."""
     if status.st_uid not in _trusted():
         return f"{folder} belongs to user {status.st_uid}"
     if status.st_mode & _WRITABLE and not status.st_mode & stat.S_ISVTX:
@@ -214,23 +211,21 @@ def _check_folder(cache: Path, status: os.stat_result, owners: frozenset[int]) -
 # --- a folder by its descriptor -------------------------------------------------------------------
 
 _open: dict[tuple[int, int], int] = {}
-"""The descriptors of held folders, by the folder's device and inode: one for each folder and
-process.
+"""The descriptors of open folders, by the folder's device and inode.
 
-Global as mapped libraries are. Only exec closes them.
+They are global, as mapped libraries are. Only exec closes them.
 """
 
 
-def _held(folder: Path, weakness: str) -> Path:
-    """Return a path to the folder that is at `folder` now, even if another one is put there later.
+def _opened(folder: Path, weakness: str) -> Path:
+    """Return a path that leads to the present folder even if another one replaces it later.
 
-    The folder must be this process's own, not root's: whoever can change the way could lead it to
-    any of root's.
+    The folder must belong to this process's user and not to root, because another user who can
+    change the way could make the way lead to any folder of root's.
     """
     owner = frozenset((os.geteuid(),))
-    _check_folder(
-        folder, folder.lstat(), owner
-    )  # for the message: what is another's may not even be opened
+    # Check before opening, for the message: another user's folder may refuse to be opened.
+    _check_folder(folder, folder.lstat(), owner)
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     kept = False
     try:
@@ -241,7 +236,7 @@ def _held(folder: Path, weakness: str) -> Path:
         if held is not None and held != descriptor and _is_open_at(held, status):
             return _through(held)
         if _is_open_at(descriptor, status):
-            kept = True  # the first; or a careless os.closerange() closed the former
+            kept = True  # the first descriptor, or os.closerange() has closed the previous one
             _open[identity] = descriptor
             return _through(descriptor)
     finally:
@@ -262,5 +257,5 @@ def _is_open_at(descriptor: int, status: os.stat_result) -> bool:
 
 
 def _through(descriptor: int) -> Path:
-    # For the kernel this is the folder itself; names beneath it are found as by openat().
+    # For the kernel, this path is the folder itself. Names beneath it are resolved as by openat().
     return Path(f"/proc/self/fd/{descriptor}")

@@ -360,7 +360,7 @@ def test_how_it_is_compiled_is_stored():
 
 @pytest.mark.parametrize("name", ["model", "model.so", "model.pt", "model.pt2.zip"])
 def test_a_package_must_be_named_pt2(tmp_path, name):
-    with pytest.raises(CompileError, match=f"{name}: a package's name ends in .pt2"):
+    with pytest.raises(CompileError, match=f"{name}: a package's name must end in .pt2"):
         compile_package(module(double), (torch.zeros(3),), tmp_path / name)
 
 

@@ -176,7 +176,7 @@ class Simulator:
 
     def mps(self) -> MpsDevice:
         device = self._over(MpsDevice(module=self.module, type=KIND))
-        device.keeping_current = (
+        device.preserve_current_device = (
             self.module.in_context
         )  # MPS has no contexts; the simulated driver has
         return device

@@ -175,5 +175,5 @@ def test_a_core_that_is_not_the_processes_is_refused_with_those_that_are(core):
 
 def test_where_threads_can_not_be_kept_on_a_core_the_wish_is_refused(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity")
-    with pytest.raises(ConfigError, match="this system can't keep a thread on a core"):
+    with pytest.raises(ConfigError, match="this system can't bind a thread to a core"):
         open_one(1, [0])

@@ -371,7 +371,7 @@ def test_a_part_of_the_cpu_for_which_no_cores_are_named_has_none_yet(devices):
 @pytest.mark.parametrize(
     ("devices", "sentence"),
     [
-        (cpus(_0=(0, 1), _7=(1, 2)), r"devices.cpu:0: affinity: core 1 is 'cpu:7''s, too"),
+        (cpus(_0=(0, 1), _7=(1, 2)), r"devices.cpu:0: affinity: core 1 also belongs to 'cpu:7'"),
         (cpus(_0=(1, 1)), r"devices.cpu:0: affinity=\[1, 1\]: a core is named twice"),
     ],
 )

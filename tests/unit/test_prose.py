@@ -1,8 +1,4 @@
-"""The package's text and the documentation use plain English: no phrase that the style bans.
-
-A file that is not clean yet is listed in `NOT_CLEAN_YET`.
-A listed file that has become clean, or no longer exists, fails the test until its line is removed.
-"""
+"""The package's text and the documentation use plain English: no phrase that the style bans."""
 
 from __future__ import annotations
 
@@ -25,23 +21,6 @@ BANNED = re.compile(
     re.IGNORECASE,
 )
 
-NOT_CLEAN_YET: set[str] = {
-    "aoti_sched/backends/aoti/operators.py",
-    "aoti_sched/backends/aoti/stock_runner.py",
-    "aoti_sched/backends/executors/choose.py",
-    "aoti_sched/backends/executors/inline.py",
-    "aoti_sched/backends/native/__main__.py",
-    "aoti_sched/compile.py",
-    "aoti_sched/events.py",
-    "aoti_sched/model/findings.py",
-    "aoti_sched/model/specs.py",
-    "aoti_sched/model/wrapper_source.py",
-    "aoti_sched/package/trust.py",
-    "aoti_sched/runner.py",
-    "aoti_sched/scheduler.py",
-    "aoti_sched/stats.py",
-}
-
 
 def findings(text: str) -> list[str]:
     """Return the banned phrases of a text, each with its line."""
@@ -57,15 +36,7 @@ def findings(text: str) -> list[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_file_has_no_banned_phrase(name):
-    found = findings((ROOT / name).read_text())
-    if name in NOT_CLEAN_YET:
-        assert found, f"{name} is clean: remove it from NOT_CLEAN_YET"
-    else:
-        assert not found, f"{name}: {found}"
-
-
-def test_every_file_that_is_not_clean_yet_exists():
-    assert {*NAMES} >= NOT_CLEAN_YET, "remove these names from NOT_CLEAN_YET"
+    assert findings((ROOT / name).read_text()) == []
 
 
 def test_a_phrase_is_found_across_lines_and_comments():

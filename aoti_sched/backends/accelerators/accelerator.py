@@ -1,6 +1,4 @@
-"""Accelerators: what CUDA, XPU and MPS have in common as devices: lanes, and how models are loaded
-there.
-"""
+"""Accelerators: the lanes and the loading that CUDA, XPU and MPS have in common."""
 
 from __future__ import annotations
 
@@ -22,8 +20,9 @@ from aoti_sched.model.specs import TensorSpec, specs_from_wrapper
 from aoti_sched.package import PackagedModel
 
 LANES = 4
-"""The least lanes by default: each mostly waits for its device, and needs no core of its own for
-that.
+"""The least number of lanes by default.
+
+A lane mostly waits for its device, so it needs no core of its own.
 """
 
 
@@ -31,7 +30,7 @@ class Accelerator(StreamDevice):
     """A device whose runs go on streams."""
 
     graph_container: type[StreamContainer] | None = None
-    """Makes containers whose runs are recorded; None where runs can't be recorded."""
+    """The class of containers that record their runs; None where runs can't be recorded."""
 
     @property
     def records_runs(self) -> bool:
@@ -39,17 +38,16 @@ class Accelerator(StreamDevice):
         return self.graph_container is not None
 
     def cores(self) -> int:
-        """Return the number of lanes by default, and how many may work at once."""
+        """Return the default number of lanes, which is also how many may work at once."""
         return max(LANES, available_cores())
 
     def open_executor(
         self, lanes: int, affinity: Sequence[int] | None = None, launchers: int | None = None
     ) -> Executor:
-        if launchers is not None and not (self.may_be_asked and self.native is not None):
+        if launchers is not None and not (self.supports_query and self.native is not None):
             raise ConfigError(
                 f"device {self.name!r}: launchers={launchers} needs native lanes, and a device "
-                "that can be asked what is done, as 'cuda' can; "
-                "leave it out"
+                "that can be polled, such as 'cuda'. Leave launchers out."
             )
         executor = open_executor(
             self.name, lanes, available_cores(), set_threads, affinity, launchers=launchers
@@ -63,7 +61,9 @@ class Accelerator(StreamDevice):
         def check(model: PackagedModel) -> None:
             del model
             if request.copy_outputs not in (None, "cpu"):
-                raise LoadError(f"copy_outputs={request.copy_outputs!r}: 'cpu' or None")
+                raise LoadError(
+                    f"copy_outputs={request.copy_outputs!r}: no such place. Use 'cpu' or None."
+                )
             if request.replicated and not (request.copy_inputs and request.copy_outputs):
                 raise ConfigError(
                     f"load({str(request.path)!r}): a request runs on any of its "
@@ -79,7 +79,7 @@ class Accelerator(StreamDevice):
                 "torch's dispatcher, which may wait for the device or call Python, and a graph "
                 "would not do it again. Leave cuda_graphs out."
             )
-        self.must_work()
+        self.check_alive()
         return msgspec.structs.replace(inspected, fixed_threads=1)
 
     def load(self, inspected: Inspected) -> Container:
@@ -106,6 +106,6 @@ class Accelerator(StreamDevice):
                 return StreamTorchRunner(self, raw, request, extracted, on_host, own, why=why_not)
             return make(self, raw, request, extracted, on_host, own)
 
-        self.must_work()
-        with self.keeping_current(), self.turn():
+        self.check_alive()
+        with self.preserve_current_device(), self.turn():
             return open_container(inspected, self.name, open_raw, wrap)

@@ -30,14 +30,14 @@ class CudaDevice(Accelerator):
     """One CUDA device.
 
     Args:
-        index: Its number, as torch and the driver count.
+        index: The device's number, as torch and the driver count.
         driver: The driver.
-        graphs: The class of containers whose runs are recorded; None to record no runs.
-        module: Torch's module for it.
-        type: Torch's word for its kind. (The tests have one whose driver is simulated.)
+        graphs: The class of containers that record their runs; None to record no runs.
+        module: Torch's module for the device.
+        type: Torch's word for the kind of device. Tests pass another one, with a simulated driver.
     """
 
-    may_be_asked = True
+    supports_query = True
 
     def __init__(
         self,
@@ -55,17 +55,17 @@ class CudaDevice(Accelerator):
         self.module = module
         module.init()
         self.context = driver.primary_context(index)
-        self._events: deque[int] = deque()  # that are free
+        self._events: deque[int] = deque()  # the free events
         self._lost = ""
         self.recording = threading.Lock()
-        """Held while a run is recorded: no thread may wait for the whole device meanwhile."""
+        """Taken while a run is recorded: no thread may wait for the whole device meanwhile."""
 
     def open_stream(self) -> CudaStream:
         return CudaStream(self)
 
     def record(self, stream: Any) -> CudaEvent:
         event = CudaEvent(self)
-        with self.driver.current(self.context):  # the default stream is one of the current context
+        with self.driver.current(self.context):  # the default stream belongs to a context
             self.driver.call("cuEventRecord", event.handle, stream.cuda_stream)
         return event
 
@@ -81,7 +81,7 @@ class CudaDevice(Accelerator):
             self.module.synchronize(self.index)
 
     @contextmanager
-    def keeping_current(self) -> Iterator[None]:
+    def preserve_current_device(self) -> Iterator[None]:
         # The thread may be a new one, which has no context yet.
         with self.driver.current(self.context), self.module.device(self.index):
             yield
@@ -125,9 +125,10 @@ class CudaDevice(Accelerator):
         with self.driver.current(self.context):
             self.driver.call("cuGraphLaunch", executable, stream)
 
-    def numbers_drawn(self) -> int:
-        """Return how many random numbers the device's default generator has given, in its own
-        count.
+    def random_offset(self) -> int:
+        """Return the offset of the device's default random generator.
+
+        The offset grows whenever a run draws random numbers.
         """
         drawn: int = self.module.default_generators[self.index].get_offset()
         return drawn
@@ -141,13 +142,13 @@ class CudaDevice(Accelerator):
         if self._lost:
             return
         with self.driver.current(self.context):
-            # An error that stays is what every later call returns, whatever it is asked for.
+            # After an error that can't be cleared, every later call returns that error.
             status = self.driver.status("cuStreamQuery", None)
         if status not in (0, NOT_READY, *CAPTURING):
             self._lost = self.driver.explain(status)
             log.error("device lost", device=self.name, error=self._lost)
 
-    # --- events are kept for the next request
+    # --- events are kept for later requests
 
     def take_event(self) -> int:
         try:
@@ -161,9 +162,9 @@ class CudaDevice(Accelerator):
 
 
 class CudaEvent:
-    """An event of the device, released when the last reference to it goes.
+    """An event of the device, released with the last reference to this object.
 
-    Every stream that waits for the event has been given the wait by then.
+    By then, the wait has been enqueued on every stream that waits for the event.
     """
 
     __slots__ = ("_device", "handle")

@@ -1,8 +1,8 @@
-"""CUDA's driver, as much of it as streams need, through ctypes: found at run time, so that nothing
-links against CUDA.
+"""The functions of CUDA's driver that streams need, through ctypes.
 
-Calls release the GIL. The functions are described in the CUDA Driver API reference; `_v2` is what
-the header's macros make of a name. What blocks is `cuStreamSynchronize`, and `cuInit` at first.
+The library is found at run time, so nothing links against CUDA. Calls release the GIL. The CUDA
+Driver API reference describes the functions; the header's macros add `_v2` to some names.
+`cuStreamSynchronize` blocks, and so does the first `cuInit`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from typing import Any
 from aoti_sched.errors import ConfigError, RunError
 
 NON_BLOCKING = 1
-"""`CU_STREAM_NON_BLOCKING`: a stream that does not wait for the default one, nor it for that."""
+"""`CU_STREAM_NON_BLOCKING`: the stream and the default stream do not wait for each other."""
 DISABLE_TIMING = 2
 """`CU_EVENT_DISABLE_TIMING`."""
 NOT_READY = 600
-"""`CUDA_ERROR_NOT_READY`: a stream has work to do."""
+"""`CUDA_ERROR_NOT_READY`: the stream still has work to do."""
 CAPTURING = range(900, 910)
-"""`CUDA_ERROR_STREAM_CAPTURE_*`: what was asked is not allowed while a graph is being recorded,
-which says nothing of the device.
+"""`CUDA_ERROR_STREAM_CAPTURE_*`: the call is not allowed while a graph is being recorded.
+
+Such a status does not show a fault of the device.
 """
 
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
@@ -55,7 +56,7 @@ class Driver:
     """The driver's library.
 
     Raises:
-        ConfigError: There is no such library, it is too old, or it can't be initialized.
+        ConfigError: The library is missing, too old, or can't be initialized.
     """
 
     def __init__(self, library: str = "libcuda.so.1") -> None:
@@ -66,24 +67,30 @@ class Driver:
                 function.argtypes, function.restype = arguments, c_int
                 setattr(self._cdll, name, function)
         except (OSError, AttributeError) as error:
-            raise ConfigError(f"CUDA's driver can't be used: {error}") from error
+            raise ConfigError(
+                f"CUDA's driver can't be used: {error}. Install a newer driver."
+            ) from error
         status = self.status("cuInit", 0)
         if status != 0:
             raise ConfigError(f"CUDA's driver can't be initialized: {self.explain(status)}")
 
     def status(self, function: str, *arguments: Any) -> int:
-        """Call a function; 0 is success."""
+        """Call a function and return its status; 0 is success."""
         status: int = getattr(self._cdll, function)(*arguments)
         return status
 
     def call(self, function: str, *arguments: Any) -> None:
-        """Call a function and raise RunError, with the driver's words, when it fails."""
+        """Call a function.
+
+        Raises:
+            RunError: The function failed. The message has the driver's own explanation.
+        """
         status = self.status(function, *arguments)
         if status != 0:
             raise RunError(f"{function} failed: {self.explain(status)}")
 
     def make(self, function: str, argument: int) -> int:
-        """Call a function that makes something, and return its handle."""
+        """Call a function that makes an object, and return the object's handle."""
         made = c_void_p()
         self.call(function, byref(made), argument)
         return made.value or 0
@@ -92,7 +99,7 @@ class Driver:
         return ctypes.cast(getattr(self._cdll, function), c_void_p).value or 0
 
     def explain(self, status: int) -> str:
-        """Return the driver's name and words for a status."""
+        """Return the driver's name and explanation of a status."""
         texts = []
         for function in ("cuGetErrorName", "cuGetErrorString"):
             text = c_char_p()
@@ -106,8 +113,9 @@ class Driver:
         return count.value
 
     def primary_context(self, index: int) -> int:
-        """Return the context that torch uses on a device, too; it is kept for the life of the
-        process.
+        """Return a device's primary context, which torch uses too.
+
+        The context is retained for the life of the process.
         """
         device = c_int()
         self.call("cuDeviceGet", byref(device), index)
@@ -115,8 +123,9 @@ class Driver:
 
     @contextmanager
     def current(self, context: int | None) -> Iterator[None]:
-        """Make a context the calling thread's current one for the block, then restore the previous
-        one.
+        """Make a context the calling thread's current one for the block.
+
+        None changes nothing. After the block, the previous context is current again.
         """
         before = c_void_p()
         self.call("cuCtxGetCurrent", byref(before))

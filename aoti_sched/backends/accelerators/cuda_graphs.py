@@ -1,21 +1,21 @@
-"""CUDA graphs: a run is recorded once for each slot and sizes of inputs, then launched as one
-graph.
+"""CUDA graphs: runs that are recorded once per slot and input sizes, then launched as one graph.
 
-A graph reads and writes the memory that it was recorded with, so
+A graph reads and writes the memory that the run was recorded with.
 
-- it has inputs and outputs of its own. A request's are copied to and from them, on the slot's
-stream;
-- what it needs in between lies in a pool that only a slot's graphs use, which never run at once;
-- it reads the weights of one of the container's two buffers, so there are graphs for each buffer.
-  After a swap, a buffer that was active before still has its graphs. The graphs of a buffer whose
-  memory was freed go with the memory.
+- A graph has inputs and outputs of its own. A request's tensors are copied to and from them, on the
+  slot's stream.
+- Intermediate results lie in a memory pool of the slot. Graphs of one slot never run at once, so
+  they share the pool.
+- A graph reads the weights of one of the container's two buffers, so each buffer has its own
+  graphs. A swap keeps the graphs of both buffers. The graphs of a buffer are dropped when the
+  buffer's memory is freed.
 
-The first run with new sizes is launched one kernel after the other, and recorded afterwards. The
-runtime's `Run` can't be recorded, since it records events and takes locks. `RunSingleThreaded` can,
-but always takes the first free instance, and `Run` leaves none free (`pending_models_` in
-model_container.h). So there is one instance here, which only `RunSingleThreaded` takes, one launch
-at a time. Slots still run beside each other on the device: only loaded kernels belong to an
-instance.
+The first run with new sizes launches one kernel after the other, and is recorded afterwards. The
+runtime's `Run` can't be recorded, since `Run` records events and takes locks. `RunSingleThreaded`
+can be recorded, but always takes the first free instance, and `Run` leaves no instance free
+(`pending_models_` in model_container.h). So a container has one instance here, which only
+`RunSingleThreaded` takes, one launch at a time. Slots still run concurrently on the device, because
+an instance holds only loaded kernels.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ if TYPE_CHECKING:
     from aoti_sched.backends.native import _native
 
 MOST_GRAPHS = 32
-"""The most sizes of inputs for which a slot has graphs, of each buffer.
+"""The most graphs of a slot for each buffer; each graph is for other input sizes.
 
-Runs with other sizes are launched one kernel after the other.
+Runs with further sizes launch one kernel after the other.
 """
 
 Shapes: TypeAlias = tuple[Sequence[int], ...]
@@ -57,10 +57,10 @@ class Graph:
     """One recorded run.
 
     Args:
-        device: Where it was recorded.
-        recorded: Torch's object, whose memory it is.
-        inputs: What it reads.
-        outputs: What it writes; None where the model left an output out.
+        device: The device on which the run was recorded.
+        recorded: Torch's graph, which owns the memory.
+        inputs: The tensors that the graph reads.
+        outputs: The tensors that the graph writes; None where the model left an output out.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Graph:
         self._inputs = inputs
         self._outputs = outputs
         self.native: _native.Graph | None = None
-        """The same for native lanes."""
+        """The graph for native lanes; None where native lanes can't launch it."""
         if device.native is not None:
             from aoti_sched.backends.native import _native
 
@@ -104,7 +104,7 @@ class Graph:
         return slot.home(home)
 
     def close(self) -> None:
-        """Release the memory. The graph must not be running."""
+        """Release the graph's memory. The graph must not be running."""
         self.native = None
         self._inputs, self._outputs = [], []
         self._recorded.reset()
@@ -125,13 +125,13 @@ class GraphContainer(StreamContainer):
         why = _why_not(raw, on_host)
         if why:
             raise ConfigError(
-                f"load({str(request.path)!r}): cuda_graphs=True, but {why}; leave it out"
+                f"load({str(request.path)!r}): cuda_graphs=True, but {why}. Leave cuda_graphs out."
             )
         self._cuda = device
         self._launching = threading.Lock()
-        """Held while the instance is used."""
-        # Of the active buffer and of the inactive one: for each slot, its graphs by the sizes of
-        # their inputs. None stands for sizes that can't be recorded.
+        """Taken while the instance is in use."""
+        # First for the active buffer, then for the inactive one: each slot's graphs by the sizes of
+        # their inputs. None marks sizes that can't be recorded.
         self._graphs: list[list[dict[Shapes, Graph | None]]] = [
             [{} for _ in range(request.instances)] for _ in range(2)
         ]
@@ -158,7 +158,7 @@ class GraphContainer(StreamContainer):
         self._c_run.graph_of = self._graph_of
 
     def _graph_of(self, work: Work) -> _native.Graph | None:
-        """Return the graph for a work; None where there is none, and Python must launch the run."""
+        """Return the graph for a work; None without one, so that Python launches the run."""
         batch = work.batch
         shapes = tuple([t.shape for t in work.inputs]) if batch is None else whole_shapes(batch)
         graph = self._graphs[0][work.slot].get(shapes)
@@ -172,10 +172,10 @@ class GraphContainer(StreamContainer):
         if graph is not None:
             return graph.launch(slot, inputs)
         there = slot.brought(inputs)
-        drawn = self._cuda.numbers_drawn()
+        drawn = self._cuda.random_offset()
         outputs = self._launch(slot, there)
         if shapes not in known and len(known) < MOST_GRAPHS:
-            known[shapes] = self._recorded(number, there, draws=self._cuda.numbers_drawn() != drawn)
+            known[shapes] = self._recorded(number, there, draws=self._cuda.random_offset() != drawn)
             if len(known) == MOST_GRAPHS:
                 log.warning(
                     "no more graphs are recorded", runner=self._name, slot=number, most=MOST_GRAPHS
@@ -187,15 +187,19 @@ class GraphContainer(StreamContainer):
             return self._raw.run_single_threaded(inputs, stream=slot.stream.handle)
 
     def _recorded(self, number: int, like: Sequence[torch.Tensor], *, draws: bool) -> Graph | None:
-        """The graph of a slot's run of inputs like these, which have been run before; None where it
-        can't be had.
+        """Return a graph of a run on inputs like these; None where the run can't be recorded.
+
+        Args:
+            number: The slot's number.
+            like: Inputs that have been run before.
+            draws: Whether that run drew random numbers.
         """
         if not all(tensor.numel() for tensor in like):
             return None
         try:
             if not draws:
                 return self._record(number, like)
-            why = "it draws random numbers, and a graph would draw the same ones again"
+            why = "the model draws random numbers, and a graph would draw the same ones again"
         except RuntimeError as error:
             why = str(error)
         log.warning(
@@ -204,20 +208,20 @@ class GraphContainer(StreamContainer):
         return None
 
     def _record(self, number: int, like: Sequence[torch.Tensor]) -> Graph:
-        """Record a run of inputs like these; none of them is run.
+        """Record a run on inputs like these. Recording executes nothing.
 
         Raises:
-            RuntimeError: The model does what can't be recorded.
+            RuntimeError: The model does something that can't be recorded.
         """
-        # With their strides: the model's code has them built in.
+        # Keep the strides, which are compiled into the model's code.
         inputs = [
             torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=self._cuda.name)
             for t in like
         ]
         recorded = self._cuda.module.CUDAGraph()
         with self._cuda.recording:
-            # Other threads go on using the device meanwhile: what they may not do then is this
-            # thread's concern alone.
+            # Other threads use the device meanwhile. "thread_local" forbids unsafe calls to this
+            # thread alone.
             recorded.capture_begin(pool=self._pools[number], capture_error_mode="thread_local")
             try:
                 outputs = self._launch(self._slots[number], inputs)
@@ -230,7 +234,7 @@ class GraphContainer(StreamContainer):
         return Graph(self._cuda, recorded, inputs, outputs)
 
     def warm_up(self, make_inputs: Callable[[], Sequence[torch.Tensor]]) -> None:
-        """Let each slot record a run, and run what it recorded."""
+        """Let each slot record a run, then run the recorded graph."""
         for slot in [*range(self._instances)] * 2:
             self.run_work(Work(self, self.capture_stream(make_inputs()), 1, None, slot=slot))
         self._measure()
@@ -239,7 +243,7 @@ class GraphContainer(StreamContainer):
         self._forget()
         super().close()
 
-    # --- live weights: graphs stay with the memory of the weights that they read
+    # --- live weights: a graph is kept as long as the memory of the weights that it reads
 
     def stage(
         self,
@@ -255,7 +259,7 @@ class GraphContainer(StreamContainer):
             written = super().stage(
                 weights, partial=partial, strict=strict, check_finite=check_finite, reading=reading
             )
-        except Abandoned:  # nothing was written, and the container may be closed by now
+        except Abandoned:  # Nothing was written, and the container may be closed by now.
             raise
         except BaseException:
             self._see_inactive(before)
@@ -264,8 +268,8 @@ class GraphContainer(StreamContainer):
         return written
 
     def _see_inactive(self, before: Sequence[tuple[int, int]]) -> None:
-        """Drop the graphs of the inactive buffer, unless they still read what is there."""
-        # What lies on the host was read when the graph was recorded.
+        """Drop the inactive buffer's graphs unless the buffer still has the memory of `before`."""
+        # Constants on the host were read when the graph was recorded, so its graphs are stale.
         if not before or self._raw.on_host or before != self._raw.constant_memory(inactive=True):
             self._forget(active=False)
 
@@ -304,9 +308,9 @@ def _why_not(raw: RawContainer, on_host: Sequence[int]) -> str:
     if on_host:
         name = raw.input_names[on_host[0]]
         return (
-            f"its input {name!r} lies in the host's memory, and a graph would go on with the value "
-            "that it was recorded with"
+            f"its input {name!r} lies in the host's memory, and a graph would keep the value that "
+            "was recorded"
         )
     if any(constant.spec.folded for constant in raw.constants):
-        return "it computes constants from others, for which an instance must be free"
+        return "the model computes constants from others, which needs a free instance"
     return ""

@@ -1,9 +1,9 @@
-"""Apple's MPS: one work of the process at a time, and a wait for the device after each.
+"""Apple's MPS: one work of the process at a time, and a wait for the device after each work.
 
-Torch has one stream there, and models use that stream whatever they are given. Two threads that
+Torch has one stream on MPS, and models use that stream whatever stream is passed. Two threads that
 encode at once end the process (pytorch/pytorch#197805, #167541). So there is one lane. Work outside
-the lane holds the process's lock, which all schedulers share. A run's completion is reported when
-the run is encoded, not when it is done, hence the fence.
+the lane takes the process's lock, which all schedulers share. A run returns when its commands are
+encoded, before the device has executed them, so each run is followed by a fence.
 """
 
 from __future__ import annotations
@@ -24,19 +24,21 @@ SYNCHRONIZE = "_ZN2at11accelerator17synchronizeDeviceEa"
 """`at::accelerator::synchronizeDevice(c10::DeviceIndex)`."""
 
 _turn = threading.RLock()
-"""The process's lock where native lanes are not built; otherwise native lanes have it."""
+"""The process's lock where native lanes are not built; otherwise native lanes have the lock."""
 
 
 class MpsDevice(Accelerator):
     """The one MPS device.
 
-    `module` and `type` are torch's module for it and word for its kind (the tests have others).
+    Args:
+        module: Torch's module for the device. Tests pass another one.
+        type: Torch's word for the kind of device.
     """
 
     one_at_a_time = True
     has_addresses = False
     takes_from_host = (
-        False  # it is there and refuses them (`update_constant_buffer` in model_container.h)
+        False  # the function exists and refuses (`update_constant_buffer` in model_container.h)
     )
 
     def __init__(self, *, module: Any = torch.mps, type: str = "mps") -> None:
@@ -56,8 +58,8 @@ class MpsDevice(Accelerator):
     ) -> Executor:
         if lanes != 1:
             raise ConfigError(
-                f"device {self.name!r}: lanes={lanes}, but it runs one model at a time; leave "
-                "lanes out, or say 1"
+                f"device {self.name!r}: lanes={lanes}, but MPS runs one model at a time. Leave "
+                "lanes out, or set lanes=1."
             )
         return super().open_executor(lanes, affinity, launchers)
 
@@ -65,10 +67,10 @@ class MpsDevice(Accelerator):
         return MpsStream(self)
 
     def record(self, stream: Any) -> None:
-        """Return None: there is one stream, and it keeps its order."""
+        """Return None: work on the one stream runs in order, so no event is needed."""
 
     def current_stream(self) -> None:
-        """Return None, for the same reason."""
+        """Return None: there is one stream."""
 
     def settle(self) -> None:
         self.module.synchronize()
@@ -99,7 +101,7 @@ class MpsStream(Stream):
         self._device = device
 
     def wait_for(self, event: Any) -> None:
-        """Do nothing: there are no events."""
+        """Do nothing: `record` returns no events."""
 
     def fence(self) -> None:
         self._device.module.synchronize()

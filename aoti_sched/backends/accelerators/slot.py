@@ -1,4 +1,4 @@
-"""Slots: a container's streams, and what is done on a stream before and after a run."""
+"""Slots: a container's streams, and the work on a stream before and after each run."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class Arrived(list[Any]):
-    """A request's inputs, and what was current when the request came.
+    """A request's inputs, with the caller's stream at the time of the request.
 
     Attributes:
-        event: Recorded after everything that the inputs depend on.
-        consumer: The stream that will use the outputs.
+        event: The event that follows all work on which the inputs depend; None without such work.
+        consumer: The stream that uses the outputs; None where the outputs go to the host.
     """
 
     __slots__ = ("consumer", "event")
@@ -34,13 +34,13 @@ class Arrived(list[Any]):
 
 
 class Slot:
-    """One of a container's slots: a stream of its own, and what is done around a run on it.
+    """One slot of a container, with a stream of its own.
 
     Args:
-        device: The container's.
-        stream: No other slot uses it.
-        on_host: For each input, whether the model takes it from the host.
-        request: Says whether inputs and outputs are copied.
+        device: The container's device.
+        stream: The slot's stream. No other slot uses the stream.
+        on_host: For each input, whether the model takes the input from the host.
+        request: The load request, which states whether inputs and outputs are copied.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Slot:
     ) -> None:
         self.device = device
         self.stream = stream
-        self._on_host = on_host  # of each input, whether it belongs there
+        self._on_host = on_host
         self._copies = request.copy_inputs
         self.copies_home = request.copy_outputs == "cpu"
         self.native: _native.Stream | None = None
@@ -67,19 +67,19 @@ class Slot:
         Raises:
             DeviceLostError: Nothing runs on the device any more.
         """
-        self.device.must_work()
+        self.device.check_alive()
         for inputs in _arrivals(work):
             event = getattr(inputs, "event", None)
             if event is not None:
                 try:
                     self.stream.wait_for(event)
                 except RuntimeError as error:
-                    raise self.device.judged(error) from None
+                    raise self.device.classify(error) from None
 
     def hand_over(self, work: Work, outputs: list[Any]) -> None:
-        """Record outputs on their caller's stream, which uses them from now on.
+        """Record outputs on the stream of their caller, which uses them next.
 
-        The outputs of a batch are those of each member.
+        For a batch, `outputs` has a list for each member.
         """
         if self.copies_home:
             return
@@ -91,7 +91,10 @@ class Slot:
                     tensor.record_stream(consumer)
 
     def brought(self, inputs: Sequence[Any]) -> list[Any]:
-        """Return the inputs where the model wants them. Called inside `stream.current()`."""
+        """Return the inputs on the device that the model expects.
+
+        Call this inside `stream.current()`.
+        """
         if not self._copies:
             return list(inputs)
         return [
@@ -103,14 +106,14 @@ class Slot:
         return copied(tensor.detach(), self.device.name)
 
     def home(self, outputs: list[Any]) -> list[Any]:
-        """Return the outputs where the caller wants them."""
+        """Return the outputs, copied to the host if the load request asks for that."""
         return each_once(outputs, torch.Tensor.cpu) if self.copies_home else outputs
 
     @contextmanager
     def run(self, work: Work) -> Iterator[None]:
-        """Run Python code on the stream in the block.
+        """Run the block's work on the slot's stream.
 
-        When the block ends, the device is done, even after a failure.
+        At the end of the block the device has completed the work, even after a failure.
         """
         with self.device.turn(), torch.no_grad():
             self.begin(work)
@@ -127,17 +130,17 @@ class Slot:
 
 
 def copied(tensor: torch.Tensor, device: str) -> torch.Tensor:
-    """Return a copy on a device with the same strides, whatever these are."""
+    """Return a copy of a tensor on a device, with the same strides."""
     there = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
     write(there, tensor)
     return there
 
 
 def write(to: torch.Tensor, given: torch.Tensor) -> None:
-    """Copy the elements of `given` to a tensor.
+    """Copy the elements of `given` to the tensor `to`.
 
-    Along a dimension of stride 0, several elements of `to` are one in memory; the first is copied.
-    Torch refuses to write to one element several times.
+    Along a dimension of stride 0, all elements of `to` share one memory location. Torch refuses to
+    write to one location several times, so only the first element is copied.
     """
     for dim, step in enumerate(to.stride()):
         if step == 0 and to.size(dim) > 1:

@@ -1,15 +1,15 @@
 """Containers whose runs go on streams: one that C runs, and one that torch's own runner runs.
 
-A run is launched on its slot's stream by one thread, which then waits for the device (the *fence*)
-without the GIL. So a completed run is complete on the device, too: its inputs may be freed, its
-slot given to the next run, and a barrier needs no other fence.
+One thread launches a run on the slot's stream, then waits for the device without the GIL. The wait
+is called the *fence*. So a completed run is also complete on the device: the inputs may be freed,
+the slot may take the next run, and a barrier needs no other fence.
 
-- On the way in, the slot's stream waits for an event. The event is on the stream that was current
-when the caller called.
-- Inputs are held until the fence: the model drops its references when it has launched.
-- On the way out, outputs are recorded on the caller's stream. Their memory is of the slot's pool.
-Without the record, the
-  slot's next run would get it while the caller's own work may still read it.
+- Before a run, the slot's stream waits for an event, which was recorded on the caller's current
+  stream when the request came.
+- Inputs are kept until the fence, because the model drops its references once it has launched.
+- After a run, outputs are recorded on the caller's stream. Their memory belongs to the slot's pool.
+  Without the record, the slot's next run could get that memory while the caller's own work still
+  reads it.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
     from aoti_sched.backends.aoti.constants import Chosen, Constant
 
 STAGED_AT_ONCE = 64 << 20
-"""Bytes of constants that are written in one call.
+"""The most bytes of constants that are written in one call.
 
-Between two calls, runs have the device's copy engine.
+Between two calls, runs can use the device's copy engine.
 """
 
 
 class OnStreams(ABC):
-    """What containers on streams share, whether C or torch's own runner runs them."""
+    """The common part of containers on streams: slots, the caller's stream, and runs in Python."""
 
     staging: Any
 
@@ -61,8 +61,8 @@ class OnStreams(ABC):
         self._slots: list[Slot] = []
         for _ in range(request.instances):
             self._slots.append(Slot(device, device.open_stream(), marks, request))
-        self._house = device.open_stream()
-        """For work of no request: folding, copies."""
+        self._internal_stream = device.open_stream()
+        """The stream for work that belongs to no request: folding and copies of weights."""
         self._workspace: int | None = None
 
     @property
@@ -71,22 +71,24 @@ class OnStreams(ABC):
 
     def _measure(self) -> None:
         self._workspace = self._device.workspace(
-            [*(slot.stream for slot in self._slots), self._house]
+            [*(slot.stream for slot in self._slots), self._internal_stream]
         )
 
     def _close_slots(self) -> None:
         for slot in self._slots:
-            slot.native = None  # with its pinned memory
+            slot.native = None  # frees its pinned memory
             slot.stream.close()
         if self._slots:
-            self._house.close()
+            self._internal_stream.close()
         self._slots = []
 
     def capture_stream(self, inputs: Sequence[Any]) -> Sequence[Any]:
-        """A request's inputs, on the caller's thread and under its current stream.
+        """Return a request's inputs together with the caller's current stream.
+
+        The caller's thread calls this.
 
         Raises:
-            DeviceLostError: The device works no more.
+            DeviceLostError: The device is lost.
         """
         from_host = all(tensor.is_cpu for tensor in inputs)
         if from_host and self._host_outputs:
@@ -95,17 +97,18 @@ class OnStreams(ABC):
         try:
             event = None if from_host else self._device.record(stream)
         except RuntimeError as error:
-            raise self._device.judged(error) from None
+            raise self._device.classify(error) from None
         return Arrived(inputs, event, None if self._host_outputs else stream)
 
     def inherit_stream(self) -> AbstractContextManager[object]:
-        """The calling thread's current stream is, inside, that of whatever thread enters: a request
-        is made for another thread.
+        """Make the caller's current stream current on the thread that enters the returned context.
+
+        One thread uses this to make a request on behalf of another.
         """
-        return self._device.under(self._device.current_stream())
+        return self._device.stream_context(self._device.current_stream())
 
     def run_work(self, work: Work) -> list[Any]:
-        """Run a work from beginning to end on the calling thread, in Python."""
+        """Run a work completely on the calling thread, in Python."""
         slot = self._slots[work.slot]
         try:
             with slot.run(work):
@@ -117,17 +120,17 @@ class OnStreams(ABC):
                     there = msgspec.structs.replace(batch, members=members)
                     outputs = self.staging.run(there, functools.partial(self._once, slot))
         except Exception as error:  # noqa: BLE001 -- it is raised again, perhaps as another
-            raise self._device.judged(error) from None
+            raise self._device.classify(error) from None
         slot.hand_over(work, outputs)
         return outputs
 
     @abstractmethod
     def _once(self, slot: Slot, inputs: Sequence[Any]) -> list[Any]:
-        """Run the model once inside `slot.run`."""
+        """Run the model once; called inside `slot.run`."""
 
 
 class StreamContainer(OnStreams, CAbiContainer):
-    """A container on a device, run through the C ABI: each of its slots has a stream."""
+    """A container on a device, run through the C ABI, with a stream for each slot."""
 
     def __init__(
         self,
@@ -139,7 +142,7 @@ class StreamContainer(OnStreams, CAbiContainer):
         spec: ModelSpec | None = None,
     ) -> None:
         self._open_slots(device, request, raw.num_inputs, on_host)
-        self._turns = 0  # whose turn it is to be warmed up
+        self._turns = 0  # warm-up runs so far; they go through the slots in order
         try:
             super().__init__(raw, request, extracted, spec)
             device.settle()
@@ -157,20 +160,20 @@ class StreamContainer(OnStreams, CAbiContainer):
 
     @property
     def c_run(self) -> CRun | None:  # type: ignore[override]
-        """None where only Python can wait for the device."""
+        """How native code runs the model; None where only Python can wait for the device."""
         return self._c_run if self._slots and self._slots[0].native is not None else None
 
     def detach_outputs(self, outputs: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """Copy outputs that are weights, on a stream of their own, and wait for the copies.
+        """Copy outputs that share memory with weights, and wait for the copies.
 
-        The weights may be written next.
+        The copies are made on the internal stream. The weights may be written right afterwards.
         """
-        if self._host_outputs:  # and lie there
+        if self._host_outputs:  # the outputs are on the host already
             return super().detach_outputs(outputs)
         if self._aliases(outputs):
-            with self._device.turn(), self._house.current():
+            with self._device.turn(), self._internal_stream.current():
                 super().detach_outputs(outputs)
-                self._house.fence()
+                self._internal_stream.fence()
         return outputs
 
     def _aliases(self, outputs: Sequence[torch.Tensor | None]) -> list[int]:
@@ -201,7 +204,7 @@ class StreamContainer(OnStreams, CAbiContainer):
         return slot.home(CAbiContainer.detach_outputs(self, outputs))
 
     def _run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-        """Run once for warming up, in the next slot. Outputs stay as the model gave them."""
+        """Run once in the next slot, as a warm-up. Outputs are not copied to the host."""
         slot = self._slots[self._turns % len(self._slots)]
         self._turns += 1
         with slot.run(Work(self, self.capture_stream(inputs), 1, None)):
@@ -211,25 +214,23 @@ class StreamContainer(OnStreams, CAbiContainer):
     # ----------------------------------------------------------------------------------
 
     def _fold(self, raw: RawContainer, *, inactive: bool) -> None:
-        with self._device.keeping_current(), self._device.turn():
-            raw.fold(inactive=inactive, stream=self._house.handle)
-            self._house.fence()
-            self._device.settle()  # what is no parameter was copied over on the default stream
+        with self._device.preserve_current_device(), self._device.turn():
+            raw.fold(inactive=inactive, stream=self._internal_stream.handle)
+            self._internal_stream.fence()
+            self._device.settle()  # constants other than parameters are copied on that stream
 
     def _full_set(
         self, chosen: Chosen, *, check_finite: bool
     ) -> list[tuple[Constant, torch.Tensor]]:
-        with (
-            self._device.keeping_current(),
-            self._device.turn(),
-        ):  # laying tensors out is work of the device's, too, when they are there
+        # Laying out tensors that are on the device is work of the device, too.
+        with self._device.preserve_current_device(), self._device.turn():
             return super()._full_set(chosen, check_finite=check_finite)
 
     def _write(self, ready: list[tuple[Constant, torch.Tensor]]) -> int:
-        self._device.must_work()
+        self._device.check_alive()
         if any(not tensor.is_cpu for _, tensor in ready):
-            self._device.synchronize()  # what computes them may go on, on any stream
-        with self._device.keeping_current(), self._device.turn():
+            self._device.synchronize()  # any stream may still be computing them
+        with self._device.preserve_current_device(), self._device.turn():
             size = self._raw.stage(ready, at_once=STAGED_AT_ONCE, bring=self._bring)
             self._device.settle()  # the runtime does not wait for copies from device to device
         self._measure()
@@ -239,22 +240,22 @@ class StreamContainer(OnStreams, CAbiContainer):
     def _bring(self, tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         """Copy host tensors to the device, for models that can't take them from the host.
 
-        The copies are written in the block.
+        The block writes the copies to the constants.
         """
-        with self._house.current():
+        with self._internal_stream.current():
             brought = [copied(tensor, self._device.name) for tensor in tensors]
-            self._house.fence()
+            self._internal_stream.fence()
         yield brought
-        self._device.settle()  # the runtime reads them on the default stream, and does not wait
+        self._device.settle()  # the runtime reads the copies on the default stream without waiting
 
     def extract(self, *, inactive: bool = False) -> dict[str, torch.Tensor]:
-        with self._device.keeping_current(), self._device.turn():
+        with self._device.preserve_current_device(), self._device.turn():
             constants = super().extract(inactive=inactive)
             self._device.settle()
         return constants
 
     def rebuild(self) -> None:
-        with self._device.keeping_current(), self._device.turn():
+        with self._device.preserve_current_device(), self._device.turn():
             super().rebuild()
             self._device.settle()
         self._know_c_run()
@@ -262,15 +263,15 @@ class StreamContainer(OnStreams, CAbiContainer):
     unparkable = ""
 
     def park(self) -> None:
-        """Free the constants. Constants that the package does not have are kept on the host."""
-        with self._device.keeping_current(), self._device.turn():
+        """Free the constants, after copying those that the package lacks to the host."""
+        with self._device.preserve_current_device(), self._device.turn():
             if not self._packaged[0]:
                 self._kept = self._raw.extract(host=True)
             super().park()
 
     def unpark(self) -> None:
-        self._device.must_work()
-        with self._device.keeping_current(), self._device.turn():
+        self._device.check_alive()
+        with self._device.preserve_current_device(), self._device.turn():
             super().unpark()
             self._device.settle()
         self._measure()
@@ -324,7 +325,7 @@ class StreamTorchRunner(OnStreams, TorchRunnerContainer):
         return slot.home(self._run_on(slot.brought(inputs), slot.stream.handle))
 
     def rebuild(self) -> None:
-        with self._device.keeping_current(), self._device.turn():
+        with self._device.preserve_current_device(), self._device.turn():
             super().rebuild()
             self._device.settle()
 

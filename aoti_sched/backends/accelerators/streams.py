@@ -1,7 +1,7 @@
-"""Streams: how one device makes streams and events, waits for them, and finds out that it is lost.
+"""Streams: what slots and containers need of a device, as the base class `StreamDevice`.
 
-Each kind of device has its own (`cuda.py`, `xpu.py`, `mps.py`). Slots and containers know a device
-as a `StreamDevice`; loading is in `accelerator.py`.
+A device makes streams and events, waits for them, and finds out whether the device is lost. Each
+kind of device has a subclass (`cuda.py`, `xpu.py`, `mps.py`). Loading is in `accelerator.py`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 
 class Stream(ABC):
-    """One stream, owned.
+    """One stream, which its owner closes.
 
     Attributes:
-        handle: What a model is given.
-        of_torch: Torch's object for the stream; None where there is none.
+        handle: The stream as compiled code takes it.
+        of_torch: Torch's object for the stream; None where torch has none.
     """
 
     handle: int = 0
@@ -40,12 +40,12 @@ class Stream(ABC):
         """Let later work on this stream wait for an event. Does not block."""
 
     def current(self) -> AbstractContextManager[object]:
-        """Let torch's operations in the block go to this stream."""
-        return self._device.under(self.of_torch)
+        """Make this stream the current one of torch's operations for the block."""
+        return self._device.stream_context(self.of_torch)
 
     @abstractmethod
     def fence(self) -> None:
-        """Wait, the GIL released, until all its work is complete.
+        """Wait without the GIL until all work on the stream is complete.
 
         Raises:
             RuntimeError: The device failed.
@@ -53,10 +53,10 @@ class Stream(ABC):
 
     @abstractmethod
     def native_fence(self) -> dict[str, int]:
-        """Return how C waits.
+        """Return the function by which native code waits for the stream.
 
-        The keys are `fence` or `wait`, the address of a function (0 where C can't wait), and
-        `argument`.
+        The key `fence` or `wait` has the function's address, 0 where native code can't wait. The
+        key `argument` has the function's argument.
         """
 
     def close(self) -> None:  # noqa: B027 -- a device may have nothing to do
@@ -64,27 +64,27 @@ class Stream(ABC):
 
 
 class StreamDevice(ABC):
-    """What slots and containers need of one device.
+    """One device, as slots and containers use it.
 
     Attributes:
-        type: Torch's word for its kind.
-        index: Its number among the devices of its kind.
+        type: Torch's word for the kind of device.
+        index: The device's number among the devices of its kind.
     """
 
     type: str
     index = 0
     module: Any
-    """Torch's module for its kind."""
+    """Torch's module for the kind of device."""
     verified = False
     """Whether this code has run on a real device of this kind."""
     one_at_a_time = False
-    """Whether it takes one work of the whole process at a time."""
+    """Whether the device takes one work of the whole process at a time."""
     takes_from_host = True
-    """Whether a model's own function for constants from the host works there, where it has one."""
+    """Whether a model's own function for constants from the host works on this device."""
     has_addresses = True
     """As `RawContainer.has_addresses`."""
-    may_be_asked = False
-    """Whether native lanes can ask it what is done, and need not wait."""
+    supports_query = False
+    """Whether native lanes can poll the device for completed work instead of waiting."""
 
     @property
     def name(self) -> str:
@@ -99,16 +99,21 @@ class StreamDevice(ABC):
 
     @abstractmethod
     def record(self, stream: Any) -> Any:
-        """Record an event after all work on a stream (torch's object); None where there are no
-        events.
+        """Record an event after all work on a stream.
+
+        Args:
+            stream: Torch's object for the stream.
+
+        Returns:
+            The event; None where the device has no events.
         """
 
     @abstractmethod
     def current_stream(self) -> Any:
-        """Return torch's object for the thread's current stream; None where there is none."""
+        """Return torch's object for the calling thread's current stream; None without one."""
 
-    def under(self, stream: Any) -> AbstractContextManager[object]:
-        """Make a stream (torch's object) the thread's current one for the block.
+    def stream_context(self, stream: Any) -> AbstractContextManager[object]:
+        """Make torch's object for a stream the thread's current stream for the block.
 
         None changes nothing.
         """
@@ -119,14 +124,14 @@ class StreamDevice(ABC):
 
     @abstractmethod
     def settle(self) -> None:
-        """Wait for the default stream, on which the runtime writes constants."""
+        """Wait for the default stream, on which torch's runtime writes constants."""
 
     @abstractmethod
     def synchronize(self) -> None:
         """Wait for all streams."""
 
     def native_functions(self) -> dict[str, int]:
-        """Return addresses of the functions that native lanes call, by their names there."""
+        """Return the addresses of the functions that native lanes call, by name."""
         return {}
 
     @property
@@ -135,25 +140,26 @@ class StreamDevice(ABC):
 
     @property
     def native_not_ready(self) -> int:
-        """What the driver's `query` returns while a stream has work to do."""
+        """The status that the driver's `query` returns while a stream has work to do."""
         return 0
 
     def address(self, function: str) -> int:
-        """Return the address of one of torch's functions, or 0."""
+        """Return the address of one of torch's functions; 0 where this torch lacks the function."""
         return address_of(function)
 
     def workspace(self, streams: Sequence[Stream]) -> int | None:
-        """Return the bytes that torch keeps for these streams, used or not; None where torch does
-        not say.
+        """Return the bytes that torch keeps for these streams, used or not.
+
+        None where torch does not count them.
         """
         del streams
         return None
 
     def turn(self) -> AbstractContextManager[object]:
-        """Hold the process's lock for the block, on a device that takes one work at a time."""
+        """Take the process's lock for the block, on a device that takes one work at a time."""
         return nullcontext()
 
-    def keeping_current(self) -> AbstractContextManager[object]:
+    def preserve_current_device(self) -> AbstractContextManager[object]:
         """Preserve the calling thread's current device for the block."""
         return nullcontext()
 
@@ -162,19 +168,18 @@ class StreamDevice(ABC):
         return ""
 
     def look_after_failure(self) -> None:  # noqa: B027 -- a device may have no way to know
-        """Find out whether the device is lost, after a run has failed."""
+        """Find out, after a failed run, whether the device is lost."""
 
-    def must_work(self) -> None:
+    def check_alive(self) -> None:
         """Raise DeviceLostError unless the device works."""
         why = self.lost()
         if why:
             raise DeviceLostError(
-                f"device {self.name} is lost: {why}. Nothing runs on it until the process is "
-                "started again.",
+                f"device {self.name} is lost: {why}. Restart the process to use the device again.",
                 device=self.name,
             )
 
-    def judged(self, error: BaseException) -> BaseException:
+    def classify(self, error: BaseException) -> BaseException:
         """Return a failed run's error, or a DeviceLostError if the device is lost."""
         self.look_after_failure()
         why = self.lost()
@@ -184,7 +189,7 @@ class StreamDevice(ABC):
 
     @functools.cached_property
     def native(self) -> _native.Device | None:
-        """The device as native lanes know it; None where native lanes can't run on it."""
+        """The device's record for native lanes; None where native lanes can't use the device."""
         try:
             from aoti_sched.backends.native import _native
             from aoti_sched.backends.native.executor import shim_of_torch
@@ -216,7 +221,7 @@ class StreamDevice(ABC):
         return number
 
     def open_raw(self, library: Library, instances: int, name: str) -> RawContainer:
-        """Make the runtime's container. The model's kernels lie beside its library."""
+        """Make the runtime's container of a library, whose folder also has the model's kernels."""
         raw = RawContainer(library, instances, self.name, str(library.path.parent))
         raw.name = name
         raw.takes_from_cpu &= self.takes_from_host

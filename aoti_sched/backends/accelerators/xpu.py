@@ -1,6 +1,6 @@
-"""Intel's XPU: a `sycl::queue` for each slot, which the model is given explicitly.
+"""Intel's XPU: a `sycl::queue` for each slot, passed to the model explicitly.
 
-Torch copies, and torch's own stream waits.
+Torch's functions copy tensors and wait for streams.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from aoti_sched.backends.accelerators.streams import Stream
 from aoti_sched.errors import LoadError
 
 POOL = 32
-"""Streams that torch has on a device, of each priority.
+"""The number of streams of each priority that torch has on a device.
 
-Asked for one more, torch gives the first again.
+After the last one, torch returns the first one again.
 """
 
 SYNCHRONIZE = "_ZNK3c106Stream11synchronizeEv"
@@ -29,7 +29,10 @@ SYNCHRONIZE = "_ZNK3c106Stream11synchronizeEv"
 class XpuDevice(Accelerator):
     """One XPU.
 
-    `module` and `type` are torch's module for it and word for its kind (the tests have others).
+    Args:
+        index: The device's number, as torch counts.
+        module: Torch's module for the device. Tests pass another one.
+        type: Torch's word for the kind of device.
     """
 
     def __init__(self, index: int, *, module: Any = torch.xpu, type: str = "xpu") -> None:
@@ -47,8 +50,8 @@ class XpuDevice(Accelerator):
                     self._taken.add(stream.sycl_queue)
                     return XpuStream(self, stream)
         raise LoadError(
-            f"device {self.name}: its {POOL} streams are taken; each instance of a model has one, "
-            "and each model one more"
+            f"device {self.name}: all {POOL} streams are taken. Load fewer models or instances: "
+            "each instance takes one stream, and each model one more."
         )
 
     def give_back(self, handle: int) -> None:
@@ -67,7 +70,7 @@ class XpuDevice(Accelerator):
     def synchronize(self) -> None:
         self.module.synchronize(self.index)
 
-    def keeping_current(self) -> AbstractContextManager[object]:
+    def preserve_current_device(self) -> AbstractContextManager[object]:
         made: AbstractContextManager[object] = self.module.device(self.index)
         return made
 
@@ -79,7 +82,7 @@ class XpuDevice(Accelerator):
 
 
 class _C10Stream(ctypes.Structure):
-    """`c10::Stream`: its device (kind and number) and its id among the device's."""
+    """`c10::Stream`: the kind and the number of its device, and its id on that device."""
 
     _fields_ = (
         ("device_type", ctypes.c_int8),
@@ -89,7 +92,7 @@ class _C10Stream(ctypes.Structure):
 
 
 class XpuStream(Stream):
-    """One of torch's streams, taken until it is closed."""
+    """One of torch's streams, reserved until `close`."""
 
     _device: XpuDevice
 

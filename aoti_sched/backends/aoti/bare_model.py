@@ -21,15 +21,15 @@ from aoti_sched.errors import (
 
 
 class BareModel:
-    """A model beside a container of the same library, which knows what the bare model can't tell.
+    """A model beside a container of the same library, from which the constants' layout is known.
 
-    It has its own set of constants: a copy of the container's, or `tensors`, a full set by FQN,
-    which it keeps. One call at a time.
+    The model has its own set of constants: a copy of the container's, or `tensors`, a full set by
+    FQN, which the model keeps. Only one call may go on at a time.
 
     Raises:
-        LoadError: the model needs folding or is not for the CPU, a tensor does not fit, or the
+        LoadError: The model needs folding or is not for the CPU, a tensor does not fit, or the
             runtime refused.
-        MissingWeightsError: the container has no weights, or `tensors` is not a full set.
+        MissingWeightsError: The container has no weights, or `tensors` is not a full set.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class BareModel:
         """Run once. Only the number of inputs is checked.
 
         Raises:
-            InputMismatchError, RunError: as `RawContainer.run` does.
+            InputMismatchError, RunError: As `RawContainer.run` raises them.
         """
         wanted = self._container.num_inputs
         if len(tensors) != wanted:
@@ -95,7 +95,7 @@ class BareModel:
         The model reads the tensors' own memory where they lie as compiled.
 
         Raises:
-            LoadError, MissingWeightsError: as `RawContainer.update` does.
+            LoadError, MissingWeightsError: As `RawContainer.update` raises them.
         """
         ready = self._container.prepared(
             {**self._container.made_by_compiler(), **tensors}, full=True

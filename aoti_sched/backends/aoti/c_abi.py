@@ -1,9 +1,9 @@
 """AOTInductor's C ABI, described once: every function of torch's `interface.h`, and how to call it.
 
-The functions are compiled into each model's library, so what a library can do follows the torch
-that *compiled* it: symbols are looked up in the library, and the version of the torch at hand is
-never asked. Here are the table, the library and the text of a failure. What the functions mean
-together (containers, constants, handles) is in the files beside this one.
+The functions are compiled into each model's library, so a library has the functions of the torch
+that *compiled* it. Symbols are looked up in the library, and the version of the running torch does
+not matter. This file has the table of functions, the library and the text of a failure. The files
+beside this one use the functions for containers, constants and handles.
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ _system.dlsym.argtypes, _system.dlsym.restype = (c_void_p, c_char_p), c_void_p
 _system.dlerror.restype = c_char_p
 
 libtorch = ctypes.CDLL(_C.__file__)
-"""Every symbol of libtorch, wherever the platform keeps it: a look-up goes through torch's own
-dependencies.
-"""
+"""Every symbol of libtorch. A look-up also searches the libraries that torch depends on."""
 
 # Handles are opaque pointers; the names say whose.
 Container = c_void_p
@@ -77,10 +75,13 @@ class ArrayRefTensor(Structure):
 
 
 class Function(NamedTuple):
-    """One function of the C ABI. All return a status, 0 being success.
+    """One function of the C ABI. Every function returns a status; 0 is success.
 
-    `since` is the torch release whose compiled models have it first. `needs_cpp` is why its
-    arguments can't be made from Python, "" where they can.
+    Attributes:
+        name: The function's name.
+        arguments: The ctypes types of the arguments.
+        since: The first torch release whose compiled models have the function.
+        needs_cpp: Why Python can't make the arguments; "" where Python can.
     """
 
     name: str
@@ -247,9 +248,10 @@ def handle_array(count: int) -> type[ctypes.Array[c_void_p]]:
 class Library:
     """A model's shared library.
 
-    Once loaded it stays mapped for the process's life: nothing here unloads it.
+    A loaded library stays mapped for the life of the process.
 
-    Raises LoadError when the system's loader refuses the file, or when it is no compiled model.
+    Raises:
+        LoadError: The system's loader refuses the file, or the file is no compiled model.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -284,7 +286,8 @@ class Library:
 
         A call releases the GIL and returns a status.
 
-        Raises MissingCapabilityError when the library lacks it.
+        Raises:
+            MissingCapabilityError: The library lacks the function.
         """
         try:
             return self._functions[name]
@@ -316,7 +319,11 @@ class Library:
         return address
 
     def call(self, name: str, *arguments: Any) -> None:
-        """Call a function and raise LoadError, with the root cause in its text, when it fails."""
+        """Call a function.
+
+        Raises:
+            LoadError: The function failed. The text has the root cause.
+        """
         if self.function(name)(*arguments) != 0:
             raise LoadError(f"{self.name}: {name} failed: {self.root_cause()}")
 
@@ -334,11 +341,15 @@ class Library:
 
 
 def explain_failure(own: str, torchs: str) -> str:
-    """Return one text for a failure, from the runtime's words and torch's, without a C++ backtrace.
+    """Return one text for a failure, without a C++ backtrace.
 
-    The runtime's own message is the cause itself, unless it only says that a call into torch
-    failed; then torch knows the cause. Torch's message may be an older one of the same thread, so
-    it only counts when the runtime points to it or is silent.
+    The runtime's message states the cause, unless it only reports that a call into torch failed.
+    Then torch's message states the cause. Torch's message may come from an older failure of the
+    same thread, so it is used only if the runtime points to torch or has no message.
+
+    Args:
+        own: The runtime's message.
+        torchs: Torch's message.
     """
     own = _without_backtrace(own)
     if own and "API call failed" not in own:

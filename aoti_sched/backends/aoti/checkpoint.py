@@ -1,13 +1,13 @@
-"""The content of a torch.save file: tensors without their bytes first, wanted bytes later.
+"""Checkpoint: reads a torch.save file, first the tensors without bytes, later the wanted bytes.
 
 `torch.load` reads all storages before it returns a name. Here torch's own restricted unpickler
-(`weights_only`) makes the tensors without memory (device "meta") and this room notes where in the
-file each storage lies: a tensor's bytes are read when they are asked for, straight from the file.
-Nothing is mapped, and no code of the file runs. Both formats are known: the zip that torch writes
-since 1.6 (`torch.serialization._load`), and the pickles before that (`_legacy_load`).
+(`weights_only`) makes the tensors without memory (device "meta"), and the place of each storage in
+the file is recorded. A tensor's bytes are read from the file when they are asked for. Nothing is
+mapped, and no code of the file runs. Two formats are read: the zip that torch writes since 1.6
+(`torch.serialization._load`), and the pickles before that (`_legacy_load`).
 
-What is paid before a refusal is bounded: the pickle and the zip's directory by the limits below, a
-deflated member by how much it may grow.
+The work before a refusal is bounded. The limits below bound the pickle, the zip's directory, and
+the growth of a deflated member.
 """
 
 from __future__ import annotations
@@ -29,22 +29,21 @@ _unpickling: Any = _weights_only_unpickler
 _storages: Any = torch.storage
 
 PICKLE_LIMIT = 16 << 20
-"""Bytes of the pickle that names the tensors; a model of 50,000 has about 8 MB.
+"""The most bytes of the pickle that names the tensors; 50,000 tensors take about 8 MB.
 
-A byte of it may become 64 in memory.
+A byte of the pickle may take 64 bytes of memory.
 """
 DEFLATED_PICKLE_LIMIT = 2 << 20
 DIRECTORY_LIMIT = 16 << 20
-"""Bytes of a zip's directory; about 100 for each storage."""
+"""The most bytes of a zip's directory, which has about 100 bytes for each storage."""
 GROWTH_LIMIT = 100
-"""How many times its size in the file a deflated storage may have; torch stores them as they are.
-"""
+"""The most times by which a deflated storage may grow. Torch itself does not compress storages."""
 _SLACK = 1 << 20
 _BLOCK = 1 << 20
 
 
 class NotReadableError(Exception):
-    """The checkpoint is damaged, absurd or foreign; the text goes on from the file's name."""
+    """The checkpoint is damaged, implausible or foreign. The text continues a file's name."""
 
 
 class Record(NamedTuple):
@@ -52,7 +51,7 @@ class Record(NamedTuple):
 
     Attributes:
         offset: Where the storage begins, in bytes.
-        size: Its bytes.
+        size: The bytes of the storage.
         member: The deflated member of a zip that holds the storage; None for one stored as it is.
     """
 
@@ -68,9 +67,9 @@ class Checkpoint:
         """Read the pickle.
 
         Raises:
-            NotReadableError: The file is no checkpoint, or claims what no honest one does.
-            Exception: Nearly any, out of the unpickler, for a damaged one; pickle.UnpicklingError
-                for refused code.
+            NotReadableError: The file is no checkpoint, or exceeds a limit.
+            pickle.UnpicklingError: The pickle would run code.
+            Exception: The file is damaged; the unpickler raises nearly any error.
         """
         self._keys: dict[int, object] = {}  # of storages, by the address of their C++ side
         self._storages: dict[object, Any] = {}
@@ -81,8 +80,8 @@ class Checkpoint:
             self.content, self._records = self._read_legacy(file)
 
     def place(self, tensor: torch.Tensor) -> object:
-        """Return what tells a tensor's bytes from those of others in this file."""
-        # There is no public identity.
+        """Return a key of a tensor's bytes in this file, equal for tensors with the same bytes."""
+        # Torch has no public identity of a storage.
         key = self._keys[tensor.untyped_storage()._cdata]  # noqa: SLF001
         return key, tensor.storage_offset(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
@@ -90,7 +89,7 @@ class Checkpoint:
         """Read the bytes of one of the checkpoint's tensors.
 
         Raises:
-            NotReadableError: They are not there.
+            NotReadableError: The file lacks the bytes.
         """
         key = self._keys.get(like.untyped_storage()._cdata)  # noqa: SLF001
         record = self._records.get(key)
@@ -183,7 +182,7 @@ class Checkpoint:
         return unpickler.load()
 
     def _storage(self, saved: tuple[Any, ...]) -> Any:
-        """Return a storage without memory, for what the pickle says of one."""
+        """Return a storage without memory for the pickle's record of a storage."""
         kind, storage_type, key, _location, count, *view = saved
         if kind not in ("storage", b"storage") or any(part is not None for part in view):
             raise NotReadableError(
@@ -221,7 +220,7 @@ def _record(file: io.BufferedReader, info: zipfile.ZipInfo) -> Record:
 
 
 class _Bounded:
-    """A file that gives at most `limit` bytes in one read or, if `once`, in all."""
+    """A file that returns at most `limit` bytes in one read or, if `once`, in all reads."""
 
     def __init__(self, file: IO[bytes], limit: int, *, once: bool = False) -> None:
         self._file = file
@@ -249,7 +248,7 @@ class _Bounded:
 # --- bytes ----------------------------------------------------------------------------------------
 
 _Read = Callable[[torch.Tensor, int], None]
-"""Fills a dense tensor with a storage's bytes from that offset."""
+"""A function that fills a dense tensor with a storage's bytes from an offset."""
 
 
 def _stored(file: io.BufferedReader, base: int) -> _Read:
@@ -261,10 +260,10 @@ def _stored(file: io.BufferedReader, base: int) -> _Read:
 
 
 class _Inflated:
-    """A deflated storage: each read begins where the last one ended, or at the front again."""
+    """A deflated storage. Each read continues the last one, or begins at the front again."""
 
     def __init__(self, file: io.BufferedReader, member: zipfile.ZipInfo) -> None:
-        # The file is the caller's.
+        # The caller closes the file.
         self._stream = zipfile.ZipFile(_Bounded(file, DIRECTORY_LIMIT)).open(member)  # noqa: SIM115
 
     def read(self, tensor: torch.Tensor, start: int) -> None:
@@ -273,12 +272,12 @@ class _Inflated:
 
 
 def fill(file: IO[bytes], tensor: torch.Tensor) -> None:
-    """Read a tensor's bytes to where it lies; it fills its storage.
+    """Read bytes into a tensor that fills its storage.
 
     Raises:
-        NotReadableError: The file ends before.
+        NotReadableError: The file ends too early.
     """
-    # By its address: NumPy, the usual way to a tensor's memory, is no dependency of this package.
+    # Use the address, because NumPy, the usual access to a tensor's memory, is no dependency here.
     view = memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
     done = 0
     while done < len(view):
@@ -311,7 +310,7 @@ def _fill(tensor: torch.Tensor, stride: tuple[int, ...], start: int, read: _Read
 
 
 def _span(shape: torch.Size, stride: tuple[int, ...]) -> int:
-    """Elements from the first to the last of a strided tensor."""
+    """Return the number of elements from the first to the last of a strided tensor."""
     if 0 in shape:
         return 0
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))

@@ -1,9 +1,9 @@
 """The map in which constants travel to and from models that a torch before 2.13 compiled.
 
 The functions of those models take a `std::unordered_map<std::string, AtenTensorHandle>`. Only C++
-can make one, and the native module does where it was built. A function that takes a map is named
-like its younger twin that takes pairs, without the "Pairs" or "Entries" at the end; both leave the
-handles to whose they were.
+can make such a map; the native module does, where it was built. Newer models have a function that
+takes pairs instead, whose name also ends in "Pairs" or "Entries". Neither function takes over the
+handles.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EXTRACT, EXTRACT_ENTRIES = (
 
 
 def map_type() -> type[ConstantMap] | None:
-    """Return the map; None where no compiler was at hand at install."""
+    """Return the native map type; None where the native module is missing."""
     try:
         from aoti_sched.backends.native._native import ConstantMap
     except ImportError:
@@ -46,8 +46,7 @@ def why_not_updatable(library: Library, constants: Sequence[Constant]) -> str:
     if not lacking:
         return ""
     if not (library.has(UPDATE) and library.has(EXTRACT)):
-        # That EXTRACT (2.8) is there also tells that the std::string of its maps is the one of
-        # torch's wheels since 2.6.
+        # A model with EXTRACT (2.8) has maps with the std::string of torch's wheels since 2.6.
         listed = ", ".join(f"{name} (torch {FUNCTIONS[name].since})" for name in lacking)
         return (
             f"an older torch compiled it, and its library lacks {listed}; compile it again with "
@@ -72,10 +71,11 @@ def why_not_updatable(library: Library, constants: Sequence[Constant]) -> str:
 def misplaces(constants: Sequence[Constant]) -> bool:
     """Return whether code of a torch before 2.13 would write beyond a constant's memory.
 
-    The constants are given in the runtime's order.
+    Such code keeps the offsets of constants that are not folded, but looks an offset up by a number
+    that counts all constants. The offset is right only if the folded constants come last.
 
-    It keeps offsets of those that are not folded, and looks them up by a number that counts all:
-    right only as long as the folded ones come last.
+    Args:
+        constants: The constants in the runtime's order.
     """
     folded = [constant.spec.folded for constant in constants]
     return folded != sorted(folded)
@@ -90,11 +90,12 @@ def entries(
 
 
 def mapped(pairs: list[tuple[Constant, torch.Tensor]], handles: list[int]) -> ConstantMap:
-    """Return `entries` as a map, for older models. It must live as long as C uses its address."""
+    """Return `entries` as a map for older models. Keep the map while C uses its address."""
     made = map_type()
     if made is None:
         raise MissingCapabilityError(
-            "aoti_sched was installed without a C++ compiler, and builds no C++ maps"
+            "aoti_sched was installed without a C++ compiler, so it can't make C++ maps. Install a "
+            "compiler (g++) and reinstall aoti_sched."
         )
     return made(
         [(constant.spec.name, handle) for (constant, _), handle in zip(pairs, handles, strict=True)]

@@ -1,11 +1,8 @@
-"""What a container's constants are, and whether tensors may take their place.
+"""Constants: a container's constants, and the checks of tensors that replace them.
 
-The runtime copies as many bytes as the caller's tensor has storage, with the caller's strides, and
-checks
-nothing: a wrong dtype or shape smashes the heap, and other strides than the compiled ones are read
-    as if they
-were those. So each tensor is checked here, and laid out as the compiled code expects it, before C
-sees it.
+The runtime copies all bytes of a tensor's storage and checks nothing. A wrong dtype or shape
+corrupts the heap. Strides that differ from the compiled ones are ignored, so elements are mixed up.
+So each tensor is checked here and laid out as compiled before it goes to C.
 """
 
 from __future__ import annotations
@@ -27,7 +24,7 @@ from aoti_sched.model.specs import ConstantSpec, WeightName
 from aoti_sched.model.weight_names import DIGEST_LIMIT, digest_of
 
 SURPLUS_LIMIT = 200_000
-"""The most names without a use that are read of one source.
+"""The most unused names that are read from one source.
 
 The largest known checkpoints have 100,000 names in all.
 """
@@ -42,8 +39,10 @@ A "constant" is a tensor that tracing made or found.
 class Constant(NamedTuple):
     """One constant of a container.
 
-    `capacity` is what the runtime reserves for it, in bytes: on a CPU the data rounded up to 64.
-    `stride` is the one compiled in; None, like the shape, while the container has no weights.
+    Attributes:
+        spec: The constant's description.
+        capacity: Bytes that the runtime reserves: on a CPU the data, rounded up to 64.
+        stride: The compiled strides; None, like the shape, while the container has no weights.
     """
 
     spec: ConstantSpec
@@ -62,8 +61,8 @@ def select(
     """Pair constants with the tensors given for them, by FQN or by the runtime's name.
 
     Raises:
-        LoadError: a name is unknown, or belongs to a constant that is folded from others.
-        MissingWeightsError: `full` is asked for and a parameter or buffer is left out.
+        LoadError: A name is unknown, or belongs to a constant that is folded from others.
+        MissingWeightsError: `full` is set and a parameter or buffer is missing.
     """
     by_name = {constant.spec.name: constant for constant in constants}
     by_name.update({constant.spec.fqn: constant for constant in constants})
@@ -97,10 +96,10 @@ def required(spec: ConstantSpec) -> bool:
 
 
 class Names:
-    """Tells which constants of a compiled model the names of its module's state stand for.
+    """Maps the names of a module's state to the constants of its compiled model.
 
     Args:
-        constants: The model's.
+        constants: The model's constants.
         weights: The names as the package records them; () for packages that record none, such as
             torch's own.
     """
@@ -137,7 +136,7 @@ class Names:
         return self._constants.get(name, ())
 
     def is_unused(self, name: str) -> bool:
-        """Return whether the module has the name, and its compiled model does not use the value."""
+        """Return whether the module has the name but the compiled model does not use its value."""
         return name in self._unused
 
     def digest(self, name: str) -> str | None:
@@ -153,9 +152,10 @@ class Names:
 
 
 class Chosen:
-    """The part of what was offered that goes into a model's constants, by FQN; names and sizes fit.
+    """The offered tensors that go into a model's constants, by FQN. Their names and sizes fit.
 
-    `ignored` are the names that were offered and are of no use to the model.
+    Attributes:
+        ignored: The offered names for which the model has no use.
     """
 
     def __init__(
@@ -177,8 +177,8 @@ class Chosen:
         Each tensor that was offered for a constant is kept once, under the constant's FQN.
 
         Raises:
-            WeightsFileError: They can't be read.
-            ConstantMismatchError: A value that is part of the code is another one now.
+            WeightsFileError: The file can't be read.
+            ConstantMismatchError: A value differs from the one that is part of the code.
         """
         faults = []
         for offered, digest in self._compiled_in:
@@ -240,18 +240,18 @@ def choose(
     """Compare names, dtypes and shapes with a model's constants, before a byte of a file is read.
 
     Args:
-        model: Its name in errors.
-        constants: All it has.
-        names: What names stand for.
-        offers: What was given.
-        device_type: Where it runs.
+        model: The model's name in errors.
+        constants: All constants of the model.
+        names: Maps names to constants.
+        offers: The given tensors.
+        device_type: The kind of device on which the model runs.
         partial: Whether constants may be left out.
         strict: Whether a name that neither the model nor its module has is a fault.
-        active: Whether the model has values already, so that those of its own (made by the
-            compiler, buffers that no state dict has) can be left out.
+        active: Whether the model has values already. If so, the set may lack constants that were
+            made by the compiler, and buffers that no state dict has.
 
     Raises:
-        ConstantMismatchError: with everything that is wrong with the set, and not just the first.
+        ConstantMismatchError: The set does not fit. The error lists every fault of the set.
     """
     fit: dict[str, list[Offered]] = {}
     compiled_in: list[tuple[Offered, str]] = []
@@ -313,7 +313,7 @@ _OF_BUFFERS = " (a buffer that state_dict() leaves out keeps its value with part
 def _place(
     targets: Sequence[Constant], offered: Offered, fit: dict[str, list[Offered]], device_type: str
 ) -> list[tuple[str, str]]:
-    """Add an offer to the constants that it is for, and return what does not fit."""
+    """Assign an offer to its constants, and return a text for each misfit."""
     faults = []
     for constant in targets:
         fqn = constant.spec.fqn

@@ -1,6 +1,6 @@
-"""A container run through the C ABI, the GIL released; outputs never share memory with weights.
+"""`CAbiContainer`: a container on the CPU, run through the C ABI without the GIL.
 
-It runs on the CPU, and is what the containers of devices are made from.
+Outputs never share memory with weights. The containers of accelerators extend this class.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from aoti_sched.package import Extracted
 
 
 class CAbiContainer(HostContainer):
-    """A container run through the C ABI, the GIL released."""
+    """A container run through the C ABI without the GIL."""
 
     def __init__(
         self,

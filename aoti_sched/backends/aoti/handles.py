@@ -54,11 +54,10 @@ def handles_of(tensors: list[torch.Tensor]) -> list[int]:
 
 
 def tensors_of(handles: Iterable[int | None]) -> list[torch.Tensor | None]:
-    """Return the tensors of handles that are ours, which are gone afterwards.
+    """Return the tensors of handles that the caller owns. The handles are freed.
 
-    Null is None: an output left out.
-
-    A handle that is given several times gives the same tensor each time: torch frees it once.
+    A null handle, for an output that is left out, becomes None. Equal handles become the same
+    tensor, and are freed once.
     """
     slots = list(handles)
     if None in slots:
@@ -68,10 +67,7 @@ def tensors_of(handles: Iterable[int | None]) -> list[torch.Tensor | None]:
 
 
 def free(handles: Iterable[int | None]) -> None:
-    """Give up handles that are ours; null ones are no one's.
-
-    A handle that is given several times is freed once.
-    """
+    """Free handles that the caller owns. Null handles are skipped, equal ones are freed once."""
     for handle in {*handles}:
         if handle is not None:
             _delete(handle)

@@ -1,8 +1,8 @@
 """Walks through a large JSON object member by member.
 
-A parser in C holds the GIL for as long as the text is long: 200 ms for 16 MB, in which the event
-loop stands still. Here Python finds where each member begins and ends, so other threads get their
-turn; what a member is, a parser decides.
+A parser in C holds the GIL for the whole text: 200 ms for 16 MB, in which the event loop is
+blocked. Here Python finds where each member begins and ends, so other threads can run in between. A
+parser then reads each member.
 """
 
 from __future__ import annotations

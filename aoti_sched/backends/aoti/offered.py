@@ -8,24 +8,24 @@ from typing import NamedTuple
 import torch
 
 HEADER_LIMIT = 16 << 20
-"""Bytes of a safetensors header or an index of shards.
+"""The most bytes of a safetensors header or an index of shards.
 
-The format's own bound is 100 MB; an entry has about 100 bytes.
+The format's own bound is 100 MB. An entry has about 100 bytes.
 """
 ENTRY_LIMIT = 4096
-"""Bytes of what a header says of one tensor."""
+"""The most bytes of a header's entry for one tensor."""
 
 
 class Offered(NamedTuple):
     """One named tensor, whose bytes may not have been read yet.
 
     Args:
-        name: Its name.
-        like: A tensor of its dtype, shape and layout: itself, or one on "meta". None for a module's
-            extra state.
-        read: Gives the tensor; only inside `open_weights`.
-        place: Tells its bytes from others': two that are offered with equal places are one tensor.
-        on_host: Whether it is read to the host's memory.
+        name: The tensor's name.
+        like: The tensor itself, or a tensor on "meta" with its dtype, shape and layout. None for a
+            module's extra state.
+        read: Returns the tensor. Call this only inside `open_weights`.
+        place: A key of the tensor's bytes. Two offers with equal keys are the same tensor.
+        on_host: Whether `read` returns a tensor in the host's memory.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The files of one pass over weights, opened one at a time and refused when they change."""
+"""Opened files: the files of one pass over weights, opened in turn and checked for changes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from aoti_sched.errors import WeightsFileError, clipped
 
 Seen = dict[Path, tuple[int, ...]]
-"""Files as they were when first looked at."""
+"""The identity of each file at the first look: device, inode, size and time of change."""
 
 
 class OpenFiles:
-    """The files of one pass; one is open at a time."""
+    """The files of one pass. At most one file is open at a time."""
 
     def __init__(self, seen: Seen) -> None:
         self._seen = seen
@@ -22,7 +22,11 @@ class OpenFiles:
         self._open: tuple[Path, io.BufferedReader] | None = None
 
     def open(self, path: Path) -> io.BufferedReader:
-        """Return the file that was looked at first, open until another one is."""
+        """Return a file, which stays open until another file is opened.
+
+        Raises:
+            WeightsFileError: The file can't be read, or has changed since the first look.
+        """
         if self._open is not None and self._open[0] == path:
             return self._open[1]
         self.close()
@@ -33,7 +37,7 @@ class OpenFiles:
             raise unreadable(path, error) from error
         self._open = (path, file)
         if _identity(os.fstat(file.fileno())) != self._seen[path]:
-            raise changed(path)
+            raise _changed(path)
         return file
 
     def close(self) -> None:
@@ -42,7 +46,11 @@ class OpenFiles:
             self._open = None
 
     def look(self, path: Path) -> None:
-        """Note what the file is now, unless that is known already; refuse what is no plain file."""
+        """Record a file's identity, unless an earlier look has recorded it.
+
+        Raises:
+            WeightsFileError: The file can't be read, or is no plain file.
+        """
         try:
             found = path.stat()
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
@@ -54,14 +62,18 @@ class OpenFiles:
         self._looked.add(path)
 
     def check(self) -> None:
-        """Raise unless every file is still the one it was."""
+        """Check that no file of this pass has changed.
+
+        Raises:
+            WeightsFileError: A file has changed since the first look.
+        """
         for path in self._looked:
             try:
                 unchanged = _identity(path.stat()) == self._seen[path]
             except OSError:
                 unchanged = False
             if not unchanged:
-                raise changed(path)
+                raise _changed(path)
 
 
 def _identity(found: os.stat_result) -> tuple[int, ...]:
@@ -69,10 +81,12 @@ def _identity(found: os.stat_result) -> tuple[int, ...]:
 
 
 def fault(path: Path, what: str) -> WeightsFileError:
+    """Return an error about a file; `what` is the text after the path."""
     return WeightsFileError(f"{clipped(path, 400)} {what}", path=str(path))
 
 
 def unreadable(path: Path, error: Exception) -> WeightsFileError:
+    """Return the error for a file that the system can't open or read."""
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
         return WeightsFileError(
             f"There is no weights file at {clipped(path, 400)}.", path=str(path)
@@ -81,7 +95,7 @@ def unreadable(path: Path, error: Exception) -> WeightsFileError:
     return WeightsFileError(f"Cannot read {clipped(path, 400)}: {why or error}.", path=str(path))
 
 
-def changed(path: Path) -> WeightsFileError:
+def _changed(path: Path) -> WeightsFileError:
     return fault(
         path,
         "changed while it was being read, or since its weights were loaded, so nothing of it was "

@@ -1,7 +1,7 @@
 """The operators that compiled code can't call by a C function, and the notes on them for users.
 
-Inductor lists them beside the library. Torch's own proxy executor calls them (`proxy_executor.py`),
-or torch's own runner does.
+Inductor writes a list of these operators beside the library. Torch's own proxy executor calls them
+(`proxy_executor.py`), or torch's own runner does.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from pathlib import Path
 import torch
 
 OF_TORCH = frozenset({"aten", "prim", "prims"})
-"""The namespaces of torch's own operators; the others are custom."""
+"""The namespaces of torch's own operators. All other operators are custom."""
 
 MOST_NAMED = 8
-"""So many operators are named in one sentence."""
+"""The most operators that a sentence names."""
 
 
 def operators_of(library: Path) -> tuple[str, ...]:
-    """Return the names of these operators, each once; () where there is no list.
+    """Return the names of the operators that a model's library lists, each once.
 
-    The list lies beside the model's library.
+    Returns () where there is no list beside the library.
     """
     try:
         nodes = json.loads(library.with_suffix(".json").read_bytes())["nodes"]
@@ -32,19 +32,19 @@ def operators_of(library: Path) -> tuple[str, ...]:
 
 
 def custom(operators: Iterable[str]) -> list[str]:
-    """Those that are not torch's own."""
+    """Return the operators that are not torch's own."""
     return [operator for operator in operators if operator.partition("::")[0] not in OF_TORCH]
 
 
 def in_python(operators: Iterable[str]) -> list[str]:
-    """Those whose work a function of Python does, as `torch.library` knows it."""
+    """Return the operators that `torch.library` has a Python implementation of."""
     known = [key.rpartition("/") for key in getattr(torch.library, "_impls", ())]
     named = {name.partition(".")[0] for name, _, dispatch_key in known if dispatch_key != "Meta"}
     return [one for one in operators if one.replace("::", "/", 1).partition(".")[0] in named]
 
 
 def sentence(operators: Sequence[str]) -> str:
-    """Return what a model calls, as a note for its user; "" for nothing."""
+    """Return a note for users on the operators that a model calls; "" without operators."""
     strange = custom(operators)
     parts = []
     if len(strange) < len(operators):
@@ -58,7 +58,7 @@ def sentence(operators: Sequence[str]) -> str:
 
 
 def why_not_callable(error: RuntimeError, operators: Iterable[str]) -> str:
-    """Return why torch can't call them, from its error, and what to do."""
+    """Return why torch can't call the operators, from torch's error, and what to do."""
     cause = str(error).partition("\nException raised from ")[0].strip().rstrip(".")
     if custom(operators):
         return (
@@ -68,6 +68,6 @@ def why_not_callable(error: RuntimeError, operators: Iterable[str]) -> str:
 
 
 def names(operators: Sequence[str]) -> str:
-    """Return the names, as many as a sentence takes."""
+    """Return the operators as text: up to `MOST_NAMED` names, then the number of the others."""
     more = len(operators) - MOST_NAMED
     return ", ".join(operators[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

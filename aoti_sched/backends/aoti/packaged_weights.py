@@ -26,7 +26,7 @@ class GivenWeights:
     """The `weights=` of a load: a mapping, or a file, which is read again at each restore.
 
     Args:
-        request: What is to be loaded, with the mapping or the path.
+        request: The load request, with the mapping or the path.
         names: The module's names, as the package records them.
     """
 
@@ -48,8 +48,8 @@ class GivenWeights:
         """Write the weights into a container's active buffer, before its first run.
 
         Raises:
-            ConstantMismatchError: They do not fit.
-            WeightsFileError: The file can't be read, or is not the one it was the first time.
+            ConstantMismatchError: The weights do not fit.
+            WeightsFileError: The file can't be read, or has changed since the first time.
         """
         constants, active = raw.constants, raw.ready(inactive=False)
         unknown = [c.spec.fqn for c in constants if c.stride is None and not c.spec.folded]
@@ -76,7 +76,7 @@ class GivenWeights:
         self.ignored = chosen.ignored
 
     def forget(self) -> None:
-        """Let go of a mapping's tensors: their values are in the container."""
+        """Release a mapping's tensors, whose values are in the container by now."""
         if not self.is_file:
             self._weights = None
 
@@ -84,14 +84,15 @@ class GivenWeights:
 def load_weights(
     raw: RawContainer, extracted: Extracted, given: GivenWeights | None = None
 ) -> None:
-    """Give a container the weights that were given, and else those that its package brings.
+    """Write the caller's weights into a container, or else the package's weights.
 
     A container whose library has all weights keeps them.
 
     Raises:
-        MissingWeightsError: constants are left without values; a run would be a segmentation fault.
-        LoadError: a weights file is broken or does not fit.
-        ConstantMismatchError, WeightsFileError: as `GivenWeights.write` does.
+        MissingWeightsError: Constants are left without values, so a run would be a segmentation
+            fault.
+        LoadError: A weights file is broken or does not fit.
+        ConstantMismatchError, WeightsFileError: As `GivenWeights.write` raises them.
     """
     if raw.missing_constants():
         if extracted.weights_blob is not None:
@@ -112,7 +113,7 @@ def load_weights(
 
 
 def give_weights(raw: RawContainer, weights: dict[str, torch.Tensor]) -> None:
-    """Write weights into a container's active buffer; they may lie on the host."""
+    """Write weights into a container's active buffer. The tensors may be on the host."""
     from_cpu = (
         raw.device_type != "cpu" and raw.takes_from_cpu and all(t.is_cpu for t in weights.values())
     )
@@ -128,8 +129,7 @@ def read_stored(name: str, extracted: Extracted) -> dict[str, torch.Tensor]:
     Only tensors are unpickled (`weights_only`), each file once.
 
     Raises:
-        LoadError: A file is no torch.save file of a tensor, or smaller than the view that is asked
-            of it.
+        LoadError: A file is no torch.save file of a tensor, or too small for the recorded view.
     """
     files: dict[Path, torch.Tensor] = {}
     weights = {}

@@ -1,13 +1,13 @@
 """Torch's proxy executor, by which compiled code calls operators that have no C function.
 
-Such operators are some of aten's and all custom ones.
+Some of aten's operators and all custom operators have no C function.
 
-Torch makes one in its own runner alone, and exports neither the class nor a function that makes it.
-So its runner is given a model without content (`native/proxy_model.c`) beside the files of the real
-one: the runner makes the executor of those files and gives it to the run of the empty model, which
-remembers the address. Nothing else of the runner is used: the executor does not know which model
-calls it. It holds no GIL; an operator that is written in Python takes the GIL for as long as it
-runs.
+Only torch's own runner makes a proxy executor. Torch exports neither the class nor a function that
+makes one. So the runner loads an empty model (`native/proxy_model.c`) beside the files of the real
+model. The runner makes the executor from those files and passes it to the empty model's run, which
+records the address. Nothing else of the runner is used, because the executor does not know which
+model calls it. The executor does not take the GIL. An operator written in Python takes the GIL
+while it runs.
 """
 
 from __future__ import annotations
@@ -31,13 +31,12 @@ from aoti_sched.errors import LoadError
 
 
 class ProxyExecutor:
-    """A proxy executor of one model, for its containers on one device; it must outlive their runs.
+    """The proxy executor of one model on one device. Keep this object longer than its runs.
 
     Args:
-        runner: Torch's runner, which owns it.
-        address: What compiled code is given; 0 where torch makes none, since the model lists no
-            operators.
-        operators: What it calls.
+        runner: Torch's runner, which owns the executor.
+        address: The executor's address for compiled code; 0 where the model lists no operators.
+        operators: The operators that the model calls.
     """
 
     def __init__(self, runner: Any, address: int, operators: tuple[str, ...]) -> None:
@@ -48,7 +47,7 @@ class ProxyExecutor:
 
     @property
     def note(self) -> str:
-        """What a user should know of the operators."""
+        """A note for users on the operators."""
         slow = self._in_python
         held = (
             f" Written in Python, so that the GIL is held while they run: {names(slow)}."
@@ -64,15 +63,15 @@ class ProxyExecutor:
 
 
 def open_proxy_executor(name: str, device: str, library: Path) -> tuple[ProxyExecutor | None, str]:
-    """Return the proxy executor of an extracted model; or None, and why there is none here.
+    """Return the proxy executor of an extracted model, or None and the reason why there is none.
 
     Args:
-        name: What errors call the model.
-        device: Where it runs: "cpu", "cuda:0", "xpu:0" or "mps".
-        library: The model's library; what torch wants beside it lies there.
+        name: The model's name in errors.
+        device: The model's device: "cpu", "cuda:0", "xpu:0" or "mps".
+        library: The model's library, beside which the other files of the model lie.
 
     Raises:
-        LoadError: Torch can't call the operators: one is not registered, say.
+        LoadError: Torch can't call the operators, for example because one is not registered.
     """
     empty = _empty_model()
     if empty is None:

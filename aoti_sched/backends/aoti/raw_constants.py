@@ -1,8 +1,8 @@
 """`RawConstants`: the two buffers of constants of a container behind the C ABI.
 
-Updates, extraction, folding, freeing and closing take no lock in the runtime, so one thread at a
-time calls those, and never on the active buffer while runs go on. A swap waits for the runs that
-are going on, and may starve.
+Updates, extraction, folding, freeing and closing take no lock in the runtime. So only one thread at
+a time may call these, and never on the active buffer while runs go on. A swap waits for the runs
+that are going on, and may starve.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from aoti_sched.package.sources import Layout
 class RawConstants(RawHandle):
     """A container's handle and its constants: specs, values, and the ways to write them.
 
-    `stage` and `update` are two write paths on purpose. `stage` writes a set that is complete,
-    checked and laid out, in groups, while requests run. `update` checks what it is given, completes
-    it, and also serves loading, user-managed memory and tests of the C ABI.
+    There are two ways to write. `stage` writes a set that is complete, checked and laid out, in
+    groups, while requests run. `update` checks and completes its tensors first. Loading,
+    user-managed memory and tests of the C ABI use `update`.
     """
 
     def _inspect(self) -> None:
@@ -216,15 +216,15 @@ class RawConstants(RawHandle):
             tensors: The values, with any strides. A tensor that fits no constant raises.
             inactive: Write the inactive buffer, which runs do not read; False writes the active
                 one.
-            user_managed: Don't copy: the container reads the tensors' own memory from now on and
-                keeps it for its lifetime, even after later updates. They must be laid out as
-                compiled.
+            user_managed: Let the container read the tensors' own memory instead of a copy. The
+                container keeps that memory for its lifetime, even after later updates. The tensors
+                must be laid out as compiled.
             from_cpu: CPU tensors are copied to the model's device.
 
         Raises:
-            LoadError: a tensor does not fit, or the runtime refused; the buffer is unchanged unless
-                the text says so.
-            MissingWeightsError: not a full set.
+            LoadError: A tensor does not fit, or the runtime refused. The buffer is unchanged unless
+                the text states otherwise.
+            MissingWeightsError: The buffer would have no full set.
         """
         full = not self._complete[inactive]
         ready = self.prepared(
@@ -286,7 +286,7 @@ class RawConstants(RawHandle):
         """Check tensors and lay them out for their constants, with copies where layouts differ.
 
         Raises:
-            LoadError, MissingWeightsError: as `update` does.
+            LoadError, MissingWeightsError: As `update` raises them.
         """
         pairs = select(self.name, self.constants, tensors, full=full)
         for constant, tensor in pairs:
@@ -309,7 +309,7 @@ class RawConstants(RawHandle):
         return size.value if status == 0 else None
 
     def update_from_blob(self, path: Path) -> None:
-        """Load the weights of a model that keeps them in a file; once, before the first run.
+        """Load the weights of a model that keeps them in a file, once, before the first run.
 
         Raises:
             LoadError: The model has no such file, has its weights already, or the size is wrong.
@@ -336,10 +336,12 @@ class RawConstants(RawHandle):
     def fold(self, *, inactive: bool, stream: int | None = None) -> None:
         """Compute the folded constants of a buffer, so that the first run on it need not.
 
-        Occupies an instance.
+        Folding occupies an instance.
 
-        Raises LoadError when the buffer lacks constants, or folding fails; then the container is
-        not to be used any more, since one of its instances may be left on the inactive buffer.
+        Raises:
+            MissingWeightsError: The buffer lacks constants.
+            LoadError: Folding failed. Do not use the container any more, since one of its instances
+                may still refer to the inactive buffer.
         """
         if not self._complete[inactive]:
             raise MissingWeightsError(f"{self.name}: the buffer to fold lacks constants")

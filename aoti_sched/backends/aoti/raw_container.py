@@ -1,7 +1,7 @@
 """`RawContainer`: a container behind the C ABI, with Python's types, that can't end the process.
 
 Every call blocks and releases the GIL. Runs may come from as many threads as there are instances.
-`raw_constants.py` states what may be done to the constants meanwhile.
+`raw_constants.py` states which calls on the constants are allowed meanwhile.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class RawContainer(RawConstants):
         resources: The directory with the model's device code, where it has any.
 
     Raises:
-        LoadError: the runtime could not create it; the text is the root cause.
+        LoadError: The runtime could not make the container. The text is the root cause.
     """
 
     def _inspect(self) -> None:
@@ -53,10 +53,9 @@ class RawContainer(RawConstants):
         while every instance is busy. The first run after an update also folds, alone.
 
         Raises:
-            InputMismatchError: as many tensors were given as the model does not take.
-            MissingWeightsError: the active buffer lacks constants.
-            RunError: the model failed; the text is the root cause. The inputs are the caller's
-                again.
+            InputMismatchError: The number of tensors is wrong.
+            MissingWeightsError: The active buffer lacks constants.
+            RunError: The model failed. The text is the root cause. The caller keeps the inputs.
         """
         return self._run_with(self._run, tensors, stream)
 

@@ -36,8 +36,7 @@ class RawHandle:
         self.name = library.name
         self.device = device
         self.device_type = device.partition(":")[0]
-        # By which the model calls operators that have no C function; None where it calls none, or
-        # has nothing to call them.
+        # Calls operators that have no C function; None where the model calls none, or can't.
         self.proxy: ProxyExecutor | None = None
         self._lent: list[int] = []
         handle = c_void_p()
@@ -58,7 +57,7 @@ class RawHandle:
             raise
 
     def _inspect(self) -> None:
-        """Ask the new container what it is. When a question fails, the container is freed."""
+        """Read the new container's properties. When that fails, the container is freed."""
 
     def close(self) -> None:
         """Free the container. No call may be going on. Closing twice does nothing."""

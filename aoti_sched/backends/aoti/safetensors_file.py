@@ -1,4 +1,4 @@
-"""The safetensors format: its header, all of it checked, and the bytes of single tensors."""
+"""The safetensors format: checks the whole header, then reads single tensors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _Size = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class _Entry(msgspec.Struct):
-    """One tensor in a safetensors header; offsets in bytes from the header's end."""
+    """One tensor in a safetensors header. Offsets are bytes from the end of the header."""
 
     dtype: str
     shape: list[_Size]
@@ -54,6 +54,16 @@ class _Entry(msgspec.Struct):
 
 
 def read_safetensors(path: Path, file: io.BufferedReader, files: OpenFiles) -> Iterator[Offered]:
+    """Yield the tensors of a file, after all of its header is checked.
+
+    Args:
+        path: The file's path.
+        file: The file, at its beginning.
+        files: Opens the file again when a tensor is read.
+
+    Raises:
+        WeightsFileError: The header is broken, or the file's size does not fit the header.
+    """
     for name, like, start in _safetensors_layout(path, file):
         read = functools.partial(_read_tensor, path, files, name, like, start)
         yield Offered(name, like, read, (path, start, name), on_host=True)
@@ -78,7 +88,7 @@ def _read_tensor(
 
 
 def _safetensors_layout(path: Path, file: io.BufferedReader) -> list[tuple[str, torch.Tensor, int]]:
-    """Return name, "meta" tensor and offset of each tensor, once all of the header is checked."""
+    """Check the whole header. Return the name, "meta" tensor and offset of each tensor."""
     total = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if total < 8 + length:
@@ -98,8 +108,8 @@ def _safetensors_layout(path: Path, file: io.BufferedReader) -> list[tuple[str, 
         starts.setdefault(entry.data_offsets[0], []).append((name, entry))
     layout = []
     end = 0
-    # From each tensor to the one that begins where it ends; sorting many would hold the GIL for
-    # long
+    # Go from each tensor to the tensor that begins at its end. To sort many tensors would keep the
+    # GIL for long.
     while starts:
         here = starts.pop(end, None) or starts.pop(min(starts))
         for name, entry in sorted(here, key=lambda item: item[1].data_offsets[1]):

@@ -1,4 +1,4 @@
-"""torch's own container runner, one class for each kind of device, found by the kind's name."""
+"""Torch's own container runner: one class for each kind of device, found by the kind's name."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ from aoti_sched.errors import LoadError
 
 
 def stock_runner(device: str, library: Path, instances: int) -> Any:
-    """Torch's own runner for a model on a device ("cpu", "cuda:0", "xpu:0", "mps").
+    """Make torch's own runner for a model.
 
-    CUDA's and XPU's are told the device and where the model's kernels lie, which is beside its
-    library.
+    The runners for CUDA and XPU also take the device and the folder of the model's kernels, which
+    is the folder of its library.
+
+    Args:
+        device: "cpu", "cuda:0", "xpu:0" or "mps".
+        library: The model's library.
+        instances: The number of instances.
 
     Raises:
         LoadError: This torch was built without that kind of device.
@@ -26,8 +31,8 @@ def stock_runner(device: str, library: Path, instances: int) -> Any:
     runner = getattr(_aoti, name, None)
     if runner is None:
         raise LoadError(
-            f"{library.name}: it needs torch's own runner for {kind}, {name}, which this torch "
-            f"({torch.__version__}) has not"
+            f"{library.name}: this torch ({torch.__version__}) lacks {name}, which the model "
+            f"needs. Install a torch that was built with {kind}."
         )
     if kind in ("cuda", "xpu"):
         return runner(str(library), instances, device, str(library.parent))

@@ -1,11 +1,10 @@
 """Torch's own container runner, for models whose operators need torch's proxy executor.
 
-This runner serves where the proxy executor can't be had alone.
+This runner is used where `proxy_executor.py` can't take the proxy executor from such a runner.
 
-`torch._C._aoti.AOTIModelContainerRunner*` makes an executor of the files beside the library; there
-is a runner for each kind of device. What it costs: on torch 2.13 the binding holds the GIL for the
-whole run, so the event loop stands still meanwhile. `proxy_executor.py` takes the executor from
-such a runner, and then this way is not needed.
+`torch._C._aoti.AOTIModelContainerRunner*` makes an executor from the files beside the library.
+There is a runner for each kind of device. On torch 2.13, the binding holds the GIL for the whole
+run, so the event loop is blocked meanwhile.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class TorchRunnerContainer(HostContainer):
     """The stock runner behind the container's contract.
 
     Args:
-        raw: Describes the model, and is closed then.
+        raw: A container that describes the model, and is closed afterwards.
         why: Why torch's proxy executor can't be had alone.
     """
 

@@ -1,16 +1,21 @@
 """Sources of new weights: a mapping, pairs, or a file.
 
-Names, dtypes and shapes are read first, and only the bytes that are wanted later. This file knows
-the formats. `constants.py` decides which names a model has and which tensors fit, before a byte of
+Names, dtypes and shapes are read first. Only wanted bytes are read, later. This file has the
+formats. `constants.py` decides which names a model has and which tensors fit, before a byte of
 a tensor is read.
 
 Files are read, never mapped: when a mapped file is truncated, the next access ends the
 process (SIGBUS), and each tensor is copied anyway. The safetensors format (eight bytes of length, a
-JSON header, the data) is therefore read here: its own library either maps the file, or, with
+JSON header, the data) is therefore read here. Its own library either maps the file, or, with
 `backend="pread"`, holds the GIL while it reads. Measured on 320 MB in the page cache, 2 cores,
-safetensors 0.8: 2.0 GB/s here, and a thread that ticks every 0.5 ms was at most 2 ms late; the
-library's mapping and a clone 2.0 GB/s and 4 ms; its pread 1.6 GB/s and 165 ms. Headers are bounded
-in size, and parsed entry by entry: in one call, the GIL would be held for all of it.
+safetensors 0.8, with the delay of a thread that ticks every 0.5 ms:
+
+- here: 2.0 GB/s, at most 2 ms late;
+- the library's mapping and a clone: 2.0 GB/s, 4 ms;
+- the library's pread: 1.6 GB/s, 165 ms.
+
+Headers are bounded in size and parsed entry by entry. One call would hold the GIL for the whole
+header.
 """
 
 from __future__ import annotations
@@ -37,8 +42,9 @@ from aoti_sched.backends.aoti.safetensors_file import read_safetensors
 from aoti_sched.errors import WeightsTypeError, clipped
 
 _EXTRA_STATE = "_extra_state"
-"""How the names of what `Module.get_extra_state` returns end: a state dict has it, and it need not
-be a tensor.
+"""The end of the names under which a state dict has the results of `Module.get_extra_state`.
+
+Such a result need not be a tensor.
 """
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 """The keys under which training programs put a state dict beside their optimizer's."""
@@ -46,22 +52,23 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 @contextmanager
 def open_weights(weights: object, seen: Seen | None = None) -> Iterator[Iterator[Offered]]:
-    """Open what a user gave as weights for one pass over names, dtypes and shapes.
+    """Open a user's weights for one pass over names, dtypes and shapes.
 
-    Bytes are read where `Offered.read` is called.
+    `Offered.read` reads the bytes of a tensor. Tensors of a file are on the CPU, each in a storage
+    of its own, and no code of the file runs. Tensors of a mapping or an iterable are passed on
+    unchanged.
 
-    `weights` is a mapping from names to tensors (a state dict), an iterable of (name, tensor) pairs
-    (`module.named_parameters()`, a generator), or the path (str or os.PathLike) of a file:
-    safetensors, a torch.save checkpoint, or a `*.index.json` that names shards of either, in its
-    own directory. Which of them a file is, its content tells, not its name. A checkpoint that keeps
-    the state dict under "state_dict", "model_state_dict" or "model" is unwrapped.
+    A file is checked for changes when the block is entered, and again when the block ends without
+    an error. Use nothing that was read before that.
 
-    What is read from a file is on the CPU, in a storage of its own; no code from it is run. The
-    tensors of a mapping or an iterable are passed on as they are.
-
-    A file is looked at when the block is entered, and again when it is left without an error:
-    before that, nothing that was read may be used. With `seen`, it must be the file that was seen
-    the first time.
+    Args:
+        weights: A mapping from names to tensors (a state dict), an iterable of (name, tensor) pairs
+            (`module.named_parameters()`, a generator), or the path (str or os.PathLike) of a file.
+            A file is a safetensors file, a torch.save checkpoint, or a `*.index.json` that names
+            shards of either in its own directory. The file's content decides, not its name. A
+            checkpoint with the state dict under "state_dict", "model_state_dict" or "model" is
+            unwrapped.
+        seen: The files of an earlier pass, which must not have changed since.
 
     Raises:
         WeightsFileError: The file is missing, truncated, of no known format, holds anything but
@@ -145,7 +152,7 @@ def _shown(thing: object) -> str:
 
 
 def _read_file(path: Path, files: OpenFiles, *, shard: bool = False) -> Iterator[Offered]:
-    """Yield the tensors of one file, or of those it names; a shard names no further ones."""
+    """Yield the tensors of one file, or of the shards that the file names."""
     try:
         file = files.open(path)
         head = file.peek(9)[:9]

@@ -1,3 +1,1 @@
-"""How runs are placed on threads: lanes of Python threads, the choice of native ones, inline
-runs, batches.
-"""
+"""Executors: lanes of Python threads, the choice of native lanes, inline runs, and batches."""

@@ -1,6 +1,6 @@
 """Waits, at interpreter exit, for lanes and for threads that are in native code without the GIL.
 
-A thread that came back later would find torch torn down, or end the process.
+A thread that returned later would find torch torn down, or end the process.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import weakref
 from typing import Protocol
 
 
-class Closable(Protocol):
+class _Closable(Protocol):
     def close(self) -> None: ...
 
 
-_open: weakref.WeakSet[Closable] = weakref.WeakSet()
+_open: weakref.WeakSet[_Closable] = weakref.WeakSet()
 
 
-def close_at_exit(executor: Closable) -> None:
-    """Close this executor at interpreter exit, unless it is gone by then.
+def close_at_exit(executor: _Closable) -> None:
+    """Close an executor at interpreter exit, unless the executor has been freed by then.
 
-    Closing twice must do nothing.
+    Closing the executor twice must do nothing.
     """
     _open.add(executor)
 

@@ -1,9 +1,8 @@
-"""Batches: how the tensors of several requests are put together for one run, and its outputs
-taken apart.
+"""Batches: gathers the tensors of several requests for one run, and splits the outputs.
 
-Here are the batch and the way through torch's functions, for runs that Python calls; native lanes
-have their own (`native/batch.cpp`), which does the same without the GIL. Which requests make a
-batch is decided elsewhere. torch is imported where it is first needed: fakes know batches too.
+This code uses torch's functions, for runs that Python calls. Native lanes do the same without the
+GIL (`native/batch.cpp`). The queue decides which requests form a batch. torch is imported on first
+use, because the fake backend has batches and no torch.
 """
 
 from __future__ import annotations
@@ -23,9 +22,14 @@ if TYPE_CHECKING:
 class Batch(msgspec.Struct, frozen=True, eq=False):
     """The requests of one run.
 
-    `members` are the inputs of each, validated already; `rows` how many rows each has. The run has
-    `padded_rows`: those beyond the members' are zeros, and are never given back. `slot` is the
-    container's, one work at a time: the memory in which inputs are put together is kept for it.
+    Attributes:
+        plan: How inputs are gathered and outputs are split.
+        members: The validated inputs of each request.
+        rows: The number of rows of each request.
+        padded_rows: The number of rows of the run. The rows beyond the members' are zeros, and are
+            never returned.
+        slot: The container's slot, which runs one work at a time. The memory in which inputs are
+            gathered is kept for the slot.
     """
 
     plan: BatchPlan
@@ -36,10 +40,10 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
 
 
 class Staging:
-    """Memory in which the inputs of a container's batches are put together, kept for each slot
-    until it is closed.
+    """The memory in which a container's batches are gathered, kept for each slot until `clear`.
 
-    `name` is what errors call the model.
+    Args:
+        name: The model's name in errors.
     """
 
     def __init__(self, name: str) -> None:
@@ -49,28 +53,35 @@ class Staging:
     def run(
         self, batch: Batch, run: Callable[[Sequence[torch.Tensor]], list[torch.Tensor | None]]
     ) -> list[list[torch.Tensor | None]]:
-        """Run a batch by `run`, which runs the model once; a list of outputs for each member.
+        """Run a batch, and return a list of outputs for each member.
+
+        Args:
+            batch: The batch.
+            run: Runs the model once on the gathered inputs.
 
         Raises:
-            RunError: The model failed, the members do not fit together, or an output has not the
-                rows it should have.
+            RunError: The model failed, the members do not fit together, or an output has the wrong
+                number of rows.
         """
         memories = self._slots.setdefault(batch.slot, [None] * len(batch.plan.inputs))
         outputs = run(gather(self._name, batch, memories))
         members = split(self._name, batch, outputs)
         if not batch.plan.detach_rows:
-            self._give_up(memories, outputs)
+            self._release_shared(memories, outputs)
         return members
 
     def clear(self) -> None:
-        """Give all of it back. No run may be going on."""
+        """Free all memory. No run may be going on."""
         self._slots.clear()
 
-    def _give_up(
+    def _release_shared(
         self, memories: list[torch.Tensor | None], outputs: list[torch.Tensor | None]
     ) -> None:
-        """What an output shares is left to it: the next batch would write over the results of
-        this one.
+        """Drop memory that an output shares, so that the next batch does not overwrite the output.
+
+        Args:
+            memories: The slot's memory for each input; dropped entries become None.
+            outputs: The outputs of the run.
         """
         shared = {output.untyped_storage().data_ptr() for output in outputs if output is not None}
         for index, memory in enumerate(memories):
@@ -81,8 +92,13 @@ class Staging:
 def gather(
     name: str, batch: Batch, memories: list[torch.Tensor | None] | None = None
 ) -> list[torch.Tensor]:
-    """The inputs of a batch's one run, in the memory there is or in new one; what is new is put
-    into `memories`.
+    """Return the gathered inputs of a batch's run.
+
+    Args:
+        name: The model's name in errors.
+        batch: The batch.
+        memories: Memory to use for each input; memory that is missing or too small is replaced.
+            None makes new memory for this batch alone.
 
     Raises:
         RunError: The members do not fit together.
@@ -96,7 +112,7 @@ def gather(
     ):
         raise ValueError(
             f"{name}: {len(batch.members)} members with {sum(batch.rows)} rows are no batch of "
-            f"{batch.padded_rows} rows"
+            f"{batch.padded_rows} rows."
         )
     inputs = []
     # Memory made in a caller's inference mode could not be written by torch outside of one.
@@ -107,8 +123,8 @@ def gather(
             strides, elements = _dense(sizes, plan.order)
             memory = None if memories is None else memories[index]
             if memory is None or memory.dtype != parts[0].dtype or memory.numel() < elements:
-                # Twice as much as before, so that batches that grow row by row do not each make it
-                # anew.
+                # Twice the previous size, so that batches that grow row by row do not allocate each
+                # time.
                 twice = 0 if memory is None else 2 * memory.numel()
                 memory = torch.empty(
                     max(elements, twice), dtype=parts[0].dtype, device=parts[0].device
@@ -122,7 +138,7 @@ def gather(
 
 
 def whole_shapes(batch: Batch) -> tuple[tuple[int, ...], ...]:
-    """The sizes of the inputs of a batch's one run, if its members fit together."""
+    """Return the sizes of the gathered inputs of a batch whose members fit together."""
     shapes = []
     for index, plan in enumerate(batch.plan.inputs):
         sizes = list(batch.members[0][index].shape)
@@ -136,10 +152,10 @@ def whole_shapes(batch: Batch) -> tuple[tuple[int, ...], ...]:
 def split(
     name: str, batch: Batch, outputs: Sequence[torch.Tensor | None]
 ) -> list[list[torch.Tensor | None]]:
-    """Each member's own rows of each output; None where the model left an output out.
+    """Return each member's own rows of each output; None where the model left an output out.
 
     Raises:
-        RunError: An output has not the rows it should have.
+        RunError: An output has the wrong number of rows.
     """
     plan = batch.plan
     if len(outputs) != len(plan.outputs):
@@ -164,7 +180,11 @@ def split(
 
 
 def _whole_sizes(name: str, batch: Batch, index: int, parts: list[torch.Tensor]) -> list[int]:
-    """The sizes of an input of the whole batch, and a check that each member fits."""
+    """Return the sizes of one gathered input.
+
+    Raises:
+        RunError: A member does not fit the others.
+    """
     plan = batch.plan.inputs[index]
     dtype = parts[0].dtype
     sizes = list(parts[0].shape)
@@ -196,7 +216,7 @@ def _misfit(plan: InputPlan, part: torch.Tensor, dtype: torch.dtype, sizes: list
 
 
 def _dense(sizes: Sequence[int], order: Sequence[int]) -> tuple[list[int], int]:
-    """The strides of a dense tensor in this memory order, and how many elements it has room for."""
+    """Return the strides and the number of elements of a dense tensor in this memory order."""
     strides = [1] * len(sizes)
     step = 1
     for dim in reversed(order):

@@ -1,5 +1,6 @@
-"""Which executor a device gets: native lanes, or Python threads where no compiler was at hand
-at install.
+"""Chooses a device's executor: native lanes, or Python threads where native lanes are missing.
+
+Native lanes are missing where the installation found no C++ compiler.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from aoti_sched.errors import ConfigError
 from aoti_sched.events import log
 
 CHOICE = "AOTI_SCHED_EXECUTOR"
-"""Environment: "native" or "threads" forces one, for comparisons and tests; otherwise the best
-there is.
+"""The environment variable that forces "native" or "threads", for comparisons and tests.
+
+Without a value, native lanes are used where they are installed.
 """
 
 
@@ -28,37 +30,41 @@ def open_executor(
     *,
     launchers: int | None = None,
 ) -> Executor:
-    """The executor of a device.
+    """Open the executor of a device.
 
     Args:
         name: The device's name.
-        lanes: How many lanes.
-        cores: How many cores the process may use.
-        set_threads: Sets the intra-op thread count of the thread that calls it.
-        affinity: A core for each lane, by the system's numbers; None leaves them to the system. The
-            threads that a run starts stay on their lane's core too, so this is for models of one
-            thread.
-        launchers: So many threads for all native lanes; None for one each.
+        lanes: The number of lanes.
+        cores: The number of cores that the process may use.
+        set_threads: Sets the intra-op thread count of the calling thread.
+        affinity: A core for each lane, by the system's numbers; None leaves the choice to the
+            system. Threads that a run starts stay on their lane's core too, so use this for models
+            of one thread.
+        launchers: The number of threads for all native lanes; None for one thread per lane.
 
     Raises:
-        ConfigError: The environment asks for an executor that is not there, or a lane's core is not
-            this process's.
+        ConfigError: The environment asks for an executor that is not installed, or this process may
+            not use one of the cores.
     """
     if affinity is not None:
         _check(name, lanes, affinity)
     wanted = os.environ.get(CHOICE, "")
     if wanted not in ("", "native", "threads"):
-        raise ConfigError(f"{CHOICE}={wanted!r}: expected 'native' or 'threads'")
+        raise ConfigError(f"{CHOICE}={wanted!r}: expected 'native' or 'threads'.")
     built = importlib.util.find_spec("aoti_sched.backends.native._native") is not None
     if wanted == "native" and not built:
-        raise ConfigError(f"{CHOICE}=native, but this installation was made without a C++ compiler")
+        raise ConfigError(
+            f"{CHOICE}=native, but this installation was made without a C++ compiler. Install a "
+            "compiler (g++) and reinstall aoti_sched."
+        )
     if built and wanted != "threads":
         from aoti_sched.backends.native.executor import NativeExecutor
 
         return NativeExecutor(name, lanes, cores, set_threads, affinity, launchers=launchers)
     if launchers is not None:
         raise ConfigError(
-            f"device {name!r}: launchers={launchers} needs native lanes, and {CHOICE}=threads"
+            f"device {name!r}: launchers={launchers} needs native lanes, and {CHOICE}=threads. "
+            "Leave launchers out."
         )
     from aoti_sched.backends.executors.threads import ThreadsExecutor
 
@@ -69,7 +75,7 @@ def open_executor(
 
 @functools.cache
 def warn_of_threads() -> None:
-    """Say, once in a process, what an installation without native lanes costs."""
+    """Log, once in a process, what an installation without native lanes costs."""
     log.warning(
         "lanes are Python threads",
         why="aoti_sched was installed without a C++ compiler, so its native lanes are missing",
@@ -80,16 +86,17 @@ def warn_of_threads() -> None:
 def _check(name: str, lanes: int, affinity: Sequence[int]) -> None:
     if not hasattr(os, "sched_getaffinity"):
         raise ConfigError(
-            f"device {name!r}: affinity={list(affinity)}: this system can't keep a thread on a core"
+            f"device {name!r}: affinity={list(affinity)}: this system can't bind a thread to a "
+            "core. Leave affinity out."
         )
     if len(affinity) != lanes:
         raise ConfigError(
             f"device {name!r}: affinity={list(affinity)}: expected one core for each of {lanes} "
-            f"lanes"
+            "lanes."
         )
     ours = os.sched_getaffinity(0)
     if not ours.issuperset(affinity):
         raise ConfigError(
             f"device {name!r}: affinity={list(affinity)}: this process may use the cores "
-            f"{sorted(ours)} only"
+            f"{sorted(ours)} only."
         )

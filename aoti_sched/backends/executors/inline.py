@@ -1,8 +1,7 @@
-"""Runs on the calling thread, for executors in Python; and what becomes of a run's error before
-it is handed on.
+"""Inline runs: runs on the calling thread, and the cleaning of a run's error.
 
-A run that is shorter than a hop to a lane is cheaper where its caller is. There the GIL is kept: to
-give it up around a call of 5 µs costs more than the call when others want it.
+A run that is shorter than a hop to a lane is cheaper on its caller's thread. Such a run keeps the
+GIL: to release the GIL around a call of 5 µs costs more than the call when other threads want it.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from aoti_sched.backends.contracts import Completion, CRun, Work
 from aoti_sched.errors import AotiSchedError, InputMismatchError, RunError
 from aoti_sched.foreign import out_of_resources, said
 
-# As `c_abi` describes them, but callers keep the GIL. Made once for each address.
+# The functions as `c_abi` describes them, but with the GIL kept. Made once for each address.
 _run_at = functools.lru_cache(1024)(
     ctypes.PYFUNCTYPE(c_int32, c_void_p, c_void_p, c_size_t, c_void_p, c_size_t, c_void_p, c_void_p)
 )
@@ -36,14 +35,12 @@ _torchs_words = getattr(
 if _torchs_words is not None:
     _torchs_words.restype = c_char_p
 _set_openmp = getattr(libtorch, "omp_set_num_threads", None)
-# It returns what it was; 0 is the process's count.
+# The function returns the previous count; 0 stands for the process's count.
 _set_mkl = getattr(libtorch, "MKL_Set_Num_Threads_Local", None)
 
 
 def run_here(work: Work) -> Completion:
-    """Run a work on the calling thread as `Executor.run_here` does, but for the handles: in
-    Python.
-    """
+    """Run a work on the calling thread, as `Executor.run_here` does, but in Python."""
     outputs: list[Any] | None = None
     error: BaseException | None = None
     started = time.monotonic()
@@ -64,22 +61,21 @@ def run_here(work: Work) -> Completion:
 
 
 def run_raw(work: Work) -> list[Any]:
-    """Run a work, one request's or a batch, by its container's own `run_work`."""
+    """Run a work of one request or of a batch by the container's own `run_work`."""
     return work.container.run_work(work)
 
 
 def refused(work: Work, error: BaseException) -> Completion:
-    """The completion of a work that was not begun."""
+    """Return the completion of a work that was refused before it began."""
     now = time.monotonic()
     return Completion(work.token, None, without_frames(error), now, now)
 
 
 @contextmanager
 def intra_op_threads(count: int) -> Iterator[None]:
-    """The calling thread's intra-op threads, OpenMP's and MKL's, are so many inside and what
-    they were afterwards.
-    """
-    # Asked for the first time, torch sets a thread's count: this must not come later, over ours.
+    """Set the calling thread's OpenMP and MKL thread counts for the block, then restore them."""
+    # Torch sets a thread's count when first asked for it. Ask now, so that torch does not overwrite
+    # the new count later.
     before = torch.get_num_threads()
     set_threads = torch.set_num_threads if _set_openmp is None else _set_openmp
     set_threads(count)
@@ -92,17 +88,15 @@ def intra_op_threads(count: int) -> Iterator[None]:
             _set_mkl(mkl_before)
 
 
-class Origin(Exception):  # noqa: N818 -- nobody raises or catches it
-    """Where an error was raised, in the words of its traceback; shown above it, as its cause."""
+class Origin(Exception):  # noqa: N818 -- never raised or caught
+    """The traceback of an error as text, shown above the error as its cause."""
 
 
 def without_frames(error: BaseException) -> BaseException:
-    """The error of a run, holding no frame: a frame holds its locals and its callers', and so
-    the run's tensors.
+    """Return the error of a run without frames, whose local variables would keep the run's tensors.
 
-    The errors of this package say everything in their texts. Any other one is a surprise, and its
-    traceback goes with it as text. One that can't be changed so is replaced by an error that names
-    it.
+    The errors of this package need no traceback. Another error keeps its traceback as text, in an
+    `Origin`. An error that can't be changed is replaced by a RunError that names its type.
     """
     try:
         return _without_frames(out_of_resources(error, "the run") or error)
@@ -149,7 +143,7 @@ def _call(run: CRun, tensors: list[torch.Tensor]) -> list[torch.Tensor | None]:
     if run.last_error:
         _last_error_at(run.last_error)(ctypes.byref(own))
     torchs = _torchs_words() if _torchs_words is not None else None
-    free(inputs)  # what was stolen is null now; the rest is ours
+    free(inputs)  # stolen handles are null now; the caller still owns the rest
     free(outputs)
     raise RunError(
         f"{run.name}: the run failed: {explain_failure(_text(own.value), _text(torchs))}"

@@ -1,4 +1,4 @@
-"""The pure-Python executor: one Python thread per lane, over runs that release the GIL.
+"""The pure-Python executor: one Python thread per lane, for runs that release the GIL.
 
 Waking the loop costs a write to one descriptor per burst of completions. A hop to a Python thread
 costs 80 to 200 µs where two threads compete for the GIL, and this executor can't avoid it.
@@ -21,7 +21,7 @@ from aoti_sched.backends.executors.wakeup_fd import WakeupFd
 from aoti_sched.errors import ResourcesError, UnsupportedLoopError
 
 DRAIN_LIMIT = 256
-"""Completions per `drain`, so that a burst does not hold the loop."""
+"""The most completions per `drain`, so that a burst does not block the event loop."""
 
 
 class ThreadsExecutor:
@@ -30,10 +30,10 @@ class ThreadsExecutor:
     Args:
         name: The device's name; lane threads are named `aoti:<name>:<lane>`.
         lanes: The number of lanes.
-        set_threads: Sets the calling thread's intra-op thread count; called on the lane's thread
-            when a work asks for another count than the one before.
-        affinity: A core for each lane; None leaves them to the system.
-        wake: Tells of completions, instead of a descriptor of this executor.
+        set_threads: Sets the calling thread's intra-op thread count. The lane's thread calls this
+            when a work needs another count than the previous work.
+        affinity: A core for each lane; None leaves the choice to the system.
+        wake: Called after each completion. By default the executor has a descriptor of its own.
     """
 
     kind = "threads"
@@ -57,8 +57,7 @@ class ThreadsExecutor:
             except OSError as error:
                 raise ResourcesError(
                     f"device {name!r}: no descriptor is left for its lanes: {error}. Nothing has "
-                    f"changed; close files, "
-                    "or raise the limit"
+                    "changed. Close files, or raise the limit."
                 ) from error
             wake = self._wakeup.set
         self._wake = wake
@@ -66,9 +65,9 @@ class ThreadsExecutor:
         self._running = running = _Running([queue.SimpleQueue() for _ in range(lanes)])
         self._inboxes = running.inboxes
         self._closed = False
-        self.lost: Callable[[], str] = str  # a device says more
-        # The threads don't refer to the executor: an executor that is let go without `close` ends
-        # them too.
+        self.lost: Callable[[], str] = str  # a device sets its own function
+        # The threads don't refer to the executor, so an executor that is dropped without `close`
+        # ends them too.
         weakref.finalize(self, running.end).atexit = False
         close_at_exit(running)
         cores: Sequence[int | None] = affinity or [None] * lanes
@@ -86,9 +85,9 @@ class ThreadsExecutor:
             self.close()
             if isinstance(error, (RuntimeError, MemoryError)):
                 raise ResourcesError(
-                    f"device {name!r}: {len(running.threads)} of {lanes} lanes were started, then "
-                    f"no thread could be: "
-                    f"{error}. Nothing has changed; end other threads, or raise the limit"
+                    f"device {name!r}: after {len(running.threads)} of {lanes} lanes, no more "
+                    f"threads could be started: {error}. Nothing has changed. End other threads, "
+                    "or raise the limit."
                 ) from error
             raise
 
@@ -99,7 +98,7 @@ class ThreadsExecutor:
         return False
 
     def poll(self) -> bool:
-        """Return False: the work of a Python thread is never done so soon."""
+        """Return False: a Python thread never completes a work before the loop could sleep."""
         return False
 
     def run_here(self, work: Work) -> Completion:
@@ -128,14 +127,14 @@ class ThreadsExecutor:
     def _forked(self) -> UnsupportedLoopError:
         return UnsupportedLoopError(
             f"device {self._name}: the process was forked after the lanes were made; make a new "
-            f"Scheduler in the child"
+            "Scheduler in the child"
         )
 
 
 class _Running:
     """The threads of an executor.
 
-    Each thread keeps this object, so running threads are waited for at exit.
+    Each running thread refers to this object, so the exit handler waits for the thread.
     """
 
     def __init__(self, inboxes: list[queue.SimpleQueue[Work | None]]) -> None:
@@ -175,7 +174,7 @@ def _serve(
         except BaseException as caught:  # noqa: BLE001 -- it is the request's, and must not end the lane
             error = without_frames(caught)
         completion = Completion(work.token, outputs, error, started, time.monotonic())
-        # Free the job's tensors before its completion is seen.
+        # Free the job's tensors before the loop sees the completion.
         del work, outputs, error
         done.append(completion)
         del completion

@@ -7,10 +7,10 @@ import os
 
 
 class WakeupFd:
-    """Makes a descriptor readable from any thread. Several sets before a clear write to it once.
+    """Makes a descriptor readable from any thread. Several sets before a clear write only once.
 
-    The last owner closes it: a thread that may still set the descriptor keeps this object, so the
-    descriptor's number is not given to another file.
+    The descriptor is closed with the last reference to this object. A thread that may still set the
+    descriptor keeps a reference, so the system does not reuse the descriptor's number.
     """
 
     fd = _write_end = -1
@@ -19,7 +19,7 @@ class WakeupFd:
         if hasattr(os, "eventfd"):
             self.fd = self._write_end = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         else:
-            self.fd, self._write_end = os.pipe()  # as eventfd, not inherited by executed programs
+            self.fd, self._write_end = os.pipe()  # like eventfd, closed in executed programs
             os.set_blocking(self.fd, False)
             os.set_blocking(self._write_end, False)
         self._is_set = False
@@ -33,12 +33,12 @@ class WakeupFd:
     def clear(self) -> None:
         """Make the descriptor unreadable.
 
-        Look for completions after this, or a `set` in between is lost.
+        Take completions only after this call. Otherwise a `set` in between is lost.
         """
         if self.fd < 0:
             return
-        # Without a byte to read, a thread has set the flag and not yet written: its write is one
-        # wake-up too many.
+        # There is no byte to read when a thread has set the flag and not yet written. Its write
+        # then causes one wake-up too many.
         with contextlib.suppress(BlockingIOError):
             os.read(self.fd, 4096)
         self._is_set = False

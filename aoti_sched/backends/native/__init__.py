@@ -1,8 +1,7 @@
-"""Native lanes: C++ threads that run models without the GIL, and tell the loop once per burst.
+"""Native lanes: C++ threads that run models without the GIL, and wake the loop once per burst.
 
-- `lane.cpp`, `run.cpp`, `batch.cpp`, `stream.cpp`: the machinery, which knows neither torch nor
-  Python.
-- `bindings.cpp`, `py_lanes.cpp`, `tensors.cpp`: its Python face, the module `_native`.
+- `lane.cpp`, `run.cpp`, `batch.cpp`, `stream.cpp`: lanes and runs, without torch and Python.
+- `bindings.cpp`, `py_lanes.cpp`, `tensors.cpp`: the Python module `_native`.
 - `executor.py`: the executor's contract on top.
 
 Where the installation found no compiler, `_native` is missing, and this package still imports.

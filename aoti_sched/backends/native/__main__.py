@@ -1,8 +1,7 @@
-"""`python -m aoti_sched.backends.native` tells which lanes this installation has, and whether
-its rules are compiled; it fails where lanes are Python threads.
+"""`python -m aoti_sched.backends.native`: prints which lanes and rules this installation has.
 
-An installation succeeds without the native module, be it that no compiler was at hand or that the
-compiler failed. So this is how one knows.
+An installation succeeds even where no compiler was found or the compiler failed. The exit status is
+1 where lanes are Python threads, because the native module is missing.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ import shutil
 import sys
 
 
-def main() -> int:
+def _main() -> int:
     if importlib.util.find_spec("aoti_sched.backends.native._native") is not None:
-        print(f"aoti_sched: lanes are native threads, the rules {_rules()}")  # noqa: T201 -- this is what it is for
+        print(f"aoti_sched: lanes are native threads, the rules {_rules()}")  # noqa: T201 -- a command's output
         return 0
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
     why = "no C++ compiler was found" if compiler is None else f"{compiler} did not build it"
@@ -32,4 +31,4 @@ def _rules() -> str:
     return "are Python" if rules is None or str(rules.origin).endswith(".py") else "are compiled"
 
 
-sys.exit(main())
+sys.exit(_main())

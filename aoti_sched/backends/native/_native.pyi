@@ -1,4 +1,4 @@
-"""Native lanes: threads that run compiled models and never touch Python.
+"""Native lanes: threads that run compiled models without Python.
 
 Addresses are plain integers.
 """
@@ -7,18 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 Taken: TypeAlias = tuple[int, list[Any] | tuple[str, str], float, float]
-"""Token; outputs, or the runtime's and torch's words for a failure; start and end in seconds of
-the monotonic clock.
+"""A completion: token, outputs or error, start and end in seconds of the monotonic clock.
 
-An output that was left out is None. A batch's outputs are two lists: the whole outputs (None where
-the members' are copies), and each member's list.
+- Outputs: a tensor for each output, None for an output that the model left out.
+- Outputs of a batch: the whole outputs (None where members get copies), and each member's list.
+- Error: the runtime's text and torch's text for the failure.
 """
 
 class ForkedError(RuntimeError):
-    """A forked child used the lanes of its parent, whose threads it does not have."""
+    """A forked child used its parent's lanes, whose threads the child does not have."""
 
 class Model:
-    """How one model is run. Works keep the model alive, but not its container."""
+    """The functions that run one model. Works keep this object alive, but not the container."""
 
     def __init__(
         self,
@@ -32,10 +32,10 @@ class Model:
     ) -> None: ...
 
 class Tensors:
-    """Turns tensors into handles and back.
+    """Converts tensors to handles and back.
 
-    The way is direct where `new_handle` and `wrap` are given, and otherwise leads through torch's
-    functions for lists of capsules.
+    With `new_handle` and `wrap`, the conversion is direct. Otherwise torch's functions for lists of
+    capsules are used.
     """
 
     def __init__(
@@ -68,13 +68,13 @@ class Shim:
     ) -> None: ...
 
 class Plan:
-    """How a model's batches are put together and taken apart.
+    """How the inputs of a model's batches are gathered, and the outputs split.
 
     Args:
         shim: Torch's functions for tensors.
-        inputs: For each input its dimension of rows, its order in memory, its ragged dimensions,
+        inputs: For each input, its dimension of rows, its order in memory, its ragged dimensions,
             and one padding element for each dtype.
-        outputs: For each output its dimension of rows, and (dimension, input, dimension of that
+        outputs: For each output, its dimension of rows, and (dimension, input, dimension of that
             input) for each dimension that is cut back.
         detach_rows: Whether members get copies instead of views.
     """
@@ -88,19 +88,19 @@ class Plan:
     ) -> None: ...
 
 class Device:
-    """A device as lanes know it.
+    """The lanes' record of an accelerator.
 
     Args:
         shim: Torch's functions for tensors.
         type: Torch's number for this kind of device.
         index: The device's own number.
         one_at_a_time: Whether the device takes one work of the process at a time.
-        functions: Addresses by name. `new_handle`, `get_device_type` and `copy` of torch; `guard`
-            and `unguard` where there are current streams; `get_context`, `set_context`, `query`,
-            `copy_in`, `copy_out`, `allocate_host`, `free_host`, `launch_graph` and `explain` of a
-            driver.
+        functions: Addresses by name. Torch's are `new_handle`, `get_device_type` and `copy`, and
+            `guard` and `unguard` where torch has current streams. A driver's are `get_context`,
+            `set_context`, `query`, `copy_in`, `copy_out`, `allocate_host`, `free_host`,
+            `launch_graph` and `explain`.
         context: The driver's context.
-        not_ready: What the driver's `query` returns while a stream has work to do.
+        not_ready: The status that the driver's `query` returns while a stream has work to do.
     """
 
     def __init__(
@@ -120,11 +120,11 @@ class Stream:
 
     Args:
         device: The stream's device.
-        handle: The stream as the device's library knows it.
-        fence: Waits for the stream and returns a status. Either this or `wait`.
-        wait: Waits for the stream and throws on failure.
-        argument: What `fence` or `wait` is given.
-        brought: Whether each input is copied to the device where it lies on the host.
+        handle: The stream in the device's own library.
+        fence: A function that waits for the stream and returns a status. Give this or `wait`.
+        wait: A function that waits for the stream and throws on failure.
+        argument: The argument of `fence` or `wait`.
+        brought: For each input, whether a tensor on the host is copied to the device.
         home: Whether outputs are copied to the host.
     """
 
@@ -144,12 +144,12 @@ class Graph:
     """A recorded run, launched on a slot's stream instead of the model.
 
     Args:
-        device: Where the run was recorded.
-        executable: What the driver launches.
-        inputs: Handles of the tensors that the graph reads. The graph owns them, even when this
-            raises.
-        outputs: Handles of the tensors that the graph writes, owned likewise; 0 for an output that
-            is left out.
+        device: The device on which the run was recorded.
+        executable: The driver's executable graph.
+        inputs: Handles of the tensors that the graph reads. The graph owns the handles, even when
+            this call raises.
+        outputs: Handles of the tensors that the graph writes, owned in the same way; 0 for an
+            output that is left out.
     """
 
     def __init__(
@@ -163,18 +163,22 @@ def take_turn() -> None:
     """
 
 def wait_for_detached_threads(others: bool) -> None:
-    """Wait for threads that are in here without the GIL: the interpreter ends, and the lanes
-    are closed. `others` says whether the interpreter leaves threads behind: then their objects
-    are no leaks.
+    """Wait for threads that are in this module without the GIL. Call this at interpreter exit.
+
+    The lanes are closed by then.
+
+    Args:
+        others: Whether other threads still run, so that the objects they keep are no leaks.
     """
 
 def end_turn() -> None:
-    """Release the lock, on the thread that took it."""
+    """Release the lock on the thread that took it."""
 
 class ConstantMap:
-    """Names and handles in a `std::unordered_map`, as models compiled before torch 2.13 take and give constants.
+    """Names and handles in a `std::unordered_map`.
 
-    The handles stay their owners'.
+    Models compiled before torch 2.13 take and return constants in such a map. The map does not own
+    the handles.
     """
 
     def __init__(self, pairs: Sequence[tuple[str, int]]) -> None: ...
@@ -188,17 +192,19 @@ class Lanes:
     """A device's lanes. In a forked child they refuse to work.
 
     Args:
-        names: One for each lane, and for its thread.
-        affinities: A core for each lane's thread; none where it is missing or negative.
-        cores: Lanes spin for work only while fewer threads than this are awake.
-        tensors: Turns tensors into handles and back.
-        delete_tensor: As the others below, the address of a function of torch's.
-        root_cause: Returns torch's words for the calling thread's last failure.
-        get_threads: Returns the calling thread's intra-op threads.
-        set_omp_threads: Sets the calling thread's OpenMP threads.
-        set_mkl_threads: Sets the calling thread's MKL threads.
-        new_handle: Makes another handle of a tensor.
-        threads: The number of threads for all lanes, which poll a device; 0 for one each.
+        names: The name of each lane and of its thread.
+        affinities: A core for each lane's thread. A core that is missing or negative binds nothing.
+        cores: The number of awake threads from which on lanes do not spin for work.
+        tensors: The conversion of tensors to handles and back.
+        delete_tensor: The address of torch's function that deletes a handle.
+        root_cause: The address of a function that returns torch's text for the calling thread's
+            last failure.
+        get_threads: The address of a function that returns the calling thread's intra-op threads.
+        set_omp_threads: The address of a function that sets the calling thread's OpenMP threads.
+        set_mkl_threads: The address of a function that sets the calling thread's MKL threads.
+        new_handle: The address of torch's function that makes another handle of a tensor.
+        threads: The number of threads for all lanes, which then poll a device; 0 for one thread per
+            lane.
     """
 
     def __init__(
@@ -226,7 +232,7 @@ class Lanes:
         on: Stream | None = None,
         graph: Graph | None = None,
     ) -> None:
-        """Hand a work to a lane. When it raises, the lane has taken nothing."""
+        """Hand a work to a lane. When this call raises, the lane has taken nothing."""
 
     def submit_batch(
         self,
@@ -248,9 +254,7 @@ class Lanes:
         """
 
     def drain(self, limit: int) -> list[Taken]:
-        """Return at most `limit` completions, oldest first, as (token, outputs or error,
-        started, finished).
-        """
+        """Return at most `limit` completions, oldest first."""
 
     def run_here(
         self,
@@ -281,7 +285,7 @@ class Lanes:
         """Run a batch on the calling thread, as `run_here` does."""
 
     def poll(self, seconds: float) -> bool:
-        """Spin without the GIL until a completion waits. Return whether one does."""
+        """Spin without the GIL for at most `seconds`. Return whether a completion waits."""
 
     def wake(self) -> None:
         """Make the descriptor readable."""
@@ -289,7 +293,7 @@ class Lanes:
     def fileno(self) -> int: ...
     def count(self) -> int: ...
     def close(self) -> None:
-        """Wait for the submitted works, and join the threads."""
+        """Wait for the submitted works, then join the threads."""
 
     def hang_up(self) -> None:
-        """Close, and close the descriptor: `fileno` is -1 from then on."""
+        """Close the lanes and the descriptor. `fileno` then returns -1."""

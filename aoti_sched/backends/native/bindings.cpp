@@ -161,7 +161,7 @@ NB_MODULE(_native, module) {
       "lock again.");
   module.def(
       "end_turn", [] { aoti::process_lock().unlock(); },
-      "Release the lock, on the thread that took it.");
+      "Release the lock on the thread that took it.");
   module.def(
       "wait_for_detached_threads",
       [](bool others) {
@@ -169,9 +169,9 @@ NB_MODULE(_native, module) {
         if (others) nb::set_leak_warnings(false);
       },
       nb::arg("others"),
-      "Wait for threads that are in here without the GIL: the interpreter ends, and the lanes are "
-      "closed. `others` says "
-      "whether the interpreter leaves threads behind: then their objects are no leaks.");
+      "Wait for threads that are in this module without the GIL. Call this at interpreter exit. "
+      "The lanes are closed by then. "
+      "Args: others: Whether other threads still run, so that the objects they keep are no leaks.");
 
 #ifdef AOTI_CONSTANT_MAPS
   nb::class_<aoti::ConstantMap>(module, "ConstantMap")
@@ -192,7 +192,7 @@ NB_MODULE(_native, module) {
       .def("submit", &aoti::PyLanes::submit, nb::arg("lane"), nb::arg("token"), nb::arg("model"),
            nb::arg("inputs"), nb::arg("threads"), nb::arg("on").none() = nb::none(),
            nb::arg("graph").none() = nb::none(),
-           "Hand a work to a lane. When it raises, the lane has taken nothing.")
+           "Hand a work to a lane. When this call raises, the lane has taken nothing.")
       .def("submit_batch", &aoti::PyLanes::submit_batch, nb::arg("lane"), nb::arg("token"),
            nb::arg("model"), nb::arg("plan"), nb::arg("members"), nb::arg("rows"),
            nb::arg("padded_rows"), nb::arg("slot"), nb::arg("threads"),
@@ -201,8 +201,7 @@ NB_MODULE(_native, module) {
            "drained: the lane reads "
            "the members' memory.")
       .def("drain", &aoti::PyLanes::drain, nb::arg("limit"),
-           "Return at most `limit` completions, oldest first, as (token, outputs or error, "
-           "started, finished).")
+           "Return at most `limit` completions, oldest first.")
       .def("run_here", &aoti::PyLanes::run_here, nb::arg("model"), nb::arg("inputs"),
            nb::arg("threads"), nb::arg("on").none() = nb::none(),
            nb::arg("graph").none() = nb::none(),
@@ -215,11 +214,11 @@ NB_MODULE(_native, module) {
            nb::arg("graph").none() = nb::none(),
            "Run a batch on the calling thread, as `run_here` does.")
       .def("poll", &aoti::PyLanes::poll, nb::arg("seconds"),
-           "Spin without the GIL until a completion waits. Return whether one does.")
+           "Spin without the GIL for at most `seconds`. Return whether a completion waits.")
       .def("wake", &aoti::PyLanes::wake, "Make the descriptor readable.")
       .def("fileno", &aoti::PyLanes::fileno)
       .def("count", &aoti::PyLanes::count)
-      .def("close", &aoti::PyLanes::close, "Wait for the submitted works, and join the threads.")
+      .def("close", &aoti::PyLanes::close, "Wait for the submitted works, then join the threads.")
       .def("hang_up", &aoti::PyLanes::hang_up,
-           "Close, and close the descriptor: `fileno` is -1 from then on.");
+           "Close the lanes and the descriptor. `fileno` then returns -1.");
 }

@@ -1,7 +1,7 @@
 """`NativeExecutor`: the executor's contract on native lanes.
 
-A container that has no C function to call (torch's own runner) runs on a Python thread that stands
-in for its lane.
+A container without a C function (torch's own runner) runs on a Python thread instead of a native
+lane.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ SHIM = (
 
 
 WAKE_UP = 60e-6
-"""Seconds that a sleep and a wake-up cost, about. A longer poll would cost more."""
+"""Seconds that a sleep and a wake-up cost, about. A longer poll would cost more than sleeping."""
 
 MOST_VAIN = 1023
-"""The most chances to poll that are passed up in a row, where polling is always in vain.
+"""The most submits in a row for which polling is skipped, while polling finds no completion.
 
-Polling is in vain where lanes sleep or other processes have their cores.
+Polling finds none where lanes sleep or other processes have their cores.
 """
 
 
 _NativeCall: TypeAlias = "tuple[CRun, _native.Stream | None, _native.Graph | None]"
-"""What native code runs, and on which stream. A plain tuple: one is made for each run."""
+"""The run, its stream and its graph. A plain tuple is the cheapest, and each run makes one."""
 
 
 class NativeExecutor:
@@ -67,11 +67,11 @@ class NativeExecutor:
     Args:
         name: The device's name; lane threads are named `aoti:<name>:<lane>`.
         lanes: The number of lanes.
-        cores: Cores the process may use; lanes spin for work only while some are left.
-        set_threads: For the stand-in threads, as in `ThreadsExecutor`.
-        affinity: A core for each lane; None leaves them to the system.
-        launchers: The number of threads for all lanes; None for one each. Fewer threads than lanes
-            are for devices.
+        cores: Cores that the process may use. Lanes spin for work only while a core is free.
+        set_threads: As in `ThreadsExecutor`, for the Python threads.
+        affinity: A core for each lane; None leaves the choice to the system.
+        launchers: The number of threads for all lanes; None for one thread per lane. Only lanes of
+            accelerators can share threads.
     """
 
     kind = "native"
@@ -95,18 +95,17 @@ class NativeExecutor:
         except (RuntimeError, MemoryError) as error:
             raise ResourcesError(
                 f"device {name!r}: its {lanes} lanes can't be opened: {error}. Nothing has "
-                f"changed; end threads, close "
-                "files, or raise the limit"
+                "changed. End threads, close files, or raise the limit."
             ) from error
-        # The lanes hold no Python object: works and the members of batches live here.
+        # The lanes refer to no Python object, so works and members of batches are kept here.
         self._works: dict[int, Work] = {}
         self._members: dict[int, object] = {}
         self._shim = shim_of_torch()
-        self.lost: Callable[[], str] = str  # a device says more
+        self.lost: Callable[[], str] = str  # a device sets its own function
         self._may_poll = cores > 1
-        self._lately = math.inf  # seconds of the last run that a lane brought back
-        self._to_pass = 0  # chances to poll that are passed up, since polling was in vain
-        self._passed = 0
+        self._last_seconds = math.inf  # duration of the last run that was drained
+        self._polls_to_skip = 0  # grows while polling finds no completion
+        self._polls_skipped = 0
         self._count = 0
         self._stand_in: ThreadsExecutor | None = None
         close_at_exit(self)
@@ -143,7 +142,7 @@ class NativeExecutor:
                     lane, token, model, work.inputs, work.threads, on=on, graph=graph
                 )
             elif self._shim is None:
-                # Not into the slot's own memory: the work that runs now may still read it.
+                # New memory, since the slot's running work may still read the slot's own memory.
                 inputs = gather(run.name, batch)
                 self._native.submit(lane, token, model, inputs, work.threads)
             else:
@@ -160,15 +159,15 @@ class NativeExecutor:
                     on=on,
                     graph=graph,
                 )
-        except Exception as error:  # noqa: BLE001 -- it is raised again, in our words
+        except Exception as error:  # noqa: BLE001 -- raised again as an error of this package
             del self._works[token]
             raise self._plain(error) from None
-        # Several completions come in bursts, and the descriptor tells of a burst once: cheaper than
-        # to poll for each.
-        if not self._may_poll or len(self._works) != 1 or self._lately > WAKE_UP:
+        # With several works, completions come in bursts. One wake-up for a burst is cheaper than a
+        # poll for each completion.
+        if not self._may_poll or len(self._works) != 1 or self._last_seconds > WAKE_UP:
             return False
-        self._passed += 1
-        return self._passed > self._to_pass
+        self._polls_skipped += 1
+        return self._polls_skipped > self._polls_to_skip
 
     def run_here(self, work: Work) -> Completion:
         batch = work.batch
@@ -199,10 +198,10 @@ class NativeExecutor:
         return self._completion(work, taken)
 
     def _route(self, work: Work) -> _NativeCall | None:
-        """Return how native code runs the work; None if Python does.
+        """Return how native code runs the work; None if Python runs it.
 
         Raises:
-            DeviceLostError: The slot's device works no more.
+            DeviceLostError: The slot's device is lost.
         """
         run = work.container.c_run
         if run is None:
@@ -225,8 +224,8 @@ class NativeExecutor:
         there = self._native.poll(WAKE_UP)
         # A completion is found late when another process had this thread's core, or the lane's.
         in_time = there and time.monotonic() - began < WAKE_UP
-        self._passed = 0
-        self._to_pass = 0 if in_time else min(2 * self._to_pass + 1, MOST_VAIN)
+        self._polls_skipped = 0
+        self._polls_to_skip = 0 if in_time else min(2 * self._polls_to_skip + 1, MOST_VAIN)
         return there
 
     def drain(self) -> list[Completion]:
@@ -239,13 +238,13 @@ class NativeExecutor:
         return self._native.fileno()
 
     def close(self) -> None:
-        if self._stand_in is not None:  # first, since its threads set the lanes' wake-up descriptor
+        if self._stand_in is not None:  # first, since its threads use the lanes' descriptor
             self._stand_in.close()
         self._native.hang_up()
 
     def _drained(self, taken: _native.Taken) -> Completion:
         work = self._works.pop(taken[0])
-        self._lately = taken[3] - taken[2]
+        self._last_seconds = taken[3] - taken[2]
         if work.batch is not None:
             self._members.pop(taken[0], None)
         return self._completion(work, taken)
@@ -258,22 +257,22 @@ class NativeExecutor:
                 f"{run.name}: the run failed: {explain_failure(*result)}"
             )
             if run.slots:
-                error = run.slots[work.slot].device.judged(error)
+                error = run.slots[work.slot].device.classify(error)
             return Completion(work.token, None, error, started, finished)
         try:
             outputs = (
                 work.container.detach_outputs(result)
                 if work.batch is None
-                else self._own(work, work.batch, result)
+                else self._member_outputs(work, work.batch, result)
             )
             if run.slots:
                 run.slots[work.slot].hand_over(work, outputs)
-        except Exception as caught:  # noqa: BLE001 -- it is the request's; the others drained with it go on
+        except Exception as caught:  # noqa: BLE001 -- this request's error; the other completions go on
             return Completion(work.token, None, without_frames(caught), started, finished)
         return Completion(work.token, outputs, None, started, finished)
 
-    def _own(self, work: Work, batch: Batch, result: list[Any]) -> list[Any]:
-        """Return a batch's outputs for each member. None of them shares memory with the weights."""
+    def _member_outputs(self, work: Work, batch: Batch, result: list[Any]) -> list[Any]:
+        """Return the outputs of each member of a batch, without memory shared with the weights."""
         container = work.container
         run: Any = container.c_run
         if self._shim is None:
@@ -287,8 +286,9 @@ class NativeExecutor:
         return members
 
     def _can_gather(self, work: Work) -> bool:
-        """Return whether a device's lane can put the batch together, which it does in the
-        host's memory.
+        """Return whether a device's lane can gather the work's batch.
+
+        Lanes gather batches in the host's memory, so each member must be there.
         """
         batch = work.batch
         if batch is None:
@@ -305,12 +305,12 @@ class NativeExecutor:
         return self._stand_in
 
     def _plain(self, error: Exception) -> Exception:
-        """Return an error of the lanes in the words of this package."""
+        """Return an error of the native code as an error of this package."""
         if isinstance(error, _native.ForkedError):
             return UnsupportedLoopError(f"device {self._name}: {error}")
         if isinstance(error, MemoryError):
             return ResourcesError(
-                f"device {self._name}: no memory is left for the run. Free some and try again"
+                f"device {self._name}: no memory is left for the run. Free some and try again."
             )
         if isinstance(error, RuntimeError) and not isinstance(error, AotiSchedError):
             return RuntimeError(f"device {self._name}: {error}")
@@ -318,7 +318,7 @@ class NativeExecutor:
 
 
 def _prepare(run: CRun) -> _native.Model:
-    """Return the model as the lanes know it, and keep it in the container's `CRun`."""
+    """Return the native record of a model, and keep the record in the container's `CRun`."""
     run.native = model = _native.Model(
         run=run.run,
         container=run.container,
@@ -331,7 +331,7 @@ def _prepare(run: CRun) -> _native.Model:
 
 
 class _Prepared(NamedTuple):
-    """A plan as the lanes know it. The padding of ragged inputs depends on their dtypes."""
+    """A plan with its native record. The padding of ragged inputs depends on their dtypes."""
 
     plan: BatchPlan
     ragged: tuple[int, ...]
@@ -340,7 +340,7 @@ class _Prepared(NamedTuple):
 
 
 def _plan(shim: _native.Shim, run: CRun, batch: Batch) -> _native.Plan:
-    """Return a batch's plan as the lanes know it. The last one is kept with the model."""
+    """Return the native record of a batch's plan. The last plan is kept with the model."""
     known: _Prepared | None = run.native_plan
     if (
         known is None
@@ -401,7 +401,7 @@ def shim_of_torch() -> _native.Shim | None:
 
 
 def _tensors() -> _native.Tensors:
-    """Return the way from tensors to handles and back: the direct one where this torch has it."""
+    """Return the conversion of tensors to handles and back, the direct one where torch has it."""
     new_handle, wrap = _address("aoti_torch_new_tensor_handle"), _address(WRAP)
     return _native.Tensors(
         torch.Tensor,

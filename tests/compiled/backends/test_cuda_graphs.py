@@ -287,7 +287,7 @@ def test_a_model_that_draws_random_numbers_is_not_recorded(recorded, executor, m
         for _ in range(2):
             run(executor, container, on_device(2, 4))
     assert [event["error"] for event in events if event["event"] == "run not recorded"] == [
-        "it draws random numbers, and a graph would draw the same ones again"
+        "the model draws random numbers, and a graph would draw the same ones again"
     ]
     assert container.graphs == 0
 
@@ -331,7 +331,7 @@ def test_what_can_not_be_recorded_at_all_is_refused(recorded, device, monkeypatc
     folded = [type("Constant", (), {"spec": type("Spec", (), {"folded": True})})]
     monkeypatch.setattr(type(raw), "constants", folded)
     with pytest.raises(
-        ConfigError, match="cuda_graphs=True, but it computes constants from others"
+        ConfigError, match="cuda_graphs=True, but the model computes constants from others"
     ):
         make(device, raw, request, None, [])
 

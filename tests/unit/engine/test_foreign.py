@@ -308,7 +308,7 @@ async def test_the_interpreters_own_hook_tells_of_a_lost_event(monkeypatch, caps
         await settle()
     told = capsys.readouterr().err
     assert told.count("an event of aoti_sched was lost") == 1
-    assert "It raised ValueError: no such field" in told
+    assert "raised ValueError: no such field" in told
 
 
 async def test_a_logging_filter_that_raises_changes_nothing(told):
@@ -327,7 +327,7 @@ async def test_a_logging_filter_that_raises_changes_nothing(told):
     finally:
         logger.removeFilter(refuse)
     (one,) = told
-    assert "It raised RuntimeError: <LogRecord" in str(one.exc_value)
+    assert "raised RuntimeError: <LogRecord" in str(one.exc_value)
 
 
 async def test_a_log_processor_meets_no_fact_half_way_and_may_call_the_scheduler(told):
