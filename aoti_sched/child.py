@@ -57,8 +57,9 @@ def can_fork() -> bool:
 
 
 def is_unknown(answer: str) -> bool:
-    """Return whether an answer says nothing of the trial: no time, no process, or a fault of
-    its own.
+    """Return whether an answer says nothing of the trial.
+
+    It had no time, no process, or a fault of its own.
     """
     return answer == TOO_LONG or answer.startswith((NOT_STARTED, FAULT))
 

@@ -43,12 +43,15 @@ class EventLog:
         self._complained = False
 
     def debug(self, event: str, **values: Any) -> None:
+        """Log an event that only a search for a fault needs."""
         self._log_soon("debug", event, values)
 
     def info(self, event: str, **values: Any) -> None:
+        """Log an event of normal operation."""
         self._log_soon("info", event, values)
 
     def warning(self, event: str, **values: Any) -> None:
+        """Log an event that someone should look at, after which all goes on."""
         self._log_soon("warning", event, values)
 
     def error(self, event: str, **values: Any) -> None:

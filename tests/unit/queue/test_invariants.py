@@ -266,7 +266,10 @@ def publish(queue, runner, epoch):
 
 
 def half_rolled_back():
-    """A queue whose runner was rolled back. A slice of those that asked for what was has ended, the others are to."""
+    """A queue whose runner was rolled back.
+
+    A slice of the jobs that asked for the old epoch has ended; the others are to end.
+    """
     queue = DeviceQueue("cpu", 1)
     runner = add(queue)
     jobs = [Job(runner, min_epoch=2) for _ in range(3 * SLICE)]
@@ -279,7 +282,7 @@ def half_rolled_back():
 
 
 def half_published():
-    """A queue of which a slice of jobs has moved to its runner's new epoch, and the others are to."""
+    """A queue of which a slice of jobs has moved to its runner's new epoch, and the rest is to."""
     queue = DeviceQueue("cpu", 1)
     runner = add(queue, epoch=2)
     queue.submit(Job(runner, min_epoch=2), 0.0)
