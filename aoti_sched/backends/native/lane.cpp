@@ -123,7 +123,7 @@ struct Lanes::Thread {
   std::string name;
   int core = -1;
   std::vector<Lane*> lanes;
-  std::vector<Lane*> detached;  // those with a run on the device; has room for all lanes
+  std::vector<std::pair<Lane*, Run*>> detached;  // on the device; has room for all lanes
   std::thread thread;
   std::mutex mutex;
   std::condition_variable wake;
@@ -307,7 +307,7 @@ void Lanes::serve(Thread& thread) {
 #endif
   if (runtime_.get_threads != nullptr) runtime_.get_threads();
   int threads = 0;
-  std::vector<Lane*>& detached = thread.detached;
+  auto& detached = thread.detached;
   awake_.fetch_add(1, std::memory_order_relaxed);
   auto last_progress = Clock::now();
   for (;;) {
@@ -345,7 +345,7 @@ void Lanes::serve(Thread& thread) {
       run.launch();
       if (run.can_detach()) {
         run.detach();
-        detached.push_back(lane);
+        detached.emplace_back(lane, &run);
       } else {
         finish(thread, *lane, run);
         lane->run.reset();
@@ -353,10 +353,10 @@ void Lanes::serve(Thread& thread) {
     }
     bool progress = lane != nullptr;
     for (auto one = detached.begin(); one != detached.end();) {
-      Lane& ready = **one;
-      if (ready.run->ready()) {
-        finish(thread, ready, *ready.run);
-        ready.run.reset();
+      const auto [ready, run] = *one;
+      if (run->ready()) {
+        finish(thread, *ready, *run);
+        ready->run.reset();
         one = detached.erase(one);
         progress = true;
       } else {
