@@ -314,7 +314,7 @@ def test_a_job_that_came_after_a_rollback_must_not_be_queued_for_what_was():
     queue.submit(job, 1.0)
     assert job.state is JobState.QUEUED
     job.min_epoch = 2
-    with pytest.raises(AssertionError, match="what is queued can have its epoch"):
+    with pytest.raises(AssertionError, match="each queued job can have its epoch"):
         check(queue)
 
 
