@@ -192,8 +192,7 @@ class DeviceQueue(Lifecycle):
             batch_queue_of(runner).turn(now)
             self._selector.enter(runner)
         self._dispatch(now, commands)
-        for runner in gathering:
-            self._follow(runner, now, commands)
+        self._follow(gathering, now, commands)
         return commands
 
     def submit(
@@ -272,7 +271,7 @@ class DeviceQueue(Lifecycle):
                 runner.epoch_bound.add(job)
             self._admit(job, now, commands, waited=False)
             self._dispatch(now, commands)
-            self._follow(job.source, now, commands)
+            self._follow((job.source,), now, commands)
         if job.deadline is not None:
             self._ask_for_wake(commands)
         return commands
@@ -330,7 +329,7 @@ class DeviceQueue(Lifecycle):
             for other in (runner, *runner.leases.values()) if moved else (source,):
                 self._selector.enter(other)
             self._dispatch(now, commands)
-            self._follow(source, now, commands)
+            self._follow((source,), now, commands)
         if self.memory.evicts:
             runner.used = now
         if runner.closed or runner.phase is not Phase.OPEN or self.memory.line:

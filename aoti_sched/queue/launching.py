@@ -1,12 +1,13 @@
 """Launching: from the queue to a lane, and back.
 
 `_dispatch` gives free slots and lanes to the best queued jobs, `_start` takes along what may run
-with a job, `_follow` hands a lane its next job ahead of time, and `_end` counts a run that is over.
+with a job, `_follow` hands lanes their next jobs ahead, and `_end` counts a run that is over.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from aoti_sched.queue.commands import Command, Grant, Launch
 from aoti_sched.queue.deadlines import ExpiringJobs
@@ -14,7 +15,7 @@ from aoti_sched.queue.ending import SLICE
 from aoti_sched.queue.job import Fact, Job, JobState
 from aoti_sched.queue.queue_state import batch_queue_of, may_share_run
 from aoti_sched.queue.runner_state import Lease, RunnerState, Source
-from aoti_sched.queue.selection.choice import can_start
+from aoti_sched.queue.selection.choice import better, can_start
 from aoti_sched.queue.selection.forecast import expected
 from aoti_sched.queue.selection.placement import LOOP
 
@@ -189,23 +190,18 @@ class Launching(ExpiringJobs):
             runner.counters.batches += 1
             runner.counters.batched += len(members)
 
-    def _follow(self, source: Source, now: float, commands: list[Command]) -> None:
-        """Hand the source's next jobs to lanes that run short ones of it, unless a better job waits for a lane."""
-        placing = source.runner.placing
-        while (
-            source.open_for_next
-            and not source.closed
-            and not source.halted
-            and (job := source.queue.head()) is not None
-        ):
-            if job.is_lease_request or not placing.follows(job.bytes) or placing.inline(job.bytes):
+    def _follow(self, sources: Sequence[Source], now: float, commands: list[Command]) -> None:
+        """Hand the sources' next jobs ahead to lanes that run short jobs of theirs, the best first.
+
+        Each launch charges its runner, so the best job is chosen anew after it.
+        """
+        while True:
+            job: Job | None = None
+            for source in sources:
+                job = better(job, self._next_to_follow(source, now))
+            if job is None:
                 return
-            if job.deadline is not None and (
-                job.deadline <= now or self._would_be_late(job, job.deadline, now)
-            ):
-                return
-            if not self._selector.may_follow(job, now):
-                return
+            source = job.source
             self._unqueue(job)
             self._selector.launches(job, chosen=False)
             lane = source.open_for_next.pop()
@@ -214,6 +210,24 @@ class Launching(ExpiringJobs):
             commands.append(Launch(job))
             self._selector.enter(source)
             self._dispatch(now, commands)  # the room it left may let others in
+
+    def _next_to_follow(self, source: Source, now: float) -> Job | None:
+        """Return the source's next job, if a lane may be handed this job ahead.
+
+        No job is handed ahead while a better job waits for a lane.
+        """
+        if not source.open_for_next or source.closed or source.halted:
+            return None
+        job, placing = source.queue.head(), source.runner.placing
+        if job is None or job.is_lease_request:
+            return None
+        if not placing.follows(job.bytes) or placing.inline(job.bytes):
+            return None
+        if job.deadline is not None and (
+            job.deadline <= now or self._would_be_late(job, job.deadline, now)
+        ):
+            return None
+        return job if self._selector.may_follow(job, now) else None
 
     def _grant(self, job: Job, now: float, commands: list[Command]) -> None:
         """What asked for a lease gets its slot, for which no lane is needed, and is done."""

@@ -82,8 +82,8 @@ def _age_on_the_loop(source: Source) -> Rank | None:
     return _age(source, inline=True)
 
 
-def _better(one: Job | None, other: Job | None) -> Job | None:
-    """Which of them goes first."""
+def better(one: Job | None, other: Job | None) -> Job | None:
+    """Return the one of two sources' first jobs that goes before the other."""
     if one is None or other is None:
         return one or other
     return one if _rank(one) < _rank(other) else other
@@ -165,9 +165,9 @@ class Selector:
         if lanes.free and (overdue is None or overdue.source.runner.width <= lanes.free_cores):
             best = _first(self._runs)
             if best is not None and best.source.runner.width <= lanes.free_cores:
-                first = _better(first, best)
+                first = better(first, best)
         if lanes.loop_is_free():
-            first = _better(first, _first(self._loop))
+            first = better(first, _first(self._loop))
         return first
 
     def launches(self, job: Job, *, chosen: bool) -> None:

@@ -96,7 +96,7 @@ class PlainModel(Room, Order):
             return commands + self.settle(now)
         if not self.uncontended(job, now):
             commands += self.enter(job, now) + self.settle(now)
-            return commands + self.follow(job.source, now) + self.over()
+            return commands + self.follow([job.source], now) + self.over()
         job.expected = job.runner.expected(job.bytes)
         self.lift(job)
         commands += self.came(job) + self.launch(job, now)
@@ -131,7 +131,7 @@ class PlainModel(Room, Order):
         commands += self.leave_lane(run, now)
         self.retire()
         commands += self.settle(now, over=False)
-        return commands + self.follow(run.source, now) + self.over()
+        return commands + self.follow([run.source], now) + self.over()
 
     def turn(self, now):
         self.budget_left, self.turn_asked = self.budget, any(run.lane == LOOP for run in self.runs)
@@ -141,9 +141,7 @@ class PlainModel(Room, Order):
                 runner.gathering = False
             runner.got, runner.held = 0, set()
         commands = [("next turn",)] * self.turn_asked + self.settle(now)
-        for runner in gathering:
-            commands += self.follow(runner, now)
-        return commands
+        return commands + self.follow(gathering, now)
 
     def cancel(self, now, number):
         job = self.jobs[number]
@@ -331,35 +329,44 @@ class PlainModel(Room, Order):
         asked, self.turn_asked = self.turn_asked, True
         return [] if asked else [("next turn",)]
 
-    def follow(self, source, now):
-        """Give the source's next jobs to lanes that run short ones of it and have none behind."""
+    def follow(self, sources, now):
+        """Hand the next jobs of the sources ahead, the best job first."""
         commands = []
-        while True:
-            taken = {run.lane for run in self.runs if run.behind}
-            firsts = [
-                run
-                for run in self.runs
-                if run.source is source
-                and run.opened is not None
-                and not run.behind
-                and run.lane not in taken
-            ]
-            head = self.first_of(source)
-            if not firsts or head is None or getattr(source, "closed", False):
-                return commands
-            runner, rival = head.runner, self.best_for_a_lane()
-            if head.is_lease_request or runner.inline(head.bytes) or not runner.short(head.bytes):
-                return commands
-            passed = head.deadline is not None and head.deadline <= now
-            if passed or self.is_late(head, now) or (rival and self.rank(rival) < self.rank(head)):
-                return commands
-            if self.may_be_overdue():
-                wants = [job for job in self.overdue_heads(now) if not job.runner.inline(job.bytes)]
-                if wants or [job for job in self.overdue(now) if job.source is source]:
-                    return commands
-            commands += self.launch(head, now, max(firsts, key=lambda run: run.opened))
-            self.launched(head, overdue=False)
+        while jobs := [self.first_of(source) for source in sources if self.hands_on(source, now)]:
+            job = min(jobs, key=self.rank)
+            first = max(self.with_none_behind(job.source), key=lambda run: run.opened)
+            commands += self.launch(job, now, behind=first)
+            self.launched(job, overdue=False)
             commands += self.settle(now, over=False)
+        return commands
+
+    def with_none_behind(self, source):
+        """The short runs of the source whose lanes may be given one more job."""
+        taken = {run.lane for run in self.runs if run.behind}
+        return [
+            run
+            for run in self.runs
+            if run.source is source
+            and run.opened is not None
+            and not run.behind
+            and run.lane not in taken
+        ]
+
+    def hands_on(self, source, now):
+        """Whether a lane may be given the source's next job behind the one that it runs."""
+        head = self.first_of(source)
+        if head is None or not self.with_none_behind(source) or getattr(source, "closed", False):
+            return False
+        runner, rival = head.runner, self.best_for_a_lane()
+        if head.is_lease_request or runner.inline(head.bytes) or not runner.short(head.bytes):
+            return False
+        passed = head.deadline is not None and head.deadline <= now
+        if passed or self.is_late(head, now) or (rival and self.rank(rival) < self.rank(head)):
+            return False
+        if not self.may_be_overdue():
+            return True
+        waits = [job for job in self.overdue_heads(now) if not job.runner.inline(job.bytes)]
+        return not waits and all(job.source is not source for job in self.overdue(now))
 
     def leave_lane(self, run, now):
         """Its lane and slot go to the next of a failed batch, or to what is behind it, or come home."""

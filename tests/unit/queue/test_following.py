@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from aoti_sched.queue.admission.load import Bounds
+from aoti_sched.queue.batching import Batching
 from aoti_sched.queue.commands import BarrierReached, Expire, Grant
 from aoti_sched.queue.job import Job, JobState, Priority
 from aoti_sched.queue.selection.placement import Placing
-from tests.unit.queue.support import device, launched, take_lease
+from tests.unit.queue.support import add, device, launched, launches, take_lease, teach
 
 SHORT = 0.125
 
@@ -153,3 +156,49 @@ def test_a_job_that_its_lane_would_not_take_ends_and_another_may_follow():
     queue.complete(first, 2.0)
     queue.complete(third, 3.0)
     assert runner.home
+
+
+DELAY = 0.5
+
+
+def batching_runner(queue, name, *, runs, spare_slots):
+    """A runner with short runs under way, whose jobs wait for a delay and the end of a turn."""
+    placing, batching = Placing(follow_limit=1.0), Batching(2, DELAY)
+    runner = add(queue, name, runs + spare_slots, placing=placing, batching=batching)
+    teach(queue, runner, SHORT)
+    for _ in range(runs):
+        assert launches(queue.submit(Job(runner), 0.0))
+    return runner
+
+
+@pytest.mark.parametrize("spare_slots", [0, 2], ids=["no spare slots", "spare slots"])
+@pytest.mark.parametrize("arrivals", [*itertools.permutations(range(3))])
+def test_at_the_end_of_a_turn_jobs_are_handed_ahead_best_first(arrivals, spare_slots):
+    queue = device(lanes=3)
+    two = batching_runner(queue, "two", runs=2, spare_slots=spare_slots)
+    one = batching_runner(queue, "one", runs=1, spare_slots=spare_slots)
+    jobs = [
+        Job(two, Priority.HIGH, key="k"),
+        Job(one, Priority.NORMAL, key="k"),
+        Job(two, Priority.LOW, key="l"),
+    ]
+    queue.turn(1.0)
+    for number in arrivals:
+        assert launches(queue.submit(jobs[number], 1.0)) == []
+    assert launches(queue.turn(1.0 + DELAY)) == jobs
+
+
+@pytest.mark.parametrize("high_is_first", [False, True])
+def test_the_best_job_is_handed_ahead_between_two_overdue_launches(high_is_first):
+    queue = device(lanes=3, max_wait=2.0)
+    one = batching_runner(queue, "one", runs=1, spare_slots=0)
+    other = batching_runner(queue, "other", runs=1, spare_slots=0)
+    low = add(queue, "low", slots=3)
+    first, *overdue = [Job(low, Priority.LOW) for _ in range(3)]
+    for job in (first, *overdue):
+        queue.submit(job, 0.0)
+    assert launched(queue.complete(first, 3.0)) == overdue[:1]
+    jobs = [Job(one, Priority.NORMAL, key="k"), Job(other, Priority.HIGH, key="k")]
+    for job in reversed(jobs) if high_is_first else jobs:
+        assert launches(queue.submit(job, 3.0)) == []
+    assert launches(queue.turn(3.0 + DELAY)) == jobs[1:]
