@@ -10,7 +10,17 @@ from __future__ import annotations
 import math
 
 from tests.unit.queue.plain_order import Order
-from tests.unit.queue.plain_parts import LIVE, LOOP, Illegal, Job, Lease, Run, Runner, freed_last
+from tests.unit.queue.plain_parts import (
+    LIVE,
+    LOOP,
+    SLICE,
+    Illegal,
+    Job,
+    Lease,
+    Run,
+    Runner,
+    freed_last,
+)
 from tests.unit.queue.plain_room import Room
 
 
@@ -33,6 +43,7 @@ class PlainModel(Room, Order):
         self.order, self.fair, self.expire_late, self.max_wait = order, fair, expire_late, max_wait
         self.budget = self.budget_left = budget
         self.turn_asked = False
+        self.goes_on = False  # a fact has left jobs for `go_on` to expire
         self.regular_turn, self.credit = False, 0.0
         self.jobs_bound = math.inf if jobs is None else jobs
         self.bytes_bound = math.inf if size is None else size
@@ -152,15 +163,11 @@ class PlainModel(Room, Order):
         return self.settle(now)
 
     def tick(self, now):
-        due = [
-            job
-            for job in self.jobs
-            if job.state in LIVE and job.deadline is not None and job.deadline <= now
-        ]
-        commands = [
-            self.expire(job) for job in sorted(due, key=lambda job: (job.deadline, job.number))
-        ]
-        return commands + self.settle(now)
+        return self.expire_due(now) + self.settle(now)
+
+    def go_on(self, now):
+        self.goes_on = False
+        return self.expire_due(now) + self.settle(now)
 
     def release(self, now, number):
         self.leases[number - 1].released = True
@@ -255,17 +262,21 @@ class PlainModel(Room, Order):
     # --- what follows ----------------------------------------------------------------------------------
 
     def settle(self, now, *, over=True):
-        """Everything goes that can."""
-        commands = []
+        """Everything goes that can. After a slice of expired jobs, the rest is left to `go_on`."""
+        commands, late = [], 0
         while True:
             self.ripen(now)
             commands += self.open_gates(now)
             self.ripen(now)
             job, overdue = self.choose(now)
+            if late == SLICE:
+                self.goes_on = True
+                break
             if job is None:
                 break
             if self.too_late(job, now):
                 commands.append(self.expire(job))
+                late += 1
             elif job.is_lease_request:
                 commands.append(self.grant(job, now))
             else:
@@ -412,6 +423,17 @@ class PlainModel(Room, Order):
             return []
         runner.failing = True
         return [("failing", self.runners.index(runner))]
+
+    def expire_due(self, now):
+        """Expire jobs whose deadline has passed, the earliest first."""
+        due = [
+            job
+            for job in self.jobs
+            if job.state in LIVE and job.deadline is not None and job.deadline <= now
+        ]
+        self.goes_on |= len(due) > SLICE
+        due.sort(key=lambda job: (job.deadline, job.number))
+        return [self.expire(job) for job in due[:SLICE]]
 
     def expire(self, job):
         self.end(job, "EXPIRED")

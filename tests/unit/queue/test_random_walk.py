@@ -17,7 +17,7 @@ from tests.unit.queue.plain_model import PlainModel
 from tests.unit.queue.plain_parts import LIVE, LOOP
 from tests.unit.queue.seeds import share_of_seeds
 from tests.unit.queue.support import check
-from tests.unit.queue.walks import Player, Walk
+from tests.unit.queue.walks import Player, Walk, answer_of
 
 SHARES = 8  # tests to spread the walks over, so that a failure leaves the others to look at
 
@@ -119,18 +119,60 @@ def test_a_case_that_is_not_met_is_named(case):
         greedy_cover(met)
 
 
+LOW_JOB = {
+    "priority": 2,
+    "deadline": None,
+    "bytes": 0,
+    "is_lease_request": False,
+    "min_epoch": 0,
+}
+UNBOUNDED_ON_LANES = ((None, None, None), ("lane", 0, 0, 0))
+
+
+def submissions(runner, *wishes, first=0):
+    """Facts that submit jobs to a runner by its number; the first job has the number `first`."""
+    return [
+        ("submit", (0.0, number, ("runner", runner), False, wish))
+        for number, wish in enumerate(wishes, first)
+    ]
+
+
+def played_on_both(facts, size):
+    """The plain model after these facts, and the answer to the last, which both sides give."""
+    device = {"lanes": 1, "jobs": None, "size": size, "budget": 1, "cores": None}
+    model, player = PlainModel(**device), Player(**device)
+    for fact in facts:
+        answer = answer_of(model, *fact)
+        assert sorted_out(player.play(*fact)) == sorted_out(answer)
+        check(player.queue)
+    return model, answer
+
+
 @pytest.mark.parametrize(("count", "sheds"), [(VICTIMS, True), (VICTIMS + 1, False)])
 def test_the_plain_model_knows_how_many_jobs_a_newcomer_sheds(count, sheds):
-    device = {"lanes": 1, "jobs": None, "size": count, "budget": 1, "cores": None}
-    model, player = PlainModel(**device), Player(**device)
-    wish = {"priority": 2, "deadline": None, "bytes": 0, "is_lease_request": False, "min_epoch": 0}
-    small, large = wish | {"bytes": 1}, wish | {"priority": 0, "bytes": count}
-    runner = ("r", 1, (None, None, None), ("lane", 0, 0, 0), {"sheds": True})
-    facts = [("add_runner", runner)]
-    for number, one in enumerate([wish, *[small] * count, large]):
-        facts.append(("submit", (0.0, number, ("runner", 0), False, one)))
-    for method, arguments in facts:
-        answer = getattr(model, method)(*arguments)
-        assert sorted_out(player.play(method, arguments)) == sorted_out(answer)
-        check(player.queue)
+    small, large = LOW_JOB | {"bytes": 1}, LOW_JOB | {"priority": 0, "bytes": count}
+    facts = [("add_runner", ("r", 1, *UNBOUNDED_ON_LANES, {"sheds": True}))]
+    facts += submissions(0, LOW_JOB, *[small] * count, large)
+    model, _ = played_on_both(facts, size=count)
     assert [job.state for job in model.jobs].count("SHED") == count * sheds
+
+
+def test_the_plain_model_serves_others_between_two_slices_of_expired_jobs():
+    due, lease = LOW_JOB | {"deadline": 1.0}, LOW_JOB | {"priority": 1, "is_lease_request": True}
+    facts = [("add_runner", (name, 1, *UNBOUNDED_ON_LANES, {})) for name in ("busy", "other")]
+    facts += submissions(0, LOW_JOB)
+    facts += submissions(1, *[due | {"priority": 0}] * SLICE, lease, due, first=1)
+    _, commands = played_on_both([*facts, ("tick", (1.0,))], size=None)
+    assert [command[0] for command in commands] == ["expire"] * SLICE + ["grant", "expire"]
+
+
+def test_the_plain_model_expires_the_earliest_first_after_a_slice_of_late_jobs():
+    high, normal, low = (
+        LOW_JOB | {"priority": priority, "deadline": deadline}
+        for priority, deadline in enumerate((1.0, 1.0, 0.5))
+    )
+    facts = [("add_runner", ("r", 1, *UNBOUNDED_ON_LANES, {}))]
+    facts += submissions(0, LOW_JOB, *[high] * SLICE, normal, low)
+    _, commands = played_on_both([*facts, ("complete", (1.0, 0, True))], size=None)
+    order = [*range(1, SLICE + 1), SLICE + 2, SLICE + 1]
+    assert commands == [("expire", number) for number in order]

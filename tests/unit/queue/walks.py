@@ -30,6 +30,14 @@ from tests.unit.queue.plain_model import PlainModel
 from tests.unit.queue.plain_parts import LIVE, Illegal
 
 
+def answer_of(model, method, arguments):
+    """Return what the plain model says to a fact, and then to `go_on` as often as it is needed."""
+    commands = getattr(model, method)(*arguments)
+    while model.goes_on:
+        commands += model.go_on(arguments[0])
+    return commands
+
+
 class Walk:
     """Facts of one walk as (method, arguments), chosen by what the plain model says is there.
 
@@ -134,7 +142,7 @@ class Walk:
 
     def answer(self, method, arguments):
         try:
-            return getattr(self.model, method)(*arguments)
+            return answer_of(self.model, method, arguments)
         except Illegal:
             return "illegal"
 
@@ -324,7 +332,7 @@ class Player:
             commands = list(getattr(self, method)(*arguments))
         except IllegalFactError:
             return "illegal"
-        while GoOn() in commands:  # the plain model ends all at once
+        while GoOn() in commands:  # the plain model revokes and withdraws all at once
             commands.remove(GoOn())
             commands += self.queue.go_on(arguments[0])
         if method == "tick":
