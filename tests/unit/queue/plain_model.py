@@ -43,7 +43,7 @@ class PlainModel(Room, Order):
         self.order, self.fair, self.expire_late, self.max_wait = order, fair, expire_late, max_wait
         self.budget = self.budget_left = budget
         self.turn_asked = False
-        self.goes_on = False  # a fact has left jobs for `go_on` to expire
+        self.goes_on = False  # a fact has left something to `go_on`
         self.regular_turn, self.credit = False, 0.0
         self.jobs_bound = math.inf if jobs is None else jobs
         self.bytes_bound = math.inf if size is None else size
@@ -167,6 +167,7 @@ class PlainModel(Room, Order):
 
     def go_on(self, now):
         self.goes_on = False
+        self.move_some()
         return self.expire_due(now) + self.settle(now)
 
     def release(self, now, number):
@@ -204,12 +205,9 @@ class PlainModel(Room, Order):
             job for job in self.jobs if job.runner is runner and job.state in ("WAITING", "QUEUED")
         ]
         jobs = [job for job in jobs if job.lease is None and not job.bypasses_limits]
-        for job in sorted(jobs, key=lambda job: job.id):
-            self.end(job, "WITHDRAWN")
         self.met |= {f"withdrawn {job.waits_for}" for job in jobs}
-        return [
-            ("withdraw", job.number) for job in sorted(jobs, key=lambda job: job.id)
-        ] + self.settle(now)
+        jobs.sort(key=lambda job: job.id)
+        return self.end_all(jobs, "WITHDRAWN", "withdraw") + self.settle(now)
 
     def when_finished(self, now, number, wish):
         job = Job(-1, self.known(number), None, **wish, is_lease_request=False, deadline=None)
@@ -242,10 +240,7 @@ class PlainModel(Room, Order):
             commands = self.revoke(
                 [job for job in self.in_line_for(runner) if job.min_epoch > epoch]
             )
-            for job in self.waiting_for("epoch", runner):
-                if job.min_epoch <= epoch:
-                    self.ids += 1
-                    job.id, job.waits_for = self.ids, "room" if job.bypasses_limits else "tenant"
+            self.move_some()
         return commands + self.settle(now)
 
     # --- looking at everything -------------------------------------------------------------------------
@@ -262,16 +257,18 @@ class PlainModel(Room, Order):
     # --- what follows ----------------------------------------------------------------------------------
 
     def settle(self, now, *, over=True):
-        """Everything goes that can. After a slice of expired jobs, the rest is left to `go_on`."""
-        commands, late = [], 0
+        """Everything goes that can. After a slice of jobs, the rest is left to `go_on`."""
+        commands, admitted, late = [], 0, 0
         while True:
             self.ripen(now)
-            commands += self.open_gates(now)
+            while admitted < SLICE and (job := self.next_admitted()) is not None:
+                commands += self.enter(job, now)
+                admitted += 1
             self.ripen(now)
-            job, overdue = self.choose(now)
-            if late == SLICE:
+            if SLICE in (admitted, late):
                 self.goes_on = True
                 break
+            job, overdue = self.choose(now)
             if job is None:
                 break
             if self.too_late(job, now):
@@ -441,9 +438,27 @@ class PlainModel(Room, Order):
         return ("expire", job.number)
 
     def revoke(self, jobs):
+        return self.end_all(jobs, "REVOKED", "revoke")
+
+    def end_all(self, jobs, state, command):
+        """End jobs together. The order of slices is not promised, so this ends all at once."""
+        self.goes_on |= len(jobs) >= SLICE
         for job in jobs:
-            self.end(job, "REVOKED")
-        return [("revoke", job.number) for job in jobs]
+            self.end(job, state)
+        return [(command, job.number) for job in jobs]
+
+    def move_some(self):
+        """Jobs whose epoch has come wait for room from now on, in the order of arrival."""
+        jobs = [
+            job
+            for runner in self.runners
+            for job in self.waiting_for("epoch", runner)
+            if job.min_epoch <= runner.epoch
+        ]
+        self.goes_on |= len(jobs) > SLICE
+        for job in jobs[:SLICE]:
+            self.ids += 1
+            job.id, job.waits_for = self.ids, "room" if job.bypasses_limits else "tenant"
 
     def end(self, job, state, count=None):
         job.state = state

@@ -16,7 +16,7 @@ UNHURRIED = (
     10.0  # seconds after which a job without a deadline takes its turn among those that have one
 )
 OWN = ("the runner itself",)  # in place of a tenant
-SLICE = 16  # jobs that one fact expires at most, for each reason
+SLICE = 16  # jobs that one fact ends, moves or admits at most, for each reason
 
 
 class Illegal(Exception):

@@ -106,24 +106,18 @@ class Room:
             return "tenant"
         return "room"
 
-    def open_gates(self, now):
-        commands = []
+    def next_admitted(self):
+        """Who has waited for room, and is queued next."""
         for runner in self.runners:
             for tenant in {job.tenant for job in self.waiting_for("tenant", runner)}:
                 while (line := self.line(runner, tenant)) and self.fits_tenant(line[0]):
                     line[0].waits_for = "room"
         for lease in self.leases:
-            while gate := self.of_lease(lease, "WAITING"):
-                head = min(gate, key=self.gate_rank)
-                if not self.fits(head):
-                    break
-                commands += self.enter(head, now)
-        while heads := list(self.gate_heads()):
-            head = min(heads, key=self.gate_rank)
-            if not self.fits_device(head):
-                break
-            commands += self.enter(head, now)
-        return commands
+            gate = self.of_lease(lease, "WAITING")
+            if gate and self.fits(head := min(gate, key=self.gate_rank)):
+                return head
+        head = min(self.gate_heads(), key=self.gate_rank, default=None)
+        return head if head is not None and self.fits_device(head) else None
 
     def enter(self, job, now):
         """It is queued."""

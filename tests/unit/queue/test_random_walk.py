@@ -129,17 +129,17 @@ LOW_JOB = {
 UNBOUNDED_ON_LANES = ((None, None, None), ("lane", 0, 0, 0))
 
 
-def submissions(runner, *wishes, first=0):
+def submissions(runner, *wishes, first=0, wait=False):
     """Facts that submit jobs to a runner by its number; the first job has the number `first`."""
     return [
-        ("submit", (0.0, number, ("runner", runner), False, wish))
+        ("submit", (0.0, number, ("runner", runner), wait, wish))
         for number, wish in enumerate(wishes, first)
     ]
 
 
-def played_on_both(facts, size):
+def played_on_both(facts, *, jobs=None, size=None):
     """The plain model after these facts, and the answer to the last, which both sides give."""
-    device = {"lanes": 1, "jobs": None, "size": size, "budget": 1, "cores": None}
+    device = {"lanes": 1, "jobs": jobs, "size": size, "budget": 1, "cores": None}
     model, player = PlainModel(**device), Player(**device)
     for fact in facts:
         answer = answer_of(model, *fact)
@@ -162,7 +162,7 @@ def test_the_plain_model_serves_others_between_two_slices_of_expired_jobs():
     facts = [("add_runner", (name, 1, *UNBOUNDED_ON_LANES, {})) for name in ("busy", "other")]
     facts += submissions(0, LOW_JOB)
     facts += submissions(1, *[due | {"priority": 0}] * SLICE, lease, due, first=1)
-    _, commands = played_on_both([*facts, ("tick", (1.0,))], size=None)
+    _, commands = played_on_both([*facts, ("tick", (1.0,))])
     assert [command[0] for command in commands] == ["expire"] * SLICE + ["grant", "expire"]
 
 
@@ -173,6 +173,34 @@ def test_the_plain_model_expires_the_earliest_first_after_a_slice_of_late_jobs()
     )
     facts = [("add_runner", ("r", 1, *UNBOUNDED_ON_LANES, {}))]
     facts += submissions(0, LOW_JOB, *[high] * SLICE, normal, low)
-    _, commands = played_on_both([*facts, ("complete", (1.0, 0, True))], size=None)
+    _, commands = played_on_both([*facts, ("complete", (1.0, 0, True))])
     order = [*range(1, SLICE + 1), SLICE + 2, SLICE + 1]
     assert commands == [("expire", number) for number in order]
+
+
+@pytest.mark.parametrize(("count", "goes_on"), [(SLICE - 1, False), (SLICE, True)])
+def test_the_plain_model_goes_on_after_a_slice_of_withdrawn_jobs(count, goes_on):
+    facts = [("add_runner", ("r", 1, *UNBOUNDED_ON_LANES, {}))]
+    facts += submissions(0, LOW_JOB | {"deadline": 1.0}, *[LOW_JOB] * count)
+    _, commands = played_on_both([*facts, ("withdraw", (1.0, 0))])
+    assert (("expire", 0) in commands) == goes_on
+
+
+@pytest.mark.parametrize(("count", "goes_on"), [(SLICE - 1, False), (SLICE, True)])
+def test_the_plain_model_goes_on_after_a_slice_of_admitted_jobs(count, goes_on):
+    large, small = LOW_JOB | {"bytes": SLICE}, LOW_JOB | {"bytes": 1}
+    facts = [("add_runner", ("r", 1, *UNBOUNDED_ON_LANES, {}))]
+    facts += submissions(0, LOW_JOB | {"deadline": 1.0}, large)
+    facts += submissions(0, *[small] * count, first=2, wait=True)
+    _, commands = played_on_both([*facts, ("cancel", (1.0, 1))], size=SLICE)
+    assert commands == [("expire", 0)] * goes_on
+
+
+@pytest.mark.parametrize(("count", "launched"), [(SLICE - 1, SLICE - 1), (SLICE, 0)])
+def test_the_plain_model_moves_a_slice_of_jobs_whose_epoch_has_come(count, launched):
+    low = LOW_JOB | {"min_epoch": 2}
+    facts = [("add_runner", ("r", 1, *UNBOUNDED_ON_LANES, {}))]
+    facts += submissions(0, *[low] * count, low | {"priority": 0})
+    facts += [("close_barrier", (0.0, 0, False)), ("open_barrier", (0.0, 0, 2))]
+    _, commands = played_on_both(facts, jobs=1)
+    assert [command[1] for command in commands] == [launched]

@@ -332,7 +332,7 @@ class Player:
             commands = list(getattr(self, method)(*arguments))
         except IllegalFactError:
             return "illegal"
-        while GoOn() in commands:  # the plain model revokes and withdraws all at once
+        while GoOn() in commands:
             commands.remove(GoOn())
             commands += self.queue.go_on(arguments[0])
         if method == "tick":
