@@ -69,9 +69,10 @@ class Life:
         router: Routes over the runner's replicas; None while the runner is being loaded.
         closing: Done when the close that is under way ends.
         freed: Done when a replica is freed; of each whose freeing has begun and not failed.
+        abandoned: Done when a load is to open no runner any more.
     """
 
-    __slots__ = ("closing", "freed", "name", "router", "stage")
+    __slots__ = ("abandoned", "closing", "freed", "name", "router", "stage")
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -79,6 +80,12 @@ class Life:
         self.router: Router | None = None
         self.closing: asyncio.Future[None] | None = None
         self.freed: dict[Replica, asyncio.Future[None]] = {}
+        self.abandoned: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def abandon(self) -> None:
+        """Open no runner when the load ends."""
+        self.stage = Stage.ABANDONED
+        self.abandoned.set_result(None)
 
     def is_wanted(self) -> bool:
         """Return whether a load goes on."""
@@ -155,7 +162,7 @@ class Lifecycle(Generic[_Handle]):
         What its load still brings must be freed.
         """
         if life.stage is Stage.LOADING:
-            life.stage = Stage.ABANDONED
+            life.abandon()
         if life.stage is Stage.ABANDONED and self._lives.get(life.name) is life:
             del self._lives[life.name]
 
@@ -163,7 +170,7 @@ class Lifecycle(Generic[_Handle]):
         """Open no runner that is still being loaded."""
         for life in self._lives.values():
             if life.stage is Stage.LOADING:
-                life.stage = Stage.ABANDONED
+                life.abandon()
 
     def must_own(self, handles: Iterable[_Handle]) -> None:
         """Raise RunnerClosedError unless all these runners are open here."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,8 +18,8 @@ import msgspec
 from aoti_sched.backends.contracts import LoadRequest
 from aoti_sched.engine import prepare as preparing
 from aoti_sched.engine.parking import claim
-from aoti_sched.engine.worker import in_worker
-from aoti_sched.errors import RunnerClosedError
+from aoti_sched.engine.worker import in_own_thread, in_worker
+from aoti_sched.errors import RunnerClosedError, WeightsTypeError, brief
 from aoti_sched.queue.holding import Holding
 
 if TYPE_CHECKING:
@@ -111,7 +113,8 @@ class Loader:
         async def work() -> _T | None:
             loaded: list[LoadedModel] = []
             try:
-                await self._load_everywhere(life, settings, source, loaded)
+                own = msgspec.structs.replace(source, weights=await _own_weights(life, source))
+                await self._load_everywhere(life, settings, own, loaded)
                 if life.is_wanted():
                     return open_runner(life, settings, loaded)
             except BaseException:
@@ -205,6 +208,52 @@ class Loader:
             weights=settings.weights if source.weights is None else source.weights,
             weights_strict=settings.weights_strict,
         )
+
+
+async def _own_weights(life: Life, source: ModelSource) -> object:
+    """Return the weights of a load without the user's code: its mapping is read here.
+
+    The mapping may block for ever, so a thread of its own reads it, and is left behind when the
+    load is abandoned.
+
+    Raises:
+        RunnerClosedError: The load was abandoned meanwhile.
+        WeightsTypeError: The mapping does not give names and values, each name once.
+        LoadError: The mapping has raised a `BaseException` that is no `Exception`.
+        ResourcesError: No thread can be started.
+    """
+    weights = source.weights
+    if not isinstance(weights, Mapping) or type(weights) in _PLAIN_MAPPINGS:
+        return weights
+    what = f"runner {life.name!r}: the mapping of its weights"
+    reading = in_own_thread(
+        functools.partial(_items, weights), f"aoti weights of {life.name}", what
+    )
+    either: set[asyncio.Future[Any]] = {reading, life.abandoned}
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+    if reading.done():
+        return reading.result()
+    reading.cancel()
+    raise RunnerClosedError(f"{what} was still being read when the scheduler was closed")
+
+
+_PLAIN_MAPPINGS = (dict, OrderedDict)
+
+
+def _items(weights: Mapping[Any, Any]) -> dict[Any, Any]:
+    items: dict[Any, Any] = {}
+    for pair in weights.items():
+        try:
+            name, value = pair
+            again = name in items
+        except (TypeError, ValueError):
+            raise WeightsTypeError(
+                f"weights: expected pairs of a name and a value, got {brief(pair)}."
+            ) from None
+        if again:
+            raise WeightsTypeError(f"weights: {brief(name)} is given twice. Give each name once.")
+        items[name] = value
+    return items
 
 
 async def _reserve_rest(model: LoadedModel) -> None:

@@ -5,7 +5,11 @@ Whatever a call raises is an `Exception` on the loop, and ends its own operation
 
 from __future__ import annotations
 
+import asyncio
+import functools
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 import anyio
@@ -62,3 +66,43 @@ async def in_worker(
     if raised:
         raise raised.pop()
     return returned.pop()
+
+
+def in_own_thread(call: Callable[[], _T], name: str, what: str) -> asyncio.Future[_T]:
+    """Call foreign code, which may never return, in a thread of its own.
+
+    A caller that cancels the future leaves the thread behind. The thread does not hold up the
+    interpreter's exit.
+
+    Args:
+        call: The foreign code.
+        name: The thread's name.
+        what: Names the call in the `LoadError` that replaces a `BaseException` of the call.
+
+    Raises:
+        ResourcesError: No thread can be started.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[_T] = loop.create_future()
+
+    def finish(set_outcome: Callable[[], None]) -> None:
+        if not done.done():
+            set_outcome()
+
+    def work() -> None:
+        try:
+            value = call()
+            set_outcome = functools.partial(done.set_result, value)
+        except BaseException as error:  # noqa: BLE001 -- it is the future's
+            set_outcome = functools.partial(done.set_exception, ended_by(error, LoadError, what))
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(finish, set_outcome)
+
+    try:
+        threading.Thread(target=work, name=name, daemon=True).start()
+    except (RuntimeError, MemoryError) as error:
+        raise ResourcesError(
+            f"{what}: no thread can be started: {error}. Nothing has changed; end other threads, "
+            "or raise the limit"
+        ) from error
+    return done

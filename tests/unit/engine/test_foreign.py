@@ -5,6 +5,7 @@ operation, and no device stops.
 from __future__ import annotations
 
 import asyncio
+import collections.abc
 import fractions
 import functools
 import gc
@@ -168,6 +169,69 @@ async def test_closing_never_waits_for_a_source(closes):
         await no_source_is_read()
         if closes != "scheduler":
             assert await its.answer(b if closes == "a" else a) == (1, 1)
+
+
+class OfMapping(collections.abc.Mapping):
+    """A mapping whose items are a source's."""
+
+    def __init__(self, items):
+        self._items = items
+
+    def items(self):
+        return self._items
+
+    def __iter__(self):
+        return (name for name, _ in self._items)
+
+    def __getitem__(self, name):
+        return dict(self._items)[name]
+
+    def __len__(self):
+        return 2
+
+
+@pytest.mark.parametrize("ends", ["the scheduler closes", "the caller is cancelled"])
+async def test_closing_never_waits_for_the_source_of_a_load(ends):
+    source = Blocks()
+    async with fleet("a") as its:
+        load = asyncio.ensure_future(
+            its.scheduler.load("a.pt2", name="late", weights=OfMapping(source))
+        )
+        await source.reached()
+        if ends == "the scheduler closes":
+            await its.scheduler.aclose()
+            with pytest.raises(aoti_sched.RunnerClosedError, match=r"'late'.*still being read"):
+                await load
+        else:
+            load.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await load
+        source.go_on()
+        await no_source_is_read()
+        if ends != "the scheduler closes":
+            assert list(its.scheduler.runners) == ["a"]
+            await its.scheduler.load("a.pt2", name="late", weights=OfMapping(weights(2).items()))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), ValueError("no")], ids=repr)
+async def test_whatever_the_source_of_a_load_raises_ends_the_load_alone(error):
+    def items():
+        yield "w", 2
+        raise error
+
+    async with fleet("a") as its:
+        expected = ValueError if isinstance(error, ValueError) else aoti_sched.LoadError
+        with pytest.raises(expected):
+            await its.scheduler.load("a.pt2", name="late", weights=OfMapping(items()))
+        await its.must_be_sound()
+
+
+@pytest.mark.parametrize("items", [["w"], [("w", 1), ("w", 2)], [([], 1)]], ids=repr)
+async def test_a_mapping_that_is_none_is_refused_by_a_load(items):
+    async with fleet("a") as its:
+        with pytest.raises(aoti_sched.WeightsTypeError):
+            await its.scheduler.load("a.pt2", name="late", weights=OfMapping(items))
+        await its.must_be_sound()
 
 
 @pytest.mark.parametrize("operation", ["update", "commit"])
