@@ -21,7 +21,7 @@ from aoti_sched import (
     WeightsFileError,
     WeightsTypeError,
 )
-from aoti_sched.backends import cpu
+from aoti_sched.backends import opening
 from tests.inside import container_of, serving, submit_to
 from tests.models import build
 
@@ -171,7 +171,7 @@ async def test_tensors_that_were_given_stay_in_memory_and_are_the_models_own():
 
 
 async def test_a_model_of_torchs_own_runner_takes_them_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(cpu, "open_proxy_executor", lambda *_: (None, "there is none"))
+    monkeypatch.setattr(opening, "open_proxy_executor", lambda *_: (None, "there is none"))
     module = build("custom_late").module()
     with torch.no_grad():
         module.weight.mul_(3)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from aoti_sched import ConstantMismatchError, Scheduler, UpdateError
-from aoti_sched.backends import cpu
+from aoti_sched.backends import opening
 from tests.compiled.backends.older import NATIVE, OlderLibrary, with_maps
 from tests.compiled.test_live_weights import canary_weights
 from tests.models import build
@@ -16,7 +16,7 @@ from tests.models import build
 
 @pytest.fixture(autouse=True)
 def older_models(monkeypatch):
-    monkeypatch.setattr(cpu, "Library", OlderLibrary)
+    monkeypatch.setattr(opening, "Library", OlderLibrary)
 
 
 async def numbers_seen(runner):

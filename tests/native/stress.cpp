@@ -8,6 +8,7 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <list>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -160,7 +161,7 @@ void produce(Round& round, unsigned seed) {
 }
 
 void take(Round& round, std::size_t limit) {
-  std::vector<aoti::Completion> completions = round.lanes.drain(limit);
+  std::list<aoti::Completion> completions = round.lanes.drain(limit);
   check(completions.size() <= limit, "a drain is bounded");
   for (aoti::Completion& completion : completions) {
     check(completion.started <= completion.finished, "stamps are in order");
