@@ -55,7 +55,7 @@ from aoti_sched.errors import (
 from aoti_sched.events import log
 from aoti_sched.handle import Options
 from aoti_sched.model.input_check import declared
-from aoti_sched.package.given import named
+from aoti_sched.package.path_or_bytes import named
 from aoti_sched.queue import device_queue
 from aoti_sched.queue.admission.load import Bounds
 from aoti_sched.queue.batching import Batching as QueueBatching

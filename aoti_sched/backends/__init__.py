@@ -7,7 +7,7 @@ files, since nothing that `import aoti_sched` reaches imports them.
 
 - `aoti/c_abi.py` describes the functions of the C ABI.
 - `aoti/handles.py` turns tensors into handles and back.
-- `aoti/constants.py` checks new weights before they are written.
+- `aoti/weight_check.py` checks new weights before they are written.
 - `aoti/raw_container.py` (runs), `aoti/raw_constants.py` (weights) and `aoti/bare_model.py` call
   the C ABI and check everything that could crash the process.
 """

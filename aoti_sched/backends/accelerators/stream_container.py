@@ -33,7 +33,8 @@ from aoti_sched.package import Extracted
 
 if TYPE_CHECKING:
     from aoti_sched.backends.accelerators.streams import StreamDevice
-    from aoti_sched.backends.aoti.constants import Chosen, Constant
+    from aoti_sched.backends.aoti.constants import Constant
+    from aoti_sched.backends.aoti.weight_check import Chosen
 
 STAGED_AT_ONCE = 64 << 20
 """The most bytes of constants that are written in one call.

@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from aoti_sched.backends.aoti.c_abi import FUNCTIONS, Library
-from aoti_sched.backends.aoti.constants import Chosen, Constant, Names, choose
+from aoti_sched.backends.aoti.constants import Constant, Names
 from aoti_sched.backends.aoti.handles import each_once
 from aoti_sched.backends.aoti.packaged_weights import GivenWeights, give_weights, load_weights
 from aoti_sched.backends.aoti.raw_container import RawContainer
+from aoti_sched.backends.aoti.weight_check import Chosen, choose
 from aoti_sched.backends.aoti.weight_files import open_weights
 from aoti_sched.backends.contracts import (
     ContainerInfo,

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from aoti_sched.backends.aoti.constants import Names, choose
+from aoti_sched.backends.aoti.constants import Names
 from aoti_sched.backends.aoti.opened_files import Seen
+from aoti_sched.backends.aoti.weight_check import choose
 from aoti_sched.backends.aoti.weight_files import open_weights
 from aoti_sched.backends.contracts import LoadRequest
 from aoti_sched.errors import LoadError, MissingWeightsError, WeightsTypeError, clipped, shortened

@@ -23,9 +23,10 @@ from aoti_sched.backends.aoti.constant_map import (
     mapped,
     why_not_updatable,
 )
-from aoti_sched.backends.aoti.constants import TYPES, Constant, check, select, with_layout
+from aoti_sched.backends.aoti.constants import TYPES, Constant
 from aoti_sched.backends.aoti.handles import DTYPES, borrowed, free, handles_of
 from aoti_sched.backends.aoti.raw_handle import PREFIX, RawHandle
+from aoti_sched.backends.aoti.weight_check import check, select, with_layout
 from aoti_sched.errors import LoadError, MissingCapabilityError, MissingWeightsError
 from aoti_sched.model.specs import ConstantSpec
 from aoti_sched.package.sources import Layout

@@ -15,8 +15,8 @@ import torch
 
 from aoti_sched.backends.aoti.checkpoint import NotReadableError, fill, reason
 from aoti_sched.backends.aoti.json_scan import JsonScan
-from aoti_sched.backends.aoti.offered import ENTRY_LIMIT, HEADER_LIMIT, Offered
 from aoti_sched.backends.aoti.opened_files import OpenFiles, fault, unreadable
+from aoti_sched.backends.aoti.weight_offer import ENTRY_LIMIT, HEADER_LIMIT, Offered
 from aoti_sched.errors import clipped
 
 _DTYPES = {

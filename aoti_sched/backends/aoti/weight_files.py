@@ -36,9 +36,9 @@ import torch
 
 from aoti_sched.backends.aoti.checkpoint import Checkpoint, NotReadableError, reason
 from aoti_sched.backends.aoti.json_scan import JsonScan
-from aoti_sched.backends.aoti.offered import ENTRY_LIMIT, HEADER_LIMIT, Offered
 from aoti_sched.backends.aoti.opened_files import OpenFiles, Seen, fault, unreadable
 from aoti_sched.backends.aoti.safetensors_file import read_safetensors
+from aoti_sched.backends.aoti.weight_offer import ENTRY_LIMIT, HEADER_LIMIT, Offered
 from aoti_sched.errors import WeightsTypeError, clipped
 
 _EXTRA_STATE = "_extra_state"

@@ -25,10 +25,11 @@ from torch.serialization import skip_data
 
 from aoti_sched import AotiSchedError, ConstantMismatchError, WeightsFileError
 from aoti_sched.backends.aoti.checkpoint import PICKLE_LIMIT
-from aoti_sched.backends.aoti.constants import SURPLUS_LIMIT, Constant, Names, choose
+from aoti_sched.backends.aoti.constants import Constant, Names
 from aoti_sched.backends.aoti.json_scan import JsonScan
-from aoti_sched.backends.aoti.offered import HEADER_LIMIT
+from aoti_sched.backends.aoti.weight_check import SURPLUS_LIMIT, choose
 from aoti_sched.backends.aoti.weight_files import open_weights
+from aoti_sched.backends.aoti.weight_offer import HEADER_LIMIT
 from aoti_sched.errors import clipped, shortened
 from aoti_sched.model.specs import ConstantSpec, WeightName
 

@@ -13,7 +13,7 @@ import anyio
 
 from aoti_sched import Limits, Runner, Scheduler
 from aoti_sched.config import DeviceConfig, SchedulerConfig
-from aoti_sched.queue.check import check
+from aoti_sched.queue.invariants import check
 from aoti_sched.testing import FakeBackend, ManualClock, settle
 from tests.inside import container_of, replica_of
 

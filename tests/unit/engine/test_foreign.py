@@ -23,8 +23,8 @@ import structlog
 import aoti_sched
 from aoti_sched import ConfigError, Scheduler
 from aoti_sched import events as event_log
-from aoti_sched.queue.check import check
 from aoti_sched.queue.ending import SLICE
+from aoti_sched.queue.invariants import check
 from aoti_sched.testing import FakeBackend, settle
 from tests.inside import container_of, replica_of, tenants_of
 from tests.unit.engine.support import fleet, until, weights

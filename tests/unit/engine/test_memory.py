@@ -22,7 +22,7 @@ from aoti_sched import (
     SchedulerConfig,
     UpdateError,
 )
-from aoti_sched.queue.check import check
+from aoti_sched.queue.invariants import check
 from aoti_sched.testing import FakeBackend, ManualClock, settle
 from tests.inside import container_of, replica_of, replicas_of, serving
 from tests.unit.engine.support import Held, until

@@ -21,7 +21,7 @@ from aoti_sched import (
     Scheduler,
     SchedulerConfig,
 )
-from aoti_sched.queue.check import check
+from aoti_sched.queue.invariants import check
 from aoti_sched.testing import FakeBackend, FakeCall, ManualClock, settle
 from tests.inside import alone, replicas_of, serving, updates_of
 from tests.unit.engine.support import Held, until, weights

@@ -8,7 +8,7 @@ import pytest
 
 from aoti_sched.errors import ConfigError, PackageFormatError, PackageHashError
 from aoti_sched.package import open_package
-from aoti_sched.package.given import named
+from aoti_sched.package.path_or_bytes import named
 from tests.unit.package.files import elf, write_package
 
 

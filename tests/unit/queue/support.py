@@ -8,7 +8,7 @@ from collections import deque
 
 import msgspec
 
-from aoti_sched.queue import check as invariants
+from aoti_sched.queue import invariants
 from aoti_sched.queue.admission.load import Bounds
 from aoti_sched.queue.commands import Grant, Launch, Reject
 from aoti_sched.queue.device_queue import DeviceQueue
