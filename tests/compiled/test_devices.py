@@ -8,15 +8,17 @@ CUDA alone.
 from __future__ import annotations
 
 import asyncio
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._pytree import tree_map
 
 from aoti_sched import InputMismatchError, Scheduler
 from aoti_sched.backends.devices import open_device
 from aoti_sched.errors import ConfigError
+from tests.device.models import to
 from tests.models import DEFINITIONS
 
 DEVICES = [
@@ -27,10 +29,6 @@ DEVICES = [
     ),
 ]
 MODELS = ("mlp", "attention", "conv", "folding", "aliasing")
-
-
-def to(device: str, values: Any) -> Any:
-    return tree_map(lambda v: v.to(device) if isinstance(v, torch.Tensor) else v, values)
 
 
 class Model:
@@ -72,7 +70,9 @@ def device(request):
 
 @pytest.fixture(scope="session")
 def packages(tmp_path_factory):
-    return tmp_path_factory.mktemp("packages")
+    """Where compiled packages are: `tests.device` compiles them beforehand, all at once."""
+    made_before = os.environ.get("AOTI_SCHED_DEVICE_PACKAGES")
+    return Path(made_before) if made_before else tmp_path_factory.mktemp("packages")
 
 
 @pytest.fixture
@@ -82,23 +82,14 @@ def model(device, built, packages, python):
     def compiled(name):
         if device == "cpu":
             return Model(name, built(name).path, device)
-        path = packages / f"{name}-{device.replace(':', '-')}.pt2"
+        path = packages / f"{name}.pt2"
         if not path.exists():
-            program = """
-                import sys
-                from aoti_sched import compile_package
-                from tests.models import DEFINITIONS
-                from tests.compiled.test_devices import to
-                name, device, path = sys.argv[1:]
-                made = DEFINITIONS[name]()
-                compile_package(
-                    made.module().to(device), to(device, made.args), path,
-                    example_kwargs=to(device, dict(made.kwargs)),
-                    dynamic=made.dynamic,
-                    options=dict(made.options),
-                )
-            """
-            result = python(program, name, device, path)
+            result = python(
+                "from tests.device.models import main; import sys; main(*sys.argv[1:])",
+                name,
+                device,
+                path,
+            )
             assert result.returncode == 0, result.stderr
         return Model(name, path, device)
 
