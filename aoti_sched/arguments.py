@@ -57,12 +57,25 @@ def whole(what: str, value: object, *, least: int = 0) -> int:
         ConfigError: It is none.
     """
     try:
-        number = least - 1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+        number = index(value)
     except TypeError:
         number = least - 1
     if number < least:
         raise ConfigError(f"{what}: expected a whole number, at least {least}, got {brief(value)}.")
-    return int(number)
+    return number
+
+
+def index(value: object) -> int:
+    """Return a whole number as an int. NumPy's integers are whole numbers, and its flags are not.
+
+    Before version 2.3, NumPy takes its True for 1 and warns.
+
+    Raises:
+        TypeError: It is no whole number, or a flag.
+    """
+    if isinstance(value, bool) or _is_flag(value):
+        raise TypeError("a flag is no whole number")
+    return int(operator.index(value))  # type: ignore[arg-type]
 
 
 def flag(what: str, value: object) -> bool:

@@ -6,7 +6,6 @@ with `options(...)`, which returns a light and immutable handle.
 
 from __future__ import annotations
 
-import operator
 from asyncio import _get_running_loop  # the public one raises, and this one is for the hot path
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -214,8 +213,7 @@ def _priority(value: object) -> Priority:
     if type(value) is Priority:
         return value
     try:
-        number = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
-        return Priority(number)
+        return Priority(arguments.index(value))
     except (TypeError, ValueError):
         raise ConfigError(
             f"options(priority=): expected Priority.HIGH, NORMAL or LOW, got {brief(value)}."
