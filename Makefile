@@ -130,7 +130,7 @@ lint: $(VENV)/installed
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m codespell_lib
 	$(BIN)/python -m mypy
-	$(BIN)/clang-format --dry-run --Werror aoti_sched/backends/native/*.?pp
+	$(BIN)/clang-format --dry-run --Werror aoti_sched/backends/native/*.?pp tests/native/*.?pp
 
 # Apart from `lint`, since each file takes seconds.
 lint-native: $(VENV)/installed

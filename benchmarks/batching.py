@@ -46,9 +46,7 @@ PADDED = {"input_ids": 0, "attention_mask": 0}
 
 
 class HandWritten:
-    """Whoever asks in one turn of the loop is run at its end, together, on the loop's own
-    thread.
-    """
+    """Run the requests of one iteration of the loop together, at its end, on the loop's thread."""
 
     def __init__(self, run: Callable[[list[Tensor]], list[Tensor]], most: int) -> None:
         self._run = run

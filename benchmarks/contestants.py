@@ -158,8 +158,9 @@ async def openvino(setting: Setting) -> AsyncIterator[Run]:
 
 @asynccontextmanager
 async def onnx_runtime(setting: Setting) -> AsyncIterator[Run]:
-    """`run_async`, which runs on the session's pool: that has one thread less than it is told,
-    and needs one.
+    """Serve by `run_async`, which runs on the session's pool.
+
+    The pool has one thread fewer than its setting, and needs at least one.
     """
     import onnxruntime as ort
 

@@ -38,8 +38,7 @@ QUICK = Scale(
 class Measured:
     """One repetition's figures; `series` holds values over the course of it, for the picture.
 
-    `others` is the share of all cores that other processes took meanwhile; whoever asked for it
-    fills it in.
+    `others` is the share of all cores that other processes took meanwhile. The caller fills it in.
     """
 
     figures: dict[str, float]

@@ -176,8 +176,9 @@ async def core_alone(depth: int, runners: int) -> AsyncIterator[Opened]:
 
 @asynccontextmanager
 async def front_alone(depth: int, runners: int) -> AsyncIterator[Opened]:
-    """A `Scheduler` on the fake backend: whoever is answered submits anew, so that the depth
-    stays.
+    """Open a `Scheduler` on the fake backend, where each answered client submits anew.
+
+    So the queue's depth stays the same.
     """
     names = [f"model{n}" for n in range(runners)]
     backend = FakeBackend(dict.fromkeys(names, lambda: None), lanes=LANES, auto=True)

@@ -4,9 +4,9 @@ to them.
 python -m examples.batching
 
 A catalogue of a thousand songs: for each, the model finds the song most like it. Two hundred
-listeners ask for one song at a time, again and again. Each gets their own answer, whoever they were
-run together with; one of them asks for a song that there is not, and is the only one who hears of
-it.
+listeners ask for one song at a time, again and again. Requests run together, and each listener gets
+the answer to their own. One listener asks for a song that does not exist, and only their request
+fails.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ async def main(package: Path) -> None:
         scores = await namer.run(torch.tensor([[0.9, 0.1, 0.2], [0.1, 0.2, 0.9]]))
         print(f"run         {names(scores)}")
 
-        # How to schedule is said apart from the model's arguments. Such a view costs nothing to
-        # keep.
+        # Scheduling options are set on a view, apart from the model's arguments. A view can be
+        # kept for many requests.
         urgent = namer.options(priority=Priority.HIGH, timeout=0.5)
         print(f"urgent      {names(await urgent.run(torch.tensor([[0.95, 0.9, 0.2]])))}")
 

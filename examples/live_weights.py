@@ -5,7 +5,7 @@ python -m examples.live_weights
 A classifier of handwritten digits starts out untrained, and clients ask it all the while. In the
 same program it is trained; after every few steps its weights are published with `runner.update`,
 and `trace.epoch` tells which set gave an answer. Then noise is published by mistake: the share of
-right answers falls, somebody watches it, and `runner.rollback` brings the last good set back. At
+right answers falls, a monitor notices it, and `runner.rollback` brings the last good set back. At
 the end every answer is computed again, in plain PyTorch, with the set that its trace names. What
 happened is printed, and drawn in .cache/examples/live_weights.png.
 """
@@ -141,7 +141,7 @@ async def ask(
 async def publish(reader: Runner, weights: State, observed: Observed) -> int:
     """New weights go live: from the next request on, every answer is theirs.
 
-    Nobody has to stop for it.
+    Readers go on meanwhile.
     """
     report = await reader.update(weights)
     observed.changes.append(Change(time.monotonic(), report))

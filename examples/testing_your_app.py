@@ -25,8 +25,9 @@ from aoti_sched.testing import FakeBackend, ManualClock
 
 
 async def moderate(comment: str, judge: Runner) -> str:
-    """Publish a comment or remove it; when the judge is too slow or too busy, a person shall
-    look at it.
+    """Publish a comment or remove it.
+
+    When the judge is too slow or too busy, leave the comment to a person.
     """
     characters = torch.tensor([list(comment.encode())])
     try:

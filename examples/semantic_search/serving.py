@@ -2,8 +2,7 @@
 it is timed.
 
 This is the part that an application would resemble: a few coroutines that await two runners.
-Nothing here prints, and nothing here knows how a run is scheduled, but for the priority that the
-digits are given.
+Nothing here prints. The only scheduling setting here is the priority of the digits.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""`compile_package` and the specs it writes; but for one package from the cache, modules are
-exported and no more.
+"""`compile_package` and the specs that it writes.
+
+One package comes from the cache; all other modules are exported only.
 """
 
 import msgspec

@@ -1,20 +1,25 @@
-// A compiled model as AOTInductor makes them for CUDA, over the simulated device: y = x * w, one row after the other, with w in
-// two buffers on the device. It launches and returns; what it took is freed then, whether or not the device is done.
+// A compiled model as AOTInductor makes them for CUDA, over the simulated device: y = x * w, one
+// row after the other, with w in two buffers on the device. It launches and returns; what it took
+// is freed then, whether or not the device is done.
 //
-// As torch's runtime does, it writes constants on the default stream, waits only for copies from the host, and leaves its
-// device the calling thread's current one. Made for a device without a number, as MPS is, it refuses constants from the host.
+// As torch's runtime does, it writes constants on the default stream, waits only for copies from
+// the host, and leaves its device the calling thread's current one. Made for a device without a
+// number, as MPS is, it refuses constants from the host.
 //
-// `RunSingleThreaded` takes the first instance that is free without a look whether there is one; `Run` puts the one that it took with
-// those whose end is not known yet, and takes them all back when it finds no other.
+// `RunSingleThreaded` takes the first instance that is free without a look whether there is one;
+// `Run` puts the one that it took with those whose end is not known yet, and takes them all back
+// when it finds no other.
 //
-// With CHAIN, y = x * w * w by two kernels, and what lies between is given back when they are launched. When x has 13 rows, it waits
-// for the device, as models do that look at a value.
+// With CHAIN, y = x * w * w by two kernels, and what lies between is given back when they are
+// launched. When x has 13 rows, it waits for the device, as models do that look at a value.
 //
 // With TWICE, y is both of two outputs, by one handle as torch's models have it.
 //
-// With ROW, the rows of x lie so many elements apart, whatever strides x has, as code is compiled for the strides of its example.
+// With ROW, the rows of x lie so many elements apart, whatever strides x has, as code is compiled
+// for the strides of its example.
 //
-// With MIXED, y = x * w * f: f is a constant of the model that lies in the host's memory, as torch's may.
+// With MIXED, y = x * w * f: f is a constant of the model that lies in the host's memory, as
+// torch's may.
 #include <array>
 #include <atomic>
 #include <cstdint>
@@ -32,8 +37,8 @@ extern "C" {
 std::int32_t aoti_torch_get_data_ptr(Handle, void**);
 std::int32_t aoti_torch_get_sizes(Handle, std::int64_t**);
 std::int32_t aoti_torch_get_device_type(Handle, std::int32_t*);
-std::int32_t aoti_torch_empty_strided(std::int64_t, const std::int64_t*, const std::int64_t*, std::int32_t, std::int32_t,
-                                      std::int32_t, Handle*);
+std::int32_t aoti_torch_empty_strided(std::int64_t, const std::int64_t*, const std::int64_t*,
+                                      std::int32_t, std::int32_t, std::int32_t, Handle*);
 std::int32_t aoti_torch_delete_tensor_object(Handle);
 std::int32_t aoti_torch_device_type_privateuse1();
 std::int32_t aoti_torch_device_type_cpu();
@@ -90,7 +95,8 @@ struct Product {
 void multiply(void* argument) {
   const Product& product = *static_cast<Product*>(argument);
   for (std::int64_t i = 0; i < product.rows * kWidth; ++i) {
-    product.y[i] = product.x[i / kWidth * product.row + i % kWidth] * product.w[i % kWidth] * product.factor;
+    product.y[i] =
+        product.x[i / kWidth * product.row + i % kWidth] * product.w[i % kWidth] * product.factor;
   }
 }
 
@@ -126,8 +132,10 @@ std::int32_t check(int error, const char* what) {
 
 std::int32_t release(Buffer& buffer) {
   buffer.weight = nullptr;
-  if (buffer.tensor != nullptr) aoti_torch_delete_tensor_object(std::exchange(buffer.tensor, nullptr));
-  if (buffer.factor_tensor != nullptr) aoti_torch_delete_tensor_object(std::exchange(buffer.factor_tensor, nullptr));
+  if (buffer.tensor != nullptr)
+    aoti_torch_delete_tensor_object(std::exchange(buffer.tensor, nullptr));
+  if (buffer.factor_tensor != nullptr)
+    aoti_torch_delete_tensor_object(std::exchange(buffer.factor_tensor, nullptr));
   return 0;
 }
 
@@ -138,9 +146,9 @@ std::int32_t fill(Container& container, Buffer& buffer, const float* from, bool 
     void* guard = nullptr;
     void* data = nullptr;
     aoti_torch_create_cuda_stream_guard(nullptr, container.device, &guard);
-    const std::int32_t status =
-        aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_float32(), aoti_torch_device_type_privateuse1(),
-                                 container.device, &buffer.tensor);
+    const std::int32_t status = aoti_torch_empty_strided(
+        1, &size, &stride, aoti_torch_dtype_float32(), aoti_torch_device_type_privateuse1(),
+        container.device, &buffer.tensor);
     aoti_torch_delete_cuda_stream_guard(guard);
     if (status != 0) return check(CUDA_ERROR_OUT_OF_MEMORY, "cudaMalloc");
     aoti_torch_get_data_ptr(buffer.tensor, &data);
@@ -162,8 +170,8 @@ std::int32_t fill(Container& container, Buffer& buffer, const float* from, bool 
 std::int32_t set_factor(Buffer& buffer, float value) {
   void* data = nullptr;
   if (buffer.factor_tensor == nullptr &&
-      aoti_torch_empty_strided(0, nullptr, nullptr, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0,
-                               &buffer.factor_tensor)) {
+      aoti_torch_empty_strided(0, nullptr, nullptr, aoti_torch_dtype_float32(),
+                               aoti_torch_device_type_cpu(), 0, &buffer.factor_tensor)) {
     return 1;
   }
   aoti_torch_get_data_ptr(buffer.factor_tensor, &data);
@@ -176,7 +184,8 @@ struct Entry {
   Handle handle;
 };
 
-std::int32_t update(Container* container, const Entry* entries, std::size_t count, bool inactive, bool from_host) {
+std::int32_t update(Container* container, const Entry* entries, std::size_t count, bool inactive,
+                    bool from_host) {
   for (std::size_t i = 0; i < count; ++i) {
     void* data = nullptr;
     std::int32_t type = 0;
@@ -186,7 +195,8 @@ std::int32_t update(Container* container, const Entry* entries, std::size_t coun
     const int which = inactive ? 1 - container->active : container->active;
     const bool on_host = std::strcmp(entries[i].name, "f") == 0;
     if (on_host ? on_device : !on_device && !(from_host && container->takes_from_host)) {
-      last_error = std::string("update_constant_buffer: constant '") + entries[i].name + "' is on the wrong device";
+      last_error = std::string("update_constant_buffer: constant '") + entries[i].name +
+                   "' is on the wrong device";
       return 1;
     }
     if (on_host) {
@@ -221,28 +231,36 @@ std::int32_t run_once(Container* container, Handle* inputs, Handle* outputs, voi
     last_error = "an input is not on the device";
     status = 1;
   } else if (aoti_torch_empty_strided(2, shape, strides, aoti_torch_dtype_float32(),
-                                      aoti_torch_device_type_privateuse1(), container->device, &outputs[0])) {
+                                      aoti_torch_device_type_privateuse1(), container->device,
+                                      &outputs[0])) {
     last_error = "aoti_torch_empty_strided(...) API call failed";
     status = 1;
   } else if (rows > 0) {
     aoti_torch_get_data_ptr(outputs[0], &y);
-    const Product product{static_cast<float*>(y), static_cast<const float*>(x), w, buffer.factor, rows, kRow};
+    const Product product{
+        static_cast<float*>(y), static_cast<const float*>(x), w, buffer.factor, rows, kRow};
 #ifdef CHAIN
     Handle between = nullptr;
     void* z = nullptr;
-    aoti_torch_empty_strided(2, shape, strides, aoti_torch_dtype_float32(), aoti_torch_device_type_privateuse1(),
-                             container->device, &between);
+    aoti_torch_empty_strided(2, shape, strides, aoti_torch_dtype_float32(),
+                             aoti_torch_device_type_privateuse1(), container->device, &between);
     aoti_torch_get_data_ptr(between, &z);
     const Product first{static_cast<float*>(z), static_cast<const float*>(x), w, 1, rows, kRow};
     const Product second{static_cast<float*>(y), static_cast<const float*>(z), w, 1, rows};
-    status = check(launch(stream, &multiply, first, {{z, bytes, 1}, {x, read, 0}, {w, kBytes, 0}}), "launch");
+    status = check(launch(stream, &multiply, first, {{z, bytes, 1}, {x, read, 0}, {w, kBytes, 0}}),
+                   "launch");
     if (status == 0) {
-      status = check(launch(stream, &multiply, second, {{y, bytes, 1}, {z, bytes, 0}, {w, kBytes, 0}}), "launch");
+      status =
+          check(launch(stream, &multiply, second, {{y, bytes, 1}, {z, bytes, 0}, {w, kBytes, 0}}),
+                "launch");
     }
     aoti_torch_delete_tensor_object(between);
-    if (status == 0 && rows == 13) status = check(cuStreamSynchronize(static_cast<CUstream>(stream)), "item");
+    if (status == 0 && rows == 13)
+      status = check(cuStreamSynchronize(static_cast<CUstream>(stream)), "item");
 #else
-    status = check(launch(stream, &multiply, product, {{y, bytes, 1}, {x, read, 0}, {w, kBytes, 0}}), "launch");
+    status =
+        check(launch(stream, &multiply, product, {{y, bytes, 1}, {x, read, 0}, {w, kBytes, 0}}),
+              "launch");
 #endif
   }
 #ifdef TWICE
@@ -257,8 +275,8 @@ std::int32_t run_once(Container* container, Handle* inputs, Handle* outputs, voi
 
 extern "C" {
 
-std::int32_t AOTInductorModelContainerCreateWithDevice(Container** made, std::size_t instances, const char* device,
-                                                       const char* resources) {
+std::int32_t AOTInductorModelContainerCreateWithDevice(Container** made, std::size_t instances,
+                                                       const char* device, const char* resources) {
   const std::string name = device;
   if (resources == nullptr) {
     last_error = "no directory with the kernels was given";
@@ -285,17 +303,19 @@ std::int32_t AOTInductorModelContainerDelete(Container* container) {
   return 0;
 }
 
-std::int32_t AOTInductorModelContainerRun(Container* container, Handle* inputs, std::size_t, Handle* outputs,
-                                          std::size_t, void* stream, void*) {
-  if (sim_is_recording(static_cast<CUstream>(stream))) sim_fault("Run is recorded, which uses events and locks");
+std::int32_t AOTInductorModelContainerRun(Container* container, Handle* inputs, std::size_t,
+                                          Handle* outputs, std::size_t, void* stream, void*) {
+  if (sim_is_recording(static_cast<CUstream>(stream)))
+    sim_fault("Run is recorded, which uses events and locks");
   const std::int32_t status = run_once(container, inputs, outputs, stream);
   const std::size_t before = container->free;
   container->free = (before > 0 ? before : container->instances) - 1;
   return status;
 }
 
-std::int32_t AOTInductorModelContainerRunSingleThreaded(Container* container, Handle* inputs, std::size_t,
-                                                        Handle* outputs, std::size_t, void* stream, void*) {
+std::int32_t AOTInductorModelContainerRunSingleThreaded(Container* container, Handle* inputs,
+                                                        std::size_t, Handle* outputs, std::size_t,
+                                                        void* stream, void*) {
   if (container->free == 0) sim_fault("RunSingleThreaded takes an instance, and none is free");
   return run_once(container, inputs, outputs, stream);
 }
@@ -330,15 +350,18 @@ std::int32_t AOTInductorModelContainerGetNumConstants(Container*, std::size_t* c
   *count = kConstants;
   return 0;
 }
-std::int32_t AOTInductorModelContainerGetConstantName(Container*, std::size_t index, const char** name) {
+std::int32_t AOTInductorModelContainerGetConstantName(Container*, std::size_t index,
+                                                      const char** name) {
   *name = index == 0 ? "w" : "f";
   return 0;
 }
-std::int32_t AOTInductorModelContainerGetConstantOriginalFQN(Container*, std::size_t index, const char** name) {
+std::int32_t AOTInductorModelContainerGetConstantOriginalFQN(Container*, std::size_t index,
+                                                             const char** name) {
   *name = index == 0 ? "weight" : "factor";
   return 0;
 }
-std::int32_t AOTInductorModelContainerGetConstantDtype(Container*, std::size_t, std::int32_t* dtype) {
+std::int32_t AOTInductorModelContainerGetConstantDtype(Container*, std::size_t,
+                                                       std::int32_t* dtype) {
   *dtype = aoti_torch_dtype_float32();
   return 0;
 }
@@ -350,12 +373,15 @@ std::int32_t AOTInductorModelContainerGetConstantType(Container*, std::size_t, s
   *type = 1;  // a parameter
   return 0;
 }
-std::int32_t AOTInductorModelContainerGetConstantDataSize(Container*, std::size_t index, std::size_t* bytes) {
+std::int32_t AOTInductorModelContainerGetConstantDataSize(Container*, std::size_t index,
+                                                          std::size_t* bytes) {
   *bytes = index == 0 ? kBytes : sizeof(float);
   return 0;
 }
-std::int32_t AOTInductorModelContainerExtractConstantsMapEntries(Container* container, const Entry** entries,
-                                                                 std::size_t* count, bool inactive) {
+std::int32_t AOTInductorModelContainerExtractConstantsMapEntries(Container* container,
+                                                                 const Entry** entries,
+                                                                 std::size_t* count,
+                                                                 bool inactive) {
   thread_local std::array<Entry, 2> extracted{};
   const Buffer& buffer = container->buffers[inactive ? 1 - container->active : container->active];
   extracted = {Entry{"weight", buffer.tensor}, Entry{"factor", buffer.factor_tensor}};
@@ -363,17 +389,23 @@ std::int32_t AOTInductorModelContainerExtractConstantsMapEntries(Container* cont
   *count = buffer.tensor != nullptr ? kConstants : 0;
   return 0;
 }
-std::int32_t AOTInductorModelContainerUpdateConstantBufferPairs(Container* container, const Entry* entries,
-                                                                std::size_t count, bool inactive, bool) {
+std::int32_t AOTInductorModelContainerUpdateConstantBufferPairs(Container* container,
+                                                                const Entry* entries,
+                                                                std::size_t count, bool inactive,
+                                                                bool) {
   return update(container, entries, count, inactive, false);
 }
 #ifndef OLDER
-std::int32_t AOTInductorModelContainerUpdateConstantBufferFromCpuPairs(Container* container, const Entry* entries,
-                                                                       std::size_t count, bool inactive, bool) {
+std::int32_t AOTInductorModelContainerUpdateConstantBufferFromCpuPairs(Container* container,
+                                                                       const Entry* entries,
+                                                                       std::size_t count,
+                                                                       bool inactive, bool) {
   return update(container, entries, count, inactive, true);
 }
 #endif
-std::int32_t AOTInductorModelContainerRunConstantFolding(Container*, bool, void*, void*) { return 0; }
+std::int32_t AOTInductorModelContainerRunConstantFolding(Container*, bool, void*, void*) {
+  return 0;
+}
 std::int32_t AOTInductorModelContainerSwapConstantBuffer(Container* container) {
   container->active = 1 - container->active;
   return 0;

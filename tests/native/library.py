@@ -29,7 +29,7 @@ THROWS_STANDARD, THROWS_OTHER = 1, 2
 
 def compile_once(name: str, sources: list[Path], *flags: str) -> Path:
     """The product of these C and C++ sources, from the cache or compiled now."""
-    headers = [HERE / "model_library.h", HERE / "simulated_cuda.h"]
+    headers = [HERE / "model_library.h", HERE / "scripted.hpp", HERE / "simulated_cuda.h"]
     headers += [
         NATIVE / f"{name}.hpp" for name in ("batch", "handle", "lane", "run", "shim", "stream")
     ]

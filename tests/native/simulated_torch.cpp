@@ -1,14 +1,15 @@
-// Torch's own tensors on the simulated CUDA device: what a build of torch with CUDA would bring, for torch's third kind of
-// device (PrivateUse1). Memory, streams and copies are the simulated driver's; anything that is computed is fetched, computed
-// by the CPU's kernels and put back, in the order of the current stream.
+// Torch's own tensors on the simulated CUDA device: what a build of torch with CUDA would bring,
+// for torch's third kind of device (PrivateUse1). Memory, streams and copies are the simulated
+// driver's; anything that is computed is fetched, computed by the CPU's kernels and put back, in
+// the order of the current stream.
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/native/CPUFallback.h>
+#include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/as_strided_cpu_dispatch.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/view_native.h>
-#include <ATen/ops/_reshape_alias_native.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/Stream.h>
@@ -50,14 +51,16 @@ struct Allocator final : c10::Allocator {
     void* memory = nullptr;
     if (bytes > 0) {
       memory = sim_allocate(bytes, current_stream);
-      TORCH_CHECK_WITH(OutOfMemoryError, memory != nullptr, "CUDA out of memory. Tried to allocate ", bytes, " bytes");
+      TORCH_CHECK_WITH(OutOfMemoryError, memory != nullptr,
+                       "CUDA out of memory. Tried to allocate ", bytes, " bytes");
     }
-    return {memory, memory, memory == nullptr ? nullptr : &delete_memory, {kSimulated, current_device}};
+    return {
+        memory, memory, memory == nullptr ? nullptr : &delete_memory, {kSimulated, current_device}};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &delete_memory; }
   void copy_data(void* to, const void* from, std::size_t bytes) const override {
-    must(cuMemcpyDtoDAsync_v2(reinterpret_cast<CUdeviceptr>(to), reinterpret_cast<CUdeviceptr>(from), bytes,
-                              current_stream),
+    must(cuMemcpyDtoDAsync_v2(reinterpret_cast<CUdeviceptr>(to),
+                              reinterpret_cast<CUdeviceptr>(from), bytes, current_stream),
          "copy");
   }
 };
@@ -72,12 +75,18 @@ struct Guard final : c10::impl::NoOpDeviceGuardImpl<kSimulated> {
     return before;
   }
   c10::Device getDevice() const override { return {kSimulated, current_device}; }
-  void setDevice(c10::Device device) const override { current_device = device.index() < 0 ? 0 : device.index(); }
+  void setDevice(c10::Device device) const override {
+    current_device = device.index() < 0 ? 0 : device.index();
+  }
   void uncheckedSetDevice(c10::Device device) const noexcept override {
     current_device = device.index() < 0 ? 0 : device.index();
   }
-  c10::Stream getStream(c10::Device device) const noexcept override { return of(current_stream, device.index()); }
-  c10::Stream getDefaultStream(c10::Device device) const override { return of(nullptr, device.index()); }
+  c10::Stream getStream(c10::Device device) const noexcept override {
+    return of(current_stream, device.index());
+  }
+  c10::Stream getDefaultStream(c10::Device device) const override {
+    return of(nullptr, device.index());
+  }
   c10::Stream exchangeStream(c10::Stream stream) const noexcept override {
     const c10::Stream before = getStream(stream.device());
     current_stream = reinterpret_cast<CUstream>(stream.id());
@@ -120,23 +129,27 @@ struct Hooks final : at::PrivateUse1HooksInterface {
 
 constexpr c10::DispatchKeySet kKeys(c10::DispatchKey::PrivateUse1);
 
-at::Tensor empty(c10::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
-                 std::optional<at::Device> device, std::optional<bool>, std::optional<at::MemoryFormat> format) {
+at::Tensor empty(c10::IntArrayRef size, std::optional<at::ScalarType> dtype,
+                 std::optional<at::Layout>, std::optional<at::Device> device, std::optional<bool>,
+                 std::optional<at::MemoryFormat> format) {
   const c10::OptionalDeviceGuard there(device);
   return at::detail::empty_generic(size, &allocator, kKeys, c10::dtype_or_default(dtype), format);
 }
 
-at::Tensor empty_strided(c10::IntArrayRef size, c10::IntArrayRef stride, std::optional<at::ScalarType> dtype,
-                         std::optional<at::Layout>, std::optional<at::Device> device, std::optional<bool>) {
+at::Tensor empty_strided(c10::IntArrayRef size, c10::IntArrayRef stride,
+                         std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
+                         std::optional<at::Device> device, std::optional<bool>) {
   const c10::OptionalDeviceGuard there(device);
-  return at::detail::empty_strided_generic(size, stride, &allocator, kKeys, c10::dtype_or_default(dtype));
+  return at::detail::empty_strided_generic(size, stride, &allocator, kKeys,
+                                           c10::dtype_or_default(dtype));
 }
 
 // Bytes from the first element to the last. Both tensors have the same strides.
 size_t span(const at::Tensor& tensor) {
   if (tensor.numel() == 0) return 0;
   int64_t last = 0;
-  for (int64_t dim = 0; dim < tensor.dim(); ++dim) last += (tensor.size(dim) - 1) * tensor.stride(dim);
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim)
+    last += (tensor.size(dim) - 1) * tensor.stride(dim);
   return static_cast<size_t>(last + 1) * tensor.element_size();
 }
 
@@ -151,7 +164,8 @@ void move(void* to, const void* from, size_t bytes, bool in) {
     std::memcpy(staged, from, bytes);
     error = cuMemcpyHtoDAsync_v2(reinterpret_cast<CUdeviceptr>(to), staged, bytes, current_stream);
   } else {
-    error = cuMemcpyDtoHAsync_v2(staged, reinterpret_cast<CUdeviceptr>(from), bytes, current_stream);
+    error =
+        cuMemcpyDtoHAsync_v2(staged, reinterpret_cast<CUdeviceptr>(from), bytes, current_stream);
   }
   if (error == 0) error = cuStreamSynchronize(current_stream);
   if (error == 0 && !in) std::memcpy(to, staged, bytes);
@@ -161,7 +175,8 @@ void move(void* to, const void* from, size_t bytes, bool in) {
 
 at::Tensor on_host(const at::Tensor& tensor) {
   if (tensor.is_cpu()) return tensor;
-  at::Tensor host = at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options().device(at::kCPU));
+  at::Tensor host =
+      at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options().device(at::kCPU));
   move(host.mutable_data_ptr(), tensor.const_data_ptr(), span(tensor), false);
   return host;
 }
@@ -192,13 +207,16 @@ at::Tensor as_strided(const at::Tensor& self, c10::IntArrayRef size, c10::IntArr
   return at::cpu::as_strided(self, size, stride, offset);  // a view: it looks at no memory
 }
 
-at::Tensor view(const at::Tensor& self, c10::IntArrayRef size) { return at::native::view(self, size); }
+at::Tensor view(const at::Tensor& self, c10::IntArrayRef size) {
+  return at::native::view(self, size);
+}
 
 at::Tensor reshape_alias(const at::Tensor& self, c10::IntArrayRef size, c10::IntArrayRef stride) {
   return at::native::_reshape_alias(self, size, stride);
 }
 
-const at::Tensor& resize(const at::Tensor& self, c10::IntArrayRef size, std::optional<at::MemoryFormat>) {
+const at::Tensor& resize(const at::Tensor& self, c10::IntArrayRef size,
+                         std::optional<at::MemoryFormat>) {
   const size_t bytes = static_cast<size_t>(c10::multiply_integers(size)) * self.element_size();
   if (self.storage().nbytes() < bytes) Hooks().resizePrivateUse1Bytes(self.storage(), bytes);
   self.unsafeGetTensorImpl()->set_sizes_contiguous(size);
@@ -226,7 +244,9 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("_local_scalar_dense", &local_scalar);
 }
 
-void compute_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) { at::native::cpu_fallback(op, stack); }
+void compute_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  at::native::cpu_fallback(op, stack);
+}
 
 TORCH_LIBRARY_IMPL(_, PrivateUse1, library) {
   library.fallback(torch::CppFunction::makeFromBoxedFunction<&compute_on_host>());

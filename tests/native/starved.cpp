@@ -1,9 +1,10 @@
-// Lanes for which one allocation fails, or one thread can't be started, under a sanitizer: the first, the second, and so on, until
-// everything went well.
+// Lanes for which one allocation fails, or one thread can't be started, under a sanitizer: the
+// first, the second, and so on, until everything went well.
 //
-// Each round opens lanes, hands them works of every kind (alone, in batches, on a simulated device; some fail of themselves), runs
-// some on its own thread, and closes. Returns 0 when each accepted work came back once, at most one failed for want of memory, and
-// nothing was lost. The argument names the fault: "memory" or "threads".
+// Each round opens lanes, hands them works of every kind (alone, in batches, on a simulated device;
+// some fail of themselves), runs some on its own thread, and closes. Returns 0 when each accepted
+// work came back once, at most one failed for want of memory, and nothing was lost. The argument
+// names the fault: "memory" or "threads".
 #include <atomic>
 #include <cerrno>
 #include <cstdio>
@@ -20,9 +21,15 @@
 
 #include "lane.hpp"
 #include "model_library.h"
+#include "scripted.hpp"
 #include "simulated_cuda.h"
 
 namespace {
+
+using scripted::device;
+using scripted::runtime;
+using scripted::set;
+using scripted::shim;
 
 std::atomic<long> allocations{-1};  // until one fails; negative: none does
 std::atomic<long> starts{-1};       // of threads, likewise
@@ -42,15 +49,16 @@ void check(bool holds, const char* what) {
 
 }  // namespace
 
-void* operator new(std::size_t size) {
+[[gnu::noinline]] void* operator new(std::size_t size) {
   if (!spared && allocations.load() >= 0 && allocations.fetch_sub(1) == 0) throw std::bad_alloc();
   if (void* const memory = std::malloc(size == 0 ? 1 : size)) return memory;
   throw std::bad_alloc();
 }
-void operator delete(void* memory) noexcept { std::free(memory); }
-void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
 
-extern "C" int pthread_create(pthread_t* thread, const pthread_attr_t* how, void* (*run)(void*), void* given) noexcept {
+extern "C" int pthread_create(pthread_t* thread, const pthread_attr_t* how, void* (*run)(void*),
+                              void* given) noexcept {
   using Create = int (*)(pthread_t*, const pthread_attr_t*, void* (*)(void*), void*);
   static const auto create = reinterpret_cast<Create>(dlsym(RTLD_NEXT, "pthread_create"));
   if (starts.load() >= 0 && starts.fetch_sub(1) == 0) return EAGAIN;
@@ -59,62 +67,9 @@ extern "C" int pthread_create(pthread_t* thread, const pthread_attr_t* how, void
 
 namespace {
 
-template <typename Function, typename Given>
-void set(Function& function, Given given) {
-  function = reinterpret_cast<Function>(given);
-}
-
-aoti::Shim shim() {
-  aoti::Shim made;
-  set(made.get_data_ptr, &torch_get_data_ptr);
-  set(made.get_dim, &torch_get_dim);
-  set(made.get_sizes, &torch_get_sizes);
-  set(made.get_strides, &torch_get_strides);
-  set(made.get_dtype, &torch_get_dtype);
-  set(made.dtype_element_size, &torch_dtype_element_size);
-  set(made.empty_strided, &torch_empty_strided);
-  set(made.reinterpret_tensor, &torch_reinterpret_tensor);
-  set(made.clone, &torch_clone);
-  set(made.delete_tensor, &torch_delete_tensor);
-  made.cpu = ON_HOST;
-  return made;
-}
-
-std::shared_ptr<const aoti::Device> device(CUcontext context) {
-  auto made = std::make_shared<aoti::Device>();
-  made->shim = shim();
-  set(made->new_handle, &torch_new_handle_of);
-  set(made->get_device_type, &torch_get_device_type);
-  set(made->copy, &torch_copy);
-  set(made->guard, &torch_guard_stream);
-  set(made->unguard, &torch_unguard_stream);
-  made->type = ON_DEVICE;
-  made->driver.context = context;
-  made->driver.not_ready = CUDA_ERROR_NOT_READY;
-  set(made->driver.get_context, &cuCtxGetCurrent);
-  set(made->driver.set_context, &cuCtxSetCurrent);
-  set(made->driver.query, &cuStreamQuery);
-  set(made->driver.copy_in, &cuMemcpyHtoDAsync_v2);
-  set(made->driver.copy_out, &cuMemcpyDtoHAsync_v2);
-  set(made->driver.allocate_host, &cuMemAllocHost_v2);
-  set(made->driver.free_host, &cuMemFreeHost);
-  set(made->driver.explain, &cuGetErrorString);
-  return made;
-}
-
-aoti::Runtime runtime() {
-  aoti::Runtime made;
-  made.delete_tensor = &torch_delete_tensor;
-  made.root_cause = &torch_root_cause;
-  made.get_threads = &torch_get_threads;
-  made.set_omp_threads = &torch_set_omp_threads;
-  made.set_mkl_threads = &torch_set_mkl_threads;
-  made.new_handle = &torch_another_handle;
-  return made;
-}
-
 enum Kind { kSucceeds, kFails, kThrows, kRows, kBatch, kRaggedBatch, kOnDevice, kHome, kKinds };
-constexpr const char* kLong = "an error whose text is so long that no string holds it without memory of its own";
+constexpr const char* kLong =
+    "an error whose text is so long that no string holds it without memory of its own";
 constexpr std::int64_t kRowsOfOne = 2;
 constexpr std::int64_t kColumns = 3;
 
@@ -132,9 +87,12 @@ struct Models {
       script.status = kind == kFails;
       script.throws = kind == kThrows ? THROWS_STANDARD : THROWS_NOTHING;
       auto model = std::make_shared<aoti::Model>();
-      if (kind < kRows) set(model->run, &model_run);
-      else if (kind < kOnDevice) set(model->run, &row_model_run);
-      else set(model->run, &device_model_run);
+      if (kind < kRows)
+        set(model->run, &model_run);
+      else if (kind < kOnDevice)
+        set(model->run, &row_model_run);
+      else
+        set(model->run, &device_model_run);
       model->container = &script;
       model->num_inputs = 1;
       model->num_outputs = 2;
@@ -146,7 +104,8 @@ struct Models {
       aoti::Fence fence;
       set(fence.fence, &cuStreamSynchronize);
       fence.argument = stream;
-      on.push_back(std::make_shared<aoti::Stream>(its_device, stream, fence, std::vector<bool>{true}, kind == kHome));
+      on.push_back(std::make_shared<aoti::Stream>(its_device, stream, fence,
+                                                  std::vector<bool>{true}, kind == kHome));
     }
     for (const bool ragged : {false, true}) {
       aoti::InputPlan input{0, {0, 1}, {}, {}};
@@ -156,8 +115,9 @@ struct Models {
         input.pads = {{4, std::string("\x01\x02\x03\x04")}};
         output.ragged = {{1, 0, 1}};
       }
-      plans.push_back(std::make_shared<const aoti::Plan>(shim(), std::vector<aoti::InputPlan>{input},
-                                                         std::vector<aoti::OutputPlan>(2, output), ragged));
+      plans.push_back(
+          std::make_shared<const aoti::Plan>(shim(), std::vector<aoti::InputPlan>{input},
+                                             std::vector<aoti::OutputPlan>(2, output), ragged));
       stagings.push_back(std::make_shared<aoti::Staging>());
     }
   }
@@ -192,13 +152,17 @@ struct Round {
     if (kind == kBatch || kind == kRaggedBatch) {
       const auto which = static_cast<std::size_t>(kind - kBatch);
       std::vector<aoti::Handle> tensors;
-      for (int member = 0; member < 3; ++member) tensors.push_back(new_matrix(kRowsOfOne, kColumns + (which ? member : 0), 4, 5));
+      for (int member = 0; member < 3; ++member)
+        tensors.push_back(new_matrix(kRowsOfOne, kColumns + (which ? member : 0), 4, 5));
       members.insert(members.end(), tensors.begin(), tensors.end());
-      made.batch = std::make_unique<aoti::Batch>(models.plans[which], models.stagings[which], tensors,
-                                                 std::vector<std::int64_t>(3, kRowsOfOne), 3 * kRowsOfOne);
+      made.batch =
+          std::make_unique<aoti::Batch>(models.plans[which], models.stagings[which], tensors,
+                                        std::vector<std::int64_t>(3, kRowsOfOne), 3 * kRowsOfOne);
       return made;
     }
-    made.inputs.push_back(aoti::OwnedHandle(&torch_delete_tensor, kind < kRows ? new_tensor() : new_matrix(kRowsOfOne, kColumns, 4, 5)));
+    made.inputs.push_back(
+        aoti::OwnedHandle(&torch_delete_tensor,
+                          kind < kRows ? new_tensor() : new_matrix(kRowsOfOne, kColumns, 4, 5)));
     if (kind >= kOnDevice) made.on = models.on[static_cast<std::size_t>(kind - kOnDevice)];
     return made;
   }
@@ -214,18 +178,22 @@ struct Round {
     if (completion.status != 0) {
       check(!completion.error.empty(), "a failure for want of memory has a text");
       ++starved;
-      for (aoti::Handle handle : completion.outputs) check(handle == nullptr, "a failed run gives no outputs");
+      for (aoti::Handle handle : completion.outputs)
+        check(handle == nullptr, "a failed run gives no outputs");
       return;
     }
     if (kind == kBatch || kind == kRaggedBatch) {
       check(completion.parts.size() == 6, "each member has its outputs");
       for (std::size_t part = 0; part < 6; ++part) {
-        const std::int64_t columns = kColumns + (kind == kBatch ? 0 : static_cast<std::int64_t>(part / 2));
-        check(is_matrix_of(completion.parts[part], kRowsOfOne, columns, 6), "a member's rows are its own");
+        const std::int64_t columns =
+            kColumns + (kind == kBatch ? 0 : static_cast<std::int64_t>(part / 2));
+        check(is_matrix_of(completion.parts[part], kRowsOfOne, columns, 6),
+              "a member's rows are its own");
       }
     } else if (kind >= kRows) {
       check(completion.outputs.size() == 2, "all outputs are there");
-      for (aoti::Handle handle : completion.outputs) check(is_matrix_of(handle, kRowsOfOne, kColumns, 6), "a result is right");
+      for (aoti::Handle handle : completion.outputs)
+        check(is_matrix_of(handle, kRowsOfOne, kColumns, 6), "a result is right");
     }
   }
 
@@ -245,7 +213,8 @@ struct Round {
     std::vector<std::string> names(2, "aoti:starved lane of a long name");
     {
       const Exposed exposed;
-      lanes = std::make_unique<aoti::Lanes>(runtime(), std::move(names), std::vector<int>(), 2, threads);
+      lanes = std::make_unique<aoti::Lanes>(runtime(), std::move(names), std::vector<int>(), 2,
+                                            threads);
     }
     for (int kind = 0; kind < kKinds; ++kind) {
       aoti::Work one = work(kind);
@@ -254,7 +223,8 @@ struct Round {
           const Exposed exposed;
           accepted = lanes->submit(static_cast<std::size_t>(kind % 2), one);
         } catch (const std::bad_alloc&) {
-          check(one.model != nullptr && (one.batch != nullptr || one.inputs.size() == 1), "a work that is not taken is whole");
+          check(one.model != nullptr && (one.batch != nullptr || one.inputs.size() == 1),
+                "a work that is not taken is whole");
           continue;
         }
         if (!accepted) drain(*lanes);  // the lane is full
@@ -294,13 +264,15 @@ bool play(std::atomic<long>& fault, long nth, std::size_t threads, CUcontext con
     } catch (const std::bad_alloc&) {
       check(&fault == &allocations, "memory is missed where it is missing");
     } catch (const std::system_error& error) {
-      check(&fault == &starts && error.code().value() == EAGAIN, "a thread is missed where it is missing");
+      check(&fault == &starts && error.code().value() == EAGAIN,
+            "a thread is missed where it is missing");
     }
     for (aoti::Handle member : round.members) torch_delete_tensor(member);
   }
   const bool came = fault.exchange(-1) < 0;
   check(live_tensors() == tensors && live_storages() == storages, "no tensor is lost");
-  check(sim_faults(nullptr) == 0 && sim_pinned() == 0 && sim_allocated() == 0, "nothing is lost on the device");
+  check(sim_faults(nullptr) == 0 && sim_pinned() == 0 && sim_allocated() == 0,
+        "nothing is lost on the device");
   return came;
 }
 

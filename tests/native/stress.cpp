@@ -1,9 +1,9 @@
-// The lanes alone, under a sanitizer: rounds of producers, which run some works themselves, drainers, ringers and
-// closers over the C model library.
+// The lanes alone, under a sanitizer: rounds of producers, which run some works themselves,
+// drainers, ringers and closers over the C model library.
 //
-// Which runs fail, and how, and when the lanes are closed is drawn from a seed; the arguments are the seed and the
-// number of rounds. Returns 0 when nothing was lost: each accepted work came back once or was freed with the lanes,
-// and no tensor is left.
+// Which runs fail, and how, and when the lanes are closed is drawn from a seed; the arguments are
+// the seed and the number of rounds. Returns 0 when nothing was lost: each accepted work came back
+// once or was freed with the lanes, and no tensor is left.
 #include <atomic>
 #include <chrono>
 #include <cstdio>
@@ -21,8 +21,11 @@
 
 #include "lane.hpp"
 #include "model_library.h"
+#include "scripted.hpp"
 
 namespace {
+
+using scripted::runtime;
 
 constexpr int kProducers = 3;
 constexpr int kWorks = 150;  // of each producer, in each round
@@ -63,17 +66,6 @@ std::vector<std::unique_ptr<Scripted>> make_models(std::mt19937& random) {
   return models;
 }
 
-aoti::Runtime runtime() {
-  aoti::Runtime made;
-  made.delete_tensor = &torch_delete_tensor;
-  made.root_cause = &torch_root_cause;
-  made.get_threads = &torch_get_threads;
-  made.set_omp_threads = &torch_set_omp_threads;
-  made.set_mkl_threads = &torch_set_mkl_threads;
-  made.new_handle = &torch_another_handle;
-  return made;
-}
-
 // A device whose only step is its fence: torch's functions find the host's memory.
 std::shared_ptr<const aoti::Device> device() {
   auto made = std::make_shared<aoti::Device>();
@@ -94,7 +86,8 @@ struct Round {
         count(1 + random() % 3),
         closes_early(random() % 2 == 0),
         drains_all(random() % 2 == 0),
-        lanes(runtime(), std::vector<std::string>(count, "aoti:stress"), {}, static_cast<int>(random() % 5)) {}
+        lanes(runtime(), std::vector<std::string>(count, "aoti:stress"), {},
+              static_cast<int>(random() % 5)) {}
 
   std::vector<std::unique_ptr<Scripted>> models;
   fence sound_fence{};
@@ -110,7 +103,7 @@ struct Round {
   std::atomic<bool> closed{false};
   std::mutex last_mutex;
   std::map<std::uint64_t, int> last;  // tokens that came back
-  aoti::Lanes lanes;                  // the last to be made, the first to go: its threads use the rest
+  aoti::Lanes lanes;  // the last to be made, the first to go: its threads use the rest
 };
 
 // One of the models on this thread, as the loop runs short ones, while the lanes run others.
@@ -125,7 +118,8 @@ void run_here(const Round& round, const Scripted& scripted, int threads) {
     work.inputs.push_back(aoti::OwnedHandle(&torch_delete_tensor, new_tensor()));
   }
   const aoti::Completion completion = aoti::run_here(round.lanes.runtime(), std::move(work));
-  check(omp_threads() == omp && mkl_threads() == mkl, "a thread has its own counts again after a run here");
+  check(omp_threads() == omp && mkl_threads() == mkl,
+        "a thread has its own counts again after a run here");
   check(inputs_left() == 0, "a run here leaves no input");
   for (aoti::Handle handle : completion.outputs) {
     check(completion.status == 0 || handle == nullptr, "a failed run gives no outputs");
@@ -145,16 +139,18 @@ void produce(Round& round, unsigned seed) {
     work.model = scripted.model;
     work.threads = 1 + static_cast<int>(random() % 2);
     for (std::size_t i = 0; i < scripted.model->num_inputs; ++i) {
-    work.inputs.push_back(aoti::OwnedHandle(&torch_delete_tensor, new_tensor()));
-  }
+      work.inputs.push_back(aoti::OwnedHandle(&torch_delete_tensor, new_tensor()));
+    }
     if (random() % 4 == 0) work.on = random() % 2 == 0 ? round.sound : round.broken;
     if (round.lanes.submit(random() % round.count, work)) {
       ++round.accepted;
       ++made;
       continue;
     }
-    check(work.inputs.size() == scripted.model->num_inputs, "a work that is refused keeps its inputs");
-    for (aoti::Handle handle : work.inputs) check(handle != nullptr, "a work that is refused keeps its handles");
+    check(work.inputs.size() == scripted.model->num_inputs,
+          "a work that is refused keeps its inputs");
+    for (aoti::Handle handle : work.inputs)
+      check(handle != nullptr, "a work that is refused keeps its handles");
     if (round.closed) return;
     std::this_thread::yield();
   }
@@ -186,7 +182,8 @@ void play(std::mt19937& random) {
     std::atomic<bool> over{false};
     std::thread drainer([&round, &over, looks = std::mt19937(random())]() mutable {
       while (!over) {
-        if (readable(round) || round.lanes.poll(std::chrono::microseconds(looks() % 40))) take(round, 3);
+        if (readable(round) || round.lanes.poll(std::chrono::microseconds(looks() % 40)))
+          take(round, 3);
         std::this_thread::yield();
       }
     });
@@ -207,7 +204,8 @@ void play(std::mt19937& random) {
     round.lanes.close();
     over = true;
     drainer.join();
-    check(round.closes_early || round.accepted == kProducers * kWorks, "open lanes take every work in the end");
+    check(round.closes_early || round.accepted == kProducers * kWorks,
+          "open lanes take every work in the end");
     if (round.drains_all) {
       while (readable(round)) take(round, 7);
       check(round.seen == round.accepted, "each accepted work comes back, and the bell says so");

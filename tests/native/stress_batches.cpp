@@ -1,8 +1,8 @@
-// Batches under a sanitizer: producers that make them of random members, on the lanes and on their own threads, over
-// models that fail in every way, and a torch that refuses a call now and then.
+// Batches under a sanitizer: producers that make them of random members, on the lanes and on their
+// own threads, over models that fail in every way, and a torch that refuses a call now and then.
 //
-// The arguments are the seed and the number of rounds. Returns 0 when every member got its own rows or its batch an
-// error, no result was written over by a later batch, and no tensor is left.
+// The arguments are the seed and the number of rounds. Returns 0 when every member got its own rows
+// or its batch an error, no result was written over by a later batch, and no tensor is left.
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -19,8 +19,11 @@
 
 #include "lane.hpp"
 #include "model_library.h"
+#include "scripted.hpp"
 
 namespace {
+
+using scripted::shim;
 
 constexpr int kProducers = 3;
 constexpr int kBatches = 80;  // of each producer, in each round
@@ -32,21 +35,6 @@ void check(bool holds, const char* what) {
   std::exit(1);
 }
 
-aoti::Shim shim() {
-  aoti::Shim made;
-  made.get_data_ptr = &torch_get_data_ptr;
-  made.get_dim = &torch_get_dim;
-  made.get_sizes = &torch_get_sizes;
-  made.get_strides = &torch_get_strides;
-  made.get_dtype = &torch_get_dtype;
-  made.dtype_element_size = &torch_dtype_element_size;
-  made.empty_strided = &torch_empty_strided;
-  made.reinterpret_tensor = &torch_reinterpret_tensor;
-  made.clone = &torch_clone;
-  made.delete_tensor = &torch_delete_tensor;
-  return made;
-}
-
 aoti::Runtime runtime() {
   aoti::Runtime made;
   made.delete_tensor = &torch_delete_tensor;
@@ -55,7 +43,8 @@ aoti::Runtime runtime() {
   return made;
 }
 
-std::shared_ptr<const aoti::Plan> make_plan(std::size_t inputs, std::size_t outputs, bool ragged, bool detach) {
+std::shared_ptr<const aoti::Plan> make_plan(std::size_t inputs, std::size_t outputs, bool ragged,
+                                            bool detach) {
   aoti::InputPlan input{0, {0, 1}, {}, {}};
   aoti::OutputPlan output{0, {}};
   if (ragged) {
@@ -71,7 +60,8 @@ struct Scripted {
   container script{};
   std::shared_ptr<aoti::Model> model = std::make_shared<aoti::Model>();
   std::shared_ptr<const aoti::Plan> plan;
-  std::map<std::size_t, std::shared_ptr<aoti::Staging>> stagings;  // by lane, and behind those by producer
+  std::map<std::size_t, std::shared_ptr<aoti::Staging>>
+      stagings;  // by lane, and behind those by producer
 };
 
 enum { kPassesOn = 1, kMoreRows, kFewerRows, kFails, kThrows, kLeavesOut, kWays };
@@ -94,7 +84,8 @@ std::unique_ptr<Scripted> make_model(int way, std::size_t slots, std::mt19937& r
   made->model->num_outputs = 2;
   made->model->last_error = &model_last_error;
   made->plan = make_plan(made->model->num_inputs, 2, random() % 2 == 0, random() % 3 == 0);
-  for (std::size_t slot = 0; slot < slots; ++slot) made->stagings[slot] = std::make_shared<aoti::Staging>();
+  for (std::size_t slot = 0; slot < slots; ++slot)
+    made->stagings[slot] = std::make_shared<aoti::Staging>();
   return made;
 }
 
@@ -118,9 +109,11 @@ struct Kept {
 
 struct Round {
   explicit Round(std::mt19937& random) : count(1 + random() % 3), refuses(random() % 2 == 0) {
-    for (int way = 0; way < kWays; ++way) models.push_back(make_model(way, count + kProducers, random));
-    lanes = std::make_unique<aoti::Lanes>(runtime(), std::vector<std::string>(count, "aoti:batches"),
-                                          std::vector<int>(), static_cast<int>(random() % 5));
+    for (int way = 0; way < kWays; ++way)
+      models.push_back(make_model(way, count + kProducers, random));
+    lanes =
+        std::make_unique<aoti::Lanes>(runtime(), std::vector<std::string>(count, "aoti:batches"),
+                                      std::vector<int>(), static_cast<int>(random() % 5));
   }
 
   std::vector<std::unique_ptr<Scripted>> models;
@@ -153,14 +146,16 @@ aoti::Work ask(Round& round, std::mt19937& random, std::size_t slot, Asked& aske
     asked.columns.push_back(ragged ? static_cast<std::int64_t>(random() % 6) : kColumns);
     asked.values.push_back(static_cast<int>(random() % 200));
     for (std::size_t input = 0; input < plan.inputs.size(); ++input) {
-      asked.tensors.push_back(matrix(asked.rows.back(), asked.columns.back(), dtype, asked.values.back()));
+      asked.tensors.push_back(
+          matrix(asked.rows.back(), asked.columns.back(), dtype, asked.values.back()));
     }
     total += asked.rows.back();
   }
   aoti::Work work;
   work.token = ++round.tokens;
   work.model = asked.model->model;
-  work.batch = std::make_unique<aoti::Batch>(asked.model->plan, asked.model->stagings.at(slot), asked.tensors, asked.rows,
+  work.batch = std::make_unique<aoti::Batch>(asked.model->plan, asked.model->stagings.at(slot),
+                                             asked.tensors, asked.rows,
                                              total + static_cast<std::int64_t>(random() % 3));
   if (round.refuses && random() % 4 == 0) refuse_torch_call(1 + static_cast<int>(random() % 60));
   return work;
@@ -170,12 +165,14 @@ void answer(Round& round, Asked& asked, aoti::Completion& completion) {
   const std::size_t outputs = asked.model->model->num_outputs;
   check(completion.members == asked.rows.size(), "a batch comes back with its members");
   if (asked.way == kFails || asked.way == kThrows || asked.way == kMoreRows) {
-    check(completion.status != 0 && !completion.error.empty(), "a batch whose model fails fails, and says why");
+    check(completion.status != 0 && !completion.error.empty(),
+          "a batch whose model fails fails, and says why");
   }
   for (aoti::Handle handle : completion.outputs) {
     check(completion.status == 0 || handle == nullptr, "a failed batch gives no outputs");
   }
-  check(completion.status != 0 || completion.parts.size() == outputs * asked.rows.size(), "each member has its outputs");
+  check(completion.status != 0 || completion.parts.size() == outputs * asked.rows.size(),
+        "each member has its outputs");
   const std::lock_guard lock(round.mutex);
   for (std::size_t part = 0; part < completion.parts.size(); ++part) {
     aoti::OwnedHandle handle = completion.parts.exchange(part);
@@ -203,7 +200,8 @@ void produce(Round& round, unsigned seed, std::size_t slot) {
     if (random() % 3 == 0) run_here(round, random, slot);
     const std::size_t lane = random() % round.count;
     Asked asked;
-    aoti::Work work = ask(round, random, lane, asked);  // one work at a time of a lane, so one of its slot
+    aoti::Work work =
+        ask(round, random, lane, asked);  // one work at a time of a lane, so one of its slot
     {
       const std::lock_guard lock(round.mutex);
       round.asked[work.token] = std::move(asked);
@@ -259,7 +257,8 @@ int play(std::mt19937& random) {
     while (drains_all && readable(round)) take(round);
     check(!drains_all || round.asked.empty(), "each batch comes back, and the bell says so");
     for (const Kept& kept : round.kept) {
-      check(is_matrix_of(kept.tensor.get(), kept.rows, kept.columns, kept.value), "a member's rows are its own, for ever");
+      check(is_matrix_of(kept.tensor.get(), kept.rows, kept.columns, kept.value),
+            "a member's rows are its own, for ever");
     }
     for (auto& [token, asked] : round.asked) {
       for (aoti::Handle tensor : asked.tensors) torch_delete_tensor(tensor);

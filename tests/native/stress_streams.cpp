@@ -1,8 +1,9 @@
-// Lanes whose works run on a simulated device, under a sanitizer: each slot has a stream, and its works come from the host or
-// from the device, go home or stay, have the device alone or not, fail before or after they have launched, or find the device broken.
+// Lanes whose works run on a simulated device, under a sanitizer: each slot has a stream, and its
+// works come from the host or from the device, go home or stay, have the device alone or not, fail
+// before or after they have launched, or find the device broken.
 //
-// The arguments are the seed and the number of rounds. Returns 0 when the device saw no rule broken, every result was right, and
-// nothing was lost.
+// The arguments are the seed and the number of rounds. Returns 0 when the device saw no rule
+// broken, every result was right, and nothing was lost.
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
@@ -17,9 +18,13 @@
 
 #include "lane.hpp"
 #include "model_library.h"
+#include "scripted.hpp"
 #include "simulated_cuda.h"
 
 namespace {
+
+using scripted::device;
+using scripted::set;
 
 constexpr int kWorks = 60;  // of each slot, in each round
 
@@ -29,44 +34,6 @@ void check(bool holds, const char* what) {
   sim_faults(&fault);
   std::fprintf(stderr, "not so: %s (%s)\n", what, fault);
   std::exit(1);
-}
-
-template <typename Function, typename Given>
-void set(Function& function, Given given) {
-  function = reinterpret_cast<Function>(given);
-}
-
-std::shared_ptr<const aoti::Device> device(CUcontext context, bool one_at_a_time) {
-  auto made = std::make_shared<aoti::Device>();
-  set(made->shim.get_data_ptr, &torch_get_data_ptr);
-  set(made->shim.get_dim, &torch_get_dim);
-  set(made->shim.get_sizes, &torch_get_sizes);
-  set(made->shim.get_strides, &torch_get_strides);
-  set(made->shim.get_dtype, &torch_get_dtype);
-  set(made->shim.dtype_element_size, &torch_dtype_element_size);
-  set(made->shim.empty_strided, &torch_empty_strided);
-  set(made->shim.reinterpret_tensor, &torch_reinterpret_tensor);
-  set(made->shim.clone, &torch_clone);
-  set(made->shim.delete_tensor, &torch_delete_tensor);
-  made->shim.cpu = ON_HOST;
-  set(made->new_handle, &torch_new_handle_of);
-  set(made->get_device_type, &torch_get_device_type);
-  set(made->copy, &torch_copy);
-  set(made->guard, &torch_guard_stream);
-  set(made->unguard, &torch_unguard_stream);
-  made->type = ON_DEVICE;
-  made->one_at_a_time = one_at_a_time;
-  made->driver.context = context;
-  made->driver.not_ready = CUDA_ERROR_NOT_READY;
-  set(made->driver.get_context, &cuCtxGetCurrent);
-  set(made->driver.set_context, &cuCtxSetCurrent);
-  set(made->driver.query, &cuStreamQuery);
-  set(made->driver.copy_in, &cuMemcpyHtoDAsync_v2);
-  set(made->driver.copy_out, &cuMemcpyDtoHAsync_v2);
-  set(made->driver.allocate_host, &cuMemAllocHost_v2);
-  set(made->driver.free_host, &cuMemFreeHost);
-  set(made->driver.explain, &cuGetErrorString);
-  return made;
 }
 
 struct Slot {
@@ -121,7 +88,8 @@ void play(std::mt19937& random, CUcontext context) {
       aoti::Fence fence;
       set(fence.fence, &cuStreamSynchronize);
       fence.argument = slot->stream;
-      slot->on = std::make_shared<aoti::Stream>(its_device, slot->stream, fence, std::vector<bool>{true}, slot->home);
+      slot->on = std::make_shared<aoti::Stream>(its_device, slot->stream, fence,
+                                                std::vector<bool>{true}, slot->home);
       slots.push_back(std::move(slot));
     }
     aoti::Runtime runtime;
@@ -137,11 +105,13 @@ void play(std::mt19937& random, CUcontext context) {
       work.token = index;
       work.model = slot.model;
       work.inputs = aoti::OwnedHandles(&torch_delete_tensor);
-      work.inputs.push_back(aoti::OwnedHandle(&torch_delete_tensor, input(random, slot, *its_device)));
+      work.inputs.push_back(
+          aoti::OwnedHandle(&torch_delete_tensor, input(random, slot, *its_device)));
       work.on = slot.on;
       --left[index];
       ++under_way;
-      for (std::size_t lane = random() % 2; !lanes.submit(lane, work); lane = 1 - lane) std::this_thread::yield();
+      for (std::size_t lane = random() % 2; !lanes.submit(lane, work); lane = 1 - lane)
+        std::this_thread::yield();
     };
     sim_take(random() % 2 == 0 ? 0 : 20);
     for (std::size_t index = 0; index < slots.size(); ++index) submit(index);
@@ -158,7 +128,8 @@ void play(std::mt19937& random, CUcontext context) {
           std::int32_t type = -1;
           torch_get_device_type(handle, &type);
           check(type == (slot.home ? ON_HOST : ON_DEVICE), "outputs are where they are wanted");
-          check(is_matrix_of(handle, slot.rows, 3, slot.value + 1) == 1, "a completed run is complete on the device");
+          check(is_matrix_of(handle, slot.rows, 3, slot.value + 1) == 1,
+                "a completed run is complete on the device");
         }
         if (breaks && left[completion.token] == kWorks / 2) sim_break(CUDA_ERROR_ILLEGAL_ADDRESS);
         if (left[completion.token] > 0) submit(completion.token);

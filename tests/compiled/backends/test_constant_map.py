@@ -1,5 +1,4 @@
-"""Models that a torch before 2.13 compiled take and give their constants in a C++ map, and are
-updated all the same.
+"""Models that a torch before 2.13 compiled are updated through their C++ map of constants.
 
 `older.py` plays their libraries.
 """
