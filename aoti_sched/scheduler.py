@@ -131,14 +131,14 @@ class Scheduler:
         self._clock = self._given_clock or LoopClock(loop)
         self._blocking = BlockingCalls(loop, real_time=self._given_clock is None)
         self._house = Housekeeping(self._blocking.end)
-        loads = anyio.CapacityLimiter(2)  # loads and closes: they compete with runs for cores
-        limiter = anyio.CapacityLimiter(2)
+        # Loads, closes and the rest compete with runs for cores. None waits for the others' places.
+        loads, closes, limiter = (anyio.CapacityLimiter(2) for _ in range(3))
         parking = Parking(limiter)
         self._updates = Updates(self._house.start, parking, limiter, self._clock)
-        self._lifecycle = Lifecycle(self._runners, self._house, self._updates, parking, loads)
-        self._devices = Devices(self._given, self._config, self._clock, self._lifecycle, loads)
+        self._lifecycle = Lifecycle(self._runners, self._house, self._updates, parking, closes)
+        self._devices = Devices(self._given, self._config, self._clock, self._lifecycle, closes)
         self._loader = Loader(
-            self._devices, self._lifecycle, self._house, loads, self._config.cache_dir
+            self._devices, self._lifecycle, self._house, loads, closes, self._config.cache_dir
         )
         await self._house.open()
         try:

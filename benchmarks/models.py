@@ -40,7 +40,7 @@ MOST_ROWS = 512
 """What a "batch.pt2" takes at once: its rows alone are free."""
 
 ENCODER = "minilm"
-"""The demo's encoder, for batches of sentences of any length.
+"""The demo's encoder, for batches of sentences of any length, which the demo compiles.
 
 It has no `module` and no `example` here.
 """
@@ -84,6 +84,12 @@ def ensure(name: str, kind: str) -> Path:
     """A model's file of one kind ("pt2", "frozen.pt2", "batch.pt2", "onnx", or for a device
     "cuda.pt2", "xpu.pt2", "mps.pt2"); made now if it is not in the cache.
     """
+    if name == ENCODER:
+        from rich.console import Console
+
+        from examples.semantic_search.packages import ensure_packages
+
+        return ensure_packages(Console(quiet=True))["encoder"]
     library = Path(aoti_sched.__file__).parent
     key = hashlib.sha256(f"{version('torch')} {platform.machine()}".encode())
     for source in (Path(__file__), library / "compile.py", library / "model/specs.py"):
@@ -116,11 +122,6 @@ def make(name: str, kind: str, path: Path) -> None:
     """Compile or export, one intra-op thread per run."""
     import torch
 
-    if name == ENCODER:
-        from examples.semantic_search.packages import compile_encoder
-
-        compile_encoder(path)
-        return
     network, inputs = module(name), (example(name),)
     if kind == "onnx":
         torch.onnx.export(

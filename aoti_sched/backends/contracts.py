@@ -214,10 +214,14 @@ class Container(Protocol):
         A failure loses nothing: `unpark` restores the state even then.
         """
 
-    def unpark(self) -> None:
+    def unpark(self, reading: Reading | None = None) -> None:
         """Restore the state before `park`, with the weights that served then.
 
         After a failure, the caller may retry.
+
+        Args:
+            reading: Reads a weights file, so that its owner may abandon it while it blocks. Only
+                `close` may follow then.
 
         Raises:
             LoadError, DeviceLostError: The weights can't be restored.
@@ -347,6 +351,8 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     """
     weights_strict: bool = True
     """Whether names in `weights` that the model does not have are refused."""
+    reading: Reading | None = None
+    """Reads `weights`, so that the engine may abandon them while foreign code runs."""
     replicated: bool = False
     """Whether the runner is on several devices.
 

@@ -69,10 +69,10 @@ class Life:
         router: Routes over the runner's replicas; None while the runner is being loaded.
         closing: Done when the close that is under way ends.
         freed: Done when a replica is freed; of each whose freeing has begun and not failed.
-        abandoned: Done when a load is to open no runner any more.
+        leave: Leaves the source that the load reads, while it reads one.
     """
 
-    __slots__ = ("abandoned", "closing", "freed", "name", "router", "stage")
+    __slots__ = ("closing", "freed", "leave", "name", "router", "stage")
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -80,12 +80,13 @@ class Life:
         self.router: Router | None = None
         self.closing: asyncio.Future[None] | None = None
         self.freed: dict[Replica, asyncio.Future[None]] = {}
-        self.abandoned: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.leave: Callable[[], None] | None = None
 
     def abandon(self) -> None:
-        """Open no runner when the load ends."""
+        """Open no runner when the load ends, and wait for no source that it reads."""
         self.stage = Stage.ABANDONED
-        self.abandoned.set_result(None)
+        if self.leave is not None:
+            self.leave()
 
     def is_wanted(self) -> bool:
         """Return whether a load goes on."""
@@ -269,6 +270,7 @@ class Lifecycle(Generic[_Handle]):
         try:
             await drained
             slow.cancel()
+            self._parking.leave(replica)
             async with replica.weights.lock:  # an update under way ends first
                 await self._parking.settled_residency(replica)
                 replica.dispatcher.remove(replica.state)

@@ -1,13 +1,14 @@
 """Loader: inspects a model, reserves memory, loads the model and warms it up, device by device.
 
-Only reserving happens on the event loop; the rest blocks, in worker threads (`prepare.py`). A load
-goes on to its end when its caller is cancelled. The engine then frees the model.
+Only reserving happens on the event loop; the rest blocks, in threads (`prepare.py`). A load goes on
+to its end when its caller is cancelled, or the scheduler closes, and the engine then frees the
+model. The package, its weights file and a mapping of weights may block for ever, a file on a dead
+network for example. A load that is in there is left behind with its thread.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,10 +17,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from aoti_sched.backends.contracts import LoadRequest
+from aoti_sched.backends.reading import Abandoned, Reading
 from aoti_sched.engine import prepare as preparing
 from aoti_sched.engine.parking import claim
-from aoti_sched.engine.worker import in_own_thread, in_worker
-from aoti_sched.errors import RunnerClosedError, WeightsTypeError, brief
+from aoti_sched.engine.worker import SourceThread, in_worker
+from aoti_sched.errors import LoadError, RunnerClosedError, WeightsTypeError, brief
+from aoti_sched.foreign import ended_by
 from aoti_sched.queue.holding import Holding
 
 if TYPE_CHECKING:
@@ -71,7 +74,8 @@ class Loader:
         devices: The scheduler's.
         lifecycle: Keeps the records of runners, those that load included.
         tasks: The scheduler's task group.
-        limiter: Of the threads that load: they compete with runs for cores.
+        limiter: Limits the loads that go on at once: they compete with runs for cores.
+        closes: Limits the threads that free models whose load was given up.
         cache_dir: Where packages are extracted; None for the user's cache directory.
     """
 
@@ -81,12 +85,14 @@ class Loader:
         lifecycle: Lifecycle[Any],
         tasks: Housekeeping,
         limiter: anyio.CapacityLimiter,
+        closes: anyio.CapacityLimiter,
         cache_dir: str | None,
     ) -> None:
         self._devices = devices
         self._lifecycle = lifecycle
         self._tasks = tasks
         self._limiter = limiter
+        self._closes = closes
         self._cache_dir = Path(cache_dir) if cache_dir else None
 
     async def load(
@@ -113,7 +119,7 @@ class Loader:
         async def work() -> _T | None:
             loaded: list[LoadedModel] = []
             try:
-                own = msgspec.structs.replace(source, weights=await _own_weights(life, source))
+                own = msgspec.structs.replace(source, weights=await self._own_weights(life, source))
                 await self._load_everywhere(life, settings, own, loaded)
                 if life.is_wanted():
                     return open_runner(life, settings, loaded)
@@ -148,7 +154,7 @@ class Loader:
             if not life.is_wanted():
                 break
             dispatcher = self._devices.dispatcher(place, device)
-            model = await self._load_on(device, dispatcher, request, settings, source)
+            model = await self._load_on(life, device, dispatcher, request, settings, source)
             loaded.append(model)
             await _reserve_rest(model)
         for model in loaded:
@@ -156,6 +162,7 @@ class Loader:
 
     async def _load_on(
         self,
+        life: Life,
         device: Device,
         dispatcher: Dispatcher,
         request: LoadRequest,
@@ -165,30 +172,81 @@ class Loader:
         """Inspect a model, reserve memory on its device, load it and warm it up."""
         holding, call = Holding(request.name), f"load({settings.path!r})"
         try:
-            inspect = functools.partial(preparing.inspect, device, request)
-            inspected = await in_worker(inspect, self._limiter, call)
-            await claim(dispatcher, holding, inspected.constant_bytes)
-            prepare = functools.partial(
-                preparing.prepare,
-                device,
-                inspected,
-                settings,
-                source.inputs,
-                dispatcher.executor.kind,
-                dispatcher.queue.lanes.cores,
-                source.warmup_inputs,
+            inspected = await self._in_thread(
+                life, lambda reading: preparing.inspect(device, request, reading), call
             )
-            prepared = await in_worker(prepare, self._limiter, call)
+            await claim(dispatcher, holding, inspected.constant_bytes)
+
+            def prepare(reading: Reading) -> Prepared:
+                return preparing.prepare(
+                    device,
+                    inspected,
+                    settings,
+                    source.inputs,
+                    dispatcher.executor.kind,
+                    dispatcher.queue.lanes.cores,
+                    source.warmup_inputs,
+                    reading=reading,
+                )
+
+            prepared = await self._in_thread(life, prepare, call)
         except BaseException:
             dispatcher.forget(holding)
             raise
         return LoadedModel(prepared, dispatcher, holding)
 
+    async def _own_weights(self, life: Life, source: ModelSource) -> object:
+        """Return the weights of a load without the user's code: its mapping is read here.
+
+        Raises:
+            RunnerClosedError: The load was abandoned meanwhile.
+            WeightsTypeError: The mapping does not give names and values, each name once.
+            LoadError: The mapping has raised a `BaseException` that is no `Exception`.
+            ResourcesError: No thread can be started.
+        """
+        weights = source.weights
+        if not isinstance(weights, Mapping) or type(weights) in _PLAIN_MAPPINGS:
+            return weights
+        what = f"runner {life.name!r}: the mapping of its weights"
+
+        def read(reading: Reading) -> object:
+            with reading.foreign():
+                return _items(weights)
+
+        return await self._read(life, read, what)
+
+    async def _in_thread(self, life: Life, call: Callable[[Reading], _T], what: str) -> _T:
+        """Make a blocking call of a load, few at a time: loads compete with runs for cores."""
+        async with self._limiter:  # an abandoned load gives its place to the next
+            return await self._read(life, call, what)
+
+    async def _read(self, life: Life, call: Callable[[Reading], _T], what: str) -> _T:
+        """Call in a thread of its own, which is left behind when the load is abandoned.
+
+        Raises:
+            RunnerClosedError: The load was abandoned meanwhile.
+            ResourcesError: No thread can be started.
+        """
+
+        def ended(error: BaseException) -> Exception:
+            if isinstance(error, Abandoned):
+                return abandoned_error(what)
+            return ended_by(error, LoadError, what)
+
+        if not life.is_wanted():
+            raise abandoned_error(what)
+        thread = SourceThread(call, f"aoti load of {life.name}", what, ended)
+        life.leave = thread.leave
+        try:
+            return await thread.result()
+        finally:
+            life.leave = None
+
     async def _unload(self, loaded: Sequence[LoadedModel]) -> None:
         for model in loaded:
             container, name = model.prepared.container, model.prepared.info.name
             await in_worker(
-                container.close, self._limiter, f"runner {name!r}: closing", or_here=True
+                container.close, self._closes, f"runner {name!r}: closing", or_here=True
             )
             model.dispatcher.forget(model.holding)
 
@@ -210,34 +268,12 @@ class Loader:
         )
 
 
-async def _own_weights(life: Life, source: ModelSource) -> object:
-    """Return the weights of a load without the user's code: its mapping is read here.
-
-    The mapping may block for ever, so a thread of its own reads it, and is left behind when the
-    load is abandoned.
-
-    Raises:
-        RunnerClosedError: The load was abandoned meanwhile.
-        WeightsTypeError: The mapping does not give names and values, each name once.
-        LoadError: The mapping has raised a `BaseException` that is no `Exception`.
-        ResourcesError: No thread can be started.
-    """
-    weights = source.weights
-    if not isinstance(weights, Mapping) or type(weights) in _PLAIN_MAPPINGS:
-        return weights
-    what = f"runner {life.name!r}: the mapping of its weights"
-    reading = in_own_thread(
-        functools.partial(_items, weights), f"aoti weights of {life.name}", what
-    )
-    either: set[asyncio.Future[Any]] = {reading, life.abandoned}
-    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-    if reading.done():
-        return reading.result()
-    reading.cancel()
-    raise RunnerClosedError(f"{what} was still being read when the scheduler was closed")
-
-
 _PLAIN_MAPPINGS = (dict, OrderedDict)
+
+
+def abandoned_error(what: str) -> RunnerClosedError:
+    """Return the error of a load that was cancelled, or whose scheduler closes."""
+    return RunnerClosedError(f"{what}: abandoned; the scheduler was closed meanwhile")
 
 
 def _items(weights: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -15,12 +15,17 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from aoti_sched.engine.worker import in_worker
+from aoti_sched.backends.reading import Abandoned
+from aoti_sched.engine.worker import SourceThread, in_worker
+from aoti_sched.errors import LoadError, RunnerClosedError
 from aoti_sched.events import log
+from aoti_sched.foreign import ended_by
 from aoti_sched.queue.holding import Stay
 from aoti_sched.queue.runner_state import Phase
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aoti_sched.engine.dispatcher import Dispatcher
     from aoti_sched.engine.replica import Replica
     from aoti_sched.queue.holding import Holding
@@ -30,11 +35,12 @@ class Parking:
     """Evicts and restores the weights of one scheduler's replicas.
 
     Args:
-        limiter: Limits the threads in which memory is freed and filled.
+        limiter: Limits the threads in which memory is freed.
     """
 
     def __init__(self, limiter: anyio.CapacityLimiter) -> None:
         self._limiter = limiter
+        self._restores: dict[Replica, Callable[[], None]] = {}
 
     async def park(self, replica: Replica) -> None:
         """Free the weights of a replica with no run under way."""
@@ -55,13 +61,27 @@ class Parking:
     async def bring_back(self, replica: Replica) -> None:
         """Restore the weights, for which there is room now.
 
-        If they can't be restored, the queued requests fail, and the next request tries again.
+        If they can't be restored, the queued requests fail, and the next request tries again. The
+        weights file may block for ever, so a thread of its own restores, and no other restore waits
+        for it.
         """
         fault = None
+        what = f"runner {replica.name!r}: its return"
+
+        def ended(error: BaseException) -> Exception:
+            if isinstance(error, Abandoned):
+                return RunnerClosedError(f"{what}: abandoned, because the runner closes")
+            return ended_by(error, LoadError, what)
+
         try:
-            await in_worker(
-                replica.container.unpark, self._limiter, f"runner {replica.name!r}: its return"
+            thread = SourceThread(
+                replica.container.unpark, f"aoti weights of {replica.name}", what, ended
             )
+            self._restores[replica] = thread.leave
+            try:
+                await thread.result()
+            finally:
+                del self._restores[replica]
         except Exception as error:  # noqa: BLE001 -- the requests that wait get it
             fault = error
             log.error(
@@ -98,6 +118,11 @@ class Parking:
             yield
         finally:
             replica.refresh_memory_use()
+
+    def leave(self, replica: Replica) -> None:
+        """Wait no longer for the weights file of a replica that closes and has no requests."""
+        if replica in self._restores:
+            self._restores[replica]()
 
     async def settled_residency(self, replica: Replica) -> None:
         """Wait until the weights are neither evicted nor restored at the moment."""

@@ -31,6 +31,7 @@ from aoti_sched.stats import RunnerInfo
 
 if TYPE_CHECKING:
     from aoti_sched.backends.contracts import Container, Device, Inspected, LoadRequest
+    from aoti_sched.backends.reading import Reading
     from aoti_sched.config import ModelConfig
 
 
@@ -49,8 +50,10 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """Why its weights must stay in memory; "" where they may be evicted."""
 
 
-def inspect(device: Device, request: LoadRequest) -> Inspected:
+def inspect(device: Device, request: LoadRequest, reading: Reading) -> Inspected:
     """Read and check one model, so that memory can be reserved for it.
+
+    Its file may be on a network that is dead, so all of this can be left behind.
 
     Raises:
         PackageError, LoadError: As in `Scheduler.load`. Nothing is loaded yet.
@@ -60,7 +63,8 @@ def inspect(device: Device, request: LoadRequest) -> Inspected:
             f"load({str(request.path)!r}): cuda_graphs=True, but {device.name!r} has no such "
             "thing; it is for 'cuda'"
         )
-    return device.inspect(request)
+    with reading.foreign():
+        return device.inspect(request)
 
 
 def prepare(
@@ -71,6 +75,8 @@ def prepare(
     executor: str,
     cores: int,
     warmup_inputs: object = None,
+    *,
+    reading: Reading | None = None,
 ) -> Prepared:
     """Load one model, find its specs and warm it up.
 
@@ -82,10 +88,13 @@ def prepare(
         executor: The kind of the device's executor.
         cores: The most cores that a run may use.
         warmup_inputs: Arguments to warm it up with: a tuple, or a tuple and a dict.
+        reading: Reads the weights file of the settings, so that it can be left behind.
 
     Raises:
         PackageError, LoadError: As in `Scheduler.load`. Nothing stays inspected.
     """
+    request = msgspec.structs.replace(inspected.request, reading=reading)
+    inspected = msgspec.structs.replace(inspected, request=request)
     container = device.load(inspected)
     try:
         return _prepare(

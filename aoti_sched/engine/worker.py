@@ -6,15 +6,15 @@ Whatever a call raises is an `Exception` on the loop, and ends its own operation
 from __future__ import annotations
 
 import asyncio
-import functools
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import anyio
 import anyio.to_thread
 
+from aoti_sched.backends.reading import Abandoned, Reading
 from aoti_sched.errors import LoadError, ResourcesError
 from aoti_sched.foreign import ended_by
 
@@ -68,41 +68,79 @@ async def in_worker(
     return returned.pop()
 
 
-def in_own_thread(call: Callable[[], _T], name: str, what: str) -> asyncio.Future[_T]:
-    """Call foreign code, which may never return, in a thread of its own.
+class SourceThread(Generic[_T]):
+    """A call that reads a user's source, in a thread of its own.
 
-    A caller that cancels the future leaves the thread behind. The thread does not hold up the
+    The thread is left behind where foreign code does not return, and then does not hold up the
     interpreter's exit.
 
     Args:
-        call: The foreign code.
+        call: Reads the source by the `Reading` that it is given.
         name: The thread's name.
-        what: Names the call in the `LoadError` that replaces a `BaseException` of the call.
+        what: Names the call in the `ResourcesError`.
+        ended: Makes the error of the call from what was raised; from `Abandoned` when the thread
+            was left behind.
 
     Raises:
         ResourcesError: No thread can be started.
     """
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[_T] = loop.create_future()
 
-    def finish(set_outcome: Callable[[], None]) -> None:
-        if not done.done():
-            set_outcome()
-
-    def work() -> None:
+    def __init__(
+        self,
+        call: Callable[[Reading], _T],
+        name: str,
+        what: str,
+        ended: Callable[[BaseException], Exception],
+    ) -> None:
+        self._call = call
+        self._ended = ended
+        self._reading = Reading()
+        self._loop = asyncio.get_running_loop()
+        self._done: asyncio.Future[None] = self._loop.create_future()
+        # What is raised is no future's: its traceback would hold the future.
+        self._raised: list[Exception] = []
+        self._returned: list[_T] = []
         try:
-            value = call()
-            set_outcome = functools.partial(done.set_result, value)
-        except BaseException as error:  # noqa: BLE001 -- it is the future's
-            set_outcome = functools.partial(done.set_exception, ended_by(error, LoadError, what))
-        with suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(finish, set_outcome)
+            threading.Thread(target=self._work, name=name, daemon=True).start()
+        except (RuntimeError, MemoryError) as error:
+            raise ResourcesError(
+                f"{what}: no thread can be started: {error}. Nothing has changed; end other "
+                "threads, or raise the limit"
+            ) from error
 
-    try:
-        threading.Thread(target=work, name=name, daemon=True).start()
-    except (RuntimeError, MemoryError) as error:
-        raise ResourcesError(
-            f"{what}: no thread can be started: {error}. Nothing has changed; end other threads, "
-            "or raise the limit"
-        ) from error
-    return done
+    async def result(self) -> _T:
+        """Wait for the call and return its result.
+
+        A cancelled caller leaves the thread behind, or waits for its end while the thread runs code
+        of this package.
+        """
+        try:
+            await asyncio.wait({self._done})
+        except asyncio.CancelledError:
+            if not self._reading.abandon():  # code of this package runs, which ends soon
+                with anyio.CancelScope(shield=True):
+                    await asyncio.wait({self._done})
+            raise
+        if self._raised:
+            raise self._raised.pop(0)
+        return self._returned.pop()
+
+    def leave(self) -> None:
+        """End the call now where foreign code runs; otherwise at its next step into such code."""
+        if self._reading.abandon() and not self._done.done():
+            self._raised.append(self._ended(Abandoned()))
+            self._done.set_result(None)
+
+    def _work(self) -> None:
+        try:
+            self._returned.append(self._call(self._reading))
+        except BaseException as error:  # noqa: BLE001 -- it is raised by `result`
+            if isinstance(error, Abandoned) and self._reading.abandon():
+                return  # the owner has left
+            self._raised.append(self._ended(error))
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._finish)
+
+    def _finish(self) -> None:
+        if not self._done.done():
+            self._done.set_result(None)

@@ -152,7 +152,8 @@ class FakeContainer(HostContainer):
         self._fail("park")
         self.parked = True
 
-    def unpark(self) -> None:
+    def unpark(self, reading: Reading | None = None) -> None:
+        del reading
         self._fail("unpark")
         self.parked = False
 

@@ -4,7 +4,11 @@ place of those they have.
 
 from __future__ import annotations
 
+import asyncio
 import os
+import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,12 +20,14 @@ from aoti_sched import (
     DeviceConfig,
     LoadError,
     MissingWeightsError,
+    RunnerClosedError,
     Scheduler,
     SchedulerConfig,
     WeightsFileError,
     WeightsTypeError,
 )
 from aoti_sched.backends import opening
+from aoti_sched.backends.aoti.opened_files import OpenFiles
 from tests.inside import container_of, serving, submit_to
 from tests.models import build
 
@@ -155,6 +161,84 @@ async def test_a_parked_model_comes_back_with_the_weights_of_its_file(name, tmp_
         os.utime(path, ns=container._given._seen[path][3:] * 2)
         container.unpark()
         await answers(runner, name, module)
+
+
+@pytest.fixture
+def dead_network(monkeypatch):
+    """Files of weights block when they are opened, from `blocks.set()` to `go_on.set()`."""
+    network = SimpleNamespace(
+        blocks=threading.Event(), entered=threading.Event(), go_on=threading.Event()
+    )
+    opens = OpenFiles.open
+
+    def open_later(self, path):
+        if network.blocks.is_set():
+            network.entered.set()
+            assert network.go_on.wait(60)
+        return opens(self, path)
+
+    monkeypatch.setattr(OpenFiles, "open", open_later)
+    yield network
+    network.go_on.set()
+
+
+async def until(condition):
+    late = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < late
+        await asyncio.sleep(0.001)
+
+
+async def no_thread_reads():
+    names = ("aoti load of", "aoti weights of")
+    await until(lambda: not any(t.name.startswith(names) for t in threading.enumerate()))
+
+
+@pytest.mark.parametrize("ends", ["the scheduler closes", "the caller is cancelled"])
+async def test_a_load_whose_file_blocks_is_left_behind(ends, tmp_path, dead_network):
+    module = changed("late")
+    path = file_of(module, tmp_path / "new")
+    dead_network.blocks.set()
+    async with Scheduler() as scheduler:
+        load = asyncio.ensure_future(scheduler.load(build("late").path, weights=path))
+        await until(dead_network.entered.is_set)
+        if ends == "the scheduler closes":
+            await scheduler.aclose()
+            with pytest.raises(RunnerClosedError, match="abandoned"):
+                await load
+        else:
+            load.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await load
+            dead_network.blocks.clear()
+            runner = await scheduler.load(build("late").path, weights=path)
+            dead_network.go_on.set()
+            await no_thread_reads()
+            await answers(runner, "late", module)
+
+
+async def test_a_return_whose_file_blocks_is_left_behind(tmp_path, dead_network):
+    module = changed("late")
+    path = file_of(module, tmp_path / "new")
+    size = sum(tensor.nbytes for tensor in module.state_dict().values())
+    config = SchedulerConfig(devices={"cpu": DeviceConfig(memory_limit=2 * size)})
+    async with Scheduler(config) as scheduler:
+        a, b, c = [
+            await scheduler.load(build("late").path, name=name, weights=path) for name in "abc"
+        ]
+        args = build("late").args
+        dead_network.blocks.set()
+        request = a.submit(*args)
+        await until(dead_network.entered.is_set)
+        await must_be_of(c.submit(*args), args, module)
+        await a.terminate()
+        with pytest.raises(RunnerClosedError):
+            await request
+        dead_network.blocks.clear()
+        dead_network.go_on.set()
+        await no_thread_reads()
+        for runner in (b, c, b):
+            await must_be_of(runner.submit(*args), args, module)
 
 
 async def test_tensors_that_were_given_stay_in_memory_and_are_the_models_own():

@@ -1,5 +1,5 @@
-"""`python -m tests.models [names]`: build these models, or all, two at a time; what is built
-already costs nothing.
+"""`python -m tests.models [names]`: build these models, or all and the demo's, two at a time; what
+is built already costs nothing.
 
 The two processes stay for many models, since half of a small model's time is importing the
 compiler.
@@ -13,6 +13,9 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
+from rich.console import Console
+
+from examples.semantic_search.packages import ensure_packages
 from tests.models import DEFINITIONS, build_here, compile_apart
 
 
@@ -35,6 +38,8 @@ def main(names: list[str]) -> None:
                 f"{time.monotonic() - start:6.1f} s  {done:2d}/{len(names)}  {futures[future]}\n"
             )
             sys.stdout.flush()
+    if names == list(DEFINITIONS):
+        ensure_packages(Console(quiet=True))
 
 
 if __name__ == "__main__":

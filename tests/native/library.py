@@ -9,6 +9,7 @@ import functools
 import hashlib
 import itertools
 import subprocess
+from collections.abc import Callable
 from ctypes import POINTER, c_char, c_char_p, c_int, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -27,34 +28,47 @@ CACHE = ROOT / ".cache" / "native"
 THROWS_STANDARD, THROWS_OTHER = 1, 2
 
 
+HEADERS = [HERE / name for name in ("model_library.h", "scripted.hpp", "simulated_cuda.h")]
+HEADERS += [NATIVE / f"{name}.hpp" for name in ("batch", "handle", "lane", "run", "shim", "stream")]
+
+
 def compile_once(name: str, sources: list[Path], *flags: str) -> Path:
-    """The product of these C and C++ sources, from the cache or compiled now."""
-    headers = [HERE / "model_library.h", HERE / "scripted.hpp", HERE / "simulated_cuda.h"]
-    headers += [
-        NATIVE / f"{name}.hpp" for name in ("batch", "handle", "lane", "run", "shim", "stream")
-    ]
-    content = [path.read_bytes() for path in (*sources, *headers)]
-    digest = hashlib.sha256(repr((content, flags)).encode()).hexdigest()[:16]
+    """Return the product of these C and C++ sources, from the cache or linked now.
+
+    Products share the objects of equal sources.
+    """
+    objects = [_object(source, flags) for source in sources]
+
+    def link(made: Path) -> None:
+        _run("g++", *flags, "-pthread", *objects, "-o", made)
+
+    return _cached(name, (name, list(map(str, objects)), flags), link)
+
+
+def _object(source: Path, flags: tuple[str, ...]) -> Path:
+    compiler = ("gcc", "-std=c11") if source.suffix == ".c" else ("g++", "-std=c++17")
+    # Exceptions of C++ pass through the C library, as they pass through a model's C functions.
+    also = ("-fexceptions", "-pthread", "-Wall", "-Wextra", "-O1", "-g", f"-I{NATIVE}", f"-I{HERE}")
+    options = (*also, *(flag for flag in flags if flag != "-shared"))
+
+    def compile_it(made: Path) -> None:
+        _run(*compiler, *options, "-c", source, "-o", made)
+
+    content = [path.read_bytes() for path in (source, *HEADERS)]
+    return _cached(f"{source.stem}.o", (content, options), compile_it)
+
+
+def _cached(name: str, content: object, make: Callable[[Path], None]) -> Path:
+    """Return the cache's file for this content; `make` makes it when there is none."""
+    digest = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
     product = CACHE / digest / name
     product.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(product.with_suffix(".lock")):
         if not product.exists():
-            objects = [
-                _compile(source, product.with_suffix(f".{source.stem}.o"), flags)
-                for source in sources
-            ]
             made = product.with_suffix(".part")
-            _run("g++", *flags, "-pthread", *objects, "-o", made)
+            make(made)
             made.rename(product)
     return product
-
-
-def _compile(source: Path, made: Path, flags: tuple[str, ...]) -> Path:
-    compiler = ("gcc", "-std=c11") if source.suffix == ".c" else ("g++", "-std=c++17")
-    # Exceptions of C++ pass through the C library, as they pass through a model's C functions.
-    also = ("-fexceptions", "-pthread", "-Wall", "-Wextra", "-O1", "-g", f"-I{NATIVE}", f"-I{HERE}")
-    _run(*compiler, *also, *(flag for flag in flags if flag != "-shared"), "-c", source, "-o", made)
-    return made
 
 
 def _run(*command: Any) -> None:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from aoti_sched.backends.accelerators.streams import StreamDevice
     from aoti_sched.backends.aoti.constants import Constant
     from aoti_sched.backends.aoti.weight_check import Chosen
+    from aoti_sched.backends.reading import Reading
 
 STAGED_AT_ONCE = 64 << 20
 """The most bytes of constants that are written in one call.
@@ -270,10 +271,10 @@ class StreamContainer(OnStreams, CAbiContainer):
                 self._kept = self._raw.extract(host=True)
             super().park()
 
-    def unpark(self) -> None:
+    def unpark(self, reading: Reading | None = None) -> None:
         self._device.check_alive()
         with self._device.preserve_current_device(), self._device.turn():
-            super().unpark()
+            super().unpark(reading)
             self._device.settle()
         self._measure()
         self._know_c_run()

@@ -283,18 +283,20 @@ class CAbiContainer(HostContainer):
         self.staging.clear()
         self._c_run.native = None  # with what native lanes keep
 
-    def unpark(self) -> None:
+    def unpark(self, reading: Reading | None = None) -> None:
         if not self._is_parked:
             return
         kept = self._kept
         self._adopt(
-            self._fresh(lambda raw: give_weights(raw, kept) if kept else self._load_weights(raw))
+            self._fresh(
+                lambda raw: give_weights(raw, kept) if kept else self._load_weights(raw, reading)
+            )
         )
         self._kept, self._is_parked = {}, False
 
-    def _load_weights(self, raw: RawContainer) -> None:
+    def _load_weights(self, raw: RawContainer, reading: Reading | None = None) -> None:
         """Fill a container with the weights that the model was loaded with."""
-        load_weights(raw, self._extracted, self._given)
+        load_weights(raw, self._extracted, self._given, reading)
 
     def _fresh(self, fill: Callable[[RawContainer], None]) -> RawContainer:
         """Return a new container of the same model, filled by `fill` and folded."""

@@ -15,6 +15,7 @@ from aoti_sched.backends.aoti.opened_files import Seen
 from aoti_sched.backends.aoti.weight_check import choose
 from aoti_sched.backends.aoti.weight_files import open_weights
 from aoti_sched.backends.contracts import LoadRequest
+from aoti_sched.backends.reading import Reading
 from aoti_sched.errors import LoadError, MissingWeightsError, WeightsTypeError, clipped, shortened
 from aoti_sched.model.specs import WeightName
 from aoti_sched.package import Extracted
@@ -40,15 +41,21 @@ class GivenWeights:
             )
         self._model, self._strict = request.name, request.weights_strict
         self._weights: object = weights
+        self._reading = request.reading
         self._names = names
         self._seen: Seen = {}
         self.is_file = not isinstance(weights, Mapping)
         self.ignored: tuple[str, ...] = ()
 
-    def write(self, raw: RawContainer) -> None:
+    def write(self, raw: RawContainer, reading: Reading | None = None) -> None:
         """Write the weights into a container's active buffer, before its first run.
 
+        Args:
+            raw: The container.
+            reading: Reads the weights; None for the one of the load.
+
         Raises:
+            Abandoned: The owner of `reading` has abandoned it.
             ConstantMismatchError: The weights do not fit.
             WeightsFileError: The file can't be read, or has changed since the first time.
         """
@@ -60,7 +67,8 @@ class GivenWeights:
                 f"{shortened(map(repr, unknown))} lie in memory. Load the package itself, or the "
                 "library with its generated sources beside it."
             )
-        with open_weights(self._weights, self._seen) as offers:
+        reading = reading or self._reading or Reading()
+        with reading.source(open_weights(self._weights, self._seen)) as offers:
             chosen = choose(
                 self._model,
                 constants,
@@ -71,23 +79,34 @@ class GivenWeights:
                 strict=self._strict,
                 active=active,
             )
-            chosen.read()
+            with reading.foreign():
+                chosen.read()
             values = chosen.values(check_finite=False)
         give_weights(raw, values)
         self.ignored = chosen.ignored
 
     def forget(self) -> None:
         """Release a mapping's tensors, whose values are in the container by now."""
+        self._reading = None
         if not self.is_file:
             self._weights = None
 
 
 def load_weights(
-    raw: RawContainer, extracted: Extracted, given: GivenWeights | None = None
+    raw: RawContainer,
+    extracted: Extracted,
+    given: GivenWeights | None = None,
+    reading: Reading | None = None,
 ) -> None:
     """Write the caller's weights into a container, or else the package's weights.
 
     A container whose library has all weights keeps them.
+
+    Args:
+        raw: The container.
+        extracted: The package's files.
+        given: The caller's weights.
+        reading: Reads the caller's weights; None for the one of the load.
 
     Raises:
         MissingWeightsError: Constants are left without values, so a run would be a segmentation
@@ -101,7 +120,7 @@ def load_weights(
         elif extracted.stored_weights:
             give_weights(raw, read_stored(raw.name, extracted))
     if given is not None:
-        given.write(raw)
+        given.write(raw, reading)
     missing = raw.missing_constants()
     if missing:
         raise MissingWeightsError(

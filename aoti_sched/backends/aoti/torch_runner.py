@@ -162,7 +162,8 @@ class TorchRunnerContainer(HostContainer):
         self._runner = None
         self.staging.clear()
 
-    def unpark(self) -> None:
+    def unpark(self, reading: Reading | None = None) -> None:
+        del reading
         self.rebuild()
 
     # --- live weights: torch's runner can't fold or extract, so a failed update could not be undone

@@ -6,28 +6,28 @@ be left behind.
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 import msgspec
 
 from aoti_sched import arguments
-from aoti_sched.backends.reading import Abandoned, Reading
+from aoti_sched.backends.reading import Abandoned
 from aoti_sched.engine.leasing import slot_for_update
 from aoti_sched.engine.parking import claim
 from aoti_sched.engine.weights.live import Inactive, Staged
-from aoti_sched.engine.worker import in_worker
-from aoti_sched.errors import RunnerClosedError, UpdateError
+from aoti_sched.engine.worker import SourceThread, in_worker
+from aoti_sched.errors import ResourcesError, RunnerClosedError, UpdateError
 from aoti_sched.events import log
 from aoti_sched.foreign import own
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from aoti_sched.backends.contracts import StagedSet
+    from aoti_sched.backends.reading import Reading
     from aoti_sched.engine.dispatcher import Clock
     from aoti_sched.engine.replica import Replica
     from aoti_sched.engine.weights.live import Attempt
@@ -256,57 +256,21 @@ async def _read(
             `Exception`.
         RunnerClosedError: The runner, or another one of the same update, closes.
     """
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[StagedSet] = loop.create_future()
-    reading = Reading()
+    what = f"runner {replica.name!r}: the source of its weights"
 
-    def finish(written: StagedSet | None, error: BaseException | None) -> None:
-        if done.done():
-            return
-        if written is not None:
-            done.set_result(written)
-        elif isinstance(error, Abandoned):
-            done.set_exception(closing_error(attempt.closing or replica.name))
-        elif error is not None:
-            done.set_exception(
-                own(error, UpdateError, f"runner {replica.name!r}: the source of its weights")
-            )
-
-    def work() -> None:
-        written: StagedSet | None = None
-        error: BaseException | None = None
-        try:
-            written = call(reading)
-        except BaseException as caught:  # noqa: BLE001 -- it is the update's
-            if isinstance(caught, Abandoned) and reading.abandon():
-                return  # the owner has left
-            error = caught
-        with suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(finish, written, error)
-
-    def leave() -> None:
-        if reading.abandon():
-            finish(None, Abandoned())
+    def ended(error: BaseException) -> Exception:
+        if isinstance(error, Abandoned):
+            return closing_error(attempt.closing or replica.name)
+        return own(error, UpdateError, what)
 
     if attempt.closing:
         raise closing_error(attempt.closing)
-    thread = threading.Thread(target=work, name=f"aoti weights of {replica.name}", daemon=True)
     try:
-        thread.start()
-    except RuntimeError as error:
-        raise UpdateError(
-            f"runner {replica.name!r}: no thread can be started to read its weights: {error}. "
-            "Try again later."
-        ) from error
-    attempt.reads, attempt.leave = replica.weights, leave
+        thread = SourceThread(call, f"aoti weights of {replica.name}", what, ended)
+    except ResourcesError as error:
+        raise UpdateError(str(error)) from error
+    attempt.reads, attempt.leave = replica.weights, thread.leave
     try:
-        await asyncio.wait({done})
-    except asyncio.CancelledError:
-        if not reading.abandon():  # code of this package runs, which ends soon
-            with anyio.CancelScope(shield=True):
-                await asyncio.wait({done})
-            done.exception()
-        raise
+        return await thread.result()
     finally:
         attempt.reads = attempt.leave = None
-    return done.result()

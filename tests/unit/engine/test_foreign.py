@@ -57,7 +57,8 @@ class Blocks:
 
 async def no_source_is_read():
     """The threads that were left behind have come back, and ended."""
-    await until(lambda: not any(t.name.startswith("aoti weights") for t in threading.enumerate()))
+    names = ("aoti weights of", "aoti load of")
+    await until(lambda: not any(t.name.startswith(names) for t in threading.enumerate()))
 
 
 # --- weights sources ------------------------------------------------------------------------------
@@ -200,7 +201,7 @@ async def test_closing_never_waits_for_the_source_of_a_load(ends):
         await source.reached()
         if ends == "the scheduler closes":
             await its.scheduler.aclose()
-            with pytest.raises(aoti_sched.RunnerClosedError, match=r"'late'.*still being read"):
+            with pytest.raises(aoti_sched.RunnerClosedError, match=r"'late'.*abandoned"):
                 await load
         else:
             load.cancel()
@@ -211,6 +212,79 @@ async def test_closing_never_waits_for_the_source_of_a_load(ends):
         if ends != "the scheduler closes":
             assert list(its.scheduler.runners) == ["a"]
             await its.scheduler.load("a.pt2", name="late", weights=OfMapping(weights(2).items()))
+
+
+class Disk(FakeBackend):
+    """A device whose files block, at the step that is named, until they are let go on."""
+
+    def __init__(self, step=""):
+        super().__init__({"m": lambda: 1}, auto=True)
+        self.step = step
+        self.entered, self.go_on = threading.Event(), threading.Event()
+
+    def _read(self, step):
+        if step == self.step:
+            self.entered.set()
+            assert self.go_on.wait(60)
+
+    def inspect(self, request):
+        self._read("inspect")
+        return super().inspect(request)
+
+    def load(self, inspected):
+        container = super().load(inspected)
+        try:
+            with inspected.request.reading.foreign():
+                self._read("load")
+        except BaseException:
+            container.close()
+            raise
+        return container
+
+
+@pytest.mark.parametrize("ends", ["the scheduler closes", "the caller is cancelled"])
+@pytest.mark.parametrize("step", ["inspect", "load"])
+async def test_closing_never_waits_for_a_file_of_a_load(step, ends):
+    """Not for the package and not for its weights file, and nothing stays of the load."""
+    disk = Disk(step)
+    async with Scheduler(devices={"cpu": disk}) as scheduler:
+        load = asyncio.ensure_future(scheduler.load("m.pt2"))
+        await until(disk.entered.is_set)
+        if ends == "the scheduler closes":
+            await scheduler.aclose()
+            with pytest.raises(aoti_sched.RunnerClosedError, match=r"load\('m.pt2'\): abandoned"):
+                await load
+        else:
+            load.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await load
+            assert scheduler.stats().devices["cpu"].memory.used == 0
+        disk.go_on.set()
+        await no_source_is_read()
+        assert all(container.closed for container in disk.containers)
+        if ends != "the scheduler closes":
+            disk.step = ""
+            assert await (await scheduler.load("m.pt2")).run() == 1
+
+
+async def test_loads_that_are_given_up_keep_no_place():
+    """Two loads at once block the third, and nothing else, until they are cancelled."""
+    disk = Disk()
+    async with Scheduler(devices={"cpu": disk}) as scheduler:
+        first = await scheduler.load("m.pt2", name="first")
+        disk.step = "inspect"
+        blocked = [asyncio.ensure_future(scheduler.load("m.pt2", name=name)) for name in ("a", "b")]
+        await until(lambda: threading.active_count() and disk.entered.is_set())
+        waiting = asyncio.ensure_future(scheduler.load("m.pt2", name="third"))
+        await settle()
+        await first.aclose()
+        for load in blocked:
+            load.cancel()
+        await asyncio.wait(blocked)
+        disk.step = ""
+        assert await (await waiting).run() == 1
+        disk.go_on.set()
+        await no_source_is_read()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), ValueError("no")], ids=repr)

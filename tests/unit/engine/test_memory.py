@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import threading
 
 import anyio
 import pytest
@@ -372,6 +373,35 @@ async def test_one_that_is_terminated_on_its_way_is_closed_when_it_has_come():
         coming.go_on()
         await closing
         assert container_of(a).closed
+
+
+@pytest.mark.parametrize("queued", [True, False], ids=["terminated", "nothing queued"])
+async def test_closing_never_waits_for_the_file_of_a_model_on_its_way(queued):
+    """Its weights file is on a network that is dead; other models come and go meanwhile."""
+    go_on = threading.Event()
+    async with shelf(2) as its:
+        a, _ = await its.load("a"), await its.load("b", size=2)
+        container, entered = container_of(a), threading.Event()
+
+        def blocks(reading):
+            with reading.foreign():
+                entered.set()
+                assert go_on.wait(60)
+            pytest.fail("the container of a closed runner is touched")
+
+        container.unpark = blocks
+        request = a.submit()
+        await until(entered.is_set)
+        if not queued:
+            request.cancel()
+        c = await its.load("c")
+        assert await c.run() == {1}
+        await (a.terminate() if queued else a.aclose())
+        assert request.cancelled() or isinstance(request.exception(), Exception)
+        assert container.closed
+        go_on.set()
+        await until(lambda: not any(t.name == "aoti weights of a" for t in threading.enumerate()))
+        assert its.memory().used == 1
 
 
 async def test_a_load_that_nobody_waits_for_any_more_gives_its_memory_back():

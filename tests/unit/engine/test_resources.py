@@ -312,9 +312,9 @@ def test_a_scheduler_closes_where_no_thread_can_be_started(executor, monkeypatch
         async with Scheduler(devices={"cpu": backend}) as scheduler:
             runner = await scheduler.load("m.pt2")
             await runner.run(1)
-            faults = Faults(monkeypatch, no_thread).at(
-                aoti_sched.engine.worker.anyio.to_thread, "run_sync"
-            )
+            faults = Faults(monkeypatch, no_thread)
+            faults.at(aoti_sched.engine.worker.anyio.to_thread, "run_sync")
+            faults.at(threading.Thread, "start")
             faults.start(1, lasts=True)
             with pytest.raises(
                 ResourcesError, match=r"no thread can be started.*end other threads"
