@@ -49,7 +49,15 @@ from aoti_sched.model.specs import (
 from aoti_sched.queue.job import Priority
 from aoti_sched.runner import Runner, RunnerView
 from aoti_sched.scheduler import Scheduler
-from aoti_sched.stats import DeviceStats, RunnerInfo, RunnerStats, SchedulerStats
+from aoti_sched.split import Shadow, Split, SplitView
+from aoti_sched.stats import (
+    DeviceStats,
+    RunnerInfo,
+    RunnerStats,
+    SchedulerStats,
+    ShadowStats,
+    SplitStats,
+)
 
 __all__ = [
     "AotiSchedError",
@@ -96,8 +104,13 @@ __all__ = [
     "Scheduler",
     "SchedulerConfig",
     "SchedulerStats",
+    "Shadow",
+    "ShadowStats",
     "ShedError",
     "SpecSource",
+    "Split",
+    "SplitStats",
+    "SplitView",
     "TensorSpec",
     "Trace",
     "UnsupportedLoopError",

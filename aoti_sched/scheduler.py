@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import anyio
 import msgspec
 
+from aoti_sched import arguments
 from aoti_sched.arguments import file_name, text
 from aoti_sched.arguments import timeout as seconds_or_none
 from aoti_sched.config import (
@@ -60,6 +61,7 @@ from aoti_sched.queue import device_queue
 from aoti_sched.queue.admission.load import Bounds
 from aoti_sched.queue.batching import Batching as QueueBatching
 from aoti_sched.runner import Runner, router_of
+from aoti_sched.split import Split, Traffic
 from aoti_sched.stats import SchedulerStats
 
 if TYPE_CHECKING:
@@ -385,6 +387,26 @@ class Scheduler:
             [router_of(runner) for runner in runners], barrier=barrier, timeout=timeout
         )
         return {runner: reports[router_of(runner)] for runner in runners}
+
+    def split(self, name: str, shares: Mapping[Runner, float], *, sticky: bool = False) -> Split:
+        """Share out the requests of one name among runners: a canary takes a part of the traffic.
+
+        The split has `run`, `submit`, `run_blocking` and `options` like a runner. `Split.change`
+        changes the shares, and `Split.shadow` sends copies to one more runner.
+
+        Args:
+            name: The name of the split, for `stats()` and logs.
+            shares: The share of each runner, 0 or more; only their proportions count. All runners
+                should take the same arguments.
+            sticky: Whether all requests of a tenant (`options(tenant=)`) go to one runner.
+
+        Raises:
+            ConfigError: A share is no such number, or all are 0.
+            RunnerClosedError: A runner is closed, or belongs to another scheduler.
+        """
+        arguments.flags("split", sticky=sticky)
+        name = arguments.text("split(name=)", name)
+        return Split(Traffic(name, self._must_own, shares, sticky=sticky), {})
 
     async def drain_device(self, device: str) -> None:
         """Take a device out of service, and return when no model is left there.

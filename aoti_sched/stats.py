@@ -148,6 +148,36 @@ class RunnerStats(msgspec.Struct, frozen=True, kw_only=True):
     replicas: dict[str, RunnerStats] = {}
 
 
+class ShadowStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of the copies that a split sends to one more runner.
+
+    Attributes:
+        runner: The name of the runner that gets the copies.
+        copied: Requests that were copied.
+        dropped: Copies that the runner did not take: its queue was full, or it was closed.
+    """
+
+    runner: str
+    copied: int
+    dropped: int
+
+
+class SplitStats(msgspec.Struct, frozen=True, kw_only=True):
+    """The numbers of a split since it was made.
+
+    Attributes:
+        name: The split's name.
+        shares: The part of the requests that each runner gets now, by name; they sum up to 1.
+        requests: Requests that each runner got, by name; runners that get none any more included.
+        shadows: What became of the copies, for each shadow.
+    """
+
+    name: str
+    shares: dict[str, float]
+    requests: dict[str, int]
+    shadows: tuple[ShadowStats, ...]
+
+
 class MemoryStats(msgspec.Struct, frozen=True, kw_only=True):
     """The memory that the weights of a device's models take, in bytes.
 

@@ -220,8 +220,9 @@ async def test_a_load_whose_file_blocks_is_left_behind(ends, tmp_path, dead_netw
 async def test_a_return_whose_file_blocks_is_left_behind(tmp_path, dead_network):
     module = changed("late")
     path = file_of(module, tmp_path / "new")
-    size = sum(tensor.nbytes for tensor in module.state_dict().values())
-    config = SchedulerConfig(devices={"cpu": DeviceConfig(memory_limit=2 * size)})
+    async with Scheduler() as scheduler:
+        size = container_of(await scheduler.load(build("late").path, weights=path)).constant_bytes
+    config = SchedulerConfig(devices={"cpu": DeviceConfig(memory_limit=2 * size, evict="lru")})
     async with Scheduler(config) as scheduler:
         a, b, c = [
             await scheduler.load(build("late").path, name=name, weights=path) for name in "abc"

@@ -4,7 +4,9 @@ next load works.
 
 from __future__ import annotations
 
+import asyncio
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,13 @@ def threads() -> list[str]:
     return sorted(thread.name for thread in threading.enumerate())
 
 
+async def until(condition):
+    late = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < late, "it never came true"
+        await asyncio.sleep(0.001)
+
+
 @pytest.mark.parametrize("instances", [1, 2])
 @pytest.mark.parametrize("name", MODELS)
 async def test_a_load_whose_nth_call_fails_leaves_nothing_and_the_next_one_works(
@@ -70,6 +79,7 @@ async def test_a_load_whose_nth_call_fails_leaves_nothing_and_the_next_one_works
     calls = FailingCalls(monkeypatch)
     async with Scheduler() as scheduler:
         await (await scheduler.load(built.path)).aclose()  # opens what is opened once
+        await until(lambda: not any(name.startswith("aoti load") for name in threads()))
         before = threads(), descriptors()
         n = 0
         while True:
@@ -87,6 +97,7 @@ async def test_a_load_whose_nth_call_fails_leaves_nothing_and_the_next_one_works
             stats = scheduler.stats().devices["cpu"]
             assert (stats.runners, stats.memory.used) == ({}, 0), calls.failed
             assert calls.containers == 0, f"a container stayed at call {n}"
+            await until(lambda: "aoti load of model" not in threads())  # its last instants
             assert (threads(), descriptors()) == before, f"at call {n}"
         assert n > 10, "no call was hit"
         found = await runner.run(*built.args)

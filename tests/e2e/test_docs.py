@@ -123,9 +123,9 @@ async def test_a_block_runs(name, workplace, monkeypatch, tmp_path):
         encoder = await scheduler.load("encoder.pt2", name="the encoder")
         ranker = await scheduler.load("ranker.pt2", name="the ranker")
         await ranker.update(names["module"].state_dict())  # so that there is a set to go back to
-        await execute(
-            BLOCKS[name], names | {"scheduler": scheduler, "encoder": encoder, "ranker": ranker}
-        )
+        names |= {"scheduler": scheduler, "encoder": encoder, "ranker": ranker, "stable": ranker}
+        names["canary"] = await scheduler.load("ranker.pt2", name="the canary")
+        await execute(BLOCKS[name], names)
 
 
 async def search(encoder, query):

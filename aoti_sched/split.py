@@ -1,0 +1,333 @@
+"""Split: one name over several runners, for canaries and shadow traffic.
+
+A split has the face of a runner: `run`, `submit`, `run_blocking`, `options`. The rule by which a
+request goes to one of the runners is in `queue/selection/shares.py`. The runners stay as they are,
+and can be called beside the split.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import random
+from collections.abc import Hashable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from aoti_sched.errors import AotiSchedError, ConfigError, brief
+from aoti_sched.events import log
+from aoti_sched.queue.job import Priority
+from aoti_sched.queue.selection.shares import Shares
+from aoti_sched.stats import ShadowStats, SplitStats
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from aoti_sched.engine.future import RunFuture
+    from aoti_sched.runner import Runner, RunnerView
+
+
+class SplitView:
+    """A split with other options, made by `options()`."""
+
+    __slots__ = ("_given", "_handles", "_key", "_traffic")
+
+    def __init__(self, traffic: Traffic, given: dict[str, Any]) -> None:
+        self._traffic = traffic
+        self._given = given
+        self._key = _key_of(given) if traffic.sticky else None
+        self._handles: dict[str, RunnerView] = {}
+
+    async def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model of one of the runners, as `Runner.run` does; raises as it does."""
+        return await self.submit(*args, **kwargs)
+
+    def submit(self, *args: Any, **kwargs: Any) -> RunFuture:
+        """Queue a run on one of the runners, as `Runner.submit` does; raises as it does.
+
+        `trace.runner` of the future names the runner.
+        """
+        traffic = self._traffic
+        name = traffic.next(self._key)
+        future = self._handle(name).submit(*args, **kwargs)
+        traffic.requests[name] += 1
+        for shadow in traffic.shadows:
+            shadow.follow(future, args, kwargs)
+        return future
+
+    def run_blocking(self, *args: Any, **kwargs: Any) -> Any:
+        """`run` for callers in other threads, as `Runner.run_blocking`; raises as it does.
+
+        No shadow follows such a request.
+        """
+        traffic = self._traffic
+        name = traffic.draw(self._key)
+        answer = self._handle(name).run_blocking(*args, **kwargs)
+        traffic.requests[name] += 1
+        return answer
+
+    def options(
+        self,
+        *,
+        priority: Priority | None = None,
+        timeout: float | msgspec.UnsetType | None = msgspec.UNSET,
+        tenant: Hashable | msgspec.UnsetType = msgspec.UNSET,
+    ) -> SplitView:
+        """Return a light handle with other options. What is not given stays as it is here.
+
+        Args:
+            priority: As in `Runner.options`.
+            timeout: As in `Runner.options`.
+            tenant: As in `Runner.options`. In a sticky split, all requests of a tenant go to one
+                runner; a tenant is then known by its `repr`.
+
+        Raises:
+            ConfigError: A value is of the wrong type or out of range; it is a ValueError.
+            TypeError: The tenant can't be hashed.
+        """
+        given = dict(self._given)
+        if priority is not None:
+            given["priority"] = priority
+        if timeout is not msgspec.UNSET:
+            given["timeout"] = timeout
+        if tenant is not msgspec.UNSET:
+            given["tenant"] = tenant
+        view = SplitView(self._traffic, given)
+        view._handle(next(iter(self._traffic.runners)))  # raises for options that are wrong
+        return view
+
+    def _handle(self, name: str) -> RunnerView:
+        runner = self._traffic.runners[name]
+        if not self._given:
+            return runner
+        handle = self._handles.get(name)
+        if handle is None:
+            handle = self._handles[name] = runner.options(**self._given)
+        return handle
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._traffic.name!r} of {self._traffic.shares}>"
+
+
+class Split(SplitView):
+    """Requests shared out among runners. Made by `Scheduler.split`."""
+
+    __slots__ = ()
+
+    @property
+    def name(self) -> str:
+        """The name that was given."""
+        return self._traffic.name
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The part of the requests that each runner gets, by the runner's name; they sum up to 1.
+
+        A runner that gets none is left out.
+        """
+        return dict(self._traffic.shares)
+
+    def change(self, shares: Mapping[Runner, float]) -> None:
+        """Share out the requests from now on in another way, among these runners or others.
+
+        Requests that are queued stay where they are. In a sticky split, only those tenants move to
+        another runner that the new shares make move.
+
+        Args:
+            shares: The share of each runner, 0 or more; only their proportions count.
+
+        Raises:
+            ConfigError: A share is no such number, or all are 0.
+            RunnerClosedError: A runner is closed, or belongs to another scheduler.
+        """
+        self._traffic.change("change", shares)
+
+    def shadow(
+        self,
+        runner: Runner,
+        on_result: Callable[[RunFuture, RunFuture], object],
+        *,
+        share: float = 1.0,
+        priority: Priority = Priority.LOW,
+    ) -> Shadow:
+        """Send copies of the requests to one more runner, and compare the answers.
+
+        The answer of a copy goes to `on_result` alone. A copy that the runner does not take (its
+        queue is full, say) is counted and dropped, and never delays or fails the request itself.
+        Requests of `run_blocking` are not copied.
+
+        Args:
+            runner: Gets the copies.
+            on_result: Called on the event loop with the future of the request and that of its copy
+                when both are done. When it raises, the error is logged and the shadow ends.
+            share: The part of the requests that is copied, above 0 and at most 1.
+            priority: The class of the copies.
+
+        Raises:
+            ConfigError: `share` or `priority` is wrong.
+            RunnerClosedError: The runner is closed, or belongs to another scheduler.
+        """
+        part = _share("shadow(share=)", share)
+        if not 0.0 < part <= 1.0:
+            raise ConfigError(f"shadow(share=): expected above 0 and at most 1, got {part}.")
+        traffic = self._traffic
+        traffic.must_own([runner])
+        shadow = Shadow(traffic, runner, runner.options(priority=priority), on_result, part)
+        traffic.shadows = (*traffic.shadows, shadow)
+        return shadow
+
+    def stats(self) -> SplitStats:
+        """Return how many requests went to each runner, and what became of the copies."""
+        traffic = self._traffic
+        return SplitStats(
+            name=traffic.name,
+            shares=dict(traffic.shares),
+            requests=dict(traffic.requests),
+            shadows=tuple(shadow.stats() for shadow in traffic.shadows),
+        )
+
+
+class Shadow:
+    """Copies of a split's requests, sent to one more runner. Made by `Split.shadow`."""
+
+    __slots__ = ("_copied", "_dropped", "_handle", "_on_result", "_shares", "_traffic", "name")
+
+    def __init__(
+        self,
+        traffic: Traffic,
+        runner: Runner,
+        handle: RunnerView,
+        on_result: Callable[[RunFuture, RunFuture], object],
+        share: float,
+    ) -> None:
+        self.name = runner.name
+        self._traffic = traffic
+        self._handle = handle
+        self._on_result = on_result
+        self._shares = Shares({"copied": share, "left": 1.0 - share})
+        self._copied = self._dropped = 0
+
+    def close(self) -> None:
+        """Copy no more requests. Copies under way go on. Closing twice does nothing."""
+        traffic = self._traffic
+        traffic.shadows = tuple(one for one in traffic.shadows if one is not self)
+
+    def stats(self) -> ShadowStats:
+        """Return what became of the copies so far."""
+        return ShadowStats(runner=self.name, copied=self._copied, dropped=self._dropped)
+
+    def follow(self, future: RunFuture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Send a copy of a request, where it is its turn."""
+        if self._shares.next() != "copied":
+            return
+        try:
+            copy = self._handle.submit(*args, **kwargs)
+        except AotiSchedError:
+            self._dropped += 1
+            return
+        self._copied += 1
+        left = 2
+
+        def done(_: object) -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                self._tell(future, copy)
+
+        future.add_done_callback(done)
+        copy.add_done_callback(done)
+
+    def _tell(self, future: RunFuture, copy: RunFuture) -> None:
+        if not copy.cancelled():
+            copy.exception()  # the callback may not look at it
+        try:
+            self._on_result(future, copy)
+        except Exception as error:  # noqa: BLE001 -- it is the user's, and no request's
+            log.error(
+                "shadow ended: its callback failed",
+                split=self._traffic.name,
+                runner=self.name,
+                error=error,
+                exc_info=error,
+            )
+            self.close()
+
+
+class Traffic:
+    """What the views of one split share.
+
+    Args:
+        name: The split's name.
+        must_own: Raises RunnerClosedError for a runner that is not open in the scheduler.
+        shares: The share of each runner.
+        sticky: Whether all requests of a tenant go to one runner.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        must_own: Callable[[Iterable[Runner]], None],
+        shares: Mapping[Runner, float],
+        *,
+        sticky: bool,
+    ) -> None:
+        self.name = name
+        self.must_own = must_own
+        self.sticky = sticky
+        self.shadows: tuple[Shadow, ...] = ()
+        self.requests: dict[str, int] = {}
+        self.runners: dict[str, Runner] = {}
+        self.shares: dict[str, float] = {}
+        self.change("split", shares)
+
+    def change(self, call: str, shares: Mapping[Runner, float]) -> None:
+        """Share out the requests from now on in this way; raises as `Split.change` does.
+
+        Args:
+            call: The user's call, for errors.
+            shares: The share of each runner.
+        """
+        if not isinstance(shares, Mapping) or not shares:
+            raise ConfigError(
+                f"{call}({self.name!r}): expected a mapping of runners to shares, got "
+                f"{brief(shares)}."
+            )
+        self.must_own(list(shares))
+        parts = {
+            runner.name: _share(f"{call}({self.name!r}): the share of {runner.name!r}", share)
+            for runner, share in shares.items()
+        }
+        whole = sum(parts.values())
+        if not whole > 0.0:
+            raise ConfigError(f"{call}({self.name!r}): all shares are 0. Give a runner a share.")
+        # A view may run in another thread meanwhile, so runners are added first and never removed
+        # before nothing leads to them.
+        self.runners = {**self.runners, **{runner.name: runner for runner in shares}}
+        for runner_name in parts:
+            self.requests.setdefault(runner_name, 0)
+        self.shares = {name: part / whole for name, part in parts.items() if part > 0.0}
+        self._choice = Shares(parts)
+
+    def next(self, key: str | None) -> str:
+        """Choose the runner of a request."""
+        return self._choice.next() if key is None else self._choice.of(key)
+
+    def draw(self, key: str | None) -> str:
+        """Choose the runner of a request of another thread: by chance, since turns need a lock."""
+        if key is not None:
+            return self._choice.of(key)
+        shares = self.shares
+        return random.choices([*shares], [*shares.values()])[0]  # noqa: S311 -- no secret
+
+
+def _share(what: str, value: object) -> float:
+    number = None if isinstance(value, bool) else value
+    if not isinstance(number, numbers.Real) or not 0.0 <= float(number) < math.inf:
+        raise ConfigError(f"{what}: expected a number, 0 or more, got {brief(value)}.")
+    return float(number)
+
+
+def _key_of(given: dict[str, Any]) -> str | None:
+    tenant = given.get("tenant")
+    return None if tenant is None else repr(tenant)
