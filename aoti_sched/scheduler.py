@@ -445,7 +445,7 @@ class Scheduler:
         notes = (*prepared.info.notes, *self._devices.note_on_cores(device))
         info = msgspec.structs.replace(prepared.info, device=device, notes=notes)
         limits = settings.limits
-        bounds = Bounds(limits.jobs, limits.bytes, limits.tenant_jobs)
+        bounds = Bounds(limits.jobs, limits.bytes, limits.tenant_jobs, limits.waiting)
         grouping = prepared.grouping
         rule = None if grouping is None else QueueBatching(grouping.max_rows, grouping.max_delay)
         replica = Replica(
