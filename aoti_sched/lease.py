@@ -90,6 +90,10 @@ class LeaseContext:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Release the slot if it was granted. Releasing twice is fine."""
         if self._lease is not None:
             self._lease.release()
             self._lease = None
