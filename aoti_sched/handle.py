@@ -80,7 +80,11 @@ class Handle(Generic[_View]):
                 (with admission="predictive").
             RunnerClosedError: The runner takes no requests any more.
             RunError: The model failed. The text is torch's root cause.
+            LeaseError: This task itself holds every slot, and would wait for ever.
         """
+        router = self._router
+        if router.holders.held and self._target is router:
+            router.holders.must_leave_a_slot("run()")
         return await self.submit(*args, **kwargs)
 
     def submit(self, *args: Any, **kwargs: Any) -> RunFuture:
@@ -115,6 +119,8 @@ class Handle(Generic[_View]):
             captured = replica.capture_stream(inputs)
         future = future_of(replica, job, captured)
         replica.dispatcher.submit(job, wait=replica.blocks_when_full)
+        if self._router.holders.held:
+            self._router.holders.watch()
         return future
 
     def map(

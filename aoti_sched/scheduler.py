@@ -347,6 +347,7 @@ class Scheduler:
         if not isinstance(changes, Mapping):
             raise ConfigError(f"update(changes): expected weights by runner, got {brief(changes)}.")
         self._must_own(changes)
+        _must_not_wait_for_own_lease(changes, "update()")
         reports = await self._updates.update(
             {router_of(runner): weights for runner, weights in changes.items()},
             StageOptions(partial, strict, fold, check_finite),
@@ -365,6 +366,7 @@ class Scheduler:
     ) -> dict[Runner, UpdateReport]:
         """Publish the staged weights of several runners at one instant, all or none."""
         self._must_own(runners)
+        _must_not_wait_for_own_lease(runners, "commit()")
         reports = await self._updates.commit(
             [router_of(runner) for runner in runners],
             barrier=barrier,
@@ -381,6 +383,7 @@ class Scheduler:
     ) -> dict[Runner, UpdateReport]:
         """Publish the previous weights of several runners again, at one instant, all or none."""
         self._must_own(runners)
+        _must_not_wait_for_own_lease(runners, "rollback()")
         reports = await self._updates.rollback(
             [router_of(runner) for runner in runners], barrier=barrier, timeout=timeout
         )
@@ -531,3 +534,12 @@ class Scheduler:
                 "the scheduler is not running; use `async with Scheduler() as scheduler:`"
             )
         self._house.must_be_here()
+
+
+def _must_not_wait_for_own_lease(runners: Iterable[Runner], call: str) -> None:
+    """Check that this task does not wait for the end of a lease that it holds."""
+    for runner in runners:
+        holders = router_of(runner).holders
+        if holders.held:
+            holders.must_hold_none(call)
+            holders.watch()

@@ -90,7 +90,8 @@ class LoopThread:
             )
         outcome: concurrent.futures.Future[_T] = concurrent.futures.Future()
         task: list[asyncio.Task[None]] = []
-        self.post(functools.partial(self._answer, task, work, outcome))
+        name = f"thread {threading.current_thread().name}"  # for the log, and for debuggers
+        self.post(functools.partial(self._answer, task, work, outcome, name))
         try:
             return outcome.result()
         except BaseException:
@@ -177,8 +178,10 @@ class LoopThread:
         task: list[asyncio.Task[None]],
         work: Callable[[], Coroutine[Any, Any, _T]],
         outcome: concurrent.futures.Future[_T],
+        name: str,
     ) -> None:
         task.append(self._begin(_carry(work, outcome)))
+        task[0].set_name(name)
 
     def _begin(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
         task = asyncio.ensure_future(work)
