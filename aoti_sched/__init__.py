@@ -1,7 +1,14 @@
 """An embeddable asyncio scheduler for PyTorch models compiled ahead of time by AOTInductor."""
 
+from aoti_sched.blocking import (
+    BlockingLease,
+    BlockingRunner,
+    BlockingRunnerView,
+    BlockingScheduler,
+)
 from aoti_sched.compile import compile_package
 from aoti_sched.config import Batching, DeviceConfig, Limits, ModelConfig, SchedulerConfig
+from aoti_sched.engine.blocking import BlockingFuture
 from aoti_sched.engine.future import RunFuture, Trace
 from aoti_sched.engine.weights.report import UpdateReport
 from aoti_sched.errors import (
@@ -38,6 +45,7 @@ from aoti_sched.errors import (
     WeightsTypeError,
 )
 from aoti_sched.lease import Lease
+from aoti_sched.mapping import MapResults
 from aoti_sched.model.specs import (
     BatchDim,
     ConstantSpec,
@@ -63,6 +71,11 @@ __all__ = [
     "AotiSchedError",
     "BatchDim",
     "Batching",
+    "BlockingFuture",
+    "BlockingLease",
+    "BlockingRunner",
+    "BlockingRunnerView",
+    "BlockingScheduler",
     "CompileError",
     "ConfigError",
     "ConstantMismatchError",
@@ -80,6 +93,7 @@ __all__ = [
     "LeaseError",
     "Limits",
     "LoadError",
+    "MapResults",
     "MemoryLimitError",
     "MissingCapabilityError",
     "MissingWeightsError",

@@ -91,11 +91,13 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         bytes: Bytes of the requests' inputs.
         tenant_jobs: Requests of each tenant of a model (`runner.options(tenant=...)`). Not for
             devices.
+        waiting: Requests of a model that wait for room with overflow="wait". Not for devices.
     """
 
     jobs: _Count | None = 1024
     bytes: _Count | None = None
     tenant_jobs: _Count | None = None
+    waiting: _Count | None = None
 
 
 class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -338,7 +338,7 @@ class UpdateAbortedError(AotiSchedError):
 
 
 class LeaseError(AotiSchedError):
-    """A lease was used after its release, or in a way its kind does not allow."""
+    """A lease was used after its release, or a call would wait for a lease of its own task."""
 
 
 class UnsupportedLoopError(AotiSchedError, RuntimeError):

@@ -16,13 +16,16 @@ from aoti_sched import arguments
 from aoti_sched.engine.future import RunFuture, future_of
 from aoti_sched.engine.tenants import Tenant
 from aoti_sched.errors import ConfigError, UnsupportedLoopError, brief
+from aoti_sched.mapping import MapResults
 from aoti_sched.queue.job import Job, Priority
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterable, Callable, Iterable, Sequence
 
+    from aoti_sched.engine.blocking import BlockingFuture
     from aoti_sched.engine.replica import Replica
     from aoti_sched.engine.router import Router
+    from aoti_sched.mapping import OnError
     from aoti_sched.queue.runner_state import Source
 
 
@@ -77,7 +80,11 @@ class Handle(Generic[_View]):
                 (with admission="predictive").
             RunnerClosedError: The runner takes no requests any more.
             RunError: The model failed. The text is torch's root cause.
+            LeaseError: This task itself holds every slot, and would wait for ever.
         """
+        router = self._router
+        if router.holders.held and self._target is router:
+            router.holders.must_leave_a_slot("run()")
         return await self.submit(*args, **kwargs)
 
     def submit(self, *args: Any, **kwargs: Any) -> RunFuture:
@@ -112,7 +119,47 @@ class Handle(Generic[_View]):
             captured = replica.capture_stream(inputs)
         future = future_of(replica, job, captured)
         replica.dispatcher.submit(job, wait=replica.blocks_when_full)
+        if self._router.holders.held:
+            self._router.holders.watch()
         return future
+
+    def map(
+        self,
+        source: Iterable[Any] | AsyncIterable[Any],
+        *,
+        at_once: int = 32,
+        ordered: bool = True,
+        errors: OnError = "raise",
+        unpack: bool = False,
+    ) -> MapResults:
+        """Run the model on each item of a source: `async for result in runner.map(source): ...`.
+
+        The source is read as the results are used, never more than `at_once` items ahead. Leaving
+        the loop early cancels what is queued and running.
+
+        Args:
+            source: The items. A sync source is read on the event loop, so it must not block; an
+                async one is read in a task of its own.
+            at_once: The most requests that are under way, or done and not yet taken.
+            ordered: Yield results in the order of the source; otherwise as requests end.
+            errors: What a request's error does. "raise" raises it and cancels the others. "return"
+                yields it in place of the result. An error of the source is always raised, after
+                the results of the items before it.
+            unpack: Each item is a tuple of the positional arguments of `run`; otherwise the only
+                argument.
+
+        Raises:
+            ConfigError: An argument is of the wrong type or out of range.
+        """
+        return MapResults(
+            self.submit,
+            source,
+            self._replica.loop,
+            at_once=at_once,
+            ordered=ordered,
+            errors=errors,
+            unpack=unpack,
+        )
 
     def run_blocking(self, *args: Any, **kwargs: Any) -> Any:
         """`run` for callers in other threads: block until the result is there.
@@ -136,13 +183,23 @@ class Handle(Generic[_View]):
                 "and would wait for itself; use `await runner.run(...)` there"
             )
 
+        return router.blocking.run(
+            router.name,
+            self._submission(args, kwargs),
+            self._target.inherit_stream,
+            self._options.timeout,
+        )
+
+    def _submission(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Callable[[float | None], RunFuture]:
+        """Return what submits a request on the loop, with the seconds left of its timeout."""
+
         def submit(left: float | None) -> RunFuture:
             handle: Handle[Any] = self if left is None else self.options(timeout=left)
             return handle.submit(*args, **kwargs)
 
-        return router.blocking.run(
-            router.name, submit, self._target.inherit_stream, self._options.timeout
-        )
+        return submit
 
     def options(
         self,
@@ -199,6 +256,19 @@ class Handle(Generic[_View]):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._router.name!r} on {self._target.device}>"
+
+
+def submit_from_thread(
+    handle: Handle[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> BlockingFuture:
+    """Hand a request over to the event loop from another thread, and return its future."""
+    router = handle._router  # noqa: SLF001
+    return router.blocking.submit(
+        router.name,
+        handle._submission(args, kwargs),  # noqa: SLF001
+        handle._target.inherit_stream,  # noqa: SLF001
+        handle._options.timeout,  # noqa: SLF001
+    )
 
 
 def wrong_loop(name: str) -> UnsupportedLoopError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from asyncio import _get_running_loop
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -14,6 +14,7 @@ from aoti_sched.queue.job import Job
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from aoti_sched.engine.future import RunFuture
     from aoti_sched.engine.replica import Replica
     from aoti_sched.engine.router import Router
     from aoti_sched.queue.runner_state import Lease as LeaseState
@@ -38,8 +39,14 @@ class Lease(Handle["Lease"]):
         """The epoch that all runs of this lease see."""
         return self._state.epoch
 
+    def submit(self, *args: Any, **kwargs: Any) -> RunFuture:
+        """Queue a run on the held slot and return its future."""
+        self._router.holders.used(self._state)
+        return super().submit(*args, **kwargs)
+
     def release(self) -> None:
         """Release the slot once the runs accepted so far are finished. Releasing twice is fine."""
+        self._router.holders.released(self._state)
         self._replica.dispatcher.release(self._state)
 
     def _with(self, options: Options) -> Lease:
@@ -70,6 +77,9 @@ class LeaseContext:
         replica, options = self._replica, self._options
         if _get_running_loop() is not replica.loop:
             raise wrong_loop(replica.name)
+        holders = self._router.holders
+        if holders.held and self._source is replica.state:
+            holders.must_leave_a_slot("lease()")
         job = Job(
             self._source, options.priority, None, 0, is_lease_request=True, tenant=options.tenant
         )
@@ -79,7 +89,10 @@ class LeaseContext:
         job.min_epoch = options.min_epoch
         if replica.route is not None and self._source is replica.state:
             replica = replica.route(job)
+        if holders.held:
+            holders.watch()
         holder, state = await acquire(replica, job)
+        holders.acquired(state)
         its = msgspec.structs.replace(options, timeout=None, min_epoch=0)
         self._lease = Lease(self._router, holder, state, its)
         return self._lease
@@ -90,6 +103,10 @@ class LeaseContext:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Release the slot if it was granted. Releasing twice is fine."""
         if self._lease is not None:
             self._lease.release()
             self._lease = None

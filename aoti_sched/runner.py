@@ -133,7 +133,9 @@ class Runner(RunnerView):
             MemoryLimitError: Two sets do not fit into the device's `memory_limit`.
             DeadlineExceededError: The timeout passed.
             RunnerClosedError: The runner is closing.
+            LeaseError: This task itself holds a lease of the runner, and would wait for ever.
         """
+        self._must_not_wait_for_own_lease("update()")
         reports = await self._updates.update(
             {self._router: weights},
             StageOptions(partial, strict, fold, check_finite),
@@ -158,6 +160,8 @@ class Runner(RunnerView):
         A previous set that was kept there is gone.
         """
         options = StageOptions(partial, strict, fold, check_finite)
+        if self._router.holders.held:  # folding takes a slot
+            self._router.holders.watch()
         await self._updates.stage(self._router, weights, options, timeout=timeout)
 
     async def commit(
@@ -172,6 +176,7 @@ class Runner(RunnerView):
         Raises:
             UpdateError: Nothing is staged.
         """
+        self._must_not_wait_for_own_lease("commit()")
         reports = await self._updates.commit(
             [self._router], barrier=barrier, keep_previous=keep_previous, timeout=timeout
         )
@@ -193,6 +198,7 @@ class Runner(RunnerView):
             UpdateError: No previous set is kept. There was no update, `keep_previous` was off, or
                 another set was staged since.
         """
+        self._must_not_wait_for_own_lease("rollback()")
         reports = await self._updates.rollback([self._router], barrier=barrier, timeout=timeout)
         return reports[self._router]
 
@@ -220,6 +226,7 @@ class Runner(RunnerView):
     async def drain(self) -> None:
         """Refuse new requests, and wait until all accepted ones and held leases have ended."""
         self._must_be_here()
+        self._must_not_wait_for_own_lease("drain()")
         drains = [
             replica.dispatcher.drain(replica.state, terminate=False)
             for replica in self._router.replicas
@@ -232,12 +239,20 @@ class Runner(RunnerView):
         The close is shielded from cancellation. Closing twice waits for the same end.
         """
         self._must_be_here()
+        self._must_not_wait_for_own_lease("aclose()")
         await self._close(self, False)
 
     async def terminate(self) -> None:
         """Fail what is queued with RunnerClosedError, wait for what runs, then free the model."""
         self._must_be_here()
         await self._close(self, True)
+
+    def _must_not_wait_for_own_lease(self, call: str) -> None:
+        """Check that this task does not wait for the end of a lease that it holds."""
+        holders = self._router.holders
+        if holders.held:
+            holders.must_hold_none(call)
+            holders.watch()
 
     def _must_be_here(self) -> None:
         if _get_running_loop() is not self._router.loop:

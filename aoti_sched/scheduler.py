@@ -349,6 +349,7 @@ class Scheduler:
         if not isinstance(changes, Mapping):
             raise ConfigError(f"update(changes): expected weights by runner, got {brief(changes)}.")
         self._must_own(changes)
+        _must_not_wait_for_own_lease(changes, "update()")
         reports = await self._updates.update(
             {router_of(runner): weights for runner, weights in changes.items()},
             StageOptions(partial, strict, fold, check_finite),
@@ -367,6 +368,7 @@ class Scheduler:
     ) -> dict[Runner, UpdateReport]:
         """Publish the staged weights of several runners at one instant, all or none."""
         self._must_own(runners)
+        _must_not_wait_for_own_lease(runners, "commit()")
         reports = await self._updates.commit(
             [router_of(runner) for runner in runners],
             barrier=barrier,
@@ -383,6 +385,7 @@ class Scheduler:
     ) -> dict[Runner, UpdateReport]:
         """Publish the previous weights of several runners again, at one instant, all or none."""
         self._must_own(runners)
+        _must_not_wait_for_own_lease(runners, "rollback()")
         reports = await self._updates.rollback(
             [router_of(runner) for runner in runners], barrier=barrier, timeout=timeout
         )
@@ -467,7 +470,7 @@ class Scheduler:
         notes = (*prepared.info.notes, *self._devices.note_on_cores(device))
         info = msgspec.structs.replace(prepared.info, device=device, notes=notes)
         limits = settings.limits
-        bounds = Bounds(limits.jobs, limits.bytes, limits.tenant_jobs)
+        bounds = Bounds(limits.jobs, limits.bytes, limits.tenant_jobs, limits.waiting)
         grouping = prepared.grouping
         rule = None if grouping is None else QueueBatching(grouping.max_rows, grouping.max_delay)
         replica = Replica(
@@ -553,3 +556,12 @@ class Scheduler:
                 "the scheduler is not running; use `async with Scheduler() as scheduler:`"
             )
         self._house.must_be_here()
+
+
+def _must_not_wait_for_own_lease(runners: Iterable[Runner], call: str) -> None:
+    """Check that this task does not wait for the end of a lease that it holds."""
+    for runner in runners:
+        holders = router_of(runner).holders
+        if holders.held:
+            holders.must_hold_none(call)
+            holders.watch()

@@ -1,4 +1,4 @@
-"""Calls of other threads that wait for the event loop: `run_blocking`.
+"""Calls of other threads that wait for the event loop: `run_blocking` and `BlockingFuture`.
 
 A waiting thread ends whatever happens to the loop, and no thread polls. These events wake it:
 
@@ -19,6 +19,7 @@ a new call finds that the loop does not run.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import os
 import sys
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
-    from aoti_sched.engine.future import RunFuture
+    from aoti_sched.engine.future import RunFuture, Trace
 
 CLOSED_LOOP = "its event loop is closed. Call it while the loop runs"
 IDLE_LOOP = "its event loop is not running. Call it while the loop runs"
@@ -83,31 +84,69 @@ class BlockingCalls:
                 loop's thread.
             timeout: Seconds for all of it.
         """
-        if os.getpid() != self._process:
-            raise UnsupportedLoopError(
-                f"runner {name!r}: the process was forked after the scheduler was made. "
-                "Make a new Scheduler in the child"
-            )
-        call = _Call(name, submit, inherit_stream(), timeout if self._real_time else None)
-        # Before the loop's state is read: the callbacks of a loop that ends read the calls
-        # afterwards.
-        self._waiting.add(call)
+        self._must_not_be_forked(name)
+        call = _Wait(name, submit, inherit_stream(), timeout if self._real_time else None)
         try:
-            if self._ended:
-                raise RunnerClosedError(f"runner {name!r}: {self._ended}")
-            if not self.loop.is_running():
-                why = CLOSED_LOOP if self.loop.is_closed() else IDLE_LOOP
-                raise RunnerClosedError(f"runner {name!r}: {why}")
-            try:
-                self.loop.call_soon_threadsafe(call.submit)
-            except RuntimeError:  # closed since
-                raise RunnerClosedError(f"runner {name!r}: {CLOSED_LOOP}") from None
+            self._hand_over(call)
             return call.wait()
         finally:
             self._waiting.discard(call)
             if call.give_up():
-                with contextlib.suppress(RuntimeError):  # a loop that is closed runs nothing
-                    self.loop.call_soon_threadsafe(call.cancel)
+                self.take_back(call)
+
+    def submit(
+        self,
+        name: str,
+        submit: Callable[[float | None], RunFuture],
+        inherit_stream: Callable[[], AbstractContextManager[object]],
+        timeout: float | None,
+    ) -> BlockingFuture:
+        """Hand a request over to the loop and return its future. The arguments are those of `run`.
+
+        Raises:
+            RunnerClosedError: The event loop is closed, or does not run, or the scheduler is
+                closed.
+            UnsupportedLoopError: Called in a forked child.
+        """
+        self._must_not_be_forked(name)
+        timeout = timeout if self._real_time else None
+        call = _Promise(self, name, submit, inherit_stream(), timeout)
+        future = call.future = BlockingFuture()
+        future._call = call  # noqa: SLF001
+        try:
+            self._hand_over(call)
+        except BaseException:
+            self._waiting.discard(call)
+            raise
+        return future
+
+    def take_back(self, call: _Call) -> None:
+        """Cancel the request of a thread that has left."""
+        self._waiting.discard(call)
+        with contextlib.suppress(RuntimeError):  # a loop that is closed runs nothing
+            self.loop.call_soon_threadsafe(call.cancel)
+
+    def forget(self, call: _Call) -> None:
+        """Note that a call has ended."""
+        self._waiting.discard(call)
+
+    def _must_not_be_forked(self, name: str) -> None:
+        if os.getpid() != self._process:
+            raise forked(f"runner {name!r}")
+
+    def _hand_over(self, call: _Call) -> None:
+        # Before the loop's state is read: the callbacks of a loop that ends read the calls
+        # afterwards.
+        self._waiting.add(call)
+        if self._ended:
+            raise RunnerClosedError(f"runner {call.name!r}: {self._ended}")
+        if not self.loop.is_running():
+            why = CLOSED_LOOP if self.loop.is_closed() else IDLE_LOOP
+            raise RunnerClosedError(f"runner {call.name!r}: {why}")
+        try:
+            self.loop.call_soon_threadsafe(call.submit)
+        except RuntimeError:  # closed since
+            raise RunnerClosedError(f"runner {call.name!r}: {CLOSED_LOOP}") from None
 
     def end(self) -> None:
         """End the calls that wait, and refuse later calls. Called on the loop's thread."""
@@ -172,21 +211,50 @@ class _Sentinel:
         _when_stopped(self._calls)
 
 
+class BlockingFuture(concurrent.futures.Future[Any]):
+    """The result of a request of another thread, a `concurrent.futures.Future`.
+
+    `concurrent.futures.wait` and `as_completed` take it. Its callbacks run on the event loop's
+    thread, so they must be quick and may wait for nothing of the scheduler.
+    """
+
+    _call: _Promise
+    _run: RunFuture | None = None
+
+    @property
+    def trace(self) -> Trace | None:
+        """Where and when the request ran, as far as it is known now.
+
+        None until the event loop has taken the request, and for a request that was refused.
+        """
+        return None if self._run is None else self._run.trace
+
+    def cancel(self) -> bool:
+        """Cancel the request, queued or running. Returns False if the request is done already.
+
+        A queued request frees its place. A running request finishes on its lane, and its result is
+        dropped.
+        """
+        if not super().cancel():
+            return False
+        if self._call.give_up():
+            self.set_running_or_notify_cancel()  # `wait` and `as_completed` count it from now on
+            self._call.take_back()
+        return True
+
+
+def forked(what: str) -> UnsupportedLoopError:
+    """Return the error of a call in a forked child."""
+    return UnsupportedLoopError(
+        f"{what}: the process was forked after the scheduler was made. "
+        "Make a new Scheduler in the child"
+    )
+
+
 class _Call:
     """One request of another thread. The code that takes the only element of `_open` ends it."""
 
-    __slots__ = (
-        "_deadline",
-        "_done",
-        "_error",
-        "_future",
-        "_open",
-        "_result",
-        "_stream",
-        "_submit",
-        "_timeout",
-        "name",
-    )
+    __slots__ = ("_deadline", "_future", "_open", "_stream", "_submit", "_timeout", "name")
 
     def __init__(
         self,
@@ -196,38 +264,12 @@ class _Call:
         timeout: float | None,
     ) -> None:
         self.name = name
-        self._submit = submit
+        self._submit: Callable[[float | None], RunFuture] | None = submit
         self._stream = stream
         self._timeout = timeout
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._open = [True]  # a list's pop is atomic
-        self._done = threading.Lock()
-        self._done.acquire()
         self._future: RunFuture | None = None
-        self._result: Any = None
-        self._error: BaseException | None = None
-
-    # --- in the thread ---------------------------------------------------------------------------
-
-    def wait(self) -> Any:
-        """Return the result, or raise the error. The deadline has an error of its own."""
-        seconds = -1.0
-        if self._deadline is not None:
-            seconds = max(0.0, min(self._deadline - time.monotonic(), threading.TIMEOUT_MAX))
-        if not self._done.acquire(timeout=seconds):
-            if self.give_up():  # on the loop, the job expires at the same time
-                raise DeadlineExceededError(
-                    f"runner {self.name!r}: the request's timeout of {self._timeout:.3g} s passed "
-                    "while its thread waited for the event loop"
-                )
-            self._done.acquire()  # the request ended meanwhile
-        error, self._error = self._error, None
-        if error is None:
-            return self._result
-        try:
-            raise error
-        finally:
-            del error  # its traceback holds this frame
 
     def give_up(self) -> bool:
         """Take the right to end this call. Return False if the call has ended."""
@@ -241,31 +283,46 @@ class _Call:
         """End the call with an error. Return False if the call has ended."""
         if not self.give_up():
             return False
-        self._error = error
-        self._done.release()
+        self._settle(None, error)
         return True
+
+    def _settle(self, result: Any, error: BaseException | None) -> None:
+        """Hand the outcome to the thread."""
+        raise NotImplementedError
+
+    def _expired(self) -> DeadlineExceededError:
+        return DeadlineExceededError(
+            f"runner {self.name!r}: the request's timeout of {self._timeout:.3g} s passed "
+            "while its thread waited for the event loop"
+        )
 
     # --- on the loop's thread --------------------------------------------------------------------
 
     def submit(self) -> None:
         """Submit the request, unless its thread has left."""
-        if not self._open:
+        submit, self._submit = self._submit, None
+        if not self._open or submit is None:
             return
         left = None
         try:
             if self._deadline is not None:
                 left = self._deadline - time.monotonic()
                 if left <= 0:
-                    return  # the thread knows
+                    self.fail(self._expired())
+                    return
             with self._stream:
-                future = self._submit(left)
+                future = submit(left)
         except BaseException as error:
             self.fail(error)
             if not isinstance(error, Exception):
                 raise
             return
         self._future = future
+        self._submitted(future)
         future.add_done_callback(self._end)
+
+    def _submitted(self, future: RunFuture) -> None:
+        """Note that the loop has taken the request."""
 
     def cancel(self) -> None:
         """Cancel the request of a thread that has left."""
@@ -281,5 +338,83 @@ class _Call:
         if error is not None:
             self.fail(error)
         elif self.give_up():
-            self._result = future.result()
-            self._done.release()
+            self._settle(future.result(), None)
+
+
+class _Wait(_Call):
+    """A call whose thread waits for its end."""
+
+    __slots__ = ("_done", "_error", "_result")
+
+    def __init__(
+        self,
+        name: str,
+        submit: Callable[[float | None], RunFuture],
+        stream: AbstractContextManager[object],
+        timeout: float | None,
+    ) -> None:
+        super().__init__(name, submit, stream, timeout)
+        self._done = threading.Lock()
+        self._done.acquire()
+        self._result: Any = None
+        self._error: BaseException | None = None
+
+    def wait(self) -> Any:
+        """Return the result, or raise the error. The deadline has an error of its own."""
+        seconds = -1.0
+        if self._deadline is not None:
+            seconds = max(0.0, min(self._deadline - time.monotonic(), threading.TIMEOUT_MAX))
+        if not self._done.acquire(timeout=seconds):
+            if self.give_up():  # on the loop, the job expires at the same time
+                raise self._expired()
+            self._done.acquire()  # the request ended meanwhile
+        error, self._error = self._error, None
+        if error is None:
+            return self._result
+        try:
+            raise error
+        finally:
+            del error  # its traceback holds this frame
+
+    def _settle(self, result: Any, error: BaseException | None) -> None:
+        self._result, self._error = result, error
+        self._done.release()
+
+
+class _Promise(_Call):
+    """A call whose outcome is a `BlockingFuture`'s."""
+
+    __slots__ = ("_calls", "future")
+
+    def __init__(
+        self,
+        calls: BlockingCalls,
+        name: str,
+        submit: Callable[[float | None], RunFuture],
+        stream: AbstractContextManager[object],
+        timeout: float | None,
+    ) -> None:
+        super().__init__(name, submit, stream, timeout)
+        self._calls = calls
+        self.future: BlockingFuture | None = None
+
+    def take_back(self) -> None:
+        """Cancel the request."""
+        self.future = None  # they refer to each other
+        self._calls.take_back(self)
+
+    def _submitted(self, future: RunFuture) -> None:
+        promised = self.future
+        if promised is not None:
+            promised._run = future  # noqa: SLF001
+
+    def _settle(self, result: Any, error: BaseException | None) -> None:
+        self._calls.forget(self)
+        future, self.future = self.future, None
+        # False: it was cancelled in this moment.
+        if future is None or not future.set_running_or_notify_cancel():
+            return
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)

@@ -300,6 +300,11 @@ def _lanes(name: str, settings: DeviceConfig, device: Device) -> int:
             f"devices.{name}: tenant_jobs bounds each tenant of a model; set it in the model's "
             "limits"
         )
+    if settings.limits.waiting is not None:
+        raise ConfigError(
+            f"devices.{name}: waiting bounds the requests of a model that wait for room; set it in "
+            "the model's limits"
+        )
     if settings.evict is not None and settings.memory_limit is None:
         raise ConfigError(
             f"devices.{name}: evict={settings.evict!r} needs a memory_limit (in bytes)"

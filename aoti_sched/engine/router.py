@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from aoti_sched.engine.holders import Holders
 from aoti_sched.engine.tenants import Tenants
 from aoti_sched.errors import RunnerClosedError
 from aoti_sched.queue.job import Job
@@ -43,6 +44,7 @@ class Router:
         replicas: All replicas there were from the beginning.
         serving: The replicas that take requests.
         tenants: The tenants of the runner.
+        holders: The held leases of the runner.
     """
 
     __slots__ = (
@@ -51,6 +53,7 @@ class Router:
         "_rotation",
         "blocking",
         "device",
+        "holders",
         "loop",
         "name",
         "replicas",
@@ -66,6 +69,7 @@ class Router:
         self.replicas = tuple(replicas)
         self.serving = list(replicas)
         self.tenants = Tenants()
+        self.holders = Holders(first.name, self.serving, clock)
         self.blocking = blocking
         self._clock = clock
         self._rotation = Rotation([(one.dispatcher.queue, one.state) for one in replicas])
@@ -100,6 +104,7 @@ class Router:
         """Refuse jobs from now on, and drop what makes reference cycles. The runner is closed."""
         why = f"runner {self.name!r} is closed" if self.serving else self._no_replica_left()
         refuse = functools.partial(_refuse, why)
+        self.holders.close()
         for replica in self.replicas:
             replica.route = refuse
             replica.leave = None

@@ -207,8 +207,8 @@ class DeviceQueue(Lifecycle):
         """Take a new job. Without room, the job waits at the gate with `wait`, or is rejected.
 
         A job with `since` replaces a job that was withdrawn at another replica and submitted then.
-        Such a job was accepted before, so neither a prediction nor the bound of jobs that await an
-        epoch rejects it.
+        Such a job was accepted before, so neither a prediction nor a bound of jobs that await an
+        epoch or room rejects it.
         """
         runner = job.source.runner
         # A job for a drained runner, which may be removed by now, is rejected, and not illegal.
@@ -233,6 +233,8 @@ class DeviceQueue(Lifecycle):
                 if full is not None and not wait:
                     shed = self.room.shed_for(job) if runner.sheds else ()
                     error = None if shed else rejection.for_now(job, full)
+                elif full is not None and since is None:
+                    error = rejection.to_wait(job, self.room.crowded(job))
         if error is not None:
             job.happens_at(Fact.REJECT, now)
             runner.counters.rejected += 1

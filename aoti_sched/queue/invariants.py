@@ -80,6 +80,7 @@ def check(queue: DeviceQueue) -> None:
         queued = [job for source in sources for job in source.queue.jobs()]
         gate = [job for source in sources for job in source.gate.jobs()]
         in_line = [job for line in runner.tenant_lines.values() for job in line.values()]
+        must(runner.lined == len(in_line), "jobs in tenants' lines are counted")
         must(all(job.state is JobState.QUEUED for job in queued), "each job in a queue is QUEUED")
         must(all(job.state is JobState.WAITING for job in gate), "each job at a gate is WAITING")
         must(runner.load.jobs == len(queued), "a runner's load counts its queued jobs")

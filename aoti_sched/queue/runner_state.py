@@ -108,6 +108,11 @@ class Source:
         self.open_for_next: list[int] = []
         self.runner: RunnerState
 
+    @property
+    def waits(self) -> int:
+        """Return how many jobs wait for room."""
+        return len(self.gate)
+
 
 def _accounts_in(tenants: Sequence[FairClass]) -> Callable[[int, Hashable], Account]:
     """Return a function that finds a tenant's account of a class.
@@ -182,6 +187,7 @@ class RunnerState(Source):
         tenants: The tenants' shares of the runner's time, by priority class.
         tenant_jobs: Jobs of each tenant that are queued or at the gate, where these are bounded.
         tenant_lines: Jobs that wait before the gate since their tenant's bound is reached.
+        lined: How many they are.
         worst: Queued jobs that may be shed, the worst first; `worst_of` has them by tenant.
         failures: Failed runs in a row.
         memory: The record of the memory that the runner's model has on the device.
@@ -199,6 +205,7 @@ class RunnerState(Source):
         "epoch_bound",
         "failures",
         "leases",
+        "lined",
         "memory",
         "phase",
         "placing",
@@ -245,6 +252,7 @@ class RunnerState(Source):
         self.counts_tenants = load.bounds.tenant_jobs is not None
         self.tenant_jobs: dict[Hashable, int] = {}
         self.tenant_lines: dict[Hashable, OrderedDict[int, Job]] = {}
+        self.lined = 0
         self.backlog = Backlog()
         self.backlog_of: dict[Hashable, Backlog] = {}  # by tenant
         self.predicts = predicts
@@ -277,8 +285,8 @@ class RunnerState(Source):
 
     @property
     def waits(self) -> int:
-        """Return how many jobs wait for room."""
-        return len(self.gate) + sum(map(len, self.tenant_lines.values()))
+        """Return how many jobs wait for room, at the gate and in lines before it."""
+        return len(self.gate) + self.lined
 
     @property
     def withdrawable(self) -> int:

@@ -18,7 +18,7 @@ ROOT = Path(aoti_sched.__file__).parent
 
 # Rooms of several modules; every other module or folder below `aoti_sched/` is a room of its own
 # name.
-FACE = {"", "handle", "lease", "runner", "scheduler", "split"}
+FACE = {"", "blocking", "handle", "lease", "mapping", "runner", "scheduler", "split"}
 WORDS = {"arguments", "config", "errors", "events", "foreign", "stats"}
 MAY_IMPORT = {
     "errors": set(),

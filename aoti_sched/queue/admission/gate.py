@@ -76,6 +76,13 @@ class Room:
             reason = "earlier requests are waiting for room"
         return reason
 
+    def crowded(self, job: Job) -> str | None:
+        """Return why a job that can't be queued now may not wait for room; None when it may."""
+        most, waits = job.source.load.bounds.waiting, job.source.waits
+        if most is None or waits < most:
+            return None
+        return f"{waits} requests wait for room, the bound is {most}"
+
     def wait(self, job: Job) -> None:
         """Put a job to its source's gate, or into its tenant's line before the gate."""
         source = job.source
@@ -86,6 +93,7 @@ class Room:
                 if line is None:
                     line = runner.tenant_lines[job.tenant] = OrderedDict()
                 line[job.id] = job
+                runner.lined += 1
                 return
             _count(job)
         source.gate.push(job)
@@ -96,6 +104,7 @@ class Room:
         source, runner = job.source, job.source.runner
         line = runner.tenant_lines.get(job.tenant) if source is runner else None
         if line is not None and line.pop(job.id, None) is not None:
+            runner.lined -= 1
             if not line:
                 del runner.tenant_lines[job.tenant]
             return
@@ -205,6 +214,7 @@ class Room:
         if line is None:
             return
         _, first = line.popitem(last=False)
+        runner.lined -= 1
         if not line:
             del runner.tenant_lines[tenant]
         _count(first)

@@ -20,11 +20,13 @@ class Bounds(msgspec.Struct, frozen=True):
         jobs: The most queued jobs.
         bytes: The most bytes of their inputs.
         tenant_jobs: The most jobs that one tenant of a runner has queued or at the gate.
+        waiting: The most jobs that wait for room at a source.
     """
 
     jobs: int | None = 1024
     bytes: int | None = None
     tenant_jobs: int | None = None
+    waiting: int | None = None
 
 
 class Load:

@@ -60,6 +60,20 @@ def for_now(job: Job, full: str) -> QueueFullError:
     )
 
 
+def to_wait(job: Job, crowded: str | None) -> QueueFullError | None:
+    """Return the error of a job that may not wait for room; None if it may.
+
+    Args:
+        job: The new job.
+        crowded: Why too many jobs wait already, if they do.
+    """
+    if crowded is None:
+        return None
+    return QueueFullError(
+        f"runner {job.source.name!r}: {crowded}. Send less, or raise Limits(waiting=)"
+    )
+
+
 def shed(job: Job) -> ShedError:
     """Return the error of a queued job that is dropped to make room for a better one."""
     return ShedError(

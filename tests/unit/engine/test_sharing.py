@@ -231,13 +231,18 @@ async def test_more_threads_than_cores_are_lowered_and_noted():
         assert "threads=16 was lowered to 2, the cores there are." in runner.info.notes
 
 
-async def test_a_device_has_no_tenants():
-    config = SchedulerConfig(devices={"cpu": DeviceConfig(limits=Limits(tenant_jobs=2))})
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        (Limits(tenant_jobs=2), "tenant_jobs bounds each tenant of a model"),
+        (Limits(waiting=2), "waiting bounds the requests of a model that wait for room"),
+    ],
+)
+async def test_a_device_has_no_tenants_and_no_gate_of_its_own(limits, message):
+    config = SchedulerConfig(devices={"cpu": DeviceConfig(limits=limits)})
     backend = FakeBackend({"m": lambda: None})
     async with Scheduler(config, devices={"cpu": backend}) as scheduler:
-        with pytest.raises(
-            ConfigError, match=r"devices\.cpu: tenant_jobs bounds each tenant of a model"
-        ):
+        with pytest.raises(ConfigError, match=rf"devices\.cpu: {message}"):
             await scheduler.load("m.pt2")
 
 

@@ -12,7 +12,7 @@ from tests.unit.queue.walks import Walk
 STEPS = 80
 
 RULES = {
-    *("overdue", "waits for cores", "late", "probed", "waits for its tenant"),
+    *("overdue", "waits for cores", "late", "probed", "waits for its tenant", "too many wait"),
     *("refused by prediction", "waits by prediction", "several are shed"),
     *("a batch", "a batch inline", "a batch behind another", "a rider expires"),
     *("a rider is late", "grows no more", "leaves the loop"),

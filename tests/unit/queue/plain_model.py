@@ -106,6 +106,8 @@ class PlainModel(Room, Order):
         refusal = self.refusal(job, now, new=since is None)
         awaits = job.min_epoch > job.source.epoch
         shed = [] if awaits or wait or refusal else self.to_shed(job)
+        if not (awaits or refusal) and wait and since is None and self.must_wait(job):
+            shed = None if self.crowded(job) else []
         if refusal or shed is None:
             self.end(job, "REJECTED")
             return [("reject", number, refusal or "QueueFullError")]

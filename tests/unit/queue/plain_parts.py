@@ -63,6 +63,7 @@ class Runner:
     predicts: bool = False
     routable: bool = False
     batching: tuple | None = None  # (most rows, longest delay)
+    waiting: float = math.inf  # the most jobs that wait for room; of each lease once more
     phase: str = "OPEN"
     removed: bool = False
     counters: dict = field(default_factory=lambda: dict.fromkeys((*COUNTS, *SECONDS), 0))

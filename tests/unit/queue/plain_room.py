@@ -106,6 +106,17 @@ class Room:
             return True
         return job.lease is None and not (self.fits_device(job) and self.fits_tenant(job))
 
+    def crowded(self, job):
+        """Return whether too many jobs wait for room already."""
+        if job.lease is not None:
+            waits = self.of_lease(job.lease, "WAITING")
+        else:
+            waits = self.own(job.runner, "WAITING") + self.waiting_for("tenant", job.runner)
+        if len(waits) < job.runner.waiting:
+            return False
+        self.met.add("too many wait")
+        return True
+
     def waits_where(self, job):
         if job.lease is None and (self.line(job.runner, job.tenant) or not self.fits_tenant(job)):
             self.met.add("waits for its tenant")

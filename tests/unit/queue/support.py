@@ -78,9 +78,9 @@ def device(lanes=1, jobs=None, size=None, *, cores=None, memory=None, evicts=Fal
     )
 
 
-def add(queue, name="m", slots=1, jobs=None, size=None, *, tenant_jobs=None, **rest):
+def add(queue, name="m", slots=1, jobs=None, size=None, *, tenant_jobs=None, waiting=None, **rest):
     """Add a runner with no bounds except the given ones."""
-    return queue.add_runner(name, slots, Bounds(jobs, size, tenant_jobs), **rest)
+    return queue.add_runner(name, slots, Bounds(jobs, size, tenant_jobs, waiting), **rest)
 
 
 def teach(queue, runner, seconds, *, size=0, runs=8, now=0.0):

@@ -395,3 +395,72 @@ def test_only_what_takes_a_lease_and_has_no_inputs_and_waits_for_no_epoch_is_exe
     runner = add(queue)
     with pytest.raises(IllegalFactError, match="bypasses_limits"):
         queue.submit(Job(runner, bypasses_limits=True, **fields), 0)
+
+
+def test_a_bound_of_those_who_wait_rejects_the_next():
+    queue = device()
+    runner = add(queue, jobs=1, waiting=2)
+    running, queued, first, second, third = (Job(runner) for _ in range(5))
+    for job in (running, queued, first, second):
+        queue.submit(job, 0, wait=True)
+    assert runner.waits == 2
+    error = rejected(queue.submit(third, 0, wait=True))
+    assert str(error) == (
+        "runner 'm': 2 requests wait for room, the bound is 2. Send less, or raise Limits(waiting=)"
+    )
+    queue.cancel(first, 1)
+    assert queue.submit(Job(runner), 1, wait=True) == []
+    queue.complete(running, 2)  # the queued one starts, and one that waits is queued
+    assert (queued.state, second.state) == (JobState.RUNNING, JobState.QUEUED)
+    assert queue.submit(Job(runner), 2, wait=True) == []
+    assert rejected(queue.submit(Job(runner), 2, wait=True))
+
+
+def test_those_who_wait_for_their_tenant_count_among_those_who_wait():
+    queue = device()
+    busy(queue)
+    runner = add(queue, tenant_jobs=1, waiting=2)
+    queued, first, second = (Job(runner, tenant="a") for _ in range(3))
+    for job in (queued, first, second):
+        queue.submit(job, 0, wait=True)
+    assert (runner.waits, runner.lined) == (2, 2)
+    assert rejected(queue.submit(Job(runner, tenant="a"), 0, wait=True))
+    assert queue.submit(Job(runner, tenant="b"), 0, wait=True) == []  # it need not wait
+    queue.cancel(first, 1)
+    assert (runner.waits, runner.lined) == (1, 1)
+    queue.cancel(queued, 2)
+    assert (second.state, runner.waits, runner.lined) == (JobState.QUEUED, 0, 0)
+
+
+def test_a_lease_has_the_bound_of_those_who_wait_for_itself():
+    queue = device()
+    runner = add(queue, slots=2, jobs=1, waiting=1)
+    lease = take_lease(queue, runner)
+    running, queued, waiting = (Job(lease) for _ in range(3))
+    for job in (running, queued, waiting):
+        queue.submit(job, 0, wait=True)
+    assert (waiting.state, lease.waits, runner.waits) == (JobState.WAITING, 1, 0)
+    assert "1 requests wait for room" in str(rejected(queue.submit(Job(lease), 0, wait=True)))
+    own = Job(runner)
+    queue.submit(own, 0, wait=True)
+    assert own.state is JobState.WAITING
+
+
+def test_a_job_from_another_replica_was_accepted_there_and_may_wait():
+    queue = device()
+    runner = add(queue, jobs=1, waiting=1)
+    for _ in range(3):
+        queue.submit(Job(runner), 0, wait=True)
+    assert queue.submit(Job(runner), 1, wait=True, since=0) == []
+    assert runner.waits == 2
+    assert rejected(queue.submit(Job(runner), 1, wait=True))
+
+
+def test_what_is_exempt_need_not_wait():
+    queue = device()
+    runner = add(queue, jobs=1, waiting=1)
+    for _ in range(3):
+        queue.submit(Job(runner), 0, wait=True)
+    lease = Job(runner, Priority.HIGH, is_lease_request=True, bypasses_limits=True)
+    assert queue.submit(lease, 0, wait=True) == []
+    assert lease.state is JobState.QUEUED

@@ -371,6 +371,10 @@ def a_tenants_job_counted_twice(s):
     s.runner.tenant_jobs["a"] += 1
 
 
+def a_job_in_line_counted_twice(s):
+    s.runner.lined += 1
+
+
 def a_smaller_bound_for_tenants(s):
     s.runner.load.bounds = Bounds(None, None, 0)
 
@@ -488,6 +492,7 @@ def a_turn_of_which_one_does_not_hear(s):
         (a_tenants_job_counted_twice, "a tenant's jobs at the gate and in the queue are counted"),
         (a_smaller_bound_for_tenants, "no bound of a tenant is exceeded"),
         (a_bigger_bound_for_tenants, "no job waits for its tenant when there is room"),
+        (a_job_in_line_counted_twice, "jobs in tenants' lines are counted"),
         (one_in_line_queued, "each job in a tenant's line is WAITING"),
         (one_in_the_line_of_another_tenant, "each job in a tenant's line is WAITING"),
         (

@@ -46,6 +46,7 @@ class Walk:
 
     def __init__(self, seed, steps):
         self.draw = random.Random(seed)
+        self.others = random.Random(f"others {seed}")
         self.now = 0.0
         draw = self.draw
         # Each walk is about some of the rules; a walk about all of them meets few cases.
@@ -176,6 +177,8 @@ class Walk:
                 draw.choice([1, 4, 5, 8, 8, 8]),
                 draw.choice([0, 0, 0, 0.125, 0.5, 2]),
             )
+        if self.others.random() < 0.3:
+            rest["waiting"] = self.others.choice([1, 2])
         return "add_runner", (
             f"r{len(self.model.runners)}",
             draw.randint(1, 3),
@@ -393,9 +396,9 @@ class Player:
         placing = Placing(Placement(choice), limit, follow_limit=follow_limit, hop=hop)
         if rest.get("batching"):
             rest = rest | {"batching": Batching(*rest["batching"])}
-        self.runners.append(
-            self.queue.add_runner(name, slots, Bounds(*bounds), placing=placing, **rest)
-        )
+        rest = dict(rest)
+        bounds = Bounds(*bounds, waiting=rest.pop("waiting", None))
+        self.runners.append(self.queue.add_runner(name, slots, bounds, placing=placing, **rest))
         return []
 
     def submit(self, now, number, source, wait, wish, since=None):

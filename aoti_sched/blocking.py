@@ -1,0 +1,572 @@
+"""BlockingScheduler: the scheduler for programs without an event loop. Plain calls, any thread.
+
+Scripts, notebooks and threaded servers call these objects as an asyncio program awaits those of
+`scheduler.py`. The scheduler's loop runs in a thread of its own. Nothing is decided here: every
+call is the call of the same name there.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+
+from aoti_sched.engine.loop_thread import LoopThread
+from aoti_sched.errors import AotiSchedError, ConfigError, UnsupportedLoopError, brief
+from aoti_sched.handle import submit_from_thread
+from aoti_sched.mapping import map_blocking
+from aoti_sched.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+    from aoti_sched.backends.contracts import Device
+    from aoti_sched.config import SchedulerConfig
+    from aoti_sched.engine.blocking import BlockingFuture
+    from aoti_sched.engine.dispatcher import Clock
+    from aoti_sched.engine.weights.report import UpdateReport
+    from aoti_sched.engine.weights.transaction import Barrier
+    from aoti_sched.handle import Handle
+    from aoti_sched.lease import Lease, LeaseContext
+    from aoti_sched.mapping import OnError
+    from aoti_sched.model.specs import ConstantSpec
+    from aoti_sched.queue.job import Priority
+    from aoti_sched.runner import Runner, RunnerView
+    from aoti_sched.stats import RunnerInfo, RunnerStats, SchedulerStats
+
+_T = TypeVar("_T")
+
+
+class _Calls:
+    """`run` and `submit` of what can be called.
+
+    Args:
+        scheduler: Kept alive as long as its runners are used.
+        handle: What is called on the loop.
+    """
+
+    __slots__ = ("_handle", "_scheduler")
+
+    def __init__(self, scheduler: BlockingScheduler, handle: Handle[Any]) -> None:
+        self._scheduler = scheduler
+        self._handle = handle
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model on the exported module's own arguments and return what the module returns.
+
+        Raises as `Runner.run_blocking` does.
+        """
+        return self._handle.run_blocking(*args, **kwargs)
+
+    def submit(self, *args: Any, **kwargs: Any) -> BlockingFuture:
+        """Queue a run and return its future at once.
+
+        The future has the result, or any error of the request: arguments that do not fit and a full
+        queue are known on the loop only.
+
+        Raises:
+            RunnerClosedError: The scheduler is closed.
+            UnsupportedLoopError: Called in a forked child.
+        """
+        return submit_from_thread(self._handle, args, kwargs)
+
+    def _on_loop_for(self, tenant: object, make: Callable[[], _T]) -> _T:
+        """Make a handle: on the loop for a new tenant, and here where nothing is shared."""
+        if tenant is None or tenant is msgspec.UNSET:
+            return make()
+        return self._thread.ask(make)
+
+    def map(
+        self,
+        source: Iterable[Any],
+        *,
+        at_once: int = 32,
+        ordered: bool = True,
+        errors: OnError = "raise",
+        unpack: bool = False,
+    ) -> Iterator[Any]:
+        """Run the model on each item of a source: `for result in runner.map(source): ...`.
+
+        The source is read in the calling thread, as the results are used. `Runner.map` describes
+        the arguments. Leaving the loop early cancels what is queued and running.
+
+        Raises:
+            ConfigError: An argument is of the wrong type or out of range.
+        """
+        return map_blocking(
+            self.submit, source, at_once=at_once, ordered=ordered, errors=errors, unpack=unpack
+        )
+
+    @property
+    def _thread(self) -> LoopThread:
+        return self._scheduler._thread  # noqa: SLF001
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self._handle!r}>"
+
+
+class BlockingRunnerView(_Calls):
+    """A runner with other options, made by `options()`."""
+
+    __slots__ = ()
+
+    _handle: RunnerView
+
+    def options(
+        self,
+        *,
+        priority: Priority | None = None,
+        timeout: float | msgspec.UnsetType | None = msgspec.UNSET,
+        min_epoch: int | None = None,
+        tenant: Hashable | msgspec.UnsetType = msgspec.UNSET,
+    ) -> BlockingRunnerView:
+        """Return a light handle with other options, as `Runner.options` does."""
+        view = self._on_loop_for(
+            tenant,
+            lambda: self._handle.options(
+                priority=priority, timeout=timeout, min_epoch=min_epoch, tenant=tenant
+            ),
+        )
+        return BlockingRunnerView(self._scheduler, view)
+
+    def lease(self) -> BlockingLeaseContext:
+        """Hold one slot for several runs: `with runner.lease() as lease: lease.run(...)`."""
+        return BlockingLeaseContext(self._scheduler, self._handle.lease())
+
+
+class BlockingRunner(BlockingRunnerView):
+    """A loaded model. Made by `BlockingScheduler.load`; any thread may use it.
+
+    Methods and errors are those of `Runner`. Two objects of one model are equal.
+
+    Attributes:
+        name: The name that it was loaded with.
+        device: The device of the model; several are separated by commas.
+    """
+
+    __slots__ = ("device", "name")
+
+    _handle: Runner
+
+    def __init__(self, scheduler: BlockingScheduler, handle: Runner) -> None:
+        super().__init__(scheduler, handle)
+        self.name = handle.name
+        self.device = handle.device
+
+    @property
+    def epoch(self) -> int:
+        """The number of the weights that serve."""
+        return self._thread.ask(lambda: self._handle.epoch)
+
+    @property
+    def info(self) -> RunnerInfo:
+        """What this runner is: specs and their source, runtime, instances, notes worth reading."""
+        return self._thread.ask(lambda: self._handle.info)
+
+    def stats(self) -> RunnerStats:
+        """Return its numbers now and since its load."""
+        return self._thread.ask(self._handle.stats)
+
+    def update(
+        self,
+        weights: object,
+        *,
+        partial: bool = False,
+        strict: bool = True,
+        fold: bool = True,
+        barrier: Barrier = "drain",
+        keep_previous: bool = True,
+        check_finite: bool = False,
+        timeout: float | None = None,
+    ) -> UpdateReport:
+        """Replace the weights between two requests, as `Runner.update` does."""
+        return self._thread.call(
+            lambda: self._handle.update(
+                weights,
+                partial=partial,
+                strict=strict,
+                fold=fold,
+                barrier=barrier,
+                keep_previous=keep_previous,
+                check_finite=check_finite,
+                timeout=timeout,
+            )
+        )
+
+    def stage(
+        self,
+        weights: object,
+        *,
+        partial: bool = False,
+        strict: bool = True,
+        fold: bool = True,
+        check_finite: bool = False,
+        timeout: float | None = None,
+    ) -> None:
+        """Write the new set beside the one that serves: the first half of `update`."""
+        self._thread.call(
+            lambda: self._handle.stage(
+                weights,
+                partial=partial,
+                strict=strict,
+                fold=fold,
+                check_finite=check_finite,
+                timeout=timeout,
+            )
+        )
+
+    def commit(
+        self,
+        *,
+        barrier: Barrier = "drain",
+        keep_previous: bool = True,
+        timeout: float | None = None,
+    ) -> UpdateReport:
+        """Publish the staged set: the second half of `update`."""
+        return self._thread.call(
+            lambda: self._handle.commit(
+                barrier=barrier, keep_previous=keep_previous, timeout=timeout
+            )
+        )
+
+    def discard(self) -> None:
+        """Drop the staged set and free its memory. Without one, nothing happens."""
+        self._thread.call(self._handle.discard)
+
+    def rollback(self, *, barrier: Barrier = "drain", timeout: float | None = None) -> UpdateReport:
+        """Go back to the previous set and its epoch."""
+        return self._thread.call(lambda: self._handle.rollback(barrier=barrier, timeout=timeout))
+
+    def free_previous(self) -> None:
+        """Free the memory of the previous set. No rollback is possible then."""
+        self._thread.call(self._handle.free_previous)
+
+    def constants(self) -> dict[str, ConstantSpec]:
+        """What can be updated, and what is folded from it, by FQN."""
+        return self._thread.ask(self._handle.constants)
+
+    def extract(self, *, inactive: bool = False) -> dict[str, Any]:
+        """Return copies of the weights that serve, or of the inactive set, by FQN."""
+        return self._thread.call(lambda: self._handle.extract(inactive=inactive))
+
+    def drain(self) -> None:
+        """Refuse new requests, and wait until all accepted ones and held leases have ended."""
+        self._thread.call(self._handle.drain)
+
+    def close(self) -> None:
+        """Drain, then free the model. An interrupted close goes on; closing twice is fine."""
+        self._thread.call(self._handle.aclose)
+
+    def terminate(self) -> None:
+        """Fail what is queued with RunnerClosedError, wait for what runs, then free the model."""
+        self._thread.call(self._handle.terminate)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, BlockingRunner):
+            return NotImplemented
+        return self._handle is other._handle
+
+    def __hash__(self) -> int:
+        return hash(self._handle)
+
+
+class BlockingLease(_Calls):
+    """One slot, held. Its runs go one after the other."""
+
+    __slots__ = ()
+
+    _handle: Lease
+
+    @property
+    def slot(self) -> int:
+        """The number of the runner's slot."""
+        return self._handle.slot
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that all runs of this lease see."""
+        return self._handle.epoch
+
+    def options(
+        self,
+        *,
+        priority: Priority | None = None,
+        timeout: float | msgspec.UnsetType | None = msgspec.UNSET,
+        min_epoch: int | None = None,
+        tenant: Hashable | msgspec.UnsetType = msgspec.UNSET,
+    ) -> BlockingLease:
+        """Return a light handle on the same slot with other options."""
+        lease = self._on_loop_for(
+            tenant,
+            lambda: self._handle.options(
+                priority=priority, timeout=timeout, min_epoch=min_epoch, tenant=tenant
+            ),
+        )
+        return BlockingLease(self._scheduler, lease)
+
+    def release(self) -> None:
+        """Release the slot once the runs accepted so far are finished. Releasing twice is fine."""
+        self._thread.ask(self._handle.release)
+
+
+class BlockingLeaseContext:
+    """Waits for a slot on entry, and releases it on exit."""
+
+    __slots__ = ("_context", "_scheduler")
+
+    def __init__(self, scheduler: BlockingScheduler, context: LeaseContext) -> None:
+        self._scheduler = scheduler
+        self._context = context
+
+    def __enter__(self) -> BlockingLease:
+        try:
+            lease = self._thread.call(self._context.__aenter__)
+        except BaseException:
+            self._release()  # a thread that is interrupted may have been granted the slot
+            raise
+        return BlockingLease(self._scheduler, lease)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        with suppress(AotiSchedError):  # closed, or forked: there is no slot any more
+            self._thread.post(self._context.release)
+
+    @property
+    def _thread(self) -> LoopThread:
+        return self._scheduler._thread  # noqa: SLF001
+
+
+class BlockingScheduler:
+    """A `Scheduler` with plain calls, for programs without an event loop.
+
+    Use it as `with BlockingScheduler() as scheduler:`, or call `start()` and, at the end,
+    `close()`. Its event loop runs in a thread of its own, and any thread may call it. A scheduler
+    that is still open when the main thread ends is terminated then.
+
+    Args:
+        config: Settings. The models in them are loaded by `start`.
+        devices: Devices by name, in place of the machine's own (for tests).
+        clock: A clock in place of the event loop's (for tests).
+
+    Raises:
+        ConfigError: A setting is of the wrong type or out of range; the message gives its path.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig | None = None,
+        *,
+        devices: Mapping[str, Device] | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self._begin(Scheduler(config, devices=devices, clock=clock))
+
+    @classmethod
+    def from_config(cls, path: str | os.PathLike[str]) -> Self:
+        """Make a scheduler as a TOML file describes it. Its models are loaded by `start`.
+
+        Raises:
+            ConfigError: A setting is wrong; the message gives its path.
+        """
+        made = cls.__new__(cls)
+        made._begin(  # noqa: SLF001
+            Scheduler.from_config(path)
+        )
+        return made
+
+    def _begin(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._thread = LoopThread("BlockingScheduler")
+
+    def start(self) -> Self:
+        """Start the thread, load the models of the settings, and return this scheduler.
+
+        Raises:
+            UnsupportedLoopError: It was started or closed before.
+            ResourcesError: No thread can be started.
+            AotiSchedError: As `load`; nothing is left behind then.
+        """
+        self._thread.start()
+        _open.add(self)
+        try:
+            self._thread.call(self._scheduler.__aenter__)
+        except BaseException:
+            self._thread.stop()
+            raise
+        # Without references to this object, so that one which is forgotten ends its thread.
+        weakref.finalize(self, _abandon, self._scheduler, self._thread).atexit = False
+        return self
+
+    def __enter__(self) -> Self:
+        return self if self._thread.is_open else self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.terminate()
+
+    @property
+    def runners(self) -> Mapping[str, BlockingRunner]:
+        """The open runners by name, as they are now."""
+        runners = self._thread.ask(lambda: dict(self._scheduler.runners))
+        return {name: BlockingRunner(self, runner) for name, runner in runners.items()}
+
+    def stats(self) -> SchedulerStats:
+        """Return the numbers of every device and runner as they are now."""
+        return self._thread.ask(self._scheduler.stats)
+
+    def load(self, path: Any, **settings: Any) -> BlockingRunner:
+        """Load a model and return its runner. `Scheduler.load` describes arguments and errors.
+
+        A thread that is interrupted gives the load up.
+        """
+        runner = self._thread.call(lambda: self._scheduler.load(path, **settings))
+        return BlockingRunner(self, runner)
+
+    def update(
+        self,
+        changes: Mapping[BlockingRunner, object],
+        *,
+        partial: bool = False,
+        strict: bool = True,
+        fold: bool = True,
+        barrier: Barrier = "drain",
+        keep_previous: bool = True,
+        check_finite: bool = False,
+        timeout: float | None = None,
+    ) -> dict[BlockingRunner, UpdateReport]:
+        """Replace the weights of several runners at one instant, all or none."""
+        weights = {_inner(runner): weights for runner, weights in changes.items()}
+        return self._reports(
+            self._thread.call(
+                lambda: self._scheduler.update(
+                    weights,
+                    partial=partial,
+                    strict=strict,
+                    fold=fold,
+                    barrier=barrier,
+                    keep_previous=keep_previous,
+                    check_finite=check_finite,
+                    timeout=timeout,
+                )
+            )
+        )
+
+    def commit(
+        self,
+        *runners: BlockingRunner,
+        barrier: Barrier = "drain",
+        keep_previous: bool = True,
+        timeout: float | None = None,
+    ) -> dict[BlockingRunner, UpdateReport]:
+        """Publish the staged weights of several runners at one instant, all or none."""
+        inner = _inners(runners)
+        return self._reports(
+            self._thread.call(
+                lambda: self._scheduler.commit(
+                    *inner, barrier=barrier, keep_previous=keep_previous, timeout=timeout
+                )
+            )
+        )
+
+    def rollback(
+        self, *runners: BlockingRunner, barrier: Barrier = "drain", timeout: float | None = None
+    ) -> dict[BlockingRunner, UpdateReport]:
+        """Publish the previous weights of several runners again, at one instant, all or none."""
+        inner = _inners(runners)
+        return self._reports(
+            self._thread.call(
+                lambda: self._scheduler.rollback(*inner, barrier=barrier, timeout=timeout)
+            )
+        )
+
+    def drain_device(self, device: str) -> None:
+        """Take a device out of service, and return when no model is left there."""
+        self._thread.call(lambda: self._scheduler.drain_device(device))
+
+    def close(self) -> None:
+        """Finish accepted requests, free every model and lane, and end the thread.
+
+        A close that is interrupted goes on, and may be called again. Closing twice does nothing,
+        and neither does closing in a forked child.
+        """
+        self._close(terminate=False)
+
+    def terminate(self) -> None:
+        """Fail queued requests with RunnerClosedError, wait for running requests, free the rest."""
+        self._close(terminate=True)
+
+    def _close(self, *, terminate: bool) -> None:
+        thread, scheduler = self._thread, self._scheduler
+        if thread.is_open:
+            thread.call(scheduler.terminate if terminate else scheduler.aclose)
+            thread.stop()
+        _open.discard(self)
+
+    def _reports(
+        self, reports: Mapping[Runner, UpdateReport]
+    ) -> dict[BlockingRunner, UpdateReport]:
+        return {BlockingRunner(self, runner): report for runner, report in reports.items()}
+
+
+def _inner(runner: object) -> Runner:
+    if not isinstance(runner, BlockingRunner):
+        raise ConfigError(f"expected the runner that load() returned, got {brief(runner)}.")
+    return runner._handle  # noqa: SLF001
+
+
+def _inners(runners: Iterable[object]) -> list[Runner]:
+    return [_inner(runner) for runner in runners]
+
+
+# --- the end of the program -----------------------------------------------------------------------
+
+_open: weakref.WeakSet[BlockingScheduler] = weakref.WeakSet()
+
+
+def _abandon(scheduler: Scheduler, thread: LoopThread) -> None:
+    """Close a scheduler that nothing refers to any more, and do not wait for it."""
+
+    async def end() -> None:
+        try:
+            await scheduler.aclose()
+        finally:
+            thread.end_soon()
+
+    if thread.is_open:
+        with suppress(AotiSchedError):  # it ends meanwhile
+            thread.start_soon(end)
+
+
+def _terminate_all() -> None:
+    """Terminate what is open when the main thread ends, while other threads can still be started.
+
+    Threads that are no daemons are waited for later, and anyio's workers are such threads.
+    """
+    for scheduler in list(_open):
+        with suppress(AotiSchedError, UnsupportedLoopError):
+            scheduler.terminate()
+
+
+# `atexit` is too late. The standard library's thread pools are ended in this way, too.
+threading._register_atexit(_terminate_all)  # type: ignore[attr-defined]  # noqa: SLF001
