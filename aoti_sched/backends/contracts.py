@@ -121,7 +121,7 @@ class Container(Protocol):
         """Return a context that makes the calling thread's stream current where it is entered."""
 
     def warm_up(self, make_inputs: Callable[[], Sequence[Any]]) -> None:
-        """Run once per instance plus one, serially, before traffic; raises as `run_raw` does."""
+        """Run each instance once, serially, before traffic; raises as `run_raw` does."""
 
     # Live weights: one caller at a time, in a worker thread except for `swap`. Runs go on meanwhile
     # unless a docstring excludes them.

@@ -18,7 +18,7 @@ from aoti_sched.backends.contracts import Container, Inspected, LoadRequest
 from aoti_sched.errors import PlatformMismatchError
 from aoti_sched.model.specs import spec_from_metadata
 from aoti_sched.model.wrapper_source import writes_to_buffers
-from aoti_sched.package import Extracted, PackagedModel, check_platform, open_package
+from aoti_sched.package import Extracted, PackagedModel, check_platform, find_package
 from aoti_sched.package.sources import constant_layouts
 
 if TYPE_CHECKING:
@@ -55,7 +55,13 @@ def inspect_package(
         PackageError: The package is missing, broken, for another platform or for another kind of
             device.
     """
-    package = open_package(request.path, sha256=request.sha256, contents=request.contents)
+    package = find_package(
+        request.path,
+        request.model_name,
+        sha256=request.sha256,
+        contents=request.contents,
+        cache_dir=request.cache_dir,
+    )
     model = package.model(request.model_name)
     check_platform(model)
     if model.device not in ("", kind):

@@ -70,12 +70,15 @@ def values_for(
 ) -> Callable[[], Sequence[Any]]:
     """Return a function that makes the inputs to warm up with.
 
-    They are the user's; or like the example that the model was compiled with; or zeros.
+    They are the user's; or like the example that the model was compiled with; or zeros. Sizes are
+    as small as is safe.
     """
     if given is not None:
         return lambda: [tensor.clone() for tensor in given]
     examples = examples_for(own, specs, None)
     sizes = _sizes_of(examples, specs) if examples else None
+    if own is not None and sizes is not None:
+        sizes = _smaller(own, specs, sizes)
     if sizes is not None:
         return lambda: tensors_like(specs, sizes, examples, seed=0)
     return lambda: example_inputs(specs)
@@ -93,6 +96,22 @@ def _sizes_of(
             if isinstance(dim, DynamicDim):
                 sizes[dim.symbol] = (size - dim.offset) // dim.scale
     return sizes
+
+
+def _smaller(own: ModelSpec, specs: Sequence[TensorSpec], sizes: dict[str, int]) -> dict[str, int]:
+    """Return the least sizes that values like the example's are safe with.
+
+    A whole number may be an index or a length, which is right for the example's sizes only. Then
+    only the number of rows is lowered, where rows were shown to be independent.
+    """
+    least = _least_sizes(specs)
+    if all(spec.dtype.startswith(("float", "bfloat", "complex")) for spec in specs):
+        lowered = set(least)
+    elif own.batch is not None and own.rows is not None and own.rows.independent:
+        lowered = {own.batch.symbol}
+    else:
+        lowered = set()
+    return {**sizes, **{name: min(sizes[name], least[name]) for name in lowered & sizes.keys()}}
 
 
 def warm_up(

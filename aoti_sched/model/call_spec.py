@@ -186,7 +186,10 @@ class ExportedCallSpec:
             return leaves
         if self._literals is not None:
             return self._drop_literals(leaves)
-        return [leaf for leaf in leaves if isinstance(leaf, self._tensor)]
+        # An array becomes a tensor in the check of inputs.
+        return [
+            leaf for leaf in leaves if isinstance(leaf, self._tensor) or hasattr(leaf, "__dlpack__")
+        ]
 
     def _path(self, index: int) -> str:
         return self._parameters[index] if index < len(self._parameters) else f"args[{index}]"
@@ -224,7 +227,30 @@ class ExportedCallSpec:
         got = [f"{len(args)} positional", *(f"{name}=" for name in list(kwargs)[:20])]
         if len(kwargs) > 20:
             got.append(f"and {len(kwargs) - 20} more")
-        raise self._misfit("", f"the arguments {self}", ", ".join(got))
+        hint = self._bind_hint(len(args), kwargs)
+        raise InputMismatchError(self.model, "", f"the arguments {self}", ", ".join(got), hint)
+
+    def _bind_hint(self, given: int, kwargs: dict[str, Any]) -> str:
+        """Return which arguments are missing and which are too many, by name as far as known."""
+        known = set(self._parameters[: self._positional])
+        missing = [
+            self._path(index)
+            for index in range(given, self._positional)
+            if index >= len(self._parameters) or self._parameters[index] not in kwargs
+        ]
+        missing += [name for name in self._names if name not in kwargs]
+        unknown = [name for name in kwargs if name not in self._keys and name not in known]
+        twice = [name for name in self._parameters[:given] if name in kwargs]
+        parts = []
+        if missing:
+            parts.append(f"Missing: {shortened(missing)}.")
+        if given > self._positional:
+            parts.append(f"It takes {self._positional} positional arguments.")
+        if unknown:
+            parts.append(f"Unknown: {shortened(map(brief, unknown))}.")
+        if twice:
+            parts.append(f"Given twice: {shortened(twice)}.")
+        return " ".join(parts)
 
     def _drop_literals(self, leaves: list[Any]) -> list[torch.Tensor]:
         tensors = []

@@ -9,6 +9,7 @@ that can be done without specs.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,19 +37,26 @@ def count_bytes(tensors: Sequence[torch.Tensor]) -> int:
 
 
 def unwrap(tensors: list[Any], plain: Collection[type]) -> bool:
-    """Replace the subclasses in the list that only give torch's tensors another name.
+    """Replace what is a tensor by another name in the list: subclasses, and arrays.
 
     Return whether there were any.
 
-    One that overrides `__torch_function__` or `__torch_dispatch__` means something else than its
-    storage holds, and stays.
+    A subclass that overrides `__torch_function__` or `__torch_dispatch__` means something else than
+    its storage holds, and stays. A NumPy array, or anything with `__dlpack__`, becomes a tensor
+    that shares its memory; where torch can't do that, it stays.
     """
     import torch
 
     found = False
     for index, tensor in enumerate(tensors):
         kind = type(tensor)
-        if kind in plain or not isinstance(tensor, torch.Tensor):
+        if kind in plain:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            shared = _sharing(tensor)
+            if shared is not None:
+                tensors[index] = shared
+                found = True
             continue
         function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
         ordinary = function in (
@@ -61,6 +69,25 @@ def unwrap(tensors: list[Any], plain: Collection[type]) -> bool:
                 tensors[index] = tensor.as_subclass(torch.Tensor)
             found = True
     return found
+
+
+def _sharing(array: Any) -> Any:
+    """Return a tensor that shares the memory of an array; None where torch can't make one."""
+    import torch
+
+    try:
+        if type(array).__module__ == "numpy" and hasattr(array, "flags"):
+            if array.flags.writeable:
+                return torch.from_numpy(array)
+            with warnings.catch_warnings():
+                # Torch warns of arrays that can't be written to. Most models only read inputs.
+                warnings.simplefilter("ignore", UserWarning)
+                return torch.from_numpy(array)
+        if hasattr(array, "__dlpack__"):
+            return torch.utils.dlpack.from_dlpack(array)
+    except Exception:  # noqa: BLE001 -- another library's code; the check names the array's type
+        return None
+    return None
 
 
 class ArityCheck:

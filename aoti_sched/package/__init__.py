@@ -4,8 +4,8 @@ A package is a `.pt2` file, which is a zip that may hold several models, or a ba
 reads it, describes each model, and puts a model's files where the loader can map them. It imports
 nothing heavier than msgspec, and loads, unpickles and runs nothing. Its helpers: `archive` (bytes
 that are verified), `library` (a bare library's companions), `sources` (facts in generated C++),
-`platform` (this machine), `cache` (the unpacked files), `manifest` (what was unpacked), `trust`
-(which other users can write to a path).
+`platform` (this machine), `cache` (the unpacked files), `known` (what an earlier load found out),
+`manifest` (what was unpacked), `trust` (which other users can write to a path).
 
 A package is native code: reading it here is safe, loading it is running it.
 """
@@ -16,7 +16,7 @@ from aoti_sched.package.description import (
     StoredWeight,
     WeightsLocation,
 )
-from aoti_sched.package.package import Package, open_package
+from aoti_sched.package.package import Package, find_package, open_package
 from aoti_sched.package.platform import check_platform
 
 __all__ = [
@@ -26,5 +26,6 @@ __all__ = [
     "StoredWeight",
     "WeightsLocation",
     "check_platform",
+    "find_package",
     "open_package",
 ]

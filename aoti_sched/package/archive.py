@@ -14,6 +14,7 @@ import os
 import re
 import stat
 import struct
+import time
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -70,10 +71,16 @@ class FileDigest:
         """
         self.path = path
         self.contents = contents
+        self.began = time.time()
+        """When reading began, in seconds since the epoch."""
+        self.status: os.stat_result | None = None
+        """The file's status when reading began; None for bytes in memory."""
         self._states = [hashlib.sha256()]
         size = 0
         try:
             with self._open() as file:
+                if contents is None:
+                    self.status = os.fstat(file.fileno())
                 while block := file.read(_BLOCK):
                     state = self._states[-1].copy()
                     state.update(block)

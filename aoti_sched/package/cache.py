@@ -24,23 +24,29 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
-from filelock import FileLock, Timeout
 
 from aoti_sched.errors import PackageError
 from aoti_sched.package import manifest
 from aoti_sched.package.archive import MemberSource
 from aoti_sched.package.manifest import FileRecord, Manifest, recorded_name
 from aoti_sched.package.trust import Folder, check_planted, inventory, make_private, private_folder
+from aoti_sched.package.usage import use
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 _STAGING = ".new-"
+_ENTRY = re.compile(r"[0-9a-f]{64}-[\w.-]+")
 _FILES = "files"
 _LOCK_TIMEOUT = 600.0
 """Seconds to wait for another process that is unpacking the same package; then it is taken for
@@ -110,16 +116,20 @@ def unpack(
         _check_executable(folder)
         # Where others can put another folder of ours in the cache's place, what is found is not
         # believed.
-        wanted = _Wanted(folder, key, source, files, compare or folder.moved)
-        if (found := _find_complete(wanted, locked=False)) is not None:
+        sizes = {name: source.members[member] for name, member in files.items()}
+        wanted = _Wanted(folder, key, sizes, source, files, compare or folder.moved)
+        if (found := _find_and_use(wanted)) is not None:
             return found
         with _locked(folder, key):
             if (found := _find_complete(wanted, locked=True)) is not None:
+                use(folder, key)
                 return found
             make_private(wanted.entry)
             _remove_remains(wanted.entry)
-            _check_room(wanted)
-            return _write(wanted)
+            _check_room(wanted.cache, source, sum(sizes.values()))
+            directory = _write(wanted, source)
+            use(folder, key)
+            return directory
     except PackageError:
         raise
     except OSError as error:
@@ -131,22 +141,59 @@ def unpack(
         ) from error
 
 
+def find_unpacked(cache: Folder, key: str, sizes: Mapping[str, int]) -> Path | None:
+    """Return the directory in which files were unpacked earlier, without a look at their package.
+
+    Args:
+        cache: The cache, which no other user can replace.
+        key: The entry's name.
+        sizes: The size of each file by its path inside the directory.
+
+    Returns:
+        The directory; None where a file is missing or not the one that was written.
+
+    Raises:
+        PackageError: Another user owns the entry or can write to it.
+        OSError: The operating system refuses to read it.
+    """
+    _check_executable(cache)
+    return _find_and_use(_Wanted(cache, key, sizes))
+
+
+def entries(cache: Folder) -> list[Path]:
+    """Return the folders of all entries, whole or not.
+
+    Raises:
+        OSError: The operating system refuses to read the cache.
+    """
+    return [path for path in cache.path.iterdir() if _ENTRY.fullmatch(path.name) and path.is_dir()]
+
+
+def lock_entry(cache: Folder, key: str) -> FileLock | None:
+    """Return the held lock of an entry; None while another process or thread makes the entry."""
+    from filelock import Timeout
+
+    lock = _lock(cache, key, timeout=0.0)
+    try:
+        lock.acquire()
+    except Timeout:
+        return None
+    return lock
+
+
 class _Wanted(msgspec.Struct, frozen=True):
     """What `unpack` looks for or makes."""
 
     cache: Folder
     key: str
-    source: MemberSource
-    files: Mapping[str, str]
-    compare: bool
+    sizes: Mapping[str, int]
+    source: MemberSource | None = None
+    files: Mapping[str, str] = {}
+    compare: bool = False
 
     @property
     def entry(self) -> Path:
         return self.cache.path / self.key
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {name: self.source.members[member] for name, member in self.files.items()}
 
 
 def _check_executable(cache: Folder) -> None:
@@ -159,6 +206,15 @@ def _check_executable(cache: Folder) -> None:
 
 
 # --- looking --------------------------------------------------------------------------------------
+
+
+def _find_and_use(wanted: _Wanted) -> Path | None:
+    """Return a complete directory that no other process prunes from now on."""
+    found = _find_complete(wanted, locked=False)
+    if found is None:
+        return None
+    use(wanted.cache, wanted.key)
+    return found if found.exists() else None  # what was pruned before that is gone
 
 
 def _find_complete(wanted: _Wanted, *, locked: bool) -> Path | None:
@@ -194,7 +250,7 @@ def _has_content(candidate: Path, wanted: _Wanted, *, locked: bool) -> bool:
     if manifest.NAME not in found or not stat.S_ISREG(found[manifest.NAME].st_mode):
         return False
     written = manifest.read_manifest(candidate / manifest.NAME, wanted.key)
-    if written is None or written.files.keys() != {recorded_name(name) for name in wanted.files}:
+    if written is None or written.files.keys() != {recorded_name(name) for name in wanted.sizes}:
         return False
     changed = []
     for name, size in wanted.sizes.items():
@@ -203,11 +259,11 @@ def _has_content(candidate: Path, wanted: _Wanted, *, locked: bool) -> bool:
             return False
         if not written.files[recorded_name(name)].describes(status):
             changed.append(name)
-    if wanted.compare:
+    if wanted.compare and wanted.source is not None:
         # A file that the package lacks could still be loaded by its name. NFS's leftovers
         # begin with a dot.
         visible = {path for path in found if not path.rpartition("/")[2].startswith(".")}
-        if visible - {f"{_FILES}/{name}" for name in wanted.files} != {manifest.NAME}:
+        if visible - {f"{_FILES}/{name}" for name in wanted.sizes} != {manifest.NAME}:
             return False
         return all(
             manifest.holds(candidate / _FILES / name, wanted.source.chunks(member))
@@ -253,6 +309,8 @@ def _replace_manifest(candidate: Path, key: str, records: dict[str, FileRecord])
 
 @contextmanager
 def _locked(cache: Folder, key: str) -> Iterator[None]:
+    from filelock import Timeout
+
     lock = _lock(cache, key, timeout=_LOCK_TIMEOUT)
     try:
         lock.acquire()
@@ -270,6 +328,8 @@ def _locked(cache: Folder, key: str) -> Iterator[None]:
 
 
 def _lock(cache: Folder, key: str, *, timeout: float) -> FileLock:
+    from filelock import FileLock  # not for what is known: the import takes 20 ms
+
     # A new FileLock each time: the operating system's lock then also keeps threads of one process
     # apart, and is let go by the kernel when its holder dies. The file itself may stay; it means
     # nothing.
@@ -297,18 +357,17 @@ def _remove_remains(entry: Path) -> None:
                 path.unlink()
 
 
-def _check_room(wanted: _Wanted) -> None:
-    needed, free = sum(wanted.sizes.values()), shutil.disk_usage(wanted.cache.path).free
+def _check_room(cache: Folder, source: MemberSource, needed: int) -> None:
+    free = shutil.disk_usage(cache.path).free
     if free < needed:
         raise PackageError(
-            f"Unpacking {wanted.source.path} needs {needed} bytes in {wanted.cache.name}, where "
-            f"{free} are free. Make room, or name another directory in AOTI_SCHED_CACHE or "
-            "cache_dir=.",
-            path=str(wanted.source.path),
+            f"Unpacking {source.path} needs {needed} bytes in {cache.name}, where {free} are free. "
+            "Make room, or name another directory in AOTI_SCHED_CACHE or cache_dir=.",
+            path=str(source.path),
         )
 
 
-def _write(wanted: _Wanted) -> Path:
+def _write(wanted: _Wanted, source: MemberSource) -> Path:
     token = secrets.token_hex(8)
     staging, complete = wanted.entry / f"{_STAGING}{token}", wanted.entry / token
     try:
@@ -317,7 +376,7 @@ def _write(wanted: _Wanted) -> Path:
         for name, member in wanted.files.items():
             path = staging / _FILES / name
             make_private(path.parent)
-            digests[name] = _write_file(path, wanted.source.chunks(member))
+            digests[name] = _write_file(path, source.chunks(member))
         # After all is written: the first sync then takes the others' data along.
         records = {
             recorded_name(name): manifest.record(digest, manifest.sync(staging / _FILES / name))

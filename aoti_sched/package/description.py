@@ -96,3 +96,29 @@ class Extracted(msgspec.Struct, frozen=True):
     weights_blob: Path | None
     stored_weights: dict[str, StoredWeight]
     """The pickled constants by fully qualified name; empty when there are none."""
+
+
+class ModelFiles(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A model's files by their paths in the directory that they are unpacked to."""
+
+    key: str
+    """The cache entry: a hash of the files' bytes, and the model's name."""
+    sizes: dict[str, int]
+    """Of every file."""
+    library: str
+    weights_blob: str | None
+    wrapper: str | None
+    stored_weights: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], int]]
+    """File, shape, stride and offset of each pickled constant, by fully qualified name."""
+
+    def within(self, directory: Path) -> Extracted:
+        """Return the files as they lie in `directory`."""
+        return Extracted(
+            directory=directory,
+            library=directory / self.library,
+            weights_blob=None if self.weights_blob is None else directory / self.weights_blob,
+            stored_weights={
+                fqn: StoredWeight(directory / file, shape, stride, offset)
+                for fqn, (file, shape, stride, offset) in self.stored_weights.items()
+            },
+        )

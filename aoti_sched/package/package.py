@@ -16,9 +16,17 @@ from aoti_sched.package.archive import FileDigest, ReadLimits, ZipSource, read_m
 from aoti_sched.package.cache import unpack
 from aoti_sched.package.description import (
     Extracted,
+    ModelFiles,
     PackagedModel,
-    StoredWeight,
     WeightsLocation,
+)
+from aoti_sched.package.known import (
+    FileState,
+    KnownModel,
+    KnownPackage,
+    recall,
+    remember,
+    settled_state,
 )
 from aoti_sched.package.layout import ModelLayout, bare_layout, zip_layouts
 from aoti_sched.package.library import LibrarySource, is_library
@@ -49,6 +57,7 @@ class Package:
         limits: ReadLimits,
         *,
         pinned: bool = False,
+        state: FileState | None = None,
     ) -> None:
         self.path = source.path
         """The file, as the caller named it."""
@@ -62,6 +71,7 @@ class Package:
         self._layouts = (
             bare_layout(source) if isinstance(source, LibrarySource) else zip_layouts(source)
         )
+        self._state = state  # None where nothing is to be remembered of the file
         self._described: dict[str, PackagedModel] = {}
 
     @property
@@ -119,26 +129,27 @@ class Package:
         """
         layout = self._layout(model)
         stored = self._stored_weights(layout)
-        files = dict(layout.files)
+        members = dict(layout.files)
         for file, _, _, _ in stored.values():  # other models' weights stay where they are
-            files[f"weights/{file}"] = layout.weight_files[file]
-        directory = unpack(
-            self._source,
-            f"{self._source.key}-{_slug(layout.name)}",
-            files,
-            cache_dir,
-            compare=self._pinned,
-        )
-        place = {member: directory / path for path, member in files.items()}
-        return Extracted(
-            directory=directory,
-            library=place[layout.library],
-            weights_blob=None if layout.blob is None else place[layout.blob],
+            members[f"weights/{file}"] = layout.weight_files[file]
+        path = {member: path for path, member in members.items()}
+        files = ModelFiles(
+            key=f"{self._source.key}-{_slug(layout.name)}",
+            sizes={path: self._source.members[member] for path, member in members.items()},
+            library=path[layout.library],
+            weights_blob=None if layout.blob is None else path[layout.blob],
+            wrapper=None if layout.wrapper is None else path[layout.wrapper],
             stored_weights={
-                fqn: StoredWeight(place[layout.weight_files[file]], shape, stride, offset)
+                fqn: (path[layout.weight_files[file]], shape, stride, offset)
                 for fqn, (file, shape, stride, offset) in stored.items()
             },
         )
+        directory = unpack(self._source, files.key, members, cache_dir, compare=self._pinned)
+        if self._state is not None:
+            default = self._default()
+            known = KnownModel(self.model(layout.name), files)
+            remember(self.path, self._state, self.sha256, default, known, cache_dir)
+        return files.within(directory)
 
     def _chosen(self, name: str | None) -> str:
         if name is not None and name in self._layouts:
@@ -148,14 +159,18 @@ class Package:
             raise ModelNotFoundError(
                 f"{self.path} holds no model {name!r}; it holds {names}.", path=str(self.path)
             )
-        if len(self._layouts) == 1:
-            return self.models[0]
-        if "model" in self._layouts:
-            return "model"
+        if (default := self._default()) is not None:
+            return default
         raise ModelNotFoundError(
             f"{self.path} holds several models: {names}. Say which one is meant.",
             path=str(self.path),
         )
+
+    def _default(self) -> str | None:
+        """Return the model that is meant where none is named; None among several."""
+        if len(self._layouts) == 1:
+            return self.models[0]
+        return "model" if "model" in self._layouts else None
 
     def _layout(self, model: PackagedModel | str | None) -> ModelLayout:
         return self._layouts[
@@ -279,8 +294,46 @@ def open_package(
             "used; check where the file comes from, or update the hash.",
             path=str(path),
         )
-    source = LibrarySource(digest) if is_library(digest) else ZipSource(digest, limits)
-    return Package(source, digest.sha256, limits, pinned=sha256 is not None)
+    if is_library(digest):
+        return Package(LibrarySource(digest), digest.sha256, limits, pinned=sha256 is not None)
+    # Of a bare library nothing is remembered: what belongs to it are the files beside it.
+    return Package(
+        ZipSource(digest, limits),
+        digest.sha256,
+        limits,
+        pinned=sha256 is not None,
+        state=settled_state(digest),
+    )
+
+
+def find_package(
+    path: Path,
+    model: str | None = None,
+    *,
+    sha256: str | None = None,
+    contents: bytes | None = None,
+    cache_dir: Path | None = None,
+) -> Package | KnownPackage:
+    """Return a package for one of its models: as it is known from an earlier load, or read anew.
+
+    A package is known where its file has not changed since it was extracted to the cache. It is
+    read anew where `sha256` or `contents` is given. Blocking; loads no code.
+
+    Args:
+        path: The file.
+        model: The model that is wanted, as in `Package.model`.
+        sha256: As in `open_package`.
+        contents: As in `open_package`.
+        cache_dir: As in `Package.extract`.
+
+    Raises:
+        PackageError: As `open_package`, or the cache directory can't be used or trusted.
+    """
+    if sha256 is None and contents is None:
+        known = recall(path, model, cache_dir)
+        if known is not None:
+            return known
+    return open_package(path, sha256=sha256, contents=contents)
 
 
 def _slug(name: str) -> str:

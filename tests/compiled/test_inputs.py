@@ -109,7 +109,7 @@ FAULTS = {
         "plain values",
         "negated or conjugated",
     ),
-    "a numpy array": (lambda: np.zeros((2, 8), np.float32), "a tensor float32", "ndarray"),
+    "a numpy array of another dtype": (lambda: np.zeros((2, 8)), "dtype float32", "float64"),
     "a list": (lambda: [[0.0] * 8], "a tensor float32", "list"),
     "a number": (lambda: 3, "a tensor float32", "int 3"),
     "None": (lambda: None, "a tensor float32", "NoneType None"),
@@ -406,3 +406,32 @@ async def test_two_inputs_with_rows_of_their_own_are_batched_in_pairs(load, batc
         assert_close(answer, model(*request))
     with pytest.raises(InputMismatchError, match="size 2 at dimension 0"):
         await runner.run(torch.zeros(2, 3), torch.zeros(3, 3))
+
+
+# --- arrays and copies ----------------------------------------------------------------------------
+
+
+async def test_a_numpy_array_is_run_as_the_tensor_that_shares_its_memory(load):
+    model = await load("mlp")
+    array = np.linspace(-1, 1, 16, dtype=np.float32).reshape(2, 8)
+    assert torch.equal(await model.run(array), await model.run(torch.from_numpy(array)))
+    array.setflags(write=False)
+    assert torch.equal(await model.run(array), await model.run(torch.tensor(array)))
+
+
+async def test_a_copied_input_may_be_written_to_at_once(load):
+    model = await load("mlp")
+    x = torch.ones(2, 8)
+    expected = await model.run(x.clone())
+    futures = []
+    for _ in range(50):
+        futures.append(model.options(copy=True).submit(x))
+        x.fill_(7.0)
+        x.fill_(1.0)
+    assert all([torch.equal(await future, expected) for future in futures])
+
+
+async def test_an_error_names_the_missing_argument(load):
+    model = await load("signature")
+    with pytest.raises(InputMismatchError, match="Missing: "):
+        model.submit()

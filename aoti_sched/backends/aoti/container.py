@@ -145,10 +145,11 @@ class CAbiContainer(HostContainer):
     def warm_up(self, make_inputs: Callable[[], Sequence[torch.Tensor]]) -> None:
         """Run each instance once, and learn which outputs are folded constants.
 
-        Two results that live at once can only share folded constants.
+        Runs one after another go to one instance after another. Two results that live at once can
+        only share folded constants, so a model that folds is run twice at least.
         """
         before: list[torch.Tensor | None] = []
-        for _ in range(self._instances + 1):
+        for _ in range(max(self._instances, 2 if self.folds else 1)):
             inputs = make_inputs()
             now = self._run(inputs)
             own = {tensor.data_ptr() for tensor in inputs}
