@@ -69,7 +69,8 @@ class MapResults(AsyncIterator[R]):
             AotiSchedError: The request's error, with errors="raise". The others are cancelled.
             StopAsyncIteration: The source is exhausted, or the mapping is closed.
         """
-        flow = self._flow
+        flow, raises = self._flow, self._raises
+        del self  # the traceback of a wait that is cancelled would keep this object
         if _get_running_loop() is not flow.loop:
             raise UnsupportedLoopError(
                 "map(): its runner belongs to another event loop, or none is running here"
@@ -90,7 +91,7 @@ class MapResults(AsyncIterator[R]):
             result: R = future.result()
             return result
         try:
-            if not self._raises:
+            if not raises:
                 return error  # type: ignore[return-value]  # R is that or an Exception then
             flow.end()
             raise error

@@ -23,11 +23,13 @@ from aoti_sched import (
     ConfigError,
     DeadlineExceededError,
     Limits,
+    ModelConfig,
     Priority,
     QueueFullError,
     Runner,
     RunnerClosedError,
     Scheduler,
+    SchedulerConfig,
     UnsupportedLoopError,
 )
 from aoti_sched.testing import FakeBackend
@@ -286,12 +288,27 @@ def test_a_scheduler_is_started_once(backend):
         scheduler.start()
 
 
-def test_a_start_that_fails_leaves_no_thread(backend, tmp_path):
-    file = tmp_path / "scheduler.toml"
-    file.write_text('[models.missing]\npath = "missing.pt2"\n')
+def test_a_start_that_fails_leaves_no_thread(backend):
+    config = SchedulerConfig(models={"missing": ModelConfig(path="missing.pt2")})
     with pytest.raises(aoti_sched.PackageNotFoundError):
-        BlockingScheduler.from_config(file).start()
+        BlockingScheduler(config, devices={"cpu": backend}).start()
     assert threads() == []
+
+
+def test_models_of_the_settings_are_loaded_by_start(backend):
+    config = SchedulerConfig(models={"m": ModelConfig(path="m.pt2", instances=2)})
+    with BlockingScheduler(config, devices={"cpu": backend}) as scheduler:
+        assert scheduler.runners["m"].run(4) == 8
+
+
+def test_settings_may_come_from_a_file(tmp_path):
+    file = tmp_path / "scheduler.toml"
+    file.write_text("log_requests = true\n")
+    with BlockingScheduler.from_config(file) as scheduler:
+        assert scheduler.runners == {}
+    file.write_text("lanes = 3\n")
+    with pytest.raises(ConfigError, match="lanes"):
+        BlockingScheduler.from_config(file)
 
 
 def test_a_scheduler_that_is_forgotten_ends_its_thread(backend):
