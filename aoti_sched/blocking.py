@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 import msgspec
 
+from aoti_sched.engine.holders import THREAD
 from aoti_sched.engine.loop_thread import LoopThread
 from aoti_sched.errors import AotiSchedError, ConfigError, UnsupportedLoopError, brief
 from aoti_sched.handle import submit_from_thread
@@ -66,7 +67,11 @@ class _Calls(Generic[P, R]):
 
         Raises as `Runner.run_blocking` does.
         """
-        return self._handle.run_blocking(*args, **kwargs)
+        token = THREAD.set(threading.current_thread())
+        try:
+            return self._handle.run_blocking(*args, **kwargs)
+        finally:
+            THREAD.reset(token)
 
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> BlockingFuture[R]:
         """Queue a run and return its future at once.
@@ -78,7 +83,11 @@ class _Calls(Generic[P, R]):
             RunnerClosedError: The scheduler is closed.
             UnsupportedLoopError: Called in a forked child.
         """
-        return submit_from_thread(self._handle, args, kwargs)
+        token = THREAD.set(threading.current_thread())
+        try:
+            return submit_from_thread(self._handle, args, kwargs)
+        finally:
+            THREAD.reset(token)
 
     def _on_loop_for(self, tenant: object, make: Callable[[], _T]) -> _T:
         """Make a handle: on the loop for a new tenant, and here where nothing is shared."""

@@ -208,18 +208,24 @@ class Handle(Generic[_View, P, R]):
 
         result: R = router.blocking.run(
             router.name,
-            self._submission(args, kwargs),
+            self._submission(args, kwargs, waits=True),
             self._target.inherit_stream,
             self._options.timeout,
         )
         return result
 
     def _submission(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, waits: bool
     ) -> Callable[[float | None], RunFuture]:
-        """Return what submits a request on the loop, with the seconds left of its timeout."""
+        """Return what submits a request on the loop, with the seconds left of its timeout.
+
+        `waits` says whether the thread does nothing else until the request ends.
+        """
 
         def submit(left: float | None) -> RunFuture:
+            router = self._router
+            if waits and router.holders.held and self._target is router:
+                router.holders.must_leave_a_slot("run()")
             handle: Handle[Any, ..., Any] = self if left is None else self.options(timeout=left)
             return handle.submit(*args, **kwargs)
 
@@ -289,7 +295,7 @@ def submit_from_thread(
     router = handle._router  # noqa: SLF001
     return router.blocking.submit(
         router.name,
-        handle._submission(args, kwargs),  # noqa: SLF001
+        handle._submission(args, kwargs, waits=False),  # noqa: SLF001
         handle._target.inherit_stream,  # noqa: SLF001
         handle._options.timeout,  # noqa: SLF001
     )

@@ -484,19 +484,23 @@ def interrupt_when(condition):
 def test_ctrl_c_takes_requests_and_lease_requests_back():
     lines = """
     backend._auto = backend._executor.auto = False
-    with runner.lease():
-        for call in (lambda: runner.run(1), lambda: runner.submit(1).result(),
-                     lambda: runner.lease().__enter__()):
-            signal.signal(signal.SIGINT, interrupt)
-            submitted = runner.stats().submitted
-            thread = threading.Thread(target=interrupt_when, args=(
-                lambda: runner.stats().submitted > submitted,))
-            thread.start()
-            try:
-                call()
-            except KeyboardInterrupt:
-                print("interrupted")
-            thread.join()
+    leases = []
+    holder = threading.Thread(target=lambda: leases.append(runner.lease().__enter__()))
+    holder.start()
+    holder.join()
+    for call in (lambda: runner.run(1), lambda: runner.submit(1).result(),
+                 lambda: runner.lease().__enter__()):
+        signal.signal(signal.SIGINT, interrupt)
+        submitted = runner.stats().submitted
+        thread = threading.Thread(target=interrupt_when, args=(
+            lambda: runner.stats().submitted > submitted,))
+        thread.start()
+        try:
+            call()
+        except KeyboardInterrupt:
+            print("interrupted")
+        thread.join()
+    leases[0].release()
     scheduler._thread.ask(backend.finish_all)
     while runner.stats().completed < 2:  # the lease, and the request whose future was left
         pass
