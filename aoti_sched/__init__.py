@@ -45,6 +45,7 @@ from aoti_sched.errors import (
     WeightsTypeError,
 )
 from aoti_sched.lease import Lease
+from aoti_sched.load_settings import LoadSettings
 from aoti_sched.mapping import MapResults
 from aoti_sched.model.specs import (
     BatchDim,
@@ -55,6 +56,7 @@ from aoti_sched.model.specs import (
     TensorSpec,
 )
 from aoti_sched.queue.job import Priority
+from aoti_sched.runnable import Runnable
 from aoti_sched.runner import Runner, RunnerView
 from aoti_sched.scheduler import Scheduler
 from aoti_sched.split import Shadow, Split, SplitView
@@ -93,6 +95,7 @@ __all__ = [
     "LeaseError",
     "Limits",
     "LoadError",
+    "LoadSettings",
     "MapResults",
     "MemoryLimitError",
     "MissingCapabilityError",
@@ -110,6 +113,7 @@ __all__ = [
     "ResourcesError",
     "RunError",
     "RunFuture",
+    "Runnable",
     "Runner",
     "RunnerClosedError",
     "RunnerInfo",

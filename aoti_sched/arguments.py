@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 import decimal
+import inspect
 import math
 import numbers
 import operator
@@ -106,6 +107,23 @@ def one_of(what: str, value: object, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
         raise ConfigError(
             f"{what}: expected {' or '.join(map(repr, choices))}, got {brief(value)}."
+        )
+
+
+def function(what: str, value: object) -> None:
+    """Check that a value is a function that can be asked for its parameters, `self` included.
+
+    Raises:
+        ConfigError: It is none, or a method of an object.
+    """
+    is_one = not inspect.ismethod(value)
+    try:
+        inspect.signature(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        is_one = False
+    if not is_one:
+        raise ConfigError(
+            f"{what}: expected a function of a class, as in Encoder.forward, got {brief(value)}."
         )
 
 

@@ -10,22 +10,25 @@ from __future__ import annotations
 import threading
 import weakref
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 import msgspec
 
+from aoti_sched.engine.holders import THREAD
 from aoti_sched.engine.loop_thread import LoopThread
 from aoti_sched.errors import AotiSchedError, ConfigError, UnsupportedLoopError, brief
 from aoti_sched.handle import submit_from_thread
 from aoti_sched.mapping import map_blocking
 from aoti_sched.scheduler import Scheduler
+from aoti_sched.signature import P, R
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
     from types import TracebackType
+    from typing import Concatenate
 
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
 
     from aoti_sched.backends.contracts import Device
     from aoti_sched.config import SchedulerConfig
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from aoti_sched.engine.weights.transaction import Barrier
     from aoti_sched.handle import Handle
     from aoti_sched.lease import Lease, LeaseContext
+    from aoti_sched.load_settings import LoadSettings, Package
     from aoti_sched.mapping import OnError
     from aoti_sched.model.specs import ConstantSpec
     from aoti_sched.queue.job import Priority
@@ -44,7 +48,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 
-class _Calls:
+class _Calls(Generic[P, R]):
     """`run` and `submit` of what can be called.
 
     Args:
@@ -54,18 +58,22 @@ class _Calls:
 
     __slots__ = ("_handle", "_scheduler")
 
-    def __init__(self, scheduler: BlockingScheduler, handle: Handle[Any]) -> None:
+    def __init__(self, scheduler: BlockingScheduler, handle: Handle[Any, P, R]) -> None:
         self._scheduler = scheduler
         self._handle = handle
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the model on the exported module's own arguments and return what the module returns.
 
         Raises as `Runner.run_blocking` does.
         """
-        return self._handle.run_blocking(*args, **kwargs)
+        token = THREAD.set(threading.current_thread())
+        try:
+            return self._handle.run_blocking(*args, **kwargs)
+        finally:
+            THREAD.reset(token)
 
-    def submit(self, *args: Any, **kwargs: Any) -> BlockingFuture:
+    def submit(self, *args: P.args, **kwargs: P.kwargs) -> BlockingFuture[R]:
         """Queue a run and return its future at once.
 
         The future has the result, or any error of the request: arguments that do not fit and a full
@@ -75,13 +83,39 @@ class _Calls:
             RunnerClosedError: The scheduler is closed.
             UnsupportedLoopError: Called in a forked child.
         """
-        return submit_from_thread(self._handle, args, kwargs)
+        token = THREAD.set(threading.current_thread())
+        try:
+            return submit_from_thread(self._handle, args, kwargs)
+        finally:
+            THREAD.reset(token)
 
     def _on_loop_for(self, tenant: object, make: Callable[[], _T]) -> _T:
         """Make a handle: on the loop for a new tenant, and here where nothing is shared."""
         if tenant is None or tenant is msgspec.UNSET:
             return make()
         return self._thread.ask(make)
+
+    @overload
+    def map(
+        self,
+        source: Iterable[Any],
+        *,
+        at_once: int = 32,
+        ordered: bool = True,
+        errors: Literal["raise"] = "raise",
+        unpack: bool = False,
+    ) -> Iterator[R]: ...
+
+    @overload
+    def map(
+        self,
+        source: Iterable[Any],
+        *,
+        at_once: int = 32,
+        ordered: bool = True,
+        errors: Literal["return"],
+        unpack: bool = False,
+    ) -> Iterator[R | Exception]: ...
 
     def map(
         self,
@@ -112,12 +146,26 @@ class _Calls:
         return f"<{type(self).__name__} of {self._handle!r}>"
 
 
-class BlockingRunnerView(_Calls):
+class BlockingRunnerView(_Calls[P, R]):
     """A runner with other options, made by `options()`."""
 
     __slots__ = ()
 
-    _handle: RunnerView
+    _handle: RunnerView[P, R]
+
+    @property
+    def name(self) -> str:
+        """The name that the runner was loaded with."""
+        return self._handle.name
+
+    @property
+    def info(self) -> RunnerInfo:
+        """What the runner is: specs and their source, runtime, instances, notes worth reading."""
+        return self._thread.ask(lambda: self._handle.info)
+
+    def stats(self) -> RunnerStats:
+        """Return the runner's numbers now and since its load."""
+        return self._thread.ask(self._handle.stats)
 
     def options(
         self,
@@ -126,7 +174,7 @@ class BlockingRunnerView(_Calls):
         timeout: float | msgspec.UnsetType | None = msgspec.UNSET,
         min_epoch: int | None = None,
         tenant: Hashable | msgspec.UnsetType = msgspec.UNSET,
-    ) -> BlockingRunnerView:
+    ) -> BlockingRunnerView[P, R]:
         """Return a light handle with other options, as `Runner.options` does."""
         view = self._on_loop_for(
             tenant,
@@ -136,43 +184,32 @@ class BlockingRunnerView(_Calls):
         )
         return BlockingRunnerView(self._scheduler, view)
 
-    def lease(self) -> BlockingLeaseContext:
+    def lease(self) -> BlockingLeaseContext[P, R]:
         """Hold one slot for several runs: `with runner.lease() as lease: lease.run(...)`."""
         return BlockingLeaseContext(self._scheduler, self._handle.lease())
 
 
-class BlockingRunner(BlockingRunnerView):
+class BlockingRunner(BlockingRunnerView[P, R]):
     """A loaded model. Made by `BlockingScheduler.load`; any thread may use it.
 
     Methods and errors are those of `Runner`. Two objects of one model are equal.
 
     Attributes:
-        name: The name that it was loaded with.
         device: The device of the model; several are separated by commas.
     """
 
-    __slots__ = ("device", "name")
+    __slots__ = ("device",)
 
-    _handle: Runner
+    _handle: Runner[P, R]
 
-    def __init__(self, scheduler: BlockingScheduler, handle: Runner) -> None:
+    def __init__(self, scheduler: BlockingScheduler, handle: Runner[P, R]) -> None:
         super().__init__(scheduler, handle)
-        self.name = handle.name
         self.device = handle.device
 
     @property
     def epoch(self) -> int:
         """The number of the weights that serve."""
         return self._thread.ask(lambda: self._handle.epoch)
-
-    @property
-    def info(self) -> RunnerInfo:
-        """What this runner is: specs and their source, runtime, instances, notes worth reading."""
-        return self._thread.ask(lambda: self._handle.info)
-
-    def stats(self) -> RunnerStats:
-        """Return its numbers now and since its load."""
-        return self._thread.ask(self._handle.stats)
 
     def update(
         self,
@@ -277,12 +314,12 @@ class BlockingRunner(BlockingRunnerView):
         return hash(self._handle)
 
 
-class BlockingLease(_Calls):
+class BlockingLease(_Calls[P, R]):
     """One slot, held. Its runs go one after the other."""
 
     __slots__ = ()
 
-    _handle: Lease
+    _handle: Lease[P, R]
 
     @property
     def slot(self) -> int:
@@ -301,7 +338,7 @@ class BlockingLease(_Calls):
         timeout: float | msgspec.UnsetType | None = msgspec.UNSET,
         min_epoch: int | None = None,
         tenant: Hashable | msgspec.UnsetType = msgspec.UNSET,
-    ) -> BlockingLease:
+    ) -> BlockingLease[P, R]:
         """Return a light handle on the same slot with other options."""
         lease = self._on_loop_for(
             tenant,
@@ -316,16 +353,16 @@ class BlockingLease(_Calls):
         self._thread.ask(self._handle.release)
 
 
-class BlockingLeaseContext:
+class BlockingLeaseContext(Generic[P, R]):
     """Waits for a slot on entry, and releases it on exit."""
 
     __slots__ = ("_context", "_scheduler")
 
-    def __init__(self, scheduler: BlockingScheduler, context: LeaseContext) -> None:
+    def __init__(self, scheduler: BlockingScheduler, context: LeaseContext[P, R]) -> None:
         self._scheduler = scheduler
         self._context = context
 
-    def __enter__(self) -> BlockingLease:
+    def __enter__(self) -> BlockingLease[P, R]:
         try:
             lease = self._thread.call(self._context.__aenter__)
         except BaseException:
@@ -435,7 +472,19 @@ class BlockingScheduler:
         """Return the numbers of every device and runner as they are now."""
         return self._thread.ask(self._scheduler.stats)
 
-    def load(self, path: Any, **settings: Any) -> BlockingRunner:
+    @overload
+    def load(self, path: Package, **settings: Unpack[LoadSettings]) -> BlockingRunner: ...
+
+    @overload
+    def load(
+        self,
+        path: Package,
+        *,
+        signature: Callable[Concatenate[Any, P], R],
+        **settings: Unpack[LoadSettings],
+    ) -> BlockingRunner[P, R]: ...
+
+    def load(self, path: Package, **settings: Any) -> BlockingRunner[Any, Any]:
         """Load a model and return its runner. `Scheduler.load` describes arguments and errors.
 
         A thread that is interrupted gives the load up.

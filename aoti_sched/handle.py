@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from asyncio import _get_running_loop  # the public one raises, and this one is for the hot path
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 import msgspec
 
@@ -18,6 +18,7 @@ from aoti_sched.engine.tenants import Tenant
 from aoti_sched.errors import ConfigError, UnsupportedLoopError, brief
 from aoti_sched.mapping import MapResults
 from aoti_sched.queue.job import Job, Priority
+from aoti_sched.signature import P, R
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Callable, Iterable, Sequence
@@ -45,13 +46,13 @@ class Options(msgspec.Struct, frozen=True):
     tenant: Tenant | None = None
 
 
-_View = TypeVar("_View", bound="Handle[Any]")
+_View = TypeVar("_View", bound="Handle[Any, ..., Any]")
 
 
-class Handle(Generic[_View]):
+class Handle(Generic[_View, P, R]):
     """What can be called.
 
-    Type parameter: what `options()` returns.
+    Type parameters: what `options()` returns, the arguments of the model, and its result.
 
     Args:
         router: The runner's replicas.
@@ -68,7 +69,7 @@ class Handle(Generic[_View]):
         self._source = source
         self._options = options
 
-    async def run(self, *args: Any, **kwargs: Any) -> Any:
+    async def run(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the model on the exported module's own arguments and return what the module returns.
 
         Raises:
@@ -87,7 +88,7 @@ class Handle(Generic[_View]):
             router.holders.must_leave_a_slot("run()")
         return await self.submit(*args, **kwargs)
 
-    def submit(self, *args: Any, **kwargs: Any) -> RunFuture:
+    def submit(self, *args: P.args, **kwargs: P.kwargs) -> RunFuture[R]:
         """Queue a run now and return its future.
 
         Raises as `run` does, except for what happens later.
@@ -123,6 +124,28 @@ class Handle(Generic[_View]):
             self._router.holders.watch()
         return future
 
+    @overload
+    def map(
+        self,
+        source: Iterable[Any] | AsyncIterable[Any],
+        *,
+        at_once: int = 32,
+        ordered: bool = True,
+        errors: Literal["raise"] = "raise",
+        unpack: bool = False,
+    ) -> MapResults[R]: ...
+
+    @overload
+    def map(
+        self,
+        source: Iterable[Any] | AsyncIterable[Any],
+        *,
+        at_once: int = 32,
+        ordered: bool = True,
+        errors: Literal["return"],
+        unpack: bool = False,
+    ) -> MapResults[R | Exception]: ...
+
     def map(
         self,
         source: Iterable[Any] | AsyncIterable[Any],
@@ -131,7 +154,7 @@ class Handle(Generic[_View]):
         ordered: bool = True,
         errors: OnError = "raise",
         unpack: bool = False,
-    ) -> MapResults:
+    ) -> MapResults[Any]:
         """Run the model on each item of a source: `async for result in runner.map(source): ...`.
 
         The source is read as the results are used, never more than `at_once` items ahead. Leaving
@@ -161,7 +184,7 @@ class Handle(Generic[_View]):
             unpack=unpack,
         )
 
-    def run_blocking(self, *args: Any, **kwargs: Any) -> Any:
+    def run_blocking(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """`run` for callers in other threads: block until the result is there.
 
         The timeout counts from this call and fires in this thread, whatever the event loop does.
@@ -183,20 +206,27 @@ class Handle(Generic[_View]):
                 "and would wait for itself; use `await runner.run(...)` there"
             )
 
-        return router.blocking.run(
+        result: R = router.blocking.run(
             router.name,
-            self._submission(args, kwargs),
+            self._submission(args, kwargs, waits=True),
             self._target.inherit_stream,
             self._options.timeout,
         )
+        return result
 
     def _submission(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, waits: bool
     ) -> Callable[[float | None], RunFuture]:
-        """Return what submits a request on the loop, with the seconds left of its timeout."""
+        """Return what submits a request on the loop, with the seconds left of its timeout.
+
+        `waits` says whether the thread does nothing else until the request ends.
+        """
 
         def submit(left: float | None) -> RunFuture:
-            handle: Handle[Any] = self if left is None else self.options(timeout=left)
+            router = self._router
+            if waits and router.holders.held and self._target is router:
+                router.holders.must_leave_a_slot("run()")
+            handle: Handle[Any, ..., Any] = self if left is None else self.options(timeout=left)
             return handle.submit(*args, **kwargs)
 
         return submit
@@ -259,13 +289,13 @@ class Handle(Generic[_View]):
 
 
 def submit_from_thread(
-    handle: Handle[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> BlockingFuture:
+    handle: Handle[Any, ..., R], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> BlockingFuture[R]:
     """Hand a request over to the event loop from another thread, and return its future."""
     router = handle._router  # noqa: SLF001
     return router.blocking.submit(
         router.name,
-        handle._submission(args, kwargs),  # noqa: SLF001
+        handle._submission(args, kwargs, waits=False),  # noqa: SLF001
         handle._target.inherit_stream,  # noqa: SLF001
         handle._options.timeout,  # noqa: SLF001
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from asyncio import _get_running_loop
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Generic
 
 import msgspec
 
 from aoti_sched.engine.leasing import acquire
 from aoti_sched.handle import Handle, Options, wrong_loop
 from aoti_sched.queue.job import Job
+from aoti_sched.signature import P, R
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from aoti_sched.queue.runner_state import Source
 
 
-class Lease(Handle["Lease"]):
+class Lease(Handle["Lease[P, R]", P, R]):
     """One slot, held. Its runs go one after the other.
 
     The runs compete with all other requests for the lanes.
@@ -39,7 +40,7 @@ class Lease(Handle["Lease"]):
         """The epoch that all runs of this lease see."""
         return self._state.epoch
 
-    def submit(self, *args: Any, **kwargs: Any) -> RunFuture:
+    def submit(self, *args: P.args, **kwargs: P.kwargs) -> RunFuture[R]:
         """Queue a run on the held slot and return its future."""
         self._router.holders.used(self._state)
         return super().submit(*args, **kwargs)
@@ -49,7 +50,7 @@ class Lease(Handle["Lease"]):
         self._router.holders.released(self._state)
         self._replica.dispatcher.release(self._state)
 
-    def _with(self, options: Options) -> Lease:
+    def _with(self, options: Options) -> Lease[P, R]:
         return Lease(self._router, self._replica, self._source, options)
 
     @property
@@ -61,7 +62,7 @@ class Lease(Handle["Lease"]):
         return self._source  # type: ignore[return-value]
 
 
-class LeaseContext:
+class LeaseContext(Generic[P, R]):
     """Waits for a slot on entry, and releases it on exit."""
 
     __slots__ = ("_lease", "_options", "_replica", "_router", "_source")
@@ -71,9 +72,9 @@ class LeaseContext:
         self._replica = replica
         self._source = source
         self._options = options
-        self._lease: Lease | None = None
+        self._lease: Lease[P, R] | None = None
 
-    async def __aenter__(self) -> Lease:
+    async def __aenter__(self) -> Lease[P, R]:
         replica, options = self._replica, self._options
         if _get_running_loop() is not replica.loop:
             raise wrong_loop(replica.name)

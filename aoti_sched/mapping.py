@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from aoti_sched import arguments
 from aoti_sched.errors import ConfigError, UnsupportedLoopError, brief
+from aoti_sched.signature import R
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +31,7 @@ OnError = Literal["raise", "return"]
 """What a request's error does: it ends the mapping, or takes the result's place."""
 
 
-class MapResults(AsyncIterator[Any]):
+class MapResults(AsyncIterator[R]):
     """The results of `runner.map(...)`, for `async for`.
 
     Leaving the loop early cancels what is queued and running. Python does this when the last
@@ -59,7 +60,7 @@ class MapResults(AsyncIterator[Any]):
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Any:
+    async def __anext__(self) -> R:
         """Return the next result.
 
         A wait that is cancelled loses nothing: the next call goes on.
@@ -68,7 +69,8 @@ class MapResults(AsyncIterator[Any]):
             AotiSchedError: The request's error, with errors="raise". The others are cancelled.
             StopAsyncIteration: The source is exhausted, or the mapping is closed.
         """
-        flow = self._flow
+        flow, raises = self._flow, self._raises
+        del self  # the traceback of a wait that is cancelled would keep this object
         if _get_running_loop() is not flow.loop:
             raise UnsupportedLoopError(
                 "map(): its runner belongs to another event loop, or none is running here"
@@ -86,10 +88,11 @@ class MapResults(AsyncIterator[Any]):
             flow.fill()
         error = future.exception()
         if error is None:
-            return future.result()
+            result: R = future.result()
+            return result
         try:
-            if not self._raises:
-                return error
+            if not raises:
+                return error  # type: ignore[return-value]  # R is that or an Exception then
             flow.end()
             raise error
         finally:

@@ -11,6 +11,7 @@ from aoti_sched.engine.weights.live import Inactive
 from aoti_sched.engine.weights.staging import StageOptions
 from aoti_sched.handle import Handle, Options, wrong_loop
 from aoti_sched.lease import LeaseContext
+from aoti_sched.signature import P, R
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -22,12 +23,26 @@ if TYPE_CHECKING:
     from aoti_sched.stats import RunnerInfo, RunnerStats
 
 
-class RunnerView(Handle["RunnerView"]):
+class RunnerView(Handle["RunnerView[P, R]", P, R]):
     """A runner with other options, made by `options()`."""
 
     __slots__ = ()
 
-    def lease(self) -> LeaseContext:
+    @property
+    def name(self) -> str:
+        """The name that the runner was loaded with."""
+        return self._router.name
+
+    @property
+    def info(self) -> RunnerInfo:
+        """What the runner is: specs and their source, runtime, instances, notes worth reading."""
+        return self._router.info
+
+    def stats(self) -> RunnerStats:
+        """Return the runner's numbers now and since its load, those of all its views together."""
+        return self._router.stats()
+
+    def lease(self) -> LeaseContext[P, R]:
         """Hold one slot for several runs.
 
         Use it as `async with runner.lease() as lease: await lease.run(...)`. The slot is granted in
@@ -35,7 +50,7 @@ class RunnerView(Handle["RunnerView"]):
         """
         return LeaseContext(self._router, self._replica, self._source, self._options)
 
-    def _with(self, options: Options) -> RunnerView:
+    def _with(self, options: Options) -> RunnerView[P, R]:
         return RunnerView(self._router, self._replica, self._source, options)
 
     def __dir__(self) -> list[str]:
@@ -47,17 +62,19 @@ class RunnerView(Handle["RunnerView"]):
         ]
 
 
-class Runner(RunnerView):
+class Runner(RunnerView[P, R]):
     """A loaded model. Made by `Scheduler.load`; closed by `aclose` or with its scheduler.
 
     A runner has a replica on each of its devices, and routes each request to one of them.
 
+    Type parameters: the arguments of the model and its result, as `load(..., signature=)` states
+    them; without it, any.
+
     Attributes:
-        name: The name that it was loaded with.
         device: The device of the model; several are separated by commas.
     """
 
-    __slots__ = ("_close", "_updates", "device", "name")
+    __slots__ = ("_close", "_updates", "device")
 
     def __init__(
         self,
@@ -65,11 +82,10 @@ class Runner(RunnerView):
         *,
         options: Options,
         updates: Updates,
-        close: Callable[[Runner, bool], Awaitable[None]],
+        close: Callable[[Runner[P, R], bool], Awaitable[None]],
     ) -> None:
         first = router.replicas[0]
         super().__init__(router, first, first.state, options)
-        self.name = router.name
         self.device = router.device
         self._updates = updates
         self._close = close
@@ -81,15 +97,6 @@ class Runner(RunnerView):
         The weights that it was loaded with are 1, and each set published gets the next number.
         """
         return self._router.epoch
-
-    @property
-    def info(self) -> RunnerInfo:
-        """What this runner is: specs and their source, runtime, instances, notes worth reading."""
-        return self._router.info
-
-    def stats(self) -> RunnerStats:
-        """Return its numbers now and since its load."""
-        return self._router.stats()
 
     # --- live weights ----------------------------------------------------------------------------
 

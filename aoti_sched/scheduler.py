@@ -6,18 +6,18 @@ A scheduler is a value, not a singleton. It is entered, used and closed on one e
 from __future__ import annotations
 
 import asyncio
-import io
+import functools
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import anyio
 import msgspec
 
 from aoti_sched import arguments
-from aoti_sched.arguments import file_name, text
+from aoti_sched.arguments import file_name, function, text
 from aoti_sched.arguments import timeout as seconds_or_none
 from aoti_sched.config import (
     INLINE_LIMIT,
@@ -55,21 +55,27 @@ from aoti_sched.errors import (
 )
 from aoti_sched.events import log
 from aoti_sched.handle import Options
+from aoti_sched.model.call_spec import must_fit
 from aoti_sched.model.input_check import declared
 from aoti_sched.package.path_or_bytes import named
 from aoti_sched.queue import device_queue
 from aoti_sched.queue.admission.load import Bounds
 from aoti_sched.queue.batching import Batching as QueueBatching
 from aoti_sched.runner import Runner, router_of
+from aoti_sched.signature import P, R
 from aoti_sched.split import Split, Traffic
 from aoti_sched.stats import SchedulerStats
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from collections.abc import Callable
+    from typing import Concatenate
+
+    from typing_extensions import Self, Unpack
 
     from aoti_sched.backends.contracts import Device
     from aoti_sched.engine.lifecycle import Life
     from aoti_sched.engine.loader import LoadedModel
+    from aoti_sched.load_settings import LoadSettings, Package
     from aoti_sched.model.specs import TensorSpec
 
 RULES = "python" if device_queue.__file__.endswith(".py") else "compiled"
@@ -177,16 +183,23 @@ class Scheduler:
         devices = {} if self._house is None else self._devices.stats()
         return SchedulerStats(devices=devices, rules=RULES)
 
+    @overload
+    async def load(self, path: Package, **settings: Unpack[LoadSettings]) -> Runner: ...
+
+    @overload
     async def load(
         self,
-        path: str
-        | os.PathLike[str]
-        | os.PathLike[bytes]
-        | bytes
-        | bytearray
-        | memoryview
-        | io.BytesIO,
+        path: Package,
         *,
+        signature: Callable[Concatenate[Any, P], R],
+        **settings: Unpack[LoadSettings],
+    ) -> Runner[P, R]: ...
+
+    async def load(
+        self,
+        path: Package,
+        *,
+        signature: Callable[..., Any] | None = None,
         name: str | None = None,
         model_name: str | None = None,
         device: str = "cpu",
@@ -211,7 +224,7 @@ class Scheduler:
         weights_strict: bool = True,
         inputs: Sequence[TensorSpec] | None = None,
         warmup_inputs: object = None,
-    ) -> Runner:
+    ) -> Runner[Any, Any]:
         """Load a model from a `.pt2` package or a bare `.so`, and return its runner.
 
         The work happens off the event loop. Loading a package runs its native code: load only
@@ -221,6 +234,9 @@ class Scheduler:
             path: The package: a path, or its content as bytes or an `io.BytesIO`. `bytes` that
                 begin as a zip or a shared library are content, other `bytes` a path. Content is
                 extracted to the cache as a file's is, and not kept.
+            signature: The `forward` of the compiled module's class, as `Encoder.forward`. A type
+                checker then knows what `run` takes and returns: the runner is a `Runner[P, R]`. A
+                function that can't be called with the model's arguments is refused.
             name: The runner's name in errors, logs and stats. By default the file's stem, or
                 "model" for a package in memory.
             model_name: Which model to load, when the package holds several.
@@ -293,6 +309,8 @@ class Scheduler:
             if not isinstance(devices, Collection):
                 raise ConfigError(f"{call}devices: expected a list of names, got {brief(devices)}.")
             devices = tuple(devices)
+        if signature is not None:
+            function(f"{call}signature", signature)
         if inputs is not None:
             inputs = declared(f"{call}inputs", inputs)
         if isinstance(weights, (str, os.PathLike)):
@@ -327,7 +345,7 @@ class Scheduler:
             weights_strict=weights_strict,
         )
         source = ModelSource(inputs, contents, warmup_inputs, weights)
-        return await self._load(name or Path(file).stem, checked(settings), source)
+        return await self._load(name or Path(file).stem, checked(settings), source, signature)
 
     async def update(
         self,
@@ -443,18 +461,31 @@ class Scheduler:
 
     # --- loading ---------------------------------------------------------------------------------
 
-    async def _load(self, name: str, settings: ModelConfig, source: ModelSource) -> Runner:
+    async def _load(
+        self,
+        name: str,
+        settings: ModelConfig,
+        source: ModelSource,
+        signature: Callable[..., Any] | None = None,
+    ) -> Runner:
         self._must_be_open()
-        return await self._loader.load(name, settings, source, self._open_runner)
+        open_runner = functools.partial(self._open_runner, signature)
+        return await self._loader.load(name, settings, source, open_runner)
 
     def _open_runner(
-        self, life: Life, settings: ModelConfig, loaded: Sequence[LoadedModel]
+        self,
+        signature: Callable[..., Any] | None,
+        life: Life,
+        settings: ModelConfig,
+        loaded: Sequence[LoadedModel],
     ) -> Runner:
         """Make the runner of a model that is loaded on every device, and open it for requests."""
+        if signature is not None:
+            must_fit(f"load({settings.path!r})", signature, loaded[0].prepared.call_spec)
         alone = len(loaded) == 1
         replicas = [self._open_replica(model, settings, alone=alone) for model in loaded]
         router = Router(replicas, self._clock, self._blocking)
-        runner = Runner(
+        runner: Runner = Runner(
             router,
             options=Options(timeout=seconds_or_none("timeout", settings.timeout)),
             updates=self._updates,

@@ -29,6 +29,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from aoti_sched.errors import DeadlineExceededError, RunnerClosedError, UnsupportedLoopError
+from aoti_sched.signature import R
 
 if TYPE_CHECKING:
     import asyncio
@@ -211,7 +212,7 @@ class _Sentinel:
         _when_stopped(self._calls)
 
 
-class BlockingFuture(concurrent.futures.Future[Any]):
+class BlockingFuture(concurrent.futures.Future[R]):
     """The result of a request of another thread, a `concurrent.futures.Future`.
 
     `concurrent.futures.wait` and `as_completed` take it. Its callbacks run on the event loop's

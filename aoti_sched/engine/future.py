@@ -9,6 +9,7 @@ import msgspec
 
 from aoti_sched.errors import RunError
 from aoti_sched.foreign import own, raise_again
+from aoti_sched.signature import R
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,7 +58,7 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
         return max(0.0, self.finished - self.started) if self.started and self.finished else 0.0
 
 
-class RunFuture(asyncio.Future[Any]):
+class RunFuture(asyncio.Future[R]):
     """The result of `runner.submit(...)`, an asyncio future: gather, wait and timeouts work.
 
     Cancelling the future takes a queued request out at once. A running request finishes on its

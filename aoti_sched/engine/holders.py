@@ -2,11 +2,14 @@
 
 A task that awaits a slot while it holds all of them itself waits for ever. Such a call is refused.
 Where a call only seems to wait for ever, the log says so: other tasks can release a lease.
+In the place of a task stands the thread that calls a `BlockingScheduler`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import threading
 import weakref
 from typing import TYPE_CHECKING
 
@@ -25,30 +28,44 @@ PATIENCE = 1.0
 """Seconds for which a call waits, and leases are held and not used, before the log says so."""
 
 
+THREAD: contextvars.ContextVar[threading.Thread | None] = contextvars.ContextVar(
+    "THREAD", default=None
+)
+"""The thread that calls a `BlockingScheduler`, in what the event loop does for the call."""
+
+
+def _caller() -> asyncio.Task[object] | threading.Thread | None:
+    """Return the present task, or the thread that the loop works for."""
+    return THREAD.get() or asyncio.current_task()
+
+
 class Held:
     """A lease that is held.
 
     Attributes:
         lease: The queue's record of it.
-        task: The task that acquired it; a weak reference.
-        name: The task's name.
-        shared: Whether another task has used it, and so may release it.
+        owner: The task or thread that acquired it; a weak reference.
+        name: The owner's name.
+        shared: Whether another task or thread has used it, and so may release it.
         uses: How many requests it was used for.
         reported: Whether the log has said that calls wait for it.
     """
 
-    __slots__ = ("lease", "name", "reported", "shared", "task", "uses")
+    __slots__ = ("lease", "name", "owner", "reported", "shared", "uses")
 
-    def __init__(self, lease: Lease, task: asyncio.Task[object]) -> None:
+    def __init__(self, lease: Lease, owner: asyncio.Task[object] | threading.Thread) -> None:
         self.lease = lease
-        self.task = weakref.ref(task)
-        self.name = task.get_name()
+        self.owner = weakref.ref(owner)
+        if isinstance(owner, threading.Thread):
+            self.name = f"thread {owner.name!r}"
+        else:
+            self.name = f"task {owner.get_name()!r}"
         self.shared = False
         self.uses = 0
         self.reported = False
 
     def __str__(self) -> str:
-        return f"lease {self.lease.id} (slot {self.lease.slot}) of task {self.name!r}"
+        return f"lease {self.lease.id} (slot {self.lease.slot}) of {self.name}"
 
 
 class Holders:
@@ -75,9 +92,9 @@ class Holders:
 
     def acquired(self, lease: Lease) -> None:
         """Note that the present task holds a lease."""
-        task = asyncio.current_task()
-        if task is not None:
-            self.held[lease] = Held(lease, task)
+        owner = _caller()
+        if owner is not None:
+            self.held[lease] = Held(lease, owner)
             self.watch()  # calls may wait already
 
     def released(self, lease: Lease) -> None:
@@ -89,7 +106,7 @@ class Holders:
         held = self.held.get(lease)
         if held is not None:
             held.uses += 1
-            if not held.shared and asyncio.current_task() is not held.task():
+            if not held.shared and _caller() is not held.owner():
                 held.shared = True
 
     # --- certain ---------------------------------------------------------------------------------
@@ -110,7 +127,7 @@ class Holders:
                 return
         if own:
             raise LeaseError(
-                f"runner {self._name!r}: {call} would wait for ever: this task holds every slot "
+                f"runner {self._name!r}: {call} would wait for ever: its caller holds every slot "
                 f"itself ({_listed(own)}). Call lease.run(...) inside the block, or load the model "
                 "with more instances"
             )
@@ -125,16 +142,16 @@ class Holders:
         if own:
             raise LeaseError(
                 f"runner {self._name!r}: {call} would wait for ever: it waits for held leases, and "
-                f"this task holds {_listed(own)}. Leave the block first"
+                f"its caller holds {_listed(own)}. Leave the block first"
             )
 
     def _own(self) -> list[Held]:
         """Return the leases that only the present task is known to use."""
-        task = asyncio.current_task()
+        caller = _caller()
         return [
             held
             for held in self.held.values()
-            if held.task() is task is not None and not (held.shared or held.lease.released)
+            if held.owner() is caller is not None and not (held.shared or held.lease.released)
         ]
 
     # --- likely ----------------------------------------------------------------------------------

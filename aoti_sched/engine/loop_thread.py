@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from aoti_sched.engine.blocking import forked
+from aoti_sched.engine.holders import THREAD
 from aoti_sched.errors import (
     AotiSchedError,
     ResourcesError,
@@ -90,8 +91,7 @@ class LoopThread:
             )
         outcome: concurrent.futures.Future[_T] = concurrent.futures.Future()
         task: list[asyncio.Task[None]] = []
-        name = f"thread {threading.current_thread().name}"  # for the log, and for debuggers
-        self.post(functools.partial(self._answer, task, work, outcome, name))
+        self.post(functools.partial(self._answer, task, work, outcome))
         try:
             return outcome.result()
         except BaseException:
@@ -136,7 +136,11 @@ class LoopThread:
             if not self._open or loop is None:
                 why = "is closed" if self._thread else "is not running. Call start(), or use `with`"
                 raise RunnerClosedError(f"the {self._what} {why}")
-            loop.call_soon_threadsafe(callback)
+            token = THREAD.set(threading.current_thread())
+            try:
+                loop.call_soon_threadsafe(callback)  # in a copy of this context
+            finally:
+                THREAD.reset(token)
 
     def start_soon(self, work: Callable[[], Coroutine[Any, Any, object]]) -> None:
         """Run a coroutine on the loop, and do not wait for it. Raises as `post`."""
@@ -178,10 +182,8 @@ class LoopThread:
         task: list[asyncio.Task[None]],
         work: Callable[[], Coroutine[Any, Any, _T]],
         outcome: concurrent.futures.Future[_T],
-        name: str,
     ) -> None:
         task.append(self._begin(_carry(work, outcome)))
-        task[0].set_name(name)
 
     def _begin(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
         task = asyncio.ensure_future(work)

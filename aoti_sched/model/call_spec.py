@@ -7,12 +7,20 @@ walk, and it can name the path of a fault. Other registered types go through tor
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections import OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from aoti_sched.errors import InputMismatchError, LoadError, brief, shortened
+from aoti_sched.errors import (
+    ConfigError,
+    InputMismatchError,
+    LoadError,
+    brief,
+    clipped,
+    shortened,
+)
 from aoti_sched.model.specs import COMPUTED, BoolSpec, FloatSpec, IntegerSpec, LeafSpec, LiteralSpec
 
 if TYPE_CHECKING:
@@ -90,6 +98,39 @@ class CallSpec(Protocol):
     def unflatten(self, outputs: list[Any]) -> Any:
         """Return what the caller gets for the container's outputs."""
 
+    def takes(self) -> tuple[int, tuple[str, ...]] | None:
+        """Return how many positional arguments a call has, and the names of its keyword arguments.
+
+        None where any arguments are taken.
+        """
+
+
+def must_fit(what: str, function: Callable[..., Any], call_spec: CallSpec) -> None:
+    """Check that a module's function can be called with a model's arguments.
+
+    Args:
+        what: The call that names the function, for the message.
+        function: The function, `self` included.
+        call_spec: How the model is called.
+
+    Raises:
+        ConfigError: It can't.
+    """
+    takes = call_spec.takes()
+    if takes is None:
+        return
+    count, names = takes
+    signature = inspect.signature(function)
+    try:
+        signature.bind(None, *[None] * count, **dict.fromkeys(names))
+    except TypeError as error:
+        named = clipped(getattr(function, "__qualname__", brief(function)))
+        raise ConfigError(
+            f"{what}: signature: the model is called with {call_spec}, and "
+            f"{named}{clipped(signature)} does not take that: {error}. "
+            "Give the forward of the module that was compiled."
+        ) from None
+
 
 class ExportedCallSpec:
     """The call spec of an exported module.
@@ -159,6 +200,10 @@ class ExportedCallSpec:
         ]
         parts += [f"{n}={child}" for n, child in zip(self._names, kwargs.children, strict=True)]
         return f"({', '.join(parts)})"
+
+    def takes(self) -> tuple[int, tuple[str, ...]]:
+        """Return how many positional arguments there are, and the names of the keyword ones."""
+        return self._positional, self._names
 
     # --- flatten ----------------------------------------------------------------------------------
 

@@ -40,6 +40,9 @@ class AnyCall:
     def unflatten(self, outputs: list[Any]) -> Any:
         return outputs[0]
 
+    def takes(self) -> None:
+        return None
+
     def __str__(self) -> str:
         return "(*args, **kwargs)"
 

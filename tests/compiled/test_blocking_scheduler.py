@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from aoti_sched import BlockingScheduler, InputMismatchError
+from aoti_sched import BlockingScheduler, ConfigError, InputMismatchError
 from tests.compiled.conftest import EXECUTORS, living_lanes
 from tests.models import build
 
@@ -71,3 +71,18 @@ def test_a_program_that_never_closes_ends(executor, python):
     (example,) = MLP.args
     done = python(program, MLP.path, *example.shape[1:])
     assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
+
+
+async def test_a_signature_that_does_not_fit_the_package_leaves_nothing(scheduler):
+    class Two(torch.nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor: ...
+
+    class One(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    with pytest.raises(ConfigError, match="missing a required argument: 'y'"):
+        await scheduler.load(MLP.path, signature=Two.forward)
+    assert scheduler.runners == {}
+    runner = await scheduler.load(MLP.path, signature=One.forward)
+    (x,) = requests(1)
+    assert_close(await runner.run(x), MLP.module()(x))

@@ -18,10 +18,14 @@ ROOT = Path(aoti_sched.__file__).parent
 
 # Rooms of several modules; every other module or folder below `aoti_sched/` is a room of its own
 # name.
-FACE = {"", "blocking", "handle", "lease", "mapping", "runner", "scheduler", "split"}
-WORDS = {"arguments", "config", "errors", "events", "foreign", "stats"}
+FACE = {
+    *("", "blocking", "handle", "lease", "load_settings", "mapping", "runnable", "runner"),
+    *("scheduler", "split"),
+}
+WORDS = {"arguments", "config", "errors", "events", "foreign", "signature", "stats"}
 MAY_IMPORT = {
     "errors": set(),
+    "signature": set(),
     "arguments": {"errors"},
     "child": {"errors"},
     "foreign": {"errors"},

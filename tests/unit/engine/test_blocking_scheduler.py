@@ -23,11 +23,13 @@ from aoti_sched import (
     ConfigError,
     DeadlineExceededError,
     Limits,
+    ModelConfig,
     Priority,
     QueueFullError,
     Runner,
     RunnerClosedError,
     Scheduler,
+    SchedulerConfig,
     UnsupportedLoopError,
 )
 from aoti_sched.testing import FakeBackend
@@ -286,12 +288,27 @@ def test_a_scheduler_is_started_once(backend):
         scheduler.start()
 
 
-def test_a_start_that_fails_leaves_no_thread(backend, tmp_path):
-    file = tmp_path / "scheduler.toml"
-    file.write_text('[models.missing]\npath = "missing.pt2"\n')
+def test_a_start_that_fails_leaves_no_thread(backend):
+    config = SchedulerConfig(models={"missing": ModelConfig(path="missing.pt2")})
     with pytest.raises(aoti_sched.PackageNotFoundError):
-        BlockingScheduler.from_config(file).start()
+        BlockingScheduler(config, devices={"cpu": backend}).start()
     assert threads() == []
+
+
+def test_models_of_the_settings_are_loaded_by_start(backend):
+    config = SchedulerConfig(models={"m": ModelConfig(path="m.pt2", instances=2)})
+    with BlockingScheduler(config, devices={"cpu": backend}) as scheduler:
+        assert scheduler.runners["m"].run(4) == 8
+
+
+def test_settings_may_come_from_a_file(tmp_path):
+    file = tmp_path / "scheduler.toml"
+    file.write_text("log_requests = true\n")
+    with BlockingScheduler.from_config(file) as scheduler:
+        assert scheduler.runners == {}
+    file.write_text("lanes = 3\n")
+    with pytest.raises(ConfigError, match="lanes"):
+        BlockingScheduler.from_config(file)
 
 
 def test_a_scheduler_that_is_forgotten_ends_its_thread(backend):
@@ -467,19 +484,23 @@ def interrupt_when(condition):
 def test_ctrl_c_takes_requests_and_lease_requests_back():
     lines = """
     backend._auto = backend._executor.auto = False
-    with runner.lease():
-        for call in (lambda: runner.run(1), lambda: runner.submit(1).result(),
-                     lambda: runner.lease().__enter__()):
-            signal.signal(signal.SIGINT, interrupt)
-            submitted = runner.stats().submitted
-            thread = threading.Thread(target=interrupt_when, args=(
-                lambda: runner.stats().submitted > submitted,))
-            thread.start()
-            try:
-                call()
-            except KeyboardInterrupt:
-                print("interrupted")
-            thread.join()
+    leases = []
+    holder = threading.Thread(target=lambda: leases.append(runner.lease().__enter__()))
+    holder.start()
+    holder.join()
+    for call in (lambda: runner.run(1), lambda: runner.submit(1).result(),
+                 lambda: runner.lease().__enter__()):
+        signal.signal(signal.SIGINT, interrupt)
+        submitted = runner.stats().submitted
+        thread = threading.Thread(target=interrupt_when, args=(
+            lambda: runner.stats().submitted > submitted,))
+        thread.start()
+        try:
+            call()
+        except KeyboardInterrupt:
+            print("interrupted")
+        thread.join()
+    leases[0].release()
     scheduler._thread.ask(backend.finish_all)
     while runner.stats().completed < 2:  # the lease, and the request whose future was left
         pass

@@ -8,10 +8,10 @@ import asyncio
 
 import pytest
 
-from aoti_sched import Runner, RunnerView, Scheduler
+from aoti_sched import Runnable, Runner, RunnerView, Scheduler
 from aoti_sched.testing import FakeBackend
 
-CALLS = {"options", "run", "run_blocking", "submit"}
+CALLS = {"map", "options", "run", "run_blocking", "submit"}
 WEIGHTS = {
     "commit",
     "constants",
@@ -22,7 +22,8 @@ WEIGHTS = {
     "stage",
     "update",
 }
-FACTS = {"device", "epoch", "info", "name", "stats"}
+FACTS = {"device", "epoch"}
+OF_VIEWS = {"info", "lease", "name", "stats"}
 ENDS = {"aclose", "drain", "terminate"}
 
 
@@ -41,13 +42,29 @@ async def runner(request):
 
 
 async def test_a_runner_shows_what_a_user_may_use_and_no_more(runner):
-    assert shown(runner) == CALLS | {"lease"} | WEIGHTS | FACTS | ENDS
+    assert shown(runner) == CALLS | OF_VIEWS | WEIGHTS | FACTS | ENDS
 
 
 async def test_a_view_and_a_lease_show_what_can_be_called(runner):
-    assert shown(runner.options(timeout=1)) == CALLS | {"lease"}
+    assert shown(runner.options(timeout=1)) == CALLS | OF_VIEWS
     async with runner.lease() as lease:
         assert shown(lease) == shown(lease.options()) == CALLS | {"epoch", "release", "slot"}
+
+
+async def test_a_view_tells_what_its_runner_tells(runner):
+    view = runner.options(timeout=1)
+    await view.run(1)
+    assert (view.name, view.info, view.stats()) == (runner.name, runner.info, runner.stats())
+    for name in ("name", "info", "stats"):
+        with pytest.raises(AttributeError):
+            setattr(view, name, None)
+
+
+async def test_a_runner_a_view_and_a_lease_are_runnable(runner):
+    async with runner.lease() as lease:
+        for handle in (runner, runner.options(), lease):
+            assert isinstance(handle, Runnable)
+    assert not isinstance(runner.info, Runnable)
 
 
 async def test_a_future_shows_its_trace_and_what_every_future_has(runner):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import structlog
 
 from aoti_sched import BlockingScheduler, LeaseError, RunnerClosedError
 from aoti_sched.engine.holders import PATIENCE
-from aoti_sched.testing import FakeBackend, settle
+from aoti_sched.testing import FakeBackend, fake_scheduler, settle
 from tests.inside import router_of
 from tests.unit.engine.support import until
 
@@ -54,8 +55,8 @@ async def test_a_run_within_the_only_lease_is_refused_at_once(aoti_backend, runn
         for handle in (runner, runner.options(timeout=1)):
             with pytest.raises(
                 LeaseError,
-                match=r"runner 'm': run\(\) would wait for ever: this task holds every slot itself "
-                r"\(lease 1 \(slot 0\) of task '.*'\). Call lease.run",
+                match=r"runner 'm': run\(\) would wait for ever: its caller holds every slot "
+                r"itself \(lease 1 \(slot 0\) of task '.*'\). Call lease.run",
             ):
                 await handle.run(1)
     assert runner.stats().submitted == 1  # the lease
@@ -317,13 +318,64 @@ async def test_closing_the_runner_stops_the_look(runner):
         await future
 
 
-def test_a_blocking_program_is_told_which_thread_holds_the_lease(logs):
-    backend = FakeBackend({"m": lambda x: x + 1}, auto=True)
+# --- threads --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plain():
+    backend = FakeBackend({"m": lambda x: x + 1}, weights={"m": {"w": 1}}, auto=True)
     with BlockingScheduler(devices={"cpu": backend}) as scheduler:
-        runner = scheduler.load("m.pt2")
-        with runner.lease():
-            future = runner.submit(1)
-            while not reports(logs):
+        yield scheduler.load("m.pt2")
+
+
+def test_a_thread_that_holds_the_only_lease_is_refused_at_once(plain):
+    with plain.lease() as lease:
+        for call, name in [
+            (lambda: plain.run(1), "run"),
+            (lambda: plain.options(timeout=5).run(1), "run"),
+            (lambda: plain.lease().__enter__(), "lease"),
+            (lambda: plain.update({"w": 2}), "update"),
+            (plain.drain, "drain"),
+            (plain.close, "aclose"),
+        ]:
+            with pytest.raises(LeaseError, match=rf"{name}\(\) would wait .* thread 'MainThread'"):
+                call()
+            assert lease.run(1) == 2
+        queued = plain.submit(3)  # does not wait
+    assert queued.result() == 4
+    assert plain.update({"w": 2}).epoch == 2
+
+
+def test_a_thread_waits_for_a_lease_of_another_thread(plain):
+    with ThreadPoolExecutor(1) as pool:
+        with plain.lease():
+            waiting = pool.submit(plain.run, 1)
+            while not plain.stats().queued:
                 pass
-            assert "of task 'thread MainThread'" in reports(logs)[0]["holders"]
-        assert future.result() == 2
+            assert not waiting.done()
+        assert waiting.result() == 2
+
+
+def test_a_thread_that_awaits_nothing_of_its_own_is_an_owner_no_more(plain):
+    """A loop in a thread that has called a `BlockingScheduler` knows its tasks apart."""
+
+    async def main():
+        backend = FakeBackend({"m": lambda x: x + 1}, auto=True)
+        async with fake_scheduler(backend) as scheduler:
+            runner = await scheduler.load("m.pt2")
+            lease = await asyncio.create_task(enter(runner))
+            waiting = asyncio.ensure_future(runner.run(1))
+            await settle()
+            lease.release()
+            return await waiting
+
+    assert plain.run(1) == asyncio.run(main()) == 2
+
+
+def test_the_log_names_the_thread_that_holds_the_lease(plain, logs):
+    with plain.lease():
+        future = plain.submit(1)
+        while not reports(logs):
+            pass
+        assert "of thread 'MainThread'" in reports(logs)[0]["holders"]
+    assert future.result() == 2

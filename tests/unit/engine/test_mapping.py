@@ -318,10 +318,10 @@ async def test_cancelling_the_consumer_cancels_all(aoti_backend, runner, kind):
     task = asyncio.ensure_future(consume())
     await until(lambda: runner.stats().submitted == 5)
     task.cancel()
-    with pytest.raises(asyncio.CancelledError):
+    with pytest.raises(asyncio.CancelledError) as kept:  # with the traceback
         await task
     await settle()
-    assert (runner.stats().queued, runner.stats().cancelled) == (0, 5)
+    assert (runner.stats().queued, runner.stats().cancelled) == (0, 5), kept
     aoti_backend.finish_all()
 
 

@@ -6,6 +6,7 @@ structures back.
 """
 
 import collections
+import inspect
 import json
 import math
 from contextlib import contextmanager
@@ -18,8 +19,8 @@ from hypothesis import strategies as st
 from torch.export.pt2_archive._package import AOTICompiledModel
 from torch.utils import _pytree as pytree
 
-from aoti_sched.errors import InputMismatchError, LoadError
-from aoti_sched.model.call_spec import ExportedCallSpec
+from aoti_sched.errors import ConfigError, InputMismatchError, LoadError
+from aoti_sched.model.call_spec import ExportedCallSpec, must_fit
 from aoti_sched.model.specs import BoolSpec, FloatSpec, IntegerSpec, LiteralSpec, TensorSpec
 
 
@@ -581,3 +582,48 @@ def test_a_call_spec_nested_beyond_all_bounds_is_refused_at_load():
     deep = '{"type": "builtins.tuple", "context": "null", "children_spec": [' * 5000
     with pytest.raises(LoadError, match="model 'm': its call spec"):
         ExportedCallSpec("m", f"[1, {deep}", text(0))
+
+
+# --- the signature that a user states -------------------------------------------------------------
+
+
+class Module:
+    def forward(self, x, y, *, scale=1.0): ...
+
+    def any_forward(self, *args, **kwargs): ...
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "kwargs"),
+    [
+        (Module.forward, (0, 0), {}),
+        (Module.forward, ((0, 0), [0]), {"scale": 0}),
+        (Module.forward, (0,), {"y": 0}),
+        (Module.any_forward, (0, 0, 0), {"more": 0}),
+        (lambda _, x: x, (0,), {}),
+    ],
+)
+def test_a_signature_fits_that_takes_the_exported_call(function, args, kwargs):
+    must_fit("load('m.pt2')", function, call_spec(args, kwargs))
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "kwargs", "reason"),
+    [
+        (Module.forward, (0,), {}, "missing a required argument: 'y'"),
+        (Module.forward, (0, 0, 0), {}, "too many positional arguments"),
+        (Module.forward, (0, 0), {"size": 0}, "got an unexpected keyword argument 'size'"),
+        (lambda: None, (), {}, "too many positional arguments"),
+    ],
+)
+def test_a_signature_that_does_not_take_the_exported_call_is_refused(
+    function, args, kwargs, reason
+):
+    spec = call_spec(args, kwargs)
+    with pytest.raises(ConfigError) as caught:
+        must_fit("load('m.pt2')", function, spec)
+    assert str(caught.value) == (
+        f"load('m.pt2'): signature: the model is called with {spec}, and "
+        f"{function.__qualname__}{inspect.signature(function)} does not take that: {reason}. Give "
+        "the forward of the module that was compiled."
+    )
