@@ -1,6 +1,10 @@
 """An embeddable asyncio scheduler for PyTorch models compiled ahead of time by AOTInductor."""
 
-from aoti_sched.compile import compile_package
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from aoti_sched.apply import ConfigReport
 from aoti_sched.config import Batching, DeviceConfig, Limits, ModelConfig, SchedulerConfig
 from aoti_sched.engine.future import RunFuture, Trace
 from aoti_sched.engine.weights.report import UpdateReport
@@ -49,7 +53,22 @@ from aoti_sched.model.specs import (
 from aoti_sched.queue.job import Priority
 from aoti_sched.runner import Runner, RunnerView
 from aoti_sched.scheduler import Scheduler
-from aoti_sched.stats import DeviceStats, RunnerInfo, RunnerStats, SchedulerStats
+from aoti_sched.stats import DeviceStats, Phase, RunnerInfo, RunnerStats, SchedulerStats
+
+if TYPE_CHECKING:
+    from aoti_sched.compile import compile_package
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import `compile_package` when it is first used: services that only run models never do."""
+    if name == "compile_package":
+        from aoti_sched.compile import compile_package
+
+        return compile_package
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "AotiSchedError",
@@ -57,6 +76,7 @@ __all__ = [
     "Batching",
     "CompileError",
     "ConfigError",
+    "ConfigReport",
     "ConstantMismatchError",
     "ConstantSpec",
     "DeadlineExceededError",
@@ -82,6 +102,7 @@ __all__ = [
     "PackageFormatError",
     "PackageHashError",
     "PackageNotFoundError",
+    "Phase",
     "PlatformMismatchError",
     "Priority",
     "QueueFullError",
@@ -106,5 +127,6 @@ __all__ = [
     "UpdateReport",
     "WeightsFileError",
     "WeightsTypeError",
+    "__version__",
     "compile_package",
 ]

@@ -79,7 +79,7 @@ class LeaseContext:
         job.min_epoch = options.min_epoch
         if replica.route is not None and self._source is replica.state:
             replica = replica.route(job)
-        holder, state = await acquire(replica, job)
+        holder, state = await acquire(replica, job, options.tag)
         its = msgspec.structs.replace(options, timeout=None, min_epoch=0)
         self._lease = Lease(self._router, holder, state, its)
         return self._lease
