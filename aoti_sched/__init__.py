@@ -1,12 +1,16 @@
 """An embeddable asyncio scheduler for PyTorch models compiled ahead of time by AOTInductor."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from aoti_sched.apply import ConfigReport
 from aoti_sched.blocking import (
     BlockingLease,
     BlockingRunner,
     BlockingRunnerView,
     BlockingScheduler,
 )
-from aoti_sched.compile import compile_package
 from aoti_sched.config import Batching, DeviceConfig, Limits, ModelConfig, SchedulerConfig
 from aoti_sched.engine.blocking import BlockingFuture
 from aoti_sched.engine.future import RunFuture, Trace
@@ -62,12 +66,28 @@ from aoti_sched.scheduler import Scheduler
 from aoti_sched.split import Shadow, Split, SplitView
 from aoti_sched.stats import (
     DeviceStats,
+    Phase,
     RunnerInfo,
     RunnerStats,
     SchedulerStats,
     ShadowStats,
     SplitStats,
 )
+
+if TYPE_CHECKING:
+    from aoti_sched.compile import compile_package
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import `compile_package` when it is first used: services that only run models never do."""
+    if name == "compile_package":
+        from aoti_sched.compile import compile_package
+
+        return compile_package
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "AotiSchedError",
@@ -80,6 +100,7 @@ __all__ = [
     "BlockingScheduler",
     "CompileError",
     "ConfigError",
+    "ConfigReport",
     "ConstantMismatchError",
     "ConstantSpec",
     "DeadlineExceededError",
@@ -107,6 +128,7 @@ __all__ = [
     "PackageFormatError",
     "PackageHashError",
     "PackageNotFoundError",
+    "Phase",
     "PlatformMismatchError",
     "Priority",
     "QueueFullError",
@@ -137,5 +159,6 @@ __all__ = [
     "UpdateReport",
     "WeightsFileError",
     "WeightsTypeError",
+    "__version__",
     "compile_package",
 ]

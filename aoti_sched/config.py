@@ -1,28 +1,18 @@
-"""Settings of a scheduler, its devices and its models: read from TOML, validated, plain Structs.
+"""Settings of a scheduler, its devices and its models: validated, plain Structs.
 
-[devices.cpu]
-lanes = 2
-limits = { jobs = 2048, bytes = 268435456 }
-
-[models.encoder]
-path = "encoder.pt2"          # relative to this file; "~/encoder.pt2" is in your home directory
-instances = 2
-overflow = "wait"
-timeout = 0.5
+`config_file` reads them from TOML.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
-from aoti_sched.arguments import checked_struct, expanded, file_name, flag
+from aoti_sched.arguments import checked_struct, converted, expanded, file_name, flag
 from aoti_sched.errors import ConfigError, brief
 
 Overflow = Literal["reject", "wait", "shed"]
@@ -69,9 +59,6 @@ INLINE_LIMIT = 50e-6
 
 A hop to a sleeping thread costs 60 to 70 µs, so a run of hardly more ends sooner inline.
 """
-
-_LARGEST = 16 << 20
-"""The most bytes of a configuration file."""
 
 _T = TypeVar("_T")
 _Count = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
@@ -199,78 +186,23 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
         models: Models that are loaded on entry, by the names of their runners.
         cache_dir: Where packages are extracted; `~` is your home directory. By default the user's
             cache directory.
+        cache_limit: Bytes that extracted packages may take. On entry, once the models are loaded,
+            those that no process uses are deleted, the least recently used first.
+        cache_age: Seconds since its last use after which an extracted package that no process uses
+            is deleted, on entry.
         log_requests: Log one event for each request. Otherwise only loads, closes and faults are
             logged.
+        slow: Log a warning for each request that takes this many seconds or more, from its
+            submission to its end; None for no such log.
     """
 
     devices: dict[str, DeviceConfig] = {}
     models: dict[str, ModelConfig] = {}
     cache_dir: str | None = None
+    cache_limit: _Count | None = None
+    cache_age: _Seconds | None = None
     log_requests: bool = False
-
-
-def read_config(path: str | os.PathLike[str]) -> SchedulerConfig:
-    """Read a TOML file. Paths in it are relative to its folder, and `~` is a home directory.
-
-    Args:
-        path: The file.
-
-    Raises:
-        ConfigError: The file is missing, not TOML, or a setting is unknown, of the wrong type or
-            out of range; the message gives the setting's path.
-    """
-    file = Path(file_name("the configuration", path))
-    try:
-        with file.open("rb") as stream:
-            content = stream.read(_LARGEST + 1)
-    except OSError as error:
-        raise ConfigError(f"{file}: the configuration can't be read: {error.strerror}") from error
-    if len(content) > _LARGEST:
-        raise ConfigError(
-            f"{file}: larger than {_LARGEST} bytes. A configuration is a few lines of TOML."
-        )
-    try:
-        settings = msgspec.toml.decode(content)
-    except (msgspec.MsgspecError, ValueError) as error:
-        raise ConfigError(f"{file}: {error}") from error
-    except RecursionError as error:
-        raise ConfigError(
-            f"{file}: nested too deeply. No setting is nested more than four deep."
-        ) from error
-    # Convert each device and model alone first: msgspec's path of a fault in the whole would not
-    # have its name.
-    for section, kind in (("devices", DeviceConfig), ("models", ModelConfig)):
-        entries = settings.get(section)
-        for name, entry in entries.items() if isinstance(entries, dict) else ():
-            _convert(entry, kind, file, f"{section}.{name}")
-    config = _convert(settings, SchedulerConfig, file)
-    models = {
-        name: msgspec.structs.replace(
-            model,
-            path=_beside(file, f"models.{name}.path", model.path),
-            weights=model.weights and _beside(file, f"models.{name}.weights", model.weights),
-        )
-        for name, model in config.models.items()
-    }
-    cache_dir = config.cache_dir and _beside(file, "cache_dir", config.cache_dir)
-    return msgspec.structs.replace(config, models=models, cache_dir=cache_dir)
-
-
-def _beside(file: Path, setting: str, path: str) -> str:
-    """Return the path that a setting of the file means."""
-    what = f"{file}: {setting}"
-    return str(file.parent / expanded(what, file_name(what, path)))
-
-
-def _convert(settings: Any, kind: type[_T], file: Path, section: str = "") -> _T:
-    try:
-        return msgspec.convert(settings, kind)
-    except msgspec.ValidationError as error:
-        message, _, path = str(error).partition(" - at `$")
-        place = f"{section}{path.rstrip('`')}".lstrip(".")
-        raise ConfigError(
-            f"{file}: {place}: {message}" if place else f"{file}: {message}"
-        ) from error
+    slow: _Delay | None = None
 
 
 def in_full(device: str) -> str:
@@ -371,5 +303,14 @@ def checked_config(config: object) -> SchedulerConfig:
     if cache_dir is not None:
         cache_dir = expanded("cache_dir", file_name("cache_dir", cache_dir))
     return SchedulerConfig(
-        **sections, cache_dir=cache_dir, log_requests=flag("log_requests", config.log_requests)
+        **sections,
+        cache_dir=cache_dir,
+        cache_limit=_optional(config.cache_limit, _Count, "cache_limit"),
+        cache_age=_optional(config.cache_age, _Seconds, "cache_age"),
+        log_requests=flag("log_requests", config.log_requests),
+        slow=_optional(config.slow, _Delay, "slow"),
     )
+
+
+def _optional(value: object, kind: type[_T], what: str) -> _T | None:
+    return None if value is None else converted(value, kind, what)

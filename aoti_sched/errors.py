@@ -115,13 +115,21 @@ def shortened(
 
 
 class AotiSchedError(Exception):
-    """Base of every error raised by aoti_sched. Its message is at most a screen long."""
+    """Base of every error raised by aoti_sched. Its message is at most a screen long.
+
+    `tag` is what `options(tag=)` named the request that met the error; "" without one.
+    """
 
     _lines = False
     """Whether the message may have several lines, as torch's own texts have."""
+    tag: str = ""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(readable(str(message), lines=self._lines))
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return f"{text} (request {self.tag!r})" if self.tag else text
 
 
 # --- packages -------------------------------------------------------------------------------------
@@ -246,8 +254,9 @@ class InputMismatchError(AotiSchedError, ValueError):
         self.got = got
         self.hint = hint
 
-    def __reduce__(self) -> tuple[type, tuple[str, str, str, str, str]]:
-        return type(self), (self.model, self.input, self.expected, self.got, self.hint)
+    def __reduce__(self) -> tuple[type, tuple[str, str, str, str, str], dict[str, object]]:
+        parts = (self.model, self.input, self.expected, self.got, self.hint)
+        return type(self), parts, dict(vars(self))
 
 
 class RunError(AotiSchedError, RuntimeError):
@@ -294,8 +303,8 @@ class DeadlineUnreachableError(DeadlineExceededError):
             f"timeout is {timeout:.15g} s; send less, or give it more time"
         )
 
-    def __reduce__(self) -> tuple[type[DeadlineUnreachableError], tuple[str, float, float]]:
-        return type(self), (self.runner, self.predicted, self.timeout)
+    def __reduce__(self) -> tuple[type, tuple[str, float, float], dict[str, object]]:
+        return type(self), (self.runner, self.predicted, self.timeout), dict(vars(self))
 
 
 class RunnerClosedError(AotiSchedError):
@@ -322,8 +331,8 @@ class ConstantMismatchError(AotiSchedError, ValueError):
         more = f"; and {len(faults) - 8} more, all in .faults" if len(faults) > 8 else ""
         super().__init__(f"model {clipped(model)!r}: the new weights do not fit: {listed}{more}")
 
-    def __reduce__(self) -> tuple[type, tuple[str, tuple[tuple[str, str], ...]]]:
-        return type(self), (self.model, self.faults)
+    def __reduce__(self) -> tuple[type, tuple[str, tuple[tuple[str, str], ...]], dict[str, object]]:
+        return type(self), (self.model, self.faults), dict(vars(self))
 
 
 class UpdateError(AotiSchedError):

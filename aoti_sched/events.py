@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from asyncio import _get_running_loop  # the public one raises
 from typing import Any
-
-import structlog
 
 from aoti_sched.foreign import said
 
@@ -28,18 +27,17 @@ _LEVELS = {
 
 
 class EventLog:
-    """Passes events to the application's structlog processors, and so to a standard logger.
+    """Passes events to structlog where the application has configured it, else to `logging`.
 
-    No call raises. Where structlog is not configured and the logger's level is off, an event is
-    dropped before any text is made.
+    No call raises. An event that neither would show is dropped before any text is made.
 
     Args:
-        name: The standard logger's name.
+        name: The logger's name, for both.
     """
 
     def __init__(self, name: str) -> None:
+        self._name = name
         self._logger = logging.getLogger(name)
-        self._log: Any = structlog.wrap_logger(self._logger)
         self._complained = False
 
     def debug(self, event: str, **values: Any) -> None:
@@ -59,7 +57,7 @@ class EventLog:
         self._log_soon("error", event, values)
 
     def _log_soon(self, level: str, event: str, values: dict[str, Any]) -> None:
-        if not (structlog.is_configured() or self._logger.isEnabledFor(_LEVELS[level])):
+        if not (self._logger.isEnabledFor(_LEVELS[level]) or _structlog() is not None):
             return
         loop = _get_running_loop()
         if loop is not None:
@@ -71,11 +69,25 @@ class EventLog:
         try:
             if isinstance(values.get("error"), BaseException):
                 values["error"] = said(values["error"])
-            getattr(self._log, level)(event, **values)
+            structlog = _structlog()
+            if structlog is not None:
+                getattr(structlog.get_logger(self._name), level)(event, **values)
+            else:
+                self._emit_record(_LEVELS[level], event, values)
         except BaseException as error:
             if on_loop and isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
             self._complain(error)
+
+    def _emit_record(self, level: int, event: str, values: dict[str, Any]) -> None:
+        """Log a record with the event's values as attributes, and in its text."""
+        exc_info = values.pop("exc_info", None)
+        text = "".join(f" {name}={value!r}" for name, value in values.items())
+        extra = {f"{name}_" if name in _OF_RECORDS else name: v for name, v in values.items()}
+        # The text may have percent signs, so it is no format.
+        self._logger.log(
+            level, "%s", event + text, exc_info=exc_info, extra={**extra, "event": event}
+        )
 
     def _complain(self, error: BaseException) -> None:
         """Report the first error to `sys.unraisablehook`."""
@@ -88,6 +100,20 @@ class EventLog:
                 f"processor or handler raised {type(error).__name__}: {said(error)}"
             ).with_traceback(error.__traceback__)
             _Unraisable(lost)
+
+
+def _structlog() -> Any:
+    """Return structlog where the application has configured it; else None.
+
+    An application that has done so has imported it. Importing it here would take more time than all
+    of this package.
+    """
+    structlog = sys.modules.get("structlog")
+    return structlog if structlog is not None and structlog.is_configured() else None
+
+
+_OF_RECORDS = frozenset({*vars(logging.makeLogRecord({})), "message", "asctime", "event"})
+"""Names that `logging` keeps for itself; a value of such a name gets an underscore."""
 
 
 class LostEventError(RuntimeError):
@@ -108,8 +134,8 @@ class _Unraisable:
 
 
 log = EventLog("aoti_sched")
-"""The log of this package, which uses the standard logger `aoti_sched`.
+"""The log of this package, by the name `aoti_sched`.
 
-Where neither structlog nor the logger is configured, warnings go to stderr, and other events are
-dropped.
+Where neither structlog nor `logging` is configured, warnings go to stderr, and other events are
+dropped. docs/logging.md lists the events.
 """

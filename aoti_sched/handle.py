@@ -15,8 +15,15 @@ import msgspec
 from aoti_sched import arguments
 from aoti_sched.engine.future import RunFuture, future_of
 from aoti_sched.engine.tenants import Tenant
-from aoti_sched.errors import ConfigError, UnsupportedLoopError, brief
+from aoti_sched.errors import (
+    AotiSchedError,
+    ConfigError,
+    UnsupportedLoopError,
+    brief,
+    readable,
+)
 from aoti_sched.mapping import MapResults
+from aoti_sched.model.copies import copied
 from aoti_sched.queue.job import Job, Priority
 from aoti_sched.signature import P, R
 
@@ -30,6 +37,9 @@ if TYPE_CHECKING:
     from aoti_sched.queue.runner_state import Source
 
 
+_LONGEST_TAG = 200
+
+
 class Options(msgspec.Struct, frozen=True):
     """How requests are scheduled.
 
@@ -38,12 +48,16 @@ class Options(msgspec.Struct, frozen=True):
         timeout: Seconds for waiting, queue and run; None for no timeout.
         min_epoch: The earliest epoch that the requests run on.
         tenant: Shares the runner equally with each other tenant.
+        tag: The caller's name for the requests, in traces, logs and errors; "" for none.
+        copy: Whether the inputs are copied at submit.
     """
 
     priority: Priority = Priority.NORMAL
     timeout: float | None = None
     min_epoch: int = 0
     tenant: Tenant | None = None
+    tag: str = ""
+    copy: bool = False
 
 
 _View = TypeVar("_View", bound="Handle[Any, ..., Any]")
@@ -93,35 +107,41 @@ class Handle(Generic[_View, P, R]):
 
         Raises as `run` does, except for what happens later.
         """
-        replica = self._replica
         options = self._options
-        source = self._source
-        if _get_running_loop() is not replica.loop:
-            raise wrong_loop(replica.name)
-        inputs = replica.call_spec.flatten(args, kwargs)
-        size = replica.input_check(inputs)
-        job = Job(source, options.priority, None, size)
-        if options.tenant is not None:
-            job.tenant = options.tenant
-        layout = replica.batch_layout
-        if layout is not None:
-            job.rows, key = layout.measure(inputs)
-            if source is replica.state:
-                job.key = key
-        if options.timeout is not None:
-            job.deadline = replica.dispatcher.deadline(options.timeout)
-            job.timeout = options.timeout
-        if options.min_epoch:
-            job.min_epoch = options.min_epoch
-        if replica.route is not None and source is replica.state:
-            replica = replica.route(job)
-        captured: Sequence[Any] = inputs
-        if replica.capture_stream is not None:
-            captured = replica.capture_stream(inputs)
-        future = future_of(replica, job, captured)
-        replica.dispatcher.submit(job, wait=replica.blocks_when_full)
-        if self._router.holders.held:
-            self._router.holders.watch()
+        try:
+            replica = self._replica
+            source = self._source
+            if _get_running_loop() is not replica.loop:
+                raise wrong_loop(replica.name)
+            inputs = replica.call_spec.flatten(args, kwargs)
+            size = replica.input_check(inputs)
+            if options.copy:
+                inputs = copied(inputs)
+            job = Job(source, options.priority, None, size)
+            if options.tenant is not None:
+                job.tenant = options.tenant
+            layout = replica.batch_layout
+            if layout is not None:
+                job.rows, key = layout.measure(inputs)
+                if source is replica.state:
+                    job.key = key
+            if options.timeout is not None:
+                job.deadline = replica.dispatcher.deadline(options.timeout)
+                job.timeout = options.timeout
+            if options.min_epoch:
+                job.min_epoch = options.min_epoch
+            if replica.route is not None and source is replica.state:
+                replica = replica.route(job)
+            captured: Sequence[Any] = inputs
+            if replica.capture_stream is not None:
+                captured = replica.capture_stream(inputs)
+            future = future_of(replica, job, captured, options.tag)
+            replica.dispatcher.submit(job, wait=replica.blocks_when_full)
+            if self._router.holders.held:
+                self._router.holders.watch()
+        except AotiSchedError as error:
+            error.tag = options.tag
+            raise
         return future
 
     @overload
@@ -206,12 +226,16 @@ class Handle(Generic[_View, P, R]):
                 "and would wait for itself; use `await runner.run(...)` there"
             )
 
-        result: R = router.blocking.run(
-            router.name,
-            self._submission(args, kwargs, waits=True),
-            self._target.inherit_stream,
-            self._options.timeout,
-        )
+        try:
+            result: R = router.blocking.run(
+                router.name,
+                self._submission(args, kwargs, waits=True),
+                self._target.inherit_stream,
+                self._options.timeout,
+            )
+        except AotiSchedError as error:
+            error.tag = self._options.tag
+            raise
         return result
 
     def _submission(
@@ -238,6 +262,8 @@ class Handle(Generic[_View, P, R]):
         timeout: float | msgspec.UnsetType | None = msgspec.UNSET,
         min_epoch: int | None = None,
         tenant: Hashable | msgspec.UnsetType = msgspec.UNSET,
+        tag: str | None = None,
+        copy: bool | None = None,
     ) -> _View:
         """Return a light handle with other options. What is not given stays as it is here.
 
@@ -248,6 +274,10 @@ class Handle(Generic[_View, P, R]):
                 publication, and fail with EpochError when it was rolled back.
             tenant: A customer's name, say. The requests of each tenant share the runner equally
                 with those of each other one. Requests of no tenant count as one more tenant.
+            tag: Your name for the requests, such as the id of the user's request. It is in their
+                traces, log events and errors, and "" removes it. At most 200 characters.
+            copy: Copy the inputs at submit, so that they may be written to afterwards. Otherwise an
+                input must not change until its request has ended.
 
         Raises:
             ConfigError: A value is of the wrong type or out of range; it is a ValueError.
@@ -272,6 +302,8 @@ class Handle(Generic[_View, P, R]):
                 timeout,
                 old.min_epoch if min_epoch is None else min_epoch,
                 whose,
+                old.tag if tag is None else _tag(tag),
+                old.copy if copy is None else arguments.flag("options(copy=)", copy),
             )
         )
 
@@ -307,6 +339,15 @@ def wrong_loop(name: str) -> UnsupportedLoopError:
         f"runner {name!r} belongs to another event loop (or none is running here); call it on the "
         "loop that loaded it, or use run_blocking(...) from another thread"
     )
+
+
+def _tag(value: object) -> str:
+    if not isinstance(value, str) or len(value) > _LONGEST_TAG:
+        raise ConfigError(
+            f"options(tag=): expected a text of at most {_LONGEST_TAG} characters, got "
+            f"{brief(value)}."
+        )
+    return readable(value)
 
 
 def _priority(value: object) -> Priority:

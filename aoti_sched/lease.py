@@ -92,7 +92,7 @@ class LeaseContext(Generic[P, R]):
             replica = replica.route(job)
         if holders.held:
             holders.watch()
-        holder, state = await acquire(replica, job)
+        holder, state = await acquire(replica, job, options.tag)
         holders.acquired(state)
         its = msgspec.structs.replace(options, timeout=None, min_epoch=0)
         self._lease = Lease(self._router, holder, state, its)

@@ -7,6 +7,8 @@ import inspect
 from asyncio import _get_running_loop
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from aoti_sched.engine.weights.live import Inactive
 from aoti_sched.engine.weights.staging import StageOptions
 from aoti_sched.handle import Handle, Options, wrong_loop
@@ -286,6 +288,11 @@ class _NotOfViews:
 
 for _name in [name for name in vars(Runner) if not name.startswith("_")]:
     setattr(RunnerView, _name, _NotOfViews(_name))
+
+
+def set_timeout(runner: Runner, seconds: float | None) -> None:
+    """Give a runner another default timeout. Views and leases made before keep theirs."""
+    runner._options = msgspec.structs.replace(runner._options, timeout=seconds)  # noqa: SLF001
 
 
 def router_of(runner: Runner) -> Router:

@@ -6,17 +6,20 @@ A scheduler is a value, not a singleton. It is entered, used and closed on one e
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import anyio
+import anyio.to_thread
 import msgspec
 
 from aoti_sched import arguments
+from aoti_sched.apply import ConfigReport, needs_restart, plan
 from aoti_sched.arguments import file_name, function, text
 from aoti_sched.arguments import timeout as seconds_or_none
 from aoti_sched.config import (
@@ -32,13 +35,11 @@ from aoti_sched.config import (
     checked,
     checked_config,
     in_full,
-    read_config,
 )
 from aoti_sched.engine.blocking import BlockingCalls
 from aoti_sched.engine.devices import Devices
 from aoti_sched.engine.dispatcher import Clock, LoopClock
 from aoti_sched.engine.lifecycle import Lifecycle
-from aoti_sched.engine.loader import Loader, ModelSource
 from aoti_sched.engine.parking import Parking
 from aoti_sched.engine.replica import Replica
 from aoti_sched.engine.router import Router
@@ -47,6 +48,7 @@ from aoti_sched.engine.weights.report import UpdateReport
 from aoti_sched.engine.weights.staging import StageOptions
 from aoti_sched.engine.weights.transaction import Barrier, Updates
 from aoti_sched.errors import (
+    AotiSchedError,
     ConfigError,
     RunnerClosedError,
     UnsupportedLoopError,
@@ -57,11 +59,10 @@ from aoti_sched.events import log
 from aoti_sched.handle import Options
 from aoti_sched.model.call_spec import must_fit
 from aoti_sched.model.input_check import declared
-from aoti_sched.package.path_or_bytes import named
 from aoti_sched.queue import device_queue
 from aoti_sched.queue.admission.load import Bounds
 from aoti_sched.queue.batching import Batching as QueueBatching
-from aoti_sched.runner import Runner, router_of
+from aoti_sched.runner import Runner, router_of, set_timeout
 from aoti_sched.signature import P, R
 from aoti_sched.split import Split, Traffic
 from aoti_sched.stats import SchedulerStats
@@ -74,7 +75,7 @@ if TYPE_CHECKING:
 
     from aoti_sched.backends.contracts import Device
     from aoti_sched.engine.lifecycle import Life
-    from aoti_sched.engine.loader import LoadedModel
+    from aoti_sched.engine.loader import LoadedModel, ModelSource
     from aoti_sched.load_settings import LoadSettings, Package
     from aoti_sched.model.specs import TensorSpec
 
@@ -108,21 +109,33 @@ class Scheduler:
         self._given = dict(devices or {})
         self._given_clock = clock
         self._runners: dict[str, Runner] = {}
+        self._configured: dict[str, tuple[Runner, ModelConfig]] = {}
+        self._applying = asyncio.Lock()
         self._all_closed: asyncio.Future[None] | None = None
         self._house: Housekeeping | None = None
         self._closed = False
 
     @classmethod
-    def from_config(cls, path: str | os.PathLike[str]) -> Self:
+    def from_config(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        devices: Mapping[str, Device] | None = None,
+        clock: Clock | None = None,
+    ) -> Self:
         """Make a scheduler as a TOML file describes it. Its models are loaded on entry.
 
         Args:
-            path: The file. `aoti_sched.config` describes its settings.
+            path: The file. docs/configuration.md describes its settings.
+            devices: Devices by name, in place of the machine's own (for tests).
+            clock: A clock in place of the event loop's (for tests).
 
         Raises:
             ConfigError: A setting is wrong; the message gives its path.
         """
-        return cls(read_config(path))
+        from aoti_sched.config_file import read_config
+
+        return cls(read_config(path), devices=devices, clock=clock)
 
     async def __aenter__(self) -> Self:
         # The public function raises an error of its own.
@@ -135,6 +148,10 @@ class Scheduler:
             )
         if self._house is not None or self._closed:
             raise UnsupportedLoopError("a Scheduler is entered once; make a new one")
+        # What reads packages and loads models is half of the imports; entering needs it, and
+        # importing this package does not.
+        from aoti_sched.engine.loader import Loader
+
         loop = asyncio.get_running_loop()
         self._clock = self._given_clock or LoopClock(loop)
         self._blocking = BlockingCalls(loop, real_time=self._given_clock is None)
@@ -151,7 +168,8 @@ class Scheduler:
         await self._house.open()
         try:
             for name, model in self._config.models.items():
-                await self._load(name, model, ModelSource())
+                await self._load_configured(name, model)
+            self._prune_cache(loads)
         except BaseException as error:
             await self.__aexit__(type(error), error, error.__traceback__)
             raise
@@ -179,7 +197,7 @@ class Scheduler:
         return MappingProxyType(self._runners)
 
     def stats(self) -> SchedulerStats:
-        """Return the numbers of every device and runner as they are now."""
+        """Return the numbers of every device and runner: as they are now, or were at the end."""
         devices = {} if self._house is None else self._devices.stats()
         return SchedulerStats(devices=devices, rules=RULES)
 
@@ -301,6 +319,9 @@ class Scheduler:
             DeviceLostError: The device has failed before, and nothing runs on it any more.
             ConfigError: A setting is out of range, the name is taken, or the device does not exist.
         """
+        from aoti_sched.engine.loader import ModelSource
+        from aoti_sched.package.path_or_bytes import named
+
         file, contents = named(path)
         call = f"load({file!r}): "
         if name is not None:
@@ -429,6 +450,67 @@ class Scheduler:
         name = arguments.text("split(name=)", name)
         return Split(Traffic(name, self._must_own, shares, sticky=sticky), {})
 
+    async def apply(self, config: SchedulerConfig | str | os.PathLike[str]) -> ConfigReport:
+        """Make the models those of a configuration: load, close and change them, and report.
+
+        Only models that a configuration has loaded are closed or changed; those of `load` stay.
+        `timeout`, `on_failure`, and `overflow` between "reject" and "wait", change while the model
+        serves. After a change of any other setting, the model finishes its accepted requests, is
+        closed, and is loaded anew with the weights of its package. Its old runner then raises
+        RunnerClosedError: take the new one from `runners`. A model that fails is reported, and the
+        others go on. When the call is cancelled, the next call does the rest.
+
+        Args:
+            config: The settings, or the path of a TOML file. All of them are checked before
+                anything is done.
+
+        Raises:
+            ConfigError: A setting is wrong, or `load` has taken the name of a model.
+            RunnerClosedError: The scheduler is closed or closes.
+        """
+        self._must_be_open()
+        from aoti_sched.config_file import read_config
+
+        if isinstance(config, (str, os.PathLike)):
+            config = await anyio.to_thread.run_sync(read_config, config)
+        wanted = checked_config(config)
+        async with self._applying:
+            self._must_be_open()
+            now = {
+                name: settings
+                for name, (runner, settings) in self._configured.items()
+                if self._runners.get(name) is runner
+            }
+            for name in wanted.models:
+                if name in self._runners and name not in now:
+                    raise ConfigError(
+                        f"apply(): models.{name}: load() has made a runner of this name. Rename "
+                        "one of them, or close that runner first."
+                    )
+            todo = plan(now, wanted.models)
+            failed: dict[str, str] = {}
+            for name, names in todo.change.items():
+                self._change(name, wanted.models[name], names)
+            for name in todo.close:
+                await self._attempt(name, failed, self._close_configured(name))
+            for name in todo.replace:
+                await self._attempt(
+                    name, failed, self._replace_configured(name, wanted.models[name], now[name])
+                )
+            for name in todo.load:
+                await self._attempt(name, failed, self._load_configured(name, wanted.models[name]))
+            report = ConfigReport(
+                loaded=tuple(name for name in todo.load if name not in failed),
+                closed=tuple(name for name in todo.close if name not in failed),
+                changed=todo.change,
+                replaced={n: names for n, names in todo.replace.items() if n not in failed},
+                unchanged=todo.keep,
+                failed=failed,
+                needs_restart=needs_restart(self._config, wanted),
+            )
+        log.info("configuration applied", **msgspec.structs.asdict(report))
+        return report
+
     async def drain_device(self, device: str) -> None:
         """Take a device out of service, and return when no model is left there.
 
@@ -471,6 +553,55 @@ class Scheduler:
         self._must_be_open()
         open_runner = functools.partial(self._open_runner, signature)
         return await self._loader.load(name, settings, source, open_runner)
+
+    def _prune_cache(self, limiter: anyio.CapacityLimiter) -> None:
+        """Begin to prune the cache, where that is asked for. The scheduler serves meanwhile."""
+        limit, age = self._config.cache_limit, self._config.cache_age
+        if self._house is not None and (limit is not None or age is not None):
+            from aoti_sched.engine.pruning import prune_cache
+
+            self._house.start_soon(
+                functools.partial(prune_cache, self._config.cache_dir, limit, age, limiter)
+            )
+
+    async def _load_configured(self, name: str, settings: ModelConfig) -> None:
+        from aoti_sched.engine.loader import ModelSource
+
+        runner = await self._load(name, settings, ModelSource())
+        self._configured[name] = (runner, settings)
+
+    async def _close_configured(self, name: str) -> None:
+        await self._configured[name][0].aclose()
+        del self._configured[name]
+
+    async def _replace_configured(self, name: str, new: ModelConfig, old: ModelConfig) -> None:
+        await self._close_configured(name)
+        try:
+            await self._load_configured(name, new)
+        except AotiSchedError:
+            with contextlib.suppress(AotiSchedError):
+                await self._load_configured(name, old)
+            raise
+
+    async def _attempt(
+        self, name: str, failed: dict[str, str], step: Coroutine[Any, Any, None]
+    ) -> None:
+        """Carry out a step of `apply`; where it fails, note why, unless the scheduler closes."""
+        try:
+            await step
+        except AotiSchedError as error:
+            self._must_be_open()
+            failed[name] = str(error)
+
+    def _change(self, name: str, settings: ModelConfig, names: Sequence[str]) -> None:
+        """Change the settings of a model that serves on."""
+        runner, _ = self._configured[name]
+        if "timeout" in names:
+            set_timeout(runner, seconds_or_none("timeout", settings.timeout))
+        for replica in router_of(runner).replicas:
+            replica.blocks_when_full = settings.overflow == "wait"
+            replica.rebuild_on_failure = settings.on_failure == "rebuild"
+        self._configured[name] = (runner, settings)
 
     def _open_runner(
         self,
@@ -552,11 +683,13 @@ class Scheduler:
         house.must_be_here()
         self._closed = True
         self._lifecycle.abandon_loads()
+        self._devices.keep_numbers()
 
         async def work() -> None:
             faults = await self._lifecycle.close_all(terminate=terminate)
             faults += await self._devices.close()  # whatever became of the models
             self._blocking.end()
+            self._configured.clear()
             if faults:
                 self._all_closed = None  # the next call tries again
                 raise faults[0]

@@ -5,6 +5,8 @@ A snapshot is a value: it crosses a wire and holds nothing of the scheduler.
 
 from __future__ import annotations
 
+import enum
+
 import msgspec
 
 from aoti_sched.model.specs import BatchDim, ConstantSpec, LeafSpec, SpecSource
@@ -76,6 +78,21 @@ class RunnerInfo(msgspec.Struct, frozen=True, kw_only=True):
     notes: tuple[str, ...]
 
 
+class Phase(str, enum.Enum):
+    """Where a runner is in its life. A phase equals its name as text, and JSON has the name."""
+
+    OPEN = "OPEN"
+    """It takes requests."""
+    DRAINING = "DRAINING"
+    """It takes no new requests, and finishes those that it accepted, held leases included."""
+    TERMINATED = "TERMINATED"
+    """It takes no new requests, has failed those that were queued, and finishes running ones."""
+    DRAINED = "DRAINED"
+    """No request and no lease is left. Its memory is free, or is being freed."""
+
+    __str__ = str.__str__
+
+
 class RunnerStats(msgspec.Struct, frozen=True, kw_only=True):
     """A runner's numbers. Counts and seconds are totals since the load, unless stated otherwise.
 
@@ -83,7 +100,7 @@ class RunnerStats(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         name: The runner's name.
-        phase: Where the runner is in its life, "OPEN", "DRAINING", "TERMINATED" or "DRAINED".
+        phase: Where the runner is in its life.
         health: "failing" from the fifth failed run in a row until a run succeeds; otherwise "ok".
         waiting: Requests that wait for room in the queue, or for an epoch, now.
         queued: Requests that wait for a slot and a lane, now.
@@ -116,7 +133,7 @@ class RunnerStats(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     name: str
-    phase: str
+    phase: Phase
     health: str
     waiting: int
     queued: int
@@ -229,7 +246,7 @@ class DeviceStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
-    """The numbers of a scheduler.
+    """The numbers of a scheduler. A closed scheduler gives those of its end.
 
     Attributes:
         devices: The stats of each device by name.

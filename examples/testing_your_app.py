@@ -54,14 +54,14 @@ async def judge(aoti_backend: FakeBackend, aoti_scheduler: aoti_sched.Scheduler)
 
 async def test_spam_is_removed(judge: Runner, aoti_backend: FakeBackend) -> None:
     verdict = asyncio.ensure_future(moderate("BUYNOW", judge))
-    await aoti_backend.queued(1)
+    await aoti_backend.running(1)
     await aoti_backend.step()
     assert await verdict == "removed"
 
 
 async def test_an_honest_comment_is_published(judge: Runner, aoti_backend: FakeBackend) -> None:
     verdict = asyncio.ensure_future(moderate("Thank you, that helped.", judge))
-    await aoti_backend.queued(1)
+    await aoti_backend.running(1)
     await aoti_backend.step()
     assert await verdict == "published"
 
@@ -70,7 +70,7 @@ async def test_a_comment_is_held_when_the_judge_takes_too_long(
     judge: Runner, aoti_backend: FakeBackend, aoti_clock: ManualClock
 ) -> None:
     verdict = asyncio.ensure_future(moderate("Hello?", judge))
-    await aoti_backend.queued(1)
+    await aoti_backend.running(1)
     aoti_clock.advance(0.3)
     assert await verdict == "held"
 
@@ -83,14 +83,14 @@ async def test_a_comment_is_held_when_too_many_wait(
     ]
     assert await verdicts[2] == "held"
     for verdict in verdicts[:2]:
-        await aoti_backend.queued(1)
+        await aoti_backend.running(1)
         await aoti_backend.step()
         assert await verdict == "published"
 
 
 async def test_a_failing_judge_is_not_hidden(judge: Runner, aoti_backend: FakeBackend) -> None:
     verdict = asyncio.ensure_future(moderate("Hello?", judge))
-    await aoti_backend.queued(1)
+    await aoti_backend.running(1)
     await aoti_backend.step(error=aoti_sched.RunError("the judge is ill"))
     with pytest.raises(aoti_sched.RunError, match="ill"):
         await verdict
@@ -100,7 +100,7 @@ async def test_a_reader_who_leaves_frees_the_place_in_the_queue(
     judge: Runner, aoti_backend: FakeBackend
 ) -> None:
     running, waiting = (asyncio.ensure_future(moderate("Hello?", judge)) for _ in range(2))
-    await aoti_backend.queued(1)
+    await aoti_backend.running(1)
     waiting.cancel()
     await asyncio.wait([waiting])
     assert judge.stats().queued == 0

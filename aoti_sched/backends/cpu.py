@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,23 @@ def set_threads(count: int) -> None:
     set_mkl = _symbol("MKL_Set_Num_Threads_Local")
     if set_mkl is not None:
         set_mkl(count)
+
+
+@contextmanager
+def with_threads(count: int) -> Iterator[None]:
+    """Set the intra-op threads of the calling thread for the block, and put them back."""
+    before = torch.get_num_threads()
+    set_threads(count)
+    try:
+        yield
+    finally:
+        set_openmp, set_mkl = _symbol("omp_set_num_threads"), _symbol("MKL_Set_Num_Threads_Local")
+        if set_openmp is None:
+            torch.set_num_threads(before)
+        else:
+            set_openmp(before)
+        if set_mkl is not None:
+            set_mkl(0)  # the process's own count counts again
 
 
 def _symbol(name: str) -> Any:

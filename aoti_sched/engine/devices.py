@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from typing import Any
 
-    from aoti_sched.backends.contracts import Device
+    from aoti_sched.backends.contracts import Device, Executor
     from aoti_sched.config import ModelConfig, SchedulerConfig
     from aoti_sched.engine.dispatcher import Clock
     from aoti_sched.engine.lifecycle import Lifecycle
@@ -65,13 +65,22 @@ class Devices:
         self._clock = clock
         self._lifecycle = lifecycle
         self._limiter = limiter
+        self._executors: dict[str, Executor] = {}
+        """Lanes that were started and have no dispatcher yet."""
+        self._last: dict[str, DeviceStats] = {}
         self._drained: set[str] = set()
         self._shares: dict[str, tuple[int, ...]] = {}
         """Cores of parts of the CPU for which none were named."""
 
     def stats(self) -> dict[str, DeviceStats]:
-        """Return the numbers of every device."""
-        return {name: dispatcher.stats() for name, dispatcher in self.dispatchers.items()}
+        """Return the numbers of every device; of closed devices, those of their end."""
+        now = {name: dispatcher.stats() for name, dispatcher in self.dispatchers.items()}
+        return {**self._last, **now}
+
+    def keep_numbers(self) -> None:
+        """Keep the numbers of runners that are removed from now on: the scheduler closes."""
+        for dispatcher in self.dispatchers.values():
+            dispatcher.keep_numbers()
 
     async def close(self) -> list[BaseException]:
         """End the lanes of every device.
@@ -79,7 +88,13 @@ class Devices:
         Return the faults; a device that failed is closed by the next call.
         """
         faults: list[BaseException] = []
+        while self._executors:  # of loads that were abandoned
+            name, executor = self._executors.popitem()
+            await in_worker(
+                executor.close, self._limiter, f"device {name!r}: closing", or_here=True
+            )
         for name, dispatcher in list(self.dispatchers.items()):
+            self._last[name] = dispatcher.stats()
             dispatcher.close()
             try:
                 await in_worker(
@@ -163,14 +178,21 @@ class Devices:
         device = self.opened.get(name)
         if device is None:
             cores = self._shares.get(name) or cores_of(name, self._settings)
-            opened = await anyio.to_thread.run_sync(
-                _open_device, name, cores, limiter=self._limiter
+            settings = self._settings.get(name, DeviceConfig())
+            opened, executor = await anyio.to_thread.run_sync(
+                _open_device, name, cores, settings, limiter=self._limiter
             )
-            device = self.opened.setdefault(name, opened)  # another load may have been quicker
+            device = self.opened.setdefault(name, opened)
+            if device is opened:
+                self._executors[name] = executor
+            else:  # another load was quicker
+                await in_worker(executor.close, self._limiter, f"device {name!r}: closing")
         return device
 
     def dispatcher(self, name: str, device: Device) -> Dispatcher:
-        """Return the dispatcher of an open device; the first call starts the device's lanes.
+        """Return the dispatcher of an open device.
+
+        The lanes of a device that was opened by its name run already, since starting them blocks.
 
         Raises:
             ConfigError: The device's settings do not fit the device, or each other.
@@ -180,7 +202,9 @@ class Devices:
             return dispatcher
         settings = self._settings.get(name, DeviceConfig())
         lanes = _lanes(name, settings, device)
-        executor = device.open_executor(lanes, settings.affinity, settings.launchers)
+        executor = self._executors.pop(name, None)
+        if executor is None:
+            executor = device.open_executor(lanes, settings.affinity, settings.launchers)
         try:
             dispatcher = Dispatcher(
                 asyncio.get_running_loop(),
@@ -188,6 +212,7 @@ class Devices:
                 _queue(name, settings, lanes, device.cores()),
                 executor,
                 log_requests=self._config.log_requests,
+                slow=self._config.slow,
                 on_failing=self._lifecycle.on_failing,
                 on_lost=self._lifecycle.on_lost,
                 on_park=self._lifecycle.on_evict,
@@ -326,11 +351,18 @@ def _queue(name: str, settings: DeviceConfig, lanes: int, cores: int) -> DeviceQ
     )
 
 
-def _open_device(name: str, cores: Sequence[int] | None) -> Device:
-    """Open a device. The first backend imports torch, which takes a second or two."""
+def _open_device(
+    name: str, cores: Sequence[int] | None, settings: DeviceConfig
+) -> tuple[Device, Executor]:
+    """Open a device and start its lanes.
+
+    The first backend imports torch, which takes a second or two.
+    """
     from aoti_sched.backends.devices import open_device
 
-    return open_device(name, cores)
+    device = open_device(name, cores)
+    lanes = _lanes(name, settings, device)
+    return device, device.open_executor(lanes, settings.affinity, settings.launchers)
 
 
 def _cores_here() -> tuple[list[int], int]:

@@ -7,6 +7,7 @@ futures are resolved, timers are set. There is no rule in this file.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,6 +16,7 @@ import msgspec
 
 from aoti_sched.backends.contracts import Completion, Executor, Work
 from aoti_sched.backends.executors.batches import Batch
+from aoti_sched.engine.request import tag_of
 from aoti_sched.errors import AotiSchedError, DeadlineExceededError, DeviceLostError
 from aoti_sched.events import log
 from aoti_sched.foreign import out_of_resources, said
@@ -43,6 +45,7 @@ from aoti_sched.queue.job import Job, JobState
 from aoti_sched.queue.memory import Claim
 from aoti_sched.queue.runner_state import UNHEALTHY, Phase
 from aoti_sched.stats import DeviceStats, MemoryStats, RunnerStats
+from aoti_sched.stats import Phase as RunnerPhase
 
 if TYPE_CHECKING:
     from aoti_sched.engine.request import Request
@@ -88,6 +91,7 @@ class Dispatcher:
         executor: Executor,
         *,
         log_requests: bool,
+        slow: float | None,
         on_failing: Callable[[RunnerState], None],
         on_lost: Callable[[str, DeviceLostError], None],
         on_park: Callable[[RunnerState], None],
@@ -98,6 +102,8 @@ class Dispatcher:
         self.loop = loop
         self._clock = clock
         self._log_requests = log_requests
+        self._slow = math.inf if slow is None else slow
+        self._watches = log_requests or slow is not None
         self._on_failing = on_failing
         self._on_lost = on_lost
         self._on_park = on_park
@@ -107,6 +113,7 @@ class Dispatcher:
         self._drained: dict[str, asyncio.Future[None]] = {}
         self._reached: dict[str, asyncio.Future[None]] = {}
         self._moves: dict[str, Callable[[Job], None]] = {}
+        self._removed: dict[str, RunnerStats] | None = None
         loop.add_reader(executor.fileno(), self._collect)
 
     def deadline(self, timeout: float) -> float:
@@ -148,8 +155,10 @@ class Dispatcher:
     def cancel(self, job: Job) -> None:
         """Cancel a job whose future the caller has cancelled."""
         if job.state <= JobState.RUNNING:
-            job.payload = None
+            future, job.payload = job.payload, None
             self._perform(self.queue.cancel(job, self._clock.time()))
+            if self._watches and job.slot < 0:  # what runs is logged when it has ended
+                self._log_job(job, tag_of(future))
 
     def release(self, lease: Lease) -> None:
         self._perform(self.queue.release(lease, self._clock.time()))
@@ -168,9 +177,16 @@ class Dispatcher:
 
     def remove(self, runner: RunnerState) -> None:
         if self.queue.runners.get(runner.name) is runner:
+            if self._removed is not None:
+                self._removed[runner.name] = self.runner_stats(runner)
             self.queue.remove_runner(runner)
         self._drained.pop(runner.name, None)
         self._moves.pop(runner.name, None)
+
+    def keep_numbers(self) -> None:
+        """Keep the numbers of runners that are removed from now on: the scheduler closes."""
+        if self._removed is None:
+            self._removed = {}
 
     def close_barrier(self, runner: RunnerState, *, abort: bool) -> asyncio.Future[None]:
         """Hold back the queued jobs. The future is done when every slot of the runner is free."""
@@ -255,7 +271,7 @@ class Dispatcher:
         busy += sum(job.source.runner is runner for job in self.queue.lanes.handed_ahead.values())
         return RunnerStats(
             name=runner.name,
-            phase=runner.phase.name,
+            phase=RunnerPhase[runner.phase.name],
             health="failing" if runner.failures >= UNHEALTHY else "ok",
             waiting=runner.waits
             + len(runner.awaiting)
@@ -286,7 +302,10 @@ class Dispatcher:
             queued=queue.load.jobs,
             queued_bytes=queue.load.bytes,
             memory=self._memory_stats(),
-            runners={name: self.runner_stats(runner) for name, runner in queue.runners.items()},
+            runners={
+                **(self._removed or {}),
+                **{name: self.runner_stats(runner) for name, runner in queue.runners.items()},
+            },
         )
 
     def _memory_stats(self) -> MemoryStats:
@@ -338,6 +357,8 @@ class Dispatcher:
     def _settle(self, completion: Completion) -> None:
         """Tell the caller, or all callers of a batch, how the run ended."""
         token, error, outputs = completion.token, completion.error, completion.outputs
+        if error is not None:
+            self._log_failure(token, error)
         if type(token) is not tuple:
             self._settle_job(token, error, outputs)
         elif error is None:
@@ -347,16 +368,19 @@ class Dispatcher:
             for job in token:
                 if job.state is not JobState.RUNNING:  # otherwise it is run again, by itself
                     self._settle_job(job, error, None)
-        if error is not None:
-            jobs = token if type(token) is tuple else (token,)
-            log.warning(
-                "run failed",
-                runner=jobs[0].source.name,
-                device=self.queue.name,
-                job=jobs[0].id,
-                batch_size=len(jobs),
-                error=error,
-            )
+
+    def _log_failure(self, token: Any, error: BaseException) -> None:
+        jobs = token if type(token) is tuple else (token,)
+        tags = [tag for tag in map(tag_of, [job.payload for job in jobs]) if tag]
+        log.warning(
+            "run failed",
+            runner=jobs[0].source.name,
+            device=self.queue.name,
+            job=jobs[0].id,
+            batch_size=len(jobs),
+            error=error,
+            **({"tags": tags} if tags else {}),
+        )
 
     def _settle_job(self, job: Job, error: BaseException | None, outputs: list[Any] | None) -> None:
         future, job.payload = job.payload, None
@@ -365,8 +389,8 @@ class Dispatcher:
                 future._deliver(outputs or [])
             else:
                 future._refuse(error)
-        if self._log_requests:
-            self._log_job(job)
+        if self._watches:
+            self._log_job(job, tag_of(future))
 
     def _perform(self, commands: list[Command]) -> None:
         """Perform all commands of a fact. The first error of a command is raised at the end."""
@@ -452,8 +476,8 @@ class Dispatcher:
         future, job.payload = job.payload, None
         if future is not None and not future.done():
             future._refuse(error)
-        if self._log_requests:
-            self._log_job(job)
+        if self._watches:
+            self._log_job(job, tag_of(future))
 
     def _tick(self) -> None:
         self._timer = None
@@ -465,16 +489,29 @@ class Dispatcher:
     def _go_on(self) -> None:
         self._perform(self.queue.go_on(self._clock.time()))
 
-    def _log_job(self, job: Job) -> None:
-        log.info(
-            "request",
+    def _log_job(self, job: Job, tag: str) -> None:
+        """Log a request that has ended, where requests or slow ones are logged."""
+        ended = job.finished or self._clock.time()
+        seconds = ended - job.submitted
+        if seconds >= self._slow:
+            level, event = log.warning, "slow request"
+        elif self._log_requests:
+            level, event = log.info, "request"
+        else:
+            return
+        level(
+            event,
             runner=job.source.name,
             device=self.queue.name,
+            job=job.id,
             state=job.state.name,
             placement="inline" if job.inline else "lane",
             epoch=job.epoch,
+            batch_size=job.batch,
+            seconds=round(seconds, 6),
             queue_seconds=round(job.started - job.submitted, 6) if job.started else None,
             run_seconds=round(job.finished - job.started, 6) if job.started else None,
+            **({"tag": tag} if tag else {}),
         )
 
 

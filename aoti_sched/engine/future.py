@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from aoti_sched.errors import RunError
+from aoti_sched.engine.request import tag_of
+from aoti_sched.errors import AotiSchedError, RunError
 from aoti_sched.foreign import own, raise_again
 from aoti_sched.signature import R
 
@@ -33,6 +35,7 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
         started: The lane's stamp before the run; 0.0 for a request that has not run.
         finished: The lane's stamp after the run; 0.0 for a request that has not run.
         batch_size: How many requests ran as one.
+        tag: What `options(tag=)` named the request.
     """
 
     runner: str
@@ -46,6 +49,7 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     started: float
     finished: float
     batch_size: int = 1
+    tag: str = ""
 
     @property
     def queue_seconds(self) -> float:
@@ -65,12 +69,14 @@ class RunFuture(asyncio.Future[R]):
     lane, and its result is dropped.
     """
 
-    __slots__ = ("_inputs", "_job", "_replica")
+    __slots__ = ("_inputs", "_job", "_replica", "_tag")
 
     _replica: Replica
     _job: Job
     _inputs: Sequence[Any]
     """Kept until the run begins; in a batch to its end, since a failed batch is retried singly."""
+    _tag: str
+    """Set only where the request has one; see `tag_of`."""
 
     @property
     def trace(self) -> Trace:
@@ -88,6 +94,7 @@ class RunFuture(asyncio.Future[R]):
             started=job.started,
             finished=job.finished,
             batch_size=job.batch,
+            tag=tag_of(self),
         )
 
     def cancel(self, msg: Any = None) -> bool:
@@ -116,10 +123,15 @@ class RunFuture(asyncio.Future[R]):
     def _refuse(self, error: BaseException) -> None:
         """Resolve with an error."""
         self._inputs = ()
-        self.set_exception(own(error, RunError, f"runner {self._replica.name!r}: the request"))
+        ours = own(error, RunError, f"runner {self._replica.name!r}: the request")
+        tag = tag_of(self)
+        if tag and isinstance(ours, AotiSchedError):
+            shared, ours = ours, copy.copy(ours)  # other requests of a batch may end with it
+            ours.__cause__, ours.tag = shared.__cause__, tag
+        self.set_exception(ours)
 
 
-def future_of(replica: Replica, job: Job, inputs: Sequence[Any]) -> RunFuture:
+def future_of(replica: Replica, job: Job, inputs: Sequence[Any], tag: str = "") -> RunFuture:
     """Return the future of a job and make it the job's payload.
 
     A constructor in Python would cost three times as much.
@@ -128,4 +140,6 @@ def future_of(replica: Replica, job: Job, inputs: Sequence[Any]) -> RunFuture:
     future._replica = replica
     future._job = job
     future._inputs = inputs
+    if tag:
+        future._tag = tag
     return future

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from aoti_sched.engine.future import future_of
+from aoti_sched.errors import AotiSchedError
 from aoti_sched.queue.job import Job, Priority
 
 if TYPE_CHECKING:
@@ -16,14 +17,23 @@ if TYPE_CHECKING:
     from aoti_sched.queue.runner_state import Lease
 
 
-async def acquire(replica: Replica, job: Job) -> tuple[Replica, Lease]:
+async def acquire(replica: Replica, job: Job, tag: str = "") -> tuple[Replica, Lease]:
     """Queue a job that asks for a lease, and wait for the grant.
+
+    Args:
+        replica: Where the lease is asked for.
+        job: Asks for it.
+        tag: The caller's name for it.
 
     Returns:
         The lease, with the replica that granted it. A rerouted job is granted by another replica.
     """
-    future = future_of(replica, job, ())
-    replica.dispatcher.submit(job, wait=replica.blocks_when_full)
+    future = future_of(replica, job, (), tag)
+    try:
+        replica.dispatcher.submit(job, wait=replica.blocks_when_full)
+    except AotiSchedError as error:
+        error.tag = tag
+        raise
     try:
         state = await future
     except asyncio.CancelledError:

@@ -149,7 +149,10 @@ def _prepare(
     notes.extend(_sizes_found(specs, found))
     notes.extend(_literals_left_out(call_spec, specs, own))
     if settings.warmup and specs is not None and not state:
-        notes.extend(warm_up(container, name, values_for(own, specs, given), found.failure))
+        # A fake's runs are no native code.
+        on_cpu = device.name.partition(":")[0] == "cpu" and inspected.call_spec is None
+        values = values_for(own, specs, given)
+        notes.extend(warm_up(container, name, values, found.failure, threads if on_cpu else None))
         facts = container.info  # a warm container knows more of itself
     if source is SpecSource.ARITY and inspected.call_spec is None:
         notes.append(

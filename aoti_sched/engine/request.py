@@ -36,3 +36,9 @@ class Request(Protocol):
     def _deliver(self, outputs: list[Any]) -> None: ...
 
     def _refuse(self, error: BaseException) -> None: ...
+
+
+def tag_of(future: object) -> str:
+    """Return what the caller named a request; "" for a request, or anything else, without a tag."""
+    tag: str = getattr(future, "_tag", "")
+    return tag

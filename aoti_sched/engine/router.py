@@ -19,6 +19,7 @@ from aoti_sched.errors import RunnerClosedError
 from aoti_sched.queue.job import Job
 from aoti_sched.queue.runner_state import Phase
 from aoti_sched.queue.selection.routing import Rotation
+from aoti_sched.stats import Phase as RunnerPhase
 from aoti_sched.stats import RunnerInfo, RunnerStats
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ class Router:
         sums["submitted"] -= sums["withdrawn"]
         return RunnerStats(
             name=self.name,
-            phase=min(Phase[stats.phase] for stats in serving).name,
+            phase=RunnerPhase[min(Phase[stats.phase.name] for stats in serving).name],
             health="failing" if any(stats.health == "failing" for stats in serving) else "ok",
             epoch=self.epoch,
             updating=any(stats.updating for stats in serving),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from aoti_sched.errors import AotiSchedError, ConfigError, InputMismatchError, first_line
@@ -119,8 +120,12 @@ def warm_up(
     name: str,
     make_inputs: Callable[[], Sequence[Any]],
     failure: str,
+    threads: int | None = None,
 ) -> list[str]:
     """Warm a model up, and return notes about it.
+
+    On a CPU, `threads` are the intra-op threads of a run, as on a lane. The default of the calling
+    thread, which is all cores, would start a team of threads that stays.
 
     Values that are made up may be nonsense to a model. So a failure is noted, and the model is
     loaded anyway.
@@ -131,8 +136,17 @@ def warm_up(
         note = "Not warmed up, so the first requests may be slow: it fails on values made up for it"
         return [f"{note}: {failure}. {advice}"]
     try:
-        container.warm_up(make_inputs)
+        with _threads(threads):
+            container.warm_up(make_inputs)
     except AotiSchedError as error:
         log.warning("warm-up failed", runner=name, error=first_line(error))
         return [f"Warm-up failed, so the first requests may be slow: {first_line(error)}. {advice}"]
     return []
+
+
+def _threads(count: int | None) -> AbstractContextManager[None]:
+    if count is None:
+        return nullcontext()
+    from aoti_sched.backends.cpu import with_threads  # imports torch
+
+    return with_threads(count)

@@ -6,7 +6,7 @@ Nothing is compiled.
         aoti_backend.models["encoder"] = lambda text: [len(text)]
         encoder = await aoti_scheduler.load("encoder.pt2", timeout=0.5)
         answer = asyncio.ensure_future(my_search(encoder, "query"))
-        await aoti_backend.queued(1)      # your code has called the model, nothing has run yet
+        await aoti_backend.running(1)      # your code has called the model, nothing has run yet
         aoti_clock.advance(0.6)           # time passes only when you say so
         with pytest.raises(aoti_sched.DeadlineExceededError):
             await answer

@@ -3,21 +3,55 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from aoti_sched.backends.contracts import Executor, Inspected, LoadRequest
 from aoti_sched.engine.dispatcher import Clock
-from aoti_sched.errors import PackageNotFoundError
+from aoti_sched.errors import PackageError, PackageNotFoundError
+from aoti_sched.model.specs import ModelSpec, spec_from_metadata
+from aoti_sched.package import open_package
 from aoti_sched.testing.container import AnyCall, FakeContainer, weight_items
 from aoti_sched.testing.executor import FakeExecutor
 
+if TYPE_CHECKING:
+    from aoti_sched.scheduler import Scheduler
+
+
+_EXPECTED = {
+    "running": "{} runs were expected to wait for a step, {} do",
+    "queued": "{} requests were expected to be queued, {} are",
+}
+
+
+class Count(int):
+    """How many there are now; a call waits until there are at least as many as it says.
+
+    `assert backend.running == 1` compares, and `await backend.running(1)` waits.
+    """
+
+    _backend: FakeBackend
+    _what: str
+
+    async def __call__(self, count: int, *, patience: float = 5.0) -> None:
+        """Let other tasks go on until there are at least `count`.
+
+        Raises:
+            LookupError: There are not, for `patience` seconds of real time.
+        """
+        until = time.monotonic() + patience
+        while (now := int(getattr(self._backend, self._what))) < count:
+            if time.monotonic() > until:
+                raise LookupError(_EXPECTED[self._what].format(count, now))
+            await asyncio.sleep(0)
+
 
 class FakeBackend:
-    """A device whose models are Python functions.
+    """A device whose models are Python functions, which may be async.
 
     Args:
         models: Functions by the runner's name or the package's stem.
@@ -47,6 +81,7 @@ class FakeBackend:
         self._auto = auto
         self._clock = clock
         self._executor: FakeExecutor | None = None
+        self._scheduler: Scheduler | None = None
 
     def cores(self) -> int:
         return self._lanes
@@ -64,14 +99,16 @@ class FakeBackend:
         if weights is None:
             weights = self.weights.get(request.name) or self.weights.get(request.path.stem) or {}
         weights = dict(weight_items(weights))
+        own = _spec_of(request)
         return Inspected(
             request=msgspec.structs.replace(request, weights=weights),
             constant_bytes=len(weights),
+            own=own,
             metadata={},
             wrapper_source=None,
             sha256="",
             thread_limit=None,
-            call_spec=AnyCall(),
+            call_spec=AnyCall(() if own is None else own.parameters),
         )
 
     def load(self, inspected: Inspected) -> FakeContainer:
@@ -92,21 +129,62 @@ class FakeBackend:
         return function
 
     @property
-    def running(self) -> int:
-        """How many runs wait for a step."""
-        return len(self._executor.pending) if self._executor is not None else 0
+    def running(self) -> Count:
+        """How many runs go on: they wait for a step, or their async function has not ended.
+
+        `await backend.running(2)` waits for two.
+        """
+        return self._count("running", self._executor.running if self._executor is not None else 0)
+
+    @property
+    def queued(self) -> Count:
+        """How many requests wait for a lane and a slot, and do not run.
+
+        `await backend.queued(2)` waits for two. Only a scheduler that the backend watches is known:
+        that of `fake_scheduler` or of the fixtures, or one given to `watch`.
+
+        Raises:
+            LookupError: The backend watches no scheduler.
+        """
+        if self._scheduler is None:
+            raise LookupError(
+                "the fake backend knows no scheduler, so it can't tell what is queued. Use "
+                "fake_scheduler(backend), or call backend.watch(scheduler)."
+            )
+        devices = self._scheduler.stats().devices
+        return self._count("queued", devices[self.name].queued if self.name in devices else 0)
+
+    def watch(self, scheduler: Scheduler) -> None:
+        """Count the requests that are queued in this scheduler."""
+        self._scheduler = scheduler
+
+    def _count(self, what: str, now: int) -> Count:
+        count = Count(now)
+        count._backend, count._what = self, what  # noqa: SLF001
+        return count
 
     async def step(self, error: BaseException | None = None, *, patience: float = 5.0) -> None:
         """Finish the oldest run with its function's result or `error`, and let tasks see it.
 
-        If nothing runs yet, other tasks go on until something does, as with `queued(1)`.
+        If nothing runs yet, other tasks go on until something does, as with `running(1)`. An async
+        function is started and waited for.
 
         Raises:
-            LookupError: Nothing does, for `patience` seconds of real time.
+            LookupError: Nothing runs, or the async function does not end, for `patience` seconds of
+                real time.
         """
-        await self.queued(1, patience=patience)
-        if self._executor is not None:
-            self._executor.step(error)
+        until = time.monotonic() + patience
+        while self._executor is None or not self._executor.pending:
+            if time.monotonic() > until:
+                raise LookupError("1 runs were expected to wait for a step, 0 do")
+            await asyncio.sleep(0)
+        run = self._executor.step(error)
+        if run is not None:
+            await asyncio.wait({run}, timeout=patience)
+            if not run.done():
+                raise LookupError(
+                    f"an async model was expected to end within {patience:g} s, and has not"
+                )
         await settle()
 
     def finish_all(self) -> None:
@@ -117,19 +195,24 @@ class FakeBackend:
             while self._executor.pending:
                 self._executor.step()
 
-    async def queued(self, count: int, *, patience: float = 5.0) -> None:
-        """Let other tasks run until `count` runs wait for a step.
+    def cancel_all(self) -> None:
+        """Cancel the async functions that have not ended. Their runs fail with RunError."""
+        if self._executor is not None:
+            self._executor.cancel()
 
-        Raises:
-            LookupError: They do not, for `patience` seconds of real time.
-        """
-        until = time.monotonic() + patience
-        while self.running < count:
-            if time.monotonic() > until:
-                raise LookupError(
-                    f"{count} runs were expected to wait for a step, {self.running} do"
-                )
-            await asyncio.sleep(0)
+
+def _spec_of(request: LoadRequest) -> ModelSpec | None:
+    """Return the specs that a package of `compile_package` brings, where there is one at the path.
+
+    What is there and is no such package stands for a package, as a missing file does.
+    """
+    if importlib.util.find_spec("torch") is None:  # which compares inputs with specs
+        return None
+    try:
+        package = open_package(request.path, contents=request.contents)
+        return spec_from_metadata(package.model(request.model_name).metadata)
+    except PackageError:
+        return None
 
 
 async def settle(turns: int = 10) -> None:

@@ -18,24 +18,42 @@ class FakeCall:
 
     nbytes = 0
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], parameters: Sequence[str] = ()
+    ) -> None:
         self.args = args
         self.kwargs = kwargs
+        self._parameters = parameters
 
     def tensors(self) -> list[Any]:
-        """Return the tensors among the arguments, nested ones included, to compare with specs."""
+        """Return the tensors among the arguments, nested ones included, to compare with specs.
+
+        Arrays count as tensors, as with real models. Arguments that are given by name come in the
+        order of the module's parameters, as far as it is known.
+        """
         import torch
         from torch.utils import _pytree as pytree
 
-        leaves = pytree.tree_leaves((self.args, self.kwargs))
-        return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        place = {name: index for index, name in enumerate(self._parameters)}
+        named = sorted(self.kwargs, key=lambda name: place.get(name, len(place)))
+        leaves = pytree.tree_leaves((self.args, [self.kwargs[name] for name in named]))
+        return [
+            leaf for leaf in leaves if isinstance(leaf, torch.Tensor) or hasattr(leaf, "__dlpack__")
+        ]
 
 
 class AnyCall:
-    """A call spec that takes any arguments and gives back what the function returned."""
+    """A call spec that takes any arguments and gives back what the function returned.
+
+    Args:
+        parameters: The names of the module's parameters, where a package states them.
+    """
+
+    def __init__(self, parameters: Sequence[str] = ()) -> None:
+        self._parameters = tuple(parameters)
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[FakeCall]:
-        return [FakeCall(args, kwargs)]
+        return [FakeCall(args, kwargs, self._parameters)]
 
     def unflatten(self, outputs: list[Any]) -> Any:
         return outputs[0]

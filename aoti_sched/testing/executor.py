@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 from aoti_sched.backends.contracts import Completion, Work
 from aoti_sched.backends.executors.wakeup_fd import WakeupFd
@@ -23,6 +26,7 @@ class FakeExecutor:
         self.auto = auto
         self.lost: Callable[[], str] = str
         self._done: deque[Completion] = deque()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._wakeup = WakeupFd()
 
     def submit(self, lane: int, work: Work) -> bool:
@@ -39,14 +43,52 @@ class FakeExecutor:
     def run_here(self, work: Work) -> Completion:
         return self._run(work, None)
 
-    def step(self, error: BaseException | None = None) -> None:
-        """Finish the work that was submitted first, with its function's result or with `error`."""
-        self._done.append(self._run(self.pending.popleft(), error))
+    @property
+    def running(self) -> int:
+        """How many works have not ended."""
+        return len(self.pending) + len(self._tasks)
+
+    def step(self, error: BaseException | None = None) -> asyncio.Task[None] | None:
+        """Finish the work that was submitted first, with its function's result or with `error`.
+
+        An async function is started. Returns its task; None for other functions.
+        """
+        work = self.pending.popleft()
+        completion = self._run(work, error)
+        if not any(map(inspect.isawaitable, _results(completion))):
+            self._end(completion)
+            return None
+        task = asyncio.get_running_loop().create_task(self._wait(completion))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def cancel(self) -> None:
+        """Cancel the async functions that have not ended."""
+        for task in self._tasks:
+            task.cancel()
+
+    async def _wait(self, completion: Completion) -> None:
+        """Wait for the results of a work, and end the work."""
+        error: BaseException | None = None
+        try:
+            for outputs in _members(completion):
+                outputs[:] = [await _value(one) for one in outputs]
+        except BaseException as raised:  # noqa: BLE001 -- it is the request's
+            error = raised
+        for one in _results(completion):  # what was not waited for after an error
+            if inspect.iscoroutine(one):
+                one.close()
+        results = None if error is not None else completion.outputs
+        self._end(Completion(completion.token, results, error, completion.started, self._time()))
+
+    def _end(self, completion: Completion) -> None:
+        self._done.append(completion)
         self._wakeup.set()
 
     def _run(self, work: Work, error: BaseException | None) -> Completion:
         started = self._time()
-        outputs = None
+        outputs: list[Any] | None = None
         if error is None:
             try:
                 run = work.container.run_raw
@@ -75,3 +117,18 @@ class FakeExecutor:
 
     def _time(self) -> float:
         return self._clock.time() if self._clock is not None else 0.0
+
+
+def _members(completion: Completion) -> list[list[Any]]:
+    """Return the outputs of each request of a run."""
+    outputs = completion.outputs or []
+    return outputs if type(completion.token) is tuple else [outputs]
+
+
+def _results(completion: Completion) -> list[Any]:
+    return [one for outputs in _members(completion) for one in outputs]
+
+
+async def _value(result: Any) -> Any:
+    value: Awaitable[Any] | Any = result
+    return await value if inspect.isawaitable(value) else value

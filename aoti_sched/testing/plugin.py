@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import pytest
 
+from aoti_sched.config import SchedulerConfig
+from aoti_sched.config_file import read_config
 from aoti_sched.engine.dispatcher import Clock
 from aoti_sched.scheduler import Scheduler
 from aoti_sched.testing.backend import FakeBackend, settle
@@ -42,19 +45,36 @@ def aoti_backend(aoti_clock: ManualClock) -> FakeBackend:
 
 @asynccontextmanager
 async def fake_scheduler(
-    backend: FakeBackend, clock: Clock | None = None
+    backend: FakeBackend | None = None,
+    clock: Clock | None = None,
+    *,
+    config: SchedulerConfig | str | os.PathLike[str] | None = None,
 ) -> AsyncIterator[Scheduler]:
     """Run a real `Scheduler` on a fake backend.
 
-    On leaving, queued requests fail and running ones are finished.
+    On leaving, queued requests fail, running ones are finished, and async models are cancelled.
+
+    Args:
+        backend: The device; None for one without models.
+        clock: The scheduler's clock; None for the event loop's.
+        config: Settings, or the path of a TOML file. Their models are loaded on entry, so the
+            backend must have a function for each.
     """
-    async with Scheduler(devices={backend.name: backend}, clock=clock) as scheduler:
+    if backend is None:
+        backend = FakeBackend(clock=clock)
+    if isinstance(config, (str, os.PathLike)):
+        config = read_config(config)
+    devices = {backend.name: backend}
+    async with Scheduler(config, devices=devices, clock=clock) as scheduler:
+        backend.watch(scheduler)
         try:
             yield scheduler
         finally:
             closing = asyncio.ensure_future(scheduler.terminate())
             await settle()  # what is queued has failed now, and will not follow on what finishes
             backend.finish_all()
+            await settle()
+            backend.cancel_all()
             await closing
 
 

@@ -2,6 +2,7 @@
 a file names.
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from aoti_sched.config import (
     cores_of,
     divided,
     in_full,
-    read_config,
 )
+from aoti_sched.config_file import SIZES, TIMES, read_config, schema
 from aoti_sched.errors import ConfigError, PackageNotFoundError, QueueFullError, RunnerClosedError
 from aoti_sched.testing import FakeBackend
 
@@ -35,6 +36,12 @@ def write(tmp_path):
         return file
 
     return write
+
+
+def touch(folder, *names):
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / name).touch()
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -89,10 +96,14 @@ def test_every_setting_is_read(write, tmp_path):
 
 
 def test_the_example_in_the_documentation_is_valid(write):
-    import aoti_sched.config
+    import aoti_sched.config_file
 
-    example = aoti_sched.config.__doc__.partition("[devices.cpu]")
-    assert set(read_config(write(example[1] + example[2])).models) == {"encoder"}
+    file = write("cache_dir" + aoti_sched.config_file.__doc__.partition("cache_dir")[2])
+    touch(file.parent / "packages", "ranker.pt2", "reader.pt2")
+    config = read_config(file)
+    assert list(config.models) == ["encoder", "ranker", "reader"]
+    assert {(model.overflow, model.timeout) for model in config.models.values()} == {("wait", 0.5)}
+    assert config.devices["cpu"].memory_limit == 4 << 30
 
 
 def test_paths_are_relative_to_the_file_and_not_to_the_process(tmp_path, monkeypatch):
@@ -149,13 +160,179 @@ def test_a_configuration_crosses_a_wire(write):
     assert msgspec.json.decode(msgspec.json.encode(config), type=SchedulerConfig) == config
 
 
+# --- defaults, patterns, sizes and times ---------------------------------------------------------
+
+
+def test_a_model_has_the_defaults_where_its_own_table_has_no_other(write):
+    config = read_config(
+        write("""
+            [defaults]
+            instances = 2
+            limits = { jobs = 8, bytes = "1 KiB" }
+            [models.a]
+            path = "a.pt2"
+            [models.b]
+            path = "b.pt2"
+            instances = 1
+            limits = { jobs = 4 }
+        """)
+    )
+    assert config.models["a"].instances == 2
+    assert config.models["a"].limits == Limits(8, 1024)
+    assert config.models["b"].instances == 1
+    assert config.models["b"].limits == Limits(4)  # a table is replaced as a whole
+
+
+def test_a_pattern_makes_a_runner_of_each_file_by_its_stem(write, tmp_path):
+    touch(tmp_path / "packages", "b.pt2", "a.pt2", "notes.txt")
+    (tmp_path / "packages" / "folder.pt2").mkdir()
+    config = read_config(write('models = "packages/*.pt2"\n[defaults]\ninstances = 2\n'))
+    assert list(config.models) == ["a", "b"]
+    assert config.models["a"] == ModelConfig(path=str(tmp_path / "packages/a.pt2"), instances=2)
+
+
+def test_several_patterns_may_match_the_same_file(write, tmp_path):
+    touch(tmp_path / "packages", "a.pt2", "b.pt2")
+    config = read_config(write('models = ["packages/*.pt2", "packages/a.*"]'))
+    assert list(config.models) == ["a", "b"]
+
+
+def test_a_pattern_without_signs_of_one_is_a_path(write, tmp_path):
+    assert list(read_config(write('models = ["packages/a.pt2"]')).models) == ["a"]
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_that_file(write, tmp_path):
+    touch(tmp_path, "m[1].pt2", "m1.pt2")
+    config = read_config(write('[models.m]\npath = "m[1].pt2"'))
+    assert config.models["m"].path == str(tmp_path / "m[1].pt2")
+
+
+def test_a_table_of_its_own_goes_before_a_pattern(write, tmp_path):
+    touch(tmp_path, "a.pt2", "b.pt2", "c.pt2")
+    config = read_config(
+        write("""
+            [models.all]
+            path = "*.pt2"
+            share = 2.0
+            [models.a]
+            path = "elsewhere/a.pt2"
+            [models.renamed]
+            path = "b.pt2"
+        """)
+    )
+    assert {name: model.share for name, model in config.models.items()} == {
+        "a": 1.0,
+        "renamed": 1.0,
+        "c": 2.0,
+    }
+
+
+def test_two_files_of_one_stem_are_refused(write, tmp_path):
+    touch(tmp_path / "old", "a.pt2")
+    touch(tmp_path / "new", "a.pt2")
+    with pytest.raises(ConfigError, match=r"old/a.pt2 and .*new/a.pt2 would both be .* 'a'"):
+        read_config(write('models = ["new/*.pt2", "old/*.pt2"]'))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1 B", 1), ("2 kB", 2000), ("2 KiB", 2048), ("1.5GiB", 3 << 29), (" 2 TB ", 2 * 10**12)],
+)
+def test_a_size_may_have_a_unit(write, text, size):
+    assert read_config(write(f'[devices.cpu]\nmemory_limit = "{text}"')).devices["cpu"] == (
+        DeviceConfig(memory_limit=size)
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("50 ms", 0.05),
+        ("50us", 5e-5),
+        ("7 µs", 7e-6),
+        ("1.5 s", 1.5),
+        ("2 min", 120),
+        ("1 h", 3600),
+    ],
+)
+def test_a_time_may_have_a_unit(write, text, seconds):
+    model = read_config(write(f'[models.m]\npath = "m"\ntimeout = "{text}"')).models["m"]
+    assert model.timeout == pytest.approx(seconds)
+
+
+# --- the schema -----------------------------------------------------------------------------------
+
+SCHEMA = Path(__file__).resolve().parents[2] / "docs" / "scheduler.schema.json"
+
+
+def test_the_schema_in_the_docs_is_that_of_the_settings():
+    # python -m aoti_sched.config_file > docs/scheduler.schema.json
+    assert json.loads(SCHEMA.read_bytes()) == schema()
+
+
+def test_the_schema_has_every_setting_with_a_unit():
+    parts = schema()["$defs"]
+    described = {
+        key
+        for part in parts.values()
+        for key, value in part.get("properties", {}).items()
+        if any("pattern" in kind for kind in value.get("anyOf", ()))
+    }
+    assert described == SIZES | TIMES
+
+
 # --- faults ---------------------------------------------------------------------------------------
 
 FAULTS = {
     "an unknown setting": ("lanes = 2", "Object contains unknown field `lanes`"),
     "a wrong type": ('log_requests = "yes"', "log_requests: Expected `bool`, got `str`"),
-    "a section of the wrong type": ("models = 3", "models: Expected `object`, got `int`"),
-    "an entry of the wrong type": ("[models]\nm = 3", "models.m: Expected `object`, got `int`"),
+    "a section of the wrong type": (
+        "models = 3",
+        "models: expected a table of models, or patterns of files, got 3.",
+    ),
+    "an entry of the wrong type": ("[models]\nm = 3", "models.m: expected a table, got 3."),
+    "a pattern that is no text": ("models = [3]", "models.path: Expected `str`, got `int`"),
+    "defaults of the wrong type": ("defaults = 3", "defaults: expected a table, got 3."),
+    "an unknown setting among the defaults": (
+        "[defaults]\nlane = 1",
+        "defaults: Object contains unknown field `lane`",
+    ),
+    "a default out of range": (
+        "[defaults]\ninstances = 0",
+        "defaults.instances: Expected `int` >= 1",
+    ),
+    "a path for all models": (
+        '[defaults]\npath = "m.pt2"',
+        "defaults.path: belongs to one model. Write it in the model's own table.",
+    ),
+    "a size without a unit that is known": (
+        '[devices.cpu]\nmemory_limit = "2 GiX"',
+        "devices.cpu.memory_limit: '2 GiX' is not a size. Write a number, or a number and a unit",
+    ),
+    "a size without a number": (
+        '[models.m]\npath = "m"\nlimits = { bytes = "GiB" }',
+        "models.m.limits.bytes: 'GiB' is not a size.",
+    ),
+    "a size of nothing": (
+        '[models.m]\npath = "m"\nlimits = { bytes = "0.2 B" }',
+        "models.m.limits.bytes: Expected `int` >= 1",
+    ),
+    "a time without a unit": (
+        '[models.m]\npath = "m"\ntimeout = "50"',
+        "models.m.timeout: '50' is not a time. Write a number, or a number and a unit",
+    ),
+    "a time that is negative": (
+        '[models.m]\npath = "m"\ntimeout = "-1 s"',
+        "models.m.timeout: '-1 s' is not a time.",
+    ),
+    "a time that is too long": (
+        '[models.m]\npath = "m"\nbatching = { max_delay = "2 h" }',
+        "models.m.batching.max_delay: Expected `float` <= 3600.0",
+    ),
+    "a pattern that matches nothing": (
+        'models = "nothing/*.pt2"',
+        "models: no file matches 'nothing/*.pt2'.",
+    ),
     "an unknown setting of a model": (
         '[models.m]\npath = "m"\nlane = 1',
         "models.m: Object contains unknown field `lane`",
@@ -186,8 +363,8 @@ FAULTS = {
         "models.m.limits.jobs: Expected `int` >= 1",
     ),
     "a bound of the wrong type": (
-        '[devices.cpu]\nlimits = { bytes = "1MB" }',
-        "devices.cpu.limits.bytes: Expected `int | null`, got `str`",
+        "[devices.cpu]\nlimits = { bytes = 1.5 }",
+        "devices.cpu.limits.bytes: Expected `int | null`, got `float`",
     ),
     "more instances than any machine has": (
         '[models.m]\npath = "m"\ninstances = 1000000',

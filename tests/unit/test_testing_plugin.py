@@ -54,7 +54,7 @@ SUITE = """
         aoti_backend.models["encoder"] = lambda text: [len(text)]
         encoder = await aoti_scheduler.load("encoder.pt2")
         answer = asyncio.ensure_future(search(encoder, "query"))
-        await aoti_backend.queued(1)
+        await aoti_backend.running(1)
         assert not answer.done()
         await aoti_backend.step()
         assert await answer == 5
@@ -64,7 +64,7 @@ SUITE = """
         aoti_backend.models["encoder"] = len
         encoder = await aoti_scheduler.load("encoder.pt2", timeout=3600)
         answer = asyncio.ensure_future(encoder.run("query"))
-        await aoti_backend.queued(1)
+        await aoti_backend.running(1)
         aoti_clock.advance(3599)
         assert not answer.done()
         aoti_clock.advance(1)
@@ -93,15 +93,20 @@ def test_a_users_suite_may_mark_each_asyncio_test(run_suite):
 
 
 def test_a_users_suite_may_run_by_anyios_plugin(run_suite):
-    text = (
-        SUITE.format(mark="@pytest.mark.anyio")
-        + """
+    text = SUITE.format(mark="@pytest.mark.anyio") + ANYIO
+    run_suite(text, "-p", "no:asyncio").assert_outcomes(passed=4)
+
+
+ANYIO = """
     @pytest.fixture
     def anyio_backend():
         return "asyncio"
 """
-    )
-    run_suite(text, "-p", "no:asyncio").assert_outcomes(passed=4)
+
+
+def test_a_users_suite_may_run_by_anyios_plugin_beside_pytest_asyncio(run_suite):
+    text = SUITE.format(mark="@pytest.mark.anyio") + ANYIO
+    run_suite(text, "-o", "asyncio_mode=strict", "-o", LOOP_SCOPE).assert_outcomes(passed=4)
 
 
 def test_the_example_in_the_documentation_runs(run_suite):
@@ -295,7 +300,7 @@ async def test_waiting_for_runs_that_never_come_ends_in_words(aoti_backend, aoti
     runner = await aoti_scheduler.load("m.pt2")
     future = runner.submit("abc")
     with pytest.raises(LookupError, match="2 runs were expected to wait for a step, 1 do"):
-        await aoti_backend.queued(2, patience=0.0)
+        await aoti_backend.running(2, patience=0.0)
     await aoti_backend.step()
     assert await future == 3
 

@@ -85,13 +85,17 @@ class RawConstants(RawHandle):
 
         Running on a buffer that lacks one is a segmentation fault.
         """
-        if inactive and not self._complete[1]:
+        if self._complete[inactive]:
+            return ()
+        if inactive:
             return tuple(c.spec.fqn for c in self.constants if not c.spec.folded)
         if not self._can_extract():
             return ()
-        present = {name for name, _ in self._borrow(inactive=inactive)}
+        # Each answer of the runtime costs a call, and models have hundreds of constants.
+        present = {name for name, _ in self._handles(inactive=inactive)}
+        fqns = [self._fqn(index) for index in range(self._get(c_size_t, "GetNumConstants"))]
         return tuple(
-            c.spec.fqn for c in self.constants if not c.spec.folded and c.spec.fqn not in present
+            fqn for index, fqn in enumerate(fqns) if fqn not in present and not self._folded(index)
         )
 
     @property
@@ -405,11 +409,14 @@ class RawConstants(RawHandle):
         fqn: str = self._get(c_char_p, "GetConstantOriginalFQN", index).decode()
         return fqn
 
+    def _folded(self, index: int) -> bool:
+        return bool(self._optional(c_bool, "GetConstantFromFolded", index, default=False))
+
     def _constant(self, index: int, known: dict[str, torch.Tensor]) -> Constant:
         fqn = self._fqn(index)
         capacity = self._optional(c_size_t, "GetConstantDataSize", index, default=0)
         kind = self._optional(c_int32, "GetConstantType", index, default=0)
-        folded = bool(self._optional(c_bool, "GetConstantFromFolded", index, default=False))
+        folded = self._folded(index)
         tensor = known.get(fqn)
         dtype = DTYPES[self._get(c_int32, "GetConstantDtype", index)]
         name = self._get(c_char_p, "GetConstantName", index).decode()

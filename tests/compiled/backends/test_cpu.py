@@ -251,3 +251,18 @@ def test_outputs_that_are_the_models_own_weights_are_copies(load_model, built):
     again = container.run_raw([torch.zeros(4)])
     for output, expected in zip(again, module(torch.zeros(4)), strict=True):
         assert torch.equal(output, expected)
+
+
+def test_a_block_has_threads_of_its_own_and_puts_the_callers_back():
+    def here():
+        before = torch.get_num_threads()
+        with cpu.with_threads(before + 1):
+            seen.append(torch.get_num_threads())
+        seen.append(torch.get_num_threads())
+        expected.extend([before + 1, before])
+
+    seen, expected = [], []
+    thread = threading.Thread(target=here)
+    thread.start()
+    thread.join()
+    assert seen == expected

@@ -254,7 +254,7 @@ def test_a_loop_in_a_thread_that_dies_of_an_error_ends_the_callers(backend):
 async def test_a_closed_scheduler_has_served_what_it_accepted_and_refuses_the_rest(backend):
     scheduler, runner = await open_runner(backend)
     first = Caller(runner.run_blocking, 1)
-    await backend.queued(1)
+    await backend.running(1)
     closing = asyncio.ensure_future(scheduler.aclose())
     await settle()
     late = Caller(runner.run_blocking, 2)
@@ -298,7 +298,7 @@ async def test_a_deadline_counts_from_the_call_in_the_thread(backend):
     scheduler, runner = await open_runner(backend)
     began = time.monotonic()
     caller = Caller(runner.options(timeout=0.05).run_blocking, 1)
-    await backend.queued(1)
+    await backend.running(1)
     error = await asyncio.to_thread(caller.end)
     assert isinstance(error, DeadlineExceededError)
     assert time.monotonic() - began >= 0.05
@@ -321,7 +321,7 @@ async def test_a_clock_set_by_hand_expires_calls_of_threads_too(
     aoti_backend.models["m"] = lambda x: x
     runner = await aoti_scheduler.load("m.pt2")
     caller = Caller(runner.options(timeout=5).run_blocking, 1)
-    await aoti_backend.queued(1)
+    await aoti_backend.running(1)
     aoti_clock.advance(6)
     assert isinstance(await asyncio.to_thread(caller.end), DeadlineExceededError)
     await aoti_backend.step()
@@ -450,7 +450,7 @@ def test_ctrl_c_in_the_waiting_thread_takes_the_request_back():
             runner = await scheduler.load("m.pt2")
             runners.append(runner)
             ready.set()
-            await slow_backend.queued(1)
+            await slow_backend.running(1)
             # More than once: a thread does not wake for a signal that comes just before it waits.
             while not runner.stats().cancelled:
                 os.kill(os.getpid(), signal.SIGINT)

@@ -26,7 +26,7 @@ async def runner(aoti_backend, aoti_scheduler):
 
 async def run_stepped(backend, call):
     task = asyncio.ensure_future(call)
-    await backend.queued(1)
+    await backend.running(1)
     await backend.step()
     return await task
 

@@ -170,7 +170,7 @@ async def test_a_failing_block_fails_what_is_queued_and_waits_for_what_runs():
             raise ValueError("the application's own")
 
     task = asyncio.ensure_future(application())
-    await backend.queued(1)
+    await backend.running(1)
     await settle()
     assert not task.done()
     backend.finish_all()

@@ -952,7 +952,7 @@ async def test_a_device_that_is_drained_while_a_model_loads_there_does_not_get_i
 
 async def test_devices_come_from_a_configuration_too(tmp_path):
     (tmp_path / "it.toml").write_text('[models.m]\npath = "m.pt2"\ndevices = ["cpu:0", "cpu:1"]\n')
-    config = aoti_sched.config.read_config(tmp_path / "it.toml")
+    config = aoti_sched.config_file.read_config(tmp_path / "it.toml")
     backends = {
         name: FakeBackend({"m": lambda: 1}, auto=True, name=name) for name in ("cpu:0", "cpu:1")
     }

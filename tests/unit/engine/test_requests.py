@@ -31,7 +31,7 @@ async def load(scheduler, backend, function=lambda x: x * 2, **options):
 async def test_a_run_returns_what_the_model_returns(aoti_backend, aoti_scheduler):
     runner = await load(aoti_scheduler, aoti_backend)
     answer = asyncio.ensure_future(runner.run(21))
-    await aoti_backend.queued(1)
+    await aoti_backend.running(1)
     await aoti_backend.step()
     assert await answer == 42
 
