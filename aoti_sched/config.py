@@ -123,6 +123,12 @@ class Batching(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     Args:
         max_size: The most rows of one batch. By default what the model was compiled for, or 64.
+        max_seconds: The most seconds that a batch is expected to take, by the learned run times. By
+            default twice what its first request takes alone while requests of a higher class come
+            to the device, otherwise eight times, and at least a millisecond. `math.inf` for no
+            bound.
+        max_tokens: The most tokens of one batch: its rows times the longest request. The length of
+            a request is the largest dimension that `ragged` pads.
         max_delay: Seconds that a request waits for others to join it, never past a deadline. With
             0.0, only requests that would wait anyway, or come in the same iteration of the event
             loop, run together.
@@ -134,13 +140,16 @@ class Batching(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             returned.
         ragged: Inputs whose other free dimensions may differ within a batch, and the value that
             pads them to the longest: `{"input_ids": 0, "attention_mask": 0}`. Without it, only
-            requests of the same sizes run together.
+            requests of the same sizes run together. Requests of like length go together, as far as
+            that is faster than one by one.
         detach_rows: Give each request a copy of its rows instead of a view of all rows.
         assume_independent: Trust that no row influences another. Otherwise running the model must
             show it, at compile time or at load, and the model is refused where it does not.
     """
 
     max_size: _Count | None = None
+    max_seconds: _Seconds | None = None
+    max_tokens: _Count | None = None
     max_delay: _Delay = 0.0
     dim: Annotated[int, Meta(ge=0, le=63)] | None = None
     pad_to: Annotated[tuple[_Count, ...], Meta(min_length=1)] | Literal["powers_of_two"] | None = (

@@ -125,6 +125,8 @@ class Handle(Generic[_View, P, R]):
                 job.rows, key = layout.measure(inputs)
                 if source is replica.state:
                     job.key = key
+                    if layout.max_tokens is not None:
+                        job.tokens = layout.tokens(inputs)
             if options.timeout is not None:
                 job.deadline = replica.dispatcher.deadline(options.timeout)
                 job.timeout = options.timeout

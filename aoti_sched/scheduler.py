@@ -634,7 +634,11 @@ class Scheduler:
         limits = settings.limits
         bounds = Bounds(limits.jobs, limits.bytes, limits.tenant_jobs, limits.waiting)
         grouping = prepared.grouping
-        rule = None if grouping is None else QueueBatching(grouping.max_rows, grouping.max_delay)
+        rule = None
+        if grouping is not None:
+            rule = QueueBatching(
+                grouping.max_rows, grouping.max_delay, grouping.max_seconds, grouping.max_tokens
+            )
         replica = Replica(
             info,
             state=dispatcher.queue.add_runner(

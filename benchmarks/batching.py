@@ -1,5 +1,5 @@
 """The workloads of batching: (h) how many small requests are answered, (i) how soon at half
-load, (j) sentences of all lengths.
+load, (j) sentences of all lengths, (k) requests of a higher class beside them.
 
 In (h) every client's request is one row, and the stock runner in a bare loop answers one row after
 the other. What batching can gain at most is shown by a batcher as its users would write it: it
@@ -12,6 +12,7 @@ import asyncio
 import functools
 import importlib.util
 import itertools
+import math
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -19,7 +20,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from aoti_sched import Batching, Scheduler
+from aoti_sched import Batching, Priority, Scheduler
 from aoti_sched.backends.cpu import available_cores
 from aoti_sched.config import DeviceConfig, Limits, SchedulerConfig
 
@@ -280,6 +281,121 @@ def encoders(scale: Scale) -> list[Entrant]:
     ]
 
 
+# --- (k): a higher class beside batches -----------------------------------------------------------
+
+EMBEDDERS = 96
+"""Clients that ask for embeddings with LOW priority: more than a batch takes."""
+FIXED = (1, 4, 16, 64)
+"""The most rows of a batch, without a bound in time."""
+LENGTHS = (4, 128)
+"""Tokens of the shortest and the longest text; each doubling is as frequent as any other."""
+PAUSE = 0.005
+"""Mean seconds between a HIGH answer and the next request, so that it comes at any moment."""
+
+
+def texts() -> Iterator[tuple[Tensor, Tensor]]:
+    """Texts of all lengths as the encoder's inputs, one row each, over and over."""
+    import torch
+
+    chance = random.Random(0)
+    shortest, longest = LENGTHS
+    inputs = []
+    for _ in range(512):
+        tokens = round(shortest * (longest / shortest) ** chance.random())
+        ids = torch.tensor([[chance.randrange(1000, 20000) for _ in range(tokens)]])
+        inputs.append((ids, torch.ones_like(ids)))
+    return itertools.cycle(inputs)
+
+
+@asynccontextmanager
+async def beside(batching: Batching) -> AsyncIterator[Opened]:
+    """One lane. HIGH requests of a tiny model, one after the other, beside LOW embeddings."""
+    inputs, chance = texts(), random.Random(0)
+    device = DeviceConfig(lanes=1, cores=1)
+    async with Scheduler(SchedulerConfig(devices={"cpu": device})) as scheduler:
+        load = functools.partial(scheduler.load, placement="lane")
+        encoder = await load(models.ensure(models.ENCODER, "pt2"), threads=1, batching=batching)
+        tiny = await load(models.ensure("tiny", "pt2"))
+        low, high = (
+            runner.options(priority=priority)
+            for runner, priority in ((encoder, Priority.LOW), (tiny, Priority.HIGH))
+        )
+        x = models.example("tiny")
+
+        async def waits(until: float) -> list[float]:
+            times = []
+            while time.perf_counter() < until:
+                await asyncio.sleep(chance.expovariate(1 / PAUSE))
+                asked = time.perf_counter()
+                await high.run(x)
+                times.append(time.perf_counter() - asked)
+            return times
+
+        async def measure(seconds: float) -> Measured:
+            waiting = asyncio.ensure_future(waits(time.perf_counter() + seconds))
+            rate = await served(lambda: low.run(*next(inputs)), EMBEDDERS, seconds)
+            times = await waiting
+            p50, p95 = (percentile(times, percent) for percent in (50, 95))
+            return Measured({"p50": p50, "p95": p95, "rate": rate})
+
+        yield Opened(measure, beginning(await encoder.run(*next(inputs))))
+
+
+def _most(rows: int) -> str:
+    return f"at most {rows} {'row' if rows == 1 else 'rows'}"
+
+
+LEARNED = "learned bound"
+
+
+def besides(scale: Scale) -> list[Entrant]:
+    del scale
+    ways = {
+        _most(rows): (
+            "no bound in time",
+            Batching(max_size=rows, max_seconds=math.inf, ragged=PADDED),
+        )
+        for rows in FIXED
+    }
+    ways[LEARNED] = ("the default: twice what a request takes alone", Batching(ragged=PADDED))
+    missing = [package for package in models.ENCODERS if importlib.util.find_spec(package) is None]
+    return [
+        Entrant(
+            name,
+            note,
+            functools.partial(beside, batching),
+            missing=missing,
+            files=((models.ENCODER, "pt2"), ("tiny", "pt2")),
+        )
+        for name, (note, batching) in ways.items()
+    ]
+
+
+def beside_targets(scale: Scale) -> list[Target]:
+    del scale
+    alone = _most(1)
+    targets = [
+        Target(
+            f"HIGH's {figure} beside batches, times that beside single rows",
+            LEARNED,
+            figure,
+            alone,
+            most=2.2,
+        )
+        for figure in ("p50", "p95")
+    ]
+    return targets + [
+        Target(
+            f"embeddings/s, learned bound, over {_most(rows)}",
+            LEARNED,
+            "rate",
+            _most(rows),
+            least=0.95,
+        )
+        for rows in FIXED
+    ]
+
+
 # --- all ------------------------------------------------------------------------------------------
 
 
@@ -336,5 +452,19 @@ def workloads() -> list[Workload]:
             ],
             seconds=2.0,
             warm_up=1.0,
+        ),
+        Workload(
+            "k",
+            f"(k) {EMBEDDERS} clients, MiniLM, LOW, ragged, on one lane: how long HIGH waits",
+            besides,
+            (
+                Figure("p50", "p50 ms", 1e3),
+                Figure("p95", "p95 ms", 1e3),
+                replace(rate, heading="embeddings/s"),
+            ),
+            _most(1),
+            beside_targets,
+            seconds=4.0,
+            warm_up=4.0,
         ),
     ]

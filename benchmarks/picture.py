@@ -56,7 +56,7 @@ def _panels(part: Part) -> list[Panel]:
     match part.key:
         case "a" | "i":
             return [lambda axes: _times(axes, part)]
-        case "b" | "h" | "j":
+        case "b" | "h" | "j" | "k":
             return [lambda axes: _rates(axes, part, part.title)]
         case "c" | "g":
             return [

@@ -42,9 +42,13 @@ MAX_SIZE = 64
 class Grouping:
     """How one runner's requests are put together.
 
-    `plan` is for the backend. A run has at most `max_rows` rows, and a request waits at most
-    `max_delay` seconds for others. `sizes` are the numbers of rows that the model is run with,
-    rising; empty where any will do.
+    Attributes:
+        plan: For the backend.
+        max_rows: The most rows of a run.
+        max_delay: The most seconds that a request waits for others.
+        max_seconds: The most seconds that a batch is expected to take; None for a learned bound.
+        max_tokens: The most tokens of a run; None for no bound.
+        sizes: The numbers of rows that the model is run with, rising; empty where any will do.
     """
 
     def __init__(
@@ -53,16 +57,23 @@ class Grouping:
         *,
         max_rows: int,
         max_delay: float,
+        max_seconds: float | None = None,
+        max_tokens: int | None = None,
         sizes: tuple[int, ...] = (),
         alike: tuple[tuple[int, int], ...] = (),
     ) -> None:
         self.plan = plan
         self.max_rows = max_rows
         self.max_delay = max_delay
+        self.max_seconds = max_seconds
+        self.max_tokens = max_tokens
         self.sizes = sizes
         self._alike = alike  # (input, dimension) pairs whose sizes must agree within a batch
         self._dim = plan.inputs[0].dim if plan.inputs else None
         self.dim = self._dim or 0
+        self._ragged = tuple(
+            (index, dim) for index, each in enumerate(plan.inputs) for dim in each.ragged
+        )
 
     def measure(self, inputs: Sequence[torch.Tensor]) -> tuple[int, Hashable]:
         """Return how many rows a request has, and its key; requests with the same key may batch.
@@ -77,6 +88,10 @@ class Grouping:
         return rows, tuple(
             inputs[index].shape[dim] for index, dim in self._alike
         ) if self._alike else 0
+
+    def tokens(self, inputs: Sequence[torch.Tensor]) -> int:
+        """Return a request's length: the largest of the dimensions that are padded, at least 1."""
+        return max((inputs[index].shape[dim] for index, dim in self._ragged), default=1) or 1
 
     def padded(self, rows: int) -> int:
         """Return how many rows the model is run with for a number of requested rows."""
@@ -156,6 +171,12 @@ def group(
         padded = tuple(free) if spec.name in wanted.ragged else ()
         alike += [(index, d) for d in free if d not in padded]
         plans.append(InputPlan(dim, spec.order, padded, wanted.ragged.get(spec.name, 0)))
+    if wanted.max_tokens is not None and not any(plan.ragged for plan in plans):
+        raise _impossible(
+            name,
+            "max_tokens counts the dimensions that ragged pads, and ragged pads none; name the "
+            "inputs whose lengths differ, for example ragged={'input_ids': 0}, or use max_size",
+        )
     leaves: Sequence[LeafSpec | None] = (
         own.outputs if own is not None and own.outputs else [None] * (outputs or 0)
     )
@@ -165,6 +186,8 @@ def group(
         BatchPlan(tuple(plans), back, detach_rows=wanted.detach_rows),
         max_rows=limit,
         max_delay=wanted.max_delay,
+        max_seconds=wanted.max_seconds,
+        max_tokens=wanted.max_tokens,
         sizes=sizes[: bisect_left(sizes, limit) + 1],
         alike=tuple(alike),
     )
@@ -352,4 +375,9 @@ def _output(
 
 def of_calls(wanted: Batching) -> Grouping:
     """For fakes."""
-    return Grouping(FAKE, max_rows=wanted.max_size or MAX_SIZE, max_delay=wanted.max_delay)
+    return Grouping(
+        FAKE,
+        max_rows=wanted.max_size or MAX_SIZE,
+        max_delay=wanted.max_delay,
+        max_seconds=wanted.max_seconds,
+    )

@@ -1,9 +1,9 @@
 """Batching: which jobs may run as one batch, and how long they wait for further jobs.
 
-Jobs of one runner with the same key may share a launch, as long as their rows together are at most
-`max_rows`. A job that could run waits for two reasons only. Where several jobs come in one turn of
-the loop, they are held until the turn ends, so that they run together. And with `max_delay`, a key
-waits for more jobs, though never past a deadline.
+Jobs of one runner with the same key may share a launch; how many of them do, and which, is decided
+at the launch (`growth.py`). A job that could run waits for two reasons only. Where several jobs
+come in one turn of the loop, they are held until the turn ends, so that they run together. And with
+`max_delay`, a key waits for more jobs, though never past a deadline.
 """
 
 from __future__ import annotations
@@ -16,6 +16,12 @@ import msgspec
 from aoti_sched.queue.job import Job
 from aoti_sched.queue.selection.job_queue import JobQueue
 
+AHEAD = 3
+"""A key is ripe this many runs before a deadline.
+
+The batch may then take two of them within `USABLE` of the time (`growth.py`).
+"""
+
 
 class Batching(msgspec.Struct, frozen=True):
     """The rule by which a runner's jobs are batched.
@@ -23,10 +29,15 @@ class Batching(msgspec.Struct, frozen=True):
     Args:
         max_rows: The most rows that run as one batch.
         max_delay: The most seconds that a job waits for others to join its batch.
+        max_seconds: The most seconds that a batch is expected to take; None for a bound that is
+            learned.
+        max_tokens: The most tokens of a batch, padding included; None for no bound.
     """
 
     max_rows: int
     max_delay: float = 0.0
+    max_seconds: float | None = math.inf
+    max_tokens: int | None = None
 
 
 class Key:
@@ -35,17 +46,19 @@ class Key:
     Attributes:
         jobs: How many jobs there are.
         rows: Their rows.
+        tokens: Their tokens, without padding.
         bytes: The bytes of their inputs.
         held: Whether the jobs wait until the turn of the loop is over.
         ripe: Whether the jobs may run. A key that is ripe stays so until no job is left.
         ripe_at: When the delay of the key has elapsed.
     """
 
-    __slots__ = ("bytes", "held", "jobs", "ripe", "ripe_at", "rows")
+    __slots__ = ("bytes", "held", "jobs", "ripe", "ripe_at", "rows", "tokens")
 
     def __init__(self) -> None:
         self.jobs = 0
         self.rows = 0
+        self.tokens = 0
         self.bytes = 0
         self.held = False
         self.ripe = False
@@ -96,8 +109,7 @@ class BatchQueue:
         Args:
             job: The job, which has a key.
             now: The present time.
-            bound: Seconds that the run will hardly exceed. The key is ripe that long before the
-                job's deadline.
+            bound: Seconds that a run of the job alone will hardly exceed.
 
         Returns:
             The queued jobs with the job's key.
@@ -108,11 +120,12 @@ class BatchQueue:
             self.queue.hide(job.key)
         key.jobs += 1
         key.rows += job.rows
+        key.tokens += job.rows * job.tokens
         key.bytes += job.bytes
         if not key.ripe:
             key.held = key.held or self.gathering
             if self.rule.max_delay > 0:
-                latest = math.inf if job.deadline is None else job.deadline - bound
+                latest = math.inf if job.deadline is None else job.deadline - AHEAD * bound
                 key.ripe_at = min(key.ripe_at, job.submitted + self.rule.max_delay, latest)
         self.queue.push(job)
         self.refresh(job.key, now)
@@ -124,6 +137,7 @@ class BatchQueue:
         key = self.keys[job.key]
         key.jobs -= 1
         key.rows -= job.rows
+        key.tokens -= job.rows * job.tokens
         key.bytes -= job.bytes
         if not key.jobs:
             del self.keys[job.key]
@@ -154,7 +168,10 @@ class BatchQueue:
         key, rule = self.keys[name], self.rule
         if key.ripe:
             return
-        alone = rule.max_delay > 0 and key.rows < rule.max_rows and now < key.ripe_at
+        full = key.rows >= rule.max_rows or (
+            rule.max_tokens is not None and key.tokens >= rule.max_tokens
+        )
+        alone = rule.max_delay > 0 and not full and now < key.ripe_at
         if self.hurries or not (key.held or alone):
             key.ripe = True
             self.queue.show(name)

@@ -217,6 +217,8 @@ class DeviceQueue(Lifecycle):
         if job.state is not JobState.NEW:
             raise job.illegal(f"job {job.id} was submitted before, it is {job.state.name}")
         _must_be_lawful(job)
+        if self._urgency.kept:
+            self._urgency.note(job, now)
         self._ids += 1
         job.id = self._ids
         job.submitted = now if since is None else since

@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING
 
 from aoti_sched.queue.holding import Stay
-from aoti_sched.queue.job import Job, JobState
+from aoti_sched.queue.job import Job, JobState, Priority
 from aoti_sched.queue.runner_state import Phase
 from aoti_sched.queue.selection import accounts as fair
 from aoti_sched.queue.selection.choice import can_start
@@ -219,6 +219,19 @@ def check(queue: DeviceQueue) -> None:
         == queue.timers.deadlines.alive,
         "live deadlines are counted",
     )
+    hurried = [
+        job
+        for runner in queue.runners.values()
+        for source in (runner, *runner.leases.values())
+        for job in source.queue.jobs()
+        if job.deadline is not None
+    ]
+    must(
+        not queue._urgency.kept
+        or [starts.alive for starts in queue._urgency._classes]
+        == [sum(job.priority == priority for job in hurried) for priority in Priority],
+        "each queued job with a deadline is reckoned with in batches",
+    )
 
 
 def _check_memory(queue: DeviceQueue, must: Callable[[bool, str], None]) -> None:
@@ -388,6 +401,13 @@ def _check_batches(
                 "a batch has at most max_rows rows",
             )
             must(
+                batches.rule.max_tokens is None
+                or sum(member.rows for member in job.members)
+                * max(member.tokens for member in job.members)
+                <= batches.rule.max_tokens,
+                "a batch has at most max_tokens tokens",
+            )
+            must(
                 all(
                     (m.lane, m.slot, m.epoch) == (job.lane, job.slot, job.epoch)
                     for m in job.members
@@ -406,8 +426,13 @@ def _check_batches(
     for name, key in batches.keys.items():
         alike = [job for job in keyed if job.key == name]
         must(
-            (key.jobs, key.rows) == (len(alike), sum(job.rows for job in alike)),
-            "a key counts its jobs and rows",
+            (key.jobs, key.rows, key.tokens)
+            == (
+                len(alike),
+                sum(job.rows for job in alike),
+                sum(job.rows * job.tokens for job in alike),
+            ),
+            "a key counts its jobs, rows and tokens",
         )
         must(
             not key.held or key.ripe or queue._turn_asked,

@@ -129,6 +129,7 @@ class Job:
         payload: The caller's own; no rule reads it.
         min_epoch: The job runs on the weights of this epoch or a later one.
         rows: Rows of the inputs, which count against a batch's `max_rows`.
+        tokens: The longest size of a row that is padded in a batch; counts against `max_tokens`.
         key: Jobs of one runner with an equal key may run as one batch; None for alone.
         bypasses_limits: Whether no bound holds the job back. Such a job is the library's own.
         tenant: A runner's tenants share its device time equally.
@@ -136,7 +137,7 @@ class Job:
     Attributes:
         lane: Where the job runs; `LOOP` for the loop's own thread, and then `inline` is set.
         members: Of a batch's leader: all jobs of the batch, the leader first.
-        size: Bytes of all inputs of the run that the job leads.
+        size: Bytes of all inputs of the run that the job leads, padding included.
         to_retry: Members of a failed batch that are still to be retried on the same lane.
         retrying: Whether the job is being retried, alone, since its batch failed.
         batch: How many jobs ran as one with this job.
@@ -178,6 +179,7 @@ class Job:
         "tenant",
         "timeout",
         "to_retry",
+        "tokens",
     )
 
     def __init__(
@@ -193,6 +195,7 @@ class Job:
         key: Hashable = None,
         bypasses_limits: bool = False,
         tenant: Hashable = None,
+        tokens: int = 1,
     ) -> None:
         self.source = source
         self.priority = priority
@@ -205,6 +208,7 @@ class Job:
         self.key = key
         self.bypasses_limits = bypasses_limits
         self.tenant = tenant
+        self.tokens = tokens
         self.timeout: float | None = None  # as the caller gave it, for messages
 
         self.id = -1
@@ -245,6 +249,7 @@ class Job:
             key=self.key,
             bypasses_limits=self.bypasses_limits,
             tenant=self.tenant,
+            tokens=self.tokens,
         )
         job.timeout = self.timeout
         return job
@@ -297,3 +302,8 @@ class Job:
             end = Fact.SUCCEED if self.state is JobState.DONE else Fact.FAIL
             moments.append((self.finished, end.name))
         return tuple(moments)
+
+
+def row_size(job: Job) -> int:
+    """Return the bytes of one row of a job that has rows, at least 1: its length, for padding."""
+    return max(1, -(-job.bytes // job.rows))

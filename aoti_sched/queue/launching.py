@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from aoti_sched.queue.commands import Command, Grant, Launch
 from aoti_sched.queue.deadlines import ExpiringJobs
 from aoti_sched.queue.ending import SLICE
-from aoti_sched.queue.job import Fact, Job, JobState
+from aoti_sched.queue.growth import Growth
+from aoti_sched.queue.job import Fact, Job, JobState, Priority, row_size
 from aoti_sched.queue.queue_state import batch_queue_of, may_share_run
 from aoti_sched.queue.runner_state import Lease, RunnerState, Source
 from aoti_sched.queue.selection.choice import better, can_start
@@ -35,6 +36,8 @@ class Launching(ExpiringJobs):
         job.expected = expected(job, job.bytes)
         if self._forecast.kept:
             self._forecast.add(job)
+        if self._urgency.kept and job.deadline is not None:
+            self._urgency.add(job, job.deadline)
         self.room.take(job, waited=waited)
         self.fair_shares.enter(job)
         if self._watches_age and not job.is_lease_request:
@@ -164,36 +167,89 @@ class Launching(ExpiringJobs):
             member.started = now
 
     def _take_along(self, job: Job, inline: bool, now: float, commands: list[Command]) -> None:
-        """Make the job the leader of a batch with queued jobs of its key, in their order.
+        """Make the job the leader of a batch with queued jobs of its key.
 
-        The batch is closed at the first job that does not fit. Without such jobs there is no batch.
+        Which jobs join is the rule of `growth.py`. Without such jobs there is no batch.
         """
         runner = job.source.runner
-        batches, placing = batch_queue_of(runner), runner.placing
-        members, rows = [job], job.rows
-        fits = not inline or placing.grows(*batches.potential_batch(job))
-        while (other := batches.queue.head_of(job.key)) is not None:
-            if other.deadline is not None and other.deadline <= now:
-                self._expire(other, now, commands)
-                continue
-            if rows + other.rows > batches.rule.max_rows:
-                break
-            if not fits and not placing.grows(job.size + other.bytes, len(members) + 1):
-                break
-            if other.deadline is not None and self._is_late(other, other.deadline, now, commands):
-                continue
-            self._unqueue(other)
-            self.fair_shares.launch(other)
-            other.overdue = job.overdue
-            members.append(other)
-            rows += other.rows
-            job.size += other.bytes
+        batches = batch_queue_of(runner)
+        shorter, longer = batches.queue.lengths_near(job.key, row_size(job))
+        if not shorter and not longer:
+            return
+        growth = Growth(
+            batches.rule,
+            runner.placing.times,
+            job,
+            now,
+            self._urgency.latest_start(job.priority),
+            promised=self._urgency.has_higher(job.priority, now),
+        )
+        members = [job]
+        # On the loop's thread, each job that joins is checked, unless all of them may.
+        checked = inline and not (
+            len(shorter) + len(longer) == 1 and runner.placing.grows(*batches.potential_batch(job))
+        )
+        for priority in Priority:
+            for lengths in (shorter, longer):
+                for length in lengths:
+                    if not self._take_of(length, priority, growth, members, checked, now, commands):
+                        break
         if len(members) > 1:
             job.members = tuple(members)
+            job.size = growth.size
             for member in members:
                 member.batch = len(members)
             runner.counters.batches += 1
             runner.counters.batched += len(members)
+
+    def _take_of(
+        self,
+        length: int,
+        priority: int,
+        growth: Growth,
+        members: list[Job],
+        checked: bool,
+        now: float,
+        commands: list[Command],
+    ) -> bool:
+        """Let jobs of one length and class join a batch, in their order, as long as they fit.
+
+        Args:
+            length: The bytes of a row.
+            priority: The class.
+            growth: The batch.
+            members: Its jobs, the leader first.
+            checked: Whether the run must stay short enough for the loop's thread.
+            now: The present time.
+            commands: What follows.
+
+        Returns:
+            Whether jobs of lengths that are farther from the leader's may join, too.
+        """
+        leader = members[0]
+        runner = leader.source.runner
+        queue, placing = runner.queue, runner.placing
+        while not growth.is_full:
+            other = queue.head_of(leader.key, length)
+            if other is None or other.priority != priority:
+                return True
+            if other.deadline is not None and other.deadline <= now:
+                self._expire(other, now, commands)
+                continue
+            if not growth.fits(other):
+                return True
+            if not growth.pays(other):
+                return False
+            if checked and not placing.grows(growth.size_with(other), len(members) + 1):
+                return False
+            if other.deadline is not None and self._is_late(other, other.deadline, now, commands):
+                continue
+            self._unqueue(other)
+            self.fair_shares.launch(other)
+            other.overdue = leader.overdue
+            members.append(other)
+            growth.add(other)
+        return False
 
     def _follow(self, sources: Sequence[Source], now: float, commands: list[Command]) -> None:
         """Hand the sources' next jobs ahead to lanes that run short jobs of theirs, the best first.

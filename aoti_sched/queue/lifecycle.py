@@ -96,6 +96,13 @@ class Lifecycle(Launching):
                 for source in (other, *other.leases.values()):
                     for job in source.queue.jobs():
                         self._forecast.add(job)
+        if batching is not None and not self._urgency.kept:
+            self._urgency.kept = True
+            for other in self.runners.values():
+                for source in (other, *other.leases.values()):
+                    for job in source.queue.jobs():
+                        if job.deadline is not None:
+                            self._urgency.add(job, job.deadline)
         return runner
 
     def drain_runner(self, runner: RunnerState, now: float) -> list[Command]:

@@ -22,6 +22,7 @@ from aoti_sched.queue.selection.choice import Selector
 from aoti_sched.queue.selection.fairness import FairShares
 from aoti_sched.queue.selection.forecast import Forecast
 from aoti_sched.queue.selection.placement import INLINE_BUDGET
+from aoti_sched.queue.selection.urgency import Urgency
 from aoti_sched.queue.timers import Timers
 
 
@@ -80,6 +81,7 @@ class QueueState:
         self._watches_age = self.policy.max_wait is not None
         self._selector = Selector(self.lanes, self.policy.max_wait)
         self._forecast = Forecast(self.lanes, fair=self.policy.fair)
+        self._urgency = Urgency()
         self._turn_asked = False
         self._endings: deque[Ending] = deque()
         # Runners with jobs whose epoch has come, and that have not moved to the gate yet.
@@ -127,6 +129,8 @@ class QueueState:
             source.queue.remove(job)
         if self._forecast.kept:
             self._forecast.remove(job)
+        if self._urgency.kept and job.deadline is not None:
+            self._urgency.remove(job)
         self.fair_shares.leave(job)
         if self._watches_age and not job.is_lease_request:
             source.arrivals.remove(job)

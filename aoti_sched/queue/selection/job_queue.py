@@ -2,19 +2,20 @@
 
 Jobs are ordered by priority class, then by their tenant's virtual time, then by due time.
 
-Jobs of one class, tenant and key are in one bucket, in the order of their due times. Buckets
-contend within a queue, by their first jobs; queues contend for lanes and for room. A change costs
-O(log n), and O(1) where jobs come in the order in which they go.
+Jobs of one class, tenant, key and length are in one bucket, in the order of their due times.
+Buckets contend within a queue, by their first jobs; queues contend for lanes and for room. A change
+costs O(log n), and O(1) where jobs come in the order in which they go.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator
 from typing import Generic, TypeVar
 
 from aoti_sched.queue.heap import Heap
-from aoti_sched.queue.job import Job, Priority
+from aoti_sched.queue.job import Job, Priority, row_size
 from aoti_sched.queue.selection.accounts import Account
 
 _T = TypeVar("_T", bound=Hashable)
@@ -149,15 +150,16 @@ class SortedJobs(Heap["tuple[float, int, Job]"]):
 
 
 class Bucket(SortedJobs):
-    """Jobs of one class, tenant and key, the earliest due job first."""
+    """Jobs of one class, tenant, key and length, the earliest due job first."""
 
-    __slots__ = ("account", "key", "priority")
+    __slots__ = ("account", "key", "length", "priority")
 
-    def __init__(self, priority: int, account: Account, key: Hashable) -> None:
+    def __init__(self, priority: int, account: Account, key: Hashable, length: int) -> None:
         super().__init__()
         self.priority = priority
         self.account = account
         self.key = key
+        self.length = length
 
     def rank(self) -> Rank | None:
         first = self.first
@@ -210,6 +212,32 @@ class Buckets:
         return None if bucket is None else bucket.first
 
 
+class Keyed:
+    """The jobs of one key, by their lengths: the bytes of a row, which others are padded to.
+
+    Attributes:
+        by_length: The buckets of each length that has jobs.
+        lengths: These lengths, rising.
+    """
+
+    __slots__ = ("by_length", "lengths")
+
+    def __init__(self) -> None:
+        self.by_length: dict[int, Buckets] = {}
+        self.lengths: list[int] = []
+
+    def changed(self, bucket: Bucket) -> None:
+        """Note that jobs have come to a bucket or left it."""
+        of_length = self.by_length.get(bucket.length)
+        if of_length is None:
+            of_length = self.by_length[bucket.length] = Buckets()
+            insort(self.lengths, bucket.length)
+        of_length.changed(bucket)
+        if not of_length.buckets:
+            del self.by_length[bucket.length]
+            self.lengths.remove(bucket.length)
+
+
 class JobQueue:
     """The jobs of one source that wait for the same thing.
 
@@ -232,14 +260,16 @@ class JobQueue:
     def __init__(self, account_of: Callable[[int, Hashable], Account] | None = None) -> None:
         self._account_of = account_of
         self._plain = tuple(
-            Bucket(priority, NO_ACCOUNT if account_of is None else account_of(priority, None), None)
+            Bucket(
+                priority, NO_ACCOUNT if account_of is None else account_of(priority, None), None, 0
+            )
             for priority in Priority
         )  # buckets of jobs without tenant and key, by class
-        self._buckets: dict[tuple[int, Hashable, Hashable], Bucket] = {}
+        self._buckets: dict[tuple[int, Hashable, Hashable, int], Bucket] = {}
         # The names of the buckets in `_buckets`, in the order in which they are checked.
-        self._names: deque[tuple[int, Hashable, Hashable]] = deque()
+        self._names: deque[tuple[int, Hashable, Hashable, int]] = deque()
         self._shown = Buckets()
-        self._by_key: dict[Hashable, Buckets] = {}
+        self._by_key: dict[Hashable, Keyed] = {}
         self._hidden: set[Hashable] = set()
         self._size = 0
 
@@ -263,10 +293,27 @@ class JobQueue:
         only = self._shown.only
         return self._shown.first() if only is None else only.first
 
-    def head_of(self, key: Hashable) -> Job | None:
-        """Return the job that goes first, of those with a key; None when there is none."""
+    def head_of(self, key: Hashable, length: int) -> Job | None:
+        """Return the job that goes first, of those with a key and a length; None if there is none.
+
+        A length is a `row_size`.
+        """
         of_key = self._by_key.get(key)
-        return None if of_key is None else of_key.first()
+        of_length = None if of_key is None else of_key.by_length.get(length)
+        return None if of_length is None else of_length.first()
+
+    def lengths_near(self, key: Hashable, length: int) -> tuple[list[int], list[int]]:
+        """Return the lengths of a key's jobs, the nearest to `length` first.
+
+        Returns:
+            Those up to `length`, and those above.
+        """
+        of_key = self._by_key.get(key)
+        if of_key is None:
+            return [], []
+        lengths = of_key.lengths
+        place = bisect_left(lengths, length + 1)
+        return lengths[:place][::-1], lengths[place:]
 
     def hide(self, key: Hashable) -> None:
         """Hide the jobs of a key that come from now on. The key must have no jobs yet."""
@@ -276,16 +323,18 @@ class JobQueue:
         """Let the jobs of a hidden key contend."""
         self._hidden.discard(key)
         of_key = self._by_key.get(key)
-        for bucket in () if of_key is None else list(of_key.buckets):
-            self._shown.changed(bucket)
+        for of_length in () if of_key is None else of_key.by_length.values():
+            for bucket in list(of_length.buckets):
+                self._shown.changed(bucket)
 
     def each(self) -> Iterator[Job]:
         """Yield all jobs, in no guaranteed order, and without building a list."""
         for bucket in self._shown.buckets:
             yield from bucket.each()
         for key in self._hidden:
-            for bucket in self._by_key[key].buckets:  # a key is hidden only while it has jobs
-                yield from bucket.each()
+            for of_length in self._by_key[key].by_length.values():  # a hidden key has jobs
+                for bucket in of_length.buckets:
+                    yield from bucket.each()
 
     def jobs(self) -> list[Job]:
         """Return all jobs, ordered by class, due time and arrival."""
@@ -299,11 +348,12 @@ class JobQueue:
         account_of = self._account_of
         if account_of is None or (job.tenant is None and job.key is None):
             return self._plain[job.priority]
-        name = (job.priority, job.tenant, job.key)
+        length = 0 if job.key is None else row_size(job)
+        name = (job.priority, job.tenant, job.key, length)
         bucket = self._buckets.get(name)
         if bucket is None:
             self._drop_buckets()
-            bucket = self._buckets[name] = Bucket(job.priority, NO_ACCOUNT, job.key)
+            bucket = self._buckets[name] = Bucket(job.priority, NO_ACCOUNT, job.key, length)
             self._names.append(name)
         if bucket.first is None:
             bucket.account = account_of(job.priority, job.tenant)
@@ -327,9 +377,9 @@ class JobQueue:
         if key is not None:
             of_key = self._by_key.get(key)
             if of_key is None:
-                of_key = self._by_key[key] = Buckets()
+                of_key = self._by_key[key] = Keyed()
             of_key.changed(bucket)
-            if not of_key.buckets:
+            if not of_key.lengths:
                 del self._by_key[key]
             if key in self._hidden:
                 return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 import pytest
 import structlog
@@ -114,7 +115,7 @@ async def test_a_timeout_in_a_batch_is_its_members_alone(aoti_backend, aoti_sche
 async def test_requests_wait_for_company_when_asked_to_and_go_at_once_otherwise(
     aoti_backend, aoti_scheduler, aoti_clock
 ):
-    runner = await load(aoti_scheduler, aoti_backend, max_delay=1.0)
+    runner = await load(aoti_scheduler, aoti_backend, max_delay=1.0, max_seconds=math.inf)
     futures = [runner.submit(1), runner.submit(2)]
     await settle()
     assert not aoti_backend.running
@@ -168,3 +169,37 @@ async def test_what_the_queue_bounds_allow_is_the_same_with_batching(aoti_backen
         runner.submit(3)
     aoti_backend.finish_all()
     assert await asyncio.gather(*futures) == [1, 2]
+
+
+async def test_until_the_first_run_has_ended_requests_run_alone(aoti_backend, aoti_scheduler):
+    """A first batch of all that wait could take a hundred times as long as a run."""
+    aoti_backend.models["m"] = lambda x: x
+    runner = await aoti_scheduler.load("m.pt2", batching=True, instances=2)
+    futures = [runner.submit(number) for number in range(4)]
+    await settle()
+    assert aoti_backend.running == 2
+    aoti_backend.finish_all()
+    await asyncio.gather(*futures)
+    assert [future.trace.batch_size for future in futures] == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "sizes"), [(None, [2, 2, 2, 2, 1]), (3.0, [3, 3, 3, 2, 2]), (0.5, [1] * 5)]
+)
+async def test_a_batch_is_bounded_by_the_learned_times(
+    aoti_backend, aoti_scheduler, aoti_clock, seconds, sizes
+):
+    """Each row takes a second, and requests of a higher class come."""
+
+    def slow(x):
+        aoti_clock.advance(1.0)
+        return x
+
+    runner = await load(aoti_scheduler, aoti_backend, slow, max_seconds=seconds)
+    runner.options(priority=aoti_sched.Priority.HIGH).submit(0)
+    await settle()
+    futures = [runner.submit(number) for number in range(5)]
+    await settle()
+    aoti_backend.finish_all()
+    await asyncio.gather(*futures)
+    assert [future.trace.batch_size for future in futures] == sizes

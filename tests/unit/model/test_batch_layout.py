@@ -81,6 +81,18 @@ def test_ragged_dimensions_need_not_agree_and_outputs_are_cut_back():
     assert (back.dim, back.input, back.input_dim) == (1, 0, 1)
 
 
+def test_tokens_are_the_longest_of_the_dimensions_that_are_padded():
+    inputs = (spec(BATCH, LENGTH, name="ids"), spec(BATCH, 300, name="flat"))
+    grouping, _ = grouped(
+        *inputs,
+        wanted=Batching(ragged={"ids": 7}, max_tokens=1024, max_seconds=0.5),
+        outputs=(spec(BATCH, 4, name="out"),),
+    )
+    assert (grouping.max_tokens, grouping.max_seconds) == (1024, 0.5)
+    assert grouping.tokens([torch.zeros(2, 5), torch.zeros(2, 300)]) == 5
+    assert grouping.tokens([torch.zeros(2, 0), torch.zeros(2, 300)]) == 1
+
+
 @pytest.mark.parametrize(
     ("pad_to", "rows", "padded"),
     [
@@ -150,6 +162,11 @@ def test_another_dimension_may_hold_the_rows():
         ((spec(BATCH, 2), spec(3, name="t")), {}, "different sizes in dimension 0"),
         ((spec(DynamicDim("n", scale=2)),), {}, "no number of rows"),
         ((spec(BATCH, 2, order=None),), {}, "how input 'x' lies in memory is not known"),
+        (
+            (spec(4, 2),),
+            {"wanted": Batching(max_tokens=64)},
+            "max_tokens counts the dimensions that ragged pads, and ragged pads none",
+        ),
         (
             (spec(4, 2),),
             {"wanted": Batching(pad_to=(2,))},

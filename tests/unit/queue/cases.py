@@ -15,7 +15,9 @@ RULES = {
     *("overdue", "waits for cores", "late", "probed", "waits for its tenant", "too many wait"),
     *("refused by prediction", "waits by prediction", "several are shed"),
     *("a batch", "a batch inline", "a batch behind another", "a rider expires"),
-    *("a rider is late", "grows no more", "leaves the loop"),
+    *("a rider is late", "grows no more", "leaves the loop", "a rider does not fit"),
+    *("a rider does not pay", "a rider is too hurried", "a batch hurries"),
+    *("shorter rides", "longer rides", "a promise", "no promise"),
     *("run again", "run again behind another", "gathers", "ripens"),
     *("withdrawn ", "withdrawn room", "withdrawn tenant", "withdrawn epoch"),
 }
@@ -41,7 +43,7 @@ CASES = {
     *(("state", state) for state in STATES),
 }
 
-COVER = (473, 1522, 63, 112, 172, 450, 1839)
+COVER = (3, 195, 112, 190, 1619, 26, 885)
 """Seeds whose walks together meet every case."""
 
 

@@ -21,6 +21,7 @@ from tests.unit.queue.plain_parts import (
     Run,
     Runner,
     freed_last,
+    kind_of,
 )
 from tests.unit.queue.plain_room import Room
 
@@ -48,6 +49,7 @@ class PlainModel(Room, Order):
         self.regular_turn, self.credit = False, 0.0
         self.jobs_bound = math.inf if jobs is None else jobs
         self.bytes_bound = math.inf if size is None else size
+        self.last = {}  # when a job of each class came last, once a runner makes batches
         self.floors = {}  # by class: the virtual time at which a runner's account begins
         self.runners = []
         self.leases = []
@@ -75,6 +77,10 @@ class PlainModel(Room, Order):
         if not 1 <= rest.get("width", 1) <= self.cores:
             raise Illegal
         bounds = (math.inf if bound is None else bound for bound in bounds)
+        if rest.get("batching") and not any(runner.batching for runner in self.runners):
+            for job in self.jobs:
+                if job.state == "QUEUED":
+                    job.latest = self.latest_start(job)
         self.runners.append(Runner(name, slots, *bounds, *placing, **rest))
         return []
 
@@ -102,6 +108,8 @@ class PlainModel(Room, Order):
             number, runner, lease, **wish, id=self.ids, submitted=now if since is None else since
         )
         self.jobs.append(job)
+        if any(other.batching for other in self.runners):
+            self.last[job.priority] = now
         runner.counters["submitted"] += 1
         refusal = self.refusal(job, now, new=since is None)
         awaits = job.min_epoch > job.source.epoch
@@ -423,12 +431,12 @@ class PlainModel(Room, Order):
         return self.start(again)
 
     def learn(self, run, seconds, now, *, ok):
-        runner, kind = run.runner, run.bytes.bit_length()
+        runner, kind = run.runner, kind_of(run.bytes)
         if run.lane == LOOP and seconds > self.budget:
             for larger in [known for known in runner.times if known >= kind]:
                 del runner.times[larger]
         elif ok:
-            runner.times.setdefault(kind, []).append(seconds)
+            runner.times.setdefault(kind, []).append((max(1, run.bytes), seconds))
             runner.seen[kind] = now
 
     def see_health(self, runner, *, ok):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tests.unit.queue.plain_parts import LOOP, OWN, UNHURRIED
+import math
+
+from tests.unit.queue.plain_parts import LOOP, OWN, UNHURRIED, kind_of, size_of
 
 
 class Order:
@@ -211,7 +213,7 @@ class Order:
 
         A probe is run when no run of the size was seen for long.
         """
-        seen, kind = job.runner.seen, job.bytes.bit_length()
+        seen, kind = job.runner.seen, kind_of(job.bytes)
         if now - seen[kind] < max(1.0, 8 * job.runner.bound(job.bytes)):
             return False
         seen[kind] = now
@@ -264,31 +266,118 @@ class Order:
 
     def put_together(self, leader, now, *, inline):
         """Return the members of a batch, the leader first, and the commands for expired jobs."""
-        runner, members, commands = leader.runner, [leader], []
+        members, commands = [leader], []
         leader.state = "RUNNING"
         self.take(leader)
-        key = leader.together
-        fits = key is None or not inline or runner.grows(*self.company_of(leader))
-        while key is not None:
-            others = [job for job in self.own(runner, "QUEUED") if job.together == key]
+        if leader.together is None:
+            return members, commands
+        others = self.of_key(leader.runner, leader.together)
+        lengths = sorted({job.length for job in others})
+        up_to = [length for length in reversed(lengths) if length <= leader.length]
+        above = [length for length in lengths if length > leader.length]
+        free = not inline or (len(lengths) == 1 and leader.runner.grows(*self.company_of(leader)))
+        limits = self.limits(leader, now)
+        for priority in (0, 1, 2):
+            for side in (up_to, above):
+                for length in side:
+                    same = (priority, length)
+                    found, on = self.join(same, members, limits, now, free=free)
+                    commands += found
+                    if not on:
+                        break
+        return members, commands
+
+    def limits(self, leader, now):
+        """Return the grains that a batch may take; None while nothing is known."""
+        alone = leader.runner.takes(leader.length * leader.rows)
+        seconds = leader.runner.batching[2]
+        if not alone:
+            return None if seconds == math.inf else 0
+        if seconds is None:
+            higher = [at for kind, at in self.last.items() if kind < leader.priority]
+            promised = any(now - at < 10 for at in higher)
+            self.met.add("a promise" if promised else "no promise")
+            limit = max(math.trunc(1e-3 * 2**30), (2 if promised else 8) * alone)
+        else:
+            limit = self.in_grains(seconds)
+        waiting = [job for job in self.jobs if job.state == "QUEUED"]
+        latest = [job.latest for job in waiting if job.priority < leader.priority]
+        latest += [] if leader.deadline is None else [leader.deadline]
+        if latest:
+            latest = min(latest)
+            if self.in_grains((latest - now) * 0.75) < limit:
+                self.met.add("a batch hurries")
+            limit = min(limit, self.in_grains((latest - now) * 0.75))
+        return limit
+
+    def in_grains(self, seconds):
+        return 1 << 62 if seconds == math.inf else math.trunc(seconds * 2.0**30)
+
+    def room_of(self, members, limit, now):
+        """Return the most bytes of a batch."""
+        leader = members[0]
+        size = leader.rows * leader.length
+        if limit is None:
+            return math.inf
+        if not limit and not leader.runner.takes(size):
+            return size
+        late = [job.deadline for job in members[1:] if job.deadline is not None]
+        others = [self.in_grains((deadline - now) * 0.75) for deadline in late]
+        limits = [limit, *(other for other in others if other < limit)]
+        return min(leader.runner.room(size, one, now) for one in limits)
+
+    def join(self, same, members, limit, now, *, free):
+        """Let queued jobs of a class and a length join.
+
+        Returns:
+            The commands for expired jobs, and whether jobs of other lengths may join, too.
+        """
+        leader, commands = members[0], []
+        runner = leader.runner
+        most, _, _, most_tokens = runner.batching
+        while True:
+            rows = sum(job.rows for job in members)
+            size = rows * max(job.length for job in members)
+            room, tokens = self.room_of(members, limit, now), max(job.tokens for job in members)
+            most_tokens = most_tokens or math.inf
+            if (
+                rows + 1 > most
+                or (rows + 1) * tokens > most_tokens
+                or size // rows * (rows + 1) > room
+            ):
+                return commands, False
+            others = [job for job in self.of_key(runner, leader.together) if job.length == same[1]]
             job = min(others, key=self.tenant_rank, default=None)
-            if job is None:
-                break
+            if job is None or job.priority != same[0]:
+                return commands, True
             if job.deadline is not None and job.deadline <= now:
                 self.met.add("a rider expires")
                 commands.append(self.expire(job))
                 continue
-            if sum(member.rows for member in members) + job.rows > runner.batching[0]:
-                break
-            size = sum(member.bytes for member in members) + job.bytes
-            if not fits and not runner.grows(size, len(members) + 1):
+            together = size_of([*members, job])
+            rows += job.rows
+            if rows > most or rows * max(tokens, job.tokens) > most_tokens or together > room:
+                self.met.add("a rider does not fit")
+                return commands, True
+            if together > self.room_of([*members, job], limit, now):
+                self.met.add("a rider is too hurried")
+                return commands, True
+            apart = runner.takes(size) + runner.takes(job.rows * job.length)
+            if (
+                job.length * sum(one.rows for one in members) != size
+                and runner.takes(together) > apart
+            ):
+                self.met.add("a rider does not pay")
+                return commands, False
+            if not free and not runner.grows(together, len(members) + 1):
                 self.met.add("grows no more")
-                break
+                return commands, False
             if self.too_late(job, now):
                 self.met.add("a rider is late")
                 commands.append(self.expire(job))
                 continue
+            self.met |= {"longer rides"} if together // rows > size // (rows - job.rows) else set()
+            self.met |= {"shorter rides"} if job.length < together // rows else set()
             members.append(job)
             job.state = "RUNNING"
             self.take(job)
-        return members, commands

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 LOOP = -1
 LIVE = ("WAITING", "QUEUED", "RUNNING")
@@ -18,6 +19,15 @@ SECONDS = ("queue_seconds", "run_seconds", "wasted_seconds")
 UNHURRIED = 10.0  # a job without a deadline is due so late after its submission, in seconds
 OWN = ("the runner itself",)  # the runner's own account, instead of a tenant's
 SLICE = 16  # jobs that one fact ends, moves or admits at most, for each reason
+
+
+def kind_of(size):
+    """Return the class of a size: its bits. No bytes count as one."""
+    return max(1, size).bit_length()
+
+
+def grains(seconds):
+    return round(seconds * 2.0**30)
 
 
 class Illegal(Exception):
@@ -62,15 +72,15 @@ class Runner:
     sheds: bool = False
     predicts: bool = False
     routable: bool = False
-    batching: tuple | None = None  # (most rows, longest delay)
+    batching: tuple | None = None  # (most rows, longest delay, most seconds, most tokens)
     waiting: float = math.inf  # the most jobs that wait for room; of each lease once more
     phase: str = "OPEN"
     removed: bool = False
     counters: dict = field(default_factory=lambda: dict.fromkeys((*COUNTS, *SECONDS), 0))
     freed: dict = field(default_factory=dict)  # slot: when it was last freed, as a running number
-    # How long runs took, by the number of bits of their size.
+    # The sizes of runs and how long they took, by their kind (`kind_of`).
     times: dict = field(default_factory=dict)
-    # When a run was last learned of or probed, by the number of bits of the size.
+    # When a run was last learned of or probed, by the kind of the size.
     seen: dict = field(default_factory=dict)
     accounts: dict = field(default_factory=dict)  # by (tenant or OWN, class)
     floors: dict = field(default_factory=dict)  # by class: where a tenant's account begins
@@ -89,8 +99,57 @@ class Runner:
 
     def known(self, size):
         """Return the last run times of a size, shortest first; none while there are too few."""
-        recent = sorted(self.times.get(size.bit_length(), [])[-32:])
+        recent = sorted(seconds for _, seconds in self.times.get(kind_of(size), [])[-32:])
         return recent if len(recent) >= 8 else []
+
+    def points(self):
+        """Return the mean size, the mean time in grains, and the kind of each kind, rising."""
+        found = []
+        for kind, runs in sorted(self.times.items()):
+            sizes, seconds = zip(*runs[-32:], strict=True)
+            mean = max(1, sum(map(grains, seconds)) // len(seconds))
+            found.append((sum(sizes) // len(sizes), mean, kind))
+        return found
+
+    def takes(self, size):
+        """Return the grains that a run is expected to take; 0 while nothing is known."""
+        size, points = max(1, size), self.points()
+        smaller = [point for point in points if point[0] < size]
+        larger = [point for point in points if point[0] >= size]
+        if not points:
+            return 0
+        if not larger:
+            return max(1, smaller[-1][1] * size // smaller[-1][0])
+        if smaller:
+            (low, fast, _), (high, slow, _) = smaller[-1], larger[0]
+            return fast + (slow - fast) * (size - low) // (high - low)
+        (low, fast, _), *others = larger
+        least = max(1, fast * size // low)
+        if not others:
+            return least
+        high, slow, _ = others[0]
+        return max(least, min(fast, fast - (slow - fast) * (low - size) // (high - low)))
+
+    def room(self, size, limit, now):
+        """Return to which size a run may grow that takes at most `limit` grains."""
+        at = max(1, size), self.takes(size)
+        if at[1] >= limit:
+            return at[0]
+        passed = [at]
+        for high, slow, kind in self.points():
+            if high <= at[0]:
+                continue
+            rates = [Fraction(*reversed(point)) for point in passed]
+            falls = Fraction(slow, high) > min(rates) * Fraction(9, 8)
+            if not falls and slow <= limit:
+                at = high, slow
+                passed.append(at)
+            elif now - self.seen[kind] < max(10.0, 100 * slow * 2.0**-30):
+                if falls and kind_of(at[0]) == kind:
+                    return at[0]
+                room = at[0] + (limit - at[1]) * (high - at[0]) // (slow - at[1])
+                return min(room, (1 << kind_of(at[0])) - 1) if falls else room
+        return at[0] * limit // at[1]
 
     def bound(self, size):
         recent = self.known(size)
@@ -103,8 +162,8 @@ class Runner:
     def expected(self, size):
         """Return the core seconds that a run is expected to take."""
         recent = self.known(size)
-        grains = sum(round(seconds * 2.0**30) for seconds in recent)
-        return self.width * (grains // len(recent) * 2.0**-30) if recent else 0.0
+        total = sum(map(grains, recent))
+        return self.width * (total // len(recent) * 2.0**-30) if recent else 0.0
 
     def inline(self, size):
         if self.choice != "auto":
@@ -112,7 +171,7 @@ class Runner:
         return self.bound(size) < self.limit or self.short_when_larger(size, self.limit)
 
     def short_when_larger(self, size, limit):
-        bits = size.bit_length()
+        bits = kind_of(size)
         larger = [kind for kind in self.times if kind > bits and self.known((1 << kind) >> 1)]
         return any(
             self.bound((1 << kind) >> 1) < limit + (2.0 ** (kind - bits) - 1) * self.hop
@@ -123,8 +182,8 @@ class Runner:
         """Return whether an inline batch may have this number of jobs and bytes."""
         if self.choice == "inline":
             return True
-        bits, limit = size.bit_length(), self.limit + (jobs - 1) * self.hop
-        smaller = [kind for kind in range(bits + 1) if self.known((1 << kind) >> 1)]
+        bits, limit = kind_of(size), self.limit + (jobs - 1) * self.hop
+        smaller = [kind for kind in range(1, bits + 1) if self.known((1 << kind) >> 1)]
         if smaller and self.bound((1 << smaller[-1]) >> 1) * 2.0 ** (bits - smaller[-1]) < limit:
             return True
         return self.short_when_larger(size, limit)
@@ -159,6 +218,7 @@ class Job:
     min_epoch: int = 0
     tenant: str | None = None
     rows: int = 1
+    tokens: int = 1
     key: str | None = None
     bypasses_limits: bool = False  # from bounds
     state: str = "NEW"
@@ -168,6 +228,7 @@ class Job:
     submitted: float = 0
     overdue: bool = False  # launched because it had waited too long
     unchecked: bool = False  # a probe, which is not checked for being late any more
+    latest: float = math.inf  # when to start, to end in time; as known when the job was queued
     expected: float = 0.0  # core seconds, as known when the job was queued
     charged: float = 0.0  # core seconds charged at the launch to `accounts`
     accounts: list = field(default_factory=list)
@@ -186,6 +247,11 @@ class Job:
         """Return the key under which the job may be batched; None for alone."""
         alone = self.runner.batching is None or self.lease is not None or self.is_lease_request
         return None if alone else self.key
+
+    @property
+    def length(self):
+        """Return the bytes of a row."""
+        return max(1, math.ceil(self.bytes / self.rows))
 
     def accounts_now(self, fair):
         """Return the runner's account and, unless a lease is the source, the tenant's."""
@@ -217,7 +283,7 @@ class Run:
 
     @property
     def bytes(self):
-        return sum(job.bytes for job in self.members)
+        return size_of(self.members)
 
     def part(self, job, seconds):
         """Return the part of the run's seconds that one of its jobs is charged."""
@@ -225,6 +291,13 @@ class Run:
             return seconds
         rows = sum(member.rows for member in self.members)
         return seconds * job.rows / rows if rows else seconds / len(self.members)
+
+
+def size_of(members):
+    """Return the bytes of a run, padding included."""
+    if len(members) == 1:
+        return members[0].bytes
+    return sum(job.rows for job in members) * max(job.length for job in members)
 
 
 def freed_last(free, freed):

@@ -141,7 +141,15 @@ class Room:
         self.lift(job)
         job.state, job.waits_for = "QUEUED", ""
         job.expected = job.runner.expected(job.bytes)
+        job.latest = self.latest_start(job)
         return [] if job.together is None else self.joins(job, now)
+
+    def latest_start(self, job):
+        """Return when a queued job has to start, to end before its deadline, as it is known now."""
+        if job.deadline is None:
+            return math.inf
+        bound = job.runner.bound(job.bytes)
+        return job.deadline - (bound if bound < math.inf else 0.0)
 
     # --- which jobs are rejected or shed ----------------------------------------------------------
 
@@ -257,7 +265,7 @@ class Room:
         if not delay or self.max_wait == 0:
             return -math.inf
         at = job.submitted + (delay if self.max_wait is None else min(delay, self.max_wait))
-        return at if job.deadline is None else min(at, job.deadline - runner.bound(job.bytes))
+        return at if job.deadline is None else min(at, job.deadline - 3 * runner.bound(job.bytes))
 
     def would_wait(self, job):
         """Return whether a new job is queued, even in an empty queue, since others may join it."""
@@ -301,7 +309,9 @@ class Room:
     def see_ripeness(self, runner, key, now):
         """Make a key ripe if it is due. A ripe key stays ripe while it has queued jobs."""
         rows = sum(job.rows for job in self.of_key(runner, key))
+        tokens = sum(job.rows * job.tokens for job in self.of_key(runner, key))
         full = rows >= runner.batching[0] or now >= runner.ripe_at[key]
+        full |= tokens >= (runner.batching[3] or math.inf)
         if runner.phase != "OPEN" or (full and key not in runner.held):
             runner.ripe.add(key)
         elif key not in runner.ripe:

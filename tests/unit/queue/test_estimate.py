@@ -16,7 +16,7 @@ from aoti_sched.queue.selection.service_time import (
 def learned(*seconds):
     time = ServiceTime()
     for one in seconds:
-        time.learn(one, 0.0)
+        time.learn(1, one, 0.0)
     return time.bound
 
 

@@ -336,7 +336,12 @@ class Shared:
     def __init__(self):
         self.queue = queue = DeviceQueue("cpu", 2, policy=Policy(max_wait=9.0))
         self.runner = runner = add(
-            queue, slots=2, tenant_jobs=1, batching=Batching(4, 1.0), sheds=True, predicts=True
+            queue,
+            slots=2,
+            tenant_jobs=1,
+            batching=Batching(4, 1.0, max_tokens=8),
+            sheds=True,
+            predicts=True,
         )
         self.leader, self.rider, self.queued, self.in_line = (
             Job(runner, key="k", tenant=tenant) for tenant in ("a", "b", "a", "a")
@@ -456,6 +461,14 @@ def a_batch_too_large(s):
     s.rider.rows = 4
 
 
+def a_batch_of_too_many_tokens(s):
+    s.rider.tokens = 5
+
+
+def a_deadline_that_is_not_reckoned_with(s):
+    s.queue._urgency._classes[Priority.NORMAL].alive += 1
+
+
 def a_batch_in_two_places(s):
     s.rider.slot = s.leader.slot + 1
 
@@ -529,10 +542,15 @@ def a_turn_of_which_one_does_not_hear(s):
         (a_batch_of_one, "a batch has several members and is led by the first"),
         (a_batch_of_two_keys, "the members of a batch have one key"),
         (a_batch_too_large, "a batch has at most max_rows rows"),
+        (a_batch_of_too_many_tokens, "a batch has at most max_tokens tokens"),
+        (
+            a_deadline_that_is_not_reckoned_with,
+            "each queued job with a deadline is reckoned with in batches",
+        ),
         (a_batch_in_two_places, "the members of a batch have one lane, slot and epoch"),
         (a_key_without_jobs, "exactly the keys that have jobs are listed"),
-        (a_keys_job_uncounted, "a key counts its jobs and rows"),
-        (a_keys_row_uncounted, "a key counts its jobs and rows"),
+        (a_keys_job_uncounted, "a key counts its jobs, rows and tokens"),
+        (a_keys_row_uncounted, "a key counts its jobs, rows and tokens"),
         (a_key_held_for_ever, "a next turn comes for each key that is held until then"),
         (a_key_forgotten, "the device wakes for each key that waits for more jobs"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 from aoti_sched.errors import ShedError
@@ -176,6 +177,8 @@ class Walk:
             rest["batching"] = (
                 draw.choice([1, 4, 5, 8, 8, 8]),
                 draw.choice([0, 0, 0, 0.125, 0.5, 2]),
+                draw.choice([math.inf, math.inf, None, None, 0.25, 1]),
+                draw.choice([None, None, 6, 12]),
             )
         if self.others.random() < 0.3:
             rest["waiting"] = self.others.choice([1, 2])
@@ -217,6 +220,7 @@ class Walk:
             "min_epoch": draw.choice([0, 0, 0, 1, 2, 3]) if self.barriers else 0,
             "tenant": draw.choice([None, "a", "b", "c"]) if self.tenants else None,
             "rows": draw.choice([0, 1, 1, 1, 2, 3, 5]),
+            "tokens": draw.choice([1, 1, 1, 2, 3]),
             "key": draw.choice([None, "k", "k", "k", "k", "l"]) if self.batches else None,
         }
         if holds or runner.batching is None or not 1 <= wish["rows"] <= runner.batching[0]:
