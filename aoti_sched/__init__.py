@@ -10,6 +10,8 @@ from aoti_sched.blocking import (
     BlockingRunner,
     BlockingRunnerView,
     BlockingScheduler,
+    BlockingSplit,
+    BlockingSplitView,
 )
 from aoti_sched.config import Batching, DeviceConfig, Limits, ModelConfig, SchedulerConfig
 from aoti_sched.engine.blocking import BlockingFuture
@@ -98,6 +100,8 @@ __all__ = [
     "BlockingRunner",
     "BlockingRunnerView",
     "BlockingScheduler",
+    "BlockingSplit",
+    "BlockingSplitView",
     "CompileError",
     "ConfigError",
     "ConfigReport",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
@@ -17,23 +18,27 @@ import msgspec
 from aoti_sched.engine.holders import THREAD
 from aoti_sched.engine.loop_thread import LoopThread
 from aoti_sched.errors import AotiSchedError, ConfigError, UnsupportedLoopError, brief
-from aoti_sched.handle import submit_from_thread
+from aoti_sched.handle import call_of_thread
 from aoti_sched.mapping import map_blocking
+from aoti_sched.queue.job import Priority
 from aoti_sched.scheduler import Scheduler
 from aoti_sched.signature import P, R
+from aoti_sched.split import call_of_split
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Hashable, Iterable, Iterator
     from types import TracebackType
     from typing import Concatenate
 
     from typing_extensions import Self, Unpack
 
+    from aoti_sched.apply import ConfigReport
     from aoti_sched.backends.contracts import Device
     from aoti_sched.config import SchedulerConfig
     from aoti_sched.engine.blocking import BlockingFuture
     from aoti_sched.engine.dispatcher import Clock
+    from aoti_sched.engine.future import RunFuture
     from aoti_sched.engine.weights.report import UpdateReport
     from aoti_sched.engine.weights.transaction import Barrier
     from aoti_sched.handle import Handle
@@ -41,9 +46,9 @@ if TYPE_CHECKING:
     from aoti_sched.load_settings import LoadSettings, Package
     from aoti_sched.mapping import OnError
     from aoti_sched.model.specs import ConstantSpec
-    from aoti_sched.queue.job import Priority
     from aoti_sched.runner import Runner, RunnerView
-    from aoti_sched.stats import RunnerInfo, RunnerStats, SchedulerStats
+    from aoti_sched.split import Shadow, Split, SplitView
+    from aoti_sched.stats import RunnerInfo, RunnerStats, SchedulerStats, SplitStats
 
 _T = TypeVar("_T")
 
@@ -85,7 +90,7 @@ class _Calls(Generic[P, R]):
         """
         token = THREAD.set(threading.current_thread())
         try:
-            return submit_from_thread(self._handle, args, kwargs)
+            return call_of_thread(self._handle, args, kwargs, waits=False).start()
         finally:
             THREAD.reset(token)
 
@@ -174,12 +179,19 @@ class BlockingRunnerView(_Calls[P, R]):
         timeout: float | msgspec.UnsetType | None = msgspec.UNSET,
         min_epoch: int | None = None,
         tenant: Hashable | msgspec.UnsetType = msgspec.UNSET,
+        tag: str | None = None,
+        copy: bool | None = None,
     ) -> BlockingRunnerView[P, R]:
         """Return a light handle with other options, as `Runner.options` does."""
         view = self._on_loop_for(
             tenant,
             lambda: self._handle.options(
-                priority=priority, timeout=timeout, min_epoch=min_epoch, tenant=tenant
+                priority=priority,
+                timeout=timeout,
+                min_epoch=min_epoch,
+                tenant=tenant,
+                tag=tag,
+                copy=copy,
             ),
         )
         return BlockingRunnerView(self._scheduler, view)
@@ -314,6 +326,89 @@ class BlockingRunner(BlockingRunnerView[P, R]):
         return hash(self._handle)
 
 
+class BlockingSplitView(_Calls[..., Any]):
+    """A split with other options, made by `options()`."""
+
+    __slots__ = ("_split",)
+
+    def __init__(self, scheduler: BlockingScheduler, split: SplitView) -> None:
+        self._scheduler = scheduler
+        self._split = split
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model of one of the runners, as `Split.run` does."""
+        return self._split.run_blocking(*args, **kwargs)
+
+    def submit(self, *args: Any, **kwargs: Any) -> BlockingFuture[Any]:
+        """Queue a run on one of the runners, and return its future at once."""
+        return call_of_split(self._split, args, kwargs, waits=False).start()
+
+    def options(
+        self,
+        *,
+        priority: Priority | None = None,
+        timeout: float | msgspec.UnsetType | None = msgspec.UNSET,
+        tenant: Hashable | msgspec.UnsetType = msgspec.UNSET,
+        tag: str | None = None,
+        copy: bool | None = None,
+    ) -> BlockingSplitView:
+        """Return a light handle with other options, as `Split.options` does."""
+        view = self._on_loop_for(
+            tenant,
+            lambda: self._split.options(
+                priority=priority, timeout=timeout, tenant=tenant, tag=tag, copy=copy
+            ),
+        )
+        return BlockingSplitView(self._scheduler, view)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self._split!r}>"
+
+
+class BlockingSplit(BlockingSplitView):
+    """Requests shared out among runners. Made by `BlockingScheduler.split`."""
+
+    __slots__ = ()
+
+    _split: Split
+
+    @property
+    def name(self) -> str:
+        """The name that was given."""
+        return self._split.name
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The part of the requests that each runner gets, by name; they sum up to 1."""
+        return self._split.shares
+
+    def change(self, shares: Mapping[BlockingRunner[..., Any], float]) -> None:
+        """Share out the requests from now on in another way, as `Split.change` does."""
+        inner = _inner_shares(shares)
+        self._thread.ask(lambda: self._split.change(inner))
+
+    def shadow(
+        self,
+        runner: BlockingRunner[..., Any],
+        on_result: Callable[[RunFuture[Any], RunFuture[Any]], object],
+        *,
+        share: float = 1.0,
+        priority: Priority = Priority.LOW,
+    ) -> Shadow:
+        """Send copies of the requests to one more runner, as `Split.shadow` does.
+
+        `on_result` is called in the scheduler's own thread, so it must not block.
+        """
+        inner = _inner(runner)
+        return self._thread.ask(
+            lambda: self._split.shadow(inner, on_result, share=share, priority=priority)
+        )
+
+    def stats(self) -> SplitStats:
+        """Return how many requests went to each runner, and what became of the copies."""
+        return self._thread.ask(self._split.stats)
+
+
 class BlockingLease(_Calls[P, R]):
     """One slot, held. Its runs go one after the other."""
 
@@ -338,12 +433,19 @@ class BlockingLease(_Calls[P, R]):
         timeout: float | msgspec.UnsetType | None = msgspec.UNSET,
         min_epoch: int | None = None,
         tenant: Hashable | msgspec.UnsetType = msgspec.UNSET,
+        tag: str | None = None,
+        copy: bool | None = None,
     ) -> BlockingLease[P, R]:
         """Return a light handle on the same slot with other options."""
         lease = self._on_loop_for(
             tenant,
             lambda: self._handle.options(
-                priority=priority, timeout=timeout, min_epoch=min_epoch, tenant=tenant
+                priority=priority,
+                timeout=timeout,
+                min_epoch=min_epoch,
+                tenant=tenant,
+                tag=tag,
+                copy=copy,
             ),
         )
         return BlockingLease(self._scheduler, lease)
@@ -413,15 +515,26 @@ class BlockingScheduler:
         self._begin(Scheduler(config, devices=devices, clock=clock))
 
     @classmethod
-    def from_config(cls, path: str | os.PathLike[str]) -> Self:
+    def from_config(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        devices: Mapping[str, Device] | None = None,
+        clock: Clock | None = None,
+    ) -> Self:
         """Make a scheduler as a TOML file describes it. Its models are loaded by `start`.
+
+        Args:
+            path: The file.
+            devices: Devices by name, in place of the machine's own (for tests).
+            clock: A clock in place of the event loop's (for tests).
 
         Raises:
             ConfigError: A setting is wrong; the message gives its path.
         """
         made = cls.__new__(cls)
         made._begin(  # noqa: SLF001
-            Scheduler.from_config(path)
+            Scheduler.from_config(path, devices=devices, clock=clock)
         )
         return made
 
@@ -549,6 +662,18 @@ class BlockingScheduler:
             )
         )
 
+    def apply(self, config: SchedulerConfig | str | os.PathLike[str]) -> ConfigReport:
+        """Make the models those of a configuration, as `Scheduler.apply` does."""
+        return self._thread.call(lambda: self._scheduler.apply(config))
+
+    def split(
+        self, name: str, shares: Mapping[BlockingRunner[..., Any], float], *, sticky: bool = False
+    ) -> BlockingSplit:
+        """Share out the requests of one name among runners, as `Scheduler.split` does."""
+        inner = _inner_shares(shares)
+        split = self._thread.ask(lambda: self._scheduler.split(name, inner, sticky=sticky))
+        return BlockingSplit(self, split)
+
     def drain_device(self, device: str) -> None:
         """Take a device out of service, and return when no model is left there."""
         self._thread.call(lambda: self._scheduler.drain_device(device))
@@ -582,6 +707,12 @@ def _inner(runner: object) -> Runner:
     if not isinstance(runner, BlockingRunner):
         raise ConfigError(f"expected the runner that load() returned, got {brief(runner)}.")
     return runner._handle  # noqa: SLF001
+
+
+def _inner_shares(shares: object) -> Any:
+    if not isinstance(shares, Mapping):
+        return shares  # refused on the loop
+    return {_inner(runner): share for runner, share in shares.items()}
 
 
 def _inners(runners: Iterable[object]) -> list[Runner]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from asyncio import _get_running_loop  # the public one raises, and this one is for the hot path
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar, overload
 
 import msgspec
 
@@ -30,7 +31,7 @@ from aoti_sched.signature import P, R
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Callable, Iterable, Sequence
 
-    from aoti_sched.engine.blocking import BlockingFuture
+    from aoti_sched.engine.blocking import BlockingCalls, BlockingFuture
     from aoti_sched.engine.replica import Replica
     from aoti_sched.engine.router import Router
     from aoti_sched.mapping import OnError
@@ -58,6 +59,33 @@ class Options(msgspec.Struct, frozen=True):
     tenant: Tenant | None = None
     tag: str = ""
     copy: bool = False
+
+
+class CallOfThread(NamedTuple):
+    """A request of a thread other than the event loop's.
+
+    Attributes:
+        calls: The calls of other threads into the scheduler.
+        name: What is called, for errors.
+        submit: Submits the request on the loop, with the seconds that are left of its timeout.
+        inherit_stream: Returns a context that makes the calling thread's stream current on the
+            loop's thread.
+        timeout: Seconds for all of it.
+    """
+
+    calls: BlockingCalls
+    name: str
+    submit: Callable[[float | None], RunFuture[Any]]
+    inherit_stream: Callable[[], AbstractContextManager[object]]
+    timeout: float | None
+
+    def run(self) -> Any:
+        """Hand the request over to the loop and wait for its end."""
+        return self.calls.run(self.name, self.submit, self.inherit_stream, self.timeout)
+
+    def start(self) -> BlockingFuture[Any]:
+        """Hand the request over to the loop and return its future."""
+        return self.calls.submit(self.name, self.submit, self.inherit_stream, self.timeout)
 
 
 _View = TypeVar("_View", bound="Handle[Any, ..., Any]")
@@ -229,12 +257,7 @@ class Handle(Generic[_View, P, R]):
             )
 
         try:
-            result: R = router.blocking.run(
-                router.name,
-                self._submission(args, kwargs, waits=True),
-                self._target.inherit_stream,
-                self._options.timeout,
-            )
+            result: R = call_of_thread(self, args, kwargs, waits=True).run()
         except AotiSchedError as error:
             error.tag = self._options.tag
             raise
@@ -322,14 +345,22 @@ class Handle(Generic[_View, P, R]):
         return f"<{type(self).__name__} {self._router.name!r} on {self._target.device}>"
 
 
-def submit_from_thread(
-    handle: Handle[Any, ..., R], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> BlockingFuture[R]:
-    """Hand a request over to the event loop from another thread, and return its future."""
+def call_of_thread(
+    handle: Handle[Any, ..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, waits: bool
+) -> CallOfThread:
+    """Return how another thread hands a request over to the event loop.
+
+    Args:
+        handle: What is called.
+        args: The positional arguments of the model.
+        kwargs: The keyword arguments of the model.
+        waits: Whether the thread does nothing else until the request ends.
+    """
     router = handle._router  # noqa: SLF001
-    return router.blocking.submit(
+    return CallOfThread(
+        router.blocking,
         router.name,
-        handle._submission(args, kwargs, waits=False),  # noqa: SLF001
+        handle._submission(args, kwargs, waits=waits),  # noqa: SLF001
         handle._target.inherit_stream,  # noqa: SLF001
         handle._options.timeout,  # noqa: SLF001
     )

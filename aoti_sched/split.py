@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import math
 import numbers
-import random
+from asyncio import _get_running_loop
 from collections.abc import Hashable, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from aoti_sched.errors import AotiSchedError, ConfigError, brief
+from aoti_sched.errors import AotiSchedError, ConfigError, UnsupportedLoopError, brief
 from aoti_sched.events import log
+from aoti_sched.handle import CallOfThread, call_of_thread
+from aoti_sched.mapping import MapResults
 from aoti_sched.queue.job import Priority
 from aoti_sched.queue.selection.shares import Shares
 from aoti_sched.stats import ShadowStats, SplitStats
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from aoti_sched.engine.future import RunFuture
+    from aoti_sched.mapping import OnError
     from aoti_sched.runner import Runner, RunnerView
 
 
@@ -37,35 +42,48 @@ class SplitView:
         self._traffic = traffic
         self._given = given
         self._key = _key_of(given) if traffic.sticky else None
-        self._handles: dict[str, RunnerView] = {}
+        self._handles: dict[str, RunnerView[..., Any]] = {}
 
     async def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model of one of the runners, as `Runner.run` does; raises as it does."""
-        return await self.submit(*args, **kwargs)
+        return await self._submit(args, kwargs, waits=True)
 
-    def submit(self, *args: Any, **kwargs: Any) -> RunFuture:
+    def submit(self, *args: Any, **kwargs: Any) -> RunFuture[Any]:
         """Queue a run on one of the runners, as `Runner.submit` does; raises as it does.
 
         `trace.runner` of the future names the runner.
         """
-        traffic = self._traffic
-        name = traffic.next(self._key)
-        future = self._handle(name).submit(*args, **kwargs)
-        traffic.requests[name] += 1
-        for shadow in traffic.shadows:
-            shadow.follow(future, args, kwargs)
-        return future
+        return self._submit(args, kwargs, waits=False)
 
     def run_blocking(self, *args: Any, **kwargs: Any) -> Any:
-        """`run` for callers in other threads, as `Runner.run_blocking`; raises as it does.
+        """`run` for callers in other threads, as `Runner.run_blocking`; raises as it does."""
+        call = call_of_split(self, args, kwargs, waits=True)
+        if _get_running_loop() is call.calls.loop:
+            raise UnsupportedLoopError(
+                f"split {self._traffic.name!r}: run_blocking() was called on the event loop's own "
+                "thread and would wait for itself. Use `await split.run(...)` there."
+            )
+        return call.run()
 
-        No shadow follows such a request.
-        """
-        traffic = self._traffic
-        name = traffic.draw(self._key)
-        answer = self._handle(name).run_blocking(*args, **kwargs)
-        traffic.requests[name] += 1
-        return answer
+    def map(
+        self,
+        source: Iterable[Any] | AsyncIterable[Any],
+        *,
+        at_once: int = 32,
+        ordered: bool = True,
+        errors: OnError = "raise",
+        unpack: bool = False,
+    ) -> MapResults[Any]:
+        """Run the model on each item of a source, as `Runner.map` does; raises as it does."""
+        return MapResults(
+            self.submit,
+            source,
+            call_of_split(self, (), {}, waits=False).calls.loop,
+            at_once=at_once,
+            ordered=ordered,
+            errors=errors,
+            unpack=unpack,
+        )
 
     def options(
         self,
@@ -73,6 +91,8 @@ class SplitView:
         priority: Priority | None = None,
         timeout: float | msgspec.UnsetType | None = msgspec.UNSET,
         tenant: Hashable | msgspec.UnsetType = msgspec.UNSET,
+        tag: str | None = None,
+        copy: bool | None = None,
     ) -> SplitView:
         """Return a light handle with other options. What is not given stays as it is here.
 
@@ -81,23 +101,36 @@ class SplitView:
             timeout: As in `Runner.options`.
             tenant: As in `Runner.options`. In a sticky split, all requests of a tenant go to one
                 runner; a tenant is then known by its `repr`.
+            tag: As in `Runner.options`.
+            copy: As in `Runner.options`.
 
         Raises:
             ConfigError: A value is of the wrong type or out of range; it is a ValueError.
             TypeError: The tenant can't be hashed.
         """
-        given = dict(self._given)
-        if priority is not None:
-            given["priority"] = priority
+        given: dict[str, Any] = dict(self._given)
+        news = {"priority": priority, "tag": tag, "copy": copy}
+        given |= {name: value for name, value in news.items() if value is not None}
         if timeout is not msgspec.UNSET:
             given["timeout"] = timeout
         if tenant is not msgspec.UNSET:
             given["tenant"] = tenant
         view = SplitView(self._traffic, given)
-        view._handle(next(iter(self._traffic.runners)))  # raises for options that are wrong
+        view._any()  # raises for options that are wrong
         return view
 
-    def _handle(self, name: str) -> RunnerView:
+    def _submit(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, waits: bool
+    ) -> RunFuture[Any]:
+        traffic = self._traffic
+        name = traffic.next(self._key)
+        future = call_of_thread(self._handle(name), args, kwargs, waits=waits).submit(None)
+        traffic.requests[name] += 1
+        for shadow in traffic.shadows:
+            shadow.follow(future, args, kwargs)
+        return future
+
+    def _handle(self, name: str) -> RunnerView[..., Any]:
         runner = self._traffic.runners[name]
         if not self._given:
             return runner
@@ -105,6 +138,9 @@ class SplitView:
         if handle is None:
             handle = self._handles[name] = runner.options(**self._given)
         return handle
+
+    def _any(self) -> RunnerView[..., Any]:
+        return self._handle(next(iter(self._traffic.shares)))
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._traffic.name!r} of {self._traffic.shares}>"
@@ -128,7 +164,7 @@ class Split(SplitView):
         """
         return dict(self._traffic.shares)
 
-    def change(self, shares: Mapping[Runner, float]) -> None:
+    def change(self, shares: Mapping[Runner[..., Any], float]) -> None:
         """Share out the requests from now on in another way, among these runners or others.
 
         Requests that are queued stay where they are. In a sticky split, only those tenants move to
@@ -145,8 +181,8 @@ class Split(SplitView):
 
     def shadow(
         self,
-        runner: Runner,
-        on_result: Callable[[RunFuture, RunFuture], object],
+        runner: Runner[..., Any],
+        on_result: Callable[[RunFuture[Any], RunFuture[Any]], object],
         *,
         share: float = 1.0,
         priority: Priority = Priority.LOW,
@@ -155,7 +191,6 @@ class Split(SplitView):
 
         The answer of a copy goes to `on_result` alone. A copy that the runner does not take (its
         queue is full, say) is counted and dropped, and never delays or fails the request itself.
-        Requests of `run_blocking` are not copied.
 
         Args:
             runner: Gets the copies.
@@ -196,9 +231,9 @@ class Shadow:
     def __init__(
         self,
         traffic: Traffic,
-        runner: Runner,
-        handle: RunnerView,
-        on_result: Callable[[RunFuture, RunFuture], object],
+        runner: Runner[..., Any],
+        handle: RunnerView[..., Any],
+        on_result: Callable[[RunFuture[Any], RunFuture[Any]], object],
         share: float,
     ) -> None:
         self.name = runner.name
@@ -217,7 +252,7 @@ class Shadow:
         """Return what became of the copies so far."""
         return ShadowStats(runner=self.name, copied=self._copied, dropped=self._dropped)
 
-    def follow(self, future: RunFuture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def follow(self, future: RunFuture[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Send a copy of a request, where it is its turn."""
         if self._shares.next() != "copied":
             return
@@ -238,7 +273,7 @@ class Shadow:
         future.add_done_callback(done)
         copy.add_done_callback(done)
 
-    def _tell(self, future: RunFuture, copy: RunFuture) -> None:
+    def _tell(self, future: RunFuture[Any], copy: RunFuture[Any]) -> None:
         if not copy.cancelled():
             copy.exception()  # the callback may not look at it
         try:
@@ -267,8 +302,8 @@ class Traffic:
     def __init__(
         self,
         name: str,
-        must_own: Callable[[Iterable[Runner]], None],
-        shares: Mapping[Runner, float],
+        must_own: Callable[[Iterable[Runner[..., Any]]], None],
+        shares: Mapping[Runner[..., Any], float],
         *,
         sticky: bool,
     ) -> None:
@@ -277,11 +312,11 @@ class Traffic:
         self.sticky = sticky
         self.shadows: tuple[Shadow, ...] = ()
         self.requests: dict[str, int] = {}
-        self.runners: dict[str, Runner] = {}
+        self.runners: dict[str, Runner[..., Any]] = {}
         self.shares: dict[str, float] = {}
         self.change("split", shares)
 
-    def change(self, call: str, shares: Mapping[Runner, float]) -> None:
+    def change(self, call: str, shares: Mapping[Runner[..., Any], float]) -> None:
         """Share out the requests from now on in this way; raises as `Split.change` does.
 
         Args:
@@ -301,8 +336,7 @@ class Traffic:
         whole = sum(parts.values())
         if not whole > 0.0:
             raise ConfigError(f"{call}({self.name!r}): all shares are 0. Give a runner a share.")
-        # A view may run in another thread meanwhile, so runners are added first and never removed
-        # before nothing leads to them.
+        # A thread may have chosen a runner that is left out now, so runners are only added.
         self.runners = {**self.runners, **{runner.name: runner for runner in shares}}
         for runner_name in parts:
             self.requests.setdefault(runner_name, 0)
@@ -313,12 +347,33 @@ class Traffic:
         """Choose the runner of a request."""
         return self._choice.next() if key is None else self._choice.of(key)
 
-    def draw(self, key: str | None) -> str:
-        """Choose the runner of a request of another thread: by chance, since turns need a lock."""
-        if key is not None:
-            return self._choice.of(key)
-        shares = self.shares
-        return random.choices([*shares], [*shares.values()])[0]  # noqa: S311 -- no secret
+
+def call_of_split(
+    view: SplitView, args: tuple[Any, ...], kwargs: dict[str, Any], *, waits: bool
+) -> CallOfThread:
+    """Return how another thread hands a request over, as `call_of_thread`."""
+    traffic = view._traffic  # noqa: SLF001
+    calls = [
+        call_of_thread(traffic.runners[name], args, kwargs, waits=waits) for name in traffic.shares
+    ]
+
+    def submit(left: float | None) -> RunFuture[Any]:
+        mine = view if left is None else view.options(timeout=left)
+        return mine._submit(args, kwargs, waits=waits)  # noqa: SLF001
+
+    def inherit_streams() -> AbstractContextManager[object]:
+        return _entered([call.inherit_stream() for call in calls])
+
+    timeout = call_of_thread(view._any(), args, kwargs, waits=waits).timeout  # noqa: SLF001
+    return CallOfThread(calls[0].calls, traffic.name, submit, inherit_streams, timeout)
+
+
+@contextmanager
+def _entered(contexts: Sequence[AbstractContextManager[object]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
 
 
 def _share(what: str, value: object) -> float:

@@ -20,6 +20,7 @@ import aoti_sched
 from aoti_sched import (
     BlockingRunner,
     BlockingScheduler,
+    BlockingSplit,
     ConfigError,
     DeadlineExceededError,
     Limits,
@@ -30,6 +31,7 @@ from aoti_sched import (
     RunnerClosedError,
     Scheduler,
     SchedulerConfig,
+    Split,
     UnsupportedLoopError,
 )
 from aoti_sched.testing import FakeBackend
@@ -159,6 +161,33 @@ def test_weights_change_from_any_thread(backend, scheduler):
         scheduler.update({"w": {}})
 
 
+def test_requests_are_shared_out_from_any_thread(backend, scheduler):
+    backend.models |= {"old": lambda x: ("old", x), "new": lambda x: ("new", x)}
+    old, new = scheduler.load("old.pt2"), scheduler.load("new.pt2")
+    split, copies = scheduler.split("ranker", {old: 3, new: 1}), []
+    shadow = split.shadow(new, lambda *both: copies.append(both))
+    futures = [split.submit(n) for n in range(4)]
+    assert sorted(future.result(FOREVER) for future in futures) == [
+        ("new", 2),
+        ("old", 0),
+        ("old", 1),
+        ("old", 3),
+    ]
+    until(lambda: len(copies) == 4)
+    shadow.close()
+    split.change({new: 1})
+    assert (split.name, split.shares) == ("ranker", {"new": 1.0})
+    assert [split.run(5), split.options(timeout=FOREVER, tag="mine").run(6)] == [
+        ("new", 5),
+        ("new", 6),
+    ]
+    assert list(split.options(tenant="ada").map([7, 8])) == [("new", 7), ("new", 8)]
+    assert split.stats().requests == {"old": 3, "new": 5}
+    for shares in (None, {"new": 1}, {new: -1}):
+        with pytest.raises(ConfigError):
+            split.change(shares)
+
+
 def public(kind):
     return {name for name in dir(kind) if not name.startswith("_")}
 
@@ -167,7 +196,12 @@ def test_nothing_of_the_asyncio_face_is_missing():
     asyncio_only = {"aclose", "run_blocking"}
     assert public(Runner) - asyncio_only <= public(BlockingRunner)
     assert public(Scheduler) - asyncio_only <= public(BlockingScheduler)
-    for kind, other in ((Runner, BlockingRunner), (Scheduler, BlockingScheduler)):
+    assert public(Split) - asyncio_only == public(BlockingSplit)
+    for kind, other in (
+        (Runner, BlockingRunner),
+        (Scheduler, BlockingScheduler),
+        (Split, BlockingSplit),
+    ):
         for name in public(kind) - asyncio_only - {"load"}:
             mine, theirs = getattr(kind, name), getattr(other, name)
             if callable(mine):
