@@ -31,7 +31,7 @@ def use(cache: Folder, key: str) -> None:
     """Note that this process uses an entry from now on, where the cache can be written to."""
     with suppress(OSError):
         os.utime(cache.path / key)
-    with suppress(OSError):
+    with suppress(OSError, ImportError):  # Windows has no such locks, and deletes no mapped file
         if cache.path not in _open:
             _open[cache.path] = (_new_file(cache), set())
         descriptor, keys = _open[cache.path]
@@ -42,9 +42,11 @@ def use(cache: Folder, key: str) -> None:
 
 def in_use(cache: Folder) -> set[str]:
     """Return the entries that processes use. Files of processes that have ended are deleted."""
-    import fcntl
-
     used = set(_open[cache.path][1]) if cache.path in _open else set()
+    try:
+        import fcntl
+    except ImportError:  # Windows deletes no mapped file
+        return used
     for path in _files(cache):
         with suppress(FileNotFoundError):
             descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)

@@ -55,6 +55,20 @@ def run(*arguments):
     return ran.stdout
 
 
+def test_loading_is_measured_beside_its_floor(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.loading", "--models", "tiny", "--repetitions", "2"]
+    command += ["--many", "4", "--files", "2", "--json", str(tmp_path / "it.json")]
+    ran = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    found = json.loads((tmp_path / "it.json").read_text())
+    assert {way: len(times) for way, times in found["tiny"].items()} == dict.fromkeys(
+        ("floor", "torch", "first", "known"), 2
+    )
+    assert set(found) == {"tiny", "many", "imports", "beside_imports"}
+
+
 def only(names):
     return [argument for name in names for argument in ("--contestant", name)]
 
