@@ -15,7 +15,9 @@ long (`INLINE_BUDGET`).
 
 **While it pays.** A batch grows while rows per second rise, by the learned times. A job of another
 length joins only if the batch takes no longer with it than the batch and the job would take one
-after the other. So no batch is slower than its jobs one by one.
+after the other. So no batch is slower than its jobs one by one. Neither holds for batches of up to
+a millisecond: there a launch of its own would cost more. A time that hinders a batch counts when it
+is that of several runs, and not old.
 
 **Deadlines.** A batch is expected to end within three quarters of the time up to each member's
 deadline. The same holds for the latest start of each queued job of a higher class than the
@@ -41,16 +43,13 @@ import math
 
 from aoti_sched.queue.batching import Batching
 from aoti_sched.queue.job import Job, row_size
-from aoti_sched.queue.selection.service_time import GRAIN, NO_LIMIT, ServiceTimes
+from aoti_sched.queue.selection.service_time import GRAIN, NO_LIMIT, UNNOTICED, ServiceTimes
 
 PROMISED = 2
 """The most runs of one job that a batch takes by default while jobs of a higher class come."""
 
 ALONE = 8
 """The most runs of one job that a batch takes by default otherwise."""
-
-UNNOTICED = int(1e-3 / GRAIN)
-"""Grains: a batch that takes no longer disturbs no caller."""
 
 USABLE = 0.75
 """The part of the time up to a deadline within which a batch is expected to end."""
@@ -151,9 +150,8 @@ class Growth:
         if length == self._longest:
             return True
         times, together = self._times, (self._rows + job.rows) * max(self._longest, length)
-        return times.estimate(together) <= times.estimate(self.size) + times.estimate(
-            job.rows * length
-        )
+        apart = times.estimate(self.size) + times.estimate(job.rows * length)
+        return times.estimate(together) <= max(UNNOTICED, apart)
 
     def size_with(self, job: Job) -> int:
         """Return the bytes of the run if a job joins."""

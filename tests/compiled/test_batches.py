@@ -5,6 +5,7 @@ executors.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 
 import anyio
@@ -44,7 +45,8 @@ async def test_rows_of_one_batch_equal_those_of_single_runs_at_every_size(
     built = build(name)
     module = built.module()
     async with Scheduler() as scheduler:
-        batching = Batching(dim=0) if built.definition.foreign else True
+        dim = 0 if built.definition.foreign else None
+        batching = Batching(dim=dim, max_seconds=math.inf)
         runner = await scheduler.load(built.path, batching=batching, placement=placement)
         most = min(runner.info.max_batch, 16)
         (example,) = built.args

@@ -1,7 +1,7 @@
 """Service times: how long a run takes, learned from earlier runs.
 
 A run's time depends on the size of its inputs, padding included. Times are kept by classes of
-sizes. The points (mean size, mean time) of the classes make a curve, from which the time of any
+sizes. The points (mean size, median time) of the classes make a curve, from which the time of any
 size is estimated: between two points along the line through them, beyond the last point with as
 many seconds per byte as there.
 """
@@ -33,9 +33,18 @@ STALE = 10.0
 The time must also be that of 100 runs: so wrong beliefs cost at most a hundredth of the device.
 """
 
+BELIEVED = 4
+"""The number of runs after which a time may hinder batches. One slow run shows nothing."""
+
 FALLS = 8
 """Rows per second fall where a byte takes longer than at the best smaller size, by one part in this
 many. Smaller differences are noise.
+"""
+
+UNNOTICED = 1 << 20
+"""Grains: a batch that takes no longer, about a millisecond, disturbs no caller.
+
+A launch costs a tenth of that beside the run, so such a batch pays whatever the rows per second.
 """
 
 NO_LIMIT = 1 << 62
@@ -53,7 +62,8 @@ class ServiceTime:
 
     Attributes:
         size: The mean size of the runs, at least 1.
-        grains: The mean time of the runs, in grains, at least 1. Known after one run.
+        grains: The median time of the runs, in grains, at least 1. Known after one run.
+        runs: How many runs are remembered.
         bound: Seconds that a run will hardly exceed, a high quantile; infinite while unknown.
         typical: Seconds that half of the runs take at most; 0.0 while unknown.
         mean: Seconds per run, for sums of several runs; 0.0 while unknown.
@@ -70,6 +80,7 @@ class ServiceTime:
         "bound",
         "grains",
         "mean",
+        "runs",
         "seen",
         "size",
         "typical",
@@ -84,6 +95,7 @@ class ServiceTime:
         self._total_size = 0
         self.size = 1
         self.grains = 1
+        self.runs = 0
         self.bound = math.inf
         self.typical = 0.0
         self.mean = 0.0
@@ -110,7 +122,8 @@ class ServiceTime:
         self._total_size += size
         count = len(ordered)
         self.size = self._total_size // count
-        self.grains = max(1, self._total // count)
+        self.grains = max(1, ordered[(count - 1) // 2])
+        self.runs = count
         if count >= KNOWN_AFTER:
             self.bound = ordered[count - count // OUTLIERS - 1] * GRAIN
             self.typical = ordered[count // 2] * GRAIN
@@ -235,7 +248,8 @@ class ServiceTimes:
     def largest(self, size: int, limit: int, now: float) -> int:
         """Return to which size a run may grow: within a limit, and while bytes per second rise.
 
-        A point of the curve that hinders the growth is disregarded when it is `STALE`.
+        A point that hinders the growth is disregarded if it has fewer than `BELIEVED` runs, or is
+        `STALE`.
 
         Args:
             size: The bytes from which the run grows. Their time is known.
@@ -254,9 +268,12 @@ class ServiceTimes:
             known = self._by_class[bits]
             if known.size <= at:
                 continue
-            falls = known.grains * best_size * FALLS > best_grains * known.size * (FALLS + 1)
+            falls = known.grains > UNNOTICED and (
+                known.grains * best_size * FALLS > best_grains * known.size * (FALLS + 1)
+            )
             if falls or known.grains > limit:
-                if now - known.seen >= max(STALE, 100 * known.grains * GRAIN):
+                is_stale = now - known.seen >= max(STALE, 100 * known.grains * GRAIN)
+                if is_stale or known.runs < BELIEVED:
                     continue
                 room = at + (known.size - at) * (limit - grains) // (known.grains - grains)
                 if falls and at.bit_length() == bits:

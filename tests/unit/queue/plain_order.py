@@ -297,7 +297,7 @@ class Order:
             higher = [at for kind, at in self.last.items() if kind < leader.priority]
             promised = any(now - at < 10 for at in higher)
             self.met.add("a promise" if promised else "no promise")
-            limit = max(math.trunc(1e-3 * 2**30), (2 if promised else 8) * alone)
+            limit = max(1 << 20, (2 if promised else 8) * alone)
         else:
             limit = self.in_grains(seconds)
         waiting = [job for job in self.jobs if job.state == "QUEUED"]
@@ -362,7 +362,7 @@ class Order:
             if together > self.room_of([*members, job], limit, now):
                 self.met.add("a rider is too hurried")
                 return commands, True
-            apart = runner.takes(size) + runner.takes(job.rows * job.length)
+            apart = max(1 << 20, runner.takes(size) + runner.takes(job.rows * job.length))
             if (
                 job.length * sum(one.rows for one in members) != size
                 and runner.takes(together) > apart

@@ -103,12 +103,12 @@ class Runner:
         return recent if len(recent) >= 8 else []
 
     def points(self):
-        """Return the mean size, the mean time in grains, and the kind of each kind, rising."""
+        """Return the mean size, the median time in grains, and the kind of each kind, rising."""
         found = []
         for kind, runs in sorted(self.times.items()):
             sizes, seconds = zip(*runs[-32:], strict=True)
-            mean = max(1, sum(map(grains, seconds)) // len(seconds))
-            found.append((sum(sizes) // len(sizes), mean, kind))
+            median = sorted(map(grains, seconds))[(len(seconds) - 1) // 2]
+            found.append((sum(sizes) // len(sizes), max(1, median), kind))
         return found
 
     def takes(self, size):
@@ -140,11 +140,13 @@ class Runner:
             if high <= at[0]:
                 continue
             rates = [Fraction(*reversed(point)) for point in passed]
-            falls = Fraction(slow, high) > min(rates) * Fraction(9, 8)
+            falls = slow > 1 << 20 and Fraction(slow, high) > min(rates) * Fraction(9, 8)
             if not falls and slow <= limit:
                 at = high, slow
                 passed.append(at)
-            elif now - self.seen[kind] < max(10.0, 100 * slow * 2.0**-30):
+            elif now - self.seen[kind] < max(10.0, 100 * slow * 2.0**-30) and (
+                len(self.times[kind]) >= 4
+            ):
                 if falls and kind_of(at[0]) == kind:
                     return at[0]
                 room = at[0] + (limit - at[1]) * (high - at[0]) // (slow - at[1])

@@ -9,7 +9,14 @@ import pytest
 from aoti_sched.queue.admission.load import Bounds
 from aoti_sched.queue.batching import Batching
 from aoti_sched.queue.job import Job, JobState, Priority
-from aoti_sched.queue.selection.service_time import GRAIN, NO_LIMIT, STALE, WINDOW, ServiceTimes
+from aoti_sched.queue.selection.service_time import (
+    BELIEVED,
+    GRAIN,
+    NO_LIMIT,
+    STALE,
+    WINDOW,
+    ServiceTimes,
+)
 from aoti_sched.queue.selection.urgency import RECENT
 from tests.unit.queue.support import add as add_plain
 from tests.unit.queue.support import device, launches
@@ -25,7 +32,8 @@ def seconds_of(size):
 def add(queue, rule, *, knows=(1, 4, 16, 64, 256, 1024, 4096), takes=seconds_of, **rest):
     runner = queue.add_runner("m", 1, Bounds(None, None), batching=rule, **rest)
     for size in knows:
-        runner.placing.times.learn(size, takes(size), 0.0)
+        for _ in range(BELIEVED):
+            runner.placing.times.learn(size, takes(size), 0.0)
     return runner
 
 
@@ -121,8 +129,8 @@ def test_a_batch_of_a_millisecond_disturbs_no_caller():
 def test_max_seconds_bounds_a_batch_and_not_its_leader():
     queue = device()
     runner = add(queue, Batching(500, 0.0, 0.05))
-    first = queued(queue, [text(runner, 500), *(text(runner, 40) for _ in range(9))])
-    assert lengths(served(queue, first)) == [[500], [40] * 4, [40] * 4, [40]]
+    first = queued(queue, [text(runner, LONG), *(text(runner, 40) for _ in range(9))])
+    assert lengths(served(queue, first)) == [[LONG], [40] * 4, [40] * 4, [40]]
 
 
 def test_max_tokens_counts_padding():
@@ -247,10 +255,15 @@ def test_deadlines_that_were_queued_before_the_first_batching_runner_count_too()
 # --- the curve ------------------------------------------------------------------------------------
 
 
+U = 128
+"""Grains: the unit of the times below, so that 8,192 of them are a millisecond."""
+
+
 def curve(*points):
     times = ServiceTimes()
     for size, seconds in points:
-        times.learn(size, seconds * GRAIN, 0.0)
+        for _ in range(BELIEVED):
+            times.learn(size, seconds * U * GRAIN, 0.0)
     return times
 
 
@@ -260,7 +273,7 @@ def test_nothing_is_estimated_from_nothing():
 
 def test_between_and_beyond_the_points_times_are_estimated():
     times = curve((4, 1000), (16, 4000), (64, 5000))
-    assert [times.estimate(size) for size in (4, 10, 16, 40, 64, 128)] == [
+    assert [times.estimate(size) // U for size in (4, 10, 16, 40, 64, 128)] == [
         1000,
         2500,
         4000,
@@ -271,10 +284,10 @@ def test_between_and_beyond_the_points_times_are_estimated():
 
 
 def test_below_the_smallest_size_a_run_takes_less_but_not_less_per_byte():
-    assert curve((8, 1000)).estimate(2) == 250
-    assert curve((8, 1000), (16, 1200)).estimate(4) == 900
-    assert curve((8, 1000), (16, 9000)).estimate(4) == 500
-    assert curve((8, 1000), (16, 500)).estimate(4) == 1000  # a smaller run takes no longer
+    assert curve((8, 1000)).estimate(2) == 250 * U
+    assert curve((8, 1000), (16, 1200)).estimate(4) == 900 * U
+    assert curve((8, 1000), (16, 9000)).estimate(4) == 500 * U
+    assert curve((8, 1000), (16, 500)).estimate(4) == 1000 * U  # a smaller run takes no longer
 
 
 def test_a_point_moves_with_its_runs():
@@ -288,26 +301,33 @@ def test_a_point_moves_with_its_runs():
 
 def test_a_run_grows_up_to_its_limit():
     times = curve((4, 1000), (16, 1600), (64, 4000))
-    assert times.largest(4, 999, 0.0) == 4
-    assert times.largest(4, 1300, 0.0) == 10
-    assert times.largest(4, 2800, 0.0) == 40
-    assert times.largest(4, 8000, 0.0) == 128
-    assert times.largest(32, 8000, 0.0) == 128
+    assert times.largest(4, 999 * U, 0.0) == 4
+    assert times.largest(4, 1300 * U, 0.0) == 10
+    assert times.largest(4, 2800 * U, 0.0) == 40
+    assert times.largest(4, 8000 * U, 0.0) == 128
+    assert times.largest(32, 8000 * U, 0.0) == 128
 
 
 def test_a_run_grows_while_bytes_per_second_rise():
     """Within one part in eight, times per byte count as equal."""
     assert curve((4, 1000), (16, 2000), (64, 16000)).largest(4, NO_LIMIT, 0.0) == 31
-    assert curve((4, 1000), (16, 2000), (64, 9000)).largest(4, 18000, 0.0) == 128
+    assert curve((4, 1000), (16, 2000), (64, 9000)).largest(4, 18000 * U, 0.0) == 128
     assert curve((4, 100), (31, 20000)).largest(16, NO_LIMIT, 0.0) == 16
 
 
 def test_an_old_time_that_hinders_is_disregarded():
     times = curve((4, 1000), (16, 2000), (64, 32000))
-    assert times.largest(4, 8000, STALE - 1) == 25
-    assert times.largest(4, 8000, STALE) == 64
-    slow = ServiceTimes()
-    slow.learn(4, 1.0, 0.0)
-    slow.learn(16, 8.0, 0.0)
+    assert times.largest(4, 8000 * U, STALE - 1) == 25
+    assert times.largest(4, 8000 * U, STALE) == 64
+    slow = curve((4, 1 / GRAIN / U), (16, 8 / GRAIN / U))
     assert slow.largest(4, int(2.0 / GRAIN), 799.0) == 5
     assert slow.largest(4, int(2.0 / GRAIN), 800.0) == 8
+
+
+def test_one_slow_run_hinders_no_growth():
+    times = curve((4, 1000))
+    for _ in range(BELIEVED - 1):
+        times.learn(16, 32000 * U * GRAIN, 0.0)
+    assert times.largest(4, 8000 * U, 0.0) == 32
+    times.learn(16, 32000 * U * GRAIN, 0.0)
+    assert times.largest(4, 8000 * U, 0.0) == 6
