@@ -123,7 +123,7 @@ async def test_a_source_is_read_no_further_than_results_are_used(aoti_backend, r
 async def test_results_come_as_requests_end_where_no_order_is_asked_for(aoti_backend, runner):
     results = runner.map(iter([1, 2]), ordered=False)
     first = asyncio.ensure_future(anext(results))
-    await aoti_backend.queued(2)
+    await aoti_backend.running(2)
     works = aoti_backend._executor.pending
     works.rotate(1)  # the second run ends first
     await aoti_backend.step()
@@ -135,7 +135,7 @@ async def test_results_come_as_requests_end_where_no_order_is_asked_for(aoti_bac
 async def test_in_order_a_result_waits_for_those_before_it(aoti_backend, runner):
     results = runner.map([1, 2])
     first = asyncio.ensure_future(anext(results))
-    await aoti_backend.queued(2)
+    await aoti_backend.running(2)
     aoti_backend._executor.pending.rotate(1)
     await aoti_backend.step()
     assert not first.done()
@@ -299,7 +299,7 @@ async def test_leaving_the_loop_cancels_all(aoti_backend, runner, kind, ordered)
         return None
 
     task = asyncio.ensure_future(first_of())
-    await aoti_backend.queued(2)
+    await aoti_backend.running(2)
     await aoti_backend.step()
     assert await task == 0
     await settle()
@@ -361,7 +361,7 @@ async def test_a_source_that_ignores_its_cancellation_is_read_no_further(aoti_ba
 
     async with runner.map(stubborn(), at_once=2) as results:
         waiting = asyncio.ensure_future(anext(results))
-        await aoti_backend.queued(2)
+        await aoti_backend.running(2)
     submitted = runner.stats().submitted
     await settle(50)
     assert runner.stats().submitted == submitted == 2
