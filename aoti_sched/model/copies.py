@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,13 @@ def copied(inputs: Sequence[Any]) -> list[Any]:
 
     A copy has the strides of its tensor, overlapping ones too, since compiled code relies on them.
     """
-    import torch
-
+    torch = sys.modules.get("torch")  # nothing is a tensor before it is imported
     copies: dict[int, Any] = {}
     for one in inputs:
         if id(one) not in copies:
-            copies[id(one)] = _copy(one) if isinstance(one, torch.Tensor) else copy.deepcopy(one)
+            copies[id(one)] = (
+                _copy(one) if torch and isinstance(one, torch.Tensor) else copy.deepcopy(one)
+            )
     return [copies[id(one)] for one in inputs]
 
 

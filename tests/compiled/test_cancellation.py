@@ -406,8 +406,8 @@ def test_a_load_cancelled_in_its_thread_frees_the_model_there(run, monkeypatch):
     reached, proceed, prepared = threading.Event(), threading.Event(), []
     prepare = loading.prepare
 
-    def held(*args):
-        prepared.append(prepare(*args))
+    def held(*args, **kwargs):
+        prepared.append(prepare(*args, **kwargs))
         reached.set()
         proceed.wait()
         return prepared[-1]
