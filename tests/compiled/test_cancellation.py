@@ -507,7 +507,7 @@ def test_closes_of_the_scheduler_at_once_wait_for_the_same_end(run):
                 await scheduler.aclose()
                 assert all(future.done() for future in futures)
                 assert not scheduler.runners
-                assert not scheduler.stats().devices
+                assert not scheduler._devices.dispatchers
 
             await asyncio.gather(close(), heavy.aclose(), close())
             await close()

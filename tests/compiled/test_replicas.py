@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import anyio
@@ -184,7 +185,8 @@ def bound_to(thread):
     """The cores of the thread of that name."""
     ids = {one.name: one.native_id for one in threading.enumerate()}
     for task in Path("/proc/self/task").iterdir():
-        ids[(task / "comm").read_text().strip()] = int(task.name)
+        with suppress(FileNotFoundError):  # a thread that has just ended
+            ids[(task / "comm").read_text().strip()] = int(task.name)
     return os.sched_getaffinity(ids[thread])
 
 

@@ -49,7 +49,7 @@ async def client(app):
 
 async def test_a_question_gets_the_model_s_answer(client, backend):
     answer = asyncio.ensure_future(client.post("/name", json=QUESTION))
-    await backend.queued(1)
+    await backend.running(1)
     await backend.step()
     assert (await answer).json() == {"names": ["red"]}
 
@@ -70,7 +70,7 @@ async def test_a_body_that_is_no_question_is_the_client_s_fault(client, body, st
 
 async def test_one_too_many_is_told_to_come_back_later(client, backend):
     accepted = [asyncio.ensure_future(client.post("/name", json=QUESTION)) for _ in range(1 + 64)]
-    await backend.queued(1)
+    await backend.running(1)
     refused = await client.post("/name", json=QUESTION)
     assert refused.status_code == 429
     assert "64" in refused.json()["error"]
@@ -80,7 +80,7 @@ async def test_one_too_many_is_told_to_come_back_later(client, backend):
 
 async def test_an_answer_that_takes_too_long_is_a_gateway_timeout(client, backend, clock):
     answer = asyncio.ensure_future(client.post("/name", json=QUESTION))
-    await backend.queued(1)
+    await backend.running(1)
     clock.advance(1.1)
     assert (await answer).status_code == 504
 
@@ -92,7 +92,7 @@ async def test_a_drained_model_is_unavailable(client, app):
 
 async def test_a_fault_of_the_model_is_not_blamed_on_the_client(client, backend):
     answer = asyncio.ensure_future(client.post("/name", json=QUESTION))
-    await backend.queued(1)
+    await backend.running(1)
     await backend.step(error=RunError("the model is ill"))
     with pytest.raises(RunError):  # a server makes it a 500
         await answer

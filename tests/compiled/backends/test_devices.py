@@ -450,7 +450,7 @@ def test_mps_never_runs_two_at_once(loaded, executors, sim):
             assert collect(executor, 1)[0].error is None
     for other in others:
         other.join(60)
-    assert sim.kernels() - before == 62
+    assert sim.kernels() - before == 61  # the warm-up is one run
     assert sim.most_threads() == 1
 
 
