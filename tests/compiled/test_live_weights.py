@@ -17,6 +17,7 @@ import threading
 import anyio
 import psutil
 import pytest
+import structlog
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
@@ -117,6 +118,8 @@ class Served(logging.Handler):
     async def under_load(
         self, scheduler: Scheduler, times: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        # `structlog.testing.capture_logs` of other tests leaves structlog configured.
+        structlog.reset_defaults()
         logger = logging.getLogger("aoti_sched")
         monkeypatch.setattr(logger, "handlers", [self])
         monkeypatch.setattr(logger, "propagate", False)
