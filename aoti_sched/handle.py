@@ -125,9 +125,7 @@ class Handle(Generic[_View, P, R]):
             RunError: The model failed. The text is torch's root cause.
             LeaseError: This task itself holds every slot, and would wait for ever.
         """
-        router = self._router
-        if router.holders.held and self._target is router:
-            router.holders.must_leave_a_slot("run()")
+        must_leave_a_slot(self)
         return await self.submit(*args, **kwargs)
 
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> RunFuture[R]:
@@ -272,9 +270,8 @@ class Handle(Generic[_View, P, R]):
         """
 
         def submit(left: float | None) -> RunFuture:
-            router = self._router
-            if waits and router.holders.held and self._target is router:
-                router.holders.must_leave_a_slot("run()")
+            if waits:
+                must_leave_a_slot(self)
             handle: Handle[Any, ..., Any] = self if left is None else self.options(timeout=left)
             return handle.submit(*args, **kwargs)
 
@@ -343,6 +340,13 @@ class Handle(Generic[_View, P, R]):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._router.name!r} on {self._target.device}>"
+
+
+def must_leave_a_slot(handle: Handle[Any, ..., Any]) -> None:
+    """Raise LeaseError if the caller would await a slot while it holds every slot itself."""
+    router = handle._router  # noqa: SLF001
+    if router.holders.held and handle._target is router:  # noqa: SLF001
+        router.holders.must_leave_a_slot("run()")
 
 
 def call_of_thread(

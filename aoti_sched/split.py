@@ -18,7 +18,7 @@ import msgspec
 
 from aoti_sched.errors import AotiSchedError, ConfigError, UnsupportedLoopError, brief
 from aoti_sched.events import log
-from aoti_sched.handle import CallOfThread, call_of_thread
+from aoti_sched.handle import CallOfThread, call_of_thread, must_leave_a_slot
 from aoti_sched.mapping import MapResults
 from aoti_sched.queue.job import Priority
 from aoti_sched.queue.selection.shares import Shares
@@ -42,7 +42,7 @@ class SplitView:
         self._traffic = traffic
         self._given = given
         self._key = _key_of(given) if traffic.sticky else None
-        self._handles: dict[str, RunnerView[..., Any]] = {}
+        self._handles: dict[Runner[..., Any], RunnerView[..., Any]] = {}
 
     async def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model of one of the runners, as `Runner.run` does; raises as it does."""
@@ -123,24 +123,28 @@ class SplitView:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], *, waits: bool
     ) -> RunFuture[Any]:
         traffic = self._traffic
-        name = traffic.next(self._key)
-        future = call_of_thread(self._handle(name), args, kwargs, waits=waits).submit(None)
-        traffic.requests[name] += 1
+        runner = traffic.next(self._key)
+        handle = self._handle(runner)
+        if waits:
+            must_leave_a_slot(handle)
+        future = handle.submit(*args, **kwargs)
+        traffic.requests[runner.name] += 1
         for shadow in traffic.shadows:
             shadow.follow(future, args, kwargs)
         return future
 
-    def _handle(self, name: str) -> RunnerView[..., Any]:
-        runner = self._traffic.runners[name]
+    def _handle(self, runner: Runner[..., Any]) -> RunnerView[..., Any]:
         if not self._given:
             return runner
-        handle = self._handles.get(name)
+        handle = self._handles.get(runner)
         if handle is None:
-            handle = self._handles[name] = runner.options(**self._given)
+            if len(self._handles) >= len(self._traffic.runners):  # one of them has left the split
+                self._handles = {}
+            handle = self._handles[runner] = runner.options(**self._given)
         return handle
 
     def _any(self) -> RunnerView[..., Any]:
-        return self._handle(next(iter(self._traffic.shares)))
+        return self._handle(next(iter(self._traffic.runners.values())))
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._traffic.name!r} of {self._traffic.shares}>"
@@ -189,8 +193,9 @@ class Split(SplitView):
     ) -> Shadow:
         """Send copies of the requests to one more runner, and compare the answers.
 
-        The answer of a copy goes to `on_result` alone. A copy that the runner does not take (its
-        queue is full, say) is counted and dropped, and never delays or fails the request itself.
+        Inputs are copied, too. The answer of a copy goes to `on_result` alone. A copy that the
+        runner does not take (its queue is full, say) is counted and dropped, and never delays or
+        fails the request itself.
 
         Args:
             runner: Gets the copies.
@@ -208,7 +213,9 @@ class Split(SplitView):
             raise ConfigError(f"shadow(share=): expected above 0 and at most 1, got {part}.")
         traffic = self._traffic
         traffic.must_own([runner])
-        shadow = Shadow(traffic, runner, runner.options(priority=priority), on_result, part)
+        # The inputs belong to the caller again when the request ends, perhaps before its copy runs.
+        handle = runner.options(priority=priority, copy=True)
+        shadow = Shadow(traffic, runner, handle, on_result, part)
         traffic.shadows = (*traffic.shadows, shadow)
         return shadow
 
@@ -336,16 +343,16 @@ class Traffic:
         whole = sum(parts.values())
         if not whole > 0.0:
             raise ConfigError(f"{call}({self.name!r}): all shares are 0. Give a runner a share.")
-        # A thread may have chosen a runner that is left out now, so runners are only added.
-        self.runners = {**self.runners, **{runner.name: runner for runner in shares}}
+        self.runners = {runner.name: runner for runner in shares if parts[runner.name] > 0.0}
         for runner_name in parts:
             self.requests.setdefault(runner_name, 0)
         self.shares = {name: part / whole for name, part in parts.items() if part > 0.0}
         self._choice = Shares(parts)
 
-    def next(self, key: str | None) -> str:
+    def next(self, key: str | None) -> Runner[..., Any]:
         """Choose the runner of a request."""
-        return self._choice.next() if key is None else self._choice.of(key)
+        choice = self._choice
+        return self.runners[choice.next() if key is None else choice.of(key)]
 
 
 def call_of_split(
@@ -354,7 +361,7 @@ def call_of_split(
     """Return how another thread hands a request over, as `call_of_thread`."""
     traffic = view._traffic  # noqa: SLF001
     calls = [
-        call_of_thread(traffic.runners[name], args, kwargs, waits=waits) for name in traffic.shares
+        call_of_thread(runner, args, kwargs, waits=waits) for runner in traffic.runners.values()
     ]
 
     def submit(left: float | None) -> RunFuture[Any]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -30,6 +29,7 @@ from aoti_sched.backends import opening
 from aoti_sched.backends.aoti.opened_files import OpenFiles
 from tests.inside import container_of, serving, submit_to
 from tests.models import build
+from tests.unit.engine.support import until
 
 NAMES = ["weights_none", "late", "weights_blob", "weights_pickle", "mlp", "folding"]
 
@@ -180,13 +180,6 @@ def dead_network(monkeypatch):
     monkeypatch.setattr(OpenFiles, "open", open_later)
     yield network
     network.go_on.set()
-
-
-async def until(condition):
-    late = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < late
-        await asyncio.sleep(0.001)
 
 
 async def no_thread_reads():

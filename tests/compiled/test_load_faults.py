@@ -4,9 +4,7 @@ next load works.
 
 from __future__ import annotations
 
-import asyncio
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from aoti_sched import LoadError, Scheduler
 from aoti_sched.backends.aoti.c_abi import Library
 from tests.compiled.conftest import living_lanes
 from tests.models import build
+from tests.unit.engine.support import until
 
 MODELS = ["mlp", "folding", "weights_blob", "weights_pickle"]
 FREES = "Delete"
@@ -60,13 +59,6 @@ def descriptors() -> int:
 
 def threads() -> list[str]:
     return sorted(thread.name for thread in threading.enumerate())
-
-
-async def until(condition):
-    late = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < late, "it never came true"
-        await asyncio.sleep(0.001)
 
 
 @pytest.mark.parametrize("instances", [1, 2])

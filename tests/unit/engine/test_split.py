@@ -117,6 +117,36 @@ async def test_a_shadow_gets_copies_and_its_answers_go_to_the_callback_alone(sch
     assert split.stats().shadows == ()
 
 
+async def test_a_copy_keeps_its_inputs_when_the_caller_writes_to_them_again(scheduler):
+    backend = FakeBackend({"a": sum, "b": sum})
+    async with Scheduler(devices={"cpu": backend}) as scheduler:
+        a, b = await scheduler.load("a.pt2"), await scheduler.load("b.pt2")
+        copies = []
+        split = scheduler.split("s", {a: 1})
+        split.shadow(b, lambda _, copy: copies.append(copy.result()))
+        values = [1, 2]
+        future = split.submit(values)
+        await backend.step()
+        assert await future == 3
+        values.append(10)  # its request has ended
+        backend.finish_all()
+        await settle()
+        assert copies == [3]
+
+
+async def test_a_runner_that_is_loaded_anew_under_its_name_takes_the_place_of_the_old(scheduler):
+    new = scheduler.runners["new"]
+    split = scheduler.split("s", {new: 1})
+    view = split.options(tag="mine")
+    assert await view.run(1) == ("new", 1)
+    split.change({scheduler.runners["old"]: 1})
+    await new.aclose()
+    split.change({await scheduler.load("new.pt2"): 1})
+    assert await view.run(2) == ("new", 2)
+    assert await asyncio.to_thread(view.run_blocking, 3) == ("new", 3)
+    assert new not in view._handles
+
+
 async def test_a_shadow_gets_its_share_at_its_priority(scheduler, split):
     told = []
     other = scheduler.runners["other"]

@@ -35,7 +35,7 @@ def cache(tmp_path) -> Path:
 
 
 def entries(cache: Path) -> list[Path]:
-    """Everything in the cache but locks, which mean nothing when nobody holds them, and what is
+    """Everything in the cache but locks, which mean nothing when they are free, and what is
     known of packages.
     """
     found = (path for path in cache.rglob("*") if path.suffix != ".lock")
