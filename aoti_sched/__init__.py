@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from aoti_sched.apply import ConfigReport
-from aoti_sched.blocking import (
+from aoti_sched.blocking import BlockingScheduler
+from aoti_sched.blocking_handles import (
     BlockingLease,
     BlockingRunner,
     BlockingRunnerView,
-    BlockingScheduler,
     BlockingSplit,
     BlockingSplitView,
 )

@@ -19,7 +19,17 @@ ROOT = Path(aoti_sched.__file__).parent
 # Rooms of several modules; every other module or folder below `aoti_sched/` is a room of its own
 # name.
 FACE = {
-    *("", "apply", "blocking", "handle", "lease", "load_settings", "mapping", "runnable"),
+    *(
+        "",
+        "apply",
+        "blocking",
+        "blocking_handles",
+        "handle",
+        "lease",
+        "load_settings",
+        "mapping",
+        "runnable",
+    ),
     *("runner", "scheduler", "split"),
 }
 WORDS = {
