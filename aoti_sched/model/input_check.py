@@ -9,7 +9,6 @@ that can be done without specs.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +42,8 @@ def unwrap(tensors: list[Any], plain: Collection[type]) -> bool:
 
     A subclass that overrides `__torch_function__` or `__torch_dispatch__` means something else than
     its storage holds, and stays. A NumPy array, or anything with `__dlpack__`, becomes a tensor
-    that shares its memory; where torch can't do that, it stays.
+    that shares its memory, or has a copy of memory that must not be written to; where torch can't
+    do that, it stays.
     """
     import torch
 
@@ -77,12 +77,8 @@ def _sharing(array: Any) -> Any:
 
     try:
         if type(array).__module__ == "numpy" and hasattr(array, "flags"):
-            if array.flags.writeable:
-                return torch.from_numpy(array)
-            with warnings.catch_warnings():
-                # Torch warns of arrays that can't be written to. Most models only read inputs.
-                warnings.simplefilter("ignore", UserWarning)
-                return torch.from_numpy(array)
+            # A model that changes its inputs would write to memory that must not be written to.
+            return torch.from_numpy(array if array.flags.writeable else array.copy("K"))
         if hasattr(array, "__dlpack__"):
             return torch.utils.dlpack.from_dlpack(array)
     except Exception:  # noqa: BLE001 -- another library's code; the check names the array's type

@@ -419,6 +419,14 @@ async def test_a_numpy_array_is_run_as_the_tensor_that_shares_its_memory(load):
     assert torch.equal(await model.run(array), await model.run(torch.tensor(array)))
 
 
+async def test_a_model_that_writes_to_its_inputs_does_not_write_to_bytes(load):
+    model = await load("cache_input")
+    data = bytes(48)
+    cache, x = np.frombuffer(data, np.float32).reshape(4, 3), np.ones((4, 3), np.float32)
+    assert torch.equal(await model.run(cache, x), torch.ones(4, 3))
+    assert data == bytes(48)
+
+
 async def test_a_copied_input_may_be_written_to_at_once(load):
     model = await load("mlp")
     x = torch.ones(2, 8)

@@ -46,12 +46,15 @@ def test_an_array_becomes_a_tensor_of_the_same_memory(check):
     assert inputs[0][0, 0] == 7.0
 
 
-def test_an_array_that_cannot_be_written_to_is_taken_without_a_warning(check):
-    array = np.ones((3, 2), np.float32)
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_an_array_that_must_not_be_written_to_is_copied_without_a_warning(check, order):
+    array = np.ones((3, 2), np.float32, order=order)
     array.setflags(write=False)
     inputs = [array]
     check(inputs)  # warnings are errors here
-    assert inputs[0].data_ptr() == array.ctypes.data
+    assert inputs[0].stride() == torch.from_numpy(array.copy("K")).stride()
+    inputs[0].zero_()
+    assert array.all()
 
 
 def test_whatever_has_dlpack_becomes_a_tensor_of_the_same_memory(check):
