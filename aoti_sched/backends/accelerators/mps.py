@@ -9,7 +9,7 @@ encoded, before the device has executed them, so each run is followed by a fence
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,17 +81,30 @@ class MpsDevice(Accelerator):
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        try:
-            from aoti_sched.backends.native._native import end_turn, take_turn
-        except ImportError:
-            with _turn:
-                yield
-            return
+        take_turn, end_turn = _turns()
         take_turn()
         try:
             yield
         finally:
             end_turn()
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        take_turn, end_turn = _turns()
+        end_turn()
+        try:
+            yield
+        finally:
+            take_turn()
+
+
+def _turns() -> tuple[Callable[[], object], Callable[[], object]]:
+    """Return what takes the process's lock, and what releases it."""
+    try:
+        from aoti_sched.backends.native._native import end_turn, take_turn
+    except ImportError:
+        return _turn.acquire, _turn.release
+    return take_turn, end_turn
 
 
 class MpsStream(Stream):

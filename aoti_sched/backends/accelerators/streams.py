@@ -159,6 +159,10 @@ class StreamDevice(ABC):
         """Take the process's lock for the block, on a device that takes one work at a time."""
         return nullcontext()
 
+    def away(self) -> AbstractContextManager[object]:
+        """Let others have the device for the block, which is in one `turn` and reads a file."""
+        return nullcontext()
+
     def preserve_current_device(self) -> AbstractContextManager[object]:
         """Preserve the calling thread's current device for the block."""
         return nullcontext()
@@ -226,4 +230,5 @@ class StreamDevice(ABC):
         raw.name = name
         raw.takes_from_cpu &= self.takes_from_host
         raw.has_addresses = self.has_addresses
+        raw.away = self.away
         return raw

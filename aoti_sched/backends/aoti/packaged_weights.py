@@ -68,7 +68,8 @@ class GivenWeights:
                 "library with its generated sources beside it."
             )
         reading = reading or self._reading or Reading()
-        with reading.source(open_weights(self._weights, self._seen)) as offers:
+        # The file may block for ever, and others need the device meanwhile.
+        with raw.away(), reading.source(open_weights(self._weights, self._seen)) as offers:
             chosen = choose(
                 self._model,
                 constants,

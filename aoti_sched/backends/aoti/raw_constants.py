@@ -47,6 +47,8 @@ class RawConstants(RawHandle):
         # Whether a tensor's address tells its place in memory. MPS's is that of an object, its
         # buffer, plus the offset in it.
         self.has_addresses = True
+        # A context in which a file is read, while others may have the device.
+        self.away: Callable[[], AbstractContextManager[object]] = nullcontext
         # Shape and strides of constants, by the runtime's names, as the package states them; the C
         # ABI knows none without values.
         self.layouts: Mapping[str, Layout] = {}

@@ -21,6 +21,7 @@ from aoti_sched.backends.aoti import proxy_executor
 from aoti_sched.backends.aoti import stock_runner as stock
 from aoti_sched.backends.aoti.container import CAbiContainer
 from aoti_sched.backends.aoti.handles import capsule_of
+from aoti_sched.backends.aoti.opened_files import OpenFiles
 from aoti_sched.backends.aoti.packaged_weights import load_weights
 from aoti_sched.backends.aoti.raw_constants import _groups
 from aoti_sched.backends.contracts import LoadRequest, Work
@@ -452,6 +453,39 @@ def test_mps_never_runs_two_at_once(loaded, executors, sim):
         other.join(60)
     assert sim.kernels() - before == 61  # the warm-up is one run
     assert sim.most_threads() == 1
+
+
+@pytest.mark.parametrize("step", ["load", "unpark"])
+def test_the_device_is_free_while_a_weights_file_blocks(
+    device, loaded, executors, tmp_path, monkeypatch, step
+):
+    """On a network that is dead, for example; a model that is loaded already serves on."""
+    path, blocks = tmp_path / "new.pt", step == "load"
+    entered, go_on = threading.Event(), threading.Event()
+    torch.save({name: tensor.cpu() for name, tensor in weights(3.0).items()}, path)
+    opens = OpenFiles.open
+
+    def open_later(self, path):
+        if blocks:
+            entered.set()
+            assert go_on.wait(60)
+        return opens(self, path)
+
+    monkeypatch.setattr(OpenFiles, "open", open_later)
+    other, late = loaded(device), []
+    executor = executors(device)
+    if step == "unpark":
+        late.append(loaded(device, weights=path))
+        late[0].park()
+        blocks = True
+    work_of = late[0].unpark if late else lambda: late.append(loaded(device, weights=path))
+    reading = threading.Thread(target=work_of)
+    reading.start()
+    assert entered.wait(60)
+    assert run_once(executor, other) == 1.0
+    go_on.set()
+    reading.join(60)
+    assert run_once(executor, late[0]) == 3.0
 
 
 def test_weights_for_mps_are_laid_out_and_written_between_its_runs(loaded, executors, sim):
