@@ -225,6 +225,20 @@ def test_a_member_that_would_come_too_late_in_a_batch_does_not_join_it():
     assert hurried.state is JobState.QUEUED
 
 
+def test_a_member_that_may_take_too_long_by_itself_expires_and_the_next_one_joins():
+    """By the median it would be in time, by the time that its run hardly exceeds it would not."""
+    queue = device()
+    runner = add(queue, Batching(500, 0.0, math.inf), knows=(1,))
+    for seconds in (*[0.01] * 12, *[1.0] * 4):
+        runner.placing.times.learn(40, seconds, 1.0)
+    leader, late, other = text(runner, 40), text(runner, 40, deadline=1.3), text(runner, 40)
+    leader.priority = Priority.HIGH  # so that the late job does not lead
+    first = queued(queue, [leader, late, other])
+    (launched,) = launches(queue.complete(first, 1.0, started=1.0))
+    assert list(launched.members) == [leader, other]
+    assert late.state is JobState.EXPIRED
+
+
 def test_the_deadline_of_a_higher_class_that_waits_bounds_the_batch():
     queue = device(lanes=2)
     runner = add(queue, Batching(500, 0.0, math.inf))
