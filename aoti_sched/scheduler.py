@@ -6,10 +6,9 @@ A scheduler is a value, not a singleton. It is entered, used and closed on one e
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import os
-from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -19,7 +18,7 @@ import anyio.to_thread
 import msgspec
 
 from aoti_sched import arguments
-from aoti_sched.apply import ConfigReport, needs_restart, plan
+from aoti_sched.apply import ConfigReport, ConfiguredModels
 from aoti_sched.arguments import file_name, function, text
 from aoti_sched.arguments import timeout as seconds_or_none
 from aoti_sched.config import (
@@ -48,7 +47,6 @@ from aoti_sched.engine.weights.report import UpdateReport
 from aoti_sched.engine.weights.staging import StageOptions
 from aoti_sched.engine.weights.transaction import Barrier, Updates
 from aoti_sched.errors import (
-    AotiSchedError,
     ConfigError,
     RunnerClosedError,
     UnsupportedLoopError,
@@ -62,7 +60,7 @@ from aoti_sched.model.input_check import declared
 from aoti_sched.queue import device_queue
 from aoti_sched.queue.admission.load import Bounds
 from aoti_sched.queue.batching import Batching as QueueBatching
-from aoti_sched.runner import Runner, router_of, set_timeout
+from aoti_sched.runner import Runner, router_of
 from aoti_sched.signature import P, R
 from aoti_sched.split import Split, Traffic
 from aoti_sched.stats import SchedulerStats
@@ -109,8 +107,7 @@ class Scheduler:
         self._given = dict(devices or {})
         self._given_clock = clock
         self._runners: dict[str, Runner] = {}
-        self._configured: dict[str, tuple[Runner, ModelConfig]] = {}
-        self._applying = asyncio.Lock()
+        self._configured = ConfiguredModels(self._runners)
         self._all_closed: asyncio.Future[None] | None = None
         self._house: Housekeeping | None = None
         self._closed = False
@@ -168,7 +165,7 @@ class Scheduler:
         await self._house.open()
         try:
             for name, model in self._config.models.items():
-                await self._load_configured(name, model)
+                await self._configured.load(name, model, self._load_configured)
             self._prune_cache(loads)
         except BaseException as error:
             await self.__aexit__(type(error), error, error.__traceback__)
@@ -474,40 +471,9 @@ class Scheduler:
         if isinstance(config, (str, os.PathLike)):
             config = await anyio.to_thread.run_sync(read_config, config)
         wanted = checked_config(config)
-        async with self._applying:
-            self._must_be_open()
-            now = {
-                name: settings
-                for name, (runner, settings) in self._configured.items()
-                if self._runners.get(name) is runner
-            }
-            for name in wanted.models:
-                if name in self._runners and name not in now:
-                    raise ConfigError(
-                        f"apply(): models.{name}: load() has made a runner of this name. Rename "
-                        "one of them, or close that runner first."
-                    )
-            todo = plan(now, wanted.models)
-            failed: dict[str, str] = {}
-            for name, names in todo.change.items():
-                self._change(name, wanted.models[name], names)
-            for name in todo.close:
-                await self._attempt(name, failed, self._close_configured(name))
-            for name in todo.replace:
-                await self._attempt(
-                    name, failed, self._replace_configured(name, wanted.models[name], now[name])
-                )
-            for name in todo.load:
-                await self._attempt(name, failed, self._load_configured(name, wanted.models[name]))
-            report = ConfigReport(
-                loaded=tuple(name for name in todo.load if name not in failed),
-                closed=tuple(name for name in todo.close if name not in failed),
-                changed=todo.change,
-                replaced={n: names for n, names in todo.replace.items() if n not in failed},
-                unchanged=todo.keep,
-                failed=failed,
-                needs_restart=needs_restart(self._config, wanted),
-            )
+        report = await self._configured.apply(
+            self._config, wanted, self._load_configured, self._must_be_open
+        )
         log.info("configuration applied", **msgspec.structs.asdict(report))
         return report
 
@@ -564,44 +530,10 @@ class Scheduler:
                 functools.partial(prune_cache, self._config.cache_dir, limit, age, limiter)
             )
 
-    async def _load_configured(self, name: str, settings: ModelConfig) -> None:
+    async def _load_configured(self, name: str, settings: ModelConfig) -> Runner:
         from aoti_sched.engine.loader import ModelSource
 
-        runner = await self._load(name, settings, ModelSource())
-        self._configured[name] = (runner, settings)
-
-    async def _close_configured(self, name: str) -> None:
-        await self._configured[name][0].aclose()
-        del self._configured[name]
-
-    async def _replace_configured(self, name: str, new: ModelConfig, old: ModelConfig) -> None:
-        await self._close_configured(name)
-        try:
-            await self._load_configured(name, new)
-        except AotiSchedError:
-            with contextlib.suppress(AotiSchedError):
-                await self._load_configured(name, old)
-            raise
-
-    async def _attempt(
-        self, name: str, failed: dict[str, str], step: Coroutine[Any, Any, None]
-    ) -> None:
-        """Carry out a step of `apply`; where it fails, note why, unless the scheduler closes."""
-        try:
-            await step
-        except AotiSchedError as error:
-            self._must_be_open()
-            failed[name] = str(error)
-
-    def _change(self, name: str, settings: ModelConfig, names: Sequence[str]) -> None:
-        """Change the settings of a model that serves on."""
-        runner, _ = self._configured[name]
-        if "timeout" in names:
-            set_timeout(runner, seconds_or_none("timeout", settings.timeout))
-        for replica in router_of(runner).replicas:
-            replica.blocks_when_full = settings.overflow == "wait"
-            replica.rebuild_on_failure = settings.on_failure == "rebuild"
-        self._configured[name] = (runner, settings)
+        return await self._load(name, settings, ModelSource())
 
     def _open_runner(
         self,
