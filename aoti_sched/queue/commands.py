@@ -76,6 +76,15 @@ class BarrierReached(msgspec.Struct, frozen=True):
     runner: RunnerState
 
 
+class Turn(msgspec.Struct, frozen=True):
+    """Exchange the weights of this runner's container, then report `turned`.
+
+    Every slot of the runner's two records is free.
+    """
+
+    runner: RunnerState
+
+
 class Failing(msgspec.Struct, frozen=True):
     """The last `UNHEALTHY` runs of this runner have all failed."""
 
@@ -124,6 +133,7 @@ Command = (
     | Withdraw
     | Drained
     | BarrierReached
+    | Turn
     | Failing
     | Claimed
     | Park

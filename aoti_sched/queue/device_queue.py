@@ -41,6 +41,10 @@ When every slot is free, `BarrierReached` follows, and the caller exchanges the 
 barrier opens on the next epoch, an earlier one, or the same (`barrier.py`). Jobs that asked for an
 epoch that is yet to come wait outside the queue. Jobs whose epoch was rolled back are revoked.
 
+**Sessions.** Jobs of a session run on the epoch that the session began with. When the next epoch is
+published, they move to a second runner record, which keeps the weights before. The two records of
+a model take turns with its one container (`turns.py`).
+
 **Memory.** Where the device has a limit, memory is reserved before a model is loaded. When it does
 not suffice, runners are evicted: their barrier closes, `Park` asks the caller to free the weights,
 and `Return` to restore them, when requests want them and there is room (`memory.py`).
@@ -60,7 +64,7 @@ fact decides which jobs end, and a runner whose jobs are ending starts nothing (
 `check.check` states these as sentences that tests verify after every fact. The code stands in
 layers, each a class that extends the one before: `queue_state.py` (the parts, and how a job leaves
 the queue), `slices.py`, `deadlines.py`, `launching.py`, `lifecycle.py` (facts about runners),
-and this file (facts about memory, jobs and time).
+`sessions.py`, and this file (facts about memory, jobs and time).
 """
 
 from __future__ import annotations
@@ -75,12 +79,12 @@ from aoti_sched.queue.commands import Command, Expire, Failing, Launch, NextTurn
 from aoti_sched.queue.ending import Ending
 from aoti_sched.queue.holding import Holding, Stay
 from aoti_sched.queue.job import Fact, IllegalFactError, Job, JobState, Priority
-from aoti_sched.queue.lifecycle import Lifecycle
 from aoti_sched.queue.memory import Claim
 from aoti_sched.queue.queue_state import batch_queue_of, may_share_run
 from aoti_sched.queue.runner_state import UNHEALTHY, Lease, Phase, RunnerState
 from aoti_sched.queue.selection.forecast import expected
 from aoti_sched.queue.selection.placement import LOOP
+from aoti_sched.queue.sessions import SessionFacts
 
 
 def _must_be_lawful(job: Job) -> None:
@@ -105,7 +109,7 @@ def _must_be_lawful(job: Job) -> None:
         raise IllegalFactError("a job with a key runs, and has rows")
 
 
-class DeviceQueue(Lifecycle):
+class DeviceQueue(SessionFacts):
     """The queue of one device: a method per fact."""
 
     def claim(self, claim: Claim, now: float) -> list[Command]:
@@ -258,7 +262,7 @@ class DeviceQueue(Lifecycle):
             runner.awaiting.add(job)
         elif full is not None:
             job.happens_at(Fact.HOLD, now)
-            if job.min_epoch > 1 and job.source is runner:
+            if job.names_epoch and job.source is runner:
                 runner.epoch_bound.add(job)
             self.room.wait(job)
             self._dispatch(now, commands)
@@ -276,7 +280,7 @@ class DeviceQueue(Lifecycle):
             if self.load.jobs:  # the delay of a key may have elapsed
                 self._dispatch(now, commands)
         else:
-            if job.min_epoch > 1 and job.source is runner:
+            if job.names_epoch and job.source is runner:
                 runner.epoch_bound.add(job)
             self._admit(job, now, commands, waited=False)
             self._dispatch(now, commands)
@@ -332,6 +336,9 @@ class DeviceQueue(Lifecycle):
             lanes.inline_left -= seconds
         if isinstance(source, Lease):
             self._retire_if_over(source)
+        if self.turns and (turns := self.turns.get(runner)) is not None:
+            turns.ran = True
+            self._see_turn(turns, now, commands)  # before the next job is launched
         too_long = inline and seconds > lanes.inline_budget
         moved = (ok or too_long) and runner.placing.learn(size, seconds, now, too_long=too_long)
         if self.load.jobs:  # no job waits for room, a slot or a lane when none is queued
@@ -387,6 +394,8 @@ class DeviceQueue(Lifecycle):
         if not lease.released:
             lease.released = True
             self._retire_if_over(lease)
+        if self.turns and (turns := self.turns.get(lease.runner)) is not None:
+            self._see_turn(turns, now, commands)  # before the slot is given out again
         self._dispatch(now, commands)
         self._see_what_is_over(lease.runner, now, commands)
         return commands

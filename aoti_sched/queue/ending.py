@@ -33,9 +33,10 @@ class Ending:
             even if they have not moved to the gate yet.
         epochs: Only jobs that ask for an epoch after the first number and up to the second end.
         leases: Whether the jobs of held leases end, too. The leases are then halted as well.
+        pinned: Whether only pinned jobs end.
     """
 
-    __slots__ = ("_awaiting", "_epochs", "_last", "_leases", "error", "runner")
+    __slots__ = ("_awaiting", "_epochs", "_last", "_leases", "_pinned", "error", "runner")
 
     def __init__(
         self,
@@ -46,12 +47,14 @@ class Ending:
         awaiting: bool = False,
         leases: bool = False,
         epochs: tuple[int, float] | None = None,
+        pinned: bool = False,
     ) -> None:
         self.runner = runner
         self.error = error
         self._last = last
         self._epochs = epochs
         self._awaiting = awaiting
+        self._pinned = pinned
         self._leases = list(runner.leases.values()) if leases else []
         for source in self._sources():
             source.halted += 1
@@ -60,7 +63,11 @@ class Ending:
         """Return up to `most` of the jobs that are left, by arrival."""
         some: list[Job] = []
         for job in self._each():  # no generator expression: compiled, that is a list of all
-            if job.id <= self._last and (self.error is not None or not job.bypasses_limits):
+            if (
+                job.id <= self._last
+                and (self.error is not None or not job.bypasses_limits)
+                and (job.pinned or not self._pinned)
+            ):
                 some.append(job)
                 if len(some) == most:
                     break

@@ -128,7 +128,7 @@ def check(queue: DeviceQueue) -> None:
             ),
             "each queued job can have its epoch",
         )
-        bound = [j for j in (*queued, *gate, *in_line) if j.min_epoch > 1 and j.source is runner]
+        bound = [j for j in (*queued, *gate, *in_line) if j.names_epoch and j.source is runner]
         must(
             sorted(job.id for job in runner.epoch_bound.within(0, math.inf))
             == sorted(job.id for job in bound),
@@ -167,6 +167,22 @@ def check(queue: DeviceQueue) -> None:
         must(
             runner.reached or runner.halted > 0 or not (runner.closed and runner.home),
             "a barrier that can be reached is reached",
+        )
+        turns = queue.turns.get(runner)
+        must(
+            runner.aside == (turns is not None and (runner is turns.other or turns.turning)),
+            "a runner is aside exactly while the other record serves, or is about to",
+        )
+        must(
+            turns is None or runner is turns.serving or (runner.closed and runner.reached),
+            "a record that does not serve starts nothing",
+        )
+        must(
+            turns is None
+            or turns.turning
+            or not turns.serving.home
+            or not turns.gives_way(-math.inf),
+            "a turn has begun where it has to wait for no run and no time",
         )
         halting = sum(ending.runner is runner for ending in queue._endings)
         must(
@@ -314,10 +330,18 @@ def _check_tenants(runner: RunnerState, must: Callable[[bool, str], None]) -> No
 def _check_accounts(
     queue: DeviceQueue, runner: RunnerState, queued: list[Job], must: Callable[[bool, str], None]
 ) -> None:
-    launched = [job for job in queue.lanes.launched() if job.source.runner is runner]
+    turns = queue.turns.get(runner)
+    records = [runner] if turns is None else [turns.main, turns.behind]  # both have these accounts
+    of_records = [
+        job
+        for record in records
+        for source in (record, *record.leases.values())
+        for job in source.queue.jobs()
+    ]
+    launched = [job for job in queue.lanes.launched() if job.source.runner in records]
     running = [job for first in launched for job in (*(first.members or (first,)), *first.to_retry)]
     for priority, account in enumerate(runner.accounts):
-        of_class = [job for job in queued if job.priority == priority]
+        of_class = [job for job in of_records if job.priority == priority]
         must(
             account.queued == len(of_class)
             and account.running == sum(job.priority == priority for job in running),
@@ -326,11 +350,11 @@ def _check_accounts(
         must(account.balance <= 0.0, "no account owes time that was used")
         fair_class = runner.tenants[priority]
         for tenant, own in fair_class.accounts.items():
-            mine = [job for job in of_class if job.source is runner and job.tenant == tenant]
+            mine = [job for job in of_class if job.source in records and job.tenant == tenant]
             runs = [
                 j
                 for j in running
-                if j.source is runner and j.tenant == tenant and j.priority == priority
+                if j.source in records and j.tenant == tenant and j.priority == priority
             ]
             must(
                 (own.queued, own.running) == (len(mine), len(runs)),
@@ -344,7 +368,7 @@ def _check_accounts(
             "idle tenants are counted, and are no more than are kept",
         )
         of_tenants = [
-            j for j in (*of_class, *running) if j.source is runner and j.priority == priority
+            j for j in (*of_class, *running) if j.source in records and j.priority == priority
         ]
         must(
             all(fair_class.accounts.get(job.tenant) is job.account for job in of_tenants),

@@ -133,6 +133,7 @@ class Job:
         key: Jobs of one runner with an equal key may run as one batch; None for alone.
         bypasses_limits: Whether no bound holds the job back. Such a job is the library's own.
         tenant: A runner's tenants share its device time equally.
+        pinned: Whether the job runs on the weights of `min_epoch`, and no later ones.
 
     Attributes:
         lane: Where the job runs; `LOOP` for the loop's own thread, and then `inline` is set.
@@ -165,6 +166,7 @@ class Job:
         "min_epoch",
         "overdue",
         "payload",
+        "pinned",
         "priority",
         "probing",
         "recorded",
@@ -196,6 +198,7 @@ class Job:
         bypasses_limits: bool = False,
         tenant: Hashable = None,
         tokens: int = 1,
+        pinned: bool = False,
     ) -> None:
         self.source = source
         self.priority = priority
@@ -209,6 +212,7 @@ class Job:
         self.bypasses_limits = bypasses_limits
         self.tenant = tenant
         self.tokens = tokens
+        self.pinned = pinned
         self.timeout: float | None = None  # as the caller gave it, for messages
 
         self.id = -1
@@ -250,9 +254,15 @@ class Job:
             bypasses_limits=self.bypasses_limits,
             tenant=self.tenant,
             tokens=self.tokens,
+            pinned=self.pinned,
         )
         job.timeout = self.timeout
         return job
+
+    @property
+    def names_epoch(self) -> bool:
+        """Return whether a change of the epoch may concern the job, while the job is queued."""
+        return self.min_epoch > 1 or self.pinned
 
     def happens(self, fact: Fact) -> None:
         """Move to the next state by the table.

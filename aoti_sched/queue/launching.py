@@ -51,8 +51,11 @@ class Launching(ExpiringJobs):
         else:
             source.queue.push(job)
         self._selector.enter(source)
-        if runner.closed and self.memory.asks(runner):
-            self._serve_line(now, commands)
+        if runner.closed:
+            if self.turns and (turns := self.turns.get(runner)) is not None:
+                self._see_turn(turns, now, commands)
+            if self.memory.asks(runner):
+                self._serve_line(now, commands)
 
     def _arrives(self, runner: RunnerState, commands: list[Command]) -> None:
         """Note that a job that may share a run has come in this turn of the loop."""

@@ -175,8 +175,11 @@ class Lifecycle(Launching):
             raise IllegalFactError(
                 f"runner {runner.name!r} is {runner.phase.name}, it can't be removed"
             )
-        del self.runners[runner.name]
+        self._forget(runner)
         self.fair_shares.close(runner.name)
+
+    def _forget(self, runner: RunnerState) -> None:
+        del self.runners[runner.name]
         self._selector.forget(runner)
         self.room.gates.leave(runner)
 

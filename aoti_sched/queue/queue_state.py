@@ -1,7 +1,7 @@
 """The parts of a device's queue, and what happens to them when a job leaves the queue.
 
-The classes of `slices.py`, `deadlines.py`, `launching.py`, `lifecycle.py` and `device_queue.py`
-extend this one in that order. Each uses only what the ones before it define.
+The classes of `slices.py`, `deadlines.py`, `launching.py`, `lifecycle.py`, `sessions.py` and
+`device_queue.py` extend this one in that order. Each uses only what the ones before it define.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from aoti_sched.queue.selection.forecast import Forecast
 from aoti_sched.queue.selection.placement import INLINE_BUDGET
 from aoti_sched.queue.selection.urgency import Urgency
 from aoti_sched.queue.timers import Timers
+from aoti_sched.queue.turns import Turns
 
 
 def batch_queue_of(runner: RunnerState) -> BatchQueue:
@@ -77,6 +78,7 @@ class QueueState:
         self.load = self.room.load
         self.memory = Memory(name, memory_limit, evicts=evicts)
         self.runners: dict[str, RunnerState] = {}
+        self.turns: dict[RunnerState, Turns] = {}  # of both records of a model that takes turns
         self.fair_shares = FairShares(self.policy.fair)
         self._watches_age = self.policy.max_wait is not None
         self._selector = Selector(self.lanes, self.policy.max_wait)
@@ -110,7 +112,7 @@ class QueueState:
         if waiting:
             if not source.runner.awaiting.remove(job):
                 self.room.leave(job)
-                if job.min_epoch > 1:
+                if job.names_epoch:
                     source.runner.epoch_bound.remove(job)
         else:
             self._unqueue(job)
@@ -135,7 +137,7 @@ class QueueState:
         if self._watches_age and not job.is_lease_request:
             source.arrivals.remove(job)
         self.room.give_back(job)
-        if job.min_epoch > 1:
+        if job.names_epoch:
             runner.epoch_bound.remove(job)
 
     def _retire_if_over(self, lease: Lease) -> None:

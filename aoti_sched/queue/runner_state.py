@@ -179,6 +179,7 @@ class RunnerState(Source):
 
     Attributes:
         published: The highest epoch so far.
+        aside: Whether the barrier is closed for the other record of the model (`turns.py`).
         awaiting: Jobs whose epoch is yet to come, or that have not moved to the gate since.
         epoch_bound: Jobs at the gate or in the queue that asked for an epoch after the first.
         batch_queue: The batchable jobs; None where jobs always run alone.
@@ -196,6 +197,7 @@ class RunnerState(Source):
 
     __slots__ = (
         "accounts",
+        "aside",
         "awaiting",
         "backlog",
         "backlog_of",
@@ -239,8 +241,9 @@ class RunnerState(Source):
         share: float = 1.0,
         sheds: bool = False,
         predicts: bool = False,
+        tenants: tuple[FairClass, ...] | None = None,
     ) -> None:
-        self.tenants = tuple(FairClass() for _ in Priority)
+        self.tenants = tenants or tuple(FairClass() for _ in Priority)
         queue = JobQueue(_accounts_in(self.tenants) if accounts else _no_account)
         super().__init__(name, list(reversed(range(slots))), epoch, load, queue)
         self.batch_queue = None if batching is None else BatchQueue(batching, self.queue)
@@ -266,6 +269,7 @@ class RunnerState(Source):
         self.placing = placing
         self.published = epoch
         self.reached = False
+        self.aside = False
         self.awaiting = EpochJobs()
         self.epoch_bound = EpochJobs()
         self.memory = memory
@@ -307,7 +311,8 @@ class RunnerState(Source):
     @property
     def idle(self) -> bool:
         """Return whether no job or lease of the runner is left, and no update is under way."""
-        return not (self.live or self.leases or (self.closed and self.memory.is_here))
+        updating = self.closed and self.memory.is_here and not self.aside
+        return not (self.live or self.leases or updating)
 
     @property
     def home(self) -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from aoti_sched.errors import AotiSchedError
 from aoti_sched.queue import barrier
-from aoti_sched.queue.commands import BarrierReached, Command, Drained, Park, Revoke, Withdraw
+from aoti_sched.queue.commands import BarrierReached, Command, Drained, Park, Revoke, Turn, Withdraw
 from aoti_sched.queue.ending import SLICE, Ending
 from aoti_sched.queue.job import Fact, Job
 from aoti_sched.queue.queue_state import QueueState
 from aoti_sched.queue.runner_state import Phase, RunnerState
+from aoti_sched.queue.turns import Turns
 
 
 class Slices(QueueState):
@@ -49,6 +50,8 @@ class Slices(QueueState):
         commands.append(Revoke(job, error))
 
     def _see_what_is_over(self, runner: RunnerState, now: float, commands: list[Command]) -> None:
+        if self.turns and (turns := self.turns.get(runner)) is not None:
+            self._see_turn(turns, now, commands)
         if runner.closed and barrier.reach(runner):
             commands.append(BarrierReached(runner) if runner.memory.is_here else Park(runner))
         if runner.phase in (Phase.DRAINING, Phase.TERMINATED) and runner.idle:
@@ -57,6 +60,13 @@ class Slices(QueueState):
         # A busy runner may be evicted, too, but not while it has held leases.
         if self.memory.line and (self._lease_ended or not runner.busy):
             self._serve_line(now, commands)
+
+    def _see_turn(self, turns: Turns, now: float, commands: list[Command]) -> None:
+        """Begin a turn if one is due; ask for the exchange once every slot is free."""
+        if turns.gives_way(now):
+            turns.begin(now)
+        if turns.turning and barrier.reach(turns.serving):
+            commands.append(Turn(turns.main))
 
     def _serve_line(self, now: float, commands: list[Command]) -> None:
         self._lease_ended = False

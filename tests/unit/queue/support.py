@@ -37,6 +37,13 @@ FACTS = (
     "call_back",
     "parked",
     "returned",
+    "add_behind",
+    "keep_epoch",
+    "withdraw_pinned",
+    "revoke_behind",
+    "hold_turns",
+    "release_turns",
+    "turned",
 )
 
 
