@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 from aoti_sched.apply import ConfigReport
 from aoti_sched.blocking import BlockingScheduler
 from aoti_sched.blocking_handles import (
-    BlockingLease,
     BlockingRunner,
     BlockingRunnerView,
     BlockingSplit,
     BlockingSplitView,
 )
+from aoti_sched.blocking_lease import BlockingLease, BlockingSession
 from aoti_sched.config import Batching, DeviceConfig, Limits, ModelConfig, SchedulerConfig
 from aoti_sched.engine.blocking import BlockingFuture
 from aoti_sched.engine.future import RunFuture, Trace
@@ -65,6 +65,7 @@ from aoti_sched.queue.job import Priority
 from aoti_sched.runnable import Runnable
 from aoti_sched.runner import Runner, RunnerView
 from aoti_sched.scheduler import Scheduler
+from aoti_sched.session import Session
 from aoti_sched.split import Shadow, Split, SplitView
 from aoti_sched.stats import (
     DeviceStats,
@@ -100,6 +101,7 @@ __all__ = [
     "BlockingRunner",
     "BlockingRunnerView",
     "BlockingScheduler",
+    "BlockingSession",
     "BlockingSplit",
     "BlockingSplitView",
     "CompileError",
@@ -148,6 +150,7 @@ __all__ = [
     "Scheduler",
     "SchedulerConfig",
     "SchedulerStats",
+    "Session",
     "Shadow",
     "ShadowStats",
     "ShedError",

@@ -1,150 +1,36 @@
-"""What a `BlockingScheduler` hands out: runners, leases and splits for threads without a loop.
+"""What a `BlockingScheduler` hands out: runners and splits for threads without a loop.
 
 Nothing is decided here: every call is the call of the same name on the event loop.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from aoti_sched.engine.holders import THREAD
-from aoti_sched.engine.loop_thread import LoopThread
-from aoti_sched.errors import AotiSchedError, ConfigError, brief
-from aoti_sched.handle import call_of_thread
-from aoti_sched.mapping import map_blocking
+from aoti_sched.blocking_calls import Calls, Owner
+from aoti_sched.blocking_lease import BlockingLeaseContext, BlockingSessionContext
+from aoti_sched.errors import ConfigError, brief
 from aoti_sched.queue.job import Priority
 from aoti_sched.signature import P, R
 from aoti_sched.split import call_of_split
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Iterator
-    from types import TracebackType
+    from collections.abc import Callable, Hashable, Iterable
 
     from aoti_sched.engine.blocking import BlockingFuture
     from aoti_sched.engine.future import RunFuture
     from aoti_sched.engine.weights.report import UpdateReport
     from aoti_sched.engine.weights.transaction import Barrier
-    from aoti_sched.handle import Handle
-    from aoti_sched.lease import Lease, LeaseContext
-    from aoti_sched.mapping import OnError
     from aoti_sched.model.specs import ConstantSpec
     from aoti_sched.runner import Runner, RunnerView
     from aoti_sched.split import Shadow, Split, SplitView
     from aoti_sched.stats import RunnerInfo, RunnerStats, SplitStats
 
-_T = TypeVar("_T")
 
-
-class Owner(Protocol):
-    """The scheduler that made a handle; the handle keeps it alive."""
-
-    _thread: LoopThread
-
-
-class _Calls(Generic[P, R]):
-    """`run` and `submit` of what can be called.
-
-    Args:
-        scheduler: Kept alive as long as its runners are used.
-        handle: What is called on the loop.
-    """
-
-    __slots__ = ("_handle", "_scheduler")
-
-    def __init__(self, scheduler: Owner, handle: Handle[Any, P, R]) -> None:
-        self._scheduler = scheduler
-        self._handle = handle
-
-    def run(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run the model on the exported module's own arguments and return what the module returns.
-
-        Raises as `Runner.run_blocking` does.
-        """
-        token = THREAD.set(threading.current_thread())
-        try:
-            return self._handle.run_blocking(*args, **kwargs)
-        finally:
-            THREAD.reset(token)
-
-    def submit(self, *args: P.args, **kwargs: P.kwargs) -> BlockingFuture[R]:
-        """Queue a run and return its future at once.
-
-        The future has the result, or any error of the request: arguments that do not fit and a full
-        queue are known on the loop only.
-
-        Raises:
-            RunnerClosedError: The scheduler is closed.
-            UnsupportedLoopError: Called in a forked child.
-        """
-        token = THREAD.set(threading.current_thread())
-        try:
-            return call_of_thread(self._handle, args, kwargs, waits=False).start()
-        finally:
-            THREAD.reset(token)
-
-    def _on_loop_for(self, tenant: object, make: Callable[[], _T]) -> _T:
-        """Make a handle: on the loop for a new tenant, and here where nothing is shared."""
-        if tenant is None or tenant is msgspec.UNSET:
-            return make()
-        return self._thread.ask(make)
-
-    @overload
-    def map(
-        self,
-        source: Iterable[Any],
-        *,
-        at_once: int = 32,
-        ordered: bool = True,
-        errors: Literal["raise"] = "raise",
-        unpack: bool = False,
-    ) -> Iterator[R]: ...
-
-    @overload
-    def map(
-        self,
-        source: Iterable[Any],
-        *,
-        at_once: int = 32,
-        ordered: bool = True,
-        errors: Literal["return"],
-        unpack: bool = False,
-    ) -> Iterator[R | Exception]: ...
-
-    def map(
-        self,
-        source: Iterable[Any],
-        *,
-        at_once: int = 32,
-        ordered: bool = True,
-        errors: OnError = "raise",
-        unpack: bool = False,
-    ) -> Iterator[Any]:
-        """Run the model on each item of a source: `for result in runner.map(source): ...`.
-
-        The source is read in the calling thread, as the results are used. `Runner.map` describes
-        the arguments. Leaving the loop early cancels what is queued and running.
-
-        Raises:
-            ConfigError: An argument is of the wrong type or out of range.
-        """
-        return map_blocking(
-            self.submit, source, at_once=at_once, ordered=ordered, errors=errors, unpack=unpack
-        )
-
-    @property
-    def _thread(self) -> LoopThread:
-        return self._scheduler._thread  # noqa: SLF001
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} of {self._handle!r}>"
-
-
-class BlockingRunnerView(_Calls[P, R]):
+class BlockingRunnerView(Calls[P, R]):
     """A runner with other options, made by `options()`."""
 
     __slots__ = ()
@@ -192,6 +78,14 @@ class BlockingRunnerView(_Calls[P, R]):
     def lease(self) -> BlockingLeaseContext[P, R]:
         """Hold one slot for several runs: `with runner.lease() as lease: lease.run(...)`."""
         return BlockingLeaseContext(self._scheduler, self._handle.lease())
+
+    def session(self, *, blocks_updates: bool = False) -> BlockingSessionContext[P, R]:
+        """Keep the weights that serve now for several requests, as `Runner.session` does.
+
+        `with runner.session() as session: session.run(...)`
+        """
+        its = self._handle.session(blocks_updates=blocks_updates)
+        return BlockingSessionContext(self._scheduler, its)
 
 
 class BlockingRunner(BlockingRunnerView[P, R]):
@@ -319,7 +213,7 @@ class BlockingRunner(BlockingRunnerView[P, R]):
         return hash(self._handle)
 
 
-class BlockingSplitView(_Calls[..., Any]):
+class BlockingSplitView(Calls[..., Any]):
     """A split with other options, made by `options()`."""
 
     __slots__ = ("_split",)
@@ -400,86 +294,6 @@ class BlockingSplit(BlockingSplitView):
     def stats(self) -> SplitStats:
         """Return how many requests went to each runner, and what became of the copies."""
         return self._thread.ask(self._split.stats)
-
-
-class BlockingLease(_Calls[P, R]):
-    """One slot, held. Its runs go one after the other."""
-
-    __slots__ = ()
-
-    _handle: Lease[P, R]
-
-    @property
-    def slot(self) -> int:
-        """The number of the runner's slot."""
-        return self._handle.slot
-
-    @property
-    def epoch(self) -> int:
-        """The epoch that all runs of this lease see."""
-        return self._handle.epoch
-
-    def options(
-        self,
-        *,
-        priority: Priority | None = None,
-        timeout: float | msgspec.UnsetType | None = msgspec.UNSET,
-        min_epoch: int | None = None,
-        tenant: Hashable | msgspec.UnsetType = msgspec.UNSET,
-        tag: str | None = None,
-        copy: bool | None = None,
-    ) -> BlockingLease[P, R]:
-        """Return a light handle on the same slot with other options."""
-        lease = self._on_loop_for(
-            tenant,
-            lambda: self._handle.options(
-                priority=priority,
-                timeout=timeout,
-                min_epoch=min_epoch,
-                tenant=tenant,
-                tag=tag,
-                copy=copy,
-            ),
-        )
-        return BlockingLease(self._scheduler, lease)
-
-    def release(self) -> None:
-        """Release the slot once the runs accepted so far are finished. Releasing twice is fine."""
-        self._thread.ask(self._handle.release)
-
-
-class BlockingLeaseContext(Generic[P, R]):
-    """Waits for a slot on entry, and releases it on exit."""
-
-    __slots__ = ("_context", "_scheduler")
-
-    def __init__(self, scheduler: Owner, context: LeaseContext[P, R]) -> None:
-        self._scheduler = scheduler
-        self._context = context
-
-    def __enter__(self) -> BlockingLease[P, R]:
-        try:
-            lease = self._thread.call(self._context.__aenter__)
-        except BaseException:
-            self._release()  # a thread that is interrupted may have been granted the slot
-            raise
-        return BlockingLease(self._scheduler, lease)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._release()
-
-    def _release(self) -> None:
-        with suppress(AotiSchedError):  # closed, or forked: there is no slot any more
-            self._thread.post(self._context.release)
-
-    @property
-    def _thread(self) -> LoopThread:
-        return self._scheduler._thread  # noqa: SLF001
 
 
 def inner(runner: object) -> Runner:

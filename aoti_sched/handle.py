@@ -1,4 +1,4 @@
-"""Handle: what can be called. A runner, a view of a runner with other options, or a lease.
+"""Handle: what can be called. A runner, a view of a runner with other options, a lease, a session.
 
 `run` and `submit` take exactly the model's own arguments. Scheduling options are passed separately,
 with `options(...)`, which returns a light and immutable handle.
@@ -51,6 +51,7 @@ class Options(msgspec.Struct, frozen=True):
         tenant: Shares the runner equally with each other tenant.
         tag: The caller's name for the requests, in traces, logs and errors; "" for none.
         copy: Whether the inputs are copied at submit.
+        pinned: Whether the requests run on the weights of `min_epoch`, and no later ones.
     """
 
     priority: Priority = Priority.NORMAL
@@ -59,6 +60,7 @@ class Options(msgspec.Struct, frozen=True):
     tenant: Tenant | None = None
     tag: str = ""
     copy: bool = False
+    pinned: bool = False
 
 
 class CallOfThread(NamedTuple):
@@ -149,7 +151,7 @@ class Handle(Generic[_View, P, R]):
             layout = replica.batch_layout
             if layout is not None:
                 job.rows, key = layout.measure(inputs)
-                if source is replica.state:
+                if source.runner is source:  # the slots of a lease are its own
                     job.key = key
                     if layout.max_tokens is not None:
                         job.tokens = layout.tokens(inputs)
@@ -158,6 +160,7 @@ class Handle(Generic[_View, P, R]):
                 job.timeout = options.timeout
             if options.min_epoch:
                 job.min_epoch = options.min_epoch
+                job.pinned = options.pinned
             if replica.route is not None and source is replica.state:
                 replica = replica.route(job)
             captured: Sequence[Any] = inputs
@@ -326,6 +329,7 @@ class Handle(Generic[_View, P, R]):
                 whose,
                 old.tag if tag is None else _tag(tag),
                 old.copy if copy is None else arguments.flag("options(copy=)", copy),
+                old.pinned,
             )
         )
 

@@ -1,4 +1,4 @@
-"""Runnable: what has `run` and `submit`. Runners, views of them and leases do."""
+"""Runnable: what has `run` and `submit`. Runners, views of them, leases and sessions do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Runnable(Protocol[P, R]):
-    """What a model can be called by: a runner, a view of a runner, or a lease.
+    """What a model can be called by: a runner, a view of a runner, a lease or a session.
 
     Write functions that only call a model for this type. `isinstance` checks the two names.
 

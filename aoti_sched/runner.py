@@ -13,6 +13,7 @@ from aoti_sched.engine.weights.live import Inactive
 from aoti_sched.engine.weights.staging import StageOptions
 from aoti_sched.handle import Handle, Options, wrong_loop
 from aoti_sched.lease import LeaseContext
+from aoti_sched.session import SessionContext
 from aoti_sched.signature import P, R
 
 if TYPE_CHECKING:
@@ -51,6 +52,25 @@ class RunnerView(Handle["RunnerView[P, R]", P, R]):
         the order of the queue, with this view's priority and timeout.
         """
         return LeaseContext(self._router, self._replica, self._source, self._options)
+
+    def session(self, *, blocks_updates: bool = False) -> SessionContext[P, R]:
+        """Keep the weights that serve now for several requests, without holding a slot.
+
+        Use it as `async with runner.session() as session: await session.run(...)`. All requests of
+        the session run on one epoch, in batches with others of that epoch, and in between the
+        session holds no slot. While a second set is published, the two sets take turns.
+
+        A third set needs the memory of the first. Before it is written, an update waits for the
+        sessions of the first set that began with `blocks_updates`; the requests of the others fail
+        with EpochError from then on.
+
+        Args:
+            blocks_updates: Let such an update wait until the session ends.
+
+        Raises:
+            ConfigError: An argument is of the wrong type.
+        """
+        return SessionContext(self._router, self._options, blocks_updates)
 
     def _with(self, options: Options) -> RunnerView[P, R]:
         return RunnerView(self._router, self._replica, self._source, options)
@@ -142,9 +162,11 @@ class Runner(RunnerView[P, R]):
             MemoryLimitError: Two sets do not fit into the device's `memory_limit`.
             DeadlineExceededError: The timeout passed.
             RunnerClosedError: The runner is closing.
-            LeaseError: This task itself holds a lease of the runner, and would wait for ever.
+            LeaseError: This task itself holds a lease of the runner, or a session that the update
+                waits for, and would wait for ever.
         """
         self._must_not_wait_for_own_lease("update()")
+        self._router.sessions.must_not_wait_for_own("update()")
         reports = await self._updates.update(
             {self._router: weights},
             StageOptions(partial, strict, fold, check_finite),
@@ -167,7 +189,12 @@ class Runner(RunnerView[P, R]):
         """Write the new set beside the one that serves: the first half of `update`.
 
         A previous set that was kept there is gone.
+
+        Raises:
+            LeaseError: This task itself has a session that the call waits for.
+            AotiSchedError: As `update`.
         """
+        self._router.sessions.must_not_wait_for_own("stage()")
         options = StageOptions(partial, strict, fold, check_finite)
         if self._router.holders.held:  # folding takes a slot
             self._router.holders.watch()
@@ -212,7 +239,14 @@ class Runner(RunnerView[P, R]):
         return reports[self._router]
 
     async def free_previous(self) -> None:
-        """Free the memory of the previous set. No rollback is possible then."""
+        """Free the memory of the previous set. No rollback is possible then.
+
+        Sessions that keep the previous set end first, as before an update.
+
+        Raises:
+            LeaseError: This task itself has a session that the call waits for.
+        """
+        self._router.sessions.must_not_wait_for_own("free_previous()")
         await self._updates.free(self._router, Inactive.PREVIOUS)
 
     def constants(self) -> dict[str, ConstantSpec]:
@@ -237,8 +271,7 @@ class Runner(RunnerView[P, R]):
         self._must_be_here()
         self._must_not_wait_for_own_lease("drain()")
         drains = [
-            replica.dispatcher.drain(replica.state, terminate=False)
-            for replica in self._router.replicas
+            each for replica in self._router.replicas for each in replica.drain(terminate=False)
         ]
         await asyncio.shield(asyncio.gather(*drains))
 

@@ -36,6 +36,7 @@ from aoti_sched.queue.commands import (
     Return,
     Revoke,
     Shed,
+    Turn,
     WakeAt,
     Withdraw,
 )
@@ -113,6 +114,7 @@ class Dispatcher:
         self._drained: dict[str, asyncio.Future[None]] = {}
         self._reached: dict[str, asyncio.Future[None]] = {}
         self._moves: dict[str, Callable[[Job], None]] = {}
+        self.on_turn: dict[str, Callable[[], None]] = {}  # exchanges the weights of a runner
         self._removed: dict[str, RunnerStats] | None = None
         loop.add_reader(executor.fileno(), self._collect)
 
@@ -120,10 +122,20 @@ class Dispatcher:
         """Return the point on the scheduler's clock that lies `timeout` seconds from now."""
         return self._clock.time() + timeout
 
+    def now(self) -> float:
+        """Return the time on the scheduler's clock."""
+        return self._clock.time()
+
+    def tell(
+        self, fact: Callable[[RunnerState, float], list[Command]], runner: RunnerState
+    ) -> None:
+        """Let a fact about a runner happen now."""
+        self.perform(fact(runner, self._clock.time()))
+
     def submit(self, job: Job, *, wait: bool) -> None:
         """Queue a new job, whose `payload` is its future. Raises the error of a rejected job."""
         try:
-            self._perform(self.queue.submit(job, self._clock.time(), wait=wait))
+            self.perform(self.queue.submit(job, self._clock.time(), wait=wait))
         except AotiSchedError as error:
             # The frames of the traceback hold the error: a cycle with the inputs.
             raise error.with_traceback(None)  # noqa: B904
@@ -137,9 +149,13 @@ class Dispatcher:
             The number of jobs.
         """
         count = runner.withdrawable
-        self._moves[runner.name] = move
-        self._perform(self.queue.withdraw(runner, self._clock.time()))
+        self.moves(runner, move)
+        self.perform(self.queue.withdraw(runner, self._clock.time()))
         return count
+
+    def moves(self, runner: RunnerState, move: Callable[[Job], None]) -> None:
+        """Let `move` submit the jobs that are withdrawn from a runner."""
+        self._moves[runner.name] = move
 
     def resubmit(self, job: Job, since: float) -> None:
         """Queue a job in the place of one that was withdrawn at another replica.
@@ -148,7 +164,7 @@ class Dispatcher:
         """
         future = job.payload
         try:
-            self._perform(self.queue.submit(job, self._clock.time(), wait=True, since=since))
+            self.perform(self.queue.submit(job, self._clock.time(), wait=True, since=since))
         except AotiSchedError as error:
             future._refuse(error)
 
@@ -156,12 +172,12 @@ class Dispatcher:
         """Cancel a job whose future the caller has cancelled."""
         if job.state <= JobState.RUNNING:
             future, job.payload = job.payload, None
-            self._perform(self.queue.cancel(job, self._clock.time()))
+            self.perform(self.queue.cancel(job, self._clock.time()))
             if self._watches and job.slot < 0:  # what runs is logged when it has ended
                 self._log_job(job, tag_of(future))
 
     def release(self, lease: Lease) -> None:
-        self._perform(self.queue.release(lease, self._clock.time()))
+        self.perform(self.queue.release(lease, self._clock.time()))
 
     def drain(self, runner: RunnerState, *, terminate: bool) -> asyncio.Future[None]:
         """Begin to drain (or terminate) a runner. The future is done when nothing is left."""
@@ -172,7 +188,7 @@ class Dispatcher:
             return drained
         self._drained[runner.name] = drained
         fact = self.queue.terminate_runner if terminate else self.queue.drain_runner
-        self._perform(fact(runner, self._clock.time()))
+        self.perform(fact(runner, self._clock.time()))
         return drained
 
     def remove(self, runner: RunnerState) -> None:
@@ -180,8 +196,8 @@ class Dispatcher:
             if self._removed is not None:
                 self._removed[runner.name] = self.runner_stats(runner)
             self.queue.remove_runner(runner)
-        self._drained.pop(runner.name, None)
-        self._moves.pop(runner.name, None)
+        for records in (self._drained, self._moves, self.on_turn):
+            records.pop(runner.name, None)
 
     def keep_numbers(self) -> None:
         """Keep the numbers of runners that are removed from now on: the scheduler closes."""
@@ -191,13 +207,13 @@ class Dispatcher:
     def close_barrier(self, runner: RunnerState, *, abort: bool) -> asyncio.Future[None]:
         """Hold back the queued jobs. The future is done when every slot of the runner is free."""
         reached = self._reached[runner.name] = self.loop.create_future()
-        self._perform(self.queue.close_barrier(runner, self._clock.time(), abort=abort))
+        self.perform(self.queue.close_barrier(runner, self._clock.time(), abort=abort))
         return reached
 
     def open_barrier(self, runner: RunnerState, epoch: int | None) -> None:
         """Let the runner go on; with `epoch`, on other constants."""
         self._reached.pop(runner.name, None)
-        self._perform(self.queue.open_barrier(runner, self._clock.time(), epoch=epoch))
+        self.perform(self.queue.open_barrier(runner, self._clock.time(), epoch=epoch))
 
     # --- memory ----------------------------------------------------------------------------------
 
@@ -208,27 +224,27 @@ class Dispatcher:
             MemoryLimitError: There is no room, even if all idle models are evicted.
         """
         claim = Claim(holding, size, self.loop.create_future())
-        self._perform(self.queue.claim(claim, self._clock.time()))
+        self.perform(self.queue.claim(claim, self._clock.time()))
         return claim
 
     def give_up(self, claim: Claim) -> None:
-        self._perform(self.queue.give_up(claim, self._clock.time()))
+        self.perform(self.queue.give_up(claim, self._clock.time()))
 
     def settle(
         self, holding: Holding, *, constants: int, inactive: int = 0, fixed: str = ""
     ) -> None:
         """Record a model's actual memory use. `fixed` says why it can't be evicted, if it can't."""
         now = self._clock.time()
-        self._perform(
+        self.perform(
             self.queue.update_use(holding, now, constants=constants, inactive=inactive, fixed=fixed)
         )
 
     def forget(self, holding: Holding) -> None:
-        self._perform(self.queue.release_memory(holding, self._clock.time()))
+        self.perform(self.queue.release_memory(holding, self._clock.time()))
 
     def call_back(self, runner: RunnerState) -> None:
         """Restore the runner's weights. Raises MemoryLimitError if there is no room for them."""
-        self._perform(self.queue.call_back(runner, self._clock.time()))
+        self.perform(self.queue.call_back(runner, self._clock.time()))
 
     def residency_change(self, runner: RunnerState) -> asyncio.Future[BaseException | None]:
         """Return a future that is done when weights under way are evicted or restored.
@@ -244,14 +260,14 @@ class Dispatcher:
     def parked(self, runner: RunnerState) -> None:
         holding = runner.memory
         future, holding.payload = holding.payload, None
-        self._perform(self.queue.parked(runner, self._clock.time()))
+        self.perform(self.queue.parked(runner, self._clock.time()))
         if future is not None:
             future.set_result(None)
 
     def returned(self, runner: RunnerState, error: BaseException | None) -> None:
         holding = runner.memory
         future, holding.payload = holding.payload, None
-        self._perform(
+        self.perform(
             self.queue.returned(
                 runner, self._clock.time(), error="" if error is None else said(error)
             )
@@ -266,23 +282,28 @@ class Dispatcher:
             self._timer.cancel()
 
     def runner_stats(self, runner: RunnerState) -> RunnerStats:
+        """Return a runner's numbers, those of its second record (`queue/turns.py`) included."""
+        turns = self.queue.turns.get(runner)
+        records = [runner] if turns is None else [turns.main, turns.behind]
+        serving = runner if turns is None else turns.serving
         totals = msgspec.structs.asdict(runner.counters)
-        busy = runner.slots - len(runner.free)
-        busy += sum(job.source.runner is runner for job in self.queue.lanes.handed_ahead.values())
+        busy = sum(one.slots - len(one.free) for one in records)
+        busy += sum(job.source.runner in records for job in self.queue.lanes.handed_ahead.values())
+        totals["submitted"] -= totals["withdrawn"]
         return RunnerStats(
             name=runner.name,
             phase=RunnerPhase[runner.phase.name],
             health="failing" if runner.failures >= UNHEALTHY else "ok",
-            waiting=runner.waits
+            waiting=sum(one.waits for one in records)
             + len(runner.awaiting)
             + sum(len(s.gate) for s in runner.leases.values()),
-            queued=runner.load.jobs,
-            queued_bytes=runner.load.bytes,
+            queued=sum(one.load.jobs for one in records),
+            queued_bytes=sum(one.load.bytes for one in records),
             running=busy - sum(len(lease.free) for lease in runner.leases.values()),
             held_leases=len(runner.leases),
-            free_slots=len(runner.free),
+            free_slots=len(serving.free),
             epoch=runner.epoch,
-            updating=runner.closed and runner.memory.is_here,
+            updating=runner.closed and runner.memory.is_here and not runner.aside,
             parked=not runner.memory.is_here,
             parks=runner.memory.parked,
             memory=self.queue.memory.of(runner.memory),
@@ -304,7 +325,11 @@ class Dispatcher:
             memory=self._memory_stats(),
             runners={
                 **(self._removed or {}),
-                **{name: self.runner_stats(runner) for name, runner in queue.runners.items()},
+                **{
+                    name: self.runner_stats(runner)
+                    for name, runner in queue.runners.items()
+                    if runner not in queue.turns or queue.turns[runner].main is runner
+                },
             },
         )
 
@@ -329,7 +354,7 @@ class Dispatcher:
             try:
                 self._see_loss(completion)  # before queued jobs are launched there
                 # The next launches come first: lanes should not wait.
-                self._perform(self._complete(completion, now))
+                self.perform(self._complete(completion, now))
             except BaseException as error:  # noqa: BLE001 -- the other completions go on
                 fault = fault or error
             self._settle(completion)
@@ -392,7 +417,7 @@ class Dispatcher:
         if self._watches:
             self._log_job(job, tag_of(future))
 
-    def _perform(self, commands: list[Command]) -> None:
+    def perform(self, commands: list[Command]) -> None:
         """Perform all commands of a fact. The first error of a command is raised at the end."""
         fault: BaseException | None = None
         # The commands that follow from a run that ends at once join the end of the list.
@@ -466,6 +491,8 @@ class Dispatcher:
                 self._on_park(runner)
             case Return(runner=runner):
                 self._on_return(runner)
+            case Turn(runner=runner):
+                self.on_turn[runner.name]()
             case Reject(job=job, error=error):
                 job.payload = None
                 raise error
@@ -481,13 +508,13 @@ class Dispatcher:
 
     def _tick(self) -> None:
         self._timer = None
-        self._perform(self.queue.tick(self._clock.time()))
+        self.perform(self.queue.tick(self._clock.time()))
 
     def _turn(self) -> None:
-        self._perform(self.queue.turn(self._clock.time()))
+        self.perform(self.queue.turn(self._clock.time()))
 
     def _go_on(self) -> None:
-        self._perform(self.queue.go_on(self._clock.time()))
+        self.perform(self.queue.go_on(self._clock.time()))
 
     def _log_job(self, job: Job, tag: str) -> None:
         """Log a request that has ended, where requests or slow ones are logged."""

@@ -7,36 +7,22 @@ In the place of a task stands the thread that calls a `BlockingScheduler`.
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
 import threading
 import weakref
 from typing import TYPE_CHECKING
 
+from aoti_sched.engine.callers import PATIENCE, caller
 from aoti_sched.errors import LeaseError
 from aoti_sched.events import log
 from aoti_sched.queue.runner_state import Phase
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Sequence
 
     from aoti_sched.engine.dispatcher import Clock, Timer
     from aoti_sched.engine.replica import Replica
     from aoti_sched.queue.runner_state import Lease, RunnerState
-
-PATIENCE = 1.0
-"""Seconds for which a call waits, and leases are held and not used, before the log says so."""
-
-
-THREAD: contextvars.ContextVar[threading.Thread | None] = contextvars.ContextVar(
-    "THREAD", default=None
-)
-"""The thread that calls a `BlockingScheduler`, in what the event loop does for the call."""
-
-
-def _caller() -> asyncio.Task[object] | threading.Thread | None:
-    """Return the present task, or the thread that the loop works for."""
-    return THREAD.get() or asyncio.current_task()
 
 
 class Held:
@@ -92,7 +78,7 @@ class Holders:
 
     def acquired(self, lease: Lease) -> None:
         """Note that the present task holds a lease."""
-        owner = _caller()
+        owner = caller()
         if owner is not None:
             self.held[lease] = Held(lease, owner)
             self.watch()  # calls may wait already
@@ -106,7 +92,7 @@ class Holders:
         held = self.held.get(lease)
         if held is not None:
             held.uses += 1
-            if not held.shared and _caller() is not held.owner():
+            if not held.shared and caller() is not held.owner():
                 held.shared = True
 
     # --- certain ---------------------------------------------------------------------------------
@@ -147,11 +133,11 @@ class Holders:
 
     def _own(self) -> list[Held]:
         """Return the leases that only the present task is known to use."""
-        caller = _caller()
+        present = caller()
         return [
             held
             for held in self.held.values()
-            if held.owner() is caller is not None and not (held.shared or held.lease.released)
+            if held.owner() is present is not None and not (held.shared or held.lease.released)
         ]
 
     # --- likely ----------------------------------------------------------------------------------

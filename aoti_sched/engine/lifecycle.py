@@ -14,6 +14,7 @@ import enum
 import functools
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+from aoti_sched.engine.behind import SUFFIX
 from aoti_sched.engine.worker import in_worker
 from aoti_sched.errors import ConfigError, RunnerClosedError
 from aoti_sched.events import log
@@ -130,8 +131,13 @@ class Lifecycle(Generic[_Handle]):
         """Take a name for a runner that is being loaded.
 
         Raises:
-            ConfigError: Another runner has the name.
+            ConfigError: Another runner has the name, or it is no name for a runner.
         """
+        if name.endswith(SUFFIX):
+            raise ConfigError(
+                f"load({path!r}): {name!r} can't be a name, since it ends in {SUFFIX!r}; give it "
+                "another name="
+            )
         if name in self._lives:
             raise ConfigError(
                 f"load({path!r}): a runner named {name!r} exists; give it another name="
@@ -228,7 +234,7 @@ class Lifecycle(Generic[_Handle]):
 
     def _drain(self, life: Life, *, terminate: bool) -> None:
         for replica in life.replicas:
-            replica.dispatcher.drain(replica.state, terminate=terminate)
+            replica.drain(terminate=terminate)
 
     async def _close(self, life: Life, terminate: bool) -> None:
         if life.stage is Stage.CLOSED:
@@ -257,21 +263,24 @@ class Lifecycle(Generic[_Handle]):
         """Drain and free a replica, once. After a failure the next call tries again."""
         freed = life.freed.get(replica)
         if freed is None:
-            drained = replica.dispatcher.drain(replica.state, terminate=False)
+            drained = replica.drain(terminate=False)
             self._updates.leave_sources(replica)
             work = functools.partial(self._carry_out_free, life, replica, drained)
             freed = life.freed[replica] = self._tasks.start(work)
         return freed
 
     async def _carry_out_free(
-        self, life: Life, replica: Replica, drained: asyncio.Future[None]
+        self, life: Life, replica: Replica, drained: list[asyncio.Future[None]]
     ) -> None:
         slow = asyncio.get_running_loop().call_later(SLOW_CLOSE, _log_slow_close, replica)
         try:
-            await drained
-            slow.cancel()
+            for each in drained:
+                await each
             self._parking.leave(replica)
             async with replica.weights.lock:  # an update under way ends first
+                for each in replica.drain(terminate=False):  # it may have kept an epoch
+                    await each
+                slow.cancel()
                 await self._parking.settled_residency(replica)
                 replica.dispatcher.remove(replica.state)
                 await in_worker(
@@ -338,7 +347,12 @@ class Lifecycle(Generic[_Handle]):
         log.info("replica left", runner=replica.name, device=replica.device, why=why, moved=moved)
 
     def _replica_of(self, state: RunnerState) -> Replica:
-        return next(one for one in self._lives[state.name].replicas if one.state is state)
+        each = (replica for life in self._lives.values() for replica in life.replicas)
+        return next(
+            replica
+            for replica in each
+            if state is replica.state or (replica.behind and state is replica.behind.state)
+        )
 
     def _start_soon(self, work: Callable[[Replica], Awaitable[object]], replica: Replica) -> None:
         self._tasks.start_soon(functools.partial(work, replica))

@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from aoti_sched.engine.blocking import forked
-from aoti_sched.engine.holders import THREAD
+from aoti_sched.engine.callers import THREAD
 from aoti_sched.errors import (
     AotiSchedError,
     ResourcesError,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from aoti_sched.engine.behind import Behind
 from aoti_sched.engine.weights.live import Inactive, LiveWeights
 from aoti_sched.errors import RunnerClosedError
 from aoti_sched.events import log
@@ -18,10 +19,12 @@ from aoti_sched.foreign import said
 from aoti_sched.queue.runner_state import Phase
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
 
     from aoti_sched.backends.contracts import Container
     from aoti_sched.engine.dispatcher import Dispatcher
+    from aoti_sched.engine.sessions import Sessions
     from aoti_sched.model.batch_layout import Grouping
     from aoti_sched.model.call_spec import CallSpec
     from aoti_sched.model.input_check import Check
@@ -45,11 +48,15 @@ class Replica:
         blocks_when_full: Whether a request waits for room where a bound is reached.
         rebuild_on_failure: Whether the container is rebuilt after failing runs.
         not_evictable_because: Why the weights must stay in memory; "" when they may be evicted.
+
+    Attributes:
+        behind: Has the requests of sessions that are behind; None until there are such sessions.
     """
 
     __slots__ = (
         "_info",
         "batch_layout",
+        "behind",
         "blocks_when_full",
         "call_spec",
         "capture_stream",
@@ -63,9 +70,11 @@ class Replica:
         "name",
         "not_evictable_because",
         "peers",
+        "place_again",
         "rebuild_on_failure",
         "removed_because",
         "route",
+        "sessions",
         "state",
         "threads",
         "weights",
@@ -102,10 +111,14 @@ class Replica:
         self.rebuild_on_failure = rebuild_on_failure
         self.not_evictable_because = not_evictable_because
         self.weights = LiveWeights()
+        self.behind: Behind | None = None
         self.removed_because = ""
-        # The router of its runner sets these: the replicas of the runner that take requests, how a
-        # new job is routed where that is not always here, and how this replica is taken out.
+        # The router of its runner sets these: the sessions of the runner, its replicas that take
+        # requests, how a new job is routed where that is not always here, how a pinned job is
+        # placed anew, and how this replica is taken out.
+        self.sessions: Sessions
         self.peers: list[Replica] = [self]
+        self.place_again: Callable[[Job], None] | None = None
         self.route: Callable[[Job], Replica] | None = None
         self.leave: Callable[[str], int] | None = None
 
@@ -120,6 +133,12 @@ class Replica:
         return self.state.epoch
 
     @property
+    def kept_epoch(self) -> int:
+        """The epoch whose weights the inactive buffer keeps; 0 without one."""
+        weights = self.weights
+        return weights.previous_epoch if weights.inactive is Inactive.PREVIOUS else 0
+
+    @property
     def constants(self) -> tuple[ConstantSpec, ...]:
         """The specs of the model's constants."""
         return self._info.constants
@@ -132,9 +151,7 @@ class Replica:
             self._info,
             epoch=self.epoch,
             staged=weights.inactive is Inactive.STAGED,
-            previous_epoch=weights.previous_epoch
-            if weights.inactive is Inactive.PREVIOUS
-            else None,
+            previous_epoch=self.kept_epoch or None,
             inactive_bytes=self.container.inactive_bytes,
             cuda_graphs=self.container.graphs,
         )
@@ -154,6 +171,35 @@ class Replica:
                 f"runner {self.name!r} is {self.state.phase.name.lower()}; "
                 "its weights can't be changed"
             )
+
+    def drain(self, *, terminate: bool) -> list[asyncio.Future[None]]:
+        """Begin to drain (or terminate) it. The futures are done when nothing is left."""
+        states = [self.state] if self.behind is None else [self.state, self.behind.state]
+        return [self.dispatcher.drain(state, terminate=terminate) for state in states]
+
+    def withdraw(self, move: Callable[[Job], None]) -> int:
+        """Take out the queued jobs, and `move` each of them. Returns their number."""
+        count = self.dispatcher.withdraw(self.state, move)
+        if self.behind is not None:
+            count += self.dispatcher.withdraw(self.behind.state, move)
+        return count
+
+    def keep_for_sessions(self) -> None:
+        """Let the sessions of the epoch that ends go on with it.
+
+        Called when the weights have been exchanged, and the next epoch does not serve yet.
+        """
+        move = self.place_again
+        if move is None or (self.behind is None and not self.sessions.keeps(self.epoch)):
+            return
+        if self.behind is None:
+            self.behind = Behind(
+                self.state, self.dispatcher, self.container, move=move, retire=self.retire
+            )
+        else:
+            self.behind.keep_epoch()
+        self.dispatcher.moves(self.state, move)
+        self.dispatcher.tell(self.dispatcher.queue.withdraw_pinned, self.state)
 
     def refresh_memory_use(self) -> None:
         """Record how much of the device's memory the model uses, and whether it may be evicted."""
@@ -176,4 +222,4 @@ class Replica:
         log.error(why, runner=self.name, device=self.device, error=error, exc_info=error)
         if self.leave is not None and not self.removed_because and len(self.peers) > 1:
             self.leave(f"its {why} on {self.device!r}: {said(error)}")
-        self.dispatcher.drain(self.state, terminate=True)
+        self.drain(terminate=True)

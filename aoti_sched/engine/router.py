@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from aoti_sched.engine.holders import Holders
+from aoti_sched.engine.sessions import Sessions
 from aoti_sched.engine.tenants import Tenants
-from aoti_sched.errors import RunnerClosedError
+from aoti_sched.errors import EpochError, RunnerClosedError
 from aoti_sched.queue.job import Job
 from aoti_sched.queue.runner_state import Phase
 from aoti_sched.queue.selection.routing import Rotation
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from aoti_sched.engine.dispatcher import Clock
     from aoti_sched.engine.future import RunFuture
     from aoti_sched.engine.replica import Replica
-    from aoti_sched.queue.runner_state import Source
+    from aoti_sched.queue.runner_state import RunnerState, Source
 
 
 class Router:
@@ -46,6 +47,7 @@ class Router:
         serving: The replicas that take requests.
         tenants: The tenants of the runner.
         holders: The held leases of the runner.
+        sessions: The sessions of the runner.
     """
 
     __slots__ = (
@@ -59,6 +61,7 @@ class Router:
         "name",
         "replicas",
         "serving",
+        "sessions",
         "tenants",
     )
 
@@ -71,12 +74,15 @@ class Router:
         self.serving = list(replicas)
         self.tenants = Tenants()
         self.holders = Holders(first.name, self.serving, clock)
+        self.sessions = Sessions(first.name, first.epoch, clock)
         self.blocking = blocking
         self._clock = clock
         self._rotation = Rotation([(one.dispatcher.queue, one.state) for one in replicas])
         self._of_state: dict[Source, Replica] = {one.state: one for one in replicas}
         for replica in replicas:
             replica.peers = self.serving
+            replica.sessions = self.sessions
+            replica.place_again = self._place_soon
             replica.leave = functools.partial(self.remove, replica)
             replica.route = self.choose if len(replicas) > 1 else None
 
@@ -84,6 +90,24 @@ class Router:
         """Choose the replica that would finish a new job first."""
         self._rotation.place(job, self._clock.time())
         return self._of_state[job.source]
+
+    def place_of(self, epoch: int) -> tuple[Replica, RunnerState]:
+        """Return where a request that is pinned to an epoch goes.
+
+        Raises:
+            EpochError: The weights are gone.
+        """
+        first = self._shown[0]
+        if first.epoch == epoch:
+            return first, first.state
+        able = [
+            (replica, replica.behind.state)
+            for replica in self._shown
+            if replica.behind is not None and replica.kept_epoch == epoch
+        ]
+        if not able:
+            raise self.sessions.gone(epoch)
+        return min(able, key=lambda one: one[1].live / one[1].slots)
 
     def remove(self, replica: Replica, why: str) -> int:
         """Give a replica no more requests, and reroute its queued jobs where another serves.
@@ -99,7 +123,7 @@ class Router:
                 one.route = self._refuse
         if not any(one.state.phase is Phase.OPEN for one in self.serving):
             return 0  # accepted jobs end where they are
-        return replica.dispatcher.withdraw(replica.state, self._reroute)
+        return replica.withdraw(self._reroute)
 
     def close(self) -> None:
         """Refuse jobs from now on, and drop what makes reference cycles. The runner is closed."""
@@ -109,8 +133,12 @@ class Router:
         for replica in self.replicas:
             replica.route = refuse
             replica.leave = None
+            replica.place_again = None
             replica.peers = []
             replica.state.let_go()
+            if replica.behind is not None:
+                replica.behind.state.let_go()
+                replica.behind = None  # it refers to the replica
 
     def inherit_stream(self) -> AbstractContextManager[object]:
         """Return a context that makes the calling thread's stream current where it is entered.
@@ -155,7 +183,6 @@ class Router:
             for name in RunnerStats.__struct_fields__
             if name not in ("name", "phase", "health", "epoch", "updating", "parked", "replicas")
         }
-        sums["submitted"] -= sums["withdrawn"]
         return RunnerStats(
             name=self.name,
             phase=RunnerPhase[min(Phase[stats.phase.name] for stats in serving).name],
@@ -177,9 +204,26 @@ class Router:
         future: RunFuture = old.payload
         job = old.resubmitted()
         old.payload = None
-        replica = self.choose(job)
+        if not job.pinned:
+            replica = self.choose(job)
+        else:
+            try:
+                replica, job.source = self.place_of(job.min_epoch)
+            except EpochError as error:
+                future._refuse(error)
+                return
+            if job.source is replica.state:
+                replica = self.choose(job)
         future._replica, future._job = replica, job
         replica.dispatcher.resubmit(job, old.submitted)
+
+    def _place_soon(self, old: Job) -> None:
+        """Submit a pinned job anew once the epoch that is being published serves."""
+        self.loop.call_soon(self._place, old)
+
+    def _place(self, old: Job) -> None:
+        if not old.payload.done():  # the caller may have given up meanwhile
+            self._reroute(old)
 
     def _refuse(self, job: Job) -> Replica:
         """Refuse a job, since no replica is left."""

@@ -115,7 +115,10 @@ class SessionFacts(Lifecycle):
         return commands
 
     def turned(self, main: RunnerState, now: float, *, exchanged: bool) -> list[Command]:
-        """Note that the weights of a runner that was to `Turn` are exchanged, or can't be."""
+        """Note that the weights of a runner that was to `Turn` are exchanged, or can't be.
+
+        If they can't, the caller terminates the runner and its second record.
+        """
         turns = self._turns_of(main)
         if not turns.turning or not turns.serving.reached:
             raise IllegalFactError(f"runner {main.name!r} was not to turn")

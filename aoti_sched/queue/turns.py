@@ -41,13 +41,25 @@ class Turns:
         serving: The record whose weights the container runs.
         turning: Whether the barrier of that record is closed for a turn.
         held: Whether no turn may begin, except to `main`.
+        broken: Whether the weights could not be exchanged, so that no turn begins any more.
         began: When the turn under way began.
         since: When the last turn ended.
         took: Seconds that the last turn took.
         ran: Whether a run has ended since the last turn.
     """
 
-    __slots__ = ("began", "behind", "held", "main", "ran", "serving", "since", "took", "turning")
+    __slots__ = (
+        "began",
+        "behind",
+        "broken",
+        "held",
+        "main",
+        "ran",
+        "serving",
+        "since",
+        "took",
+        "turning",
+    )
 
     def __init__(self, main: RunnerState, behind: RunnerState, now: float) -> None:
         self.main = main
@@ -55,6 +67,7 @@ class Turns:
         self.serving = main
         self.turning = False
         self.held = False
+        self.broken = False
         self.began = now
         self.since = now
         self.took = 0.0
@@ -68,7 +81,7 @@ class Turns:
     def gives_way(self, now: float) -> bool:
         """Return whether the record that serves is to give way now."""
         serving, other = self.serving, self.other
-        if serving.closed or serving.leases:
+        if serving.closed or serving.leases or self.broken:
             return False
         if self.held:
             return other is self.main
@@ -94,9 +107,11 @@ class Turns:
         self.turning = False
 
     def end(self, now: float, *, exchanged: bool) -> None:
-        """End a turn. Without an exchange of the weights, the same record serves on."""
+        """End a turn. Without an exchange of the weights, it was the last one."""
         if exchanged:
             self.serving = self.other
+        else:
+            self.broken = True
         self.cancel()
         self.ran = False
         self.took, self.since = now - self.began, now

@@ -42,7 +42,9 @@ async def test_a_run_that_goes_inline_is_over_without_a_turn_of_the_loop(executo
         assert future.done()
         assert (future.trace.placement, future.trace.lane) == ("inline", -1)
         assert_close(await future, expected)
-        await asyncio.sleep(0.01)  # a new turn has its whole budget, however long the first run took
+        await asyncio.sleep(
+            0.01
+        )  # a new turn has its whole budget, however long the first run took
         running = runner.run(X)
         with pytest.raises(StopIteration) as over:
             running.send(None)

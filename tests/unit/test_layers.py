@@ -23,14 +23,16 @@ FACE = {
         "",
         "apply",
         "blocking",
+        "blocking_calls",
         "blocking_handles",
+        "blocking_lease",
         "handle",
         "lease",
         "load_settings",
         "mapping",
         "runnable",
     ),
-    *("runner", "scheduler", "split"),
+    *("runner", "scheduler", "session", "split"),
 }
 WORDS = {
     *("arguments", "config", "config_file", "errors", "events", "foreign", "signature"),

@@ -18,6 +18,7 @@ serves.
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 from collections.abc import (
     AsyncIterator,
@@ -108,7 +109,7 @@ class Updates:
 
         async def work(attempt: Attempt) -> dict[Replica, UpdateReport]:
             staged: list[Replica] = []
-            async with self._exclusive(each, attempt=attempt):
+            async with self._exclusive(each, attempt=attempt, overwrites=True):
                 try:
                     for replica, weights in each.items():
                         await self._buffers.stage(attempt, replica, weights, options)
@@ -134,7 +135,8 @@ class Updates:
 
         async def work(attempt: Attempt) -> None:
             staged: list[Replica] = []
-            async with self._exclusive([replica for replica, _ in each], attempt=attempt):
+            replicas = [replica for replica, _ in each]
+            async with self._exclusive(replicas, attempt=attempt, overwrites=True):
                 try:
                     for replica, share in each:
                         await self._buffers.stage(attempt, replica, share, options)
@@ -198,9 +200,10 @@ class Updates:
         """Free the inactive buffers that hold `held`."""
         each = _serving([router])
 
-        async def work(_: Attempt) -> None:
+        async def work(attempt: Attempt) -> None:
             # An evicted replica keeps nothing, and stays evicted.
-            async with self._exclusive(each, needed=False):
+            overwrites = held is Inactive.PREVIOUS
+            async with self._exclusive(each, needed=False, attempt=attempt, overwrites=overwrites):
                 for replica in present(each):
                     replica.must_be_open()
                     if replica.weights.inactive is held:
@@ -219,6 +222,8 @@ class Updates:
             reached = replica.dispatcher.close_barrier(replica.state, abort=False)
             try:
                 await self._buffers.rebuild(replica, reached, "its runs failed", usable=True)
+                if replica.behind is not None:
+                    replica.behind.revoke(replica.sessions.gone(replica.behind.state.epoch))
             except Exception as error:  # noqa: BLE001 -- the old container serves on
                 log.error(
                     "container can't be rebuilt", runner=replica.name, error=error, exc_info=error
@@ -278,8 +283,30 @@ class Updates:
         epochs = {replica: replica.state.published + 1 for replica in replicas}
         reports = await self._publish(attempt, epochs, barrier)
         if not keep_previous:
-            await self._buffers.drop(list(reports), Inactive.PREVIOUS)
+            await self._drop_previous(list(reports))
         return reports
+
+    async def _drop_previous(self, replicas: Sequence[Replica]) -> None:
+        """Free the previous sets, each as soon as no session keeps it."""
+        free = []
+        for replica in replicas:
+            sessions, epoch = replica.sessions, replica.kept_epoch
+            if sessions.keeps(epoch):
+                sessions.when_left(epoch, functools.partial(self._start, self._free_left(replica)))
+            else:
+                free.append(replica)
+        await self._buffers.drop(free, Inactive.PREVIOUS)
+
+    def _free_left(self, replica: Replica) -> Callable[[], Awaitable[None]]:
+        """Return what frees the previous set of a replica that its last session has left."""
+        epoch = replica.kept_epoch
+
+        async def free() -> None:
+            async with self._exclusive([replica], needed=False, overwrites=True):
+                if replica.kept_epoch == epoch and replica.state.phase is Phase.OPEN:
+                    await self._buffers.drop([replica], Inactive.PREVIOUS)
+
+        return free
 
     async def _publish(
         self, attempt: Attempt, epochs: Mapping[Replica, int], barrier: Barrier
@@ -308,6 +335,7 @@ class Updates:
         for replica in replicas:
             live = replica.weights
             live.inactive, live.previous_epoch = Inactive.PREVIOUS, replica.epoch
+            replica.keep_for_sessions()
             reports[replica] = UpdateReport(
                 runner=replica.name,
                 epoch=epochs[replica],
@@ -319,6 +347,8 @@ class Updates:
             )
         for replica in closing:
             epoch = epochs[replica] if replica in reports else None
+            if epoch is not None:
+                replica.sessions.epoch = epoch
             replica.dispatcher.open_barrier(replica.state, epoch)
         for replica in replicas:
             report = msgspec.structs.asdict(reports[replica])
@@ -334,9 +364,18 @@ class Updates:
         replicas: Sequence[Replica] | Mapping[Replica, object],
         *,
         needed: bool = True,
+        overwrites: bool = False,
         attempt: Attempt | None = None,
     ) -> AsyncIterator[None]:
-        """Hold the locks of these replicas, whose weights are in memory if they are `needed`."""
+        """Hold the locks of these replicas, on which the weights published last serve meanwhile.
+
+        Args:
+            replicas: The replicas.
+            needed: Whether their weights must be in memory.
+            overwrites: Whether the inactive buffers are written or freed, so that sessions which
+                keep those sets end first.
+            attempt: The call under way.
+        """
         attempt = attempt or Attempt()
         async with AsyncExitStack() as stack:
             attempt.waits = True
@@ -347,8 +386,28 @@ class Updates:
                 if len(replicas) > 1 and not replica.is_removed:
                     replica.must_be_open()  # before the lock of the next one is waited for
                 await stack.enter_async_context(self._parking.resident(replica, needed=needed))
+            for replica in _in_order(replicas):
+                await self._hold_turns(replica, stack, overwrites=overwrites)
             attempt.waits = False
             yield
+
+    async def _hold_turns(
+        self, replica: Replica, stack: AsyncExitStack, *, overwrites: bool
+    ) -> None:
+        """Let the weights that were published last serve until the stack ends."""
+        if overwrites:
+            await replica.sessions.leave_behind()
+        behind = replica.behind
+        if behind is not None:
+            if overwrites:
+                behind.revoke(replica.sessions.gone(behind.state.epoch))
+            await behind.hold()
+        stack.callback(self._release_turns, replica)
+
+    @staticmethod
+    def _release_turns(replica: Replica) -> None:
+        if replica.behind is not None:  # perhaps made meanwhile, and on hold since
+            replica.behind.release()
 
     async def _run_transaction(
         self,

@@ -82,7 +82,11 @@ class Fleet:
         for runner in self:
             replica = replica_of(runner)
             check(replica.dispatcher.queue)
-            stats, info, held = runner.stats(), runner.info, replica.container.inactive
+            stats, info = runner.stats(), runner.info
+            turns = replica.dispatcher.queue.turns.get(replica.state)
+            behind_serves = turns is not None and turns.serving is turns.behind
+            container = replica.container
+            held = container.weights if behind_serves else container.inactive
             assert (stats.updating, stats.held_leases, stats.running, stats.queued) == (
                 False,
                 0,

@@ -23,7 +23,7 @@ WEIGHTS = {
     "update",
 }
 FACTS = {"device", "epoch"}
-OF_VIEWS = {"info", "lease", "name", "stats"}
+OF_VIEWS = {"info", "lease", "name", "session", "stats"}
 ENDS = {"aclose", "drain", "terminate"}
 
 
@@ -45,10 +45,12 @@ async def test_a_runner_shows_what_a_user_may_use_and_no_more(runner):
     assert shown(runner) == CALLS | OF_VIEWS | WEIGHTS | FACTS | ENDS
 
 
-async def test_a_view_and_a_lease_show_what_can_be_called(runner):
+async def test_a_view_a_lease_and_a_session_show_what_can_be_called(runner):
     assert shown(runner.options(timeout=1)) == CALLS | OF_VIEWS
     async with runner.lease() as lease:
         assert shown(lease) == shown(lease.options()) == CALLS | {"epoch", "release", "slot"}
+    async with runner.session() as session:
+        assert shown(session) == shown(session.options()) == CALLS | {"end", "epoch"}
 
 
 async def test_a_view_tells_what_its_runner_tells(runner):
@@ -60,9 +62,9 @@ async def test_a_view_tells_what_its_runner_tells(runner):
             setattr(view, name, None)
 
 
-async def test_a_runner_a_view_and_a_lease_are_runnable(runner):
-    async with runner.lease() as lease:
-        for handle in (runner, runner.options(), lease):
+async def test_a_runner_a_view_a_lease_and_a_session_are_runnable(runner):
+    async with runner.lease() as lease, runner.session() as session:
+        for handle in (runner, runner.options(), lease, session):
             assert isinstance(handle, Runnable)
     assert not isinstance(runner.info, Runnable)
 

@@ -9,7 +9,7 @@ import pytest
 import structlog
 
 from aoti_sched import BlockingScheduler, LeaseError, RunnerClosedError
-from aoti_sched.engine.holders import PATIENCE
+from aoti_sched.engine.callers import PATIENCE
 from aoti_sched.testing import FakeBackend, fake_scheduler, settle
 from tests.inside import router_of
 from tests.unit.engine.support import until

@@ -84,7 +84,9 @@ async def life(backend):
         assert await asyncio.to_thread(runner.run_blocking, 3) == 6
         async with runner.lease() as lease:
             assert await lease.run(1) == 2
-        await runner.update({"w": 2})
+        async with runner.session() as session:
+            await runner.update({"w": 2})
+            assert await asyncio.gather(session.run(1), runner.run(1)) == [2, 2]
         with pytest.raises(aoti_sched.PackageNotFoundError):
             await scheduler.load("other.pt2")
         future = runner.submit(5)
