@@ -106,6 +106,16 @@ def test_the_example_runs_and_prints_what_it_should(program):
         assert piece in printed
 
 
+def test_generation_writes_each_text_with_the_weights_of_one_epoch():
+    printed = run("-m", "examples.generation")
+    found = re.search(r"exactness   (\d+) of (\d+) texts are those of the one epoch", printed)
+    same, texts = map(int, found.groups())
+    # Compiled code rounds otherwise, which exchanges letters that are nearly as likely.
+    assert same >= 0.9 * texts
+    assert texts >= 24
+    assert len(re.findall(r"\d+ of epoch \d", printed)) > 1
+
+
 def test_testing_your_app_passes_its_own_tests():
     path = "examples/testing_your_app.py"
     written = (REPOSITORY / path).read_text().count("async def test_")
