@@ -6,6 +6,7 @@ with `options(...)`, which returns a light and immutable handle.
 
 from __future__ import annotations
 
+import functools
 from asyncio import _get_running_loop  # the public one raises, and this one is for the hot path
 from collections.abc import Hashable
 from contextlib import AbstractContextManager
@@ -233,6 +234,7 @@ class Handle(Generic[_View, P, R]):
             ordered=ordered,
             errors=errors,
             unpack=unpack,
+            must_not_wait=functools.partial(must_leave_a_slot, self, "map()"),
         )
 
     def run_blocking(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -346,11 +348,11 @@ class Handle(Generic[_View, P, R]):
         return f"<{type(self).__name__} {self._router.name!r} on {self._target.device}>"
 
 
-def must_leave_a_slot(handle: Handle[Any, ..., Any]) -> None:
+def must_leave_a_slot(handle: Handle[Any, ..., Any], call: str = "run()") -> None:
     """Raise LeaseError if the caller would await a slot while it holds every slot itself."""
     router = handle._router  # noqa: SLF001
     if router.holders.held and handle._target is router:  # noqa: SLF001
-        router.holders.must_leave_a_slot("run()")
+        router.holders.must_leave_a_slot(call)
 
 
 def call_of_thread(

@@ -48,6 +48,7 @@ class MapResults(AsyncIterator[R]):
         ordered: bool,
         errors: OnError,
         unpack: bool,
+        must_not_wait: Callable[[], None] | None = None,
     ) -> None:
         at_once, ordered, unpack = checked(at_once, ordered, errors, unpack)
         if not isinstance(source, (AsyncIterable, Iterable)):
@@ -55,6 +56,7 @@ class MapResults(AsyncIterator[R]):
                 f"map(source): expected an iterable or an async iterable, got {brief(source)}."
             )
         self._raises = errors == "raise"
+        self._must_not_wait = must_not_wait
         self._flow = _Flow(submit, source, loop, at_once, ordered=ordered, unpack=unpack)
 
     def __aiter__(self) -> Self:
@@ -67,9 +69,10 @@ class MapResults(AsyncIterator[R]):
 
         Raises:
             AotiSchedError: The request's error, with errors="raise". The others are cancelled.
+            LeaseError: This task itself holds every slot, and would wait for ever.
             StopAsyncIteration: The source is exhausted, or the mapping is closed.
         """
-        flow, raises = self._flow, self._raises
+        flow, raises, must_not_wait = self._flow, self._raises, self._must_not_wait
         del self  # the traceback of a wait that is cancelled would keep this object
         if _get_running_loop() is not flow.loop:
             raise UnsupportedLoopError(
@@ -84,6 +87,8 @@ class MapResults(AsyncIterator[R]):
                     fault, flow.fault = flow.fault, None
                     raise fault
                 raise StopAsyncIteration
+            if must_not_wait is not None:
+                must_not_wait()
             await flow.something_new()
             flow.fill()
         error = future.exception()

@@ -386,6 +386,8 @@ class Scheduler:
             raise ConfigError(f"update(changes): expected weights by runner, got {brief(changes)}.")
         self._must_own(changes)
         _must_not_wait_for_own_lease(changes, "update()")
+        for runner in changes:
+            router_of(runner).sessions.must_not_wait_for_own("update()")
         reports = await self._updates.update(
             {router_of(runner): weights for runner, weights in changes.items()},
             StageOptions(partial, strict, fold, check_finite),
@@ -490,9 +492,11 @@ class Scheduler:
 
         Raises:
             ConfigError: No model was ever loaded there.
+            LeaseError: This task itself holds a lease there, and would wait for ever.
         """
         self._must_be_open()
         device = in_full(text("drain_device(device)", device))
+        _must_not_wait_for_own_lease(self._runners.values(), "drain_device()", device)
         self._devices.drain(device)
         await self._lifecycle.drain_device(device)
 
@@ -500,7 +504,13 @@ class Scheduler:
         """Finish accepted requests, then free every model and lane.
 
         Closing goes on to its end when the caller is cancelled. Closing twice does nothing.
+
+        Raises:
+            LeaseError: This task itself holds a lease, and would wait for ever.
         """
+        if self._house is not None and self._house.is_open:
+            self._house.must_be_here()
+            _must_not_wait_for_own_lease(self._runners.values(), "aclose()")
         await self._close_all(terminate=False)
 
     async def terminate(self) -> None:
@@ -658,10 +668,12 @@ class Scheduler:
         self._house.must_be_here()
 
 
-def _must_not_wait_for_own_lease(runners: Iterable[Runner], call: str) -> None:
+def _must_not_wait_for_own_lease(
+    runners: Iterable[Runner], call: str, device: str | None = None
+) -> None:
     """Check that this task does not wait for the end of a lease that it holds."""
     for runner in runners:
         holders = router_of(runner).holders
         if holders.held:
-            holders.must_hold_none(call)
+            holders.must_hold_none(call, device)
             holders.watch()

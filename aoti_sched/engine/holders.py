@@ -118,13 +118,18 @@ class Holders:
                 "with more instances"
             )
 
-    def must_hold_none(self, call: str) -> None:
+    def must_hold_none(self, call: str, device: str | None = None) -> None:
         """Check that the present task does not await the end of a lease that it holds.
+
+        Args:
+            call: What would wait.
+            device: Only leases on this device are waited for; None for all devices.
 
         Raises:
             LeaseError: It does.
         """
-        own = self._own()
+        there = [one.state for one in self._serving if device in (None, one.device)]
+        own = [held for held in self._own() if held.lease.runner in there]
         if own:
             raise LeaseError(
                 f"runner {self._name!r}: {call} would wait for ever: it waits for held leases, and "

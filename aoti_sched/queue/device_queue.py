@@ -201,6 +201,8 @@ class DeviceQueue(SessionFacts):
         for runner in gathering:
             batch_queue_of(runner).turn(now)
             self._selector.enter(runner)
+            if self.turns and (turns := self.turns.get(runner)) is not None:
+                self._see_turn(turns, now, commands)  # jobs that were held back may contend now
         self._dispatch(now, commands)
         self._follow(gathering, now, commands)
         return commands

@@ -181,8 +181,9 @@ def check(queue: DeviceQueue) -> None:
             turns is None
             or turns.turning
             or not turns.serving.home
+            or (len(turns.serving.queue) > 0 and not turns.held)
             or not turns.gives_way(-math.inf),
-            "a turn has begun where it has to wait for no run and no time",
+            "a record that has nothing to do gives way to one that has jobs",
         )
         halting = sum(ending.runner is runner for ending in queue._endings)
         must(

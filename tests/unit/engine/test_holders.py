@@ -105,6 +105,28 @@ async def test_a_drain_within_a_lease_is_refused_at_once(aoti_backend, double, c
     await getattr(double, call)()
 
 
+@pytest.mark.parametrize("call", ["aclose", "drain_device"])
+async def test_the_scheduler_does_not_wait_for_a_lease_of_the_caller_either(
+    aoti_backend, aoti_scheduler, double, call
+):
+    aoti_backend.finish_all()
+    arguments = ["cpu"] if call == "drain_device" else []
+    async with double.lease():
+        with pytest.raises(LeaseError, match=rf"{call}\(\) would wait for ever"):
+            await getattr(aoti_scheduler, call)(*arguments)
+        assert await double.run(1) == 2  # it is open
+    await getattr(aoti_scheduler, call)(*arguments)
+
+
+async def test_a_mapping_within_the_only_lease_is_refused_once_it_would_wait(aoti_backend, runner):
+    aoti_backend.finish_all()
+    mapping = runner.map([1, 2])
+    async with runner.lease():
+        with pytest.raises(LeaseError, match=r"map\(\) would wait for ever"):
+            await anext(mapping)
+    assert [result async for result in mapping] == [2, 3]
+
+
 async def test_a_slot_that_is_left_is_used(aoti_backend, double):
     aoti_backend.finish_all()
     async with double.lease():

@@ -465,10 +465,14 @@ class Walk:
     def turned(self):
         if self.to_turn:
             self.to_turn -= 1
-            exchanged = self.draw.random() < 0.9
+            exchanged = self.draw.random() < 0.97
             if exchanged:
                 serving = self.queue.turns[self.main].other
                 self.loaded = serving.epoch
+            else:  # no request may run on the wrong weights any more
+                self.draining = True
+                for record in (self.main, self.behind):
+                    self.perform(self.queue.terminate_runner(record, self.now))
             self.perform(self.queue.turned(self.main, self.now, exchanged=exchanged))
 
     def update(self):
@@ -480,6 +484,9 @@ class Walk:
             self.step_of_update = "held"
         elif step == "held":
             turns = queue.turns.get(main)
+            if turns is not None and turns.broken:
+                self.step_of_update = "open"  # the update fails
+                return
             if turns is not None and (turns.serving is not main or turns.turning):
                 return
             if main.phase is not Phase.DRAINED:
@@ -534,7 +541,12 @@ class Walk:
             self.now += 0.125
             for act in (self.turned, self.complete, self.release, self.beat, self.place):
                 act()
-            if all(job.state > JobState.RUNNING for job in self.jobs) and not self.running:
+            ended = all(job.state > JobState.RUNNING for job in self.jobs) and not self.running
+            if ended and not self.draining:
+                return
+            drained = [one for one in (self.main, self.behind) if one is not None]
+            if ended and all(one.phase is Phase.DRAINED for one in drained):
+                self.queue.remove_runner(self.main)
                 return
         raise AssertionError("jobs are left behind")
 
