@@ -9,7 +9,7 @@ STEALING := $(IN_TWO) --dist worksteal
 BY_FILE := $(IN_TWO) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test test-unit test-rest test-fallback test-compiled test-pythons wheels soak bench simulate lint lint-native hooks clean
+.PHONY: help demo check test test-unit test-rest test-fallback test-compiled test-pythons wheels soak bench device simulate lint lint-native hooks clean
 
 help:
 	@echo "make demo      compile two real models (once) and serve them side by side"
@@ -20,6 +20,7 @@ help:
 	@echo "make wheels    build wheels with and without a compiler, and check their contents"
 	@echo "make soak      a minute of random work on real models, checked"
 	@echo "make bench     what a request costs, side by side with other ways and runtimes (20 minutes)"
+	@echo "make device    check the library on a real device: DEVICE=cuda:0 OUT=device-check (8 minutes)"
 	@echo "make simulate  what the scheduling rules do under load, in virtual time, and the pictures of docs/scheduling.md (6 minutes)"
 	@echo "make lint      ruff, codespell, mypy and clang-format"
 	@echo "make lint-native  clang-tidy on the C++ that knows no Python"
@@ -112,6 +113,14 @@ bench: $(VENV)/bench $(COMPILED)/installed
 $(VENV)/bench: $(VENV)/installed
 	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	touch $@
+
+# On a machine with the device, in an environment with a torch for it and the wheels of msgspec, structlog,
+# anyio, filelock, pytest, pytest-asyncio, hypothesis and safetensors; nothing is installed here.
+DEVICE := cuda:0
+OUT := device-check
+
+device:
+	$(PYTHON) -m tests.device $(DEVICE) --out $(OUT)
 
 SIMULATE := $(BIN)/python -m benchmarks.simulate --out docs/images
 ONE_MODEL := --devices 1 --models 1 --runs 0.01,0.01 --requests 50000

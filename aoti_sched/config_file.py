@@ -22,6 +22,7 @@ path = "packages/*.pt2"
 from __future__ import annotations
 
 import glob
+import inspect
 import json
 import os
 import re
@@ -255,6 +256,8 @@ def schema() -> dict[str, Any]:
     (top,), parts = msgspec.json.schema_components([SchedulerConfig], ref_template="#/$defs/{name}")
     parts = dict(parts)
     for part in parts.values():
+        if "description" in part:  # a docstring, which Python cleans itself from 3.13 on
+            part["description"] = inspect.cleandoc(part["description"])
         for key, value in part.get("properties", {}).items():
             if key in SIZES:
                 part["properties"][key] = _or_text(value, _BYTES)

@@ -2,7 +2,8 @@
 compile,tests,...]`.
 
 Each step is a process of its own with a time limit, and its findings are in `FOLDER/device.json` as
-soon as it ends. A step that dies stops no other. Compiled packages are kept in `FOLDER/packages`,
+soon as it ends. A step that dies stops no other. At the end `FOLDER/device.md` has them as a table
+for docs/devices.md. Compiled packages are kept in `FOLDER/packages`,
 for another run on the same kind of device.
 """
 
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.device.report import MARK
+from tests.device.report import MARK, table
 
 MODELS = (
     "mlp",
@@ -245,6 +246,7 @@ def main() -> None:
                     check.step(step)
 
                 list(beside.map(ready, now))
+    (given.out / "device.md").write_text(table(check.results))
     bad = [name for name, result in check.results.items() if result.get("exit", 0) != 0]
     print(
         f"{len(check.results) - 1} steps, {len(bad)} with findings to read: "

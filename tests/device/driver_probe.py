@@ -234,16 +234,14 @@ def captures() -> None:
 
 def contexts() -> None:
     """What a fresh thread is in, and what the primary context's flags are."""
-    runtime = ctypes.CDLL(
-        next(iter(p for p in Path("/proc/self/maps").read_text().split() if "libcudart" in p))
-    )
+    loaded = [p for p in Path("/proc/self/maps").read_text().split() if "libcudart" in p]
 
     def device() -> object:
         before = c_void_p()
         cuda.cuCtxGetCurrent(byref(before))
         cuda.cuCtxSetCurrent(context)
         number = c_int(-1)
-        status = runtime.cudaGetDevice(byref(number))
+        status = ctypes.CDLL(loaded[0]).cudaGetDevice(byref(number)) if loaded else "not loaded"
         return f"context before {before.value}, cudaGetDevice {status}: {number.value}"
 
     found["a fresh thread"] = in_a_thread(device)

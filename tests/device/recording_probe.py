@@ -103,7 +103,7 @@ def failing(name: str, work: Callable[[], object]) -> None:
 
 def by_driver() -> None:
     pool, made = torch.cuda.graph_pool_handle(), list[c_void_p]()
-    own = x.clone()
+    own, right = x.clone(), 0
     outputs = []
     with torch.cuda.stream(side):
         torch.relu(own @ w)  # loads the kernels, and makes cuBLAS's handle
@@ -119,8 +119,8 @@ def by_driver() -> None:
             assert status == 0, status
             side.synchronize()
             want = torch.relu(x * number @ w) + 1 + number % 2
-            assert torch.allclose(outputs[number % 2], want, atol=1e-3), number
-    found["driver: two graphs of one pool give the right values"] = True
+            right += torch.allclose(outputs[number % 2], want, atol=1e-3)
+    found.check("driver: two graphs of one pool give the right values", right == 20, right)
     found["driver: bytes the pool took"] = torch.cuda.memory_reserved() - reserved
     outputs.clear()
     for executable in made:

@@ -46,3 +46,29 @@ class Findings:
         print(MARK + json.dumps({"found": self.found, "failed": self.failed}), flush=True)
         if self.failed:
             sys.exit(1)
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the findings of all steps as a table in Markdown, with the versions above it."""
+    versions = results.get("versions", {})
+    lines = [
+        ", ".join(f"{name} {value}" for name, value in versions.items() if value is not None),
+        "",
+        "| step | ended | found | not as it should be |",
+        "|---|---|---|---|",
+    ]
+    for step, result in results.items():
+        if step == "versions":
+            continue
+        found = result.get("found", {})
+        ended = "well" if result.get("exit") == 0 else f"with {result.get('exit')}"
+        failed = ", ".join(result.get("failed", ())) or "-"
+        cells = (step, f"{ended}, {result.get('seconds')} s", _numbers(found) or "-", failed)
+        lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _numbers(found: dict[str, Any]) -> str:
+    """Return the findings that are numbers or yes and no, in a line."""
+    plain = {name: value for name, value in found.items() if isinstance(value, (int, float))}
+    return "; ".join(f"{name}: {value}" for name, value in plain.items())
