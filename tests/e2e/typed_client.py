@@ -16,6 +16,7 @@ from aoti_sched import (
     BlockingRunner,
     BlockingRunnerView,
     BlockingScheduler,
+    BlockingSession,
     ConstantSpec,
     Lease,
     LoadSettings,
@@ -28,6 +29,7 @@ from aoti_sched import (
     RunnerView,
     Scheduler,
     SchedulerStats,
+    Session,
     Trace,
     UpdateReport,
 )
@@ -50,7 +52,7 @@ def true(value: _T, *kinds: type) -> _T:
 
 
 async def call(model: Runnable[[list[str], int], list[int]]) -> list[int]:
-    """Take a runner, a view or a lease."""
+    """Take a runner, a view, a lease or a session."""
     first = assert_type(await model.run(["a"], 2), list[int])
     second = assert_type(model.submit(["ab"], 2), RunFuture[list[int]])
     return [*true(first, list), *true(await true(second, RunFuture), list)]
@@ -91,6 +93,10 @@ async def main(scheduler: Scheduler) -> None:
         true(lease, Lease, Runnable)
         assert_type(true(await lease.options(timeout=1).run(["abc"]), list), list[int])
         assert await call(lease) == [2, 4]
+    async with view.session() as session:
+        true(session, Session, Runnable)
+        assert_type(true(await session.options(timeout=1).run(["abc"]), list), list[int])
+        assert await call(session) == [2, 4]
     assert await call(runner) == [2, 4]
     assert await call(view) == [2, 4]
 
@@ -131,6 +137,9 @@ def blocking(scheduler: BlockingScheduler) -> None:
     with view.lease() as lease:
         true(lease, BlockingLease)
         assert_type(true(lease.options().run(["abc"]), list), list[int])
+    with view.session() as session:
+        true(session, BlockingSession)
+        assert_type(true(session.options().run(["abc"]), list), list[int])
     for result in runner.map([["a"], ["b"]]):
         assert_type(true(result, list), list[int])
     assert_type(true(runner.update({"w": 1}), UpdateReport), UpdateReport)
