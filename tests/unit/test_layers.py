@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import aoti_sched
+import aoti_sched.errors
 
 ROOT = Path(aoti_sched.__file__).parent
 
@@ -54,6 +55,8 @@ MAY_IMPORT = {
     "engine": {*WORDS, "backends", "child", "model", "package", "queue"},
     "face": {*WORDS, "backends", "compile", "engine", "model", "package", "queue"},
     "testing": {*WORDS, "backends", "engine", "face", "model", "package"},
+    "cli": {*WORDS, "backends", "compile", "face", "model", "package"},
+    "__main__": {"cli"},
 }
 # Groups of modules that import each other, for their types alone. None may be added.
 CIRCLES = {
@@ -226,6 +229,18 @@ def test_importing_costs_no_torch(module):
     code = f"import sys, {module}; print({names})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_imported_from_where_type_checkers_find_it():
+    tree = ast.parse(Path(aoti_sched.__file__).read_text())
+    (types,) = (node for node in tree.body if isinstance(node, ast.If))
+    stated = {
+        alias.name: node.module.removeprefix("aoti_sched.")
+        for node in types.body
+        for alias in node.names
+    }
+    assert stated == aoti_sched._HOME
+    assert {*stated, "__version__"} == {*aoti_sched.__all__}
 
 
 def test_the_public_names_are_sorted_and_exist():
