@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from aoti_sched.errors import readable
+
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 _ENDLESS = 10_000
 """Columns of an output that is no terminal: no line is broken or cut there."""
@@ -54,7 +57,7 @@ def _console(*, stderr: bool) -> Console:
 
 def print_title(console: Console, text: str) -> None:
     """Print a heading."""
-    console.print(text, style="bold")
+    console.print(readable(text), style="bold")
 
 
 def print_pairs(console: Console, pairs: Iterable[tuple[str, object]]) -> None:
@@ -66,9 +69,9 @@ def print_pairs(console: Console, pairs: Iterable[tuple[str, object]]) -> None:
     table.add_column(overflow="fold")
     for name, value in pairs:
         if value not in (None, ""):
-            table.add_row(f"  {name}", str(value))
+            table.add_row(f"  {readable(name)}", readable(str(value)))
     if table.row_count:
-        console.print(table)
+        _print(console, table)
 
 
 def print_table(
@@ -77,14 +80,25 @@ def print_table(
     """Print a table. Columns whose values are numbers with units are aligned to the right."""
     from rich.table import Table
 
-    texts = [tuple(map(str, row)) for row in rows]
+    texts = [tuple(readable(str(value)) for value in row) for row in rows]
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for index, heading in enumerate(headings):
         numbers = all(row[index][:1].isdigit() or row[index] in ("", "-") for row in texts)
         table.add_column(heading, justify="right" if numbers else "left", overflow="fold")
     for text in texts:
         table.add_row(*text)
-    console.print(table)
+    _print(console, table)
+
+
+def _print(console: Console, table: Table) -> None:
+    """Print a table. Where no terminal reads it, lines have no spaces at their ends."""
+    if console.is_terminal:
+        console.print(table)
+        return
+    with console.capture() as captured:
+        console.print(table)
+    lines = [line.rstrip() for line in captured.get().splitlines()]
+    console.file.write("\n".join(lines) + "\n")
 
 
 def log_to_stderr() -> None:

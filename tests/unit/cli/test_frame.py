@@ -70,7 +70,7 @@ def test_a_trivial_command_imports_neither_the_scheduler_nor_asyncio():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("cach",), 'Unknown command "cach". Did you mean "cache"?'),
+        (("cachee",), 'Unknown command "cachee". Did you mean "cache"?'),
         (("cache", "ls", "--jsn"), "Unknown option: --jsn. Did you mean --json?"),
         (("completion",), "requires an argument"),
         (("completion", "tcsh"), 'Choose from: "bash", "zsh", "fish".'),
@@ -130,7 +130,7 @@ def test_options_come_from_a_file_and_later_sources_lose(tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("[cach]\n", "cach: no command. The commands are"),
+        ("[cachee]\n", "cachee: no command. The commands are"),
         ("cache = 3\n", "cache: expected a table"),
         ("[cache.all]\n", "cache.all: no command. The commands are ls, prune."),
         ("[cache.ls]\nsize = 3\n", "Unknown option"),
