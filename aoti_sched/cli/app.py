@@ -32,6 +32,7 @@ Exit codes: 0 success, 1 failure, 2 wrong usage, 3 a missed budget, 130 an inter
 
 COMMANDS: dict[str, Any] = {
     "inspect": "Show what a package says of its models, without running any code of it.",
+    "run": "Run a model on given inputs, or on random ones that fit its specs.",
     "doctor": "Show what this machine and this installation have: a report to paste.",
     "cache": {
         "ls": "List the packages that are extracted, with their size and age.",

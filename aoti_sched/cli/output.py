@@ -5,6 +5,7 @@ rich turns colour off for `NO_COLOR`, for `TERM=dumb`, and where the output is n
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _ENDLESS = 10_000
 """Columns of an output that is no terminal: no line is broken or cut there."""
+_NUMBER = re.compile(r"(-?[0-9][^ ]*( [A-Za-zµ/%]+)?)?")
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,7 +85,7 @@ def print_table(
     texts = [tuple(readable(str(value)) for value in row) for row in rows]
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for index, heading in enumerate(headings):
-        numbers = all(row[index][:1].isdigit() or row[index] in ("", "-") for row in texts)
+        numbers = all(_NUMBER.fullmatch(row[index]) for row in texts)
         table.add_column(heading, justify="right" if numbers else "left", overflow="fold")
     for text in texts:
         table.add_row(*text)

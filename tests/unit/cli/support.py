@@ -42,3 +42,15 @@ def refused(*arguments, code=2, **settings):
     (line,) = done.stderr.splitlines()
     assert line.startswith("aoti-sched: ")
     return line.removeprefix("aoti-sched: ")
+
+
+def refused_here(capsys, *arguments, code=2):
+    """As `refused`, in this process: for commands whose imports take seconds."""
+    from aoti_sched.cli import app
+
+    assert app.run([str(argument) for argument in arguments]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    assert line.startswith("aoti-sched: ")
+    return line.removeprefix("aoti-sched: ")
