@@ -31,6 +31,7 @@ Exit codes: 0 success, 1 failure, 2 wrong usage, 3 a missed budget, 130 an inter
 """
 
 COMMANDS: dict[str, Any] = {
+    "compile": "Compile a PyTorch module into a package.",
     "inspect": "Show what a package says of its models, without running any code of it.",
     "run": "Run a model on given inputs, or on random ones that fit its specs.",
     "doctor": "Show what this machine and this installation have: a report to paste.",

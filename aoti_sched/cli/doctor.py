@@ -130,7 +130,7 @@ def examine() -> DoctorReport:
             "Lanes are Python threads, which cost more for each request. Install a C++ compiler, "
             "and install aoti_sched anew."
         )
-    compiler = _compiler()
+    compiler = find_compiler()
     if not compiler:
         problems.append(
             "There is no C++ compiler, so models can't be compiled here. Install g++, or name a "
@@ -211,7 +211,8 @@ def _cache(problems: list[str]) -> tuple[str, int | None]:
     return report.path, report.bytes
 
 
-def _compiler() -> str:
+def find_compiler() -> str:
+    """Return the C++ compiler that torch calls, and its version; "" where there is none."""
     default = "clang++" if sys.platform == "darwin" else "g++"
     command = (shlex.split(os.environ.get("CXX", "")) or [default])[0]
     path = shutil.which(command)

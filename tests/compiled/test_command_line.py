@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -145,3 +149,83 @@ def test_json_is_valid_where_outputs_are_not_finite():
     row = json.dumps([[float("inf")] + [0.0] * (size - 1)])
     report = json_of("run", built.path, "--input", f"0={row}")
     assert report["inputs"][0]["high"] is None
+
+
+# --- compile --------------------------------------------------------------------------------------
+
+MODELS = """
+import torch
+
+class Mlp(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(16, 12)
+
+    def forward(self, x):
+        return self.linear(x).relu()
+"""
+STAGES = [
+    "loading torch and the module",
+    "exporting the module",
+    "running it on other inputs",
+    "lowering to C++",
+    "compiling the C++",
+    "running the compiled code",
+    "writing the package",
+]
+ARGUMENTS = ("compile", "users:Mlp", "-o", "m.pt2", "--example", "float32[4,16]")
+
+
+@pytest.fixture
+def users(tmp_path):
+    (tmp_path / "users.py").write_text(MODELS)
+    return tmp_path
+
+
+def test_a_module_is_compiled_and_the_stages_are_told_apart(users):
+    more = ("--dynamic", "batch=1..64", "--metadata", "author=Ada", "--json")
+    done = run(*ARGUMENTS, *more, cwd=users)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stderr.splitlines() if line in STAGES] == STAGES
+    report = json.loads(done.stdout)
+    assert (report["path"], report["bytes"]) == ("m.pt2", (users / "m.pt2").stat().st_size)
+    assert list(report["stages"]) == [
+        *("loading", "exporting", "examining", "lowering", "compiling", "verifying", "packaging")
+    ]
+    (model,) = json_of("inspect", users / "m.pt2")["models"]
+    assert model["metadata"] == {"author": "Ada"}
+    assert model["batch"] == {"dim": 0, "symbol": "batch", "max": 64}
+    assert sorted(path.name for path in users.iterdir() if path.suffix) == ["m.pt2", "users.py"]
+
+
+@pytest.mark.parametrize("stage", ["exporting the module", "compiling the C++"])
+def test_ctrl_c_while_compiling_leaves_nothing_behind(users, stage):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "aoti_sched", *ARGUMENTS, "--metadata", f"stage={stage}"],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=users,
+        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(users / "inductor")},
+    )
+    lines = []
+    for line in process.stderr:
+        lines.append(line.strip())
+        if lines[-1] == stage:
+            process.send_signal(signal.SIGINT)
+    process.stderr.close()
+    assert process.wait() == 130
+    assert lines[-1] == "aoti-sched: interrupted."
+    assert {path.name for path in users.iterdir()} <= {"users.py", "__pycache__", "inductor"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("-o", "m.txt"), "a package's name must end in .pt2"),
+        (("-o", "m.pt2", "--metadata", "author"), "write KEY=VALUE"),
+        (("-o", "m.pt2", "--option", "max_autotune=yes"), "no JSON"),
+        ((), "requires an argument"),
+    ],
+)
+def test_a_wrong_compile_is_one_sentence(users, capsys, arguments, says):
+    assert says in refused_here(capsys, "compile", "users:Mlp", *arguments)

@@ -47,7 +47,7 @@ def test_a_newer_torch_is_none(monkeypatch, no_torch):
 
 def test_a_compiler_that_does_not_work_is_none(monkeypatch):
     monkeypatch.setenv("CXX", "false")
-    assert doctor._compiler() == ""
+    assert doctor.find_compiler() == ""
 
 
 def test_a_cache_that_can_not_be_trusted_is_a_problem(monkeypatch, no_torch, tmp_path):
