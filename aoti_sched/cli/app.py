@@ -34,6 +34,9 @@ COMMANDS: dict[str, Any] = {
     "compile": "Compile a PyTorch module into a package.",
     "inspect": "Show what a package says of its models, without running any code of it.",
     "run": "Run a model on given inputs, or on random ones that fit its specs.",
+    "bench": (
+        "Measure a model under load: latency, throughput, queue and run time, loop lag, cores."
+    ),
     "doctor": "Show what this machine and this installation have: a report to paste.",
     "cache": {
         "ls": "List the packages that are extracted, with their size and age.",

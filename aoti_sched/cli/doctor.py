@@ -143,10 +143,10 @@ def examine() -> DoctorReport:
     return DoctorReport(
         aoti_sched=__version__,
         lanes="native threads" if native else "Python threads",
-        rules=_rules(),
+        rules=rules(),
         python=f"{platform.python_version()} ({platform.python_implementation()})",
         system=platform.platform(),
-        processor=_processor(),
+        processor=processor(),
         instruction_sets=tuple(sorted(this_cpu_isa() or ())),
         torch=torch,
         compiler=compiler,
@@ -228,12 +228,14 @@ def find_compiler() -> str:
     return f"{path}: {lines[0]}" if done.returncode == 0 and lines else ""
 
 
-def _rules() -> str:
+def rules() -> str:
+    """Return how the scheduling rules run: "compiled" or "Python"."""
     spec = importlib.util.find_spec("aoti_sched.queue.device_queue")
     return "Python" if spec is None or str(spec.origin).endswith(".py") else "compiled"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the name of the CPU, as far as the system tells it."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -229,3 +229,62 @@ def test_ctrl_c_while_compiling_leaves_nothing_behind(users, stage):
 )
 def test_a_wrong_compile_is_one_sentence(users, capsys, arguments, says):
     assert says in refused_here(capsys, "compile", "users:Mlp", *arguments)
+
+
+# --- bench ----------------------------------------------------------------------------------------
+
+SHORT = ("--time", "0.2s", "--warm-up", "0", "--clients", "1,4", "--size", "batch=1")
+
+
+def test_a_model_is_measured_and_compared_and_drawn(mlp, tmp_path):
+    pytest.importorskip("matplotlib")
+    saved, picture = tmp_path / "saved.json", tmp_path / "b.png"
+    more = ("--rate", "50", "--poisson", "--budget", "p99=1h", "--budget", "throughput=0.1")
+    report = json_of("bench", mlp.path, *SHORT, *more, "--save", saved, "--plot", picture)
+    assert json.loads(saved.read_text()) == report
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    levels = report["levels"]
+    assert [level["clients"] for level in levels] == [1, 4, None]
+    for measured in levels:
+        assert measured["failed"] == {}
+        assert (
+            measured["latency"]["p50"] <= measured["latency"]["p99"] <= measured["latency"]["max"]
+        )
+    assert all(verdict["kept"] for verdict in report["verdicts"])
+    done = run("bench", mlp.path, *SHORT, "--batching", "--compare", saved)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "compared with the earlier report" in done.stdout
+
+
+def test_a_missed_budget_is_exit_code_3(mlp):
+    done = run("bench", mlp.path, *SHORT, "--budget", "p50=1us")
+    assert done.returncode == 3
+    assert "budget p50=1us missed at 1 client: " in done.stderr
+    assert "4 clients" in done.stdout
+
+
+def test_a_model_that_can_not_be_run_is_not_measured():
+    built = build("failing")
+    done = run("bench", built.path, *SHORT[:-2], "--input", "0=[40]")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("aoti-sched: model 'model': the run failed")
+    assert done.stdout == ""
+
+
+def test_ctrl_c_ends_a_measurement(mlp):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "aoti_sched", "--debug", "bench", str(mlp.path), "--time", "1h"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    lines = []
+    for line in process.stderr:
+        lines.append(line.strip())
+        if "model loaded" in line:
+            process.send_signal(signal.SIGINT)
+    process.stderr.close()
+    assert process.stdout.read() == ""
+    process.stdout.close()
+    assert process.wait() == 130
+    assert lines[-1] == "aoti-sched: interrupted."
