@@ -7,14 +7,13 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
-from cyclopts import Parameter
 
 from aoti_sched.cli.failures import BUDGET_MISSED, OK, UsageError
 from aoti_sched.cli.load import Level, Load
-from aoti_sched.cli.options import Flag
+from aoti_sched.cli.options import Flag, Texts
 from aoti_sched.cli.output import Report, err, out, print_json, print_table, print_title
 from aoti_sched.cli.units import seconds, time_text
 from aoti_sched.config import PlacementName
@@ -74,10 +73,10 @@ def bench_command(
     placement: PlacementName = "auto",
     device: str = "cpu",
     model: str | None = None,
-    input: Annotated[tuple[str, ...], Parameter(negative=())] = (),
-    size: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    input: Texts = (),
+    size: Texts = (),
     seed: int = 0,
-    budget: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    budget: Texts = (),
     compare: Path | None = None,
     save: Path | None = None,
     plot: Path | None = None,

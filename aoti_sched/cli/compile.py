@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from aoti_sched.cli.failures import UsageError
-from aoti_sched.cli.options import Flag
+from aoti_sched.cli.options import Flag, Texts
 from aoti_sched.cli.output import Report, err, out, print_json
 from aoti_sched.cli.units import size_text, time_text
 
@@ -49,13 +49,13 @@ def compile_command(
     /,
     *,
     output: Annotated[Path, Parameter(name=("--output", "-o"))],
-    example: Annotated[tuple[str, ...], Parameter(negative=())] = (),
-    dynamic: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    example: Texts = (),
+    dynamic: Texts = (),
     freeze: Flag = False,
     threads: int = 1,
     batch_dim: int | None = None,
-    metadata: Annotated[tuple[str, ...], Parameter(negative=())] = (),
-    option: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    metadata: Texts = (),
+    option: Texts = (),
     json: Flag = False,
 ) -> None:
     """Compile a PyTorch module into a package.

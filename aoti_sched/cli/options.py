@@ -3,7 +3,7 @@
 The file has a table for each command, and in it an entry for each option.
 
 [bench]
-clients = [1, 8, 64]
+clients = "1,8,64"
 budget = ["p99=20ms"]
 
 [cache.prune]
@@ -25,6 +25,8 @@ _LARGEST = 1 << 20
 
 Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
 """An option without a value."""
+Texts = Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)]
+"""An option that may be repeated."""
 
 
 def read_options(path: Path, commands: Mapping[str, Any]) -> dict[str, Any]:

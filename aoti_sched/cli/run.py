@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-from cyclopts import Parameter
 
 from aoti_sched.cli.failures import UsageError
-from aoti_sched.cli.options import Flag
+from aoti_sched.cli.options import Flag, Texts
 from aoti_sched.cli.output import Report, out, print_json, print_table
 from aoti_sched.cli.units import time_text
 
@@ -74,8 +73,8 @@ def run_command(
     package: Path,
     /,
     *,
-    input: Annotated[tuple[str, ...], Parameter(negative=())] = (),
-    size: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    input: Texts = (),
+    size: Texts = (),
     output: Path | None = None,
     repeat: int = 1,
     seed: int = 0,
