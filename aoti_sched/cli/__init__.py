@@ -16,6 +16,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from aoti_sched import __version__
+
 MISSING = """\
 aoti-sched: the command line needs the packages of an extra. Run: pip install 'aoti_sched[cli]'
 """
@@ -31,6 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         SystemExit: Always. The code is 0 for success, 1 for a failure, 2 for wrong usage, 3 for a
             budget that was missed, and 130 for an interruption.
     """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words == ["--version"]:  # needs nothing of the extra, whose imports take most of the time
+        sys.stdout.write(f"{__version__}\n")
+        sys.exit(0)
     try:
         import cyclopts  # noqa: F401 -- the first import of an extra
     except ModuleNotFoundError:
@@ -38,4 +44,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
     from aoti_sched.cli.app import run
 
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    sys.exit(run(words))
