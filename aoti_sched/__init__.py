@@ -1,95 +1,182 @@
-"""An embeddable asyncio scheduler for PyTorch models compiled ahead of time by AOTInductor."""
+"""An embeddable asyncio scheduler for PyTorch models compiled ahead of time by AOTInductor.
+
+Each public name is imported when it is first used, so a program pays for what it uses. Only
+compiling and loading import torch.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from aoti_sched.apply import ConfigReport
-from aoti_sched.blocking import BlockingScheduler
-from aoti_sched.blocking_handles import (
-    BlockingRunner,
-    BlockingRunnerView,
-    BlockingSplit,
-    BlockingSplitView,
-)
-from aoti_sched.blocking_lease import BlockingLease, BlockingSession
-from aoti_sched.config import Batching, DeviceConfig, Limits, ModelConfig, SchedulerConfig
-from aoti_sched.engine.blocking import BlockingFuture
-from aoti_sched.engine.future import RunFuture, Trace
-from aoti_sched.engine.weights.report import UpdateReport
-from aoti_sched.errors import (
-    AotiSchedError,
-    CompileError,
-    ConfigError,
-    ConstantMismatchError,
-    DeadlineExceededError,
-    DeadlineUnreachableError,
-    DeviceLostError,
-    EpochError,
-    InputMismatchError,
-    InstructionSetError,
-    LeaseError,
-    LoadError,
-    MemoryLimitError,
-    MissingCapabilityError,
-    MissingWeightsError,
-    ModelNotFoundError,
-    PackageError,
-    PackageFormatError,
-    PackageHashError,
-    PackageNotFoundError,
-    PlatformMismatchError,
-    QueueFullError,
-    ResourcesError,
-    RunError,
-    RunnerClosedError,
-    ShedError,
-    UnsupportedLoopError,
-    UpdateAbortedError,
-    UpdateError,
-    WeightsFileError,
-    WeightsTypeError,
-)
-from aoti_sched.lease import Lease
-from aoti_sched.load_settings import LoadSettings
-from aoti_sched.mapping import MapResults
-from aoti_sched.model.specs import (
-    BatchDim,
-    ConstantSpec,
-    DynamicDim,
-    ModelSpec,
-    SpecSource,
-    TensorSpec,
-)
-from aoti_sched.queue.job import Priority
-from aoti_sched.runnable import Runnable
-from aoti_sched.runner import Runner, RunnerView
-from aoti_sched.scheduler import Scheduler
-from aoti_sched.session import Session
-from aoti_sched.split import Shadow, Split, SplitView
-from aoti_sched.stats import (
-    DeviceStats,
-    Phase,
-    RunnerInfo,
-    RunnerStats,
-    SchedulerStats,
-    ShadowStats,
-    SplitStats,
-)
-
 if TYPE_CHECKING:
+    from aoti_sched.apply import ConfigReport
+    from aoti_sched.blocking import BlockingScheduler
+    from aoti_sched.blocking_handles import (
+        BlockingRunner,
+        BlockingRunnerView,
+        BlockingSplit,
+        BlockingSplitView,
+    )
+    from aoti_sched.blocking_lease import BlockingLease, BlockingSession
     from aoti_sched.compile import compile_package
+    from aoti_sched.config import Batching, DeviceConfig, Limits, ModelConfig, SchedulerConfig
+    from aoti_sched.engine.blocking import BlockingFuture
+    from aoti_sched.engine.future import RunFuture, Trace
+    from aoti_sched.engine.weights.report import UpdateReport
+    from aoti_sched.errors import (
+        AotiSchedError,
+        CompileError,
+        ConfigError,
+        ConstantMismatchError,
+        DeadlineExceededError,
+        DeadlineUnreachableError,
+        DeviceLostError,
+        EpochError,
+        InputMismatchError,
+        InstructionSetError,
+        LeaseError,
+        LoadError,
+        MemoryLimitError,
+        MissingCapabilityError,
+        MissingWeightsError,
+        ModelNotFoundError,
+        PackageError,
+        PackageFormatError,
+        PackageHashError,
+        PackageNotFoundError,
+        PlatformMismatchError,
+        QueueFullError,
+        ResourcesError,
+        RunError,
+        RunnerClosedError,
+        ShedError,
+        UnsupportedLoopError,
+        UpdateAbortedError,
+        UpdateError,
+        WeightsFileError,
+        WeightsTypeError,
+    )
+    from aoti_sched.lease import Lease
+    from aoti_sched.load_settings import LoadSettings
+    from aoti_sched.mapping import MapResults
+    from aoti_sched.model.specs import (
+        BatchDim,
+        ConstantSpec,
+        DynamicDim,
+        ModelSpec,
+        SpecSource,
+        TensorSpec,
+    )
+    from aoti_sched.queue.job import Priority
+    from aoti_sched.runnable import Runnable
+    from aoti_sched.runner import Runner, RunnerView
+    from aoti_sched.scheduler import Scheduler
+    from aoti_sched.session import Session
+    from aoti_sched.split import Shadow, Split, SplitView
+    from aoti_sched.stats import (
+        DeviceStats,
+        Phase,
+        RunnerInfo,
+        RunnerStats,
+        SchedulerStats,
+        ShadowStats,
+        SplitStats,
+    )
 
 __version__ = "0.1.0"
 
+_HOMES = {
+    "apply": ("ConfigReport",),
+    "blocking": ("BlockingScheduler",),
+    "blocking_handles": (
+        "BlockingRunner",
+        "BlockingRunnerView",
+        "BlockingSplit",
+        "BlockingSplitView",
+    ),
+    "blocking_lease": ("BlockingLease", "BlockingSession"),
+    "compile": ("compile_package",),
+    "config": ("Batching", "DeviceConfig", "Limits", "ModelConfig", "SchedulerConfig"),
+    "engine.blocking": ("BlockingFuture",),
+    "engine.future": ("RunFuture", "Trace"),
+    "engine.weights.report": ("UpdateReport",),
+    "errors": (
+        "AotiSchedError",
+        "CompileError",
+        "ConfigError",
+        "ConstantMismatchError",
+        "DeadlineExceededError",
+        "DeadlineUnreachableError",
+        "DeviceLostError",
+        "EpochError",
+        "InputMismatchError",
+        "InstructionSetError",
+        "LeaseError",
+        "LoadError",
+        "MemoryLimitError",
+        "MissingCapabilityError",
+        "MissingWeightsError",
+        "ModelNotFoundError",
+        "PackageError",
+        "PackageFormatError",
+        "PackageHashError",
+        "PackageNotFoundError",
+        "PlatformMismatchError",
+        "QueueFullError",
+        "ResourcesError",
+        "RunError",
+        "RunnerClosedError",
+        "ShedError",
+        "UnsupportedLoopError",
+        "UpdateAbortedError",
+        "UpdateError",
+        "WeightsFileError",
+        "WeightsTypeError",
+    ),
+    "lease": ("Lease",),
+    "load_settings": ("LoadSettings",),
+    "mapping": ("MapResults",),
+    "model.specs": (
+        "BatchDim",
+        "ConstantSpec",
+        "DynamicDim",
+        "ModelSpec",
+        "SpecSource",
+        "TensorSpec",
+    ),
+    "queue.job": ("Priority",),
+    "runnable": ("Runnable",),
+    "runner": ("Runner", "RunnerView"),
+    "scheduler": ("Scheduler",),
+    "session": ("Session",),
+    "split": ("Shadow", "Split", "SplitView"),
+    "stats": (
+        "DeviceStats",
+        "Phase",
+        "RunnerInfo",
+        "RunnerStats",
+        "SchedulerStats",
+        "ShadowStats",
+        "SplitStats",
+    ),
+}
+"""The public names by the module that defines them."""
+
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
 
 def __getattr__(name: str) -> Any:
-    """Import `compile_package` when it is first used: services that only run models never do."""
-    if name == "compile_package":
-        from aoti_sched.compile import compile_package
+    """Import the module of a public name when the name is first used."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"aoti_sched.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
 
-        return compile_package
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 __all__ = [

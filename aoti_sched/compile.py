@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from aoti_sched.compile_stages import Progress, telling_compilation
 from aoti_sched.errors import CompileError
 from aoti_sched.model.input_check import lies_in_order
 from aoti_sched.model.specs import (
@@ -54,6 +56,7 @@ def compile_package(
     batch_dim: int | None = None,
     metadata: dict[str, str] | None = None,
     options: dict[str, Any] | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Compile `module` into a `.pt2` package that `Scheduler.load` can check every request against.
 
@@ -77,6 +80,8 @@ def compile_package(
             shows that rows do not influence each other, otherwise none.
         metadata: Further strings to store in the package.
         options: Further inductor options, which override the options that this function sets.
+        progress: Called at the beginning of each stage with the stage's name: "exporting",
+            "examining", "lowering", "compiling" (C++), "verifying" and "packaging".
 
     Returns:
         The package's path.
@@ -98,6 +103,8 @@ def compile_package(
     if threads < 1:
         raise CompileError(f"threads={threads}: a model runs on at least one thread.")
     target.parent.mkdir(parents=True, exist_ok=True)
+    tell = progress or _tell_nobody
+    tell("exporting")
     with torch.no_grad(), warnings.catch_warnings():
         # torch warns of its own use of pytree, which no caller could change.
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
@@ -123,6 +130,7 @@ def compile_package(
                 "their values. Compile it "
                 "without freezing."
             )
+        tell("examining")
         findings = Findings(module, arguments, program, functional, spec, dynamic)
         if difference := findings.disagreement():
             raise CompileError(
@@ -146,12 +154,21 @@ def compile_package(
             "aot_inductor.metadata": {**(metadata or {}), **spec_to_metadata(spec)},
             **(options or {}),
         }
+        tell("lowering")
         try:
-            files = _compile(program, inductor)
+            with telling_compilation(progress):
+                files = _compile(program, inductor)
         except Exception as error:
             raise CompileError(f"{type(module).__name__} could not be compiled: {error}") from error
-        _package(files, target, findings, spec)
+        tell("verifying")
+        spec = _verified(files, findings, spec)
+        tell("packaging")
+        _package(files, target, spec)
     return target
+
+
+def _tell_nobody(stage: object) -> None:
+    """Do nothing: no caller wants to know of the stages."""
 
 
 def _compile(program: ExportedProgram, options: dict[str, Any]) -> list[Any]:
@@ -169,20 +186,27 @@ def _compile(program: ExportedProgram, options: dict[str, Any]) -> list[Any]:
     return list(files)  # type: ignore[arg-type]
 
 
-def _package(files: list[Any], target: Path, findings: Findings, spec: ModelSpec) -> None:
-    """Write the package. Its metadata has the findings of running the compiled code."""
+def _verified(files: list[Any], findings: Findings, spec: ModelSpec) -> ModelSpec:
+    """Return the spec with the least sizes that running the compiled code shows to be right."""
+    for file in files:
+        if isinstance(file, str) and file.endswith(".so"):
+            findings.try_compiled(Path(file))
+    return findings.with_minima(spec)
+
+
+def _package(files: list[Any], target: Path, spec: ModelSpec) -> None:
+    """Write the package, whole or not at all. Its metadata has the spec."""
     from torch._inductor.package.package import package_aoti
 
-    paths = [Path(file) for file in files if isinstance(file, str)]
-    for library in (path for path in paths if path.suffix == ".so"):
-        findings.try_compiled(library)
-    spec = findings.with_minima(spec)
-    for path in paths:
+    for path in (Path(file) for file in files if isinstance(file, str)):
         if path.name.endswith("wrapper_metadata.json"):
             stored = json.loads(path.read_text())
             if METADATA_KEY in stored:
                 path.write_text(json.dumps({**stored, **spec_to_metadata(spec)}))
-    package_aoti(os.fspath(target), files)
+    with tempfile.TemporaryDirectory(prefix=f".{target.stem}-", dir=target.parent) as folder:
+        made = Path(folder, target.name)
+        package_aoti(os.fspath(made), files)
+        made.replace(target)
 
 
 def _advice(error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> str:

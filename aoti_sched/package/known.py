@@ -184,7 +184,7 @@ def remember(
 
 def forget_missing(cache: Folder) -> None:
     """Delete the descriptions of packages whose extracted files are gone."""
-    for file in list((cache.path / FOLDER).iterdir()):
+    for file in list((cache.path / FOLDER).glob("*")):  # there may be no folder
         with suppress(OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             found = msgspec.json.decode(file.read_bytes(), type=Description)
             if any((cache.path / one.files.key).exists() for one in found.models.values()):

@@ -136,31 +136,41 @@ def dynamic_shapes(model: str) -> dict[str, Any]:
     return {"input_ids": {0: batch, 1: tokens}, "attention_mask": {0: batch, 1: tokens}}
 
 
+def tell(step: str) -> None:
+    """Tell the demo which step begins."""
+    print(step, flush=True)
+
+
 def compile_encoder(path: Path) -> None:
     from . import minilm
 
-    print("reading the weights", flush=True)
+    tell("reading the weights")
     encoder, tokenizer = minilm.load_encoder(), minilm.Tokenizer()
-    print("compiling", flush=True)
     example = tokenizer(["An example.", "Another one, and longer."])
-    aoti_sched.compile_package(encoder, example, path, dynamic=dynamic_shapes("encoder"), threads=1)
-    print("compiled", flush=True)
+    dynamic = dynamic_shapes("encoder")
+    aoti_sched.compile_package(encoder, example, path, dynamic=dynamic, threads=1, progress=tell)
+    tell("compiled")
 
 
 def compile_classifier(path: Path) -> None:
     from . import digits
 
-    print("training", flush=True)
+    tell("training")
     train, held_out = digits.load_digits()
     classifier = digits.train_classifier(train)
     right = digits.accuracy(classifier, held_out)
     trained = f"trained: reads {right:.1%} of {len(held_out.images)} held-out digits"
-    print(f"{trained}; compiling", flush=True)
     example = (train.images[:2],)
+    dynamic = dynamic_shapes("classifier")
     aoti_sched.compile_package(
-        classifier, example, path, dynamic=dynamic_shapes("classifier"), threads=1
+        classifier,
+        example,
+        path,
+        dynamic=dynamic,
+        threads=1,
+        progress=lambda stage: tell(f"{trained}; {stage}"),
     )
-    print(trained, flush=True)
+    tell(trained)
 
 
 if __name__ == "__main__":

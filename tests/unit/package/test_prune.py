@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -168,3 +169,10 @@ def test_nothing_but_entries_is_deleted(cache):
     (cache / "notes" / "mine").touch()
     prune(cache, limit=0, age=0.0)
     assert (cache / "notes" / "mine").exists()
+
+
+def test_a_cache_that_knows_no_package_is_pruned(cache):
+    extracted(cache, "p", days=8)
+    forget_uses()
+    shutil.rmtree(cache / known.FOLDER, ignore_errors=True)
+    assert prune(cache, limit=None, age=DAY).entries == 1

@@ -1,0 +1,100 @@
+"""The page docs/cli.md, made from the commands: `python -m aoti_sched.cli.docs > docs/cli.md`."""
+
+from __future__ import annotations
+
+import re
+import sys
+import textwrap
+
+from aoti_sched.cli.app import make_app
+
+_COLUMNS = 100
+
+_HEAD = """\
+# The command line
+
+<!-- Generated: python -m aoti_sched.cli.docs > docs/cli.md -->
+
+`pip install 'aoti_sched[cli]'` gives the script `aoti-sched`; `python -m aoti_sched` is the same.
+
+```sh
+aoti-sched compile models.py:Encoder -o encoder.pt2 --example int64[2,8]:0..99 --dynamic batch=1..64
+aoti-sched inspect encoder.pt2
+aoti-sched run encoder.pt2 --input 0=@tokens.npy --output vectors.npz
+aoti-sched bench encoder.pt2 --clients 1,8,64 --budget p99=20ms --save monday.json
+aoti-sched bench encoder.pt2 --rate 200 --poisson --batching --compare monday.json --plot bench.png
+aoti-sched doctor
+aoti-sched cache prune --age 30d
+```
+
+`compile`, `run` and `bench` run native code of the module or package: use them on what you trust.
+`inspect` and `cache` run none.
+
+## Conventions
+
+- Data goes to stdout, and progress, messages and errors go to stderr.
+- `--json` prints a report with a `version`.
+  A new field does not change the version; a change that breaks readers does.
+- Colour is off for `NO_COLOR`, for `TERM=dumb`, and where the output is no terminal.
+- An error is one sentence.
+  `--debug` prints its traceback, and the library's log.
+- An option also comes from an environment variable, `AOTI_SCHED_BENCH_TIME` for `bench --time`, and
+  from the TOML file that `--config` or `AOTI_SCHED_CONFIG` names.
+  The command line goes first, then the environment, then the file.
+- Ctrl-C ends a command and leaves no half-written file.
+
+| exit code | meaning |
+|---|---|
+| 0 | success |
+| 1 | failure |
+| 2 | wrong usage: an option, an argument or a setting |
+| 3 | `bench`: a budget was missed |
+| 130 | interrupted |
+
+```toml
+[bench]
+clients = "1,8"
+budget = ["p99=20ms", "throughput=100"]
+
+[cache.prune]
+age = "30d"
+```
+
+"""
+
+
+def page() -> str:
+    """Return the page."""
+    text = make_app().generate_docs(heading_level=1, max_heading_level=3)
+    body = text[text.index("**Options of all commands**") :]
+    shared, _, commands = body.partition("\n## ")
+    commands = f"## {commands}".replace(f"{shared.strip()}\n", "")
+    commands = re.sub(r"\n{3,}", "\n\n", commands)
+    lines = [line for part in (shared, commands) for line in [*_wrapped(part), ""]]
+    return _HEAD + "\n".join(lines).rstrip() + "\n"
+
+
+def _wrapped(text: str) -> list[str]:
+    """Return the lines of a part; the text of an entry of a list is filled anew."""
+    lines: list[str] = []
+    for line in text.strip().split("\n"):
+        if line.startswith("    ") and lines and lines[-1].startswith("* "):
+            lines[-1] += f" {line.strip()}"
+        else:
+            lines.append(line)
+    filled: list[str] = []
+    for line in lines:
+        indent = "  " if line.startswith("* ") else ""
+        wrapped = textwrap.wrap(
+            line,
+            _COLUMNS,
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        filled += wrapped or [""]
+    return filled
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page())
