@@ -50,6 +50,7 @@ from aoti_sched.errors import (
     WeightsFileError,
     WeightsTypeError,
 )
+from aoti_sched.histograms import EndedRequests, Histogram
 from aoti_sched.lease import Lease
 from aoti_sched.load_settings import LoadSettings
 from aoti_sched.mapping import MapResults
@@ -115,7 +116,9 @@ __all__ = [
     "DeviceLostError",
     "DeviceStats",
     "DynamicDim",
+    "EndedRequests",
     "EpochError",
+    "Histogram",
     "InputMismatchError",
     "InstructionSetError",
     "Lease",

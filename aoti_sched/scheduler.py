@@ -39,6 +39,7 @@ from aoti_sched.engine.blocking import BlockingCalls
 from aoti_sched.engine.devices import Devices
 from aoti_sched.engine.dispatcher import Clock, LoopClock
 from aoti_sched.engine.lifecycle import Lifecycle
+from aoti_sched.engine.loop_lag import LoopLag
 from aoti_sched.engine.parking import Parking
 from aoti_sched.engine.replica import Replica
 from aoti_sched.engine.router import Router
@@ -111,6 +112,7 @@ class Scheduler:
         self._all_closed: asyncio.Future[None] | None = None
         self._house: Housekeeping | None = None
         self._closed = False
+        self._loop_lag: LoopLag | None = None
 
     @classmethod
     def from_config(
@@ -167,6 +169,8 @@ class Scheduler:
             for name, model in self._config.models.items():
                 await self._configured.load(name, model, self._load_configured)
             self._prune_cache(loads)
+            if self._config.loop_lag is not None:
+                self._loop_lag = LoopLag(loop, self._config.loop_lag)
         except BaseException as error:
             await self.__aexit__(type(error), error, error.__traceback__)
             raise
@@ -196,7 +200,8 @@ class Scheduler:
     def stats(self) -> SchedulerStats:
         """Return the numbers of every device and runner: as they are now, or were at the end."""
         devices = {} if self._house is None else self._devices.stats()
-        return SchedulerStats(devices=devices, rules=RULES)
+        lag = None if self._loop_lag is None else self._loop_lag.snapshot()
+        return SchedulerStats(devices=devices, rules=RULES, loop_lag=lag)
 
     @overload
     async def load(self, path: Package, **settings: Unpack[LoadSettings]) -> Runner: ...
@@ -636,6 +641,8 @@ class Scheduler:
             faults += await self._devices.close()  # whatever became of the models
             self._blocking.end()
             self._configured.clear()
+            if self._loop_lag is not None:
+                self._loop_lag.close()
             if faults:
                 self._all_closed = None  # the next call tries again
                 raise faults[0]

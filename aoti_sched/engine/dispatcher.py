@@ -16,6 +16,7 @@ import msgspec
 
 from aoti_sched.backends.contracts import Completion, Executor, Work
 from aoti_sched.backends.executors.batches import Batch
+from aoti_sched.engine.numbers import ended_requests, in_flight
 from aoti_sched.engine.request import tag_of
 from aoti_sched.errors import AotiSchedError, DeadlineExceededError, DeviceLostError
 from aoti_sched.events import log
@@ -307,6 +308,9 @@ class Dispatcher:
             parked=not runner.memory.is_here,
             parks=runner.memory.parked,
             memory=self.queue.memory.of(runner.memory),
+            in_flight=in_flight(runner.counters),
+            rejections=dict(runner.rejections),
+            ended=ended_requests(runner),
             **totals,
         )
 

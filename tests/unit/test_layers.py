@@ -36,7 +36,7 @@ FACE = {
 }
 WORDS = {
     *("arguments", "config", "config_file", "errors", "events", "foreign", "signature"),
-    "stats",
+    *("histograms", "stats"),
 }
 MAY_IMPORT = {
     "errors": set(),
@@ -47,7 +47,8 @@ MAY_IMPORT = {
     "config": {"arguments", "errors"},
     "config_file": {"arguments", "config", "errors"},
     "events": {"errors", "foreign"},
-    "stats": {"errors", "model"},
+    "histograms": set(),
+    "stats": {"errors", "histograms", "model"},
     "model": {"arguments", "child", "config", "errors"},
     "package": {"arguments", "errors"},
     "queue": {"errors"},
