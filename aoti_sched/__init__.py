@@ -15,7 +15,7 @@ from aoti_sched.blocking_handles import (
 from aoti_sched.blocking_lease import BlockingLease, BlockingSession
 from aoti_sched.config import Batching, DeviceConfig, Limits, ModelConfig, SchedulerConfig
 from aoti_sched.engine.blocking import BlockingFuture
-from aoti_sched.engine.future import RunFuture, Trace
+from aoti_sched.engine.future import RunFuture
 from aoti_sched.engine.weights.report import UpdateReport
 from aoti_sched.errors import (
     AotiSchedError,
@@ -50,6 +50,8 @@ from aoti_sched.errors import (
     WeightsFileError,
     WeightsTypeError,
 )
+from aoti_sched.events import Held, Loaded, MemoryUse, Observer, Pause, Run, Trace, Wait
+from aoti_sched.explain import explain
 from aoti_sched.histograms import EndedRequests, Histogram
 from aoti_sched.lease import Lease
 from aoti_sched.load_settings import LoadSettings
@@ -63,6 +65,7 @@ from aoti_sched.model.specs import (
     TensorSpec,
 )
 from aoti_sched.queue.job import Priority
+from aoti_sched.recording import Recording
 from aoti_sched.runnable import Runnable
 from aoti_sched.runner import Runner, RunnerView
 from aoti_sched.scheduler import Scheduler
@@ -118,6 +121,7 @@ __all__ = [
     "DynamicDim",
     "EndedRequests",
     "EpochError",
+    "Held",
     "Histogram",
     "InputMismatchError",
     "InstructionSetError",
@@ -126,22 +130,28 @@ __all__ = [
     "Limits",
     "LoadError",
     "LoadSettings",
+    "Loaded",
     "MapResults",
     "MemoryLimitError",
+    "MemoryUse",
     "MissingCapabilityError",
     "MissingWeightsError",
     "ModelConfig",
     "ModelNotFoundError",
     "ModelSpec",
+    "Observer",
     "PackageError",
     "PackageFormatError",
     "PackageHashError",
     "PackageNotFoundError",
+    "Pause",
     "Phase",
     "PlatformMismatchError",
     "Priority",
     "QueueFullError",
+    "Recording",
     "ResourcesError",
+    "Run",
     "RunError",
     "RunFuture",
     "Runnable",
@@ -167,8 +177,10 @@ __all__ = [
     "UpdateAbortedError",
     "UpdateError",
     "UpdateReport",
+    "Wait",
     "WeightsFileError",
     "WeightsTypeError",
     "__version__",
     "compile_package",
+    "explain",
 ]

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -40,10 +41,12 @@ from aoti_sched.engine.devices import Devices
 from aoti_sched.engine.dispatcher import Clock, LoopClock
 from aoti_sched.engine.lifecycle import Lifecycle
 from aoti_sched.engine.loop_lag import LoopLag
+from aoti_sched.engine.observers import Observers
 from aoti_sched.engine.parking import Parking
 from aoti_sched.engine.replica import Replica
 from aoti_sched.engine.router import Router
 from aoti_sched.engine.tasks import Housekeeping
+from aoti_sched.engine.traces import loaded_of
 from aoti_sched.engine.weights.report import UpdateReport
 from aoti_sched.engine.weights.staging import StageOptions
 from aoti_sched.engine.weights.transaction import Barrier, Updates
@@ -54,13 +57,14 @@ from aoti_sched.errors import (
     WeightsTypeError,
     brief,
 )
-from aoti_sched.events import log
+from aoti_sched.events import Observer, log
 from aoti_sched.handle import Options
 from aoti_sched.model.call_spec import must_fit
 from aoti_sched.model.input_check import declared
 from aoti_sched.queue import device_queue
 from aoti_sched.queue.admission.load import Bounds
 from aoti_sched.queue.batching import Batching as QueueBatching
+from aoti_sched.recording import Recording
 from aoti_sched.runner import Runner, router_of
 from aoti_sched.signature import P, R
 from aoti_sched.split import Split, Traffic
@@ -113,6 +117,7 @@ class Scheduler:
         self._house: Housekeeping | None = None
         self._closed = False
         self._loop_lag: LoopLag | None = None
+        self._observers = Observers()
 
     @classmethod
     def from_config(
@@ -160,7 +165,10 @@ class Scheduler:
         parking = Parking(limiter)
         self._updates = Updates(self._house.start, parking, limiter, self._clock)
         self._lifecycle = Lifecycle(self._runners, self._house, self._updates, parking, closes)
-        self._devices = Devices(self._given, self._config, self._clock, self._lifecycle, closes)
+        self._devices = Devices(
+            self._given, self._config, self._clock, self._lifecycle, closes, self._observers
+        )
+        self._observers.begin(loop, self._devices.dispatchers)
         self._loader = Loader(
             self._devices, self._lifecycle, self._house, loads, closes, self._config.cache_dir
         )
@@ -454,6 +462,44 @@ class Scheduler:
         name = arguments.text("split(name=)", name)
         return Split(Traffic(name, self._must_own, shares, sticky=sticky), {})
 
+    def add_observer(self, observer: Observer) -> None:
+        """Let an observer see what happens from now on. `Observer` says how it is called.
+
+        An observer may be added before the scheduler is entered, and then sees every load.
+
+        Raises:
+            ConfigError: The argument is no `Observer`.
+        """
+        if not isinstance(observer, Observer):
+            raise ConfigError(f"add_observer(): expected an Observer, got {brief(observer)}.")
+        self._observers.add(observer)
+
+    def remove_observer(self, observer: Observer) -> None:
+        """Let an observer see no more. One that was dropped or never added is ignored."""
+        self._observers.remove(observer)
+
+    @contextmanager
+    def record(self, limit: int = 100_000) -> Iterator[Recording]:
+        """Record requests, runs, updates and changes of memory for the duration of a block.
+
+        Use it as `with scheduler.record() as recording:`. Inside, `explain(future.trace)` tells why
+        a request waited. Afterwards, `recording.requests` and `recording.slowest()` do.
+
+        Args:
+            limit: How many of the last requests are kept, and of the last runs on each device.
+
+        Raises:
+            ConfigError: The limit is no positive number.
+        """
+        if not isinstance(limit, int) or limit < 1:
+            raise ConfigError(f"record(limit=): expected a number above 0, got {brief(limit)}.")
+        recording = Recording(limit)
+        self._observers.add(recording)
+        try:
+            yield recording
+        finally:
+            self._observers.remove(recording)
+
     async def apply(self, config: SchedulerConfig | str | os.PathLike[str]) -> ConfigReport:
         """Make the models those of a configuration: load, close and change them, and report.
 
@@ -610,6 +656,8 @@ class Scheduler:
             rebuild_on_failure=settings.on_failure == "rebuild",
             not_evictable_because=prepared.fixed,
         )
+        if dispatcher.observers is not None:
+            dispatcher.observers.tell(loaded_of(dispatcher.queue, replica.state))
         replica.refresh_memory_use()
         log.info(
             "model loaded",

@@ -168,7 +168,7 @@ class Launching(ExpiringJobs):
             member.inline = lane == LOOP
             member.slot = slot
             member.epoch = job.source.epoch
-            member.started = now
+            member.started = member.launched = now
 
     def _take_along(self, job: Job, inline: bool, now: float, commands: list[Command]) -> None:
         """Make the job the leader of a batch with queued jobs of its key.
@@ -301,9 +301,9 @@ class Launching(ExpiringJobs):
         self.fair_shares.rest(job)
         job.slot = runner.free.pop()
         job.epoch = runner.epoch
-        job.started = now
+        job.started = job.launched = now
         self._lease_ids += 1
-        lease = Lease(self._lease_ids, runner, job.slot, job.payload)
+        lease = Lease(self._lease_ids, runner, job.slot, job.payload, now)
         runner.leases[lease.id] = lease
         runner.live -= 1
         job.happens(Fact.SUCCEED)

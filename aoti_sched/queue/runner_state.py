@@ -335,13 +335,16 @@ class Lease(Source):
     A released lease takes no new jobs. Its slot is free when the last accepted job has ended.
     """
 
-    __slots__ = ("holder", "id", "released", "slot")
+    __slots__ = ("granted", "holder", "id", "released", "slot")
 
-    def __init__(self, lease_id: int, runner: RunnerState, slot: int, holder: Any) -> None:
+    def __init__(
+        self, lease_id: int, runner: RunnerState, slot: int, holder: Any, granted: float
+    ) -> None:
         load = Load(f"lease {lease_id} of runner {runner.name!r}", runner.load.bounds)
         super().__init__(runner.name, [slot], runner.epoch, load, JobQueue())
         self.runner = runner
         self.id = lease_id
         self.slot = slot
         self.holder = holder
+        self.granted = granted
         self.released = False

@@ -36,7 +36,7 @@ FACE = {
 }
 WORDS = {
     *("arguments", "config", "config_file", "errors", "events", "foreign", "signature"),
-    *("histograms", "stats"),
+    *("explain", "histograms", "recording", "stats", "waits"),
 }
 MAY_IMPORT = {
     "errors": set(),
@@ -48,6 +48,9 @@ MAY_IMPORT = {
     "config_file": {"arguments", "config", "errors"},
     "events": {"errors", "foreign"},
     "histograms": set(),
+    "waits": {"events"},
+    "explain": {"events"},
+    "recording": {"events", "explain", "waits"},
     "stats": {"errors", "histograms", "model"},
     "model": {"arguments", "child", "config", "errors"},
     "package": {"arguments", "errors"},
