@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from aoti_sched.compile import compile_package
     from aoti_sched.config import Batching, DeviceConfig, Limits, ModelConfig, SchedulerConfig
     from aoti_sched.engine.blocking import BlockingFuture
-    from aoti_sched.engine.future import RunFuture, Trace
+    from aoti_sched.engine.future import RunFuture
     from aoti_sched.engine.weights.report import UpdateReport
     from aoti_sched.errors import (
         AotiSchedError,
@@ -57,6 +57,9 @@ if TYPE_CHECKING:
         WeightsFileError,
         WeightsTypeError,
     )
+    from aoti_sched.events import Held, Loaded, MemoryUse, Observer, Pause, Run, Trace, Wait
+    from aoti_sched.explanation import explain
+    from aoti_sched.histograms import EndedRequests, Histogram
     from aoti_sched.lease import Lease
     from aoti_sched.load_settings import LoadSettings
     from aoti_sched.mapping import MapResults
@@ -69,6 +72,7 @@ if TYPE_CHECKING:
         TensorSpec,
     )
     from aoti_sched.queue.job import Priority
+    from aoti_sched.recording import Recording
     from aoti_sched.runnable import Runnable
     from aoti_sched.runner import Runner, RunnerView
     from aoti_sched.scheduler import Scheduler
@@ -99,7 +103,7 @@ _HOMES = {
     "compile": ("compile_package",),
     "config": ("Batching", "DeviceConfig", "Limits", "ModelConfig", "SchedulerConfig"),
     "engine.blocking": ("BlockingFuture",),
-    "engine.future": ("RunFuture", "Trace"),
+    "engine.future": ("RunFuture",),
     "engine.weights.report": ("UpdateReport",),
     "errors": (
         "AotiSchedError",
@@ -134,6 +138,9 @@ _HOMES = {
         "WeightsFileError",
         "WeightsTypeError",
     ),
+    "events": ("Held", "Loaded", "MemoryUse", "Observer", "Pause", "Run", "Trace", "Wait"),
+    "explanation": ("explain",),
+    "histograms": ("EndedRequests", "Histogram"),
     "lease": ("Lease",),
     "load_settings": ("LoadSettings",),
     "mapping": ("MapResults",),
@@ -146,6 +153,7 @@ _HOMES = {
         "TensorSpec",
     ),
     "queue.job": ("Priority",),
+    "recording": ("Recording",),
     "runnable": ("Runnable",),
     "runner": ("Runner", "RunnerView"),
     "scheduler": ("Scheduler",),
@@ -202,7 +210,10 @@ __all__ = [
     "DeviceLostError",
     "DeviceStats",
     "DynamicDim",
+    "EndedRequests",
     "EpochError",
+    "Held",
+    "Histogram",
     "InputMismatchError",
     "InstructionSetError",
     "Lease",
@@ -210,22 +221,28 @@ __all__ = [
     "Limits",
     "LoadError",
     "LoadSettings",
+    "Loaded",
     "MapResults",
     "MemoryLimitError",
+    "MemoryUse",
     "MissingCapabilityError",
     "MissingWeightsError",
     "ModelConfig",
     "ModelNotFoundError",
     "ModelSpec",
+    "Observer",
     "PackageError",
     "PackageFormatError",
     "PackageHashError",
     "PackageNotFoundError",
+    "Pause",
     "Phase",
     "PlatformMismatchError",
     "Priority",
     "QueueFullError",
+    "Recording",
     "ResourcesError",
+    "Run",
     "RunError",
     "RunFuture",
     "Runnable",
@@ -251,8 +268,10 @@ __all__ = [
     "UpdateAbortedError",
     "UpdateError",
     "UpdateReport",
+    "Wait",
     "WeightsFileError",
     "WeightsTypeError",
     "__version__",
     "compile_package",
+    "explain",
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, overload
 
 from aoti_sched.blocking_handles import (
@@ -27,7 +27,7 @@ from aoti_sched.signature import P, R
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from types import TracebackType
     from typing import Concatenate
 
@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     from aoti_sched.engine.dispatcher import Clock
     from aoti_sched.engine.weights.report import UpdateReport
     from aoti_sched.engine.weights.transaction import Barrier
+    from aoti_sched.events import Observer
     from aoti_sched.load_settings import LoadSettings, Package
+    from aoti_sched.recording import Recording
     from aoti_sched.runner import Runner
     from aoti_sched.stats import SchedulerStats
 
@@ -228,6 +230,27 @@ class BlockingScheduler:
         its = inner_shares(shares)
         split = self._thread.ask(lambda: self._scheduler.split(name, its, sticky=sticky))
         return BlockingSplit(self, split)
+
+    def add_observer(self, observer: Observer) -> None:
+        """Let an observer see what happens, as `Scheduler.add_observer` does.
+
+        The observer is called on the scheduler's own thread.
+        """
+        self._thread.ask(lambda: self._scheduler.add_observer(observer))
+
+    def remove_observer(self, observer: Observer) -> None:
+        """Let an observer see no more."""
+        self._thread.ask(lambda: self._scheduler.remove_observer(observer))
+
+    @contextmanager
+    def record(self, limit: int = 100_000) -> Iterator[Recording]:
+        """Record what happens for the duration of a block, as `Scheduler.record` does."""
+        context = self._scheduler.record(limit)
+        recording = self._thread.ask(context.__enter__)
+        try:
+            yield recording
+        finally:
+            self._thread.ask(lambda: context.__exit__(None, None, None))
 
     def drain_device(self, device: str) -> None:
         """Take a device out of service, and return when no model is left there."""

@@ -203,6 +203,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
             logged.
         slow: Log a warning for each request that takes this many seconds or more, from its
             submission to its end; None for no such log.
+        loop_lag: Seconds between two samples of the event loop's lag, which
+            `SchedulerStats.loop_lag` counts; None for no samples.
     """
 
     devices: dict[str, DeviceConfig] = {}
@@ -212,6 +214,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     cache_age: _Seconds | None = None
     log_requests: bool = False
     slow: _Delay | None = None
+    loop_lag: _Delay | None = None
 
 
 def in_full(device: str) -> str:
@@ -318,6 +321,7 @@ def checked_config(config: object) -> SchedulerConfig:
         cache_age=_optional(config.cache_age, _Seconds, "cache_age"),
         log_requests=flag("log_requests", config.log_requests),
         slow=_optional(config.slow, _Delay, "slow"),
+        loop_lag=_optional(config.loop_lag, _Delay, "loop_lag"),
     )
 
 

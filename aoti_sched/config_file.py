@@ -42,7 +42,9 @@ _LARGEST = 16 << 20
 """The most bytes of a configuration file."""
 SIZES = frozenset({"bytes", "cache_limit", "memory_limit"})
 """Settings in bytes."""
-TIMES = frozenset({"cache_age", "timeout", "inline_limit", "max_delay", "max_wait", "slow"})
+TIMES = frozenset(
+    {"cache_age", "timeout", "inline_limit", "loop_lag", "max_delay", "max_wait", "slow"}
+)
 """Settings in seconds."""
 _OF_ONE_MODEL = ("path", "model_name", "sha256", "weights")
 """Settings that have no default for all models."""

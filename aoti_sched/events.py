@@ -1,4 +1,6 @@
-"""Events for the log.
+"""What happens inside, for applications: events for the log, and observers.
+
+An `Observer` gets plain values: what a request, a run, an update and a change of memory were like.
 
 An application's log processors and handlers can neither fail nor block a step of this package.
 
@@ -15,6 +17,8 @@ import logging
 import sys
 from asyncio import _get_running_loop  # the public one raises
 from typing import Any
+
+import msgspec
 
 from aoti_sched.foreign import said
 
@@ -139,3 +143,235 @@ log = EventLog("aoti_sched")
 Where neither structlog nor `logging` is configured, warnings go to stderr, and other events are
 dropped. docs/logging.md lists the events.
 """
+
+
+# --- observers ------------------------------------------------------------------------------------
+
+
+class Wait(msgspec.Struct, frozen=True):
+    """A part of the time that a request waited.
+
+    Attributes:
+        cause: One of the names that docs/observability.md explains, such as "slots" or "class".
+        seconds: How long.
+        behind: Whose runs or leases were waited for, as (runner, priority); None where the wait was
+            for nothing of the kind.
+        runs: How many runs or leases those were.
+    """
+
+    cause: str
+    seconds: float
+    behind: tuple[str, str] | None = None
+    runs: int = 0
+
+
+class Trace(msgspec.Struct, frozen=True, kw_only=True):
+    """Where and when a request ran. Times are seconds on the scheduler's clock (`time.monotonic`).
+
+    Attributes:
+        runner: The runner's name.
+        device: The device that the request was queued on.
+        state: The state of the request, as a word.
+        placement: "lane", or "inline" for a run on the event loop's own thread.
+        lane: The lane of the run; -1 before the run, and for an inline run.
+        slot: The slot of the run; -1 before the run.
+        epoch: The epoch of the weights that the request ran on.
+        queued: When the request was submitted.
+        started: The lane's stamp before the run; 0.0 for a request that has not run.
+        finished: The lane's stamp after the run; 0.0 for a request that has not run.
+        batch_size: How many requests ran as one.
+        tag: What `options(tag=)` named the request.
+        job: The request's number on its device.
+        priority: "HIGH", "NORMAL" or "LOW".
+        tenant: What `options(tenant=)` named, as text; "" without a tenant.
+        timeout: Seconds from the submission to the deadline; None without a deadline.
+        lease: Whether the request asked for a lease, and not for a run.
+        min_epoch: The request ran on the weights of this epoch or a later one.
+        admitted: When the request was queued, after it may have waited for room or for an epoch;
+            0.0 while it waits for that.
+        launched: When the request got its slot and lane; 0.0 before.
+        ended: When the request ended for its caller; 0.0 before.
+        waits: Why the request waited. The parts add up to the time from `queued` to `started`, or
+            to `ended` without a run. Empty unless a recording was on.
+    """
+
+    runner: str
+    device: str
+    state: str
+    placement: str
+    lane: int
+    slot: int
+    epoch: int
+    queued: float
+    started: float
+    finished: float
+    batch_size: int = 1
+    tag: str = ""
+    job: int = -1
+    priority: str = "NORMAL"
+    tenant: str = ""
+    timeout: float | None = None
+    lease: bool = False
+    min_epoch: int = 0
+    admitted: float = 0.0
+    launched: float = 0.0
+    ended: float = 0.0
+    waits: tuple[Wait, ...] = ()
+
+    @property
+    def queue_seconds(self) -> float:
+        """Seconds from submission to the start of the run; 0.0 before the start."""
+        return max(0.0, self.started - self.queued) if self.started else 0.0
+
+    @property
+    def run_seconds(self) -> float:
+        """Seconds of the run itself; 0.0 before its end."""
+        return max(0.0, self.finished - self.started) if self.started and self.finished else 0.0
+
+
+class Run(msgspec.Struct, frozen=True):
+    """A run that is over, of one request or of a batch. Times are as in `Trace`.
+
+    Attributes:
+        device: The device's name.
+        runner: The runner's name.
+        job: The number of the request, in a batch of the first request.
+        lane: The lane; -1 for an inline run.
+        slot: The slot.
+        epoch: The epoch of the weights.
+        priority: The priority of the request, in a batch of the first request.
+        tenant: The tenant of that request, as text; "" without a tenant.
+        batch_size: How many requests ran as one.
+        cores: Cores that the run took; 0 for an inline run.
+        launched: When the slot and the lane were given to the run.
+        started: The lane's stamp before the run.
+        finished: The lane's stamp after the run.
+        collected: When the event loop took note of the end. The lane was free from then on.
+        ok: Whether the run succeeded.
+        held: Whether the run used the slot of a held lease.
+    """
+
+    device: str
+    runner: str
+    job: int
+    lane: int
+    slot: int
+    epoch: int
+    priority: str
+    tenant: str
+    batch_size: int
+    cores: int
+    launched: float
+    started: float
+    finished: float
+    collected: float
+    ok: bool
+    held: bool = False
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """A model that takes requests on a device.
+
+    Attributes:
+        device: The device's name.
+        runner: The runner's name.
+        slots: How many runs of the model may go on at once.
+        cores: Cores that a run takes on a lane.
+        lanes: How many runs may go on at once on the device.
+        device_cores: Cores of the device.
+        batch_delay: Seconds that a request may wait for others to join its batch.
+    """
+
+    device: str
+    runner: str
+    slots: int
+    cores: int
+    lanes: int
+    device_cores: int
+    batch_delay: float = 0.0
+
+
+class Pause(msgspec.Struct, frozen=True):
+    """The time in which a runner started nothing, for an update of its weights.
+
+    Attributes:
+        device: The device's name.
+        runner: The runner's name.
+        closed: When the barrier was closed.
+        opened: When the barrier was opened.
+        epoch: The epoch that serves from then on.
+        published: Whether the epoch has changed.
+    """
+
+    device: str
+    runner: str
+    closed: float
+    opened: float
+    epoch: int
+    published: bool
+
+
+class Held(msgspec.Struct, frozen=True):
+    """A lease that was released.
+
+    Attributes:
+        device: The device's name.
+        runner: The runner's name.
+        slot: The slot.
+        granted: When the lease was granted.
+        released: When it was released.
+    """
+
+    device: str
+    runner: str
+    slot: int
+    granted: float
+    released: float
+
+
+class MemoryUse(msgspec.Struct, frozen=True):
+    """A change of the memory that weights take on a device.
+
+    Attributes:
+        device: The device's name.
+        runner: The runner's name.
+        change: "measured" after a load or an update, "evicted", "restored", "not restored" or
+            "freed".
+        time: When.
+        bytes: Bytes of the runner's weights.
+        used: Bytes of all weights on the device, after the change.
+    """
+
+    device: str
+    runner: str
+    change: str
+    time: float
+    bytes: int
+    used: int
+
+
+class Observer:
+    """Sees what happens inside a scheduler. Override the methods that you need.
+
+    `Scheduler.add_observer` attaches an observer. The scheduler calls it on its event loop, between
+    two steps and in the order in which things happened. A method must not block. An observer that
+    raises is logged once and dropped; no request is lost.
+    """
+
+    def loaded(self, model: Loaded) -> None:
+        """See a model that takes requests now, or took them when the observer was attached."""
+
+    def finished(self, trace: Trace) -> None:
+        """See a request that has ended for its caller, with or without a result."""
+
+    def ran(self, run: Run) -> None:
+        """See a run that is over. A batch is one run."""
+
+    def paused(self, pause: Pause) -> None:
+        """See the end of the pause that an update of weights has made."""
+
+    def held(self, held: Held) -> None:
+        """See a lease that was released."""
+
+    def memory_changed(self, use: MemoryUse) -> None:
+        """See weights that were measured, evicted, restored or freed."""

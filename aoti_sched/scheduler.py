@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -39,10 +40,13 @@ from aoti_sched.engine.blocking import BlockingCalls
 from aoti_sched.engine.devices import Devices
 from aoti_sched.engine.dispatcher import Clock, LoopClock
 from aoti_sched.engine.lifecycle import Lifecycle
+from aoti_sched.engine.loop_lag import LoopLag
+from aoti_sched.engine.observers import Observers
 from aoti_sched.engine.parking import Parking
 from aoti_sched.engine.replica import Replica
 from aoti_sched.engine.router import Router
 from aoti_sched.engine.tasks import Housekeeping
+from aoti_sched.engine.traces import loaded_of
 from aoti_sched.engine.weights.report import UpdateReport
 from aoti_sched.engine.weights.staging import StageOptions
 from aoti_sched.engine.weights.transaction import Barrier, Updates
@@ -53,13 +57,14 @@ from aoti_sched.errors import (
     WeightsTypeError,
     brief,
 )
-from aoti_sched.events import log
+from aoti_sched.events import Observer, log
 from aoti_sched.handle import Options
 from aoti_sched.model.call_spec import must_fit
 from aoti_sched.model.input_check import declared
 from aoti_sched.queue import device_queue
 from aoti_sched.queue.admission.load import Bounds
 from aoti_sched.queue.batching import Batching as QueueBatching
+from aoti_sched.recording import Recording
 from aoti_sched.runner import Runner, router_of
 from aoti_sched.signature import P, R
 from aoti_sched.split import Split, Traffic
@@ -111,6 +116,8 @@ class Scheduler:
         self._all_closed: asyncio.Future[None] | None = None
         self._house: Housekeeping | None = None
         self._closed = False
+        self._loop_lag: LoopLag | None = None
+        self._observers = Observers()
 
     @classmethod
     def from_config(
@@ -158,7 +165,10 @@ class Scheduler:
         parking = Parking(limiter)
         self._updates = Updates(self._house.start, parking, limiter, self._clock)
         self._lifecycle = Lifecycle(self._runners, self._house, self._updates, parking, closes)
-        self._devices = Devices(self._given, self._config, self._clock, self._lifecycle, closes)
+        self._devices = Devices(
+            self._given, self._config, self._clock, self._lifecycle, closes, self._observers
+        )
+        self._observers.begin(loop, self._devices.dispatchers)
         self._loader = Loader(
             self._devices, self._lifecycle, self._house, loads, closes, self._config.cache_dir
         )
@@ -167,6 +177,8 @@ class Scheduler:
             for name, model in self._config.models.items():
                 await self._configured.load(name, model, self._load_configured)
             self._prune_cache(loads)
+            if self._config.loop_lag is not None:
+                self._loop_lag = LoopLag(loop, self._config.loop_lag)
         except BaseException as error:
             await self.__aexit__(type(error), error, error.__traceback__)
             raise
@@ -196,7 +208,8 @@ class Scheduler:
     def stats(self) -> SchedulerStats:
         """Return the numbers of every device and runner: as they are now, or were at the end."""
         devices = {} if self._house is None else self._devices.stats()
-        return SchedulerStats(devices=devices, rules=RULES)
+        lag = None if self._loop_lag is None else self._loop_lag.snapshot()
+        return SchedulerStats(devices=devices, rules=RULES, loop_lag=lag)
 
     @overload
     async def load(self, path: Package, **settings: Unpack[LoadSettings]) -> Runner: ...
@@ -449,6 +462,44 @@ class Scheduler:
         name = arguments.text("split(name=)", name)
         return Split(Traffic(name, self._must_own, shares, sticky=sticky), {})
 
+    def add_observer(self, observer: Observer) -> None:
+        """Let an observer see what happens from now on. `Observer` says how it is called.
+
+        An observer may be added before the scheduler is entered, and then sees every load.
+
+        Raises:
+            ConfigError: The argument is no `Observer`.
+        """
+        if not isinstance(observer, Observer):
+            raise ConfigError(f"add_observer(): expected an Observer, got {brief(observer)}.")
+        self._observers.add(observer)
+
+    def remove_observer(self, observer: Observer) -> None:
+        """Let an observer see no more. One that was dropped or never added is ignored."""
+        self._observers.remove(observer)
+
+    @contextmanager
+    def record(self, limit: int = 100_000) -> Iterator[Recording]:
+        """Record requests, runs, updates and changes of memory for the duration of a block.
+
+        Use it as `with scheduler.record() as recording:`. Inside, `explain(future.trace)` tells why
+        a request waited. Afterwards, `recording.requests` and `recording.slowest()` do.
+
+        Args:
+            limit: How many of the last requests are kept, and of the last runs on each device.
+
+        Raises:
+            ConfigError: The limit is no positive number.
+        """
+        if not isinstance(limit, int) or limit < 1:
+            raise ConfigError(f"record(limit=): expected a number above 0, got {brief(limit)}.")
+        recording = Recording(limit)
+        self._observers.add(recording)
+        try:
+            yield recording
+        finally:
+            self._observers.remove(recording)
+
     async def apply(self, config: SchedulerConfig | str | os.PathLike[str]) -> ConfigReport:
         """Make the models those of a configuration: load, close and change them, and report.
 
@@ -605,6 +656,8 @@ class Scheduler:
             rebuild_on_failure=settings.on_failure == "rebuild",
             not_evictable_because=prepared.fixed,
         )
+        if dispatcher.observers is not None:
+            dispatcher.observers.tell(loaded_of(dispatcher.queue, replica.state))
         replica.refresh_memory_use()
         log.info(
             "model loaded",
@@ -636,6 +689,8 @@ class Scheduler:
             faults += await self._devices.close()  # whatever became of the models
             self._blocking.end()
             self._configured.clear()
+            if self._loop_lag is not None:
+                self._loop_lag.close()
             if faults:
                 self._all_closed = None  # the next call tries again
                 raise faults[0]

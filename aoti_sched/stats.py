@@ -9,6 +9,7 @@ import enum
 
 import msgspec
 
+from aoti_sched.histograms import EndedRequests, Histogram, chosen
 from aoti_sched.model.specs import BatchDim, ConstantSpec, LeafSpec, SpecSource
 
 
@@ -129,6 +130,11 @@ class RunnerStats(msgspec.Struct, frozen=True, kw_only=True):
         batches: Runs of several requests as one.
         batched: Requests in `batches`.
         retried: Requests that were run again alone after their batch failed.
+        in_time: Completed requests that ended by their deadline, or had none. Its rate is the
+            goodput.
+        in_flight: Requests that have not ended for their callers, now.
+        rejections: Rejected requests by the name of their error.
+        ended: Histograms of the requests that have ended, by outcome and priority.
         replicas: The stats of each replica by device, removed replicas included.
     """
 
@@ -162,7 +168,17 @@ class RunnerStats(msgspec.Struct, frozen=True, kw_only=True):
     batches: int
     batched: int
     retried: int
+    in_time: int = 0
+    in_flight: int = 0
+    rejections: dict[str, int] = {}
+    ended: tuple[EndedRequests, ...] = ()
     replicas: dict[str, RunnerStats] = {}
+
+    def histogram(
+        self, of: str = "total", *, outcome: str | None = "completed", priority: object = None
+    ) -> Histogram:
+        """Return a histogram of the runner's requests, as `SchedulerStats.histogram` does."""
+        return chosen(self.ended, of, outcome, priority)
 
 
 class ShadowStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -244,6 +260,12 @@ class DeviceStats(msgspec.Struct, frozen=True, kw_only=True):
     memory: MemoryStats
     runners: dict[str, RunnerStats]
 
+    def histogram(
+        self, of: str = "total", *, outcome: str | None = "completed", priority: object = None
+    ) -> Histogram:
+        """Return a histogram of the device's requests, as `SchedulerStats.histogram` does."""
+        return chosen(_ended(self), of, outcome, priority)
+
 
 class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
     """The numbers of a scheduler. A closed scheduler gives those of its end.
@@ -251,7 +273,31 @@ class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         devices: The stats of each device by name.
         rules: How the scheduling rules run: "compiled" or "python".
+        loop_lag: Seconds that the event loop was late for a timer; None where the settings have no
+            `loop_lag`.
     """
 
     devices: dict[str, DeviceStats]
     rules: str
+    loop_lag: Histogram | None = None
+
+    def histogram(
+        self, of: str = "total", *, outcome: str | None = "completed", priority: object = None
+    ) -> Histogram:
+        """Return a histogram of the requests of all devices together.
+
+        Args:
+            of: "queue", "run" or "total" for seconds, or "batch_size". `EndedRequests` says what
+                each of them counts.
+            outcome: How the requests ended, as `EndedRequests.outcome`; None for all.
+            priority: A `Priority` or its name; None for all.
+
+        Raises:
+            ValueError: There is no such histogram.
+        """
+        parts = [part for device in self.devices.values() for part in _ended(device)]
+        return chosen(parts, of, outcome, priority)
+
+
+def _ended(device: DeviceStats) -> list[EndedRequests]:
+    return [part for runner in device.runners.values() for part in runner.ended]

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
-    from aoti_sched.engine.future import RunFuture, Trace
+    from aoti_sched.engine.future import RunFuture
+    from aoti_sched.events import Trace
 
 CLOSED_LOOP = "its event loop is closed. Call it while the loop runs"
 IDLE_LOOP = "its event loop is not running. Call it while the loop runs"

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from aoti_sched.config import ModelConfig, SchedulerConfig
     from aoti_sched.engine.dispatcher import Clock
     from aoti_sched.engine.lifecycle import Lifecycle
+    from aoti_sched.engine.observers import Observers
     from aoti_sched.stats import DeviceStats
 
 
@@ -44,6 +45,7 @@ class Devices:
         clock: The scheduler's.
         lifecycle: Hears what the dispatchers report.
         limiter: Of the threads that open and close devices.
+        observers: Those of the scheduler.
 
     Attributes:
         opened: The open devices by name.
@@ -57,6 +59,7 @@ class Devices:
         clock: Clock,
         lifecycle: Lifecycle[Any],
         limiter: anyio.CapacityLimiter,
+        observers: Observers,
     ) -> None:
         self.opened = dict(given)
         self.dispatchers: dict[str, Dispatcher] = {}
@@ -65,6 +68,7 @@ class Devices:
         self._clock = clock
         self._lifecycle = lifecycle
         self._limiter = limiter
+        self._observers = observers
         self._executors: dict[str, Executor] = {}
         """Lanes that were started and have no dispatcher yet."""
         self._last: dict[str, DeviceStats] = {}
@@ -222,6 +226,7 @@ class Devices:
             executor.close()
             raise
         self.dispatchers[name] = dispatcher
+        dispatcher.observers = self._observers.if_any()
         log.info("device opened", device=name, executor=executor.kind, lanes=lanes)
         return dispatcher
 

@@ -16,9 +16,12 @@ import msgspec
 
 from aoti_sched.backends.contracts import Completion, Executor, Work
 from aoti_sched.backends.executors.batches import Batch
+from aoti_sched.engine.numbers import ended_requests, in_flight
+from aoti_sched.engine.observers import Observers, going_on
 from aoti_sched.engine.request import tag_of
+from aoti_sched.engine.traces import name_of, run_of, trace_of
 from aoti_sched.errors import AotiSchedError, DeadlineExceededError, DeviceLostError
-from aoti_sched.events import log
+from aoti_sched.events import Held, MemoryUse, Pause, log
 from aoti_sched.foreign import out_of_resources, said
 from aoti_sched.queue.commands import (
     BarrierReached,
@@ -82,7 +85,11 @@ class LoopClock:
 
 
 class Dispatcher:
-    """Performs the commands of one `DeviceQueue` on one `Executor`."""
+    """Performs the commands of one `DeviceQueue` on one `Executor`.
+
+    Attributes:
+        observers: The scheduler's observers; None while there are none.
+    """
 
     def __init__(
         self,
@@ -116,6 +123,8 @@ class Dispatcher:
         self._moves: dict[str, Callable[[Job], None]] = {}
         self.on_turn: dict[str, Callable[[], None]] = {}  # exchanges the weights of a runner
         self._removed: dict[str, RunnerStats] | None = None
+        self.observers: Observers | None = None
+        self._closed_barriers: dict[str, float] = {}
         loop.add_reader(executor.fileno(), self._collect)
 
     def deadline(self, timeout: float) -> float:
@@ -175,8 +184,19 @@ class Dispatcher:
             self.perform(self.queue.cancel(job, self._clock.time()))
             if self._watches and job.slot < 0:  # what runs is logged when it has ended
                 self._log_job(job, tag_of(future))
+            if self.observers is not None:
+                self.observers.tell(trace_of(job, self.queue, tag_of(future)))
+
+    def going_on(self) -> list[Any]:
+        """Return the runs, leases and pauses that have begun and not ended."""
+        return list(going_on(self.queue, self._closed_barriers))
 
     def release(self, lease: Lease) -> None:
+        if self.observers is not None and not lease.released:
+            name, now = self.queue.name, self._clock.time()
+            self.observers.tell(
+                Held(name, name_of(self.queue, lease), lease.slot, lease.granted, now)
+            )
         self.perform(self.queue.release(lease, self._clock.time()))
 
     def drain(self, runner: RunnerState, *, terminate: bool) -> asyncio.Future[None]:
@@ -207,13 +227,21 @@ class Dispatcher:
     def close_barrier(self, runner: RunnerState, *, abort: bool) -> asyncio.Future[None]:
         """Hold back the queued jobs. The future is done when every slot of the runner is free."""
         reached = self._reached[runner.name] = self.loop.create_future()
+        self._closed_barriers[runner.name] = self._clock.time()
         self.perform(self.queue.close_barrier(runner, self._clock.time(), abort=abort))
         return reached
 
     def open_barrier(self, runner: RunnerState, epoch: int | None) -> None:
         """Let the runner go on; with `epoch`, on other constants."""
         self._reached.pop(runner.name, None)
-        self.perform(self.queue.open_barrier(runner, self._clock.time(), epoch=epoch))
+        now, before = self._clock.time(), runner.epoch
+        closed = self._closed_barriers.pop(runner.name, now)
+        self.perform(self.queue.open_barrier(runner, now, epoch=epoch))
+        if self.observers is not None:
+            new = runner.epoch
+            self.observers.tell(
+                Pause(self.queue.name, name_of(self.queue, runner), closed, now, new, new != before)
+            )
 
     # --- memory ----------------------------------------------------------------------------------
 
@@ -238,9 +266,19 @@ class Dispatcher:
         self.perform(
             self.queue.update_use(holding, now, constants=constants, inactive=inactive, fixed=fixed)
         )
+        self._tell_memory(holding, "measured")
 
     def forget(self, holding: Holding) -> None:
         self.perform(self.queue.release_memory(holding, self._clock.time()))
+        self._tell_memory(holding, "freed")
+
+    def _tell_memory(self, holding: Holding, change: str) -> None:
+        if self.observers is not None:
+            memory, now = self.queue.memory, self._clock.time()
+            size = memory.of(holding)
+            self.observers.tell(
+                MemoryUse(self.queue.name, holding.name, change, now, size, memory.used)
+            )
 
     def call_back(self, runner: RunnerState) -> None:
         """Restore the runner's weights. Raises MemoryLimitError if there is no room for them."""
@@ -261,6 +299,7 @@ class Dispatcher:
         holding = runner.memory
         future, holding.payload = holding.payload, None
         self.perform(self.queue.parked(runner, self._clock.time()))
+        self._tell_memory(holding, "evicted")
         if future is not None:
             future.set_result(None)
 
@@ -272,11 +311,15 @@ class Dispatcher:
                 runner, self._clock.time(), error="" if error is None else said(error)
             )
         )
+        self._tell_memory(holding, "restored" if error is None else "not restored")
         if future is not None:
             future.set_result(error)
 
     def close(self) -> None:
         """Stop listening. The executor is closed elsewhere, since that blocks."""
+        if self.observers is not None:
+            self.observers.flush()
+            self.observers = None
         self.loop.remove_reader(self.executor.fileno())
         if self._timer is not None:
             self._timer.cancel()
@@ -307,6 +350,9 @@ class Dispatcher:
             parked=not runner.memory.is_here,
             parks=runner.memory.parked,
             memory=self.queue.memory.of(runner.memory),
+            in_flight=in_flight(runner.counters),
+            rejections=dict(runner.rejections),
+            ended=ended_requests(runner),
             **totals,
         )
 
@@ -370,11 +416,25 @@ class Dispatcher:
             self._collect()
 
     def _complete(self, completion: Completion, now: float) -> list[Command]:
-        token = completion.token
+        token, ok = completion.token, completion.error is None
+        job, size = (token[0], len(token)) if type(token) is tuple else (token, 1)
+        if self.observers is not None:
+            started, finished = completion.started, completion.finished
+            self.observers.tell(
+                run_of(
+                    job,
+                    self.queue,
+                    size=size,
+                    started=started,
+                    finished=finished,
+                    now=now,
+                    ok=ok,
+                )
+            )
         return self.queue.complete(
-            token[0] if type(token) is tuple else token,
+            job,
             now,
-            ok=completion.error is None,
+            ok=ok,
             started=completion.started,
             finished=completion.finished,
         )
@@ -416,6 +476,8 @@ class Dispatcher:
                 future._refuse(error)
         if self._watches:
             self._log_job(job, tag_of(future))
+        if self.observers is not None and future is not None:
+            self.observers.tell(trace_of(job, self.queue, tag_of(future)))
 
     def perform(self, commands: list[Command]) -> None:
         """Perform all commands of a fact. The first error of a command is raised at the end."""
@@ -459,6 +521,8 @@ class Dispatcher:
             case Grant(job=job, lease=lease):
                 future, job.payload, lease.holder = job.payload, None, None
                 future.set_result(lease)
+                if self.observers is not None:
+                    self.observers.tell(trace_of(job, self.queue, tag_of(future)))
             case Revoke(job=job, error=error) | Shed(job=job, error=error):
                 self._fail(job, error)
             case Failing(runner=runner):
@@ -494,7 +558,9 @@ class Dispatcher:
             case Turn(runner=runner):
                 self.on_turn[runner.name]()
             case Reject(job=job, error=error):
-                job.payload = None
+                future, job.payload = job.payload, None
+                if self.observers is not None:
+                    self.observers.tell(trace_of(job, self.queue, tag_of(future)))
                 raise error
             case _:
                 raise TypeError(f"the queue gave an unknown command {command!r}")
@@ -505,6 +571,8 @@ class Dispatcher:
             future._refuse(error)
         if self._watches:
             self._log_job(job, tag_of(future))
+        if self.observers is not None and future is not None:
+            self.observers.tell(trace_of(job, self.queue, tag_of(future)))
 
     def _tick(self) -> None:
         self._timer = None

@@ -6,10 +6,10 @@ import asyncio
 import copy
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from aoti_sched.engine.request import tag_of
+from aoti_sched.engine.traces import trace_of
 from aoti_sched.errors import AotiSchedError, RunError
+from aoti_sched.events import Trace
 from aoti_sched.foreign import own, raise_again
 from aoti_sched.signature import R
 
@@ -18,48 +18,6 @@ if TYPE_CHECKING:
 
     from aoti_sched.engine.replica import Replica
     from aoti_sched.queue.job import Job
-
-
-class Trace(msgspec.Struct, frozen=True, kw_only=True):
-    """Where and when a request ran. Times are seconds on the scheduler's clock (`time.monotonic`).
-
-    Attributes:
-        runner: The runner's name.
-        device: The device that the request was queued on.
-        state: The state of the request, as a word.
-        placement: "lane", or "inline" for a run on the event loop's own thread.
-        lane: The lane of the run; -1 before the run, and for an inline run.
-        slot: The slot of the run; -1 before the run.
-        epoch: The epoch of the weights that the request ran on.
-        queued: When the request was submitted.
-        started: The lane's stamp before the run; 0.0 for a request that has not run.
-        finished: The lane's stamp after the run; 0.0 for a request that has not run.
-        batch_size: How many requests ran as one.
-        tag: What `options(tag=)` named the request.
-    """
-
-    runner: str
-    device: str
-    state: str
-    placement: str
-    lane: int
-    slot: int
-    epoch: int
-    queued: float
-    started: float
-    finished: float
-    batch_size: int = 1
-    tag: str = ""
-
-    @property
-    def queue_seconds(self) -> float:
-        """Seconds from submission to the start of the run; 0.0 before the start."""
-        return max(0.0, self.started - self.queued) if self.started else 0.0
-
-    @property
-    def run_seconds(self) -> float:
-        """Seconds of the run itself; 0.0 before its end."""
-        return max(0.0, self.finished - self.started) if self.started and self.finished else 0.0
 
 
 class RunFuture(asyncio.Future[R]):
@@ -80,22 +38,14 @@ class RunFuture(asyncio.Future[R]):
 
     @property
     def trace(self) -> Trace:
-        """Where and when the request ran, as far as it is known now."""
-        job = self._job
-        return Trace(
-            runner=self._replica.name,
-            device=self._replica.device,
-            state=job.state.name,
-            placement="inline" if job.inline else "lane",
-            lane=job.lane,
-            slot=job.slot,
-            epoch=job.epoch,
-            queued=job.submitted,
-            started=job.started,
-            finished=job.finished,
-            batch_size=job.batch,
-            tag=tag_of(self),
-        )
+        """Where and when the request ran, as far as it is known now.
+
+        While a recording is on, `trace.waits` tells why the request waited.
+        """
+        replica = self._replica
+        trace = trace_of(self._job, replica.dispatcher.queue, tag_of(self))
+        observers = replica.dispatcher.observers
+        return trace if observers is None else observers.explained(trace)
 
     def cancel(self, msg: Any = None) -> bool:
         """Cancel the request. Returns False if the request is done already."""

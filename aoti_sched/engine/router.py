@@ -8,6 +8,7 @@ replica, which is never asked for a choice.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from aoti_sched.engine.holders import Holders
 from aoti_sched.engine.sessions import Sessions
 from aoti_sched.engine.tenants import Tenants
 from aoti_sched.errors import EpochError, RunnerClosedError
+from aoti_sched.histograms import merged
 from aoti_sched.queue.job import Job
 from aoti_sched.queue.runner_state import Phase
 from aoti_sched.queue.selection.routing import Rotation
@@ -32,6 +34,12 @@ if TYPE_CHECKING:
     from aoti_sched.engine.future import RunFuture
     from aoti_sched.engine.replica import Replica
     from aoti_sched.queue.runner_state import RunnerState, Source
+
+
+_NOT_SUMS = {
+    *("name", "phase", "health", "epoch", "updating", "parked"),
+    *("replicas", "rejections", "ended"),
+}
 
 
 class Router:
@@ -181,8 +189,11 @@ class Router:
         sums = {
             name: sum(getattr(stats, name) for stats in each.values())
             for name in RunnerStats.__struct_fields__
-            if name not in ("name", "phase", "health", "epoch", "updating", "parked", "replicas")
+            if name not in _NOT_SUMS
         }
+        rejections: Counter[str] = Counter()
+        for one in each.values():
+            rejections.update(one.rejections)
         return RunnerStats(
             name=self.name,
             phase=RunnerPhase[min(Phase[stats.phase.name] for stats in serving).name],
@@ -191,6 +202,8 @@ class Router:
             updating=any(stats.updating for stats in serving),
             parked=all(stats.parked for stats in serving),
             replicas=each,
+            rejections=dict(rejections),
+            ended=merged(part for one in each.values() for part in one.ended),
             **sums,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from aoti_sched.errors import DeadlineUnreachableError
 from aoti_sched.queue.commands import Command, Expire
+from aoti_sched.queue.counting import count_end
 from aoti_sched.queue.ending import SLICE
 from aoti_sched.queue.job import Fact, Job, JobState
 from aoti_sched.queue.selection.choice import can_start
@@ -92,6 +93,7 @@ class ExpiringJobs(Slices):
             self._leave_queue(job, Fact.EXPIRE, now)
         runner = job.source.runner
         runner.counters.expired += 1
+        count_end(job, now)
         commands.append(Expire(job, takes))
         self._see_what_is_over(runner, now, commands)
 

@@ -76,6 +76,7 @@ from aoti_sched.errors import AotiSchedError, LoadError
 from aoti_sched.queue import barrier
 from aoti_sched.queue.admission import rejection
 from aoti_sched.queue.commands import Command, Expire, Failing, Launch, NextTurn, Reject, Shed
+from aoti_sched.queue.counting import count_end, count_rejection
 from aoti_sched.queue.ending import Ending
 from aoti_sched.queue.holding import Holding, Stay
 from aoti_sched.queue.job import Fact, IllegalFactError, Job, JobState, Priority
@@ -246,11 +247,13 @@ class DeviceQueue(SessionFacts):
         if error is not None:
             job.happens_at(Fact.REJECT, now)
             runner.counters.rejected += 1
+            count_rejection(job, error, now)
             return [Reject(job, error)]
         if job.deadline is not None:
             if job.deadline <= now:
                 job.happens_at(Fact.EXPIRE, now)
                 runner.counters.expired += 1
+                count_end(job, now)
                 return [Expire(job)]
             self.timers.watch(job, job.deadline)
         commands: list[Command] = []
@@ -366,6 +369,7 @@ class DeviceQueue(SessionFacts):
         else:
             self._leave_queue(job, Fact.CANCEL, now)
         job.source.runner.counters.cancelled += 1
+        count_end(job, now)
         self._dispatch(now, commands)
         self._see_what_is_over(job.source.runner, now, commands)
         return commands
@@ -405,5 +409,6 @@ class DeviceQueue(SessionFacts):
     def _shed(self, job: Job, now: float, commands: list[Command]) -> None:
         self._leave_queue(job, Fact.SHED, now)
         job.source.runner.counters.shed += 1
+        count_end(job, now)
         commands.append(Shed(job, rejection.shed(job)))
         self._see_what_is_over(job.source.runner, now, commands)

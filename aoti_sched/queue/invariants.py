@@ -102,6 +102,7 @@ def check(queue: DeviceQueue) -> None:
             )
             must(not lease.closed, "a held lease is never closed")
         _check_tenants(runner, must)
+        _check_histograms(runner, must)
         awaiting = list(runner.awaiting.within(0, math.inf))
         must(
             all(job.state is JobState.WAITING for job in awaiting),
@@ -305,6 +306,34 @@ def _waits_for_cores(queue: DeviceQueue) -> bool:
         and source.runner.width > queue.lanes.free_cores
         for source in sources
     )
+
+
+def _check_histograms(runner: RunnerState, must: Callable[[bool, str], None]) -> None:
+    """Check that each job that has ended is in one bucket of each histogram of its kind."""
+    counters = runner.counters
+    ended = {
+        JobState.DONE: counters.completed,
+        JobState.FAILED: counters.failed,
+        JobState.REJECTED: counters.rejected,
+        JobState.EXPIRED: counters.expired,
+        JobState.CANCELLED: counters.cancelled,
+        JobState.REVOKED: counters.revoked,
+        JobState.SHED: counters.shed,
+    }
+    found = dict.fromkeys(ended, 0)
+    for state, _, histograms in runner.histograms.each():
+        count = sum(histograms.total.counts)
+        must(
+            sum(histograms.queue.counts) == count >= sum(histograms.run.counts),
+            "each ended job is in one bucket of its histograms",
+        )
+        must(
+            sum(histograms.run.counts) == sum(histograms.batch_size.counts),
+            "each run is in one bucket of its histograms",
+        )
+        found[JobState(state)] += count
+    must(found == ended, "the histograms have all jobs that the counters have")
+    must(sum(runner.rejections.values()) == counters.rejected, "each rejected job has one reason")
 
 
 def _check_tenants(runner: RunnerState, must: Callable[[bool, str], None]) -> None:

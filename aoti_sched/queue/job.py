@@ -162,6 +162,7 @@ class Job:
         "is_lease_request",
         "key",
         "lane",
+        "launched",
         "members",
         "min_epoch",
         "overdue",
@@ -222,6 +223,7 @@ class Job:
         self.slot = -1
         self.epoch = 0
         self.submitted = 0.0
+        self.launched = 0.0  # first, in a batch or alone
         self.started = 0.0
         self.finished = 0.0
         self.due = 0.0  # what orders jobs of one class and tenant: see `Policy.due`

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 
 from aoti_sched.queue.commands import Command, Grant, Launch
+from aoti_sched.queue.counting import count_end, count_run
 from aoti_sched.queue.deadlines import ExpiringJobs
 from aoti_sched.queue.ending import SLICE
 from aoti_sched.queue.growth import Growth
@@ -167,7 +168,7 @@ class Launching(ExpiringJobs):
             member.inline = lane == LOOP
             member.slot = slot
             member.epoch = job.source.epoch
-            member.started = now
+            member.started = member.launched = now
 
     def _take_along(self, job: Job, inline: bool, now: float, commands: list[Command]) -> None:
         """Make the job the leader of a batch with queued jobs of its key.
@@ -300,9 +301,9 @@ class Launching(ExpiringJobs):
         self.fair_shares.rest(job)
         job.slot = runner.free.pop()
         job.epoch = runner.epoch
-        job.started = now
+        job.started = job.launched = now
         self._lease_ids += 1
-        lease = Lease(self._lease_ids, runner, job.slot, job.payload)
+        lease = Lease(self._lease_ids, runner, job.slot, job.payload, now)
         runner.leases[lease.id] = lease
         runner.live -= 1
         job.happens(Fact.SUCCEED)
@@ -310,7 +311,9 @@ class Launching(ExpiringJobs):
         if self.memory.evicts:
             runner.used = now
         runner.counters.completed += 1
+        runner.counters.in_time += 1
         runner.counters.queue_seconds += now - job.submitted
+        count_end(job, now)
         self.timers.ended(job)
         commands.append(Grant(job, lease))
 
@@ -328,10 +331,13 @@ class Launching(ExpiringJobs):
         self.fair_shares.end(job)
         job.started, job.finished = started, finished
         counters = job.source.runner.counters
+        count_run(job, started, finished, left=left)
         if left:
             counters.wasted_seconds += seconds
         elif fact is Fact.SUCCEED:
             counters.completed += 1
+            if job.deadline is None or finished <= job.deadline:
+                counters.in_time += 1
         else:
             counters.failed += 1
         if not left and job.deadline is not None:

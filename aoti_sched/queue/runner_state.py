@@ -13,8 +13,9 @@ import msgspec
 from aoti_sched.queue.admission.load import Load
 from aoti_sched.queue.admission.shedding import ShedHeap
 from aoti_sched.queue.batching import Batching, BatchQueue
+from aoti_sched.queue.histogram import Histograms
 from aoti_sched.queue.holding import Holding
-from aoti_sched.queue.job import Job, Priority
+from aoti_sched.queue.job import Job, JobState, Priority
 from aoti_sched.queue.selection.accounts import Account, FairClass
 from aoti_sched.queue.selection.backlog import Backlog
 from aoti_sched.queue.selection.job_queue import NO_ACCOUNT, JobQueue, SortedJobs
@@ -55,6 +56,8 @@ class Counters(msgspec.Struct):
     """Jobs that were launched in batches."""
     retried: int = 0
     """Jobs that were retried alone, since their batch had failed."""
+    in_time: int = 0
+    """The completed jobs that ended by their deadline, or had none."""
 
 
 UNHEALTHY = 5
@@ -193,6 +196,8 @@ class RunnerState(Source):
         failures: Failed runs in a row.
         memory: The record of the memory that the runner's model has on the device.
         used: When it last ran or gave out a slot, where runners may be evicted.
+        histograms: How long jobs waited and ran, by how they ended and their priority.
+        rejections: Rejected jobs by the name of the error.
     """
 
     __slots__ = (
@@ -206,6 +211,7 @@ class RunnerState(Source):
         "counts_tenants",
         "epoch_bound",
         "failures",
+        "histograms",
         "leases",
         "lined",
         "memory",
@@ -214,6 +220,7 @@ class RunnerState(Source):
         "predicts",
         "published",
         "reached",
+        "rejections",
         "share",
         "sheds",
         "slots",
@@ -266,6 +273,8 @@ class RunnerState(Source):
         self.leases: dict[int, Lease] = {}
         self.phase = Phase.OPEN
         self.counters = Counters()
+        self.histograms = Histograms(len(JobState), len(Priority))
+        self.rejections: dict[str, int] = {}
         self.placing = placing
         self.published = epoch
         self.reached = False
@@ -326,13 +335,16 @@ class Lease(Source):
     A released lease takes no new jobs. Its slot is free when the last accepted job has ended.
     """
 
-    __slots__ = ("holder", "id", "released", "slot")
+    __slots__ = ("granted", "holder", "id", "released", "slot")
 
-    def __init__(self, lease_id: int, runner: RunnerState, slot: int, holder: Any) -> None:
+    def __init__(
+        self, lease_id: int, runner: RunnerState, slot: int, holder: Any, granted: float
+    ) -> None:
         load = Load(f"lease {lease_id} of runner {runner.name!r}", runner.load.bounds)
         super().__init__(runner.name, [slot], runner.epoch, load, JobQueue())
         self.runner = runner
         self.id = lease_id
         self.slot = slot
         self.holder = holder
+        self.granted = granted
         self.released = False

@@ -50,6 +50,8 @@ class SessionFacts(Lifecycle):
             tenants=main.tenants,
         )
         behind.counters = main.counters
+        behind.histograms = main.histograms
+        behind.rejections = main.rejections
         behind.phase = main.phase
         behind.closed = behind.reached = behind.aside = True
         self.runners[name] = behind

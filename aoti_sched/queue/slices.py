@@ -5,6 +5,7 @@ from __future__ import annotations
 from aoti_sched.errors import AotiSchedError
 from aoti_sched.queue import barrier
 from aoti_sched.queue.commands import BarrierReached, Command, Drained, Park, Revoke, Turn, Withdraw
+from aoti_sched.queue.counting import count_end
 from aoti_sched.queue.ending import SLICE, Ending
 from aoti_sched.queue.job import Fact, Job
 from aoti_sched.queue.queue_state import QueueState
@@ -47,6 +48,7 @@ class Slices(QueueState):
     def _revoke(self, job: Job, error: AotiSchedError, now: float, commands: list[Command]) -> None:
         self._leave_queue(job, Fact.REVOKE, now)
         job.source.runner.counters.revoked += 1
+        count_end(job, now)
         commands.append(Revoke(job, error))
 
     def _see_what_is_over(self, runner: RunnerState, now: float, commands: list[Command]) -> None:

@@ -37,7 +37,7 @@ FACE = {
 }
 WORDS = {
     *("arguments", "config", "config_file", "errors", "events", "foreign", "signature"),
-    "stats",
+    *("explanation", "histograms", "recording", "stats", "waits"),
 }
 MAY_IMPORT = {
     "errors": set(),
@@ -48,7 +48,11 @@ MAY_IMPORT = {
     "config": {"arguments", "errors"},
     "config_file": {"arguments", "config", "errors"},
     "events": {"errors", "foreign"},
-    "stats": {"errors", "model"},
+    "histograms": set(),
+    "waits": {"events"},
+    "explanation": {"events"},
+    "recording": {"events", "explanation", "waits"},
+    "stats": {"errors", "histograms", "model"},
     "model": {"arguments", "child", "config", "errors"},
     "package": {"arguments", "errors"},
     "queue": {"errors"},

@@ -51,6 +51,7 @@ class PlainModel(Room, Order):
         self.bytes_bound = math.inf if size is None else size
         self.last = {}  # when a job of each class came last, once a runner makes batches
         self.floors = {}  # by class: the virtual time at which a runner's account begins
+        self.now = 0.0  # of the fact that is being answered
         self.runners = []
         self.leases = []
         self.jobs = []
@@ -118,7 +119,9 @@ class PlainModel(Room, Order):
             shed = None if self.crowded(job) else []
         if refusal or shed is None:
             self.end(job, "REJECTED")
-            return [("reject", number, refusal or "QueueFullError")]
+            why = refusal or "QueueFullError"
+            runner.rejections[why] = runner.rejections.get(why, 0) + 1
+            return [("reject", number, why)]
         if job.deadline is not None and job.deadline <= now:
             return [self.expire(job)]
         if awaits:
@@ -159,6 +162,13 @@ class PlainModel(Room, Order):
                 counters["wasted_seconds"] += part
             if job.state == "RUNNING" and not failed_together:
                 self.end(job, "DONE" if ok else "FAILED", "completed" if ok else "failed")
+                late = job.deadline is not None and job.deadline < now
+                counters["in_time"] += ok and not late
+            job.began = run.started
+            if job.state != "RUNNING":
+                values = self.values_of(job)
+                values["run"].append(seconds)
+                values["batch_size"].append(len(run.members))
             self.settle_accounts(job, part * runner.width)
             self.took(job, part * runner.width)
             job.run = None
@@ -316,6 +326,7 @@ class PlainModel(Room, Order):
     def grant(self, job, now):
         slot = self.slot_for(job)
         job.runner.counters["queue_seconds"] += now - job.submitted
+        job.runner.counters["in_time"] += 1
         self.end(job, "DONE", "completed")
         lease = Lease(len(self.leases) + 1, job.runner, slot, job.runner.epoch)
         self.leases.append(lease)
@@ -491,6 +502,18 @@ class PlainModel(Room, Order):
     def end(self, job, state, count=None):
         job.state = state
         job.runner.counters[count or state.lower()] += 1
+        if state != "WITHDRAWN":
+            values = self.values_of(job)
+            # A member of a failed batch that waits to be retried has begun with the batch.
+            started = job.run.started if job.run else job.began
+            values["queue"].append((self.now if started is None else started) - job.submitted)
+            values["total"].append(self.now - job.submitted)
+
+    def values_of(self, job):
+        """Return the lists of values of the jobs of this class that ended as this job did."""
+        return job.runner.values.setdefault(
+            (job.state, job.priority), {"queue": [], "run": [], "total": [], "batch_size": []}
+        )
 
     def retire(self):
         for lease in self.leases:

@@ -13,7 +13,7 @@ LOOP = -1
 LIVE = ("WAITING", "QUEUED", "RUNNING")
 COUNTS = (
     *("submitted", "completed", "failed", "rejected", "expired", "cancelled", "revoked", "inline"),
-    *("shed", "batches", "batched", "retried", "withdrawn"),
+    *("shed", "batches", "batched", "retried", "withdrawn", "in_time"),
 )
 SECONDS = ("queue_seconds", "run_seconds", "wasted_seconds")
 UNHURRIED = 10.0  # a job without a deadline is due so late after its submission, in seconds
@@ -77,6 +77,9 @@ class Runner:
     phase: str = "OPEN"
     removed: bool = False
     counters: dict = field(default_factory=lambda: dict.fromkeys((*COUNTS, *SECONDS), 0))
+    # What the histograms are made of: lists of values by how jobs ended, and by name.
+    values: dict = field(default_factory=dict)
+    rejections: dict = field(default_factory=dict)
     freed: dict = field(default_factory=dict)  # slot: when it was last freed, as a running number
     # The sizes of runs and how long they took, by their kind (`kind_of`).
     times: dict = field(default_factory=dict)
@@ -235,6 +238,7 @@ class Job:
     charged: float = 0.0  # core seconds charged at the launch to `accounts`
     accounts: list = field(default_factory=list)
     run: Run | None = None
+    began: float | None = None  # when its last run that is over began
 
     @property
     def live(self):

@@ -35,6 +35,7 @@ def test_a_job_is_counted_where_it_ends():
         cancelled=1,
         revoked=2,
         run_seconds=2,
+        in_time=1,
     )
 
 
@@ -92,7 +93,7 @@ def test_a_granted_lease_counts_as_completed_with_its_time_in_the_queue():
     lease = take_lease(queue, runner, now=0)
     queue.submit(Job(runner, is_lease_request=True), 1)
     queue.release(lease, 4)
-    assert runner.counters == Counters(submitted=2, completed=2, queue_seconds=3)
+    assert runner.counters == Counters(submitted=2, completed=2, queue_seconds=3, in_time=2)
 
 
 def test_the_jobs_of_a_lease_count_for_its_runner():

@@ -195,10 +195,35 @@ def a_live_deadline_too_many(s):
     s.queue.timers.deadlines.alive += 1
 
 
+def granted(s):
+    """Return the histograms of the two lease requests, the only jobs of the scene that ended."""
+    return s.runner.histograms.of(JobState.DONE, Priority.NORMAL)
+
+
+def an_ended_job_in_two_buckets(s):
+    granted(s).queue.add(1.0)
+
+
+def a_run_without_a_batch_size(s):
+    granted(s).run.add(1.0)
+
+
+def an_ended_job_without_histograms(s):
+    s.runner.counters.completed += 1
+
+
+def a_job_rejected_for_no_reason(s):
+    s.runner.rejections["QueueFullError"] = 1
+
+
 @pytest.mark.parametrize(
     ("break_it", "sentence"),
     [
         (a_lane_too_many, "each lane is free or runs one job"),
+        (an_ended_job_in_two_buckets, "each ended job is in one bucket of its histograms"),
+        (a_run_without_a_batch_size, "each run is in one bucket of its histograms"),
+        (an_ended_job_without_histograms, "the histograms have all jobs that the counters have"),
+        (a_job_rejected_for_no_reason, "each rejected job has one reason"),
         (a_lane_twice, "each lane is free or runs one job"),
         (a_slot_too_many, "free \\+ leased = all slots"),
         (a_slot_lost, "free \\+ leased = all slots"),

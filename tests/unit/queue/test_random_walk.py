@@ -6,6 +6,7 @@ A failure names its seed; `Walk(seed, STEPS)` is that walk again.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import msgspec
@@ -13,6 +14,8 @@ import pytest
 
 from aoti_sched.queue.admission.shedding import VICTIMS
 from aoti_sched.queue.ending import SLICE
+from aoti_sched.queue.histogram import LEAST_SECONDS, LEAST_SIZE, bounds_from
+from aoti_sched.queue.job import JobState
 from tests.unit.queue.cases import CASES, COVER, STEPS, cases_of, greedy_cover
 from tests.unit.queue.plain_model import PlainModel
 from tests.unit.queue.plain_parts import LIVE, LOOP
@@ -22,6 +25,7 @@ from tests.unit.queue.walks import Player, Walk, answer_of
 
 SHARES = 8  # tests to spread the walks over, so that a failure leaves the others to look at
 
+NAMES = ("queue", "run", "total", "batch_size")
 ORDERED = ("launch", "grant", "expire", "shed", "withdraw")
 
 
@@ -40,12 +44,43 @@ def states(model):
     return [job.state for job in model.jobs]
 
 
+def histograms_of(runner):
+    """Return the buckets, the sum and the largest value of each histogram of a runner."""
+    return {
+        (JobState(state).name, priority): {
+            name: (made.counts, made.sum, made.max)
+            for name in NAMES
+            for made in (getattr(ended, name),)
+        }
+        for state, priority, ended in runner.histograms.each()
+    }
+
+
+def sorted_by_hand(values):
+    """Return what `histograms_of` must return for the plain model's values."""
+    return {
+        kind: {
+            name: (buckets(of[name], name), sum(of[name]), max(of[name], default=0.0))
+            for name in NAMES
+        }
+        for kind, of in values.items()
+    }
+
+
+def buckets(values, name):
+    bounds = bounds_from(LEAST_SIZE if name == "batch_size" else LEAST_SECONDS)
+    edges = [-math.inf, *bounds, math.inf]
+    return [sum(low < v <= high for v in values) for low, high in itertools.pairwise(edges)]
+
+
 def compare_ends(walk, player):
     """Everything that is left after a walk, on both sides."""
     model, queue = walk.model, player.queue
     for plain, real in zip(model.runners, player.runners, strict=True):
         assert real.phase.name == plain.phase
         assert msgspec.structs.asdict(real.counters) == plain.counters
+        assert histograms_of(real) == sorted_by_hand(plain.values)
+        assert real.rejections == plain.rejections
         assert sorted(real.free) == model.free_slots(plain)
         assert (queue.runners.get(real.name) is real) is not plain.removed
         leases = [

@@ -33,6 +33,8 @@ from tests.unit.queue.plain_parts import LIVE, Illegal
 
 def answer_of(model, method, arguments):
     """Return what the plain model says to a fact, and then to `go_on` as often as it is needed."""
+    if isinstance(arguments[0], float):
+        model.now = arguments[0]
     commands = getattr(model, method)(*arguments)
     while model.goes_on:
         commands += model.go_on(arguments[0])

@@ -1,0 +1,176 @@
+"""Observers: tells the observers of one scheduler what has happened, when no fact is half done."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+from aoti_sched.engine.traces import loaded_of, run_of
+from aoti_sched.events import Held, Loaded, MemoryUse, Observer, Pause, Run, Trace, log
+from aoti_sched.foreign import raise_again
+from aoti_sched.recording import Recording
+
+if TYPE_CHECKING:
+    from aoti_sched.queue.device_queue import DeviceQueue
+
+_Event = Trace | Run | Pause | Held | MemoryUse | Loaded
+_METHODS: dict[type, str] = {
+    Trace: "finished",
+    Run: "ran",
+    Pause: "paused",
+    Held: "held",
+    MemoryUse: "memory_changed",
+    Loaded: "loaded",
+}
+
+
+class Observed(Protocol):
+    """What observers need of a dispatcher."""
+
+    queue: DeviceQueue
+    observers: Observers | None
+
+    def going_on(self) -> list[Run | Held | Pause]: ...
+
+
+class Observers:
+    """The observers of one scheduler.
+
+    Dispatchers refer to this object while it has observers, and otherwise to None. A recording gets
+    each event at once, since it only appends. Other observers get the events in a later callback of
+    the loop, when no fact is half done.
+    """
+
+    def __init__(self) -> None:
+        self._recordings: list[Recording] = []
+        self._others: list[Observer] = []
+        self._pending: list[_Event] = []
+        self._dispatchers: Mapping[str, Observed] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def begin(self, loop: asyncio.AbstractEventLoop, dispatchers: Mapping[str, Observed]) -> None:
+        """Note where the scheduler runs.
+
+        Args:
+            loop: The scheduler's event loop.
+            dispatchers: Its dispatchers, of which more may come.
+        """
+        self._loop = loop
+        self._dispatchers = dispatchers
+
+    def if_any(self) -> Observers | None:
+        """Return this object for a dispatcher to tell; None without observers."""
+        return self if self._recordings or self._others else None
+
+    def add(self, observer: Observer) -> None:
+        """Tell an observer what happens from now on, and first which models take requests."""
+        self.flush()
+        present = [
+            loaded_of(dispatcher.queue, runner)
+            for dispatcher in self._dispatchers.values()
+            for runner in dispatcher.queue.runners.values()
+            if not runner.aside
+        ]
+        if isinstance(observer, Recording):
+            self._recordings.append(observer)
+            for model in present:
+                observer.loaded(model)
+        else:
+            self._others.append(observer)
+            for model in present:
+                self._call(observer, model)
+        self._connect()
+
+    def remove(self, observer: Observer) -> None:
+        """Tell an observer no more. One that is not attached is ignored."""
+        self.flush()
+        if isinstance(observer, Recording):
+            if observer in self._recordings:
+                self._recordings.remove(observer)
+                for event in self._going_on():
+                    observer.goes_on(event)
+        elif observer in self._others:
+            self._others.remove(observer)
+        self._connect()
+
+    def tell(self, event: _Event) -> None:
+        """Tell all observers of something that has happened. Never raises."""
+        for recording in self._recordings:
+            recording.keep(event)
+        if self._others:
+            if not self._pending and self._loop is not None:
+                self._loop.call_soon(self.flush)
+            self._pending.append(event)
+
+    def flush(self) -> None:
+        """Pass the pending events to observers."""
+        while self._pending:
+            events, self._pending = self._pending, []
+            for event in events:
+                for observer in list(self._others):
+                    self._call(observer, event)
+
+    def explained(self, trace: Trace) -> Trace:
+        """Return a trace with the causes of its waits, where a recording is on."""
+        if not self._recordings:
+            return trace
+        waits = self._recordings[-1].waits(trace, going_on=self._going_on())
+        return msgspec.structs.replace(trace, waits=waits)
+
+    def _connect(self) -> None:
+        for dispatcher in self._dispatchers.values():
+            dispatcher.observers = self.if_any()
+
+    def _call(self, observer: Observer, event: _Event) -> None:
+        if observer not in self._others:  # dropped, or removed by another observer
+            return
+        try:
+            getattr(observer, _METHODS[type(event)])(event)
+        except BaseException as error:  # noqa: BLE001 -- an observer is foreign code
+            self._others.remove(observer)
+            self._connect()
+            log.error(
+                "observer dropped", observer=type(observer).__name__, error=error, exc_info=error
+            )
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                # Raised once the current callback has ended.
+                asyncio.get_running_loop().call_soon(raise_again, error)
+
+    def _going_on(self) -> list[Run | Held | Pause]:
+        """Return the runs, leases and pauses that have begun and not ended, as if they ended now.
+
+        Their ends are infinite.
+        """
+        return [event for one in self._dispatchers.values() for event in one.going_on()]
+
+
+def going_on(queue: DeviceQueue, closed: Mapping[str, float]) -> Iterable[Run | Held | Pause]:
+    """Return what goes on at a device, with infinite ends.
+
+    Args:
+        queue: The device's queue.
+        closed: When the barriers of runners were closed, by runner.
+    """
+    for job in queue.lanes.launched():
+        yield run_of(
+            job,
+            queue,
+            size=max(1, len(job.members)),
+            started=job.started,
+            finished=_NEVER,
+            now=_NEVER,
+            ok=True,
+        )
+    for runner in queue.runners.values():
+        for lease in runner.leases.values():
+            yield Held(queue.name, runner.name, lease.slot, lease.granted, _NEVER)
+        if runner.name in closed:
+            yield Pause(
+                queue.name, runner.name, closed[runner.name], _NEVER, runner.epoch, published=False
+            )
+
+
+_NEVER = float("inf")

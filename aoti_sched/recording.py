@@ -1,0 +1,110 @@
+"""Recording: the last requests, runs, updates and changes of memory of a scheduler."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from aoti_sched.events import Held, Loaded, MemoryUse, Observer, Pause, Run, Trace, Wait
+from aoti_sched.explanation import explain
+from aoti_sched.waits import History, waits_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+
+class Recording(Observer):
+    """Keeps what has happened. Made by `Scheduler.record`, and is an `Observer` of its own.
+
+    Args:
+        limit: The number of the last requests that are kept at least; and of runs, on each device.
+    """
+
+    def __init__(self, limit: int = 100_000) -> None:
+        self.limit = limit
+        self._requests: list[Trace] = []
+        self._devices: dict[str, History] = defaultdict(lambda: History(limit))
+        self._going_on: list[Run | Held | Pause] = []
+        self._keep: dict[type, Callable[..., None]] = {
+            Trace: self.finished,
+            Run: self.ran,
+            Pause: self.paused,
+            Held: self.held,
+            MemoryUse: self.memory_changed,
+            Loaded: self.loaded,
+        }
+
+    # --- what was kept ---------------------------------------------------------------------------
+
+    @property
+    def requests(self) -> list[Trace]:
+        """The requests that have ended, in the order of their ends, with their `waits`."""
+        return [self._explained(trace) for trace in self._requests[-self.limit :]]
+
+    def slowest(self, count: int = 10) -> list[Trace]:
+        """Return the requests that took longest from submission to end, the slowest first.
+
+        Args:
+            count: How many, at most.
+        """
+        kept = self._requests[-self.limit :]
+        found = sorted(kept, key=lambda trace: trace.queued - trace.ended)[:count]
+        return [self._explained(trace) for trace in found]
+
+    def explain(self, trace: Trace) -> str:
+        """Return in a sentence why a request of this recording took so long."""
+        return explain(self._explained(trace))
+
+    def waits(
+        self, trace: Trace, *, going_on: Iterable[Run | Held | Pause] = ()
+    ) -> tuple[Wait, ...]:
+        """Return why a request waited.
+
+        Args:
+            trace: The request.
+            going_on: What has begun and not ended; by default, what had not when recording ended.
+        """
+        here = [one for one in going_on or self._going_on if one.device == trace.device]
+        return waits_of(trace, self._devices[trace.device], here)
+
+    def _explained(self, trace: Trace) -> Trace:
+        return msgspec.structs.replace(trace, waits=self.waits(trace))
+
+    # --- what is observed ------------------------------------------------------------------------
+
+    def keep(self, event: Trace | Run | Pause | Held | MemoryUse | Loaded) -> None:
+        """Keep anything that an observer may see."""
+        self._keep[type(event)](event)
+
+    def loaded(self, model: Loaded) -> None:
+        """Keep what a runner may take."""
+        self._devices[model.device].models[model.runner] = model
+
+    def finished(self, trace: Trace) -> None:
+        """Keep a request."""
+        requests = self._requests
+        requests.append(trace)
+        if len(requests) >= 2 * self.limit:
+            del requests[: -self.limit]
+
+    def ran(self, run: Run) -> None:
+        """Keep a run."""
+        self._devices[run.device].add_run(run)
+
+    def paused(self, pause: Pause) -> None:
+        """Keep a pause."""
+        self._devices[pause.device].add_pause(pause)
+
+    def held(self, held: Held) -> None:
+        """Keep a lease."""
+        self._devices[held.device].add_held(held)
+
+    def memory_changed(self, use: MemoryUse) -> None:
+        """Keep a change of memory."""
+        self._devices[use.device].add_memory(use)
+
+    def goes_on(self, event: Run | Held | Pause) -> None:
+        """Note what has not ended when the recording ends."""
+        self._going_on.append(event)

@@ -1,0 +1,204 @@
+"""Observers and recordings: what they see, and that they do no harm."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import random
+
+import pytest
+import structlog
+
+from aoti_sched import ConfigError, Observer, Priority, explain
+from aoti_sched.engine.traces import loaded_of, run_of, trace_of
+from aoti_sched.queue.admission.load import Bounds
+from aoti_sched.queue.commands import Launch, WakeAt
+from aoti_sched.queue.device_queue import DeviceQueue
+from aoti_sched.queue.job import Job, JobState
+from aoti_sched.recording import Recording
+from aoti_sched.testing import FakeBackend, ManualClock, fake_scheduler, settle
+
+
+class Notes(Observer):
+    def __init__(self):
+        self.seen = []
+
+    def loaded(self, model):
+        self.seen.append(("loaded", model.runner))
+
+    def finished(self, trace):
+        self.seen.append((trace.state, trace.tag))
+
+    def ran(self, run):
+        self.seen.append(("ran", run.runner, run.ok))
+
+    def held(self, held):
+        self.seen.append(("held", held.runner))
+
+
+@pytest.fixture
+def clock():
+    return ManualClock()
+
+
+async def test_each_request_is_seen_once_however_it_ends(clock):
+    backend = FakeBackend({"m": len}, lanes=1, clock=clock)
+    notes = Notes()
+    async with fake_scheduler(backend, clock=clock) as scheduler:
+        scheduler.add_observer(notes)
+        runner = await scheduler.load("m.pt2")
+        done, left, late, failed = (
+            runner.options(tag=tag, timeout=timeout).submit("ab")
+            for tag, timeout in (("done", None), ("left", None), ("late", 1.0), ("failed", None))
+        )
+        left.cancel()
+        clock.advance(1.0)
+        await backend.step()
+        await backend.step(ValueError("broken"))
+        await asyncio.wait({done, late, failed})
+        async with runner.lease():
+            pass
+        await settle()
+        scheduler.remove_observer(notes)
+        last = runner.submit("a")
+        await backend.step()
+        await last
+    assert notes.seen == [
+        ("loaded", "m"),
+        ("CANCELLED", "left"),
+        ("EXPIRED", "late"),
+        ("ran", "m", True),
+        ("DONE", "done"),
+        ("ran", "m", False),
+        ("FAILED", "failed"),
+        ("DONE", ""),
+        ("held", "m"),
+    ]
+
+
+async def test_an_observer_that_raises_is_logged_once_and_dropped(clock):
+    class Broken(Observer):
+        calls = 0
+
+        def finished(self, trace):
+            self.calls += 1
+            raise KeyError("broken")
+
+    broken, notes = Broken(), Notes()
+    backend = FakeBackend({"m": len}, auto=True, clock=clock)
+    with structlog.testing.capture_logs() as logs:
+        async with fake_scheduler(backend, clock=clock) as scheduler:
+            runner = await scheduler.load("m.pt2")
+            scheduler.add_observer(broken)
+            scheduler.add_observer(notes)
+            assert [await runner.run("a" * n) for n in range(3)] == [0, 1, 2]
+            await settle()
+    assert broken.calls == 1
+    assert [log["observer"] for log in logs if log["event"] == "observer dropped"] == ["Broken"]
+    assert [state for state, *_ in notes.seen].count("DONE") == 3
+
+
+async def test_an_observer_may_call_the_scheduler(clock):
+    class Again(Observer):
+        def finished(self, trace):
+            if trace.tag == "first":
+                self.second = runner.submit("abc")
+
+    again = Again()
+    backend = FakeBackend({"m": len}, auto=True, clock=clock)
+    async with fake_scheduler(backend, clock=clock) as scheduler:
+        runner = await scheduler.load("m.pt2")
+        scheduler.add_observer(again)
+        await runner.options(tag="first").run("a")
+        await settle()
+        assert await again.second == 3
+        with pytest.raises(ConfigError, match="expected an Observer"):
+            scheduler.add_observer(print)
+
+
+async def test_a_trace_tells_why_the_request_waited_while_a_recording_is_on(clock):
+    backend = FakeBackend({"m": len}, lanes=1, clock=clock)
+    async with fake_scheduler(backend, clock=clock) as scheduler:
+        runner = await scheduler.load("m.pt2")
+        with scheduler.record(limit=10) as recording:
+            first, second = runner.submit("a"), runner.submit("b")
+            high = runner.options(priority=Priority.HIGH, timeout=10.0).submit("c")
+            for _ in range(3):
+                clock.advance(1.0)
+                await backend.step()
+            trace = second.trace
+            assert {wait.cause for wait in trace.waits} >= {"slots", "class"}
+            assert sum(wait.seconds for wait in trace.waits) == trace.queue_seconds
+            assert "behind 1 HIGH run of 'm' of a higher class" in explain(trace)
+            assert "used 20% of its timeout" in explain(high.trace)
+        assert [one.state for one in recording.requests] == ["DONE"] * 3
+        assert recording.explain(second.trace) == explain(trace)
+        assert recording.slowest(1) == [trace]
+        assert second.trace.waits == ()
+        assert "the causes were not recorded" in explain(second.trace)
+        await asyncio.gather(first, second, high)
+        with pytest.raises(ConfigError, match="record"), scheduler.record(limit=0):
+            pass
+
+
+def simulated(seed, requests):
+    """Return the recording of a device with three models under random load."""
+    draw = random.Random(seed)
+    queue = DeviceQueue("cpu", 2, Bounds(40), cores=3)
+    recording = Recording(requests)
+    runners = [
+        queue.add_runner(f"r{n}", slots, Bounds(15), width=width, sheds=n == 2)
+        for n, (slots, width) in enumerate([(1, 1), (2, 1), (2, 2)])
+    ]
+    for runner in runners:
+        recording.loaded(loaded_of(queue, runner))
+    events, now, ended = [], 0.0, set()
+
+    def perform(commands):
+        for command in commands:
+            if isinstance(command, Launch):
+                ends = now + draw.expovariate(100)
+                heapq.heappush(events, (ends, command.job.id, command.job, now))
+            elif isinstance(command, WakeAt):
+                heapq.heappush(events, (command.at, -1, None, now))
+            elif hasattr(command, "job"):
+                see(command.job)
+
+    def see(job):
+        assert job.payload not in ended
+        ended.add(job.payload)
+        recording.finished(trace_of(job, queue))
+
+    for number in range(requests):
+        at = now + draw.expovariate(190)
+        while events and events[0][0] <= at:
+            now, _, job, started = heapq.heappop(events)
+            if job is None:
+                perform(queue.tick(now))
+                continue
+            recording.ran(
+                run_of(job, queue, size=1, started=started, finished=now, now=now, ok=True)
+            )
+            perform(queue.complete(job, now, started=started, finished=now))
+            if job.state is JobState.DONE:
+                see(job)
+        now = at
+        runner, priority = draw.choice(runners), draw.choice(list(Priority))
+        deadline = draw.choice([None, now + 0.3])
+        tenant = draw.choice([None, "a", "b"])
+        job = Job(runner, priority, deadline, 1, payload=number, tenant=tenant)
+        perform(queue.submit(job, now, wait=draw.random() < 0.5 and not runner.sheds))
+    return recording
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_the_parts_of_an_explanation_add_up_to_the_whole(seed):
+    traces = simulated(seed, 5000).requests
+    assert len(traces) > 4000
+    for trace in traces:
+        waited = (trace.started or trace.ended) - trace.queued
+        assert sum(wait.seconds for wait in trace.waits) == pytest.approx(waited, abs=1e-9)
+        assert all(wait.cause != "unknown" for wait in trace.waits)
+        assert explain(trace)
+    causes = {wait.cause for trace in traces for wait in trace.waits}
+    assert {"class", "share", "tenant", "order", "slots", "lanes", "cores", "room"} <= causes

@@ -1,0 +1,136 @@
+"""Histograms as values: buckets, quantiles, sums, and what `stats()` says of them."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aoti_sched import Histogram, SchedulerStats
+from aoti_sched.engine.numbers import plain
+from aoti_sched.histograms import LEAST_SECONDS, LEAST_SIZE, EndedRequests, chosen, merged
+from aoti_sched.queue import histogram as counted
+
+SECONDS = st.floats(0, 1e4)
+
+
+def of(values, least=LEAST_SECONDS):
+    counts = counted.Histogram(least)
+    for value in values:
+        counts.add(value)
+    return plain(counts)
+
+
+def ended(outcome="completed", priority="NORMAL", queue=(), run=(), total=(), batch_size=()):
+    return EndedRequests(
+        outcome=outcome,
+        priority=priority,
+        queue=of(queue),
+        run=of(run),
+        total=of(total),
+        batch_size=of(batch_size, LEAST_SIZE),
+    )
+
+
+def test_both_sides_mean_the_same_buckets():
+    assert (LEAST_SECONDS, LEAST_SIZE) == (counted.LEAST_SECONDS, counted.LEAST_SIZE)
+    for least in (LEAST_SECONDS, LEAST_SIZE):
+        bounds = counted.bounds_from(least)
+        full = of([*bounds, 1e9], least)
+        assert full.counts == (1,) * (len(bounds) + 1)
+        assert full.bounds == (*bounds, 1e9)
+
+
+def test_bounds_double_in_two_steps():
+    assert of([64e-6]).bounds == pytest.approx([8e-6, 12e-6, 16e-6, 24e-6, 32e-6, 48e-6, 64e-6])
+
+
+@given(st.lists(SECONDS, min_size=1))
+def test_every_value_is_in_the_one_bucket_that_has_it(values):
+    histogram = of(values)
+    assert histogram.count == len(values)
+    low = -math.inf
+    for count, high in zip(histogram.counts, histogram.bounds, strict=True):
+        assert count == sum(low < value <= high for value in values)
+        low = high
+    assert histogram.sum == pytest.approx(sum(values))
+    assert histogram.mean == pytest.approx(sum(values) / len(values))
+    assert histogram.max == max(values)
+
+
+@given(st.lists(SECONDS, min_size=1), st.floats(0, 1))
+def test_a_quantile_is_off_by_half_of_itself_at_most(values, part):
+    rank = max(0, math.ceil(part * len(values)) - 1)
+    true = sorted(values)[rank]
+    estimate = of(values).quantile(part)
+    largest_known = counted.bounds_from(LEAST_SECONDS)[-1]
+    if true <= largest_known:
+        assert abs(estimate - true) <= max(LEAST_SECONDS, 0.5 * true) + 1e-12
+    assert estimate <= max(values)
+
+
+def test_the_usual_quantiles_are_properties():
+    histogram = of([0.001] * 50 + [0.004] * 45 + [0.1] * 5)
+    assert histogram.p50 <= 0.001024 < histogram.p90 <= 0.0041 < histogram.p99 <= 0.1
+
+
+def test_an_empty_histogram_has_zeros():
+    empty = Histogram(LEAST_SECONDS)
+    assert (empty.count, empty.p50, empty.p99, empty.mean, empty.max) == (0, 0.0, 0.0, 0.0, 0.0)
+    assert empty.bounds == ()
+    assert empty + empty == empty
+
+
+@given(st.lists(SECONDS), st.lists(SECONDS))
+def test_a_sum_is_the_histogram_of_all_values(some, others):
+    found, expected = of(some) + of(others), of(some + others)
+    assert (found.counts, found.max) == (expected.counts, expected.max)
+    assert found.sum == pytest.approx(expected.sum)
+
+
+def test_seconds_and_sizes_can_not_be_added():
+    with pytest.raises(ValueError, match=r"can't be added\. Add histograms of one unit"):
+        of([1]) + of([1], LEAST_SIZE)
+
+
+def test_a_histogram_crosses_a_wire():
+    random.seed(5)
+    histogram = of(random.expovariate(100) for _ in range(99))
+    assert msgspec.json.decode(msgspec.json.encode(histogram), type=Histogram) == histogram
+
+
+def test_merged_histograms_stay_apart_by_outcome_and_priority():
+    parts = [
+        ended(total=[1], queue=[0.5]),
+        ended(total=[2]),
+        ended("shed", total=[3]),
+        ended(priority="HIGH", total=[4]),
+    ]
+    assert merged(parts) == (
+        ended(priority="HIGH", total=[4]),
+        ended(total=[1, 2], queue=[0.5]),
+        ended("shed", total=[3]),
+    )
+
+
+def test_a_histogram_is_chosen_by_its_name_an_outcome_and_a_priority():
+    parts = [
+        ended(total=[1], run=[0.5], batch_size=[2]),
+        ended(priority="HIGH", total=[2]),
+        ended("failed", total=[3]),
+    ]
+    assert chosen(parts, "total", "completed", None) == of([1, 2])
+    assert chosen(parts, "total", None, None) == of([1, 2, 3])
+    assert chosen(parts, "total", None, "HIGH") == of([2])
+    assert chosen(parts, "run", "completed", None) == of([0.5])
+    assert chosen(parts, "batch_size", "completed", None) == of([2], LEAST_SIZE)
+    with pytest.raises(ValueError, match="there are 'queue', 'run', 'total', 'batch_size'"):
+        chosen(parts, "sum", None, None)
+
+
+def test_a_scheduler_without_devices_has_empty_histograms():
+    assert SchedulerStats(devices={}, rules="python").histogram().count == 0
