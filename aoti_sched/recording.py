@@ -9,9 +9,11 @@ import msgspec
 
 from aoti_sched.events import Held, Loaded, MemoryUse, Observer, Pause, Run, Trace, Wait
 from aoti_sched.explanation import explain
+from aoti_sched.timeline import DeviceEvents, write
 from aoti_sched.waits import History, waits_of
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Iterable
 
 
@@ -71,6 +73,32 @@ class Recording(Observer):
 
     def _explained(self, trace: Trace) -> Trace:
         return msgspec.structs.replace(trace, waits=self.waits(trace))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a trace that Perfetto (https://ui.perfetto.dev) and chrome://tracing open.
+
+        Each lane is a track of runs. Waiting requests, leases and updates are spans beside them,
+        and the queued requests, busy lanes, cores and bytes of weights are counters.
+
+        Args:
+            path: The file, in JSON. It is written whole, or not at all.
+
+        Raises:
+            OSError: The file can't be written.
+        """
+        kept = self._requests[-self.limit :]
+        devices = {
+            name: DeviceEvents(
+                requests=[trace for trace in kept if trace.device == name],
+                runs=history.runs,
+                held=[held for each in history.held.values() for held in each],
+                pauses=[pause for each in history.pauses.values() for pause in each],
+                memory=history.memory,
+                models=history.models,
+            )
+            for name, history in self._devices.items()
+        }
+        write(path, devices)
 
     # --- what is observed ------------------------------------------------------------------------
 

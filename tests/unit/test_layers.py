@@ -37,7 +37,7 @@ FACE = {
 }
 WORDS = {
     *("arguments", "config", "config_file", "errors", "events", "foreign", "signature"),
-    *("explanation", "histograms", "recording", "stats", "waits"),
+    *("explanation", "histograms", "recording", "stats", "timeline", "waits"),
 }
 MAY_IMPORT = {
     "errors": set(),
@@ -51,7 +51,8 @@ MAY_IMPORT = {
     "histograms": set(),
     "waits": {"events"},
     "explanation": {"events"},
-    "recording": {"events", "explanation", "waits"},
+    "recording": {"events", "explanation", "timeline", "waits"},
+    "timeline": {"events"},
     "stats": {"errors", "histograms", "model"},
     "model": {"arguments", "child", "config", "errors"},
     "package": {"arguments", "errors"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import json
 import random
 
 import pytest
@@ -202,3 +203,61 @@ def test_the_parts_of_an_explanation_add_up_to_the_whole(seed):
         assert explain(trace)
     causes = {wait.cause for trace in traces for wait in trace.waits}
     assert {"class", "share", "tenant", "order", "slots", "lanes", "cores", "room"} <= causes
+
+
+# --- the timeline ---------------------------------------------------------------------------------
+
+
+async def test_a_timeline_has_each_run_on_its_lane_and_what_waited_beside_it(clock, tmp_path):
+    backend = FakeBackend({"m": len}, lanes=2, weights={"m": {"w": 1}}, clock=clock)
+    async with fake_scheduler(backend, clock=clock) as scheduler:
+        runner = await scheduler.load("m.pt2", instances=2)
+        with scheduler.record() as recording:
+            futures = [runner.options(tag=f"no. {n}").submit("ab") for n in range(3)]
+            late = runner.options(timeout=0.5).submit("ab")
+            clock.advance(1.0)
+            for _ in range(3):
+                await backend.step()
+            await asyncio.wait({*futures, late})
+            async with runner.lease():
+                clock.advance(2.0)
+            await runner.update({"w": 2})
+            await settle()
+        recording.save(tmp_path / "timeline.json")
+    saved = json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]
+
+    def of(kind):
+        return [event for event in saved if event["ph"] == kind]
+
+    assert {(e["name"], e["args"]["name"]) for e in of("M")} == {
+        ("process_name", "cpu"),
+        ("thread_name", "lane 0"),
+        ("thread_name", "lane 1"),
+    }
+    assert [(e["name"], e["ts"], e["dur"]) for e in of("X")][:2] == [("m", 1e6, 0.0)] * 2
+    assert len(of("X")) == 3
+    assert [e["name"] for e in of("i")] == ["m: expired", "m: epoch 2 serves"]
+    begun = {e["id"]: e for e in of("b")}
+    ended = {e["id"]: e for e in of("e")}
+    assert begun.keys() == ended.keys()
+    assert all(ended[name]["ts"] >= begun[name]["ts"] for name in begun)
+    (lease,) = [name for name, e in begun.items() if e["cat"] == "lease"]
+    assert ended[lease]["ts"] - begun[lease]["ts"] == 2e6
+    assert {e["args"].get("tag") for e in begun.values() if e["cat"] == "waiting"} == {
+        *("no. 0", "no. 1", "no. 2", ""),
+    }
+    for counter in ("queued", "busy lanes", "cores"):
+        levels = [e["args"][counter] for e in of("C") if e["name"] == counter]
+        assert levels[-1] == 0 < max(levels)
+    assert list(tmp_path.iterdir()) == [tmp_path / "timeline.json"]
+
+
+async def test_a_timeline_that_cant_be_written_leaves_nothing(clock, tmp_path):
+    async with fake_scheduler(FakeBackend(clock=clock), clock=clock) as scheduler:
+        with scheduler.record() as recording:
+            pass
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "inside").touch()
+    with pytest.raises(OSError, match="folder"):
+        recording.save(tmp_path / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
