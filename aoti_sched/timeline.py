@@ -16,6 +16,8 @@ import msgspec
 from aoti_sched.events import Held, Loaded, MemoryUse, Pause, Run, Trace
 
 _US = 1e6
+_DEVICES_FROM = 100_000
+"""The process number of the first device: viewers call a thread of the same number the main one."""
 _EVENT_LOOP = 1_000_000
 """The thread number of inline runs, after those of all lanes."""
 _WITHOUT_A_RUN = {"EXPIRED", "SHED", "REVOKED", "REJECTED", "CANCELLED"}
@@ -67,7 +69,7 @@ def trace_file(devices: Mapping[str, DeviceEvents]) -> dict[str, Any]:
     begin = min((time for events in devices.values() for time in _times(events)), default=0.0)
     found = [
         event
-        for number, (name, events) in enumerate(devices.items(), 1)
+        for number, (name, events) in enumerate(devices.items(), _DEVICES_FROM)
         for event in _Device(number, name, events, begin).events()
     ]
     return {"displayTimeUnit": "ms", "traceEvents": found}
@@ -159,7 +161,7 @@ class _Device:
         steps: dict[float, int] = {}
         for use, amount in uses:
             if isinstance(use, Run):
-                begin, end = use.launched, use.collected
+                begin, end = use.started, use.finished  # a run handed ahead has no lane before
             else:
                 begin, end = use.queued, use.launched or use.ended
             steps[begin] = steps.get(begin, 0) + amount
@@ -179,7 +181,7 @@ class _Device:
         args: dict[str, Any] | None = None,
     ) -> Iterator[dict[str, Any]]:
         """Yield the two events of a span that may overlap with others."""
-        both = {"cat": kind, "id": f"{self._name} {identity}", "name": name, "pid": self._pid}
+        both = {"cat": kind, "id2": {"local": identity}, "name": name, "pid": self._pid}
         yield {**both, "ph": "b", "tid": 0, "ts": self._us(begin), "args": args or {}}
         yield {**both, "ph": "e", "tid": 0, "ts": self._us(end)}
 
