@@ -110,14 +110,18 @@ class CudaDevice(Accelerator):
     def native_not_ready(self) -> int:
         return NOT_READY
 
-    def workspace(self, streams: Sequence[Stream]) -> int:
+    def workspace(self, streams: Sequence[Stream]) -> int | None:
         handles = {stream.handle for stream in streams}
-        segments = self.module.memory_snapshot()
-        return sum(
+        try:
+            segments = self.module.memory_snapshot()
+        except RuntimeError:  # the allocator of CUDA itself (cudaMallocAsync) has no snapshot
+            return None
+        size: int = sum(
             one["total_size"]
             for one in segments
             if one["device"] == self.index and one["stream"] in handles
         )
+        return size
 
     # --- graphs
 

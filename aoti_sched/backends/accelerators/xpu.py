@@ -44,6 +44,9 @@ class XpuDevice(Accelerator):
 
     def open_stream(self) -> XpuStream:
         with self._mutex:
+            # Torch has no default stream on an XPU: where no stream was made current, the first of
+            # its pool is. A slot on that one would wait for all other work of the process.
+            self._taken.add(self.module.current_stream(self.index).sycl_queue)
             for _ in range(POOL):
                 stream = self.module.Stream(self.index)
                 if stream.sycl_queue not in self._taken:
