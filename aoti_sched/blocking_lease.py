@@ -17,11 +17,45 @@ if TYPE_CHECKING:
     from collections.abc import Hashable
     from types import TracebackType
 
+    from typing_extensions import Self
+
     from aoti_sched.lease import Lease, LeaseContext
     from aoti_sched.session import Session, SessionContext
 
 
-class BlockingLease(Calls[P, R]):
+class _Holder(Calls[P, R]):
+    """What holds a slot or a set of weights. Its requests may have other options."""
+
+    __slots__ = ()
+
+    _handle: Lease[P, R] | Session[P, R]
+
+    def options(
+        self,
+        *,
+        priority: Priority | None = None,
+        timeout: float | msgspec.UnsetType | None = msgspec.UNSET,
+        min_epoch: int | None = None,
+        tenant: Hashable | msgspec.UnsetType = msgspec.UNSET,
+        tag: str | None = None,
+        copy: bool | None = None,
+    ) -> Self:
+        """Return a light handle on the same slot or weights with other options."""
+        handle = self._on_loop_for(
+            tenant,
+            lambda: self._handle.options(
+                priority=priority,
+                timeout=timeout,
+                min_epoch=min_epoch,
+                tenant=tenant,
+                tag=tag,
+                copy=copy,
+            ),
+        )
+        return type(self)(self._scheduler, handle)
+
+
+class BlockingLease(_Holder[P, R]):
     """One slot, held. Its runs go one after the other."""
 
     __slots__ = ()
@@ -37,30 +71,6 @@ class BlockingLease(Calls[P, R]):
     def epoch(self) -> int:
         """The epoch that all runs of this lease see."""
         return self._handle.epoch
-
-    def options(
-        self,
-        *,
-        priority: Priority | None = None,
-        timeout: float | msgspec.UnsetType | None = msgspec.UNSET,
-        min_epoch: int | None = None,
-        tenant: Hashable | msgspec.UnsetType = msgspec.UNSET,
-        tag: str | None = None,
-        copy: bool | None = None,
-    ) -> BlockingLease[P, R]:
-        """Return a light handle on the same slot with other options."""
-        lease = self._on_loop_for(
-            tenant,
-            lambda: self._handle.options(
-                priority=priority,
-                timeout=timeout,
-                min_epoch=min_epoch,
-                tenant=tenant,
-                tag=tag,
-                copy=copy,
-            ),
-        )
-        return BlockingLease(self._scheduler, lease)
 
     def release(self) -> None:
         """Release the slot once the runs accepted so far are finished. Releasing twice is fine."""
@@ -101,7 +111,7 @@ class BlockingLeaseContext(Generic[P, R]):
         return self._scheduler._thread  # noqa: SLF001
 
 
-class BlockingSession(Calls[P, R]):
+class BlockingSession(_Holder[P, R]):
     """Requests that all run on the weights that the session began with."""
 
     __slots__ = ()
@@ -112,30 +122,6 @@ class BlockingSession(Calls[P, R]):
     def epoch(self) -> int:
         """The epoch that all requests of this session see."""
         return self._handle.epoch
-
-    def options(
-        self,
-        *,
-        priority: Priority | None = None,
-        timeout: float | msgspec.UnsetType | None = msgspec.UNSET,
-        min_epoch: int | None = None,
-        tenant: Hashable | msgspec.UnsetType = msgspec.UNSET,
-        tag: str | None = None,
-        copy: bool | None = None,
-    ) -> BlockingSession[P, R]:
-        """Return a light handle on the same session with other options."""
-        session = self._on_loop_for(
-            tenant,
-            lambda: self._handle.options(
-                priority=priority,
-                timeout=timeout,
-                min_epoch=min_epoch,
-                tenant=tenant,
-                tag=tag,
-                copy=copy,
-            ),
-        )
-        return BlockingSession(self._scheduler, session)
 
     def end(self) -> None:
         """End the session. Its accepted requests are finished. Ending twice is fine."""
