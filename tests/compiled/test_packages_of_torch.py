@@ -111,7 +111,10 @@ def test_an_unpacked_library_runs(packages, tmp_path):
     runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(extracted.library), 1)
     x = torch.randn(ROWS, WIDTH)
     got = runner.run([x])
-    torch.testing.assert_close(tuple(got), seeded(Pooling)(x), check_stride=False)
+    # The sum of all rows is taken in another order.
+    torch.testing.assert_close(
+        tuple(got), seeded(Pooling)(x), check_stride=False, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_an_unpacked_bare_library_finds_its_operators(packages, tmp_path):
