@@ -77,7 +77,8 @@ class BlockingRunnerView(Calls[P, R]):
 
     def lease(self) -> BlockingLeaseContext[P, R]:
         """Hold one slot for several runs: `with runner.lease() as lease: lease.run(...)`."""
-        return BlockingLeaseContext(self._scheduler, self._handle.lease())
+        its = self._handle.lease()
+        return BlockingLeaseContext(self._scheduler, its.__aenter__, its.release)
 
     def session(self, *, blocks_updates: bool = False) -> BlockingSessionContext[P, R]:
         """Keep the weights that serve now for several requests, as `Runner.session` does.
@@ -85,7 +86,7 @@ class BlockingRunnerView(Calls[P, R]):
         `with runner.session() as session: session.run(...)`
         """
         its = self._handle.session(blocks_updates=blocks_updates)
-        return BlockingSessionContext(self._scheduler, its)
+        return BlockingSessionContext(self._scheduler, its.__aenter__, its.end)
 
 
 class BlockingRunner(BlockingRunnerView[P, R]):

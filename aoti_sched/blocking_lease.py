@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TYPE_CHECKING, Generic
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
 
 from aoti_sched.blocking_calls import Calls, Owner
-from aoti_sched.engine.loop_thread import LoopThread
 from aoti_sched.errors import AotiSchedError
 from aoti_sched.queue.job import Priority
 from aoti_sched.signature import P, R
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Callable, Coroutine, Hashable
     from types import TracebackType
 
     from typing_extensions import Self
 
-    from aoti_sched.lease import Lease, LeaseContext
-    from aoti_sched.session import Session, SessionContext
+    from aoti_sched.lease import Lease
+    from aoti_sched.session import Session
+
+
+_T = TypeVar("_T")
 
 
 class _Holder(Calls[P, R]):
@@ -77,40 +79,6 @@ class BlockingLease(_Holder[P, R]):
         self._thread.ask(self._handle.release)
 
 
-class BlockingLeaseContext(Generic[P, R]):
-    """Waits for a slot on entry, and releases it on exit."""
-
-    __slots__ = ("_context", "_scheduler")
-
-    def __init__(self, scheduler: Owner, context: LeaseContext[P, R]) -> None:
-        self._scheduler = scheduler
-        self._context = context
-
-    def __enter__(self) -> BlockingLease[P, R]:
-        try:
-            lease = self._thread.call(self._context.__aenter__)
-        except BaseException:
-            self._release()  # a thread that is interrupted may have been granted the slot
-            raise
-        return BlockingLease(self._scheduler, lease)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._release()
-
-    def _release(self) -> None:
-        with suppress(AotiSchedError):  # closed, or forked: there is no slot any more
-            self._thread.post(self._context.release)
-
-    @property
-    def _thread(self) -> LoopThread:
-        return self._scheduler._thread  # noqa: SLF001
-
-
 class BlockingSession(_Holder[P, R]):
     """Requests that all run on the weights that the session began with."""
 
@@ -120,7 +88,7 @@ class BlockingSession(_Holder[P, R]):
 
     @property
     def epoch(self) -> int:
-        """The epoch that all requests of this session see."""
+        """The epoch that all its requests see."""
         return self._handle.epoch
 
     def end(self) -> None:
@@ -128,22 +96,33 @@ class BlockingSession(_Holder[P, R]):
         self._thread.ask(self._handle.end)
 
 
-class BlockingSessionContext(Generic[P, R]):
-    """Begins a session on entry, and ends it on exit."""
+class _Block(Generic[_T]):
+    """A `with` block: enters on the event loop, and leaves there on exit.
 
-    __slots__ = ("_context", "_scheduler")
+    Args:
+        scheduler: Whose event loop.
+        enters: Called there on entry.
+        leaves: Called there on exit, and where entering was interrupted.
+    """
 
-    def __init__(self, scheduler: Owner, context: SessionContext[P, R]) -> None:
+    __slots__ = ("_enters", "_leaves", "_scheduler")
+
+    def __init__(
+        self,
+        scheduler: Owner,
+        enters: Callable[[], Coroutine[Any, Any, _T]],
+        leaves: Callable[[], object],
+    ) -> None:
         self._scheduler = scheduler
-        self._context = context
+        self._enters = enters
+        self._leaves = leaves
 
-    def __enter__(self) -> BlockingSession[P, R]:
+    def _enter(self) -> _T:
         try:
-            session = self._thread.call(self._context.__aenter__)
+            return self._scheduler._thread.call(self._enters)  # noqa: SLF001
         except BaseException:
-            self._end()  # a thread that is interrupted may have begun the session
+            self._leave()  # a thread that is interrupted may have got what it waited for
             raise
-        return BlockingSession(self._scheduler, session)
 
     def __exit__(
         self,
@@ -151,12 +130,26 @@ class BlockingSessionContext(Generic[P, R]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._end()
+        self._leave()
 
-    def _end(self) -> None:
-        with suppress(AotiSchedError):  # closed, or forked: there is no session any more
-            self._thread.post(self._context.end)
+    def _leave(self) -> None:
+        with suppress(AotiSchedError):  # closed, or forked: nothing is held any more
+            self._scheduler._thread.post(self._leaves)  # noqa: SLF001
 
-    @property
-    def _thread(self) -> LoopThread:
-        return self._scheduler._thread  # noqa: SLF001
+
+class BlockingLeaseContext(_Block["Lease[P, R]"], Generic[P, R]):
+    """Waits for a slot on entry, and releases it on exit."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> BlockingLease[P, R]:
+        return BlockingLease(self._scheduler, self._enter())
+
+
+class BlockingSessionContext(_Block["Session[P, R]"], Generic[P, R]):
+    """Begins a session on entry, and ends it on exit."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> BlockingSession[P, R]:
+        return BlockingSession(self._scheduler, self._enter())

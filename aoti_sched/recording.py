@@ -94,7 +94,6 @@ class Recording(Observer):
                 held=[held for each in history.held.values() for held in each],
                 pauses=[pause for each in history.pauses.values() for pause in each],
                 memory=history.memory,
-                models=history.models,
             )
             for name, history in self._devices.items()
         }

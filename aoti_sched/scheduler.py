@@ -163,7 +163,9 @@ class Scheduler:
         # Loads, closes and the rest compete with runs for cores. None waits for the others' places.
         loads, closes, limiter = (anyio.CapacityLimiter(2) for _ in range(3))
         parking = Parking(limiter)
-        self._updates = Updates(self._house.start, parking, limiter, self._clock)
+        self._updates = Updates(
+            self._house.start, self._house.start_soon, parking, limiter, self._clock
+        )
         self._lifecycle = Lifecycle(self._runners, self._house, self._updates, parking, closes)
         self._devices = Devices(
             self._given, self._config, self._clock, self._lifecycle, closes, self._observers

@@ -36,7 +36,7 @@ class Session(Handle["Session[P, R]", P, R]):
 
     @property
     def epoch(self) -> int:
-        """The epoch that all requests of this session see."""
+        """The epoch that all its requests see."""
         return self._pin.epoch
 
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> RunFuture[R]:
@@ -54,7 +54,9 @@ class Session(Handle["Session[P, R]", P, R]):
         self._replica, self._source = router.place_of(pin.epoch)
         if router.holders.held and self._source is not self._replica.state:
             router.holders.must_hold_none("a request of a session that is behind")
-        return super().submit(*args, **kwargs)
+        future = super().submit(*args, **kwargs)
+        router.sessions.took(pin, future)
+        return future
 
     def end(self) -> None:
         """End the session. Its accepted requests are finished. Ending twice is fine."""

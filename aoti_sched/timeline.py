@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from aoti_sched.events import Held, Loaded, MemoryUse, Pause, Run, Trace
+from aoti_sched.events import Held, MemoryUse, Pause, Run, Trace
 
 _US = 1e6
 _DEVICES_FROM = 100_000
@@ -32,7 +32,6 @@ class DeviceEvents(msgspec.Struct):
         held: Leases that were released.
         pauses: Times in which runners started nothing.
         memory: Changes of the memory that weights take.
-        models: The models, by runner.
     """
 
     requests: list[Trace]
@@ -40,7 +39,6 @@ class DeviceEvents(msgspec.Struct):
     held: list[Held]
     pauses: list[Pause]
     memory: list[MemoryUse]
-    models: Mapping[str, Loaded]
 
 
 def write(path: str | os.PathLike[str], devices: Mapping[str, DeviceEvents]) -> None:

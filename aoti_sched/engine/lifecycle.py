@@ -347,10 +347,10 @@ class Lifecycle(Generic[_Handle]):
         log.info("replica left", runner=replica.name, device=replica.device, why=why, moved=moved)
 
     def _replica_of(self, state: RunnerState) -> Replica:
-        each = (replica for life in self._lives.values() for replica in life.replicas)
+        life = self._lives[state.name.removesuffix(SUFFIX)]
         return next(
             replica
-            for replica in each
+            for replica in life.replicas
             if state is replica.state or (replica.behind and state is replica.behind.state)
         )
 

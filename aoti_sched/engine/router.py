@@ -21,7 +21,7 @@ from aoti_sched.errors import EpochError, RunnerClosedError
 from aoti_sched.histograms import merged
 from aoti_sched.queue.job import Job
 from aoti_sched.queue.runner_state import Phase
-from aoti_sched.queue.selection.routing import Rotation
+from aoti_sched.queue.selection.routing import Rotation, least_crowded
 from aoti_sched.stats import Phase as RunnerPhase
 from aoti_sched.stats import RunnerInfo, RunnerStats
 
@@ -115,7 +115,7 @@ class Router:
         ]
         if not able:
             raise self.sessions.gone(epoch)
-        return min(able, key=lambda one: one[1].live / one[1].slots)
+        return able[least_crowded([state for _, state in able])]
 
     def remove(self, replica: Replica, why: str) -> int:
         """Give a replica no more requests, and reroute its queued jobs where another serves.

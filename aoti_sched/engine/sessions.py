@@ -9,8 +9,9 @@ are behind end, or the update waits for them.
 from __future__ import annotations
 
 import asyncio
+import functools
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aoti_sched.engine.callers import PATIENCE, caller
 from aoti_sched.errors import EpochError, LeaseError
@@ -30,9 +31,10 @@ class Pin:
         blocks_updates: Whether an update waits for the session before it overwrites its weights.
         owner: The task or thread that began the session; a weak reference.
         ended: Why the session takes no requests any more; "" while it does.
+        requests: How many of its requests have not ended. They keep the epoch, too.
     """
 
-    __slots__ = ("blocks_updates", "ended", "epoch", "owner")
+    __slots__ = ("blocks_updates", "ended", "epoch", "owner", "requests")
 
     def __init__(self, epoch: int, *, blocks_updates: bool) -> None:
         self.epoch = epoch
@@ -40,6 +42,7 @@ class Pin:
         present = caller()
         self.owner = None if present is None else weakref.ref(present)
         self.ended = ""
+        self.requests = 0
 
 
 class Sessions:
@@ -75,6 +78,22 @@ class Sessions:
     def end(self, pin: Pin) -> None:
         """End a session. Its accepted requests are finished; ending twice is fine."""
         pin.ended = pin.ended or "the session has ended; call it inside its block"
+        self._leave_if_over(pin)
+
+    def took(self, pin: Pin, request: asyncio.Future[Any]) -> None:
+        """Note that a session's request was accepted. The epoch is kept until it ends."""
+        pin.requests += 1
+        request.add_done_callback(functools.partial(self._request_ended, pin))
+
+    def _request_ended(self, pin: Pin, request: asyncio.Future[Any]) -> None:
+        del request
+        pin.requests -= 1
+        self._leave_if_over(pin)
+
+    def _leave_if_over(self, pin: Pin) -> None:
+        """Keep the epoch no longer if the session and its requests have ended."""
+        if pin.requests or not pin.ended:
+            return
         self._pins.discard(pin)
         for waits in self._waits:
             if not waits.done():
@@ -117,7 +136,7 @@ class Sessions:
             LeaseError: It would.
         """
         present = caller()
-        owners = [pin.owner() for pin in self._blocking() if pin.owner is not None]
+        owners = [pin.owner() for pin in self._blocking() if pin.owner and not pin.ended]
         if present is not None and present in owners:
             raise LeaseError(
                 f"runner {self._name!r}: {call} would wait for ever: it waits for sessions with "

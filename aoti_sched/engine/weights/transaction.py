@@ -71,6 +71,7 @@ class Updates:
 
     Args:
         start: Runs a coroutine to its end in the scheduler's task group.
+        start_soon: Does so in the loop's next iteration, for callers in no task.
         parking: Restores evicted weights.
         limiter: Limits the threads that fold and free.
         clock: The scheduler's.
@@ -79,11 +80,13 @@ class Updates:
     def __init__(
         self,
         start: Callable[[Callable[[], Awaitable[Any]]], asyncio.Future[Any]],
+        start_soon: Callable[[Callable[[], Awaitable[object]]], None],
         parking: Parking,
         limiter: anyio.CapacityLimiter,
         clock: Clock,
     ) -> None:
         self._start = start
+        self._start_soon = start_soon
         self._parking = parking
         self._buffers = InactiveBuffers(limiter, clock)
         self._clock = clock
@@ -292,7 +295,9 @@ class Updates:
         for replica in replicas:
             sessions, epoch = replica.sessions, replica.kept_epoch
             if sessions.keeps(epoch):
-                sessions.when_left(epoch, functools.partial(self._start, self._free_left(replica)))
+                sessions.when_left(
+                    epoch, functools.partial(self._start_soon, self._free_left(replica))
+                )
             else:
                 free.append(replica)
         await self._buffers.drop(free, Inactive.PREVIOUS)

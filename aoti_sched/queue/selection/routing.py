@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from aoti_sched.queue.device_queue import DeviceQueue
 from aoti_sched.queue.job import Job
 from aoti_sched.queue.runner_state import Phase, RunnerState
@@ -86,6 +88,14 @@ class Rotation:
                 break
         job.source = replicas[chosen][1]
         self._next = (chosen + 1) % len(replicas)
+
+
+def least_crowded(runners: Sequence[RunnerState]) -> int:
+    """Return the index of the runner with the fewest jobs and leases per slot, the first on a tie.
+
+    Jobs of sessions that are behind go there: no deadline of theirs is predicted.
+    """
+    return min(range(len(runners)), key=lambda index: _crowd(runners[index]))
 
 
 def _is_probed(job: Job, runner: RunnerState, seconds: float, now: float) -> bool:

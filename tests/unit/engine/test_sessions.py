@@ -170,6 +170,38 @@ async def test_a_session_that_has_ended_takes_no_requests_and_finishes_those_it_
         assert await future == (1, 1)
 
 
+async def test_requests_of_a_session_that_has_ended_keep_its_weights_until_they_end():
+    async with fleet("a", auto=False) as its:
+        (a,) = its
+        async with a.session() as session:
+            first, mine = a.submit(), session.submit()
+        updating = later(a.update(weights(2), keep_previous=False))
+        await until(lambda: a.stats().updating)
+        last = a.submit()
+        await its.backends["cpu"].step()
+        await updating
+        assert a.info.previous_epoch == 1
+        for _ in range(2):
+            await its.backends["cpu"].step()
+        assert [await one for one in (first, mine, last)] == [(1, 1), (1, 1), (2, 2)]
+        assert mine.trace.epoch == 1
+        await until(lambda: a.info.previous_epoch is None)
+
+
+async def test_an_update_waits_for_the_requests_of_a_session_that_blocks_it():
+    async with fleet("a", auto=False) as its:
+        (a,) = its
+        async with a.session(blocks_updates=True) as session:
+            await its.update(2)
+            mine = session.submit()
+        updating = later(its.update(3))
+        await settle()
+        await its.backends["cpu"].step()
+        assert await mine == (1, 1)
+        await updating
+        assert a.epoch == 3
+
+
 # --- two sets, and not three ----------------------------------------------------------------------
 
 
@@ -531,28 +563,29 @@ class Walk:
         self.its = its
         (self.a,) = its
         self.sessions = []
-        self.requests = []  # (future, epoch or None)
+        self.requests = []  # (future, epoch or None, whether its session blocks updates)
         self.tasks = []
         self.number = 1
         self.published = {1: 1}
 
     async def begin(self):
-        context = self.a.session(blocks_updates=self.draw.random() < 0.2)
-        self.sessions.append((context, await context.__aenter__()))
+        blocks = self.draw.random() < 0.2
+        context = self.a.session(blocks_updates=blocks)
+        self.sessions.append((context, await context.__aenter__(), blocks))
 
     async def end(self):
         if self.sessions:
-            context, _ = self.sessions.pop(self.draw.randrange(len(self.sessions)))
+            context, _, _ = self.sessions.pop(self.draw.randrange(len(self.sessions)))
             await context.__aexit__(None, None, None)
 
     async def submit(self):
         draw = self.draw
         if self.sessions and draw.random() < 0.7:
-            _, session = draw.choice(self.sessions)
+            _, session, blocks = draw.choice(self.sessions)
             with contextlib.suppress(EpochError):
-                self.requests.append((session.submit(), session.epoch))
+                self.requests.append((session.submit(), session.epoch, blocks))
         else:
-            self.requests.append((self.a.submit(), None))
+            self.requests.append((self.a.submit(), None, False))
 
     async def cancel(self):
         if self.requests:
@@ -587,19 +620,20 @@ class Walk:
         while self.sessions:
             await self.end()
         with anyio.fail_after(30):
-            while not all(one.done() for one in (*self.tasks, *[r for r, _ in self.requests])):
+            while not all(one.done() for one in (*self.tasks, *[r for r, _, _ in self.requests])):
                 await self.step()
         for end in await asyncio.gather(*self.tasks, return_exceptions=True):
             if isinstance(end, BaseException):
                 assert isinstance(end, UpdateError)
                 assert "nothing to go back to" in str(end)
-        for future, epoch in self.requests:
+        for future, epoch, blocks in self.requests:
             if future.cancelled():
                 continue
             try:
                 one, other = await future
             except EpochError:
                 assert epoch is not None
+                assert not blocks
                 continue
             assert one == other == self.published[future.trace.epoch]
             assert epoch in (None, future.trace.epoch)
