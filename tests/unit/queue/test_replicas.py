@@ -10,7 +10,7 @@ from aoti_sched.errors import QueueFullError
 from aoti_sched.queue.batching import Batching
 from aoti_sched.queue.commands import Expire, Grant, Launch, WakeAt, Withdraw
 from aoti_sched.queue.job import Job, JobState, Priority
-from aoti_sched.queue.selection.routing import Rotation
+from aoti_sched.queue.selection.routing import Rotation, least_crowded
 from tests.unit.queue.support import add, device, launched, launches, rejected, take_lease, teach
 
 HIGH, NORMAL, LOW = Priority.HIGH, Priority.NORMAL, Priority.LOW
@@ -383,3 +383,16 @@ def test_what_was_accepted_is_not_refused_for_others_who_await_the_epoch():
     assert queue.submit(Job(runner, min_epoch=2), 0.0, wait=True) == []
     assert type(rejected(queue.submit(Job(runner, min_epoch=2), 0.0, wait=True))) is QueueFullError
     assert queue.submit(Job(runner, min_epoch=2), 0.0, wait=True, since=0.0) == []
+
+
+def test_the_least_crowded_has_the_fewest_jobs_and_leases_for_each_slot():
+    queue = device(lanes=4)
+    runners = [add(queue, name, slots=slots) for name, slots in (("a", 1), ("b", 2), ("c", 2))]
+    assert least_crowded(runners) == 0
+    for runner in (runners[0], runners[1], runners[1]):
+        queue.submit(Job(runner), 0.0)
+    assert least_crowded(runners) == 2
+    take_lease(queue, runners[2])
+    queue.submit(Job(runners[2]), 0.0)
+    queue.submit(Job(runners[2]), 0.0)
+    assert least_crowded(runners) == 0
