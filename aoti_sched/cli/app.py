@@ -37,6 +37,7 @@ COMMANDS: dict[str, Any] = {
     "bench": (
         "Measure a model under load: latency, throughput, queue and run time, loop lag, cores."
     ),
+    "simulate": "Replay a recording under other settings, in virtual time and without the models.",
     "doctor": "Show what this machine and this installation have: a report to paste.",
     "cache": {
         "ls": "List the packages that are extracted, with their size and age.",

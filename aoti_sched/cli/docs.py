@@ -23,12 +23,13 @@ aoti-sched inspect encoder.pt2
 aoti-sched run encoder.pt2 --input 0=@tokens.npy --output vectors.npz
 aoti-sched bench encoder.pt2 --clients 1,8,64 --budget p99=20ms --save monday.json
 aoti-sched bench encoder.pt2 --rate 200 --poisson --batching --compare monday.json --plot bench.png
+aoti-sched simulate timeline.json --instances 2 --max-size 16 --max-delay 2ms
 aoti-sched doctor
 aoti-sched cache prune --age 30d
 ```
 
 `compile`, `run` and `bench` run native code of the module or package: use them on what you trust.
-`inspect` and `cache` run none.
+`inspect`, `simulate` and `cache` run none.
 
 ## Conventions
 
@@ -59,6 +60,36 @@ budget = ["p99=20ms", "throughput=100"]
 [cache.prune]
 age = "30d"
 ```
+
+## What if
+
+`simulate` replays a recording without the models: how would the same requests have fared with
+another instance, larger batches, a delay, or twice the load?
+
+```python
+with scheduler.record() as recording:
+    ...
+recording.save("timeline.json")
+```
+
+The requests come when they came, with their priority, tenant and deadline, and leave when they
+left.
+The scheduler that decides is the one that serves, on an event loop whose time jumps from timer to
+timer; no torch is needed.
+The report has three columns: what was recorded, the simulation of the recorded settings, and the
+simulation of yours.
+The first two differ by what a simulation leaves out.
+They agree to 10 ns where the recording is a simulation itself and began with the scheduler.
+
+- A run that the simulation makes as it was made takes the time that was recorded for it.
+- Another run of a recorded size takes a recorded time of that size.
+- Times between two recorded sizes are interpolated; times beyond them are extrapolated, in
+  proportion to the size where a single size was recorded.
+  The report says how many runs took which kind of time.
+- Left out: the event loop's own work, hops between threads, what runs on neighbouring cores cost
+  each other, held leases, updates of weights, and runs that failed.
+- All requests of a model count as equally large, and what the scheduler had learned before the
+  recording began is learned anew.
 
 """
 

@@ -5,7 +5,8 @@ import pytest
 
 from aoti_sched import Limits
 from aoti_sched.cli import bench
-from aoti_sched.cli.load import Level, Load, Percentiles, percentiles
+from aoti_sched.cli.load import Level, Load
+from aoti_sched.percentiles import Percentiles, percentiles
 from aoti_sched.testing import FakeBackend, fake_scheduler
 from tests.unit.cli.support import refused
 
