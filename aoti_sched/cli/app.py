@@ -37,6 +37,9 @@ COMMANDS: dict[str, Any] = {
     "bench": (
         "Measure a model under load: latency, throughput, queue and run time, loop lag, cores."
     ),
+    "tune": (
+        "Find the settings of a model that keep a latency at a load, and write them to a file."
+    ),
     "simulate": "Replay a recording under other settings, in virtual time and without the models.",
     "doctor": "Show what this machine and this installation have: a report to paste.",
     "cache": {

@@ -23,12 +23,14 @@ aoti-sched inspect encoder.pt2
 aoti-sched run encoder.pt2 --input 0=@tokens.npy --output vectors.npz
 aoti-sched bench encoder.pt2 --clients 1,8,64 --budget p99=20ms --save monday.json
 aoti-sched bench encoder.pt2 --rate 200 --poisson --batching --compare monday.json --plot bench.png
+aoti-sched tune encoder.pt2 --p99 20ms --rate 200 --poisson --plot tune.png
 aoti-sched simulate timeline.json --instances 2 --max-size 16 --max-delay 2ms
 aoti-sched doctor
 aoti-sched cache prune --age 30d
 ```
 
-`compile`, `run` and `bench` run native code of the module or package: use them on what you trust.
+`compile`, `run`, `bench` and `tune` run native code of the module or package: use them on what you
+trust.
 `inspect`, `simulate` and `cache` run none.
 
 ## Conventions
@@ -49,7 +51,7 @@ aoti-sched cache prune --age 30d
 | 0 | success |
 | 1 | failure |
 | 2 | wrong usage: an option, an argument or a setting |
-| 3 | `bench`: a budget was missed |
+| 3 | `bench`: a budget was missed; `tune`: no settings keep the budget |
 | 130 | interrupted |
 
 ```toml
@@ -60,6 +62,29 @@ budget = ["p99=20ms", "throughput=100"]
 [cache.prune]
 age = "30d"
 ```
+
+## Tuning
+
+`tune` chooses the threads, instances, batches, delay and placement of a model on the CPU.
+
+1. It measures short runs of the model for each number of threads and instances, with batches of
+   each size, and what a request costs the event loop.
+2. A simulation of the scheduler with these times (as in [What if](#what-if)) says what settings
+   would do at the rate.
+   A search climbs towards the best of them, and simulates 60 at most.
+3. Real runs confirm the best few, as `bench --rate` measures, and only these decide.
+
+```console
+$ aoti-sched tune encoder.pt2 --p99 20ms --rate 200                        # the lowest p99 at 200/s
+$ aoti-sched tune encoder.pt2 --p99 20ms --rate 200 --maximize throughput  # the highest rate
+```
+
+The best settings are written to `scheduler.toml`, which `Scheduler.from_config` reads.
+Where no settings keep the budget, nothing is written, and the trial that came nearest is named.
+`max_size` counts requests of the size that was tuned with, and the file counts rows.
+
+What the simulation leaves out is the noise of the machine: the measured 99th percentile is higher
+than the simulated one where other processes have the cores.
 
 ## What if
 

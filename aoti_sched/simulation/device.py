@@ -25,6 +25,25 @@ class Times(Protocol):
         """Return the seconds of a run of these requests, the leader first."""
 
 
+class Costs(msgspec.Struct, frozen=True):
+    """What the event loop and the hops between threads cost, in seconds.
+
+    Attributes:
+        request: Work of the loop for each request.
+        run: Further work of the loop for each run.
+        hop: From a submission to the start of its run, and from the end to the answer, where
+            nothing is in the way.
+    """
+
+    request: float = 0.0
+    run: float = 0.0
+    hop: float = 0.0
+
+
+FREE = Costs()
+"""Neither the loop's work nor a hop takes any time."""
+
+
 class _Call(FakeCall):
     nbytes = 1 << 10
     """Every request counts the same: what a batch may grow to depends on ratios alone."""
@@ -53,8 +72,9 @@ class SimulatedExecutor:
 
     kind = "fake"
 
-    def __init__(self, lanes: int, loop: VirtualLoop) -> None:
+    def __init__(self, lanes: int, loop: VirtualLoop, costs: Costs) -> None:
         self.lanes = lanes
+        self._costs = costs
         self.lost: Callable[[], str] = str
         self._loop = loop
         self._free = [0.0] * lanes
@@ -63,6 +83,7 @@ class SimulatedExecutor:
 
     def submit(self, lane: int, work: Work) -> bool:
         """Let the run's time pass on a lane."""
+        self._loop.pass_time(self._costs.run)
         started = max(self._loop.time(), self._free[lane])  # a lane may have one work ahead
         finished = self._free[lane] = started + _seconds(work)
         self._loop.call_at(finished, self._end, _completion(work, started, finished))
@@ -70,6 +91,7 @@ class SimulatedExecutor:
 
     def run_here(self, work: Work) -> Completion:
         """Let the run's time pass at once: the loop is held."""
+        self._loop.pass_time(self._costs.run)
         started = self._loop.time()
         self._loop.pass_time(_seconds(work))
         return _completion(work, started, self._loop.time())
@@ -118,21 +140,28 @@ class SimulatedBackend(FakeBackend):
         times: The service times of each model, by the name of its runner.
         cores: Cores of the device.
         loop: The loop whose time passes.
+        costs: What the loop's own work costs.
     """
 
     def __init__(
-        self, name: str, times: Mapping[str, Times], cores: int, loop: VirtualLoop
+        self,
+        name: str,
+        times: Mapping[str, Times],
+        cores: int,
+        loop: VirtualLoop,
+        costs: Costs = FREE,
     ) -> None:
         super().__init__(dict.fromkeys(times, _number), lanes=cores, clock=loop, name=name)
         self._times = times
         self._loop = loop
+        self._costs = costs
 
     def open_executor(
         self, lanes: int, affinity: Sequence[int] | None = None, launchers: int | None = None
     ) -> SimulatedExecutor:
         """Return lanes on which time passes."""
         del affinity, launchers
-        return SimulatedExecutor(lanes, self._loop)
+        return SimulatedExecutor(lanes, self._loop, self._costs)
 
     def inspect(self, request: LoadRequest) -> Inspected:
         """Describe a model without reading any package."""

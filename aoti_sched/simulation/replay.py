@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from aoti_sched.errors import AotiSchedError
 from aoti_sched.events import Observer, Run, Trace
 from aoti_sched.queue.job import Priority
 from aoti_sched.scheduler import Scheduler
-from aoti_sched.simulation.device import SimulatedBackend, Times
+from aoti_sched.simulation.device import FREE, Costs, SimulatedBackend, Times
 from aoti_sched.simulation.virtual_loop import VirtualLoop
 
 if TYPE_CHECKING:
@@ -48,11 +49,14 @@ class Replay(Observer):
     Attributes:
         requests: The requests that have ended, in the order of their ends.
         runs: The runs, in the order of their ends.
+        latencies: For each arrival, the seconds from when it was due to its answer; None without an
+            answer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
         self.requests: list[Trace] = []
         self.runs: list[Run] = []
+        self.latencies: list[float | None] = [None] * count
 
     def finished(self, trace: Trace) -> None:
         """Keep a request."""
@@ -68,6 +72,7 @@ def replay(
     config: SchedulerConfig,
     times: Mapping[str, Times],
     *,
+    costs: Costs = FREE,
     timeline: Path | None = None,
 ) -> Replay:
     """Run requests in virtual time. No event loop may run on the calling thread.
@@ -76,13 +81,14 @@ def replay(
         arrivals: The requests, in the order in which they come.
         config: The settings. Each device must have `cores` or `lanes`.
         times: The service times of each model that a request asks for.
+        costs: What the loop's own work costs; by default it costs nothing.
         timeline: Where to write the simulation, in the format of `Recording.save`.
 
     Raises:
         ConfigError: The settings do not fit together.
     """
     loop = VirtualLoop()
-    return loop.run(lambda: _replay(loop, arrivals, config, times, timeline))
+    return loop.run(lambda: _replay(loop, arrivals, config, times, costs, timeline))
 
 
 async def _replay(
@@ -90,15 +96,16 @@ async def _replay(
     arrivals: Sequence[Arrival],
     config: SchedulerConfig,
     times: Mapping[str, Times],
+    costs: Costs,
     timeline: Path | None,
 ) -> Replay:
     wanted = {arrival.runner for arrival in arrivals}
     models = {name: model for name, model in config.models.items() if name in wanted}
     devices = {
-        name: SimulatedBackend(name, times, settings.cores or settings.lanes or 1, loop)
+        name: SimulatedBackend(name, times, settings.cores or settings.lanes or 1, loop, costs)
         for name, settings in config.devices.items()
     }
-    seen = Replay()
+    seen = Replay(len(arrivals))
     plain = SchedulerConfig(devices=config.devices, models=models)
     async with Scheduler(plain, devices=devices, clock=loop) as scheduler:
         scheduler.add_observer(seen)
@@ -107,7 +114,7 @@ async def _replay(
         with recorded as recording:
             loop.waits = False
             try:
-                await _Arrivals(loop, scheduler, arrivals).all_ended()
+                await _Arrivals(loop, scheduler, arrivals, costs, seen.latencies).all_ended()
             finally:
                 loop.waits = True
         if recording is not None and timeline is not None:
@@ -119,9 +126,16 @@ class _Arrivals:
     """Submits each request when it is due."""
 
     def __init__(
-        self, loop: VirtualLoop, scheduler: Scheduler, arrivals: Sequence[Arrival]
+        self,
+        loop: VirtualLoop,
+        scheduler: Scheduler,
+        arrivals: Sequence[Arrival],
+        costs: Costs,
+        latencies: list[float | None],
     ) -> None:
         self._loop = loop
+        self._costs = costs
+        self._latencies = latencies
         self._runners = scheduler.runners
         self._arrivals = arrivals
         self._begin = loop.time()
@@ -147,12 +161,13 @@ class _Arrivals:
             self._all.set_result(None)
 
     def _submit(self, number: int, arrival: Arrival) -> None:
+        self._loop.pass_time(self._costs.request)
         try:
             future = self._view(arrival).submit(number)
         except AotiSchedError:
             return  # its trace says so
         self._pending.add(future)
-        future.add_done_callback(self._ended)
+        future.add_done_callback(partial(self._ended, number))
         if arrival.leaves_after is not None:
             self._loop.call_later(arrival.leaves_after, future.cancel)
 
@@ -167,9 +182,10 @@ class _Arrivals:
             )
         return view
 
-    def _ended(self, future: RunFuture[Any]) -> None:
+    def _ended(self, number: int, future: RunFuture[Any]) -> None:
         self._pending.discard(future)
-        if not future.cancelled():
-            future.exception()  # its trace says so
+        if not future.cancelled() and future.exception() is None:  # otherwise its trace says so
+            due = self._begin + self._arrivals[number].at
+            self._latencies[number] = self._loop.time() - due + self._costs.hop
         if not self._pending and self._next == len(self._arrivals) and not self._all.done():
             self._all.set_result(None)
