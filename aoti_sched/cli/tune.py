@@ -64,7 +64,7 @@ def tune_command(
     max_size: str | None = None,
     max_delay: str | None = None,
     placement: str | None = None,
-    tries: int = 6,
+    tries: int = 8,
     time: str = "3s",
     warm_up: str = "0.5s",
     model: str | None = None,

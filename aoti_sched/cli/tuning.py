@@ -34,8 +34,10 @@ _STEPS = 6
 """Simulations by which the highest rate of a setting is found."""
 _HOPELESS = 2
 """The most confirmations where the simulation finds no settings that keep the budget."""
-_LESS, _MORE = 0.8, 1.1
+_LESS, _MORE = 0.7, 1.15
 """By how much a rate is lowered that missed the budget, and raised when one was kept."""
+_CLOSE = 1.03
+"""By how much a rate is raised at least."""
 _ALIKE = 2
 """The most of the confirmed settings that have the same threads and instances."""
 
@@ -305,7 +307,7 @@ def tune(
     axes: Axes,
     goal: Goal,
     *,
-    tries: int = 6,
+    tries: int = 8,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Tuned:
     """Find the settings that serve a goal best.
@@ -396,14 +398,39 @@ class _Confirming:
         if self._goal.maximize is None:
             for candidate, predicted in ranked[:tries]:
                 self._try(candidate, predicted, predicted.rate)
-            return self._trials
-        for candidate, predicted in ranked[: -(-tries // 2)]:
-            if not self._try(candidate, predicted, predicted.rate).kept and not self._best():
-                self._try(candidate, predicted, _LESS * predicted.rate)
+        else:
+            self._look_for_rates(ranked[: 1 + tries // 3], tries)
+            self._raise_the_best(tries)
+        return self._trials
+
+    def _look_for_rates(self, ranked: Sequence[tuple[Candidate, Figures]], tries: int) -> None:
+        """Try settings at the rates that they are predicted to keep.
+
+        Until one is kept, the rates are lowered: what a simulation leaves out makes all too high.
+        """
+        scale = 1.0
+        for candidate, predicted in ranked:
+            while len(self._trials) < tries:
+                rate = scale * predicted.rate
+                if self._trials and rate < self._goal.rate:
+                    return
+                if self._try(candidate, predicted, rate).kept or self._best() is not None:
+                    break
+                scale *= _LESS
+
+    def _raise_the_best(self, tries: int) -> None:
+        """Try higher rates with the best settings, between one that is kept and one that is not."""
         while len(self._trials) < tries and (best := self._best()) is not None:
-            if not self._try(best.candidate, best.predicted, _MORE * best.measured.rate).kept:
-                break
-        return self._trials[:tries]
+            kept = best.measured.rate
+            missed = [
+                trial.measured.rate
+                for trial in self._trials
+                if trial.candidate == best.candidate and trial.measured.rate > kept
+            ]
+            rate = min([_MORE * kept, *(math.sqrt(kept * rate) for rate in missed)])
+            if rate < _CLOSE * kept:
+                return
+            self._try(best.candidate, best.predicted, rate)
 
     def _best(self) -> Trial | None:
         kept = [trial for trial in self._trials if trial.kept]
