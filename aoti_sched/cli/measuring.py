@@ -226,6 +226,7 @@ class RealMachine:
             throughput=level.throughput,
             latency=level.latency,
             batch_size=level.batch_size,
+            cores=level.cores,
             failed=sum(level.failed.values()),
         )
 

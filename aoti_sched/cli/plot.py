@@ -51,28 +51,23 @@ def draw_tuning(
     best: Trial | None,
     path: Path,
 ) -> None:
-    """Draw what settings cost against their latency: simulated, measured, and the Pareto front.
+    """Draw the 99th percentile of settings: simulated, measured, and the Pareto front.
 
-    The cost is the rate that is given up where the highest rate is wanted, and otherwise the cores
-    that the settings may use. Needs matplotlib.
+    Where the highest rate is wanted, a setting stands at its rate; otherwise at the cores that it
+    keeps busy. Needs matplotlib.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    def place(candidate: Candidate, figures: Figures) -> tuple[float, float]:
-        across = figures.rate if goal.maximize else candidate.threads * candidate.instances
-        return across, figures.p99 * 1e3
+    def place(figures: Figures) -> tuple[float, float]:
+        return figures.rate if goal.maximize else figures.cores, figures.p99 * 1e3
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
     axes = figure.subplots()
-    points = [place(*one) for one in simulated if one[1].p99 < float("inf")]
-    measured = [
-        place(trial.candidate, trial.measured)
-        for trial in trials
-        if trial.measured.p99 < float("inf")
-    ]
+    points = [place(figures) for _, figures in simulated if figures.p99 < float("inf")]
+    measured = [place(trial.measured) for trial in trials if trial.measured.p99 < float("inf")]
     for found, colour, label in (
         (points, "#b0b0b0", "simulated"),
         (measured, "#4c72b0", "measured"),
@@ -85,12 +80,12 @@ def draw_tuning(
         across, up = zip(*front, strict=True)
         axes.plot(across, up, "-", color="#b0b0b0", lw=1, label="Pareto, simulated")
     if best is not None:
-        at = place(best.candidate, best.measured)
+        at = place(best.measured)
         axes.scatter(*at, s=90, marker="*", color="#4c9f70", label=words(best.candidate), zorder=3)
     axes.axhline(goal.p99 * 1e3, color="#c0504d", lw=1, ls="--", label="budget")
     axes.set_yscale("log")
     axes.set_ylabel("p99 in ms")
-    axes.set_xlabel("requests in a second" if goal.maximize else "threads x instances")
+    axes.set_xlabel("requests in a second" if goal.maximize else "busy cores")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)

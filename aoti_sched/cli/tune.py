@@ -297,7 +297,7 @@ def _print(report: TuneReport) -> None:
         f"{report.path}: {what} with p99 up to {time_text(goal.p99)} at {goal.rate:.4g}/s or more",
     )
     console.print()
-    headings = ("settings", "rate", "p50", "p99", "p99 simulated", "batch", "failed", "")
+    headings = ("settings", "rate", "p50", "p99", "p99 simulated", "batch", "cores", "failed", "")
     rows = []
     for trial in report.trials:
         measured, latency = trial.measured, trial.measured.latency
@@ -310,6 +310,7 @@ def _print(report: TuneReport) -> None:
                 "-" if latency is None else time_text(latency.p99),
                 _simulated(trial),
                 f"{measured.batch_size:.3g}",
+                f"{measured.cores:.2f}",
                 measured.failed or "",
                 verdict,
             )

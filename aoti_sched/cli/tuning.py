@@ -116,6 +116,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
         throughput: Answers in a second.
         latency: From the moment that a request is due to its answer.
         batch_size: Requests of a run, in the mean.
+        cores: Cores that runs and the event loop keep busy.
         failed: Requests without an answer.
     """
 
@@ -123,6 +124,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     throughput: float
     latency: Percentiles | None
     batch_size: float
+    cores: float
     failed: int
 
     @property
@@ -244,19 +246,23 @@ class Predictor:
         answered = [latency for latency in kept if latency is not None]
         ends = [arrivals[first + n].at + s for n, s in enumerate(kept) if s is not None]
         seconds = max(ends, default=0.0) - arrivals[first].at
-        runs = len(done.runs)
+        runs, costs = len(done.runs), timed.costs
+        busy = sum(run.finished - run.started for run in done.runs) * candidate.threads
+        busy += len(arrivals) * costs.request + runs * costs.run
+        whole = max(ends, default=0.0) - arrivals[0].at
         return Figures(
             rate=rate,
             throughput=len(answered) / seconds if seconds > 0 else 0.0,
             latency=percentiles(answered),
             batch_size=sum(run.batch_size for run in done.runs) / runs if runs else 0.0,
+            cores=busy / whole if whole > 0 else 0.0,
             failed=len(kept) - len(answered),
         )
 
 
 def beyond(rate: float) -> Figures:
     """Return the figures of a rate that was not simulated, since settings can't serve it."""
-    return Figures(rate=rate, throughput=0.0, latency=None, batch_size=0.0, failed=0)
+    return Figures(rate=rate, throughput=0.0, latency=None, batch_size=0.0, cores=0.0, failed=0)
 
 
 def _arrivals(goal: Goal) -> Iterator[float]:

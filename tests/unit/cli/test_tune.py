@@ -19,6 +19,7 @@ MEASURED = Figures(
     throughput=499.0,
     latency=Percentiles(0.002, 0.001, 0.003, 0.01, 0.02),
     batch_size=2.0,
+    cores=1.5,
     failed=0,
 )
 

@@ -142,7 +142,7 @@ def test_settings_that_change_nothing_are_left_out():
 
 def test_requests_without_an_answer_keep_no_budget():
     some = Percentiles(1.0, 1.0, 1.0, 1.0, 1.0)
-    figures = Figures(rate=1.0, throughput=1.0, latency=some, batch_size=1.0, failed=0)
+    figures = Figures(rate=1.0, throughput=1.0, latency=some, batch_size=1.0, cores=1.0, failed=0)
     assert figures.p99 == 1.0
     assert msgspec.structs.replace(figures, failed=1).p99 == math.inf
     assert msgspec.structs.replace(figures, latency=None).p99 == math.inf
@@ -154,6 +154,16 @@ def test_the_costs_of_the_loop_bound_a_rate():
     predictor = Predictor(goal, 4, {(1, 4): timed})
     assert predictor.capacity(Candidate(1, 4)) == pytest.approx(0.97 * 500)
     assert predictor.capacity(Candidate(1, 4, 2)) == pytest.approx(0.97 / 1.5e-3)
+
+
+def test_the_figures_of_a_simulation_are_what_its_times_say():
+    goal = Goal(p99=1.0, rate=100.0)
+    costs = Costs(request=1e-3, run=1e-3, hop=5e-4)
+    figures = Predictor(goal, 2, {(2, 1): Timed({1: [4e-3]}, costs)}).at(Candidate(2, 1), 100.0)
+    assert figures.latency.p50 == pytest.approx(6.5e-3)  # the loop's work, the run and the hop
+    assert figures.throughput == pytest.approx(100.0, rel=0.01)
+    assert figures.cores == pytest.approx(100 * (2 * 4e-3 + 2e-3), rel=0.01)
+    assert (figures.batch_size, figures.failed) == (1.0, 0)
 
 
 def test_settings_in_words():
