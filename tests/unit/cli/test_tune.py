@@ -11,7 +11,7 @@ from aoti_sched.cli.plot import pareto
 from aoti_sched.cli.tuning import Candidate, Figures, Goal, Trial
 from aoti_sched.config_file import read_config
 from aoti_sched.percentiles import Percentiles
-from tests.unit.cli.support import refused, refused_here
+from tests.unit.cli.support import refused
 from tests.unit.cli.test_tuning import AXES, Known
 
 MEASURED = Figures(
@@ -187,10 +187,10 @@ def test_requests_that_fail_are_told_of():
         (("--p99", "20ms", "--rate", "9", "--plot", "t.gif"), "no known kind of picture"),
     ],
 )
-def test_a_wrong_tune_is_one_sentence(tmp_path, capsys, monkeypatch, arguments, says):
-    monkeypatch.chdir(tmp_path)
+def test_a_wrong_tune_is_one_sentence(tmp_path, arguments, says):
     (tmp_path / "old.toml").touch()
-    assert says in refused_here(capsys, "tune", "m.pt2", *arguments)
+    assert says in refused("tune", "m.pt2", *arguments, cwd=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["old.toml"]
 
 
 def test_a_missing_package_is_one_sentence(tmp_path):
