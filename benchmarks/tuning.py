@@ -18,7 +18,8 @@ from statistics import median
 
 from aoti_sched.cli.loading import quiet
 from aoti_sched.cli.measuring import RealMachine
-from aoti_sched.cli.tuning import Axes, Candidate, Figures, Goal, every, tune, words
+from aoti_sched.cli.predicting import Candidate, Figures, Goal, words
+from aoti_sched.cli.tuning import Axes, every, tune
 
 from . import models
 from .measure import this_machine

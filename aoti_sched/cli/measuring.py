@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from aoti_sched.cli.failures import UsageError
 from aoti_sched.cli.load import Load
-from aoti_sched.cli.tuning import Axes, Candidate, Figures, Goal, Placing, Timed
+from aoti_sched.cli.predicting import Candidate, Figures, Goal, Placing, Timed
+from aoti_sched.cli.tuning import Axes
 from aoti_sched.errors import ConfigError
 from aoti_sched.simulation.device import Costs
 

@@ -14,7 +14,8 @@ from aoti_sched.cli.bench import check_plot, machine_of
 from aoti_sched.cli.failures import BUDGET_MISSED, OK, UsageError
 from aoti_sched.cli.options import Flag, Texts
 from aoti_sched.cli.output import Report, err, out, print_json, print_table, print_title
-from aoti_sched.cli.tuning import Candidate, Figures, Goal, Trial, words
+from aoti_sched.cli.predicting import Candidate, Figures, Goal, words
+from aoti_sched.cli.tuning import Trial
 from aoti_sched.cli.units import seconds, time_text
 
 

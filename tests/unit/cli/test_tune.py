@@ -6,9 +6,10 @@ import msgspec
 import pytest
 
 from aoti_sched import Batching
-from aoti_sched.cli import app, measuring, tune, tuning
+from aoti_sched.cli import app, measuring, predicting, tune
 from aoti_sched.cli.plot import pareto
-from aoti_sched.cli.tuning import Candidate, Figures, Goal, Trial
+from aoti_sched.cli.predicting import Candidate, Figures, Goal
+from aoti_sched.cli.tuning import Trial
 from aoti_sched.config_file import read_config
 from aoti_sched.percentiles import Percentiles
 from tests.unit.cli.support import refused
@@ -109,7 +110,7 @@ class KnownMachine(Known):
 @pytest.fixture
 def known(monkeypatch, tmp_path):
     monkeypatch.setattr(measuring, "RealMachine", KnownMachine)
-    monkeypatch.setattr(tuning, "REQUESTS", 200)
+    monkeypatch.setattr(predicting, "REQUESTS", 200)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -9,19 +9,9 @@ import random
 import msgspec
 import pytest
 
-from aoti_sched.cli import tuning
-from aoti_sched.cli.tuning import (
-    Axes,
-    Candidate,
-    Figures,
-    Goal,
-    Predictor,
-    Timed,
-    allowed,
-    every,
-    tune,
-    words,
-)
+from aoti_sched.cli import predicting
+from aoti_sched.cli.predicting import Candidate, Figures, Goal, Predictor, Timed, words
+from aoti_sched.cli.tuning import Axes, allowed, every, tune
 from aoti_sched.percentiles import Percentiles
 from aoti_sched.simulation.device import Costs
 
@@ -76,7 +66,7 @@ class Known:
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch):
-    monkeypatch.setattr(tuning, "REQUESTS", 500)
+    monkeypatch.setattr(predicting, "REQUESTS", 500)
 
 
 @pytest.mark.parametrize("rate", [300.0, 1500.0])
