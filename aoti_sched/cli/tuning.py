@@ -9,7 +9,9 @@ Times are in seconds.
 
 from __future__ import annotations
 
+import asyncio
 import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
@@ -96,10 +98,10 @@ class Machine(Protocol):
     def cores(self) -> int:
         """Cores that all runs may use together."""
 
-    def timed(self, threads: int, instances: int) -> Timed:
+    async def timed(self, threads: int, instances: int) -> Timed:
         """Measure how long runs take while `instances` of them go on."""
 
-    def confirm(self, candidate: Candidate, rate: float) -> Figures:
+    async def confirm(self, candidate: Candidate, rate: float) -> Figures:
         """Measure settings under a load."""
 
 
@@ -121,7 +123,7 @@ def every(axes: Axes, cores: int) -> list[Candidate]:
     return [candidate for candidate in found if allowed(candidate, cores)]
 
 
-def tune(
+async def tune(
     machine: Machine,
     axes: Axes,
     goal: Goal,
@@ -142,11 +144,15 @@ def tune(
     timed = {}
     for threads, instances in pairs:
         tell(f"measuring runs of {threads} threads, {instances} at once")
-        timed[threads, instances] = machine.timed(threads, instances)
+        timed[threads, instances] = await machine.timed(threads, instances)
     predictor = Predictor(goal, machine.cores, timed)
-    ranked = _ranked(predictor, axes, goal, machine.cores, tell)
+    stop = threading.Event()
+    try:  # in a thread, since a simulation has an event loop of its own
+        ranked = await asyncio.to_thread(_ranked, predictor, axes, goal, machine.cores, tell, stop)
+    finally:
+        stop.set()
     confirming = _Confirming(machine, goal, tell)
-    trials = confirming.of(list(_different(ranked)), tries)
+    trials = await confirming.of(list(_different(ranked)), tries)
     good = [trial for trial in trials if trial.kept]
     return Tuned(
         best=max(good, key=lambda trial: _score(trial.measured, goal), default=None),
@@ -158,15 +164,26 @@ def tune(
 
 
 def _ranked(
-    predictor: Predictor, axes: Axes, goal: Goal, cores: int, tell: Callable[[str], None]
+    predictor: Predictor,
+    axes: Axes,
+    goal: Goal,
+    cores: int,
+    tell: Callable[[str], None],
+    stop: threading.Event,
 ) -> list[tuple[Candidate, Figures]]:
-    """Return the settings that were simulated, the best first."""
+    """Return the settings that were simulated, the best first.
+
+    Once `stop` is set, no further settings are simulated.
+    """
     figures: dict[Point, Figures] = {}
     highest = 0.0
 
     def score(point: Point) -> Score:
         nonlocal highest
         candidate = axes.at(point)
+        if stop.is_set():
+            figures[point] = beyond(0.0)
+            return _score(figures[point], goal)
         tell(f"simulating {words(candidate)}")
         capacity = predictor.capacity(candidate)
         if goal.maximize is not None and capacity < highest:  # it can't be better
@@ -210,19 +227,21 @@ class _Confirming:
         self._tell = tell
         self._trials: list[Trial] = []
 
-    def of(self, ranked: Sequence[tuple[Candidate, Figures]], tries: int) -> list[Trial]:
+    async def of(self, ranked: Sequence[tuple[Candidate, Figures]], tries: int) -> list[Trial]:
         """Return the trials, at most `tries`."""
         if ranked[0][1].p99 > self._goal.p99:
             tries = min(tries, _HOPELESS)
         if self._goal.maximize is None:
             for candidate, predicted in ranked[:tries]:
-                self._try(candidate, predicted, predicted.rate)
+                await self._try(candidate, predicted, predicted.rate)
         else:
-            self._look_for_rates(ranked[: 1 + tries // 3], tries)
-            self._raise_the_best(tries)
+            await self._look_for_rates(ranked[: 1 + tries // 3], tries)
+            await self._raise_the_best(tries)
         return self._trials
 
-    def _look_for_rates(self, ranked: Sequence[tuple[Candidate, Figures]], tries: int) -> None:
+    async def _look_for_rates(
+        self, ranked: Sequence[tuple[Candidate, Figures]], tries: int
+    ) -> None:
         """Try settings at the rates that they are predicted to keep.
 
         Until one is kept, the rates are lowered: what a simulation leaves out makes all too high.
@@ -233,11 +252,12 @@ class _Confirming:
                 rate = scale * predicted.rate
                 if self._trials and rate < self._goal.rate:
                     return
-                if self._try(candidate, predicted, rate).kept or self._best() is not None:
+                await self._try(candidate, predicted, rate)
+                if self._best() is not None:
                     break
                 scale *= _LESS
 
-    def _raise_the_best(self, tries: int) -> None:
+    async def _raise_the_best(self, tries: int) -> None:
         """Try higher rates with the best settings, between one that is kept and one that is not."""
         while len(self._trials) < tries and (best := self._best()) is not None:
             kept = best.measured.rate
@@ -249,15 +269,15 @@ class _Confirming:
             rate = min([_MORE * kept, *(math.sqrt(kept * rate) for rate in missed)])
             if rate < _CLOSE * kept:
                 return
-            self._try(best.candidate, best.predicted, rate)
+            await self._try(best.candidate, best.predicted, rate)
 
     def _best(self) -> Trial | None:
         kept = [trial for trial in self._trials if trial.kept]
         return max(kept, key=lambda trial: _score(trial.measured, self._goal), default=None)
 
-    def _try(self, candidate: Candidate, predicted: Figures, rate: float) -> Trial:
+    async def _try(self, candidate: Candidate, predicted: Figures, rate: float) -> None:
         self._tell(f"confirming {words(candidate)} at {rate:.4g} requests in a second")
-        measured = self._machine.confirm(candidate, rate)
+        measured = await self._machine.confirm(candidate, rate)
         enough = rate >= self._goal.rate * (1 - 1e-9)
         trial = Trial(
             candidate=candidate,
@@ -266,7 +286,6 @@ class _Confirming:
             kept=enough and measured.p99 <= self._goal.p99,
         )
         self._trials.append(trial)
-        return trial
 
 
 def _different(

@@ -99,11 +99,11 @@ class KnownMachine(Known):
     async def look(self):
         pass
 
-    def axes(self, chosen):
+    async def axes(self, chosen):
         return AXES
 
-    def timed(self, threads, instances):
-        self.known[threads, instances] = super().timed(threads, instances)
+    async def timed(self, threads, instances):
+        self.known[threads, instances] = await super().timed(threads, instances)
         return self.known[threads, instances]
 
 
@@ -151,7 +151,7 @@ def test_a_budget_that_nothing_keeps_is_exit_code_3_and_no_file(known, capsys):
 
 
 def test_ctrl_c_leaves_the_old_file(known, capsys, monkeypatch):
-    def interrupted(self, candidate, rate):
+    async def interrupted(self, candidate, rate):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(KnownMachine, "confirm", interrupted)
