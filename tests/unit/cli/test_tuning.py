@@ -120,6 +120,23 @@ def test_a_rate_below_the_wanted_one_keeps_nothing():
     assert found.nearest.measured.rate < goal.rate
 
 
+async def test_a_tuning_that_is_cancelled_stops_simulating():
+    loop = asyncio.get_running_loop()
+    goal = Goal(p99=0.05, rate=300.0)
+    told = []
+
+    def tell(text):
+        if text.startswith("simulating"):
+            told.append(text)
+            loop.call_soon_threadsafe(task.cancel)
+
+    task = asyncio.ensure_future(tune(Known(goal), AXES, goal, tell=tell))
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await loop.shutdown_default_executor()
+    assert 1 <= len(told) < len(every(AXES, 2)) / 2
+
+
 def test_settings_that_change_nothing_are_left_out():
     axes = Axes((1, 2, 4), (1, 2, 4), (1, 8), (0.0, 0.001), ("auto", "lane", "inline"))
     found = every(axes, 4)
