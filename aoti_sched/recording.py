@@ -9,12 +9,12 @@ import msgspec
 
 from aoti_sched.events import Held, Loaded, MemoryUse, Observer, Pause, Run, Trace, Wait
 from aoti_sched.explanation import explain
-from aoti_sched.timeline import DeviceEvents, write
+from aoti_sched.timeline import DeviceEvents, pieces, write
 from aoti_sched.waits import History, waits_of
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
 
 class Recording(Observer):
@@ -86,8 +86,15 @@ class Recording(Observer):
         Raises:
             OSError: The file can't be written.
         """
+        write(path, self._events())
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the content of the file that `save` writes, in pieces."""
+        return pieces(self._events())
+
+    def _events(self) -> dict[str, DeviceEvents]:
         kept = self._requests[-self.limit :]
-        devices = {
+        return {
             name: DeviceEvents(
                 requests=[trace for trace in kept if trace.device == name],
                 runs=history.runs,
@@ -97,7 +104,6 @@ class Recording(Observer):
             )
             for name, history in self._devices.items()
         }
-        write(path, devices)
 
     # --- what is observed ------------------------------------------------------------------------
 
