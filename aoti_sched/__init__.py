@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         DeadlineUnreachableError,
         DeviceLostError,
         EpochError,
+        ExposeError,
         InputMismatchError,
         InstructionSetError,
         LeaseError,
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     )
     from aoti_sched.events import Held, Loaded, MemoryUse, Observer, Pause, Run, Trace, Wait
     from aoti_sched.explanation import explain
+    from aoti_sched.expose.reports import Exposure
     from aoti_sched.histograms import EndedRequests, Histogram
     from aoti_sched.lease import Lease
     from aoti_sched.load_settings import LoadSettings
@@ -114,6 +116,7 @@ _HOMES = {
         "DeadlineUnreachableError",
         "DeviceLostError",
         "EpochError",
+        "ExposeError",
         "InputMismatchError",
         "InstructionSetError",
         "LeaseError",
@@ -140,6 +143,7 @@ _HOMES = {
     ),
     "events": ("Held", "Loaded", "MemoryUse", "Observer", "Pause", "Run", "Trace", "Wait"),
     "explanation": ("explain",),
+    "expose.reports": ("Exposure",),
     "histograms": ("EndedRequests", "Histogram"),
     "lease": ("Lease",),
     "load_settings": ("LoadSettings",),
@@ -212,6 +216,8 @@ __all__ = [
     "DynamicDim",
     "EndedRequests",
     "EpochError",
+    "ExposeError",
+    "Exposure",
     "Held",
     "Histogram",
     "InputMismatchError",
