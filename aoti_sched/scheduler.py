@@ -512,7 +512,7 @@ class Scheduler:
         """Let other processes of this user look inside, until the scheduler is closed.
 
         Opens a Unix socket for the commands `aoti-sched stats`, `top` and `timeline`. It needs the
-        extra `expose`. Requests wait for no client.
+        extra `expose`. No request waits for a client.
 
         Args:
             name: The name that commands take; by default the program's name.

@@ -38,6 +38,7 @@ COMMANDS: dict[str, Any] = {
         "Measure a model under load: latency, throughput, queue and run time, loop lag, cores."
     ),
     "stats": "Show the numbers of a running process: devices, runners, latencies.",
+    "top": "Watch a running process: devices and runners, sortable, until q is pressed.",
     "timeline": "Record a running process and write a timeline that Perfetto opens.",
     "weights": {
         "stage": ("Write new weights beside those that serve. `weights commit` publishes them."),

@@ -24,6 +24,7 @@ aoti-sched run encoder.pt2 --input 0=@tokens.npy --output vectors.npz
 aoti-sched bench encoder.pt2 --clients 1,8,64 --budget p99=20ms --save monday.json
 aoti-sched bench encoder.pt2 --rate 200 --poisson --batching --compare monday.json --plot bench.png
 aoti-sched stats
+aoti-sched top
 aoti-sched timeline --seconds 5 -o run.json
 aoti-sched weights stage ranker new.safetensors
 aoti-sched weights commit ranker
@@ -34,7 +35,7 @@ aoti-sched cache prune --age 30d
 `compile`, `run` and `bench` run native code of the module or package: use them on what you trust.
 `inspect` and `cache` run none.
 
-`stats`, `timeline` and `weights` look into a running process whose program calls
+`stats`, `top`, `timeline` and `weights` look into a running process whose program calls
 `await scheduler.expose()` ([observability.md](observability.md)).
 Their `PROCESS` is a process id, a name, the path of a socket or `http://127.0.0.1:PORT`.
 It may be left out where one scheduler of the user is exposed.

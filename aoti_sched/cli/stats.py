@@ -10,6 +10,7 @@ import msgspec
 from aoti_sched.cli.options import Flag
 from aoti_sched.cli.output import out, print_table, print_title
 from aoti_sched.cli.processes import Process, ask, choose
+from aoti_sched.cli.rates import state
 from aoti_sched.cli.units import size_text, time_text
 from aoti_sched.expose.reports import StatsReport
 from aoti_sched.stats import DeviceStats, SchedulerStats
@@ -70,7 +71,7 @@ def _runners(stats: SchedulerStats) -> Iterator[tuple[object, ...]]:
             yield (
                 runner.name,
                 device.name,
-                state_text(str(runner.phase), runner.health, parked=runner.parked),
+                state(runner),
                 runner.epoch,
                 runner.queued,
                 runner.running,
@@ -82,15 +83,6 @@ def _runners(stats: SchedulerStats) -> Iterator[tuple[object, ...]]:
                 time_text(run.mean) if run.count else "-",
                 f"{runner.histogram('batch_size').mean:.1f}" if run.count else "-",
             )
-
-
-def state_text(phase: str, health: str, *, parked: bool) -> str:
-    """Return the state of a runner in a word."""
-    if health != "ok":
-        return health
-    if phase != "OPEN":
-        return phase.lower()
-    return "parked" if parked else "ok"
 
 
 def memory_text(device: DeviceStats) -> str:
