@@ -6,9 +6,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("starlette", reason="exposing needs the extra expose")
-pytest.importorskip("uvicorn", reason="exposing needs the extra expose")
-
 
 @pytest.fixture(autouse=True)
 def runtime_dir(monkeypatch):

@@ -25,6 +25,9 @@ from aoti_sched.expose.reports import Exposure, StatsReport
 from aoti_sched.testing import FakeBackend
 from tests.unit.expose.support import Answer, connect, get, post, request, scheduler_of
 
+pytest.importorskip("starlette", reason="exposing needs the extra expose")
+pytest.importorskip("uvicorn", reason="exposing needs the extra expose")
+
 
 def mode(exposure):
     return stat.S_IMODE(Path(exposure.path).stat().st_mode)
