@@ -188,7 +188,9 @@ def test_a_page_of_another_origin_reads_nothing(browser, app):
         page = browser.new_page()
         page.goto(f"http://evil.example:{server.server_port}/")
         for path, mode in (("stats", "cors"), ("timeline?seconds=1", "no-cors")):
-            ask = f"fetch('{app['url']}{path}', {{mode: '{mode}'}}).then(() => 'read', () => 'kept')"
+            ask = (
+                f"fetch('{app['url']}{path}', {{mode: '{mode}'}}).then(() => 'read', () => 'kept')"
+            )
             assert page.evaluate(ask) == "kept"
         page.close()
         server.shutdown()

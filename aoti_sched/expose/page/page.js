@@ -2,7 +2,7 @@
 
 const KEPT = 300; // reports
 const WINDOW = 10; // seconds that rates and quantiles are about, as in `aoti-sched top`
-const COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8a6fd1", "#8b8b00"];
+const COLOURS = 8; // --line-1 to --line-8 of the style sheet
 const COLUMNS = [
   { name: "runner", text: true },
   { name: "device", text: true },
@@ -120,6 +120,7 @@ function number(value) {
 
 function seconds(value) {
   if (value === null || value === undefined) return "-";
+  if (value === 0) return "0 s";
   if (value < 1e-3) return `${number(value * 1e6)} µs`;
   if (value < 1) return `${number(value * 1e3)} ms`;
   return `${number(value)} s`;
@@ -131,6 +132,10 @@ function bytes(value) {
     value /= 1024;
   }
   return `${value.toFixed(1)} TiB`;
+}
+
+function clock(value) {
+  return new Date(value * 1000).toLocaleTimeString([], { hourCycle: "h23" });
 }
 
 function age(value) {
@@ -165,13 +170,12 @@ function drawDevices(devices) {
     const { memory, cores, free_cores: free } = device;
     const title = element("h2", device.name);
     title.append(element("small", `${whole(device.queued)} queued`));
-    const most = memory.limit ?? memory.used;
     const limit = memory.limit === null ? "" : ` of ${bytes(memory.limit)}`;
     card.append(
       title,
       gauge("lanes", device.busy_lanes, device.lanes, `${device.busy_lanes} of ${device.lanes}`),
       gauge("cores", cores - free, cores, `${cores - free} of ${cores}`),
-      gauge("memory", memory.used, most, bytes(memory.used) + limit),
+      gauge("memory", memory.used, memory.limit, bytes(memory.used) + limit),
     );
     if (device.lost) card.append(element("p", `lost: ${device.lost}`, "lost"));
     return card;
@@ -201,14 +205,14 @@ function makeCharts(keys) {
         cursor: { sync: { key: "time" } },
         scales: { y: { range: (_, __, most) => [0, most > 0 ? most * 1.1 : 1] } },
         axes: [
-          { stroke: ink, grid },
+          { stroke: ink, grid, size: 32, space: 80, values: (_, values) => values.map(clock) },
           { stroke: ink, grid, size: 64, values: (_, values) => values.map(kind.show) },
         ],
         series: [
-          {},
+          { label: "time", value: (_, value) => (value === null ? "-" : clock(value)) },
           ...keys.map((key, index) => ({
             label: key,
-            stroke: COLOURS[index % COLOURS.length],
+            stroke: style.getPropertyValue(`--line-${(index % COLOURS) + 1}`),
             width: 2,
             points: { show: false },
             value: (_, value) => kind.show(value),

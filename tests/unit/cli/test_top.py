@@ -1,17 +1,16 @@
 """`top`: what it draws of a real process, its keys, and its refusals."""
 
 import asyncio
+import fcntl
 import os
 import pty
 import re
-import signal
 import struct
 import subprocess
 import sys
 import termios
 from contextlib import suppress
 
-import fcntl
 import msgspec
 import pytest
 
