@@ -90,7 +90,7 @@ class Recording(Observer):
 
     def pieces(self) -> Iterator[bytes]:
         """Yield the content of the file that `save` writes, in pieces."""
-        return pieces(self._events())
+        yield from pieces(self._events())
 
     def _events(self) -> dict[str, DeviceEvents]:
         kept = self._requests[-self.limit :]

@@ -179,8 +179,8 @@ class _Device:
             steps[begin] = steps.get(begin, 0) + amount
             steps[end] = steps.get(end, 0) - amount
         level = 0
-        for time, step in sorted(steps.items()):
-            level += step
+        for time in sorted(steps):  # numbers alone, which takes a fraction of the time of pairs
+            level += steps[time]
             yield self._counter(name, time, {name: level})
 
     def _span(
