@@ -9,6 +9,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# Its handler runs after the exit handlers that a program registers from now on.
+import aoti_sched.at_exit  # noqa: F401
+
 if TYPE_CHECKING:
     from aoti_sched.apply import ConfigReport
     from aoti_sched.blocking import BlockingScheduler
