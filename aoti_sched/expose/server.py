@@ -1,13 +1,12 @@
 """Server: serves an exposed scheduler on its own event loop, and ends with the scheduler.
 
-uvicorn's server is used without its process: signals stay as they are, no log is configured, and
-nothing is polled.
+uvicorn's server is used without its process: signals and logging stay as they are, and nothing is
+polled while it serves.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -24,13 +23,11 @@ from aoti_sched.expose.routes import Exposed, Reading
 from aoti_sched.expose.writing import Writing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from starlette.types import ASGIApp
 
 _CLIENTS = 64
 """Connections that are served at once; more get the status 503."""
-_PATIENCE = 1
+_PATIENCE = 1.0
 """Seconds that clients have to take their last answer, when the scheduler closes."""
 
 
@@ -50,29 +47,42 @@ class _Server(uvicorn.Server):
                 server_header=False,
                 date_header=False,
                 limit_concurrency=_CLIENTS,
-                timeout_graceful_shutdown=_PATIENCE,
             )
         )
         self._stopped = asyncio.Event()
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        # The inherited one takes the signals, ticks, and logs the process's start and end.
+        self.config.load()
+        self.lifespan = self.config.lifespan_class(self.config)
+        await self.startup(sockets)
         self.ready.set_result(None)
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    async def main_loop(self) -> None:
-        await self._stopped.wait()
+        try:
+            await self._stopped.wait()
+        finally:
+            await self.shutdown(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().shutdown(sockets)
-        for connection in list(self.server_state.connections):
-            transport = getattr(connection, "transport", None)
-            if transport is not None:
-                transport.abort()  # a client that does not read
+        state = self.server_state
+        for server in self.servers:
+            server.close()
+        for listener in sockets or ():
+            listener.close()
+        for connection in list(state.connections):
+            connection.shutdown()  # once it has sent its answer
+        now = asyncio.get_running_loop().time
+        until = now() + _PATIENCE
+        while state.connections and now() < until:  # noqa: ASYNC110 -- no event tells their end
+            await asyncio.sleep(0.01)
+        for connection in list(state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()  # a client that does not read
+        tasks = list(state.tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=_PATIENCE)
 
     def stop(self) -> None:
         self._stopped.set()

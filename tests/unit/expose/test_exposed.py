@@ -312,13 +312,15 @@ async def test_without_the_extra_the_error_says_what_to_install(monkeypatch):
             await scheduler.expose()
 
 
-async def test_signals_and_logging_stay_as_they_were():
+async def test_signals_and_logging_stay_as_they_were(caplog):
+    caplog.set_level(logging.DEBUG)
     signals = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(each) for each in signals], list(logging.getLogger().handlers)
     async with scheduler_of() as (scheduler, _):
         await scheduler.expose(port=0)
         now = [signal.getsignal(each) for each in signals], list(logging.getLogger().handlers)
         assert now == before
+    assert not [record for record in caplog.records if record.name.startswith("uvicorn")]
     assert [signal.getsignal(each) for each in signals] == before[0]
 
 
@@ -360,6 +362,28 @@ async def test_a_client_that_never_reads_holds_up_neither_requests_nor_the_close
     assert scheduler.stats().devices["cpu"].runners["m"].completed == 500
     for _, writer in lazy:
         writer.close()
+
+
+@pytest.mark.parametrize("uvloop", [False, True])
+def test_a_large_answer_that_is_not_read_does_not_hold_up_the_close(uvloop):
+    async def main():
+        async with scheduler_of() as (scheduler, runner):
+            exposure = await scheduler.expose()
+            reader, writer = await connect(exposure)
+            writer.write(request("/timeline?seconds=0.5"))
+            await until(lambda: scheduler._observers.if_any() is not None)
+            for _ in range(20):
+                await asyncio.gather(*[runner.run("abc") for _ in range(200)])
+            await until(lambda: scheduler._observers.if_any() is None)
+            await reader.readuntil(b"traceEvents")  # and nothing more
+            assert await runner.run("abc") == 3
+        assert len(asyncio.all_tasks()) == 1
+        writer.close()
+
+    loops = pytest.importorskip("uvloop") if uvloop else asyncio
+    loop = loops.new_event_loop()
+    loop.run_until_complete(main())
+    loop.close()
 
 
 async def test_streams_end_with_the_scheduler():
