@@ -33,6 +33,6 @@ def top_command(process: Process = None, /, *, interval: str = "1s") -> int:
     first = ask(choose(process), "/stats", StatsReport)
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UsageError("top: this is no terminal. `aoti-sched stats` shows the numbers once.")
-    app = Top(process or f"{first.pid}-{first.name}", first, length)
+    app = Top(process, first, length)
     app.run()
     return app.return_code or 0

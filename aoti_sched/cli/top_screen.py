@@ -31,7 +31,8 @@ class Top(App[None]):
     """Watches one process.
 
     Args:
-        wanted: The process, as the commands take it. After its end, a successor with its name does.
+        wanted: The process, as the commands take it; None for that of the report. After its end, a
+            successor with its name takes its place.
         first: Its first report.
         interval: Seconds between two looks.
     """
@@ -53,9 +54,9 @@ class Top(App[None]):
         Binding("p", "pause", "Pause"),
     ]
 
-    def __init__(self, wanted: str, first: StatsReport, interval: float) -> None:
+    def __init__(self, wanted: str | None, first: StatsReport, interval: float) -> None:
         super().__init__()
-        self._wanted = wanted
+        self._wanted = wanted or f"{first.pid}-{first.name}"
         self._interval = interval
         self._history = History()
         self._history.add(first)

@@ -158,6 +158,22 @@ def test_it_goes_on_after_a_restart(browser, folder):
     visit.page.close()
 
 
+def test_a_runner_that_fails_is_shown(browser, folder):
+    with exposed(folder, "--port", 0, "--broken") as exposure:
+        visit = Visit(browser, exposure["url"])
+        visit.live()
+        state = "document.querySelector('tr[data-runner=broken] td[data-column=state]')"
+        visit.wait(f"{state}?.innerText === 'failing'")
+        assert visit.page.evaluate(f"{state}.className") == "text bad"
+        visit.wait(
+            "document.querySelector('tr[data-runner=broken] td[data-column=errors]').innerText"
+            " !== '0/s'"
+        )
+        assert visit.cell("broken", "p99") == "-"
+        assert visit.errors == []
+        visit.page.close()
+
+
 # --- strangers ------------------------------------------------------------------------------------
 
 

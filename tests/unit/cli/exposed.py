@@ -28,6 +28,7 @@ async def main():
     parser.add_argument("--name")
     parser.add_argument("--port", type=int)
     parser.add_argument("--weights", action="store_true")
+    parser.add_argument("--broken", action="store_true", help="one more model, which fails")
     options = parser.parse_args()
 
     async def slow(value):
@@ -38,15 +39,20 @@ async def main():
         await asyncio.sleep(0)
         return value
 
+    async def broken(_):
+        raise ValueError("broken")
+
     clock = LoopClock(asyncio.get_running_loop())
-    backend = FakeBackend({"slow": slow, "quick": quick}, auto=True, clock=clock)
+    backend = FakeBackend({"slow": slow, "quick": quick, "broken": broken}, auto=True, clock=clock)
     async with Scheduler(devices={"cpu": backend}) as scheduler:
-        runners = [await scheduler.load(f"{name}.pt2") for name in ("slow", "quick")]
+        names = ["slow", "quick", *(["broken"] if options.broken else [])]
+        runners = [await scheduler.load(f"{name}.pt2") for name in names]
         exposure = await scheduler.expose(options.name, port=options.port, weights=options.weights)
         print(msgspec.json.encode(exposure).decode(), flush=True)
         ended = asyncio.ensure_future(asyncio.to_thread(sys.stdin.read))
         while not ended.done():
-            await asyncio.gather(*[runner.run(1) for runner in runners])
+            runs = [runner.run(1) for runner in runners]
+            await asyncio.gather(*runs, return_exceptions=True)
 
 
 @contextmanager

@@ -70,6 +70,20 @@ async def test_the_screen_shows_devices_and_moving_runners(folder):
             assert re.fullmatch("[▁▂▃▄▅▆▇█]+", slow[COLUMNS.index("history")])
 
 
+async def test_a_runner_that_fails_is_shown(folder):
+    with exposed(folder, "--broken"):
+        app = Top(None, ask(choose(None), "/stats", StatsReport), 0.1)
+        async with app.run_test(size=(140, 30)) as pilot:
+            await until(
+                pilot, lambda: "failing" in {row[COLUMNS.index("state")] for row in texts(app)}
+            )
+            row = next(row for row in texts(app) if row[0] == "broken")
+            assert row[COLUMNS.index("rate")] == "0.0/s"
+            assert row[COLUMNS.index("p99")] == "-"
+            await until(pilot, lambda: texts(app)[-1][COLUMNS.index("errors")] != "0.0/s")
+        assert re.search(r"^broken +cpu +failing ", run("stats").stdout, re.MULTILINE)
+
+
 async def test_keys_and_headings_sort(folder):
     with exposed(folder, "--name", "app"):
         app = Top("app", ask(choose(None), "/stats", StatsReport), 60)

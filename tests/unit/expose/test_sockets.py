@@ -139,6 +139,17 @@ def test_a_folder_that_others_can_change_is_not_used(runtime_dir, monkeypatch):
     close((listener, found))
 
 
+def test_a_socket_in_a_folder_that_others_can_change_is_not_found(runtime_dir):
+    listener, found = sockets.listen("app")
+    folder = Path(found.path).parent
+    for mode in (0o777, 0o1777, 0o770):
+        folder.chmod(mode)
+        assert sockets.find() == []
+    folder.chmod(0o700)
+    assert sockets.find() == [found]
+    close((listener, found))
+
+
 def test_without_a_fit_folder_the_error_says_why(runtime_dir, monkeypatch):
     for folder in (runtime_dir, runtime_dir / "tmp"):
         folder.chmod(0o777)
