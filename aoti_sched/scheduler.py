@@ -736,8 +736,9 @@ class Scheduler:
             self._configured.clear()
             if self._loop_lag is not None:
                 self._loop_lag.close()
-            if self._door is not None:
-                await self._door.close()
+            door, self._door = self._door, None  # it refers to this object
+            if door is not None:
+                await door.close()
             if faults:
                 self._all_closed = None  # the next call tries again
                 raise faults[0]

@@ -117,6 +117,10 @@ class Reading:
         app.state.writable = writable
         return Guard(app, check_origin=on_port)
 
+    def forget(self) -> None:
+        """Drop the scheduler after the last answer: the server's objects are a reference cycle."""
+        del self._scheduler
+
     # --- routes ----------------------------------------------------------------------------------
 
     async def _page(self, _: Request) -> Response:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from aoti_sched.errors import ConfigError, ExposeError, brief
 from aoti_sched.events import log
@@ -31,18 +32,27 @@ _PATIENCE = 1.0
 """Seconds that clients have to take their last answer, when the scheduler closes."""
 
 
+class _Config(uvicorn.Config):
+    def configure_logging(self) -> None:
+        """Leave the loggers as they are: the application may have a uvicorn of its own."""
+
+
+class _Protocol(H11Protocol):
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.access_log = False
+
+
 class _Server(uvicorn.Server):
     """Serves one application on one socket, until `stop`."""
 
     def __init__(self, app: ASGIApp) -> None:
         super().__init__(
-            uvicorn.Config(
+            _Config(
                 app,
-                http="h11",
+                http=_Protocol,
                 ws="none",
                 lifespan="off",
-                log_config=None,
-                access_log=False,
                 proxy_headers=False,
                 server_header=False,
                 date_header=False,
@@ -134,6 +144,7 @@ class Door:
         self._closing = asyncio.Event()
         reading = Reading(scheduler, self._file.name, self._file.pid, self._closing)
         writing = Writing(scheduler, allowed=weights)
+        self._users: list[Reading | Writing] = [reading, writing]
         private = reading.app(writing.routes(), writable=weights, on_port=False)
         public = reading.app([], writable=False, on_port=True)
         pairs = [(_Server(private), listener), *((_Server(public), each) for each in on_port)]
@@ -162,6 +173,8 @@ class Door:
         for outcome in await asyncio.gather(*self._ends, return_exceptions=True):
             if isinstance(outcome, BaseException):
                 log.warning("exposure failed", name=self.exposure.name, error=outcome)
+        while self._users:
+            self._users.pop().forget()
 
 
 def _serve(start: _Start, server: _Server, listener: socket.socket) -> asyncio.Future[None]:

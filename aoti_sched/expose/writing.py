@@ -61,6 +61,10 @@ class Writing:
             for verb, endpoint in verbs.items()
         ]
 
+    def forget(self) -> None:
+        """Drop the scheduler, as `Reading.forget` does."""
+        del self._scheduler
+
     async def _stage(self, request: Request) -> Response:
         asked = await self._asked(request, StageRequest)
         runner = self._runner(asked.runner)

@@ -1,6 +1,7 @@
 """An exposed scheduler: what it answers, whom it refuses, and that requests never notice."""
 
 import asyncio
+import gc
 import importlib
 import json
 import logging
@@ -8,6 +9,7 @@ import os
 import signal
 import stat
 import sys
+import weakref
 from pathlib import Path
 
 import msgspec
@@ -302,6 +304,19 @@ async def test_closing_while_it_opens_hangs_nothing():
     assert sockets.find() == []
 
 
+async def test_a_closed_scheduler_is_no_part_of_a_cycle():
+    async with scheduler_of() as (scheduler, runner):
+        exposure = await scheduler.expose()
+        assert (await get(exposure, "/stats")).status == 200
+    watched = weakref.ref(scheduler)
+    gc.disable()
+    try:
+        del scheduler, runner
+        await until(lambda: watched() is None)
+    finally:
+        gc.enable()
+
+
 async def test_without_the_extra_the_error_says_what_to_install(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("aoti_sched.expose.")]:
         if name != "aoti_sched.expose.reports":
@@ -315,13 +330,24 @@ async def test_without_the_extra_the_error_says_what_to_install(monkeypatch):
 async def test_signals_and_logging_stay_as_they_were(caplog):
     caplog.set_level(logging.DEBUG)
     signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.getsignal(each) for each in signals], list(logging.getLogger().handlers)
+    own = logging.StreamHandler()  # of the application's own uvicorn
+    access = logging.getLogger("uvicorn.access")
+    access.addHandler(own)
+
+    def everything():
+        loggers = [logging.getLogger(name) for name in ("", "uvicorn", "uvicorn.error")]
+        return [
+            *map(signal.getsignal, signals),
+            *((one.level, one.propagate, list(one.handlers)) for one in (*loggers, access)),
+        ]
+
+    before = everything()
     async with scheduler_of() as (scheduler, _):
-        await scheduler.expose(port=0)
-        now = [signal.getsignal(each) for each in signals], list(logging.getLogger().handlers)
-        assert now == before
+        exposure = await scheduler.expose(port=0)
+        assert (await get(exposure, "/stats")).status == 200
+        assert everything() == before
+    access.removeHandler(own)
     assert not [record for record in caplog.records if record.name.startswith("uvicorn")]
-    assert [signal.getsignal(each) for each in signals] == before[0]
 
 
 def test_a_blocking_scheduler_is_exposed_as_well():
