@@ -80,11 +80,13 @@ def pieces(devices: Mapping[str, DeviceEvents]) -> Iterator[bytes]:
         for number, (name, events) in enumerate(devices.items(), _DEVICES_FROM)
         for event in _Device(number, name, events, begin).events()
     )
-    before = b'{"displayTimeUnit":"ms","traceEvents":['
+    head = {"displayTimeUnit": "ms"}
+    yield msgspec.json.encode(head)[:-1] + b',"traceEvents":['
+    comma = b""
     while some := list(itertools.islice(found, _PIECE)):
-        yield before + msgspec.json.encode(some)[1:-1]
-        before = b","
-    yield before + b"]}" if before != b"," else b"]}"
+        yield comma + msgspec.json.encode(some)[1:-1]
+        comma = b","
+    yield b"]}"
 
 
 def _times(events: DeviceEvents) -> Iterator[float]:
