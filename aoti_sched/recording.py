@@ -78,7 +78,8 @@ class Recording(Observer):
         """Write a trace that Perfetto (https://ui.perfetto.dev) and chrome://tracing open.
 
         Each lane is a track of runs. Waiting requests, leases and updates are spans beside them,
-        and the queued requests, busy lanes, cores and bytes of weights are counters.
+        and the queued requests, busy lanes, cores and bytes of weights are counters. `aoti-sched
+        simulate` replays the requests of such a file with other settings.
 
         Args:
             path: The file, in JSON. It is written whole, or not at all.
@@ -101,6 +102,7 @@ class Recording(Observer):
                 held=[held for each in history.held.values() for held in each],
                 pauses=[pause for each in history.pauses.values() for pause in each],
                 memory=history.memory,
+                models=list(history.models.values()),
             )
             for name, history in self._devices.items()
         }

@@ -1,6 +1,8 @@
 """Timeline: a recording in the trace format that Perfetto and chrome://tracing open.
 
 The format is the Chrome trace event format (JSON). A device is a process, and a lane is a thread.
+`otherData` has the settings of the models, and each waiting request says when it ran and ended, so
+that `simulation/recorded.py` can read what happened.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ from typing import Any
 
 import msgspec
 
-from aoti_sched.events import Held, MemoryUse, Pause, Run, Trace
+from aoti_sched.events import Held, Loaded, MemoryUse, Pause, Run, Trace
 
+VERSION = 1
+"""The version of what `otherData` and the arguments of waiting requests say."""
 _US = 1e6
 _DEVICES_FROM = 100_000
 """The process number of the first device: viewers call a thread of the same number the main one."""
@@ -35,6 +39,7 @@ class DeviceEvents(msgspec.Struct):
         held: Leases that were released.
         pauses: Times in which runners started nothing.
         memory: Changes of the memory that weights take.
+        models: The models that took requests.
     """
 
     requests: list[Trace]
@@ -42,6 +47,7 @@ class DeviceEvents(msgspec.Struct):
     held: list[Held]
     pauses: list[Pause]
     memory: list[MemoryUse]
+    models: list[Loaded] = []
 
 
 def write(path: str | os.PathLike[str], devices: Mapping[str, DeviceEvents]) -> None:
@@ -80,7 +86,11 @@ def pieces(devices: Mapping[str, DeviceEvents]) -> Iterator[bytes]:
         for number, (name, events) in enumerate(devices.items(), _DEVICES_FROM)
         for event in _Device(number, name, events, begin).events()
     )
-    head = {"displayTimeUnit": "ms"}
+    models = [msgspec.to_builtins(model) for events in devices.values() for model in events.models]
+    head = {
+        "displayTimeUnit": "ms",
+        "otherData": {"aoti_sched": {"version": VERSION, "models": models}},
+    }
     yield msgspec.json.encode(head)[:-1] + b',"traceEvents":['
     comma = b""
     while some := list(itertools.islice(found, _PIECE)):
@@ -159,11 +169,28 @@ class _Device:
     def _waiting(self, trace: Trace) -> Iterator[dict[str, Any]]:
         end = trace.started or trace.launched or trace.ended
         if end:
-            args = {"job": trace.job, "state": trace.state, "tag": trace.tag}
+            args = {"job": trace.job, "state": trace.state, "tag": trace.tag, **self._more(trace)}
             identity = f"job {trace.job}"
             yield from self._span("waiting", identity, trace.runner, trace.queued, end, args)
         if trace.state in _WITHOUT_A_RUN and trace.ended:
             yield self._instant(f"{trace.runner}: {trace.state.lower()}", trace.ended)
+
+    def _more(self, trace: Trace) -> dict[str, Any]:
+        """Return what a simulation needs of a request; times as in the file."""
+        times = {"started": trace.started, "finished": trace.finished, "ended": trace.ended}
+        if trace.admitted != trace.queued:
+            times["admitted"] = trace.admitted
+        more: dict[str, Any] = {name: self._us(at) for name, at in times.items() if at}
+        more["priority"] = trace.priority
+        more["rows"] = trace.rows
+        more["batch size"] = trace.batch_size
+        if trace.tenant:
+            more["tenant"] = trace.tenant
+        if trace.timeout is not None:
+            more["timeout"] = round(trace.timeout * _US, 3)
+        if trace.lease:
+            more["lease"] = True
+        return more
 
     def _queued(self) -> list[tuple[Trace, int]]:
         return [(trace, 1) for trace in self._of.requests if trace.launched or trace.ended]

@@ -37,6 +37,10 @@ COMMANDS: dict[str, Any] = {
     "bench": (
         "Measure a model under load: latency, throughput, queue and run time, loop lag, cores."
     ),
+    "tune": (
+        "Find the settings of a model that keep a latency at a load, and write them to a file."
+    ),
+    "simulate": "Replay a recording under other settings, in virtual time and without the models.",
     "stats": "Show the numbers of a running process: devices, runners, latencies.",
     "top": "Watch a running process: devices and runners, sortable, until q is pressed.",
     "timeline": "Record a running process and write a timeline that Perfetto opens.",
