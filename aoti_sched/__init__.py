@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from aoti_sched.version import VERSION
+
 if TYPE_CHECKING:
     from aoti_sched.apply import ConfigReport
     from aoti_sched.blocking import BlockingScheduler
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
         PackageNotFoundError,
         PlatformMismatchError,
         QueueFullError,
+        ReplayError,
         ResourcesError,
         RunError,
         RunnerClosedError,
@@ -59,6 +62,7 @@ if TYPE_CHECKING:
     )
     from aoti_sched.events import Held, Loaded, MemoryUse, Observer, Pause, Run, Trace, Wait
     from aoti_sched.explanation import explain
+    from aoti_sched.flight import FlightRecord
     from aoti_sched.histograms import EndedRequests, Histogram
     from aoti_sched.lease import Lease
     from aoti_sched.load_settings import LoadSettings
@@ -88,7 +92,7 @@ if TYPE_CHECKING:
         SplitStats,
     )
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _HOMES = {
     "apply": ("ConfigReport",),
@@ -128,6 +132,7 @@ _HOMES = {
         "PackageNotFoundError",
         "PlatformMismatchError",
         "QueueFullError",
+        "ReplayError",
         "ResourcesError",
         "RunError",
         "RunnerClosedError",
@@ -140,6 +145,7 @@ _HOMES = {
     ),
     "events": ("Held", "Loaded", "MemoryUse", "Observer", "Pause", "Run", "Trace", "Wait"),
     "explanation": ("explain",),
+    "flight": ("FlightRecord",),
     "histograms": ("EndedRequests", "Histogram"),
     "lease": ("Lease",),
     "load_settings": ("LoadSettings",),
@@ -212,6 +218,7 @@ __all__ = [
     "DynamicDim",
     "EndedRequests",
     "EpochError",
+    "FlightRecord",
     "Held",
     "Histogram",
     "InputMismatchError",
@@ -241,6 +248,7 @@ __all__ = [
     "Priority",
     "QueueFullError",
     "Recording",
+    "ReplayError",
     "ResourcesError",
     "Run",
     "RunError",

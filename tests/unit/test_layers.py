@@ -53,6 +53,8 @@ MAY_IMPORT = {
     "explanation": {"events"},
     "recording": {"events", "explanation", "timeline", "waits"},
     "timeline": {"events"},
+    "flight": {"errors", "queue", "version"},
+    "version": set(),
     "stats": {"errors", "histograms", "model"},
     "model": {"arguments", "child", "config", "errors"},
     "package": {"arguments", "errors"},
@@ -61,9 +63,12 @@ MAY_IMPORT = {
     "compile_stages": set(),
     "backends": {"errors", "events", "foreign", "model", "package"},
     "engine": {*WORDS, "backends", "child", "model", "package", "queue"},
-    "face": {*WORDS, "backends", "compile", "engine", "model", "package", "queue"},
+    "face": {
+        *(*WORDS, "backends", "compile", "engine", "flight", "model", "package", "queue"),
+        "version",
+    },
     "exporters": {"arguments", "face", "histograms", "stats"},
-    "testing": {*WORDS, "backends", "engine", "face", "model", "package"},
+    "testing": {*WORDS, "backends", "engine", "face", "flight", "model", "package", "queue"},
     "cli": {*WORDS, "backends", "compile", "compile_stages", "face", "model", "package"},
     "__main__": {"cli"},
 }
