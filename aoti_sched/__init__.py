@@ -60,7 +60,17 @@ if TYPE_CHECKING:
         WeightsFileError,
         WeightsTypeError,
     )
-    from aoti_sched.events import Held, Loaded, MemoryUse, Observer, Pause, Run, Trace, Wait
+    from aoti_sched.events import (
+        CallerObserver,
+        Held,
+        Loaded,
+        MemoryUse,
+        Observer,
+        Pause,
+        Run,
+        Trace,
+        Wait,
+    )
     from aoti_sched.explanation import explain
     from aoti_sched.flight import FlightRecord
     from aoti_sched.histograms import EndedRequests, Histogram
@@ -143,7 +153,17 @@ _HOMES = {
         "WeightsFileError",
         "WeightsTypeError",
     ),
-    "events": ("Held", "Loaded", "MemoryUse", "Observer", "Pause", "Run", "Trace", "Wait"),
+    "events": (
+        "CallerObserver",
+        "Held",
+        "Loaded",
+        "MemoryUse",
+        "Observer",
+        "Pause",
+        "Run",
+        "Trace",
+        "Wait",
+    ),
     "explanation": ("explain",),
     "flight": ("FlightRecord",),
     "histograms": ("EndedRequests", "Histogram"),
@@ -205,6 +225,7 @@ __all__ = [
     "BlockingSession",
     "BlockingSplit",
     "BlockingSplitView",
+    "CallerObserver",
     "CompileError",
     "ConfigError",
     "ConfigReport",

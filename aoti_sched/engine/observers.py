@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
+from aoti_sched.engine.request import callers_of
 from aoti_sched.engine.traces import loaded_of, run_of
-from aoti_sched.events import Held, Loaded, MemoryUse, Observer, Pause, Run, Trace, log
+from aoti_sched.events import (
+    CallerObserver,
+    Held,
+    Loaded,
+    MemoryUse,
+    Observer,
+    Pause,
+    Run,
+    Trace,
+    log,
+)
 from aoti_sched.foreign import raise_again
 from aoti_sched.recording import Recording
 
 if TYPE_CHECKING:
+    from aoti_sched.engine.request import Callers
     from aoti_sched.queue.device_queue import DeviceQueue
 
 _Event = Trace | Run | Pause | Held | MemoryUse | Loaded
@@ -47,7 +59,8 @@ class Observers:
     def __init__(self) -> None:
         self._recordings: list[Recording] = []
         self._others: list[Observer] = []
-        self._pending: list[_Event] = []
+        self._know_callers: list[CallerObserver] = []
+        self._pending: list[tuple[_Event, Callers]] = []
         self._dispatchers: Mapping[str, Observed] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -80,6 +93,8 @@ class Observers:
                 observer.loaded(model)
         else:
             self._others.append(observer)
+            if isinstance(observer, CallerObserver):
+                self._know_callers.append(observer)
             for model in present:
                 self._call(observer, model)
         self._connect()
@@ -93,25 +108,47 @@ class Observers:
                 for event in self._going_on():
                     observer.goes_on(event)
         elif observer in self._others:
-            self._others.remove(observer)
+            self._forget(observer)
         self._connect()
 
-    def tell(self, event: _Event) -> None:
-        """Tell all observers of something that has happened. Never raises."""
+    def submitted(self, future: Any) -> None:
+        """Let observers keep something of the caller of a request. Never raises."""
+        if self._know_callers:
+            found = [(one, self._try(one, one.caller)) for one in list(self._know_callers)]
+            callers = [(one, caller) for one, caller in found if caller is not None]
+            if callers:
+                future._callers = callers  # noqa: SLF001
+
+    def log_values(self, future: object) -> dict[str, Any]:
+        """Return what the log events of a request get from observers. Never raises."""
+        values: dict[str, Any] = {}
+        for observer, caller in callers_of(future):
+            values.update(self._try(observer, observer.log_values, caller) or {})
+        return values
+
+    def tell(self, event: _Event, future: object = None) -> None:
+        """Tell all observers of something that has happened. Never raises.
+
+        Args:
+            event: What has happened.
+            future: The request's own, where a request has ended.
+        """
         for recording in self._recordings:
             recording.keep(event)
         if self._others:
             if not self._pending and self._loop is not None:
                 self._loop.call_soon(self.flush)
-            self._pending.append(event)
+            self._pending.append((event, callers_of(future)))
 
     def flush(self) -> None:
         """Pass the pending events to observers."""
         while self._pending:
             events, self._pending = self._pending, []
-            for event in events:
+            for event, callers in events:
                 for observer in list(self._others):
                     self._call(observer, event)
+                for one, caller in callers:
+                    self._try(one, one.finished_for, event, caller)
 
     def explained(self, trace: Trace) -> Trace:
         """Return a trace with the causes of its waits, where a recording is on."""
@@ -125,19 +162,30 @@ class Observers:
             dispatcher.observers = self.if_any()
 
     def _call(self, observer: Observer, event: _Event) -> None:
+        self._try(observer, getattr(observer, _METHODS[type(event)]), event)
+
+    def _try(self, observer: Observer, method: Callable[..., Any], *arguments: Any) -> Any:
+        """Call an observer, and return its answer; None where it raises, or was dropped before."""
         if observer not in self._others:  # dropped, or removed by another observer
-            return
+            return None
         try:
-            getattr(observer, _METHODS[type(event)])(event)
+            return method(*arguments)
         except BaseException as error:  # noqa: BLE001 -- an observer is foreign code
-            self._others.remove(observer)
-            self._connect()
-            log.error(
-                "observer dropped", observer=type(observer).__name__, error=error, exc_info=error
-            )
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                # Raised once the current callback has ended.
-                asyncio.get_running_loop().call_soon(raise_again, error)
+            self._drop(observer, error)
+            return None
+
+    def _drop(self, observer: Observer, error: BaseException) -> None:
+        self._forget(observer)
+        self._connect()
+        log.error("observer dropped", observer=type(observer).__name__, error=error, exc_info=error)
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            # Raised once the current callback has ended.
+            asyncio.get_running_loop().call_soon(raise_again, error)
+
+    def _forget(self, observer: Observer) -> None:
+        self._others.remove(observer)
+        if isinstance(observer, CallerObserver):
+            self._know_callers.remove(observer)
 
     def _going_on(self) -> list[Run | Held | Pause]:
         """Return the runs, leases and pauses that have begun and not ended, as if they ended now.

@@ -67,7 +67,7 @@ MAY_IMPORT = {
         *(*WORDS, "backends", "compile", "engine", "flight", "model", "package", "queue"),
         "version",
     },
-    "exporters": {"arguments", "face", "histograms", "stats"},
+    "exporters": {"arguments", "events", "face", "histograms", "stats", "version"},
     "testing": {*WORDS, "backends", "engine", "face", "flight", "model", "package", "queue"},
     "cli": {*WORDS, "backends", "compile", "compile_stages", "face", "model", "package"},
     "__main__": {"cli"},
