@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# Its handler runs after the exit handlers that a program registers from now on.
+import aoti_sched.at_exit  # noqa: F401
 from aoti_sched.version import VERSION
 
 if TYPE_CHECKING:

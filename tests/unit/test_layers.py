@@ -36,7 +36,7 @@ FACE = {
     *("runner", "scheduler", "session", "split"),
 }
 WORDS = {
-    *("arguments", "config", "config_file", "errors", "events", "foreign", "signature"),
+    *("arguments", "config", "config_file", "at_exit", "errors", "events", "foreign", "signature"),
     *("explanation", "histograms", "recording", "stats", "timeline", "waits"),
 }
 MAY_IMPORT = {
@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "signature": set(),
     "arguments": {"errors"},
     "child": {"errors"},
+    "at_exit": set(),
     "foreign": {"errors"},
     "config": {"arguments", "errors"},
     "config_file": {"arguments", "config", "errors"},
@@ -61,7 +62,7 @@ MAY_IMPORT = {
     "queue": {"errors"},
     "compile": {"compile_stages", "errors", "model"},
     "compile_stages": set(),
-    "backends": {"errors", "events", "foreign", "model", "package"},
+    "backends": {"at_exit", "errors", "events", "foreign", "model", "package"},
     "engine": {*WORDS, "backends", "child", "model", "package", "queue"},
     "face": {
         *(*WORDS, "backends", "compile", "engine", "flight", "model", "package", "queue"),
