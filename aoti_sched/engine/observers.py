@@ -47,6 +47,8 @@ class Observed(Protocol):
 
     def going_on(self) -> list[Run | Held | Pause]: ...
 
+    def now(self) -> float: ...
+
 
 class Observers:
     """The observers of one scheduler.
@@ -91,6 +93,9 @@ class Observers:
             self._recordings.append(observer)
             for model in present:
                 observer.loaded(model)
+            for dispatcher in self._dispatchers.values():
+                for use in evicted_from(dispatcher.queue, dispatcher.now()):
+                    observer.keep(use)
         else:
             self._others.append(observer)
             if isinstance(observer, CallerObserver):
@@ -193,6 +198,16 @@ class Observers:
         Their ends are infinite.
         """
         return [event for one in self._dispatchers.values() for event in one.going_on()]
+
+
+def evicted_from(queue: DeviceQueue, now: float) -> Iterable[MemoryUse]:
+    """Return the models whose weights are evicted at a device, as if that had happened now."""
+    memory = queue.memory
+    for holding, runner in memory.holdings.items():
+        if runner is not None and not holding.is_here:
+            yield MemoryUse(
+                queue.name, holding.name, "evicted", now, memory.of(holding), memory.used
+            )
 
 
 def going_on(queue: DeviceQueue, closed: Mapping[str, float]) -> Iterable[Run | Held | Pause]:
