@@ -351,6 +351,10 @@ class MemoryUse(msgspec.Struct, frozen=True):
     used: int
 
 
+Event = Trace | Run | Pause | Held | MemoryUse | Loaded
+"""What an observer may see."""
+
+
 class Observer:
     """Sees what happens inside a scheduler. Override the methods that you need.
 

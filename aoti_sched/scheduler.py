@@ -498,7 +498,7 @@ class Scheduler:
         a request waited. Afterwards, `recording.requests` and `recording.slowest()` do.
 
         Args:
-            limit: How many of the last requests are kept, and of the last runs on each device.
+            limit: How many of the last requests are kept, and of the last runs.
 
         Raises:
             ConfigError: The limit is no positive number.

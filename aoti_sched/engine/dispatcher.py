@@ -17,7 +17,7 @@ from aoti_sched.backends.executors.batches import Batch
 from aoti_sched.engine.numbers import device_stats, runner_stats
 from aoti_sched.engine.observers import Observers, going_on
 from aoti_sched.engine.request import deadline_error, tag_of
-from aoti_sched.engine.traces import name_of, run_of, trace_of
+from aoti_sched.engine.traces import name_of
 from aoti_sched.errors import AotiSchedError, DeviceLostError
 from aoti_sched.events import Held, MemoryUse, Pause, log
 from aoti_sched.foreign import out_of_resources, said
@@ -184,7 +184,7 @@ class Dispatcher:
             if self._watches and job.slot < 0:  # what runs is logged when it has ended
                 self._log_job(job, future)
             if self.observers is not None:
-                self.observers.tell(trace_of(job, self.queue, tag_of(future)), future)
+                self.observers.ended(job, self.queue, future)
 
     def going_on(self) -> list[Any]:
         """Return the runs, leases and pauses that have begun and not ended."""
@@ -361,17 +361,7 @@ class Dispatcher:
         job, size = (token[0], len(token)) if type(token) is tuple else (token, 1)
         if self.observers is not None:
             started, finished = completion.started, completion.finished
-            self.observers.tell(
-                run_of(
-                    job,
-                    self.queue,
-                    size=size,
-                    started=started,
-                    finished=finished,
-                    now=now,
-                    ok=ok,
-                )
-            )
+            self.observers.ran(job, self.queue, size, started, finished, now, ok)
         return self.queue.complete(
             job,
             now,
@@ -421,7 +411,7 @@ class Dispatcher:
         if self._watches:
             self._log_job(job, future)
         if self.observers is not None and future is not None:
-            self.observers.tell(trace_of(job, self.queue, tag_of(future)), future)
+            self.observers.ended(job, self.queue, future)
 
     def perform(self, commands: list[Command]) -> None:
         """Perform all commands of a fact. The first error of a command is raised at the end."""
@@ -466,7 +456,7 @@ class Dispatcher:
                 future, job.payload, lease.holder = job.payload, None, None
                 future.set_result(lease)
                 if self.observers is not None:
-                    self.observers.tell(trace_of(job, self.queue, tag_of(future)), future)
+                    self.observers.ended(job, self.queue, future)
             case Revoke(job=job, error=error) | Shed(job=job, error=error):
                 self._fail(job, error)
             case Failing(runner=runner):
@@ -504,7 +494,7 @@ class Dispatcher:
             case Reject(job=job, error=error):
                 future, job.payload = job.payload, None
                 if self.observers is not None:
-                    self.observers.tell(trace_of(job, self.queue, tag_of(future)), future)
+                    self.observers.ended(job, self.queue, future)
                 raise error
             case _:
                 raise TypeError(f"the queue gave an unknown command {command!r}")
@@ -516,7 +506,7 @@ class Dispatcher:
         if self._watches:
             self._log_job(job, future)
         if self.observers is not None and future is not None:
-            self.observers.tell(trace_of(job, self.queue, tag_of(future)), future)
+            self.observers.ended(job, self.queue, future)
 
     def _tick(self) -> None:
         self._timer = None

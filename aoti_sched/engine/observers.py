@@ -8,8 +8,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from aoti_sched.engine.request import callers_of
-from aoti_sched.engine.traces import loaded_of, run_of
+from aoti_sched.engine.request import callers_of, tag_of
+from aoti_sched.engine.traces import (
+    loaded_of,
+    made_run,
+    made_trace,
+    run_of,
+    run_parts,
+    trace_parts,
+)
 from aoti_sched.events import (
     CallerObserver,
     Held,
@@ -26,9 +33,10 @@ from aoti_sched.recording import Recording
 
 if TYPE_CHECKING:
     from aoti_sched.engine.request import Callers
+    from aoti_sched.engine.traces import Parts
     from aoti_sched.queue.device_queue import DeviceQueue
+    from aoti_sched.queue.job import Job
 
-_Event = Trace | Run | Pause | Held | MemoryUse | Loaded
 _METHODS: dict[type, str] = {
     Trace: "finished",
     Run: "ran",
@@ -60,9 +68,12 @@ class Observers:
 
     def __init__(self) -> None:
         self._recordings: list[Recording] = []
+        self._keep_requests: list[Callable[[Parts], None]] = []
+        self._keep_runs: list[Callable[[Parts], None]] = []
         self._others: list[Observer] = []
         self._know_callers: list[CallerObserver] = []
-        self._pending: list[tuple[_Event, Callers]] = []
+        self._wanted: set[type] = set()
+        self._pending: list[tuple[Event, Callers]] = []
         self._dispatchers: Mapping[str, Observed] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -91,6 +102,7 @@ class Observers:
         ]
         if isinstance(observer, Recording):
             self._recordings.append(observer)
+            observer.begin(made_trace, made_run)
             for model in present:
                 observer.loaded(model)
             for dispatcher in self._dispatchers.values():
@@ -131,19 +143,47 @@ class Observers:
             values.update(self._try(observer, observer.log_values, caller) or {})
         return values
 
-    def tell(self, event: _Event, future: object = None) -> None:
-        """Tell all observers of something that has happened. Never raises.
+    def ended(self, job: Job, queue: DeviceQueue, future: object) -> None:
+        """Tell all observers of a request that has ended. Never raises.
 
-        Args:
-            event: What has happened.
-            future: The request's own, where a request has ended.
+        A recording keeps the values, and makes a trace of them when it is read.
         """
+        parts = trace_parts(job, queue, tag_of(future))
+        for keep in self._keep_requests:
+            keep(parts)
+        if self._others:
+            callers = callers_of(future)
+            if callers or Trace in self._wanted:
+                self._tell_soon(made_trace(parts), callers)
+
+    def ran(
+        self,
+        job: Job,
+        queue: DeviceQueue,
+        size: int,
+        started: float,
+        finished: float,
+        now: float,
+        ok: bool,
+    ) -> None:
+        """Tell all observers of a run that is over, as `run_of` makes it. Never raises."""
+        parts = run_parts(job, queue, size, started, finished, now, ok)
+        for keep in self._keep_runs:
+            keep(parts)
+        if self._others and Run in self._wanted:
+            self._tell_soon(made_run(parts), ())
+
+    def tell(self, event: Event) -> None:
+        """Tell all observers of something else that has happened. Never raises."""
         for recording in self._recordings:
             recording.keep(event)
         if self._others:
-            if not self._pending and self._loop is not None:
-                self._loop.call_soon(self.flush)
-            self._pending.append((event, callers_of(future)))
+            self._tell_soon(event, ())
+
+    def _tell_soon(self, event: Event, callers: Callers) -> None:
+        if not self._pending and self._loop is not None:
+            self._loop.call_soon(self.flush)
+        self._pending.append((event, callers))
 
     def flush(self) -> None:
         """Pass the pending events to observers."""
@@ -163,10 +203,18 @@ class Observers:
         return msgspec.structs.replace(trace, waits=waits)
 
     def _connect(self) -> None:
+        self._keep_requests = [one.late_requests.append for one in self._recordings]
+        self._keep_runs = [one.late_runs.append for one in self._recordings]
+        self._wanted = {
+            kind
+            for kind, method in _METHODS.items()
+            for one in self._others
+            if getattr(getattr(one, method), "__func__", None) is not getattr(Observer, method)
+        }
         for dispatcher in self._dispatchers.values():
             dispatcher.observers = self.if_any()
 
-    def _call(self, observer: Observer, event: _Event) -> None:
+    def _call(self, observer: Observer, event: Event) -> None:
         self._try(observer, getattr(observer, _METHODS[type(event)]), event)
 
     def _try(self, observer: Observer, method: Callable[..., Any], *arguments: Any) -> Any:
