@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         DeadlineUnreachableError,
         DeviceLostError,
         EpochError,
+        ExposeError,
         InputMismatchError,
         InstructionSetError,
         LeaseError,
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
         Wait,
     )
     from aoti_sched.explanation import explain
+    from aoti_sched.expose.reports import Exposure
     from aoti_sched.flight import FlightRecord
     from aoti_sched.histograms import EndedRequests, Histogram
     from aoti_sched.lease import Lease
@@ -130,6 +132,7 @@ _HOMES = {
         "DeadlineUnreachableError",
         "DeviceLostError",
         "EpochError",
+        "ExposeError",
         "InputMismatchError",
         "InstructionSetError",
         "LeaseError",
@@ -167,6 +170,7 @@ _HOMES = {
         "Wait",
     ),
     "explanation": ("explain",),
+    "expose.reports": ("Exposure",),
     "flight": ("FlightRecord",),
     "histograms": ("EndedRequests", "Histogram"),
     "lease": ("Lease",),
@@ -241,6 +245,8 @@ __all__ = [
     "DynamicDim",
     "EndedRequests",
     "EpochError",
+    "ExposeError",
+    "Exposure",
     "FlightRecord",
     "Held",
     "Histogram",

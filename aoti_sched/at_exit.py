@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 PATIENCE = 1.0
 """Seconds that the exit waits for the loops; a loop that user code blocks is left as it is."""
@@ -24,6 +24,9 @@ PAUSE = 5.0
 Then the loop goes on, for an exit handler that was registered before this package was imported and
 waits for the loop.
 """
+
+
+_T = TypeVar("_T")
 
 
 class _Closable(Protocol):
@@ -42,7 +45,7 @@ class _Serving(Protocol):
     def is_open(self) -> bool: ...
 
 
-_executors: weakref.WeakSet[_Closable] = weakref.WeakSet()
+_executors: weakref.WeakKeyDictionary[_Closable, None] = weakref.WeakKeyDictionary()
 _serving: weakref.WeakKeyDictionary[_Serving, int] = weakref.WeakKeyDictionary()
 
 
@@ -51,7 +54,7 @@ def close_at_exit(executor: _Closable) -> None:
 
     Closing the executor twice must do nothing.
     """
-    _executors.add(executor)
+    _executors[executor] = None
 
 
 def pause_at_exit(serving: _Serving) -> None:
@@ -68,7 +71,7 @@ def _end_all() -> None:
     closed = threading.Event()
     # First of all: a loop would hand the last results of the lanes to threads that free them.
     _pause_loops(closed)
-    for executor in list(_executors):
+    for executor in _alive(_executors):
         executor.close()
     native = sys.modules.get("aoti_sched.backends.native._native")
     if native is not None:
@@ -79,8 +82,8 @@ def _end_all() -> None:
 def _pause_loops(closed: threading.Event) -> None:
     loops = {
         each.loop
-        for each, process in list(_serving.items())
-        if process == os.getpid() and each.is_open and each.loop.is_running()
+        for each in _alive(_serving)
+        if _serving.get(each) == os.getpid() and each.is_open and each.loop.is_running()
     }
     waits = []
     for loop in loops:
@@ -91,6 +94,11 @@ def _pause_loops(closed: threading.Event) -> None:
     deadline = time.monotonic() + PATIENCE
     for paused in waits:
         paused.wait(max(0.0, deadline - time.monotonic()))
+
+
+def _alive(found: weakref.WeakKeyDictionary[_T, Any]) -> list[_T]:
+    # In one step, as other threads may add to the dictionary meanwhile.
+    return [one for reference in found.keyrefs() if (one := reference()) is not None]
 
 
 def _pause(paused: threading.Event, closed: threading.Event) -> None:

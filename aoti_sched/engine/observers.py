@@ -19,6 +19,7 @@ from aoti_sched.engine.traces import (
 )
 from aoti_sched.events import (
     CallerObserver,
+    Event,
     Held,
     Loaded,
     MemoryUse,

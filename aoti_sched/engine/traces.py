@@ -25,7 +25,7 @@ _WORDS = tuple(state.name for state in JobState)
 _FIELDS = (
     *("runner", "device", "state", "placement", "lane", "slot", "epoch", "queued", "started"),
     *("finished", "batch_size", "tag", "job", "priority", "tenant", "timeout", "lease"),
-    *("min_epoch", "admitted", "launched", "ended"),
+    *("min_epoch", "admitted", "launched", "ended", "rows"),
 )
 
 
@@ -81,6 +81,7 @@ def trace_parts(job: Job, queue: DeviceQueue, tag: str) -> Parts:
         admitted,
         job.launched,
         ended,
+        job.rows,
     )
 
 
@@ -147,7 +148,8 @@ def run_parts(
 
 def loaded_of(queue: DeviceQueue, runner: RunnerState) -> Loaded:
     """Return what observers see of a runner that takes requests."""
-    lanes, batches = queue.lanes, runner.batch_queue
+    lanes = queue.lanes
+    rule = None if runner.batch_queue is None else runner.batch_queue.rule
     return Loaded(
         queue.name,
         runner.name,
@@ -155,5 +157,15 @@ def loaded_of(queue: DeviceQueue, runner: RunnerState) -> Loaded:
         runner.width,
         lanes.count,
         lanes.cores,
-        0.0 if batches is None else batches.rule.max_delay,
+        0.0 if rule is None else rule.max_delay,
+        1 if rule is None else rule.max_rows,
+        None if rule is None else rule.max_seconds,
+        runner.placing.choice.value,
+        runner.placing.limit,
+        runner.share,
+        runner.predicts,
+        runner.sheds,
+        runner.load.bounds.jobs,
+        queue.load.bounds.jobs,
+        queue.policy.max_wait,
     )
