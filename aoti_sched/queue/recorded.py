@@ -26,7 +26,7 @@ from aoti_sched.queue.holding import Holding
 from aoti_sched.queue.job import IllegalFactError, Job
 from aoti_sched.queue.memory import Claim
 from aoti_sched.queue.policy import Policy
-from aoti_sched.queue.runner_state import Counters, Lease, RunnerState
+from aoti_sched.queue.runner_state import Lease, RunnerState
 from aoti_sched.queue.selection.placement import INLINE_BUDGET, Placing
 
 FACTS_KEPT = 10_000
@@ -75,54 +75,6 @@ VALUES = {
 _Kept = tuple[Any, ...]
 
 
-class RecordedFact(msgspec.Struct, frozen=True):
-    """A fact as plain values.
-
-    Attributes:
-        fact: The name of the queue's method.
-        at: When; None for a fact that takes no time.
-        values: What the fact was about, by the names of `VALUES`. A job is its number at that
-            time; -1 for one that was not submitted before. A number that is infinite or none is
-            text.
-    """
-
-    fact: str
-    at: float | None
-    values: dict[str, Any]
-
-
-class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """The last facts of one device, and how its queue was made.
-
-    Attributes:
-        device: The device's name.
-        lanes: The number of lanes.
-        cores: The number of cores.
-        bounds: The most that may be queued over all runners.
-        inline_budget: Seconds of inline runs in one turn of the loop.
-        policy: The device's choices among the rules.
-        memory_limit: Bytes that the models may take; None for no limit.
-        evicts: Whether idle runners are evicted when others need their memory.
-        facts: The facts, in order.
-        dropped: How many earlier facts are not kept. Only a record without such can be replayed.
-        counters: The totals of the runners by name, after the last fact. A replay compares them.
-        error: The text of the error that the last fact raised, where the record was made for it.
-    """
-
-    device: str
-    lanes: int
-    cores: int
-    bounds: Bounds
-    inline_budget: float
-    policy: Policy
-    memory_limit: int | None
-    evicts: bool
-    facts: list[RecordedFact]
-    dropped: int
-    counters: dict[str, Counters]
-    error: str = ""
-
-
 class RecordedQueue(DeviceQueue):
     """A `DeviceQueue` that keeps its last facts. An `IllegalFactError` of a fact has its record.
 
@@ -167,31 +119,33 @@ class RecordedQueue(DeviceQueue):
         self._holdings = 0
         self._claims = 0
 
-    def record(self, error: str = "") -> DeviceRecord:
-        """Return the facts that are kept.
+    def record(self, error: str = "") -> dict[str, Any]:
+        """Return the facts that are kept, and how the queue was made, as JSON can have them.
+
+        `flight.DeviceRecord` describes the values.
 
         Args:
             error: The text of the error that the last fact has raised.
         """
         tenants: dict[Hashable, int] = {}
         keys: dict[Hashable, int] = {}
-        return DeviceRecord(
-            device=self.name,
-            lanes=self.lanes.count,
-            cores=self.lanes.cores,
-            bounds=self.load.bounds,
-            inline_budget=self.lanes.inline_budget,
-            policy=self.policy,
-            memory_limit=self.memory.limit,
-            evicts=self.memory.evicts,
-            facts=[_plain(fact, tenants, keys) for fact in self._facts],
-            dropped=self._happened - len(self._facts),
-            counters={
-                name: msgspec.structs.replace(runner.counters)
+        return {
+            "device": self.name,
+            "lanes": self.lanes.count,
+            "cores": self.lanes.cores,
+            "bounds": _for_json(self.load.bounds),
+            "inline_budget": self.lanes.inline_budget,
+            "policy": _for_json(self.policy),
+            "memory_limit": self.memory.limit,
+            "evicts": self.memory.evicts,
+            "facts": [_plain(fact, tenants, keys) for fact in self._facts],
+            "dropped": self._happened - len(self._facts),
+            "counters": {
+                name: msgspec.structs.asdict(runner.counters)
                 for name, runner in self.runners.items()
             },
-            error=error,
-        )
+            "error": error,
+        }
 
     def _keep(self, *fact: Any) -> None:
         self._happened += 1
@@ -519,14 +473,15 @@ class RecordedQueue(DeviceQueue):
         return holding.number
 
 
-def _plain(fact: _Kept, tenants: dict[Hashable, int], keys: dict[Hashable, int]) -> RecordedFact:
+def _plain(fact: _Kept, tenants: dict[Hashable, int], keys: dict[Hashable, int]) -> dict[str, Any]:
     """Return a fact whose tenant and key are numbers, in the order in which they first came."""
     name, at, *kept = fact
     values = dict(zip(VALUES[name], kept, strict=True))
     for what, numbers in (("tenant", tenants), ("key", keys)):
         if values.get(what) is not None:
             values[what] = numbers.setdefault(values[what], len(numbers))
-    return RecordedFact(name, at, {what: _for_json(value) for what, value in values.items()})
+    plain = {what: _for_json(value) for what, value in values.items()}
+    return {"fact": name, "at": at, "values": plain}
 
 
 def _for_json(value: Any) -> Any:

@@ -8,18 +8,21 @@ def test_what_was_reported():
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import msgspec
+
 from aoti_sched.errors import AotiSchedError, MemoryLimitError, ReplayError
-from aoti_sched.flight import FlightRecord
+from aoti_sched.flight import DeviceRecord, FlightRecord, RecordedFact
 from aoti_sched.queue.admission.load import Bounds
 from aoti_sched.queue.batching import Batching
 from aoti_sched.queue.commands import Command, Grant
 from aoti_sched.queue.holding import Holding
 from aoti_sched.queue.job import IllegalFactError, Job
 from aoti_sched.queue.memory import Claim
-from aoti_sched.queue.recorded import DeviceRecord, RecordedFact, RecordedQueue
+from aoti_sched.queue.policy import Policy
+from aoti_sched.queue.recorded import RecordedQueue
 from aoti_sched.queue.runner_state import Lease, RunnerState
 from aoti_sched.queue.selection.placement import Placement, Placing
 
@@ -43,12 +46,17 @@ def replay(record: FlightRecord | str | os.PathLike[str]) -> dict[str, Replayed]
     return {name: replay_device(of) for name, of in record.devices.items()}
 
 
-def replay_device(record: DeviceRecord) -> Replayed:
+def replay_device(record: DeviceRecord | Mapping[str, Any]) -> Replayed:
     """Replay the record of one device, as an `IllegalFactError` has it.
+
+    Args:
+        record: The record, or its plain values.
 
     Raises:
         ReplayError: As `replay` says.
     """
+    if not isinstance(record, DeviceRecord):
+        record = msgspec.convert(record, DeviceRecord)
     replayed = Replayed(record)
     for _ in replayed.steps():
         pass
@@ -82,10 +90,10 @@ class Replayed:
         self.queue = RecordedQueue(
             record.device,
             record.lanes,
-            record.bounds,
+            Bounds(**record.bounds),
             inline_budget=record.inline_budget,
             cores=record.cores,
-            policy=record.policy,
+            policy=_policy(**record.policy),
             memory_limit=record.memory_limit,
             evicts=record.evicts,
             keep=len(record.facts),
@@ -125,7 +133,10 @@ class Replayed:
         return commands
 
     def _must_agree(self) -> None:
-        ours = {name: runner.counters for name, runner in self.queue.runners.items()}
+        ours = {
+            name: msgspec.structs.asdict(runner.counters)
+            for name, runner in self.queue.runners.items()
+        }
         if ours != self.record.counters:
             raise ReplayError(
                 f"device {self.record.device!r}: the replay has counted {_in_words(ours)}, and the "
@@ -253,14 +264,13 @@ def _batching(
     return Batching(max_rows, float(max_delay), seconds, max_tokens)
 
 
-def _in_words(counters: Mapping[str, Any]) -> str:
+def _policy(max_wait: float | str | None, **others: Any) -> Policy:
+    return Policy(max_wait=None if max_wait is None else float(max_wait), **others)
+
+
+def _in_words(counters: Mapping[str, Mapping[str, float]]) -> str:
     return "; ".join(f"{name}: {_counts(of)}" for name, of in counters.items()) or "nothing"
 
 
-def _counts(counters: Any) -> str:
-    found: Iterable[str] = (
-        f"{getattr(counters, name)} {name}"
-        for name in counters.__struct_fields__
-        if getattr(counters, name)
-    )
-    return ", ".join(found) or "nothing"
+def _counts(counters: Mapping[str, float]) -> str:
+    return ", ".join(f"{count:g} {what}" for what, count in counters.items() if count) or "nothing"
