@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from aoti_sched.engine.weights.report import UpdateReport
     from aoti_sched.engine.weights.transaction import Barrier
     from aoti_sched.events import Observer
+    from aoti_sched.expose.reports import Exposure
+    from aoti_sched.flight import FlightRecord
     from aoti_sched.load_settings import LoadSettings, Package
     from aoti_sched.recording import Recording
     from aoti_sched.runner import Runner
@@ -141,6 +143,10 @@ class BlockingScheduler:
     def stats(self) -> SchedulerStats:
         """Return the numbers of every device and runner as they are now."""
         return self._thread.ask(self._scheduler.stats)
+
+    def flight_record(self) -> FlightRecord:
+        """Return the last facts of every device, as `Scheduler.flight_record` does."""
+        return self._thread.ask(self._scheduler.flight_record)
 
     @overload
     def load(self, path: Package, **settings: Unpack[LoadSettings]) -> BlockingRunner: ...
@@ -251,6 +257,12 @@ class BlockingScheduler:
             yield recording
         finally:
             self._thread.ask(lambda: context.__exit__(None, None, None))
+
+    def expose(
+        self, name: str | None = None, *, port: int | None = None, weights: bool = False
+    ) -> Exposure:
+        """Let other processes of this user look inside, as `Scheduler.expose` does."""
+        return self._thread.call(lambda: self._scheduler.expose(name, port=port, weights=weights))
 
     def drain_device(self, device: str) -> None:
         """Take a device out of service, and return when no model is left there."""

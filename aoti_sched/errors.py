@@ -211,6 +211,10 @@ class ConfigError(AotiSchedError, ValueError):
     """A setting is unknown, of the wrong type or outside its range. The message gives its path."""
 
 
+class ExposeError(AotiSchedError):
+    """A scheduler can't be exposed, or one that is exposed can't be reached."""
+
+
 class CompileError(AotiSchedError):
     """`compile_package` could not export or compile the module."""
 
@@ -348,6 +352,10 @@ class UpdateAbortedError(AotiSchedError):
 
 class LeaseError(AotiSchedError):
     """A lease was used after its release, or a call would wait for a lease of its own task."""
+
+
+class ReplayError(AotiSchedError):
+    """A flight record can't be read, lacks its beginning, or comes from another release's rules."""
 
 
 class UnsupportedLoopError(AotiSchedError, RuntimeError):

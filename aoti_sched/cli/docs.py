@@ -25,6 +25,11 @@ aoti-sched bench encoder.pt2 --clients 1,8,64 --budget p99=20ms --save monday.js
 aoti-sched bench encoder.pt2 --rate 200 --poisson --batching --compare monday.json --plot bench.png
 aoti-sched tune encoder.pt2 --p99 20ms --rate 200 --poisson --plot tune.png
 aoti-sched simulate timeline.json --instances 2 --max-size 16 --max-delay 2ms
+aoti-sched stats
+aoti-sched top
+aoti-sched timeline --seconds 5 -o run.json
+aoti-sched weights stage ranker new.safetensors
+aoti-sched weights commit ranker
 aoti-sched doctor
 aoti-sched cache prune --age 30d
 ```
@@ -32,6 +37,11 @@ aoti-sched cache prune --age 30d
 `compile`, `run`, `bench` and `tune` run native code of the module or package: use them on what you
 trust.
 `inspect`, `simulate` and `cache` run none.
+
+`stats`, `top`, `timeline` and `weights` look into a running process whose program calls
+`await scheduler.expose()` ([observability.md](observability.md)).
+Their `PROCESS` is a process id, a name, the path of a socket or `http://127.0.0.1:PORT`.
+It may be left out where one scheduler of the user is exposed.
 
 ## Conventions
 

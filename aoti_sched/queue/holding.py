@@ -33,6 +33,7 @@ class Holding:
         parked: How often the model was evicted.
         payload: The caller's own; no rule reads it.
         workspace: Bytes that runs need besides. No rule reads them: before a run they are unknown.
+        number: The number of the record on its device, where facts are recorded; -1 before.
     """
 
     __slots__ = (
@@ -40,6 +41,7 @@ class Holding:
         "fixed",
         "inactive",
         "name",
+        "number",
         "parked",
         "payload",
         "since",
@@ -61,6 +63,7 @@ class Holding:
         self.parked = 0
         self.payload: Any = None
         self.workspace = 0
+        self.number = -1
 
     @property
     def bytes(self) -> int:

@@ -55,6 +55,8 @@ MAY_IMPORT = {
     "explanation": {"events"},
     "recording": {"events", "explanation", "timeline", "waits"},
     "timeline": {"events"},
+    "flight": {"errors", "queue", "version"},
+    "version": set(),
     "stats": {"errors", "histograms", "model"},
     "model": {"arguments", "child", "config", "errors"},
     "package": {"arguments", "errors"},
@@ -63,12 +65,16 @@ MAY_IMPORT = {
     "compile_stages": set(),
     "backends": {"at_exit", "errors", "events", "foreign", "model", "package"},
     "engine": {*WORDS, "backends", "child", "model", "package", "queue"},
-    "face": {*WORDS, "backends", "compile", "engine", "model", "package", "queue"},
-    "exporters": {"arguments", "face", "histograms", "stats"},
-    "testing": {*WORDS, "backends", "engine", "face", "model", "package"},
+    "face": {
+        *(*WORDS, "backends", "compile", "engine", "expose", "flight", "model", "package", "queue"),
+        "version",
+    },
+    "expose": {*WORDS, "exporters", "package"},
+    "exporters": {"arguments", "events", "face", "histograms", "stats", "version"},
+    "testing": {*WORDS, "backends", "engine", "face", "flight", "model", "package", "queue"},
     "simulation": {*WORDS, "backends", "engine", "face", "queue", "testing"},
     "cli": {
-        *(*WORDS, "backends", "compile", "compile_stages", "face", "model", "package"),
+        *(*WORDS, "backends", "compile", "compile_stages", "expose", "face", "model", "package"),
         "simulation",
     },
     "__main__": {"cli"},
@@ -236,8 +242,9 @@ def test_the_queue_imports_only_what_is_pure(module):
 def test_asyncio_lives_in_the_engine_and_the_face_alone():
     users = {room_of(module) for module in MODULES if "asyncio" in tops(module)}
     # Events ask whether a loop runs here. A command and a simulation have event loops of their own.
-    # A scrape of another thread asks the loop.
-    assert users == {"engine", "face", "testing", "events", "cli", "exporters", "simulation"}
+    # A scrape of another thread asks the loop. The server of an exposed scheduler runs on its loop.
+    others = {"cli", "events", "exporters", "expose", "simulation"}
+    assert users == {"engine", "face", "testing", *others}
 
 
 @pytest.mark.parametrize("module", ["aoti_sched", "aoti_sched.testing"])
