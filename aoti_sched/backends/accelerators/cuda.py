@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import threading
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +15,7 @@ import torch
 
 from aoti_sched.backends.accelerators.accelerator import Accelerator
 from aoti_sched.backends.accelerators.cuda_driver import (
+    BLOCKING_SYNC,
     CAPTURING,
     DISABLE_TIMING,
     NON_BLOCKING,
@@ -26,6 +30,13 @@ if TYPE_CHECKING:
     from aoti_sched.backends.accelerators.stream_container import StreamContainer
 
 
+CLEAR_WORKSPACES = "_ZN2at4cuda29clearCublasWorkspacesForStreamEP11CUstream_st"
+"""`at::cuda::clearCublasWorkspacesForStream(cudaStream_t)`, since torch 2.12."""
+
+LONGEST_PAUSE = 1e-3
+"""Seconds between two attempts to wait for a stream that a capture forbids to wait for."""
+
+
 class CudaDevice(Accelerator):
     """One CUDA device.
 
@@ -34,6 +45,7 @@ class CudaDevice(Accelerator):
         driver: The driver.
         graphs: The class of containers that record their runs; None to record no runs.
         module: Torch's module for the device.
+        internals: What has torch's functions for the memory of graphs.
         type: Torch's word for the kind of device. Tests pass another one, with a simulated driver.
     """
 
@@ -46,9 +58,11 @@ class CudaDevice(Accelerator):
         graphs: type[StreamContainer] | None,
         *,
         module: Any = torch.cuda,
+        internals: Any = torch._C,  # noqa: SLF001
         type: str = "cuda",
     ) -> None:
         self.graph_container = graphs
+        self.internals = internals
         self.type = type
         self.index = index
         self.driver = driver
@@ -79,6 +93,39 @@ class CudaDevice(Accelerator):
     def synchronize(self) -> None:
         with self.recording:
             self.module.synchronize(self.index)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Make the device's context the thread's, apart from captures of other threads.
+
+        A call of the runtime that failed leaves the thread an error, which torch's next kernel
+        launch on that thread would report as its own. So the error is forgotten here.
+        """
+        with self.driver.current(self.context), self.driver.apart_from_captures():
+            try:
+                yield
+            except BaseException:
+                self.forget_error()
+                raise
+
+    @functools.cached_property
+    def forget_error(self) -> Callable[[], int]:
+        """Forget the thread's last error of CUDA's runtime, and return it."""
+        address = self.address("cudaGetLastError")
+        return ctypes.CFUNCTYPE(ctypes.c_int)(address) if address else int
+
+    def release_cached(self) -> bool:
+        before: int = self.module.memory_reserved(self.index)
+        with self.recording:  # torch's allocator can't while memory comes from a graph's pool
+            self.module.empty_cache()
+        released: bool = self.module.memory_reserved(self.index) < before
+        return released
+
+    def clear_workspaces(self, stream: int) -> None:
+        """Free the workspaces that cuBLAS keeps for a stream of which no graph is left."""
+        address = self.address(CLEAR_WORKSPACES)
+        if address:
+            ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)(stream)
 
     @contextmanager
     def preserve_current_device(self) -> Iterator[None]:
@@ -129,14 +176,6 @@ class CudaDevice(Accelerator):
         with self.driver.current(self.context):
             self.driver.call("cuGraphLaunch", executable, stream)
 
-    def random_offset(self) -> int:
-        """Return the offset of the device's default random generator.
-
-        The offset grows whenever a run draws random numbers.
-        """
-        drawn: int = self.module.default_generators[self.index].get_offset()
-        return drawn
-
     # --- faults
 
     def lost(self) -> str:
@@ -145,12 +184,17 @@ class CudaDevice(Accelerator):
     def look_after_failure(self) -> None:
         if self._lost:
             return
-        with self.driver.current(self.context):
-            # After an error that can't be cleared, every later call returns that error.
-            status = self.driver.status("cuStreamQuery", None)
-        if status not in (0, NOT_READY, *CAPTURING):
+        try:
+            with self.driver.current(self.context), self.driver.apart_from_captures():
+                # After an error that can't be cleared, every later call returns that error.
+                status = self.driver.status("cuStreamQuery", None)
+        except RunError as error:  # the context itself is gone
+            self._lost = str(error)
+        else:
+            if status in (0, NOT_READY, *CAPTURING):
+                return
             self._lost = self.driver.explain(status)
-            log.error("device lost", device=self.name, error=self._lost)
+        log.error("device lost", device=self.name, error=self._lost)
 
     # --- events are kept for later requests
 
@@ -193,6 +237,7 @@ class CudaStream(Stream):
         self._driver = device.driver
         with self._driver.current(device.context):
             self.handle = self._driver.make("cuStreamCreate", NON_BLOCKING)
+            self._end = self._driver.make("cuEventCreate", BLOCKING_SYNC | DISABLE_TIMING)
         self.of_torch = device.module.ExternalStream(self.handle, device=device.index)
 
     def wait_for(self, event: CudaEvent) -> None:
@@ -200,8 +245,13 @@ class CudaStream(Stream):
             self._driver.call("cuStreamWaitEvent", self.handle, event.handle, 0)
 
     def fence(self) -> None:
-        with self._driver.current(self._device.context):
-            status = self._driver.status("cuStreamSynchronize", self.handle)
+        pause = LONGEST_PAUSE / 64
+        with self._device.turn():
+            self._driver.call("cuEventRecord", self._end, self.handle)
+            # A capture forbids to wait, and says nothing of the device.
+            while (status := self._driver.status("cuEventSynchronize", self._end)) in CAPTURING:
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
         if status != 0:
             raise RunError(f"waiting for the device failed: {self._driver.explain(status)}")
 
@@ -209,7 +259,10 @@ class CudaStream(Stream):
         return {"fence": self._driver.address("cuStreamSynchronize"), "argument": self.handle}
 
     def close(self) -> None:
-        if self.handle:
-            with self._driver.current(self._device.context):
-                self._driver.status("cuStreamDestroy_v2", self.handle)
-            self.handle = 0
+        handle, self.handle = self.handle, 0
+        if not handle or self._device.is_lost():
+            return
+        with self._device.turn():
+            self._device.clear_workspaces(handle)
+            self._driver.status("cuEventDestroy_v2", self._end)
+            self._driver.status("cuStreamDestroy_v2", handle)

@@ -77,12 +77,14 @@ class OnStreams(ABC):
         )
 
     def _close_slots(self) -> None:
-        for slot in self._slots:
-            slot.native = None  # frees its pinned memory
-            slot.stream.close()
-        if self._slots:
+        slots, self._slots = self._slots, []
+        if not slots:
+            return
+        with self._device.preserve_current_device():
+            for slot in slots:
+                slot.native = None  # frees its pinned memory
+                slot.stream.close()
             self._internal_stream.close()
-        self._slots = []
 
     def capture_stream(self, inputs: Sequence[Any]) -> Sequence[Any]:
         """Return a request's inputs together with the caller's current stream.
@@ -195,7 +197,8 @@ class StreamContainer(OnStreams, CAbiContainer):
         self._measure()
 
     def close(self) -> None:
-        self._raw.close()
+        with self._device.preserve_current_device():
+            self._raw.close()
         self.staging.clear()
         self._c_run.native = None
         self._c_run.slots = ()
@@ -216,7 +219,7 @@ class StreamContainer(OnStreams, CAbiContainer):
     # ----------------------------------------------------------------------------------
 
     def _fold(self, raw: RawContainer, *, inactive: bool) -> None:
-        with self._device.preserve_current_device(), self._device.turn():
+        with self._device.at_work():
             raw.fold(inactive=inactive, stream=self._internal_stream.handle)
             self._internal_stream.fence()
             self._device.settle()  # constants other than parameters are copied on that stream
@@ -225,14 +228,14 @@ class StreamContainer(OnStreams, CAbiContainer):
         self, chosen: Chosen, *, check_finite: bool
     ) -> list[tuple[Constant, torch.Tensor]]:
         # Laying out tensors that are on the device is work of the device, too.
-        with self._device.preserve_current_device(), self._device.turn():
+        with self._device.at_work():
             return super()._full_set(chosen, check_finite=check_finite)
 
     def _write(self, ready: list[tuple[Constant, torch.Tensor]]) -> int:
         self._device.check_alive()
         if any(not tensor.is_cpu for _, tensor in ready):
             self._device.synchronize()  # any stream may still be computing them
-        with self._device.preserve_current_device(), self._device.turn():
+        with self._device.at_work():
             size = self._raw.stage(ready, at_once=STAGED_AT_ONCE, bring=self._bring)
             self._device.settle()  # the runtime does not wait for copies from device to device
         self._measure()
@@ -250,14 +253,22 @@ class StreamContainer(OnStreams, CAbiContainer):
         yield brought
         self._device.settle()  # the runtime reads the copies on the default stream without waiting
 
+    def swap(self) -> None:
+        with self._device.preserve_current_device():
+            super().swap()
+
+    def free_inactive(self) -> None:
+        with self._device.at_work():
+            super().free_inactive()
+
     def extract(self, *, inactive: bool = False) -> dict[str, torch.Tensor]:
-        with self._device.preserve_current_device(), self._device.turn():
+        with self._device.at_work():
             constants = super().extract(inactive=inactive)
             self._device.settle()
         return constants
 
     def rebuild(self) -> None:
-        with self._device.preserve_current_device(), self._device.turn():
+        with self._device.at_work():
             super().rebuild()
             self._device.settle()
         self._know_c_run()
@@ -266,14 +277,14 @@ class StreamContainer(OnStreams, CAbiContainer):
 
     def park(self) -> None:
         """Free the constants, after copying those that the package lacks to the host."""
-        with self._device.preserve_current_device(), self._device.turn():
+        with self._device.at_work():
             if not self._packaged[0]:
                 self._kept = self._raw.extract(host=True)
             super().park()
 
     def unpark(self, reading: Reading | None = None) -> None:
         self._device.check_alive()
-        with self._device.preserve_current_device(), self._device.turn():
+        with self._device.at_work():
             super().unpark(reading)
             self._device.settle()
         self._measure()
@@ -327,10 +338,11 @@ class StreamTorchRunner(OnStreams, TorchRunnerContainer):
         return slot.home(self._run_on(slot.brought(inputs), slot.stream.handle))
 
     def rebuild(self) -> None:
-        with self._device.preserve_current_device(), self._device.turn():
+        with self._device.at_work():
             super().rebuild()
             self._device.settle()
 
     def close(self) -> None:
-        super().close()
+        with self._device.preserve_current_device():
+            super().close()
         self._close_slots()

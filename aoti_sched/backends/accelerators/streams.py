@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -156,8 +156,24 @@ class StreamDevice(ABC):
         return None
 
     def turn(self) -> AbstractContextManager[object]:
-        """Take the process's lock for the block, on a device that takes one work at a time."""
+        """Let the calling thread work on the device for the block.
+
+        On a device that takes one work at a time, the block has the process's lock.
+        """
         return nullcontext()
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Let the thread work on the device, and preserve its current device."""
+        with self.preserve_current_device(), self.turn():
+            yield
+
+    def release_cached(self) -> bool:
+        """Give the device back memory that torch keeps and no tensor has.
+
+        Returns whether there was any.
+        """
+        return False
 
     def away(self) -> AbstractContextManager[object]:
         """Let others have the device for the block, which is in one `turn` and reads a file."""
@@ -172,7 +188,16 @@ class StreamDevice(ABC):
         return ""
 
     def look_after_failure(self) -> None:  # noqa: B027 -- a device may have no way to know
-        """Find out, after a failed run, whether the device is lost."""
+        """Find out, after a failed run, whether the device is lost. Never raises."""
+
+    def is_lost(self) -> bool:
+        """Ask the device whether it is lost.
+
+        What is on a lost device is not freed: it ends with the process. The runtime's own functions
+        would end the process at once.
+        """
+        self.look_after_failure()
+        return bool(self.lost())
 
     def check_alive(self) -> None:
         """Raise DeviceLostError unless the device works."""
@@ -231,4 +256,5 @@ class StreamDevice(ABC):
         raw.takes_from_cpu &= self.takes_from_host
         raw.has_addresses = self.has_addresses
         raw.away = self.away
+        raw.is_lost = self.is_lost
         return raw

@@ -373,7 +373,8 @@ class RawConstants(RawHandle):
 
         No run that was launched on the buffer may still go on.
         """
-        self._call("FreeInactiveConstantBuffer")
+        if not self.is_lost():
+            self._call("FreeInactiveConstantBuffer")
         self._complete[1] = False
 
     # --- inside -----------------------------------------------------------------------------------

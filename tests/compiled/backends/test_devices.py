@@ -216,7 +216,8 @@ def test_a_model_that_fails_says_why_and_the_next_run_goes_on(device, executors,
 def test_memory_that_the_device_does_not_have_fails_its_run_alone(cuda, executors, loaded, sim):
     container = loaded(cuda, copy_inputs=True)
     executor = executors(cuda)
-    sim.memory_limit(sim.allocated() + 1024)
+    sim.empty_cache()
+    sim.memory_limit(sim.reserved() + 1024)
     executor.submit(0, work(container, torch.ones(1000, 4)))
     (failed,) = collect(executor, 1)
     assert isinstance(failed.error, (RunError, torch.OutOfMemoryError))
