@@ -286,13 +286,13 @@ async def test_a_runner_on_two_devices_takes_requests_from_the_host_to_either(tw
 
 
 async def test_what_is_queued_on_a_device_that_is_lost_runs_on_the_other(two, sim):
-    scheduler, load = two
+    _, load = two
     runner = await load(**HOST)
     sim.hold()
     inputs = [torch.full((1, 4), float(number)) for number in range(20)]
     futures = [runner.submit(x) for x in inputs]
     await asyncio.to_thread(sim.wait_until_waiting, 2)
-    scheduler._devices.opened["sim:0"]._lost = "CUDA_ERROR_ILLEGAL_ADDRESS"
+    sim.break_device(index=0)
     sim.go()
     outcomes = await asyncio.gather(*futures, return_exceptions=True)
     failed = [y for y in outcomes if isinstance(y, Exception)]
