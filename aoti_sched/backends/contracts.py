@@ -399,7 +399,11 @@ class Device(Protocol):
         """Return the number of lanes by default: on a CPU, the cores that this process may use."""
 
     def open_executor(
-        self, lanes: int, affinity: Sequence[int] | None = None, launchers: int | None = None
+        self,
+        lanes: int,
+        affinity: Sequence[int] | None = None,
+        launchers: int | None = None,
+        wait: str | None = None,
     ) -> Executor:
         """Start the lanes.
 
@@ -409,6 +413,7 @@ class Device(Protocol):
                 bind none.
             launchers: The number of threads that launch the runs of all lanes and poll for their
                 completion; None for one thread per lane.
+            wait: How a lane waits for its device: "block" or "spin"; None for the device's own way.
 
         Raises:
             ConfigError: The device has no such lanes.

@@ -208,7 +208,7 @@ class Devices:
         lanes = _lanes(name, settings, device)
         executor = self._executors.pop(name, None)
         if executor is None:
-            executor = device.open_executor(lanes, settings.affinity, settings.launchers)
+            executor = _open_executor(device, lanes, settings)
         try:
             dispatcher = Dispatcher(
                 asyncio.get_running_loop(),
@@ -367,7 +367,11 @@ def _open_device(
 
     device = open_device(name, cores)
     lanes = _lanes(name, settings, device)
-    return device, device.open_executor(lanes, settings.affinity, settings.launchers)
+    return device, _open_executor(device, lanes, settings)
+
+
+def _open_executor(device: Device, lanes: int, settings: DeviceConfig) -> Executor:
+    return device.open_executor(lanes, settings.affinity, settings.launchers, settings.wait)
 
 
 def _cores_here() -> tuple[list[int], int]:

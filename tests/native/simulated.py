@@ -123,6 +123,7 @@ class Simulator:
         )
         self.reserved, self.empty_cache = cuda.sim_reserved, cuda.sim_empty_cache
         self.diverted, self.refusals = cuda.sim_diverted, cuda.sim_refusals
+        self.refuse_waits, self.refused_waits = cuda.sim_refuse_waits, cuda.sim_refused_waits
         self.spinning, self.last_error = cuda.sim_spinning, cuda.cudaGetLastError
         self.workspaces = self._torch.simulated_workspaces
         self.clear_workspaces = self._torch.simulated_clear_workspaces

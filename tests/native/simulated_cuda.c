@@ -86,7 +86,7 @@ static struct {
   int device;
 } pinned[MOST_PINNED];
 static size_t allocated, reserved, limit;
-static int started, held, steps, microseconds, faults, waiting, spinning, events, kernels, most_threads, refusals;
+static int started, held, steps, microseconds, faults, waiting, spinning, refused_waits, refusal, events, kernels, most_threads, refusals;
 static int broken[DEVICES], breaks_next[DEVICES];
 static char first_fault[256];
 static _Thread_local CUcontext current;
@@ -512,6 +512,11 @@ static int wait_for(struct sim_stream* stream, uint64_t seq, int* counted) {
   const struct timespec until = in_a_minute();
   int waited_in_vain = 0;
   pthread_mutex_lock(&mutex);
+  if (refused_waits > 0) {
+    --refused_waits;
+    pthread_mutex_unlock(&mutex);
+    return refusal;
+  }
   if (stream->recorded != NULL) {
     stream->recorded->invalid = 1;
     pthread_mutex_unlock(&mutex);
@@ -564,6 +569,10 @@ int cuStreamQuery(CUstream handle) {
   if (error == 0) error = stream->done < stream->seq ? CUDA_ERROR_NOT_READY : CUDA_SUCCESS;
   if (stream->recorded != NULL) stream->recorded->invalid = 1;
   if (stream->recorded != NULL || is_forbidden()) error = CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+  if (refused_waits > 0 && handle != NULL) {
+    --refused_waits;
+    error = refusal;
+  }
   pthread_mutex_unlock(&mutex);
   return error;
 }
@@ -987,6 +996,8 @@ size_t sim_reserved(void) {
   }
 
 void sim_memory_limit(size_t bytes) { SET(limit = bytes); }
+void sim_refuse_waits(int count, int error) { SET(refused_waits = count; refusal = error); }
+GET(sim_refused_waits, refused_waits)
 void sim_hold(void) { SET(held = 1); }
 void sim_go(void) { SET(held = 0); }
 void sim_take(int time) { SET(microseconds = time); }
@@ -1071,7 +1082,7 @@ int sim_faults(const char** first) {
 
 void sim_repair(void) {
   pthread_mutex_lock(&mutex);
-  held = microseconds = faults = kernels = most_threads = spinning = refusals = 0;
+  held = microseconds = faults = kernels = most_threads = spinning = refusals = refused_waits = 0;
   limit = 0;
   for (int i = 0; i < DEVICES; ++i) {
     const int was_lost = broken[i];
@@ -1083,7 +1094,6 @@ void sim_repair(void) {
       allocated -= block->bytes;
       reserved -= block->bytes;
     }
-    for (int j = DEVICES; was_lost && j < most_streams; ++j) streams[j].alive &= streams[j].device != i;
     for (int j = 0; was_lost && j < MOST_PINNED; ++j) {
       if (pinned[j].device == i) pinned[j].start = NULL;
     }

@@ -126,6 +126,8 @@ int sim_pending(CUstream stream);
 int sim_wait_until_pending(int count); /* on all streams; 0 after a minute in vain */
 int sim_waiting(void);           /* threads that wait for a stream now */
 int sim_wait_until_waiting(int count);
+void sim_refuse_waits(int count, int error); /* so many waits and queries of streams fail at once */
+int sim_refused_waits(void);     /* that are still to fail */
 int sim_spinning(void);          /* waits so far that kept a core busy */
 int sim_refusals(void);          /* calls so far that a capture of another thread, or the thread's own, did not allow */
 void sim_break(int error, int device); /* the next kernel breaks the device: from then on every call fails so */

@@ -22,7 +22,8 @@ from aoti_sched.package import PackagedModel
 LANES = 4
 """The least number of lanes by default.
 
-A lane mostly waits for its device, so it needs no core of its own.
+A lane mostly waits for its device, so it needs no core of its own. The lane that was free last is
+taken first, so no more lanes than instances ever work.
 """
 
 
@@ -42,8 +43,18 @@ class Accelerator(StreamDevice):
         return max(LANES, available_cores())
 
     def open_executor(
-        self, lanes: int, affinity: Sequence[int] | None = None, launchers: int | None = None
+        self,
+        lanes: int,
+        affinity: Sequence[int] | None = None,
+        launchers: int | None = None,
+        wait: str | None = None,
     ) -> Executor:
+        if wait is not None and wait not in self.waits:
+            raise ConfigError(
+                f"device {self.name!r}: wait={wait!r}: there is no choice of how its lanes wait; "
+                "it is for 'cuda'. Leave wait out."
+            )
+        self.spins = wait == "spin"
         if launchers is not None and not (self.supports_query and self.native is not None):
             raise ConfigError(
                 f"device {self.name!r}: launchers={launchers} needs native lanes, and a device "

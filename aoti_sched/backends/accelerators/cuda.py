@@ -34,7 +34,13 @@ CLEAR_WORKSPACES = "_ZN2at4cuda29clearCublasWorkspacesForStreamEP11CUstream_st"
 """`at::cuda::clearCublasWorkspacesForStream(cudaStream_t)`, since torch 2.12."""
 
 LONGEST_PAUSE = 1e-3
-"""Seconds between two attempts to wait for a stream that a capture forbids to wait for."""
+"""Seconds between two attempts to wait for a stream.
+
+A capture may forbid to wait, and says nothing of the device.
+"""
+
+RETRIES = 32
+"""Attempts to wait for a stream after failures that are no capture's, while the device works."""
 
 
 class CudaDevice(Accelerator):
@@ -50,6 +56,7 @@ class CudaDevice(Accelerator):
     """
 
     supports_query = True
+    waits = ("block", "spin")
 
     def __init__(
         self,
@@ -79,8 +86,14 @@ class CudaDevice(Accelerator):
 
     def record(self, stream: Any) -> CudaEvent:
         event = CudaEvent(self)
-        with self.driver.current(self.context):  # the default stream belongs to a context
-            self.driver.call("cuEventRecord", event.handle, stream.cuda_stream)
+        try:
+            if self.native is not None:
+                self.native.record(event.handle, stream.cuda_stream)
+                return event
+            with self.driver.current(self.context):  # the default stream belongs to a context
+                self.driver.call("cuEventRecord", event.handle, stream.cuda_stream)
+        except RuntimeError as error:
+            raise RunError(str(error)) from None
         return event
 
     def current_stream(self) -> Any:
@@ -135,12 +148,18 @@ class CudaDevice(Accelerator):
 
     def native_functions(self) -> dict[str, int]:
         address = self.driver.address
+        last_error = self.address("cudaGetLastError")
         return {
+            **({"take_last_error": last_error} if last_error else {}),
             "guard": self.address("aoti_torch_create_cuda_stream_guard"),
             "unguard": self.address("aoti_torch_delete_cuda_stream_guard"),
             "get_context": address("cuCtxGetCurrent"),
             "set_context": address("cuCtxSetCurrent"),
+            "exchange_capture_mode": address("cuThreadExchangeStreamCaptureMode"),
             "query": address("cuStreamQuery"),
+            "wait_for_event": address("cuStreamWaitEvent"),
+            "record_event": address("cuEventRecord"),
+            "query_event": address("cuEventQuery"),
             "copy_in": address("cuMemcpyHtoDAsync_v2"),
             "copy_out": address("cuMemcpyDtoHAsync_v2"),
             "allocate_host": address("cuMemAllocHost_v2"),
@@ -241,22 +260,44 @@ class CudaStream(Stream):
         self.of_torch = device.module.ExternalStream(self.handle, device=device.index)
 
     def wait_for(self, event: CudaEvent) -> None:
-        with self._driver.current(self._device.context):
-            self._driver.call("cuStreamWaitEvent", self.handle, event.handle, 0)
+        native = self._device.native
+        try:
+            if native is not None:
+                native.wait_for(self.handle, event.handle)
+                return
+            with self._driver.current(self._device.context):
+                self._driver.call("cuStreamWaitEvent", self.handle, event.handle, 0)
+        except RuntimeError as error:
+            raise RunError(str(error)) from None
 
     def fence(self) -> None:
         pause = LONGEST_PAUSE / 64
+        function, argument = self._wait
         with self._device.turn():
-            self._driver.call("cuEventRecord", self._end, self.handle)
-            # A capture forbids to wait, and says nothing of the device.
-            while (status := self._driver.status("cuEventSynchronize", self._end)) in CAPTURING:
+            if argument == self._end:
+                self._driver.call("cuEventRecord", self._end, self.handle)
+            retries = 0
+            while (status := self._driver.status(function, argument)) != 0:
+                if status not in CAPTURING:
+                    retries += 1
+                    if retries > RETRIES or self._device.is_lost():
+                        break
                 time.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
         if status != 0:
             raise RunError(f"waiting for the device failed: {self._driver.explain(status)}")
 
     def native_fence(self) -> dict[str, int]:
-        return {"fence": self._driver.address("cuStreamSynchronize"), "argument": self.handle}
+        function, argument = self._wait
+        event = argument if argument == self._end else 0
+        return {"fence": self._driver.address(function), "argument": argument, "event": event}
+
+    @property
+    def _wait(self) -> tuple[str, int]:
+        """The driver's function that waits for the stream, and its argument."""
+        if self._device.spins:
+            return "cuStreamSynchronize", self.handle
+        return "cuEventSynchronize", self._end
 
     def close(self) -> None:
         handle, self.handle = self.handle, 0

@@ -56,7 +56,7 @@ class Stream(ABC):
         """Return the function by which native code waits for the stream.
 
         The key `fence` or `wait` has the function's address, 0 where native code can't wait. The
-        key `argument` has the function's argument.
+        key `argument` has the function's argument, and `event` an event that is recorded before.
         """
 
     def close(self) -> None:  # noqa: B027 -- a device may have nothing to do
@@ -85,10 +85,19 @@ class StreamDevice(ABC):
     """As `RawContainer.has_addresses`."""
     supports_query = False
     """Whether native lanes can poll the device for completed work instead of waiting."""
+    waits: tuple[str, ...] = ()
+    """The ways in which a lane can wait, where there is a choice."""
+    spins = False
+    """Whether a lane that waits keeps its core busy."""
 
     @property
     def name(self) -> str:
         return f"{self.type}:{self.index}"
+
+    @functools.cached_property
+    def abandoned(self) -> list[Any]:
+        """Tensors that the device may use for ever, since it could not be waited for."""
+        return []
 
     # --- streams
     # ---------------------------------------------------------------------------------------
