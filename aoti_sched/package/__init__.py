@@ -17,7 +17,7 @@ from aoti_sched.package.description import (
     WeightsLocation,
 )
 from aoti_sched.package.package import Package, find_package, open_package
-from aoti_sched.package.platform import check_platform
+from aoti_sched.package.platform import check_capability, check_platform
 
 __all__ = [
     "Extracted",
@@ -25,6 +25,7 @@ __all__ = [
     "PackagedModel",
     "StoredWeight",
     "WeightsLocation",
+    "check_capability",
     "check_platform",
     "find_package",
     "open_package",

@@ -290,6 +290,11 @@ class Module:
     def init(self):
         """It is there as soon as it is asked for."""
 
+    capability = (8, 0)
+
+    def get_device_capability(self, index=0):
+        return self.capability
+
     def device_count(self):
         return 2
 

@@ -514,8 +514,9 @@ static int wait_for(struct sim_stream* stream, uint64_t seq, int* counted) {
   pthread_mutex_lock(&mutex);
   if (refused_waits > 0) {
     --refused_waits;
+    const int refused = refusal;
     pthread_mutex_unlock(&mutex);
-    return refusal;
+    return refused;
   }
   if (stream->recorded != NULL) {
     stream->recorded->invalid = 1;

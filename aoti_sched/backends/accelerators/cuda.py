@@ -99,6 +99,12 @@ class CudaDevice(Accelerator):
     def current_stream(self) -> Any:
         return self.module.current_stream(self.index)
 
+    def capability(self) -> int | None:
+        if torch.version.hip is not None:  # an architecture's name
+            return None
+        major, minor = self.module.get_device_capability(self.index)
+        return int(10 * major + minor)
+
     def settle(self) -> None:
         with self.driver.current(self.context):
             self.driver.call("cuStreamSynchronize", None)

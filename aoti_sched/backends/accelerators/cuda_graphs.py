@@ -29,6 +29,7 @@ import torch
 from aoti_sched.backends.accelerators.cuda_recording import Executable, Recorder
 from aoti_sched.backends.accelerators.slot import Slot, write
 from aoti_sched.backends.accelerators.stream_container import StreamContainer
+from aoti_sched.backends.aoti.constant_map import UPDATE_PAIRS
 from aoti_sched.backends.aoti.container import CAbiContainer
 from aoti_sched.backends.aoti.handles import each_once, handles_of
 from aoti_sched.backends.aoti.raw_container import RawContainer
@@ -275,6 +276,18 @@ class GraphContainer(StreamContainer):
         if self._slots:
             self._forget()
         super().close()
+
+    @property
+    def updatable(self) -> str:
+        why = super().updatable
+        if not why and not self._raw.library.has(UPDATE_PAIRS):
+            # `run_single_threaded` looks at the state of the first buffer, whichever serves.
+            return (
+                "a torch before 2.13 compiled it, whose code runs no new sizes while the second of "
+                "its buffers serves and runs are recorded (pytorch/pytorch#184781); load it "
+                "without cuda_graphs, or compile it again with torch 2.13 or newer"
+            )
+        return why
 
     # --- live weights: a graph is kept as long as the memory of the weights that it reads
 

@@ -164,6 +164,10 @@ class StreamDevice(ABC):
         del streams
         return None
 
+    def capability(self) -> int | None:
+        """Return the compute capability as torch writes it into packages; None without one."""
+        return None
+
     def turn(self) -> AbstractContextManager[object]:
         """Let the calling thread work on the device for the block.
 

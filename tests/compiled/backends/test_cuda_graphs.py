@@ -25,7 +25,7 @@ from tests.compiled.backends.simulation import (
     open_executor,
     work,
 )
-from tests.native.simulated import simulator
+from tests.native.simulated import model_path, simulator
 
 
 @pytest.fixture(autouse=True)
@@ -434,6 +434,39 @@ def test_what_can_not_be_recorded_at_all_is_refused(recorded, device, monkeypatc
         ConfigError, match="cuda_graphs=True, but the model computes constants from others"
     ):
         make(device, raw, request, None, [])
+
+
+def test_an_older_model_serves_its_own_weights_and_takes_no_others(recorded, executor):
+    """While its second buffer served, it would refuse to run new sizes."""
+    container = recorded(older=True)
+    for rows in (2, 3, 2, 3):
+        assert run(executor, container, on_device(rows, 4)).unique().tolist() == [1.0]
+    assert container.graphs == 2
+    assert "runs no new sizes while the second of its buffers serves" in container.updatable
+    # What would become of it:
+    with container._device.at_work():
+        container._raw.stage(container._raw.full_set({"weight": on_device(4, value=2.0)}))
+        container._raw.fold(inactive=True)
+        container._raw.swap()
+        container._raw.free_inactive()
+    with pytest.raises(RunError):
+        run(executor, container, on_device(5, 4))
+
+
+def test_a_model_that_records_itself_is_refused(recorded, device, tmp_path):
+    path = tmp_path / "own.so"
+    path.write_bytes(model_path().read_bytes() + b"\0aoti_torch_cuda_graph_replay\0")
+    request = LoadRequest(
+        name="own",
+        path=path,
+        model_name=None,
+        instances=1,
+        sha256=None,
+        cache_dir=tmp_path / "cache",
+        cuda_graphs=True,
+    )
+    with pytest.raises(ConfigError, match="compiled to record its runs itself"):
+        device.inspect(request)
 
 
 # --- faults ---------------------------------------------------------------------------------------

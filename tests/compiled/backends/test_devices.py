@@ -31,6 +31,7 @@ from aoti_sched.errors import (
     ConfigError,
     DeviceLostError,
     LoadError,
+    MissingCapabilityError,
     PlatformMismatchError,
     RunError,
     RunnerClosedError,
@@ -593,6 +594,32 @@ def test_every_slot_is_warmed_up_once(cuda, loaded, sim):
     assert sim.kernels() - before == 3
 
 
+@pytest.mark.parametrize(
+    ("built", "fits"), [("80", True), ("75", True), ("86", False), ("90", False), ("gfx90a", True)]
+)
+def test_a_model_for_a_newer_architecture_is_refused(cuda, tmp_path, built, fits):
+    path = tmp_path / "model.so"
+    path.write_bytes(model_path().read_bytes())
+    stated = {"AOTI_DEVICE_KEY": "sim", "AOTI_COMPUTE_CAPABILITY": built}
+    (tmp_path / "model_metadata.json").write_text(json.dumps(stated))
+    request = LoadRequest(
+        name="newer",
+        path=path,
+        model_name=None,
+        instances=1,
+        sha256=None,
+        cache_dir=tmp_path / "cache",
+    )
+    if fits:
+        cuda.inspect(request)
+        return
+    with pytest.raises(
+        PlatformMismatchError,
+        match=rf"compute capability {built[0]}\.{built[1]}, this device has 8\.0. Compile it on",
+    ):
+        cuda.inspect(request)
+
+
 def test_a_model_of_another_kind_is_refused(cuda, built, tmp_path):
     with pytest.raises(PlatformMismatchError, match="was compiled for cpu, not for sim"):
         cuda.inspect(
@@ -669,10 +696,19 @@ def test_outputs_that_are_weights_become_copies(device, kind, loaded, monkeypatc
     assert sorted(container._aliases(outputs)) == ([1, 2] if kind == "mps" else [1, 2, 3])
 
 
-@pytest.mark.parametrize("older", [False, True], ids=["new", "older"])
+def test_an_older_model_with_a_constant_on_the_host_takes_no_weights(device, executors, loaded):
+    """Its code would write them to wrong places."""
+    container = loaded(device, older=True, mixed=True)
+    why = "takes no constants in the host's memory (factor) beside others on a device"
+    assert why in container.updatable
+    with pytest.raises(MissingCapabilityError, match="takes no constants in the host's memory"):
+        container.stage({**weights(3.0), "factor": torch.tensor(2.0)})
+    assert run_once(executors(device), container) == 1.0
+
+
 @pytest.mark.parametrize("where", ["cpu", "sim"])
-def test_a_constant_that_belongs_on_the_host_stays_there(device, executors, loaded, where, older):
-    container = loaded(device, older=older, mixed=True)
+def test_a_constant_that_belongs_on_the_host_stays_there(device, executors, loaded, where):
+    container = loaded(device, mixed=True)
     executor = executors(device)
     container.stage({**weights(3.0, where), "factor": torch.tensor(2.0).to(where)})
     container.swap()
@@ -761,8 +797,11 @@ def test_a_rebuilt_container_has_its_weights_and_its_slots(device, executors, lo
     assert run_once(executor, container) == 3.0
 
 
-@pytest.mark.parametrize("older", [False, True], ids=["new", "older"])
-@pytest.mark.parametrize("mixed", [False, True], ids=["all there", "one on the host"])
+@pytest.mark.parametrize(
+    ("older", "mixed"),
+    [(False, False), (True, False), (False, True)],
+    ids=["new", "older", "one on the host"],
+)
 def test_a_parked_container_has_no_memory_on_the_device_and_its_weights_come_back(
     device, executors, loaded, sim, older, mixed
 ):
