@@ -198,13 +198,6 @@ class Container(Protocol):
         """Bytes that one set of constants takes."""
 
     @property
-    def workspace(self) -> int | None:
-        """Further bytes of the device that runs use; None where that is unknown.
-
-        Measured at the warm-up, and when the constants change.
-        """
-
-    @property
     def unparkable(self) -> str:
         """Why eviction would lose weights, in a few words; "" when nothing would be lost."""
 
@@ -289,6 +282,11 @@ class Executor(Protocol):
 
     lost: Callable[[], str]
     """Returns why nothing runs on the device any more; "" while the device works."""
+    workspace: Callable[[], int]
+    """Returns the further bytes of the device that runs use, as they were last measured.
+
+    0 where that is unknown. Asking starts the next measurement, in another thread.
+    """
 
     @property
     def kind(self) -> str: ...

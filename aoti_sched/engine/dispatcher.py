@@ -387,7 +387,7 @@ class Dispatcher:
             used=memory.used,
             inactive=sum(one.inactive for one in there),
             parked=sum(one.bytes for one in memory.holdings) - sum(one.bytes for one in there),
-            workspace=sum(one.workspace for one in memory.holdings),
+            workspace=self.executor.workspace(),
         )
 
     # --- the way back ----------------------------------------------------------------------------

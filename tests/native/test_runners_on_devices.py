@@ -3,6 +3,7 @@ device is lost.
 """
 
 import asyncio
+import threading
 
 import pytest
 import torch
@@ -373,4 +374,8 @@ async def test_models_make_room_for_others_on_a_device_and_come_back_with_the_we
                 assert torch.equal(await runner.run(x), wanted * x)
         memory = scheduler.stats().devices[device.name].memory
         assert memory.used == 32
+        for thread in threading.enumerate():
+            if thread.name.endswith(":memory"):
+                thread.join()
+        memory = scheduler.stats().devices[device.name].memory
         assert (memory.workspace > 0) == (kind == "cuda")

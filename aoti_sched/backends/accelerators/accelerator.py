@@ -66,6 +66,7 @@ class Accelerator(StreamDevice):
             self.name, lanes, available_cores(), set_threads, affinity, launchers=launchers
         )
         executor.lost = self.lost
+        executor.workspace = self.workspace
         return executor
 
     def inspect(self, request: LoadRequest) -> Inspected:

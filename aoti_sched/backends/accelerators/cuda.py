@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,9 @@ LONGEST_PAUSE = 1e-3
 
 A capture may forbid to wait, and says nothing of the device.
 """
+
+BETWEEN_MEASUREMENTS = 1.0
+"""Seconds after which memory is measured again when somebody asks."""
 
 RETRIES = 32
 """Attempts to wait for a stream after failures that are no capture's, while the device works."""
@@ -78,6 +82,9 @@ class CudaDevice(Accelerator):
         self.context = driver.primary_context(index)
         self._events: deque[int] = deque()  # the free events
         self._lost = ""
+        self.streams: set[int] = set()  # the open ones of slots and graphs
+        self._workspace = 0
+        self._next_measurement = 0.0
         self.recording = threading.Lock()
         """Taken while a run is recorded: no thread may wait for the whole device meanwhile."""
 
@@ -182,18 +189,29 @@ class CudaDevice(Accelerator):
     def native_not_ready(self) -> int:
         return NOT_READY
 
-    def workspace(self, streams: Sequence[Stream]) -> int | None:
-        handles = {stream.handle for stream in streams}
+    def workspace(self) -> int:
+        """As `Executor.workspace`.
+
+        Torch's allocator is locked while it lists its memory, so it is asked only then.
+        """
+        now = time.monotonic()
+        if self.streams and not self._lost and now > self._next_measurement:
+            self._next_measurement = math.inf
+            threading.Thread(target=self._measure, name=f"aoti:{self.name}:memory").start()
+        return self._workspace
+
+    def _measure(self) -> None:
         try:
             segments = self.module.memory_snapshot()
         except RuntimeError:  # the allocator of CUDA itself (cudaMallocAsync) has no snapshot
-            return None
-        size: int = sum(
+            return
+        streams = set(self.streams)
+        self._workspace = sum(
             one["total_size"]
             for one in segments
-            if one["device"] == self.index and one["stream"] in handles
+            if one["device"] == self.index and one["stream"] in streams
         )
-        return size
+        self._next_measurement = time.monotonic() + BETWEEN_MEASUREMENTS
 
     # --- graphs
 
@@ -264,6 +282,7 @@ class CudaStream(Stream):
             self.handle = self._driver.make("cuStreamCreate", NON_BLOCKING)
             self._end = self._driver.make("cuEventCreate", BLOCKING_SYNC | DISABLE_TIMING)
         self.of_torch = device.module.ExternalStream(self.handle, device=device.index)
+        device.streams.add(self.handle)
 
     def wait_for(self, event: CudaEvent) -> None:
         native = self._device.native
@@ -307,6 +326,7 @@ class CudaStream(Stream):
 
     def close(self) -> None:
         handle, self.handle = self.handle, 0
+        self._device.streams.discard(handle)
         if not handle or self._device.is_lost():
             return
         with self._device.turn():

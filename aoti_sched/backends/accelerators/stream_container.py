@@ -65,16 +65,6 @@ class OnStreams(ABC):
             self._slots.append(Slot(device, device.open_stream(), marks, request))
         self._internal_stream = device.open_stream()
         """The stream for work that belongs to no request: folding and copies of weights."""
-        self._workspace: int | None = None
-
-    @property
-    def workspace(self) -> int | None:
-        return self._workspace
-
-    def _measure(self) -> None:
-        self._workspace = self._device.workspace(
-            [*(slot.stream for slot in self._slots), self._internal_stream]
-        )
 
     def _close_slots(self) -> None:
         slots, self._slots = self._slots, []
@@ -192,10 +182,6 @@ class StreamContainer(OnStreams, CAbiContainer):
     def run_raw(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         return self.run_work(Work(self, self.capture_stream(inputs), 1, None))
 
-    def warm_up(self, make_inputs: Callable[[], Sequence[torch.Tensor]]) -> None:
-        super().warm_up(make_inputs)
-        self._measure()
-
     def close(self) -> None:
         with self._device.preserve_current_device():
             self._raw.close()
@@ -238,7 +224,6 @@ class StreamContainer(OnStreams, CAbiContainer):
         with self._device.at_work():
             size = self._raw.stage(ready, at_once=STAGED_AT_ONCE, bring=self._bring)
             self._device.settle()  # the runtime does not wait for copies from device to device
-        self._measure()
         return size
 
     @contextmanager
@@ -287,7 +272,6 @@ class StreamContainer(OnStreams, CAbiContainer):
         with self._device.at_work():
             super().unpark(reading)
             self._device.settle()
-        self._measure()
         self._know_c_run()
 
     def _new_raw(self) -> RawContainer:
@@ -332,7 +316,6 @@ class StreamTorchRunner(OnStreams, TorchRunnerContainer):
             self.run_raw(make_inputs())
             self._turns += 1
         super().warm_up(make_inputs)
-        self._measure()
 
     def _once(self, slot: Slot, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         return slot.home(self._run_on(slot.brought(inputs), slot.stream.handle))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -156,13 +156,9 @@ class StreamDevice(ABC):
         """Return the address of one of torch's functions; 0 where this torch lacks the function."""
         return address_of(function)
 
-    def workspace(self, streams: Sequence[Stream]) -> int | None:
-        """Return the bytes that torch keeps for these streams, used or not.
-
-        None where torch does not count them.
-        """
-        del streams
-        return None
+    def workspace(self) -> int:
+        """As `Executor.workspace`."""
+        return 0
 
     def capability(self) -> int | None:
         """Return the compute capability as torch writes it into packages; None without one."""

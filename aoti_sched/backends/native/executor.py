@@ -102,6 +102,7 @@ class NativeExecutor:
         self._members: dict[int, object] = {}
         self._shim = shim_of_torch()
         self.lost: Callable[[], str] = str  # a device sets its own function
+        self.workspace: Callable[[], int] = int  # likewise
         self._may_poll = cores > 1
         self._last_seconds = math.inf  # duration of the last run that was drained
         self._polls_to_skip = 0  # grows while polling finds no completion

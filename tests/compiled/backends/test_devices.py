@@ -10,6 +10,7 @@ import json
 import pickle
 import threading
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -824,26 +825,37 @@ def test_a_parked_container_has_no_memory_on_the_device_and_its_weights_come_bac
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_runs_take_besides_is_known_on_cuda(device, kind, loaded, sim):
+def test_what_runs_take_besides_is_measured_on_cuda_and_only_for_who_asks(
+    device, kind, loaded, executors, sim, monkeypatch
+):
     container = loaded(device, copy_inputs=True)
-    assert container.workspace is None
+    executor = executors(device)
+    snapshots = sim.module.snapshots
     container.warm_up(lambda: [torch.zeros(1000, 4)])
-    if kind != "cuda":
-        assert container.workspace is None
-        return
-    assert container.workspace >= 2 * 16000  # an input and an output
-    before = container.workspace
-    container.run_raw([torch.zeros(9000, 4)])
-    assert container.workspace == before  # nobody has looked
     container.stage(weights(3.0))
-    assert container.workspace >= before + 2 * 144000
     container.swap()
-    container.free_inactive()
-    before = container.workspace
-    container.run_raw([torch.zeros(7777, 4)])
     container.park()
     container.unpark()
-    assert container.workspace > before
+    assert sim.module.snapshots == snapshots
+    assert executor.workspace() == 0
+    if kind != "cuda":
+        return
+    monkeypatch.setattr("aoti_sched.backends.accelerators.cuda.BETWEEN_MEASUREMENTS", 0.0)
+    for thread in threading.enumerate():
+        if thread.name == f"aoti:{device.name}:memory":
+            thread.join()
+    assert executor.workspace() >= 2 * 16000  # an input and an output
+    assert sim.module.snapshots > snapshots
+
+
+def test_an_allocator_that_lists_no_memory_fails_nothing(cuda, loaded, executors, monkeypatch):
+    """As torch's is with `backend:cudaMallocAsync`."""
+    loaded(cuda)
+    monkeypatch.setattr(
+        cuda.module, "memory_snapshot", Mock(side_effect=RuntimeError("not meaningful"))
+    )
+    cuda._measure()
+    assert executors(cuda).workspace() == 0
 
 
 def test_what_could_not_be_kept_on_the_host_stays_on_the_device(
