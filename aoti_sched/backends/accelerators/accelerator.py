@@ -128,8 +128,12 @@ class Accelerator(StreamDevice):
             return make(self, raw, request, extracted, on_host, own)
 
         self.check_alive()
-        with self.preserve_current_device(), self.turn():
-            return open_container(inspected, self.name, open_raw, wrap)
+
+        def load() -> Container:
+            with self.at_work():
+                return open_container(inspected, self.name, open_raw, wrap)
+
+        return self.with_room(load)
 
 
 def _records_itself(library: Path) -> bool:

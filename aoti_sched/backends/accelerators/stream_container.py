@@ -221,10 +221,14 @@ class StreamContainer(OnStreams, CAbiContainer):
         self._device.check_alive()
         if any(not tensor.is_cpu for _, tensor in ready):
             self._device.synchronize()  # any stream may still be computing them
-        with self._device.at_work():
-            size = self._raw.stage(ready, at_once=STAGED_AT_ONCE, bring=self._bring)
-            self._device.settle()  # the runtime does not wait for copies from device to device
-        return size
+
+        def write() -> int:
+            with self._device.at_work():
+                size = self._raw.stage(ready, at_once=STAGED_AT_ONCE, bring=self._bring)
+                self._device.settle()  # the runtime does not wait for copies on the device
+            return size
+
+        return self._device.with_room(write)
 
     @contextmanager
     def _bring(self, tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
@@ -269,9 +273,13 @@ class StreamContainer(OnStreams, CAbiContainer):
 
     def unpark(self, reading: Reading | None = None) -> None:
         self._device.check_alive()
-        with self._device.at_work():
-            super().unpark(reading)
-            self._device.settle()
+
+        def restore() -> None:
+            with self._device.at_work():
+                CAbiContainer.unpark(self, reading)
+                self._device.settle()
+
+        self._device.with_room(restore)
         self._know_c_run()
 
     def _new_raw(self) -> RawContainer:

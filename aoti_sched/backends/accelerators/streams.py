@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from aoti_sched.backends.aoti.c_abi import Library, libtorch
 from aoti_sched.backends.aoti.handles import address_of
 from aoti_sched.backends.aoti.raw_container import RawContainer
-from aoti_sched.errors import DeviceLostError
+from aoti_sched.errors import DeviceLostError, LoadError, RunError
 
 if TYPE_CHECKING:
     from aoti_sched.backends.native import _native
+
+
+_T = TypeVar("_T")
 
 
 class Stream(ABC):
@@ -176,6 +179,19 @@ class StreamDevice(ABC):
         """Let the thread work on the device, and preserve its current device."""
         with self.preserve_current_device(), self.turn():
             yield
+
+    def with_room(self, allocate: Callable[[], _T]) -> _T:
+        """Allocate device memory outside torch's allocator, after a failure once more.
+
+        The runtime's memory for weights does not come from torch's allocator, which may keep much
+        that no tensor has. Models of torch before 2.13 tell no reason, so any failure counts.
+        """
+        try:
+            return allocate()
+        except (LoadError, RunError):
+            if self.is_lost() or not self.release_cached():
+                raise
+        return allocate()
 
     def release_cached(self) -> bool:
         """Give the device back memory that torch keeps and no tensor has.

@@ -567,6 +567,27 @@ def test_loading_leaves_the_threads_device_as_it_was(loaded, sim):
     assert seen == [None]
 
 
+def test_nothing_makes_a_context_on_a_thread_that_has_none(loaded, executors, sim):
+    """CUDA's runtime makes one on device 0, whichever device the model is on."""
+    device = simulator().cuda(1)
+    container = loaded(device, copy_inputs=True, copy_outputs="cpu")
+    steps = [
+        lambda: container.stage(weights(3.0)),
+        container.swap,
+        container.free_inactive,
+        container.extract,
+        container.rebuild,
+        container.park,
+        container.unpark,
+        container.close,
+    ]
+    for step in steps:
+        thread = threading.Thread(target=step)
+        thread.start()
+        thread.join()
+        assert sim.faults() == "", step
+
+
 def test_runs_and_closing_leave_the_threads_device_as_it_was(executors, tmp_path, sim):
     """The loop's own thread may run and close; what a user does there next must not land on
     another device.
@@ -856,6 +877,54 @@ def test_an_allocator_that_lists_no_memory_fails_nothing(cuda, loaded, executors
     )
     cuda._measure()
     assert executors(cuda).workspace() == 0
+
+
+def fill_the_cache(sim):
+    """Let torch's allocator keep all the memory that the device has left."""
+    blocks = [on_device(1000, 4) for _ in range(8)]
+    sim.memory_limit(sim.reserved())
+    del blocks
+    sim.synchronize()
+
+
+@pytest.mark.parametrize("step", ["load", "update", "unpark"])
+@pytest.mark.parametrize("older", [False, True], ids=["new", "older"])
+def test_weights_find_room_where_torchs_allocator_keeps_what_it_does_not_need(
+    cuda, loaded, executors, sim, step, older
+):
+    """It gives nothing back by itself: the runtime's memory is not its own."""
+    if step == "load":
+        fill_the_cache(sim)
+    container = loaded(cuda, older=older)
+    if step == "unpark":
+        container.park()
+    if step != "load":
+        fill_the_cache(sim)
+    if step == "unpark":
+        # Its place was in the device's memory, and is torch's now.
+        sim.memory_limit(sim.reserved() + 256)
+        container.unpark()
+    if step == "update":
+        container.stage(weights(3.0, "sim" if older else "cpu"))
+        container.swap()
+    sim.memory_limit(0)
+    assert run_once(executors(cuda), container) == (3.0 if step == "update" else 1.0)
+
+
+def test_a_failed_call_of_the_runtime_leaves_torch_no_error(cuda, loaded, executors, sim):
+    """Torch's next kernel on that thread would report it as its own."""
+    container = loaded(cuda)
+    new = weights(3.0)
+    sim.empty_cache()
+    sim.memory_limit(sim.reserved())
+    with pytest.raises(LoadError, match="cudaMalloc"):
+        container.stage(new)
+    with pytest.raises(LoadError):
+        loaded(cuda)
+    assert sim.last_error() == 0
+    sim.memory_limit(0)
+    assert on_device(2, 4).cpu().unique().tolist() == [1.0]
+    container.stage(new)
 
 
 def test_what_could_not_be_kept_on_the_host_stays_on_the_device(
