@@ -185,6 +185,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     copy_inputs: bool = False
     copy_outputs: Literal["cpu"] | None = None
     cuda_graphs: bool = False
+    stream_priority: Annotated[int, Meta(ge=-100, le=0)] = 0
     sha256: str | None = None
     weights: str | None = None
     weights_strict: bool = True

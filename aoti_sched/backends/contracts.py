@@ -342,6 +342,8 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     """"cpu" for outputs on the host; None leaves them where the model makes them."""
     cuda_graphs: bool = False
     """Whether runs are recorded, and launched as one CUDA graph."""
+    stream_priority: int = 0
+    """The priority of the model's streams; 0 or less, and less goes first."""
     weights: object = None
     """Weights in place of the package's: a mapping from names to tensors, or the path of a file.
 

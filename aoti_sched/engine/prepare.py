@@ -63,6 +63,11 @@ def inspect(device: Device, request: LoadRequest, reading: Reading) -> Inspected
             f"load({str(request.path)!r}): cuda_graphs=True, but {device.name!r} has no such "
             "thing; it is for 'cuda'"
         )
+    if request.stream_priority and not device.records_runs:
+        raise ConfigError(
+            f"load({str(request.path)!r}): stream_priority={request.stream_priority}, but "
+            f"{device.name!r} has no such thing; it is for 'cuda'"
+        )
     with reading.foreign():
         return device.inspect(request)
 

@@ -96,6 +96,8 @@ class Simulator:
         cuda.sim_allocated.restype = cuda.sim_kept.restype = c_size_t
         cuda.sim_reserved.restype = c_size_t
         cuda.sim_begin_pool.argtypes = (c_void_p, c_int)
+        cuda.sim_priority.argtypes = (c_void_p,)
+        self.priority = cuda.sim_priority
         cuda.sim_kept.argtypes = (c_void_p,)
         cuda.sim_stream.restype = c_void_p
         cuda.sim_memory_limit.argtypes = (c_size_t,)
@@ -336,7 +338,7 @@ class Module:
         """The next of a pool of 32."""
         if len(self._pool) < 32:
             with self.in_context(index):
-                self._pool.append(self._simulator.driver.make("cuStreamCreate", 1))
+                self._pool.append(self._simulator.driver.make("cuStreamCreateWithPriority", 1, 0))
             return self.ExternalStream(self._pool[-1], index)
         self._pool.append(self._pool.pop(0))
         return self.ExternalStream(self._pool[-1], index)

@@ -42,6 +42,7 @@ struct sim_graph {
 struct sim_stream {
   int index; /* the first ones are the default ones of the devices */
   int device;
+  int priority;
   int alive;
   uint64_t seq;                 /* of the last piece of work that was given */
   uint64_t done;                /* of the last that is done */
@@ -481,7 +482,7 @@ int cuCtxSetCurrent(CUcontext context) {
   return CUDA_SUCCESS;
 }
 
-int cuStreamCreate(CUstream* made, unsigned flags) {
+int cuStreamCreateWithPriority(CUstream* made, unsigned flags, int priority) {
   int error = current == NULL ? CUDA_ERROR_INVALID_CONTEXT : CUDA_ERROR_OUT_OF_MEMORY;
   pthread_mutex_lock(&mutex);
   if (flags != 1) fault("a stream waits for the default one: it was made without CU_STREAM_NON_BLOCKING");
@@ -491,6 +492,7 @@ int cuStreamCreate(CUstream* made, unsigned flags) {
     if (error != 0) break;
     streams[i].alive = 1;
     streams[i].device = device_now();
+    streams[i].priority = priority;
     if (i >= most_streams) most_streams = i + 1;
     *made = &streams[i];
     break;
@@ -498,6 +500,10 @@ int cuStreamCreate(CUstream* made, unsigned flags) {
   pthread_mutex_unlock(&mutex);
   return error;
 }
+
+int cuStreamCreate(CUstream* made, unsigned flags) { return cuStreamCreateWithPriority(made, flags, 0); }
+
+int sim_priority(CUstream stream) { return stream->priority; }
 
 int cuStreamDestroy_v2(CUstream stream) {
   pthread_mutex_lock(&mutex);

@@ -49,6 +49,7 @@ int cuDevicePrimaryCtxRelease_v2(int device);
 int cuCtxGetCurrent(CUcontext* context);
 int cuCtxSetCurrent(CUcontext context);
 int cuStreamCreate(CUstream* stream, unsigned flags);
+int cuStreamCreateWithPriority(CUstream* stream, unsigned flags, int priority);
 int cuStreamDestroy_v2(CUstream stream);
 int cuStreamSynchronize(CUstream stream);
 int cuStreamQuery(CUstream stream);
@@ -135,6 +136,7 @@ void sim_repair(void);           /* a device like new, and all counts at zero; n
 int sim_faults(const char** first);
 CUstream sim_stream(int number);
 int sim_most_streams(void);
+int sim_priority(CUstream stream);
 int sim_streams(void);           /* that are there now, beside the default one */
 int sim_events(void);
 int sim_pinned(void);

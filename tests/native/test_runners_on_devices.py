@@ -171,6 +171,12 @@ async def test_cuda_graphs_are_refused_where_there_are_none(load):
         await load(cuda_graphs=True)
 
 
+@pytest.mark.parametrize("kind", ["xpu", "mps"])
+async def test_priorities_of_streams_are_refused_where_there_are_none(load):
+    with pytest.raises(ConfigError, match=r"stream_priority=-1, but 'sim.*' has no such thing"):
+        await load(stream_priority=-1)
+
+
 async def test_a_runner_says_that_no_real_device_of_its_kind_has_been_tried(load):
     runner = await load()
     assert runner.info.verified is False

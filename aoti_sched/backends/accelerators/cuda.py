@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import os
 import threading
 import time
 from collections import deque
@@ -39,6 +40,9 @@ LONGEST_PAUSE = 1e-3
 
 A capture may forbid to wait, and says nothing of the device.
 """
+
+QUEUES = 8
+"""The default of `CUDA_DEVICE_MAX_CONNECTIONS`, by the CUDA Programming Guide."""
 
 BETWEEN_MEASUREMENTS = 1.0
 """Seconds after which memory is measured again when somebody asks."""
@@ -88,8 +92,8 @@ class CudaDevice(Accelerator):
         self.recording = threading.Lock()
         """Taken while a run is recorded: no thread may wait for the whole device meanwhile."""
 
-    def open_stream(self) -> CudaStream:
-        return CudaStream(self)
+    def open_stream(self, priority: int = 0) -> CudaStream:
+        return CudaStream(self, priority)
 
     def record(self, stream: Any) -> CudaEvent:
         event = CudaEvent(self)
@@ -105,6 +109,16 @@ class CudaDevice(Accelerator):
 
     def current_stream(self) -> Any:
         return self.module.current_stream(self.index)
+
+    def notes(self) -> tuple[str, ...]:
+        if self.slots <= QUEUES or "CUDA_DEVICE_MAX_CONNECTIONS" in os.environ:
+            return ()
+        note = (
+            f"The models on {self.name!r} have {self.slots} instances. Of so many streams, some "
+            f"share one of the device's {QUEUES} queues and wait for each other. Set "
+            "CUDA_DEVICE_MAX_CONNECTIONS=32 before the process starts."
+        )
+        return (note,)
 
     def capability(self) -> int | None:
         if torch.version.hip is not None:  # an architecture's name
@@ -275,11 +289,11 @@ class CudaStream(Stream):
 
     _device: CudaDevice
 
-    def __init__(self, device: CudaDevice) -> None:
+    def __init__(self, device: CudaDevice, priority: int) -> None:
         self._device = device
         self._driver = device.driver
         with self._driver.current(device.context):
-            self.handle = self._driver.make("cuStreamCreate", NON_BLOCKING)
+            self.handle = self._driver.make("cuStreamCreateWithPriority", NON_BLOCKING, priority)
             self._end = self._driver.make("cuEventCreate", BLOCKING_SYNC | DISABLE_TIMING)
         self.of_torch = device.module.ExternalStream(self.handle, device=device.index)
         device.streams.add(self.handle)

@@ -50,7 +50,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuDevicePrimaryCtxRetain": (POINTER(c_void_p), c_int),
     "cuCtxGetCurrent": (POINTER(c_void_p),),
     "cuCtxSetCurrent": (c_void_p,),
-    "cuStreamCreate": (POINTER(c_void_p), c_uint),
+    "cuStreamCreateWithPriority": (POINTER(c_void_p), c_uint, c_int),
     "cuStreamDestroy_v2": (c_void_p,),
     "cuStreamSynchronize": (c_void_p,),
     "cuStreamQuery": (c_void_p,),
@@ -113,10 +113,10 @@ class Driver:
         if status != 0:
             raise RunError(f"{function} failed: {self.explain(status)}")
 
-    def make(self, function: str, argument: int) -> int:
+    def make(self, function: str, *arguments: int) -> int:
         """Call a function that makes an object, and return the object's handle."""
         made = c_void_p()
-        self.call(function, byref(made), argument)
+        self.call(function, byref(made), *arguments)
         return made.value or 0
 
     def address(self, function: str) -> int:

@@ -67,7 +67,8 @@ class MpsDevice(Accelerator):
             )
         return super().open_executor(lanes, affinity, launchers, wait)
 
-    def open_stream(self) -> MpsStream:
+    def open_stream(self, priority: int = 0) -> MpsStream:
+        del priority
         return MpsStream(self)
 
     def record(self, stream: Any) -> None:

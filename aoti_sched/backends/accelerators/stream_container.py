@@ -62,14 +62,26 @@ class OnStreams(ABC):
         marks = [index in on_host for index in range(inputs)]
         self._slots: list[Slot] = []
         for _ in range(request.instances):
-            self._slots.append(Slot(device, device.open_stream(), marks, request))
+            stream = device.open_stream(request.stream_priority)
+            self._slots.append(Slot(device, stream, marks, request))
+        device.slots += len(self._slots)
+        self._notes_of_device = device.notes()
         self._internal_stream = device.open_stream()
         """The stream for work that belongs to no request: folding and copies of weights."""
+
+    def _on_device(self, info: ContainerInfo) -> ContainerInfo:
+        return msgspec.structs.replace(
+            info,
+            inline=False,
+            verified=self._device.verified,
+            notes=(*info.notes, *self._notes_of_device),
+        )
 
     def _close_slots(self) -> None:
         slots, self._slots = self._slots, []
         if not slots:
             return
+        self._device.slots -= len(slots)
         with self._device.preserve_current_device():
             for slot in slots:
                 slot.native = None  # frees its pinned memory
@@ -147,7 +159,7 @@ class StreamContainer(OnStreams, CAbiContainer):
 
     @property
     def info(self) -> ContainerInfo:
-        return msgspec.structs.replace(super().info, inline=False, verified=self._device.verified)
+        return self._on_device(super().info)
 
     def _know_c_run(self) -> None:
         self._c_run.slots = self._slots
@@ -313,7 +325,7 @@ class StreamTorchRunner(OnStreams, TorchRunnerContainer):
 
     @property
     def info(self) -> ContainerInfo:
-        return msgspec.structs.replace(super().info, inline=False, verified=self._device.verified)
+        return self._on_device(super().info)
 
     def run_raw(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         slot = self._turns % len(self._slots)

@@ -90,6 +90,8 @@ class StreamDevice(ABC):
     """Whether native lanes can poll the device for completed work instead of waiting."""
     waits: tuple[str, ...] = ()
     """The ways in which a lane can wait, where there is a choice."""
+    slots = 0
+    """How many slots containers have on the device now."""
     spins = False
     """Whether a lane that waits keeps its core busy."""
 
@@ -106,8 +108,12 @@ class StreamDevice(ABC):
     # ---------------------------------------------------------------------------------------
 
     @abstractmethod
-    def open_stream(self) -> Stream:
-        """Open a stream that has no other user."""
+    def open_stream(self, priority: int = 0) -> Stream:
+        """Open a stream that has no other user.
+
+        Args:
+            priority: 0 or less, and less goes first. Only on devices that record runs.
+        """
 
     @abstractmethod
     def record(self, stream: Any) -> Any:
@@ -162,6 +168,10 @@ class StreamDevice(ABC):
     def workspace(self) -> int:
         """As `Executor.workspace`."""
         return 0
+
+    def notes(self) -> tuple[str, ...]:
+        """Return notes for users on a model that has just been loaded."""
+        return ()
 
     def capability(self) -> int | None:
         """Return the compute capability as torch writes it into packages; None without one."""

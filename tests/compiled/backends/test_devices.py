@@ -390,6 +390,29 @@ def test_each_slot_has_a_stream_that_no_other_has(cuda, loaded, sim):
     assert 0 not in handles
 
 
+def test_a_models_streams_have_its_priority(cuda, loaded, sim):
+    first, second = loaded(cuda, stream_priority=-2), loaded(cuda)
+    assert [sim.priority(one._slots[0].stream.handle) for one in (first, second)] == [-2, 0]
+
+
+@pytest.mark.parametrize("variable", [None, "32"])
+def test_more_streams_than_the_device_has_queues_are_noted(cuda, loaded, monkeypatch, variable):
+    if variable:
+        monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", variable)
+    else:
+        monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    first = loaded(cuda, instances=8)
+    second = loaded(cuda)
+    told = [
+        any("share one of the device's 8 queues" in note for note in one.info.notes)
+        for one in (first, second)
+    ]
+    assert told == [False, variable is None]
+    second.close()
+    first.close()
+    assert cuda.slots == 0
+
+
 def test_slots_run_beside_each_other_on_their_streams(cuda, executors, loaded, sim):
     container = loaded(cuda, instances=2)
     executor = executors(cuda)
