@@ -554,6 +554,29 @@ class AskedFor:
         self.lock.release()
 
 
+@needs_native
+@pytest.mark.parametrize("executor", ["native"], indirect=True)
+@pytest.mark.parametrize("recorded_first", [False, True])
+def test_a_lane_takes_no_work_for_its_other_thread_beside_one(
+    recorded, executor, sim, recorded_first
+):
+    """The two would run at once, on one slot and its stream."""
+    container = recorded(copy_inputs=True)
+    run(executor, container, torch.ones(2, 4))
+    known, new = torch.ones(2, 4), torch.ones(3, 4)
+    first, second = (known, new) if recorded_first else (new, known)
+    sim.hold()
+    executor.submit(0, work(container, first, token="first"))
+    sim.wait_until_waiting(1)
+    with pytest.raises(RuntimeError, match="lane 0 has a work under way on its other thread"):
+        executor.submit(0, work(container, second, token="second"))
+    sim.go()
+    (completion,) = collect(executor, 1)
+    assert (completion.token, completion.error) == ("first", None)
+    executor.submit(0, work(container, second, token="second"))
+    assert collect(executor, 1)[0].error is None
+
+
 def test_inputs_are_held_until_a_graph_has_copied_them(recorded, executor, sim):
     container = recorded()
     run(executor, container, on_device(64, 4))
