@@ -32,10 +32,11 @@ counts: Counter[str] = Counter()
 
 
 def draw(stop: threading.Event) -> None:
-    """A user who draws random numbers on the device."""
+    """A user who draws random numbers on the device, and clears cuBLAS's workspaces."""
     while not stop.is_set():
         try:
             torch.rand(64, device=device)
+            torch._C._cuda_clearCublasWorkspaces()
             counts["a user's random numbers"] += 1
         except RuntimeError as error:
             counts[f"a user's random numbers: {error}"[:120]] += 1

@@ -45,7 +45,7 @@ QUEUES = 8
 """The default of `CUDA_DEVICE_MAX_CONNECTIONS`, by the CUDA Programming Guide."""
 
 BETWEEN_MEASUREMENTS = 1.0
-"""Seconds after which memory is measured again when somebody asks."""
+"""Seconds after which a question for the memory starts the next measurement."""
 
 RETRIES = 32
 """Attempts to wait for a stream after failures that are no capture's, while the device works."""
@@ -114,8 +114,8 @@ class CudaDevice(Accelerator):
         if self.slots <= QUEUES or "CUDA_DEVICE_MAX_CONNECTIONS" in os.environ:
             return ()
         note = (
-            f"The models on {self.name!r} have {self.slots} instances. Of so many streams, some "
-            f"share one of the device's {QUEUES} queues and wait for each other. Set "
+            f"The models on {self.name!r} have {self.slots} instances, each with a stream, and the "
+            f"device has {QUEUES} queues: streams that share a queue wait for each other. Set "
             "CUDA_DEVICE_MAX_CONNECTIONS=32 before the process starts."
         )
         return (note,)

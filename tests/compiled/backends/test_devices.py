@@ -404,7 +404,7 @@ def test_more_streams_than_the_device_has_queues_are_noted(cuda, loaded, monkeyp
     first = loaded(cuda, instances=8)
     second = loaded(cuda)
     told = [
-        any("share one of the device's 8 queues" in note for note in one.info.notes)
+        any("streams that share a queue wait" in note for note in one.info.notes)
         for one in (first, second)
     ]
     assert told == [False, variable is None]
