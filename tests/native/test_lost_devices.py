@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
+from aoti_sched.backends.accelerators.stream_container import StreamTorchRunner
+from aoti_sched.backends.executors.batches import Staging
 from aoti_sched.errors import DeviceLostError, RunError
 from tests.compiled.backends.executor_contract import collect
 from tests.compiled.backends.simulation import load, open_device, open_executor, work
@@ -65,6 +69,26 @@ def test_a_device_that_can_not_even_be_asked_is_lost_and_completions_come(
     container._raw._handle = container._c_run.container
     container._raw.close()
     sim.go()
+
+
+@pytest.mark.parametrize("step", ["close", "park"])
+def test_torchs_own_runner_is_kept_on_a_lost_device(step):
+    """Its end would free the model."""
+
+    class Runner:
+        pass
+
+    device = open_device("cuda")
+    for lost in ("it burns", ""):
+        device._lost = lost
+        container = StreamTorchRunner.__new__(StreamTorchRunner)
+        container._device, container._slots, container.staging = device, [], Staging("m")
+        container._runner = Runner()
+        runner = weakref.ref(container._runner)
+        getattr(container, step)()
+        del container
+        gc.collect()
+        assert (runner() is not None) == bool(lost)
 
 
 def test_the_device_is_asked_before_anything_is_freed(tmp_path):

@@ -156,7 +156,10 @@ class CudaDevice(Accelerator):
 
     def release_cached(self) -> bool:
         before: int = self.module.memory_reserved(self.index)
-        with self.recording:  # torch's allocator can't while memory comes from a graph's pool
+        with (
+            self.recording,
+            self.turn(),
+        ):  # torch's allocator can't while memory comes from a graph's pool
             self.module.empty_cache()
         released: bool = self.module.memory_reserved(self.index) < before
         return released

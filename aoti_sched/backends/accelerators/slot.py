@@ -133,7 +133,7 @@ class Slot:
             self.stream.fence()
         except RuntimeError:
             if not self.device.is_lost():
-                self.device.abandoned.append(work)
+                self.device.abandon([list(inputs) for inputs in _arrivals(work)])
             raise
 
 

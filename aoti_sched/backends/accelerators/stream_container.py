@@ -345,7 +345,17 @@ class StreamTorchRunner(OnStreams, TorchRunnerContainer):
             super().rebuild()
             self._device.settle()
 
+    def park(self) -> None:
+        with self._device.at_work():
+            self._keep_if_lost()
+            super().park()
+
     def close(self) -> None:
         with self._device.preserve_current_device():
+            self._keep_if_lost()
             super().close()
         self._close_slots()
+
+    def _keep_if_lost(self) -> None:
+        if self._runner is not None and self._device.is_lost():
+            self._device.abandon(self._runner)

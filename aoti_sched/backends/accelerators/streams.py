@@ -6,6 +6,7 @@ kind of device has a subclass (`cuda.py`, `xpu.py`, `mps.py`). Loading is in `ac
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -98,11 +99,6 @@ class StreamDevice(ABC):
     @property
     def name(self) -> str:
         return f"{self.type}:{self.index}"
-
-    @functools.cached_property
-    def abandoned(self) -> list[Any]:
-        """Tensors that the device may use for ever, since it could not be waited for."""
-        return []
 
     # --- streams
     # ---------------------------------------------------------------------------------------
@@ -233,6 +229,15 @@ class StreamDevice(ABC):
         """
         self.look_after_failure()
         return bool(self.lost())
+
+    @staticmethod
+    def abandon(thing: object) -> None:
+        """Keep an object until the process ends.
+
+        The device may use what the object has, or freeing that on a lost device would end the
+        process. No list would do: what is in a list is freed with it.
+        """
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
     def check_alive(self) -> None:
         """Raise DeviceLostError unless the device works."""

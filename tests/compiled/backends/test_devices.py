@@ -438,6 +438,29 @@ def test_streams_and_pinned_memory_are_given_back(cuda, executors, loaded, sim):
     assert (sim.streams(), sim.pinned()) == before
 
 
+@needs_native
+def test_requests_make_no_call_of_the_driver_through_python(cuda, loaded, monkeypatch, sim):
+    """Each would give up the GIL on the loop's thread."""
+    container = loaded(cuda)
+    executor = cuda.open_executor(2)
+    x = on_device(2, 4)
+    names = []
+    for function in ("call", "status"):
+        made = getattr(cuda.driver, function)
+        monkeypatch.setattr(
+            cuda.driver,
+            function,
+            lambda name, *arguments, made=made: names.append(name) or made(name, *arguments),
+        )
+    for number in range(3):
+        executor.submit(0, work(container, x))
+        assert collect(executor, 1)[0].error is None
+        if number == 0:
+            names.clear()  # it made an event
+    assert names == []
+    executor.close()
+
+
 def test_events_are_used_again(cuda, executors, loaded, sim):
     container = loaded(cuda)
     executor = executors(cuda)
