@@ -9,6 +9,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# Its handler runs after the exit handlers that a program registers from now on.
+import aoti_sched.at_exit  # noqa: F401
+
 if TYPE_CHECKING:
     from aoti_sched.apply import ConfigReport
     from aoti_sched.blocking import BlockingScheduler
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
         DeadlineUnreachableError,
         DeviceLostError,
         EpochError,
+        ExposeError,
         InputMismatchError,
         InstructionSetError,
         LeaseError,
@@ -59,6 +63,7 @@ if TYPE_CHECKING:
     )
     from aoti_sched.events import Held, Loaded, MemoryUse, Observer, Pause, Run, Trace, Wait
     from aoti_sched.explanation import explain
+    from aoti_sched.expose.reports import Exposure
     from aoti_sched.histograms import EndedRequests, Histogram
     from aoti_sched.lease import Lease
     from aoti_sched.load_settings import LoadSettings
@@ -114,6 +119,7 @@ _HOMES = {
         "DeadlineUnreachableError",
         "DeviceLostError",
         "EpochError",
+        "ExposeError",
         "InputMismatchError",
         "InstructionSetError",
         "LeaseError",
@@ -140,6 +146,7 @@ _HOMES = {
     ),
     "events": ("Held", "Loaded", "MemoryUse", "Observer", "Pause", "Run", "Trace", "Wait"),
     "explanation": ("explain",),
+    "expose.reports": ("Exposure",),
     "histograms": ("EndedRequests", "Histogram"),
     "lease": ("Lease",),
     "load_settings": ("LoadSettings",),
@@ -212,6 +219,8 @@ __all__ = [
     "DynamicDim",
     "EndedRequests",
     "EpochError",
+    "ExposeError",
+    "Exposure",
     "Held",
     "Histogram",
     "InputMismatchError",

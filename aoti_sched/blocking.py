@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from aoti_sched.engine.weights.report import UpdateReport
     from aoti_sched.engine.weights.transaction import Barrier
     from aoti_sched.events import Observer
+    from aoti_sched.expose.reports import Exposure
     from aoti_sched.load_settings import LoadSettings, Package
     from aoti_sched.recording import Recording
     from aoti_sched.runner import Runner
@@ -251,6 +252,12 @@ class BlockingScheduler:
             yield recording
         finally:
             self._thread.ask(lambda: context.__exit__(None, None, None))
+
+    def expose(
+        self, name: str | None = None, *, port: int | None = None, weights: bool = False
+    ) -> Exposure:
+        """Let other processes of this user look inside, as `Scheduler.expose` does."""
+        return self._thread.call(lambda: self._scheduler.expose(name, port=port, weights=weights))
 
     def drain_device(self, device: str) -> None:
         """Take a device out of service, and return when no model is left there."""

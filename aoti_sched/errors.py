@@ -211,6 +211,10 @@ class ConfigError(AotiSchedError, ValueError):
     """A setting is unknown, of the wrong type or outside its range. The message gives its path."""
 
 
+class ExposeError(AotiSchedError):
+    """A scheduler can't be exposed, or one that is exposed can't be reached."""
+
+
 class CompileError(AotiSchedError):
     """`compile_package` could not export or compile the module."""
 

@@ -193,6 +193,7 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
         ended: When the request ended for its caller; 0.0 before.
         waits: Why the request waited. The parts add up to the time from `queued` to `started`, or
             to `ended` without a run. Empty unless a recording was on.
+        rows: Rows of the request, where requests are batched.
     """
 
     runner: str
@@ -217,6 +218,7 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     launched: float = 0.0
     ended: float = 0.0
     waits: tuple[Wait, ...] = ()
+    rows: int = 1
 
     @property
     def queue_seconds(self) -> float:
@@ -280,6 +282,16 @@ class Loaded(msgspec.Struct, frozen=True):
         lanes: How many runs may go on at once on the device.
         device_cores: Cores of the device.
         batch_delay: Seconds that a request may wait for others to join its batch.
+        max_batch: The most rows of a batch; 1 without batching.
+        batch_seconds: The most seconds that a batch is expected to take; None for a learned bound.
+        placement: "auto", "lane" or "inline".
+        inline_limit: Seconds below which "auto" runs inline.
+        share: The model's share of the device's time.
+        predicts: Whether requests that would miss their deadlines are refused.
+        sheds: Whether a full queue drops the worst request.
+        limit: The most queued requests of the model; None for no bound.
+        device_limit: The most queued requests of the device; None for no bound.
+        max_wait: Seconds after which a queued request is overdue; None for never.
     """
 
     device: str
@@ -289,6 +301,16 @@ class Loaded(msgspec.Struct, frozen=True):
     lanes: int
     device_cores: int
     batch_delay: float = 0.0
+    max_batch: int = 1
+    batch_seconds: float | None = None
+    placement: str = "lane"
+    inline_limit: float = 0.0
+    share: float = 1.0
+    predicts: bool = False
+    sheds: bool = False
+    limit: int | None = None
+    device_limit: int | None = None
+    max_wait: float | None = None
 
 
 class Pause(msgspec.Struct, frozen=True):

@@ -9,12 +9,12 @@ import msgspec
 
 from aoti_sched.events import Held, Loaded, MemoryUse, Observer, Pause, Run, Trace, Wait
 from aoti_sched.explanation import explain
-from aoti_sched.timeline import DeviceEvents, write
+from aoti_sched.timeline import DeviceEvents, pieces, write
 from aoti_sched.waits import History, waits_of
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
 
 class Recording(Observer):
@@ -78,7 +78,8 @@ class Recording(Observer):
         """Write a trace that Perfetto (https://ui.perfetto.dev) and chrome://tracing open.
 
         Each lane is a track of runs. Waiting requests, leases and updates are spans beside them,
-        and the queued requests, busy lanes, cores and bytes of weights are counters.
+        and the queued requests, busy lanes, cores and bytes of weights are counters. `aoti-sched
+        simulate` replays the requests of such a file with other settings.
 
         Args:
             path: The file, in JSON. It is written whole, or not at all.
@@ -86,18 +87,25 @@ class Recording(Observer):
         Raises:
             OSError: The file can't be written.
         """
+        write(path, self._events())
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the content of the file that `save` writes, in pieces."""
+        yield from pieces(self._events())
+
+    def _events(self) -> dict[str, DeviceEvents]:
         kept = self._requests[-self.limit :]
-        devices = {
+        return {
             name: DeviceEvents(
                 requests=[trace for trace in kept if trace.device == name],
                 runs=history.runs,
                 held=[held for each in history.held.values() for held in each],
                 pauses=[pause for each in history.pauses.values() for pause in each],
                 memory=history.memory,
+                models=list(history.models.values()),
             )
             for name, history in self._devices.items()
         }
-        write(path, devices)
 
     # --- what is observed ------------------------------------------------------------------------
 

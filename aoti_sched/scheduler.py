@@ -52,6 +52,7 @@ from aoti_sched.engine.weights.staging import StageOptions
 from aoti_sched.engine.weights.transaction import Barrier, Updates
 from aoti_sched.errors import (
     ConfigError,
+    ExposeError,
     RunnerClosedError,
     UnsupportedLoopError,
     WeightsTypeError,
@@ -79,6 +80,8 @@ if TYPE_CHECKING:
     from aoti_sched.backends.contracts import Device
     from aoti_sched.engine.lifecycle import Life
     from aoti_sched.engine.loader import LoadedModel, ModelSource
+    from aoti_sched.expose.reports import Exposure
+    from aoti_sched.expose.server import Door
     from aoti_sched.load_settings import LoadSettings, Package
     from aoti_sched.model.specs import TensorSpec
 
@@ -118,6 +121,7 @@ class Scheduler:
         self._closed = False
         self._loop_lag: LoopLag | None = None
         self._observers = Observers()
+        self._door: Door | None = None
 
     @classmethod
     def from_config(
@@ -507,6 +511,45 @@ class Scheduler:
         finally:
             self._observers.remove(recording)
 
+    async def expose(
+        self, name: str | None = None, *, port: int | None = None, weights: bool = False
+    ) -> Exposure:
+        """Let other processes of this user look inside, until the scheduler is closed.
+
+        Opens a Unix socket for the commands `aoti-sched stats`, `top` and `timeline`. It needs the
+        extra `expose`. No request waits for a client.
+
+        Args:
+            name: The name that commands take; by default the program's name.
+            port: A port of 127.0.0.1 with the live page, for reading alone; 0 for any free port.
+                Every user of this machine can read it.
+            weights: Let `aoti-sched weights` change the weights, through the socket.
+
+        Raises:
+            ConfigError: An argument is wrong, or another scheduler of this process has the name.
+            ExposeError: The scheduler is exposed already, a package is missing, the port is taken,
+                or no folder is fit for the socket.
+        """
+        self._must_be_open()
+        arguments.flags("expose", weights=weights)
+        try:
+            from aoti_sched.expose.server import Door
+        except ModuleNotFoundError as error:
+            raise ExposeError(
+                f"expose(): {error.name} is missing. Run: pip install 'aoti_sched[expose]'"
+            ) from None
+        if self._door is not None or self._house is None:
+            raise ExposeError("expose(): this scheduler is exposed already.")
+        door = self._door = Door(
+            self, self._house.start, name=name, port=port, weights=bool(weights)
+        )
+        try:
+            await door.opened()
+        except BaseException:
+            self._door = None
+            raise
+        return door.exposure
+
     async def apply(self, config: SchedulerConfig | str | os.PathLike[str]) -> ConfigReport:
         """Make the models those of a configuration: load, close and change them, and report.
 
@@ -698,6 +741,9 @@ class Scheduler:
             self._configured.clear()
             if self._loop_lag is not None:
                 self._loop_lag.close()
+            door, self._door = self._door, None  # it refers to this object
+            if door is not None:
+                await door.close()
             if faults:
                 self._all_closed = None  # the next call tries again
                 raise faults[0]

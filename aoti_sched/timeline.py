@@ -1,11 +1,14 @@
 """Timeline: a recording in the trace format that Perfetto and chrome://tracing open.
 
 The format is the Chrome trace event format (JSON). A device is a process, and a lane is a thread.
+`otherData` has the settings of the models, and each waiting request says when it ran and ended, so
+that `simulation/recorded.py` can read what happened.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,13 +16,17 @@ from typing import Any
 
 import msgspec
 
-from aoti_sched.events import Held, MemoryUse, Pause, Run, Trace
+from aoti_sched.events import Held, Loaded, MemoryUse, Pause, Run, Trace
 
+VERSION = 1
+"""The version of what `otherData` and the arguments of waiting requests say."""
 _US = 1e6
 _DEVICES_FROM = 100_000
 """The process number of the first device: viewers call a thread of the same number the main one."""
 _EVENT_LOOP = 1_000_000
 """The thread number of inline runs, after those of all lanes."""
+_PIECE = 1000
+"""Events in a piece of the file."""
 _WITHOUT_A_RUN = {"EXPIRED", "SHED", "REVOKED", "REJECTED", "CANCELLED"}
 
 
@@ -32,6 +39,7 @@ class DeviceEvents(msgspec.Struct):
         held: Leases that were released.
         pauses: Times in which runners started nothing.
         memory: Changes of the memory that weights take.
+        models: The models that took requests.
     """
 
     requests: list[Trace]
@@ -39,6 +47,7 @@ class DeviceEvents(msgspec.Struct):
     held: list[Held]
     pauses: list[Pause]
     memory: list[MemoryUse]
+    models: list[Loaded] = []
 
 
 def write(path: str | os.PathLike[str], devices: Mapping[str, DeviceEvents]) -> None:
@@ -54,7 +63,8 @@ def write(path: str | os.PathLike[str], devices: Mapping[str, DeviceEvents]) -> 
     target = Path(path)
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        partial.write_bytes(msgspec.json.encode(trace_file(devices)))
+        with partial.open("wb") as file:
+            file.writelines(pieces(devices))
         partial.replace(target)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -62,15 +72,31 @@ def write(path: str | os.PathLike[str], devices: Mapping[str, DeviceEvents]) -> 
         raise
 
 
-def trace_file(devices: Mapping[str, DeviceEvents]) -> dict[str, Any]:
-    """Return the content of the file. Times begin at 0 with the first event, in microseconds."""
+def pieces(devices: Mapping[str, DeviceEvents]) -> Iterator[bytes]:
+    """Yield the content of the file, in pieces that take milliseconds to make.
+
+    Times begin at 0 with the first event, in microseconds.
+
+    Args:
+        devices: What happened, by the device's name.
+    """
     begin = min((time for events in devices.values() for time in _times(events)), default=0.0)
-    found = [
+    found = (
         event
         for number, (name, events) in enumerate(devices.items(), _DEVICES_FROM)
         for event in _Device(number, name, events, begin).events()
-    ]
-    return {"displayTimeUnit": "ms", "traceEvents": found}
+    )
+    models = [msgspec.to_builtins(model) for events in devices.values() for model in events.models]
+    head = {
+        "displayTimeUnit": "ms",
+        "otherData": {"aoti_sched": {"version": VERSION, "models": models}},
+    }
+    yield msgspec.json.encode(head)[:-1] + b',"traceEvents":['
+    comma = b""
+    while some := list(itertools.islice(found, _PIECE)):
+        yield comma + msgspec.json.encode(some)[1:-1]
+        comma = b","
+    yield b"]}"
 
 
 def _times(events: DeviceEvents) -> Iterator[float]:
@@ -143,11 +169,28 @@ class _Device:
     def _waiting(self, trace: Trace) -> Iterator[dict[str, Any]]:
         end = trace.started or trace.launched or trace.ended
         if end:
-            args = {"job": trace.job, "state": trace.state, "tag": trace.tag}
+            args = {"job": trace.job, "state": trace.state, "tag": trace.tag, **self._more(trace)}
             identity = f"job {trace.job}"
             yield from self._span("waiting", identity, trace.runner, trace.queued, end, args)
         if trace.state in _WITHOUT_A_RUN and trace.ended:
             yield self._instant(f"{trace.runner}: {trace.state.lower()}", trace.ended)
+
+    def _more(self, trace: Trace) -> dict[str, Any]:
+        """Return what a simulation needs of a request; times as in the file."""
+        times = {"started": trace.started, "finished": trace.finished, "ended": trace.ended}
+        if trace.admitted != trace.queued:
+            times["admitted"] = trace.admitted
+        more: dict[str, Any] = {name: self._us(at) for name, at in times.items() if at}
+        more["priority"] = trace.priority
+        more["rows"] = trace.rows
+        more["batch size"] = trace.batch_size
+        if trace.tenant:
+            more["tenant"] = trace.tenant
+        if trace.timeout is not None:
+            more["timeout"] = round(trace.timeout * _US, 3)
+        if trace.lease:
+            more["lease"] = True
+        return more
 
     def _queued(self) -> list[tuple[Trace, int]]:
         return [(trace, 1) for trace in self._of.requests if trace.launched or trace.ended]
@@ -165,8 +208,8 @@ class _Device:
             steps[begin] = steps.get(begin, 0) + amount
             steps[end] = steps.get(end, 0) - amount
         level = 0
-        for time, step in sorted(steps.items()):
-            level += step
+        for time in sorted(steps):  # numbers alone, which takes a fraction of the time of pairs
+            level += steps[time]
             yield self._counter(name, time, {name: level})
 
     def _span(

@@ -37,6 +37,19 @@ COMMANDS: dict[str, Any] = {
     "bench": (
         "Measure a model under load: latency, throughput, queue and run time, loop lag, cores."
     ),
+    "tune": (
+        "Find the settings of a model that keep a latency at a load, and write them to a file."
+    ),
+    "simulate": "Replay a recording under other settings, in virtual time and without the models.",
+    "stats": "Show the numbers of a running process: devices, runners, latencies.",
+    "top": "Watch a running process: devices and runners, sortable, until q is pressed.",
+    "timeline": "Record a running process and write a timeline that Perfetto opens.",
+    "weights": {
+        "stage": ("Write new weights beside those that serve. `weights commit` publishes them."),
+        "commit": "Publish the staged weights of one or more models, at one instant.",
+        "rollback": "Publish the previous weights of one or more models again, at one instant.",
+        "extract": "Write the weights that serve to a file, a full set for `weights stage`.",
+    },
     "doctor": "Show what this machine and this installation have: a report to paste.",
     "cache": {
         "ls": "List the packages that are extracted, with their size and age.",
@@ -46,7 +59,10 @@ COMMANDS: dict[str, Any] = {
 }
 """The commands with one line of help; a dict has the commands below one."""
 
-GROUPS = {"cache": "The folder of extracted packages."}
+GROUPS = {
+    "cache": "The folder of extracted packages.",
+    "weights": "The weights of a running process.",
+}
 
 Shell = Literal["bash", "zsh", "fish"]
 """The shells that completion is written for."""

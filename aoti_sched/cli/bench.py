@@ -115,7 +115,7 @@ def bench_command(
     budgets = [_budget(text) for text in budget]
     earlier = None if compare is None else _saved(compare)
     if plot is not None:
-        _check_plot(plot)
+        check_plot(plot)
     for path in (save, plot):
         if path is not None and not path.absolute().parent.is_dir():
             raise UsageError(f"{path}: the folder {path.absolute().parent} does not exist.")
@@ -136,7 +136,7 @@ def bench_command(
     report = BenchReport(
         path=str(package),
         settings=settings,
-        machine=_machine(),
+        machine=machine_of(),
         levels=tuple(levels),
         verdicts=tuple(_verdict(one, level) for level in levels for one in budgets),
     )
@@ -254,7 +254,8 @@ def _saved(path: Path) -> BenchReport:
     return report
 
 
-def _check_plot(path: Path) -> None:
+def check_plot(path: Path) -> None:
+    """Raise UsageError for a picture that can't be drawn."""
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--plot {path}: no known kind of picture. Use .png, .svg or .pdf.")
     from importlib.util import find_spec
@@ -263,7 +264,8 @@ def _check_plot(path: Path) -> None:
         raise UsageError("--plot needs the package matplotlib. Run: pip install matplotlib")
 
 
-def _machine() -> dict[str, str]:
+def machine_of() -> dict[str, str]:
+    """Return the processor and the versions, for reports that are compared."""
     from aoti_sched.cli.doctor import processor, rules
 
     return {

@@ -22,7 +22,8 @@ from aoti_sched.errors import AotiSchedError, first_line
 _LEAST_TORCH = (2, 11)
 _PACKAGES = (
     *("anyio", "msgspec", "structlog", "filelock", "cyclopts", "rich", "numpy"),
-    *("safetensors", "matplotlib", "uvloop"),
+    *("safetensors", "matplotlib", "uvloop", "starlette", "uvicorn", "textual"),
+    "prometheus_client",
 )
 _VARIABLES = (
     *("CXX", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY"),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from aoti_sched.errors import AotiSchedError
+from aoti_sched.percentiles import Percentiles, percentiles
 
 if TYPE_CHECKING:
     from aoti_sched.cli.inputs import Arguments
@@ -22,16 +23,6 @@ if TYPE_CHECKING:
 _TICK = 0.001
 _SAMPLED = 8
 """Of how many requests one has its trace read, which costs a few microseconds."""
-
-
-class Percentiles(msgspec.Struct, frozen=True):
-    """A distribution in seconds. A percentile is of the nearest rank."""
-
-    mean: float
-    p50: float
-    p90: float
-    p99: float
-    max: float
 
 
 class Level(msgspec.Struct, frozen=True, kw_only=True):
@@ -191,18 +182,6 @@ class Load:
             run=percentiles(self.run),
             **figures,
         )
-
-
-def percentiles(values: Sequence[float]) -> Percentiles | None:
-    """Return the percentiles of values, by nearest rank; None without a value."""
-    if not values:
-        return None
-    ordered = sorted(values)
-
-    def at(percent: int) -> float:
-        return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
-
-    return Percentiles(sum(ordered) / len(ordered), at(50), at(90), at(99), ordered[-1])
 
 
 @contextlib.contextmanager

@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import msgspec
 from cyclopts import Parameter
 
 from aoti_sched.cli.failures import UsageError
@@ -39,6 +38,8 @@ def read_options(path: Path, commands: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: The file can't be read, is no TOML, or names a command that does not exist.
     """
+    import msgspec
+
     try:
         with path.open("rb") as file:
             content = file.read(_LARGEST + 1)

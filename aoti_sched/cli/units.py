@@ -56,9 +56,9 @@ def size_text(count: int) -> str:
 
 def time_text(value: float) -> str:
     """Return seconds for people, with three digits: "1.23 ms", "4.5 h"."""
-    if value < 1e-3:
+    if value < 999.5e-6:  # more would be rounded to 1e+03
         return f"{value * 1e6:.3g} µs"
-    if value < 1:
+    if value < 0.9995:
         return f"{value * 1e3:.3g} ms"
     for unit, length, most in (("s", 1.0, 120.0), ("min", 60.0, 7200.0), ("h", 3600.0, 172_800.0)):
         if value < most:

@@ -12,15 +12,13 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-import msgspec
-
 from aoti_sched.backends.contracts import Completion, Executor, Work
 from aoti_sched.backends.executors.batches import Batch
-from aoti_sched.engine.numbers import ended_requests, in_flight
+from aoti_sched.engine.numbers import device_stats, runner_stats
 from aoti_sched.engine.observers import Observers, going_on
-from aoti_sched.engine.request import tag_of
+from aoti_sched.engine.request import deadline_error, tag_of
 from aoti_sched.engine.traces import name_of, run_of, trace_of
-from aoti_sched.errors import AotiSchedError, DeadlineExceededError, DeviceLostError
+from aoti_sched.errors import AotiSchedError, DeviceLostError
 from aoti_sched.events import Held, MemoryUse, Pause, log
 from aoti_sched.foreign import out_of_resources, said
 from aoti_sched.queue.commands import (
@@ -47,13 +45,12 @@ from aoti_sched.queue.device_queue import DeviceQueue
 from aoti_sched.queue.holding import Holding
 from aoti_sched.queue.job import Job, JobState
 from aoti_sched.queue.memory import Claim
-from aoti_sched.queue.runner_state import UNHEALTHY, Phase
-from aoti_sched.stats import DeviceStats, MemoryStats, RunnerStats
-from aoti_sched.stats import Phase as RunnerPhase
+from aoti_sched.queue.runner_state import Phase
 
 if TYPE_CHECKING:
     from aoti_sched.engine.request import Request
     from aoti_sched.queue.runner_state import Lease, RunnerState
+    from aoti_sched.stats import DeviceStats, RunnerStats
 
 
 class Timer(Protocol):
@@ -326,69 +323,11 @@ class Dispatcher:
 
     def runner_stats(self, runner: RunnerState) -> RunnerStats:
         """Return a runner's numbers, those of its second record (`queue/turns.py`) included."""
-        turns = self.queue.turns.get(runner)
-        records = [runner] if turns is None else [turns.main, turns.behind]
-        serving = runner if turns is None else turns.serving
-        totals = msgspec.structs.asdict(runner.counters)
-        busy = sum(one.slots - len(one.free) for one in records)
-        busy += sum(job.source.runner in records for job in self.queue.lanes.handed_ahead.values())
-        totals["submitted"] -= totals["withdrawn"]
-        return RunnerStats(
-            name=runner.name,
-            phase=RunnerPhase[runner.phase.name],
-            health="failing" if runner.failures >= UNHEALTHY else "ok",
-            waiting=sum(one.waits for one in records)
-            + len(runner.awaiting)
-            + sum(len(s.gate) for s in runner.leases.values()),
-            queued=sum(one.load.jobs for one in records),
-            queued_bytes=sum(one.load.bytes for one in records),
-            running=busy - sum(len(lease.free) for lease in runner.leases.values()),
-            held_leases=len(runner.leases),
-            free_slots=len(serving.free),
-            epoch=runner.epoch,
-            updating=runner.closed and runner.memory.is_here and not runner.aside,
-            parked=not runner.memory.is_here,
-            parks=runner.memory.parked,
-            memory=self.queue.memory.of(runner.memory),
-            in_flight=in_flight(runner.counters),
-            rejections=dict(runner.rejections),
-            ended=ended_requests(runner),
-            **totals,
-        )
+        return runner_stats(self.queue, runner)
 
     def stats(self) -> DeviceStats:
-        queue = self.queue
-        return DeviceStats(
-            name=queue.name,
-            executor=self.executor.kind,
-            lost=self.executor.lost(),
-            lanes=queue.lanes.count,
-            busy_lanes=queue.busy_lanes,
-            cores=queue.lanes.cores,
-            free_cores=queue.lanes.free_cores,
-            queued=queue.load.jobs,
-            queued_bytes=queue.load.bytes,
-            memory=self._memory_stats(),
-            runners={
-                **(self._removed or {}),
-                **{
-                    name: self.runner_stats(runner)
-                    for name, runner in queue.runners.items()
-                    if runner not in queue.turns or queue.turns[runner].main is runner
-                },
-            },
-        )
-
-    def _memory_stats(self) -> MemoryStats:
-        memory = self.queue.memory
-        there = [one for one in memory.holdings if memory.of(one)]
-        return MemoryStats(
-            limit=memory.limit,
-            used=memory.used,
-            inactive=sum(one.inactive for one in there),
-            parked=sum(one.bytes for one in memory.holdings) - sum(one.bytes for one in there),
-            workspace=self.executor.workspace(),
-        )
+        """Return the device's numbers, those of runners removed since `keep_numbers` included."""
+        return device_stats(self.queue, self.executor, self._removed or {})
 
     # --- the way back ----------------------------------------------------------------------------
 
@@ -517,7 +456,7 @@ class Dispatcher:
     def _perform_other(self, command: Command) -> None:
         match command:
             case Expire(job=job, takes=takes):
-                self._fail(job, _deadline_error(job, takes))
+                self._fail(job, deadline_error(job, takes))
             case Grant(job=job, lease=lease):
                 future, job.payload, lease.holder = job.payload, None, None
                 future.set_result(lease)
@@ -626,20 +565,3 @@ def _work(job: Job) -> Work:
     members = [member.payload._inputs for member in jobs]
     batch = Batch(layout.plan, members, rows, layout.padded(sum(rows)), job.slot)
     return Work(replica.container, (), replica.threads, jobs, batch, job.slot)
-
-
-def _deadline_error(job: Job, takes: float | None) -> DeadlineExceededError:
-    timeout = (job.deadline or 0.0) - job.submitted if job.timeout is None else job.timeout
-    if takes is not None:
-        return DeadlineExceededError(
-            f"runner {job.source.name!r}: the request's timeout of {timeout:.15g} s can't be met "
-            f"any more: a run takes about {takes:.3g} s; it was not started"
-        )
-    if job.lane >= 0:
-        where = "running; its result will be dropped"
-    else:
-        where = "waiting for a lease" if job.is_lease_request else "queued"
-    return DeadlineExceededError(
-        f"runner {job.source.name!r}: the request's timeout of {timeout:.15g} s passed while it "
-        f"was {where}"
-    )

@@ -1,14 +1,23 @@
-"""Numbers: what a runner's state has counted, as plain values for `stats()`."""
+"""Numbers: what the queue knows and has counted, as plain values for `stats()`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from aoti_sched.histograms import EndedRequests, Histogram
 from aoti_sched.queue.job import JobState, Priority
+from aoti_sched.queue.runner_state import UNHEALTHY
+from aoti_sched.stats import DeviceStats, MemoryStats, Phase, RunnerStats
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from aoti_sched.backends.contracts import Executor
+    from aoti_sched.queue.device_queue import DeviceQueue
     from aoti_sched.queue.histogram import Histogram as Counts
+    from aoti_sched.queue.memory import Memory
     from aoti_sched.queue.runner_state import Counters, RunnerState
 
 OUTCOMES = {
@@ -21,6 +30,82 @@ OUTCOMES = {
     JobState.SHED: "shed",
 }
 """What a request's outcome is called, by the state that it ended in."""
+
+
+def runner_stats(queue: DeviceQueue, runner: RunnerState) -> RunnerStats:
+    """Return a runner's numbers, those of its second record (`queue/turns.py`) included."""
+    turns = queue.turns.get(runner)
+    records = [runner] if turns is None else [turns.main, turns.behind]
+    serving = runner if turns is None else turns.serving
+    totals = msgspec.structs.asdict(runner.counters)
+    busy = sum(one.slots - len(one.free) for one in records)
+    busy += sum(job.source.runner in records for job in queue.lanes.handed_ahead.values())
+    totals["submitted"] -= totals["withdrawn"]
+    return RunnerStats(
+        name=runner.name,
+        phase=Phase[runner.phase.name],
+        health="failing" if runner.failures >= UNHEALTHY else "ok",
+        waiting=sum(one.waits for one in records)
+        + len(runner.awaiting)
+        + sum(len(s.gate) for s in runner.leases.values()),
+        queued=sum(one.load.jobs for one in records),
+        queued_bytes=sum(one.load.bytes for one in records),
+        running=busy - sum(len(lease.free) for lease in runner.leases.values()),
+        held_leases=len(runner.leases),
+        free_slots=len(serving.free),
+        epoch=runner.epoch,
+        updating=runner.closed and runner.memory.is_here and not runner.aside,
+        parked=not runner.memory.is_here,
+        parks=runner.memory.parked,
+        memory=queue.memory.of(runner.memory),
+        in_flight=in_flight(runner.counters),
+        rejections=dict(runner.rejections),
+        ended=ended_requests(runner),
+        **totals,
+    )
+
+
+def device_stats(
+    queue: DeviceQueue, executor: Executor, removed: Mapping[str, RunnerStats]
+) -> DeviceStats:
+    """Return a device's numbers.
+
+    Args:
+        queue: The device's.
+        executor: The device's.
+        removed: The last numbers of runners that are on the device no more, shown with the others.
+    """
+    return DeviceStats(
+        name=queue.name,
+        executor=executor.kind,
+        lost=executor.lost(),
+        lanes=queue.lanes.count,
+        busy_lanes=queue.busy_lanes,
+        cores=queue.lanes.cores,
+        free_cores=queue.lanes.free_cores,
+        queued=queue.load.jobs,
+        queued_bytes=queue.load.bytes,
+        memory=_memory_stats(queue.memory, executor.workspace()),
+        runners={
+            **removed,
+            **{
+                name: runner_stats(queue, runner)
+                for name, runner in queue.runners.items()
+                if runner not in queue.turns or queue.turns[runner].main is runner
+            },
+        },
+    )
+
+
+def _memory_stats(memory: Memory, workspace: int) -> MemoryStats:
+    there = [one for one in memory.holdings if memory.of(one)]
+    return MemoryStats(
+        limit=memory.limit,
+        used=memory.used,
+        inactive=sum(one.inactive for one in there),
+        parked=sum(one.bytes for one in memory.holdings) - sum(one.bytes for one in there),
+        workspace=workspace,
+    )
 
 
 def ended_requests(runner: RunnerState) -> tuple[EndedRequests, ...]:

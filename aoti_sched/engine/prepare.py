@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from aoti_sched.engine.probe_plan import Model, batch_layout, examined
-from aoti_sched.engine.probing import Findings
+from aoti_sched.engine.probe_values import Findings
 from aoti_sched.engine.warmup import tensors_given, values_for, warm_up
 from aoti_sched.errors import ConfigError, LoadError
 from aoti_sched.model.batch_layout import Grouping, as_requests

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from aoti_sched.config import Batching
-from aoti_sched.engine.probing import Findings, Rows, Symbol, examine, symbols_in, with_least
+from aoti_sched.engine.probe_values import Findings, Rows, Symbol, symbols_in, with_least
+from aoti_sched.engine.probing import examine
 from aoti_sched.engine.warmup import examples_for
 from aoti_sched.model.batch_layout import (
     Grouping,

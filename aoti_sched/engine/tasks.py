@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
+from aoti_sched.at_exit import pause_at_exit
 from aoti_sched.errors import AotiSchedError, RunnerClosedError, UnsupportedLoopError
 from aoti_sched.foreign import ended_by, raise_again
 
@@ -38,6 +39,7 @@ class Housekeeping:
 
     async def open(self) -> None:
         """Begin to take work."""
+        pause_at_exit(self)
         ready = asyncio.Event()
         self._task = asyncio.create_task(self._keep(ready), name="aoti_sched housekeeping")
         try:
@@ -45,6 +47,11 @@ class Housekeeping:
         except BaseException:
             self._task.cancel()
             raise
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The scheduler's event loop."""
+        return self._loop
 
     @property
     def is_open(self) -> bool:

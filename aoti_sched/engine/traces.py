@@ -60,6 +60,7 @@ def trace_of(job: Job, queue: DeviceQueue, tag: str = "") -> Trace:
         admitted=admitted,
         launched=job.launched,
         ended=ended,
+        rows=job.rows,
     )
 
 
@@ -108,7 +109,8 @@ def run_of(
 
 def loaded_of(queue: DeviceQueue, runner: RunnerState) -> Loaded:
     """Return what observers see of a runner that takes requests."""
-    lanes, batches = queue.lanes, runner.batch_queue
+    lanes = queue.lanes
+    rule = None if runner.batch_queue is None else runner.batch_queue.rule
     return Loaded(
         queue.name,
         runner.name,
@@ -116,5 +118,15 @@ def loaded_of(queue: DeviceQueue, runner: RunnerState) -> Loaded:
         runner.width,
         lanes.count,
         lanes.cores,
-        0.0 if batches is None else batches.rule.max_delay,
+        0.0 if rule is None else rule.max_delay,
+        1 if rule is None else rule.max_rows,
+        None if rule is None else rule.max_seconds,
+        runner.placing.choice.value,
+        runner.placing.limit,
+        runner.share,
+        runner.predicts,
+        runner.sheds,
+        runner.load.bounds.jobs,
+        queue.load.bounds.jobs,
+        queue.policy.max_wait,
     )

@@ -10,14 +10,43 @@ that are verified), `library` (a bare library's companions), `sources` (facts in
 A package is native code: reading it here is safe, loading it is running it.
 """
 
-from aoti_sched.package.description import (
-    Extracted,
-    PackagedModel,
-    StoredWeight,
-    WeightsLocation,
-)
-from aoti_sched.package.package import Package, find_package, open_package
-from aoti_sched.package.platform import check_capability, check_platform
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aoti_sched.package.description import (
+        Extracted,
+        PackagedModel,
+        StoredWeight,
+        WeightsLocation,
+    )
+    from aoti_sched.package.package import Package, find_package, open_package
+    from aoti_sched.package.platform import check_capability, check_platform
+
+_HOMES = {
+    "Extracted": "description",
+    "Package": "package",
+    "PackagedModel": "description",
+    "StoredWeight": "description",
+    "WeightsLocation": "description",
+    "check_capability": "platform",
+    "check_platform": "platform",
+    "find_package": "package",
+    "open_package": "package",
+}
+"""The module of each name, which is imported when the name is first used."""
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
 
 __all__ = [
     "Extracted",

@@ -62,6 +62,22 @@ def private_folder(path: Path) -> Folder:
     return Folder(_opened(real, weakness), real, moved=True)
 
 
+def trusted_folder(path: Path) -> tuple[Path, str | None]:
+    """Return the folder at `path`, made with mode 0700, and what lets another user change it.
+
+    Returns:
+        The folder, with no links in its path, and the weakness; None where there is none.
+
+    Raises:
+        OSError: The operating system refuses to make or to read the folder.
+    """
+    real, weakness = _walk(path)
+    status = real.lstat()
+    if weakness is None and status.st_mode & _WRITABLE:  # a sticky folder takes others' files
+        weakness = f"{real} may be written by others (mode {stat.S_IMODE(status.st_mode):04o})"
+    return real, weakness or _weakness(real, status)
+
+
 def inventory(cache: Folder, entry: Path) -> dict[str, os.stat_result]:
     """Return the status of each file beneath `entry` by its relative path, `/` between the parts.
 

@@ -665,10 +665,10 @@ def test_trio_is_told_what_to_do():
 # --- the end of the process -----------------------------------------------------------------------
 
 PROGRAM = """
-import asyncio, sys, threading, uvloop, aoti_sched
+import asyncio, atexit, sys, threading, uvloop, aoti_sched
 from tests.models import build
 
-heavy = build("heavy")
+heavy, light = build("heavy"), build("mlp")
 
 async def load(scheduler):
     return await scheduler.load(heavy.path, warmup=False)
@@ -713,6 +713,24 @@ def blocked():
     ready.wait()
     threading.Thread(target=runners[0].run_blocking, args=heavy.args, daemon=True).start()
 
+def serving(*, closes=False):
+    ready = threading.Event()
+    async def main():
+        async with aoti_sched.Scheduler() as scheduler:
+            runner = await scheduler.load(light.path)
+            if closes:
+                loop = asyncio.get_running_loop()
+                close = lambda: asyncio.run_coroutine_threadsafe(scheduler.aclose(), loop).result()
+                atexit.register(close)
+            ready.set()
+            while True:
+                await runner.run(*light.args)
+    threading.Thread(target=asyncio.run, args=(main(),), daemon=True).start()
+    ready.wait()
+
+def closes():
+    serving(closes=True)
+
 kind, loop = sys.argv[1:]
 way = globals()[kind]
 if asyncio.iscoroutinefunction(way):
@@ -726,7 +744,8 @@ else:
 @pytest.mark.parametrize(
     ("way", "loop"),
     [("left_open", "asyncio"), ("left_open", "uvloop"), ("exits", "asyncio"), ("exits", "uvloop"),
-     ("loading", "asyncio"), ("in_thread", "asyncio"), ("blocked", "asyncio")],
+     ("loading", "asyncio"), ("in_thread", "asyncio"), ("blocked", "asyncio"),
+     ("serving", "asyncio"), ("closes", "asyncio")],
 )  # fmt: skip
 def test_a_process_that_ends_with_work_in_flight_neither_hangs_nor_crashes(
     python, way, loop, executor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import aoti_sched
 from tests.models import build
 from tests.unit.cli.support import json_of, refused, refused_here, run
 
@@ -288,3 +290,83 @@ def test_ctrl_c_ends_a_measurement(mlp):
     process.stdout.close()
     assert process.wait() == 130
     assert lines[-1] == "aoti-sched: interrupted."
+
+
+# --- tune -----------------------------------------------------------------------------------------
+
+FEW = (
+    *("--threads", "1", "--instances", "1,2", "--max-size", "1,8", "--max-delay", "0,1ms"),
+    *("--placement", "auto", "--tries", "2", "--time", "0.2s", "--warm-up", "0.1s"),
+    *("--size", "batch=2"),
+)
+
+
+async def test_a_scheduler_loads_what_tune_writes(mlp, tmp_path):
+    arguments = ("tune", mlp.path, "--p99", "10s", "--rate", "50", *FEW)
+    done = run(*arguments, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["rows"] == 2
+    assert report["timed"].keys() == {"1x1", "1x2"}
+    assert report["settings"] == 6
+    assert len(report["trials"]) == 2
+    assert all(trial["measured"]["failed"] == 0 for trial in report["trials"])
+    async with aoti_sched.Scheduler.from_config(tmp_path / "scheduler.toml") as scheduler:
+        (runner,) = scheduler.runners.values()
+        assert runner.info.instances == report["best"]["candidate"]["instances"]
+        assert (await runner.run(*mlp.args)).shape[0] == mlp.args[0].shape[0]
+
+
+def test_a_budget_that_no_settings_keep_is_exit_code_3(mlp, tmp_path):
+    done = run("tune", mlp.path, "--p99", "1us", "--rate", "50", *FEW, cwd=tmp_path)
+    assert done.returncode == 3
+    assert "Nearest: threads 1" in done.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_takes_no_batches_is_tuned_without(tmp_path):
+    built = build("mutating")
+    arguments = ("tune", built.path, "--p99", "10s", "--rate", "20", *FEW[:-2])
+    done = run(*arguments, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    (note,) = report["notes"]
+    assert note.startswith("No batches were tried: model")
+    assert {trial["candidate"]["max_size"] for trial in report["trials"]} == {1}
+
+
+def test_ctrl_c_while_tuning_leaves_nothing_behind(mlp, tmp_path):
+    command = ("tune", str(mlp.path), "--p99", "10s", "--rate", "50", *FEW)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "aoti_sched", *command],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
+    lines = []
+    for line in process.stderr:
+        lines.append(line.strip())
+        if lines[-1].startswith("confirming"):
+            process.send_signal(signal.SIGINT)
+    process.stderr.close()
+    assert process.wait() == 130
+    assert lines[-1] == "aoti-sched: interrupted."
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- simulate -------------------------------------------------------------------------------------
+
+
+async def test_a_recording_of_a_real_model_is_simulated(mlp, tmp_path):
+    async with aoti_sched.Scheduler() as scheduler:
+        runner = await scheduler.load(mlp.path, batching=True, name="mlp")
+        with scheduler.record() as recording:
+            for _ in range(5):
+                await asyncio.gather(*(runner.run(mlp.args[0][:1]) for _ in range(8)))
+        recording.save(tmp_path / "t.json")
+    report = json_of("simulate", tmp_path / "t.json")
+    for column in ("recording", "same"):
+        assert report[column]["ended"] == {"DONE": 40}
+    assert report["recording"]["run"]["max"] > 0
+    changed = json_of("simulate", tmp_path / "t.json", "--max-size", "1")
+    assert changed["simulation"]["batches"] == {"1": 40}

@@ -69,6 +69,18 @@ def test_loading_is_measured_beside_its_floor(tmp_path):
     assert set(found) == {"tiny", "many", "imports", "beside_imports"}
 
 
+def test_the_command_line_is_measured_beside_the_benchmarks(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.agreement", "--only", "a,b"]
+    command += ["--repetitions", "1", "--seconds", "0.2", "--json", str(tmp_path / "it.json")]
+    ran = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    lines = json.loads((tmp_path / "it.json").read_text())
+    assert [line["figure"] for line in lines] == ["p50", "p99", "rate"]
+    assert all(value > 0 for line in lines for value in line["bench"] + line["benchmarks"])
+
+
 def only(names):
     return [argument for name in names for argument in ("--contestant", name)]
 

@@ -56,6 +56,18 @@ PROGRAMS = {
         ),
         "'expert-0' 16.0 MiB (it has held leases)",
     ],
+    "observed": [
+        "exposed     as 'observed'; the live page is http://127.0.0.1:",
+        "latency     of ",
+        "event loop  late by at most ",
+        "slowest     ",
+        " waited ",
+        " requests in ",
+        " samples, such as",
+        'aoti_sched_requests_total{device="cpu",outcome="completed"',
+        "observed, process ",
+        "eye     cpu     ok ",
+    ],
     "overload": [
         "capacity    ",
         "0.5 times the capacity, no bound",

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "aoti_sched" / "expose" / "page"
 MISSING = "/nonexistent"
 
 
@@ -119,4 +120,7 @@ def test_both_wheels_bring_the_same_python_and_no_sources(native, fallback):
 
     assert contents(native) == contents(fallback)
     assert {"aoti_sched/py.typed", "aoti_sched/backends/native/_native.pyi"} <= contents(native)
-    assert {Path(name).suffix for name in contents(native)} == {".py", ".pyi", ".typed"}
+    page = {f"aoti_sched/expose/page/{path.name}" for path in PAGE.iterdir()}
+    assert {"aoti_sched/expose/page/index.html"} < page <= contents(native)
+    suffixes = {Path(name).suffix for name in contents(native) - page}
+    assert suffixes == {".py", ".pyi", ".typed"}

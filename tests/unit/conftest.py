@@ -15,10 +15,8 @@ if TYPE_CHECKING:
 NEED_TORCH = {
     "test_batch_layout.py",
     "test_call_spec.py",
-    "test_findings.py",
     "test_input_check.py",
     "test_probing.py",
-    "test_resources.py",
     "test_weight_names.py",
 }
 

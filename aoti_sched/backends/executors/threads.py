@@ -14,8 +14,8 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from aoti_sched.at_exit import close_at_exit
 from aoti_sched.backends.contracts import Completion, Work
-from aoti_sched.backends.executors.at_exit import close_at_exit
 from aoti_sched.backends.executors.inline import refused, run_here, run_raw, without_frames
 from aoti_sched.backends.executors.wakeup_fd import WakeupFd
 from aoti_sched.errors import ResourcesError, UnsupportedLoopError

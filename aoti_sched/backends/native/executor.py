@@ -17,11 +17,11 @@ from torch._C._aoti import (
     unsafe_alloc_void_ptrs_from_tensors,
 )
 
+from aoti_sched.at_exit import close_at_exit
 from aoti_sched.backends.aoti.c_abi import explain_failure, libtorch
 from aoti_sched.backends.aoti.handles import DTYPES
 from aoti_sched.backends.aoti.handles import address_of as _address
 from aoti_sched.backends.contracts import Completion, CRun, Work
-from aoti_sched.backends.executors.at_exit import close_at_exit
 from aoti_sched.backends.executors.batches import Batch, gather, split
 from aoti_sched.backends.executors.inline import refused, run_here, without_frames
 from aoti_sched.backends.executors.threads import DRAIN_LIMIT, ThreadsExecutor

@@ -1,12 +1,20 @@
 """`bench`: loads on a fake backend, budgets, and reports that are compared."""
 
+import asyncio
+import time
+from functools import partial
+
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from aoti_sched import Limits
 from aoti_sched.cli import bench
-from aoti_sched.cli.load import Level, Load, Percentiles, percentiles
+from aoti_sched.cli.load import Level, Load
+from aoti_sched.percentiles import Percentiles, percentiles
 from aoti_sched.testing import FakeBackend, fake_scheduler
+from benchmarks.measure import percentile
 from tests.unit.cli.support import refused
 
 LATENCY = Percentiles(0.002, 0.001, 0.003, 0.01, 0.02)
@@ -40,6 +48,36 @@ def test_percentiles_are_of_the_nearest_rank():
     assert percentiles(values) == Percentiles(50.5, 50.0, 90.0, 99.0, 100.0)
     assert percentiles([3.0]) == Percentiles(3.0, 3.0, 3.0, 3.0, 3.0)
     assert percentiles([]) is None
+
+
+@given(st.lists(st.floats(0, 1e3), min_size=1), st.sampled_from([50, 90, 99, 100]))
+def test_percentiles_are_those_of_the_benchmarks(values, percent):
+    ours = percentiles(values)
+    figures = {50: ours.p50, 90: ours.p90, 99: ours.p99, 100: ours.max}
+    assert figures[percent] == percentile(values, percent)
+    # Nearest rank: `percent` of the values are no larger, and fewer are smaller.
+    within = sum(value <= figures[percent] for value in values)
+    below = sum(value < figures[percent] for value in values)
+    assert 100 * within >= percent * len(values) > 100 * below
+
+
+async def test_clients_ask_as_those_of_the_benchmarks_do():
+    """Both go on until the time is over, and count each answer that the runner has given."""
+    pytest.importorskip("torch")  # which the benchmarks import
+    from benchmarks.clients import ask
+
+    async with fake_scheduler(FakeBackend({"a": len}, auto=True)) as scheduler:
+        runner = await scheduler.load("a.pt2")
+        load = Load(runner, [(("abc",), {})])
+        for counted in (0, 1):
+            before = runner.stats().completed
+            if counted:
+                completed = (await load.clients(5, 0.05)).completed
+            else:
+                until = time.perf_counter() + 0.05
+                asking = (ask(partial(runner.run, "abc"), until) for _ in range(5))
+                completed = sum(await asyncio.gather(*asking))
+            assert completed == runner.stats().completed - before >= 5
 
 
 @pytest.mark.parametrize("clients", [1, 5])

@@ -68,6 +68,31 @@ def test_a_trivial_command_imports_neither_the_scheduler_nor_asyncio():
 
 
 @pytest.mark.parametrize(
+    ("arguments", "heavy"),
+    [
+        (["--help"], {"asyncio", "msgspec", "aoti_sched.config"}),
+        (["cache", "ls"], {"asyncio", "aoti_sched.package.package", "aoti_sched.model"}),
+    ],
+)
+def test_a_light_command_imports_what_it_needs_alone(tmp_path, arguments, heavy):
+    code = (
+        "import sys\n"
+        "from aoti_sched.cli.app import run\n"
+        f"assert run({arguments}) == 0\n"
+        f"names = {heavy} & {{*sys.modules}}\n"
+        "sys.exit(f'imported: {names}' if names else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "AOTI_SCHED_CACHE": str(tmp_path)},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (("cachee",), 'Unknown command "cachee". Did you mean "cache"?'),

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from aoti_sched.child import can_fork
-from aoti_sched.engine.probing import Rows, Symbol, examine, symbols_in, with_least
+from aoti_sched.engine.probe_values import Rows, Symbol, symbols_in, with_least
+from aoti_sched.engine.probing import examine
 from aoti_sched.errors import RunError
 from aoti_sched.model.specs import DynamicDim, ExampleSpec, TensorSpec
 
@@ -111,7 +112,7 @@ def test_an_error_of_the_examination_itself_is_reported_as_that(monkeypatch):
     def fail(self, todo, rows):
         raise ValueError("a mistake in it")
 
-    monkeypatch.setattr("aoti_sched.engine.probing._Examination.all", fail)
+    monkeypatch.setattr("aoti_sched.engine.probe_runs.ProbeRuns.all", fail)
     found = examine(Model(torch.relu), [X], symbols=symbols_in([X], stated_by_user=False))
     assert found.failure == "trying it failed by itself: ValueError: a mistake in it"
     assert found.least == {"s": (2, found.failure)}
