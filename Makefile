@@ -59,7 +59,7 @@ test-rest: $(VENV)/installed
 
 # The unit tests need neither torch nor a compiler, so each environment is small. Tests that need torch are skipped there.
 PYTHONS := 3.10 3.11 3.12 3.13
-UNIT_NEEDS := anyio msgspec structlog filelock tomli pytest pytest-asyncio pytest-xdist hypothesis trio uvloop safetensors numpy
+UNIT_NEEDS := anyio cyclopts rich msgspec structlog filelock tomli pytest pytest-asyncio pytest-xdist hypothesis trio uvloop safetensors numpy
 
 test-pythons:
 	@for folder in $$HOME/.pyenv/versions/*/bin; do PATH=$$folder:$$PATH; done; \

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 # Its handler runs after the exit handlers that a program registers from now on.
 import aoti_sched.at_exit  # noqa: F401
+from aoti_sched.version import VERSION
 
 if TYPE_CHECKING:
     from aoti_sched.apply import ConfigReport
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
         PackageNotFoundError,
         PlatformMismatchError,
         QueueFullError,
+        ReplayError,
         ResourcesError,
         RunError,
         RunnerClosedError,
@@ -61,9 +63,20 @@ if TYPE_CHECKING:
         WeightsFileError,
         WeightsTypeError,
     )
-    from aoti_sched.events import Held, Loaded, MemoryUse, Observer, Pause, Run, Trace, Wait
+    from aoti_sched.events import (
+        CallerObserver,
+        Held,
+        Loaded,
+        MemoryUse,
+        Observer,
+        Pause,
+        Run,
+        Trace,
+        Wait,
+    )
     from aoti_sched.explanation import explain
     from aoti_sched.expose.reports import Exposure
+    from aoti_sched.flight import FlightRecord
     from aoti_sched.histograms import EndedRequests, Histogram
     from aoti_sched.lease import Lease
     from aoti_sched.load_settings import LoadSettings
@@ -93,7 +106,7 @@ if TYPE_CHECKING:
         SplitStats,
     )
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _HOMES = {
     "apply": ("ConfigReport",),
@@ -134,6 +147,7 @@ _HOMES = {
         "PackageNotFoundError",
         "PlatformMismatchError",
         "QueueFullError",
+        "ReplayError",
         "ResourcesError",
         "RunError",
         "RunnerClosedError",
@@ -144,9 +158,20 @@ _HOMES = {
         "WeightsFileError",
         "WeightsTypeError",
     ),
-    "events": ("Held", "Loaded", "MemoryUse", "Observer", "Pause", "Run", "Trace", "Wait"),
+    "events": (
+        "CallerObserver",
+        "Held",
+        "Loaded",
+        "MemoryUse",
+        "Observer",
+        "Pause",
+        "Run",
+        "Trace",
+        "Wait",
+    ),
     "explanation": ("explain",),
     "expose.reports": ("Exposure",),
+    "flight": ("FlightRecord",),
     "histograms": ("EndedRequests", "Histogram"),
     "lease": ("Lease",),
     "load_settings": ("LoadSettings",),
@@ -206,6 +231,7 @@ __all__ = [
     "BlockingSession",
     "BlockingSplit",
     "BlockingSplitView",
+    "CallerObserver",
     "CompileError",
     "ConfigError",
     "ConfigReport",
@@ -221,6 +247,7 @@ __all__ = [
     "EpochError",
     "ExposeError",
     "Exposure",
+    "FlightRecord",
     "Held",
     "Histogram",
     "InputMismatchError",
@@ -250,6 +277,7 @@ __all__ = [
     "Priority",
     "QueueFullError",
     "Recording",
+    "ReplayError",
     "ResourcesError",
     "Run",
     "RunError",

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from aoti_sched.engine.weights.transaction import Barrier
     from aoti_sched.events import Observer
     from aoti_sched.expose.reports import Exposure
+    from aoti_sched.flight import FlightRecord
     from aoti_sched.load_settings import LoadSettings, Package
     from aoti_sched.recording import Recording
     from aoti_sched.runner import Runner
@@ -142,6 +143,10 @@ class BlockingScheduler:
     def stats(self) -> SchedulerStats:
         """Return the numbers of every device and runner as they are now."""
         return self._thread.ask(self._scheduler.stats)
+
+    def flight_record(self) -> FlightRecord:
+        """Return the last facts of every device, as `Scheduler.flight_record` does."""
+        return self._thread.ask(self._scheduler.flight_record)
 
     @overload
     def load(self, path: Package, **settings: Unpack[LoadSettings]) -> BlockingRunner: ...

@@ -64,6 +64,7 @@ _T = TypeVar("_T")
 _Count = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
 _Few = Annotated[int, Meta(ge=1, le=MOST)]
 """A number of lanes or instances. Each takes a thread, a stream or a model's memory."""
+_Facts = Annotated[int, Meta(ge=0, le=1 << 30)]
 _Core = Annotated[int, Meta(ge=0, le=65535)]
 _Delay = Annotated[float, Meta(ge=0, le=3600)]
 _Seconds = Annotated[float, Meta(gt=0)]
@@ -209,6 +210,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
             submission to its end; None for no such log.
         loop_lag: Seconds between two samples of the event loop's lag, which
             `SchedulerStats.loop_lag` counts; None for no samples.
+        flight_facts: How many of the last facts each device keeps for `Scheduler.flight_record`: a
+            request has three or more. 0 for none.
     """
 
     devices: dict[str, DeviceConfig] = {}
@@ -219,6 +222,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     log_requests: bool = False
     slow: _Delay | None = None
     loop_lag: _Delay | None = None
+    flight_facts: _Facts = 10_000
 
 
 def in_full(device: str) -> str:
@@ -326,6 +330,7 @@ def checked_config(config: object) -> SchedulerConfig:
         log_requests=flag("log_requests", config.log_requests),
         slow=_optional(config.slow, _Delay, "slow"),
         loop_lag=_optional(config.loop_lag, _Delay, "loop_lag"),
+        flight_facts=converted(config.flight_facts, _Facts, "flight_facts"),
     )
 
 

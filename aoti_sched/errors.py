@@ -354,5 +354,9 @@ class LeaseError(AotiSchedError):
     """A lease was used after its release, or a call would wait for a lease of its own task."""
 
 
+class ReplayError(AotiSchedError):
+    """A flight record can't be read, lacks its beginning, or comes from another release's rules."""
+
+
 class UnsupportedLoopError(AotiSchedError, RuntimeError):
     """A call came from outside asyncio (trio, no loop), or would block the loop's own thread."""

@@ -16,6 +16,7 @@ import contextlib
 import logging
 import sys
 from asyncio import _get_running_loop  # the public one raises
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -372,6 +373,10 @@ class MemoryUse(msgspec.Struct, frozen=True):
     used: int
 
 
+Event = Trace | Run | Pause | Held | MemoryUse | Loaded
+"""What an observer may see."""
+
+
 class Observer:
     """Sees what happens inside a scheduler. Override the methods that you need.
 
@@ -397,3 +402,21 @@ class Observer:
 
     def memory_changed(self, use: MemoryUse) -> None:
         """See weights that were measured, evicted, restored or freed."""
+
+
+class CallerObserver(Observer):
+    """An observer that also knows the callers of requests, such as one that makes spans."""
+
+    def caller(self) -> Any:
+        """Return what to keep of the caller of a request that is being submitted; None for nothing.
+
+        Called at each submission in the caller's own context, whose context variables are there.
+        """
+
+    def finished_for(self, trace: Trace, caller: Any) -> None:
+        """See a request that has ended, after `finished`, with what `caller` returned for it."""
+
+    def log_values(self, caller: Any) -> Mapping[str, Any]:
+        """Return what the log events of a request get besides, by name."""
+        del caller
+        return {}

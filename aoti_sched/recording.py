@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from typing import TYPE_CHECKING
+from collections import defaultdict, deque
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -16,18 +16,26 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterable, Iterator
 
+    _Parts = tuple[Any, ...]
+
 
 class Recording(Observer):
     """Keeps what has happened. Made by `Scheduler.record`, and is an `Observer` of its own.
 
     Args:
-        limit: The number of the last requests that are kept at least; and of runs, on each device.
+        limit: The number of the last requests that are kept at least; and of runs.
     """
 
     def __init__(self, limit: int = 100_000) -> None:
         self.limit = limit
         self._requests: list[Trace] = []
-        self._devices: dict[str, History] = defaultdict(lambda: History(limit))
+        self._histories: dict[str, History] = defaultdict(lambda: History(limit))
+        self._make_trace: Callable[[_Parts], Trace]
+        self._make_run: Callable[[_Parts], Run]
+        # What is kept while requests are served: no more than their values, made into traces and
+        # runs when the recording is read.
+        self.late_requests: deque[_Parts] = deque(maxlen=limit)
+        self.late_runs: deque[_Parts] = deque(maxlen=limit)
         self._going_on: list[Run | Held | Pause] = []
         self._keep: dict[type, Callable[..., None]] = {
             Trace: self.finished,
@@ -43,7 +51,7 @@ class Recording(Observer):
     @property
     def requests(self) -> list[Trace]:
         """The requests that have ended, in the order of their ends, with their `waits`."""
-        return [self._explained(trace) for trace in self._requests[-self.limit :]]
+        return [self._explained(trace) for trace in self._kept_requests()]
 
     def slowest(self, count: int = 10) -> list[Trace]:
         """Return the requests that took longest from submission to end, the slowest first.
@@ -51,7 +59,7 @@ class Recording(Observer):
         Args:
             count: How many, at most.
         """
-        kept = self._requests[-self.limit :]
+        kept = self._kept_requests()
         found = sorted(kept, key=lambda trace: trace.queued - trace.ended)[:count]
         return [self._explained(trace) for trace in found]
 
@@ -94,7 +102,7 @@ class Recording(Observer):
         yield from pieces(self._events())
 
     def _events(self) -> dict[str, DeviceEvents]:
-        kept = self._requests[-self.limit :]
+        kept = self._kept_requests()
         return {
             name: DeviceEvents(
                 requests=[trace for trace in kept if trace.device == name],
@@ -107,15 +115,35 @@ class Recording(Observer):
             for name, history in self._devices.items()
         }
 
+    @property
+    def _devices(self) -> dict[str, History]:
+        """What went on at each device."""
+        late = self.late_runs
+        while late:
+            self.ran(self._make_run(late.popleft()))
+        return self._histories
+
+    def _kept_requests(self) -> list[Trace]:
+        late = self.late_requests
+        while late:
+            self.finished(self._make_trace(late.popleft()))
+        return self._requests[-self.limit :]
+
     # --- what is observed ------------------------------------------------------------------------
 
     def keep(self, event: Trace | Run | Pause | Held | MemoryUse | Loaded) -> None:
         """Keep anything that an observer may see."""
         self._keep[type(event)](event)
 
+    def begin(
+        self, make_trace: Callable[[_Parts], Trace], make_run: Callable[[_Parts], Run]
+    ) -> None:
+        """Note how traces and runs are made of the values in `late_requests` and `late_runs`."""
+        self._make_trace, self._make_run = make_trace, make_run
+
     def loaded(self, model: Loaded) -> None:
         """Keep what a runner may take."""
-        self._devices[model.device].models[model.runner] = model
+        self._histories[model.device].models[model.runner] = model
 
     def finished(self, trace: Trace) -> None:
         """Keep a request."""
@@ -126,19 +154,19 @@ class Recording(Observer):
 
     def ran(self, run: Run) -> None:
         """Keep a run."""
-        self._devices[run.device].add_run(run)
+        self._histories[run.device].add_run(run)
 
     def paused(self, pause: Pause) -> None:
         """Keep a pause."""
-        self._devices[pause.device].add_pause(pause)
+        self._histories[pause.device].add_pause(pause)
 
     def held(self, held: Held) -> None:
         """Keep a lease."""
-        self._devices[held.device].add_held(held)
+        self._histories[held.device].add_held(held)
 
     def memory_changed(self, use: MemoryUse) -> None:
         """Keep a change of memory."""
-        self._devices[use.device].add_memory(use)
+        self._histories[use.device].add_memory(use)
 
     def goes_on(self, event: Run | Held | Pause) -> None:
         """Note what has not ended when the recording ends."""

@@ -59,6 +59,7 @@ from aoti_sched.errors import (
     brief,
 )
 from aoti_sched.events import Observer, log
+from aoti_sched.flight import FlightRecord, flight_record_of
 from aoti_sched.handle import Options
 from aoti_sched.model.call_spec import must_fit
 from aoti_sched.model.input_check import declared
@@ -216,6 +217,15 @@ class Scheduler:
         devices = {} if self._house is None else self._devices.stats()
         lag = None if self._loop_lag is None else self._loop_lag.snapshot()
         return SchedulerStats(devices=devices, rules=RULES, loop_lag=lag)
+
+    def flight_record(self) -> FlightRecord:
+        """Return the last facts of every device, which `aoti_sched.testing.replay` can replay.
+
+        Save them with a report of a fault. They are kept after the scheduler is closed. Making the
+        record takes about 5 µs of the loop's time for each fact.
+        """
+        devices = {} if self._house is None else self._devices.queues
+        return flight_record_of(devices.values())
 
     @overload
     async def load(self, path: Package, **settings: Unpack[LoadSettings]) -> Runner: ...
@@ -497,7 +507,7 @@ class Scheduler:
         a request waited. Afterwards, `recording.requests` and `recording.slowest()` do.
 
         Args:
-            limit: How many of the last requests are kept, and of the last runs on each device.
+            limit: How many of the last requests are kept, and of the last runs.
 
         Raises:
             ConfigError: The limit is no positive number.

@@ -63,6 +63,8 @@ def _panels(part: Part) -> list[Panel]:
                 lambda axes: _rates(axes, part, _titles(part)[0]),
                 lambda axes: _lags(axes, part),
             ]
+        case "l":
+            return [lambda axes: _rates(axes, part, part.title.replace("CPU time", "rate"))]
         case "f":
             return [lambda axes: _swaps(axes, part)]
         case "d":

@@ -18,6 +18,8 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
+from aoti_sched.recording import Recording
+
 from .report import number
 from .simulation import RULES, TRACES, Outcome, Requests, Rules, Scenario, Simulation, measure
 
@@ -116,6 +118,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max-wait", type=float, help="seconds after which a request is overdue (default: never)")
     add("--seed", type=int, default=usual.seed, help="(default: %(default)s)")
     add("--out", type=Path, metavar="FOLDER", help="write a picture there")
+    add(
+        "--timeline",
+        type=Path,
+        metavar="FILE",
+        help="write the last policy at the last load as a timeline, which Perfetto opens",
+    )
     add("--name", default="overload", help="the picture's (default: %(default)s)")
     add(
         "--parts",
@@ -179,8 +187,12 @@ def simulate(options: argparse.Namespace, tell: Callable[[str], None]) -> list[O
             tell(f"{name} at {load:g}x")
             rules = RULES[name]
             policy = replace_max_wait(rules, options.max_wait)
-            simulation = Simulation(requests, policy)
+            last = (load, name) == (options.load[-1], options.policies[-1])
+            recording = Recording(options.requests) if last and options.timeline else None
+            simulation = Simulation(requests, policy, recording)
             simulation.run()
+            if recording is not None:
+                recording.save(options.timeline)
             outcomes.append(measure(simulation))
     return outcomes
 
@@ -302,6 +314,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     count = len(outcomes) * options.requests
     told = f"{count:,} requests in {took:.0f} s: {took / count * 1e6:.0f} s for a million"
     console.print(told, highlight=False)
+    if options.timeline is not None:
+        console.print(f"Timeline: {options.timeline}", soft_wrap=True, highlight=False)
     if options.out is not None:
         path = options.out / f"{options.name}.png"
         if options.parts:

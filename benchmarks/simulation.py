@@ -18,11 +18,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from aoti_sched.engine.traces import loaded_of, run_of, trace_of
 from aoti_sched.queue.admission.load import Bounds
 from aoti_sched.queue.commands import Command, Launch, WakeAt
 from aoti_sched.queue.device_queue import DeviceQueue
 from aoti_sched.queue.job import Job, JobState, Priority
 from aoti_sched.queue.policy import Policy
+from aoti_sched.recording import Recording
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -226,13 +228,18 @@ class Simulation:
     A request goes to one of the devices that have its model: of two drawn at random, to that with
     less work under way, by the mean runs of their models. `state` is how each request ended,
     `ended` when that was, `device` where it went, and `home` when its run was over, if it ran.
+
+    A `recording` gets what a real scheduler would tell it, and saves the very same timeline.
     """
 
-    def __init__(self, requests: Requests, rules: Rules) -> None:
+    def __init__(
+        self, requests: Requests, rules: Rules, recording: Recording | None = None
+    ) -> None:
         scenario = requests.scenario
         count = scenario.requests
         self.requests = requests
         self.rules = rules
+        self.recording = recording
         self.now = 0.0
         self.facts = 0
         self.state = bytearray(count)
@@ -270,6 +277,11 @@ class Simulation:
             ]
             for model, (devices, share) in enumerate(zip(places(requests), shares, strict=False))
         ]
+
+        if recording is not None:
+            for queue in self.queues:
+                for runner in queue.runners.values():
+                    recording.loaded(loaded_of(queue, runner))
 
     def run(self) -> None:
         """To the end of the last request."""
@@ -318,6 +330,8 @@ class Simulation:
             if job is None:
                 commands = queues[device].tick(now)
             else:
+                if self.recording is not None:
+                    self._record_run(job, queues[device])
                 commands = queues[device].complete(job, now)
                 self.home[job.payload] = now
                 self._is_gone(device, job.payload)
@@ -352,6 +366,15 @@ class Simulation:
             )
         self.state[index] = job.state
         self.ended[index] = self.now
+        if self.recording is not None:
+            self.recording.finished(trace_of(job, self.queues[self.device[index]]))
+
+    def _record_run(self, job: Job, queue: DeviceQueue) -> None:
+        """A run that is over, before the queue hears of it."""
+        run = run_of(
+            job, queue, size=1, started=job.started, finished=self.now, now=self.now, ok=True
+        )
+        self.recording.ran(run)  # type: ignore[union-attr]
 
     def _is_gone(self, device: int, index: int) -> None:
         self._work[device] -= self._mean[self._model[index]]

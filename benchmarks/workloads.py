@@ -1,7 +1,8 @@
 """The workloads (a) to (e), and the list of them all.
 
 (a) to (c) and (e) run a model under clients, (d) the scheduler alone; those of live weights are in
-`live_weights.py`, those of batching in `batching.py`.
+`live_weights.py`, those of batching in `batching.py`, and what it costs to watch in
+`watching.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from aoti_sched.queue.device_queue import DeviceQueue
 from aoti_sched.queue.job import Job
 from aoti_sched.testing import FakeBackend
 
-from . import batching, live_weights, models
+from . import batching, live_weights, models, watching
 from . import contestants as field_of
 from .clients import ask, many_clients, serving
 from .contestants import Contestant, Run, Setting
@@ -368,5 +369,6 @@ def programme() -> dict[str, Workload]:
         ),
         *live_weights.workloads(),
         *batching.workloads(),
+        *watching.workloads(cores),
     ]
     return {workload.key: workload for workload in workloads}

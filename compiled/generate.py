@@ -20,7 +20,13 @@ PACKAGE = Path("aoti_sched")
 RULES = sorted(PACKAGE.glob("queue/**/[!_]*.py"))
 WAY = [
     PACKAGE / name
-    for name in ("engine/dispatcher.py", "model/call_spec.py", "model/input_check.py")
+    for name in (
+        "engine/dispatcher.py",
+        "engine/observers.py",
+        "engine/traces.py",
+        "model/call_spec.py",
+        "model/input_check.py",
+    )
 ]
 SEEN = PACKAGE / "errors.py"
 """Read for its types, but not compiled.

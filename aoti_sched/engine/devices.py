@@ -21,8 +21,8 @@ from aoti_sched.engine.worker import in_worker
 from aoti_sched.errors import ConfigError
 from aoti_sched.events import log
 from aoti_sched.queue.admission.load import Bounds
-from aoti_sched.queue.device_queue import DeviceQueue
 from aoti_sched.queue.policy import Policy
+from aoti_sched.queue.recorded import RecordedQueue
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -63,6 +63,8 @@ class Devices:
     ) -> None:
         self.opened = dict(given)
         self.dispatchers: dict[str, Dispatcher] = {}
+        self.queues: dict[str, RecordedQueue] = {}
+        """The queues of all devices, those that are closed included."""
         self._config = config
         self._settings = {in_full(name): settings for name, settings in config.devices.items()}
         self._clock = clock
@@ -209,11 +211,12 @@ class Devices:
         executor = self._executors.pop(name, None)
         if executor is None:
             executor = _open_executor(device, lanes, settings)
+        queue = _queue(name, settings, lanes, device.cores(), self._config.flight_facts)
         try:
             dispatcher = Dispatcher(
                 asyncio.get_running_loop(),
                 self._clock,
-                _queue(name, settings, lanes, device.cores()),
+                queue,
                 executor,
                 log_requests=self._config.log_requests,
                 slow=self._config.slow,
@@ -226,6 +229,7 @@ class Devices:
             executor.close()
             raise
         self.dispatchers[name] = dispatcher
+        self.queues[name] = queue
         dispatcher.observers = self._observers.if_any()
         log.info("device opened", device=name, executor=executor.kind, lanes=lanes)
         return dispatcher
@@ -342,10 +346,10 @@ def _lanes(name: str, settings: DeviceConfig, device: Device) -> int:
     return lanes
 
 
-def _queue(name: str, settings: DeviceConfig, lanes: int, cores: int) -> DeviceQueue:
+def _queue(name: str, settings: DeviceConfig, lanes: int, cores: int, keep: int) -> RecordedQueue:
     if not name.startswith("cpu"):  # a lane that waits for its device keeps no core busy
         cores = max(cores, lanes)
-    return DeviceQueue(
+    return RecordedQueue(
         name,
         lanes,
         Bounds(settings.limits.jobs, settings.limits.bytes),
@@ -353,6 +357,7 @@ def _queue(name: str, settings: DeviceConfig, lanes: int, cores: int) -> DeviceQ
         policy=Policy(max_wait=settings.max_wait),
         memory_limit=settings.memory_limit,
         evicts=settings.evict is not None,
+        keep=keep,
     )
 
 

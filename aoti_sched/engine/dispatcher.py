@@ -17,7 +17,7 @@ from aoti_sched.backends.executors.batches import Batch
 from aoti_sched.engine.numbers import device_stats, runner_stats
 from aoti_sched.engine.observers import Observers, going_on
 from aoti_sched.engine.request import deadline_error, tag_of
-from aoti_sched.engine.traces import name_of, run_of, trace_of
+from aoti_sched.engine.traces import name_of
 from aoti_sched.errors import AotiSchedError, DeviceLostError
 from aoti_sched.events import Held, MemoryUse, Pause, log
 from aoti_sched.foreign import out_of_resources, said
@@ -140,6 +140,8 @@ class Dispatcher:
 
     def submit(self, job: Job, *, wait: bool) -> None:
         """Queue a new job, whose `payload` is its future. Raises the error of a rejected job."""
+        if self.observers is not None:
+            self.observers.submitted(job.payload)
         try:
             self.perform(self.queue.submit(job, self._clock.time(), wait=wait))
         except AotiSchedError as error:
@@ -180,9 +182,9 @@ class Dispatcher:
             future, job.payload = job.payload, None
             self.perform(self.queue.cancel(job, self._clock.time()))
             if self._watches and job.slot < 0:  # what runs is logged when it has ended
-                self._log_job(job, tag_of(future))
+                self._log_job(job, future)
             if self.observers is not None:
-                self.observers.tell(trace_of(job, self.queue, tag_of(future)))
+                self.observers.ended(job, self.queue, future)
 
     def going_on(self) -> list[Any]:
         """Return the runs, leases and pauses that have begun and not ended."""
@@ -359,17 +361,7 @@ class Dispatcher:
         job, size = (token[0], len(token)) if type(token) is tuple else (token, 1)
         if self.observers is not None:
             started, finished = completion.started, completion.finished
-            self.observers.tell(
-                run_of(
-                    job,
-                    self.queue,
-                    size=size,
-                    started=started,
-                    finished=finished,
-                    now=now,
-                    ok=ok,
-                )
-            )
+            self.observers.ran(job, self.queue, size, started, finished, now, ok)
         return self.queue.complete(
             job,
             now,
@@ -396,6 +388,9 @@ class Dispatcher:
     def _log_failure(self, token: Any, error: BaseException) -> None:
         jobs = token if type(token) is tuple else (token,)
         tags = [tag for tag in map(tag_of, [job.payload for job in jobs]) if tag]
+        values: dict[str, Any] = {"tags": tags} if tags else {}
+        if self.observers is not None and len(jobs) == 1:
+            values.update(self.observers.log_values(jobs[0].payload))
         log.warning(
             "run failed",
             runner=jobs[0].source.name,
@@ -403,7 +398,7 @@ class Dispatcher:
             job=jobs[0].id,
             batch_size=len(jobs),
             error=error,
-            **({"tags": tags} if tags else {}),
+            **values,
         )
 
     def _settle_job(self, job: Job, error: BaseException | None, outputs: list[Any] | None) -> None:
@@ -414,9 +409,9 @@ class Dispatcher:
             else:
                 future._refuse(error)
         if self._watches:
-            self._log_job(job, tag_of(future))
+            self._log_job(job, future)
         if self.observers is not None and future is not None:
-            self.observers.tell(trace_of(job, self.queue, tag_of(future)))
+            self.observers.ended(job, self.queue, future)
 
     def perform(self, commands: list[Command]) -> None:
         """Perform all commands of a fact. The first error of a command is raised at the end."""
@@ -461,7 +456,7 @@ class Dispatcher:
                 future, job.payload, lease.holder = job.payload, None, None
                 future.set_result(lease)
                 if self.observers is not None:
-                    self.observers.tell(trace_of(job, self.queue, tag_of(future)))
+                    self.observers.ended(job, self.queue, future)
             case Revoke(job=job, error=error) | Shed(job=job, error=error):
                 self._fail(job, error)
             case Failing(runner=runner):
@@ -499,7 +494,7 @@ class Dispatcher:
             case Reject(job=job, error=error):
                 future, job.payload = job.payload, None
                 if self.observers is not None:
-                    self.observers.tell(trace_of(job, self.queue, tag_of(future)))
+                    self.observers.ended(job, self.queue, future)
                 raise error
             case _:
                 raise TypeError(f"the queue gave an unknown command {command!r}")
@@ -509,9 +504,9 @@ class Dispatcher:
         if future is not None and not future.done():
             future._refuse(error)
         if self._watches:
-            self._log_job(job, tag_of(future))
+            self._log_job(job, future)
         if self.observers is not None and future is not None:
-            self.observers.tell(trace_of(job, self.queue, tag_of(future)))
+            self.observers.ended(job, self.queue, future)
 
     def _tick(self) -> None:
         self._timer = None
@@ -523,7 +518,7 @@ class Dispatcher:
     def _go_on(self) -> None:
         self.perform(self.queue.go_on(self._clock.time()))
 
-    def _log_job(self, job: Job, tag: str) -> None:
+    def _log_job(self, job: Job, future: object) -> None:
         """Log a request that has ended, where requests or slow ones are logged."""
         ended = job.finished or self._clock.time()
         seconds = ended - job.submitted
@@ -545,8 +540,16 @@ class Dispatcher:
             seconds=round(seconds, 6),
             queue_seconds=round(job.started - job.submitted, 6) if job.started else None,
             run_seconds=round(job.finished - job.started, 6) if job.started else None,
-            **({"tag": tag} if tag else {}),
+            **self._log_values(future),
         )
+
+    def _log_values(self, future: object) -> dict[str, Any]:
+        """Return what the caller's tag and observers add to an event of a request."""
+        tag = tag_of(future)
+        values: dict[str, Any] = {"tag": tag} if tag else {}
+        if self.observers is not None:
+            values.update(self.observers.log_values(future))
+        return values
 
 
 def _work(job: Job) -> Work:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from aoti_sched.engine.replica import Replica
+    from aoti_sched.engine.request import Callers
     from aoti_sched.queue.job import Job
 
 
@@ -27,7 +28,7 @@ class RunFuture(asyncio.Future[R]):
     lane, and its result is dropped.
     """
 
-    __slots__ = ("_inputs", "_job", "_replica", "_tag")
+    __slots__ = ("_callers", "_inputs", "_job", "_replica", "_tag")
 
     _replica: Replica
     _job: Job
@@ -35,6 +36,8 @@ class RunFuture(asyncio.Future[R]):
     """Kept until the run begins; in a batch to its end, since a failed batch is retried singly."""
     _tag: str
     """Set only where the request has one; see `tag_of`."""
+    _callers: Callers
+    """Set only where observers have kept the caller; see `callers_of`."""
 
     @property
     def trace(self) -> Trace:

@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from aoti_sched.engine.traces import loaded_of, run_of
-from aoti_sched.events import Held, Loaded, MemoryUse, Observer, Pause, Run, Trace, log
+from aoti_sched.engine.request import callers_of, tag_of
+from aoti_sched.engine.traces import (
+    loaded_of,
+    made_run,
+    made_trace,
+    run_of,
+    run_parts,
+    trace_parts,
+)
+from aoti_sched.events import (
+    CallerObserver,
+    Event,
+    Held,
+    Loaded,
+    MemoryUse,
+    Observer,
+    Pause,
+    Run,
+    Trace,
+    log,
+)
 from aoti_sched.foreign import raise_again
 from aoti_sched.recording import Recording
 
 if TYPE_CHECKING:
+    from aoti_sched.engine.request import Callers
+    from aoti_sched.engine.traces import Parts
     from aoti_sched.queue.device_queue import DeviceQueue
+    from aoti_sched.queue.job import Job
 
-_Event = Trace | Run | Pause | Held | MemoryUse | Loaded
 _METHODS: dict[type, str] = {
     Trace: "finished",
     Run: "ran",
@@ -35,6 +56,8 @@ class Observed(Protocol):
 
     def going_on(self) -> list[Run | Held | Pause]: ...
 
+    def now(self) -> float: ...
+
 
 class Observers:
     """The observers of one scheduler.
@@ -46,8 +69,12 @@ class Observers:
 
     def __init__(self) -> None:
         self._recordings: list[Recording] = []
+        self._keep_requests: list[Callable[[Parts], None]] = []
+        self._keep_runs: list[Callable[[Parts], None]] = []
         self._others: list[Observer] = []
-        self._pending: list[_Event] = []
+        self._know_callers: list[CallerObserver] = []
+        self._wanted: set[type] = set()
+        self._pending: list[tuple[Event, Callers]] = []
         self._dispatchers: Mapping[str, Observed] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -76,10 +103,16 @@ class Observers:
         ]
         if isinstance(observer, Recording):
             self._recordings.append(observer)
+            observer.begin(made_trace, made_run)
             for model in present:
                 observer.loaded(model)
+            for dispatcher in self._dispatchers.values():
+                for use in evicted_from(dispatcher.queue, dispatcher.now()):
+                    observer.keep(use)
         else:
             self._others.append(observer)
+            if isinstance(observer, CallerObserver):
+                self._know_callers.append(observer)
             for model in present:
                 self._call(observer, model)
         self._connect()
@@ -93,25 +126,75 @@ class Observers:
                 for event in self._going_on():
                     observer.goes_on(event)
         elif observer in self._others:
-            self._others.remove(observer)
+            self._forget(observer)
         self._connect()
 
-    def tell(self, event: _Event) -> None:
-        """Tell all observers of something that has happened. Never raises."""
+    def submitted(self, future: Any) -> None:
+        """Let observers keep something of the caller of a request. Never raises."""
+        if self._know_callers:
+            found = [(one, self._try(one, one.caller)) for one in list(self._know_callers)]
+            callers = [(one, caller) for one, caller in found if caller is not None]
+            if callers:
+                future._callers = callers  # noqa: SLF001
+
+    def log_values(self, future: object) -> dict[str, Any]:
+        """Return what the log events of a request get from observers. Never raises."""
+        values: dict[str, Any] = {}
+        for observer, caller in callers_of(future):
+            values.update(self._try(observer, observer.log_values, caller) or {})
+        return values
+
+    def ended(self, job: Job, queue: DeviceQueue, future: object) -> None:
+        """Tell all observers of a request that has ended. Never raises.
+
+        A recording keeps the values, and makes a trace of them when it is read.
+        """
+        parts = trace_parts(job, queue, tag_of(future))
+        for keep in self._keep_requests:
+            keep(parts)
+        if self._others:
+            callers = callers_of(future)
+            if callers or Trace in self._wanted:
+                self._tell_soon(made_trace(parts), callers)
+
+    def ran(
+        self,
+        job: Job,
+        queue: DeviceQueue,
+        size: int,
+        started: float,
+        finished: float,
+        now: float,
+        ok: bool,
+    ) -> None:
+        """Tell all observers of a run that is over, as `run_of` makes it. Never raises."""
+        parts = run_parts(job, queue, size, started, finished, now, ok)
+        for keep in self._keep_runs:
+            keep(parts)
+        if self._others and Run in self._wanted:
+            self._tell_soon(made_run(parts), ())
+
+    def tell(self, event: Event) -> None:
+        """Tell all observers of something else that has happened. Never raises."""
         for recording in self._recordings:
             recording.keep(event)
         if self._others:
-            if not self._pending and self._loop is not None:
-                self._loop.call_soon(self.flush)
-            self._pending.append(event)
+            self._tell_soon(event, ())
+
+    def _tell_soon(self, event: Event, callers: Callers) -> None:
+        if not self._pending and self._loop is not None:
+            self._loop.call_soon(self.flush)
+        self._pending.append((event, callers))
 
     def flush(self) -> None:
         """Pass the pending events to observers."""
         while self._pending:
             events, self._pending = self._pending, []
-            for event in events:
+            for event, callers in events:
                 for observer in list(self._others):
                     self._call(observer, event)
+                for one, caller in callers:
+                    self._try(one, one.finished_for, event, caller)
 
     def explained(self, trace: Trace) -> Trace:
         """Return a trace with the causes of its waits, where a recording is on."""
@@ -121,23 +204,42 @@ class Observers:
         return msgspec.structs.replace(trace, waits=waits)
 
     def _connect(self) -> None:
+        self._keep_requests = [one.late_requests.append for one in self._recordings]
+        self._keep_runs = [one.late_runs.append for one in self._recordings]
+        self._wanted = {
+            kind
+            for kind, method in _METHODS.items()
+            for one in self._others
+            if getattr(getattr(one, method), "__func__", None) is not getattr(Observer, method)
+        }
         for dispatcher in self._dispatchers.values():
             dispatcher.observers = self.if_any()
 
-    def _call(self, observer: Observer, event: _Event) -> None:
+    def _call(self, observer: Observer, event: Event) -> None:
+        self._try(observer, getattr(observer, _METHODS[type(event)]), event)
+
+    def _try(self, observer: Observer, method: Callable[..., Any], *arguments: Any) -> Any:
+        """Call an observer, and return its answer; None where it raises, or was dropped before."""
         if observer not in self._others:  # dropped, or removed by another observer
-            return
+            return None
         try:
-            getattr(observer, _METHODS[type(event)])(event)
+            return method(*arguments)
         except BaseException as error:  # noqa: BLE001 -- an observer is foreign code
-            self._others.remove(observer)
-            self._connect()
-            log.error(
-                "observer dropped", observer=type(observer).__name__, error=error, exc_info=error
-            )
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                # Raised once the current callback has ended.
-                asyncio.get_running_loop().call_soon(raise_again, error)
+            self._drop(observer, error)
+            return None
+
+    def _drop(self, observer: Observer, error: BaseException) -> None:
+        self._forget(observer)
+        self._connect()
+        log.error("observer dropped", observer=type(observer).__name__, error=error, exc_info=error)
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            # Raised once the current callback has ended.
+            asyncio.get_running_loop().call_soon(raise_again, error)
+
+    def _forget(self, observer: Observer) -> None:
+        self._others.remove(observer)
+        if isinstance(observer, CallerObserver):
+            self._know_callers.remove(observer)
 
     def _going_on(self) -> list[Run | Held | Pause]:
         """Return the runs, leases and pauses that have begun and not ended, as if they ended now.
@@ -145,6 +247,16 @@ class Observers:
         Their ends are infinite.
         """
         return [event for one in self._dispatchers.values() for event in one.going_on()]
+
+
+def evicted_from(queue: DeviceQueue, now: float) -> Iterable[MemoryUse]:
+    """Return the models whose weights are evicted at a device, as if that had happened now."""
+    memory = queue.memory
+    for holding, runner in memory.holdings.items():
+        if runner is not None and not holding.is_here:
+            yield MemoryUse(
+                queue.name, holding.name, "evicted", now, memory.of(holding), memory.used
+            )
 
 
 def going_on(queue: DeviceQueue, closed: Mapping[str, float]) -> Iterable[Run | Held | Pause]:

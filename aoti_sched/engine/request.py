@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from aoti_sched.backends.contracts import Container
+    from aoti_sched.events import CallerObserver
     from aoti_sched.model.batch_layout import Grouping
     from aoti_sched.queue.job import Job
+
+    Callers = Sequence[tuple[CallerObserver, Any]]
 
 
 class Model(Protocol):
@@ -45,6 +48,12 @@ def tag_of(future: object) -> str:
     """Return what the caller named a request; "" for a request, or anything else, without a tag."""
     tag: str = getattr(future, "_tag", "")
     return tag
+
+
+def callers_of(future: object) -> Callers:
+    """Return what observers have kept of the caller of a request."""
+    callers: Callers = getattr(future, "_callers", ())
+    return callers
 
 
 def deadline_error(job: Job, takes: float | None) -> DeadlineExceededError:

@@ -1,8 +1,13 @@
-"""Traces: what observers see of requests, runs and runners, as plain values."""
+"""Traces: what observers see of requests, runs and runners, as plain values.
+
+Compiled, as the rules are: a recording keeps the plain values of each request and each run, and
+makes a `Trace` or a `Run` of them when it is read. Python's collector of garbage soon leaves
+tuples of numbers and text alone, however many are kept.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aoti_sched.events import Loaded, Run, Trace
 from aoti_sched.queue.job import Fact, Job, JobState
@@ -12,10 +17,16 @@ if TYPE_CHECKING:
     from aoti_sched.queue.device_queue import DeviceQueue
     from aoti_sched.queue.runner_state import RunnerState
 
+Parts = tuple[Any, ...]
+"""The values of a `Trace` or a `Run`."""
+
 _PRIORITIES = ("HIGH", "NORMAL", "LOW")
-_NOT_ENDED = (JobState.NEW, JobState.WAITING, JobState.QUEUED, JobState.RUNNING, JobState.WITHDRAWN)
-_ENDS = {Fact.REJECT, Fact.EXPIRE, Fact.CANCEL, Fact.REVOKE, Fact.SHED}
-_WORDS = {state: state.name for state in JobState}
+_WORDS = tuple(state.name for state in JobState)
+_FIELDS = (
+    *("runner", "device", "state", "placement", "lane", "slot", "epoch", "queued", "started"),
+    *("finished", "batch_size", "tag", "job", "priority", "tenant", "timeout", "lease"),
+    *("min_epoch", "admitted", "launched", "ended", "rows"),
+)
 
 
 def name_of(queue: DeviceQueue, source: Source) -> str:
@@ -27,40 +38,50 @@ def name_of(queue: DeviceQueue, source: Source) -> str:
 
 def trace_of(job: Job, queue: DeviceQueue, tag: str = "") -> Trace:
     """Return the trace of a job, as far as it is known now."""
+    return made_trace(trace_parts(job, queue, tag))
+
+
+def made_trace(parts: Parts) -> Trace:
+    """Return the trace that `trace_parts` has given the values of."""
+    return Trace(**dict(zip(_FIELDS, parts, strict=True)))
+
+
+def trace_parts(job: Job, queue: DeviceQueue, tag: str) -> Parts:
+    """Return the values of a job's trace, as far as they are known now."""
     state = job.state
-    ended = 0.0 if state in _NOT_ENDED else job.finished
+    ended = 0.0 if state <= JobState.RUNNING or state is JobState.WITHDRAWN else job.finished
     admitted = 0.0 if state is JobState.WAITING else job.submitted
     for time, fact, _ in job.recorded:
         if fact is Fact.ADMIT:
             admitted = time
         elif fact is Fact.HOLD:
             admitted = 0.0
-        elif fact in _ENDS:
+        elif fact is not Fact.WITHDRAW:  # the others end a job
             ended = time
     tenant, deadline = job.tenant, job.deadline
-    return Trace(
-        runner=name_of(queue, job.source),
-        device=queue.name,
-        state=_WORDS[state],
-        placement="inline" if job.inline else "lane",
-        lane=job.lane,
-        slot=job.slot,
-        epoch=job.epoch,
-        queued=job.submitted,
-        started=job.started,
-        finished=job.finished if job.slot >= 0 else 0.0,
-        batch_size=job.batch,
-        tag=tag,
-        job=job.id,
-        priority=_PRIORITIES[job.priority],
-        tenant="" if tenant is None else repr(tenant),
-        timeout=None if deadline is None else deadline - job.submitted,
-        lease=job.is_lease_request,
-        min_epoch=job.min_epoch,
-        admitted=admitted,
-        launched=job.launched,
-        ended=ended,
-        rows=job.rows,
+    return (
+        name_of(queue, job.source),
+        queue.name,
+        _WORDS[state],
+        "inline" if job.inline else "lane",
+        job.lane,
+        job.slot,
+        job.epoch,
+        job.submitted,
+        job.started,
+        job.finished if job.slot >= 0 else 0.0,
+        job.batch,
+        tag,
+        job.id,
+        _PRIORITIES[job.priority],
+        "" if tenant is None else repr(tenant),
+        None if deadline is None else deadline - job.submitted,
+        job.is_lease_request,
+        job.min_epoch,
+        admitted,
+        job.launched,
+        ended,
+        job.rows,
     )
 
 
@@ -85,8 +106,26 @@ def run_of(
         now: When the end of the run was collected.
         ok: Whether the run succeeded.
     """
+    return made_run(run_parts(job, queue, size, started, finished, now, ok))
+
+
+def made_run(parts: Parts) -> Run:
+    """Return the run that `run_parts` has given the values of."""
+    return Run(*parts)
+
+
+def run_parts(
+    job: Job,
+    queue: DeviceQueue,
+    size: int,
+    started: float,
+    finished: float,
+    now: float,
+    ok: bool,
+) -> Parts:
+    """Return the values of a run, as `run_of` does."""
     source, tenant = job.source, job.tenant
-    return Run(
+    return (
         queue.name,
         name_of(queue, source),
         job.id,

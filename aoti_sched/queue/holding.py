@@ -32,6 +32,7 @@ class Holding:
         updating: Whether the weights are being changed, so that the model is not evicted.
         parked: How often the model was evicted.
         payload: The caller's own; no rule reads it.
+        number: The number of the record on its device, where facts are recorded; -1 before.
     """
 
     __slots__ = (
@@ -39,6 +40,7 @@ class Holding:
         "fixed",
         "inactive",
         "name",
+        "number",
         "parked",
         "payload",
         "since",
@@ -58,6 +60,7 @@ class Holding:
         self.updating = False
         self.parked = 0
         self.payload: Any = None
+        self.number = -1
 
     @property
     def bytes(self) -> int:

@@ -107,12 +107,14 @@ class IllegalFactError(Exception):
 
     Attributes:
         story: What had happened to the job, as (time, fact), in order; empty where no job is meant.
+        record: The last facts of the device (`recorded.RecordedQueue`), where they are recorded.
     """
 
     def __init__(self, message: str, story: tuple[Moment, ...] = ()) -> None:
         told = ", ".join(f"{fact} at {time:.15g}" for time, fact in story)
         super().__init__(f"{message}. Its story: {told}" if told else message)
         self.story = story
+        self.record: Any = None
 
 
 class Job:

@@ -38,9 +38,12 @@ class Claim:
         size: The bytes to reserve, kept as `bytes`.
         payload: The caller's own; no rule reads it.
         returns: The evicted runner that the memory restores; None for a load or an update.
+
+    Attributes:
+        number: The number of the claim on its device, where facts are recorded; -1 before.
     """
 
-    __slots__ = ("bytes", "holding", "payload", "returns")
+    __slots__ = ("bytes", "holding", "number", "payload", "returns")
 
     def __init__(
         self,
@@ -54,6 +57,7 @@ class Claim:
         self.bytes = size
         self.payload = payload
         self.returns = returns
+        self.number = -1
 
 
 class Memory:

@@ -198,6 +198,7 @@ class RunnerState(Source):
         used: When it last ran or gave out a slot, where runners may be evicted.
         histograms: How long jobs waited and ran, by how they ended and their priority.
         rejections: Rejected jobs by the name of the error.
+        number: The number of the runner on its device, where facts are recorded; -1 otherwise.
     """
 
     __slots__ = (
@@ -215,6 +216,7 @@ class RunnerState(Source):
         "leases",
         "lined",
         "memory",
+        "number",
         "phase",
         "placing",
         "predicts",
@@ -283,6 +285,7 @@ class RunnerState(Source):
         self.epoch_bound = EpochJobs()
         self.memory = memory
         self.used = -math.inf
+        self.number = -1
 
     def let_go(self) -> None:
         """Drop the runner's reference to itself, so that a removed runner is in no cycle.

@@ -20,6 +20,7 @@ from aoti_sched.testing.backend import FakeBackend, settle
 from aoti_sched.testing.clock import ManualClock, ManualTimer
 from aoti_sched.testing.container import FakeCall, FakeContainer
 from aoti_sched.testing.executor import FakeExecutor
+from aoti_sched.testing.replay import Replayed, replay, replay_device
 
 try:
     from aoti_sched.testing.plugin import aoti_backend, aoti_clock, aoti_scheduler, fake_scheduler
@@ -34,9 +35,12 @@ __all__ = [
     "FakeExecutor",
     "ManualClock",
     "ManualTimer",
+    "Replayed",
     "aoti_backend",
     "aoti_clock",
     "aoti_scheduler",
     "fake_scheduler",
+    "replay",
+    "replay_device",
     "settle",
 ]

@@ -43,6 +43,7 @@ CHOSEN = {
     "h": ["bare loop", "hand-written, 64 clients", "auto, batching, 64 clients"],
     "i": ["auto", "auto, batching"],
     "j": ["bare loop", "aoti_sched, ragged"],
+    "l": ["nothing attached", "recording"],
 }
 
 

@@ -80,7 +80,8 @@ def workplace(tmp_path_factory):
 
 def granted():
     """Return what the pages take for granted, by name."""
-    names = {**vars(aoti_sched), "aoti_sched": aoti_sched, "asyncio": asyncio, "pytest": pytest}
+    public = {name: getattr(aoti_sched, name) for name in aoti_sched.__all__}
+    names = {**public, "aoti_sched": aoti_sched, "asyncio": asyncio, "pytest": pytest}
     exec(ENCODER, names)
     torch = names["torch"]
     ranker = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))

@@ -5,14 +5,17 @@ queueing theory knows comes out.
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from aoti_sched.queue.job import JobState
+from aoti_sched.recording import Recording
 from benchmarks import simulate
 from benchmarks.simulation import (
     RULES,
@@ -256,3 +259,35 @@ def test_a_wrong_argument_is_refused(wrong, told, capsys):
     with pytest.raises(SystemExit):
         simulate.arguments(wrong)
     assert told in capsys.readouterr().err
+
+
+# --- timelines ------------------------------------------------------------------------------------
+
+
+def test_a_simulation_is_recorded_as_a_scheduler_would_be(tmp_path):
+    """Each request once and each run, and the causes of the waits add up."""
+    recording = Recording(SMALL.requests)
+    simulation = Simulation(Requests(with_load(SMALL, 2.0)), RULES["default"], recording)
+    simulation.run()
+    traces = recording.requests
+    assert Counter(trace.state for trace in traces) == measure(simulation).ends
+    for trace in traces[:: len(traces) // 200]:
+        waited = (trace.started or trace.ended) - trace.queued
+        assert sum(wait.seconds for wait in trace.waits) == pytest.approx(waited)
+        assert not {"unknown", "loop"} & {wait.cause for wait in trace.waits}
+    recording.save(tmp_path / "timeline.json")
+    events = json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]
+    runs = [event for event in events if event["ph"] == "X"]
+    assert len(runs) == np.count_nonzero(np.frombuffer(simulation.home, np.float64))
+    tracks = {event["args"]["name"] for event in events if event["name"] == "process_name"}
+    assert tracks == {"device 0", "device 1"}
+
+
+def test_the_command_writes_the_last_simulation(tmp_path, capsys):
+    path = tmp_path / "timeline.json"
+    simulate.main(
+        ["--requests", "200", "--load", "1", "--policies", "fifo,default", "--timeline", str(path)]
+    )
+    assert f"Timeline: {path}" in capsys.readouterr().out
+    events = json.loads(path.read_text())["traceEvents"]
+    assert {event["cat"] for event in events if "cat" in event} == {"run", "waiting"}

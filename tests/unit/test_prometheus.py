@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import shutil
-import socket
 import subprocess
 import threading
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
 
 import pytest
 
@@ -25,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families  # noqa: E40
 
 from aoti_sched.exporters import prometheus  # noqa: E402
 from aoti_sched.exporters.prometheus import Collector  # noqa: E402
+from tests.unit.prometheus_server import needs_prometheus, prometheus_server  # noqa: E402
 
 
 def scraped(collector):
@@ -185,7 +180,7 @@ async def test_promtool_finds_nothing_to_complain_of():
     assert (checked.returncode, checked.stderr) == (0, "")
 
 
-@needs_promtool
+@needs_prometheus
 def test_a_prometheus_server_scrapes_a_process(tmp_path):
     registry = prometheus_client.CollectorRegistry()
     with BlockingScheduler(devices={"cpu": FakeBackend({"m": len}, auto=True)}) as scheduler:
@@ -193,45 +188,6 @@ def test_a_prometheus_server_scrapes_a_process(tmp_path):
         for _ in range(7):
             runner.run("abc")
         registry.register(Collector(scheduler))
-        server, thread = prometheus_client.start_http_server(0, "127.0.0.1", registry)
-        config = tmp_path / "prometheus.yml"
-        config.write_text(
-            "global: {scrape_interval: 1s}\n"
-            "scrape_configs:\n"
-            "- job_name: ours\n"
-            f"  static_configs: [{{targets: ['127.0.0.1:{server.server_port}']}}]\n"
-        )
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            address = f"127.0.0.1:{free.getsockname()[1]}"
-        command = ["prometheus", f"--config.file={config}", f"--storage.tsdb.path={tmp_path}/data"]
-        with (
-            (tmp_path / "log").open("w") as log,
-            subprocess.Popen(
-                [*command, f"--web.listen-address={address}"], stdout=log, stderr=log
-            ) as process,
-        ):
-            try:
-                found = _asked(address, "sum(aoti_sched_requests_total)", process, tmp_path / "log")
-            finally:
-                process.terminate()
-        server.shutdown()
-        server.server_close()
-        thread.join(60)
-    assert found == "7"
-
-
-def _asked(address, query, process, log):
-    """Ask the server until it has an answer."""
-    url = f"http://{address}/api/v1/query?query={urllib.parse.quote(query)}"
-    until = time.monotonic() + 90
-    while time.monotonic() < until:
-        assert process.poll() is None, log.read_text()
-        try:
-            with urllib.request.urlopen(url, timeout=10) as response:
-                result = json.load(response)["data"]["result"]
-        except (urllib.error.URLError, ConnectionError):
-            result = []
-        if result:
-            return result[0]["value"][1]
-        time.sleep(0.2)
-    raise AssertionError("the server has no answer:\n" + log.read_text())
+        with prometheus_server(registry, tmp_path) as server:
+            found = server.ask("sum(aoti_sched_requests_total)")
+    assert found == [({}, "7")]

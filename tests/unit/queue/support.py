@@ -11,9 +11,9 @@ import msgspec
 from aoti_sched.queue import invariants
 from aoti_sched.queue.admission.load import Bounds
 from aoti_sched.queue.commands import Grant, Launch, Reject
-from aoti_sched.queue.device_queue import DeviceQueue
 from aoti_sched.queue.job import Job
 from aoti_sched.queue.policy import Policy
+from aoti_sched.queue.recorded import RecordedQueue
 
 FACTS = (
     "drain_runner",
@@ -48,13 +48,13 @@ FACTS = (
 
 
 class CheckedQueue:
-    """A `DeviceQueue` whose invariants are checked after every fact, also after one that raised.
+    """A `RecordedQueue` whose invariants are checked after every fact, also after one that raised.
 
     The class wraps a queue, since Python classes can't extend a class that mypyc has compiled.
     """
 
     def __init__(self, *args, **kwargs):
-        self.unchecked = DeviceQueue(*args, **kwargs)
+        self.unchecked = RecordedQueue(*args, **kwargs)
 
     def __getattr__(self, name):
         thing = getattr(self.unchecked, name)
@@ -141,6 +141,8 @@ def picture(thing, seen=None):
         return thing
     if isinstance(thing, (list, tuple, deque)):
         return [picture(item, seen) for item in thing]
+    if isinstance(thing, (set, frozenset)):
+        return ["set", *[picture(item, seen) for item in sorted(thing, key=str)]]
     if isinstance(thing, dict):
         return [(picture(key, seen), picture(value, seen)) for key, value in thing.items()]
     if id(thing) in seen:
@@ -151,9 +153,13 @@ def picture(thing, seen=None):
     if type(thing).__module__.startswith(("aoti_sched.queue", "tests.unit.queue")) and not callable(
         thing
     ):
-        names = sorted({*_fields(type(thing)), *getattr(thing, "__dict__", {})})
+        names = sorted({*_fields(type(thing)), *getattr(thing, "__dict__", {})} - _RECORDED)
         return [(name, picture(getattr(thing, name), seen)) for name in names]
     return repr(thing)
+
+
+_RECORDED = {"_facts", "_happened", "_runners", "_holdings", "_claims"}
+"""What a `RecordedQueue` notes of facts, illegal ones included. No rule reads these."""
 
 
 def _fields(kind):

@@ -23,9 +23,9 @@ from aoti_sched.queue.commands import (
     WakeAt,
     Withdraw,
 )
-from aoti_sched.queue.device_queue import DeviceQueue
 from aoti_sched.queue.job import IllegalFactError, Job
 from aoti_sched.queue.policy import Policy
+from aoti_sched.queue.recorded import RecordedQueue
 from aoti_sched.queue.selection.placement import LOOP, Placement, Placing
 from tests.unit.queue.plain_model import PlainModel
 from tests.unit.queue.plain_parts import LIVE, Illegal
@@ -324,11 +324,11 @@ class Walk:
 
 
 class Player:
-    """Puts a walk's facts to a `DeviceQueue`, and translates its commands to the plain model's."""
+    """Puts a walk's facts to a queue, and translates its commands to the plain model's."""
 
     def __init__(self, lanes, jobs, size, budget, cores, **policy):
         bounds, policy = Bounds(jobs, size), Policy(**policy)
-        self.queue = DeviceQueue(
+        self.queue = RecordedQueue(
             "cpu", lanes, bounds, inline_budget=budget, cores=cores, policy=policy
         )
         self.runners = []

@@ -1,0 +1,120 @@
+"""Flight records: the last facts of every device, in a file that can be sent and replayed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from aoti_sched.errors import ReplayError
+from aoti_sched.queue.recorded import RecordedQueue
+from aoti_sched.version import VERSION as RELEASE
+
+VERSION = 1
+"""The version of the file. Another number is written when old files can't be read any more."""
+
+
+class RecordedFact(msgspec.Struct, frozen=True):
+    """A fact as plain values.
+
+    Attributes:
+        fact: The name of the queue's method.
+        at: When; None for a fact that takes no time.
+        values: What the fact was about, by the names of `queue.recorded.VALUES`. A job is its
+            number at that time; -1 for one that was not submitted before. A number that is not
+            finite is text.
+    """
+
+    fact: str
+    at: float | None
+    values: dict[str, Any]
+
+
+class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The last facts of one device, and how its queue was made.
+
+    Attributes:
+        device: The device's name.
+        lanes: The number of lanes.
+        cores: The number of cores.
+        bounds: The most that may be queued over all runners.
+        inline_budget: Seconds of inline runs in one turn of the loop.
+        policy: The device's choices among the rules.
+        memory_limit: Bytes that the models may take; None for no limit.
+        evicts: Whether idle runners are evicted when others need their memory.
+        facts: The facts, in order.
+        dropped: How many earlier facts are not kept. Only a record without such can be replayed.
+        counters: The totals of the runners by name, after the last fact. A replay compares them.
+        error: The text of the error that the last fact raised, where the record was made for it.
+    """
+
+    device: str
+    lanes: int
+    cores: int
+    bounds: dict[str, int | None]
+    inline_budget: float
+    policy: dict[str, Any]
+    memory_limit: int | None
+    evicts: bool
+    facts: list[RecordedFact]
+    dropped: int
+    counters: dict[str, dict[str, float]]
+    error: str = ""
+
+
+class FlightRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The last facts of every device of a scheduler. Made by `Scheduler.flight_record`.
+
+    The record has names of models and devices, sizes, times and errors. It has no inputs, no
+    outputs, no weights, and no names of tenants.
+
+    Attributes:
+        version: The version of the format.
+        release: The release of aoti_sched that made the record.
+        devices: The records of the devices, by name.
+    """
+
+    version: int
+    release: str
+    devices: dict[str, DeviceRecord]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the record to a JSON file.
+
+        Raises:
+            OSError: The file can't be written.
+        """
+        Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> FlightRecord:
+        """Read a record from a file that `save` has written.
+
+        Raises:
+            OSError: The file can't be read.
+            ReplayError: The file is no such record, or of another version.
+        """
+        content = Path(path).read_bytes()
+        try:
+            version = msgspec.json.decode(content, type=_Version).version
+            if version != VERSION:
+                raise ReplayError(
+                    f"{os.fspath(path)}: the record has version {version}, and this release reads "
+                    f"version {VERSION}. Replay it with the release that made it"
+                )
+            return msgspec.json.decode(content, type=cls)
+        except msgspec.MsgspecError as error:
+            raise ReplayError(f"{os.fspath(path)}: this is no flight record: {error}") from None
+
+
+class _Version(msgspec.Struct):
+    version: int
+
+
+def flight_record_of(queues: Iterable[RecordedQueue]) -> FlightRecord:
+    """Return the record of these devices."""
+    devices = {queue.name: msgspec.convert(queue.record(), DeviceRecord) for queue in queues}
+    return FlightRecord(version=VERSION, release=RELEASE, devices=devices)

@@ -1,0 +1,493 @@
+"""Recorded: a device's queue that keeps its last facts, so that they can be replayed.
+
+The same facts give the same commands, so the facts from the first one on are all that it takes to
+have a queue in the same state again. A bounded number of them is kept, as tuples of plain values:
+jobs, runners, leases, claims and memory records are numbers there. Tenants and keys become numbers
+when the record is made, so that no user's data is in it.
+
+`testing/replay.py` replays a record.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Hashable
+from typing import Any
+
+import msgspec
+
+from aoti_sched.errors import AotiSchedError
+from aoti_sched.queue.admission.load import Bounds
+from aoti_sched.queue.batching import Batching
+from aoti_sched.queue.commands import Command
+from aoti_sched.queue.device_queue import DeviceQueue
+from aoti_sched.queue.holding import Holding
+from aoti_sched.queue.job import IllegalFactError, Job
+from aoti_sched.queue.memory import Claim
+from aoti_sched.queue.policy import Policy
+from aoti_sched.queue.runner_state import Lease, RunnerState
+from aoti_sched.queue.selection.placement import INLINE_BUDGET, Placing
+
+FACTS_KEPT = 10_000
+"""Facts that are kept by default: some 3,000 requests, and at most 4 MB for each device."""
+
+VALUES = {
+    "add_runner": (
+        *("name", "slots", "bounds", "epoch", "placing", "batching", "width", "share", "sheds"),
+        *("predicts", "routable", "holding", "holding_name"),
+    ),
+    "drain_runner": ("runner",),
+    "terminate_runner": ("runner",),
+    "withdraw": ("runner",),
+    "remove_runner": ("runner",),
+    "close_barrier": ("runner", "abort"),
+    "open_barrier": ("runner", "epoch"),
+    "add_behind": ("runner", "name"),
+    "keep_epoch": ("runner",),
+    "withdraw_pinned": ("runner",),
+    "revoke_behind": ("runner", "error"),
+    "hold_turns": ("runner",),
+    "release_turns": ("runner",),
+    "turned": ("runner", "exchanged"),
+    "claim": ("claim", "bytes", "holding", "holding_name"),
+    "give_up": ("claim",),
+    "pin": ("runner",),
+    "update_use": ("holding", "holding_name", "constants", "inactive", "fixed"),
+    "release_memory": ("holding", "holding_name"),
+    "call_back": ("runner",),
+    "parked": ("runner",),
+    "returned": ("runner", "error"),
+    "turn": (),
+    "submit": (
+        *("job", "runner", "lease", "wait", "since", "priority", "deadline", "bytes"),
+        *("is_lease_request", "min_epoch", "rows", "key", "bypasses_limits", "tenant", "tokens"),
+        "pinned",
+    ),
+    "complete": ("job", "ok", "started", "finished"),
+    "cancel": ("job",),
+    "tick": (),
+    "go_on": (),
+    "release": ("lease",),
+}
+"""The names of each fact's values."""
+
+_Kept = tuple[Any, ...]
+
+
+class RecordedQueue(DeviceQueue):
+    """A `DeviceQueue` that keeps its last facts. An `IllegalFactError` of a fact has its record.
+
+    Args:
+        name: The device's name, and so on as for `DeviceQueue`.
+        lanes: The number of lanes.
+        bounds: The most that may be queued over all runners.
+        inline_budget: Seconds of inline runs in one turn of the loop.
+        cores: Cores that runs on lanes may take together.
+        policy: The device's choices among the rules.
+        memory_limit: Bytes that the models may take.
+        evicts: Whether idle runners are evicted when others need their memory.
+        keep: The number of the last facts that are kept.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        lanes: int,
+        bounds: Bounds | None = None,
+        *,
+        inline_budget: float = INLINE_BUDGET,
+        cores: int | None = None,
+        policy: Policy | None = None,
+        memory_limit: int | None = None,
+        evicts: bool = False,
+        keep: int = FACTS_KEPT,
+    ) -> None:
+        super().__init__(
+            name,
+            lanes,
+            bounds,
+            inline_budget=inline_budget,
+            cores=cores,
+            policy=policy,
+            memory_limit=memory_limit,
+            evicts=evicts,
+        )
+        self._facts: deque[_Kept] = deque(maxlen=keep)
+        self._happened = 0
+        self._runners = 0
+        self._holdings = 0
+        self._claims = 0
+
+    def record(self, error: str = "") -> dict[str, Any]:
+        """Return the facts that are kept, and how the queue was made, as JSON can have them.
+
+        `flight.DeviceRecord` describes the values.
+
+        Args:
+            error: The text of the error that the last fact has raised.
+        """
+        tenants: dict[Hashable, int] = {}
+        keys: dict[Hashable, int] = {}
+        return {
+            "device": self.name,
+            "lanes": self.lanes.count,
+            "cores": self.lanes.cores,
+            "bounds": _for_json(self.load.bounds),
+            "inline_budget": self.lanes.inline_budget,
+            "policy": _for_json(self.policy),
+            "memory_limit": self.memory.limit,
+            "evicts": self.memory.evicts,
+            "facts": [_plain(fact, tenants, keys) for fact in self._facts],
+            "dropped": self._happened - len(self._facts),
+            "counters": {
+                name: msgspec.structs.asdict(runner.counters)
+                for name, runner in self.runners.items()
+            },
+            "error": error,
+        }
+
+    def _keep(self, *fact: Any) -> None:
+        self._happened += 1
+        self._facts.append(fact)
+
+    def _give_record(self, error: IllegalFactError) -> None:
+        error.record = self.record(str(error))
+
+    # --- what every request brings ----------------------------------------------------------------
+
+    def submit(
+        self, job: Job, now: float, *, wait: bool = False, since: float | None = None
+    ) -> list[Command]:
+        source = job.source
+        runner = source.runner
+        tenant: Any = job.tenant
+        if tenant is not None:  # kept by its number, where it has one, so that it can be forgotten
+            tenant = getattr(tenant, "number", tenant)
+        self._happened += 1
+        self._facts.append(
+            (
+                "submit",
+                now,
+                job.id,
+                runner.number,
+                source.id if isinstance(source, Lease) else None,
+                wait,
+                since,
+                job.priority,
+                job.deadline,
+                job.bytes,
+                job.is_lease_request,
+                job.min_epoch,
+                job.rows,
+                job.key,
+                job.bypasses_limits,
+                tenant,
+                job.tokens,
+                job.pinned,
+            )
+        )
+        try:
+            return super().submit(job, now, wait=wait, since=since)
+        except IllegalFactError as error:
+            self._give_record(error)
+            raise
+
+    def complete(
+        self,
+        job: Job,
+        now: float,
+        *,
+        ok: bool = True,
+        started: float | None = None,
+        finished: float | None = None,
+    ) -> list[Command]:
+        self._happened += 1
+        self._facts.append(("complete", now, job.id, ok, started, finished))
+        try:
+            return super().complete(job, now, ok=ok, started=started, finished=finished)
+        except IllegalFactError as error:
+            self._give_record(error)
+            raise
+
+    def cancel(self, job: Job, now: float) -> list[Command]:
+        self._keep("cancel", now, job.id)
+        try:
+            return super().cancel(job, now)
+        except IllegalFactError as error:
+            self._give_record(error)
+            raise
+
+    def tick(self, now: float) -> list[Command]:
+        self._keep("tick", now)
+        return super().tick(now)
+
+    def turn(self, now: float) -> list[Command]:
+        self._keep("turn", now)
+        return super().turn(now)
+
+    def go_on(self, now: float) -> list[Command]:
+        self._keep("go_on", now)
+        return super().go_on(now)
+
+    def release(self, lease: Lease, now: float) -> list[Command]:
+        self._keep("release", now, lease.id)
+        return super().release(lease, now)
+
+    # --- runners ----------------------------------------------------------------------------------
+
+    def add_runner(
+        self,
+        name: str,
+        slots: int,
+        bounds: Bounds | None = None,
+        *,
+        epoch: int = 1,
+        placing: Placing | None = None,
+        batching: Batching | None = None,
+        width: int = 1,
+        share: float = 1.0,
+        sheds: bool = False,
+        predicts: bool = False,
+        routable: bool = False,
+        memory: Holding | None = None,
+    ) -> RunnerState:
+        placing = placing or Placing()
+        self._keep(
+            "add_runner",
+            None,
+            name,
+            slots,
+            bounds,
+            epoch,
+            (placing.choice.value, placing.limit, placing.follow_limit, placing.hop),
+            batching,
+            width,
+            share,
+            sheds,
+            predicts,
+            routable,
+            None if memory is None else self._numbered(memory),
+            "" if memory is None else memory.name,
+        )
+        try:
+            runner = super().add_runner(
+                name,
+                slots,
+                bounds,
+                epoch=epoch,
+                placing=placing,
+                batching=batching,
+                width=width,
+                share=share,
+                sheds=sheds,
+                predicts=predicts,
+                routable=routable,
+                memory=memory,
+            )
+        except IllegalFactError as error:
+            self._give_record(error)
+            raise
+        self._numbered(runner.memory)
+        return self._counted(runner)
+
+    def drain_runner(self, runner: RunnerState, now: float) -> list[Command]:
+        self._keep("drain_runner", now, runner.number)
+        try:
+            return super().drain_runner(runner, now)
+        except IllegalFactError as error:
+            self._give_record(error)
+            raise
+
+    def terminate_runner(self, runner: RunnerState, now: float) -> list[Command]:
+        self._keep("terminate_runner", now, runner.number)
+        try:
+            return super().terminate_runner(runner, now)
+        except IllegalFactError as error:
+            self._give_record(error)
+            raise
+
+    def withdraw(self, runner: RunnerState, now: float) -> list[Command]:
+        self._keep("withdraw", now, runner.number)
+        try:
+            return super().withdraw(runner, now)
+        except IllegalFactError as error:
+            self._give_record(error)
+            raise
+
+    def remove_runner(self, runner: RunnerState) -> None:
+        self._keep("remove_runner", None, runner.number)
+        try:
+            super().remove_runner(runner)
+        except IllegalFactError as error:
+            self._give_record(error)
+            raise
+
+    def close_barrier(
+        self, runner: RunnerState, now: float, *, abort: bool = False
+    ) -> list[Command]:
+        self._keep("close_barrier", now, runner.number, abort)
+        try:
+            return super().close_barrier(runner, now, abort=abort)
+        except IllegalFactError as error:
+            self._give_record(error)
+            raise
+
+    def open_barrier(
+        self, runner: RunnerState, now: float, *, epoch: int | None = None
+    ) -> list[Command]:
+        self._keep("open_barrier", now, runner.number, epoch)
+        try:
+            return super().open_barrier(runner, now, epoch=epoch)
+        except IllegalFactError as error:
+            self._give_record(error)
+            raise
+
+    def _counted(self, runner: RunnerState) -> RunnerState:
+        runner.number = self._runners
+        self._runners += 1
+        return runner
+
+    # --- sessions ---------------------------------------------------------------------------------
+
+    def add_behind(self, main: RunnerState, name: str, now: float) -> RunnerState:
+        self._keep("add_behind", now, main.number, name)
+        try:
+            return self._counted(super().add_behind(main, name, now))
+        except IllegalFactError as error:
+            self._give_record(error)
+            raise
+
+    def keep_epoch(self, main: RunnerState, now: float) -> list[Command]:
+        self._keep("keep_epoch", now, main.number)
+        try:
+            return super().keep_epoch(main, now)
+        except IllegalFactError as error:
+            self._give_record(error)
+            raise
+
+    def withdraw_pinned(self, runner: RunnerState, now: float) -> list[Command]:
+        self._keep("withdraw_pinned", now, runner.number)
+        try:
+            return super().withdraw_pinned(runner, now)
+        except IllegalFactError as error:
+            self._give_record(error)
+            raise
+
+    def revoke_behind(self, main: RunnerState, now: float, error: AotiSchedError) -> list[Command]:
+        self._keep("revoke_behind", now, main.number, str(error))
+        try:
+            return super().revoke_behind(main, now, error)
+        except IllegalFactError as illegal:
+            self._give_record(illegal)
+            raise
+
+    def hold_turns(self, main: RunnerState, now: float) -> list[Command]:
+        self._keep("hold_turns", now, main.number)
+        try:
+            return super().hold_turns(main, now)
+        except IllegalFactError as error:
+            self._give_record(error)
+            raise
+
+    def release_turns(self, main: RunnerState, now: float) -> list[Command]:
+        self._keep("release_turns", now, main.number)
+        try:
+            return super().release_turns(main, now)
+        except IllegalFactError as error:
+            self._give_record(error)
+            raise
+
+    def turned(self, main: RunnerState, now: float, *, exchanged: bool) -> list[Command]:
+        self._keep("turned", now, main.number, exchanged)
+        try:
+            return super().turned(main, now, exchanged=exchanged)
+        except IllegalFactError as error:
+            self._give_record(error)
+            raise
+
+    # --- memory -----------------------------------------------------------------------------------
+
+    def claim(self, claim: Claim, now: float) -> list[Command]:
+        holding = claim.holding
+        claim.number = self._claims
+        self._claims += 1
+        self._keep("claim", now, claim.number, claim.bytes, self._numbered(holding), holding.name)
+        try:
+            return super().claim(claim, now)
+        except IllegalFactError as error:
+            self._give_record(error)
+            raise
+
+    def give_up(self, claim: Claim, now: float) -> list[Command]:
+        self._keep("give_up", now, claim.number)
+        return super().give_up(claim, now)
+
+    def pin(self, runner: RunnerState) -> None:
+        self._keep("pin", None, runner.number)
+        try:
+            super().pin(runner)
+        except IllegalFactError as error:
+            self._give_record(error)
+            raise
+
+    def update_use(
+        self, holding: Holding, now: float, *, constants: int, inactive: int, fixed: str = ""
+    ) -> list[Command]:
+        number = self._numbered(holding)
+        self._keep("update_use", now, number, holding.name, constants, inactive, fixed)
+        return super().update_use(holding, now, constants=constants, inactive=inactive, fixed=fixed)
+
+    def release_memory(self, holding: Holding, now: float) -> list[Command]:
+        self._keep("release_memory", now, self._numbered(holding), holding.name)
+        return super().release_memory(holding, now)
+
+    def call_back(self, runner: RunnerState, now: float) -> list[Command]:
+        self._keep("call_back", now, runner.number)
+        try:
+            return super().call_back(runner, now)
+        except IllegalFactError as error:
+            self._give_record(error)
+            raise
+
+    def parked(self, runner: RunnerState, now: float) -> list[Command]:
+        self._keep("parked", now, runner.number)
+        try:
+            return super().parked(runner, now)
+        except IllegalFactError as error:
+            self._give_record(error)
+            raise
+
+    def returned(self, runner: RunnerState, now: float, *, error: str = "") -> list[Command]:
+        self._keep("returned", now, runner.number, error)
+        try:
+            return super().returned(runner, now, error=error)
+        except IllegalFactError as illegal:
+            self._give_record(illegal)
+            raise
+
+    def _numbered(self, holding: Holding) -> int:
+        if holding.number < 0:
+            holding.number = self._holdings
+            self._holdings += 1
+        return holding.number
+
+
+def _plain(fact: _Kept, tenants: dict[Hashable, int], keys: dict[Hashable, int]) -> dict[str, Any]:
+    """Return a fact whose tenant and key are numbers, in the order in which they first came."""
+    name, at, *kept = fact
+    values = dict(zip(VALUES[name], kept, strict=True))
+    for what, numbers in (("tenant", tenants), ("key", keys)):
+        if values.get(what) is not None:
+            values[what] = numbers.setdefault(values[what], len(numbers))
+    plain = {what: _for_json(value) for what, value in values.items()}
+    return {"fact": name, "at": at, "values": plain}
+
+
+def _for_json(value: Any) -> Any:
+    """Return a value of a fact as JSON can have it, which knows no infinite number."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, msgspec.Struct):
+        return {what: _for_json(of) for what, of in msgspec.structs.asdict(value).items()}
+    return [_for_json(one) for one in value] if isinstance(value, tuple) else value

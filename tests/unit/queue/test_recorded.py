@@ -1,0 +1,304 @@
+"""What a queue has recorded puts a new queue into the same state, by the same commands."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import msgspec
+import pytest
+
+from aoti_sched.errors import EpochError, ReplayError
+from aoti_sched.flight import DeviceRecord
+from aoti_sched.queue.admission.load import Bounds
+from aoti_sched.queue.batching import Batching
+from aoti_sched.queue.device_queue import DeviceQueue
+from aoti_sched.queue.holding import Holding
+from aoti_sched.queue.job import IllegalFactError, Job, JobState
+from aoti_sched.queue.memory import Claim
+from aoti_sched.queue.policy import Policy
+from aoti_sched.queue.recorded import VALUES, RecordedQueue
+from aoti_sched.queue.runner_state import Lease, Phase, RunnerState
+from aoti_sched.queue.selection.placement import Placement, Placing
+from aoti_sched.testing import Replayed, replay_device
+from tests.unit.queue import test_memory_walk, test_turns
+from tests.unit.queue.cases import STEPS
+from tests.unit.queue.seeds import share_of_seeds
+from tests.unit.queue.support import picture
+from tests.unit.queue.walks import Player, Walk
+
+SHARES = 4
+
+
+def through_json(record):
+    return msgspec.json.decode(msgspec.json.encode(record), type=DeviceRecord)
+
+
+def told(commands):
+    """Return the commands of a fact as values that are equal for two queues."""
+    if isinstance(commands, Exception):
+        return type(commands).__name__, str(commands)
+    return [(type(command).__name__, *map(_told, _fields(command))) for command in commands]
+
+
+def _fields(command):
+    return [getattr(command, name) for name in command.__struct_fields__]
+
+
+def _told(thing):
+    if isinstance(thing, Job):
+        return thing.id, thing.state, thing.lane, thing.slot, thing.epoch, len(thing.members)
+    if isinstance(thing, RunnerState | Claim):
+        return thing.number
+    if isinstance(thing, Lease):
+        return thing.id
+    # A record has a number in the place of each tenant.
+    return re.sub(r"tenant \S+ ", "", str(thing)) if isinstance(thing, Exception) else thing
+
+
+def state_of(queue, jobs):
+    """Return the whole state of a queue, with numbers for tenants and keys, as a record has them.
+
+    The payloads of jobs and the holders of leases are the caller's own, and left out.
+    """
+    for job in jobs:
+        job.payload = None
+    for runner in queue.runners.values():
+        for lease in runner.leases.values():
+            lease.holder = None
+    names = {}
+    for fact, _, *values in queue._facts:
+        of = dict(zip(VALUES[fact], values, strict=True))
+        for what in ("tenant", "key"):
+            if of.get(what) is not None:
+                known = names.setdefault(what, {})
+                known.setdefault(of[what], len(known))
+    plain = {name: number for known in names.values() for name, number in known.items()}
+    return _renamed(picture(queue), plain)
+
+
+def _renamed(value, names):
+    if isinstance(value, list) and value[:1] == ["set"]:
+        return ["set", *sorted(_renamed(one, names) for one in value[1:])]
+    if isinstance(value, list | tuple):
+        return [_renamed(one, names) for one in value]
+    if isinstance(value, str):
+        return names[value] if value in names else re.sub(r" at 0x[0-9a-f]+", "", value)
+    return value
+
+
+def recording_commands(queue):
+    """Let a queue note what follows from each fact, and return the list of that."""
+    outcomes = []
+
+    def noting(fact):
+        def noted(*args, **kwargs):
+            try:
+                commands = fact(*args, **kwargs)
+            except Exception as error:
+                outcomes.append(told(error))
+                raise
+            outcomes.append(told(commands if isinstance(commands, list) else []))
+            return commands
+
+        return noted
+
+    for name in VALUES:
+        setattr(queue, name, noting(getattr(queue, name)))
+    return outcomes
+
+
+class Noted:
+    """A queue whose commands are noted, and that is otherwise itself."""
+
+    def __init__(self, queue):
+        self.__dict__.update(queue=queue)
+        self.outcomes = recording_commands(self)
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["queue"], name)
+
+
+def must_replay(queue, outcomes, jobs):
+    record = through_json(queue.record())
+    replayed = Replayed(record)
+    for number, (_, outcome) in enumerate(replayed.steps()):
+        assert told(outcome) == outcomes[number], record.facts[number]
+    assert len(replayed.outcomes) == len(outcomes)
+    assert through_json(replayed.queue.record()) == record
+    assert state_of(replayed.queue, replayed.jobs) == state_of(queue, jobs)
+
+
+@pytest.mark.parametrize("share", range(SHARES))
+def test_a_walk_is_replayed_into_the_same_state_by_the_same_commands(share):
+    for seed in share_of_seeds(share, SHARES):
+        walk = Walk(seed, STEPS)
+        player = Player(**walk.device)
+        queue, player.queue = player.queue, Noted(player.queue)
+        for fact in walk.facts:
+            player.play(*fact)
+        must_replay(queue, player.queue.outcomes, player.jobs)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_walk_through_the_rules_of_memory_is_replayed(seed):
+    walk = test_memory_walk.Walk(seed)
+    queue, walk.queue = walk.queue.unchecked, Noted(walk.queue.unchecked)
+    walk.go(test_memory_walk.STEPS)
+    must_replay(queue, walk.queue.outcomes, [job for _, job in walk.jobs.values()])
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_walk_of_sessions_is_replayed(seed):
+    walk = test_turns.Walk(seed)
+    noted = Noted(walk.queue.unchecked)
+    # The walk has begun to use the queue.
+    queue, walk.queue = walk.queue.unchecked, noted
+    before = replay_device(queue.record()).outcomes
+    walk.walk()
+    walk.finish()
+    must_replay(queue, [*map(told, before), *noted.outcomes], walk.jobs)
+
+
+# --- what a record is -----------------------------------------------------------------------------
+
+
+def test_every_fact_is_recorded():
+    facts = {name for name in vars(RecordedQueue) if not name.startswith("_")} - {"record"}
+    assert facts == {*VALUES}
+    queries = {"busy_lanes", "when_finished"}
+    names = {name for kind in DeviceQueue.__mro__[:-1] for name in vars(kind) if name[0] != "_"}
+    methods = {name for name in names if callable(getattr(DeviceQueue, name))}
+    assert methods - queries == facts
+
+
+def test_an_illegal_fact_has_the_record_that_leads_to_it_again():
+    queue = RecordedQueue("cpu", 1)
+    runner = queue.add_runner("m", 1)
+    job = Job(runner)
+    queue.submit(job, 1.0)
+    queue.complete(job, 2.0)
+    with pytest.raises(IllegalFactError) as raised:
+        queue.complete(job, 3.0)
+    record = raised.value.record
+    assert record["error"] == str(raised.value)
+    facts = [fact["fact"] for fact in record["facts"]]
+    assert facts == ["add_runner", "submit", "complete", "complete"]
+    replayed = replay_device(record)
+    assert str(replayed.outcomes[-1]) == record["error"]
+    assert replayed.jobs[0].state is JobState.DONE
+
+
+@pytest.mark.parametrize("fact", ["cancel", "complete"])
+def test_a_fact_about_a_job_that_was_never_submitted_is_illegal_in_the_replay_too(fact):
+    queue = RecordedQueue("cpu", 1)
+    runner = queue.add_runner("m", 1)
+    with pytest.raises(IllegalFactError):
+        getattr(queue, fact)(Job(runner), 1.0)
+    (outcome,) = replay_device(queue.record()).outcomes[1:]
+    assert isinstance(outcome, IllegalFactError)
+
+
+ILLEGAL = {
+    "drain_runner": lambda queue, other: queue.drain_runner(other, 0.0),
+    "terminate_runner": lambda queue, other: queue.terminate_runner(other, 0.0),
+    "withdraw": lambda queue, other: queue.withdraw(other, 0.0),
+    "remove_runner": lambda queue, other: queue.remove_runner(other),
+    "close_barrier": lambda queue, other: queue.close_barrier(other, 0.0),
+    "open_barrier": lambda queue, other: queue.open_barrier(other, 0.0),
+    "add_behind": lambda queue, other: queue.add_behind(other, "b", 0.0),
+    "keep_epoch": lambda queue, other: queue.keep_epoch(other, 0.0),
+    "withdraw_pinned": lambda queue, other: queue.withdraw_pinned(other, 0.0),
+    "revoke_behind": lambda queue, other: queue.revoke_behind(other, 0.0, EpochError("gone")),
+    "hold_turns": lambda queue, other: queue.hold_turns(other, 0.0),
+    "release_turns": lambda queue, other: queue.release_turns(other, 0.0),
+    "turned": lambda queue, other: queue.turned(other, 0.0, exchanged=True),
+    "pin": lambda queue, other: queue.pin(other),
+    "call_back": lambda queue, other: queue.call_back(other, 0.0),
+    "parked": lambda queue, other: queue.parked(other, 0.0),
+    "returned": lambda queue, other: queue.returned(other, 0.0),
+    "submit": lambda queue, other: queue.submit(Job(other), 0.0),
+    "claim": lambda queue, other: queue.claim(Claim(other.memory, 1), 0.0),
+    "add_runner": lambda queue, other: queue.add_runner("m", 0),
+}
+
+
+@pytest.mark.parametrize("fact", ILLEGAL)
+def test_whatever_fact_is_illegal_has_a_record(fact):
+    """The runner is one that was removed, so no fact about it is legal."""
+    queue = RecordedQueue("cpu", 1)
+    other = queue.add_runner("m", 1)
+    queue.drain_runner(other, 0.0)
+    queue.remove_runner(other)
+    if fact == "submit":
+        other.phase = Phase.OPEN  # a drained one rejects
+    if fact == "claim":
+        queue.memory.holdings[other.memory] = other
+    with pytest.raises(IllegalFactError) as raised:
+        ILLEGAL[fact](queue, other)
+    assert raised.value.record["facts"][-1]["fact"] == fact
+    assert raised.value.record["error"] == str(raised.value)
+
+
+def test_a_record_of_nothing_but_the_last_facts_is_no_beginning():
+    queue = RecordedQueue("cpu", 1, keep=2)
+    runner = queue.add_runner("m", 1)
+    queue.submit(Job(runner), 1.0)
+    queue.tick(2.0)
+    record = through_json(queue.record())
+    assert ([fact.fact for fact in record.facts], record.dropped) == (["submit", "tick"], 1)
+    with pytest.raises(ReplayError, match="lacks its first 1 facts"):
+        Replayed(record)
+
+
+def test_a_record_that_counts_something_else_comes_from_other_rules():
+    queue = RecordedQueue("cpu", 1)
+    runner = queue.add_runner("m", 1)
+    queue.submit(Job(runner), 1.0)
+    record = queue.record()
+    record["counters"]["m"]["completed"] = 7
+    with pytest.raises(ReplayError, match="1 submitted, and the record m: 1 submitted, 7 complet"):
+        replay_device(record)
+    assert queue.runners["m"].counters.completed == 0
+
+
+def test_numbers_that_json_has_not_and_every_setting_come_through():
+    queue = RecordedQueue(
+        "cpu",
+        3,
+        Bounds(9, 99),
+        inline_budget=0.5,
+        cores=5,
+        memory_limit=100,
+        policy=Policy(order="arrival", max_wait=math.inf),
+    )
+    queue.add_runner(
+        "m",
+        2,
+        Bounds(3, 4, 5, 6),
+        placing=Placing(Placement.AUTO, math.inf, follow_limit=0.25, hop=0.125),
+        batching=Batching(4, 0.5, math.inf, 6),
+        width=2,
+        share=2.0,
+        sheds=True,
+        predicts=True,
+        routable=True,
+        memory=Holding("weights"),
+    )
+    with pytest.raises(IllegalFactError):
+        queue.submit(Job(queue.runners["m"], deadline=math.nan), 1.0)
+    queue.submit(Job(queue.runners["m"], deadline=math.inf, tenant="secret", key="s"), 1.0)
+    record = through_json(queue.record())
+    assert "secret" not in str(record)
+    replayed = replay_device(record)
+    ours, theirs = queue.runners["m"], replayed.queue.runners["m"]
+    for name in ("slots", "width", "share", "sheds", "predicts"):
+        assert getattr(theirs, name) == getattr(ours, name)
+    assert theirs.load.bounds == ours.load.bounds
+    assert theirs.batch_queue.rule == ours.batch_queue.rule
+    for name in ("choice", "limit", "follow_limit", "hop"):
+        assert getattr(theirs.placing, name) == getattr(ours.placing, name)
+    assert (theirs.memory.name, replayed.jobs[0].deadline) == ("weights", math.inf)
+    assert through_json(replayed.queue.record()) == record
+    assert replayed.queue.lanes.inline_budget == 0.5
+    assert replayed.queue.policy == queue.policy
