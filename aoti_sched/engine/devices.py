@@ -208,10 +208,10 @@ class Devices:
             return dispatcher
         settings = self._settings.get(name, DeviceConfig())
         lanes = _lanes(name, settings, device)
+        queue = _queue(name, settings, lanes, device.cores(), self._config.flight_facts)
         executor = self._executors.pop(name, None)
         if executor is None:
             executor = _open_executor(device, lanes, settings)
-        queue = _queue(name, settings, lanes, device.cores(), self._config.flight_facts)
         try:
             dispatcher = Dispatcher(
                 asyncio.get_running_loop(),
