@@ -229,6 +229,7 @@ def _from_file(
             batching=batching,
             weights=None,
             cuda_graphs=False,
+            stream_priority=0,
         )
     return SchedulerConfig(devices=devices, models=models)
 
@@ -239,7 +240,7 @@ def _device(new: DeviceConfig, old: DeviceConfig) -> DeviceConfig:
     affinity = old.affinity if lanes == old.lanes else None
     return msgspec.structs.replace(
         new, lanes=lanes, cores=new.cores or old.cores, affinity=affinity, memory_limit=None,
-        evict=None, launchers=None,
+        evict=None, launchers=None, wait=None,
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ class RunFuture(asyncio.Future[R]):
     _inputs: Sequence[Any]
     """Kept until the run begins; in a batch to its end, since a failed batch is retried singly."""
     _tag: str
-    """Set only where the request has one; see `tag_of`."""
+    """What the caller named the request; "" without a name."""
     _callers: Callers
     """Set only where observers have kept the caller; see `callers_of`."""
 
@@ -93,6 +93,5 @@ def future_of(replica: Replica, job: Job, inputs: Sequence[Any], tag: str = "") 
     future._replica = replica
     future._job = job
     future._inputs = inputs
-    if tag:
-        future._tag = tag
+    future._tag = tag  # always: asking for a slot that is not set would raise inside
     return future
