@@ -102,6 +102,8 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             `affinity` names; those without `affinity` divide the remaining cores.
         launchers: On CUDA, threads that launch the runs of all lanes and poll what is done. By
             default each lane has a thread, which waits for its runs.
+        wait: On CUDA, how a lane waits for its run. "block", the default, spins for 50 µs and then
+            sleeps; "spin" keeps a core busy until the run ends, to notice the end sooner.
         limits: Bounds of the device's queue.
         memory_limit: Bytes that the weights of all its models may take, staged and previous sets
             included. A load or an update that does not fit is refused with MemoryLimitError.
@@ -114,6 +116,7 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     max_wait: Annotated[float, Meta(ge=0)] | None = None
     affinity: tuple[_Core, ...] | None = None
     launchers: _Few | None = None
+    wait: Literal["block", "spin"] | None = None
     limits: Limits = Limits(jobs=4096)
     memory_limit: _Count | None = None
     evict: Evict | None = None
@@ -183,6 +186,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     copy_inputs: bool = False
     copy_outputs: Literal["cpu"] | None = None
     cuda_graphs: bool = False
+    stream_priority: Annotated[int, Meta(ge=-100, le=0)] = 0
     sha256: str | None = None
     weights: str | None = None
     weights_strict: bool = True

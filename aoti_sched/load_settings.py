@@ -46,6 +46,7 @@ class LoadSettings(TypedDict, total=False):
     copy_inputs: bool
     copy_outputs: Literal["cpu"] | None
     cuda_graphs: bool
+    stream_priority: int
     sha256: str | None
     weights: str | os.PathLike[str] | Mapping[str, Any] | None
     weights_strict: bool

@@ -263,6 +263,7 @@ class Scheduler:
         copy_inputs: bool = False,
         copy_outputs: Literal["cpu"] | None = None,
         cuda_graphs: bool = False,
+        stream_priority: int = 0,
         sha256: str | None = None,
         weights: str | os.PathLike[str] | Mapping[str, Any] | None = None,
         weights_strict: bool = True,
@@ -319,6 +320,9 @@ class Scheduler:
             copy_outputs: "cpu" copies outputs to the host's memory; None leaves them on the device.
             cuda_graphs: On CUDA, record each run by the sizes of its inputs, and launch later runs
                 of the same sizes as one CUDA graph.
+            stream_priority: On CUDA, the priority of the model's streams among all work on the
+                device: 0, or less for models whose kernels go first. The driver has few levels,
+                and takes the nearest.
             sha256: The file's SHA-256 digest in hexadecimal. A file with another digest is refused
                 before anything of it is mapped.
             weights: A full set of weights in place of the package's, which may have none. A path of
@@ -387,6 +391,7 @@ class Scheduler:
             copy_inputs=copy_inputs,
             copy_outputs=copy_outputs,
             cuda_graphs=cuda_graphs,
+            stream_priority=stream_priority,
             sha256=sha256,
             weights=weights if isinstance(weights, str) else None,
             weights_strict=weights_strict,

@@ -220,8 +220,8 @@ class MemoryStats(msgspec.Struct, frozen=True, kw_only=True):
         inactive: The part of `used` for staged and previous sets.
         parked: Bytes that the evicted models would take.
         workspace: Further bytes that torch keeps for runs: intermediate results, outputs and
-            graphs. Measured at the last warm-up or change of weights. 0 on devices other than CUDA,
-            where the number is not known. Not counted against the limit.
+            graphs. Measured when the numbers were asked for before; at first 0. 0 on
+            devices other than CUDA, where the number is not known. Not counted against the limit.
     """
 
     limit: int | None

@@ -18,7 +18,8 @@ from statistics import median
 
 from aoti_sched.cli.loading import quiet
 from aoti_sched.cli.measuring import RealMachine
-from aoti_sched.cli.tuning import Axes, Candidate, Figures, Goal, every, tune, words
+from aoti_sched.cli.predicting import Candidate, Figures, Goal, words
+from aoti_sched.cli.tuning import Axes, every, tune
 
 from . import models
 from .measure import this_machine
@@ -38,17 +39,17 @@ class Counted:
         self.timed = machine.timed
         self.runs = 0
 
-    def confirm(self, candidate: Candidate, rate: float) -> Figures:
+    async def confirm(self, candidate: Candidate, rate: float) -> Figures:
         self.runs += 1
-        return self._machine.confirm(candidate, rate)
+        return await self._machine.confirm(candidate, rate)
 
 
-def highest(machine: Counted, candidate: Candidate, budget: float) -> float:
+async def highest(machine: Counted, candidate: Candidate, budget: float) -> float:
     """The highest rate that keeps the budget, by halving; 0.0 for none."""
     low, high, found = LOWEST, HIGHEST, 0.0
     for _ in range(HALVINGS):
         middle = math.sqrt(low * high)
-        if machine.confirm(candidate, middle).p99 <= budget:
+        if (await machine.confirm(candidate, middle)).p99 <= budget:
             low = found = middle
         else:
             high = middle
@@ -65,26 +66,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--tries", type=int, default=8)
     add("--repetitions", type=int, default=3, help="of the last comparison")
     add("--json", type=Path, metavar="FILE")
-    options = parser.parse_args(argv)
+    asyncio.run(measured(parser.parse_args(argv)))
+
+
+async def measured(options: argparse.Namespace) -> None:
+    """Both searches, and then what they found, in turn."""
     quiet()
     goal = Goal(p99=options.p99, rate=LOWEST, maximize="throughput", poisson=True)
     package = models.ensure(options.model, "batch.pt2")
     real = RealMachine(package, None, goal, (0.2, options.seconds), ((), ("rows=1",), 0))
-    asyncio.run(real.look())
+    await real.look()
     sizes = tuple(int(part) for part in options.max_size.split(","))
     chosen = {"threads": (1,), "instances": None, "max_size": sizes, "max_delay": (0.0, 0.002)}
-    axes: Axes = real.axes({**chosen, "placement": ("auto",)})
+    axes: Axes = await real.axes({**chosen, "placement": ("auto",)})
     print(this_machine())
 
     machine, began = Counted(real), time.monotonic()
-    found = tune(machine, axes, goal, tries=options.tries)
+    found = await tune(machine, axes, goal, tries=options.tries)
     if found.best is None:
         raise SystemExit("tune: no settings keep the budget")
     took = time.monotonic() - began
     print(f"tune: {words(found.best.candidate)}, {machine.runs} runs, {took:.0f} s", flush=True)
 
     exhaustive, began = Counted(real), time.monotonic()
-    rates = {one: highest(exhaustive, one, options.p99) for one in every(axes, real.cores)}
+    rates = {}
+    for one in every(axes, real.cores):
+        rates[one] = await highest(exhaustive, one, options.p99)
     best = max(rates, key=rates.__getitem__)
     took = time.monotonic() - began
     for one, rate in sorted(rates.items(), key=lambda pair: -pair[1]):
@@ -94,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     again: dict[str, list[float]] = {"tune": [], "exhaustive": []}
     for _ in range(options.repetitions):
         for name, one in (("tune", found.best.candidate), ("exhaustive", best)):
-            again[name].append(highest(exhaustive, one, options.p99))
+            again[name].append(await highest(exhaustive, one, options.p99))
     ratio = median(again["tune"]) / median(again["exhaustive"])
     print(f"again, in turn: {again}; ratio {ratio:.3g}")
     if options.json is not None:

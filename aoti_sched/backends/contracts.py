@@ -198,13 +198,6 @@ class Container(Protocol):
         """Bytes that one set of constants takes."""
 
     @property
-    def workspace(self) -> int | None:
-        """Further bytes of the device that runs use; None where that is unknown.
-
-        Measured at the warm-up, and when the constants change.
-        """
-
-    @property
     def unparkable(self) -> str:
         """Why eviction would lose weights, in a few words; "" when nothing would be lost."""
 
@@ -289,6 +282,11 @@ class Executor(Protocol):
 
     lost: Callable[[], str]
     """Returns why nothing runs on the device any more; "" while the device works."""
+    workspace: Callable[[], int]
+    """Returns the further bytes of the device that runs use, as they were last measured.
+
+    0 where that is unknown. Asking starts the next measurement, in another thread.
+    """
 
     @property
     def kind(self) -> str: ...
@@ -344,6 +342,8 @@ class LoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     """"cpu" for outputs on the host; None leaves them where the model makes them."""
     cuda_graphs: bool = False
     """Whether runs are recorded, and launched as one CUDA graph."""
+    stream_priority: int = 0
+    """The priority of the model's streams; 0 or less, and less goes first."""
     weights: object = None
     """Weights in place of the package's: a mapping from names to tensors, or the path of a file.
 
@@ -399,7 +399,11 @@ class Device(Protocol):
         """Return the number of lanes by default: on a CPU, the cores that this process may use."""
 
     def open_executor(
-        self, lanes: int, affinity: Sequence[int] | None = None, launchers: int | None = None
+        self,
+        lanes: int,
+        affinity: Sequence[int] | None = None,
+        launchers: int | None = None,
+        wait: str | None = None,
     ) -> Executor:
         """Start the lanes.
 
@@ -409,6 +413,7 @@ class Device(Protocol):
                 bind none.
             launchers: The number of threads that launch the runs of all lanes and poll for their
                 completion; None for one thread per lane.
+            wait: How a lane waits for its device: "block" or "spin"; None for the device's own way.
 
         Raises:
             ConfigError: The device has no such lanes.

@@ -41,8 +41,17 @@ class CpuDevice:
         return cores if self._cores is None else min(cores, len(self._cores))
 
     def open_executor(
-        self, lanes: int, affinity: Sequence[int] | None = None, launchers: int | None = None
+        self,
+        lanes: int,
+        affinity: Sequence[int] | None = None,
+        launchers: int | None = None,
+        wait: str | None = None,
     ) -> Executor:
+        if wait is not None:
+            raise ConfigError(
+                f"device {self.name!r}: wait={wait!r}, but a lane of a CPU waits for no device. "
+                "Leave wait out."
+            )
         if launchers is not None:
             raise ConfigError(
                 f"device {self.name!r}: launchers={launchers}, but a run on a CPU is its thread's "

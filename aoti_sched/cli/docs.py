@@ -113,7 +113,8 @@ The scheduler that decides is the one that serves, on an event loop whose time j
 timer; no torch is needed.
 The report has three columns: what was recorded, the simulation of the recorded settings, and the
 simulation of yours.
-The first two differ by what a simulation leaves out.
+The first two differ by what a simulation leaves out; where they differ by more than a fifth, a
+message says so, and only the two simulations can be compared.
 They agree to 10 ns where the recording is a simulation itself and began with the scheduler.
 
 - A run that the simulation makes as it was made takes the time that was recorded for it.

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time as clock
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from aoti_sched.cli.failures import UsageError
 from aoti_sched.cli.load import Load
-from aoti_sched.cli.tuning import Axes, Candidate, Figures, Goal, Placing, Timed
+from aoti_sched.cli.predicting import Candidate, Figures, Goal, Placing, Timed
+from aoti_sched.cli.tuning import Axes
 from aoti_sched.errors import ConfigError
 from aoti_sched.simulation.device import Costs
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from aoti_sched.cli.inputs import Arguments
     from aoti_sched.runner import Runner
 
-_T = TypeVar("_T")
 _VARIANTS = 8
 """How many different requests are made up, and sent in turn."""
 _ROUNDS_SECONDS = 0.25
@@ -100,7 +99,7 @@ class RealMachine:
             self._most = max(1, info.max_batch // self.rows)
             self._thread_limit = info.threads
 
-    def axes(self, chosen: dict[str, Any]) -> Axes:
+    async def axes(self, chosen: dict[str, Any]) -> Axes:
         """Return the settings to choose from: what the user has chosen, or the usual ones."""
         threads = chosen["threads"] or _powers(self.cores)
         possible = tuple(n for n in threads if n <= self._thread_limit)
@@ -118,24 +117,20 @@ class RealMachine:
             instances=chosen["instances"] or _powers(self.cores),
             max_size=self._sizes,
             max_delay=chosen["max_delay"] or delays,
-            placement=chosen["placement"] or self._placements(possible),
+            placement=chosen["placement"] or await self._placements(possible),
         )
 
-    def _placements(self, threads: Sequence[int]) -> tuple[Placing, ...]:
+    async def _placements(self, threads: Sequence[int]) -> tuple[Placing, ...]:
         """Return where runs may happen; for that, runs on one instance are measured."""
-        alone = self.timed(threads[0], 1)
+        alone = await self.timed(threads[0], 1)
         short = threads[0] == 1 and median(alone.by_size[1]) < _SHORT
         return ("auto", "lane", "inline") if short else ("auto",)
 
-    def timed(self, threads: int, instances: int) -> Timed:
+    async def timed(self, threads: int, instances: int) -> Timed:
         """Measure how long runs take while `instances` of them go on."""
         if (threads, instances) not in self.known:
-            self.known[threads, instances] = run_to_end(self._timed(threads, instances))
+            self.known[threads, instances] = await self._timed(threads, instances)
         return self.known[threads, instances]
-
-    def confirm(self, candidate: Candidate, rate: float) -> Figures:
-        """Measure settings under a load."""
-        return run_to_end(self._confirm(candidate, rate))
 
     async def _timed(self, threads: int, instances: int) -> Timed:
         from aoti_sched import Batching, Scheduler
@@ -199,7 +194,8 @@ class RealMachine:
             rounds += 1
         return found, busy / requests
 
-    async def _confirm(self, candidate: Candidate, rate: float) -> Figures:
+    async def confirm(self, candidate: Candidate, rate: float) -> Figures:
+        """Measure settings under a load."""
         from aoti_sched import Batching, Scheduler
 
         batching = None
@@ -229,17 +225,6 @@ class RealMachine:
             cores=level.cores,
             failed=sum(level.failed.values()),
         )
-
-
-def run_to_end(coroutine: Coroutine[Any, Any, _T]) -> _T:
-    """Run a coroutine on an event loop of its own.
-
-    When Ctrl-C comes before the coroutine begins, Python does not warn that it was never awaited.
-    """
-    try:
-        return asyncio.run(coroutine)
-    finally:
-        coroutine.close()
 
 
 def _costs(loop_seconds: dict[int, float], hop: float) -> Costs:

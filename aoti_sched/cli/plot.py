@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aoti_sched.cli.load import Level
+from aoti_sched.cli.predicting import Candidate, Figures, Goal, words
 from aoti_sched.cli.tensors import whole_file
-from aoti_sched.cli.tuning import Candidate, Figures, Goal, Trial, words
+from aoti_sched.cli.tuning import Trial
 
 _COLOURS = {"p50": "#4c9f70", "p90": "#e0a030", "p99": "#c0504d"}
 

@@ -27,6 +27,9 @@ from aoti_sched.simulation.recorded import Recorded, rows_of
 from aoti_sched.simulation.replay import Arrival, Replay, replay
 from aoti_sched.simulation.service_times import EXTRAPOLATED, ServiceTimes
 
+_FAR = 0.2
+"""The part by which a simulation may differ from the recording without a note."""
+
 
 class SimulationReport(Report, frozen=True, kw_only=True):
     """What `simulate --json` prints.
@@ -142,6 +145,7 @@ def simulate_command(
         faster = [_sooner(arrival, speed) for arrival in arrivals]
         found = replay(faster, wanted, taken, timeline=timeline)
     report = _report(trace, recorded, (own, wanted), (same, found), taken, notes, changed=changed)
+    report = msgspec.structs.replace(report, notes=(*report.notes, *_distance(report)))
     if json:
         print_json(report)
     else:
@@ -225,6 +229,7 @@ def _from_file(
             batching=batching,
             weights=None,
             cuda_graphs=False,
+            stream_priority=0,
         )
     return SchedulerConfig(devices=devices, models=models)
 
@@ -235,7 +240,7 @@ def _device(new: DeviceConfig, old: DeviceConfig) -> DeviceConfig:
     affinity = old.affinity if lanes == old.lanes else None
     return msgspec.structs.replace(
         new, lanes=lanes, cores=new.cores or old.cores, affinity=affinity, memory_limit=None,
-        evict=None, launchers=None,
+        evict=None, launchers=None, wait=None,
     )  # fmt: skip
 
 
@@ -276,6 +281,23 @@ def _simulable(
     if not kept:
         raise UsageError("no run was recorded, so that nothing is known of how long runs take.")
     return kept
+
+
+def _distance(report: SimulationReport) -> list[str]:
+    """Return a sentence where the simulation of the recorded settings is far from the recording."""
+    recorded, same = report.recording.latency, report.same.latency
+    if recorded is None or same is None:
+        return []
+    for figure in ("p50", "p99"):
+        was, is_now = getattr(recorded, figure), getattr(same, figure)
+        if abs(is_now - was) > _FAR * was:
+            note = (
+                f"with the recorded settings the {figure} is {time_text(is_now)} in the simulation "
+                f"and was {time_text(was)}: the rest is the event loop's work, other processes, or "
+                "what the recording does not say. Compare the two simulations with each other."
+            )
+            return [note]
+    return []
 
 
 def _report(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json as json_text
 import math
 from pathlib import Path
@@ -14,7 +15,8 @@ from aoti_sched.cli.bench import check_plot, machine_of
 from aoti_sched.cli.failures import BUDGET_MISSED, OK, UsageError
 from aoti_sched.cli.options import Flag, Texts
 from aoti_sched.cli.output import Report, err, out, print_json, print_table, print_title
-from aoti_sched.cli.tuning import Candidate, Figures, Goal, Trial, words
+from aoti_sched.cli.predicting import Candidate, Figures, Goal, words
+from aoti_sched.cli.tuning import Trial
 from aoti_sched.cli.units import seconds, time_text
 
 
@@ -132,7 +134,7 @@ def tune_command(
         if path is not None and not path.absolute().parent.is_dir():
             raise UsageError(f"{path}: the folder {path.absolute().parent} does not exist.")
     goal = Goal(p99=budget, rate=rate, maximize=maximize, poisson=poisson, seed=seed)
-    report = _tuned(package, model, goal, chosen, lengths, (input, size, seed), tries)
+    report = asyncio.run(_tuned(package, model, goal, chosen, lengths, (input, size, seed), tries))
     if report.best is not None:
         report = msgspec.structs.replace(report, written=str(output))
         _write(output, toml(report, package, model, output))
@@ -150,7 +152,7 @@ def tune_command(
     return OK
 
 
-def _tuned(
+async def _tuned(
     package: Path,
     model: str | None,
     goal: Goal,
@@ -160,14 +162,14 @@ def _tuned(
     tries: int,
 ) -> TuneReport:
     from aoti_sched.cli.loading import quiet
-    from aoti_sched.cli.measuring import RealMachine, run_to_end
+    from aoti_sched.cli.measuring import RealMachine
     from aoti_sched.cli.tuning import tune
 
     quiet()
     machine = RealMachine(package, model, goal, lengths, made)
-    run_to_end(machine.look())
-    axes = machine.axes(chosen)
-    found = tune(machine, axes, goal, tries=tries, tell=_tell)
+    await machine.look()
+    axes = await machine.axes(chosen)
+    found = await tune(machine, axes, goal, tries=tries, tell=_tell)
     return TuneReport(
         path=str(package),
         goal=goal,

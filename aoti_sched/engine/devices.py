@@ -208,10 +208,10 @@ class Devices:
             return dispatcher
         settings = self._settings.get(name, DeviceConfig())
         lanes = _lanes(name, settings, device)
+        queue = _queue(name, settings, lanes, device.cores(), self._config.flight_facts)
         executor = self._executors.pop(name, None)
         if executor is None:
-            executor = device.open_executor(lanes, settings.affinity, settings.launchers)
-        queue = _queue(name, settings, lanes, device.cores(), self._config.flight_facts)
+            executor = _open_executor(device, lanes, settings)
         try:
             dispatcher = Dispatcher(
                 asyncio.get_running_loop(),
@@ -372,7 +372,11 @@ def _open_device(
 
     device = open_device(name, cores)
     lanes = _lanes(name, settings, device)
-    return device, device.open_executor(lanes, settings.affinity, settings.launchers)
+    return device, _open_executor(device, lanes, settings)
+
+
+def _open_executor(device: Device, lanes: int, settings: DeviceConfig) -> Executor:
+    return device.open_executor(lanes, settings.affinity, settings.launchers, settings.wait)
 
 
 def _cores_here() -> tuple[list[int], int]:

@@ -262,6 +262,7 @@ class Loader:
             copy_inputs=settings.copy_inputs,
             copy_outputs=settings.copy_outputs,
             cuda_graphs=settings.cuda_graphs,
+            stream_priority=settings.stream_priority,
             replicated=settings.devices is not None,
             weights=settings.weights if source.weights is None else source.weights,
             weights_strict=settings.weights_strict,

@@ -85,7 +85,7 @@ def device_stats(
         free_cores=queue.lanes.free_cores,
         queued=queue.load.jobs,
         queued_bytes=queue.load.bytes,
-        memory=_memory_stats(queue.memory),
+        memory=_memory_stats(queue.memory, executor.workspace()),
         runners={
             **removed,
             **{
@@ -97,14 +97,14 @@ def device_stats(
     )
 
 
-def _memory_stats(memory: Memory) -> MemoryStats:
+def _memory_stats(memory: Memory, workspace: int) -> MemoryStats:
     there = [one for one in memory.holdings if memory.of(one)]
     return MemoryStats(
         limit=memory.limit,
         used=memory.used,
         inactive=sum(one.inactive for one in there),
         parked=sum(one.bytes for one in memory.holdings) - sum(one.bytes for one in there),
-        workspace=sum(one.workspace for one in memory.holdings),
+        workspace=workspace,
     )
 
 

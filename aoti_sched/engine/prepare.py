@@ -63,6 +63,11 @@ def inspect(device: Device, request: LoadRequest, reading: Reading) -> Inspected
             f"load({str(request.path)!r}): cuda_graphs=True, but {device.name!r} has no such "
             "thing; it is for 'cuda'"
         )
+    if request.stream_priority and not device.records_runs:
+        raise ConfigError(
+            f"load({str(request.path)!r}): stream_priority={request.stream_priority}, but "
+            f"{device.name!r} has no such thing; it is for 'cuda'"
+        )
     with reading.foreign():
         return device.inspect(request)
 
@@ -363,6 +368,8 @@ def _placing(settings: ModelConfig, threads: int, *, allowed: bool) -> Placing:
         )
     if choice is Placement.AUTO and (threads > 1 or not allowed):
         choice = Placement.LANE
+    # A lane of a device may be two threads, so that a job handed ahead would run beside the job it
+    # is behind, on the same slot.
     return Placing(
         choice, settings.inline_limit, follow_limit=FOLLOW_LIMIT if allowed else 0.0, hop=HOP_OF_ONE
     )

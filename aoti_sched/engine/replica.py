@@ -212,7 +212,6 @@ class Replica:
             inactive=inactive,
             fixed=self.not_evictable_because or container.unparkable or kept,
         )
-        self.state.memory.workspace = container.workspace or 0
 
     def retire(self, why: str, error: BaseException) -> None:
         """Never run the container again, since its answers could be wrong.

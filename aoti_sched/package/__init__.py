@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         WeightsLocation,
     )
     from aoti_sched.package.package import Package, find_package, open_package
-    from aoti_sched.package.platform import check_platform
+    from aoti_sched.package.platform import check_capability, check_platform
 
 _HOMES = {
     "Extracted": "description",
@@ -31,6 +31,7 @@ _HOMES = {
     "PackagedModel": "description",
     "StoredWeight": "description",
     "WeightsLocation": "description",
+    "check_capability": "platform",
     "check_platform": "platform",
     "find_package": "package",
     "open_package": "package",
@@ -53,6 +54,7 @@ __all__ = [
     "PackagedModel",
     "StoredWeight",
     "WeightsLocation",
+    "check_capability",
     "check_platform",
     "find_package",
     "open_package",

@@ -127,5 +127,32 @@ def check_platform(model: PackagedModel, *, cpu_isa: frozenset[str] | None = Non
         )
 
 
+def check_capability(model: PackagedModel, here: int) -> None:
+    """Refuse a model that was compiled for a newer CUDA architecture than a device has.
+
+    The device's kernels would not load, at the first run. What was compiled for an older
+    architecture may have code for newer ones too, and is not judged.
+
+    Args:
+        model: The model.
+        here: The device's compute capability, as torch writes it: 90 for 9.0.
+
+    Raises:
+        PlatformMismatchError: The device is older.
+    """
+    built = model.metadata.get("AOTI_COMPUTE_CAPABILITY", "")
+    if built.isdecimal() and int(built) > here:
+        raise PlatformMismatchError(
+            f"{model.path}: model {model.name!r} was compiled for the compute capability "
+            f"{_spelled(int(built))}, this device has {_spelled(here)}. Compile it on a device "
+            "like this one.",
+            path=model.path,
+        )
+
+
+def _spelled(capability: int) -> str:
+    return f"{capability // 10}.{capability % 10}"
+
+
 def _listed(names: Iterable[str]) -> str:
     return " ".join(sorted(names))

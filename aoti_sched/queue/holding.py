@@ -32,7 +32,6 @@ class Holding:
         updating: Whether the weights are being changed, so that the model is not evicted.
         parked: How often the model was evicted.
         payload: The caller's own; no rule reads it.
-        workspace: Bytes that runs need besides. No rule reads them: before a run they are unknown.
         number: The number of the record on its device, where facts are recorded; -1 before.
     """
 
@@ -48,7 +47,6 @@ class Holding:
         "stay",
         "took",
         "updating",
-        "workspace",
     )
 
     def __init__(self, name: str) -> None:
@@ -62,7 +60,6 @@ class Holding:
         self.updating = False
         self.parked = 0
         self.payload: Any = None
-        self.workspace = 0
         self.number = -1
 
     @property

@@ -76,6 +76,7 @@ class SimulatedExecutor:
         self.lanes = lanes
         self._costs = costs
         self.lost: Callable[[], str] = str
+        self.workspace: Callable[[], int] = int
         self._loop = loop
         self._free = [0.0] * lanes
         self._done: deque[Completion] = deque()
@@ -157,10 +158,14 @@ class SimulatedBackend(FakeBackend):
         self._costs = costs
 
     def open_executor(
-        self, lanes: int, affinity: Sequence[int] | None = None, launchers: int | None = None
+        self,
+        lanes: int,
+        affinity: Sequence[int] | None = None,
+        launchers: int | None = None,
+        wait: str | None = None,
     ) -> SimulatedExecutor:
         """Return lanes on which time passes."""
-        del affinity, launchers
+        del affinity, launchers, wait
         return SimulatedExecutor(lanes, self._loop, self._costs)
 
     def inspect(self, request: LoadRequest) -> Inspected:

@@ -87,9 +87,13 @@ class FakeBackend:
         return self._lanes
 
     def open_executor(
-        self, lanes: int, affinity: Sequence[int] | None = None, launchers: int | None = None
+        self,
+        lanes: int,
+        affinity: Sequence[int] | None = None,
+        launchers: int | None = None,
+        wait: str | None = None,
     ) -> Executor:
-        del affinity, launchers
+        del affinity, launchers, wait
         self._executor = FakeExecutor(lanes, self._clock, auto=self._auto)
         return self._executor
 

@@ -85,7 +85,6 @@ class FakeContainer(HostContainer):
         self.parked = False
         self.constant_bytes = len(self.weights)
         self.graphs = 0
-        self.workspace: int | None = None
         self.unparkable = ""
         self.info = ContainerInfo(
             runtime="fake",

@@ -25,6 +25,7 @@ class FakeExecutor:
         self._clock = clock
         self.auto = auto
         self.lost: Callable[[], str] = str
+        self.workspace: Callable[[], int] = int
         self._done: deque[Completion] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._wakeup = WakeupFd()

@@ -32,10 +32,12 @@ counts: Counter[str] = Counter()
 
 
 def draw(stop: threading.Event) -> None:
-    """A user who draws random numbers on the device."""
+    """A user who draws random numbers, and clears cuBLAS's workspaces beside graphs."""
     while not stop.is_set():
         try:
             torch.rand(64, device=device)
+            if graphs:
+                torch._C._cuda_clearCublasWorkspaces()
             counts["a user's random numbers"] += 1
         except RuntimeError as error:
             counts[f"a user's random numbers: {error}"[:120]] += 1

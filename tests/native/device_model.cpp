@@ -10,8 +10,15 @@
 // `Run` puts the one that it took with those whose end is not known yet, and takes them all back
 // when it finds no other.
 //
+// Its weights lie in memory of cudaMalloc, which is freed when the container is, in the device's
+// context. With OLDER, it is as torch 2.12 and older compile: constants travel in maps, what frees
+// them ends the process where the device is lost, and `RunSingleThreaded` looks at the state of the
+// first buffer, whichever serves.
+//
 // With CHAIN, y = x * w * w by two kernels, and what lies between is given back when they are
-// launched. When x has 13 rows, it waits for the device, as models do that look at a value.
+// launched. The second one uses a workspace as cuBLAS has one: of the thread and the stream. When x
+// has 13 rows, the model waits for the device, as models do that look at a value; when x has 17, it
+// draws random numbers.
 //
 // With TWICE, y is both of two outputs, by one handle as torch's models have it.
 //
@@ -23,8 +30,10 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -39,12 +48,16 @@ std::int32_t aoti_torch_get_sizes(Handle, std::int64_t**);
 std::int32_t aoti_torch_get_device_type(Handle, std::int32_t*);
 std::int32_t aoti_torch_empty_strided(std::int64_t, const std::int64_t*, const std::int64_t*,
                                       std::int32_t, std::int32_t, std::int32_t, Handle*);
+std::int32_t aoti_torch_create_tensor_from_blob(void*, std::int64_t, const std::int64_t*,
+                                                const std::int64_t*, std::int64_t, std::int32_t,
+                                                std::int32_t, std::int32_t, Handle*);
 std::int32_t aoti_torch_delete_tensor_object(Handle);
 std::int32_t aoti_torch_device_type_privateuse1();
 std::int32_t aoti_torch_device_type_cpu();
 std::int32_t aoti_torch_dtype_float32();
 std::int32_t aoti_torch_create_cuda_stream_guard(void* stream, std::int32_t index, void** made);
 std::int32_t aoti_torch_delete_cuda_stream_guard(void* guard);
+void* simulated_workspace(void* stream, std::size_t* bytes);
 }
 
 namespace {
@@ -66,9 +79,12 @@ constexpr std::size_t kConstants = 2;
 constexpr std::size_t kConstants = 1;
 #endif
 
+enum class State { none, initialized, folded };
+
 struct Buffer {
   float* weight = nullptr;
-  Handle tensor = nullptr;  // whose memory it is
+  Handle tensor = nullptr;  // of that memory
+  State state = State::none;
   float factor = 1;
   Handle factor_tensor = nullptr;
 };
@@ -130,30 +146,35 @@ std::int32_t check(int error, const char* what) {
   return 1;
 }
 
-std::int32_t release(Buffer& buffer) {
-  buffer.weight = nullptr;
+// As `RAII_gpuMalloc` does: before torch 2.13 its deleter throws where the device is lost, in a
+// destructor.
+std::int32_t release(const Container& container, Buffer& buffer) {
+  int error = 0;
   if (buffer.tensor != nullptr)
     aoti_torch_delete_tensor_object(std::exchange(buffer.tensor, nullptr));
+  if (buffer.weight != nullptr)
+    error = sim_mfree(std::exchange(buffer.weight, nullptr), container.device);
+#ifdef OLDER
+  if (error != 0) std::abort();
+#endif
   if (buffer.factor_tensor != nullptr)
     aoti_torch_delete_tensor_object(std::exchange(buffer.factor_tensor, nullptr));
-  return 0;
+  buffer.state = State::none;
+  return check(error, "cudaFree");
 }
 
 std::int32_t fill(Container& container, Buffer& buffer, const float* from, bool on_device) {
+  sim_runtime_call(container.device);
   if (buffer.weight == nullptr) {
     const std::int64_t size = kWidth;
     const std::int64_t stride = 1;
-    void* guard = nullptr;
-    void* data = nullptr;
-    aoti_torch_create_cuda_stream_guard(nullptr, container.device, &guard);
-    const std::int32_t status = aoti_torch_empty_strided(
-        1, &size, &stride, aoti_torch_dtype_float32(), aoti_torch_device_type_privateuse1(),
-        container.device, &buffer.tensor);
-    aoti_torch_delete_cuda_stream_guard(guard);
-    if (status != 0) return check(CUDA_ERROR_OUT_OF_MEMORY, "cudaMalloc");
-    aoti_torch_get_data_ptr(buffer.tensor, &data);
-    buffer.weight = static_cast<float*>(data);
+    buffer.weight = static_cast<float*>(sim_malloc(kBytes, container.device));
+    if (buffer.weight == nullptr) return check(CUDA_ERROR_OUT_OF_MEMORY, "cudaMalloc");
+    aoti_torch_create_tensor_from_blob(
+        buffer.weight, 1, &size, &stride, 0, aoti_torch_dtype_float32(),
+        aoti_torch_device_type_privateuse1(), container.device, &buffer.tensor);
   }
+  buffer.state = State::initialized;
   Write job{buffer.weight, on_device ? from : nullptr, {}};
   std::vector<sim_range> ranges{{buffer.weight, kBytes, 1}};
   if (on_device) {
@@ -241,6 +262,8 @@ std::int32_t run_once(Container* container, Handle* inputs, Handle* outputs, voi
         static_cast<float*>(y), static_cast<const float*>(x), w, buffer.factor, rows, kRow};
 #ifdef CHAIN
     Handle between = nullptr;
+    std::size_t work_bytes = 0;
+    void* const work = simulated_workspace(stream, &work_bytes);
     void* z = nullptr;
     aoti_torch_empty_strided(2, shape, strides, aoti_torch_dtype_float32(),
                              aoti_torch_device_type_privateuse1(), container->device, &between);
@@ -251,12 +274,17 @@ std::int32_t run_once(Container* container, Handle* inputs, Handle* outputs, voi
                    "launch");
     if (status == 0) {
       status =
-          check(launch(stream, &multiply, second, {{y, bytes, 1}, {z, bytes, 0}, {w, kBytes, 0}}),
+          check(launch(stream, &multiply, second,
+                       {{y, bytes, 1}, {z, bytes, 0}, {w, kBytes, 0}, {work, work_bytes, 1}}),
                 "launch");
     }
     aoti_torch_delete_tensor_object(between);
     if (status == 0 && rows == 13)
       status = check(cuStreamSynchronize(static_cast<CUstream>(stream)), "item");
+    if (status == 0 && rows == 17 && sim_is_recording(static_cast<CUstream>(stream))) {
+      last_error = "Attempt to increase offset for a CUDA generator not in capture mode.";
+      status = 1;
+    }
 #else
     status =
         check(launch(stream, &multiply, product, {{y, bytes, 1}, {x, read, 0}, {w, kBytes, 0}}),
@@ -291,14 +319,18 @@ std::int32_t AOTInductorModelContainerCreateWithDevice(Container** made, std::si
   cuDevicePrimaryCtxRetain(&context, container->device);
   cuCtxSetCurrent(context);
   const std::array<float, kWidth> ones{1, 1, 1, 1};
-  if (fill(*container, container->buffers[0], ones.data(), false)) return 1;
-  if (kConstants > 1 && set_factor(container->buffers[0], 1)) return 1;
+  if (fill(*container, container->buffers[0], ones.data(), false) ||
+      (kConstants > 1 && set_factor(container->buffers[0], 1))) {
+    delete container;
+    return 1;
+  }
   *made = container;
   return 0;
 }
 
 std::int32_t AOTInductorModelContainerDelete(Container* container) {
-  for (Buffer& buffer : container->buffers) release(buffer);
+  sim_runtime_call(container->device);  // it unloads its kernels
+  for (Buffer& buffer : container->buffers) release(*container, buffer);
   delete container;
   return 0;
 }
@@ -307,6 +339,7 @@ std::int32_t AOTInductorModelContainerRun(Container* container, Handle* inputs, 
                                           Handle* outputs, std::size_t, void* stream, void*) {
   if (sim_is_recording(static_cast<CUstream>(stream)))
     sim_fault("Run is recorded, which uses events and locks");
+  container->buffers[container->active].state = State::folded;
   const std::int32_t status = run_once(container, inputs, outputs, stream);
   const std::size_t before = container->free;
   container->free = (before > 0 ? before : container->instances) - 1;
@@ -317,6 +350,15 @@ std::int32_t AOTInductorModelContainerRunSingleThreaded(Container* container, Ha
                                                         std::size_t, Handle* outputs, std::size_t,
                                                         void* stream, void*) {
   if (container->free == 0) sim_fault("RunSingleThreaded takes an instance, and none is free");
+  State& state = container->buffers[container->active].state;
+  if (state == State::initialized) {
+    state = State::folded;
+#ifdef OLDER
+  } else if (container->buffers[0].state != State::folded) {
+    last_error = "Unknown constant state";
+    return 1;
+#endif
+  }
   return run_once(container, inputs, outputs, stream);
 }
 
@@ -378,6 +420,24 @@ std::int32_t AOTInductorModelContainerGetConstantDataSize(Container*, std::size_
   *bytes = index == 0 ? kBytes : sizeof(float);
   return 0;
 }
+#ifdef OLDER
+using Map = std::unordered_map<std::string, Handle>;
+
+std::int32_t AOTInductorModelContainerExtractConstantsMap(Container* container, Map* map,
+                                                          bool inactive) {
+  const Buffer& buffer = container->buffers[inactive ? 1 - container->active : container->active];
+  if (buffer.tensor == nullptr) return 0;
+  map->emplace("weight", buffer.tensor);
+  if (kConstants > 1) map->emplace("factor", buffer.factor_tensor);
+  return 0;
+}
+std::int32_t AOTInductorModelContainerUpdateConstantBuffer(Container* container, const Map* map,
+                                                           bool inactive, bool) {
+  std::vector<Entry> entries;
+  for (const auto& [name, handle] : *map) entries.push_back({name.c_str(), handle});
+  return update(container, entries.data(), entries.size(), inactive, false);
+}
+#else
 std::int32_t AOTInductorModelContainerExtractConstantsMapEntries(Container* container,
                                                                  const Entry** entries,
                                                                  std::size_t* count,
@@ -395,7 +455,6 @@ std::int32_t AOTInductorModelContainerUpdateConstantBufferPairs(Container* conta
                                                                 bool) {
   return update(container, entries, count, inactive, false);
 }
-#ifndef OLDER
 std::int32_t AOTInductorModelContainerUpdateConstantBufferFromCpuPairs(Container* container,
                                                                        const Entry* entries,
                                                                        std::size_t count,
@@ -403,7 +462,10 @@ std::int32_t AOTInductorModelContainerUpdateConstantBufferFromCpuPairs(Container
   return update(container, entries, count, inactive, true);
 }
 #endif
-std::int32_t AOTInductorModelContainerRunConstantFolding(Container*, bool, void*, void*) {
+std::int32_t AOTInductorModelContainerRunConstantFolding(Container* container, bool inactive,
+                                                             void*, void*) {
+  sim_runtime_call(container->device);
+  container->buffers[inactive ? 1 - container->active : container->active].state = State::folded;
   return 0;
 }
 std::int32_t AOTInductorModelContainerSwapConstantBuffer(Container* container) {
@@ -411,10 +473,13 @@ std::int32_t AOTInductorModelContainerSwapConstantBuffer(Container* container) {
   return 0;
 }
 std::int32_t AOTInductorModelContainerFreeInactiveConstantBuffer(Container* container) {
-  return release(container->buffers[1 - container->active]);
+  sim_runtime_call(container->device);
+  return release(*container, container->buffers[1 - container->active]);
 }
+#ifndef OLDER
 std::int32_t AOTInductorGetLastError(const char** text) {
   *text = last_error.c_str();
   return 0;
 }
+#endif
 }

@@ -57,7 +57,12 @@ inline std::shared_ptr<const aoti::Device> device(CUcontext context, bool one_at
   made->driver.not_ready = CUDA_ERROR_NOT_READY;
   set(made->driver.get_context, &cuCtxGetCurrent);
   set(made->driver.set_context, &cuCtxSetCurrent);
+  set(made->driver.exchange_capture_mode, &cuThreadExchangeStreamCaptureMode);
   set(made->driver.query, &cuStreamQuery);
+  set(made->driver.wait_for_event, &cuStreamWaitEvent);
+  set(made->driver.record_event, &cuEventRecord);
+  set(made->driver.query_event, &cuEventQuery);
+  set(made->driver.take_last_error, &cudaGetLastError);
   set(made->driver.copy_in, &cuMemcpyHtoDAsync_v2);
   set(made->driver.copy_out, &cuMemcpyDtoHAsync_v2);
   set(made->driver.allocate_host, &cuMemAllocHost_v2);

@@ -11,13 +11,14 @@ import contextlib
 import ctypes
 import functools
 import itertools
+from collections.abc import Iterator
 from ctypes import c_char_p, c_int, c_size_t, c_void_p
 from pathlib import Path
 
 import torch
 from torch.utils import rename_privateuse1_backend
 
-from aoti_sched.backends.accelerators.cuda import CudaDevice
+from aoti_sched.backends.accelerators.cuda import CLEAR_WORKSPACES, CudaDevice
 from aoti_sched.backends.accelerators.cuda_driver import Driver
 from aoti_sched.backends.accelerators.cuda_graphs import GraphContainer
 from aoti_sched.backends.accelerators.mps import MpsDevice
@@ -53,8 +54,8 @@ def model_path(
 ) -> Path:
     """The compiled model.
 
-    An older one can't take constants from the host, a mixed one has a factor that lies there, a
-    chain is two kernels, and with `twice` one tensor is two outputs. Rows of its input lie `row`
+    An older one is as torch 2.12 compiles it, a mixed one has a factor on the host, a chain is two
+    kernels and a workspace, and with `twice` one tensor is two outputs. Rows of its input lie `row`
     elements apart.
     """
     flags = ["-DOLDER"] * older + ["-DMIXED"] * mixed + ["-DCHAIN"] * chain + ["-DTWICE"] * twice
@@ -93,19 +94,21 @@ class Simulator:
         self._cuda = cuda = ctypes.CDLL(str(driver_path()))
         cuda.sim_pending.argtypes = (c_void_p,)
         cuda.sim_allocated.restype = cuda.sim_kept.restype = c_size_t
+        cuda.sim_reserved.restype = c_size_t
+        cuda.sim_begin_pool.argtypes = (c_void_p, c_int)
+        cuda.sim_priority.argtypes = (c_void_p,)
+        self.priority = cuda.sim_priority
         cuda.sim_kept.argtypes = (c_void_p,)
         cuda.sim_stream.restype = c_void_p
         cuda.sim_memory_limit.argtypes = (c_size_t,)
         cuda.sim_faults.argtypes = (c_void_p,)
-        cuda.sim_record.argtypes = (c_void_p, c_int)
-        cuda.sim_end.argtypes = (c_void_p, c_void_p)
-        cuda.sim_forget.argtypes = (c_void_p,)
         self._torch = ctypes.CDLL(str(torch_path()))
         self._torch.simulated_current_stream.restype = c_void_p
         self._torch.simulated_set_stream.argtypes = (c_void_p,)
         self._torch.simulated_register()
         rename_privateuse1_backend(KIND)
         self.module = Module(self)
+        self.internals = Internals(self)
         torch._register_device_module(KIND, self.module)
         self.hold, self.go, self.step = cuda.sim_hold, cuda.sim_go, cuda.sim_step
         self.repair, self.take, self.memory_limit = (
@@ -120,6 +123,12 @@ class Simulator:
             cuda.sim_waiting,
             cuda.sim_graphs,
         )
+        self.reserved, self.empty_cache = cuda.sim_reserved, cuda.sim_empty_cache
+        self.diverted, self.refusals = cuda.sim_diverted, cuda.sim_refusals
+        self.refuse_waits, self.refused_waits = cuda.sim_refuse_waits, cuda.sim_refused_waits
+        self.spinning, self.last_error = cuda.sim_spinning, cuda.cudaGetLastError
+        self.workspaces = self._torch.simulated_workspaces
+        self.clear_workspaces = self._torch.simulated_clear_workspaces
 
     def synchronize(self) -> None:
         assert self._cuda.cuCtxSynchronize() == 0
@@ -127,8 +136,24 @@ class Simulator:
     def pending(self, stream: int = 0) -> int:
         return self._cuda.sim_pending(stream or None)
 
-    def break_device(self, error: int = 700) -> None:
-        self._cuda.sim_break(error)
+    def break_device(self, error: int = 700, index: int = 0) -> None:
+        self._cuda.sim_break(error, index)
+
+    @contextlib.contextmanager
+    def recorded(self, stream: int, mode: int = 0) -> Iterator[list[int]]:
+        """What a user does: record a stream, by default so that it concerns all threads.
+
+        At the end, the list that is yielded has the status of the recording's end.
+        """
+        ended: list[int] = []
+        graph = c_void_p()
+        assert self._cuda.cuStreamBeginCapture_v2(c_void_p(stream), mode) == 0
+        try:
+            yield ended
+        finally:
+            ended.append(self._cuda.cuStreamEndCapture(c_void_p(stream), ctypes.byref(graph)))
+            if graph.value:
+                self._cuda.cuGraphDestroy(graph)
 
     def wait_until_pending(self, count: int) -> None:
         assert self._cuda.sim_wait_until_pending(count), (
@@ -163,12 +188,20 @@ class Simulator:
 
     def address(self, name: str) -> int:
         """Of a function of torch, as if torch had been built with such devices."""
+        name = {CLEAR_WORKSPACES: "simulated_clear_workspaces_for_stream"}.get(name, name)
         name = name.replace("xpu", "cuda")
         function = getattr(self._torch, name, None)
         return address_of(name) if function is None else ctypes.cast(function, c_void_p).value or 0
 
     def cuda(self, index: int = 0) -> CudaDevice:
-        device = CudaDevice(index, self.driver, GraphContainer, module=self.module, type=KIND)
+        device = CudaDevice(
+            index,
+            self.driver,
+            GraphContainer,
+            module=self.module,
+            internals=self.internals,
+            type=KIND,
+        )
         return self._over(device)
 
     def xpu(self, index: int = 0) -> XpuDevice:
@@ -224,51 +257,26 @@ class Event:
         self._simulator.driver.status("cuEventDestroy_v2", self.handle)
 
 
-class Generator:
-    """Of random numbers, as far as it is asked how many it gave."""
-
-    offset = 0
-
-    def get_offset(self):
-        return self.offset
-
-
-class CUDAGraph:
-    """As torch.cuda's, of the current stream."""
-
-    pools = itertools.count(1)
+class Internals:
+    """The functions of `torch._C` by which memory comes from a graph's pool."""
 
     def __init__(self, simulator):
         self._simulator = simulator
-        self._executable = c_void_p()
-        self._pool = None
 
-    def capture_begin(self, pool=None, capture_error_mode="global"):
-        assert capture_error_mode == "thread_local"  # other threads go on with what they do
-        self._pool = pool or (0, next(self.pools))
-        self._stream = self._simulator.current_stream
-        must(self._simulator._cuda.sim_record(self._stream, self._pool[1]))
+    def _cuda_beginAllocateCurrentStreamToPool(self, index, pool):
+        stream = self._simulator.current_stream
+        must(self._simulator._cuda.sim_begin_pool(stream, pool[1]), "already recording to it")
 
-    def capture_end(self):
-        must(self._simulator._cuda.sim_end(self._stream, ctypes.byref(self._executable)))
+    def _cuda_endAllocateToPool(self, index, pool):
+        must(self._simulator._cuda.sim_end_pool(pool[1]), "not currently recording to it")
 
-    def raw_cuda_graph_exec(self):
-        return self._executable.value
-
-    def pool(self):
-        return self._pool
-
-    def reset(self):
-        if self._executable.value:
-            self._simulator._cuda.sim_forget(self._executable)
-        self._executable.value = None
-
-    __del__ = reset
+    def _cuda_releasePool(self, index, pool):
+        must(self._simulator._cuda.sim_release_pool(pool[1]), "uc >= 0 INTERNAL ASSERT FAILED")
 
 
-def must(status):
-    if status:
-        raise RuntimeError(f"CUDA error: {simulator().driver.explain(status)}")
+def must(holds, words):
+    if not holds:
+        raise RuntimeError(words)
 
 
 class Module:
@@ -278,11 +286,16 @@ class Module:
         self._simulator = simulator
         Stream.simulator = simulator
         self._pool = []
-        self.default_generators = [Generator() for _ in range(2)]
-        self.CUDAGraph = functools.partial(CUDAGraph, simulator)
+        self._pools = itertools.count(1)
+        self.snapshots = 0
 
     def init(self):
         """It is there as soon as it is asked for."""
+
+    capability = (8, 0)
+
+    def get_device_capability(self, index=0):
+        return self.capability
 
     def device_count(self):
         return 2
@@ -290,7 +303,17 @@ class Module:
     def is_available(self):
         return True
 
+    def graph_pool_handle(self):
+        return (0, next(self._pools))
+
+    def empty_cache(self):
+        self._simulator.empty_cache()
+
+    def memory_reserved(self, index=0):
+        return self._simulator.reserved()
+
     def memory_snapshot(self):
+        self.snapshots += 1
         cuda = self._simulator._cuda
         streams = [cuda.sim_stream(number) for number in range(1, cuda.sim_most_streams())]
         return [{"device": 0, "stream": one, "total_size": cuda.sim_kept(one)} for one in streams]
@@ -315,7 +338,7 @@ class Module:
         """The next of a pool of 32."""
         if len(self._pool) < 32:
             with self.in_context(index):
-                self._pool.append(self._simulator.driver.make("cuStreamCreate", 1))
+                self._pool.append(self._simulator.driver.make("cuStreamCreateWithPriority", 1, 0))
             return self.ExternalStream(self._pool[-1], index)
         self._pool.append(self._pool.pop(0))
         return self.ExternalStream(self._pool[-1], index)

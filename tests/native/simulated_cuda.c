@@ -8,7 +8,7 @@
 #include <string.h>
 #include <time.h>
 
-enum { MOST_STREAMS = 256, MOST_BLOCKS = 8192, MOST_PINNED = 512, MOST_OPS = 64, DEVICES = 2 };
+enum { MOST_STREAMS = 256, MOST_BLOCKS = 8192, MOST_PINNED = 512, MOST_OPS = 64, MOST_POOLS = 1024, DEVICES = 2 };
 
 struct sim_context {
   int device;
@@ -29,14 +29,20 @@ struct op {
 
 struct sim_graph {
   struct sim_graph* next;
+  int device;
+  int executable; /* or only what was recorded */
   int pool;
   int count;
   int invalid;
+  int mode;           /* of the capture */
+  pthread_t recorder; /* the thread that began it */
   struct op ops[MOST_OPS];
 };
 
 struct sim_stream {
-  int index; /* 0 is the default one */
+  int index; /* the first ones are the default ones of the devices */
+  int device;
+  int priority;
   int alive;
   uint64_t seq;                 /* of the last piece of work that was given */
   uint64_t done;                /* of the last that is done */
@@ -47,14 +53,17 @@ struct sim_stream {
 };
 
 struct sim_event {
+  unsigned flags;
   int stream;
   uint64_t seq;
   uint64_t known[MOST_STREAMS];
 };
 
 struct block {
-  char* start;
+  char* start; /* null when the memory was given back to the device */
   size_t bytes;
+  int device;
+  int raw; /* of cudaMalloc, and not of torch's allocator */
   int in_use;
   int stream; /* whose pool it is of */
   int pool;   /* or that of graphs; otherwise 0 */
@@ -65,18 +74,25 @@ static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER; /* guards everything b
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
 static struct sim_context contexts[DEVICES];
 static struct sim_stream streams[MOST_STREAMS];
-static int most_streams = 1;
+static int most_streams = DEVICES;
+static int pool_of[MOST_STREAMS]; /* what is allocated on a stream comes from this pool now; 0 for its own */
+static int pool_uses[MOST_POOLS];
+static int diverted; /* streams whose memory comes from a pool now */
 static struct block* blocks;
 static struct sim_graph* graphs; /* that are there */
 static int most_blocks;
 static struct {
   void* start;
   size_t bytes;
+  int device;
 } pinned[MOST_PINNED];
-static size_t allocated, limit;
-static int started, held, steps, microseconds, broken, breaks_next, faults, waiting, events, kernels, most_threads;
+static size_t allocated, reserved, limit;
+static int started, held, steps, microseconds, faults, waiting, spinning, refused_waits, refusal, events, kernels, most_threads, refusals;
+static int broken[DEVICES], breaks_next[DEVICES];
 static char first_fault[256];
 static _Thread_local CUcontext current;
+static _Thread_local int last_error;
+static _Thread_local int capture_mode; /* of the thread: 0 global, 1 thread-local, 2 relaxed */
 
 static void fault(const char* format, ...) {
   if (faults++ > 0) return;
@@ -93,7 +109,9 @@ static struct timespec in_a_minute(void) {
   return until;
 }
 
-static struct sim_stream* at(CUstream stream) { return stream == NULL ? &streams[0] : stream; }
+static int device_now(void) { return current == NULL ? 0 : current->device; }
+
+static struct sim_stream* at(CUstream stream) { return stream == NULL ? &streams[device_now()] : stream; }
 
 static int overlap(const struct sim_range* one, const struct sim_range* other) {
   const char *a = one->start, *b = other->start;
@@ -102,6 +120,7 @@ static int overlap(const struct sim_range* one, const struct sim_range* other) {
 
 static struct block* block_of(const void* address) {
   for (int i = 0; i < most_blocks; ++i) {
+    if (blocks[i].start == NULL) continue;
     if ((char*)address >= blocks[i].start && (char*)address < blocks[i].start + blocks[i].bytes) return &blocks[i];
   }
   return NULL;
@@ -123,22 +142,22 @@ static struct sim_stream* next_stream(void) {
     struct sim_stream* stream = &streams[(turn + i) % most_streams];
     const struct op* op = stream->first;
     if (op == NULL) continue;
-    if (op->kind == WAIT && streams[op->wait_stream].done < op->wait_seq && !broken) continue;
+    if (op->kind == WAIT && streams[op->wait_stream].done < op->wait_seq && !broken[stream->device]) continue;
     turn = stream->index + 1;
     return stream;
   }
   return NULL;
 }
 
-static void perform(struct op* op) {
+static void perform(struct op* op, int on) {
   if (op->kind == KERNEL) {
-    if (breaks_next) {
-      broken = breaks_next;
-      breaks_next = 0;
+    if (breaks_next[on]) {
+      broken[on] = breaks_next[on];
+      breaks_next[on] = 0;
     }
     ++kernels;
   }
-  const int works = !broken;
+  const int works = !broken[on];
   const int sleeps = microseconds;
   for (int i = 0; works && i < op->kernel.ranges; ++i) {
     const struct sim_range* range = &op->kernel.range[i];
@@ -169,7 +188,7 @@ static void* device(void* nothing) {
       continue;
     }
     struct op* op = stream->first;
-    perform(op);
+    perform(op, stream->device);
     stream->first = op->next;
     if (stream->first == NULL) stream->last = NULL;
     stream->done = op->seq;
@@ -220,7 +239,7 @@ static int give(CUstream handle, struct op op) {
   struct sim_stream* stream = at(handle);
   pthread_mutex_lock(&mutex);
   if (current == NULL && handle == NULL) fault("the default stream is used without a context");
-  int error = broken;
+  int error = broken[stream->device];
   if (error == 0 && handle == NULL && current == NULL) error = CUDA_ERROR_INVALID_CONTEXT;
   if (error == 0 && handle != NULL && !stream->alive) {
     fault("a stream is used that is gone");
@@ -262,13 +281,42 @@ int sim_launch(CUstream stream, const struct sim_kernel* kernel) {
 
 /* --- graphs ----------------------------------------------------------------------------------------------------- */
 
-int sim_record(CUstream handle, int pool) {
+/* Which captures forbid the calling thread what may be unsafe while they go on? They are spoilt by it. See the driver's
+ * documentation of cuThreadExchangeStreamCaptureMode. */
+static int is_forbidden(void) {
+  int found = 0;
+  if (capture_mode == 2) return 0;
+  for (int i = 0; i < most_streams; ++i) {
+    struct sim_graph* recorded = streams[i].recorded;
+    if (recorded == NULL || recorded->mode == 2) continue;
+    const int own = pthread_equal(recorded->recorder, pthread_self());
+    if (!own && !(capture_mode == 0 && recorded->mode == 0)) continue;
+    recorded->invalid = found = 1;
+  }
+  refusals += found;
+  return found;
+}
+
+int cuThreadExchangeStreamCaptureMode(int* mode) {
+  const int before = capture_mode;
+  capture_mode = *mode;
+  *mode = before;
+  return CUDA_SUCCESS;
+}
+
+int cuStreamBeginCapture_v2(CUstream handle, int mode) {
   pthread_mutex_lock(&mutex);
   struct sim_stream* stream = at(handle);
+  int error = broken[stream->device];
   if (stream->recorded != NULL || handle == NULL) fault("a stream is recorded twice, or it is the default one");
-  stream->recorded = calloc(1, sizeof *stream->recorded);
-  stream->recorded->pool = pool;
-  const int error = broken;
+  if (mode == 1 && diverted == 0) fault("a run is recorded whose memory is of no pool");
+  if (error == 0) {
+    stream->recorded = calloc(1, sizeof *stream->recorded);
+    stream->recorded->pool = pool_of[stream->index];
+    stream->recorded->mode = mode;
+    stream->recorded->device = stream->device;
+    stream->recorded->recorder = pthread_self();
+  }
   pthread_mutex_unlock(&mutex);
   return error;
 }
@@ -280,24 +328,47 @@ static void forget_ops(struct sim_graph* graph) {
   free(graph);
 }
 
-int sim_end(CUstream handle, CUgraphExec* made) {
+int cuStreamEndCapture(CUstream handle, CUgraph* made) {
   pthread_mutex_lock(&mutex);
   struct sim_stream* stream = at(handle);
   struct sim_graph* graph = stream->recorded;
-  int error = broken;
-  stream->recorded = NULL;
-  if (graph == NULL) error = CUDA_ERROR_INVALID_VALUE;
-  if (error == 0 && graph->invalid) error = CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
-  if (error == 0) {
-    graph->next = graphs;
-    *made = graphs = graph;
+  int error = broken[stream->device];
+  *made = NULL;
+  if (graph == NULL) {
+    fault("a recording ends that was not begun");
+    error = CUDA_ERROR_INVALID_VALUE;
+  } else {
+    if (error == 0 && graph->invalid) error = CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
+    stream->recorded = NULL;
+    if (error == 0) {
+      graph->next = graphs;
+      graphs = *made = graph;
+    }
   }
   pthread_mutex_unlock(&mutex);
   if (error != 0 && graph != NULL) forget_ops(graph);
   return error;
 }
 
-void sim_forget(CUgraphExec graph) {
+/* Here what was recorded becomes what is launched: what was recorded is empty then. */
+int cuGraphInstantiateWithFlags(CUgraphExec* made, CUgraph graph, unsigned long long flags) {
+  (void)flags;
+  pthread_mutex_lock(&mutex);
+  *made = NULL;
+  const int error = broken[device_now()];
+  if (error == 0) {
+    struct sim_graph* executable = malloc(sizeof *executable);
+    *executable = *graph;
+    executable->executable = 1;
+    graph->next = executable;
+    graph->count = 0;
+    *made = executable;
+  }
+  pthread_mutex_unlock(&mutex);
+  return error;
+}
+
+static int forget(struct sim_graph* graph) {
   int found = 0;
   pthread_mutex_lock(&mutex);
   for (struct sim_graph** place = &graphs; *place != NULL; place = &(*place)->next) {
@@ -308,20 +379,25 @@ void sim_forget(CUgraphExec graph) {
   }
   if (!found) fault("a graph is forgotten that is gone");
   for (int i = 0; found && i < most_streams; ++i) {
+    if (broken[streams[i].device]) continue;
     for (const struct op* op = streams[i].first; op != NULL; op = op->next) {
-      for (int k = 0; k < graph->count && !broken; ++k) {
+      for (int k = 0; k < graph->count; ++k) {
         if (op->kind == KERNEL && op->kernel.argument == graph->ops[k].kernel.argument) fault("a graph is forgotten that runs");
       }
     }
   }
   pthread_mutex_unlock(&mutex);
   if (found) forget_ops(graph);
+  return found ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
+
+int cuGraphDestroy(CUgraph graph) { return forget(graph); }
+int cuGraphExecDestroy(CUgraphExec graph) { return forget(graph); }
 
 int cuGraphLaunch(CUgraphExec graph, CUstream stream) {
   int found = 0;
   pthread_mutex_lock(&mutex);
-  for (const struct sim_graph* one = graphs; one != NULL; one = one->next) found |= one == graph;
+  for (const struct sim_graph* one = graphs; one != NULL; one = one->next) found |= one == graph && one->executable;
   if (!found) fault("a graph is launched that is gone");
   if (current == NULL) fault("a graph is launched without a context");
   pthread_mutex_unlock(&mutex);
@@ -358,7 +434,10 @@ int cuInit(unsigned flags) {
     started = 1;
     for (int i = 0; i < DEVICES; ++i) contexts[i].device = i;
     for (int i = 0; i < MOST_STREAMS; ++i) streams[i].index = i;
-    streams[0].alive = 1;
+    for (int i = 0; i < DEVICES; ++i) {
+      streams[i].alive = 1;
+      streams[i].device = i;
+    }
     blocks = calloc(MOST_BLOCKS, sizeof *blocks);
     pthread_t thread;
     pthread_create(&thread, NULL, device, NULL);
@@ -403,52 +482,77 @@ int cuCtxSetCurrent(CUcontext context) {
   return CUDA_SUCCESS;
 }
 
-int cuStreamCreate(CUstream* made, unsigned flags) {
+int cuStreamCreateWithPriority(CUstream* made, unsigned flags, int priority) {
   int error = current == NULL ? CUDA_ERROR_INVALID_CONTEXT : CUDA_ERROR_OUT_OF_MEMORY;
   pthread_mutex_lock(&mutex);
   if (flags != 1) fault("a stream waits for the default one: it was made without CU_STREAM_NON_BLOCKING");
-  for (int i = 1; current != NULL && i < MOST_STREAMS; ++i) {
+  for (int i = DEVICES; current != NULL && i < MOST_STREAMS; ++i) {
     if (streams[i].alive || streams[i].first != NULL) continue;
+    error = broken[device_now()];
+    if (error != 0) break;
     streams[i].alive = 1;
+    streams[i].device = device_now();
+    streams[i].priority = priority;
     if (i >= most_streams) most_streams = i + 1;
     *made = &streams[i];
-    error = broken;
     break;
   }
   pthread_mutex_unlock(&mutex);
   return error;
 }
 
+int cuStreamCreate(CUstream* made, unsigned flags) { return cuStreamCreateWithPriority(made, flags, 0); }
+
+int sim_priority(CUstream stream) { return stream->priority; }
+
 int cuStreamDestroy_v2(CUstream stream) {
   pthread_mutex_lock(&mutex);
-  if (stream->first != NULL && !broken) fault("a stream is destroyed that has work to do");
+  if (stream->first != NULL && !broken[stream->device]) fault("a stream is destroyed that has work to do");
   stream->alive = 0;
   pthread_mutex_unlock(&mutex);
   return CUDA_SUCCESS;
 }
 
-int cuStreamSynchronize(CUstream handle) {
-  struct sim_stream* stream = at(handle);
+/* Waits until the stream has come so far. */
+static int wait_for(struct sim_stream* stream, uint64_t seq, int* counted) {
   const struct timespec until = in_a_minute();
   int waited_in_vain = 0;
   pthread_mutex_lock(&mutex);
-  if (current == NULL) fault("a stream is waited for without a context");
+  if (refused_waits > 0) {
+    --refused_waits;
+    const int refused = refusal;
+    pthread_mutex_unlock(&mutex);
+    return refused;
+  }
   if (stream->recorded != NULL) {
     stream->recorded->invalid = 1;
     pthread_mutex_unlock(&mutex);
     return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   }
-  const uint64_t seq = stream->seq;
+  if (is_forbidden()) {
+    pthread_mutex_unlock(&mutex);
+    return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+  }
   ++waiting;
+  ++*counted;
   pthread_cond_broadcast(&changed);
-  while (stream->done < seq && !broken && !waited_in_vain) {
+  while (stream->done < seq && !broken[stream->device] && !waited_in_vain) {
     waited_in_vain = pthread_cond_timedwait(&changed, &mutex, &until);
   }
   --waiting;
   if (waited_in_vain) fault("nobody let the device go on");
-  const int error = waited_in_vain ? CUDA_ERROR_UNKNOWN : broken;
+  const int error = waited_in_vain ? CUDA_ERROR_UNKNOWN : broken[stream->device];
   pthread_mutex_unlock(&mutex);
   return error;
+}
+
+int cuStreamSynchronize(CUstream handle) {
+  struct sim_stream* stream = at(handle);
+  pthread_mutex_lock(&mutex);
+  if (current == NULL) fault("a stream is waited for without a context");
+  const uint64_t seq = stream->seq;
+  pthread_mutex_unlock(&mutex);
+  return wait_for(stream, seq, &spinning);
 }
 
 int cuCtxSynchronize(void) {
@@ -467,21 +571,45 @@ int cuCtxSynchronize(void) {
 int cuStreamQuery(CUstream handle) {
   const struct sim_stream* stream = at(handle);
   pthread_mutex_lock(&mutex);
-  int error = broken ? broken : stream->done < stream->seq ? CUDA_ERROR_NOT_READY : CUDA_SUCCESS;
-  if (stream->recorded != NULL) error = CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+  if (current == NULL && handle == NULL) fault("the default stream is asked without a context");
+  int error = broken[stream->device];
+  if (error == 0) error = stream->done < stream->seq ? CUDA_ERROR_NOT_READY : CUDA_SUCCESS;
+  if (stream->recorded != NULL) stream->recorded->invalid = 1;
+  if (stream->recorded != NULL || is_forbidden()) error = CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+  if (refused_waits > 0 && handle != NULL) {
+    --refused_waits;
+    error = refusal;
+  }
   pthread_mutex_unlock(&mutex);
   return error;
 }
 
 int cuEventCreate(CUevent* made, unsigned flags) {
-  (void)flags;
   if (current == NULL) return CUDA_ERROR_INVALID_CONTEXT;
-  *made = calloc(1, sizeof **made);
   pthread_mutex_lock(&mutex);
-  ++events;
-  const int error = broken;
+  const int error = broken[device_now()];
+  if (error == 0) {
+    *made = calloc(1, sizeof **made);
+    (*made)->flags = flags;
+    ++events;
+  }
   pthread_mutex_unlock(&mutex);
   return error;
+}
+
+int cuEventQuery(CUevent event) {
+  const struct sim_stream* stream = &streams[event->stream];
+  pthread_mutex_lock(&mutex);
+  int error = broken[stream->device];
+  if (error == 0) error = stream->done < event->seq ? CUDA_ERROR_NOT_READY : CUDA_SUCCESS;
+  if (is_forbidden()) error = CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+  pthread_mutex_unlock(&mutex);
+  return error;
+}
+
+int cuEventSynchronize(CUevent event) {
+  int blocking = 0;
+  return wait_for(&streams[event->stream], event->seq, event->flags & 1 ? &blocking : &spinning);
 }
 
 int cuEventDestroy_v2(CUevent event) {
@@ -521,12 +649,13 @@ int cuStreamWaitEvent(CUstream handle, CUevent event, unsigned flags) {
 int cuMemAllocHost_v2(void** made, size_t bytes) {
   if (current == NULL) return CUDA_ERROR_INVALID_CONTEXT;
   pthread_mutex_lock(&mutex);
-  int error = broken ? broken : CUDA_ERROR_OUT_OF_MEMORY;
-  for (int i = 0; i < MOST_PINNED && !broken; ++i) {
+  int error = broken[device_now()];
+  if (error == 0 && is_forbidden()) error = CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+  for (int i = 0; i < MOST_PINNED && error == 0; ++i) {
     if (pinned[i].start != NULL) continue;
     pinned[i].start = *made = malloc(bytes);
     pinned[i].bytes = bytes;
-    error = CUDA_SUCCESS;
+    pinned[i].device = device_now();
     break;
   }
   pthread_mutex_unlock(&mutex);
@@ -535,13 +664,17 @@ int cuMemAllocHost_v2(void** made, size_t bytes) {
 
 int cuMemFreeHost(void* memory) {
   pthread_mutex_lock(&mutex);
+  if (is_forbidden()) {
+    pthread_mutex_unlock(&mutex);
+    return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+  }
   for (int i = 0; i < MOST_PINNED; ++i) {
     if (pinned[i].start != memory) continue;
     const struct sim_range all = {memory, pinned[i].bytes, 1};
     for (int j = 0; j < most_streams; ++j) {
       for (const struct op* op = streams[j].first; op != NULL; op = op->next) {
         for (int k = 0; k < op->kernel.ranges; ++k) {
-          if (overlap(&all, &op->kernel.range[k]) && !broken) fault("pinned memory is freed that a copy still uses");
+          if (overlap(&all, &op->kernel.range[k]) && !broken[streams[j].device]) fault("pinned memory is freed that a copy still uses");
         }
       }
     }
@@ -604,45 +737,191 @@ int cuGetErrorString(int error, const char** words) {
 /* --- memory ----------------------------------------------------------------------------------------------------- */
 
 static int is_free_for(const struct block* block, int stream, int pool) {
-  if (block->in_use || block->pool != pool || (pool == 0 && block->stream != stream)) return 0;
-  if (pool != 0) return 1;
+  if (block->start == NULL || block->raw || block->in_use || block->pool != pool) return 0;
+  if (pool == 0 && block->stream != stream) return 0;
   for (int i = 0; i < most_streams; ++i) {
-    if (streams[i].done < block->recorded[i]) return 0;
+    /* As torch, which gives no such block back while memory comes from a pool. */
+    if (block->recorded[i] > 0 && (diverted > 0 || streams[i].done < block->recorded[i])) return 0;
   }
   return 1;
 }
 
-void* sim_allocate(size_t bytes, CUstream handle) {
-  const int stream = at(handle)->index;
-  const size_t rounded = (bytes + 511) / 512 * 512 + (bytes == 0) * 512;
-  void* made = NULL;
-  cuInit(0);
-  pthread_mutex_lock(&mutex);
-  const struct sim_graph* recorded = at(handle)->recorded;
-  const int pool = recorded == NULL ? 0 : recorded->pool;
-  if (limit == 0 || allocated + rounded <= limit) {
-    struct block* found = NULL;
-    for (int i = 0; i < most_blocks && found == NULL; ++i) {
-      if (blocks[i].bytes == rounded && is_free_for(&blocks[i], stream, pool)) found = &blocks[i];
-    }
-    if (found == NULL && most_blocks < MOST_BLOCKS) {
-      found = &blocks[most_blocks++];
-      found->start = malloc(rounded);
-      found->bytes = rounded;
-      found->stream = stream;
-      found->pool = pool;
-      memset(found->start, 0xab, rounded);
-    }
-    if (found != NULL) {
-      found->in_use = 1;
-      memset(found->recorded, 0, sizeof found->recorded);
-      allocated += rounded;
-      made = found->start;
-    }
+/* Gives the device back what torch keeps and no tensor has. What a graph's pool keeps stays while the pool is used. */
+static void release_cached(void) {
+  for (int i = 0; i < most_blocks; ++i) {
+    struct block* block = &blocks[i];
+    if (block->pool != 0 && pool_uses[block->pool] > 0) continue;
+    if (!is_free_for(block, block->stream, block->pool)) continue;
+    free(block->start);
+    block->start = NULL;
+    reserved -= block->bytes;
   }
-  pthread_mutex_unlock(&mutex);
+}
+
+static struct block* new_block(size_t bytes) {
+  struct block* made = NULL;
+  for (int i = 0; i < most_blocks && made == NULL; ++i) made = blocks[i].start == NULL ? &blocks[i] : NULL;
+  if (made == NULL && most_blocks < MOST_BLOCKS) made = &blocks[most_blocks++];
+  if (made == NULL) return NULL;
+  memset(made, 0, sizeof *made);
+  made->start = malloc(bytes);
+  made->bytes = bytes;
+  made->in_use = 1;
+  reserved += bytes;
+  memset(made->start, 0xab, bytes);
   return made;
 }
+
+static size_t rounded_up(size_t bytes) { return (bytes + 511) / 512 * 512 + (bytes == 0) * 512; }
+
+void* sim_allocate(size_t bytes, CUstream handle) {
+  const int stream = at(handle)->index;
+  const size_t rounded = rounded_up(bytes);
+  struct block* found = NULL;
+  cuInit(0);
+  pthread_mutex_lock(&mutex);
+  const int pool = pool_of[stream];
+  for (int i = 0; i < most_blocks && found == NULL; ++i) {
+    if (blocks[i].bytes == rounded && is_free_for(&blocks[i], stream, pool)) found = &blocks[i];
+  }
+  /* Torch itself lets memory grow while its own stream is recorded. */
+  const int forbidden = found == NULL && at(handle)->recorded == NULL && is_forbidden();
+  if (found == NULL && !forbidden && !broken[at(handle)->device]) {
+    if (limit > 0 && reserved + rounded > limit && diverted == 0) release_cached();
+    if (limit == 0 || reserved + rounded <= limit) found = new_block(rounded);
+    if (found != NULL) {
+      found->stream = stream;
+      found->pool = pool;
+      found->device = at(handle)->device;
+    }
+  }
+  if (found != NULL) {
+    found->in_use = 1;
+    memset(found->recorded, 0, sizeof found->recorded);
+    allocated += rounded;
+  }
+  pthread_mutex_unlock(&mutex);
+  return found == NULL ? NULL : found->start;
+}
+
+void sim_empty_cache(void) {
+  pthread_mutex_lock(&mutex);
+  if (diverted > 0) fault("the cache is emptied while a run is recorded");
+  if (!is_forbidden()) release_cached();
+  pthread_mutex_unlock(&mutex);
+}
+
+int sim_begin_pool(CUstream handle, int pool) {
+  pthread_mutex_lock(&mutex);
+  const int there = at(handle)->index;
+  const int begins = pool > 0 && pool < MOST_POOLS && pool_of[there] == 0;
+  if (begins) {
+    pool_of[there] = pool;
+    ++pool_uses[pool];
+    ++diverted;
+  }
+  pthread_mutex_unlock(&mutex);
+  return begins;
+}
+
+int sim_end_pool(int pool) {
+  int ended = 0;
+  pthread_mutex_lock(&mutex);
+  for (int i = 0; i < most_streams; ++i) {
+    if (pool_of[i] != pool) continue;
+    pool_of[i] = 0;
+    --diverted;
+    ended = 1;
+  }
+  pthread_mutex_unlock(&mutex);
+  return ended;
+}
+
+int sim_release_pool(int pool) {
+  pthread_mutex_lock(&mutex);
+  const int used = pool_uses[pool] > 0;
+  if (used) --pool_uses[pool];
+  pthread_mutex_unlock(&mutex);
+  return used;
+}
+
+/* --- memory outside torch's allocator ----------------------------------------------------------------------------- */
+
+int cudaGetLastError(void) {
+  const int error = last_error;
+  last_error = 0;
+  return error;
+}
+
+int sim_device_of(const void* memory) {
+  pthread_mutex_lock(&mutex);
+  const struct block* block = block_of(memory);
+  const int device = block == NULL ? 0 : block->device;
+  pthread_mutex_unlock(&mutex);
+  return device;
+}
+
+void sim_runtime_call(int device) {
+  pthread_mutex_lock(&mutex);
+  if (current == NULL) {
+    fault("the runtime is called without a context, and makes one on device 0");
+  } else if (current->device != device) {
+    fault("the runtime is called in the context of device %d, not of device %d", current->device, device);
+  }
+  pthread_mutex_unlock(&mutex);
+}
+
+void* sim_malloc(size_t bytes, int device) {
+  struct block* made = NULL;
+  const size_t rounded = rounded_up(bytes);
+  sim_runtime_call(device);
+  pthread_mutex_lock(&mutex);
+  int error = broken[device];
+  if (error == 0 && is_forbidden()) error = CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+  if (error == 0 && limit > 0 && reserved + rounded > limit) error = CUDA_ERROR_OUT_OF_MEMORY;
+  if (error == 0) {
+    made = new_block(rounded);
+    made->raw = 1;
+    made->device = device;
+    allocated += rounded;
+  } else {
+    last_error = error;
+  }
+  pthread_mutex_unlock(&mutex);
+  return made == NULL ? NULL : made->start;
+}
+
+int sim_mfree(void* memory, int device) {
+  sim_runtime_call(device);
+  pthread_mutex_lock(&mutex);
+  struct block* block = block_of(memory);
+  int error = broken[device];
+  if (error != 0) {
+    fault("memory of a lost device is freed");
+  } else if (block == NULL || !block->raw) {
+    fault("memory is freed that is not there");
+  } else if (is_forbidden()) {
+    error = CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+  } else {
+    const struct sim_range all = {block->start, block->bytes, 1};
+    for (int i = 0; i < most_streams; ++i) {
+      for (const struct op* op = streams[i].first; op != NULL; op = op->next) {
+        for (int k = 0; k < op->kernel.ranges; ++k) {
+          if (overlap(&all, &op->kernel.range[k])) fault("memory is freed that stream %d still has to use", i);
+        }
+      }
+    }
+    free(block->start);
+    block->start = NULL;
+    allocated -= block->bytes;
+    reserved -= block->bytes;
+  }
+  if (error != 0) last_error = error;
+  pthread_mutex_unlock(&mutex);
+  return error;
+}
+
+/* --- torch's allocator, further --------------------------------------------------------------------------------- */
 
 void sim_record_use(void* memory, CUstream handle) {
   const struct sim_stream* stream = at(handle);
@@ -670,7 +949,7 @@ void sim_free(void* memory) {
       block->recorded[i] = streams[i].seq;
       continue;
     }
-    if ((i == block->stream && block->pool == 0) || broken) continue;
+    if ((i == block->stream && block->pool == 0) || broken[streams[i].device]) continue;
     for (const struct op* op = streams[i].first; op != NULL; op = op->next) {
       for (int k = 0; k < op->kernel.ranges; ++k) {
         if (overlap(&all, &op->kernel.range[k])) fault("memory is given back that stream %d still has to use", i);
@@ -685,7 +964,10 @@ void sim_free(void* memory) {
 size_t sim_kept(CUstream handle) {
   size_t kept = 0;
   pthread_mutex_lock(&mutex);
-  for (int i = 0; i < most_blocks; ++i) kept += blocks[i].stream == at(handle)->index ? blocks[i].bytes : 0;
+  for (int i = 0; i < most_blocks; ++i) {
+    const struct block* block = &blocks[i];
+    if (block->start != NULL && !block->raw && block->stream == at(handle)->index) kept += block->bytes;
+  }
   pthread_mutex_unlock(&mutex);
   return kept;
 }
@@ -693,6 +975,13 @@ size_t sim_kept(CUstream handle) {
 size_t sim_allocated(void) {
   pthread_mutex_lock(&mutex);
   const size_t now = allocated;
+  pthread_mutex_unlock(&mutex);
+  return now;
+}
+
+size_t sim_reserved(void) {
+  pthread_mutex_lock(&mutex);
+  const size_t now = reserved;
   pthread_mutex_unlock(&mutex);
   return now;
 }
@@ -714,11 +1003,16 @@ size_t sim_allocated(void) {
   }
 
 void sim_memory_limit(size_t bytes) { SET(limit = bytes); }
+void sim_refuse_waits(int count, int error) { SET(refused_waits = count; refusal = error); }
+GET(sim_refused_waits, refused_waits)
 void sim_hold(void) { SET(held = 1); }
 void sim_go(void) { SET(held = 0); }
 void sim_take(int time) { SET(microseconds = time); }
-void sim_break(int error) { SET(breaks_next = error); }
+void sim_break(int error, int device) { SET(breaks_next[device] = error); }
 GET(sim_waiting, waiting)
+GET(sim_spinning, spinning)
+GET(sim_diverted, diverted)
+GET(sim_refusals, refusals)
 GET(sim_most_streams, most_streams)
 CUstream sim_stream(int number) { return &streams[number]; }
 GET(sim_events, events)
@@ -733,7 +1027,7 @@ static int all_pending(void) {
 
 static int alive(void) {
   int count = 0;
-  for (int i = 1; i < most_streams; ++i) count += streams[i].alive;
+  for (int i = DEVICES; i < most_streams; ++i) count += streams[i].alive;
   return count;
 }
 
@@ -795,8 +1089,29 @@ int sim_faults(const char** first) {
 
 void sim_repair(void) {
   pthread_mutex_lock(&mutex);
-  held = microseconds = broken = breaks_next = faults = kernels = most_threads = 0;
+  held = microseconds = faults = kernels = most_threads = spinning = refusals = refused_waits = 0;
   limit = 0;
+  for (int i = 0; i < DEVICES; ++i) {
+    const int was_lost = broken[i];
+    broken[i] = breaks_next[i] = 0;
+    for (int j = 0; was_lost && j < most_blocks; ++j) { /* it ended with the process that had it */
+      struct block* block = &blocks[j];
+      if (block->start == NULL || !block->raw || block->device != i) continue;
+      block->start = NULL;
+      allocated -= block->bytes;
+      reserved -= block->bytes;
+    }
+    for (int j = 0; was_lost && j < MOST_PINNED; ++j) {
+      if (pinned[j].device == i) pinned[j].start = NULL;
+    }
+    for (struct sim_graph** place = &graphs; was_lost && *place != NULL;) {
+      if ((*place)->device == i) {
+        *place = (*place)->next;
+      } else {
+        place = &(*place)->next;
+      }
+    }
+  }
   first_fault[0] = 0;
   pthread_cond_broadcast(&changed);
   pthread_mutex_unlock(&mutex);

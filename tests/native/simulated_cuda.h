@@ -6,7 +6,11 @@
  *  - device memory is used that is not there, or was given back while another stream still had to use it;
  *  - two streams touch the same memory, one of them writing, and no event or synchronization orders them;
  *  - a stream is used without a context, or a copy that should be asynchronous starts from memory that is not pinned;
- *  - a graph is launched that is gone, or whose memory was given back; or what can't be recorded is done while one is recorded. */
+ *  - a graph is launched that is gone, or whose memory was given back; or what can't be recorded is done while one is recorded;
+ *  - the runtime is called without the device's context, or frees memory of a lost device.
+ *
+ * While a stream is captured, what may be unsafe is refused as the driver's documentation of cuThreadExchangeStreamCaptureMode
+ * says, and spoils the capture. A lost device stays lost until sim_repair, and the other one works on. */
 #pragma once
 
 #include <stddef.h>
@@ -33,6 +37,7 @@ enum {
 typedef struct sim_context* CUcontext;
 typedef struct sim_stream* CUstream;
 typedef struct sim_event* CUevent;
+typedef struct sim_graph* CUgraph;
 typedef struct sim_graph* CUgraphExec;
 typedef uint64_t CUdeviceptr;
 int cuInit(unsigned flags);
@@ -44,6 +49,7 @@ int cuDevicePrimaryCtxRelease_v2(int device);
 int cuCtxGetCurrent(CUcontext* context);
 int cuCtxSetCurrent(CUcontext context);
 int cuStreamCreate(CUstream* stream, unsigned flags);
+int cuStreamCreateWithPriority(CUstream* stream, unsigned flags, int priority);
 int cuStreamDestroy_v2(CUstream stream);
 int cuStreamSynchronize(CUstream stream);
 int cuStreamQuery(CUstream stream);
@@ -51,12 +57,20 @@ int cuStreamWaitEvent(CUstream stream, CUevent event, unsigned flags);
 int cuEventCreate(CUevent* event, unsigned flags);
 int cuEventDestroy_v2(CUevent event);
 int cuEventRecord(CUevent event, CUstream stream);
+int cuEventQuery(CUevent event);
+int cuEventSynchronize(CUevent event);
 int cuMemAllocHost_v2(void** made, size_t bytes);
 int cuMemFreeHost(void* memory);
 int cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, size_t bytes, CUstream stream);
 int cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, size_t bytes, CUstream stream);
 int cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream stream);
 int cuCtxSynchronize(void);
+int cuThreadExchangeStreamCaptureMode(int* mode);
+int cuStreamBeginCapture_v2(CUstream stream, int mode);
+int cuStreamEndCapture(CUstream stream, CUgraph* graph);
+int cuGraphInstantiateWithFlags(CUgraphExec* made, CUgraph graph, unsigned long long flags);
+int cuGraphDestroy(CUgraph graph);
+int cuGraphExecDestroy(CUgraphExec graph);
 int cuGraphLaunch(CUgraphExec graph, CUstream stream);
 int cuGetErrorName(int error, const char** words);
 int cuGetErrorString(int error, const char** words);
@@ -76,12 +90,6 @@ struct sim_kernel {
 };
 int sim_launch(CUstream stream, const struct sim_kernel* kernel);
 
-/* As torch's CUDAGraph records: what the stream is given until the end becomes a graph, and memory made on it comes from a pool that only
- * graphs have, of that number; it is theirs until the last of them is gone. Ending gives no graph when something was done that can't be recorded. */
-int sim_record(CUstream stream, int pool);
-int sim_end(CUstream stream, CUgraphExec* graph);
-void sim_forget(CUgraphExec graph);
-int sim_graphs(void); /* that are there now */
 int sim_is_recording(CUstream stream);
 void sim_fault(const char* what); /* a rule was broken */
 
@@ -90,7 +98,23 @@ void sim_fault(const char* what); /* a rule was broken */
 void* sim_allocate(size_t bytes, CUstream stream);
 void sim_free(void* memory);
 void sim_record_use(void* memory, CUstream stream);
+void sim_empty_cache(void);
 size_t sim_allocated(void);    /* bytes in use */
+size_t sim_reserved(void);     /* bytes in use or kept */
+/* As torch's pools for graphs: what is allocated on the stream comes from the pool until the end, and the pool's memory is
+ * given back to the device when it was released as often as it was begun. Each returns 0 where torch raises. */
+int sim_begin_pool(CUstream stream, int pool);
+int sim_end_pool(int pool);
+int sim_release_pool(int pool);
+int sim_diverted(void); /* streams whose memory comes from a pool now; no use of a block by two streams ends meanwhile */
+
+/* Device memory of cudaMalloc, which torch's allocator knows nothing of and makes no room for. Null, and the thread's last error,
+ * when the device has no more. */
+void* sim_malloc(size_t bytes, int device);
+int sim_mfree(void* memory, int device);
+int sim_device_of(const void* memory);
+void sim_runtime_call(int device); /* what a call of CUDA's runtime needs of the calling thread */
+int cudaGetLastError(void);        /* the thread's, which it forgets with that */
 size_t sim_kept(CUstream stream); /* bytes that it may be given, in use or not */
 void sim_memory_limit(size_t bytes); /* 0: none */
 
@@ -103,14 +127,20 @@ int sim_pending(CUstream stream);
 int sim_wait_until_pending(int count); /* on all streams; 0 after a minute in vain */
 int sim_waiting(void);           /* threads that wait for a stream now */
 int sim_wait_until_waiting(int count);
-void sim_break(int error);       /* the next kernel breaks the device: from then on every call fails so */
+void sim_refuse_waits(int count, int error); /* so many waits and queries of streams fail at once */
+int sim_refused_waits(void);     /* that are still to fail */
+int sim_spinning(void);          /* waits so far that kept a core busy */
+int sim_refusals(void);          /* calls so far that a capture of another thread, or the thread's own, did not allow */
+void sim_break(int error, int device); /* the next kernel breaks the device: from then on every call fails so */
 void sim_repair(void);           /* a device like new, and all counts at zero; nothing may be pending */
 int sim_faults(const char** first);
 CUstream sim_stream(int number);
 int sim_most_streams(void);
+int sim_priority(CUstream stream);
 int sim_streams(void);           /* that are there now, beside the default one */
 int sim_events(void);
 int sim_pinned(void);
+int sim_graphs(void);            /* that are there now */
 int sim_kernels(void);           /* that were run */
 int sim_most_threads(void);      /* whose kernels and copies were waiting at once, on all streams */
 

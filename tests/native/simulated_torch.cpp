@@ -1,7 +1,8 @@
 // Torch's own tensors on the simulated CUDA device: what a build of torch with CUDA would bring,
 // for torch's third kind of device (PrivateUse1). Memory, streams and copies are the simulated
 // driver's; anything that is computed is fetched, computed by the CPU's kernels and put back, in
-// the order of the current stream.
+// the order of the current stream. After that, as after each kernel, torch asks for the thread's
+// last error, whoever made it.
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
@@ -18,6 +19,11 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
+#include <map>
+#include <mutex>
+#include <thread>
+#include <utility>
 
 #include "simulated_cuda.h"
 
@@ -118,6 +124,9 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
+  c10::Device getDeviceFromPtr(void* data) const override {
+    return {kSimulated, static_cast<c10::DeviceIndex>(sim_device_of(data))};
+  }
   void resizePrivateUse1Bytes(const c10::Storage& storage, size_t bytes) const override {
     c10::DataPtr made = allocator.allocate(bytes);
     const size_t kept = std::min(bytes, storage.nbytes());
@@ -171,6 +180,7 @@ void move(void* to, const void* from, size_t bytes, bool in) {
   if (error == 0 && !in) std::memcpy(to, staged, bytes);
   cuMemFreeHost(staged);
   must(error, "copy");
+  must(cudaGetLastError(), "kernel launch");
 }
 
 at::Tensor on_host(const at::Tensor& tensor) {
@@ -252,6 +262,11 @@ TORCH_LIBRARY_IMPL(_, PrivateUse1, library) {
   library.fallback(torch::CppFunction::makeFromBoxedFunction<&compute_on_host>());
 }
 
+// cuBLAS's workspaces, each of one thread's handle on one stream. They stay until they are cleared.
+std::mutex workspaces_mutex;
+std::map<std::pair<std::thread::id, CUstream>, c10::DataPtr> workspaces;
+constexpr size_t kWorkspace = 4096;
+
 struct StreamGuard {
   CUstream stream;
   c10::DeviceIndex device;
@@ -275,6 +290,33 @@ std::int32_t aoti_torch_delete_cuda_stream_guard(void* guard) {
   current_device = before->device;
   delete before;
   return 0;
+}
+
+void* simulated_workspace(void* stream, std::size_t* bytes) {
+  const std::lock_guard lock(workspaces_mutex);
+  c10::DataPtr& workspace = workspaces[{std::this_thread::get_id(), static_cast<CUstream>(stream)}];
+  if (!workspace) workspace = allocator.allocate(kWorkspace);
+  *bytes = kWorkspace;
+  return workspace.get();
+}
+
+// As `at::cuda::clearCublasWorkspacesForStream`.
+void simulated_clear_workspaces_for_stream(void* stream) {
+  const std::lock_guard lock(workspaces_mutex);
+  for (auto one = workspaces.begin(); one != workspaces.end();) {
+    one = one->first.second == stream ? workspaces.erase(one) : std::next(one);
+  }
+}
+
+// As `torch._C._cuda_clearCublasWorkspaces`.
+void simulated_clear_workspaces() {
+  const std::lock_guard lock(workspaces_mutex);
+  workspaces.clear();
+}
+
+std::int32_t simulated_workspaces() {
+  const std::lock_guard lock(workspaces_mutex);
+  return static_cast<std::int32_t>(workspaces.size());
 }
 
 void simulated_register() {

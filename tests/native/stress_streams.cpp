@@ -1,6 +1,6 @@
 // Lanes whose works run on a simulated device, under a sanitizer: each slot has a stream, and its
 // works come from the host or from the device, go home or stay, have the device alone or not, fail
-// before or after they have launched, or find the device broken.
+// before or after they have launched, find the device broken, or may not wait for it at once.
 //
 // The arguments are the seed and the number of rounds. Returns 0 when the device saw no rule
 // broken, every result was right, and nothing was lost.
@@ -40,6 +40,7 @@ struct Slot {
   container script{};
   std::shared_ptr<aoti::Model> model = std::make_shared<aoti::Model>();
   CUstream stream = nullptr;
+  CUevent end = nullptr;  // null where the thread keeps its core busy while it waits
   std::shared_ptr<aoti::Stream> on;
   bool home = false;
   int value = 0;  // of the last work's input
@@ -86,8 +87,14 @@ void play(std::mt19937& random, CUcontext context) {
       slot->home = random() % 2 == 0;
       check(cuStreamCreate(&slot->stream, 1) == 0, "a stream can be made");
       aoti::Fence fence;
-      set(fence.fence, &cuStreamSynchronize);
-      fence.argument = slot->stream;
+      if (random() % 2 == 0) {
+        check(cuEventCreate(&slot->end, 3) == 0, "an event can be made");
+        set(fence.fence, &cuEventSynchronize);
+        fence.argument = fence.event = slot->end;
+      } else {
+        set(fence.fence, &cuStreamSynchronize);
+        fence.argument = slot->stream;
+      }
       slot->on = std::make_shared<aoti::Stream>(its_device, slot->stream, fence,
                                                 std::vector<bool>{true}, slot->home);
       slots.push_back(std::move(slot));
@@ -131,13 +138,15 @@ void play(std::mt19937& random, CUcontext context) {
           check(is_matrix_of(handle, slot.rows, 3, slot.value + 1) == 1,
                 "a completed run is complete on the device");
         }
-        if (breaks && left[completion.token] == kWorks / 2) sim_break(CUDA_ERROR_ILLEGAL_ADDRESS);
+        if (random() % 8 == 0) sim_refuse_waits(random() % 4, 900);
+        if (breaks && left[completion.token] == kWorks / 2) sim_break(CUDA_ERROR_ILLEGAL_ADDRESS, 0);
         if (left[completion.token] > 0) submit(completion.token);
       }
     }
     lanes.close();
     for (auto& slot : slots) {
       slot->on.reset();
+      if (slot->end != nullptr) cuEventDestroy_v2(slot->end);
       cuStreamDestroy_v2(slot->stream);
     }
   }

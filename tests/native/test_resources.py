@@ -49,7 +49,7 @@ class Lanes(FakeBackend):
     def __init__(self):
         super().__init__({"m": lambda x: x * 2}, weights={"m": {"w": 1}})
 
-    def open_executor(self, lanes, affinity=None, launchers=None):
+    def open_executor(self, lanes, affinity=None, launchers=None, wait=None):
         return open_executor("cpu", lanes, 2, lambda count: None, affinity, launchers=launchers)
 
 

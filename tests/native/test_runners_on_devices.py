@@ -3,6 +3,7 @@ device is lost.
 """
 
 import asyncio
+import threading
 
 import pytest
 import torch
@@ -170,6 +171,12 @@ async def test_cuda_graphs_are_refused_where_there_are_none(load):
         await load(cuda_graphs=True)
 
 
+@pytest.mark.parametrize("kind", ["xpu", "mps"])
+async def test_priorities_of_streams_are_refused_where_there_are_none(load):
+    with pytest.raises(ConfigError, match=r"stream_priority=-1, but 'sim.*' has no such thing"):
+        await load(stream_priority=-1)
+
+
 async def test_a_runner_says_that_no_real_device_of_its_kind_has_been_tried(load):
     runner = await load()
     assert runner.info.verified is False
@@ -286,13 +293,13 @@ async def test_a_runner_on_two_devices_takes_requests_from_the_host_to_either(tw
 
 
 async def test_what_is_queued_on_a_device_that_is_lost_runs_on_the_other(two, sim):
-    scheduler, load = two
+    _, load = two
     runner = await load(**HOST)
     sim.hold()
     inputs = [torch.full((1, 4), float(number)) for number in range(20)]
     futures = [runner.submit(x) for x in inputs]
     await asyncio.to_thread(sim.wait_until_waiting, 2)
-    scheduler._devices.opened["sim:0"]._lost = "CUDA_ERROR_ILLEGAL_ADDRESS"
+    sim.break_device(index=0)
     sim.go()
     outcomes = await asyncio.gather(*futures, return_exceptions=True)
     failed = [y for y in outcomes if isinstance(y, Exception)]
@@ -373,4 +380,8 @@ async def test_models_make_room_for_others_on_a_device_and_come_back_with_the_we
                 assert torch.equal(await runner.run(x), wanted * x)
         memory = scheduler.stats().devices[device.name].memory
         assert memory.used == 32
+        for thread in threading.enumerate():
+            if thread.name.endswith(":memory"):
+                thread.join()
+        memory = scheduler.stats().devices[device.name].memory
         assert (memory.workspace > 0) == (kind == "cuda")

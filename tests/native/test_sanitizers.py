@@ -91,7 +91,7 @@ def test_streams_under_stress_give_a_sanitizer_nothing_to_say(sanitizer, seed):
             "another.reset();",
             "memory is given back that stream",
         ),
-        ("if (fence.fence != nullptr) {", "if (fence.fence == nullptr) {", "not so"),
+        ("if (fence.fence == nullptr) return;", "if (fence.fence != nullptr) return;", "not so"),
         (
             "if (device_.one_at_a_time) lock_",
             "if (false) lock_",

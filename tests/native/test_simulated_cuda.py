@@ -22,7 +22,7 @@ def sim():
 @pytest.fixture
 def streams(sim):
     with sim.module.in_context():
-        handles = [sim.driver.make("cuStreamCreate", 1) for _ in range(2)]
+        handles = [sim.driver.make("cuStreamCreateWithPriority", 1, 0) for _ in range(2)]
     yield handles
     sim.go()
     for handle in handles:
@@ -132,7 +132,7 @@ def test_its_own_stream_may_use_memory_that_was_given_back(sim, streams):
 
 def test_a_stream_that_waits_for_the_default_one_is_a_fault(sim):
     with sim.module.in_context():
-        handle = sim.driver.make("cuStreamCreate", 0)
+        handle = sim.driver.make("cuStreamCreateWithPriority", 0, 0)
     assert "made without CU_STREAM_NON_BLOCKING" in sim.faults()
     sim.driver.call("cuStreamDestroy_v2", handle)
 

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from aoti_sched.backends.accelerators.cuda import CudaDevice
 from aoti_sched.backends.accelerators.xpu import POOL, XpuDevice
 from aoti_sched.errors import LoadError
 
@@ -32,12 +31,3 @@ def test_a_slot_never_gets_the_stream_that_all_other_work_of_the_process_is_on()
     assert sorted(stream.handle for stream in streams) == list(range(1, POOL))
     with pytest.raises(LoadError, match="streams are taken"):
         device.open_stream()
-
-
-def test_an_allocator_without_a_snapshot_leaves_the_workspace_unknown():
-    def snapshot():
-        raise RuntimeError("Calling snapshot with backend cudaMallocAsync's makes no sense")
-
-    device = CudaDevice.__new__(CudaDevice)
-    device.module = SimpleNamespace(memory_snapshot=snapshot)
-    assert device.workspace([]) is None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 
@@ -17,12 +19,13 @@ from aoti_sched.backends.executors.choose import open_executor
 from aoti_sched.backends.opening import InspectedPackage, inspect_package, open_container
 from aoti_sched.errors import ConfigError, LoadError
 from aoti_sched.model.specs import TensorSpec, specs_from_wrapper
-from aoti_sched.package import PackagedModel
+from aoti_sched.package import PackagedModel, check_capability
 
 LANES = 4
 """The least number of lanes by default.
 
-A lane mostly waits for its device, so it needs no core of its own.
+A lane mostly waits for its device, so it needs no core of its own. The lane that was free last is
+taken first, so no more lanes than instances ever work.
 """
 
 
@@ -42,8 +45,18 @@ class Accelerator(StreamDevice):
         return max(LANES, available_cores())
 
     def open_executor(
-        self, lanes: int, affinity: Sequence[int] | None = None, launchers: int | None = None
+        self,
+        lanes: int,
+        affinity: Sequence[int] | None = None,
+        launchers: int | None = None,
+        wait: str | None = None,
     ) -> Executor:
+        if wait is not None and wait not in self.waits:
+            raise ConfigError(
+                f"device {self.name!r}: wait={wait!r}: there is no choice of how its lanes wait; "
+                "it is for 'cuda'. Leave wait out."
+            )
+        self.spins = wait == "spin"
         if launchers is not None and not (self.supports_query and self.native is not None):
             raise ConfigError(
                 f"device {self.name!r}: launchers={launchers} needs native lanes, and a device "
@@ -53,13 +66,16 @@ class Accelerator(StreamDevice):
             self.name, lanes, available_cores(), set_threads, affinity, launchers=launchers
         )
         executor.lost = self.lost
+        executor.workspace = self.workspace
         return executor
 
     def inspect(self, request: LoadRequest) -> Inspected:
         """As `Device.inspect`."""
 
         def check(model: PackagedModel) -> None:
-            del model
+            capability = self.capability()
+            if capability is not None:
+                check_capability(model, capability)
             if request.copy_outputs not in (None, "cpu"):
                 raise LoadError(
                     f"copy_outputs={request.copy_outputs!r}: no such place. Use 'cpu' or None."
@@ -78,6 +94,11 @@ class Accelerator(StreamDevice):
                 f"{names(operators_of(inspected.extracted.library))} through "
                 "torch's dispatcher, which may wait for the device or call Python, and a graph "
                 "would not do it again. Leave cuda_graphs out."
+            )
+        if request.cuda_graphs and _records_itself(inspected.extracted.library):
+            raise ConfigError(
+                f"load({str(request.path)!r}): cuda_graphs=True, but the model was compiled to "
+                "record its runs itself. Leave cuda_graphs out."
             )
         self.check_alive()
         return msgspec.structs.replace(inspected, fixed_threads=1)
@@ -107,5 +128,18 @@ class Accelerator(StreamDevice):
             return make(self, raw, request, extracted, on_host, own)
 
         self.check_alive()
-        with self.preserve_current_device(), self.turn():
-            return open_container(inspected, self.name, open_raw, wrap)
+
+        def load() -> Container:
+            with self.at_work():
+                return open_container(inspected, self.name, open_raw, wrap)
+
+        return self.with_room(load)
+
+
+def _records_itself(library: Path) -> bool:
+    """Return whether a model's library calls torch's functions for CUDA graphs.
+
+    No torch has them yet (pytorch/pytorch#196780).
+    """
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as all_:
+        return all_.find(b"aoti_torch_cuda_graph_") >= 0

@@ -2,7 +2,7 @@
 
 The library is found at run time, so nothing links against CUDA. Calls release the GIL. The CUDA
 Driver API reference describes the functions; the header's macros add `_v2` to some names.
-`cuStreamSynchronize` blocks, and so does the first `cuInit`.
+`cuStreamSynchronize` and `cuEventSynchronize` block, and so does the first `cuInit`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,17 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
+from ctypes import (
+    POINTER,
+    byref,
+    c_char_p,
+    c_int,
+    c_size_t,
+    c_uint,
+    c_uint64,
+    c_ulonglong,
+    c_void_p,
+)
 from typing import Any
 
 from aoti_sched.errors import ConfigError, RunError
@@ -19,6 +29,12 @@ NON_BLOCKING = 1
 """`CU_STREAM_NON_BLOCKING`: the stream and the default stream do not wait for each other."""
 DISABLE_TIMING = 2
 """`CU_EVENT_DISABLE_TIMING`."""
+BLOCKING_SYNC = 1
+"""`CU_EVENT_BLOCKING_SYNC`: a thread that waits for the event sleeps."""
+THREAD_LOCAL = 1
+"""`CU_STREAM_CAPTURE_MODE_THREAD_LOCAL`: other threads may call anything during a capture."""
+AUTO_FREE = 1
+"""`CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH`, as torch instantiates graphs."""
 NOT_READY = 600
 """`CUDA_ERROR_NOT_READY`: the stream still has work to do."""
 CAPTURING = range(900, 910)
@@ -34,7 +50,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuDevicePrimaryCtxRetain": (POINTER(c_void_p), c_int),
     "cuCtxGetCurrent": (POINTER(c_void_p),),
     "cuCtxSetCurrent": (c_void_p,),
-    "cuStreamCreate": (POINTER(c_void_p), c_uint),
+    "cuStreamCreateWithPriority": (POINTER(c_void_p), c_uint, c_int),
     "cuStreamDestroy_v2": (c_void_p,),
     "cuStreamSynchronize": (c_void_p,),
     "cuStreamQuery": (c_void_p,),
@@ -42,10 +58,18 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuEventCreate": (POINTER(c_void_p), c_uint),
     "cuEventDestroy_v2": (c_void_p,),
     "cuEventRecord": (c_void_p, c_void_p),
+    "cuEventQuery": (c_void_p,),
+    "cuEventSynchronize": (c_void_p,),
     "cuMemcpyHtoDAsync_v2": (c_uint64, c_void_p, c_size_t, c_void_p),
     "cuMemcpyDtoHAsync_v2": (c_void_p, c_uint64, c_size_t, c_void_p),
     "cuMemAllocHost_v2": (POINTER(c_void_p), c_size_t),
     "cuMemFreeHost": (c_void_p,),
+    "cuThreadExchangeStreamCaptureMode": (POINTER(c_int),),
+    "cuStreamBeginCapture_v2": (c_void_p, c_int),
+    "cuStreamEndCapture": (c_void_p, POINTER(c_void_p)),
+    "cuGraphInstantiateWithFlags": (POINTER(c_void_p), c_void_p, c_ulonglong),
+    "cuGraphDestroy": (c_void_p,),
+    "cuGraphExecDestroy": (c_void_p,),
     "cuGraphLaunch": (c_void_p, c_void_p),
     "cuGetErrorName": (c_int, POINTER(c_char_p)),
     "cuGetErrorString": (c_int, POINTER(c_char_p)),
@@ -89,10 +113,10 @@ class Driver:
         if status != 0:
             raise RunError(f"{function} failed: {self.explain(status)}")
 
-    def make(self, function: str, argument: int) -> int:
+    def make(self, function: str, *arguments: int) -> int:
         """Call a function that makes an object, and return the object's handle."""
         made = c_void_p()
-        self.call(function, byref(made), argument)
+        self.call(function, byref(made), *arguments)
         return made.value or 0
 
     def address(self, function: str) -> int:
@@ -135,3 +159,17 @@ class Driver:
             yield
         finally:
             self.status("cuCtxSetCurrent", before)
+
+    @contextmanager
+    def apart_from_captures(self) -> Iterator[None]:
+        """Let no capture of another thread forbid the block's calls, or be spoilt by them.
+
+        A capture in the mode "global", which is torch's default, concerns all threads that don't
+        ask for this.
+        """
+        mode = c_int(THREAD_LOCAL)
+        self.status("cuThreadExchangeStreamCaptureMode", byref(mode))
+        try:
+            yield
+        finally:
+            self.status("cuThreadExchangeStreamCaptureMode", byref(mode))

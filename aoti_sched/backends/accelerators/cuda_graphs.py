@@ -5,7 +5,7 @@ A graph reads and writes the memory that the run was recorded with.
 - A graph has inputs and outputs of its own. A request's tensors are copied to and from them, on the
   slot's stream.
 - Intermediate results lie in a memory pool of the slot. Graphs of one slot never run at once, so
-  they share the pool.
+  they share the pool (`cuda_recording.py`).
 - A graph reads the weights of one of the container's two buffers, so each buffer has its own
   graphs. A swap keeps the graphs of both buffers. The graphs of a buffer are dropped when the
   buffer's memory is freed.
@@ -22,13 +22,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from aoti_sched.backends.accelerators.cuda_recording import Executable, Recorder
 from aoti_sched.backends.accelerators.slot import Slot, write
 from aoti_sched.backends.accelerators.stream_container import StreamContainer
+from aoti_sched.backends.aoti.constant_map import UPDATE_PAIRS
 from aoti_sched.backends.aoti.container import CAbiContainer
 from aoti_sched.backends.aoti.handles import each_once, handles_of
 from aoti_sched.backends.aoti.raw_container import RawContainer
@@ -50,7 +51,36 @@ MOST_GRAPHS = 32
 Runs with further sizes launch one kernel after the other.
 """
 
+ATTEMPTS = 3
+"""The most recordings for the same sizes.
+
+Another thread that waits for the whole device, or memory that is short, fails a recording as the
+model's own code does.
+"""
+
+RUNS_BETWEEN = 100
+"""Runs of the same sizes between two attempts."""
+
 Shapes: TypeAlias = tuple[Sequence[int], ...]
+
+
+class Unrecorded:
+    """Sizes of which no run could be recorded yet.
+
+    Attributes:
+        attempts: How many recordings have failed.
+    """
+
+    def __init__(self, attempts: int) -> None:
+        self.attempts = attempts
+        self._runs_left = RUNS_BETWEEN
+
+    def is_due(self) -> bool:
+        """Count one run, and return whether the run is to be recorded."""
+        if self.attempts >= ATTEMPTS:
+            return False
+        self._runs_left -= 1
+        return self._runs_left <= 0
 
 
 class Graph:
@@ -58,7 +88,7 @@ class Graph:
 
     Args:
         device: The device on which the run was recorded.
-        recorded: Torch's graph, which owns the memory.
+        executable: The graph as the driver launches it.
         inputs: The tensors that the graph reads.
         outputs: The tensors that the graph writes; None where the model left an output out.
     """
@@ -66,13 +96,12 @@ class Graph:
     def __init__(
         self,
         device: CudaDevice,
-        recorded: Any,
+        executable: Executable,
         inputs: list[torch.Tensor],
         outputs: list[torch.Tensor | None],
     ) -> None:
         self._device = device
-        self._recorded = recorded
-        self._executable: int = recorded.raw_cuda_graph_exec()
+        self._executable = executable
         self._inputs = inputs
         self._outputs = outputs
         self.native: _native.Graph | None = None
@@ -84,7 +113,7 @@ class Graph:
             handles = dict(zip(there, handles_of([*there.values()]), strict=True))
             self.native = _native.Graph(
                 device.native,
-                executable=self._executable,
+                executable=executable.handle,
                 inputs=handles_of(inputs),
                 outputs=[0 if tensor is None else handles[id(tensor)] for tensor in outputs],
             )
@@ -96,7 +125,7 @@ class Graph:
         """
         for own, given in zip(self._inputs, inputs, strict=True):
             write(own, given)
-        self._device.launch_graph(self._executable, slot.stream.handle)
+        self._device.launch_graph(self._executable.handle, slot.stream.handle)
         home = each_once(
             self._outputs,
             lambda tensor: tensor if slot.copies_home and not tensor.is_cpu else tensor.clone(),
@@ -107,7 +136,7 @@ class Graph:
         """Release the graph's memory. The graph must not be running."""
         self.native = None
         self._inputs, self._outputs = [], []
-        self._recorded.reset()
+        self._executable.close()
 
 
 class GraphContainer(StreamContainer):
@@ -131,11 +160,11 @@ class GraphContainer(StreamContainer):
         self._launching = threading.Lock()
         """Taken while the instance is in use."""
         # First for the active buffer, then for the inactive one: each slot's graphs by the sizes of
-        # their inputs. None marks sizes that can't be recorded.
-        self._graphs: list[list[dict[Shapes, Graph | None]]] = [
+        # their inputs.
+        self._graphs: list[list[dict[Shapes, Graph | Unrecorded]]] = [
             [{} for _ in range(request.instances)] for _ in range(2)
         ]
-        self._pools: list[Any] = [None] * request.instances
+        self._recorders: list[Recorder | None] = [None] * request.instances
         super().__init__(device, raw, request, extracted, on_host, spec)
 
     @staticmethod
@@ -147,7 +176,7 @@ class GraphContainer(StreamContainer):
     @property
     def graphs(self) -> int:
         return sum(
-            graph is not None
+            isinstance(graph, Graph)
             for slots in self._graphs
             for known in slots
             for graph in known.values()
@@ -162,86 +191,102 @@ class GraphContainer(StreamContainer):
         batch = work.batch
         shapes = tuple([t.shape for t in work.inputs]) if batch is None else whole_shapes(batch)
         graph = self._graphs[0][work.slot].get(shapes)
-        return None if graph is None else graph.native
+        return graph.native if isinstance(graph, Graph) else None
 
     def _once(self, slot: Slot, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         number = self._slots.index(slot)
         known = self._graphs[0][number]
         shapes = tuple([tensor.shape for tensor in inputs])
         graph = known.get(shapes)
-        if graph is not None:
+        if isinstance(graph, Graph):
             return graph.launch(slot, inputs)
         there = slot.brought(inputs)
-        drawn = self._cuda.random_offset()
-        outputs = self._launch(slot, there)
-        if shapes not in known and len(known) < MOST_GRAPHS:
-            known[shapes] = self._recorded(number, there, draws=self._cuda.random_offset() != drawn)
+        outputs = self._launch(there, slot.stream.handle)
+        if graph is None and len(known) < MOST_GRAPHS:
+            known[shapes] = self._recorded(number, there, 1)
             if len(known) == MOST_GRAPHS:
                 log.warning(
                     "no more graphs are recorded", runner=self._name, slot=number, most=MOST_GRAPHS
                 )
+        elif graph is not None and graph.is_due():
+            known[shapes] = self._recorded(number, there, graph.attempts + 1)
         return slot.home(CAbiContainer.detach_outputs(self, outputs))
 
-    def _launch(self, slot: Slot, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    def _launch(self, inputs: Sequence[torch.Tensor], stream: int) -> list[torch.Tensor | None]:
         with self._launching:
-            return self._raw.run_single_threaded(inputs, stream=slot.stream.handle)
+            return self._raw.run_single_threaded(inputs, stream=stream)
 
-    def _recorded(self, number: int, like: Sequence[torch.Tensor], *, draws: bool) -> Graph | None:
-        """Return a graph of a run on inputs like these; None where the run can't be recorded.
+    def _recorded(
+        self, number: int, like: Sequence[torch.Tensor], attempt: int
+    ) -> Graph | Unrecorded:
+        """Return a graph of a run on inputs like these, if the run can be recorded.
 
         Args:
             number: The slot's number.
             like: Inputs that have been run before.
-            draws: Whether that run drew random numbers.
+            attempt: How often these sizes have been tried, with this time.
         """
         if not all(tensor.numel() for tensor in like):
-            return None
+            return Unrecorded(ATTEMPTS)
         try:
-            if not draws:
-                return self._record(number, like)
-            why = "the model draws random numbers, and a graph would draw the same ones again"
+            return self._record(number, like)
         except RuntimeError as error:
-            why = str(error)
-        log.warning(
-            "run not recorded", runner=self._name, sizes=[list(t.shape) for t in like], error=why
-        )
-        return None
+            log.warning(
+                "run not recorded",
+                runner=self._name,
+                sizes=[list(t.shape) for t in like],
+                error=str(error),
+                attempt=attempt,
+                most=ATTEMPTS,
+            )
+            self._cuda.forget_error()
+        return Unrecorded(attempt)
 
     def _record(self, number: int, like: Sequence[torch.Tensor]) -> Graph:
         """Record a run on inputs like these. Recording executes nothing.
 
         Raises:
-            RuntimeError: The model does something that can't be recorded.
+            RuntimeError: The model does something that can't be recorded, or the recording was
+                disturbed.
         """
         # Keep the strides, which are compiled into the model's code.
         inputs = [
             torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=self._cuda.name)
             for t in like
         ]
-        recorded = self._cuda.module.CUDAGraph()
-        with self._cuda.recording:
-            # Other threads use the device meanwhile. "thread_local" forbids unsafe calls to this
-            # thread alone.
-            recorded.capture_begin(pool=self._pools[number], capture_error_mode="thread_local")
-            try:
-                outputs = self._launch(self._slots[number], inputs)
-            except BaseException:
-                with suppress(RuntimeError):
-                    recorded.capture_end()
-                raise
-            recorded.capture_end()
-        self._pools[number] = recorded.pool()
-        return Graph(self._cuda, recorded, inputs, outputs)
+        recorder = self._recorders[number]
+        if recorder is None:
+            recorder = self._recorders[number] = Recorder(self._cuda)
+        try:
+            executable, outputs = recorder.record(
+                lambda: self._launch(inputs, recorder.stream.handle)
+            )
+        except BaseException:
+            self._drop_spent_recorders()
+            raise
+        return Graph(self._cuda, executable, inputs, outputs)
 
     def warm_up(self, make_inputs: Callable[[], Sequence[torch.Tensor]]) -> None:
         """Let each slot record a run, then run the recorded graph."""
         for slot in [*range(self._instances)] * 2:
             self.run_work(Work(self, self.capture_stream(make_inputs()), 1, None, slot=slot))
-        self._measure()
 
     def close(self) -> None:
-        self._forget()
+        if self._slots:
+            self._forget()
         super().close()
+
+    @property
+    def updatable(self) -> str:
+        why = super().updatable
+        if not why and not self._raw.library.has(UPDATE_PAIRS):
+            # `run_single_threaded` looks at the state of the first buffer, whichever serves.
+            return (
+                "a torch before 2.13 compiled it, whose code runs no new sizes while the second of "
+                "its buffers serves and runs are recorded (pytorch/pytorch#184781); load it "
+                "without cuda_graphs, or compile it again with torch 2.13 or newer"
+            )
+        return why
 
     # --- live weights: a graph is kept as long as the memory of the weights that it reads
 
@@ -290,14 +335,20 @@ class GraphContainer(StreamContainer):
         super().park()
 
     def _forget(self, *, active: bool = True) -> None:
-        for slots in self._graphs if active else self._graphs[1:]:
-            for known in slots:
-                for graph in known.values():
-                    if graph is not None:
-                        graph.close()
-                known.clear()
-        if active:
-            self._pools = [None] * len(self._pools)
+        with self._cuda.at_work():
+            for slots in self._graphs if active else self._graphs[1:]:
+                for known in slots:
+                    for graph in known.values():
+                        if isinstance(graph, Graph):
+                            graph.close()
+                    known.clear()
+            self._drop_spent_recorders()
+
+    def _drop_spent_recorders(self) -> None:
+        for number, recorder in enumerate(self._recorders):
+            if recorder is not None and recorder.is_spent:
+                self._recorders[number] = None
+                recorder.close()
 
     def _new_raw(self) -> RawContainer:
         return self._device.open_raw(self._raw.library, 1, self._raw.name)

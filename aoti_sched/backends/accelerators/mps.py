@@ -54,16 +54,21 @@ class MpsDevice(Accelerator):
         return 1
 
     def open_executor(
-        self, lanes: int, affinity: Sequence[int] | None = None, launchers: int | None = None
+        self,
+        lanes: int,
+        affinity: Sequence[int] | None = None,
+        launchers: int | None = None,
+        wait: str | None = None,
     ) -> Executor:
         if lanes != 1:
             raise ConfigError(
                 f"device {self.name!r}: lanes={lanes}, but MPS runs one model at a time. Leave "
                 "lanes out, or set lanes=1."
             )
-        return super().open_executor(lanes, affinity, launchers)
+        return super().open_executor(lanes, affinity, launchers, wait)
 
-    def open_stream(self) -> MpsStream:
+    def open_stream(self, priority: int = 0) -> MpsStream:
+        del priority
         return MpsStream(self)
 
     def record(self, stream: Any) -> None:

@@ -122,11 +122,19 @@ class Slot:
                     yield
             except BaseException:
                 try:
-                    self.stream.fence()
+                    self._fence(work)
                 except RuntimeError:
                     log.debug("the device failed after its run", device=self.device.name)
                 raise
+            self._fence(work)
+
+    def _fence(self, work: Work) -> None:
+        try:
             self.stream.fence()
+        except RuntimeError:
+            if not self.device.is_lost():
+                self.device.abandon([list(inputs) for inputs in _arrivals(work)])
+            raise
 
 
 def copied(tensor: torch.Tensor, device: str) -> torch.Tensor:

@@ -62,27 +62,31 @@ class OnStreams(ABC):
         marks = [index in on_host for index in range(inputs)]
         self._slots: list[Slot] = []
         for _ in range(request.instances):
-            self._slots.append(Slot(device, device.open_stream(), marks, request))
+            stream = device.open_stream(request.stream_priority)
+            self._slots.append(Slot(device, stream, marks, request))
+        device.slots += len(self._slots)
+        self._notes_of_device = device.notes()
         self._internal_stream = device.open_stream()
         """The stream for work that belongs to no request: folding and copies of weights."""
-        self._workspace: int | None = None
 
-    @property
-    def workspace(self) -> int | None:
-        return self._workspace
-
-    def _measure(self) -> None:
-        self._workspace = self._device.workspace(
-            [*(slot.stream for slot in self._slots), self._internal_stream]
+    def _on_device(self, info: ContainerInfo) -> ContainerInfo:
+        return msgspec.structs.replace(
+            info,
+            inline=False,
+            verified=self._device.verified,
+            notes=(*info.notes, *self._notes_of_device),
         )
 
     def _close_slots(self) -> None:
-        for slot in self._slots:
-            slot.native = None  # frees its pinned memory
-            slot.stream.close()
-        if self._slots:
+        slots, self._slots = self._slots, []
+        if not slots:
+            return
+        self._device.slots -= len(slots)
+        with self._device.preserve_current_device():
+            for slot in slots:
+                slot.native = None  # frees its pinned memory
+                slot.stream.close()
             self._internal_stream.close()
-        self._slots = []
 
     def capture_stream(self, inputs: Sequence[Any]) -> Sequence[Any]:
         """Return a request's inputs together with the caller's current stream.
@@ -155,7 +159,7 @@ class StreamContainer(OnStreams, CAbiContainer):
 
     @property
     def info(self) -> ContainerInfo:
-        return msgspec.structs.replace(super().info, inline=False, verified=self._device.verified)
+        return self._on_device(super().info)
 
     def _know_c_run(self) -> None:
         self._c_run.slots = self._slots
@@ -190,12 +194,9 @@ class StreamContainer(OnStreams, CAbiContainer):
     def run_raw(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         return self.run_work(Work(self, self.capture_stream(inputs), 1, None))
 
-    def warm_up(self, make_inputs: Callable[[], Sequence[torch.Tensor]]) -> None:
-        super().warm_up(make_inputs)
-        self._measure()
-
     def close(self) -> None:
-        self._raw.close()
+        with self._device.preserve_current_device():
+            self._raw.close()
         self.staging.clear()
         self._c_run.native = None
         self._c_run.slots = ()
@@ -216,7 +217,7 @@ class StreamContainer(OnStreams, CAbiContainer):
     # ----------------------------------------------------------------------------------
 
     def _fold(self, raw: RawContainer, *, inactive: bool) -> None:
-        with self._device.preserve_current_device(), self._device.turn():
+        with self._device.at_work():
             raw.fold(inactive=inactive, stream=self._internal_stream.handle)
             self._internal_stream.fence()
             self._device.settle()  # constants other than parameters are copied on that stream
@@ -225,18 +226,21 @@ class StreamContainer(OnStreams, CAbiContainer):
         self, chosen: Chosen, *, check_finite: bool
     ) -> list[tuple[Constant, torch.Tensor]]:
         # Laying out tensors that are on the device is work of the device, too.
-        with self._device.preserve_current_device(), self._device.turn():
+        with self._device.at_work():
             return super()._full_set(chosen, check_finite=check_finite)
 
     def _write(self, ready: list[tuple[Constant, torch.Tensor]]) -> int:
         self._device.check_alive()
         if any(not tensor.is_cpu for _, tensor in ready):
             self._device.synchronize()  # any stream may still be computing them
-        with self._device.preserve_current_device(), self._device.turn():
-            size = self._raw.stage(ready, at_once=STAGED_AT_ONCE, bring=self._bring)
-            self._device.settle()  # the runtime does not wait for copies from device to device
-        self._measure()
-        return size
+
+        def write() -> int:
+            with self._device.at_work():
+                size = self._raw.stage(ready, at_once=STAGED_AT_ONCE, bring=self._bring)
+                self._device.settle()  # the runtime does not wait for copies on the device
+            return size
+
+        return self._device.with_room(write)
 
     @contextmanager
     def _bring(self, tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
@@ -250,14 +254,22 @@ class StreamContainer(OnStreams, CAbiContainer):
         yield brought
         self._device.settle()  # the runtime reads the copies on the default stream without waiting
 
+    def swap(self) -> None:
+        with self._device.preserve_current_device():
+            super().swap()
+
+    def free_inactive(self) -> None:
+        with self._device.at_work():
+            super().free_inactive()
+
     def extract(self, *, inactive: bool = False) -> dict[str, torch.Tensor]:
-        with self._device.preserve_current_device(), self._device.turn():
+        with self._device.at_work():
             constants = super().extract(inactive=inactive)
             self._device.settle()
         return constants
 
     def rebuild(self) -> None:
-        with self._device.preserve_current_device(), self._device.turn():
+        with self._device.at_work():
             super().rebuild()
             self._device.settle()
         self._know_c_run()
@@ -266,17 +278,20 @@ class StreamContainer(OnStreams, CAbiContainer):
 
     def park(self) -> None:
         """Free the constants, after copying those that the package lacks to the host."""
-        with self._device.preserve_current_device(), self._device.turn():
+        with self._device.at_work():
             if not self._packaged[0]:
                 self._kept = self._raw.extract(host=True)
             super().park()
 
     def unpark(self, reading: Reading | None = None) -> None:
         self._device.check_alive()
-        with self._device.preserve_current_device(), self._device.turn():
-            super().unpark(reading)
-            self._device.settle()
-        self._measure()
+
+        def restore() -> None:
+            with self._device.at_work():
+                CAbiContainer.unpark(self, reading)
+                self._device.settle()
+
+        self._device.with_room(restore)
         self._know_c_run()
 
     def _new_raw(self) -> RawContainer:
@@ -310,7 +325,7 @@ class StreamTorchRunner(OnStreams, TorchRunnerContainer):
 
     @property
     def info(self) -> ContainerInfo:
-        return msgspec.structs.replace(super().info, inline=False, verified=self._device.verified)
+        return self._on_device(super().info)
 
     def run_raw(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         slot = self._turns % len(self._slots)
@@ -321,16 +336,26 @@ class StreamTorchRunner(OnStreams, TorchRunnerContainer):
             self.run_raw(make_inputs())
             self._turns += 1
         super().warm_up(make_inputs)
-        self._measure()
 
     def _once(self, slot: Slot, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         return slot.home(self._run_on(slot.brought(inputs), slot.stream.handle))
 
     def rebuild(self) -> None:
-        with self._device.preserve_current_device(), self._device.turn():
+        with self._device.at_work():
             super().rebuild()
             self._device.settle()
 
+    def park(self) -> None:
+        with self._device.at_work():
+            self._keep_if_lost()
+            super().park()
+
     def close(self) -> None:
-        super().close()
+        with self._device.preserve_current_device():
+            self._keep_if_lost()
+            super().close()
         self._close_slots()
+
+    def _keep_if_lost(self) -> None:
+        if self._runner is not None and self._device.is_lost():
+            self._device.abandon(self._runner)

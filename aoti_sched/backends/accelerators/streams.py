@@ -6,21 +6,25 @@ kind of device has a subclass (`cuda.py`, `xpu.py`, `mps.py`). Loading is in `ac
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from aoti_sched.backends.aoti.c_abi import Library, libtorch
 from aoti_sched.backends.aoti.handles import address_of
 from aoti_sched.backends.aoti.raw_container import RawContainer
-from aoti_sched.errors import DeviceLostError
+from aoti_sched.errors import DeviceLostError, LoadError, RunError
 
 if TYPE_CHECKING:
     from aoti_sched.backends.native import _native
+
+
+_T = TypeVar("_T")
 
 
 class Stream(ABC):
@@ -56,7 +60,7 @@ class Stream(ABC):
         """Return the function by which native code waits for the stream.
 
         The key `fence` or `wait` has the function's address, 0 where native code can't wait. The
-        key `argument` has the function's argument.
+        key `argument` has the function's argument, and `event` an event that is recorded before.
         """
 
     def close(self) -> None:  # noqa: B027 -- a device may have nothing to do
@@ -85,6 +89,12 @@ class StreamDevice(ABC):
     """As `RawContainer.has_addresses`."""
     supports_query = False
     """Whether native lanes can poll the device for completed work instead of waiting."""
+    waits: tuple[str, ...] = ()
+    """The ways in which a lane can wait, where there is a choice."""
+    slots = 0
+    """How many slots containers have on the device now."""
+    spins = False
+    """Whether a lane that waits keeps its core busy."""
 
     @property
     def name(self) -> str:
@@ -94,8 +104,12 @@ class StreamDevice(ABC):
     # ---------------------------------------------------------------------------------------
 
     @abstractmethod
-    def open_stream(self) -> Stream:
-        """Open a stream that has no other user."""
+    def open_stream(self, priority: int = 0) -> Stream:
+        """Open a stream that has no other user.
+
+        Args:
+            priority: 0 or less, and less goes first. Only on devices that record runs.
+        """
 
     @abstractmethod
     def record(self, stream: Any) -> Any:
@@ -147,17 +161,50 @@ class StreamDevice(ABC):
         """Return the address of one of torch's functions; 0 where this torch lacks the function."""
         return address_of(function)
 
-    def workspace(self, streams: Sequence[Stream]) -> int | None:
-        """Return the bytes that torch keeps for these streams, used or not.
+    def workspace(self) -> int:
+        """As `Executor.workspace`."""
+        return 0
 
-        None where torch does not count them.
-        """
-        del streams
+    def notes(self) -> tuple[str, ...]:
+        """Return notes for users on a model that has just been loaded."""
+        return ()
+
+    def capability(self) -> int | None:
+        """Return the compute capability as torch writes it into packages; None without one."""
         return None
 
     def turn(self) -> AbstractContextManager[object]:
-        """Take the process's lock for the block, on a device that takes one work at a time."""
+        """Let the calling thread work on the device for the block.
+
+        On a device that takes one work at a time, the block has the process's lock.
+        """
         return nullcontext()
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Let the thread work on the device, and preserve its current device."""
+        with self.preserve_current_device(), self.turn():
+            yield
+
+    def with_room(self, allocate: Callable[[], _T]) -> _T:
+        """Allocate device memory outside torch's allocator, after a failure once more.
+
+        The runtime's memory for weights does not come from torch's allocator, which may keep much
+        that no tensor has. Models of torch before 2.13 tell no reason, so any failure counts.
+        """
+        try:
+            return allocate()
+        except (LoadError, RunError):
+            if self.is_lost() or not self.release_cached():
+                raise
+        return allocate()
+
+    def release_cached(self) -> bool:
+        """Give the device back memory that torch keeps and no tensor has.
+
+        Returns whether there was any.
+        """
+        return False
 
     def away(self) -> AbstractContextManager[object]:
         """Let others have the device for the block, which is in one `turn` and reads a file."""
@@ -172,7 +219,25 @@ class StreamDevice(ABC):
         return ""
 
     def look_after_failure(self) -> None:  # noqa: B027 -- a device may have no way to know
-        """Find out, after a failed run, whether the device is lost."""
+        """Find out, after a failed run, whether the device is lost. Never raises."""
+
+    def is_lost(self) -> bool:
+        """Ask the device whether it is lost.
+
+        What is on a lost device is not freed: it ends with the process. The runtime's own functions
+        would end the process at once.
+        """
+        self.look_after_failure()
+        return bool(self.lost())
+
+    @staticmethod
+    def abandon(thing: object) -> None:
+        """Keep an object until the process ends.
+
+        The device may use what the object has, or freeing that on a lost device would end the
+        process. No list would do: what is in a list is freed with it.
+        """
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
     def check_alive(self) -> None:
         """Raise DeviceLostError unless the device works."""
@@ -231,4 +296,5 @@ class StreamDevice(ABC):
         raw.takes_from_cpu &= self.takes_from_host
         raw.has_addresses = self.has_addresses
         raw.away = self.away
+        raw.is_lost = self.is_lost
         return raw

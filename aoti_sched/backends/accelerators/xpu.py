@@ -42,7 +42,8 @@ class XpuDevice(Accelerator):
         self._taken: set[int] = set()
         self._mutex = threading.Lock()
 
-    def open_stream(self) -> XpuStream:
+    def open_stream(self, priority: int = 0) -> XpuStream:
+        del priority
         with self._mutex:
             # Torch has no default stream on an XPU: where no stream was made current, the first of
             # its pool is. A slot on that one would wait for all other work of the process.

@@ -264,10 +264,6 @@ class CAbiContainer(HostContainer):
     def graphs(self) -> int:
         return 0
 
-    @property
-    def workspace(self) -> int | None:
-        return None
-
     # --- memory -----------------------------------------------------------------------------------
 
     @property

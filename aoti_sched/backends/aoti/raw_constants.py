@@ -18,6 +18,7 @@ from aoti_sched.backends.aoti.c_abi import ConstantEntry
 from aoti_sched.backends.aoti.constant_map import (
     EXTRACT,
     EXTRACT_ENTRIES,
+    UPDATE_PAIRS,
     entries,
     map_type,
     mapped,
@@ -27,7 +28,12 @@ from aoti_sched.backends.aoti.constants import TYPES, Constant
 from aoti_sched.backends.aoti.handles import DTYPES, borrowed, free, handles_of
 from aoti_sched.backends.aoti.raw_handle import PREFIX, RawHandle
 from aoti_sched.backends.aoti.weight_check import check, select, with_layout
-from aoti_sched.errors import LoadError, MissingCapabilityError, MissingWeightsError
+from aoti_sched.errors import (
+    LoadError,
+    MissingCapabilityError,
+    MissingWeightsError,
+    shortened,
+)
 from aoti_sched.model.specs import ConstantSpec
 from aoti_sched.package.sources import Layout
 
@@ -103,7 +109,16 @@ class RawConstants(RawHandle):
     @property
     def why_not_updatable(self) -> str:
         """Why the constants can't be replaced while the model serves; "" when they can."""
-        return why_not_updatable(self.library, self.constants)
+        why = why_not_updatable(self.library, self.constants)
+        if not why and not self.library.has(UPDATE_PAIRS) and self.on_host:
+            # `update_constant_buffer` refuses only groups with such a constant, and looks places up
+            # by a number that counts it, although it is not there.
+            return (
+                "a torch before 2.13 compiled it, whose code takes no constants in the host's "
+                f"memory ({shortened(sorted(self.on_host))}) beside others on a device; compile it "
+                "again with torch 2.13 or newer"
+            )
+        return why
 
     @property
     def on_host(self) -> frozenset[str]:
@@ -373,7 +388,8 @@ class RawConstants(RawHandle):
 
         No run that was launched on the buffer may still go on.
         """
-        self._call("FreeInactiveConstantBuffer")
+        if not self.is_lost():
+            self._call("FreeInactiveConstantBuffer")
         self._complete[1] = False
 
     # --- inside -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from ctypes import byref, c_char_p, c_size_t, c_void_p
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,9 @@ class RawHandle:
         self.device_type = device.partition(":")[0]
         # Calls operators that have no C function; None where the model calls none, or can't.
         self.proxy: ProxyExecutor | None = None
+        # Whether the device has failed for good. Then nothing is freed: the memory ends with the
+        # process, and code of torch before 2.13 would end the process when it frees (#184818).
+        self.is_lost: Callable[[], bool] = bool
         self._lent: list[int] = []
         handle = c_void_p()
         directory = None if resources is None else resources.encode()
@@ -63,6 +67,8 @@ class RawHandle:
         """Free the container. No call may be going on. Closing twice does nothing."""
         if self._handle is not None:
             handle, self._handle = self._handle, None
+            if self.is_lost():
+                return
             try:
                 self.library.call(PREFIX + "Delete", handle)
             finally:

@@ -172,10 +172,6 @@ class TorchRunnerContainer(HostContainer):
     folds = False
     graphs = 0
 
-    @property
-    def workspace(self) -> int | None:
-        return None
-
     inactive_ready = False
     inactive_bytes = 0
 

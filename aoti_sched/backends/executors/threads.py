@@ -66,6 +66,7 @@ class ThreadsExecutor:
         self._inboxes = running.inboxes
         self._closed = False
         self.lost: Callable[[], str] = str  # a device sets its own function
+        self.workspace: Callable[[], int] = int  # likewise
         # The threads don't refer to the executor, so an executor that is dropped without `close`
         # ends them too.
         weakref.finalize(self, running.end).atexit = False

@@ -97,8 +97,9 @@ class Device:
         one_at_a_time: Whether the device takes one work of the process at a time.
         functions: Addresses by name. Torch's are `new_handle`, `get_device_type` and `copy`, and
             `guard` and `unguard` where torch has current streams. A driver's are `get_context`,
-            `set_context`, `query`, `copy_in`, `copy_out`, `allocate_host`, `free_host`,
-            `launch_graph` and `explain`.
+            `set_context`, `exchange_capture_mode`, `query`, `wait_for_event`, `record_event`,
+            `query_event`, `copy_in`, `copy_out`, `allocate_host`, `free_host`, `launch_graph`,
+            `explain` and `take_last_error`.
         context: The driver's context.
         not_ready: The status that the driver's `query` returns while a stream has work to do.
     """
@@ -114,6 +115,11 @@ class Device:
         context: int = 0,
         not_ready: int = 0,
     ) -> None: ...
+    def record(self, event: int, stream: int) -> None:
+        """Record an event on a stream. Does not block."""
+
+    def wait_for(self, stream: int, event: int) -> None:
+        """Let later work on a stream wait for an event. Does not block."""
 
 class Stream:
     """A slot's stream.
@@ -124,6 +130,8 @@ class Stream:
         fence: A function that waits for the stream and returns a status. Give this or `wait`.
         wait: A function that waits for the stream and throws on failure.
         argument: The argument of `fence` or `wait`.
+        event: An event that is recorded on the stream before `fence` is called, and asked for
+            shortly.
         brought: For each input, whether a tensor on the host is copied to the device.
         home: Whether outputs are copied to the host.
     """
@@ -138,6 +146,7 @@ class Stream:
         argument: int,
         brought: Sequence[bool],
         home: bool,
+        event: int = 0,
     ) -> None: ...
 
 class Graph:

@@ -122,23 +122,45 @@ NB_MODULE(_native, module) {
           },
           nb::arg("shim"), nb::kw_only(), nb::arg("type"), nb::arg("index"),
           nb::arg("one_at_a_time"), nb::arg("functions"), nb::arg("context") = 0,
-          nb::arg("not_ready") = 0);
+          nb::arg("not_ready") = 0)
+      .def(
+          "record",
+          [](const aoti::PyDevice& self, std::uintptr_t event, std::uintptr_t stream) {
+            if (self.device->driver.record_event == nullptr)
+              throw std::invalid_argument("the device records no events");
+            aoti::record(*self.device, aoti::at<void*>(event), aoti::at<void*>(stream));
+          },
+          nb::arg("event"), nb::arg("stream"), "Record an event on a stream. Does not block.")
+      .def(
+          "wait_for",
+          [](const aoti::PyDevice& self, std::uintptr_t stream, std::uintptr_t event) {
+            if (self.device->driver.wait_for_event == nullptr)
+              throw std::invalid_argument("the device's streams wait for no events");
+            aoti::wait_for(*self.device, aoti::at<void*>(stream), aoti::at<void*>(event));
+          },
+          nb::arg("stream"), nb::arg("event"),
+          "Let later work on a stream wait for an event. Does not block.");
 
   nb::class_<aoti::PyStream>(module, "Stream")
       .def(
           "__init__",
           [](aoti::PyStream* self, const aoti::PyDevice& device, std::uintptr_t handle,
              std::uintptr_t fence, std::uintptr_t wait, std::uintptr_t argument,
-             std::vector<bool> brought, bool home) {
+             std::vector<bool> brought, bool home, std::uintptr_t event) {
             if ((fence == 0) == (wait == 0))
               throw std::invalid_argument("fence and wait: one of both");
+            const aoti::Driver& driver = device.device->driver;
+            if (event != 0 && (driver.record_event == nullptr || driver.query_event == nullptr))
+              throw std::invalid_argument("the device records no events");
             const aoti::Fence how{aoti::at<aoti::FenceFunction>(fence),
-                                  aoti::at<void (*)(void*)>(wait), aoti::at<void*>(argument)};
+                                  aoti::at<void (*)(void*)>(wait), aoti::at<void*>(argument),
+                                  aoti::at<void*>(event)};
             new (self) aoti::PyStream{std::make_shared<aoti::Stream>(
                 device.device, aoti::at<void*>(handle), how, std::move(brought), home)};
           },
           nb::arg("device"), nb::kw_only(), nb::arg("handle"), nb::arg("fence") = 0,
-          nb::arg("wait") = 0, nb::arg("argument"), nb::arg("brought"), nb::arg("home"));
+          nb::arg("wait") = 0, nb::arg("argument"), nb::arg("brought"), nb::arg("home"),
+          nb::arg("event") = 0);
 
   nb::class_<aoti::PyGraph>(module, "Graph")
       .def(

@@ -102,12 +102,17 @@ class NativeExecutor:
         self._members: dict[int, object] = {}
         self._shim = shim_of_torch()
         self.lost: Callable[[], str] = str  # a device sets its own function
+        self.workspace: Callable[[], int] = int  # likewise
         self._may_poll = cores > 1
         self._last_seconds = math.inf  # duration of the last run that was drained
         self._polls_to_skip = 0  # grows while polling finds no completion
         self._polls_skipped = 0
         self._count = 0
         self._stand_in: ThreadsExecutor | None = None
+        # The works under way on each lane of a device, by thread. The slot of a lane that has work
+        # on both threads would have two runs at once.
+        self._natively: dict[int, int] = {}  # the lanes, by the numbers of their works
+        self._standing_in: dict[int, Work] = {}  # by lane
         close_at_exit(self)
 
     def _open(
@@ -130,8 +135,13 @@ class NativeExecutor:
     def submit(self, lane: int, work: Work) -> bool:
         call = self._route(work)
         if call is None:
+            if lane in self._natively.values():
+                raise _busy(self._name, lane)
+            self._standing_in[lane] = work
             return self._stand_in_lanes().submit(lane, work)
         run, on, graph = call
+        if lane in self._standing_in:
+            raise _busy(self._name, lane)
         self._count = token = self._count + 1
         self._works[token] = work
         batch = work.batch
@@ -162,6 +172,8 @@ class NativeExecutor:
         except Exception as error:  # noqa: BLE001 -- raised again as an error of this package
             del self._works[token]
             raise self._plain(error) from None
+        if on is not None:
+            self._natively[token] = lane
         # With several works, completions come in bursts. One wake-up for a burst is cheaper than a
         # poll for each completion.
         if not self._may_poll or len(self._works) != 1 or self._last_seconds > WAKE_UP:
@@ -231,7 +243,14 @@ class NativeExecutor:
     def drain(self) -> list[Completion]:
         completions = [self._drained(taken) for taken in self._native.drain(DRAIN_LIMIT)]
         if self._stand_in is not None:
-            completions += self._stand_in.drain()
+            ended = self._stand_in.drain()
+            tokens = {id(completion.token) for completion in ended}
+            self._standing_in = {
+                lane: work
+                for lane, work in self._standing_in.items()
+                if id(work.token) not in tokens
+            }
+            completions += ended
         return completions
 
     def fileno(self) -> int:
@@ -244,6 +263,7 @@ class NativeExecutor:
 
     def _drained(self, taken: _native.Taken) -> Completion:
         work = self._works.pop(taken[0])
+        self._natively.pop(taken[0], None)
         self._last_seconds = taken[3] - taken[2]
         if work.batch is not None:
             self._members.pop(taken[0], None)
@@ -315,6 +335,13 @@ class NativeExecutor:
         if isinstance(error, RuntimeError) and not isinstance(error, AotiSchedError):
             return RuntimeError(f"device {self._name}: {error}")
         return error
+
+
+def _busy(name: str, lane: int) -> RuntimeError:
+    return RuntimeError(
+        f"device {name}: lane {lane} has a work under way on its other thread; nothing was "
+        "submitted"
+    )
 
 
 def _prepare(run: CRun) -> _native.Model:

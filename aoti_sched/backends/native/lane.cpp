@@ -306,6 +306,7 @@ void Lanes::serve(Thread& thread) {
   pthread_setname_np(thread.name.c_str());
 #endif
   if (runtime_.get_threads != nullptr) runtime_.get_threads();
+  keep_contexts();
   int threads = 0;
   auto& detached = thread.detached;
   awake_.fetch_add(1, std::memory_order_relaxed);

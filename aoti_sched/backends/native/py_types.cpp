@@ -52,13 +52,18 @@ std::shared_ptr<const Device> make_device(const Shim& shim, std::int32_t type, s
   set(device.unguard, "unguard");
   set(device.driver.get_context, "get_context");
   set(device.driver.set_context, "set_context");
+  set(device.driver.exchange_capture_mode, "exchange_capture_mode");
   set(device.driver.query, "query");
+  set(device.driver.wait_for_event, "wait_for_event");
+  set(device.driver.record_event, "record_event");
+  set(device.driver.query_event, "query_event");
   set(device.driver.copy_in, "copy_in");
   set(device.driver.copy_out, "copy_out");
   set(device.driver.allocate_host, "allocate_host");
   set(device.driver.free_host, "free_host");
   set(device.driver.launch_graph, "launch_graph");
   set(device.driver.explain, "explain");
+  set(device.driver.take_last_error, "take_last_error");
   if (found != functions.size())
     throw std::invalid_argument("a device has no function of that name");
   if (device.new_handle == nullptr || device.get_device_type == nullptr || device.copy == nullptr) {

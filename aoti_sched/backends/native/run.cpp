@@ -157,7 +157,7 @@ void Run::run_model() noexcept {
   completion_.error = std::move(error);
 }
 
-bool Run::ready() const noexcept {
+bool Run::ready() noexcept {
   try {
     return !stream_run_ || stream_run_->ready();
   } catch (const std::exception&) {
@@ -182,6 +182,7 @@ Completion Run::finish() noexcept {
     attempt(runtime_, completion_,
             [&] { restore_aliases(runtime_, aliases_, completion_.outputs); });
   }
+  if (stream_run_ && completion_.status != 0) stream_run_->forget_error();
   stream_run_.reset();
   if (work_.batch != nullptr) {
     attempt(runtime_, completion_,

@@ -88,7 +88,7 @@ class Run {
     if (stream_run_) stream_run_->detach();
   }
   // Returns whether `finish` would not wait.
-  [[nodiscard]] bool ready() const noexcept;
+  [[nodiscard]] bool ready() noexcept;
 
   // Waits for the device and returns the outcome. Follows `launch`, once.
   [[nodiscard]] Completion finish() noexcept;

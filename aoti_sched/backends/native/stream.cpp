@@ -1,8 +1,10 @@
 #include "stream.hpp"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <stdexcept>
+#include <thread>
 #include <utility>
 
 namespace aoti {
@@ -10,6 +12,27 @@ namespace aoti {
 namespace {
 
 constexpr std::size_t kAlignment = 64;
+
+using Clock = std::chrono::steady_clock;
+
+// A sleep and a wake-up cost about as much, so a thread asks for as long before it sleeps.
+constexpr auto kSpin = std::chrono::microseconds(50);
+
+// Pauses before the device is waited for again: after a capture has forbidden it, for as long as
+// that takes; after another failure, so often.
+constexpr std::chrono::nanoseconds kShortestPause = std::chrono::microseconds(16);
+constexpr std::chrono::nanoseconds kLongestPause = std::chrono::milliseconds(1);
+constexpr int kRetries = 32;
+
+// CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+constexpr std::int32_t kThreadLocal = 1;
+
+// CUDA_ERROR_STREAM_CAPTURE_*: what was called is forbidden while a graph is recorded. Such a
+// status does not tell whether the device is done.
+bool is_forbidden(std::int32_t status) { return status >= 900 && status < 910; }
+
+thread_local bool keeps_contexts = false;
+thread_local const void* kept = nullptr;  // the context of the device that the lane works for
 
 struct Layout {
   bool known = false;
@@ -98,14 +121,36 @@ void check_driver(const Driver& driver, std::int32_t status, const std::string& 
   throw std::runtime_error(text);
 }
 
-InContext::InContext(const Driver& driver) : driver_(driver) {
+void keep_contexts() { keeps_contexts = true; }
+
+InContext::InContext(const Driver& driver, bool apart) : driver_(driver) {
   if (driver.set_context == nullptr) return;
   check_driver(driver, driver.get_context(&before_), "cuCtxGetCurrent");
-  check_driver(driver, driver.set_context(driver.context), "cuCtxSetCurrent");
+  if (before_ != driver.context) {
+    check_driver(driver, driver.set_context(driver.context), "cuCtxSetCurrent");
+    restores_context_ = !keeps_contexts;
+  }
+  if (!apart || driver.exchange_capture_mode == nullptr) return;
+  if (keeps_contexts && kept == driver.context) return;
+  mode_ = kThreadLocal;
+  driver.exchange_capture_mode(&mode_);
+  restores_mode_ = !keeps_contexts;
+  kept = driver.context;
 }
 
 InContext::~InContext() {
-  if (driver_.set_context != nullptr) driver_.set_context(before_);
+  if (restores_mode_) driver_.exchange_capture_mode(&mode_);
+  if (restores_context_) driver_.set_context(before_);
+}
+
+void record(const Device& device, void* event, void* stream) {
+  const InContext in_context(device.driver, false);  // the default stream belongs to a context
+  check_driver(device.driver, device.driver.record_event(event, stream), "cuEventRecord");
+}
+
+void wait_for(const Device& device, void* stream, void* event) {
+  const InContext in_context(device.driver, false);
+  check_driver(device.driver, device.driver.wait_for_event(stream, event, 0), "cuStreamWaitEvent");
 }
 
 std::recursive_mutex& process_lock() {
@@ -135,6 +180,11 @@ char* Pinned::reserve(std::size_t bytes) {
     bytes_ = wanted;
   }
   return static_cast<char*>(memory_);
+}
+
+void Pinned::abandon() {
+  memory_ = nullptr;
+  bytes_ = 0;
 }
 
 // --- Graph ------------------------------------------------------------------------------------
@@ -183,10 +233,12 @@ void StreamRun::detach() {
   in_context_.reset();
 }
 
-bool StreamRun::ready() const {
-  if (device_.driver.query == nullptr) return false;
-  const InContext in_context(device_.driver);
-  return device_.driver.query(stream_.handle_) != device_.driver.not_ready;
+bool StreamRun::ready() {
+  const Driver& driver = device_.driver;
+  if (driver.query == nullptr) return false;
+  const std::int32_t status = driver.query(stream_.handle_);
+  done_ = status == 0;
+  return status != driver.not_ready && !is_forbidden(status);
 }
 
 void StreamRun::to_device(OwnedHandles& inputs, const Graph* graph) {
@@ -292,10 +344,46 @@ void StreamRun::start_copies(const OwnedHandles& outputs) {
 void StreamRun::fence() {
   const Fence& fence = stream_.fence_;
   if (!in_context_) in_context_.emplace(device_.driver);
+  if (done_) return;
   if (fence.wait != nullptr) fence.wait(fence.argument);
-  if (fence.fence != nullptr) {
-    check_driver(device_.driver, fence.fence(fence.argument), "waiting for the device");
+  if (fence.fence == nullptr) return;
+  auto pause = kShortestPause;
+  std::int32_t status = wait();
+  for (int retries = 0; status != 0; status = wait()) {
+    if (!is_forbidden(status) && (retries++ == kRetries || !device_works())) break;
+    std::this_thread::sleep_for(pause);
+    pause = std::min(2 * pause, kLongestPause);
   }
+  if (status != 0 && device_works()) {
+    static_cast<void>(held_.release());
+    stream_.in_.abandon();
+    stream_.out_.abandon();
+  }
+  check_driver(device_.driver, status, "waiting for the device");
+}
+
+std::int32_t StreamRun::wait() const {
+  const Fence& fence = stream_.fence_;
+  const Driver& driver = device_.driver;
+  if (fence.event != nullptr) {
+    const std::int32_t status = driver.record_event(fence.event, stream_.handle_);
+    if (status != 0) return status;
+    const auto until = Clock::now() + kSpin;
+    while (driver.query_event(fence.event) == driver.not_ready && Clock::now() < until) {
+    }
+  }
+  return fence.fence(fence.argument);
+}
+
+bool StreamRun::device_works() const {
+  const Driver& driver = device_.driver;
+  if (driver.query == nullptr) return false;
+  const std::int32_t status = driver.query(nullptr);  // an error that stays is every call's
+  return status == 0 || status == driver.not_ready || is_forbidden(status);
+}
+
+void StreamRun::forget_error() const {
+  if (device_.driver.take_last_error != nullptr) device_.driver.take_last_error();
 }
 
 void StreamRun::finish_copies(OwnedHandles& outputs) {

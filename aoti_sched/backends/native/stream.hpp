@@ -22,13 +22,18 @@ namespace aoti {
 using FenceFunction = std::int32_t (*)(void* argument);
 
 // A driver's functions, or null where torch serves. For CUDA: cuCtxGetCurrent, cuCtxSetCurrent,
-// cuStreamQuery, cuMemcpyHtoDAsync, cuMemcpyDtoHAsync, cuMemAllocHost, cuMemFreeHost,
-// cuGraphLaunch, cuGetErrorString.
+// cuThreadExchangeStreamCaptureMode, cuStreamQuery, cuStreamWaitEvent, cuEventRecord, cuEventQuery,
+// cuMemcpyHtoDAsync, cuMemcpyDtoHAsync, cuMemAllocHost, cuMemFreeHost, cuGraphLaunch,
+// cuGetErrorString, and the runtime's cudaGetLastError.
 struct Driver {
   void* context = nullptr;
   std::int32_t (*get_context)(void** context) = nullptr;
   std::int32_t (*set_context)(void* context) = nullptr;
+  std::int32_t (*exchange_capture_mode)(std::int32_t* mode) = nullptr;
   std::int32_t (*query)(void* stream) = nullptr;
+  std::int32_t (*wait_for_event)(void* stream, void* event, unsigned flags) = nullptr;
+  std::int32_t (*record_event)(void* event, void* stream) = nullptr;
+  std::int32_t (*query_event)(void* event) = nullptr;
   std::int32_t (*copy_in)(std::uint64_t to, const void* from, std::size_t bytes,
                           void* stream) = nullptr;
   std::int32_t (*copy_out)(void* to, std::uint64_t from, std::size_t bytes, void* stream) = nullptr;
@@ -36,6 +41,8 @@ struct Driver {
   std::int32_t (*free_host)(void* memory) = nullptr;
   std::int32_t (*launch_graph)(void* executable, void* stream) = nullptr;
   std::int32_t (*explain)(std::int32_t error, const char** words) = nullptr;
+  // Returns the thread's last error of the runtime, and forgets it.
+  std::int32_t (*take_last_error)() = nullptr;
   std::int32_t not_ready = 0;  // what `query` returns while the stream has work to do
 };
 
@@ -57,11 +64,15 @@ struct Device {
 // Throws std::runtime_error, with the driver's words, unless the status is 0.
 void check_driver(const Driver& driver, std::int32_t status, const std::string& what);
 
+// The calling thread is a lane's: it keeps the context that it once had for a run.
+void keep_contexts();
+
 // Makes the device's context the calling thread's current one, and restores the one before: the
-// thread may be a user's.
+// thread may be a user's. With `apart`, no capture of another thread forbids what the thread calls
+// meanwhile, or is spoilt by it.
 class InContext {
  public:
-  explicit InContext(const Driver& driver);
+  explicit InContext(const Driver& driver, bool apart = true);
   ~InContext();
   InContext(const InContext&) = delete;
   InContext& operator=(const InContext&) = delete;
@@ -69,17 +80,27 @@ class InContext {
  private:
   const Driver& driver_;
   void* before_ = nullptr;
+  std::int32_t mode_ = 0;
+  bool restores_context_ = false;
+  bool restores_mode_ = false;
 };
+
+// Records an event on a stream, or lets a stream wait for one, without blocking. Throws
+// std::runtime_error.
+void record(const Device& device, void* event, void* stream);
+void wait_for(const Device& device, void* stream, void* event);
 
 // Held by the thread that works on a device that takes one work of the process at a time.
 [[nodiscard]] std::recursive_mutex& process_lock();
 
 // How a slot waits for its device: with `fence`, or with `wait`, which throws. Each gets the
-// argument.
+// argument. An `event` is recorded on the stream before, and asked for shortly before the thread
+// goes to sleep.
 struct Fence {
   FenceFunction fence = nullptr;
   void (*wait)(void* argument) = nullptr;
   void* argument = nullptr;
+  void* event = nullptr;
 };
 
 // Pinned memory that is kept for the next work; plain memory where the driver has none.
@@ -92,6 +113,8 @@ class Pinned {
   // Returns at least this many bytes, and discards the contents: no copy may be under way. Throws
   // std::runtime_error.
   [[nodiscard]] char* reserve(std::size_t bytes);
+  // Leaves the memory to a device that may still use it, for ever.
+  void abandon();
 
  private:
   const Driver& driver_;
@@ -163,10 +186,12 @@ class StreamRun {
   void detach();
   // Returns whether the device is done or has failed, so that `fence` does not wait. Always false
   // where the driver can't be polled.
-  [[nodiscard]] bool ready() const;
+  [[nodiscard]] bool ready();
   // Waits for the device. Required after every failure too: the device may still use the memory
-  // that is freed next.
+  // that is freed next. When the wait fails although the device works, that memory is never freed.
   void fence();
+  // Forgets the error that a failed run has left the thread, which torch would take for its own.
+  void forget_error() const;
   // Replaces the outputs by their copies on the host. Follows `fence`.
   void finish_copies(OwnedHandles& outputs);
 
@@ -179,12 +204,15 @@ class StreamRun {
     std::size_t bytes;
   };
   void to_device(OwnedHandles& inputs, const Graph* graph);
+  [[nodiscard]] std::int32_t wait() const;
+  [[nodiscard]] bool device_works() const;
 
   Stream& stream_;
   const Device& device_;
   std::unique_lock<std::recursive_mutex> lock_;
   std::optional<InContext> in_context_;
   void* guard_ = nullptr;
+  bool done_ = false;  // `ready` has seen the end
   OwnedHandles held_;  // until the device is done
   std::vector<OutputCopy> copies_;
 };

@@ -39,18 +39,21 @@ def load() -> Iterator[Callable[..., RawContainer]]:
 @pytest.fixture
 def sim():
     """The simulated device, which must not have seen a rule broken, and has nothing of the
-    test's afterwards.
+    test's afterwards: no memory, no recording, and no error of this thread that nobody asked for.
     """
     sim = simulator()
+    sim.clear_workspaces()
+    sim.last_error()
     before = sim.allocated(), sim.pinned()
     yield sim
     sim.go()
+    sim.clear_workspaces()
     if (sim.allocated(), sim.pinned()) != before:
         gc.collect()
     fault = sim.faults()
-    left = sim.allocated() - before[0], sim.pinned() - before[1]
     sim.repair()
-    assert (fault, left) == ("", (0, 0))
+    left = sim.allocated() - before[0], sim.pinned() - before[1]
+    assert (fault, left, sim.diverted(), sim.last_error()) == ("", (0, 0), 0, 0)
 
 
 @pytest.fixture(params=["native", "threads"])

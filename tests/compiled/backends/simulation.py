@@ -39,6 +39,7 @@ def open_executor(device, how, lanes):
         return device.open_executor(lanes, launchers=1 if how == "launcher" else None)
     executor = ThreadsExecutor(device.name, lanes, lambda count: None)
     executor.lost = device.lost
+    executor.workspace = device.workspace
     return executor
 
 

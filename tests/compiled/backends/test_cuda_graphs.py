@@ -9,7 +9,8 @@ import pytest
 import structlog
 import torch
 
-from aoti_sched.backends.accelerators.cuda_graphs import MOST_GRAPHS
+from aoti_sched.backends.accelerators import cuda_graphs
+from aoti_sched.backends.accelerators.cuda_graphs import ATTEMPTS, MOST_GRAPHS
 from aoti_sched.backends.contracts import LoadRequest, Work
 from aoti_sched.backends.executors.batches import Batch, gather, whole_shapes
 from aoti_sched.errors import ConfigError, DeviceLostError, RunError
@@ -24,7 +25,7 @@ from tests.compiled.backends.simulation import (
     open_executor,
     work,
 )
-from tests.native.simulated import simulator
+from tests.native.simulated import model_path, simulator
 
 
 @pytest.fixture(autouse=True)
@@ -273,23 +274,122 @@ def test_a_model_that_waits_for_the_device_is_launched_as_ever_and_the_reason_is
     assert container.graphs == 1
 
 
-def test_a_model_that_draws_random_numbers_is_not_recorded(recorded, executor, monkeypatch):
-    container = recorded()
-    generator = simulator().module.default_generators[0]
-    once = container._raw.run_single_threaded
-
-    def draw(*args, **options):
-        monkeypatch.setattr(generator, "offset", generator.offset + 4)
-        return once(*args, **options)
-
-    monkeypatch.setattr(container._raw, "run_single_threaded", draw)
+def test_a_model_that_draws_random_numbers_is_not_recorded(recorded, executor):
+    container = recorded(chain=True)
     with structlog.testing.capture_logs() as events:
         for _ in range(2):
-            run(executor, container, on_device(2, 4))
-    assert [event["error"] for event in events if event["event"] == "run not recorded"] == [
-        "the model draws random numbers, and a graph would draw the same ones again"
-    ]
+            assert run(executor, container, on_device(17, 4)).unique().tolist() == [1.0]
+    (event,) = [one for one in events if one["event"] == "run not recorded"]
+    assert "CUDA generator not in capture mode" in event["error"]
     assert container.graphs == 0
+
+
+def test_a_recording_that_fails_leaves_torchs_allocator_as_it_was(recorded, executor, device, sim):
+    """Otherwise no memory that two streams use would ever be given back."""
+    container = recorded(chain=True, copy_inputs=True)
+    for rows in (13, 17):
+        run(executor, container, torch.rand(rows, 4))
+    assert (container.graphs, sim.diverted()) == (0, 0)
+    shared = on_device(1000, 4)
+    address = shared.data_ptr()
+    shared.record_stream(device.current_stream())
+    del shared
+    sim.synchronize()
+    assert on_device(1000, 4).data_ptr() == address
+    sim.empty_cache()  # torch refuses while memory goes to a pool, and the simulated one tells
+
+
+def spoilt_by_another(container, monkeypatch, sim):
+    """Let another thread wait for the whole device in each recording, and count recordings."""
+    once = container._raw.run_single_threaded
+    recordings = []
+
+    def launch(inputs, **options):
+        if sim.diverted():
+            recordings.append(1)
+            outside = threading.Thread(target=wait_for_all, args=(sim,))
+            outside.start()
+            outside.join()
+        return once(inputs, **options)
+
+    monkeypatch.setattr(container._raw, "run_single_threaded", launch)
+    return recordings
+
+
+def wait_for_all(sim):
+    with sim.module.in_context():
+        assert sim._cuda.cuCtxSynchronize() == 900
+
+
+def test_a_recording_that_another_thread_spoils_is_tried_again(
+    recorded, executor, monkeypatch, sim
+):
+    monkeypatch.setattr(cuda_graphs, "RUNS_BETWEEN", 3)
+    container = recorded()
+    with monkeypatch.context() as patch:
+        recordings = spoilt_by_another(container, patch, sim)
+        run(executor, container, on_device(2, 4))
+    assert (len(recordings), container.graphs) == (1, 0)
+    graphs = []
+    for _ in range(4):
+        assert run(executor, container, on_device(2, 4)).unique().tolist() == [1.0]
+        graphs.append(container.graphs)
+    assert graphs == [0, 0, 1, 1]
+
+
+def test_a_recording_is_tried_so_often_and_not_for_ever(recorded, executor, monkeypatch, sim):
+    monkeypatch.setattr(cuda_graphs, "RUNS_BETWEEN", 1)
+    container = recorded()
+    recordings = spoilt_by_another(container, monkeypatch, sim)
+    with structlog.testing.capture_logs() as events:
+        for _ in range(ATTEMPTS + 3):
+            run(executor, container, on_device(2, 4))
+    assert len(recordings) == ATTEMPTS
+    assert [e["attempt"] for e in events if e["event"] == "run not recorded"] == [1, 2, 3]
+    assert container.graphs == 0
+
+
+def test_graphs_keep_their_workspaces_whoever_clears_them(recorded, executor, sim):
+    """As torch's graph trees do, and torch's own graphs when one of them is closed."""
+    container = recorded(chain=True)
+    x = on_device(2, 4)
+    for _ in range(2):
+        run(executor, container, x)
+    sim.clear_workspaces()
+    sim.empty_cache()
+    strangers = [torch.full((1024,), 7.0).to("sim") for _ in range(8)]
+    assert run(executor, container, x).unique().tolist() == [1.0]
+    assert all(one.cpu().unique().tolist() == [7.0] for one in strangers)
+
+
+def test_closing_some_graphs_of_a_slot_leaves_the_others_their_memory(recorded, executor, sim):
+    container = recorded(chain=True)
+    x = on_device(2, 4)
+    for value in (2.0, 3.0, 4.0):
+        run(executor, container, x)
+        container.stage(weights(value))
+        container.swap()
+        run(executor, container, x)
+        container.free_inactive()
+        sim.empty_cache()
+        for _ in range(2):
+            assert run(executor, container, x).unique().tolist() == [value**2]
+
+
+def test_the_memory_of_graphs_goes_back_to_the_device_with_the_last_of_them(recorded, device, sim):
+    sim.clear_workspaces()
+    sim.empty_cache()
+    before = sim.reserved(), sim.streams(), sim.events(), sim.workspaces()
+    container = recorded(chain=True, instances=2)
+    for rows in (2, 3):
+        for slot in (0, 1):
+            container.run_work(work(container, on_device(rows, 4), slot=slot))
+    assert container.graphs == 4
+    container.close()
+    device._events.clear()
+    gc.collect()
+    sim.empty_cache()
+    assert (sim.reserved(), sim.streams(), sim.workspaces()) == (before[0], before[1], before[3])
 
 
 def test_empty_inputs_are_not_recorded(recorded, executor):
@@ -336,6 +436,39 @@ def test_what_can_not_be_recorded_at_all_is_refused(recorded, device, monkeypatc
         make(device, raw, request, None, [])
 
 
+def test_an_older_model_serves_its_own_weights_and_takes_no_others(recorded, executor):
+    """While its second buffer served, it would refuse to run new sizes."""
+    container = recorded(older=True)
+    for rows in (2, 3, 2, 3):
+        assert run(executor, container, on_device(rows, 4)).unique().tolist() == [1.0]
+    assert container.graphs == 2
+    assert "runs no new sizes while the second of its buffers serves" in container.updatable
+    # What would become of it:
+    with container._device.at_work():
+        container._raw.stage(container._raw.full_set({"weight": on_device(4, value=2.0)}))
+        container._raw.fold(inactive=True)
+        container._raw.swap()
+        container._raw.free_inactive()
+    with pytest.raises(RunError):
+        run(executor, container, on_device(5, 4))
+
+
+def test_a_model_that_records_itself_is_refused(recorded, device, tmp_path):
+    path = tmp_path / "own.so"
+    path.write_bytes(model_path().read_bytes() + b"\0aoti_torch_cuda_graph_replay\0")
+    request = LoadRequest(
+        name="own",
+        path=path,
+        model_name=None,
+        instances=1,
+        sha256=None,
+        cache_dir=tmp_path / "cache",
+        cuda_graphs=True,
+    )
+    with pytest.raises(ConfigError, match="compiled to record its runs itself"):
+        device.inspect(request)
+
+
 # --- faults ---------------------------------------------------------------------------------------
 
 
@@ -365,13 +498,18 @@ def test_a_device_that_breaks_under_a_graph_is_lost(recorded, executor, sim):
     sim.break_device()
     with pytest.raises(DeviceLostError, match="sim:0 is lost: CUDA_ERROR_ILLEGAL_ADDRESS"):
         run(executor, container, torch.ones(2, 4))
+    container.close()
+    assert sim.graphs() == 1  # it ends with the process
+    assert sim.faults() == ""
+    sim.repair()
 
 
 def test_memory_that_is_not_there_for_a_graphs_outputs_fails_its_run_alone(recorded, executor, sim):
     container = recorded()
     x = on_device(1000, 4)
     run(executor, container, x)
-    sim.memory_limit(sim.allocated() + 1024)
+    sim.empty_cache()
+    sim.memory_limit(sim.reserved() + 1024)
     with pytest.raises((RunError, torch.OutOfMemoryError), match="out of memory"):
         run(executor, container, x)
     sim.memory_limit(0)
@@ -414,6 +552,29 @@ class AskedFor:
 
     def __exit__(self, *_):
         self.lock.release()
+
+
+@needs_native
+@pytest.mark.parametrize("executor", ["native"], indirect=True)
+@pytest.mark.parametrize("recorded_first", [False, True])
+def test_a_lane_takes_no_work_for_its_other_thread_beside_one(
+    recorded, executor, sim, recorded_first
+):
+    """The two would run at once, on one slot and its stream."""
+    container = recorded(copy_inputs=True)
+    run(executor, container, torch.ones(2, 4))
+    known, new = torch.ones(2, 4), torch.ones(3, 4)
+    first, second = (known, new) if recorded_first else (new, known)
+    sim.hold()
+    executor.submit(0, work(container, first, token="first"))
+    sim.wait_until_waiting(1)
+    with pytest.raises(RuntimeError, match="lane 0 has a work under way on its other thread"):
+        executor.submit(0, work(container, second, token="second"))
+    sim.go()
+    (completion,) = collect(executor, 1)
+    assert (completion.token, completion.error) == ("first", None)
+    executor.submit(0, work(container, second, token="second"))
+    assert collect(executor, 1)[0].error is None
 
 
 def test_inputs_are_held_until_a_graph_has_copied_them(recorded, executor, sim):

@@ -10,6 +10,7 @@ import json
 import pickle
 import threading
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from aoti_sched.errors import (
     ConfigError,
     DeviceLostError,
     LoadError,
+    MissingCapabilityError,
     PlatformMismatchError,
     RunError,
     RunnerClosedError,
@@ -216,7 +218,8 @@ def test_a_model_that_fails_says_why_and_the_next_run_goes_on(device, executors,
 def test_memory_that_the_device_does_not_have_fails_its_run_alone(cuda, executors, loaded, sim):
     container = loaded(cuda, copy_inputs=True)
     executor = executors(cuda)
-    sim.memory_limit(sim.allocated() + 1024)
+    sim.empty_cache()
+    sim.memory_limit(sim.reserved() + 1024)
     executor.submit(0, work(container, torch.ones(1000, 4)))
     (failed,) = collect(executor, 1)
     assert isinstance(failed.error, (RunError, torch.OutOfMemoryError))
@@ -387,6 +390,29 @@ def test_each_slot_has_a_stream_that_no_other_has(cuda, loaded, sim):
     assert 0 not in handles
 
 
+def test_a_models_streams_have_its_priority(cuda, loaded, sim):
+    first, second = loaded(cuda, stream_priority=-2), loaded(cuda)
+    assert [sim.priority(one._slots[0].stream.handle) for one in (first, second)] == [-2, 0]
+
+
+@pytest.mark.parametrize("variable", [None, "32"])
+def test_more_streams_than_the_device_has_queues_are_noted(cuda, loaded, monkeypatch, variable):
+    if variable:
+        monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", variable)
+    else:
+        monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    first = loaded(cuda, instances=8)
+    second = loaded(cuda)
+    told = [
+        any("streams that share a queue wait" in note for note in one.info.notes)
+        for one in (first, second)
+    ]
+    assert told == [False, variable is None]
+    second.close()
+    first.close()
+    assert cuda.slots == 0
+
+
 def test_slots_run_beside_each_other_on_their_streams(cuda, executors, loaded, sim):
     container = loaded(cuda, instances=2)
     executor = executors(cuda)
@@ -410,6 +436,29 @@ def test_streams_and_pinned_memory_are_given_back(cuda, executors, loaded, sim):
     assert sim.streams() == before[0] + 3
     container.close()
     assert (sim.streams(), sim.pinned()) == before
+
+
+@needs_native
+def test_requests_make_no_call_of_the_driver_through_python(cuda, loaded, monkeypatch, sim):
+    """Each would give up the GIL on the loop's thread."""
+    container = loaded(cuda)
+    executor = cuda.open_executor(2)
+    x = on_device(2, 4)
+    names = []
+    for function in ("call", "status"):
+        made = getattr(cuda.driver, function)
+        monkeypatch.setattr(
+            cuda.driver,
+            function,
+            lambda name, *arguments, made=made: names.append(name) or made(name, *arguments),
+        )
+    for number in range(3):
+        executor.submit(0, work(container, x))
+        assert collect(executor, 1)[0].error is None
+        if number == 0:
+            names.clear()  # it made an event
+    assert names == []
+    executor.close()
 
 
 def test_events_are_used_again(cuda, executors, loaded, sim):
@@ -564,6 +613,27 @@ def test_loading_leaves_the_threads_device_as_it_was(loaded, sim):
     assert seen == [None]
 
 
+def test_nothing_makes_a_context_on_a_thread_that_has_none(loaded, executors, sim):
+    """CUDA's runtime makes one on device 0, whichever device the model is on."""
+    device = simulator().cuda(1)
+    container = loaded(device, copy_inputs=True, copy_outputs="cpu")
+    steps = [
+        lambda: container.stage(weights(3.0)),
+        container.swap,
+        container.free_inactive,
+        container.extract,
+        container.rebuild,
+        container.park,
+        container.unpark,
+        container.close,
+    ]
+    for step in steps:
+        thread = threading.Thread(target=step)
+        thread.start()
+        thread.join()
+        assert sim.faults() == "", step
+
+
 def test_runs_and_closing_leave_the_threads_device_as_it_was(executors, tmp_path, sim):
     """The loop's own thread may run and close; what a user does there next must not land on
     another device.
@@ -590,6 +660,32 @@ def test_every_slot_is_warmed_up_once(cuda, loaded, sim):
     before = sim.kernels()
     container.warm_up(lambda: [torch.zeros(1, 4)])
     assert sim.kernels() - before == 3
+
+
+@pytest.mark.parametrize(
+    ("built", "fits"), [("80", True), ("75", True), ("86", False), ("90", False), ("gfx90a", True)]
+)
+def test_a_model_for_a_newer_architecture_is_refused(cuda, tmp_path, built, fits):
+    path = tmp_path / "model.so"
+    path.write_bytes(model_path().read_bytes())
+    stated = {"AOTI_DEVICE_KEY": "sim", "AOTI_COMPUTE_CAPABILITY": built}
+    (tmp_path / "model_metadata.json").write_text(json.dumps(stated))
+    request = LoadRequest(
+        name="newer",
+        path=path,
+        model_name=None,
+        instances=1,
+        sha256=None,
+        cache_dir=tmp_path / "cache",
+    )
+    if fits:
+        cuda.inspect(request)
+        return
+    with pytest.raises(
+        PlatformMismatchError,
+        match=rf"compute capability {built[0]}\.{built[1]}, this device has 8\.0. Compile it on",
+    ):
+        cuda.inspect(request)
 
 
 def test_a_model_of_another_kind_is_refused(cuda, built, tmp_path):
@@ -668,10 +764,19 @@ def test_outputs_that_are_weights_become_copies(device, kind, loaded, monkeypatc
     assert sorted(container._aliases(outputs)) == ([1, 2] if kind == "mps" else [1, 2, 3])
 
 
-@pytest.mark.parametrize("older", [False, True], ids=["new", "older"])
+def test_an_older_model_with_a_constant_on_the_host_takes_no_weights(device, executors, loaded):
+    """Its code would write them to wrong places."""
+    container = loaded(device, older=True, mixed=True)
+    why = "takes no constants in the host's memory (factor) beside others on a device"
+    assert why in container.updatable
+    with pytest.raises(MissingCapabilityError, match="takes no constants in the host's memory"):
+        container.stage({**weights(3.0), "factor": torch.tensor(2.0)})
+    assert run_once(executors(device), container) == 1.0
+
+
 @pytest.mark.parametrize("where", ["cpu", "sim"])
-def test_a_constant_that_belongs_on_the_host_stays_there(device, executors, loaded, where, older):
-    container = loaded(device, older=older, mixed=True)
+def test_a_constant_that_belongs_on_the_host_stays_there(device, executors, loaded, where):
+    container = loaded(device, mixed=True)
     executor = executors(device)
     container.stage({**weights(3.0, where), "factor": torch.tensor(2.0).to(where)})
     container.swap()
@@ -760,8 +865,11 @@ def test_a_rebuilt_container_has_its_weights_and_its_slots(device, executors, lo
     assert run_once(executor, container) == 3.0
 
 
-@pytest.mark.parametrize("older", [False, True], ids=["new", "older"])
-@pytest.mark.parametrize("mixed", [False, True], ids=["all there", "one on the host"])
+@pytest.mark.parametrize(
+    ("older", "mixed"),
+    [(False, False), (True, False), (False, True)],
+    ids=["new", "older", "one on the host"],
+)
 def test_a_parked_container_has_no_memory_on_the_device_and_its_weights_come_back(
     device, executors, loaded, sim, older, mixed
 ):
@@ -784,26 +892,85 @@ def test_a_parked_container_has_no_memory_on_the_device_and_its_weights_come_bac
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_runs_take_besides_is_known_on_cuda(device, kind, loaded, sim):
+def test_what_runs_take_besides_is_measured_on_cuda_and_only_for_who_asks(
+    device, kind, loaded, executors, sim, monkeypatch
+):
     container = loaded(device, copy_inputs=True)
-    assert container.workspace is None
+    executor = executors(device)
+    snapshots = sim.module.snapshots
     container.warm_up(lambda: [torch.zeros(1000, 4)])
-    if kind != "cuda":
-        assert container.workspace is None
-        return
-    assert container.workspace >= 2 * 16000  # an input and an output
-    before = container.workspace
-    container.run_raw([torch.zeros(9000, 4)])
-    assert container.workspace == before  # nobody has looked
     container.stage(weights(3.0))
-    assert container.workspace >= before + 2 * 144000
     container.swap()
-    container.free_inactive()
-    before = container.workspace
-    container.run_raw([torch.zeros(7777, 4)])
     container.park()
     container.unpark()
-    assert container.workspace > before
+    assert sim.module.snapshots == snapshots
+    assert executor.workspace() == 0
+    if kind != "cuda":
+        return
+    monkeypatch.setattr("aoti_sched.backends.accelerators.cuda.BETWEEN_MEASUREMENTS", 0.0)
+    for thread in threading.enumerate():
+        if thread.name == f"aoti:{device.name}:memory":
+            thread.join()
+    assert executor.workspace() >= 2 * 16000  # an input and an output
+    assert sim.module.snapshots > snapshots
+
+
+def test_an_allocator_that_lists_no_memory_fails_nothing(cuda, loaded, executors, monkeypatch):
+    """As torch's is with `backend:cudaMallocAsync`."""
+    loaded(cuda)
+    monkeypatch.setattr(
+        cuda.module, "memory_snapshot", Mock(side_effect=RuntimeError("not meaningful"))
+    )
+    cuda._measure()
+    assert executors(cuda).workspace() == 0
+
+
+def fill_the_cache(sim):
+    """Let torch's allocator keep all the memory that the device has left."""
+    blocks = [on_device(1000, 4) for _ in range(8)]
+    sim.memory_limit(sim.reserved())
+    del blocks
+    sim.synchronize()
+
+
+@pytest.mark.parametrize("step", ["load", "update", "unpark"])
+@pytest.mark.parametrize("older", [False, True], ids=["new", "older"])
+def test_weights_find_room_where_torchs_allocator_keeps_what_it_does_not_need(
+    cuda, loaded, executors, sim, step, older
+):
+    """It gives nothing back by itself: the runtime's memory is not its own."""
+    if step == "load":
+        fill_the_cache(sim)
+    container = loaded(cuda, older=older)
+    if step == "unpark":
+        container.park()
+    if step != "load":
+        fill_the_cache(sim)
+    if step == "unpark":
+        # Its place was in the device's memory, and is torch's now.
+        sim.memory_limit(sim.reserved() + 256)
+        container.unpark()
+    if step == "update":
+        container.stage(weights(3.0, "sim" if older else "cpu"))
+        container.swap()
+    sim.memory_limit(0)
+    assert run_once(executors(cuda), container) == (3.0 if step == "update" else 1.0)
+
+
+def test_a_failed_call_of_the_runtime_leaves_torch_no_error(cuda, loaded, executors, sim):
+    """Torch's next kernel on that thread would report it as its own."""
+    container = loaded(cuda)
+    new = weights(3.0)
+    sim.empty_cache()
+    sim.memory_limit(sim.reserved())
+    with pytest.raises(LoadError, match="cudaMalloc"):
+        container.stage(new)
+    with pytest.raises(LoadError):
+        loaded(cuda)
+    assert sim.last_error() == 0
+    sim.memory_limit(0)
+    assert on_device(2, 4).cpu().unique().tolist() == [1.0]
+    container.stage(new)
 
 
 def test_what_could_not_be_kept_on_the_host_stays_on_the_device(

@@ -114,6 +114,19 @@ def test_what_a_recording_has_and_a_simulation_has_not_is_said(recording, tmp_pa
     ]
 
 
+def test_a_simulation_that_is_far_from_the_recording_says_so(recording, tmp_path):
+    def change(file):
+        for event in file["traceEvents"]:
+            if event.get("cat") == "waiting" and "finished" in event.get("args", {}):
+                event["args"]["finished"] += 50_000  # us in which the event loop was late
+
+    copy = tmp_path / "t.json"
+    copy.write_bytes(recording.read_bytes())
+    (note,) = json_of("simulate", changed(copy, change))["notes"]
+    assert note.startswith("with the recorded settings the p50 is ")
+    assert "Compare the two simulations" in note
+
+
 def test_it_needs_no_torch(recording, tmp_path):
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('No module', name='torch')")
     (tmp_path / "pytest.py").write_text("raise ModuleNotFoundError('No module', name='pytest')")

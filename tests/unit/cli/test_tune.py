@@ -6,12 +6,13 @@ import msgspec
 import pytest
 
 from aoti_sched import Batching
-from aoti_sched.cli import app, measuring, tune, tuning
+from aoti_sched.cli import app, measuring, predicting, tune
 from aoti_sched.cli.plot import pareto
-from aoti_sched.cli.tuning import Candidate, Figures, Goal, Trial
+from aoti_sched.cli.predicting import Candidate, Figures, Goal
+from aoti_sched.cli.tuning import Trial
 from aoti_sched.config_file import read_config
 from aoti_sched.percentiles import Percentiles
-from tests.unit.cli.support import refused, refused_here
+from tests.unit.cli.support import refused
 from tests.unit.cli.test_tuning import AXES, Known
 
 MEASURED = Figures(
@@ -98,18 +99,18 @@ class KnownMachine(Known):
     async def look(self):
         pass
 
-    def axes(self, chosen):
+    async def axes(self, chosen):
         return AXES
 
-    def timed(self, threads, instances):
-        self.known[threads, instances] = super().timed(threads, instances)
+    async def timed(self, threads, instances):
+        self.known[threads, instances] = await super().timed(threads, instances)
         return self.known[threads, instances]
 
 
 @pytest.fixture
 def known(monkeypatch, tmp_path):
     monkeypatch.setattr(measuring, "RealMachine", KnownMachine)
-    monkeypatch.setattr(tuning, "REQUESTS", 200)
+    monkeypatch.setattr(predicting, "REQUESTS", 200)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -150,7 +151,7 @@ def test_a_budget_that_nothing_keeps_is_exit_code_3_and_no_file(known, capsys):
 
 
 def test_ctrl_c_leaves_the_old_file(known, capsys, monkeypatch):
-    def interrupted(self, candidate, rate):
+    async def interrupted(self, candidate, rate):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(KnownMachine, "confirm", interrupted)
@@ -187,10 +188,10 @@ def test_requests_that_fail_are_told_of():
         (("--p99", "20ms", "--rate", "9", "--plot", "t.gif"), "no known kind of picture"),
     ],
 )
-def test_a_wrong_tune_is_one_sentence(tmp_path, capsys, monkeypatch, arguments, says):
-    monkeypatch.chdir(tmp_path)
+def test_a_wrong_tune_is_one_sentence(tmp_path, arguments, says):
     (tmp_path / "old.toml").touch()
-    assert says in refused_here(capsys, "tune", "m.pt2", *arguments)
+    assert says in refused("tune", "m.pt2", *arguments, cwd=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["old.toml"]
 
 
 def test_a_missing_package_is_one_sentence(tmp_path):

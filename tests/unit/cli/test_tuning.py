@@ -3,25 +3,16 @@
 The machine is a simulation of its own: other requests, and runs that are drawn anew.
 """
 
+import asyncio
 import math
 import random
 
 import msgspec
 import pytest
 
-from aoti_sched.cli import tuning
-from aoti_sched.cli.tuning import (
-    Axes,
-    Candidate,
-    Figures,
-    Goal,
-    Predictor,
-    Timed,
-    allowed,
-    every,
-    tune,
-    words,
-)
+from aoti_sched.cli import predicting
+from aoti_sched.cli.predicting import Candidate, Figures, Goal, Predictor, Timed, words
+from aoti_sched.cli.tuning import Axes, allowed, every, tune
 from aoti_sched.percentiles import Percentiles
 from aoti_sched.simulation.device import Costs
 
@@ -51,7 +42,7 @@ class Known:
             for size in sizes
         }
 
-    def timed(self, threads, instances):
+    async def timed(self, threads, instances):
         few = self.times(threads, 9, (1, 2, 4, 8, 16, 32), seed=threads * 10 + instances)
         return Timed(few, COSTS)
 
@@ -60,9 +51,9 @@ class Known:
         pair = (candidate.threads, candidate.instances)
         return Predictor(self.goal, self.cores, {pair: Timed(many, COSTS)}).at(candidate, rate)
 
-    def confirm(self, candidate, rate):
+    async def confirm(self, candidate, rate):
         self.confirmed.append(candidate)
-        return self.at(candidate, rate)
+        return await asyncio.to_thread(self.at, candidate, rate)  # its loop is one of its own
 
     def highest(self, candidate):
         """The highest rate that keeps the budget, within 4 %."""
@@ -76,14 +67,14 @@ class Known:
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch):
-    monkeypatch.setattr(tuning, "REQUESTS", 500)
+    monkeypatch.setattr(predicting, "REQUESTS", 500)
 
 
 @pytest.mark.parametrize("rate", [300.0, 1500.0])
 def test_the_lowest_p99_is_found_in_a_tenth_of_the_runs(rate):
     goal = Goal(p99=0.05, rate=rate, poisson=True, seed=3)
     machine = Known(goal)
-    found = tune(machine, AXES, goal, tries=TRIES)
+    found = asyncio.run(tune(machine, AXES, goal, tries=TRIES))
     everything = every(AXES, machine.cores)
     assert found.settings == len(everything)
     assert len(machine.confirmed) == len(found.trials) <= TRIES <= len(everything) / 10
@@ -95,7 +86,7 @@ def test_the_lowest_p99_is_found_in_a_tenth_of_the_runs(rate):
 def test_the_highest_rate_is_found_in_a_tenth_of_the_runs():
     goal = Goal(p99=0.02, rate=100.0, maximize="throughput", seed=5)
     machine = Known(goal)
-    found = tune(machine, AXES, goal, tries=TRIES)
+    found = asyncio.run(tune(machine, AXES, goal, tries=TRIES))
     everything = every(AXES, machine.cores)
     assert len(machine.confirmed) == len(found.trials) <= TRIES <= len(everything) / 10
     # Only settings with large batches can win: a batch of 4 serves less than half of the best.
@@ -108,7 +99,7 @@ def test_the_highest_rate_is_found_in_a_tenth_of_the_runs():
 def test_a_budget_that_nothing_keeps_has_a_nearest_trial():
     goal = Goal(p99=0.001, rate=300.0)  # a run alone takes 1.5 ms and more
     machine = Known(goal)
-    found = tune(machine, AXES, goal, tries=TRIES)
+    found = asyncio.run(tune(machine, AXES, goal, tries=TRIES))
     assert found.best is None
     assert 1 <= len(found.trials) <= 2
     assert not any(trial.kept for trial in found.trials)
@@ -117,16 +108,33 @@ def test_a_budget_that_nothing_keeps_has_a_nearest_trial():
 
 def test_a_rate_that_nothing_serves_is_not_simulated():
     goal = Goal(p99=0.05, rate=1e6)
-    found = tune(Known(goal), AXES, goal, tries=1)
+    found = asyncio.run(tune(Known(goal), AXES, goal, tries=1))
     assert found.best is None
     assert found.simulated == ()
 
 
 def test_a_rate_below_the_wanted_one_keeps_nothing():
     goal = Goal(p99=0.02, rate=50_000.0, maximize="throughput")
-    found = tune(Known(goal), AXES, goal, tries=2)
+    found = asyncio.run(tune(Known(goal), AXES, goal, tries=2))
     assert found.best is None
     assert found.nearest.measured.rate < goal.rate
+
+
+async def test_a_tuning_that_is_cancelled_stops_simulating():
+    loop = asyncio.get_running_loop()
+    goal = Goal(p99=0.05, rate=300.0)
+    told = []
+
+    def tell(text):
+        if text.startswith("simulating"):
+            told.append(text)
+            loop.call_soon_threadsafe(task.cancel)
+
+    task = asyncio.ensure_future(tune(Known(goal), AXES, goal, tell=tell))
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await loop.shutdown_default_executor()
+    assert 1 <= len(told) < len(every(AXES, 2)) / 2
 
 
 def test_settings_that_change_nothing_are_left_out():
