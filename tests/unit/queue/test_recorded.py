@@ -240,6 +240,22 @@ def test_whatever_fact_is_illegal_has_a_record(fact):
     assert raised.value.record["error"] == str(raised.value)
 
 
+def test_a_claim_that_is_given_up_and_an_illegal_one_are_replayed():
+    queue = RecordedQueue("cpu", 1, memory_limit=10, evicts=True)
+    first, second = Claim(Holding("a"), 10), Claim(Holding("b"), 10)
+    queue.claim(first, 0.0)
+    runner = queue.add_runner("a", 1, memory=first.holding)
+    queue.update_use(first.holding, 0.0, constants=10, inactive=0)
+    queue.claim(second, 1.0)  # `runner` is to be evicted for it
+    queue.give_up(second, 2.0)
+    queue.parked(runner, 3.0)
+    with pytest.raises(IllegalFactError, match="call pin first"):
+        queue.claim(Claim(first.holding, 1), 4.0)
+    replayed = replay_device(queue.record())
+    assert replayed.queue.memory.promised == queue.memory.promised == 0
+    assert state_of(replayed.queue, []) == state_of(queue, [])
+
+
 def test_a_record_of_nothing_but_the_last_facts_is_no_beginning():
     queue = RecordedQueue("cpu", 1, keep=2)
     runner = queue.add_runner("m", 1)
@@ -257,7 +273,9 @@ def test_a_record_that_counts_something_else_comes_from_other_rules():
     queue.submit(Job(runner), 1.0)
     record = queue.record()
     record["counters"]["m"]["completed"] = 7
-    with pytest.raises(ReplayError, match="1 submitted, and the record m: 1 submitted, 7 complet"):
+    with pytest.raises(
+        ReplayError, match="1 submitted, and the record m: 1 submitted, 7 completed"
+    ):
         replay_device(record)
     assert queue.runners["m"].counters.completed == 0
 
