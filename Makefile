@@ -67,7 +67,7 @@ test-pythons:
 		python$$version -c "" 2>/dev/null || { echo "python$$version is not installed: left out"; continue; }; \
 		python$$version -m venv $(VENV)/python$$version && \
 		$(VENV)/python$$version/bin/python -m pip install --quiet $(UNIT_NEEDS) && \
-		$(VENV)/python$$version/bin/python -m pytest $(STEALING) -p aoti_sched.testing tests/unit || exit 1; \
+		PYTHONPATH=$(CURDIR) $(VENV)/python$$version/bin/python -m pytest $(STEALING) -p aoti_sched.testing tests/unit || exit 1; \
 	done
 
 hooks: $(VENV)/installed

@@ -141,6 +141,7 @@ def test_the_best_settings_are_written_drawn_and_reported(known, capsys, more):
 
 
 def test_a_budget_that_nothing_keeps_is_exit_code_3_and_no_file(known, capsys):
+    pytest.importorskip("torch")
     assert app.run(["tune", "m.pt2", "--p99", "1ms", "--rate", "300", "--tries", "1"]) == 3
     out, err = capsys.readouterr()
     assert "missed" in out
@@ -195,5 +196,6 @@ def test_a_wrong_tune_is_one_sentence(tmp_path, arguments, says):
 
 
 def test_a_missing_package_is_one_sentence(tmp_path):
+    pytest.importorskip("torch")
     arguments = ("tune", "no.pt2", "--p99", "20ms", "--rate", "9")
     assert "no.pt2" in refused(*arguments, cwd=tmp_path, code=1)
