@@ -26,7 +26,6 @@ LIVE = frozenset({"timeout", "overflow", "on_failure"})
 `overflow` does so between "reject" and "wait" only: what may be shed is kept track of from the
 first request on.
 """
-_AT_ENTRY = ("devices", "cache_dir", "cache_limit", "cache_age", "log_requests", "slow")
 
 
 class ConfigReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -213,7 +212,7 @@ def needs_restart(now: SchedulerConfig, wanted: SchedulerConfig) -> tuple[str, .
                     found.append(f"devices.{name}")
                 else:
                     found += [f"devices.{name}.{part}" for part in _differences(old, new)]
-        elif setting in _AT_ENTRY:
+        elif setting != "models":
             found.append(setting)
     return tuple(found)
 

@@ -68,13 +68,19 @@ def test_shedding_begins_and_ends_with_another_load_only(before, after, live):
 def test_what_needs_a_restart_is_named_by_its_path():
     now = SchedulerConfig(devices={"cpu": DeviceConfig(lanes=1), "cpu:0": DeviceConfig()})
     wanted = SchedulerConfig(
-        devices={"cpu": DeviceConfig(lanes=2), "cpu:1": DeviceConfig()}, log_requests=True
+        devices={"cpu": DeviceConfig(lanes=2), "cpu:1": DeviceConfig()},
+        models=config(m={}).models,
+        log_requests=True,
+        loop_lag=0.5,
+        flight_facts=3,
     )
     assert needs_restart(now, wanted) == (
         "devices.cpu.lanes",
         "devices.cpu:0",
         "devices.cpu:1",
         "log_requests",
+        "loop_lag",
+        "flight_facts",
     )
 
 
