@@ -273,10 +273,9 @@ std::int32_t run_once(Container* container, Handle* inputs, Handle* outputs, voi
     status = check(launch(stream, &multiply, first, {{z, bytes, 1}, {x, read, 0}, {w, kBytes, 0}}),
                    "launch");
     if (status == 0) {
-      status =
-          check(launch(stream, &multiply, second,
-                       {{y, bytes, 1}, {z, bytes, 0}, {w, kBytes, 0}, {work, work_bytes, 1}}),
-                "launch");
+      status = check(launch(stream, &multiply, second,
+                            {{y, bytes, 1}, {z, bytes, 0}, {w, kBytes, 0}, {work, work_bytes, 1}}),
+                     "launch");
     }
     aoti_torch_delete_tensor_object(between);
     if (status == 0 && rows == 13)
@@ -462,8 +461,8 @@ std::int32_t AOTInductorModelContainerUpdateConstantBufferFromCpuPairs(Container
   return update(container, entries, count, inactive, true);
 }
 #endif
-std::int32_t AOTInductorModelContainerRunConstantFolding(Container* container, bool inactive,
-                                                             void*, void*) {
+std::int32_t AOTInductorModelContainerRunConstantFolding(Container* container, bool inactive, void*,
+                                                         void*) {
   sim_runtime_call(container->device);
   container->buffers[inactive ? 1 - container->active : container->active].state = State::folded;
   return 0;

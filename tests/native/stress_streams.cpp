@@ -139,7 +139,8 @@ void play(std::mt19937& random, CUcontext context) {
                 "a completed run is complete on the device");
         }
         if (random() % 8 == 0) sim_refuse_waits(random() % 4, 900);
-        if (breaks && left[completion.token] == kWorks / 2) sim_break(CUDA_ERROR_ILLEGAL_ADDRESS, 0);
+        if (breaks && left[completion.token] == kWorks / 2)
+          sim_break(CUDA_ERROR_ILLEGAL_ADDRESS, 0);
         if (left[completion.token] > 0) submit(completion.token);
       }
     }
