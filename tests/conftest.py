@@ -1,15 +1,27 @@
-"""Fixtures that give really compiled models. Anything else belongs beside the tests that use it."""
+"""Fixtures that give really compiled models, and what each test leaves behind.
+
+Anything else belongs beside the tests that use it.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import pytest
+import structlog
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from tests.models import BuiltModel
+
+
+@pytest.fixture(autouse=True)
+def structlog_as_it_was() -> Iterator[None]:
+    """Leave structlog unconfigured, which `structlog.testing.capture_logs` does not."""
+    yield
+    if structlog.is_configured():
+        structlog.reset_defaults()
 
 
 @pytest.fixture

@@ -210,10 +210,9 @@ def test_the_interpreter_ends_while_such_an_operator_runs_on_a_lane(python, exec
     process = python(
         """
         import asyncio, atexit, os, sys, threading, torch, aoti_sched
-        from aoti_sched.backends.executors import at_exit
 
         entered, ends = threading.Event(), threading.Event()
-        atexit.register(ends.set)
+        atexit.register(ends.set)  # later than the package's own handler, so called before it
 
         @torch.library.custom_op("aoti_sched_tests::twice_plus_one", mutates_args=())
         def twice_plus_one(x: torch.Tensor) -> torch.Tensor:

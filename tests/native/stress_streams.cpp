@@ -58,7 +58,7 @@ aoti::Handle input(std::mt19937& random, Slot& slot, const aoti::Device& device)
   const std::int64_t strides[] = {3, 1};
   void* to = nullptr;
   void* from = nullptr;
-  device.shim.empty_strided(2, sizes, strides, 4, ON_DEVICE, 0, &there);
+  if (device.shim.empty_strided(2, sizes, strides, 4, ON_DEVICE, 0, &there) != 0) return host;
   device.shim.get_data_ptr(there, &to);
   device.shim.get_data_ptr(host, &from);
   std::copy_n(static_cast<char*>(from), slot.rows * 12, static_cast<char*>(to));

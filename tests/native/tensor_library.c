@@ -201,13 +201,15 @@ int32_t torch_empty_strided(int64_t dims, const int64_t* sizes, const int64_t* s
   if (refused()) return 1;
   int64_t elements = 1;
   for (int64_t i = 0; i < dims; ++i) elements *= sizes[i];
-  struct tensor* tensor = make();
   const size_t bytes = (size_t)elements * (size_t)dtype;
+  void* data = device_type == ON_DEVICE ? sim_allocate(bytes, current_stream) : malloc(bytes + 1);
+  if (data == NULL) return 1; /* a broken device, or a full one */
+  struct tensor* tensor = make();
   tensor->storage = malloc(sizeof *tensor->storage);
   tensor->storage->owners = 1;
   tensor->storage->bytes = bytes;
   tensor->storage->device_type = device_type;
-  tensor->storage->data = device_type == ON_DEVICE ? sim_allocate(bytes, current_stream) : malloc(bytes + 1);
+  tensor->storage->data = data;
   if (device_type == ON_HOST) memset(tensor->storage->data, 0xab, bytes);
   tensor->dtype = dtype;
   shape(tensor, dims, sizes, strides);
