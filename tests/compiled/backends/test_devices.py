@@ -904,9 +904,10 @@ def test_what_runs_take_besides_is_measured_on_cuda_and_only_for_who_asks(
     container.park()
     container.unpark()
     assert sim.module.snapshots == snapshots
-    assert executor.workspace() == 0
     if kind != "cuda":
+        assert executor.workspace() == 0
         return
+    executor.workspace()  # begins to measure
     monkeypatch.setattr("aoti_sched.backends.accelerators.cuda.BETWEEN_MEASUREMENTS", 0.0)
     for thread in threading.enumerate():
         if thread.name == f"aoti:{device.name}:memory":
