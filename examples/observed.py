@@ -40,7 +40,7 @@ async def visitor(eye: Runner, namer: Runner, until: float, draw: random.Random)
 
 
 async def archive(eye: Runner, until: float) -> None:
-    """Look through old photos, 16 at a time, when nobody else wants the model."""
+    """Look through old photos, 16 at a time, with the lowest priority."""
     photos = torch.rand(16, 3, SIDE, SIDE)
     low = eye.options(priority=Priority.LOW, tenant="archive")
     while time.monotonic() < until:

@@ -90,10 +90,11 @@ class Clients:
             await asyncio.sleep(0)
 
     async def answered(self, more):
-        """So many more."""
+        """Wait until clients have sent this many more requests."""
         wanted = len(self.futures) + more
         with anyio.fail_after(60):
-            while len(self.futures) < wanted:  # noqa: ASYNC110 -- for what clients have sent there is no event
+            # There is no event for what clients have sent.
+            while len(self.futures) < wanted:  # noqa: ASYNC110
                 await asyncio.sleep(0)
 
     async def __aexit__(self, *_):

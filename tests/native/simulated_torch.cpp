@@ -2,7 +2,7 @@
 // for torch's third kind of device (PrivateUse1). Memory, streams and copies are the simulated
 // driver's; anything that is computed is fetched, computed by the CPU's kernels and put back, in
 // the order of the current stream. After that, as after each kernel, torch asks for the thread's
-// last error, whoever made it.
+// last error, which any earlier call may have left.
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>

@@ -55,7 +55,7 @@ def test_a_device_that_can_not_even_be_asked_is_lost_and_completions_come(
             raise RunError("cuCtxGetCurrent failed: CUDA_ERROR_CONTEXT_IS_DESTROYED")
         call(function, *arguments)
 
-    failing = work(container, torch.ones(2, 4))  # not on the device, and nobody checked it
+    failing = work(container, torch.ones(2, 4))  # on the host, and not checked
     executor.submit(0, failing)
     with monkeypatch.context() as patch:
         patch.setattr(device.driver, "call", no_context)
@@ -92,7 +92,7 @@ def test_torchs_own_runner_is_kept_on_a_lost_device(step):
 
 
 def test_the_device_is_asked_before_anything_is_freed(tmp_path):
-    """A fault that no run of ours has met yet is there all the same."""
+    """A device can be lost before any run has reported it."""
     sim = simulator()
     sim.repair()
     device = open_device("cuda")

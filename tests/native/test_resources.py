@@ -350,7 +350,8 @@ def test_descriptors_really_exhausted(executor):
                         runner = await scheduler.load("m.pt2")
                         outcomes.append(await runner.run(2))
                     except ResourcesError as error:
-                        assert "Too many open files" in str(error) or "descriptor" in str(error)  # noqa: PT017
+                        text = str(error)
+                        assert "Too many open files" in text or "descriptor" in text  # noqa: PT017
                         outcomes.append(None)
                 finally:
                     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

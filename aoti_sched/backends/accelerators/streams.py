@@ -285,7 +285,8 @@ class StreamDevice(ABC):
 
     def _number(self) -> int:
         """Return torch's number for this kind of device."""
-        kind = "privateuse1" if self.type == torch._C._get_privateuse1_backend_name() else self.type  # noqa: SLF001
+        third = torch._C._get_privateuse1_backend_name()  # noqa: SLF001
+        kind = "privateuse1" if self.type == third else self.type
         number: int = getattr(libtorch, f"aoti_torch_device_type_{kind}")()
         return number
 

@@ -14,7 +14,7 @@ import sys
 
 def _main() -> int:
     if importlib.util.find_spec("aoti_sched.backends.native._native") is not None:
-        print(f"aoti_sched: lanes are native threads, the rules {_rules()}")  # noqa: T201 -- a command's output
+        print(f"aoti_sched: lanes are native threads, the rules {_rules()}")  # noqa: T201
         return 0
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
     why = "no C++ compiler was found" if compiler is None else f"{compiler} did not build it"

@@ -38,8 +38,9 @@ def load() -> Iterator[Callable[..., RawContainer]]:
 
 @pytest.fixture
 def sim():
-    """The simulated device, which must not have seen a rule broken, and has nothing of the
-    test's afterwards: no memory, no recording, and no error of this thread that nobody asked for.
+    """The simulated device. After the test, it has seen no rule broken.
+
+    It also has no memory and no recording of the test, and no error of this thread is pending.
     """
     sim = simulator()
     sim.clear_workspaces()
