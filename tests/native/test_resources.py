@@ -351,7 +351,7 @@ def test_descriptors_really_exhausted(executor):
                         outcomes.append(await runner.run(2))
                     except ResourcesError as error:
                         text = str(error)
-                        assert "Too many open files" in text or "descriptor" in text  # noqa: PT017
+                        assert "Too many open files" in text or "descriptor" in text
                         outcomes.append(None)
                 finally:
                     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
