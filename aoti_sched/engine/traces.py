@@ -123,7 +123,7 @@ def run_parts(
     now: float,
     ok: bool,
 ) -> Parts:
-    """Return the values of a run, as `run_of` does."""
+    """Return the values of a run, which `made_run` takes; the arguments are those of `run_of`."""
     source, tenant = job.source, job.tenant
     return (
         queue.name,

@@ -5,17 +5,16 @@ The first argument of a request is its number; the times may depend on it.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
 
 from aoti_sched.backends.contracts import Completion, Inspected, LoadRequest, Work
-from aoti_sched.backends.executors.wakeup_fd import WakeupFd
 from aoti_sched.simulation.virtual_loop import VirtualLoop
 from aoti_sched.testing.backend import FakeBackend
 from aoti_sched.testing.container import AnyCall, FakeCall, FakeContainer
+from aoti_sched.testing.executor import LanesWithoutThreads
 
 
 class Times(Protocol):
@@ -67,20 +66,14 @@ def _number(number: int) -> int:
     return number
 
 
-class SimulatedExecutor:
+class SimulatedExecutor(LanesWithoutThreads):
     """Lanes on which time passes, and nothing else happens."""
 
-    kind = "fake"
-
     def __init__(self, lanes: int, loop: VirtualLoop, costs: Costs) -> None:
-        self.lanes = lanes
+        super().__init__(lanes)
         self._costs = costs
-        self.lost: Callable[[], str] = str
-        self.workspace: Callable[[], int] = int
         self._loop = loop
         self._free = [0.0] * lanes
-        self._done: deque[Completion] = deque()
-        self._wakeup = WakeupFd()
 
     def submit(self, lane: int, work: Work) -> bool:
         """Let the run's time pass on a lane."""
@@ -96,29 +89,6 @@ class SimulatedExecutor:
         started = self._loop.time()
         self._loop.pass_time(_seconds(work))
         return _completion(work, started, self._loop.time())
-
-    def poll(self) -> bool:
-        """Return False: every end is a timer."""
-        return False
-
-    def _end(self, completion: Completion) -> None:
-        self._done.append(completion)
-        self._wakeup.set()
-
-    def drain(self) -> list[Completion]:
-        """Return the runs that are over."""
-        self._wakeup.clear()
-        completions = list(self._done)
-        self._done.clear()
-        return completions
-
-    def fileno(self) -> int:
-        """Return a descriptor that is readable while runs are over."""
-        return self._wakeup.fd
-
-    def close(self) -> None:
-        """Close the descriptor."""
-        self._wakeup.close()
 
 
 def _completion(work: Work, started: float, finished: float) -> Completion:

@@ -13,32 +13,64 @@ from aoti_sched.backends.executors.wakeup_fd import WakeupFd
 from aoti_sched.engine.dispatcher import Clock
 
 
-class FakeExecutor:
-    """Lanes that are stepped by hand."""
+class LanesWithoutThreads:
+    """The half of an executor that hands runs back to the event loop.
+
+    Args:
+        lanes: The number of lanes.
+    """
 
     kind = "fake"
 
-    def __init__(self, lanes: int, clock: Clock | None, *, auto: bool) -> None:
+    def __init__(self, lanes: int) -> None:
         self.lanes = lanes
-        self.pending: deque[Work] = deque()
         self.closed = False
-        self._clock = clock
-        self.auto = auto
         self.lost: Callable[[], str] = str
         self.workspace: Callable[[], int] = int
         self._done: deque[Completion] = deque()
-        self._tasks: set[asyncio.Task[None]] = set()
         self._wakeup = WakeupFd()
+
+    def poll(self) -> bool:
+        """Return False: no loop waits for the end of a run."""
+        return False
+
+    def drain(self) -> list[Completion]:
+        """Return the runs that have ended."""
+        self._wakeup.clear()
+        completions = list(self._done)
+        self._done.clear()
+        return completions
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable while there are ended runs."""
+        return self._wakeup.fd
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        if not self.closed:
+            self.closed = True
+            self._wakeup.close()
+
+    def _end(self, completion: Completion) -> None:
+        self._done.append(completion)
+        self._wakeup.set()
+
+
+class FakeExecutor(LanesWithoutThreads):
+    """Lanes that are stepped by hand."""
+
+    def __init__(self, lanes: int, clock: Clock | None, *, auto: bool) -> None:
+        super().__init__(lanes)
+        self.pending: deque[Work] = deque()
+        self._clock = clock
+        self.auto = auto
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def submit(self, lane: int, work: Work) -> bool:
         del lane
         self.pending.append(work)
         if self.auto:
             self.step()
-        return False
-
-    def poll(self) -> bool:
-        """Return False: no loop waits for a step."""
         return False
 
     def run_here(self, work: Work) -> Completion:
@@ -83,10 +115,6 @@ class FakeExecutor:
         results = None if error is not None else completion.outputs
         self._end(Completion(completion.token, results, error, completion.started, self._time()))
 
-    def _end(self, completion: Completion) -> None:
-        self._done.append(completion)
-        self._wakeup.set()
-
     def _run(self, work: Work, error: BaseException | None) -> Completion:
         started = self._time()
         outputs: list[Any] | None = None
@@ -101,20 +129,6 @@ class FakeExecutor:
             except BaseException as raised:  # noqa: BLE001 -- it is the request's
                 error = raised
         return Completion(work.token, outputs, error, started, self._time())
-
-    def drain(self) -> list[Completion]:
-        self._wakeup.clear()
-        completions = list(self._done)
-        self._done.clear()
-        return completions
-
-    def fileno(self) -> int:
-        return self._wakeup.fd
-
-    def close(self) -> None:
-        if not self.closed:
-            self.closed = True
-            self._wakeup.close()
 
     def _time(self) -> float:
         return self._clock.time() if self._clock is not None else 0.0
