@@ -124,7 +124,7 @@ async def test_inputs_are_brought_from_the_host_and_outputs_come_home(scheduler,
 
 async def test_an_input_on_the_host_is_refused_unless_it_may_be_brought(scheduler, model, device):
     if device == "cpu":
-        pytest.skip("the host is the device")
+        pytest.skip("on the CPU, every input is on the device")
     one = model("mlp")
     runner = await scheduler.load(one.path, device=device)
     with pytest.raises(InputMismatchError, match="copy_inputs=True"):
@@ -166,7 +166,7 @@ async def test_weights_are_replaced_and_taken_back(scheduler, model, device, nam
 
 async def test_inputs_that_another_stream_still_makes_are_waited_for(scheduler, model, device):
     if device in ("cpu", "mps"):
-        pytest.skip("there is one stream")
+        pytest.skip(f"{device} has one stream")
     one = model("mlp")
     runner = await scheduler.load(one.path, device=device, instances=2)
     (x,) = to(device, one.args)

@@ -113,7 +113,7 @@ def test_the_first_five_minutes_print_what_the_readme_says(workplace):
 @pytest.mark.parametrize("name", sorted(BLOCKS.keys() - PROGRAMS - TESTS))
 async def test_a_block_runs(name, workplace, monkeypatch, tmp_path):
     if "affinity=" in BLOCKS[name] and len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("the block divides two cores")
+        pytest.skip("the block divides two cores, and this process has one")
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("AOTI_SCHED_CACHE", str(tmp_path))
     names = granted()

@@ -1098,7 +1098,7 @@ def test_a_name_that_means_no_device_is_refused(name):
 def test_a_device_that_is_not_here_is_refused_and_the_reason_is_said(name):
     kind = name.partition(":")[0]
     if getattr(torch, kind).is_available():
-        pytest.skip(f"{kind} is here")
+        pytest.skip(f"this machine has a {kind} device, so it is not refused")
     with pytest.raises(
         ConfigError, match=rf"device '{name}': (this torch .* was built without|torch finds no)"
     ):
@@ -1197,7 +1197,7 @@ def test_runs_that_call_such_operators_are_not_recorded(cuda, calls_svd, tmp_pat
 def test_a_stock_runner_that_this_torch_has_not_is_named(name, tmp_path):
     runner = f"AOTIModelContainerRunner{name.partition(':')[0].capitalize()}"
     if hasattr(torch._C._aoti, runner):
-        pytest.skip("this torch has it")
+        pytest.skip(f"this torch has {runner}")
     with pytest.raises(LoadError, match=f"lacks {runner}, which the model needs"):
         stock.stock_runner(name, tmp_path / "model.so", 1)
 
