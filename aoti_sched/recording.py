@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
-from typing import TYPE_CHECKING, Any
+from collections import defaultdict
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -15,8 +15,6 @@ from aoti_sched.waits import History, waits_of
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterable, Iterator
-
-    _Parts = tuple[Any, ...]
 
 
 class Recording(Observer):
@@ -30,12 +28,9 @@ class Recording(Observer):
         self.limit = limit
         self._requests: list[Trace] = []
         self._histories: dict[str, History] = defaultdict(lambda: History(limit))
-        self._make_trace: Callable[[_Parts], Trace]
-        self._make_run: Callable[[_Parts], Run]
-        # What is kept while requests are served: no more than their values, made into traces and
-        # runs when the recording is read.
-        self.late_requests: deque[_Parts] = deque(maxlen=limit)
-        self.late_runs: deque[_Parts] = deque(maxlen=limit)
+        # Give what is kept while requests are served: no more than the values of traces and runs.
+        self._late_requests: Callable[[], Iterable[Trace]] = tuple
+        self._late_runs: Callable[[], Iterable[Run]] = tuple
         self._going_on: list[Run | Held | Pause] = []
         self._keep: dict[type, Callable[..., None]] = {
             Trace: self.finished,
@@ -118,15 +113,13 @@ class Recording(Observer):
     @property
     def _devices(self) -> dict[str, History]:
         """What went on at each device."""
-        late = self.late_runs
-        while late:
-            self.ran(self._make_run(late.popleft()))
+        for run in self._late_runs():
+            self.ran(run)
         return self._histories
 
     def _kept_requests(self) -> list[Trace]:
-        late = self.late_requests
-        while late:
-            self.finished(self._make_trace(late.popleft()))
+        for trace in self._late_requests():
+            self.finished(trace)
         return self._requests[-self.limit :]
 
     # --- what is observed ------------------------------------------------------------------------
@@ -136,10 +129,10 @@ class Recording(Observer):
         self._keep[type(event)](event)
 
     def begin(
-        self, make_trace: Callable[[_Parts], Trace], make_run: Callable[[_Parts], Run]
+        self, requests: Callable[[], Iterable[Trace]], runs: Callable[[], Iterable[Run]]
     ) -> None:
-        """Note how traces and runs are made of the values in `late_requests` and `late_runs`."""
-        self._make_trace, self._make_run = make_trace, make_run
+        """Note what gives the requests, and the runs, that have ended since it was asked last."""
+        self._late_requests, self._late_runs = requests, runs
 
     def loaded(self, model: Loaded) -> None:
         """Keep what a runner may take."""

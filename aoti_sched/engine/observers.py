@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
+from aoti_sched.engine.last_rows import LastRows
 from aoti_sched.engine.request import callers_of, tag_of
 from aoti_sched.engine.traces import (
+    TRACE_FIELDS,
     loaded_of,
     made_run,
     made_trace,
@@ -34,7 +36,6 @@ from aoti_sched.recording import Recording
 
 if TYPE_CHECKING:
     from aoti_sched.engine.request import Callers
-    from aoti_sched.engine.traces import Parts
     from aoti_sched.queue.device_queue import DeviceQueue
     from aoti_sched.queue.job import Job
 
@@ -69,8 +70,8 @@ class Observers:
 
     def __init__(self) -> None:
         self._recordings: list[Recording] = []
-        self._keep_requests: list[Callable[[Parts], None]] = []
-        self._keep_runs: list[Callable[[Parts], None]] = []
+        self._requests: list[LastRows] = []  # of each recording
+        self._runs: list[LastRows] = []
         self._others: list[Observer] = []
         self._know_callers: list[CallerObserver] = []
         self._wanted: set[type] = set()
@@ -102,8 +103,14 @@ class Observers:
             if not runner.aside
         ]
         if isinstance(observer, Recording):
+            requests = LastRows(len(TRACE_FIELDS), observer.limit)
+            runs = LastRows(len(Run.__struct_fields__), observer.limit)
+            observer.begin(
+                lambda: map(made_trace, requests.take()), lambda: map(made_run, runs.take())
+            )
             self._recordings.append(observer)
-            observer.begin(made_trace, made_run)
+            self._requests.append(requests)
+            self._runs.append(runs)
             for model in present:
                 observer.loaded(model)
             for dispatcher in self._dispatchers.values():
@@ -122,7 +129,9 @@ class Observers:
         self.flush()
         if isinstance(observer, Recording):
             if observer in self._recordings:
-                self._recordings.remove(observer)
+                place = self._recordings.index(observer)
+                for kept in (self._recordings, self._requests, self._runs):
+                    del kept[place]
                 for event in self._going_on():
                     observer.goes_on(event)
         elif observer in self._others:
@@ -150,8 +159,8 @@ class Observers:
         A recording keeps the values, and makes a trace of them when it is read.
         """
         parts = trace_parts(job, queue, tag_of(future))
-        for keep in self._keep_requests:
-            keep(parts)
+        for requests in self._requests:
+            requests.append(parts)
         if self._others:
             callers = callers_of(future)
             if callers or Trace in self._wanted:
@@ -169,8 +178,8 @@ class Observers:
     ) -> None:
         """Tell all observers of a run that is over, as `run_of` makes it. Never raises."""
         parts = run_parts(job, queue, size, started, finished, now, ok)
-        for keep in self._keep_runs:
-            keep(parts)
+        for runs in self._runs:
+            runs.append(parts)
         if self._others and Run in self._wanted:
             self._tell_soon(made_run(parts), ())
 
@@ -204,8 +213,6 @@ class Observers:
         return msgspec.structs.replace(trace, waits=waits)
 
     def _connect(self) -> None:
-        self._keep_requests = [one.late_requests.append for one in self._recordings]
-        self._keep_runs = [one.late_runs.append for one in self._recordings]
         self._wanted = {
             kind
             for kind, method in _METHODS.items()

@@ -1,8 +1,7 @@
 """Traces: what observers see of requests, runs and runners, as plain values.
 
-Compiled, as the rules are: a recording keeps the plain values of each request and each run, and
-makes a `Trace` or a `Run` of them when it is read. Python's collector of garbage soon leaves
-tuples of numbers and text alone, however many are kept.
+Compiled, as the rules are: a recording keeps the plain values of each request and each run in
+`LastRows`, and makes a `Trace` or a `Run` of them when it is read.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ Parts = tuple[Any, ...]
 
 _PRIORITIES = ("HIGH", "NORMAL", "LOW")
 _WORDS = tuple(state.name for state in JobState)
-_FIELDS = (
+TRACE_FIELDS = (
     *("runner", "device", "state", "placement", "lane", "slot", "epoch", "queued", "started"),
     *("finished", "batch_size", "tag", "job", "priority", "tenant", "timeout", "lease"),
     *("min_epoch", "admitted", "launched", "ended", "rows"),
@@ -43,7 +42,7 @@ def trace_of(job: Job, queue: DeviceQueue, tag: str = "") -> Trace:
 
 def made_trace(parts: Parts) -> Trace:
     """Return the trace that `trace_parts` has given the values of."""
-    return Trace(**dict(zip(_FIELDS, parts, strict=True)))
+    return Trace(**dict(zip(TRACE_FIELDS, parts, strict=True)))
 
 
 def trace_parts(job: Job, queue: DeviceQueue, tag: str) -> Parts:
