@@ -149,7 +149,7 @@ dropped. docs/logging.md lists the events.
 # --- observers ------------------------------------------------------------------------------------
 
 
-class Wait(msgspec.Struct, frozen=True):
+class Wait(msgspec.Struct, frozen=True, gc=False):
     """A part of the time that a request waited.
 
     Attributes:
@@ -166,7 +166,7 @@ class Wait(msgspec.Struct, frozen=True):
     runs: int = 0
 
 
-class Trace(msgspec.Struct, frozen=True, kw_only=True):
+class Trace(msgspec.Struct, frozen=True, gc=False):
     """Where and when a request ran. Times are seconds on the scheduler's clock (`time.monotonic`).
 
     Attributes:
@@ -232,7 +232,7 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
         return max(0.0, self.finished - self.started) if self.started and self.finished else 0.0
 
 
-class Run(msgspec.Struct, frozen=True):
+class Run(msgspec.Struct, frozen=True, gc=False):
     """A run that is over, of one request or of a batch. Times are as in `Trace`.
 
     Attributes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -26,11 +26,9 @@ class Recording(Observer):
 
     def __init__(self, limit: int = 100_000) -> None:
         self.limit = limit
-        self._requests: list[Trace] = []
+        self._requests: deque[Trace] = deque(maxlen=limit)
         self._histories: dict[str, History] = defaultdict(lambda: History(limit))
-        # Give what is kept while requests are served: no more than the values of traces and runs.
-        self._late_requests: Callable[[], Iterable[Trace]] = tuple
-        self._late_runs: Callable[[], Iterable[Run]] = tuple
+        self._late_runs: deque[Run] = deque(maxlen=limit)  # put in order when they are read
         self._going_on: list[Run | Held | Pause] = []
         self._keep: dict[type, Callable[..., None]] = {
             Trace: self.finished,
@@ -46,7 +44,7 @@ class Recording(Observer):
     @property
     def requests(self) -> list[Trace]:
         """The requests that have ended, in the order of their ends, with their `waits`."""
-        return [self._explained(trace) for trace in self._kept_requests()]
+        return [self._explained(trace) for trace in list(self._requests)]
 
     def slowest(self, count: int = 10) -> list[Trace]:
         """Return the requests that took longest from submission to end, the slowest first.
@@ -54,8 +52,7 @@ class Recording(Observer):
         Args:
             count: How many, at most.
         """
-        kept = self._kept_requests()
-        found = sorted(kept, key=lambda trace: trace.queued - trace.ended)[:count]
+        found = sorted(self._requests, key=lambda trace: trace.queued - trace.ended)[:count]
         return [self._explained(trace) for trace in found]
 
     def explain(self, trace: Trace) -> str:
@@ -97,7 +94,7 @@ class Recording(Observer):
         yield from pieces(self._events())
 
     def _events(self) -> dict[str, DeviceEvents]:
-        kept = self._kept_requests()
+        kept = list(self._requests)  # at once: more may come, where another thread writes the file
         return {
             name: DeviceEvents(
                 requests=[trace for trace in kept if trace.device == name],
@@ -113,14 +110,11 @@ class Recording(Observer):
     @property
     def _devices(self) -> dict[str, History]:
         """What went on at each device."""
-        for run in self._late_runs():
-            self.ran(run)
+        late = self._late_runs
+        while late:
+            run = late.popleft()
+            self._histories[run.device].add_run(run)
         return self._histories
-
-    def _kept_requests(self) -> list[Trace]:
-        for trace in self._late_requests():
-            self.finished(trace)
-        return self._requests[-self.limit :]
 
     # --- what is observed ------------------------------------------------------------------------
 
@@ -128,11 +122,15 @@ class Recording(Observer):
         """Keep anything that an observer may see."""
         self._keep[type(event)](event)
 
-    def begin(
-        self, requests: Callable[[], Iterable[Trace]], runs: Callable[[], Iterable[Run]]
-    ) -> None:
-        """Note what gives the requests, and the runs, that have ended since it was asked last."""
-        self._late_requests, self._late_runs = requests, runs
+    @property
+    def keep_request(self) -> Callable[[Trace], None]:
+        """Keeps a request, at the least cost."""
+        return self._requests.append
+
+    @property
+    def keep_run(self) -> Callable[[Run], None]:
+        """Keeps a run, at the least cost."""
+        return self._late_runs.append
 
     def loaded(self, model: Loaded) -> None:
         """Keep what a runner may take."""
@@ -140,14 +138,11 @@ class Recording(Observer):
 
     def finished(self, trace: Trace) -> None:
         """Keep a request."""
-        requests = self._requests
-        requests.append(trace)
-        if len(requests) >= 2 * self.limit:
-            del requests[: -self.limit]
+        self._requests.append(trace)
 
     def ran(self, run: Run) -> None:
         """Keep a run."""
-        self._histories[run.device].add_run(run)
+        self._late_runs.append(run)
 
     def paused(self, pause: Pause) -> None:
         """Keep a pause."""

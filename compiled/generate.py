@@ -22,7 +22,6 @@ WAY = [
     PACKAGE / name
     for name in (
         "engine/dispatcher.py",
-        "engine/last_rows.py",
         "engine/observers.py",
         "engine/traces.py",
         "model/call_spec.py",

@@ -16,8 +16,8 @@ from aoti_sched.backends.contracts import Completion, Executor, Work
 from aoti_sched.backends.executors.batches import Batch
 from aoti_sched.engine.numbers import device_stats, runner_stats
 from aoti_sched.engine.observers import Observers, going_on
-from aoti_sched.engine.request import deadline_error, tag_of
-from aoti_sched.engine.traces import name_of
+from aoti_sched.engine.request import deadline_error
+from aoti_sched.engine.traces import name_of, tag_of
 from aoti_sched.errors import AotiSchedError, DeviceLostError
 from aoti_sched.events import Held, MemoryUse, Pause, log
 from aoti_sched.foreign import out_of_resources, said

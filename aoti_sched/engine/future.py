@@ -6,8 +6,7 @@ import asyncio
 import copy
 from typing import TYPE_CHECKING, Any
 
-from aoti_sched.engine.request import tag_of
-from aoti_sched.engine.traces import trace_of
+from aoti_sched.engine.traces import tag_of, trace_of
 from aoti_sched.errors import AotiSchedError, RunError
 from aoti_sched.events import Trace
 from aoti_sched.foreign import own, raise_again

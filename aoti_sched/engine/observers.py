@@ -8,17 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from aoti_sched.engine.last_rows import LastRows
-from aoti_sched.engine.request import callers_of, tag_of
-from aoti_sched.engine.traces import (
-    TRACE_FIELDS,
-    loaded_of,
-    made_run,
-    made_trace,
-    run_of,
-    run_parts,
-    trace_parts,
-)
+from aoti_sched.engine.traces import callers_of, loaded_of, run_of, tag_of, trace_of
 from aoti_sched.events import (
     CallerObserver,
     Event,
@@ -70,8 +60,8 @@ class Observers:
 
     def __init__(self) -> None:
         self._recordings: list[Recording] = []
-        self._requests: list[LastRows] = []  # of each recording
-        self._runs: list[LastRows] = []
+        self._keep_requests: list[Callable[[Trace], None]] = []
+        self._keep_runs: list[Callable[[Run], None]] = []
         self._others: list[Observer] = []
         self._know_callers: list[CallerObserver] = []
         self._wanted: set[type] = set()
@@ -103,14 +93,7 @@ class Observers:
             if not runner.aside
         ]
         if isinstance(observer, Recording):
-            requests = LastRows(len(TRACE_FIELDS), observer.limit)
-            runs = LastRows(len(Run.__struct_fields__), observer.limit)
-            observer.begin(
-                lambda: map(made_trace, requests.take()), lambda: map(made_run, runs.take())
-            )
             self._recordings.append(observer)
-            self._requests.append(requests)
-            self._runs.append(runs)
             for model in present:
                 observer.loaded(model)
             for dispatcher in self._dispatchers.values():
@@ -129,9 +112,7 @@ class Observers:
         self.flush()
         if isinstance(observer, Recording):
             if observer in self._recordings:
-                place = self._recordings.index(observer)
-                for kept in (self._recordings, self._requests, self._runs):
-                    del kept[place]
+                self._recordings.remove(observer)
                 for event in self._going_on():
                     observer.goes_on(event)
         elif observer in self._others:
@@ -154,17 +135,14 @@ class Observers:
         return values
 
     def ended(self, job: Job, queue: DeviceQueue, future: object) -> None:
-        """Tell all observers of a request that has ended. Never raises.
-
-        A recording keeps the values, and makes a trace of them when it is read.
-        """
-        parts = trace_parts(job, queue, tag_of(future))
-        for requests in self._requests:
-            requests.append(parts)
+        """Tell all observers of a request that has ended. Never raises."""
+        trace = trace_of(job, queue, tag_of(future))
+        for keep in self._keep_requests:
+            keep(trace)
         if self._others:
             callers = callers_of(future)
             if callers or Trace in self._wanted:
-                self._tell_soon(made_trace(parts), callers)
+                self._tell_soon(trace, callers)
 
     def ran(
         self,
@@ -177,11 +155,11 @@ class Observers:
         ok: bool,
     ) -> None:
         """Tell all observers of a run that is over, as `run_of` makes it. Never raises."""
-        parts = run_parts(job, queue, size, started, finished, now, ok)
-        for runs in self._runs:
-            runs.append(parts)
+        run = run_of(job, queue, size, started, finished, now, ok)
+        for keep in self._keep_runs:
+            keep(run)
         if self._others and Run in self._wanted:
-            self._tell_soon(made_run(parts), ())
+            self._tell_soon(run, ())
 
     def tell(self, event: Event) -> None:
         """Tell all observers of something else that has happened. Never raises."""
@@ -213,6 +191,8 @@ class Observers:
         return msgspec.structs.replace(trace, waits=waits)
 
     def _connect(self) -> None:
+        self._keep_requests = [one.keep_request for one in self._recordings]
+        self._keep_runs = [one.keep_run for one in self._recordings]
         self._wanted = {
             kind
             for kind, method in _METHODS.items()

@@ -44,18 +44,6 @@ class Request(Protocol):
     def _refuse(self, error: BaseException) -> None: ...
 
 
-def tag_of(future: object) -> str:
-    """Return what the caller named a request; "" for a request, or anything else, without a tag."""
-    tag: str = getattr(future, "_tag", "")
-    return tag
-
-
-def callers_of(future: object) -> Callers:
-    """Return what observers have kept of the caller of a request."""
-    callers: Callers = getattr(future, "_callers", ())
-    return callers
-
-
 def deadline_error(job: Job, takes: float | None) -> DeadlineExceededError:
     """Return the error of a request whose deadline has passed, or can't be met.
 

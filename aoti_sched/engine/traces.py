@@ -1,31 +1,42 @@
 """Traces: what observers see of requests, runs and runners, as plain values.
 
-Compiled, as the rules are: a recording keeps the plain values of each request and each run in
-`LastRows`, and makes a `Trace` or a `Run` of them when it is read.
+Compiled, as the rules are, since a recording asks for each request and each run. Their values are
+passed by position: by name, msgspec takes ten times as long.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Final
 
 from aoti_sched.events import Loaded, Run, Trace
 from aoti_sched.queue.job import Fact, Job, JobState
 from aoti_sched.queue.runner_state import Lease, Source
 
 if TYPE_CHECKING:
+    from aoti_sched.engine.request import Callers
     from aoti_sched.queue.device_queue import DeviceQueue
     from aoti_sched.queue.runner_state import RunnerState
 
-Parts = tuple[Any, ...]
-"""The values of a `Trace` or a `Run`."""
+# Compiled, a `Final` is read without a search for its name.
+_PRIORITIES: Final = ("HIGH", "NORMAL", "LOW")
+_STATES: Final = tuple(state.name for state in JobState)
+_WAITING: Final = JobState.WAITING
+_RUNNING: Final = JobState.RUNNING
+_WITHDRAWN: Final = JobState.WITHDRAWN
+_TRACE: Final = Trace
+_RUN: Final = Run
 
-_PRIORITIES = ("HIGH", "NORMAL", "LOW")
-_WORDS = tuple(state.name for state in JobState)
-TRACE_FIELDS = (
-    *("runner", "device", "state", "placement", "lane", "slot", "epoch", "queued", "started"),
-    *("finished", "batch_size", "tag", "job", "priority", "tenant", "timeout", "lease"),
-    *("min_epoch", "admitted", "launched", "ended", "rows"),
-)
+
+def tag_of(future: object) -> str:
+    """Return what the caller named a request; "" for a request, or anything else, without a tag."""
+    tag: str = getattr(future, "_tag", "")
+    return tag
+
+
+def callers_of(future: object) -> Callers:
+    """Return what observers have kept of the caller of a request."""
+    callers: Callers = getattr(future, "_callers", ())
+    return callers
 
 
 def name_of(queue: DeviceQueue, source: Source) -> str:
@@ -37,19 +48,9 @@ def name_of(queue: DeviceQueue, source: Source) -> str:
 
 def trace_of(job: Job, queue: DeviceQueue, tag: str = "") -> Trace:
     """Return the trace of a job, as far as it is known now."""
-    return made_trace(trace_parts(job, queue, tag))
-
-
-def made_trace(parts: Parts) -> Trace:
-    """Return the trace that `trace_parts` has given the values of."""
-    return Trace(**dict(zip(TRACE_FIELDS, parts, strict=True)))
-
-
-def trace_parts(job: Job, queue: DeviceQueue, tag: str) -> Parts:
-    """Return the values of a job's trace, as far as they are known now."""
     state = job.state
-    ended = 0.0 if state <= JobState.RUNNING or state is JobState.WITHDRAWN else job.finished
-    admitted = 0.0 if state is JobState.WAITING else job.submitted
+    ended = 0.0 if state <= _RUNNING or state is _WITHDRAWN else job.finished
+    admitted = 0.0 if state is _WAITING else job.submitted
     for time, fact, _ in job.recorded:
         if fact is Fact.ADMIT:
             admitted = time
@@ -58,10 +59,10 @@ def trace_parts(job: Job, queue: DeviceQueue, tag: str) -> Parts:
         elif fact is not Fact.WITHDRAW:  # the others end a job
             ended = time
     tenant, deadline = job.tenant, job.deadline
-    return (
+    return _TRACE(
         name_of(queue, job.source),
         queue.name,
-        _WORDS[state],
+        _STATES[state],
         "inline" if job.inline else "lane",
         job.lane,
         job.slot,
@@ -80,6 +81,7 @@ def trace_parts(job: Job, queue: DeviceQueue, tag: str) -> Parts:
         admitted,
         job.launched,
         ended,
+        (),
         job.rows,
     )
 
@@ -87,7 +89,6 @@ def trace_parts(job: Job, queue: DeviceQueue, tag: str) -> Parts:
 def run_of(
     job: Job,
     queue: DeviceQueue,
-    *,
     size: int,
     started: float,
     finished: float,
@@ -105,26 +106,8 @@ def run_of(
         now: When the end of the run was collected.
         ok: Whether the run succeeded.
     """
-    return made_run(run_parts(job, queue, size, started, finished, now, ok))
-
-
-def made_run(parts: Parts) -> Run:
-    """Return the run that `run_parts` has given the values of."""
-    return Run(*parts)
-
-
-def run_parts(
-    job: Job,
-    queue: DeviceQueue,
-    size: int,
-    started: float,
-    finished: float,
-    now: float,
-    ok: bool,
-) -> Parts:
-    """Return the values of a run, which `made_run` takes; the arguments are those of `run_of`."""
     source, tenant = job.source, job.tenant
-    return (
+    return _RUN(
         queue.name,
         name_of(queue, source),
         job.id,

@@ -81,7 +81,6 @@ def test_a_wheel_brings_the_native_module_and_compiled_rules_for_this_python(nat
         "aoti_sched/backends/native/proxy_model",
         "aoti_sched/_compiled__mypyc",  # what the following share
         "aoti_sched/engine/dispatcher",
-        "aoti_sched/engine/last_rows",
         "aoti_sched/engine/observers",
         "aoti_sched/engine/traces",
         "aoti_sched/model/call_spec",
