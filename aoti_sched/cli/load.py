@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 _TICK = 0.001
 _SAMPLED = 8
-"""Of how many requests one has its trace read, which costs a few microseconds."""
+"""Of how many requests one has its trace read, which costs some microseconds."""
 
 
 class Level(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,7 +78,7 @@ class Load:
     def __init__(self, runner: Runner, requests: Sequence[Arguments]) -> None:
         self._runner = runner
         self._requests = requests
-        self._next = 0
+        self._turns = enumerate(itertools.cycle(requests))
         self._clear()
 
     def _clear(self) -> None:
@@ -98,8 +99,8 @@ class Load:
     async def clients(self, count: int, seconds: float) -> Level:
         """Measure clients that ask again as soon as they are answered."""
         async with self._measured() as figures:
-            until = time.perf_counter() + seconds
-            await asyncio.gather(*(self._client(until) for _ in range(count)))
+            now = time.perf_counter()
+            await asyncio.gather(*(self._ask(now, now + seconds) for _ in range(count)))
         return self._level(figures, clients=count)
 
     async def rate(self, rate: float, seconds: float, *, poisson: bool, seed: int) -> Level:
@@ -112,35 +113,47 @@ class Load:
             while due < seconds:
                 wait = start + due - time.perf_counter()
                 await asyncio.sleep(max(0.0, wait))
-                task = asyncio.ensure_future(self._ask(start + due))
+                task = asyncio.ensure_future(self._ask(start + due, start + due))
                 asked.add(task)
                 task.add_done_callback(asked.discard)
                 due += generator.expovariate(rate) if poisson else 1 / rate
             await asyncio.gather(*asked)
         return self._level(figures, rate=rate, poisson=poisson)
 
-    async def _client(self, until: float) -> None:
-        """Ask until a time, and at least once."""
-        await self._ask(time.perf_counter())
-        while (now := time.perf_counter()) < until:
-            await self._ask(now)
+    async def _ask(self, due: float, until: float) -> None:
+        """Ask again as soon as there is an answer, until a time, and at least once.
 
-    async def _ask(self, due: float) -> None:
-        self._next += 1
-        args, kwargs = self._requests[self._next % len(self._requests)]
-        try:
-            if self._next % _SAMPLED:
-                await self._runner.run(*args, **kwargs)
+        What is done here is in the figures, so it is no more than it must be.
+
+        Args:
+            due: When the first request was due.
+            until: When the last request may be asked.
+        """
+        run, turns, latencies = self._runner.run, self._turns, self.latencies
+        while True:
+            number, (args, kwargs) = next(turns)
+            try:
+                if number % _SAMPLED:
+                    await run(*args, **kwargs)
+                else:
+                    await self._sample(args, kwargs)
+            except AotiSchedError as error:
+                self.failed[type(error).__name__] += 1
+                await asyncio.sleep(0)  # one whose requests fail at once must not hold the loop
+                now = time.perf_counter()
             else:
-                future = self._runner.submit(*args, **kwargs)
-                await future
-                self.queue.append(future.trace.queue_seconds)
-                self.run.append(future.trace.run_seconds)
-        except AotiSchedError as error:
-            self.failed[type(error).__name__] += 1
-            await asyncio.sleep(0)  # a client whose requests fail at once must not hold the loop
-        else:
-            self.latencies.append(time.perf_counter() - due)
+                now = time.perf_counter()
+                latencies.append(now - due)
+            if now >= until:
+                return
+            due = now
+
+    async def _sample(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        future = self._runner.submit(*args, **kwargs)
+        await future
+        trace = future.trace
+        self.queue.append(trace.queue_seconds)
+        self.run.append(trace.run_seconds)
 
     @asynccontextmanager
     async def _measured(self) -> AsyncIterator[dict[str, Any]]:

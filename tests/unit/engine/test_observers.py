@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import heapq
 import json
 import random
@@ -249,6 +250,26 @@ async def test_a_timeline_has_each_run_on_its_lane_and_what_waited_beside_it(clo
     levels = [e["args"]["queued"] for e in of("C") if e["name"] == "queued"]
     assert levels[-1] == 0 < max(levels)
     assert list(tmp_path.iterdir()) == [tmp_path / "timeline.json"]
+
+
+async def test_a_timeline_in_pieces_leaves_the_garbage_collector_asleep(clock):
+    """A full collection goes through all objects of the process, and holds up the event loop."""
+    requests, seen = 5_000, []
+    backend = FakeBackend({"m": len}, auto=True, clock=clock)
+    async with fake_scheduler(backend, clock=clock) as scheduler:
+        runner = await scheduler.load("m.pt2")
+        with scheduler.record() as recording:
+            for _ in range(10):
+                await asyncio.gather(*(runner.run("ab") for _ in range(requests // 10)))
+        gc.collect()
+        gc.callbacks.append(note := lambda phase, info: seen.append((phase, info["generation"])))
+        try:
+            events = sum(piece.count(b'"ph":"X"') for piece in recording.pieces())
+        finally:
+            gc.callbacks.remove(note)
+    assert events == requests
+    assert ("start", 2) not in seen
+    assert len(seen) < requests / 100
 
 
 async def test_a_timeline_that_cant_be_written_leaves_nothing(clock, tmp_path):
