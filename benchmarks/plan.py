@@ -90,13 +90,15 @@ class Target:
     """What is wanted: an entrant's figure, as a multiple of another's (or as it is), at most or
     at least so much.
 
-    `figure` names the field. Without `against`, the bound is in the figure's own unit.
+    `figure` names the field. Without `against`, the bound is in the figure's own unit. `of` names
+    the other entrant's field where it is another one.
     """
 
     sentence: str
     entrant: str
     figure: str
     against: str | None = None
+    of: str | None = None
     most: float | None = None
     least: float | None = None
 

@@ -98,10 +98,11 @@ class Part:
         figure = self.figure(target.figure)
         median, best = result.median(figure.field), result.best(figure)
         if base is not None:
+            other = figure if target.of is None else self.figure(target.of)
             return Verdict(
                 target,
-                _quotient(median, base.median(figure.field)),
-                _quotient(best, base.best(figure)),
+                _quotient(median, base.median(other.field)),
+                _quotient(best, base.best(other)),
             )
         return Verdict(target, median, best)
 

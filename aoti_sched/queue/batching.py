@@ -163,6 +163,11 @@ class BatchQueue:
         )
         return (size, jobs) if rows <= most else (size * most // rows, max(1, jobs * most // rows))
 
+    def usual_size(self, name: Hashable) -> int:
+        """Return the mean bytes of the queued jobs of a key that has some."""
+        key = self.keys[name]
+        return key.bytes // key.jobs
+
     def refresh(self, name: Hashable, now: float) -> None:
         """Make a key ripe if it has waited long enough, or its batch is full."""
         key, rule = self.keys[name], self.rule

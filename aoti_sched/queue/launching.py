@@ -184,6 +184,7 @@ class Launching(ExpiringJobs):
             batches.rule,
             runner.placing.times,
             job,
+            batches.usual_size(job.key),
             now,
             self._urgency.latest_start(job.priority),
             promised=self._urgency.has_higher(job.priority, now),

@@ -18,6 +18,7 @@ RULES = {
     *("a rider is late", "grows no more", "leaves the loop", "a rider does not fit"),
     *("a rider does not pay", "a rider is too hurried", "a batch hurries"),
     *("shorter rides", "longer rides", "a promise", "no promise"),
+    "a short leader",
     *("run again", "run again behind another", "gathers", "ripens"),
     *("withdrawn ", "withdrawn room", "withdrawn tenant", "withdrawn epoch"),
 }

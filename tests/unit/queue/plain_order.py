@@ -276,7 +276,7 @@ class Order:
         up_to = [length for length in reversed(lengths) if length <= leader.length]
         above = [length for length in lengths if length > leader.length]
         free = not inline or (len(lengths) == 1 and leader.runner.grows(*self.company_of(leader)))
-        limits = self.limits(leader, now)
+        limits = self.limits(leader, others, now)
         for priority in (0, 1, 2):
             for side in (up_to, above):
                 for length in side:
@@ -287,7 +287,7 @@ class Order:
                         break
         return members, commands
 
-    def limits(self, leader, now):
+    def limits(self, leader, others, now):
         """Return the grains that a batch may take; None while nothing is known."""
         alone = leader.runner.takes(leader.length * leader.rows)
         seconds = leader.runner.batching[2]
@@ -298,6 +298,11 @@ class Order:
             promised = any(now - at < 10 for at in higher)
             self.met.add("a promise" if promised else "no promise")
             limit = max(1 << 20, (2 if promised else 8) * alone)
+            if promised and others:
+                usual = sum(job.bytes for job in others) // len(others)
+                if limit < math.floor(leader.runner.takes(usual) * 1.75):
+                    limit = math.floor(leader.runner.takes(usual) * 1.75)
+                    self.met.add("a short leader")
         else:
             limit = self.in_grains(seconds)
         waiting = [job for job in self.jobs if job.state == "QUEUED"]

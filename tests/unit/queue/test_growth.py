@@ -8,6 +8,7 @@ import pytest
 
 from aoti_sched.queue.admission.load import Bounds
 from aoti_sched.queue.batching import Batching
+from aoti_sched.queue.growth import PROMISED_OF_USUAL
 from aoti_sched.queue.job import Job, JobState, Priority
 from aoti_sched.queue.selection.service_time import (
     BELIEVED,
@@ -104,6 +105,22 @@ def test_a_batch_takes_two_runs_while_a_higher_class_comes_and_eight_otherwise(r
     (leader,) = launches(queue.complete(first, 1.0, started=1.0))
     assert seconds_of(leader.size) <= runs * seconds_of(40) < seconds_of(leader.size + 40)
     assert leader.size == 40 * len(leader.members)
+
+
+def test_a_short_leader_makes_a_batch_of_as_long_as_the_usual_runs_take():
+    queue = device()
+    runner = add(queue, Batching(500, 0.0, None))
+    other = add_plain(queue, "other")
+    short, long = [text(runner, 4) for _ in range(101)], [text(runner, 196) for _ in range(100)]
+    first = queued(queue, [*short, *long])
+    urgent = Job(other, priority=Priority.HIGH)
+    queue.submit(urgent, 1.0)
+    queue.cancel(urgent, 1.0)
+    (leader,) = launches(queue.complete(first, 1.0, started=1.0))
+    assert {job.bytes for job in leader.members} == {4}
+    mean = sum(job.bytes for job in [*short[1:], *long]) // 200
+    allowed = PROMISED_OF_USUAL * seconds_of(mean)
+    assert 2 * seconds_of(4) < seconds_of(leader.size) <= allowed < seconds_of(leader.size + 4)
 
 
 def test_a_class_that_has_stopped_coming_is_not_reckoned_with():
