@@ -5,6 +5,7 @@ Anything else belongs beside the tests that use it.
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +15,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tests.models import BuiltModel
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Take what collecting has made, torch's modules and the tests, out of garbage collections.
+
+    Nothing of that is garbage, and to visit it takes a third of a second each time that a test
+    asks for a collection.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Let garbage collections see all objects again."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
