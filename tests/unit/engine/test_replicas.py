@@ -80,9 +80,9 @@ class Pair:
             await future
 
     def check(self):
-        for runner in self.scheduler.runners.values():
-            for replica in replicas_of(runner):
-                check(replica.dispatcher.queue)
+        runners = self.scheduler.runners.values()
+        for dispatcher in {each.dispatcher for runner in runners for each in replicas_of(runner)}:
+            check(dispatcher.queue)
 
 
 @contextlib.asynccontextmanager
