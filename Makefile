@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 IN_TWO := --numprocesses 2 --quiet --durations 25
 STEALING := $(IN_TWO) --dist worksteal
 BY_FILE := $(IN_TWO) --dist loadfile
+# Tests start some hundred interpreters, and pytest rewrites its plugins. Where the environment forbids bytecode, each of
+# them would compile all that it imports.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo check test test-unit test-rest test-fallback test-compiled test-pythons wheels soak bench device simulate lint lint-native hooks clean
