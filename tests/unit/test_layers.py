@@ -6,6 +6,7 @@ Reads every import of the package, type-only imports included.
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -119,12 +120,17 @@ def room_of(module):
     return "face" if module in FACE else module.partition(".")[0]
 
 
+@functools.cache
 def imports_in(source):
     """Full names of all that a source imports, wherever in it the import stands, types' imports
     included.
 
     `from a import b` gives "a.b", be that a module or a name in one.
     """
+    return tuple(_imports_in(source))
+
+
+def _imports_in(source):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

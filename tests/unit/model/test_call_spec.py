@@ -16,7 +16,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.export.pt2_archive._package import AOTICompiledModel
 from torch.utils import _pytree as pytree
 
 from aoti_sched.errors import ConfigError, InputMismatchError, LoadError
@@ -311,6 +310,9 @@ def stock(exported, args, kwargs):
     """The inputs that a model gets from torch's own loader, None when the loader refuses the
     call.
     """
+    # Imported here: it brings torch's compiler, which takes a second and a half.
+    from torch.export.pt2_archive._package import AOTICompiledModel
+
     seen = []
 
     # stands for the C++ class, which takes a list of tensors and looks at nothing else
