@@ -1,6 +1,6 @@
 """More requests than a machine can answer: which are refused, which are answered, and when.
 
-python -m examples.overload
+python -m examples.overload [--seconds N]
 
 A search box asks for suggestions at every key stroke, and a suggestion that comes later than 100 ms
 is of no use. One key stroke in twenty is a paying customer's. The same crowd, at half of what the
@@ -11,6 +11,7 @@ be answered in time. In none of them a request runs that can't be in time any mo
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import statistics
 import time
@@ -35,7 +36,7 @@ from .colours import made_once
 
 WORDS, WIDTH = 200, 400
 IN_TIME = 0.1  # seconds
-CROWD = 2.0  # seconds that it keeps asking
+CROWD = 2.0  # seconds that it keeps asking, unless told otherwise
 
 
 class Suggest(nn.Module):
@@ -99,12 +100,12 @@ async def ask(suggest: Runner, words: Tensor, priority: Priority, ends: Ends) ->
     ends.add(end, time.perf_counter() - began)
 
 
-async def crowd(suggest: Runner, words: Tensor, per_second: float) -> Ends:
-    """It asks so often, whatever becomes of it."""
+async def crowd(suggest: Runner, words: Tensor, per_second: float, lasts: float) -> Ends:
+    """It asks so often for as many seconds as it `lasts`, whatever becomes of it."""
     ends, asked = Ends(), 0
     began = time.perf_counter()
     tasks = []
-    while (passed := time.perf_counter() - began) < CROWD:
+    while (passed := time.perf_counter() - began) < lasts:
         while asked < passed * per_second:
             priority = Priority.NORMAL if asked % 20 else Priority.HIGH
             tasks.append(asyncio.create_task(ask(suggest, words, priority, ends)))
@@ -114,7 +115,7 @@ async def crowd(suggest: Runner, words: Tensor, per_second: float) -> Ends:
     return ends
 
 
-async def main(package: Path) -> None:
+async def main(package: Path, lasts: float) -> None:
     words = torch.rand(WORDS, WIDTH)
     async with aoti_sched.Scheduler() as scheduler:
         endless = Limits(jobs=None)
@@ -139,7 +140,7 @@ async def main(package: Path) -> None:
         print(f"capacity    {possible:,.0f} requests per second")
         for load in (0.5, 5.0):
             for suggest in suggests:
-                ends = await crowd(suggest, words, load * possible)
+                ends = await crowd(suggest, words, load * possible, lasts)
                 print(f"\n{load:g} times the capacity, {suggest.name}")
                 for end, seconds in sorted(ends.seconds.items()):
                     after = statistics.median(seconds)
@@ -152,4 +153,7 @@ async def main(package: Path) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(made_once("overload", compile_suggest)))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=CROWD, help="of each crowd (%(default)g)")
+    seconds = parser.parse_args().seconds
+    asyncio.run(main(made_once("overload", compile_suggest), seconds))

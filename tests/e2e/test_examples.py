@@ -101,6 +101,8 @@ PROGRAMS = {
         "of the archive were answered, and 20 of 20 looks",
     ],
 }
+# Arguments that make a program shorter, and change nothing else.
+SHORTER = {"overload": ["--seconds", "0.5"]}
 
 
 def run(*arguments: str) -> str:
@@ -113,7 +115,7 @@ def run(*arguments: str) -> str:
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_the_example_runs_and_prints_what_it_should(program):
-    printed = run("-m", f"examples.{program}")
+    printed = run("-m", f"examples.{program}", *SHORTER.get(program, []))
     for piece in PROGRAMS[program]:
         assert piece in printed
 
