@@ -58,6 +58,7 @@ def main(directory: Path) -> None:
         program = torch.export.export(seeded(make), example)
         options = {f"aot_inductor.{name}": value for name, value in settings.pop("aot", {}).items()}
         options |= {f"cpp.{name}": value for name, value in settings.items()}
+        options |= {"aot_inductor.compile_wrapper_opt_level": "O0"}  # compiles faster, no more
         return torch._inductor.aot_compile(
             program.module(), example, options={"aot_inductor.package": package, **options}
         )
