@@ -50,6 +50,7 @@ def run_all(queue, first):
 # --- runners --------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lanes", [1, 2])
 @pytest.mark.parametrize("shares", [(1.0, 1.0), (1.0, 3.0), (3.0, 1.0), (0.5, 0.25)])
 def test_runners_share_a_device_by_their_weights_though_their_runs_are_a_hundredfold_apart(
@@ -64,6 +65,7 @@ def test_runners_share_a_device_by_their_weights_though_their_runs_are_a_hundred
     assert parts(streams) == pytest.approx([share / sum(shares) for share in shares], rel=0.05)
 
 
+@pytest.mark.long
 def test_six_runners_share_two_lanes_by_their_weights():
     queue = unchecked(2)
     shares = [1.0, 1.0, 2.0, 2.0, 3.0, 3.0]
@@ -76,6 +78,7 @@ def test_six_runners_share_two_lanes_by_their_weights():
     assert parts(streams) == pytest.approx([share / 12 for share in shares], rel=0.05)
 
 
+@pytest.mark.long
 def test_a_runner_with_wide_runs_pays_for_all_their_cores():
     queue = unchecked(2, cores=2)
     wide = stream_of(queue, "wide", SLOW, width=2)
@@ -279,6 +282,7 @@ def test_granted_leases_cost_nothing():
 # --- tenants --------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lanes", [1, 2])
 def test_tenants_share_a_runner_equally_though_their_runs_are_a_hundredfold_apart(lanes):
     queue = unchecked(lanes)
@@ -300,6 +304,7 @@ def test_many_requests_of_one_tenant_do_not_hold_up_another():
     assert run_all(queue, crowd[0])[:3] == [crowd[0], lone, crowd[1]]
 
 
+@pytest.mark.long
 def test_tenants_of_one_runner_take_nothing_from_another_runner():
     queue = unchecked(1)
     crowded = add(queue, "crowded", slots=1)

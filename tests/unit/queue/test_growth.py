@@ -92,6 +92,7 @@ def test_while_nothing_is_known_only_an_infinite_bound_lets_jobs_join(seconds, r
     assert len(leader.members or (leader,)) == rows
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("runs", "high"), [(8, False), (2, True)])
 def test_a_batch_takes_two_runs_while_a_higher_class_comes_and_eight_otherwise(runs, high):
     queue = device()
@@ -135,6 +136,7 @@ def test_a_class_that_has_stopped_coming_is_not_reckoned_with():
     assert seconds_of(leader.size) > 7 * seconds_of(40)
 
 
+@pytest.mark.long
 def test_a_batch_of_a_millisecond_disturbs_no_caller():
     queue = device()
     runner = add(queue, Batching(500, 0.0, None), takes=lambda size: 1e-6 * size)

@@ -280,6 +280,7 @@ class Walk:
         return not any(model.queued for model in self.plain.models)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("share", range(SHARES))
 def test_the_core_does_what_the_plain_model_says(share):
     for seed in share_of_seeds(share, SHARES):

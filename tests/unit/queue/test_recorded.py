@@ -129,6 +129,7 @@ def must_replay(queue, outcomes, jobs):
     assert state_of(replayed.queue, replayed.jobs) == state_of(queue, jobs)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("share", range(SHARES))
 def test_a_walk_is_replayed_into_the_same_state_by_the_same_commands(share):
     for seed in share_of_seeds(share, SHARES):
@@ -140,6 +141,7 @@ def test_a_walk_is_replayed_into_the_same_state_by_the_same_commands(share):
         must_replay(queue, player.queue.outcomes, player.jobs)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(30))
 def test_a_walk_through_the_rules_of_memory_is_replayed(seed):
     walk = test_memory_walk.Walk(seed)
@@ -148,6 +150,7 @@ def test_a_walk_through_the_rules_of_memory_is_replayed(seed):
     must_replay(queue, walk.queue.outcomes, [job for _, job in walk.jobs.values()])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(30))
 def test_a_walk_of_sessions_is_replayed(seed):
     walk = test_turns.Walk(seed)

@@ -354,6 +354,7 @@ def publish(queue, runner, epoch):
     return queue.open_barrier(runner, 1.0, epoch=epoch)
 
 
+@pytest.mark.long
 def test_a_publish_moves_a_slice_of_the_jobs_that_waited_for_it():
     queue = device()
     runner = add(queue)
@@ -375,6 +376,7 @@ def test_a_publish_moves_a_slice_of_the_jobs_that_waited_for_it():
     assert list(runner.awaiting.within(0, 9)) == later
 
 
+@pytest.mark.long
 def test_a_rollback_revokes_a_slice_of_the_jobs_that_asked_for_what_was():
     queue = device()
     runner = add(queue, epoch=2)
