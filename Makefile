@@ -3,8 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Two processes take the tests from each other; tests that share a costly fixture stay in one file's process. Folders
-# whose files take long come first, so that neither process waits for the other's last file.
+# Two processes take the tests from each other; tests that share a costly fixture stay in one file's process. Files
+# go out in the order of tests/conftest.py and of the command line: those that take long come first.
 IN_TWO := --numprocesses 2 --quiet --durations 25
 STEALING := $(IN_TWO) --dist worksteal
 BY_FILE := $(IN_TWO) --dist loadfile --no-loadscope-reorder

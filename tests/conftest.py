@@ -17,6 +17,25 @@ if TYPE_CHECKING:
     from tests.models import BuiltModel
 
 
+LONGEST = {
+    "test_benchmarks.py",
+    "test_cancellation.py",
+    "test_command_line.py",
+    "test_examples.py",
+    "test_sanitizers.py",
+    "test_traps.py",
+}
+"""Files that take half a minute or more on a core."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files.
+
+    A file's tests stay in one process, and the other one must not wait for it at the end.
+    """
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Take what collecting has made, torch's modules and the tests, out of garbage collections.
 
