@@ -96,6 +96,15 @@ def build_here(name: str) -> None:
     _build(name, here=True)
 
 
+def build_demo() -> None:
+    """Have both models of the demo built, each in a process of its own."""
+    from rich.console import Console
+
+    from examples.semantic_search.packages import ensure_packages
+
+    ensure_packages(Console(quiet=True))
+
+
 def compile_apart(scratch: str) -> None:
     """Give this process a compiler cache of its own: models that share their code (the same
     module, its weights here or there) share its files by content, and torch rewrites some of

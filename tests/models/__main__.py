@@ -14,17 +14,9 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
-from rich.console import Console
-
-from examples.semantic_search.packages import ensure_packages
-from tests.models import DEFINITIONS, build_here, compile_apart
+from tests.models import DEFINITIONS, build_demo, build_here, compile_apart
 
 DEMO = "the demo's"
-
-
-def build_demo() -> None:
-    """Have both models of the demo built, each in a process of its own."""
-    ensure_packages(Console(quiet=True))
 
 
 def main(names: list[str]) -> None:
