@@ -72,15 +72,19 @@ async def test_an_observer_sees_weights_that_are_evicted_and_restored(clock):
     begin = notes.changes[0][2]
     seen = [(runner, change, time - begin, used) for runner, change, time, used in notes.changes]
     # A load measures twice. What is evicted has given its byte to another model already.
-    assert list(dict.fromkeys(seen)) == [
+    changes = list(dict.fromkeys(seen))
+    assert changes[:5] == [
         ("a", "measured", 0.0, 1),
         ("a", "evicted", 1.0, 1),
         ("b", "measured", 1.0, 1),
         ("b", "evicted", 2.0, 1),
         ("a", "restored", 2.0, 1),
-        ("a", "freed", 2.0, 0),
-        ("b", "freed", 2.0, 0),
     ]
+    # The scheduler closes both at once: either may be freed first.
+    assert changes[5:] in (
+        [("a", "freed", 2.0, 0), ("b", "freed", 2.0, 0)],
+        [("b", "freed", 2.0, 1), ("a", "freed", 2.0, 0)],
+    )
 
 
 @pytest.mark.parametrize("from_the_start", [True, False])
