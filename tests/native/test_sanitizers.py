@@ -120,8 +120,10 @@ def test_the_stress_of_streams_sees_what_it_is_there_for(line, instead, words, t
     program = compile_with(
         "address", "stress_streams", HERE / "stress_streams.cpp", *C_SOURCES, *others, broken
     )
-    result = run(program, 1, ROUNDS)
-    assert result.returncode != 0
+    # On a busy machine, two threads may not meet in every walk.
+    results = (run(program, seed, ROUNDS) for seed in range(1, 9))
+    result = next((one for one in results if one.returncode != 0), None)
+    assert result is not None
     assert words in result.stderr
 
 
