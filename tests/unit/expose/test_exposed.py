@@ -83,7 +83,7 @@ async def test_a_timeline_has_the_runs_of_its_time():
     async with scheduler_of() as (scheduler, runner):
         exposure = await scheduler.expose()
         await runner.run("before")
-        asked = asyncio.ensure_future(get(exposure, "/timeline?seconds=0.3"))
+        asked = asyncio.ensure_future(get(exposure, "/timeline?seconds=1"))
         await until(lambda: scheduler._observers.if_any() is not None)
         await runner.run("abc")
         await asyncio.gather(*[runner.run("abc") for _ in range(1000)])
