@@ -143,7 +143,7 @@ lint: $(VENV)/installed
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m codespell_lib
 	$(BIN)/python -m mypy
-	$(BIN)/clang-format --dry-run --Werror aoti_sched/backends/native/*.?pp tests/native/*.?pp
+	$(BIN)/clang-format --dry-run --Werror aoti_sched/backends/native/*.?pp tests/native/*.?pp tests/native/simulated_cuda/*.[ch]
 
 # Apart from `lint`, since each file takes seconds.
 lint-native: $(VENV)/installed

@@ -19,9 +19,10 @@ from filelock import FileLock
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 NATIVE = ROOT / "aoti_sched" / "backends" / "native"
+DRIVER_SOURCES = sorted((HERE / "simulated_cuda").glob("*.c"))
 C_SOURCES = [
-    HERE / name
-    for name in ("model_library.c", "tensor_library.c", "simulated_cuda.c", "model_throws.cpp")
+    *(HERE / name for name in ("model_library.c", "tensor_library.c", "model_throws.cpp")),
+    *DRIVER_SOURCES,
 ]
 CACHE = ROOT / ".cache" / "native"
 
@@ -29,6 +30,7 @@ THROWS_STANDARD, THROWS_OTHER = 1, 2
 
 
 HEADERS = [HERE / name for name in ("model_library.h", "scripted.hpp", "simulated_cuda.h")]
+HEADERS += [HERE / "simulated_cuda" / "state.h"]
 HEADERS += [NATIVE / f"{name}.hpp" for name in ("batch", "handle", "lane", "run", "shim", "stream")]
 
 

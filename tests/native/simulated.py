@@ -24,7 +24,7 @@ from aoti_sched.backends.accelerators.cuda_graphs import GraphContainer
 from aoti_sched.backends.accelerators.mps import MpsDevice
 from aoti_sched.backends.accelerators.xpu import XpuDevice
 from aoti_sched.backends.aoti.handles import address_of
-from tests.native.library import HERE, compile_once
+from tests.native.library import DRIVER_SOURCES, HERE, compile_once
 
 KIND = "sim"
 _TORCH = Path(torch.__file__).parent
@@ -40,7 +40,7 @@ _LINK = [
 
 def driver_path() -> Path:
     return compile_once(
-        "libcuda.so.1", [HERE / "simulated_cuda.c"], "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"
+        "libcuda.so.1", DRIVER_SOURCES, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"
     )
 
 
