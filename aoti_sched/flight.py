@@ -38,7 +38,7 @@ class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         device: The device's name.
-        lanes: The number of lanes.
+        lanes: The number of lanes before the first runner was added.
         cores: The number of cores.
         bounds: The most that may be queued over all runners.
         inline_budget: Seconds of inline runs in one turn of the loop.

@@ -347,14 +347,16 @@ def _lanes(name: str, settings: DeviceConfig, device: Device) -> int:
 
 
 def _queue(name: str, settings: DeviceConfig, lanes: int, cores: int, keep: int) -> RecordedQueue:
-    if not name.startswith("cpu"):  # a lane that waits for its device keeps no core busy
+    on_device = not name.startswith("cpu")
+    if on_device:  # a lane that waits for its device keeps no core busy
         cores = max(cores, lanes)
     return RecordedQueue(
         name,
         lanes,
         Bounds(settings.limits.jobs, settings.limits.bytes),
         cores=settings.cores or cores,
-        policy=Policy(max_wait=settings.max_wait),
+        # Libraries of a device keep memory for each pair of a thread and a stream.
+        policy=Policy(max_wait=settings.max_wait, keeps_lanes=on_device),
         memory_limit=settings.memory_limit,
         evicts=settings.evict is not None,
         keep=keep,

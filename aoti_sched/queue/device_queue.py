@@ -24,9 +24,10 @@ lane needs more cores than are free, no other job overtakes it.
 
 **Slots and lanes.** A run occupies one slot of its source and one lane of the device. The run takes
 as many cores as its runner is wide. A short run may instead go inline, on the loop's own thread,
-within a budget per turn of the loop (`selection/placement.py`). A lane that runs a short job may be
-handed the next job of the same source ahead of time; both share one slot, since they never run at
-once (`lanes.py`). A lease holds a slot without a lane, and its jobs take lanes as others do.
+within a budget per turn of the loop (`selection/placement.py`). Which free lane a run goes to, and
+whether lanes are added with runners, are the policy's choices (`lanes.py`). A lane that runs a
+short job may be handed the next job of the same source ahead of time; both share one slot, since
+they never run at once. A lease holds a slot without a lane, and its jobs take lanes as others do.
 
 **Batches and retries.** Queued jobs of a runner with an equal key may run as one batch
 (`batching.py`). Its first job, the leader, has the lane and the slot, and holds the others as

@@ -63,6 +63,7 @@ def check(queue: DeviceQueue) -> None:
         queue.lanes.free_cores == queue.lanes.cores - on_cores >= 0,
         "each run on a lane has its cores",
     )
+    _check_lanes(queue, must)
     queued_jobs = queued_bytes = 0
     for runner in queue.runners.values():
         on_lanes = [job for job in queue.lanes.running.values() if job.source.runner is runner]
@@ -249,6 +250,26 @@ def check(queue: DeviceQueue) -> None:
         or [starts.alive for starts in queue._urgency._classes]
         == [sum(job.priority == priority for job in hurried) for priority in Priority],
         "each queued job with a deadline is reckoned with in batches",
+    )
+
+
+def _check_lanes(queue: DeviceQueue, must: Callable[[bool, str], None]) -> None:
+    """Check which slots keep which lanes, and that there are lanes enough for the slots."""
+    lanes, behind = queue.lanes, {turns.behind for turns in queue.turns.values()}
+    own = [runner for runner in queue.runners.values() if runner not in behind]
+    kept = [lane for runner in own for lane in runner.last_lanes.values()]
+    must(
+        lanes._claims == [kept.count(lane) for lane in range(lanes.count)],
+        "each lane knows how many slots ran there last",
+    )
+    must(
+        lanes._slots == sum(runner.slots for runner in own),
+        "the lanes know how many slots there are",
+    )
+    most = queue.policy.most_lanes
+    must(
+        most is None or lanes.count >= min(most, lanes._slots),
+        "there is a lane for each slot, up to a bound",
     )
 
 

@@ -3,11 +3,19 @@
 Each run has a slot of its source, too. A job that was handed ahead to a lane shares the slot of the
 job that runs there, since the two never run at once. Members of a failed batch share the slot, too:
 they are retried there one after the other.
+
+Which free lane a run goes to is one of two rules:
+
+- The lane freed last, whose thread may still be awake. This suits lanes that compute.
+- The lane that the slot ran on last; else a lane that no slot ran on last; else the lane freed
+  last. This suits lanes that launch work on a device: libraries keep memory for each pair of a
+  thread and a slot's stream that has met. With as many lanes as slots, each slot stays on one lane.
 """
 
 from __future__ import annotations
 
 from aoti_sched.queue.job import Fact, Job, JobState
+from aoti_sched.queue.runner_state import RunnerState, Source
 from aoti_sched.queue.selection.placement import LOOP
 
 
@@ -17,9 +25,20 @@ class Lanes:
     Inline runs have `inline_budget` seconds in each turn of the loop.
 
     A run on a lane takes as many of the device's `cores` as its runner is wide.
+
+    Args:
+        count: The number of lanes.
+        cores: The number of cores.
+        inline_budget: Seconds of inline runs in one turn of the loop.
+        keeps: Whether a slot keeps the lane that it ran on last.
+        most: The most lanes that `add_slots` adds up to; None where their number is fixed.
     """
 
     __slots__ = (
+        "_claims",
+        "_keeps",
+        "_most",
+        "_slots",
         "cores",
         "count",
         "free",
@@ -30,8 +49,20 @@ class Lanes:
         "running",
     )
 
-    def __init__(self, count: int, cores: int, inline_budget: float) -> None:
+    def __init__(
+        self,
+        count: int,
+        cores: int,
+        inline_budget: float,
+        *,
+        keeps: bool = False,
+        most: int | None = None,
+    ) -> None:
         self.count = count
+        self._keeps = keeps
+        self._most = most
+        self._claims = [0] * count  # by lane: how many slots ran there last
+        self._slots = 0  # of all runners
         self.cores = self.free_cores = cores
         self.free = list(reversed(range(count)))  # a stack: the lane used last may still be awake
         self.running: dict[int, Job] = {}  # by lane; of a batch, its leader
@@ -50,14 +81,68 @@ class Lanes:
         """Return the jobs that were launched and are not complete; of a batch, its leader."""
         return [*self.running.values(), *self.handed_ahead.values()]
 
+    def add_slots(self, slots: int) -> None:
+        """Note a new runner's slots, and add the lanes that are missing for them, with cores."""
+        self._slots += slots
+        if self._most is None:
+            return
+        more = min(self._most, self._slots) - self.count
+        if more > 0:
+            # Below the others in the stack: the new lanes have not run anything.
+            self.free[:0] = reversed(range(self.count, self.count + more))
+            self._claims += [0] * more
+            self.count += more
+            self.cores += more
+            self.free_cores += more
+
+    def with_slots(self, slots: int) -> int:
+        """Return how many lanes there will be with `slots` more slots."""
+        if self._most is None:
+            return self.count
+        return max(self.count, min(self._most, self._slots + slots))
+
+    def remove_slots(self, runner: RunnerState) -> None:
+        """Forget a removed runner's slots. Lanes stay."""
+        self._slots -= runner.slots
+        for lane in runner.last_lanes.values():
+            self._claims[lane] -= 1
+        runner.last_lanes.clear()
+
+    def next_for(self, source: Source) -> int:
+        """Return the lane for a run on the source's next slot. A lane must be free."""
+        if not self._keeps:
+            return self.free[-1]
+        last = source.runner.last_lanes.get(source.free[-1], -1)
+        if last >= 0 and last not in self.running:
+            return last
+        for lane in reversed(self.free):
+            if not self._claims[lane]:
+                return lane
+        return self.free[-1]
+
     def take(self, job: Job) -> None:
         """Occupy `job.lane`. A lane that runs a short job may be handed the source's next job."""
         self.running[job.lane] = job
         if job.lane != LOOP:
-            self.free.pop()
+            if self._keeps:
+                self._keep(job)
+            if self.free[-1] == job.lane:
+                self.free.pop()
+            else:
+                self.free.remove(job.lane)
             self.free_cores -= job.source.runner.width
             if job.source.runner.placing.follows(job.size):
                 job.source.open_for_next.append(job.lane)
+
+    def _keep(self, job: Job) -> None:
+        """Note that a slot runs on a lane, perhaps on another than the last time."""
+        lanes = job.source.runner.last_lanes
+        last = lanes.get(job.slot, -1)
+        if last != job.lane:
+            if last >= 0:
+                self._claims[last] -= 1
+            self._claims[job.lane] += 1
+            lanes[job.slot] = job.lane
 
     def leave(self, job: Job, now: float) -> Job | None:
         """Release the lane and slot, or pass them on to the job handed ahead or to be retried.

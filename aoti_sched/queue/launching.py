@@ -100,7 +100,8 @@ class Launching(ExpiringJobs):
                     *batch_queue_of(job.source.runner).potential_batch(job)
                 ):
                     inline = False  # inline, the batch could not take all jobs of the key
-                self._launch(job, LOOP if inline else self.lanes.free[-1], now, commands)
+                lane = LOOP if inline else self.lanes.next_for(job.source)
+                self._launch(job, lane, now, commands)
             self._selector.enter(job.source)
 
     def _may_leave_the_loop(self, job: Job) -> bool:
@@ -146,7 +147,7 @@ class Launching(ExpiringJobs):
                 return None
         if not self._selector.has_place(source.runner, inline=inline):
             return None
-        return LOOP if inline else self.lanes.free[-1]
+        return LOOP if inline else self.lanes.next_for(source)
 
     def _launch(self, job: Job, lane: int, now: float, commands: list[Command]) -> None:
         """Launch a job, with its batch, on a free slot and a free lane."""

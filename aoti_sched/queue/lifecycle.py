@@ -89,6 +89,7 @@ class Lifecycle(Launching):
             predicts=predicts,
         )
         self.runners[name] = runner
+        self.lanes.add_slots(slots)
         self.memory.lives(runner, held=memory is not None)
         if (predicts or routable) and not self._forecast.kept:
             self._forecast.kept = True
@@ -176,6 +177,7 @@ class Lifecycle(Launching):
                 f"runner {runner.name!r} is {runner.phase.name}, it can't be removed"
             )
         self._forget(runner)
+        self.lanes.remove_slots(runner)
         self.fair_shares.close(runner.name)
 
     def _forget(self, runner: RunnerState) -> None:

@@ -25,12 +25,17 @@ class Policy(msgspec.Struct, frozen=True):
             starting.
         max_wait: Seconds after which a queued job is overdue; every second launch is of the overdue
             job that came first. None for never.
+        keeps_lanes: Whether a run goes to the lane that its slot ran on last, if that lane is free.
+        most_lanes: Lanes are added with runners, one for each slot, up to this number. None for a
+            fixed number of lanes.
     """
 
     order: Literal["deadline", "arrival"] = "deadline"
     fair: bool = True
     expire_late: bool = True
     max_wait: float | None = None
+    keeps_lanes: bool = False
+    most_lanes: int | None = None
 
     def due(self, submitted: float, deadline: float | None) -> float:
         """Return the time that orders jobs of one class and tenant; ties go by arrival."""

@@ -73,7 +73,13 @@ class QueueState:
             raise IllegalFactError(f"{name}: a device has at least one core, not {cores}")
         self.name = name
         self.policy = policy or Policy()
-        self.lanes = Lanes(lanes, cores, inline_budget)
+        self.lanes = Lanes(
+            lanes,
+            cores,
+            inline_budget,
+            keeps=self.policy.keeps_lanes,
+            most=self.policy.most_lanes,
+        )
         self.room = Room(name, bounds or Bounds())
         self.load = self.room.load
         self.memory = Memory(name, memory_limit, evicts=evicts)

@@ -114,6 +114,7 @@ class RecordedQueue(DeviceQueue):
             evicts=evicts,
         )
         self._facts: deque[_Kept] = deque(maxlen=keep)
+        self._first = (lanes, self.lanes.cores)  # before runners came, with which lanes may come
         self._happened = 0
         self._runners = 0
         self._holdings = 0
@@ -131,8 +132,8 @@ class RecordedQueue(DeviceQueue):
         keys: dict[Hashable, int] = {}
         return {
             "device": self.name,
-            "lanes": self.lanes.count,
-            "cores": self.lanes.cores,
+            "lanes": self._first[0],
+            "cores": self._first[1],
             "bounds": _for_json(self.load.bounds),
             "inline_budget": self.lanes.inline_budget,
             "policy": _for_json(self.policy),

@@ -194,6 +194,8 @@ class RunnerState(Source):
         lined: How many they are.
         worst: Queued jobs that may be shed, the worst first; `worst_of` has them by tenant.
         failures: Failed runs in a row.
+        last_lanes: By slot, the lane that it ran on last, where slots keep their lanes. A second
+            record has the same slots, and shares this.
         memory: The record of the memory that the runner's model has on the device.
         used: When it last ran or gave out a slot, where runners may be evicted.
         histograms: How long jobs waited and ran, by how they ended and their priority.
@@ -213,6 +215,7 @@ class RunnerState(Source):
         "epoch_bound",
         "failures",
         "histograms",
+        "last_lanes",
         "leases",
         "lined",
         "memory",
@@ -273,6 +276,7 @@ class RunnerState(Source):
         self.worst_of: dict[Hashable, ShedHeap] = {}
         self.failures = 0
         self.leases: dict[int, Lease] = {}
+        self.last_lanes: dict[int, int] = {}
         self.phase = Phase.OPEN
         self.counters = Counters()
         self.histograms = Histograms(len(JobState), len(Priority))

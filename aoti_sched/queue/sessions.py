@@ -50,6 +50,7 @@ class SessionFacts(Lifecycle):
             tenants=main.tenants,
         )
         behind.counters = main.counters
+        behind.last_lanes = main.last_lanes
         behind.histograms = main.histograms
         behind.rejections = main.rejections
         behind.phase = main.phase

@@ -3,6 +3,7 @@ device is lost.
 """
 
 import asyncio
+import random
 import threading
 
 import pytest
@@ -385,3 +386,27 @@ async def test_models_make_room_for_others_on_a_device_and_come_back_with_the_we
                 thread.join()
         memory = scheduler.stats().devices[device.name].memory
         assert (memory.workspace > 0) == (kind == "cuda")
+
+
+async def test_each_slot_stays_on_one_lane_and_so_needs_one_workspace(sim):
+    """Libraries such as cuBLAS keep a workspace for each thread and stream that have met."""
+    device, draw = open_device("cuda"), random.Random(1)
+    config = SchedulerConfig(devices={device.name: DeviceConfig(lanes=4)})
+    async with Scheduler(config, devices={device.name: device}) as scheduler:
+        runners = [
+            await scheduler.load(
+                model_path(chain=True),
+                name=name,
+                device=device.name,
+                inputs=SPECS,
+                instances=slots,
+            )
+            for name, slots in (("a", 1), ("b", 1), ("c", 2))
+        ]
+        x = torch.ones(1, 4).to("sim")
+        sim.clear_workspaces()
+        for _ in range(30):
+            some = draw.sample(runners, draw.randint(1, 3))
+            await asyncio.gather(*(runner.run(x) for runner in some for _ in range(2)))
+        assert sim.workspaces() == 4
+    sim.clear_workspaces()

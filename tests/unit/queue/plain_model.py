@@ -39,10 +39,13 @@ class PlainModel(Room, Order):
         fair=True,
         expire_late=True,
         max_wait=None,
+        keeps_lanes=False,
+        most_lanes=None,
     ):
         self.lanes = lanes
         self.cores = lanes if cores is None else cores
         self.order, self.fair, self.expire_late, self.max_wait = order, fair, expire_late, max_wait
+        self.keeps_lanes, self.most_lanes = keeps_lanes, most_lanes
         self.budget = self.budget_left = budget
         self.turn_asked = False
         self.goes_on = False  # a fact has left something to `go_on`
@@ -83,6 +86,12 @@ class PlainModel(Room, Order):
                 if job.state == "QUEUED":
                     job.latest = self.latest_start(job)
         self.runners.append(Runner(name, slots, *bounds, *placing, **rest))
+        slots = sum(runner.slots for runner in self.runners if not runner.removed)
+        more = min(slots, self.most_lanes or 0) - self.lanes
+        if more > 0:
+            self.met.add("more lanes")
+            self.lanes += more
+            self.cores += more
         return []
 
     def submit(self, now, number, source, wait, wish, since=None):
@@ -323,6 +332,21 @@ class PlainModel(Room, Order):
             return job.lease.slot
         return freed_last(self.free_slots(job.runner), job.runner.freed)
 
+    def lane_for(self, runner, slot):
+        """Return the free lane that a run on a slot goes to."""
+        free = self.free_lanes()
+        if self.keeps_lanes:
+            if (last := runner.last_lanes.get(slot)) in free:
+                self.met.add("a lane that the slot keeps")
+                return last
+            here = [other for other in self.runners if not other.removed]
+            kept = {lane for other in here for lane in other.last_lanes.values()}
+            if not kept.issuperset(free):
+                free = [lane for lane in free if lane not in kept]
+            else:
+                self.met.add("a lane that another slot keeps")
+        return freed_last(free, self.lanes_freed)
+
     def grant(self, job, now):
         slot = self.slot_for(job)
         job.runner.counters["queue_seconds"] += now - job.submitted
@@ -339,13 +363,9 @@ class PlainModel(Room, Order):
         """
         inline = job.runner.inline(job.bytes) and not self.leaves_the_loop(job)
         slot = behind.slot if behind else self.slot_for(job)
-        lane = (
-            behind.lane
-            if behind
-            else LOOP
-            if inline
-            else freed_last(self.free_lanes(), self.lanes_freed)
-        )
+        lane = behind.lane if behind else LOOP if inline else self.lane_for(job.runner, slot)
+        if lane != LOOP:
+            job.runner.last_lanes[slot] = lane
         members, commands = self.put_together(job, now, inline=inline)
         run = Run(members, lane, slot, now, 0.0, behind is not None)
         run.expected = job.runner.expected(run.bytes)

@@ -81,6 +81,7 @@ class Runner:
     values: dict = field(default_factory=dict)
     rejections: dict = field(default_factory=dict)
     freed: dict = field(default_factory=dict)  # slot: when it was last freed, as a running number
+    last_lanes: dict = field(default_factory=dict)  # slot: the lane that it ran on last
     # The sizes of runs and how long they took, by their kind (`kind_of`).
     times: dict = field(default_factory=dict)
     # When a run was last learned of or probed, by the kind of the size.

@@ -53,6 +53,18 @@ def a_lane_twice(s):
     s.queue.lanes.free[0] = s.running.lane
 
 
+def a_lane_that_no_slot_keeps(s):
+    s.queue.lanes._claims[0] += 1
+
+
+def a_lane_that_a_slot_keeps_unseen(s):
+    s.runner.last_lanes[0] = 0
+
+
+def a_slot_without_a_runner(s):
+    s.queue.lanes._slots += 1
+
+
 def a_slot_too_many(s):
     s.runner.free.append(9)
 
@@ -124,6 +136,7 @@ def a_busy_runner_drained(s):
 def a_slot_for_those_in_the_queue(s):
     s.runner.free.append(s.runner.slots)
     s.runner.slots += 1
+    s.queue.lanes._slots += 1
 
 
 def a_devices_job_uncounted(s):
@@ -225,6 +238,9 @@ def a_job_rejected_for_no_reason(s):
         (an_ended_job_without_histograms, "the histograms have all jobs that the counters have"),
         (a_job_rejected_for_no_reason, "each rejected job has one reason"),
         (a_lane_twice, "each lane is free or runs one job"),
+        (a_lane_that_no_slot_keeps, "each lane knows how many slots ran there last"),
+        (a_lane_that_a_slot_keeps_unseen, "each lane knows how many slots ran there last"),
+        (a_slot_without_a_runner, "the lanes know how many slots there are"),
         (a_slot_too_many, "free \\+ leased = all slots"),
         (a_slot_lost, "free \\+ leased = all slots"),
         (a_busy_lease_with_a_free_slot, "a lease runs at most one job at a time"),

@@ -291,11 +291,11 @@ def test_numbers_that_json_has_not_and_every_setting_come_through():
         inline_budget=0.5,
         cores=5,
         memory_limit=100,
-        policy=Policy(order="arrival", max_wait=math.inf),
+        policy=Policy(order="arrival", max_wait=math.inf, keeps_lanes=True, most_lanes=7),
     )
     queue.add_runner(
         "m",
-        2,
+        6,
         Bounds(3, 4, 5, 6),
         placing=Placing(Placement.AUTO, math.inf, follow_limit=0.25, hop=0.125),
         batching=Batching(4, 0.5, math.inf, 6),
@@ -323,3 +323,4 @@ def test_numbers_that_json_has_not_and_every_setting_come_through():
     assert through_json(replayed.queue.record()) == record
     assert replayed.queue.lanes.inline_budget == 0.5
     assert replayed.queue.policy == queue.policy
+    assert (replayed.queue.lanes.count, replayed.queue.lanes.cores) == (6, 8)

@@ -73,6 +73,11 @@ class Walk:
         self.device |= {"order": draw.choice(["deadline", "deadline", "arrival"])}
         self.device |= {"fair": draw.random() < 0.75, "expire_late": draw.random() < 0.75}
         self.device |= {"max_wait": draw.choice([None, None, 0, 0.5, 2])}
+        # Drawn apart, so that the walks of older seeds stay as they were.
+        of_lanes = random.Random(f"lanes {seed}")
+        self.device |= {"keeps_lanes": of_lanes.random() < 0.5}
+        most = of_lanes.choice([None, None, 2, 4])
+        self.device |= {"most_lanes": None if self.wide else most}
         self.model = PlainModel(**self.device)
         self.facts, self.answers, self.ripe_times = [], [], []
         for _ in range(draw.randint(1, 2 if self.batches else 3)):
