@@ -89,6 +89,11 @@ void refuse_torch_call(int which);
 /* The simulated device beside the host, by torch's numbers for their kinds. Memory on it is of the thread's current stream. */
 enum { ON_HOST = 0, ON_DEVICE = 1 };
 int32_t torch_get_device_type(void* handle, int32_t* type);
+struct torch_stream {
+  int8_t device_type, device_index;
+  int64_t id;
+};
+void torch_record_use(void* handle, struct torch_stream stream);
 int32_t torch_new_handle_of(void* handle, void** made); /* a second tensor of the same memory */
 int32_t torch_copy(void* to, void* from, int32_t non_blocking);
 int32_t torch_guard_stream(void* stream, int32_t index, void** made);

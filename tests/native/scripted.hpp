@@ -51,6 +51,7 @@ inline std::shared_ptr<const aoti::Device> device(CUcontext context, bool one_at
   set(made->copy, &torch_copy);
   set(made->guard, &torch_guard_stream);
   set(made->unguard, &torch_unguard_stream);
+  set(made->record_use, &torch_record_use);
   made->type = ON_DEVICE;
   made->one_at_a_time = one_at_a_time;
   made->driver.context = context;
@@ -59,6 +60,9 @@ inline std::shared_ptr<const aoti::Device> device(CUcontext context, bool one_at
   set(made->driver.set_context, &cuCtxSetCurrent);
   set(made->driver.exchange_capture_mode, &cuThreadExchangeStreamCaptureMode);
   set(made->driver.query, &cuStreamQuery);
+  set(made->driver.is_capturing, &cuStreamIsCapturing);
+  set(made->driver.make_event, &cuEventCreate);
+  set(made->driver.destroy_event, &cuEventDestroy_v2);
   set(made->driver.wait_for_event, &cuStreamWaitEvent);
   set(made->driver.record_event, &cuEventRecord);
   set(made->driver.query_event, &cuEventQuery);

@@ -99,7 +99,7 @@ class Simulator:
         cuda.sim_priority.argtypes = (c_void_p,)
         self.priority = cuda.sim_priority
         cuda.sim_kept.argtypes = (c_void_p,)
-        cuda.sim_stream.restype = c_void_p
+        cuda.sim_stream.restype = cuda.sim_blocking_stream.restype = c_void_p
         cuda.sim_memory_limit.argtypes = (c_size_t,)
         cuda.sim_faults.argtypes = (c_void_p,)
         self._torch = ctypes.CDLL(str(torch_path()))
@@ -138,6 +138,14 @@ class Simulator:
 
     def break_device(self, error: int = 700, index: int = 0) -> None:
         self._cuda.sim_break(error, index)
+
+    @contextlib.contextmanager
+    def blocking_stream(self) -> Iterator[int]:
+        """A stream of a user's that the default stream waits for, unlike all of torch's."""
+        with self.module.in_context():
+            stream = self._cuda.sim_blocking_stream()
+        yield stream
+        self.driver.call("cuStreamDestroy_v2", stream)
 
     @contextlib.contextmanager
     def recorded(self, stream: int, mode: int = 0) -> Iterator[list[int]]:

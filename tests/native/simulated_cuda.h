@@ -10,7 +10,9 @@
  *  - the runtime is called without the device's context, or frees memory of a lost device.
  *
  * While a stream is captured, what may be unsafe is refused as the driver's documentation of cuThreadExchangeStreamCaptureMode
- * says, and spoils the capture. A lost device stays lost until sim_repair, and the other one works on. */
+ * says, and spoils the capture. So does every use of the default stream while a stream is captured that it waits for, and every
+ * question for an event that was captured; a stream that waits for such an event is captured from then on (CUDA C++ Programming
+ * Guide, "Prohibited and Unhandled Operations"; cuda.h, cuStreamIsCapturing). A lost device stays lost until sim_repair, and the other one works on. */
 #pragma once
 
 #include <stddef.h>
@@ -30,6 +32,13 @@ enum {
   CUDA_ERROR_ILLEGAL_ADDRESS = 700,
   CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900,
   CUDA_ERROR_STREAM_CAPTURE_INVALIDATED = 901,
+  CUDA_ERROR_STREAM_CAPTURE_MERGE = 902,
+  CUDA_ERROR_STREAM_CAPTURE_UNMATCHED = 903,
+  CUDA_ERROR_STREAM_CAPTURE_UNJOINED = 904,
+  CUDA_ERROR_STREAM_CAPTURE_ISOLATION = 905,
+  CUDA_ERROR_STREAM_CAPTURE_IMPLICIT = 906,
+  CUDA_ERROR_CAPTURED_EVENT = 907,
+  CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD = 908,
   CUDA_ERROR_UNKNOWN = 999,
 };
 
@@ -53,6 +62,7 @@ int cuStreamCreateWithPriority(CUstream* stream, unsigned flags, int priority);
 int cuStreamDestroy_v2(CUstream stream);
 int cuStreamSynchronize(CUstream stream);
 int cuStreamQuery(CUstream stream);
+int cuStreamIsCapturing(CUstream stream, int* status);
 int cuStreamWaitEvent(CUstream stream, CUevent event, unsigned flags);
 int cuEventCreate(CUevent* event, unsigned flags);
 int cuEventDestroy_v2(CUevent event);
@@ -127,7 +137,7 @@ int sim_pending(CUstream stream);
 int sim_wait_until_pending(int count); /* on all streams; 0 after a minute in vain */
 int sim_waiting(void);           /* threads that wait for a stream now */
 int sim_wait_until_waiting(int count);
-void sim_refuse_waits(int count, int error); /* so many waits and queries of streams fail at once */
+void sim_refuse_waits(int count, int error); /* so many waits for streams with work, and queries of them, fail at once */
 int sim_refused_waits(void);     /* that are still to fail */
 int sim_spinning(void);          /* waits so far that kept a core busy */
 int sim_refusals(void);          /* calls so far that a capture of another thread, or the thread's own, did not allow */
@@ -135,6 +145,7 @@ void sim_break(int error, int device); /* the next kernel breaks the device: fro
 void sim_repair(void);           /* a device like new, and all counts at zero; nothing may be pending */
 int sim_faults(const char** first);
 CUstream sim_stream(int number);
+CUstream sim_blocking_stream(void); /* a user's, that the default stream and it wait for each other */
 int sim_most_streams(void);
 int sim_priority(CUstream stream);
 int sim_streams(void);           /* that are there now, beside the default one */

@@ -40,7 +40,8 @@ struct Slot {
   container script{};
   std::shared_ptr<aoti::Model> model = std::make_shared<aoti::Model>();
   CUstream stream = nullptr;
-  CUevent end = nullptr;  // null where the thread keeps its core busy while it waits
+  CUstream caller = nullptr;  // its requests come after, and its outputs are used there
+  CUevent end = nullptr;      // null where the thread keeps its core busy while it waits
   std::shared_ptr<aoti::Stream> on;
   bool home = false;
   int value = 0;  // of the last work's input
@@ -86,6 +87,7 @@ void play(std::mt19937& random, CUcontext context) {
       slot->model->num_outputs = 2;
       slot->home = random() % 2 == 0;
       check(cuStreamCreate(&slot->stream, 1) == 0, "a stream can be made");
+      check(cuStreamCreate(&slot->caller, 1) == 0, "a stream can be made");
       aoti::Fence fence;
       if (random() % 2 == 0) {
         check(cuEventCreate(&slot->end, 3) == 0, "an event can be made");
@@ -95,15 +97,17 @@ void play(std::mt19937& random, CUcontext context) {
         set(fence.fence, &cuStreamSynchronize);
         fence.argument = slot->stream;
       }
-      slot->on = std::make_shared<aoti::Stream>(its_device, slot->stream, fence,
-                                                std::vector<bool>{true}, slot->home);
+      slot->on =
+          std::make_shared<aoti::Stream>(its_device, slot->stream, fence, std::vector<bool>{true},
+                                         slot->home, random() % 400, random() % 400);
       slots.push_back(std::move(slot));
     }
     aoti::Runtime runtime;
     runtime.delete_tensor = &torch_delete_tensor;
     runtime.root_cause = &torch_root_cause;
     runtime.new_handle = &torch_another_handle;
-    aoti::Lanes lanes(runtime, std::vector<std::string>(2, "aoti:stress"), {}, 1, random() % 2);
+    aoti::Lanes lanes(runtime, std::vector<std::string>(2, "aoti:stress"), {}, 1, random() % 2, 1);
+    std::thread growing([&lanes] { lanes.grow(2); });
     std::vector<int> left(slots.size(), kWorks);
     int under_way = 0;
     const auto submit = [&](std::size_t index) {
@@ -115,9 +119,20 @@ void play(std::mt19937& random, CUcontext context) {
       work.inputs.push_back(
           aoti::OwnedHandle(&torch_delete_tensor, input(random, slot, *its_device)));
       work.on = slot.on;
+      try {
+        if (random() % 2 == 0)
+          work.after = std::make_shared<aoti::Arrival>(its_device, slot.caller);
+      } catch (const std::runtime_error&) {
+        check(breaks, "a request can come while the device works");
+      }
+      if (!slot.home) {
+        const auto consumer = reinterpret_cast<std::intptr_t>(slot.caller);
+        work.consumers.assign(1, random() % 4 == 0 ? std::nullopt : std::optional(consumer));
+      }
       --left[index];
       ++under_way;
-      for (std::size_t lane = random() % 2; !lanes.submit(lane, work); lane = 1 - lane)
+      for (std::size_t lane = random() % lanes.count(); !lanes.submit(lane, work);
+           lane = (lane + 1) % lanes.count())
         std::this_thread::yield();
     };
     sim_take(random() % 2 == 0 ? 0 : 20);
@@ -144,11 +159,13 @@ void play(std::mt19937& random, CUcontext context) {
         if (left[completion.token] > 0) submit(completion.token);
       }
     }
+    growing.join();
     lanes.close();
     for (auto& slot : slots) {
       slot->on.reset();
       if (slot->end != nullptr) cuEventDestroy_v2(slot->end);
       cuStreamDestroy_v2(slot->stream);
+      cuStreamDestroy_v2(slot->caller);
     }
   }
   check(sim_faults(nullptr) == 0, "no rule is broken");

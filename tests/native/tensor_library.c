@@ -288,6 +288,15 @@ int32_t torch_get_device_type(void* handle, int32_t* type) {
   return refused();
 }
 
+void torch_record_use(void* handle, struct torch_stream stream) {
+  const struct tensor* tensor = at(handle);
+  if (stream.device_type != ON_DEVICE || tensor->storage->device_type != ON_DEVICE) {
+    sim_fault("a use is recorded of what is not on the device");
+    return;
+  }
+  if (tensor->storage->data != NULL) sim_record_use(tensor->storage->data, (CUstream)stream.id);
+}
+
 int32_t torch_new_handle_of(void* handle, void** made) {
   *made = view_of_matrix(handle);
   return *made == NULL;

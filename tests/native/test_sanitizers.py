@@ -3,6 +3,7 @@ and closes.
 """
 
 import os
+import re
 import shutil
 import subprocess
 
@@ -91,7 +92,11 @@ def test_streams_under_stress_give_a_sanitizer_nothing_to_say(sanitizer, seed):
             "another.reset();",
             "memory is given back that stream",
         ),
-        ("if (fence.fence == nullptr) return;", "if (fence.fence != nullptr) return;", "not so"),
+        (
+            "if (fence.fence == nullptr) return;",
+            "if (fence.fence != nullptr) return;",
+            "not so|heap-use-after-free",
+        ),
         (
             "if (device_.one_at_a_time) lock_",
             "if (false) lock_",
@@ -124,7 +129,7 @@ def test_the_stress_of_streams_sees_what_it_is_there_for(line, instead, words, t
     results = (run(program, seed, ROUNDS) for seed in range(1, 9))
     result = next((one for one in results if one.returncode != 0), None)
     assert result is not None
-    assert words in result.stderr
+    assert re.search(words, result.stderr)
 
 
 @pytest.mark.parametrize("stress", ["stress", "stress_batches"])

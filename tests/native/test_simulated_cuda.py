@@ -2,6 +2,9 @@
 it could not fail.
 """
 
+import threading
+from ctypes import byref, c_void_p
+
 import pytest
 import torch
 
@@ -153,3 +156,110 @@ def test_an_error_that_stays_is_what_every_call_returns(sim, streams, x):
         assert sim.driver.status("cuStreamSynchronize", streams[0]) == 700
     assert sim.driver.status("cuStreamQuery", streams[1]) == 700
     sim.repair()
+
+
+@pytest.mark.parametrize(
+    ("use", "arguments"),
+    [
+        ("cuStreamQuery", (None,)),
+        ("cuStreamSynchronize", (None,)),
+        ("cuEventRecord", ("event", None)),
+        ("cuStreamWaitEvent", (None, "event", 0)),
+    ],
+)
+def test_no_use_of_the_default_stream_is_allowed_while_one_that_it_waits_for_is_recorded(
+    sim, streams, use, arguments
+):
+    """CUDA C++ Programming Guide, "Prohibited and Unhandled Operations"."""
+    one = event(sim)
+    sim.driver.call("cuEventRecord", one, streams[0])
+    arguments = [one if argument == "event" else argument for argument in arguments]
+    with sim.blocking_stream() as users, sim.module.in_context():
+        with sim.recorded(users, 2) as ended:
+            assert sim.driver.status(use, *arguments) == 906
+        assert ended == [901]
+        with sim.recorded(streams[1], 2) as ended:  # which the default stream does not wait for
+            assert sim.driver.status(use, *arguments) == 0
+        assert ended == [0]
+    with sim.blocking_stream() as users, sim.module.in_context(1), sim.recorded(users, 2) as ended:
+        assert sim.driver.status(use, *arguments) == 0  # of another device
+    assert ended == [0]
+    sim.driver.call("cuEventDestroy_v2", one)
+
+
+def test_whether_a_stream_is_recorded_may_be_asked_at_any_time(sim, streams):
+    """cuda.h, cuStreamIsCapturing."""
+    with sim.blocking_stream() as users, sim.module.in_context():
+        for stream in (users, streams[0]):
+            with sim.recorded(stream, 2) as ended:
+                asked = [sim.driver.is_captured(one) for one in (users, streams[0], 0)]
+                assert asked == [stream == users, stream == streams[0], stream == users]
+            assert ended == [0]
+        assert not sim.driver.is_captured(0)
+
+
+@pytest.mark.parametrize("asks", ["cuEventQuery", "cuEventSynchronize"])
+def test_an_event_that_was_recorded_in_a_recording_can_not_be_asked_for(sim, streams, asks):
+    one = event(sim)
+    with sim.module.in_context():
+        with sim.recorded(streams[0], 2) as ended:
+            sim.driver.call("cuEventRecord", one, streams[0])
+            assert sim.driver.status(asks, one) == 907
+        assert ended == [901]
+        assert sim.driver.status(asks, one) == 907
+        sim.driver.call("cuEventRecord", one, streams[0])
+        assert sim.driver.status(asks, one) in (0, 600)
+        sim.go()
+    sim.driver.call("cuEventDestroy_v2", one)
+
+
+def test_a_stream_that_waits_for_a_recorded_event_becomes_part_of_the_recording(sim, streams, x):
+    one = event(sim)
+    kernels = sim.kernels()
+    with sim.module.in_context(), sim.recorded(streams[0], 2) as ended:
+        sim.driver.call("cuEventRecord", one, streams[0])
+        assert sim.driver.status("cuStreamWaitEvent", None, one, 0) == 906
+        sim.driver.call("cuStreamWaitEvent", streams[1], one, 0)
+        assert sim.driver.is_captured(streams[1])
+        launch(streams[1], reads=[x])
+    assert (ended, sim.pending(streams[1]), sim.kernels()) == ([904], 0, kernels)
+    assert sim.driver.status("cuStreamWaitEvent", streams[1], one, 0) == 907
+    sim.driver.call("cuEventDestroy_v2", one)
+
+
+def test_two_recordings_do_not_meet(sim, streams):
+    one, ended = event(sim), []
+    with sim.module.in_context(), sim.recorded(streams[0], 2) as first:
+        sim.driver.call("cuEventRecord", one, streams[0])
+        with sim.recorded(streams[1], 2) as ended:
+            assert sim.driver.status("cuStreamWaitEvent", streams[1], one, 0) == 902
+    assert (first, ended) == ([901], [901])
+    sim.driver.call("cuEventDestroy_v2", one)
+
+
+def test_a_recorded_stream_waits_for_nothing_outside(sim, streams):
+    one = event(sim)
+    sim.driver.call("cuEventRecord", one, streams[1])
+    with sim.module.in_context(), sim.recorded(streams[0], 2) as ended:
+        assert sim.driver.status("cuStreamWaitEvent", streams[0], one, 0) == 905
+    assert ended == [901]
+    sim.driver.call("cuEventDestroy_v2", one)
+
+
+def test_a_recording_ends_on_its_stream_and_its_thread(sim, streams):
+    one, other = event(sim), []
+    graph = c_void_p()
+
+    def end(stream):
+        other.append(sim.driver.status("cuStreamEndCapture", stream, byref(graph)))
+
+    with sim.module.in_context(), sim.recorded(streams[0], 2):
+        sim.driver.call("cuEventRecord", one, streams[0])
+        sim.driver.call("cuStreamWaitEvent", streams[1], one, 0)
+        end(streams[1])
+    with sim.recorded(streams[1], 0) as ended:
+        thread = threading.Thread(target=end, args=(streams[1],))
+        thread.start()
+        thread.join()
+    assert (other, ended) == ([903, 908], [0])
+    sim.driver.call("cuEventDestroy_v2", one)

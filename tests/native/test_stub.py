@@ -102,13 +102,14 @@ def test_the_stub_says_what_the_module_is():
         ("    def fileno(self)", "    def gone(self): ...\n    def fileno(self)", "Lanes.gone"),
         (
             (
-                "threads: int,\n        on: Stream | None = None,\n        graph: Graph | None = "
-                "None,\n    ) -> None:"
+                "inputs: Sequence[Any],\n        threads: int,\n        on: Stream | None = None,\n"
+                "        graph: Graph | None = None,\n        after: Arrival | None = None,\n"
+                "        consumers: Sequence[int | None] | None = None,\n    ) -> None:"
             ),
             (
-                "threads: int,\n        stream: Stream | None = None,\n        graph: Graph | "
-                "None = "
-                "None,\n    ) -> None:"
+                "inputs: Sequence[Any],\n        threads: int,\n        stream: Stream | None = None,\n"
+                "        graph: Graph | None = None,\n        after: Arrival | None = None,\n"
+                "        consumers: Sequence[int | None] | None = None,\n    ) -> None:"
             ),
             "Lanes.submit",
         ),
@@ -120,12 +121,13 @@ def test_the_stub_says_what_the_module_is():
         (
             (
                 "threads: int,\n        on: Stream | None = None,\n        graph: Graph | None = "
-                'None,\n    ) -> Taken:\n        """Run a batch'
+                "None,\n        consumers: Sequence[int | None] | None = None,\n"
+                '    ) -> Taken:\n        """Run a batch'
             ),
             (
-                "threads: int = 1,\n        on: Stream | None = None,\n        graph: Graph | "
-                "None = "
-                'None,\n    ) -> Taken:\n        """Run a batch'
+                "threads: int = 1,\n        on: Stream | None = None,\n        graph: Graph | None = "
+                "None,\n        consumers: Sequence[int | None] | None = None,\n"
+                '    ) -> Taken:\n        """Run a batch'
             ),
             "Lanes.run_batch_here",
         ),

@@ -200,3 +200,81 @@ def test_the_device_sees_calls_that_a_recording_forbids(sim, device):
     device_stream.close()
     assert "whose memory is of no pool" in sim.faults()  # the second one, which is as ours are
     sim.repair()
+
+
+# --- recordings on streams that the default stream waits for, which are not torch's ---------------
+
+
+def test_to_find_out_about_a_loss_spoils_no_recording(executor, loaded, sim):
+    """A query of the default stream would: CUDA C++ Programming Guide, "Prohibited and Unhandled
+    Operations".
+    """
+    container = loaded(copy_inputs=True, copy_outputs="cpu")
+    failing = loaded(copy_outputs="cpu")  # since nothing brings its inputs to the device
+    with sim.blocking_stream() as users, sim.module.in_context():
+        for mode in (0, 1, 2):
+            with sim.recorded(users, mode) as ended:
+                executor.submit(0, work(failing, torch.ones(2, 4)))
+                (completion,) = collect(executor, 1)
+                assert isinstance(completion.error, RunError), mode
+                executor.submit(0, work(container, torch.ones(2, 4)))
+                assert collect(executor, 1)[0].error is None
+            assert ended == [0], mode
+    assert executor.lost() == ""
+    sim.repair()  # a recording of a user's comes from no pool
+
+
+def test_a_wait_that_fails_asks_for_a_loss_without_the_default_stream(
+    executor, loaded, sim, device
+):
+    container, mine = loaded(), device.open_stream()
+    x = on_device(2, 4)
+    sim.synchronize()
+    with sim.blocking_stream() as users, sim.module.in_context(), sim.recorded(users) as ended:
+        with mine.current():
+            one = work(container, x)
+        sim.refuse_waits(3, 1)
+        executor.submit(0, one)
+        (completion,) = collect(executor, 1)
+    assert (completion.error, ended) == (None, [0])
+    mine.close()
+
+
+def test_a_thread_that_records_may_find_out_about_a_loss(device, sim):
+    stream = device.open_stream()
+    with sim.recorded(stream.handle, 0) as ended:
+        device.look_after_failure()
+    assert (ended, device.lost(), sim.refusals()) == ([0], "", 0)
+    stream.close()
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_request_is_no_part_of_the_callers_recording(device, loaded, sim, how):
+    """Its run would be recorded instead of run, and its stream with it."""
+    executor = open_executor(device, how, 1)
+    container = loaded()
+    x = on_device(2, 4)
+    sim.synchronize()
+    mine = device.open_stream()
+    refused = pytest.raises(RunError, match="the current stream is being recorded into a graph")
+    with mine.current(), sim.recorded(mine.handle, 2) as ended, refused:
+        work(container, x)
+    with sim.blocking_stream() as users, sim.recorded(users, 2) as also_ended:
+        with pytest.raises(RunError, match="is the default stream while a stream that waits for"):
+            work(container, x)
+        with mine.current():
+            other = work(container, x)
+        executor.submit(0, other)
+        assert collect(executor, 1)[0].error is None
+    assert (ended, also_ended) == ([0], [0])
+    executor.submit(0, work(container, x))
+    assert collect(executor, 1)[0].error is None
+    executor.close()
+    mine.close()
+
+
+def test_without_native_lanes_a_request_is_no_part_of_a_recording_either(
+    device, loaded, sim, monkeypatch
+):
+    monkeypatch.setitem(vars(device), "native", None)
+    test_a_request_is_no_part_of_the_callers_recording(device, loaded, sim, "threads")

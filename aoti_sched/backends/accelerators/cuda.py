@@ -22,6 +22,7 @@ from aoti_sched.backends.accelerators.cuda_driver import (
     DISABLE_TIMING,
     NON_BLOCKING,
     NOT_READY,
+    RELAXED,
     Driver,
 )
 from aoti_sched.backends.accelerators.streams import Stream
@@ -30,10 +31,18 @@ from aoti_sched.events import log
 
 if TYPE_CHECKING:
     from aoti_sched.backends.accelerators.stream_container import StreamContainer
+    from aoti_sched.backends.native import _native
 
 
 CLEAR_WORKSPACES = "_ZN2at4cuda29clearCublasWorkspacesForStreamEP11CUstream_st"
 """`at::cuda::clearCublasWorkspacesForStream(cudaStream_t)`, since torch 2.12."""
+
+CAPTURED = (
+    "the current stream is being recorded into a graph, or is the default stream while a stream "
+    "that waits for it is. A request is no part of a recording: make it before or afterwards, or "
+    "under another current stream"
+)
+"""As native code says it."""
 
 LONGEST_PAUSE = 1e-3
 """Seconds between two attempts to wait for a stream.
@@ -84,6 +93,7 @@ class CudaDevice(Accelerator):
         self.module = module
         module.init()
         self.context = driver.primary_context(index)
+        self._asked = driver.idle_stream(self.context)
         self._events: deque[int] = deque()  # the free events
         self._lost = ""
         self.streams: set[int] = set()  # the open ones of slots and graphs
@@ -95,16 +105,17 @@ class CudaDevice(Accelerator):
     def open_stream(self, priority: int = 0) -> CudaStream:
         return CudaStream(self, priority)
 
-    def record(self, stream: Any) -> CudaEvent:
-        event = CudaEvent(self)
-        try:
-            if self.native is not None:
-                self.native.record(event.handle, stream.cuda_stream)
-                return event
-            with self.driver.current(self.context):  # the default stream belongs to a context
-                self.driver.call("cuEventRecord", event.handle, stream.cuda_stream)
-        except RuntimeError as error:
-            raise RunError(str(error)) from None
+    def record(self, stream: Any) -> CudaEvent | _native.Arrival:
+        if self.native is not None:
+            try:
+                return self.native.arrive(stream.cuda_stream)
+            except RuntimeError as error:
+                raise RunError(str(error)) from None
+        with self.driver.current(self.context):  # the default stream belongs to a context
+            if self.driver.is_captured(stream.cuda_stream):
+                raise RunError(CAPTURED)
+            event = CudaEvent(self)
+            self.driver.call("cuEventRecord", event.handle, stream.cuda_stream)
         return event
 
     def current_stream(self) -> Any:
@@ -187,6 +198,9 @@ class CudaDevice(Accelerator):
             "set_context": address("cuCtxSetCurrent"),
             "exchange_capture_mode": address("cuThreadExchangeStreamCaptureMode"),
             "query": address("cuStreamQuery"),
+            "is_capturing": address("cuStreamIsCapturing"),
+            "make_event": address("cuEventCreate"),
+            "destroy_event": address("cuEventDestroy_v2"),
             "wait_for_event": address("cuStreamWaitEvent"),
             "record_event": address("cuEventRecord"),
             "query_event": address("cuEventQuery"),
@@ -205,6 +219,10 @@ class CudaDevice(Accelerator):
     @property
     def native_not_ready(self) -> int:
         return NOT_READY
+
+    @property
+    def native_asked(self) -> int:
+        return self._asked
 
     def workspace(self) -> int:
         """As `Executor.workspace`.
@@ -245,9 +263,9 @@ class CudaDevice(Accelerator):
         if self._lost:
             return
         try:
-            with self.driver.current(self.context), self.driver.apart_from_captures():
+            with self.driver.current(self.context), self.driver.apart_from_captures(RELAXED):
                 # After an error that can't be cleared, every later call returns that error.
-                status = self.driver.status("cuStreamQuery", None)
+                status = self.driver.status("cuStreamQuery", self._asked)
         except RunError as error:  # the context itself is gone
             self._lost = str(error)
         else:
@@ -301,14 +319,13 @@ class CudaStream(Stream):
         self.of_torch = device.module.ExternalStream(self.handle, device=device.index)
         device.streams.add(self.handle)
 
-    def wait_for(self, event: CudaEvent) -> None:
-        native = self._device.native
-        try:
-            if native is not None:
-                native.wait_for(self.handle, event.handle)
-                return
+    def wait_for(self, event: CudaEvent | _native.Arrival) -> None:
+        if isinstance(event, CudaEvent):
             with self._driver.current(self._device.context):
                 self._driver.call("cuStreamWaitEvent", self.handle, event.handle, 0)
+            return
+        try:
+            event.precede(self.handle)
         except RuntimeError as error:
             raise RunError(str(error)) from None
 

@@ -8,6 +8,7 @@ Driver API reference describes the functions; the header's macros add `_v2` to s
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import (
@@ -33,6 +34,8 @@ BLOCKING_SYNC = 1
 """`CU_EVENT_BLOCKING_SYNC`: a thread that waits for the event sleeps."""
 THREAD_LOCAL = 1
 """`CU_STREAM_CAPTURE_MODE_THREAD_LOCAL`: other threads may call anything during a capture."""
+RELAXED = 2
+"""`CU_STREAM_CAPTURE_MODE_RELAXED`: the thread's own captures don't forbid its calls, either."""
 AUTO_FREE = 1
 """`CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH`, as torch instantiates graphs."""
 NOT_READY = 600
@@ -42,6 +45,10 @@ CAPTURING = range(900, 910)
 
 Such a status does not show a fault of the device.
 """
+
+_idle_streams: dict[int, int] = {}
+"""By context. They end with the process, as their contexts do."""
+_making = threading.Lock()
 
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuInit": (c_uint,),
@@ -54,6 +61,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuStreamDestroy_v2": (c_void_p,),
     "cuStreamSynchronize": (c_void_p,),
     "cuStreamQuery": (c_void_p,),
+    "cuStreamIsCapturing": (c_void_p, POINTER(c_int)),
     "cuStreamWaitEvent": (c_void_p, c_void_p, c_uint),
     "cuEventCreate": (POINTER(c_void_p), c_uint),
     "cuEventDestroy_v2": (c_void_p,),
@@ -145,6 +153,30 @@ class Driver:
         self.call("cuDeviceGet", byref(device), index)
         return self.make("cuDevicePrimaryCtxRetain", device.value)
 
+    def idle_stream(self, context: int) -> int:
+        """Return a stream of a context that never has work.
+
+        To query it asks the device, and nothing else. The default stream would not do: while a
+        stream that it waits for is captured, a query of it fails and spoils the capture (CUDA C++
+        Programming Guide, "Prohibited and Unhandled Operations").
+        """
+        with _making:
+            if context not in _idle_streams:
+                with self.current(context), self.apart_from_captures(RELAXED):
+                    made = self.make("cuStreamCreateWithPriority", NON_BLOCKING, 0)
+                _idle_streams[context] = made
+            return _idle_streams[context]
+
+    def is_captured(self, stream: int) -> bool:
+        """Return whether a stream can't be given work, since it is captured into a graph.
+
+        The default stream can't while a stream that it waits for is captured. To ask spoils nothing
+        (`cuStreamIsCapturing` in cuda.h).
+        """
+        capturing = c_int()
+        status = self.status("cuStreamIsCapturing", stream, byref(capturing))
+        return capturing.value != 0 or status in CAPTURING
+
     @contextmanager
     def current(self, context: int | None) -> Iterator[None]:
         """Make a context the calling thread's current one for the block.
@@ -161,13 +193,13 @@ class Driver:
             self.status("cuCtxSetCurrent", before)
 
     @contextmanager
-    def apart_from_captures(self) -> Iterator[None]:
+    def apart_from_captures(self, how: int = THREAD_LOCAL) -> Iterator[None]:
         """Let no capture of another thread forbid the block's calls, or be spoilt by them.
 
         A capture in the mode "global", which is torch's default, concerns all threads that don't
-        ask for this.
+        ask for this. With `RELAXED`, captures of this thread concern the block as little.
         """
-        mode = c_int(THREAD_LOCAL)
+        mode = c_int(how)
         self.status("cuThreadExchangeStreamCaptureMode", byref(mode))
         try:
             yield

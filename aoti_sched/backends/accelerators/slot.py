@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from aoti_sched.backends.accelerators.streams import RECORD_USE
 from aoti_sched.backends.aoti.handles import each_once
 from aoti_sched.backends.contracts import LoadRequest, Work
 from aoti_sched.events import log
@@ -52,6 +53,10 @@ class Slot:
         self._copies = request.copy_inputs
         self.copies_home = request.copy_outputs == "cpu"
         self.native: _native.Stream | None = None
+        functions = device.native_functions()
+        self._native_events = "make_event" in functions
+        self.records_uses = bool(device.address(RECORD_USE)) and not self.copies_home
+        """Whether native code records the uses of outputs."""
         fence = stream.native_fence()
         if device.native is not None and (fence.get("fence") or fence.get("wait")):
             from aoti_sched.backends.native import _native
@@ -75,6 +80,33 @@ class Slot:
                     self.stream.wait_for(event)
                 except RuntimeError as error:
                     raise self.device.classify(error) from None
+
+    def begin_natively(self, work: Work) -> _native.Arrival | None:
+        """Return what native code lets the slot's stream wait for, before the work.
+
+        Where native code knows no events, the wait is enqueued here. A batch of native code comes
+        from the host, and depends on nothing.
+
+        Raises:
+            DeviceLostError: Nothing runs on the device any more.
+        """
+        self.device.check_alive()
+        event = getattr(work.inputs, "event", None)
+        if event is None or self._native_events:
+            return event
+        self.stream.wait_for(event)
+        return None
+
+    def consumers(self, work: Work) -> list[int | None] | None:
+        """Return torch's ids of the streams that use the outputs, for each member of a batch.
+
+        Native code records their use. None where outputs go to the host, and where that is left to
+        `hand_over`.
+        """
+        if not self.records_uses:
+            return None
+        streams = [getattr(inputs, "consumer", None) for inputs in _arrivals(work)]
+        return [None if stream is None else stream.stream_id for stream in streams]
 
     def hand_over(self, work: Work, outputs: list[Any]) -> None:
         """Record outputs on the stream of their caller, which uses them next.

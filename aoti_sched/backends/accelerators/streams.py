@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from aoti_sched.backends.native import _native
 
 
+RECORD_USE = "_ZN2at4_ops13record_stream4callERNS_6TensorEN3c106StreamE"
+"""`at::_ops::record_stream::call(at::Tensor&, c10::Stream)`."""
+
 _T = TypeVar("_T")
 
 
@@ -157,6 +160,11 @@ class StreamDevice(ABC):
         """The status that the driver's `query` returns while a stream has work to do."""
         return 0
 
+    @property
+    def native_asked(self) -> int:
+        """A stream without work, to be queried where the device may be lost."""
+        return 0
+
     def address(self, function: str) -> int:
         """Return the address of one of torch's functions; 0 where this torch lacks the function."""
         return address_of(function)
@@ -265,7 +273,9 @@ class StreamDevice(ABC):
         except ImportError:
             return None
         shim = shim_of_torch()
+        record_use = self.address(RECORD_USE)
         functions = {
+            **({"record_use": record_use} if record_use else {}),
             "new_handle": self.address("aoti_torch_new_tensor_handle"),
             "get_device_type": self.address("aoti_torch_get_device_type"),
             "copy": self.address("aoti_torch_copy_"),
@@ -281,6 +291,7 @@ class StreamDevice(ABC):
             functions=functions,
             context=self.native_context,
             not_ready=self.native_not_ready,
+            asked=self.native_asked,
         )
 
     def _number(self) -> int:

@@ -96,12 +96,14 @@ class Device:
         index: The device's own number.
         one_at_a_time: Whether the device takes one work of the process at a time.
         functions: Addresses by name. Torch's are `new_handle`, `get_device_type` and `copy`, and
-            `guard` and `unguard` where torch has current streams. A driver's are `get_context`,
-            `set_context`, `exchange_capture_mode`, `query`, `wait_for_event`, `record_event`,
-            `query_event`, `copy_in`, `copy_out`, `allocate_host`, `free_host`, `launch_graph`,
-            `explain` and `take_last_error`.
+            `guard` and `unguard` where torch has current streams, and `record_use`. A driver's are
+            `get_context`, `set_context`, `exchange_capture_mode`, `query`, `is_capturing`,
+            `make_event`, `destroy_event`, `wait_for_event`, `record_event`, `query_event`,
+            `copy_in`, `copy_out`, `allocate_host`, `free_host`, `launch_graph`, `explain` and
+            `take_last_error`.
         context: The driver's context.
         not_ready: The status that the driver's `query` returns while a stream has work to do.
+        asked: A stream without work, to be queried where the device may be lost.
     """
 
     def __init__(
@@ -114,12 +116,19 @@ class Device:
         functions: Mapping[str, int],
         context: int = 0,
         not_ready: int = 0,
+        asked: int = 0,
     ) -> None: ...
-    def record(self, event: int, stream: int) -> None:
-        """Record an event on a stream. Does not block."""
+    def arrive(self, stream: int) -> Arrival:
+        """Record an event on a stream. Does not block.
 
-    def wait_for(self, stream: int, event: int) -> None:
-        """Let later work on a stream wait for an event. Does not block."""
+        Raises RuntimeError, also while the stream is recorded into a graph.
+        """
+
+class Arrival:
+    """A point in the work of a stream, which the runs of a request come after."""
+
+    def precede(self, stream: int) -> None:
+        """Let later work on a stream wait for this point. Does not block."""
 
 class Stream:
     """A slot's stream.
@@ -134,6 +143,8 @@ class Stream:
             shortly.
         brought: For each input, whether a tensor on the host is copied to the device.
         home: Whether outputs are copied to the host.
+        bytes_in: Pinned memory for inputs to begin with.
+        bytes_out: Pinned memory for outputs to begin with.
     """
 
     def __init__(
@@ -147,6 +158,8 @@ class Stream:
         brought: Sequence[bool],
         home: bool,
         event: int = 0,
+        bytes_in: int = 0,
+        bytes_out: int = 0,
     ) -> None: ...
 
 class Graph:
@@ -214,6 +227,7 @@ class Lanes:
         new_handle: The address of torch's function that makes another handle of a tensor.
         threads: The number of threads for all lanes, which then poll a device; 0 for one thread per
             lane.
+        open: The number of lanes to begin with; 0 for all.
     """
 
     def __init__(
@@ -230,6 +244,7 @@ class Lanes:
         set_mkl_threads: int = 0,
         new_handle: int = 0,
         threads: int = 0,
+        open: int = 0,
     ) -> None: ...
     def submit(
         self,
@@ -240,6 +255,8 @@ class Lanes:
         threads: int,
         on: Stream | None = None,
         graph: Graph | None = None,
+        after: Arrival | None = None,
+        consumers: Sequence[int | None] | None = None,
     ) -> None:
         """Hand a work to a lane. When this call raises, the lane has taken nothing."""
 
@@ -256,6 +273,7 @@ class Lanes:
         threads: int,
         on: Stream | None = None,
         graph: Graph | None = None,
+        consumers: Sequence[int | None] | None = None,
     ) -> object:
         """Hand a batch to a lane, as `submit` does.
 
@@ -272,6 +290,8 @@ class Lanes:
         threads: int,
         on: Stream | None = None,
         graph: Graph | None = None,
+        after: Arrival | None = None,
+        consumers: Sequence[int | None] | None = None,
     ) -> Taken:
         """Run on the calling thread, and return a completion as `drain` does.
 
@@ -290,6 +310,7 @@ class Lanes:
         threads: int,
         on: Stream | None = None,
         graph: Graph | None = None,
+        consumers: Sequence[int | None] | None = None,
     ) -> Taken:
         """Run a batch on the calling thread, as `run_here` does."""
 
@@ -301,6 +322,8 @@ class Lanes:
 
     def fileno(self) -> int: ...
     def count(self) -> int: ...
+    def grow(self, count: int) -> None:
+        """Open lanes until there are `count`. Any thread may call this."""
     def close(self) -> None:
         """Wait for the submitted works, then join the threads."""
 

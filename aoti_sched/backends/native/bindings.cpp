@@ -2,6 +2,7 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -116,37 +117,42 @@ NB_MODULE(_native, module) {
           "__init__",
           [](aoti::PyDevice* self, const aoti::Shim& shim, std::int32_t type, std::int32_t index,
              bool one_at_a_time, const std::map<std::string, std::uintptr_t>& functions,
-             std::uintptr_t context, std::int32_t not_ready) {
-            new (self) aoti::PyDevice{
-                aoti::make_device(shim, type, index, one_at_a_time, functions, context, not_ready)};
+             std::uintptr_t context, std::int32_t not_ready, std::uintptr_t asked) {
+            new (self) aoti::PyDevice{aoti::make_device(shim, type, index, one_at_a_time, functions,
+                                                        context, not_ready, asked)};
           },
           nb::arg("shim"), nb::kw_only(), nb::arg("type"), nb::arg("index"),
           nb::arg("one_at_a_time"), nb::arg("functions"), nb::arg("context") = 0,
-          nb::arg("not_ready") = 0)
+          nb::arg("not_ready") = 0, nb::arg("asked") = 0)
       .def(
-          "record",
-          [](const aoti::PyDevice& self, std::uintptr_t event, std::uintptr_t stream) {
-            if (self.device->driver.record_event == nullptr)
+          "arrive",
+          [](const aoti::PyDevice& self, std::uintptr_t stream) {
+            const aoti::Driver& driver = self.device->driver;
+            if (driver.record_event == nullptr || driver.wait_for_event == nullptr ||
+                driver.make_event == nullptr || driver.is_capturing == nullptr)
               throw std::invalid_argument("the device records no events");
-            aoti::record(*self.device, aoti::at<void*>(event), aoti::at<void*>(stream));
+            return aoti::PyArrival{
+                std::make_shared<const aoti::Arrival>(self.device, aoti::at<void*>(stream))};
           },
-          nb::arg("event"), nb::arg("stream"), "Record an event on a stream. Does not block.")
+          nb::arg("stream"),
+          "Record an event on a stream. Does not block. Raises RuntimeError, also while the stream "
+          "is recorded into a graph.");
+
+  nb::class_<aoti::PyArrival>(module, "Arrival")
       .def(
-          "wait_for",
-          [](const aoti::PyDevice& self, std::uintptr_t stream, std::uintptr_t event) {
-            if (self.device->driver.wait_for_event == nullptr)
-              throw std::invalid_argument("the device's streams wait for no events");
-            aoti::wait_for(*self.device, aoti::at<void*>(stream), aoti::at<void*>(event));
+          "precede",
+          [](const aoti::PyArrival& self, std::uintptr_t stream) {
+            self.arrival->precede(aoti::at<void*>(stream));
           },
-          nb::arg("stream"), nb::arg("event"),
-          "Let later work on a stream wait for an event. Does not block.");
+          nb::arg("stream"), "Let later work on a stream wait for this point. Does not block.");
 
   nb::class_<aoti::PyStream>(module, "Stream")
       .def(
           "__init__",
           [](aoti::PyStream* self, const aoti::PyDevice& device, std::uintptr_t handle,
              std::uintptr_t fence, std::uintptr_t wait, std::uintptr_t argument,
-             std::vector<bool> brought, bool home, std::uintptr_t event) {
+             std::vector<bool> brought, bool home, std::uintptr_t event, std::size_t bytes_in,
+             std::size_t bytes_out) {
             if ((fence == 0) == (wait == 0))
               throw std::invalid_argument("fence and wait: one of both");
             const aoti::Driver& driver = device.device->driver;
@@ -155,12 +161,13 @@ NB_MODULE(_native, module) {
             const aoti::Fence how{aoti::at<aoti::FenceFunction>(fence),
                                   aoti::at<void (*)(void*)>(wait), aoti::at<void*>(argument),
                                   aoti::at<void*>(event)};
-            new (self) aoti::PyStream{std::make_shared<aoti::Stream>(
-                device.device, aoti::at<void*>(handle), how, std::move(brought), home)};
+            new (self) aoti::PyStream{
+                std::make_shared<aoti::Stream>(device.device, aoti::at<void*>(handle), how,
+                                               std::move(brought), home, bytes_in, bytes_out)};
           },
           nb::arg("device"), nb::kw_only(), nb::arg("handle"), nb::arg("fence") = 0,
           nb::arg("wait") = 0, nb::arg("argument"), nb::arg("brought"), nb::arg("home"),
-          nb::arg("event") = 0);
+          nb::arg("event") = 0, nb::arg("bytes_in") = 0, nb::arg("bytes_out") = 0);
 
   nb::class_<aoti::PyGraph>(module, "Graph")
       .def(
@@ -206,19 +213,22 @@ NB_MODULE(_native, module) {
   nb::class_<aoti::PyLanes>(module, "Lanes")
       .def(nb::init<std::vector<std::string>, std::vector<int>, int, aoti::Tensors, std::uintptr_t,
                     std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t,
-                    std::size_t>(),
+                    std::size_t, std::size_t>(),
            nb::arg("names"), nb::arg("affinities"), nb::arg("cores"), nb::arg("tensors"),
            nb::kw_only(), nb::arg("delete_tensor"), nb::arg("root_cause") = 0,
            nb::arg("get_threads") = 0, nb::arg("set_omp_threads") = 0,
-           nb::arg("set_mkl_threads") = 0, nb::arg("new_handle") = 0, nb::arg("threads") = 0)
+           nb::arg("set_mkl_threads") = 0, nb::arg("new_handle") = 0, nb::arg("threads") = 0,
+           nb::arg("open") = 0)
       .def("submit", &aoti::PyLanes::submit, nb::arg("lane"), nb::arg("token"), nb::arg("model"),
            nb::arg("inputs"), nb::arg("threads"), nb::arg("on").none() = nb::none(),
-           nb::arg("graph").none() = nb::none(),
+           nb::arg("graph").none() = nb::none(), nb::arg("after").none() = nb::none(),
+           nb::arg("consumers").none() = nb::none(),
            "Hand a work to a lane. When this call raises, the lane has taken nothing.")
       .def("submit_batch", &aoti::PyLanes::submit_batch, nb::arg("lane"), nb::arg("token"),
            nb::arg("model"), nb::arg("plan"), nb::arg("members"), nb::arg("rows"),
            nb::arg("padded_rows"), nb::arg("slot"), nb::arg("threads"),
            nb::arg("on").none() = nb::none(), nb::arg("graph").none() = nb::none(),
+           nb::arg("consumers").none() = nb::none(),
            "Hand a batch to a lane, as `submit` does. Keep the returned object until the work is "
            "drained: the lane reads "
            "the members' memory.")
@@ -226,20 +236,23 @@ NB_MODULE(_native, module) {
            "Return at most `limit` completions, oldest first.")
       .def("run_here", &aoti::PyLanes::run_here, nb::arg("model"), nb::arg("inputs"),
            nb::arg("threads"), nb::arg("on").none() = nb::none(),
-           nb::arg("graph").none() = nb::none(),
+           nb::arg("graph").none() = nb::none(), nb::arg("after").none() = nb::none(),
+           nb::arg("consumers").none() = nb::none(),
            "Run on the calling thread, and return a completion as `drain` does. The GIL is held, "
            "unless the run is on a "
            "device. The thread's own intra-op counts are restored.")
       .def("run_batch_here", &aoti::PyLanes::run_batch_here, nb::arg("model"), nb::arg("plan"),
            nb::arg("members"), nb::arg("rows"), nb::arg("padded_rows"), nb::arg("slot"),
            nb::arg("threads"), nb::arg("on").none() = nb::none(),
-           nb::arg("graph").none() = nb::none(),
+           nb::arg("graph").none() = nb::none(), nb::arg("consumers").none() = nb::none(),
            "Run a batch on the calling thread, as `run_here` does.")
       .def("poll", &aoti::PyLanes::poll, nb::arg("seconds"),
            "Spin without the GIL for at most `seconds`. Return whether a completion waits.")
       .def("wake", &aoti::PyLanes::wake, "Make the descriptor readable.")
       .def("fileno", &aoti::PyLanes::fileno)
       .def("count", &aoti::PyLanes::count)
+      .def("grow", &aoti::PyLanes::grow, nb::arg("count"),
+           "Open lanes until there are `count`. Any thread may call this.")
       .def("close", &aoti::PyLanes::close, "Wait for the submitted works, then join the threads.")
       .def("hang_up", &aoti::PyLanes::hang_up,
            "Close the lanes and the descriptor. `fileno` then returns -1.");

@@ -57,8 +57,14 @@ Polling finds none where lanes sleep or other processes have their cores.
 """
 
 
-_NativeCall: TypeAlias = "tuple[CRun, _native.Stream | None, _native.Graph | None]"
-"""The run, its stream and its graph. A plain tuple is the cheapest, and each run makes one."""
+_NativeCall: TypeAlias = (
+    "tuple[CRun, _native.Stream | None, _native.Graph | None, _native.Arrival | None, "
+    "list[int | None] | None]"
+)
+"""The run, its stream, its graph, what it comes after, and the streams that use its outputs.
+
+A plain tuple is the cheapest, and each run makes one.
+"""
 
 
 class NativeExecutor:
@@ -139,7 +145,7 @@ class NativeExecutor:
                 raise _busy(self._name, lane)
             self._standing_in[lane] = work
             return self._stand_in_lanes().submit(lane, work)
-        run, on, graph = call
+        run, on, graph, after, consumers = call
         if lane in self._standing_in:
             raise _busy(self._name, lane)
         self._count = token = self._count + 1
@@ -149,7 +155,7 @@ class NativeExecutor:
             model = run.native or _prepare(run)
             if batch is None:
                 self._native.submit(
-                    lane, token, model, work.inputs, work.threads, on=on, graph=graph
+                    lane, token, model, work.inputs, work.threads, on, graph, after, consumers
                 )
             elif self._shim is None:
                 # New memory, since the slot's running work may still read the slot's own memory.
@@ -166,8 +172,9 @@ class NativeExecutor:
                     batch.padded_rows,
                     batch.slot,
                     work.threads,
-                    on=on,
-                    graph=graph,
+                    on,
+                    graph,
+                    consumers,
                 )
         except Exception as error:  # noqa: BLE001 -- raised again as an error of this package
             del self._works[token]
@@ -187,10 +194,12 @@ class NativeExecutor:
             call = self._route(work)
             if call is None:
                 return run_here(work)
-            run, on, graph = call
+            run, on, graph, after, consumers = call
             if batch is None:
                 model = run.native or _prepare(run)
-                taken = self._native.run_here(model, work.inputs, work.threads, on, graph)
+                taken = self._native.run_here(
+                    model, work.inputs, work.threads, on, graph, after, consumers
+                )
             elif self._shim is None:
                 return run_here(work)
             else:
@@ -204,6 +213,7 @@ class NativeExecutor:
                     work.threads,
                     on,
                     graph,
+                    consumers,
                 )
         except Exception as error:  # noqa: BLE001 -- it is the request's
             return refused(work, self._plain(error))
@@ -219,15 +229,14 @@ class NativeExecutor:
         if run is None:
             return None
         if not run.slots:
-            return run, None, None
+            return run, None, None, None, None
         if not self._can_gather(work):
             return None
         graph = None
         if run.graph_of is not None and (graph := run.graph_of(work)) is None:
             return None
         slot = run.slots[work.slot]
-        slot.begin(work)
-        return run, slot.native, graph
+        return run, slot.native, graph, slot.begin_natively(work), slot.consumers(work)
 
     def poll(self) -> bool:
         if len(self._works) != 1:
@@ -281,12 +290,14 @@ class NativeExecutor:
             return Completion(work.token, None, error, started, finished)
         try:
             outputs = (
-                work.container.detach_outputs(result)
+                work.container.detach_outputs([*result] if run.slots else result)
                 if work.batch is None
                 else self._member_outputs(work, work.batch, result)
             )
             if run.slots:
-                run.slots[work.slot].hand_over(work, outputs)
+                slot = run.slots[work.slot]
+                if not (slot.records_uses and _are_kept(work, result, outputs)):
+                    slot.hand_over(work, outputs)
         except Exception as caught:  # noqa: BLE001 -- this request's error; the other completions go on
             return Completion(work.token, None, without_frames(caught), started, finished)
         return Completion(work.token, outputs, None, started, finished)
@@ -335,6 +346,13 @@ class NativeExecutor:
         if isinstance(error, RuntimeError) and not isinstance(error, AotiSchedError):
             return RuntimeError(f"device {self._name}: {error}")
         return error
+
+
+def _are_kept(work: Work, result: list[Any], outputs: list[Any]) -> bool:
+    """Return whether all outputs are those that the lane has returned, and none is a copy."""
+    if work.batch is not None:
+        return outputs is result[1]
+    return all(one is other for one, other in zip(result, outputs, strict=True))
 
 
 def _busy(name: str, lane: int) -> RuntimeError:

@@ -141,7 +141,7 @@ struct Lanes::Thread {
 };
 
 Lanes::Lanes(Runtime runtime, std::vector<std::string> names, std::vector<int> affinities,
-             int cores, std::size_t threads)
+             int cores, std::size_t threads, std::size_t open)
     : runtime_(runtime), cores_(cores) {
   const std::size_t count = threads == 0 ? names.size() : std::min(threads, names.size());
   for (std::size_t index = 0; index < names.size(); ++index) {
@@ -155,12 +155,24 @@ Lanes::Lanes(Runtime runtime, std::vector<std::string> names, std::vector<int> a
   }
   for (auto& thread : threads_) thread->detached.reserve(thread->lanes.size());
   try {
-    for (auto& thread : threads_)
-      thread->thread = std::thread([this, &thread = *thread] { serve(thread); });
+    grow(open == 0 ? lanes_.size() : open);
   } catch (...) {
     close();
     throw;
   }
+}
+
+void Lanes::grow(std::size_t count) {
+  const std::lock_guard closing(close_mutex_);
+  if (closed_) return;
+  count = std::min(count, lanes_.size());
+  // Fewer threads than lanes serve all of them from the beginning.
+  const std::size_t threads = threads_.size() < lanes_.size() ? threads_.size() : count;
+  for (; started_ < threads; ++started_) {
+    Thread& thread = *threads_[started_];
+    thread.thread = std::thread([this, &thread] { serve(thread); });
+  }
+  if (count > open_.load(std::memory_order_relaxed)) open_.store(count, std::memory_order_release);
 }
 
 Lanes::~Lanes() { close(); }

@@ -51,13 +51,18 @@ class Lanes {
   // threads: The number of threads for all lanes; 0 for one each. A thread that serves several
   // lanes launches
   //   their works on a device and polls for the ends.
+  // open: The number of lanes to begin with; 0 for all. `grow` opens the others.
   Lanes(Runtime runtime, std::vector<std::string> names, std::vector<int> affinities, int cores,
-        std::size_t threads = 0);
+        std::size_t threads = 0, std::size_t open = 0);
   ~Lanes();
   Lanes(const Lanes&) = delete;
   Lanes& operator=(const Lanes&) = delete;
 
-  [[nodiscard]] std::size_t count() const { return lanes_.size(); }
+  // Returns how many lanes are open.
+  [[nodiscard]] std::size_t count() const { return open_.load(std::memory_order_acquire); }
+  // Opens lanes until there are `count`, or as many as there are names. Any thread may call this.
+  // Throws std::system_error, and then opens none. Closed lanes stay as they are.
+  void grow(std::size_t count);
   [[nodiscard]] int descriptor() const { return wakeup_.descriptor(); }
   [[nodiscard]] const Runtime& runtime() const { return runtime_; }
   void wake() { wakeup_.set(); }
@@ -100,6 +105,7 @@ class Lanes {
   std::atomic<int> awake_{0};  // threads that run or spin
   std::vector<std::unique_ptr<Lane>> lanes_;
   std::vector<std::unique_ptr<Thread>> threads_;  // lane i is served by thread i modulo their count
+  std::atomic<std::size_t> open_{0};              // the lanes that may be used; the first ones
   std::mutex done_mutex_;
   std::list<Completion> done_;  // guarded by done_mutex_
   bool woken_ = false;          // guarded by done_mutex_
@@ -108,7 +114,8 @@ class Lanes {
   std::atomic<std::size_t> finished_{0};  // counts completions, for the loop that polls
   WakeupFd wakeup_;
   std::mutex close_mutex_;
-  bool closed_ = false;
+  bool closed_ = false;      // guarded by close_mutex_
+  std::size_t started_ = 0;  // threads; guarded by close_mutex_
 };
 
 }  // namespace aoti

@@ -45,12 +45,14 @@ void watch_forks() {
 PyLanes::PyLanes(std::vector<std::string> names, std::vector<int> affinities, int cores,
                  Tensors tensors, std::uintptr_t delete_tensor, std::uintptr_t root_cause,
                  std::uintptr_t get_threads, std::uintptr_t set_omp_threads,
-                 std::uintptr_t set_mkl_threads, std::uintptr_t new_handle, std::size_t threads)
+                 std::uintptr_t set_mkl_threads, std::uintptr_t new_handle, std::size_t threads,
+                 std::size_t open)
     : born_(forks),
       tensors_(std::move(tensors)),
       lanes_(std::make_unique<Lanes>(make_runtime(delete_tensor, root_cause, get_threads,
                                                   set_omp_threads, set_mkl_threads, new_handle),
-                                     std::move(names), std::move(affinities), cores, threads)) {}
+                                     std::move(names), std::move(affinities), cores, threads,
+                                     open)) {}
 
 PyLanes::~PyLanes() {
   // In a forked child the threads are missing, and joining them would never end: the memory is
@@ -60,20 +62,22 @@ PyLanes::~PyLanes() {
 }
 
 void PyLanes::submit(std::size_t lane, std::uint64_t token, const PyModel& model, nb::handle inputs,
-                     int threads, const PyStream* on, const PyGraph* graph) {
+                     int threads, const PyStream* on, const PyGraph* graph, const PyArrival* after,
+                     const std::optional<Consumers>& consumers) {
   if (lane >= lanes_->count()) throw nb::index_error("no such lane");
   Work work = make_work(model, inputs, threads);
-  attach_stream(work, on, graph);
+  attach_stream(work, on, graph, after, consumers);
   hand_over(lane, token, work);
 }
 
 nb::object PyLanes::submit_batch(std::size_t lane, std::uint64_t token, PyModel& model,
                                  const PyPlan& plan, nb::handle members, nb::handle rows,
                                  std::int64_t padded_rows, std::size_t slot, int threads,
-                                 const PyStream* on, const PyGraph* graph) {
+                                 const PyStream* on, const PyGraph* graph,
+                                 const std::optional<Consumers>& consumers) {
   if (lane >= lanes_->count()) throw nb::index_error("no such lane");
   auto [work, tensors] = make_batch(model, plan, members, rows, padded_rows, slot, threads);
-  attach_stream(work, on, graph);
+  attach_stream(work, on, graph, nullptr, consumers);
   hand_over(lane, token, work);
   return tensors;
 }
@@ -101,17 +105,19 @@ nb::list PyLanes::drain(std::size_t limit) {
 }
 
 nb::object PyLanes::run_here(const PyModel& model, nb::handle inputs, int threads,
-                             const PyStream* on, const PyGraph* graph) {
+                             const PyStream* on, const PyGraph* graph, const PyArrival* after,
+                             const std::optional<Consumers>& consumers) {
   Work work = make_work(model, inputs, threads);
-  attach_stream(work, on, graph);
+  attach_stream(work, on, graph, after, consumers);
   return finish_here(std::move(work));
 }
 
 nb::object PyLanes::run_batch_here(PyModel& model, const PyPlan& plan, nb::handle members,
                                    nb::handle rows, std::int64_t padded_rows, std::size_t slot,
-                                   int threads, const PyStream* on, const PyGraph* graph) {
+                                   int threads, const PyStream* on, const PyGraph* graph,
+                                   const std::optional<Consumers>& consumers) {
   auto [work, tensors] = make_batch(model, plan, members, rows, padded_rows, slot, threads);
-  attach_stream(work, on, graph);
+  attach_stream(work, on, graph, nullptr, consumers);
   return finish_here(std::move(work));
 }
 
@@ -119,6 +125,12 @@ bool PyLanes::poll(double seconds) {
   refuse_in_child();
   const ReleasedGil released;
   return lanes_->poll(std::chrono::nanoseconds(static_cast<std::int64_t>(seconds * 1e9)));
+}
+
+void PyLanes::grow(std::size_t count) {
+  refuse_in_child();
+  const ReleasedGil released;
+  lanes_->grow(count);
 }
 
 void PyLanes::close() {
@@ -163,8 +175,19 @@ std::pair<Work, nb::object> PyLanes::make_batch(PyModel& model, const PyPlan& pl
   return {std::move(work), std::move(tensors)};
 }
 
-void PyLanes::attach_stream(Work& work, const PyStream* on, const PyGraph* graph) {
+void PyLanes::attach_stream(Work& work, const PyStream* on, const PyGraph* graph,
+                            const PyArrival* after, const std::optional<Consumers>& consumers) {
+  if (on == nullptr && (after != nullptr || consumers))
+    throw std::invalid_argument("after and consumers: only with a stream");
   if (on != nullptr) work.on = on->stream;
+  if (after != nullptr) work.after = after->arrival;
+  if (consumers) {
+    const std::size_t members = work.batch == nullptr ? 1 : work.batch->rows.size();
+    if (consumers->size() != members) throw std::invalid_argument("consumers: one for each member");
+    if (on->stream->device().record_use == nullptr)
+      throw std::invalid_argument("the device records no uses");
+    work.consumers = *consumers;
+  }
   if (graph == nullptr) return;
   if (on == nullptr || graph->graph->inputs.size() != work.model->num_inputs ||
       graph->graph->outputs.size() != work.model->num_outputs) {

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -30,28 +31,33 @@ class PyLanes {
   PyLanes(std::vector<std::string> names, std::vector<int> affinities, int cores, Tensors tensors,
           std::uintptr_t delete_tensor, std::uintptr_t root_cause, std::uintptr_t get_threads,
           std::uintptr_t set_omp_threads, std::uintptr_t set_mkl_threads, std::uintptr_t new_handle,
-          std::size_t threads);
+          std::size_t threads, std::size_t open);
   // Waits for the submitted works, without the GIL: a work may run Python code that wants it.
   ~PyLanes();
   PyLanes(const PyLanes&) = delete;
   PyLanes& operator=(const PyLanes&) = delete;
 
   void submit(std::size_t lane, std::uint64_t token, const PyModel& model, nanobind::handle inputs,
-              int threads, const PyStream* on, const PyGraph* graph);
+              int threads, const PyStream* on, const PyGraph* graph, const PyArrival* after,
+              const std::optional<Consumers>& consumers);
   nanobind::object submit_batch(std::size_t lane, std::uint64_t token, PyModel& model,
                                 const PyPlan& plan, nanobind::handle members, nanobind::handle rows,
                                 std::int64_t padded_rows, std::size_t slot, int threads,
-                                const PyStream* on, const PyGraph* graph);
+                                const PyStream* on, const PyGraph* graph,
+                                const std::optional<Consumers>& consumers);
   nanobind::list drain(std::size_t limit);
   nanobind::object run_here(const PyModel& model, nanobind::handle inputs, int threads,
-                            const PyStream* on, const PyGraph* graph);
+                            const PyStream* on, const PyGraph* graph, const PyArrival* after,
+                            const std::optional<Consumers>& consumers);
   nanobind::object run_batch_here(PyModel& model, const PyPlan& plan, nanobind::handle members,
                                   nanobind::handle rows, std::int64_t padded_rows, std::size_t slot,
-                                  int threads, const PyStream* on, const PyGraph* graph);
+                                  int threads, const PyStream* on, const PyGraph* graph,
+                                  const std::optional<Consumers>& consumers);
   bool poll(double seconds);
   void wake() { lanes_->wake(); }
   [[nodiscard]] int fileno() const { return lanes_->descriptor(); }
   [[nodiscard]] std::size_t count() const { return lanes_->count(); }
+  void grow(std::size_t count);
   void close();
   void hang_up();
 
@@ -63,9 +69,10 @@ class PyLanes {
                                                              nanobind::handle rows,
                                                              std::int64_t padded_rows,
                                                              std::size_t slot, int threads) const;
-  // Sets the stream that the work runs on, and the graph that is launched there instead of the
-  // model.
-  static void attach_stream(Work& work, const PyStream* on, const PyGraph* graph);
+  // Sets the stream that the work runs on, the graph that is launched there instead of the model,
+  // what the run comes after, and the streams that use its outputs.
+  static void attach_stream(Work& work, const PyStream* on, const PyGraph* graph,
+                            const PyArrival* after, const std::optional<Consumers>& consumers);
   void hand_over(std::size_t lane, std::uint64_t token, Work& work);
   [[nodiscard]] nanobind::object finish_here(Work&& work) const;
   // Returns (token, outputs or (runtime's words, torch's words), started, finished); times in

@@ -29,7 +29,8 @@ std::shared_ptr<const Plan> make_plan(const Shim& shim, const std::vector<PyInpu
 std::shared_ptr<const Device> make_device(const Shim& shim, std::int32_t type, std::int32_t index,
                                           bool one_at_a_time,
                                           const std::map<std::string, std::uintptr_t>& functions,
-                                          std::uintptr_t context, std::int32_t not_ready) {
+                                          std::uintptr_t context, std::int32_t not_ready,
+                                          std::uintptr_t asked) {
   auto made = std::make_shared<Device>();
   Device& device = *made;
   std::size_t found = 0;
@@ -45,6 +46,7 @@ std::shared_ptr<const Device> make_device(const Shim& shim, std::int32_t type, s
   device.one_at_a_time = one_at_a_time;
   device.driver.context = at<void*>(context);
   device.driver.not_ready = not_ready;
+  device.driver.asked = at<void*>(asked);
   set(device.new_handle, "new_handle");
   set(device.get_device_type, "get_device_type");
   set(device.copy, "copy");
@@ -53,7 +55,11 @@ std::shared_ptr<const Device> make_device(const Shim& shim, std::int32_t type, s
   set(device.driver.get_context, "get_context");
   set(device.driver.set_context, "set_context");
   set(device.driver.exchange_capture_mode, "exchange_capture_mode");
+  set(device.record_use, "record_use");
   set(device.driver.query, "query");
+  set(device.driver.is_capturing, "is_capturing");
+  set(device.driver.make_event, "make_event");
+  set(device.driver.destroy_event, "destroy_event");
   set(device.driver.wait_for_event, "wait_for_event");
   set(device.driver.record_event, "record_event");
   set(device.driver.query_event, "query_event");

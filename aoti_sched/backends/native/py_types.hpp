@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <unordered_map>
@@ -50,6 +51,12 @@ struct PyGraph {
   std::shared_ptr<const Graph> graph;
 };
 
+struct PyArrival {
+  std::shared_ptr<const Arrival> arrival;
+};
+
+using Consumers = std::vector<std::optional<std::int64_t>>;  // torch's ids of streams
+
 // Of an input: dimension of rows, order in memory, ragged dimensions, padding element by dtype.
 using PyInput = std::tuple<std::size_t, std::vector<std::size_t>, std::vector<std::size_t>,
                            std::map<int, nanobind::bytes>>;
@@ -66,7 +73,7 @@ using PyOutput =
 [[nodiscard]] std::shared_ptr<const Device> make_device(
     const Shim& shim, std::int32_t type, std::int32_t index, bool one_at_a_time,
     const std::map<std::string, std::uintptr_t>& functions, std::uintptr_t context,
-    std::int32_t not_ready);
+    std::int32_t not_ready, std::uintptr_t asked);
 
 // Takes the handles, also when it throws.
 [[nodiscard]] std::shared_ptr<const Graph> make_graph(const PyDevice& device,

@@ -127,6 +127,7 @@ void Run::launch() noexcept {
 
 void Run::launch_on_stream() {
   stream_run_.emplace(*work_.on);
+  if (work_.after != nullptr) stream_run_->follow(*work_.after);
   if (work_.graph == nullptr) {
     stream_run_->to_device(work_.inputs);
   } else {
@@ -155,6 +156,23 @@ void Run::run_model() noexcept {
   if (status == 0 || completion_.status != 0) return;
   completion_.status = status;
   completion_.error = std::move(error);
+}
+
+// On this thread, since torch's allocator is locked meanwhile, and for long while memory is made.
+void Run::record_uses() const {
+  const OwnedHandles& tensors = work_.batch == nullptr ? completion_.outputs : completion_.parts;
+  const std::size_t each = tensors.size() / work_.consumers.size();
+  const Device& device = work_.on->device();
+  for (std::size_t index = 0; index < tensors.size(); ++index) {
+    const std::optional<std::int64_t> stream = work_.consumers[index / each];
+    if (tensors[index] == nullptr || !stream) continue;
+    std::int32_t type = 0;
+    check_torch(device.get_device_type(tensors[index], &type), "get_device_type");
+    if (type != device.type) continue;
+    const TorchStream consumer{static_cast<std::int8_t>(device.type),
+                               static_cast<std::int8_t>(device.index), *stream};
+    device.record_use(tensors[index], consumer);
+  }
 }
 
 bool Run::ready() noexcept {
@@ -189,6 +207,7 @@ Completion Run::finish() noexcept {
             [&] { completion_.parts = split(*work_.batch, completion_.outputs); });
     if (work_.batch->plan->detach_rows) completion_.outputs.reset();
   }
+  if (!work_.consumers.empty()) attempt(runtime_, completion_, [&] { record_uses(); });
   completion_.finished = now();
   if (completion_.status != 0) {
     completion_.outputs.reset();

@@ -52,9 +52,13 @@ struct Work {
   std::shared_ptr<const Model> model;
   OwnedHandles inputs;  // the model steals some of them; a batch's are made by its run
   std::unique_ptr<Batch> batch;
-  int threads = 1;                     // intra-op threads of the run
-  std::shared_ptr<Stream> on;          // a slot's stream on a device; null for a CPU
-  std::shared_ptr<const Graph> graph;  // launched on the stream instead of the model
+  int threads = 1;                       // intra-op threads of the run
+  std::shared_ptr<Stream> on;            // a slot's stream on a device; null for a CPU
+  std::shared_ptr<const Graph> graph;    // launched on the stream instead of the model
+  std::shared_ptr<const Arrival> after;  // what the run comes after; null where nothing is awaited
+  // Torch's id of the stream that uses the outputs next, if any, for each member of a batch. Empty
+  // where their use is not recorded here.
+  std::vector<std::optional<std::int64_t>> consumers;
 };
 
 struct Completion {
@@ -96,6 +100,7 @@ class Run {
  private:
   void launch_on_stream();
   void run_model() noexcept;
+  void record_uses() const;
 
   const Runtime& runtime_;
   Work work_;

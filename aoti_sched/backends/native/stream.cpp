@@ -27,12 +27,22 @@ constexpr int kRetries = 32;
 // CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 constexpr std::int32_t kThreadLocal = 1;
 
+// CU_EVENT_DISABLE_TIMING
+constexpr unsigned kDisableTiming = 2;
+
 // CUDA_ERROR_STREAM_CAPTURE_*: what was called is forbidden while a graph is recorded. Such a
 // status does not tell whether the device is done.
 bool is_forbidden(std::int32_t status) { return status >= 900 && status < 910; }
 
 thread_local bool keeps_contexts = false;
 thread_local const void* kept = nullptr;  // the context of the device that the lane works for
+
+// Asks the device in a way that spoils no recording. False where it can't be asked.
+bool works(const Driver& driver) {
+  if (driver.query == nullptr) return false;
+  const std::int32_t status = driver.query(driver.asked);  // an error that stays is every call's
+  return status == 0 || status == driver.not_ready || is_forbidden(status);
+}
 
 struct Layout {
   bool known = false;
@@ -143,14 +153,62 @@ InContext::~InContext() {
   if (restores_context_) driver_.set_context(before_);
 }
 
-void record(const Device& device, void* event, void* stream) {
-  const InContext in_context(device.driver, false);  // the default stream belongs to a context
-  check_driver(device.driver, device.driver.record_event(event, stream), "cuEventRecord");
+void* Events::take(const Driver& driver) {
+  const std::lock_guard lock(mutex_);
+  if (free_.empty()) {
+    free_.reserve(made_ + 1);
+    void* made = nullptr;
+    check_driver(driver, driver.make_event(&made, kDisableTiming), "cuEventCreate");
+    ++made_;
+    return made;
+  }
+  void* const event = free_.back();
+  free_.pop_back();
+  return event;
 }
 
-void wait_for(const Device& device, void* stream, void* event) {
-  const InContext in_context(device.driver, false);
-  check_driver(device.driver, device.driver.wait_for_event(stream, event, 0), "cuStreamWaitEvent");
+void Events::give(void* event) noexcept {
+  const std::lock_guard lock(mutex_);
+  free_.push_back(event);
+}
+
+void Events::destroy(const Driver& driver) noexcept {
+  if (free_.empty() || driver.destroy_event == nullptr) return;
+  try {
+    const InContext in_context(driver);
+    if (!works(driver)) return;
+    for (void* const event : free_) driver.destroy_event(event);
+  } catch (const std::runtime_error&) {  // NOLINT(bugprone-empty-catch)
+    // The context is gone, and the events with it.
+  }
+}
+
+Arrival::Arrival(std::shared_ptr<const Device> device, void* stream) : device_(std::move(device)) {
+  const Driver& driver = device_->driver;
+  const InContext in_context(driver, false);  // the default stream belongs to a context
+  std::int32_t capturing = 0;
+  const std::int32_t status = driver.is_capturing(stream, &capturing);
+  if (capturing != 0 || is_forbidden(status)) {
+    throw std::runtime_error(
+        "the current stream is being recorded into a graph, or is the default stream while a "
+        "stream "
+        "that waits for it is. A request is no part of a recording: make it before or afterwards, "
+        "or "
+        "under another current stream");
+  }
+  check_driver(driver, status, "cuStreamIsCapturing");
+  event_ = device_->events.take(driver);
+  const std::int32_t recorded = driver.record_event(event_, stream);
+  if (recorded == 0) return;
+  device_->events.give(event_);
+  check_driver(driver, recorded, "cuEventRecord");
+}
+
+Arrival::~Arrival() { device_->events.give(event_); }
+
+void Arrival::precede(void* stream) const {
+  const Driver& driver = device_->driver;
+  check_driver(driver, driver.wait_for_event(stream, event_, 0), "cuStreamWaitEvent");
 }
 
 std::recursive_mutex& process_lock() {
@@ -182,6 +240,15 @@ char* Pinned::reserve(std::size_t bytes) {
   return static_cast<char*>(memory_);
 }
 
+void Pinned::prepare(std::size_t bytes) noexcept {
+  try {
+    const InContext in_context(driver_);
+    static_cast<void>(reserve(bytes));
+  } catch (const std::runtime_error&) {  // NOLINT(bugprone-empty-catch)
+    // A run that needs the memory says so.
+  }
+}
+
 void Pinned::abandon() {
   memory_ = nullptr;
   bytes_ = 0;
@@ -200,14 +267,19 @@ Graph::Graph(std::shared_ptr<const Device> its_device, void* its_executable,
 // --- Stream -----------------------------------------------------------------------------------
 
 Stream::Stream(std::shared_ptr<const Device> device, void* handle, Fence fence,
-               std::vector<bool> copies_in, bool copies_out)
+               std::vector<bool> copies_in, bool copies_out, std::size_t bytes_in,
+               std::size_t bytes_out)
     : device_(std::move(device)),
       handle_(handle),
       fence_(fence),
       copies_in_(std::move(copies_in)),
       copies_out_(copies_out),
       in_(device_->driver),
-      out_(device_->driver) {}
+      out_(device_->driver) {
+  if (device_->driver.copy_in == nullptr) return;
+  if (bytes_in > 0) in_.prepare(bytes_in);
+  if (bytes_out > 0) out_.prepare(bytes_out);
+}
 
 // --- StreamRun --------------------------------------------------------------------------------
 
@@ -350,11 +422,11 @@ void StreamRun::fence() {
   auto pause = kShortestPause;
   std::int32_t status = wait();
   for (int retries = 0; status != 0; status = wait()) {
-    if (!is_forbidden(status) && (retries++ == kRetries || !device_works())) break;
+    if (!is_forbidden(status) && (retries++ == kRetries || !works(device_.driver))) break;
     std::this_thread::sleep_for(pause);
     pause = std::min(2 * pause, kLongestPause);
   }
-  if (status != 0 && device_works()) {
+  if (status != 0 && works(device_.driver)) {
     static_cast<void>(held_.release());
     stream_.in_.abandon();
     stream_.out_.abandon();
@@ -373,13 +445,6 @@ std::int32_t StreamRun::wait() const {
     }
   }
   return fence.fence(fence.argument);
-}
-
-bool StreamRun::device_works() const {
-  const Driver& driver = device_.driver;
-  if (driver.query == nullptr) return false;
-  const std::int32_t status = driver.query(nullptr);  // an error that stays is every call's
-  return status == 0 || status == driver.not_ready || is_forbidden(status);
 }
 
 void StreamRun::forget_error() const {

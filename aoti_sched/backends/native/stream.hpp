@@ -18,19 +18,30 @@
 
 namespace aoti {
 
+// A stream as torch passes one by value (`c10::Stream`).
+struct TorchStream {
+  std::int8_t device_type = 0;
+  std::int8_t device_index = 0;
+  std::int64_t id = 0;
+};
+
 // Waits until the stream's device work is complete; 0 is success.
 using FenceFunction = std::int32_t (*)(void* argument);
 
 // A driver's functions, or null where torch serves. For CUDA: cuCtxGetCurrent, cuCtxSetCurrent,
-// cuThreadExchangeStreamCaptureMode, cuStreamQuery, cuStreamWaitEvent, cuEventRecord, cuEventQuery,
-// cuMemcpyHtoDAsync, cuMemcpyDtoHAsync, cuMemAllocHost, cuMemFreeHost, cuGraphLaunch,
-// cuGetErrorString, and the runtime's cudaGetLastError.
+// cuThreadExchangeStreamCaptureMode, cuStreamQuery, cuStreamIsCapturing, cuStreamWaitEvent,
+// cuEventCreate, cuEventDestroy, cuEventRecord, cuEventQuery, cuMemcpyHtoDAsync, cuMemcpyDtoHAsync,
+// cuMemAllocHost, cuMemFreeHost, cuGraphLaunch, cuGetErrorString, and the runtime's
+// cudaGetLastError.
 struct Driver {
   void* context = nullptr;
   std::int32_t (*get_context)(void** context) = nullptr;
   std::int32_t (*set_context)(void* context) = nullptr;
   std::int32_t (*exchange_capture_mode)(std::int32_t* mode) = nullptr;
   std::int32_t (*query)(void* stream) = nullptr;
+  std::int32_t (*is_capturing)(void* stream, std::int32_t* status) = nullptr;
+  std::int32_t (*make_event)(void** made, unsigned flags) = nullptr;
+  std::int32_t (*destroy_event)(void* event) = nullptr;
   std::int32_t (*wait_for_event)(void* stream, void* event, unsigned flags) = nullptr;
   std::int32_t (*record_event)(void* event, void* stream) = nullptr;
   std::int32_t (*query_event)(void* event) = nullptr;
@@ -44,9 +55,32 @@ struct Driver {
   // Returns the thread's last error of the runtime, and forgets it.
   std::int32_t (*take_last_error)() = nullptr;
   std::int32_t not_ready = 0;  // what `query` returns while the stream has work to do
+  // A stream without work, which is queried to find out whether the device is lost. The default
+  // stream won't do: while a stream that waits for it is recorded, a query spoils the recording.
+  void* asked = nullptr;
+};
+
+// A driver's events. Those that are free serve the next request.
+class Events {
+ public:
+  // Returns a free event, or makes one in the current context. Throws.
+  [[nodiscard]] void* take(const Driver& driver);
+  void give(void* event) noexcept;
+  // Destroys the free events, unless the device is lost: then they end with the process.
+  void destroy(const Driver& driver) noexcept;
+
+ private:
+  std::mutex mutex_;
+  std::vector<void*> free_;  // has room for all events
+  std::size_t made_ = 0;
 };
 
 struct Device {
+  Device() = default;
+  ~Device() { events.destroy(driver); }
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+
   Shim shim;
   std::int32_t (*new_handle)(BorrowedHandle tensor, Handle* made) = nullptr;
   std::int32_t (*get_device_type)(BorrowedHandle tensor, std::int32_t* type) = nullptr;
@@ -55,10 +89,13 @@ struct Device {
   // Null for devices without current streams.
   std::int32_t (*guard)(void* stream, std::int32_t index, void** made) = nullptr;
   std::int32_t (*unguard)(void* guard) = nullptr;
+  // Tells torch's allocator that a stream uses a tensor (`at::_ops::record_stream::call`). Throws.
+  void (*record_use)(BorrowedHandle tensor, TorchStream stream) = nullptr;
   std::int32_t type = 0;  // torch's number for this kind of device
   std::int32_t index = 0;
   bool one_at_a_time = false;  // of all works in the process
   Driver driver;
+  mutable Events events;
 };
 
 // Throws std::runtime_error, with the driver's words, unless the status is 0.
@@ -85,10 +122,25 @@ class InContext {
   bool restores_mode_ = false;
 };
 
-// Records an event on a stream, or lets a stream wait for one, without blocking. Throws
-// std::runtime_error.
-void record(const Device& device, void* event, void* stream);
-void wait_for(const Device& device, void* stream, void* event);
+// The point in the work of a stream at which a request came, as an event. The event is free when
+// the last reference to this is gone: by then each wait for it has been enqueued.
+class Arrival {
+ public:
+  // Does not block. Throws std::runtime_error, also while the stream, or one that the default
+  // stream waits for, is recorded into a graph.
+  Arrival(std::shared_ptr<const Device> device, void* stream);
+  ~Arrival();
+  Arrival(const Arrival&) = delete;
+  Arrival& operator=(const Arrival&) = delete;
+
+  // Lets later work on a stream wait for this point. The device's context is current, or the stream
+  // is not the default one. Does not block. Throws std::runtime_error.
+  void precede(void* stream) const;
+
+ private:
+  std::shared_ptr<const Device> device_;
+  void* event_;
+};
 
 // Held by the thread that works on a device that takes one work of the process at a time.
 [[nodiscard]] std::recursive_mutex& process_lock();
@@ -113,6 +165,8 @@ class Pinned {
   // Returns at least this many bytes, and discards the contents: no copy may be under way. Throws
   // std::runtime_error.
   [[nodiscard]] char* reserve(std::size_t bytes);
+  // Returns at least this many bytes beforehand, if there is memory for them.
+  void prepare(std::size_t bytes) noexcept;
   // Leaves the memory to a device that may still use it, for ever.
   void abandon();
 
@@ -141,10 +195,13 @@ struct Graph {
 class Stream {
  public:
   // `copies_in` says of each input whether it is copied to the device where it lies on the host.
-  // With `copies_out`, outputs are copied to the host.
+  // With `copies_out`, outputs are copied to the host. `bytes_in` and `bytes_out` are what copies
+  // are expected to take at most, so that a run need not make room for them.
   Stream(std::shared_ptr<const Device> device, void* handle, Fence fence,
-         std::vector<bool> copies_in, bool copies_out);
+         std::vector<bool> copies_in, bool copies_out, std::size_t bytes_in = 0,
+         std::size_t bytes_out = 0);
 
+  [[nodiscard]] const Device& device() const { return *device_; }
   [[nodiscard]] void* handle() const { return handle_; }
   // Returns whether a thread may detach from a run and poll for its end.
   [[nodiscard]] bool can_poll() const {
@@ -174,6 +231,8 @@ class StreamRun {
   StreamRun(const StreamRun&) = delete;
   StreamRun& operator=(const StreamRun&) = delete;
 
+  // Lets the run wait for a point in the work of another stream.
+  void follow(const Arrival& arrival) const { arrival.precede(stream_.handle_); }
   // Replaces each input that belongs on the device by a tensor there. Keeps a handle of every
   // input: the model frees inputs when it has launched, and not when the device is done.
   void to_device(OwnedHandles& inputs) { to_device(inputs, nullptr); }
@@ -205,7 +264,6 @@ class StreamRun {
   };
   void to_device(OwnedHandles& inputs, const Graph* graph);
   [[nodiscard]] std::int32_t wait() const;
-  [[nodiscard]] bool device_works() const;
 
   Stream& stream_;
   const Device& device_;

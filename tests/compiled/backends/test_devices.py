@@ -17,6 +17,7 @@ import torch
 
 from aoti_sched.backends import devices
 from aoti_sched.backends.accelerators import cuda_driver
+from aoti_sched.backends.accelerators.slot import Slot
 from aoti_sched.backends.accelerators.xpu import POOL
 from aoti_sched.backends.aoti import proxy_executor
 from aoti_sched.backends.aoti import stock_runner as stock
@@ -459,6 +460,71 @@ def test_requests_make_no_call_of_the_driver_through_python(cuda, loaded, monkey
             names.clear()  # it made an event
     assert names == []
     executor.close()
+
+
+@needs_native
+def test_a_request_costs_the_loops_thread_one_native_call(cuda, loaded, monkeypatch, sim):
+    """The lane lets the slot's stream wait, and tells torch's allocator of the caller's stream."""
+    container = loaded(cuda, instances=2)
+    executor = cuda.open_executor(1)
+    x, calls, native = on_device(2, 4), [], cuda.native
+
+    class Counted:
+        def __getattr__(self, name):
+            calls.append(name)
+            return getattr(native, name)
+
+    def hand_over(slot, work, outputs):
+        calls.append("hand over")
+
+    monkeypatch.setitem(vars(cuda), "native", Counted())
+    monkeypatch.setattr(Slot, "hand_over", hand_over)
+    sim.synchronize()
+    sim.hold()
+    executor.submit(0, work(container, x))
+    sim.wait_until_waiting(1)
+    executor.submit(0, work(container, x, slot=1))
+    assert sim.pending(container._slots[1].stream.handle) == 0
+    sim.go()
+    assert [completion.error for completion in collect(executor, 2)] == [None, None]
+    assert calls == ["arrive", "arrive"]
+    executor.close()
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["outputs", "copies of weights"])
+@pytest.mark.parametrize("batch", [False, True], ids=["alone", "batch"])
+def test_what_a_request_gets_is_recorded_on_its_own_stream(
+    cuda, executors, loaded, sim, monkeypatch, batch, own
+):
+    container = loaded(cuda, copy_inputs=True)
+    if not own:  # as if the output were a weight
+        monkeypatch.setattr(
+            container, "_aliases", lambda outputs: [i for i, out in enumerate(outputs) if len(out)]
+        )
+    executor = executors(cuda)
+    streams = [cuda.open_stream(), cuda.open_stream()]
+    requests = []
+    for stream in streams:
+        with stream.current():
+            requests.append(container.capture_stream([torch.ones(2, 4)]))
+    if batch:
+        plan = BatchPlan((InputPlan(0, (0, 1)),), (OutputPlan(0),))
+        executor.submit(0, Work(container, (), 1, None, Batch(plan, requests, [2, 2], 4, 0)))
+        outputs = collect(executor, 1)[0].outputs
+    else:
+        outputs = []
+        for request in requests:
+            executor.submit(0, Work(container, request, 1, None))
+            outputs.append(collect(executor, 1)[0].outputs)
+    sim.hold()
+    for stream, given in zip(streams, outputs, strict=True):
+        launch(stream.handle, reads=given)
+    del outputs, given
+    assert sim.faults() == ""
+    sim.go()
+    cuda.synchronize()
+    for stream in streams:
+        stream.close()
 
 
 def test_events_are_used_again(cuda, executors, loaded, sim):

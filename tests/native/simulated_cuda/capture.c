@@ -19,6 +19,63 @@ int is_forbidden(void) {
   return found;
 }
 
+/* Is this a default stream, and unusable since a stream is captured that it waits for? The captures
+ * are spoilt by its use. */
+int spoils_by_default_stream(const struct sim_stream* stream) {
+  int found = 0;
+  for (int i = DEVICES; stream->index < DEVICES && i < most_streams; ++i) {
+    if (streams[i].recorded == NULL || !streams[i].blocking) continue;
+    if (streams[i].device == stream->device) streams[i].recorded->invalid = found = 1;
+  }
+  return found;
+}
+
+static struct sim_graph* capture_of(const struct sim_event* event) {
+  for (int i = 0; event->capture != 0 && i < most_streams; ++i) {
+    struct sim_graph* recorded = streams[i].recorded;
+    if (recorded != NULL && recorded->capture == event->capture) return recorded;
+  }
+  return NULL;
+}
+
+/* May the event not be asked for or waited for by the host, since it was captured? */
+int spoils_by_event(const struct sim_event* event) {
+  struct sim_graph* capture = capture_of(event);
+  if (capture != NULL) capture->invalid = 1;
+  return event->capture != 0;
+}
+
+/* What becomes of a stream that waits for a captured event: it is captured, too. */
+int waits_for_captured(struct sim_stream* stream, const struct sim_event* event) {
+  struct sim_graph* capture = capture_of(event);
+  if (capture == NULL) return CUDA_ERROR_CAPTURED_EVENT;
+  if (stream->index < DEVICES) {
+    capture->invalid = 1;
+    return CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
+  }
+  if (stream->recorded != NULL && stream->recorded != capture) {
+    stream->recorded->invalid = capture->invalid = 1;
+    return CUDA_ERROR_STREAM_CAPTURE_MERGE;
+  }
+  stream->recorded = capture;
+  return CUDA_SUCCESS;
+}
+
+/* This alone may be asked while streams are captured, and spoils nothing. */
+int cuStreamIsCapturing(CUstream handle, int* status) {
+  pthread_mutex_lock(&mutex);
+  const struct sim_stream* stream = at(handle);
+  int error = broken[stream->device];
+  for (int i = DEVICES; stream->index < DEVICES && i < most_streams && error == 0; ++i) {
+    const struct sim_stream* other = &streams[i];
+    if (other->recorded != NULL && other->blocking && other->device == stream->device)
+      error = CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
+  }
+  *status = stream->recorded == NULL ? 0 : 1 + stream->recorded->invalid;
+  pthread_mutex_unlock(&mutex);
+  return error;
+}
+
 int cuThreadExchangeStreamCaptureMode(int* mode) {
   const int before = capture_mode;
   capture_mode = *mode;
@@ -27,6 +84,7 @@ int cuThreadExchangeStreamCaptureMode(int* mode) {
 }
 
 int cuStreamBeginCapture_v2(CUstream handle, int mode) {
+  static uint64_t captures;
   pthread_mutex_lock(&mutex);
   struct sim_stream* stream = at(handle);
   int error = broken[stream->device];
@@ -35,6 +93,8 @@ int cuStreamBeginCapture_v2(CUstream handle, int mode) {
   if (mode == 1 && diverted == 0) fault("a run is recorded whose memory is of no pool");
   if (error == 0) {
     stream->recorded = calloc(1, sizeof *stream->recorded);
+    stream->recorded->capture = ++captures;
+    stream->recorded->origin = stream;
     stream->recorded->pool = pool_of[stream->index];
     stream->recorded->mode = mode;
     stream->recorded->device = stream->device;
@@ -60,9 +120,21 @@ int cuStreamEndCapture(CUstream handle, CUgraph* made) {
   if (graph == NULL) {
     fault("a recording ends that was not begun");
     error = CUDA_ERROR_INVALID_VALUE;
+  } else if (graph->origin != stream) { /* it goes on */
+    graph = NULL;
+    error = CUDA_ERROR_STREAM_CAPTURE_UNMATCHED;
+  } else if (graph->mode != 2 && !pthread_equal(graph->recorder, pthread_self())) {
+    graph = NULL;
+    error = CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD;
   } else {
-    if (error == 0 && graph->invalid) error = CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
     stream->recorded = NULL;
+    /* A stream that was captured in passing would have to be joined before; here it can't be. */
+    for (int i = 0; i < most_streams; ++i) {
+      if (streams[i].recorded != graph) continue;
+      streams[i].recorded = NULL;
+      if (error == 0) error = CUDA_ERROR_STREAM_CAPTURE_UNJOINED;
+    }
+    if (error == 0 && graph->invalid) error = CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
     if (error == 0) {
       graph->next = graphs;
       graphs = *made = graph;

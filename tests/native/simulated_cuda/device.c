@@ -119,13 +119,15 @@ int give(CUstream handle, struct op op) {
     fault("a stream is used that is gone");
     error = CUDA_ERROR_INVALID_VALUE;
   }
+  if (error == 0 && spoils_by_default_stream(stream)) error = CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
   if (error == 0 && stream->recorded != NULL) {
     struct sim_graph* graph = stream->recorded;
     if ((op.kind == KERNEL || op.kind == COPY) && graph->count < MOST_OPS) {
       graph->ops[graph->count++] = op;
-    } else {
+    } else if (op.kind != RECORD) { /* of waits, since the event was not captured */
       graph->invalid = 1;
-      error = CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+      error = op.kind == WAIT ? CUDA_ERROR_STREAM_CAPTURE_ISOLATION
+                              : CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
     }
     pthread_mutex_unlock(&mutex);
     return error;

@@ -23,12 +23,17 @@ int cuEventQuery(CUevent event) {
   int error = broken[stream->device];
   if (error == 0) error = stream->done < event->seq ? CUDA_ERROR_NOT_READY : CUDA_SUCCESS;
   if (is_forbidden()) error = CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+  if (spoils_by_event(event)) error = CUDA_ERROR_CAPTURED_EVENT;
   pthread_mutex_unlock(&mutex);
   return error;
 }
 
 int cuEventSynchronize(CUevent event) {
   int blocking = 0;
+  pthread_mutex_lock(&mutex);
+  const int captured = spoils_by_event(event);
+  pthread_mutex_unlock(&mutex);
+  if (captured) return CUDA_ERROR_CAPTURED_EVENT;
   return wait_for(&streams[event->stream], event->seq, event->flags & 1 ? &blocking : &spinning);
 }
 
@@ -45,6 +50,7 @@ int cuEventRecord(CUevent event, CUstream handle) {
   if (error != 0) return error;
   const struct sim_stream* stream = at(handle);
   pthread_mutex_lock(&mutex);
+  event->capture = stream->recorded == NULL ? 0 : stream->recorded->capture;
   event->stream = stream->index;
   event->seq = stream->seq;
   memcpy(event->known, stream->known, sizeof event->known);
@@ -56,6 +62,12 @@ int cuEventRecord(CUevent event, CUstream handle) {
 int cuStreamWaitEvent(CUstream handle, CUevent event, unsigned flags) {
   (void)flags;
   struct sim_stream* stream = at(handle);
+  if (event->capture != 0) {
+    pthread_mutex_lock(&mutex);
+    const int joined = waits_for_captured(stream, event);
+    pthread_mutex_unlock(&mutex);
+    return joined;
+  }
   const int error =
       give(handle, (struct op){.kind = WAIT, .wait_stream = event->stream, .wait_seq = event->seq});
   if (error != 0) return error;

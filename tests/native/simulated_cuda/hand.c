@@ -28,6 +28,11 @@ GET(sim_diverted, diverted)
 GET(sim_refusals, refusals)
 GET(sim_most_streams, most_streams)
 CUstream sim_stream(int number) { return &streams[number]; }
+CUstream sim_blocking_stream(void) {
+  CUstream made = NULL;
+  open_stream(&made, 1, 0);
+  return made;
+}
 GET(sim_events, events)
 GET(sim_kernels, kernels)
 GET(sim_most_threads, most_threads)

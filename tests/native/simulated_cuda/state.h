@@ -47,6 +47,8 @@ struct sim_graph {
   int pool;
   int count;
   int invalid;
+  uint64_t capture; /* the number of the capture */
+  struct sim_stream* origin;
   int mode;           /* of the capture */
   pthread_t recorder; /* the thread that began it */
   struct op ops[MOST_OPS];
@@ -57,6 +59,8 @@ struct sim_stream {
   int device;
   int priority;
   int alive;
+  int blocking;                 /* it and the default stream wait for each other */
+  uint64_t born;                /* `seq` when it was made: before that, it was another one */
   uint64_t seq;                 /* of the last piece of work that was given */
   uint64_t done;                /* of the last that is done */
   uint64_t known[MOST_STREAMS]; /* so much of each other stream comes before what is given now */
@@ -69,6 +73,7 @@ struct sim_event {
   unsigned flags;
   int stream;
   uint64_t seq;
+  uint64_t capture; /* in which it was recorded last, or 0 */
   uint64_t known[MOST_STREAMS];
 };
 
@@ -137,10 +142,14 @@ struct sim_stream* next_stream(void);
 int give(CUstream handle, struct op op);
 
 /* streams.c */
+int open_stream(CUstream* made, int blocking, int priority);
 int wait_for(struct sim_stream* stream, uint64_t seq, int* counted);
 
-/* capture.c */
+/* capture.c; the mutex is held */
 int is_forbidden(void);
+int spoils_by_default_stream(const struct sim_stream* stream);
+int spoils_by_event(const struct sim_event* event);
+int waits_for_captured(struct sim_stream* stream, const struct sim_event* event);
 
 /* allocator.c */
 struct block* block_of(const void* address);

@@ -1,11 +1,9 @@
 /* Streams: made, waited for and asked. */
 #include "state.h"
 
-int cuStreamCreateWithPriority(CUstream* made, unsigned flags, int priority) {
+int open_stream(CUstream* made, int blocking, int priority) {
   int error = current == NULL ? CUDA_ERROR_INVALID_CONTEXT : CUDA_ERROR_OUT_OF_MEMORY;
   pthread_mutex_lock(&mutex);
-  if (flags != 1)
-    fault("a stream waits for the default one: it was made without CU_STREAM_NON_BLOCKING");
   for (int i = DEVICES; current != NULL && i < MOST_STREAMS; ++i) {
     if (streams[i].alive || streams[i].first != NULL) continue;
     error = broken[device_now()];
@@ -13,12 +11,20 @@ int cuStreamCreateWithPriority(CUstream* made, unsigned flags, int priority) {
     streams[i].alive = 1;
     streams[i].device = device_now();
     streams[i].priority = priority;
+    streams[i].blocking = blocking;
+    streams[i].born = streams[i].seq;
     if (i >= most_streams) most_streams = i + 1;
     *made = &streams[i];
     break;
   }
   pthread_mutex_unlock(&mutex);
   return error;
+}
+
+int cuStreamCreateWithPriority(CUstream* made, unsigned flags, int priority) {
+  if (flags != 1)
+    sim_fault("a stream waits for the default one: it was made without CU_STREAM_NON_BLOCKING");
+  return open_stream(made, flags != 1, priority);
 }
 
 int cuStreamCreate(CUstream* made, unsigned flags) {
@@ -46,6 +52,10 @@ int wait_for(struct sim_stream* stream, uint64_t seq, int* counted) {
     const int refused = refusal;
     pthread_mutex_unlock(&mutex);
     return refused;
+  }
+  if (spoils_by_default_stream(stream)) {
+    pthread_mutex_unlock(&mutex);
+    return CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
   }
   if (stream->recorded != NULL) {
     stream->recorded->invalid = 1;
@@ -100,7 +110,8 @@ int cuStreamQuery(CUstream handle) {
   if (error == 0) error = stream->done < stream->seq ? CUDA_ERROR_NOT_READY : CUDA_SUCCESS;
   if (stream->recorded != NULL) stream->recorded->invalid = 1;
   if (stream->recorded != NULL || is_forbidden()) error = CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
-  if (refused_waits > 0 && handle != NULL) {
+  if (spoils_by_default_stream(stream)) error = CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
+  if (refused_waits > 0 && stream->index >= DEVICES && stream->seq > stream->born) {
     --refused_waits;
     error = refusal;
   }
