@@ -118,6 +118,7 @@ class Simulator:
         )
         self.kernels, self.most_threads = cuda.sim_kernels, cuda.sim_most_threads
         self.streams, self.pinned, self.events = cuda.sim_streams, cuda.sim_pinned, cuda.sim_events
+        self.pinned_ever = cuda.sim_pinned_ever
         self.allocated, self.waiting, self.graphs = (
             cuda.sim_allocated,
             cuda.sim_waiting,

@@ -151,6 +151,7 @@ int sim_priority(CUstream stream);
 int sim_streams(void);           /* that are there now, beside the default one */
 int sim_events(void);
 int sim_pinned(void);
+int sim_pinned_ever(void);       /* how often such memory was made */
 int sim_graphs(void);            /* that are there now */
 int sim_kernels(void);           /* that were run */
 int sim_most_threads(void);      /* whose kernels and copies were waiting at once, on all streams */

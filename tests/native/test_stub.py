@@ -107,7 +107,8 @@ def test_the_stub_says_what_the_module_is():
                 "        consumers: Sequence[int | None] | None = None,\n    ) -> None:"
             ),
             (
-                "inputs: Sequence[Any],\n        threads: int,\n        stream: Stream | None = None,\n"
+                "inputs: Sequence[Any],\n        threads: int,\n        stream: Stream | None = "
+                "None,\n"
                 "        graph: Graph | None = None,\n        after: Arrival | None = None,\n"
                 "        consumers: Sequence[int | None] | None = None,\n    ) -> None:"
             ),
@@ -125,8 +126,8 @@ def test_the_stub_says_what_the_module_is():
                 '    ) -> Taken:\n        """Run a batch'
             ),
             (
-                "threads: int = 1,\n        on: Stream | None = None,\n        graph: Graph | None = "
-                "None,\n        consumers: Sequence[int | None] | None = None,\n"
+                "threads: int = 1,\n        on: Stream | None = None,\n        graph: Graph | "
+                "None = None,\n        consumers: Sequence[int | None] | None = None,\n"
                 '    ) -> Taken:\n        """Run a batch'
             ),
             "Lanes.run_batch_here",

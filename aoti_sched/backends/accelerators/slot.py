@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from aoti_sched.backends.accelerators.pinned import pinned_bytes
 from aoti_sched.backends.accelerators.streams import RECORD_USE
 from aoti_sched.backends.aoti.handles import each_once
 from aoti_sched.backends.contracts import LoadRequest, Work
 from aoti_sched.events import log
+from aoti_sched.model.specs import ModelSpec, TensorSpec
 
 if TYPE_CHECKING:
     from aoti_sched.backends.accelerators.streams import Stream, StreamDevice
@@ -42,10 +45,16 @@ class Slot:
         stream: The slot's stream. No other slot uses the stream.
         on_host: For each input, whether the model takes the input from the host.
         request: The load request, which states whether inputs and outputs are copied.
+        spec: The model's specs, whose largest sizes say how much pinned memory copies need.
     """
 
     def __init__(
-        self, device: StreamDevice, stream: Stream, on_host: Sequence[bool], request: LoadRequest
+        self,
+        device: StreamDevice,
+        stream: Stream,
+        on_host: Sequence[bool],
+        request: LoadRequest,
+        spec: ModelSpec | None = None,
     ) -> None:
         self.device = device
         self.stream = stream
@@ -62,8 +71,16 @@ class Slot:
             from aoti_sched.backends.native import _native
 
             brought = [self._copies and not here for here in on_host]
+            inputs = [] if spec is None else _tensors(spec.inputs)
+            outputs = [] if spec is None or not self.copies_home else _tensors(spec.outputs)
             self.native = _native.Stream(
-                device.native, handle=stream.handle, brought=brought, home=self.copies_home, **fence
+                device.native,
+                handle=stream.handle,
+                brought=brought,
+                home=self.copies_home,
+                bytes_in=pinned_bytes(compress(inputs, brought)),
+                bytes_out=pinned_bytes(outputs),
+                **fence,
             )
 
     def begin(self, work: Work) -> None:
@@ -167,6 +184,10 @@ class Slot:
             if not self.device.is_lost():
                 self.device.abandon([list(inputs) for inputs in _arrivals(work)])
             raise
+
+
+def _tensors(leaves: Iterable[object]) -> list[TensorSpec]:
+    return [leaf for leaf in leaves if isinstance(leaf, TensorSpec)]
 
 
 def copied(tensor: torch.Tensor, device: str) -> torch.Tensor:

@@ -55,7 +55,12 @@ class OnStreams(ABC):
         return request.instances
 
     def _open_slots(
-        self, device: StreamDevice, request: LoadRequest, inputs: int, on_host: Sequence[int]
+        self,
+        device: StreamDevice,
+        request: LoadRequest,
+        inputs: int,
+        on_host: Sequence[int],
+        spec: ModelSpec | None,
     ) -> None:
         self._device = device
         self._host_outputs = request.copy_outputs == "cpu"
@@ -63,7 +68,7 @@ class OnStreams(ABC):
         self._slots: list[Slot] = []
         for _ in range(request.instances):
             stream = device.open_stream(request.stream_priority)
-            self._slots.append(Slot(device, stream, marks, request))
+            self._slots.append(Slot(device, stream, marks, request, spec))
         device.slots += len(self._slots)
         self._notes_of_device = device.notes()
         self._internal_stream = device.open_stream()
@@ -147,7 +152,7 @@ class StreamContainer(OnStreams, CAbiContainer):
         on_host: Sequence[int],
         spec: ModelSpec | None = None,
     ) -> None:
-        self._open_slots(device, request, raw.num_inputs, on_host)
+        self._open_slots(device, request, raw.num_inputs, on_host, spec)
         self._turns = 0  # warm-up runs so far; they go through the slots in order
         try:
             super().__init__(raw, request, extracted, spec)
@@ -314,7 +319,7 @@ class StreamTorchRunner(OnStreams, TorchRunnerContainer):
         *,
         why: str,
     ) -> None:
-        self._open_slots(device, request, raw.num_inputs, on_host)
+        self._open_slots(device, request, raw.num_inputs, on_host, spec)
         self._turns = 0
         try:
             super().__init__(raw, request, extracted, spec, device=device.name, why=why)

@@ -6,17 +6,20 @@ lists them).
 """
 
 import gc
+import importlib
 import json
 import pickle
 import threading
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import msgspec
 import pytest
 import torch
 
 from aoti_sched.backends import devices
 from aoti_sched.backends.accelerators import cuda_driver
+from aoti_sched.backends.accelerators.pinned import MOST_BYTES, pinned_bytes
 from aoti_sched.backends.accelerators.slot import Slot
 from aoti_sched.backends.accelerators.xpu import POOL
 from aoti_sched.backends.aoti import proxy_executor
@@ -39,6 +42,7 @@ from aoti_sched.errors import (
     RunnerClosedError,
 )
 from aoti_sched.model.batch_plan import BatchPlan, InputPlan, OutputPlan
+from aoti_sched.model.specs import DynamicDim, ModelSpec, TensorSpec
 from aoti_sched.package import Extracted, StoredWeight
 from tests.compiled.backends.batch_contract import GatheringContract
 from tests.compiled.backends.executor_contract import ExecutorContract, Function, collect
@@ -437,6 +441,78 @@ def test_streams_and_pinned_memory_are_given_back(cuda, executors, loaded, sim):
     assert sim.streams() == before[0] + 3
     container.close()
     assert (sim.streams(), sim.pinned()) == before
+
+
+@needs_native
+@pytest.mark.parametrize("most", [200, None], ids=["bounded", "unbounded"])
+def test_pinned_memory_for_the_largest_sizes_is_made_at_load(cuda, executors, sim, tmp_path, most):
+    """To make it holds up the run that needs it, and may wait for the device."""
+    x = TensorSpec("x", "float32", (DynamicDim("n", 1, most), 4), "sim", order=(0, 1))
+    request = LoadRequest(
+        name="times",
+        path=model_path(),
+        model_name=None,
+        instances=2,
+        sha256=None,
+        cache_dir=tmp_path,
+        copy_inputs=True,
+        copy_outputs="cpu",
+    )
+    spec = ModelSpec(inputs=(x,), outputs=(x,), parameters=("x",), torch_version="2.13")
+    inspected = msgspec.structs.replace(cuda.inspect(request), own=spec)
+    before = sim.pinned(), sim.pinned_ever()
+    container = cuda.load(inspected)
+    assert sim.pinned() - before[0] == (0 if most is None else 4)
+    made = sim.pinned_ever()
+    executor = cuda.open_executor(1)
+    for slot in range(2):
+        for rows in (1, 20, 200):
+            executor.submit(0, work(container, torch.ones(rows, 4), slot=slot))
+            assert collect(executor, 1)[0].error is None
+    assert (sim.pinned_ever() == made) == (most is not None)
+    executor.close()
+    container.close()
+    assert sim.pinned() == before[0]
+
+
+@needs_native
+def test_a_model_loads_where_there_is_no_pinned_memory_yet(cuda, monkeypatch, sim):
+    """A run that needs the memory says so."""
+    stream, native = (
+        cuda.open_stream(),
+        importlib.import_module("aoti_sched.backends.native._native"),
+    )
+    before = sim.pinned()
+    made = native.Stream(
+        cuda.native,
+        handle=stream.handle,
+        brought=[True],
+        home=False,
+        bytes_in=1 << 62,
+        **stream.native_fence(),
+    )
+    assert sim.pinned() == before
+    del made
+    stream.close()
+
+
+@pytest.mark.parametrize(
+    ("specs", "size"),
+    [
+        ([], 0),
+        ([TensorSpec("x", "float32", (3, 5))], 64),
+        ([TensorSpec("x", "int8", (65,)), TensorSpec("y", "float64", ())], 192),
+        ([TensorSpec("x", "float32", (DynamicDim("n", 1, 100), 4))], 1600),
+        ([TensorSpec("x", "float32", (DynamicDim("n"), 4))], 0),
+        ([TensorSpec("x", "float32", (4, 4), strides=(100, 1))], 4 * 304 + 16 - 16),
+        ([TensorSpec("x", "float32", (4, 1000), strides=(1, 0))], 64),
+        ([TensorSpec("x", "float32", (4, 4), strides=(DynamicDim("s"), 1))], 0),
+        ([TensorSpec("x", "float32", (0, 4), strides=(4, 1))], 0),
+        ([TensorSpec("x", "float32", (1 << 20, 1 << 20))], MOST_BYTES),
+    ],
+)
+def test_the_pinned_memory_of_tensors_is_that_of_their_largest_sizes(specs, size):
+    assert pinned_bytes(specs) == size
 
 
 @needs_native

@@ -64,6 +64,7 @@ static int count_graphs(void) {
 
 GET(sim_graphs, count_graphs())
 GET(sim_pinned, count_pinned())
+GET(sim_pinned_ever, pinned_ever)
 
 static int wait_until(int (*count)(void), int least) {
   const struct timespec until = in_a_minute();

@@ -18,11 +18,14 @@ int cuMemAllocHost_v2(void** made, size_t bytes) {
   pthread_mutex_lock(&mutex);
   int error = broken[device_now()];
   if (error == 0 && is_forbidden()) error = CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+  *made = error == 0 ? malloc(bytes) : NULL;
+  if (error == 0 && *made == NULL) error = CUDA_ERROR_OUT_OF_MEMORY;
   for (int i = 0; i < MOST_PINNED && error == 0; ++i) {
     if (pinned[i].start != NULL) continue;
-    pinned[i].start = *made = malloc(bytes);
+    pinned[i].start = *made;
     pinned[i].bytes = bytes;
     pinned[i].device = device_now();
+    ++pinned_ever;
     break;
   }
   pthread_mutex_unlock(&mutex);

@@ -16,6 +16,7 @@ struct block* blocks;
 struct sim_graph* graphs;
 int most_blocks;
 struct pinned pinned[MOST_PINNED];
+int pinned_ever;
 size_t allocated;
 size_t reserved;
 size_t limit;

@@ -106,6 +106,7 @@ extern struct block* blocks;
 extern struct sim_graph* graphs; /* that are there */
 extern int most_blocks;
 extern struct pinned pinned[MOST_PINNED];
+extern int pinned_ever;
 extern size_t allocated;
 extern size_t reserved;
 extern size_t limit;
