@@ -92,9 +92,10 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """One device.
 
     Args:
-        lanes: Runs that go on at once, 1 to 1024. By default one for each core of the process.
+        lanes: Runs that go on at once, 1 to 1024. By default one for each core of the process, and
+            on accelerators one for each instance that is loaded, 32 at most (on MPS one).
         cores: Cores that all runs may use together; a run uses as many as it has threads. By
-            default the cores of the process, and on devices other than CPUs one for each lane.
+            default the cores of the process, and on accelerators one for each lane.
         max_wait: Seconds after which a queued request is overdue. Every second run is of the
             oldest overdue request, whatever its priority class. None for strict classes.
         affinity: For each lane, the number of the core that its thread is bound to. By default the

@@ -294,6 +294,13 @@ class Executor(Protocol):
     @property
     def lanes(self) -> int: ...
 
+    def grow(self, lanes: int) -> None:
+        """Have at least this many lanes. Starts threads, and may be called in any thread.
+
+        Raises:
+            ResourcesError: A thread can't be started. The lanes that are there go on.
+        """
+
     def submit(self, lane: int, work: Work) -> bool:
         """Hand a work to a lane. Never blocks.
 
@@ -395,8 +402,18 @@ class Device(Protocol):
     def records_runs(self) -> bool:
         """Whether a run can be recorded on the device, and launched again as one CUDA graph."""
 
+    @property
+    def most_lanes(self) -> int | None:
+        """The most lanes of a device that has one for each instance by default.
+
+        None where the number of lanes is fixed when the device is opened.
+        """
+
     def cores(self) -> int:
-        """Return the number of lanes by default: on a CPU, the cores that this process may use."""
+        """Return the number of lanes by default: on a CPU, the cores that this process may use.
+
+        With `most_lanes`, the number of lanes to begin with.
+        """
 
     def open_executor(
         self,

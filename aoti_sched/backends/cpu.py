@@ -31,6 +31,7 @@ class CpuDevice:
     """
 
     records_runs = False
+    most_lanes = None
 
     def __init__(self, name: str = "cpu", cores: Sequence[int] | None = None) -> None:
         self.name = name

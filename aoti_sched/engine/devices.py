@@ -208,7 +208,7 @@ class Devices:
             return dispatcher
         settings = self._settings.get(name, DeviceConfig())
         lanes = _lanes(name, settings, device)
-        queue = _queue(name, settings, lanes, device.cores(), self._config.flight_facts)
+        queue = _queue(name, settings, lanes, device, self._config.flight_facts)
         executor = self._executors.pop(name, None)
         if executor is None:
             executor = _open_executor(device, lanes, settings)
@@ -346,17 +346,30 @@ def _lanes(name: str, settings: DeviceConfig, device: Device) -> int:
     return lanes
 
 
-def _queue(name: str, settings: DeviceConfig, lanes: int, cores: int, keep: int) -> RecordedQueue:
-    on_device = not name.startswith("cpu")
-    if on_device:  # a lane that waits for its device keeps no core busy
-        cores = max(cores, lanes)
+def _most_lanes(settings: DeviceConfig, device: Device) -> int | None:
+    """Return the most lanes that models bring along; None where the number of lanes is fixed."""
+    most = device.most_lanes
+    if most is None or settings.lanes is not None or settings.affinity is not None:
+        return None
+    return min(most, settings.cores or most)
+
+
+def _queue(
+    name: str, settings: DeviceConfig, lanes: int, device: Device, keep: int
+) -> RecordedQueue:
+    on_device, most = not name.startswith("cpu"), _most_lanes(settings, device)
+    cores: int | None = None  # as many as lanes, which may become more
+    if most is None:
+        cores = settings.cores or device.cores()
+        if on_device and not settings.cores:  # a lane that waits for its device keeps no core busy
+            cores = max(cores, lanes)
     return RecordedQueue(
         name,
         lanes,
         Bounds(settings.limits.jobs, settings.limits.bytes),
-        cores=settings.cores or cores,
+        cores=cores,
         # Libraries of a device keep memory for each pair of a thread and a stream.
-        policy=Policy(max_wait=settings.max_wait, keeps_lanes=on_device),
+        policy=Policy(max_wait=settings.max_wait, keeps_lanes=on_device, most_lanes=most),
         memory_limit=settings.memory_limit,
         evicts=settings.evict is not None,
         keep=keep,

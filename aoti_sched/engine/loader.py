@@ -121,6 +121,7 @@ class Loader:
             try:
                 own = msgspec.structs.replace(source, weights=await self._own_weights(life, source))
                 await self._load_everywhere(life, settings, own, loaded)
+                await self._open_lanes(loaded)
                 if life.is_wanted():
                     return open_runner(life, settings, loaded)
             except BaseException:
@@ -160,6 +161,25 @@ class Loader:
         for model in loaded:
             self._devices.must_be_in_service(model.dispatcher.queue.name)
 
+    async def _open_lanes(self, loaded: Sequence[LoadedModel]) -> None:
+        """Open the lanes that the devices will have with these models.
+
+        No lane is missing when this returns, whatever was loaded during the waits.
+
+        Raises:
+            ResourcesError: No thread can be started.
+        """
+        opened = True
+        while opened:
+            opened = False
+            for model in loaded:
+                queue, executor = model.dispatcher.queue, model.dispatcher.executor
+                wanted = queue.lanes.with_slots(model.prepared.info.instances)
+                if wanted > executor.lanes:
+                    what = f"device {queue.name!r}: opening lanes"
+                    await in_worker(lambda: executor.grow(wanted), self._closes, what)  # noqa: B023
+                    opened = True
+
     async def _load_on(
         self,
         life: Life,
@@ -184,7 +204,7 @@ class Loader:
                     settings,
                     source.inputs,
                     dispatcher.executor.kind,
-                    dispatcher.queue.lanes.cores,
+                    dispatcher.queue.lanes.cores_with_slots(inspected.request.instances),
                     source.warmup_inputs,
                     reading=reading,
                 )

@@ -101,6 +101,10 @@ class Lanes:
             return self.count
         return max(self.count, min(self._most, self._slots + slots))
 
+    def cores_with_slots(self, slots: int) -> int:
+        """Return how many cores there will be with `slots` more slots."""
+        return self.cores + self.with_slots(slots) - self.count
+
     def remove_slots(self, runner: RunnerState) -> None:
         """Forget a removed runner's slots. Lanes stay."""
         self._slots -= runner.slots

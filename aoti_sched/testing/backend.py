@@ -62,6 +62,7 @@ class FakeBackend:
     """
 
     records_runs = False
+    most_lanes: int | None = None
 
     def __init__(
         self,

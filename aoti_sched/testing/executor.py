@@ -30,6 +30,10 @@ class LanesWithoutThreads:
         self._done: deque[Completion] = deque()
         self._wakeup = WakeupFd()
 
+    def grow(self, lanes: int) -> None:
+        """Have at least this many lanes."""
+        self.lanes = max(self.lanes, lanes)
+
     def poll(self) -> bool:
         """Return False: no loop waits for the end of a run."""
         return False

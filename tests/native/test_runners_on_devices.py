@@ -16,6 +16,7 @@ from aoti_sched import (
     DeviceLostError,
     DynamicDim,
     InputMismatchError,
+    ResourcesError,
     RunError,
     Scheduler,
     SchedulerConfig,
@@ -410,3 +411,84 @@ async def test_each_slot_stays_on_one_lane_and_so_needs_one_workspace(sim):
             await asyncio.gather(*(runner.run(x) for runner in some for _ in range(2)))
         assert sim.workspaces() == 4
     sim.clear_workspaces()
+
+
+@pytest.mark.parametrize(
+    ("settings", "counts"),
+    [
+        ({}, [3, 5, 32]),
+        ({"lanes": 4}, [4, 4, 4]),
+        ({"cores": 4}, [3, 4, 4]),
+        ({"affinity": (0, 0)}, [2, 2, 2]),
+    ],
+    ids=["default", "lanes", "cores", "affinity"],
+)
+async def test_a_device_has_a_lane_for_each_instance_unless_settings_say_otherwise(
+    sim, settings, counts
+):
+    device = open_device("cuda")
+    config = SchedulerConfig(devices={device.name: DeviceConfig(**settings)})
+    async with Scheduler(config, devices={device.name: device}) as scheduler:
+        seen = []
+        for name, instances in (("a", 3), ("b", 2), ("c", 40)):
+            runner = await scheduler.load(
+                model_path(),
+                name=name,
+                device=device.name,
+                instances=instances,
+                inputs=SPECS,
+                warmup=False,
+                copy_inputs=True,
+            )
+            stats = scheduler.stats().devices[device.name]
+            seen.append((stats.lanes, stats.cores))
+        most = counts[-1]
+        assert [lanes for lanes, _ in seen] == counts
+        assert settings or seen == [(count, count) for count in counts]
+        sim.hold()
+        futures = [runner.submit(torch.ones(1, 4)) for _ in range(40)]
+        await asyncio.to_thread(sim.wait_until_waiting, most)
+        assert scheduler.stats().devices[device.name].busy_lanes == most
+        sim.go()
+        await asyncio.gather(*futures)
+
+
+async def test_models_that_are_loaded_at_once_have_their_lanes(sim):
+    device = open_device("cuda")
+    async with Scheduler(devices={device.name: device}) as scheduler:
+        await asyncio.gather(
+            *(
+                scheduler.load(
+                    model_path(), name=name, device=device.name, instances=2, inputs=SPECS
+                )
+                for name in "abcd"
+            )
+        )
+        dispatcher = scheduler._devices.dispatchers[device.name]
+        assert (dispatcher.queue.lanes.count, dispatcher.executor.lanes) == (8, 8)
+
+
+async def test_a_model_whose_lanes_can_not_be_opened_is_not_loaded(sim, monkeypatch):
+    device = open_device("cuda")
+    async with Scheduler(devices={device.name: device}) as scheduler:
+
+        def load(name):
+            return scheduler.load(
+                model_path(), name=name, device=device.name, instances=2, inputs=SPECS
+            )
+
+        await load("a")
+        streams = sim.streams()
+        executor = scheduler._devices.dispatchers[device.name].executor
+        grow = executor.grow
+
+        def refuse(lanes):
+            raise ResourcesError(f"{lanes} lanes")
+
+        monkeypatch.setattr(executor, "grow", refuse)
+        with pytest.raises(ResourcesError, match="4 lanes"):
+            await load("b")
+        assert (sim.streams(), scheduler.stats().devices[device.name].lanes) == (streams, 2)
+        monkeypatch.setattr(executor, "grow", grow)
+        await load("b")
+        assert scheduler.stats().devices[device.name].lanes == 4

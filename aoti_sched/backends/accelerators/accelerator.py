@@ -21,11 +21,12 @@ from aoti_sched.errors import ConfigError, LoadError
 from aoti_sched.model.specs import TensorSpec, specs_from_wrapper
 from aoti_sched.package import PackagedModel, check_capability
 
-LANES = 4
-"""The least number of lanes by default.
+MOST_LANES = 32
+"""The most lanes by default: as many hardware queues as a CUDA device can have
+(`CUDA_DEVICE_MAX_CONNECTIONS`, CUDA C++ Programming Guide).
 
-A lane mostly waits for its device, so it needs no core of its own. The lane that was free last is
-taken first, so no more lanes than instances ever work.
+A lane mostly waits for its device, so it needs no core of its own. Where each instance has a lane,
+it keeps that one, and libraries keep memory for as few pairs of a thread and a stream as possible.
 """
 
 
@@ -40,9 +41,14 @@ class Accelerator(StreamDevice):
         """As `Device.records_runs`."""
         return self.graph_container is not None
 
+    @property
+    def most_lanes(self) -> int | None:
+        """As `Device.most_lanes`."""
+        return MOST_LANES
+
     def cores(self) -> int:
-        """Return the default number of lanes, which is also how many may work at once."""
-        return max(LANES, available_cores())
+        """Return 1: each model brings as many lanes as it has instances."""
+        return 1
 
     def open_executor(
         self,
@@ -63,7 +69,13 @@ class Accelerator(StreamDevice):
                 "that can be polled, such as 'cuda'. Leave launchers out."
             )
         executor = open_executor(
-            self.name, lanes, available_cores(), set_threads, affinity, launchers=launchers
+            self.name,
+            lanes,
+            available_cores(),
+            set_threads,
+            affinity,
+            launchers=launchers,
+            most=self.most_lanes,
         )
         executor.lost = self.lost
         executor.workspace = self.workspace

@@ -49,9 +49,10 @@ class MpsDevice(Accelerator):
     def name(self) -> str:
         return self.type  # torch's runtime takes exactly this
 
-    def cores(self) -> int:
-        """Return 1: there is one lane."""
-        return 1
+    @property
+    def most_lanes(self) -> None:
+        """None: there is one lane."""
+        return None
 
     def open_executor(
         self,

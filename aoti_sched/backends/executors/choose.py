@@ -29,6 +29,7 @@ def open_executor(
     affinity: Sequence[int] | None = None,
     *,
     launchers: int | None = None,
+    most: int | None = None,
 ) -> Executor:
     """Open the executor of a device.
 
@@ -41,6 +42,7 @@ def open_executor(
             system. Threads that a run starts stay on their lane's core too, so use this for models
             of one thread.
         launchers: The number of threads for all native lanes; None for one thread per lane.
+        most: The most lanes that the executor may grow to; None for `lanes`.
 
     Raises:
         ConfigError: The environment asks for an executor that is not installed, or this process may
@@ -60,7 +62,9 @@ def open_executor(
     if built and wanted != "threads":
         from aoti_sched.backends.native.executor import NativeExecutor
 
-        return NativeExecutor(name, lanes, cores, set_threads, affinity, launchers=launchers)
+        return NativeExecutor(
+            name, lanes, cores, set_threads, affinity, launchers=launchers, most=most
+        )
     if launchers is not None:
         raise ConfigError(
             f"device {name!r}: launchers={launchers} needs native lanes, and {CHOICE}=threads. "

@@ -47,7 +47,7 @@ class ThreadsExecutor:
         *,
         wake: Callable[[], None] | None = None,
     ) -> None:
-        self.lanes = lanes
+        self.lanes = 0
         self._name = name
         self._process = os.getpid()
         self._wakeup: WakeupFd | None = None
@@ -62,7 +62,7 @@ class ThreadsExecutor:
             wake = self._wakeup.set
         self._wake = wake
         self._done: deque[Completion] = deque()
-        self._running = running = _Running([queue.SimpleQueue() for _ in range(lanes)])
+        self._running = running = _Running()
         self._inboxes = running.inboxes
         self._closed = False
         self.lost: Callable[[], str] = str  # a device sets its own function
@@ -71,26 +71,44 @@ class ThreadsExecutor:
         # ends them too.
         weakref.finalize(self, running.end).atexit = False
         close_at_exit(running)
-        cores: Sequence[int | None] = affinity or [None] * lanes
+        self._cores: Sequence[int | None] = affinity or ()
+        self._set_threads = set_threads
+        self._growing = threading.Lock()
         try:
-            for lane, (inbox, core) in enumerate(zip(self._inboxes, cores, strict=True)):
-                thread = threading.Thread(
-                    target=_serve,
-                    args=(running, inbox, self._done, wake, set_threads, core),
-                    name=f"aoti:{name}:{lane}",
-                    daemon=True,
-                )
-                thread.start()
-                running.threads.append(thread)
-        except BaseException as error:
+            self.grow(lanes)
+        except BaseException:
             self.close()
-            if isinstance(error, (RuntimeError, MemoryError)):
-                raise ResourcesError(
-                    f"device {name!r}: after {len(running.threads)} of {lanes} lanes, no more "
-                    f"threads could be started: {error}. Nothing has changed. End other threads, "
-                    "or raise the limit."
-                ) from error
             raise
+
+    def grow(self, lanes: int) -> None:
+        """As `Executor.grow`."""
+        running = self._running
+        with self._growing:
+            try:
+                while len(running.threads) < lanes and not self._closed:
+                    self._start()
+            except (RuntimeError, MemoryError) as error:
+                raise ResourcesError(
+                    f"device {self._name!r}: after {len(running.threads)} of {lanes} lanes, no "
+                    f"more threads could be started: {error}. Nothing has changed. End other "
+                    "threads, or raise the limit."
+                ) from error
+            self.lanes = max(self.lanes, len(running.threads))
+
+    def _start(self) -> None:
+        """Start the next lane's thread."""
+        running, inbox = self._running, queue.SimpleQueue[Work | None]()
+        lane = len(running.threads)
+        core = self._cores[lane] if self._cores else None
+        thread = threading.Thread(
+            target=_serve,
+            args=(running, inbox, self._done, self._wake, self._set_threads, core),
+            name=f"aoti:{self._name}:{lane}",
+            daemon=True,
+        )
+        thread.start()
+        running.inboxes.append(inbox)
+        running.threads.append(thread)
 
     def submit(self, lane: int, work: Work) -> bool:
         if os.getpid() != self._process:
@@ -118,9 +136,10 @@ class ThreadsExecutor:
         return self._wakeup.fd if self._wakeup is not None else -1
 
     def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
+        with self._growing:
+            if self._closed:
+                return
+            self._closed = True
         self._running.close()
         if self._wakeup is not None:
             self._wakeup.close()
@@ -138,8 +157,8 @@ class _Running:
     Each running thread refers to this object, so the exit handler waits for the thread.
     """
 
-    def __init__(self, inboxes: list[queue.SimpleQueue[Work | None]]) -> None:
-        self.inboxes = inboxes
+    def __init__(self) -> None:
+        self.inboxes: list[queue.SimpleQueue[Work | None]] = []
         self.threads: list[threading.Thread] = []
 
     def end(self) -> None:

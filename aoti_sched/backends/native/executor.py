@@ -78,6 +78,7 @@ class NativeExecutor:
         affinity: A core for each lane; None leaves the choice to the system.
         launchers: The number of threads for all lanes; None for one thread per lane. Only lanes of
             accelerators can share threads.
+        most: The most lanes that `grow` opens; None for `lanes`.
     """
 
     kind = "native"
@@ -91,8 +92,10 @@ class NativeExecutor:
         affinity: Sequence[int] | None = None,
         *,
         launchers: int | None = None,
+        most: int | None = None,
     ) -> None:
         self.lanes = lanes
+        self._most = max(lanes, most or 0)
         self._name = name
         self._set_threads = set_threads
         self._affinity = affinity
@@ -125,7 +128,7 @@ class NativeExecutor:
         self, lanes: int, cores: int, affinity: Sequence[int] | None, launchers: int | None
     ) -> _native.Lanes:
         return _native.Lanes(
-            [f"aoti:{self._name}:{lane}" for lane in range(lanes)],
+            [f"aoti:{self._name}:{lane}" for lane in range(self._most)],
             affinity or (),
             cores,
             _tensors(),
@@ -136,7 +139,20 @@ class NativeExecutor:
             set_mkl_threads=_address("MKL_Set_Num_Threads_Local"),
             new_handle=_address("aoti_torch_new_tensor_handle"),
             threads=launchers or 0,
+            open=lanes,
         )
+
+    def grow(self, lanes: int) -> None:
+        if lanes > self._most:
+            raise ValueError(f"device {self._name!r}: {lanes} lanes are more than {self._most}")
+        try:
+            self._native.grow(lanes)
+        except (RuntimeError, MemoryError) as error:
+            raise ResourcesError(
+                f"device {self._name!r}: its {lanes} lanes can't be opened: {error}. The "
+                f"{self.lanes} that are open go on. End threads, or raise the limit."
+            ) from error
+        self.lanes = self._native.count()
 
     def submit(self, lane: int, work: Work) -> bool:
         call = self._route(work)
@@ -333,6 +349,8 @@ class NativeExecutor:
             self._stand_in = ThreadsExecutor(
                 self._name, self.lanes, self._set_threads, self._affinity, wake=self._native.wake
             )
+        if self._stand_in.lanes < self.lanes:
+            self._stand_in.grow(self.lanes)
         return self._stand_in
 
     def _plain(self, error: Exception) -> Exception:

@@ -47,6 +47,7 @@ from aoti_sched.package import Extracted, StoredWeight
 from tests.compiled.backends.batch_contract import GatheringContract
 from tests.compiled.backends.executor_contract import ExecutorContract, Function, collect
 from tests.compiled.backends.simulation import (
+    HOW,
     KINDS,
     OnDevice,
     Slots,
@@ -56,6 +57,7 @@ from tests.compiled.backends.simulation import (
     needs_native,
     on_device,
     open_device,
+    open_executor,
     work,
 )
 from tests.native.simulated import model_path, simulator
@@ -536,6 +538,38 @@ def test_requests_make_no_call_of_the_driver_through_python(cuda, loaded, monkey
             names.clear()  # it made an event
     assert names == []
     executor.close()
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+def test_lanes_are_opened_while_others_work(cuda, loaded, sim, how, graphs):
+    """Those of the stand-in, too, which runs what is recorded."""
+    container = loaded(cuda, instances=3, cuda_graphs=graphs)
+    executor = open_executor(cuda, how, 1)
+    x = on_device(2, 4)
+    sim.synchronize()
+    sim.hold()
+    executor.submit(0, work(container, x))
+    sim.wait_until_pending(2)
+    executor.grow(3)
+    executor.grow(2)
+    assert executor.lanes == 3
+    for lane in (1, 2):
+        executor.submit(lane, work(container, x, slot=lane))
+    sim.wait_until_pending(6)
+    sim.go()
+    assert [completion.error for completion in collect(executor, 3)] == [None] * 3
+    executor.close()
+
+
+@needs_native
+def test_native_lanes_grow_as_far_as_they_were_asked_to(cuda):
+    executor = cuda.open_executor(1)
+    with pytest.raises(ValueError, match="33 lanes are more than 32"):
+        executor.grow(33)
+    executor.close()
+    executor.grow(2)  # which closed lanes ignore
+    assert executor.lanes == 1
 
 
 @needs_native
