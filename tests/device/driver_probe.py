@@ -29,9 +29,9 @@ context = c_void_p()
 cuda.cuCtxGetCurrent(byref(context))
 
 
-def stream() -> c_void_p:
+def stream(flags: int = NON_BLOCKING) -> c_void_p:
     made = c_void_p()
-    assert cuda.cuStreamCreate(byref(made), NON_BLOCKING) == 0
+    assert cuda.cuStreamCreate(byref(made), c_uint(flags)) == 0
     return made
 
 
@@ -119,6 +119,7 @@ def costs() -> None:
     one, own, where = stream(), event(DISABLE_TIMING), c_void_p()
     calls = {
         "cuStreamQuery": (one,),
+        "cuStreamIsCapturing": (one, byref(c_int())),
         "cuEventQuery": (own,),
         "cuCtxGetCurrent": (byref(where),),
         "cuCtxSetCurrent": (context,),
@@ -232,6 +233,41 @@ def captures() -> None:
         torch.cuda.empty_cache()
 
 
+def blocking() -> None:
+    """What may be asked while a stream is captured that the default stream waits for."""
+    idle, ready = stream(), event(DISABLE_TIMING)
+    operations: dict[str, Callable[[], int]] = {
+        "cuStreamQuery of an idle stream": lambda: cuda.cuStreamQuery(idle),
+        "cuStreamIsCapturing of NULL": lambda: cuda.cuStreamIsCapturing(None, byref(c_int())),
+        "cuStreamQuery of NULL": lambda: cuda.cuStreamQuery(None),
+        "cuEventRecord on NULL": lambda: cuda.cuEventRecord(ready, None),
+    }
+    for mode, number in {"global": 0, "thread-local": 1, "relaxed": 2}.items():
+        for name, operation in operations.items():
+            for own in (True, False):
+                captured, graph = stream(0), c_void_p()
+                assert cuda.cuStreamBeginCapture_v2(captured, c_uint(number)) == 0
+
+                def ask(operation: Callable[[], int] = operation) -> int:
+                    cuda.cuCtxSetCurrent(context)
+                    before = c_int(2)
+                    cuda.cuThreadExchangeStreamCaptureMode(byref(before))
+                    status = operation()
+                    cuda.cuThreadExchangeStreamCaptureMode(byref(before))
+                    return status
+
+                status = ask() if own else in_a_thread(ask)
+                ended = cuda.cuStreamEndCapture(captured, byref(graph))
+                if graph.value:
+                    cuda.cuGraphDestroy(graph)
+                thread = "the same" if own else "another"
+                how = f"capture {mode} of a blocking stream, {thread} thread is relaxed: {name}"
+                found[how] = f"{status}, the capture {ended}"
+                if "idle" in name:
+                    found.check(f"{how}: allowed", status == 0 and ended == 0, (status, ended))
+                cuda.cuStreamDestroy_v2(captured)
+
+
 def contexts() -> None:
     """What a fresh thread is in, and what the primary context's flags are."""
     loaded = [p for p in Path("/proc/self/maps").read_text().split() if "libcudart" in p]
@@ -258,7 +294,7 @@ def contexts() -> None:
     found["driver's CUDA version"] = version.value
 
 
-for part in (contexts, waiting, costs, captures):
+for part in (contexts, waiting, costs, captures, blocking):
     with found.part(part.__name__):
         part()
 found.end()

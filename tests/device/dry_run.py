@@ -43,6 +43,7 @@ ARGUMENTS = {
     "cuStreamCreate": 2,
     "cuStreamDestroy_v2": 1,
     "cuStreamEndCapture": 2,
+    "cuStreamIsCapturing": 2,
     "cuStreamQuery": 1,
     "cuStreamSynchronize": 1,
     "cuStreamWaitEvent": 3,

@@ -10,11 +10,14 @@ import asyncio
 import os
 import sys
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from aoti_sched import DeviceConfig, Scheduler, SchedulerConfig
+from aoti_sched.backends.devices import open_device
 from tests.device.models import definition, to
 from tests.device.report import Findings
 
@@ -96,7 +99,7 @@ async def full() -> None:
 
 async def workspaces() -> None:
     (x,) = to(device, definition("wide").args)
-    for lanes in (4, 16):
+    for lanes in (4, 16, None):  # by default, one for each instance
         torch.cuda.empty_cache()
         config = SchedulerConfig(devices={device: DeviceConfig(lanes=lanes)})
         async with Scheduler(config) as scheduler:
@@ -126,11 +129,39 @@ async def threads_cpu() -> None:
         found["threads"] = threading.active_count()
 
 
+def arrivals() -> None:
+    """Nanoseconds of what a request with inputs on the device costs the loop's thread."""
+    opened: Any = open_device(device)
+    stream = opened.current_stream()
+    for busy in (0, 4):
+        stop = threading.Event()
+
+        def work(stop: threading.Event = stop) -> None:
+            while not stop.is_set():
+                sum(range(100))
+
+        others = [threading.Thread(target=work) for _ in range(busy)]
+        for thread in others:
+            thread.start()
+        times = 20_000 if not busy else 1_000
+        began = time.perf_counter()
+        for _ in range(times):
+            opened.record(stream)
+        found[f"ns of a request's event, {busy} busy threads"] = round(
+            (time.perf_counter() - began) / times * 1e9
+        )
+        stop.set()
+        for thread in others:
+            thread.join()
+
+
 with found.part("threads"):
     asyncio.run(threads_cpu())
 with found.part("loads"):
     asyncio.run(loads())
 if cuda:
+    with found.part("arrivals"):
+        arrivals()
     with found.part("workspaces"):
         asyncio.run(workspaces())
     with found.part("full"):
