@@ -133,8 +133,14 @@ class Recording(Observer):
         return self._late_runs.append
 
     def loaded(self, model: Loaded) -> None:
-        """Keep what a runner may take."""
-        self._histories[model.device].models[model.runner] = model
+        """Keep what a runner may take. It may have brought lanes, which the others have as well."""
+        models = self._histories[model.device].models
+        models[model.runner] = model
+        for name, other in models.items():
+            if (other.lanes, other.device_cores) != (model.lanes, model.device_cores):
+                models[name] = msgspec.structs.replace(
+                    other, lanes=model.lanes, device_cores=model.device_cores
+                )
 
     def finished(self, trace: Trace) -> None:
         """Keep a request."""

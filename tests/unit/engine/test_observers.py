@@ -18,6 +18,7 @@ from aoti_sched.queue.commands import Launch, WakeAt
 from aoti_sched.queue.device_queue import DeviceQueue
 from aoti_sched.queue.job import Job, JobState
 from aoti_sched.recording import Recording
+from aoti_sched.simulation.recorded import read_recording
 from aoti_sched.testing import FakeBackend, ManualClock, fake_scheduler, settle
 
 
@@ -281,3 +282,21 @@ async def test_a_timeline_that_cant_be_written_leaves_nothing(clock, tmp_path):
     with pytest.raises(OSError, match="folder"):
         recording.save(tmp_path / "folder")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+async def test_a_recording_knows_the_lanes_that_later_models_brought(clock, tmp_path):
+    backend = FakeBackend({"a": len, "b": len}, lanes=1, auto=True, clock=clock)
+    backend.most_lanes = 3
+    async with fake_scheduler(backend, clock=clock) as scheduler:
+        with scheduler.record() as recording:
+            lanes = []
+            for name, instances in (("a", 1), ("b", 4)):
+                await scheduler.load(f"{name}.pt2", name=name, instances=instances)
+                lanes.append(scheduler.stats().devices["cpu"].lanes)
+        recording.save(tmp_path / "timeline.json")
+    models = read_recording(tmp_path / "timeline.json").models
+    assert lanes == [1, 3]
+    assert [(one.runner, one.lanes, one.device_cores) for one in models] == [
+        ("a", 3, 3),
+        ("b", 3, 3),
+    ]
