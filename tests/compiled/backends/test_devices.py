@@ -637,6 +637,16 @@ def test_what_a_request_gets_is_recorded_on_its_own_stream(
         stream.close()
 
 
+def test_where_torch_lacks_the_function_the_loop_records_uses(
+    cuda, executors, loaded, sim, monkeypatch
+):
+    name = "aoti_sched.backends.accelerators.slot.RECORD_USE"
+    monkeypatch.setattr(name, "a name that this torch has no function of")
+    test_what_a_request_gets_is_recorded_on_its_own_stream(
+        cuda, executors, loaded, sim, monkeypatch, batch=False, own=True
+    )
+
+
 def test_events_are_used_again(cuda, executors, loaded, sim):
     container = loaded(cuda)
     executor = executors(cuda)
