@@ -114,6 +114,7 @@ def test_lanes_are_added_with_runners_up_to_a_bound_and_stay():
 def test_how_many_lanes_there_will_be_can_be_asked_before():
     queue = device(lanes=2, most_lanes=4)
     assert [queue.lanes.with_slots(slots) for slots in (1, 3, 9)] == [2, 3, 4]
+    assert [queue.lanes.cores_with_slots(slots) for slots in (1, 3, 9)] == [2, 3, 4]
     add(queue, slots=3)
     assert [queue.lanes.with_slots(slots) for slots in (1, 3)] == [4, 4]
     assert device(lanes=2).lanes.with_slots(9) == 2
