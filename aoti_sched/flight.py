@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from aoti_sched.errors import ReplayError
+from aoti_sched.queue.facts import Record
 from aoti_sched.queue.recorded import RecordedQueue
 from aoti_sched.version import VERSION as RELEASE
 
@@ -65,21 +67,29 @@ class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
 
 
-class FlightRecord(msgspec.Struct, frozen=True, kw_only=True):
+class FlightRecord:
     """The last facts of every device of a scheduler. Made by `Scheduler.flight_record`.
 
     The record has names of models and devices, sizes, times and errors. It has no inputs, no
     outputs, no weights, and no names of tenants.
 
+    Args:
+        records: What each device has kept, by name.
+
     Attributes:
         version: The version of the format.
         release: The release of aoti_sched that made the record.
-        devices: The records of the devices, by name.
     """
 
-    version: int
-    release: str
-    devices: dict[str, DeviceRecord]
+    def __init__(self, records: Mapping[str, Record]) -> None:
+        self._records = records
+        self.version = VERSION
+        self.release = RELEASE
+
+    @cached_property
+    def devices(self) -> dict[str, DeviceRecord]:
+        """The records of the devices, by name. The facts are read when this is first used."""
+        return {name: device_record(record) for name, record in self._records.items()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the record to a JSON file.
@@ -87,7 +97,8 @@ class FlightRecord(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             OSError: The file can't be written.
         """
-        Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1))
+        content = _File(version=self.version, release=self.release, devices=self.devices)
+        Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FlightRecord:
@@ -105,16 +116,36 @@ class FlightRecord(msgspec.Struct, frozen=True, kw_only=True):
                     f"{os.fspath(path)}: the record has version {version}, and this release reads "
                     f"version {VERSION}. Replay it with the release that made it"
                 )
-            return msgspec.json.decode(content, type=cls)
+            read = msgspec.json.decode(content, type=_File)
         except msgspec.MsgspecError as error:
             raise ReplayError(f"{os.fspath(path)}: this is no flight record: {error}") from None
+        record = cls({})
+        record.release = read.release
+        record.devices = read.devices
+        return record
 
 
 class _Version(msgspec.Struct):
     version: int
 
 
+class _File(msgspec.Struct, kw_only=True):
+    version: int
+    release: str
+    devices: dict[str, DeviceRecord]
+
+
+def device_record(record: Record) -> DeviceRecord:
+    """Read what a device has kept."""
+    return DeviceRecord(
+        **record.made,
+        facts=[RecordedFact(*fact) for fact in record.facts()],
+        dropped=record.dropped,
+        counters=record.counters,
+        error=record.error,
+    )
+
+
 def flight_record_of(queues: Iterable[RecordedQueue]) -> FlightRecord:
-    """Return the record of these devices."""
-    devices = {queue.name: msgspec.convert(queue.record(), DeviceRecord) for queue in queues}
-    return FlightRecord(version=VERSION, release=RELEASE, devices=devices)
+    """Return the record of these devices, whose facts are read later."""
+    return FlightRecord({queue.name: queue.record() for queue in queues})

@@ -1,18 +1,16 @@
 """Recorded: a device's queue that keeps its last facts, so that they can be replayed.
 
 The same facts give the same commands, so the facts from the first one on are all that it takes to
-have a queue in the same state again. A bounded number of them is kept, as tuples of plain values:
-jobs, runners, leases, claims and memory records are numbers there. Tenants and keys become numbers
-when the record is made, so that no user's data is in it.
+have a queue in the same state again. A bounded number of them is kept, in chunks of flat values
+(`facts.py`): jobs, runners, leases, claims and memory records are numbers there. Tenants and keys
+become numbers when the record is read, so that no user's data is in it.
 
 `testing/replay.py` replays a record.
 """
 
 from __future__ import annotations
 
-import math
 from collections import deque
-from collections.abc import Hashable
 from typing import Any
 
 import msgspec
@@ -22,57 +20,22 @@ from aoti_sched.queue.admission.load import Bounds
 from aoti_sched.queue.batching import Batching
 from aoti_sched.queue.commands import Command
 from aoti_sched.queue.device_queue import DeviceQueue
+from aoti_sched.queue.facts import FAILED, Asked, Record, for_json, lease_of
 from aoti_sched.queue.holding import Holding
 from aoti_sched.queue.job import IllegalFactError, Job
 from aoti_sched.queue.memory import Claim
 from aoti_sched.queue.policy import Policy
-from aoti_sched.queue.runner_state import Lease, RunnerState
+from aoti_sched.queue.runner_state import Lease, RunnerState, Source
 from aoti_sched.queue.selection.placement import INLINE_BUDGET, Placing
 
 FACTS_KEPT = 10_000
-"""Facts that are kept by default: some 3,000 requests, and at most 4 MB for each device."""
+"""Facts that are kept by default: some 3,000 requests."""
 
-VALUES = {
-    "add_runner": (
-        *("name", "slots", "bounds", "epoch", "placing", "batching", "width", "share", "sheds"),
-        *("predicts", "routable", "holding", "holding_name"),
-    ),
-    "drain_runner": ("runner",),
-    "terminate_runner": ("runner",),
-    "withdraw": ("runner",),
-    "remove_runner": ("runner",),
-    "close_barrier": ("runner", "abort"),
-    "open_barrier": ("runner", "epoch"),
-    "add_behind": ("runner", "name"),
-    "keep_epoch": ("runner",),
-    "withdraw_pinned": ("runner",),
-    "revoke_behind": ("runner", "error"),
-    "hold_turns": ("runner",),
-    "release_turns": ("runner",),
-    "turned": ("runner", "exchanged"),
-    "claim": ("claim", "bytes", "holding", "holding_name"),
-    "give_up": ("claim",),
-    "pin": ("runner",),
-    "update_use": ("holding", "holding_name", "constants", "inactive", "fixed"),
-    "release_memory": ("holding", "holding_name"),
-    "call_back": ("runner",),
-    "parked": ("runner",),
-    "returned": ("runner", "error"),
-    "turn": (),
-    "submit": (
-        *("job", "runner", "lease", "wait", "since", "priority", "deadline", "bytes"),
-        *("is_lease_request", "min_epoch", "rows", "key", "bypasses_limits", "tenant", "tokens"),
-        "pinned",
-    ),
-    "complete": ("job", "ok", "started", "finished"),
-    "cancel": ("job",),
-    "tick": (),
-    "go_on": (),
-    "release": ("lease",),
-}
-"""The names of each fact's values."""
+CHUNK = 256
+"""Facts of a chunk. Facts are dropped a chunk at a time."""
 
-_Kept = tuple[Any, ...]
+USUAL = 5
+"""Values of the facts that each request has, at most."""
 
 
 class RecordedQueue(DeviceQueue):
@@ -87,7 +50,7 @@ class RecordedQueue(DeviceQueue):
         policy: The device's choices among the rules.
         memory_limit: Bytes that the models may take.
         evicts: Whether idle runners are evicted when others need their memory.
-        keep: The number of the last facts that are kept.
+        keep: The least number of the last facts that are kept; two chunks more are the most.
     """
 
     def __init__(
@@ -113,43 +76,73 @@ class RecordedQueue(DeviceQueue):
             memory_limit=memory_limit,
             evicts=evicts,
         )
-        self._facts: deque[_Kept] = deque(maxlen=keep)
-        self._happened = 0
+        self._chunks: deque[list[Any]] = deque()  # whole ones, the oldest first
+        self._size = max(1, min(CHUNK, keep))  # facts of a chunk
+        self._most = -(-keep // self._size)  # whole chunks
+        self._dropped = 0  # facts
+        self._begin_chunk()
         self._runners = 0
         self._holdings = 0
         self._claims = 0
 
-    def record(self, error: str = "") -> dict[str, Any]:
-        """Return the facts that are kept, and how the queue was made, as JSON can have them.
+    def _begin_chunk(self) -> None:
+        # A list of its full length, since a list that grows is copied again and again.
+        self._chunk: list[Any] = [None] * (self._size * USUAL)
+        self._at = 0  # the place of the next value
+        self._left = self._size  # facts that the chunk still takes
+        self._source: Source | None = None  # of the last submission
+        self._asked: Asked | None = None  # by it
+        self._asked_of: dict[int, Asked] = {}  # the last of each runner, by its number
+        self._runners = 0
+        self._holdings = 0
+        self._claims = 0
 
-        `flight.DeviceRecord` describes the values.
+    def record(self, error: str = "") -> Record:
+        """Return the facts that are kept, and how the queue was made.
+
+        This takes references only, so it costs the caller as little as there are runners and
+        chunks; the facts are read from the record later.
 
         Args:
             error: The text of the error that the last fact has raised.
         """
-        tenants: dict[Hashable, int] = {}
-        keys: dict[Hashable, int] = {}
-        return {
+        made = {
             "device": self.name,
             "lanes": self.lanes.count,
             "cores": self.lanes.cores,
-            "bounds": _for_json(self.load.bounds),
+            "bounds": for_json(self.load.bounds),
             "inline_budget": self.lanes.inline_budget,
-            "policy": _for_json(self.policy),
+            "policy": for_json(self.policy),
             "memory_limit": self.memory.limit,
             "evicts": self.memory.evicts,
-            "facts": [_plain(fact, tenants, keys) for fact in self._facts],
-            "dropped": self._happened - len(self._facts),
-            "counters": {
-                name: msgspec.structs.asdict(runner.counters)
-                for name, runner in self.runners.items()
-            },
-            "error": error,
         }
+        counters = {
+            name: msgspec.structs.asdict(runner.counters) for name, runner in self.runners.items()
+        }
+        chunks = [*self._chunks, self._chunk[: self._at]]
+        return Record(made, chunks, self._dropped, counters, error)
+
+    def _make_room(self) -> None:
+        """Begin a new chunk if the present one is full. Comes before all else of a fact."""
+        if self._left:
+            return
+        del self._chunk[self._at :]
+        self._chunks.append(self._chunk)
+        self._begin_chunk()
+        if len(self._chunks) > self._most:
+            self._chunks.popleft()
+            self._dropped += self._size
 
     def _keep(self, *fact: Any) -> None:
-        self._happened += 1
-        self._facts.append(fact)
+        """Keep a rare fact."""
+        self._make_room()
+        chunk = self._chunk
+        if len(fact) > USUAL:  # the other facts of the chunk keep their room
+            chunk.extend([None] * (len(fact) - USUAL))
+        for value in fact:
+            chunk[self._at] = value
+            self._at += 1
+        self._left -= 1
 
     def _give_record(self, error: IllegalFactError) -> None:
         error.record = self.record(str(error))
@@ -159,39 +152,37 @@ class RecordedQueue(DeviceQueue):
     def submit(
         self, job: Job, now: float, *, wait: bool = False, since: float | None = None
     ) -> list[Command]:
-        source = job.source
-        runner = source.runner
+        if not self._left:
+            self._make_room()
+        asked = self._asked
+        if job.source is not self._source or asked is None or not asked.fits(job, wait, since):
+            asked = self._asked_by(job, wait, since)
         tenant: Any = job.tenant
         if tenant is not None:  # kept by its number, where it has one, so that it can be forgotten
             tenant = getattr(tenant, "number", tenant)
-        self._happened += 1
-        self._facts.append(
-            (
-                "submit",
-                now,
-                job.id,
-                runner.number,
-                source.id if isinstance(source, Lease) else None,
-                wait,
-                since,
-                job.priority,
-                job.deadline,
-                job.bytes,
-                job.is_lease_request,
-                job.min_epoch,
-                job.rows,
-                job.key,
-                job.bypasses_limits,
-                tenant,
-                job.tokens,
-                job.pinned,
-            )
-        )
+        chunk, at = self._chunk, self._at
+        chunk[at] = asked  # stands for the fact's name, too
+        chunk[at + 1] = now
+        chunk[at + 2] = job.deadline
+        chunk[at + 3] = job.bytes
+        chunk[at + 4] = tenant
+        self._at = at + 5
+        self._left -= 1
         try:
             return super().submit(job, now, wait=wait, since=since)
         except IllegalFactError as error:
             self._give_record(error)
             raise
+
+    def _asked_by(self, job: Job, wait: bool, since: float | None) -> Asked:
+        """Return what a job of another source asks for, or of the same one something else."""
+        source = job.source
+        number = source.runner.number
+        asked = self._asked_of.get(number)
+        if asked is None or asked.lease != lease_of(job) or not asked.fits(job, wait, since):
+            asked = self._asked_of[number] = Asked(job, wait, since)
+        self._source, self._asked = source, asked
+        return asked
 
     def complete(
         self,
@@ -202,8 +193,16 @@ class RecordedQueue(DeviceQueue):
         started: float | None = None,
         finished: float | None = None,
     ) -> list[Command]:
-        self._happened += 1
-        self._facts.append(("complete", now, job.id, ok, started, finished))
+        if not self._left:
+            self._make_room()
+        chunk, at = self._chunk, self._at
+        chunk[at] = "complete" if ok else FAILED
+        chunk[at + 1] = now
+        chunk[at + 2] = job.id
+        chunk[at + 3] = started
+        chunk[at + 4] = finished
+        self._at = at + 5
+        self._left -= 1
         try:
             return super().complete(job, now, ok=ok, started=started, finished=finished)
         except IllegalFactError as error:
@@ -219,11 +218,23 @@ class RecordedQueue(DeviceQueue):
             raise
 
     def tick(self, now: float) -> list[Command]:
-        self._keep("tick", now)
+        if not self._left:
+            self._make_room()
+        chunk, at = self._chunk, self._at
+        chunk[at] = "tick"
+        chunk[at + 1] = now
+        self._at = at + 2
+        self._left -= 1
         return super().tick(now)
 
     def turn(self, now: float) -> list[Command]:
-        self._keep("turn", now)
+        if not self._left:
+            self._make_room()
+        chunk, at = self._chunk, self._at
+        chunk[at] = "turn"
+        chunk[at + 1] = now
+        self._at = at + 2
+        self._left -= 1
         return super().turn(now)
 
     def go_on(self, now: float) -> list[Command]:
@@ -253,6 +264,7 @@ class RecordedQueue(DeviceQueue):
         memory: Holding | None = None,
     ) -> RunnerState:
         placing = placing or Placing()
+        self._make_room()
         self._keep(
             "add_runner",
             None,
@@ -317,6 +329,7 @@ class RecordedQueue(DeviceQueue):
 
     def remove_runner(self, runner: RunnerState) -> None:
         self._keep("remove_runner", None, runner.number)
+        self._source = None  # so that a runner that is gone is not kept
         try:
             super().remove_runner(runner)
         except IllegalFactError as error:
@@ -409,6 +422,7 @@ class RecordedQueue(DeviceQueue):
     # --- memory -----------------------------------------------------------------------------------
 
     def claim(self, claim: Claim, now: float) -> list[Command]:
+        self._make_room()  # the chunk before it does not know the claim's number
         holding = claim.holding
         claim.number = self._claims
         self._claims += 1
@@ -434,11 +448,13 @@ class RecordedQueue(DeviceQueue):
     def update_use(
         self, holding: Holding, now: float, *, constants: int, inactive: int, fixed: str = ""
     ) -> list[Command]:
+        self._make_room()
         number = self._numbered(holding)
         self._keep("update_use", now, number, holding.name, constants, inactive, fixed)
         return super().update_use(holding, now, constants=constants, inactive=inactive, fixed=fixed)
 
     def release_memory(self, holding: Holding, now: float) -> list[Command]:
+        self._make_room()
         self._keep("release_memory", now, self._numbered(holding), holding.name)
         return super().release_memory(holding, now)
 
@@ -471,23 +487,3 @@ class RecordedQueue(DeviceQueue):
             holding.number = self._holdings
             self._holdings += 1
         return holding.number
-
-
-def _plain(fact: _Kept, tenants: dict[Hashable, int], keys: dict[Hashable, int]) -> dict[str, Any]:
-    """Return a fact whose tenant and key are numbers, in the order in which they first came."""
-    name, at, *kept = fact
-    values = dict(zip(VALUES[name], kept, strict=True))
-    for what, numbers in (("tenant", tenants), ("key", keys)):
-        if values.get(what) is not None:
-            values[what] = numbers.setdefault(values[what], len(numbers))
-    plain = {what: _for_json(value) for what, value in values.items()}
-    return {"fact": name, "at": at, "values": plain}
-
-
-def _for_json(value: Any) -> Any:
-    """Return a value of a fact as JSON can have it, which knows no infinite number."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, msgspec.Struct):
-        return {what: _for_json(of) for what, of in msgspec.structs.asdict(value).items()}
-    return [_for_json(one) for one in value] if isinstance(value, tuple) else value

@@ -14,10 +14,11 @@ from typing import Any
 import msgspec
 
 from aoti_sched.errors import AotiSchedError, MemoryLimitError, ReplayError
-from aoti_sched.flight import DeviceRecord, FlightRecord, RecordedFact
+from aoti_sched.flight import DeviceRecord, FlightRecord, RecordedFact, device_record
 from aoti_sched.queue.admission.load import Bounds
 from aoti_sched.queue.batching import Batching
 from aoti_sched.queue.commands import Command, Grant
+from aoti_sched.queue.facts import Record
 from aoti_sched.queue.holding import Holding
 from aoti_sched.queue.job import IllegalFactError, Job
 from aoti_sched.queue.memory import Claim
@@ -43,19 +44,26 @@ def replay(record: FlightRecord | str | os.PathLike[str]) -> dict[str, Replayed]
     """
     if not isinstance(record, FlightRecord):
         record = FlightRecord.load(record)
+    if not record.devices:
+        raise ReplayError(
+            "the record has no device: the scheduler had opened none, or kept no facts. Keep some "
+            "with SchedulerConfig(flight_facts=)"
+        )
     return {name: replay_device(of) for name, of in record.devices.items()}
 
 
-def replay_device(record: DeviceRecord | Mapping[str, Any]) -> Replayed:
+def replay_device(record: DeviceRecord | Record | Mapping[str, Any]) -> Replayed:
     """Replay the record of one device, as an `IllegalFactError` has it.
 
     Args:
-        record: The record, or its plain values.
+        record: The record, read or not, or its plain values.
 
     Raises:
         ReplayError: As `replay` says.
     """
-    if not isinstance(record, DeviceRecord):
+    if isinstance(record, Record):
+        record = device_record(record)
+    elif not isinstance(record, DeviceRecord):
         record = msgspec.convert(record, DeviceRecord)
     replayed = Replayed(record)
     for _ in replayed.steps():

@@ -15,6 +15,7 @@ from aoti_sched import (
     Scheduler,
     SchedulerConfig,
 )
+from aoti_sched.queue.device_queue import DeviceQueue
 from aoti_sched.queue.job import IllegalFactError, JobState
 from aoti_sched.testing import FakeBackend, ManualClock, fake_scheduler, replay, replay_device
 
@@ -85,17 +86,34 @@ async def test_an_illegal_fact_brings_its_record_and_the_rest_goes_on(clock):
     assert (type(outcome), str(outcome)) == (IllegalFactError, str(raised.value))
 
 
-@pytest.mark.parametrize(("keep", "facts"), [(0, 0), (3, 3)])
-async def test_as_many_facts_are_kept_as_the_settings_say(clock, keep, facts):
+async def test_as_many_facts_are_kept_as_the_settings_say(clock):
     backend = FakeBackend({"m": len}, auto=True, clock=clock)
-    config = SchedulerConfig(flight_facts=keep, devices={"cpu": DeviceConfig()})
+    config = SchedulerConfig(flight_facts=3, devices={"cpu": DeviceConfig()})
     async with fake_scheduler(backend, clock=clock, config=config) as scheduler:
         runner = await scheduler.load("m.pt2")
-        await runner.run("a")
+        for _ in range(9):
+            await runner.run("a")
         record = scheduler.flight_record()
     device = record.devices["cpu"]
-    assert len(device.facts) == facts
+    assert 3 <= len(device.facts) <= 6
     assert device.dropped > 0
+    with pytest.raises(ReplayError, match="flight_facts="):
+        replay(record)
+
+
+async def test_no_fact_is_kept_where_none_is_wanted(clock):
+    backend = FakeBackend({"m": len}, auto=True, clock=clock)
+    config = SchedulerConfig(flight_facts=0)
+    async with fake_scheduler(backend, clock=clock, config=config) as scheduler:
+        runner = await scheduler.load("m.pt2")
+        dispatcher = scheduler._devices.dispatchers["cpu"]
+        assert type(dispatcher.queue) is DeviceQueue
+        with pytest.raises(IllegalFactError) as raised:
+            dispatcher.parked(runner._router.replicas[0].state)
+        assert await runner.run("abc") == 3
+        record = scheduler.flight_record()
+    assert raised.value.record is None
+    assert record.devices == {}
     with pytest.raises(ReplayError, match="flight_facts="):
         replay(record)
 

@@ -158,7 +158,10 @@ def picture(thing, seen=None):
     return repr(thing)
 
 
-_RECORDED = {"_facts", "_happened", "_runners", "_holdings", "_claims"}
+_RECORDED = {
+    *("_chunks", "_chunk", "_size", "_at", "_left", "_most", "_dropped"),
+    *("_source", "_asked", "_asked_of", "_runners", "_holdings", "_claims"),
+}
 """What a `RecordedQueue` notes of facts, illegal ones included. No rule reads these."""
 
 

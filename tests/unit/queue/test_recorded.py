@@ -9,15 +9,16 @@ import msgspec
 import pytest
 
 from aoti_sched.errors import EpochError, ReplayError
-from aoti_sched.flight import DeviceRecord
+from aoti_sched.flight import DeviceRecord, device_record
 from aoti_sched.queue.admission.load import Bounds
 from aoti_sched.queue.batching import Batching
 from aoti_sched.queue.device_queue import DeviceQueue
+from aoti_sched.queue.facts import VALUES, unpacked
 from aoti_sched.queue.holding import Holding
 from aoti_sched.queue.job import IllegalFactError, Job, JobState
 from aoti_sched.queue.memory import Claim
 from aoti_sched.queue.policy import Policy
-from aoti_sched.queue.recorded import VALUES, RecordedQueue
+from aoti_sched.queue.recorded import CHUNK, RecordedQueue
 from aoti_sched.queue.runner_state import Lease, Phase, RunnerState
 from aoti_sched.queue.selection.placement import Placement, Placing
 from aoti_sched.testing import Replayed, replay_device
@@ -31,7 +32,7 @@ SHARES = 4
 
 
 def through_json(record):
-    return msgspec.json.decode(msgspec.json.encode(record), type=DeviceRecord)
+    return msgspec.json.decode(msgspec.json.encode(device_record(record)), type=DeviceRecord)
 
 
 def told(commands):
@@ -67,12 +68,12 @@ def state_of(queue, jobs):
         for lease in runner.leases.values():
             lease.holder = None
     names = {}
-    for fact, _, *values in queue._facts:
-        of = dict(zip(VALUES[fact], values, strict=True))
-        for what in ("tenant", "key"):
-            if of.get(what) is not None:
-                known = names.setdefault(what, {})
-                known.setdefault(of[what], len(known))
+    for chunk in queue.record()._chunks:
+        for _, _, of in unpacked(chunk):
+            for what in ("tenant", "key"):
+                if of.get(what) is not None:
+                    known = names.setdefault(what, {})
+                    known.setdefault(of[what], len(known))
     plain = {name: number for known in names.values() for name, number in known.items()}
     return _renamed(picture(queue), plain)
 
@@ -180,7 +181,7 @@ def test_an_illegal_fact_has_the_record_that_leads_to_it_again():
     queue.complete(job, 2.0)
     with pytest.raises(IllegalFactError) as raised:
         queue.complete(job, 3.0)
-    record = raised.value.record
+    record = raised.value.record.plain()
     assert record["error"] == str(raised.value)
     facts = [fact["fact"] for fact in record["facts"]]
     assert facts == ["add_runner", "submit", "complete", "complete"]
@@ -236,8 +237,9 @@ def test_whatever_fact_is_illegal_has_a_record(fact):
         queue.memory.holdings[other.memory] = other
     with pytest.raises(IllegalFactError) as raised:
         ILLEGAL[fact](queue, other)
-    assert raised.value.record["facts"][-1]["fact"] == fact
-    assert raised.value.record["error"] == str(raised.value)
+    record = raised.value.record.plain()
+    assert record["facts"][-1]["fact"] == fact
+    assert record["error"] == str(raised.value)
 
 
 def test_a_claim_that_is_given_up_and_an_illegal_one_are_replayed():
@@ -260,18 +262,90 @@ def test_a_record_of_nothing_but_the_last_facts_is_no_beginning():
     queue = RecordedQueue("cpu", 1, keep=2)
     runner = queue.add_runner("m", 1)
     queue.submit(Job(runner), 1.0)
-    queue.tick(2.0)
+    for now in (2.0, 3.0, 4.0):
+        queue.tick(now)
     record = through_json(queue.record())
-    assert ([fact.fact for fact in record.facts], record.dropped) == (["submit", "tick"], 1)
-    with pytest.raises(ReplayError, match="lacks its first 1 facts"):
+    assert [(fact.fact, fact.at) for fact in record.facts] == [
+        ("tick", 2.0),
+        ("tick", 3.0),
+        ("tick", 4.0),
+    ]
+    assert record.dropped == 2
+    with pytest.raises(ReplayError, match="lacks its first 2 facts"):
         Replayed(record)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, CHUNK, 3 * CHUNK - 1])
+def test_at_least_as_many_facts_are_kept_as_were_asked_for_and_a_chunk_or_two_more(keep):
+    queue = RecordedQueue("cpu", 1, keep=keep)
+    most = 0
+    for count in range(1, 10 * CHUNK):
+        queue.tick(float(count))
+        if count % 7 == 0:
+            facts = queue.record().facts()
+            assert [at for _, at, _ in facts] == [*range(count - len(facts) + 1, count + 1)]
+            assert len(facts) >= min(keep, count)
+            assert queue.record().dropped == count - len(facts)
+            most = max(most, len(facts))
+    assert most <= keep + 2 * CHUNK
+
+
+def test_a_record_is_of_the_time_when_it_was_taken():
+    queue = RecordedQueue("cpu", 1)
+    queue.tick(1.0)
+    record = queue.record()
+    for now in range(2, 2 * CHUNK):
+        queue.tick(float(now))
+    assert [at for _, at, _ in record.facts()] == [1.0]
+
+
+def test_what_a_request_asks_is_recorded_whatever_the_one_before_it_asked():
+    """Equal wishes are kept once; each of these differs from the ones before it."""
+    queue = RecordedQueue("cpu", 4)
+    batched = queue.add_runner("b", 4, batching=Batching(8))
+    plain = queue.add_runner("p", 4)
+    (grant,) = queue.submit(Job(plain, is_lease_request=True), 0.0)
+    wishes = [
+        {},
+        {"priority": 0},
+        {"deadline": 9.0},
+        {"bytes": 7},
+        {"is_lease_request": True},
+        {"is_lease_request": True, "bypasses_limits": True},
+        {"min_epoch": 1},
+        {"min_epoch": 1, "pinned": True},
+        {"rows": 3},
+        {"key": ("k", 1)},
+        {"key": ("k", 2)},
+        {"tenant": "a"},
+        {"tenant": "b"},
+        {"tokens": 5},
+    ]
+    expected = []
+    for source in (batched, plain, grant.lease, batched):
+        for wish in wishes:
+            for further in ({}, {}, {"wait": True}, {"since": -1.0}, {"since": -2.0}):
+                try:
+                    queue.submit(Job(source, **wish), 1.0, **further)
+                except IllegalFactError:
+                    assert source is grant.lease
+                expected.append((source, {**wish, **further}))
+    names = {"tenant": {"a": 0, "b": 1}, "key": {("k", 1): 0, ("k", 2): 1}}
+    usual = {"priority": 1, "deadline": None, "bytes": 0, "is_lease_request": False}
+    usual |= {"min_epoch": 0, "rows": 1, "key": None, "bypasses_limits": False, "tenant": None}
+    usual |= {"tokens": 1, "pinned": False, "wait": False, "since": None, "job": -1}
+    submitted = [values for name, _, values in queue.record().facts() if name == "submit"]
+    for values, (source, wish) in zip(submitted[1:], expected, strict=True):
+        said = {what: names.get(what, {}).get(value, value) for what, value in wish.items()}
+        lease = source.id if source is grant.lease else None
+        assert values == {**usual, **said, "lease": lease, "runner": source.runner.number}
 
 
 def test_a_record_that_counts_something_else_comes_from_other_rules():
     queue = RecordedQueue("cpu", 1)
     runner = queue.add_runner("m", 1)
     queue.submit(Job(runner), 1.0)
-    record = queue.record()
+    record = queue.record().plain()
     record["counters"]["m"]["completed"] = 7
     with pytest.raises(
         ReplayError, match="1 submitted, and the record m: 1 submitted, 7 completed"
