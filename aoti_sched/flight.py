@@ -13,6 +13,7 @@ import msgspec
 from aoti_sched.errors import ReplayError
 from aoti_sched.queue.facts import Record
 from aoti_sched.queue.recorded import RecordedQueue
+from aoti_sched.queue.snapshot import Saved
 from aoti_sched.version import VERSION as RELEASE
 
 VERSION = 1
@@ -48,7 +49,9 @@ class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
         memory_limit: Bytes that the models may take; None for no limit.
         evicts: Whether idle runners are evicted when others need their memory.
         facts: The facts, in order.
-        dropped: How many earlier facts are not kept. Only a record without such can be replayed.
+        dropped: How many earlier facts are not kept.
+        state: The state of the queue before the first fact, as `queue.snapshot` has it. A record
+            that has neither all facts nor a state can't be replayed.
         counters: The totals of the runners by name, after the last fact. A replay compares them.
         error: The text of the error that the last fact raised, where the record was made for it.
     """
@@ -65,6 +68,7 @@ class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
     dropped: int
     counters: dict[str, dict[str, float]]
     error: str = ""
+    state: list[Saved] | None = None
 
 
 class FlightRecord:
@@ -117,7 +121,7 @@ class FlightRecord:
                     f"version {VERSION}. Replay it with the release that made it"
                 )
             read = msgspec.json.decode(content, type=_File)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, RecursionError) as error:
             raise ReplayError(f"{os.fspath(path)}: this is no flight record: {error}") from None
         record = cls({})
         record.release = read.release
@@ -137,13 +141,7 @@ class _File(msgspec.Struct, kw_only=True):
 
 def device_record(record: Record) -> DeviceRecord:
     """Read what a device has kept."""
-    return DeviceRecord(
-        **record.made,
-        facts=[RecordedFact(*fact) for fact in record.facts()],
-        dropped=record.dropped,
-        counters=record.counters,
-        error=record.error,
-    )
+    return msgspec.convert(record.plain(), DeviceRecord)
 
 
 def flight_record_of(queues: Iterable[RecordedQueue]) -> FlightRecord:

@@ -8,13 +8,15 @@ name.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Hashable, Iterator
 from typing import Any
 
 import msgspec
 
 from aoti_sched.queue.job import Job
-from aoti_sched.queue.runner_state import Lease
+from aoti_sched.queue.runner_state import Lease, Source
+from aoti_sched.queue.snapshot import Snapshot
 
 VALUES = {
     "add_runner": (
@@ -52,7 +54,7 @@ VALUES = {
     "cancel": ("job",),
     "tick": (),
     "go_on": (),
-    "release": ("lease",),
+    "release": ("lease", "runner"),
 }
 """The names of each fact's values."""
 
@@ -128,54 +130,209 @@ def lease_of(job: Job) -> int:
     return source.id if isinstance(source, Lease) else -1
 
 
+CHUNK = 256
+"""Facts of a chunk. Facts are dropped a chunk at a time."""
+
+USUAL = 5
+"""Values of the facts that each request has, at most."""
+
+SPACING = 3
+"""Facts for each value of a snapshot before the next one is tried."""
+
+MORE = 100_000
+"""The most facts that are kept beyond those asked for, back to a state that a replay can begin at.
+
+They take 9 MB, at 90 bytes a fact.
+"""
+
+
+class Group:
+    """Chunks that follow on each other.
+
+    Attributes:
+        state: The state of the queue before the first of them, if it is kept.
+        is_start: Whether a replay can begin with them.
+    """
+
+    __slots__ = ("chunks", "is_start", "state")
+
+    def __init__(self, state: Snapshot | None) -> None:
+        self.state = state
+        self.is_start = True
+        self.chunks: deque[list[Any]] = deque()
+
+
+class Kept:
+    """The last facts of a queue, in chunks.
+
+    Args:
+        keep: The least number of the last facts that are kept.
+
+    Attributes:
+        chunk: The present chunk. It has its full length from the beginning, since a list that grows
+            is copied again and again.
+        at: The place of the next value in it.
+        left: Facts that it still takes.
+        source: The source of the last submission.
+        asked: What that one asked for.
+    """
+
+    __slots__ = (
+        "_asked_of",
+        "_dropped",
+        "_groups",
+        "_keep",
+        "_size",
+        "_spacing",
+        "_whole",
+        "asked",
+        "at",
+        "chunk",
+        "left",
+        "source",
+    )
+
+    def __init__(self, keep: int) -> None:
+        self._keep = keep
+        self._size = max(1, min(CHUNK, keep))
+        self._groups: deque[Group] = deque((Group(None),))  # the oldest first
+        self._whole = 0  # whole chunks
+        self._dropped = 0  # chunks
+        self._spacing = 0  # facts until the next snapshot is tried
+        self._open()
+
+    def _open(self) -> None:
+        self.chunk: list[Any] = [None] * (self._size * USUAL)
+        self.at = 0
+        self.left = self._size
+        self.source: Source | None = None
+        self.asked: Asked | None = None
+        self._asked_of: dict[int, Asked] = {}  # the last of each runner, by its number
+
+    def asked_by(self, job: Job, wait: bool, since: float | None) -> Asked:
+        """Return what a job of another source asks for, or of the same one something else."""
+        source = job.source
+        number = source.runner.number
+        asked = self._asked_of.get(number)
+        if asked is None or asked.lease != lease_of(job) or not asked.fits(job, wait, since):
+            asked = self._asked_of[number] = Asked(job, wait, since)
+        self.source, self.asked = source, asked
+        return asked
+
+    def add(self, fact: tuple[Any, ...]) -> None:
+        """Add a rare fact, for which there is room."""
+        chunk = self.chunk
+        if len(fact) > USUAL:  # the other facts of the chunk keep their room
+            chunk.extend([None] * (len(fact) - USUAL))
+        for value in fact:
+            chunk[self.at] = value
+            self.at += 1
+        self.left -= 1
+
+    def wants_state(self) -> bool:
+        """Return whether a snapshot is due with the next chunk."""
+        self._spacing -= self._size
+        return self._spacing <= 0
+
+    def spent(self, cost: int) -> None:
+        """Note how many values were read for a snapshot."""
+        self._spacing = SPACING * cost
+
+    def begin_chunk(self, state: Snapshot | None) -> None:
+        """Begin a chunk, and drop what is not needed any more.
+
+        Args:
+            state: The present state of the queue, if it was taken.
+        """
+        del self.chunk[self.at :]
+        groups = self._groups
+        groups[-1].chunks.append(self.chunk)
+        self._whole += 1
+        self._open()
+        if state is not None:
+            groups.append(Group(state))
+        while len(groups) > 1:
+            first = groups[0]
+            if first.is_start and (self._whole - len(first.chunks)) * self._size < self._keep:
+                break
+            self._drop(len(first.chunks))
+            groups.popleft()
+        first = groups[0]
+        while (self._whole - 1) * self._size >= self._keep + MORE:
+            self._drop(1)
+            first.chunks.popleft()
+            first.is_start, first.state = False, None
+
+    def _drop(self, chunks: int) -> None:
+        self._whole -= chunks
+        self._dropped += chunks
+
+    def record(
+        self, made: dict[str, Any], counters: dict[str, dict[str, float]], error: str
+    ) -> Record:
+        """Return the kept facts, without reading them; the arguments are those of `Record`."""
+        chunks = [chunk for group in self._groups for chunk in group.chunks]
+        chunks.append(self.chunk[: self.at])
+        dropped = self._dropped * self._size
+        return Record(made, self._groups[0].state, chunks, dropped, counters, error)
+
+
 class Record:
-    """The facts that a queue has kept at one time. Nothing is read before `plain` or `facts`.
+    """The facts that a queue has kept at one time. Nothing is read before `plain` or `read`.
 
     Args:
         made: How the queue was made, by the names of `flight.DeviceRecord`, as JSON can have it.
+        state: The state of the queue before the first fact, if it is kept.
         chunks: The kept facts as flat values.
         dropped: How many earlier facts are not kept.
         counters: The totals of the runners by name.
         error: The text of the error that the last fact has raised; "" where none is meant.
     """
 
-    __slots__ = ("_chunks", "counters", "dropped", "error", "made")
+    __slots__ = ("_chunks", "_state", "counters", "dropped", "error", "made")
 
     def __init__(
         self,
         made: dict[str, Any],
+        state: Snapshot | None,
         chunks: list[list[Any]],
         dropped: int,
         counters: dict[str, dict[str, float]],
         error: str,
     ) -> None:
         self.made = made
+        self._state = state
         self._chunks = chunks
         self.dropped = dropped
         self.counters = counters
         self.error = error
 
     def facts(self) -> list[tuple[str, float | None, dict[str, Any]]]:
-        """Return each fact's name, time and values, as JSON can have them.
+        """Return each fact's name, time and values, with the tenants and keys themselves."""
+        return [fact for chunk in self._chunks for fact in _unpacked(chunk)]
+
+    def plain(self) -> dict[str, Any]:
+        """Return the record as JSON can have it; `flight.DeviceRecord` describes the values.
 
         Tenants and keys are numbers, in the order in which they first came.
         """
-        tenants: dict[Hashable, int] = {}
-        keys: dict[Hashable, int] = {}
-        facts = []
-        for chunk in self._chunks:
-            for name, at, values in unpacked(chunk):
-                for what, numbers in (("tenant", tenants), ("key", keys)):
-                    if values.get(what) is not None:
-                        values[what] = numbers.setdefault(values[what], len(numbers))
-                facts.append((name, at, {what: for_json(of) for what, of in values.items()}))
-        return facts
+        numbers: dict[Hashable, int] = {}
 
-    def plain(self) -> dict[str, Any]:
-        """Return the record as JSON can have it; `flight.DeviceRecord` describes the values."""
-        facts = [{"fact": name, "at": at, "values": values} for name, at, values in self.facts()]
+        def number_of(name: Hashable) -> int:
+            return numbers.setdefault(name, len(numbers))
+
+        state = None if self._state is None else self._state.plain(number_of)
+        facts = []
+        for name, at, values in self.facts():
+            if name == "submit":
+                for what in ("tenant", "key"):
+                    if values[what] is not None:
+                        values[what] = number_of(values[what])
+            plain = {what: for_json(of) for what, of in values.items()}
+            facts.append({"fact": name, "at": at, "values": plain})
         return {
             **self.made,
+            "state": state,
             "facts": facts,
             "dropped": self.dropped,
             "counters": self.counters,
@@ -183,7 +340,7 @@ class Record:
         }
 
 
-def unpacked(chunk: list[Any]) -> Iterator[tuple[str, float | None, dict[str, Any]]]:
+def _unpacked(chunk: list[Any]) -> Iterator[tuple[str, float | None, dict[str, Any]]]:
     """Yield the facts of a chunk, each with its name, its time and its values by name."""
     place = 0
     while place < len(chunk):

@@ -1,8 +1,9 @@
 """Recorded: a device's queue that keeps its last facts, so that they can be replayed.
 
-The same facts give the same commands, so the facts from the first one on are all that it takes to
-have a queue in the same state again. A bounded number of them is kept, in chunks of flat values
-(`facts.py`): jobs, runners, leases, claims and memory records are numbers there. Tenants and keys
+The same facts give the same commands, so a state and the facts that follow on it are all that it
+takes to have a queue in the same state again. A bounded number of facts is kept, in chunks of flat
+values (`facts.py`): jobs, runners, leases, claims and memory records are numbers there. At the
+beginning of some chunks, the state of the queue is kept, too (`snapshot.py`). Tenants and keys
 become numbers when the record is read, so that no user's data is in it.
 
 `testing/replay.py` replays a record.
@@ -10,7 +11,6 @@ become numbers when the record is read, so that no user's data is in it.
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Any
 
 import msgspec
@@ -20,22 +20,20 @@ from aoti_sched.queue.admission.load import Bounds
 from aoti_sched.queue.batching import Batching
 from aoti_sched.queue.commands import Command
 from aoti_sched.queue.device_queue import DeviceQueue
-from aoti_sched.queue.facts import FAILED, Asked, Record, for_json, lease_of
+from aoti_sched.queue.facts import FAILED, Kept, Record, for_json
 from aoti_sched.queue.holding import Holding
 from aoti_sched.queue.job import IllegalFactError, Job
 from aoti_sched.queue.memory import Claim
 from aoti_sched.queue.policy import Policy
-from aoti_sched.queue.runner_state import Lease, RunnerState, Source
+from aoti_sched.queue.runner_state import Lease, RunnerState
 from aoti_sched.queue.selection.placement import INLINE_BUDGET, Placing
+from aoti_sched.queue.snapshot import Snapshot, UnknownClassError, take
 
 FACTS_KEPT = 10_000
 """Facts that are kept by default: some 3,000 requests."""
 
-CHUNK = 256
-"""Facts of a chunk. Facts are dropped a chunk at a time."""
-
-USUAL = 5
-"""Values of the facts that each request has, at most."""
+MOST_VALUES = 20_000
+"""The most values of a snapshot. With more, for example with 1,000 jobs queued, none is taken."""
 
 
 class RecordedQueue(DeviceQueue):
@@ -50,7 +48,7 @@ class RecordedQueue(DeviceQueue):
         policy: The device's choices among the rules.
         memory_limit: Bytes that the models may take.
         evicts: Whether idle runners are evicted when others need their memory.
-        keep: The least number of the last facts that are kept; two chunks more are the most.
+        keep: The least number of the last facts that are kept.
     """
 
     def __init__(
@@ -76,23 +74,7 @@ class RecordedQueue(DeviceQueue):
             memory_limit=memory_limit,
             evicts=evicts,
         )
-        self._chunks: deque[list[Any]] = deque()  # whole ones, the oldest first
-        self._size = max(1, min(CHUNK, keep))  # facts of a chunk
-        self._most = -(-keep // self._size)  # whole chunks
-        self._dropped = 0  # facts
-        self._begin_chunk()
-        self._runners = 0
-        self._holdings = 0
-        self._claims = 0
-
-    def _begin_chunk(self) -> None:
-        # A list of its full length, since a list that grows is copied again and again.
-        self._chunk: list[Any] = [None] * (self._size * USUAL)
-        self._at = 0  # the place of the next value
-        self._left = self._size  # facts that the chunk still takes
-        self._source: Source | None = None  # of the last submission
-        self._asked: Asked | None = None  # by it
-        self._asked_of: dict[int, Asked] = {}  # the last of each runner, by its number
+        self._kept = Kept(keep)
         self._runners = 0
         self._holdings = 0
         self._claims = 0
@@ -100,8 +82,7 @@ class RecordedQueue(DeviceQueue):
     def record(self, error: str = "") -> Record:
         """Return the facts that are kept, and how the queue was made.
 
-        This takes references only, so it costs the caller as little as there are runners and
-        chunks; the facts are read from the record later.
+        References are taken, and the totals of the runners. The facts are read later.
 
         Args:
             error: The text of the error that the last fact has raised.
@@ -119,30 +100,27 @@ class RecordedQueue(DeviceQueue):
         counters = {
             name: msgspec.structs.asdict(runner.counters) for name, runner in self.runners.items()
         }
-        chunks = [*self._chunks, self._chunk[: self._at]]
-        return Record(made, chunks, self._dropped, counters, error)
+        return self._kept.record(made, counters, error)
 
     def _make_room(self) -> None:
         """Begin a new chunk if the present one is full. Comes before all else of a fact."""
-        if self._left:
+        kept = self._kept
+        if kept.left:
             return
-        del self._chunk[self._at :]
-        self._chunks.append(self._chunk)
-        self._begin_chunk()
-        if len(self._chunks) > self._most:
-            self._chunks.popleft()
-            self._dropped += self._size
+        state: Snapshot | None = None
+        if kept.wants_state() and not self._endings:  # an ending has an error, which is no value
+            try:
+                taken = take(self, MOST_VALUES)
+            except UnknownClassError:  # a fault of ours, which must not stop the scheduler
+                taken = MOST_VALUES
+            state = taken if isinstance(taken, Snapshot) else None
+            kept.spent(taken.cost if isinstance(taken, Snapshot) else taken)
+        kept.begin_chunk(state)
 
     def _keep(self, *fact: Any) -> None:
         """Keep a rare fact."""
         self._make_room()
-        chunk = self._chunk
-        if len(fact) > USUAL:  # the other facts of the chunk keep their room
-            chunk.extend([None] * (len(fact) - USUAL))
-        for value in fact:
-            chunk[self._at] = value
-            self._at += 1
-        self._left -= 1
+        self._kept.add(fact)
 
     def _give_record(self, error: IllegalFactError) -> None:
         error.record = self.record(str(error))
@@ -152,37 +130,28 @@ class RecordedQueue(DeviceQueue):
     def submit(
         self, job: Job, now: float, *, wait: bool = False, since: float | None = None
     ) -> list[Command]:
-        if not self._left:
+        kept = self._kept
+        if not kept.left:
             self._make_room()
-        asked = self._asked
-        if job.source is not self._source or asked is None or not asked.fits(job, wait, since):
-            asked = self._asked_by(job, wait, since)
+        asked = kept.asked
+        if job.source is not kept.source or asked is None or not asked.fits(job, wait, since):
+            asked = kept.asked_by(job, wait, since)
         tenant: Any = job.tenant
         if tenant is not None:  # kept by its number, where it has one, so that it can be forgotten
             tenant = getattr(tenant, "number", tenant)
-        chunk, at = self._chunk, self._at
+        chunk, at = kept.chunk, kept.at
         chunk[at] = asked  # stands for the fact's name, too
         chunk[at + 1] = now
         chunk[at + 2] = job.deadline
         chunk[at + 3] = job.bytes
         chunk[at + 4] = tenant
-        self._at = at + 5
-        self._left -= 1
+        kept.at = at + 5
+        kept.left -= 1
         try:
             return super().submit(job, now, wait=wait, since=since)
         except IllegalFactError as error:
             self._give_record(error)
             raise
-
-    def _asked_by(self, job: Job, wait: bool, since: float | None) -> Asked:
-        """Return what a job of another source asks for, or of the same one something else."""
-        source = job.source
-        number = source.runner.number
-        asked = self._asked_of.get(number)
-        if asked is None or asked.lease != lease_of(job) or not asked.fits(job, wait, since):
-            asked = self._asked_of[number] = Asked(job, wait, since)
-        self._source, self._asked = source, asked
-        return asked
 
     def complete(
         self,
@@ -193,16 +162,17 @@ class RecordedQueue(DeviceQueue):
         started: float | None = None,
         finished: float | None = None,
     ) -> list[Command]:
-        if not self._left:
+        kept = self._kept
+        if not kept.left:
             self._make_room()
-        chunk, at = self._chunk, self._at
+        chunk, at = kept.chunk, kept.at
         chunk[at] = "complete" if ok else FAILED
         chunk[at + 1] = now
         chunk[at + 2] = job.id
         chunk[at + 3] = started
         chunk[at + 4] = finished
-        self._at = at + 5
-        self._left -= 1
+        kept.at = at + 5
+        kept.left -= 1
         try:
             return super().complete(job, now, ok=ok, started=started, finished=finished)
         except IllegalFactError as error:
@@ -218,23 +188,25 @@ class RecordedQueue(DeviceQueue):
             raise
 
     def tick(self, now: float) -> list[Command]:
-        if not self._left:
+        kept = self._kept
+        if not kept.left:
             self._make_room()
-        chunk, at = self._chunk, self._at
+        chunk, at = kept.chunk, kept.at
         chunk[at] = "tick"
         chunk[at + 1] = now
-        self._at = at + 2
-        self._left -= 1
+        kept.at = at + 2
+        kept.left -= 1
         return super().tick(now)
 
     def turn(self, now: float) -> list[Command]:
-        if not self._left:
+        kept = self._kept
+        if not kept.left:
             self._make_room()
-        chunk, at = self._chunk, self._at
+        chunk, at = kept.chunk, kept.at
         chunk[at] = "turn"
         chunk[at + 1] = now
-        self._at = at + 2
-        self._left -= 1
+        kept.at = at + 2
+        kept.left -= 1
         return super().turn(now)
 
     def go_on(self, now: float) -> list[Command]:
@@ -242,7 +214,7 @@ class RecordedQueue(DeviceQueue):
         return super().go_on(now)
 
     def release(self, lease: Lease, now: float) -> list[Command]:
-        self._keep("release", now, lease.id)
+        self._keep("release", now, lease.id, lease.runner.number)
         return super().release(lease, now)
 
     # --- runners ----------------------------------------------------------------------------------
@@ -329,7 +301,7 @@ class RecordedQueue(DeviceQueue):
 
     def remove_runner(self, runner: RunnerState) -> None:
         self._keep("remove_runner", None, runner.number)
-        self._source = None  # so that a runner that is gone is not kept
+        self._kept.source = None  # so that a runner that is gone is not kept
         try:
             super().remove_runner(runner)
         except IllegalFactError as error:
