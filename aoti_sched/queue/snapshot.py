@@ -21,7 +21,8 @@ from __future__ import annotations
 import enum
 import math
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -83,6 +84,8 @@ def _runner() -> RunnerState:
     return RunnerState("", 0, Load("", Bounds()), 1, Placing(), (), Holding(""))
 
 
+_CONTAINERS: tuple[type, ...] = (list, dict, OrderedDict, deque, set)
+
 _BLANK: dict[type, Callable[[], Any]] = {
     Account: Account,
     Backlog: Backlog,
@@ -120,7 +123,7 @@ _BLANK: dict[type, Callable[[], Any]] = {
     Turns: lambda: Turns(_runner(), _runner(), 0.0),
     Urgency: Urgency,
     _Starts: _Starts,
-    **{kind: kind for kind in (list, deque, set, dict, OrderedDict)},
+    **{kind: kind for kind in _CONTAINERS},
 }
 """Makes an object of each class that may get values."""
 
@@ -168,61 +171,59 @@ _NAMED: dict[tuple[type, str], tuple[int, ...]] = {
 """Where tenants and keys are: the value, or the keys or items of the container; of tuples, which
 of their items."""
 
-_PLAIN = frozenset({bool, int, float, str})
 _KINDS = {kind.__name__: kind for kind in (*_BLANK, *_STRUCTS)}
 _ENUM_KINDS = {kind.__name__: kind for kind in _ENUMS}
-_KNOWN_NAMES = {id(thing): name for name, thing in _KNOWN.items()}
 _DEPTH = 8
 """The most tuples within each other."""
 
 
 def fields_of(thing: Any) -> list[str]:
-    """Return the names of a thing's attributes, whether it is compiled or not."""
+    """Return the names of a thing's attributes, whether its class is compiled or not."""
     kind = type(thing)
-    compiled = getattr(kind, "__mypyc_attrs__", None)
-    if compiled is not None:
-        names = set(compiled)
-    elif isinstance(thing, msgspec.Struct):
-        names = set(thing.__struct_fields__)
-    else:
-        names = {name for one in kind.__mro__ for name in getattr(one, "__slots__", ())}
-        names |= getattr(thing, "__dict__", {}).keys()
+    names = {name for one in kind.__mro__ for name in vars(one).get("__slots__", ())}
+    for listed in ("__mypyc_attrs__", "__struct_fields__"):
+        names.update(getattr(kind, listed, ()))
+    names |= getattr(thing, "__dict__", {}).keys()
     return sorted(names - {"__dict__", "__weakref__", "_kept"} - _LEFT_OUT.get(kind, set()))
 
 
-class _Field:
-    """One attribute of a class: its name, and the places of tenants and keys; None for none."""
+class _Fields:
+    """The attributes of a class.
 
-    __slots__ = ("name", "named")
+    Attributes:
+        names: Their names, in the order in which the values are kept.
+        all_of: Returns the values of an object, if none was deleted.
+        named: For each, the places of tenants and keys; None for none.
+    """
 
-    def __init__(self, kind: type, name: str) -> None:
-        self.name = name
-        self.named = _NAMED.get((kind, name))
+    __slots__ = ("all_of", "named", "names")
+
+    def __init__(self, thing: Any) -> None:
+        kind = type(thing)
+        self.names = fields_of(thing)
+        self.all_of = attrgetter(*self.names, "__class__")  # a tuple, however few they are
+        self.named = [_NAMED.get((kind, name)) for name in self.names]
+
+    def values_of(self, thing: Any) -> tuple[Any, ...]:
+        try:
+            return self.all_of(thing)[:-1]
+        except AttributeError:
+            return tuple([getattr(thing, name, _MISSING) for name in self.names])
 
 
-_FIELDS: dict[type, list[_Field]] = {}
+_FIELDS: dict[type, _Fields] = {}
 
 
-class _Ref:
-    """Stands for what has a number."""
-
-    __slots__ = ("number",)
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
-class _Name:
-    """Stands for a tenant or key."""
-
-    __slots__ = ("name",)
-
-    def __init__(self, name: Hashable) -> None:
-        self.name = name
+def _fields(thing: Any) -> _Fields:
+    kind = type(thing)
+    fields = _FIELDS.get(kind)
+    if fields is None:
+        fields = _FIELDS[kind] = _Fields(thing)
+    return fields
 
 
 class _Known:
-    """Stands for what is the same in every queue."""
+    """Stands for what is the same in every queue; with other names, says what follows."""
 
     __slots__ = ("name",)
 
@@ -230,22 +231,33 @@ class _Known:
         self.name = name
 
 
+_OBJECT = _Known("object")  # a number follows
+_NAME = _Known("name")  # a tenant or key follows
+_TUPLE = _Known("tuple")  # its length and its values follow
+_MISSING = _Known("missing")  # an attribute that was deleted
+
+_PLAIN = frozenset({type(None), bool, int, float, str, *_ENUMS})
+"""Classes whose values are kept as they are."""
+
+_KNOWN_IDS = {id(thing): _Known(name) for name, thing in _KNOWN.items()}
+
+
 class Snapshot:
-    """The state of a queue at one time.
+    """The state of a queue at one time, in two lists: objects would cost the garbage collector.
 
     Args:
         kinds: The class of each object; None for the queue, which is the first.
-        contents: Their values: an object's in the order of its fields; a dict's keys and values.
+        values: Their values, one after the other: an object's in the order of its fields, and a
+            container's after their number.
+        of_queue: The fields of the queue.
         cost: How many values were read for it.
     """
 
-    __slots__ = ("_contents", "_kinds", "_of_queue", "cost")
+    __slots__ = ("_kinds", "_of_queue", "_values", "cost")
 
-    def __init__(
-        self, kinds: list[Any], contents: list[list[Any]], of_queue: list[_Field], cost: int
-    ) -> None:
+    def __init__(self, kinds: list[Any], values: list[Any], of_queue: _Fields, cost: int) -> None:
         self._kinds = kinds
-        self._contents = contents
+        self._values = values
         self._of_queue = of_queue
         self.cost = cost
 
@@ -255,33 +267,33 @@ class Snapshot:
         Args:
             number_of: Gives the number of a tenant or key.
         """
+        values = iter(self._values)
         plain: list[dict[str, Any]] = []
-        for kind, content in zip(self._kinds, self._contents, strict=True):
-            values: Any = [_for_json(value, number_of) for value in content]
-            if kind is None or kind in _FIELDS:
-                names = self._of_queue if kind is None else _FIELDS[kind]
-                values = {
-                    field.name: value
-                    for field, value, kept in zip(names, values, content, strict=True)
-                    if kept is not _MISSING
-                }
-            plain.append({"kind": "queue" if kind is None else kind.__name__, "values": values})
+        for kind in self._kinds:
+            if kind in _CONTAINERS:
+                content = [_for_json(next(values), values, number_of) for _ in range(next(values))]
+                plain.append({"kind": kind.__name__, "values": content})
+                continue
+            fields = self._of_queue if kind is None else _FIELDS[kind]
+            of = {name: _for_json(next(values), values, number_of) for name in fields.names}
+            present = {name: value for name, value in of.items() if value != _GONE}
+            plain.append({"kind": "queue" if kind is None else kind.__name__, "values": present})
         return plain
 
 
-_MISSING = _Known("missing")
-"""Stands for an attribute that was deleted."""
+_GONE = {"known": "missing"}
 
 
-def _for_json(value: Any, number_of: Callable[[Hashable], int]) -> Any:
-    if isinstance(value, _Ref):
-        return {"object": value.number}
-    if isinstance(value, _Name):
-        return {"name": number_of(value.name)}
+def _for_json(value: Any, values: Iterator[Any], number_of: Callable[[Hashable], int]) -> Any:
+    """Return a value as JSON can have it, which takes further values where it says so."""
     if isinstance(value, _Known):
+        if value is _OBJECT:
+            return {"object": next(values)}
+        if value is _NAME:
+            return {"name": number_of(next(values))}
+        if value is _TUPLE:
+            return [_for_json(next(values), values, number_of) for _ in range(next(values))]
         return {"known": value.name}
-    if isinstance(value, tuple):
-        return [_for_json(one, number_of) for one in value]
     if isinstance(value, enum.Enum):
         return {"enum": [type(value).__name__, value.value]}
     if isinstance(value, float) and not math.isfinite(value):
@@ -292,59 +304,71 @@ def _for_json(value: Any, number_of: Callable[[Hashable], int]) -> Any:
 class _Walk:
     """A walk over the objects of a queue."""
 
-    __slots__ = ("cost", "found", "named", "numbers")
+    __slots__ = ("cost", "found", "named", "numbers", "values")
 
     def __init__(self, queue: DeviceQueue) -> None:
         self.found: list[Any] = [queue]
         self.named: list[tuple[int, ...] | None] = [None]
         self.numbers: dict[int, int] = {id(queue): 0}
+        self.values: list[Any] = []
         self.cost = 0
 
-    def content(self, thing: Any, named: tuple[int, ...] | None) -> list[Any]:
-        """Return the values of a container."""
-        self.cost += len(thing) // 8  # of numbers; others are counted one by one
-        if named is None:
-            items = thing
-            if isinstance(thing, dict):
-                items = [item for pair in thing.items() for item in pair]
-            return [item if type(item) is int else self.value(item) for item in items]
+    def read_container(self, thing: Any, named: tuple[int, ...] | None) -> None:
+        size = len(thing)
+        self.cost += size
+        values = self.values
         if isinstance(thing, dict):
-            values: list[Any] = []
+            values.append(2 * size)
             for key, value in thing.items():
-                values.append(_with_names(self, key, named))
-                values.append(self.value(value))
-            return values
-        return [_with_names(self, item, named) for item in thing]
-
-    def values(self, thing: Any, fields: list[_Field]) -> list[Any]:
-        """Return the values of an object."""
-        values: list[Any] = []
-        for field in fields:
-            value = getattr(thing, field.name, _MISSING)
-            named = field.named
-            if named is None:
-                values.append(self.value(value))
-            elif isinstance(value, dict | deque | set | list):
-                if isinstance(thing, FairClass) and _is_of_runners(thing):
-                    named = None
-                values.append(self.number(value, named))
+                self.add_named(key, named)
+                self.add(value)
+            return
+        values.append(size)
+        if named is not None:
+            for item in thing:
+                self.add_named(item, named)
+            return
+        for item in thing:
+            if type(item) in _PLAIN:
+                values.append(item)
             else:
-                values.append(_name(value))
-        return values
+                self.add(item)
 
-    def value(self, value: Any) -> Any:
-        self.cost += 1
+    def read_object(self, thing: Any, fields: _Fields) -> None:
+        values = self.values
+        named = fields.named
+        self.cost += len(named)
+        for place, value in enumerate(fields.values_of(thing)):
+            if type(value) in _PLAIN and named[place] is None:
+                values.append(value)
+            elif named[place] is None:
+                self.add(value)
+            elif type(value) in _CONTAINERS:
+                of_runners = isinstance(thing, FairClass) and _is_of_runners(thing)
+                self.add_object(value, None if of_runners else named[place])
+            else:
+                self.add_name(value)
+
+    def add(self, value: Any) -> None:
         kind = type(value)
-        if value is None or kind in _PLAIN or value is _MISSING:
-            return value
-        if kind is tuple:
-            return tuple([self.value(one) for one in value])
-        if kind in _ENUMS:
-            return value
-        known = _KNOWN_NAMES.get(id(value))
-        return self.number(value, None) if known is None else _Known(known)
+        if kind in _PLAIN:
+            self.values.append(value)
+        elif kind is tuple:
+            self.cost += len(value)
+            self.values.append(_TUPLE)
+            self.values.append(len(value))
+            for one in value:
+                self.add(one)
+        elif id(value) in _KNOWN_IDS:
+            self.values.append(_KNOWN_IDS[id(value)])
+        elif value is _MISSING:
+            self.values.append(value)
+        elif isinstance(value, float):  # of numpy, as a caller's deadline
+            self.values.append(float(value))
+        else:
+            self.add_object(value, None)
 
-    def number(self, thing: Any, named: tuple[int, ...] | None) -> _Ref:
+    def add_object(self, thing: Any, named: tuple[int, ...] | None) -> None:
         number = self.numbers.get(id(thing))
         if number is None:
             kind = type(thing)
@@ -353,7 +377,29 @@ class _Walk:
             number = self.numbers[id(thing)] = len(self.found)
             self.found.append(thing)
             self.named.append(named)
-        return _Ref(number)
+        self.values.append(_OBJECT)
+        self.values.append(number)
+
+    def add_named(self, value: Any, named: tuple[int, ...] | None) -> None:
+        """Add a tenant, a key, or a tuple that has some."""
+        if named is None:
+            self.add(value)
+        elif not named:
+            self.add_name(value)
+        else:
+            self.values.append(_TUPLE)
+            self.values.append(len(value))
+            for place, one in enumerate(value):
+                if place in named:
+                    self.add_name(one)
+                else:
+                    self.add(one)
+
+    def add_name(self, value: Any) -> None:
+        if value is not None:
+            self.values.append(_NAME)
+            value = getattr(value, "number", value)
+        self.values.append(value)
 
 
 def _is_of_runners(accounts: FairClass) -> bool:
@@ -361,19 +407,6 @@ def _is_of_runners(accounts: FairClass) -> bool:
     return any(
         name is not None and account.name is None for name, account in accounts.accounts.items()
     )
-
-
-def _with_names(walk: _Walk, value: Any, named: tuple[int, ...]) -> Any:
-    """Return a tenant, a key, or a tuple that has some."""
-    if not named:
-        return _name(value)
-    return tuple(
-        [_name(one) if place in named else walk.value(one) for place, one in enumerate(value)]
-    )
-
-
-def _name(value: Any) -> Any:
-    return None if value is None else _Name(getattr(value, "number", value))
 
 
 def take(queue: DeviceQueue, most: int) -> Snapshot | int:
@@ -390,9 +423,9 @@ def take(queue: DeviceQueue, most: int) -> Snapshot | int:
         UnknownClassError: The queue has an object of a class that is not known here.
     """
     walk = _Walk(queue)
-    of_queue = [_Field(type(queue), name) for name in fields_of(queue)]
+    of_queue = _fields(queue)
     kinds: list[Any] = [None]
-    contents = [walk.values(queue, of_queue)]
+    walk.read_object(queue, of_queue)
     place = 1
     while place < len(walk.found):
         if walk.cost > most:
@@ -400,15 +433,12 @@ def take(queue: DeviceQueue, most: int) -> Snapshot | int:
         thing = walk.found[place]
         kind = type(thing)
         kinds.append(kind)
-        if isinstance(thing, list | deque | set | dict):
-            contents.append(walk.content(thing, walk.named[place]))
+        if kind in _CONTAINERS:
+            walk.read_container(thing, walk.named[place])
         else:
-            fields = _FIELDS.get(kind)
-            if fields is None:
-                fields = _FIELDS[kind] = [_Field(kind, name) for name in fields_of(thing)]
-            contents.append(walk.values(thing, fields))
+            walk.read_object(thing, _fields(thing))
         place += 1
-    return Snapshot(kinds, contents, of_queue, walk.cost)
+    return Snapshot(kinds, walk.values, of_queue, walk.cost)
 
 
 # --- the way back ---------------------------------------------------------------------------------

@@ -347,6 +347,22 @@ def test_at_least_as_many_facts_are_kept_as_were_asked_for_and_back_to_a_state(k
     assert replay_device(queue.record()).queue.runners == {}
 
 
+def test_each_fact_of_a_request_may_begin_a_chunk():
+    queue = RecordedQueue("cpu", 1, keep=1)  # each fact does
+    runner = queue.add_runner("m", 1)
+    for now in map(float, range(2000)):
+        job = Job(runner)
+        queue.submit(job, now)
+        queue.turn(now)
+        queue.complete(job, now + 0.5, ok=now > 1000)
+    record = queue.record()
+    assert record.dropped > 0
+    assert len(record.facts()) + record.dropped == 6001
+    replayed = replay_device(record)
+    assert replayed.queue.runners["m"].counters.failed == 1001
+    assert state_of(replayed.queue, replayed.jobs) == state_of(queue, [])
+
+
 def test_a_state_that_is_too_large_is_not_taken_and_tried_again_later():
     queue = RecordedQueue("cpu", 1, keep=CHUNK)
     runner = queue.add_runner("m", 1)
@@ -357,16 +373,15 @@ def test_a_state_that_is_too_large_is_not_taken_and_tried_again_later():
     assert MOST_VALUES < cost < MOST_VALUES + 200
     for _ in range(MORE + CHUNK):
         queue.tick(2.0)
-    record = queue.record()
-    assert CHUNK + MORE <= len(record.facts()) <= CHUNK + MORE + CHUNK
-    with pytest.raises(ReplayError, match="too many requests were queued"):
-        replay_device(record)
+    record, happened = queue.record(), 1 + len(jobs) + MORE + CHUNK
+    assert CHUNK + MORE <= happened - record.dropped <= CHUNK + MORE + CHUNK
+    assert record._state is None  # so it can't be replayed
     for job in jobs:
         queue.cancel(job, 3.0)
     for _ in range(SPACING * cost):
         queue.tick(4.0)
-    record = queue.record()
-    assert len(record.facts()) < SPACING * cost
+    record, happened = queue.record(), happened + len(jobs) + SPACING * cost
+    assert happened - record.dropped < SPACING * cost
     assert replay_device(record).queue.load.jobs == 0
 
 

@@ -18,12 +18,13 @@ from aoti_sched.queue.holding import Holding
 from aoti_sched.queue.job import IllegalFactError, Job
 from aoti_sched.queue.memory import Claim
 from aoti_sched.queue.recorded import MOST_VALUES, RecordedQueue
+from aoti_sched.queue.runner_state import RunnerState
 from aoti_sched.queue.snapshot import Saved, UnknownClassError, restore, take
 from tests.unit.queue.support import check, picture
 
 NOT_IN_A_STATE = {
     *("Asked", "Group", "Kept", "Record"),  # the record itself
-    *("Saved", "Snapshot", "_Field", "_Known", "_Name", "_Ref", "_Walk"),  # the snapshot itself
+    *("Saved", "Snapshot", "_Fields", "_Known", "_Walk"),  # the snapshot itself
     *("Growth", "Scope"),  # made and dropped within one fact
     *("Rotation", "Shares"),  # of runners with several replicas, or of splits: beside the queues
     "Ending",  # no snapshot is taken while there is one
@@ -54,7 +55,7 @@ def classes():
 
 def test_every_class_is_known_or_in_no_state():
     known = {kind.__name__ for kind in (*snapshot._BLANK, *snapshot._STRUCTS, *snapshot._ENUMS)}
-    known -= {"list", "deque", "set", "dict", "OrderedDict"}
+    known -= {kind.__name__ for kind in snapshot._CONTAINERS}
     assert known | NOT_IN_A_STATE == classes().keys()
     assert not known & NOT_IN_A_STATE
 
@@ -130,6 +131,35 @@ def numbering():
 def saved(queue):
     plain = take(queue, MOST_VALUES).plain(numbering())
     return msgspec.json.decode(msgspec.json.encode(plain), type=list[Saved])
+
+
+def test_a_runner_that_was_removed_and_is_still_referred_to_has_no_runner_again():
+    queue = RecordedQueue("cpu", 1)
+    runner = queue.add_runner("m", 1)
+    job = Job(runner, deadline=9.0)
+    queue.submit(job, 1.0)
+    queue.complete(job, 2.0)
+    queue.drain_runner(runner, 3.0)
+    queue.remove_runner(runner)
+    runner.let_go()  # only the obsolete deadline of its job refers to it
+    new = RecordedQueue("cpu", 1)
+    (restored,) = {thing for thing in restore(saved(queue), new) if isinstance(thing, RunnerState)}
+    assert not hasattr(restored, "runner")
+    assert saved(new) == saved(queue)
+
+
+class Seconds(float):
+    """A number like numpy's."""
+
+
+def test_a_number_of_the_callers_own_class_is_a_plain_one():
+    queue = busy_queue()
+    plain = queue.runners["m"]
+    queue.submit(Job(plain, deadline=Seconds(99.5)), 1.0)
+    new = RecordedQueue("cpu", 2)
+    things = restore(saved(queue), new)
+    (deadline,) = {job.deadline for job in things if isinstance(job, Job) and job.id == 11}
+    assert (deadline, type(deadline)) == (99.5, float)
 
 
 def test_nothing_of_the_caller_is_in_a_snapshot():
