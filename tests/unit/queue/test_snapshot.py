@@ -14,6 +14,7 @@ from aoti_sched.queue import snapshot
 from aoti_sched.queue.admission.load import Bounds
 from aoti_sched.queue.batching import Batching
 from aoti_sched.queue.commands import Command
+from aoti_sched.queue.facts import SPACING
 from aoti_sched.queue.holding import Holding
 from aoti_sched.queue.job import IllegalFactError, Job
 from aoti_sched.queue.memory import Claim
@@ -94,7 +95,7 @@ def test_a_queue_goes_on_without_a_snapshot_where_one_can_not_be_taken():
         queue.tick(float(now))
     assert queue.record().plain()["state"] is None
     del queue.runners["m"].rejections["stranger"]
-    for now in range(100_000):
+    for now in range(SPACING * MOST_VALUES + 5):
         queue.tick(float(now))
     assert queue.record().plain()["state"] is not None
 
