@@ -258,15 +258,15 @@ class Kept:
         if state is not None:
             groups.append(Group(state))
         first = groups[0]
+        while (self._whole - 1) * self._size >= self._keep + MORE:
+            self._drop(first, 1)
+            first.is_start, first.state = False, None
         while len(groups) > 1 and (
             not first.is_start or (self._whole - len(first.chunks)) * self._size >= self._keep
         ):
             self._drop(first, len(first.chunks))
             groups.popleft()
             first = groups[0]
-        while (self._whole - 1) * self._size >= self._keep + MORE:
-            self._drop(first, 1)
-            first.is_start, first.state = False, None
         for _ in range(min(2, len(self._over))):
             self._over.popleft()
 
@@ -287,7 +287,7 @@ class Kept:
 
 
 class Record:
-    """The facts that a queue has kept at one time. Nothing is read before `plain` or `read`.
+    """The facts that a queue has kept at one time. Nothing is read before `plain` or `facts`.
 
     Args:
         made: How the queue was made, by the names of `flight.DeviceRecord`, as JSON can have it.
