@@ -13,7 +13,6 @@ import msgspec
 from aoti_sched.errors import ReplayError
 from aoti_sched.queue.facts import Record
 from aoti_sched.queue.recorded import RecordedQueue
-from aoti_sched.queue.snapshot import Saved
 from aoti_sched.version import VERSION as RELEASE
 
 VERSION = 1
@@ -34,6 +33,18 @@ class RecordedFact(msgspec.Struct, frozen=True):
     fact: str
     at: float | None
     values: dict[str, Any]
+
+
+class SavedObject(msgspec.Struct, frozen=True):
+    """An object of a queue's state.
+
+    Attributes:
+        kind: The name of its class; "queue" for the first.
+        values: Its values by name; of a container, the items; of a dict, keys and values in turn.
+    """
+
+    kind: str
+    values: dict[str, Any] | list[Any]
 
 
 class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,7 +79,7 @@ class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
     dropped: int
     counters: dict[str, dict[str, float]]
     error: str = ""
-    state: list[Saved] | None = None
+    state: list[SavedObject] | None = None
 
 
 class FlightRecord:

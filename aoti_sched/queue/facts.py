@@ -61,10 +61,10 @@ VALUES = {
 FAILED = "failed"
 """The kept name of a completion that is not `ok`, which needs no value for that."""
 
-_OF_SUBMIT = ("deadline", "bytes", "tenant")
+_OF_SUBMIT: tuple[str, ...] = ("deadline", "bytes", "tenant")
 """The values that are kept of each submission, after the `Asked` that has the others."""
 
-_OF_COMPLETE = ("job", "started", "finished")
+_OF_COMPLETE: tuple[str, ...] = ("job", "started", "finished")
 
 
 class Asked:
@@ -354,11 +354,13 @@ def _unpacked(chunk: list[Any]) -> Iterator[tuple[str, float | None, dict[str, A
     place = 0
     while place < len(chunk):
         name, at = chunk[place], chunk[place + 1]
-        asked, names = None, VALUES.get(name)
+        asked: Asked | None = None
         if isinstance(name, Asked):
             asked, name, names = name, "submit", _OF_SUBMIT
-        elif names is None or name == "complete":
+        elif name in ("complete", FAILED):
             names = _OF_COMPLETE
+        else:
+            names = VALUES[name]
         end = place + 2 + len(names)
         values = dict(zip(names, chunk[place + 2 : end], strict=True))
         if asked is not None:
@@ -368,7 +370,7 @@ def _unpacked(chunk: list[Any]) -> Iterator[tuple[str, float | None, dict[str, A
             }
             if asked.lease < 0:
                 values["lease"] = None
-        elif names is _OF_COMPLETE:
+        elif name in ("complete", FAILED):
             values["ok"] = name != FAILED
             name = "complete"
         yield name, at, values

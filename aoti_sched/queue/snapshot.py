@@ -21,7 +21,7 @@ from __future__ import annotations
 import enum
 import math
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -444,20 +444,13 @@ def take(queue: DeviceQueue, most: int) -> Snapshot | int:
 # --- the way back ---------------------------------------------------------------------------------
 
 
-class Saved(msgspec.Struct, frozen=True):
-    """One object of a snapshot, as a file has it.
-
-    Attributes:
-        kind: The name of the class; "queue" for the first.
-        values: The values of an object by name, or of a container; of a dict, keys and values.
-    """
-
-    kind: str
-    values: dict[str, Any] | list[Any]
-
-
-def restore(saved: list[Saved], queue: DeviceQueue) -> list[Any]:
+def restore(saved: Sequence[tuple[str, Any]], queue: DeviceQueue) -> list[Any]:
     """Give a new queue the state of a snapshot.
+
+    Args:
+        saved: The objects, each with the name of its class and its values, as `Snapshot.plain` has
+            them.
+        queue: The queue.
 
     Returns:
         All objects of the queue, and the queue itself as the first.
@@ -466,52 +459,45 @@ def restore(saved: list[Saved], queue: DeviceQueue) -> list[Any]:
         ReplayError: This is no snapshot of a queue.
     """
     try:
-        things = [queue, *[_made(one) for one in saved[1:]]]
-        for one, thing in zip(saved, things, strict=True):
-            _fill(one, thing, things)
+        things = [queue, *[_made(kind, values) for kind, values in saved[1:]]]
+        for (kind, values), thing in zip(saved, things, strict=True):
+            _fill(kind, values, thing, things)
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ReplayError(f"device {queue.name!r}: this is no state of a queue: {error}") from None
     return things
 
 
-def _made(one: Saved) -> Any:
+def _made(name: str, values: Any) -> Any:
     """Make an object that has no values yet, or a struct, which refers to no object."""
-    kind = _KINDS[one.kind]
+    kind = _KINDS[name]
     if kind in _STRUCTS:
-        if not isinstance(one.values, dict):
-            raise TypeError(f"a {one.kind} has names")
-        values = {name: _read(value, [], 0) for name, value in one.values.items()}
-        return msgspec.convert(values, kind)
+        return kind(**{name: _read(value, [], 0) for name, value in values.items()})
     return _BLANK[kind]()
 
 
-def _fill(one: Saved, thing: Any, things: list[Any]) -> None:
+def _fill(kind: str, values: Any, thing: Any, things: list[Any]) -> None:
     if isinstance(thing, msgspec.Struct):
         return
-    if isinstance(one.values, dict):
-        _fill_object(one, one.values, thing, things)
+    if isinstance(values, dict):
+        names = set(fields_of(thing))
+        missing = names - values.keys()
+        if not names or missing - {"runner"} or values.keys() - names:
+            raise ValueError(f"a {kind} has {', '.join(sorted(names)) or 'no names'}")
+        for name, value in values.items():
+            setattr(thing, name, _read(value, things, 0))
+        if missing:
+            del thing.runner
         return
-    values = [_read(value, things, 0) for value in one.values]
+    items = [_read(value, things, 0) for value in values]
     if isinstance(thing, dict):
-        for key, value in zip(values[::2], values[1::2], strict=True):
+        for key, value in zip(items[::2], items[1::2], strict=True):
             thing[key] = value
     elif isinstance(thing, set):
-        thing.update(values)
+        thing.update(items)
     elif isinstance(thing, list | deque):
-        thing.extend(values)
+        thing.extend(items)
     else:
-        raise TypeError(f"a {one.kind} has names")
-
-
-def _fill_object(one: Saved, values: dict[str, Any], thing: Any, things: list[Any]) -> None:
-    names = set(fields_of(thing))
-    missing = names - values.keys()
-    if not names or missing - {"runner"} or values.keys() - names:
-        raise ValueError(f"a {one.kind} has {', '.join(sorted(names)) or 'no names'}")
-    for name, value in values.items():
-        setattr(thing, name, _read(value, things, 0))
-    if missing:
-        del thing.runner
+        raise TypeError(f"a {kind} has names")
 
 
 def _read(value: Any, things: list[Any], depth: int) -> Any:

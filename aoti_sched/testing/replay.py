@@ -109,7 +109,8 @@ class Replayed:
         self._claims: dict[int, Claim] = {}
         self._holdings_before = 0
         if record.state is not None:
-            self._begin_with(restore(record.state, self.queue))
+            saved = [(one.kind, one.values) for one in record.state]
+            self._begin_with(restore(saved, self.queue))
             self._holdings_before = dict(record.state[0].values)["_holdings"]
 
     def _begin_with(self, things: list[Any]) -> None:

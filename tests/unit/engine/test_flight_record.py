@@ -205,6 +205,7 @@ DAMAGES = {
     "lanes that are no lanes": in_state("queue", "lanes", {"object": 0}),
     "runners that are none": in_state("queue", "runners", 5),
     "a free slot that is text": in_state("RunnerState", "free", {"object": 0}),
+    "a bound that is text": in_state("Bounds", "jobs", "many"),
     "no state": lambda device: device.update(state=None),
     "an empty state": lambda device: device.update(state=[]),
 }

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from aoti_sched.errors import EpochError, ReplayError
-from aoti_sched.flight import DeviceRecord, device_record
+from aoti_sched.flight import DeviceRecord, SavedObject, device_record
 from aoti_sched.queue.admission.load import Bounds
 from aoti_sched.queue.batching import Batching
 from aoti_sched.queue.device_queue import DeviceQueue
@@ -22,7 +22,7 @@ from aoti_sched.queue.policy import Policy
 from aoti_sched.queue.recorded import MOST_VALUES, RecordedQueue
 from aoti_sched.queue.runner_state import Lease, Phase, RunnerState
 from aoti_sched.queue.selection.placement import Placement, Placing
-from aoti_sched.queue.snapshot import Saved, take
+from aoti_sched.queue.snapshot import take
 from aoti_sched.testing import Replayed, replay_device
 from tests.unit.queue import test_memory_walk, test_turns
 from tests.unit.queue.cases import STEPS
@@ -130,7 +130,7 @@ def must_replay(queue, outcomes, jobs, snapshots=()):
 def must_replay_from(queue, outcomes, jobs, record, place, snapshot):
     """The facts from a place on, put to the restored state of that place, do the same."""
     numbers = numbers_of(queue)
-    state = msgspec.convert(snapshot.plain(numbers.__getitem__), list[Saved])
+    state = msgspec.convert(snapshot.plain(numbers.__getitem__), list[SavedObject])
     rest = through_json(
         msgspec.structs.replace(record, state=state, facts=record.facts[place:], dropped=place)
     )

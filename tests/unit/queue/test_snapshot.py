@@ -10,6 +10,7 @@ import pytest
 
 import aoti_sched.queue
 from aoti_sched.errors import ReplayError
+from aoti_sched.flight import SavedObject
 from aoti_sched.queue import snapshot
 from aoti_sched.queue.admission.load import Bounds
 from aoti_sched.queue.batching import Batching
@@ -20,12 +21,12 @@ from aoti_sched.queue.job import IllegalFactError, Job
 from aoti_sched.queue.memory import Claim
 from aoti_sched.queue.recorded import MOST_VALUES, RecordedQueue
 from aoti_sched.queue.runner_state import RunnerState
-from aoti_sched.queue.snapshot import Saved, UnknownClassError, restore, take
+from aoti_sched.queue.snapshot import UnknownClassError, take
 from tests.unit.queue.support import check, picture
 
 NOT_IN_A_STATE = {
     *("Asked", "Group", "Kept", "Record"),  # the record itself
-    *("Saved", "Snapshot", "_Fields", "_Known", "_Walk"),  # the snapshot itself
+    *("Snapshot", "_Fields", "_Known", "_Walk"),  # the snapshot itself
     *("Growth", "Scope"),  # made and dropped within one fact
     *("Rotation", "Shares"),  # of runners with several replicas, or of splits: beside the queues
     "Ending",  # no snapshot is taken while there is one
@@ -131,7 +132,11 @@ def numbering():
 
 def saved(queue):
     plain = take(queue, MOST_VALUES).plain(numbering())
-    return msgspec.json.decode(msgspec.json.encode(plain), type=list[Saved])
+    return msgspec.json.decode(msgspec.json.encode(plain), type=list[SavedObject])
+
+
+def restore(state, queue):
+    return snapshot.restore([(one.kind, one.values) for one in state], queue)
 
 
 def test_a_runner_that_was_removed_and_is_still_referred_to_has_no_runner_again():
@@ -247,7 +252,7 @@ DAMAGES = {
     "a list with names": with_kind("Job", "list"),
     "an object with items": with_kind("list", "Job"),
     "a struct with items": with_kind("list", "Bounds"),
-    "a struct with another value": with_value("Bounds", "jobs", "many"),
+    "a struct with another name": with_value("Bounds", "job", 1),
     "a struct that refers to an object": with_value("Bounds", "jobs", {"object": 0}),
     "one name more": with_value("Job", "__class__", 1),
     "one name less": without_value("Job", "source"),
