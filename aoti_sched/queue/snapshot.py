@@ -462,7 +462,7 @@ def restore(saved: Sequence[tuple[str, Any]], queue: DeviceQueue) -> list[Any]:
         things = [queue, *[_made(kind, values) for kind, values in saved[1:]]]
         for (kind, values), thing in zip(saved, things, strict=True):
             _fill(kind, values, thing, things)
-    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ReplayError(f"device {queue.name!r}: this is no state of a queue: {error}") from None
     return things
 

@@ -110,7 +110,11 @@ class Replayed:
         self._holdings_before = 0
         if record.state is not None:
             saved = [(one.kind, one.values) for one in record.state]
-            self._begin_with(restore(saved, self.queue))
+            things = restore(saved, self.queue)
+            try:
+                self._begin_with(things)
+            except Exception as error:
+                raise self._damage(f"its state raised {error!r}") from error
             self._holdings_before = dict(record.state[0].values)["_holdings"]
 
     def _begin_with(self, things: list[Any]) -> None:
@@ -140,7 +144,14 @@ class Replayed:
             outcome = self._outcome(fact)
             self.outcomes.append(outcome)
             yield fact, outcome
-        self._must_agree()
+        try:
+            ours = {
+                name: msgspec.structs.asdict(runner.counters)
+                for name, runner in self.queue.runners.items()
+            }
+        except Exception as error:
+            raise self._damage(f"its counters raised {error!r}") from error
+        self._must_agree(ours)
 
     def _outcome(self, fact: RecordedFact) -> Outcome:
         if fact.fact not in VALUES:
@@ -162,15 +173,11 @@ class Replayed:
 
     def _damage(self, why: str) -> ReplayError:
         return ReplayError(
-            f"device {self.record.device!r}: fact {len(self.outcomes)} can't be replayed, {why}. "
-            "The record is damaged, or the rules have a fault: see the cause of this error"
+            f"device {self.record.device!r}: the replay ended before fact {len(self.outcomes)}: "
+            f"{why}. The record is damaged, or the rules have a fault: see the cause of this error"
         )
 
-    def _must_agree(self) -> None:
-        ours = {
-            name: msgspec.structs.asdict(runner.counters)
-            for name, runner in self.queue.runners.items()
-        }
+    def _must_agree(self, ours: dict[str, dict[str, float]]) -> None:
         if ours != self.record.counters:
             raise ReplayError(
                 f"device {self.record.device!r}: the replay has counted {_in_words(ours)}, and the "

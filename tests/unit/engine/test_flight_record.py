@@ -204,6 +204,15 @@ DAMAGES = {
     "bounds that are not known": lambda device: device["bounds"].update(more=1),
     "lanes that are no lanes": in_state("queue", "lanes", {"object": 0}),
     "runners that are none": in_state("queue", "runners", 5),
+    "runners that are none, and no facts": lambda device: (
+        in_state("queue", "runners", 5)(device),
+        device.update(facts=[]),
+    ),
+    "a runner whose number is a list": lambda device: in_state(
+        "RunnerState",
+        "number",
+        {"object": [one["kind"] for one in device["state"]].index("list")},
+    )(device),
     "a free slot that is text": in_state("RunnerState", "free", {"object": 0}),
     "a bound that is text": in_state("Bounds", "jobs", "many"),
     "no state": lambda device: device.update(state=None),
