@@ -211,8 +211,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
             submission to its end; None for no such log.
         loop_lag: Seconds between two samples of the event loop's lag, which
             `SchedulerStats.loop_lag` counts; None for no samples.
-        flight_facts: How many of the last facts each device keeps for `Scheduler.flight_record`: a
-            request has three or more. 0 for none.
+        flight_facts: How many of the last facts each device keeps, at least, for
+            `Scheduler.flight_record`: a request has three or more. 0 for none.
     """
 
     devices: dict[str, DeviceConfig] = {}

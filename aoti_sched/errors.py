@@ -355,7 +355,7 @@ class LeaseError(AotiSchedError):
 
 
 class ReplayError(AotiSchedError):
-    """A flight record can't be read, lacks its beginning, or comes from another release's rules."""
+    """A flight record is damaged, lacks its beginning, or comes from another release's rules."""
 
 
 class UnsupportedLoopError(AotiSchedError, RuntimeError):

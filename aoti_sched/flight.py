@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from aoti_sched.errors import ReplayError
+from aoti_sched.queue.facts import Record
 from aoti_sched.queue.recorded import RecordedQueue
 from aoti_sched.version import VERSION as RELEASE
 
@@ -33,6 +35,18 @@ class RecordedFact(msgspec.Struct, frozen=True):
     values: dict[str, Any]
 
 
+class SavedObject(msgspec.Struct, frozen=True):
+    """An object of a queue's state.
+
+    Attributes:
+        kind: The name of its class; "queue" for the first.
+        values: Its values by name; of a container, the items; of a dict, keys and values in turn.
+    """
+
+    kind: str
+    values: dict[str, Any] | list[Any]
+
+
 class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The last facts of one device, and how its queue was made.
 
@@ -46,7 +60,9 @@ class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
         memory_limit: Bytes that the models may take; None for no limit.
         evicts: Whether idle runners are evicted when others need their memory.
         facts: The facts, in order.
-        dropped: How many earlier facts are not kept. Only a record without such can be replayed.
+        dropped: How many earlier facts are not kept.
+        state: The state of the queue before the first fact, as `queue.snapshot` has it. A record
+            that has neither all facts nor a state can't be replayed.
         counters: The totals of the runners by name, after the last fact. A replay compares them.
         error: The text of the error that the last fact raised, where the record was made for it.
     """
@@ -63,23 +79,32 @@ class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
     dropped: int
     counters: dict[str, dict[str, float]]
     error: str = ""
+    state: list[SavedObject] | None = None
 
 
-class FlightRecord(msgspec.Struct, frozen=True, kw_only=True):
+class FlightRecord:
     """The last facts of every device of a scheduler. Made by `Scheduler.flight_record`.
 
     The record has names of models and devices, sizes, times and errors. It has no inputs, no
     outputs, no weights, and no names of tenants.
 
+    Args:
+        records: What each device has kept, by name.
+
     Attributes:
         version: The version of the format.
         release: The release of aoti_sched that made the record.
-        devices: The records of the devices, by name.
     """
 
-    version: int
-    release: str
-    devices: dict[str, DeviceRecord]
+    def __init__(self, records: Mapping[str, Record]) -> None:
+        self._records = records
+        self.version = VERSION
+        self.release = RELEASE
+
+    @cached_property
+    def devices(self) -> dict[str, DeviceRecord]:
+        """The records of the devices, by name. The facts are read when this is first used."""
+        return {name: device_record(record) for name, record in self._records.items()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the record to a JSON file.
@@ -87,7 +112,8 @@ class FlightRecord(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             OSError: The file can't be written.
         """
-        Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1))
+        content = _File(version=self.version, release=self.release, devices=self.devices)
+        Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FlightRecord:
@@ -105,16 +131,30 @@ class FlightRecord(msgspec.Struct, frozen=True, kw_only=True):
                     f"{os.fspath(path)}: the record has version {version}, and this release reads "
                     f"version {VERSION}. Replay it with the release that made it"
                 )
-            return msgspec.json.decode(content, type=cls)
-        except msgspec.MsgspecError as error:
+            read = msgspec.json.decode(content, type=_File)
+        except (msgspec.MsgspecError, RecursionError) as error:
             raise ReplayError(f"{os.fspath(path)}: this is no flight record: {error}") from None
+        record = cls({})
+        record.release = read.release
+        record.devices = read.devices
+        return record
 
 
 class _Version(msgspec.Struct):
     version: int
 
 
+class _File(msgspec.Struct, kw_only=True):
+    version: int
+    release: str
+    devices: dict[str, DeviceRecord]
+
+
+def device_record(record: Record) -> DeviceRecord:
+    """Read what a device has kept."""
+    return msgspec.convert(record.plain(), DeviceRecord)
+
+
 def flight_record_of(queues: Iterable[RecordedQueue]) -> FlightRecord:
-    """Return the record of these devices."""
-    devices = {queue.name: msgspec.convert(queue.record(), DeviceRecord) for queue in queues}
-    return FlightRecord(version=VERSION, release=RELEASE, devices=devices)
+    """Return the record of these devices, whose facts are read later."""
+    return FlightRecord({queue.name: queue.record() for queue in queues})

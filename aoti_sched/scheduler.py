@@ -221,8 +221,8 @@ class Scheduler:
     def flight_record(self) -> FlightRecord:
         """Return the last facts of every device, which `aoti_sched.testing.replay` can replay.
 
-        Save them with a report of a fault. They are kept after the scheduler is closed. Making the
-        record takes about 5 µs of the loop's time for each fact.
+        Save them with a report of a fault. They are kept after the scheduler is closed. Facts are
+        read from the record later, when `devices` or `save` is first used, in any thread.
         """
         devices = {} if self._house is None else self._devices.queues
         return flight_record_of(devices.values())

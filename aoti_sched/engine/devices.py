@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
@@ -21,6 +22,7 @@ from aoti_sched.engine.worker import in_worker
 from aoti_sched.errors import ConfigError
 from aoti_sched.events import log
 from aoti_sched.queue.admission.load import Bounds
+from aoti_sched.queue.device_queue import DeviceQueue
 from aoti_sched.queue.policy import Policy
 from aoti_sched.queue.recorded import RecordedQueue
 
@@ -64,7 +66,7 @@ class Devices:
         self.opened = dict(given)
         self.dispatchers: dict[str, Dispatcher] = {}
         self.queues: dict[str, RecordedQueue] = {}
-        """The queues of all devices, those that are closed included."""
+        """The queues that keep their facts, those of closed devices included."""
         self._config = config
         self._settings = {in_full(name): settings for name, settings in config.devices.items()}
         self._clock = clock
@@ -229,7 +231,8 @@ class Devices:
             executor.close()
             raise
         self.dispatchers[name] = dispatcher
-        self.queues[name] = queue
+        if isinstance(queue, RecordedQueue):
+            self.queues[name] = queue
         dispatcher.observers = self._observers.if_any()
         log.info("device opened", device=name, executor=executor.kind, lanes=lanes)
         return dispatcher
@@ -354,16 +357,15 @@ def _most_lanes(settings: DeviceConfig, device: Device) -> int | None:
     return min(most, settings.cores or most)
 
 
-def _queue(
-    name: str, settings: DeviceConfig, lanes: int, device: Device, keep: int
-) -> RecordedQueue:
+def _queue(name: str, settings: DeviceConfig, lanes: int, device: Device, keep: int) -> DeviceQueue:
     on_device, most = not name.startswith("cpu"), _most_lanes(settings, device)
     cores: int | None = None  # as many as lanes, which may become more
     if most is None:
         cores = settings.cores or device.cores()
         if on_device and not settings.cores:  # a lane that waits for its device keeps no core busy
             cores = max(cores, lanes)
-    return RecordedQueue(
+    make = partial(RecordedQueue, keep=keep) if keep else DeviceQueue
+    return make(
         name,
         lanes,
         Bounds(settings.limits.jobs, settings.limits.bytes),
@@ -372,7 +374,6 @@ def _queue(
         policy=Policy(max_wait=settings.max_wait, keeps_lanes=on_device, most_lanes=most),
         memory_limit=settings.memory_limit,
         evicts=settings.evict is not None,
-        keep=keep,
     )
 
 

@@ -107,7 +107,7 @@ class IllegalFactError(Exception):
 
     Attributes:
         story: What had happened to the job, as (time, fact), in order; empty where no job is meant.
-        record: The last facts of the device (`recorded.RecordedQueue`), where they are recorded.
+        record: The last facts of the device (a `facts.Record`), where they are recorded.
     """
 
     def __init__(self, message: str, story: tuple[Moment, ...] = ()) -> None:

@@ -1,18 +1,16 @@
 """Recorded: a device's queue that keeps its last facts, so that they can be replayed.
 
-The same facts give the same commands, so the facts from the first one on are all that it takes to
-have a queue in the same state again. A bounded number of them is kept, as tuples of plain values:
-jobs, runners, leases, claims and memory records are numbers there. Tenants and keys become numbers
-when the record is made, so that no user's data is in it.
+The same facts give the same commands, so a state and the facts that follow on it are all that it
+takes to have a queue in the same state again. A bounded number of facts is kept, in chunks of flat
+values (`facts.py`): jobs, runners, leases, claims and memory records are numbers there. At the
+beginning of some chunks, the state of the queue is kept, too (`snapshot.py`). Tenants and keys
+become numbers when the record is read, so that no user's data is in it.
 
 `testing/replay.py` replays a record.
 """
 
 from __future__ import annotations
 
-import math
-from collections import deque
-from collections.abc import Hashable
 from typing import Any
 
 import msgspec
@@ -22,57 +20,20 @@ from aoti_sched.queue.admission.load import Bounds
 from aoti_sched.queue.batching import Batching
 from aoti_sched.queue.commands import Command
 from aoti_sched.queue.device_queue import DeviceQueue
+from aoti_sched.queue.facts import FAILED, Kept, Record, for_json
 from aoti_sched.queue.holding import Holding
 from aoti_sched.queue.job import IllegalFactError, Job
 from aoti_sched.queue.memory import Claim
 from aoti_sched.queue.policy import Policy
 from aoti_sched.queue.runner_state import Lease, RunnerState
 from aoti_sched.queue.selection.placement import INLINE_BUDGET, Placing
+from aoti_sched.queue.snapshot import Snapshot, UnknownClassError, take
 
 FACTS_KEPT = 10_000
-"""Facts that are kept by default: some 3,000 requests, and at most 4 MB for each device."""
+"""Facts that are kept by default: some 3,000 requests."""
 
-VALUES = {
-    "add_runner": (
-        *("name", "slots", "bounds", "epoch", "placing", "batching", "width", "share", "sheds"),
-        *("predicts", "routable", "holding", "holding_name"),
-    ),
-    "drain_runner": ("runner",),
-    "terminate_runner": ("runner",),
-    "withdraw": ("runner",),
-    "remove_runner": ("runner",),
-    "close_barrier": ("runner", "abort"),
-    "open_barrier": ("runner", "epoch"),
-    "add_behind": ("runner", "name"),
-    "keep_epoch": ("runner",),
-    "withdraw_pinned": ("runner",),
-    "revoke_behind": ("runner", "error"),
-    "hold_turns": ("runner",),
-    "release_turns": ("runner",),
-    "turned": ("runner", "exchanged"),
-    "claim": ("claim", "bytes", "holding", "holding_name"),
-    "give_up": ("claim",),
-    "pin": ("runner",),
-    "update_use": ("holding", "holding_name", "constants", "inactive", "fixed"),
-    "release_memory": ("holding", "holding_name"),
-    "call_back": ("runner",),
-    "parked": ("runner",),
-    "returned": ("runner", "error"),
-    "turn": (),
-    "submit": (
-        *("job", "runner", "lease", "wait", "since", "priority", "deadline", "bytes"),
-        *("is_lease_request", "min_epoch", "rows", "key", "bypasses_limits", "tenant", "tokens"),
-        "pinned",
-    ),
-    "complete": ("job", "ok", "started", "finished"),
-    "cancel": ("job",),
-    "tick": (),
-    "go_on": (),
-    "release": ("lease",),
-}
-"""The names of each fact's values."""
-
-_Kept = tuple[Any, ...]
+MOST_VALUES = 20_000
+"""The most values of a snapshot. With more, for example with 1,000 jobs queued, none is taken."""
 
 
 class RecordedQueue(DeviceQueue):
@@ -87,7 +48,7 @@ class RecordedQueue(DeviceQueue):
         policy: The device's choices among the rules.
         memory_limit: Bytes that the models may take.
         evicts: Whether idle runners are evicted when others need their memory.
-        keep: The number of the last facts that are kept.
+        keep: The least number of the last facts that are kept.
     """
 
     def __init__(
@@ -113,44 +74,54 @@ class RecordedQueue(DeviceQueue):
             memory_limit=memory_limit,
             evicts=evicts,
         )
-        self._facts: deque[_Kept] = deque(maxlen=keep)
+        self._kept = Kept(keep)
         self._first = (lanes, self.lanes.cores)  # before runners came, with which lanes may come
-        self._happened = 0
         self._runners = 0
         self._holdings = 0
         self._claims = 0
 
-    def record(self, error: str = "") -> dict[str, Any]:
-        """Return the facts that are kept, and how the queue was made, as JSON can have them.
+    def record(self, error: str = "") -> Record:
+        """Return the facts that are kept, and how the queue was made.
 
-        `flight.DeviceRecord` describes the values.
+        References are taken, and the totals of the runners. The facts are read later.
 
         Args:
             error: The text of the error that the last fact has raised.
         """
-        tenants: dict[Hashable, int] = {}
-        keys: dict[Hashable, int] = {}
-        return {
+        made = {
             "device": self.name,
             "lanes": self._first[0],
             "cores": self._first[1],
-            "bounds": _for_json(self.load.bounds),
+            "bounds": for_json(self.load.bounds),
             "inline_budget": self.lanes.inline_budget,
-            "policy": _for_json(self.policy),
+            "policy": for_json(self.policy),
             "memory_limit": self.memory.limit,
             "evicts": self.memory.evicts,
-            "facts": [_plain(fact, tenants, keys) for fact in self._facts],
-            "dropped": self._happened - len(self._facts),
-            "counters": {
-                name: msgspec.structs.asdict(runner.counters)
-                for name, runner in self.runners.items()
-            },
-            "error": error,
         }
+        counters = {
+            name: msgspec.structs.asdict(runner.counters) for name, runner in self.runners.items()
+        }
+        return self._kept.record(made, counters, error)
+
+    def _make_room(self) -> None:
+        """Begin a new chunk if the present one is full. Comes before all else of a fact."""
+        kept = self._kept
+        if kept.left:
+            return
+        state: Snapshot | None = None
+        if kept.wants_state() and not self._endings:  # an ending has an error, which is no value
+            try:
+                taken = take(self, MOST_VALUES)
+            except UnknownClassError:  # a fault of ours, which must not stop the scheduler
+                taken = MOST_VALUES
+            state = taken if isinstance(taken, Snapshot) else None
+            kept.spent(taken.cost if isinstance(taken, Snapshot) else taken)
+        kept.begin_chunk(state)
 
     def _keep(self, *fact: Any) -> None:
-        self._happened += 1
-        self._facts.append(fact)
+        """Keep a rare fact."""
+        self._make_room()
+        self._kept.add(fact)
 
     def _give_record(self, error: IllegalFactError) -> None:
         error.record = self.record(str(error))
@@ -160,34 +131,23 @@ class RecordedQueue(DeviceQueue):
     def submit(
         self, job: Job, now: float, *, wait: bool = False, since: float | None = None
     ) -> list[Command]:
-        source = job.source
-        runner = source.runner
+        kept = self._kept
+        if not kept.left:
+            self._make_room()
+        asked = kept.asked
+        if job.source is not kept.source or asked is None or not asked.fits(job, wait, since):
+            asked = kept.asked_by(job, wait, since)
         tenant: Any = job.tenant
         if tenant is not None:  # kept by its number, where it has one, so that it can be forgotten
             tenant = getattr(tenant, "number", tenant)
-        self._happened += 1
-        self._facts.append(
-            (
-                "submit",
-                now,
-                job.id,
-                runner.number,
-                source.id if isinstance(source, Lease) else None,
-                wait,
-                since,
-                job.priority,
-                job.deadline,
-                job.bytes,
-                job.is_lease_request,
-                job.min_epoch,
-                job.rows,
-                job.key,
-                job.bypasses_limits,
-                tenant,
-                job.tokens,
-                job.pinned,
-            )
-        )
+        chunk, at = kept.chunk, kept.at
+        chunk[at] = asked  # stands for the fact's name, too
+        chunk[at + 1] = now
+        chunk[at + 2] = job.deadline
+        chunk[at + 3] = job.bytes
+        chunk[at + 4] = tenant
+        kept.at = at + 5
+        kept.left -= 1
         try:
             return super().submit(job, now, wait=wait, since=since)
         except IllegalFactError as error:
@@ -203,8 +163,17 @@ class RecordedQueue(DeviceQueue):
         started: float | None = None,
         finished: float | None = None,
     ) -> list[Command]:
-        self._happened += 1
-        self._facts.append(("complete", now, job.id, ok, started, finished))
+        kept = self._kept
+        if not kept.left:
+            self._make_room()
+        chunk, at = kept.chunk, kept.at
+        chunk[at] = "complete" if ok else FAILED
+        chunk[at + 1] = now
+        chunk[at + 2] = job.id
+        chunk[at + 3] = started
+        chunk[at + 4] = finished
+        kept.at = at + 5
+        kept.left -= 1
         try:
             return super().complete(job, now, ok=ok, started=started, finished=finished)
         except IllegalFactError as error:
@@ -220,11 +189,25 @@ class RecordedQueue(DeviceQueue):
             raise
 
     def tick(self, now: float) -> list[Command]:
-        self._keep("tick", now)
+        kept = self._kept
+        if not kept.left:
+            self._make_room()
+        chunk, at = kept.chunk, kept.at
+        chunk[at] = "tick"
+        chunk[at + 1] = now
+        kept.at = at + 2
+        kept.left -= 1
         return super().tick(now)
 
     def turn(self, now: float) -> list[Command]:
-        self._keep("turn", now)
+        kept = self._kept
+        if not kept.left:
+            self._make_room()
+        chunk, at = kept.chunk, kept.at
+        chunk[at] = "turn"
+        chunk[at + 1] = now
+        kept.at = at + 2
+        kept.left -= 1
         return super().turn(now)
 
     def go_on(self, now: float) -> list[Command]:
@@ -232,7 +215,7 @@ class RecordedQueue(DeviceQueue):
         return super().go_on(now)
 
     def release(self, lease: Lease, now: float) -> list[Command]:
-        self._keep("release", now, lease.id)
+        self._keep("release", now, lease.id, lease.runner.number)
         return super().release(lease, now)
 
     # --- runners ----------------------------------------------------------------------------------
@@ -254,6 +237,7 @@ class RecordedQueue(DeviceQueue):
         memory: Holding | None = None,
     ) -> RunnerState:
         placing = placing or Placing()
+        self._make_room()
         self._keep(
             "add_runner",
             None,
@@ -318,6 +302,7 @@ class RecordedQueue(DeviceQueue):
 
     def remove_runner(self, runner: RunnerState) -> None:
         self._keep("remove_runner", None, runner.number)
+        self._kept.source = None  # so that a runner that is gone is not kept
         try:
             super().remove_runner(runner)
         except IllegalFactError as error:
@@ -410,6 +395,7 @@ class RecordedQueue(DeviceQueue):
     # --- memory -----------------------------------------------------------------------------------
 
     def claim(self, claim: Claim, now: float) -> list[Command]:
+        self._make_room()  # the chunk before it does not know the claim's number
         holding = claim.holding
         claim.number = self._claims
         self._claims += 1
@@ -435,11 +421,13 @@ class RecordedQueue(DeviceQueue):
     def update_use(
         self, holding: Holding, now: float, *, constants: int, inactive: int, fixed: str = ""
     ) -> list[Command]:
+        self._make_room()
         number = self._numbered(holding)
         self._keep("update_use", now, number, holding.name, constants, inactive, fixed)
         return super().update_use(holding, now, constants=constants, inactive=inactive, fixed=fixed)
 
     def release_memory(self, holding: Holding, now: float) -> list[Command]:
+        self._make_room()
         self._keep("release_memory", now, self._numbered(holding), holding.name)
         return super().release_memory(holding, now)
 
@@ -472,23 +460,3 @@ class RecordedQueue(DeviceQueue):
             holding.number = self._holdings
             self._holdings += 1
         return holding.number
-
-
-def _plain(fact: _Kept, tenants: dict[Hashable, int], keys: dict[Hashable, int]) -> dict[str, Any]:
-    """Return a fact whose tenant and key are numbers, in the order in which they first came."""
-    name, at, *kept = fact
-    values = dict(zip(VALUES[name], kept, strict=True))
-    for what, numbers in (("tenant", tenants), ("key", keys)):
-        if values.get(what) is not None:
-            values[what] = numbers.setdefault(values[what], len(numbers))
-    plain = {what: _for_json(value) for what, value in values.items()}
-    return {"fact": name, "at": at, "values": plain}
-
-
-def _for_json(value: Any) -> Any:
-    """Return a value of a fact as JSON can have it, which knows no infinite number."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, msgspec.Struct):
-        return {what: _for_json(of) for what, of in msgspec.structs.asdict(value).items()}
-    return [_for_json(one) for one in value] if isinstance(value, tuple) else value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import msgspec
@@ -18,7 +18,7 @@ from aoti_sched.queue.holding import Holding
 from aoti_sched.queue.job import Job, JobState, Priority
 from aoti_sched.queue.selection.accounts import Account, FairClass
 from aoti_sched.queue.selection.backlog import Backlog
-from aoti_sched.queue.selection.job_queue import NO_ACCOUNT, JobQueue, SortedJobs
+from aoti_sched.queue.selection.job_queue import JobQueue, SortedJobs
 from aoti_sched.queue.selection.placement import Placing
 
 
@@ -115,22 +115,6 @@ class Source:
     def waits(self) -> int:
         """Return how many jobs wait for room."""
         return len(self.gate)
-
-
-def _accounts_in(tenants: Sequence[FairClass]) -> Callable[[int, Hashable], Account]:
-    """Return a function that finds a tenant's account of a class.
-
-    The runner's queue keeps the function, so the function does not refer to the runner.
-    """
-
-    def account_of(priority: int, tenant: Hashable) -> Account:
-        return tenants[priority].of(tenant)
-
-    return account_of
-
-
-def _no_account(_: int, __: Hashable) -> Account:
-    return NO_ACCOUNT
 
 
 class EpochJobs:
@@ -256,7 +240,7 @@ class RunnerState(Source):
         tenants: tuple[FairClass, ...] | None = None,
     ) -> None:
         self.tenants = tenants or tuple(FairClass() for _ in Priority)
-        queue = JobQueue(_accounts_in(self.tenants) if accounts else _no_account)
+        queue = JobQueue(self.tenants if accounts else ())
         super().__init__(name, list(reversed(range(slots))), epoch, load, queue)
         self.batch_queue = None if batching is None else BatchQueue(batching, self.queue)
         self.runner = self

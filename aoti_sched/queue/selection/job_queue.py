@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 
 from aoti_sched.queue.heap import Heap
 from aoti_sched.queue.job import Job, Priority, row_size
-from aoti_sched.queue.selection.accounts import Account
+from aoti_sched.queue.selection.accounts import Account, FairClass
 
 _T = TypeVar("_T", bound=Hashable)
 
@@ -242,12 +242,11 @@ class JobQueue:
     """The jobs of one source that wait for the same thing.
 
     Args:
-        account_of: Gives a tenant's account of a class. Without the function, tenants and keys
-            make no difference.
+        tenants: The tenants' accounts by class; without classes, no time is shared. With None,
+            tenants and keys make no difference.
     """
 
     __slots__ = (
-        "_account_of",
         "_buckets",
         "_by_key",
         "_hidden",
@@ -255,15 +254,13 @@ class JobQueue:
         "_plain",
         "_shown",
         "_size",
+        "_tenants",
     )
 
-    def __init__(self, account_of: Callable[[int, Hashable], Account] | None = None) -> None:
-        self._account_of = account_of
+    def __init__(self, tenants: tuple[FairClass, ...] | None = None) -> None:
+        self._tenants = tenants
         self._plain = tuple(
-            Bucket(
-                priority, NO_ACCOUNT if account_of is None else account_of(priority, None), None, 0
-            )
-            for priority in Priority
+            Bucket(priority, self._account_of(priority, None), None, 0) for priority in Priority
         )  # buckets of jobs without tenant and key, by class
         self._buckets: dict[tuple[int, Hashable, Hashable, int], Bucket] = {}
         # The names of the buckets in `_buckets`, in the order in which they are checked.
@@ -345,8 +342,7 @@ class JobQueue:
 
     def _bucket_of(self, job: Job) -> Bucket:
         """Return the bucket of a job that is, or is about to be, in the queue."""
-        account_of = self._account_of
-        if account_of is None or (job.tenant is None and job.key is None):
+        if self._tenants is None or (job.tenant is None and job.key is None):
             return self._plain[job.priority]
         length = 0 if job.key is None else row_size(job)
         name = (job.priority, job.tenant, job.key, length)
@@ -356,8 +352,12 @@ class JobQueue:
             bucket = self._buckets[name] = Bucket(job.priority, NO_ACCOUNT, job.key, length)
             self._names.append(name)
         if bucket.first is None:
-            bucket.account = account_of(job.priority, job.tenant)
+            bucket.account = self._account_of(job.priority, job.tenant)
         return bucket
+
+    def _account_of(self, priority: int, tenant: Hashable) -> Account:
+        tenants = self._tenants
+        return tenants[priority].of(tenant) if tenants else NO_ACCOUNT
 
     def _drop_buckets(self) -> None:
         """Check two buckets for a new one, and drop those without jobs.

@@ -158,8 +158,11 @@ def picture(thing, seen=None):
     return repr(thing)
 
 
-_RECORDED = {"_facts", "_happened", "_runners", "_holdings", "_claims"}
-"""What a `RecordedQueue` notes of facts, illegal ones included. No rule reads these."""
+_RECORDED = {"_kept", "_runners", "_holdings", "_claims", "holder"}
+"""What a `RecordedQueue` notes of facts, illegal ones included; holders are the callers' own.
+
+No rule reads these.
+"""
 
 
 def _fields(kind):

@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import math
+import random
 import re
 
 import msgspec
 import pytest
 
 from aoti_sched.errors import EpochError, ReplayError
-from aoti_sched.flight import DeviceRecord
+from aoti_sched.flight import DeviceRecord, SavedObject, device_record
 from aoti_sched.queue.admission.load import Bounds
 from aoti_sched.queue.batching import Batching
 from aoti_sched.queue.device_queue import DeviceQueue
+from aoti_sched.queue.facts import CHUNK, MORE, SPACING, VALUES
 from aoti_sched.queue.holding import Holding
 from aoti_sched.queue.job import IllegalFactError, Job, JobState
 from aoti_sched.queue.memory import Claim
 from aoti_sched.queue.policy import Policy
-from aoti_sched.queue.recorded import VALUES, RecordedQueue
+from aoti_sched.queue.recorded import MOST_VALUES, RecordedQueue
 from aoti_sched.queue.runner_state import Lease, Phase, RunnerState
 from aoti_sched.queue.selection.placement import Placement, Placing
+from aoti_sched.queue.snapshot import take
 from aoti_sched.testing import Replayed, replay_device
 from tests.unit.queue import test_memory_walk, test_turns
 from tests.unit.queue.cases import STEPS
 from tests.unit.queue.seeds import share_of_seeds
-from tests.unit.queue.support import picture
+from tests.unit.queue.support import check, picture
 from tests.unit.queue.walks import Player, Walk
 
 SHARES = 4
 
 
 def through_json(record):
+    if not isinstance(record, DeviceRecord):
+        record = device_record(record)
     return msgspec.json.decode(msgspec.json.encode(record), type=DeviceRecord)
 
 
@@ -59,22 +64,11 @@ def _told(thing):
 def state_of(queue, jobs):
     """Return the whole state of a queue, with numbers for tenants and keys, as a record has them.
 
-    The payloads of jobs and the holders of leases are the caller's own, and left out.
+    The payloads of jobs are the caller's own, and left out.
     """
     for job in jobs:
         job.payload = None
-    for runner in queue.runners.values():
-        for lease in runner.leases.values():
-            lease.holder = None
-    names = {}
-    for fact, _, *values in queue._facts:
-        of = dict(zip(VALUES[fact], values, strict=True))
-        for what in ("tenant", "key"):
-            if of.get(what) is not None:
-                known = names.setdefault(what, {})
-                known.setdefault(of[what], len(known))
-    plain = {name: number for known in names.values() for name, number in known.items()}
-    return _renamed(picture(queue), plain)
+    return _renamed(picture(queue), numbers_of(queue))
 
 
 def _renamed(value, names):
@@ -87,12 +81,13 @@ def _renamed(value, names):
     return value
 
 
-def recording_commands(queue):
+def recording_commands(queue, before_fact):
     """Let a queue note what follows from each fact, and return the list of that."""
     outcomes = []
 
     def noting(fact):
         def noted(*args, **kwargs):
+            before_fact()
             try:
                 commands = fact(*args, **kwargs)
             except Exception as error:
@@ -111,16 +106,19 @@ def recording_commands(queue):
 class Noted:
     """A queue whose commands are noted, and that is otherwise itself."""
 
-    def __init__(self, queue):
+    def __init__(self, queue, seed):
         self.__dict__.update(queue=queue)
-        self.outcomes = recording_commands(self)
+        self.snapshots = Snapshots(queue, seed)
+        self.outcomes = recording_commands(self, self.snapshots.before_fact)
 
     def __getattr__(self, name):
         return getattr(self.__dict__["queue"], name)
 
 
-def must_replay(queue, outcomes, jobs):
+def must_replay(queue, outcomes, jobs, snapshots=()):
     record = through_json(queue.record())
+    for place, snapshot in snapshots:
+        must_replay_from(queue, outcomes, jobs, record, place, snapshot)
     replayed = Replayed(record)
     for number, (_, outcome) in enumerate(replayed.steps()):
         assert told(outcome) == outcomes[number], record.facts[number]
@@ -129,38 +127,91 @@ def must_replay(queue, outcomes, jobs):
     assert state_of(replayed.queue, replayed.jobs) == state_of(queue, jobs)
 
 
+def must_replay_from(queue, outcomes, jobs, record, place, snapshot):
+    """The facts from a place on, put to the restored state of that place, do the same."""
+    numbers = numbers_of(queue)
+    state = msgspec.convert(snapshot.plain(numbers.__getitem__), list[SavedObject])
+    rest = through_json(
+        msgspec.structs.replace(record, state=state, facts=record.facts[place:], dropped=place)
+    )
+    replayed = Replayed(rest)
+    check(replayed.queue)
+    for number, (fact, outcome) in enumerate(replayed.steps(), place):
+        assert loosely(told(outcome)) == loosely(outcomes[number]), (place, number, fact)
+    assert state_of(replayed.queue, replayed.jobs) == state_of(queue, jobs)
+
+
+def loosely(outcome):
+    """Return an outcome without names, since runners and jobs that are gone have lost theirs."""
+    if isinstance(outcome, tuple):
+        return outcome[0]
+    return [tuple(map(_nameless, said)) for said in outcome]
+
+
+def _nameless(said):
+    return re.sub(r"runner '[^']*'|slot \d+", "", said) if isinstance(said, str) else said
+
+
+def numbers_of(queue):
+    """Return the numbers of tenants and keys in the record of a queue, by their names."""
+    numbers = {}
+    for _, _, values in queue.record().facts():
+        for what in ("tenant", "key"):
+            if values.get(what) is not None:
+                numbers.setdefault(values[what], len(numbers))
+    return numbers
+
+
+class Snapshots:
+    """Snapshots before one or two facts of a queue, drawn from a seed."""
+
+    def __init__(self, queue, seed):
+        self.queue = queue
+        self.taken = []
+        self.draw = random.Random(seed)
+        self.facts = 0
+
+    def before_fact(self):
+        if len(self.taken) < 2 and self.draw.random() < 0.01 and not self.queue._endings:
+            self.taken.append((self.facts, take(self.queue, 10**6)))
+        self.facts += 1
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("share", range(SHARES))
 def test_a_walk_is_replayed_into_the_same_state_by_the_same_commands(share):
     for seed in share_of_seeds(share, SHARES):
         walk = Walk(seed, STEPS)
         player = Player(**walk.device)
-        queue, player.queue = player.queue, Noted(player.queue)
+        queue, player.queue = player.queue, Noted(player.queue, seed)
         for fact in walk.facts:
             player.play(*fact)
-        must_replay(queue, player.queue.outcomes, player.jobs)
+        noted = player.queue
+        must_replay(queue, noted.outcomes, player.jobs, noted.snapshots.taken)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(30))
 def test_a_walk_through_the_rules_of_memory_is_replayed(seed):
     walk = test_memory_walk.Walk(seed)
-    queue, walk.queue = walk.queue.unchecked, Noted(walk.queue.unchecked)
+    queue, walk.queue = walk.queue.unchecked, Noted(walk.queue.unchecked, seed)
     walk.go(test_memory_walk.STEPS)
-    must_replay(queue, walk.queue.outcomes, [job for _, job in walk.jobs.values()])
+    jobs = [job for _, job in walk.jobs.values()]
+    must_replay(queue, walk.queue.outcomes, jobs, walk.queue.snapshots.taken)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(30))
 def test_a_walk_of_sessions_is_replayed(seed):
     walk = test_turns.Walk(seed)
-    noted = Noted(walk.queue.unchecked)
+    noted = Noted(walk.queue.unchecked, seed)
     # The walk has begun to use the queue.
     queue, walk.queue = walk.queue.unchecked, noted
     before = replay_device(queue.record()).outcomes
     walk.walk()
     walk.finish()
-    must_replay(queue, [*map(told, before), *noted.outcomes], walk.jobs)
+    taken = [(len(before) + place, snapshot) for place, snapshot in noted.snapshots.taken]
+    must_replay(queue, [*map(told, before), *noted.outcomes], walk.jobs, taken)
 
 
 # --- what a record is -----------------------------------------------------------------------------
@@ -183,7 +234,7 @@ def test_an_illegal_fact_has_the_record_that_leads_to_it_again():
     queue.complete(job, 2.0)
     with pytest.raises(IllegalFactError) as raised:
         queue.complete(job, 3.0)
-    record = raised.value.record
+    record = raised.value.record.plain()
     assert record["error"] == str(raised.value)
     facts = [fact["fact"] for fact in record["facts"]]
     assert facts == ["add_runner", "submit", "complete", "complete"]
@@ -239,8 +290,9 @@ def test_whatever_fact_is_illegal_has_a_record(fact):
         queue.memory.holdings[other.memory] = other
     with pytest.raises(IllegalFactError) as raised:
         ILLEGAL[fact](queue, other)
-    assert raised.value.record["facts"][-1]["fact"] == fact
-    assert raised.value.record["error"] == str(raised.value)
+    record = raised.value.record.plain()
+    assert record["facts"][-1]["fact"] == fact
+    assert record["error"] == str(raised.value)
 
 
 def test_a_claim_that_is_given_up_and_an_illegal_one_are_replayed():
@@ -260,21 +312,136 @@ def test_a_claim_that_is_given_up_and_an_illegal_one_are_replayed():
 
 
 def test_a_record_of_nothing_but_the_last_facts_is_no_beginning():
-    queue = RecordedQueue("cpu", 1, keep=2)
-    runner = queue.add_runner("m", 1)
-    queue.submit(Job(runner), 1.0)
+    queue = RecordedQueue("cpu", 1)
+    queue.tick(1.0)
     queue.tick(2.0)
-    record = through_json(queue.record())
-    assert ([fact.fact for fact in record.facts], record.dropped) == (["submit", "tick"], 1)
-    with pytest.raises(ReplayError, match="lacks its first 1 facts"):
+    record = msgspec.structs.replace(through_json(queue.record()), dropped=2)
+    with pytest.raises(ReplayError, match="lacks its first 2 facts"):
         Replayed(record)
+
+
+def ticked(keep, facts, look):
+    """Return a queue after this many facts, and call `look` with it now and then."""
+    queue = RecordedQueue("cpu", 1, keep=keep)
+    for count in range(1, facts):
+        queue.tick(float(count))
+        if count % 97 == 0:
+            look(queue, count)
+    return queue
+
+
+@pytest.mark.parametrize("keep", [1, 100, CHUNK, 3 * CHUNK - 1])
+def test_at_least_as_many_facts_are_kept_as_were_asked_for_and_back_to_a_state(keep):
+    numbers = set()
+
+    def look(queue, count):
+        record = queue.record()
+        times = [at for _, at, _ in record.facts()]
+        assert times == [*range(count - len(times) + 1, count + 1)]
+        assert len(times) >= min(keep, count)
+        assert record.dropped == count - len(times)
+        assert (record.plain()["state"] is None) == (not record.dropped)
+        numbers.add(len(times))
+
+    queue = ticked(keep, 5000, look)
+    cost = take(queue, MOST_VALUES).cost
+    assert max(numbers) <= keep + SPACING * cost + 2 * CHUNK
+    assert queue.record().dropped > 0
+    assert replay_device(queue.record()).queue.runners == {}
+
+
+def test_each_fact_of_a_request_may_begin_a_chunk():
+    queue = RecordedQueue("cpu", 1, keep=1)  # each fact does
+    runner = queue.add_runner("m", 1)
+    for now in map(float, range(2000)):
+        job = Job(runner)
+        queue.submit(job, now)
+        queue.turn(now)
+        queue.complete(job, now + 0.5, ok=now > 1000)
+    record = queue.record()
+    assert record.dropped > 0
+    assert len(record.facts()) + record.dropped == 6001
+    replayed = replay_device(record)
+    assert replayed.queue.runners["m"].counters.failed == 1001
+    assert state_of(replayed.queue, replayed.jobs) == state_of(queue, [])
+
+
+def test_a_state_that_is_too_large_is_not_taken_and_tried_again_later():
+    queue = RecordedQueue("cpu", 1, keep=CHUNK)
+    runner = queue.add_runner("m", 1)
+    jobs = [Job(runner) for _ in range(1000)]
+    for job in jobs:
+        queue.submit(job, 1.0)
+    cost = take(queue, MOST_VALUES)
+    assert MOST_VALUES < cost < MOST_VALUES + 200
+    for _ in range(MORE + CHUNK):
+        queue.tick(2.0)
+    record, happened = queue.record(), 1 + len(jobs) + MORE + CHUNK
+    assert CHUNK + MORE <= happened - record.dropped <= CHUNK + MORE + CHUNK
+    assert record._state is None  # so it can't be replayed
+    for job in jobs:
+        queue.cancel(job, 3.0)
+    for _ in range(SPACING * cost):
+        queue.tick(4.0)
+    record, happened = queue.record(), happened + len(jobs) + SPACING * cost
+    assert happened - record.dropped < SPACING * cost
+    assert replay_device(record).queue.load.jobs == 0
+
+
+def test_a_record_is_of_the_time_when_it_was_taken():
+    queue = RecordedQueue("cpu", 1)
+    queue.tick(1.0)
+    record = queue.record()
+    for now in range(2, 2 * CHUNK):
+        queue.tick(float(now))
+    assert [at for _, at, _ in record.facts()] == [1.0]
+
+
+def test_what_a_request_asks_is_recorded_whatever_the_one_before_it_asked():
+    """Equal wishes are kept once; each of these differs from the ones before it."""
+    queue = RecordedQueue("cpu", 4)
+    batched = queue.add_runner("b", 4, batching=Batching(8))
+    plain = queue.add_runner("p", 4)
+    (grant,) = queue.submit(Job(plain, is_lease_request=True), 0.0)
+    wishes = [
+        {},
+        {"priority": 0},
+        {"deadline": 9.0},
+        {"bytes": 7},
+        {"is_lease_request": True},
+        {"is_lease_request": True, "bypasses_limits": True},
+        {"min_epoch": 1},
+        {"min_epoch": 1, "pinned": True},
+        {"rows": 3},
+        {"key": ("k", 1)},
+        {"key": ("k", 2)},
+        {"tenant": "a"},
+        {"tenant": "b"},
+        {"tokens": 5},
+    ]
+    expected = []
+    for source in (batched, plain, grant.lease, batched):
+        for wish in wishes:
+            for further in ({}, {}, {"wait": True}, {"since": -1.0}, {"since": -2.0}):
+                try:
+                    queue.submit(Job(source, **wish), 1.0, **further)
+                except IllegalFactError:
+                    assert source is grant.lease
+                expected.append((source, {**wish, **further}))
+    usual = {"priority": 1, "deadline": None, "bytes": 0, "is_lease_request": False}
+    usual |= {"min_epoch": 0, "rows": 1, "key": None, "bypasses_limits": False, "tenant": None}
+    usual |= {"tokens": 1, "pinned": False, "wait": False, "since": None, "job": -1}
+    submitted = [values for name, _, values in queue.record().facts() if name == "submit"]
+    for values, (source, wish) in zip(submitted[1:], expected, strict=True):
+        lease = source.id if source is grant.lease else None
+        assert values == {**usual, **wish, "lease": lease, "runner": source.runner.number}
 
 
 def test_a_record_that_counts_something_else_comes_from_other_rules():
     queue = RecordedQueue("cpu", 1)
     runner = queue.add_runner("m", 1)
     queue.submit(Job(runner), 1.0)
-    record = queue.record()
+    record = queue.record().plain()
     record["counters"]["m"]["completed"] = 7
     with pytest.raises(
         ReplayError, match="1 submitted, and the record m: 1 submitted, 7 completed"
