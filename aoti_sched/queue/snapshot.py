@@ -84,7 +84,7 @@ def _runner() -> RunnerState:
     return RunnerState("", 0, Load("", Bounds()), 1, Placing(), (), Holding(""))
 
 
-_CONTAINERS: tuple[type, ...] = (list, dict, OrderedDict, deque, set)
+_CONTAINERS: tuple[type, ...] = (list, dict, OrderedDict, deque)
 
 _BLANK: dict[type, Callable[[], Any]] = {
     Account: Account,
@@ -492,8 +492,6 @@ def _fill(kind: str, values: Any, thing: Any, things: list[Any]) -> None:
     if isinstance(thing, dict):
         for key, value in zip(items[::2], items[1::2], strict=True):
             thing[key] = value
-    elif isinstance(thing, set):
-        thing.update(items)
     elif isinstance(thing, list | deque):
         thing.extend(items)
     else:

@@ -149,9 +149,11 @@ class Replayed:
                 name: msgspec.structs.asdict(runner.counters)
                 for name, runner in self.queue.runners.items()
             }
+            self._must_agree(ours)
+        except ReplayError:
+            raise
         except Exception as error:
             raise self._damage(f"its counters raised {error!r}") from error
-        self._must_agree(ours)
 
     def _outcome(self, fact: RecordedFact) -> Outcome:
         if fact.fact not in VALUES:

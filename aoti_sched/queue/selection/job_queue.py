@@ -267,7 +267,7 @@ class JobQueue:
         self._names: deque[tuple[int, Hashable, Hashable, int]] = deque()
         self._shown = Buckets()
         self._by_key: dict[Hashable, Keyed] = {}
-        self._hidden: set[Hashable] = set()
+        self._hidden: dict[Hashable, None] = {}  # in an order that a replay has, too
         self._size = 0
 
     def __len__(self) -> int:
@@ -314,11 +314,11 @@ class JobQueue:
 
     def hide(self, key: Hashable) -> None:
         """Hide the jobs of a key that come from now on. The key must have no jobs yet."""
-        self._hidden.add(key)
+        self._hidden[key] = None
 
     def show(self, key: Hashable) -> None:
         """Let the jobs of a hidden key contend."""
-        self._hidden.discard(key)
+        self._hidden.pop(key, None)
         of_key = self._by_key.get(key)
         for of_length in () if of_key is None else of_key.by_length.values():
             for bucket in list(of_length.buckets):

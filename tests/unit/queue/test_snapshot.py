@@ -278,9 +278,6 @@ DAMAGES = {
     "a dict with a list as key": lambda state: changed(
         state, find(state, "dict"), values=[{"object": find(state, "list")}, 2]
     ),
-    "a set with a list": lambda state: changed(
-        state, find(state, "set"), values=[{"object": find(state, "list")}]
-    ),
 }
 
 
