@@ -357,7 +357,7 @@ def besides(scale: Scale) -> list[Entrant]:
         )
         for rows in FIXED
     }
-    ways[LEARNED] = ("the default: twice what a request takes alone", Batching(ragged=PADDED))
+    ways[LEARNED] = ("the default: two runs of one request", Batching(ragged=PADDED))
     missing = [package for package in models.ENCODERS if importlib.util.find_spec(package) is None]
     return [
         Entrant(

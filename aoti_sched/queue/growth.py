@@ -6,14 +6,13 @@ that is was learned from earlier runs (`selection/service_time.py`).
 
 **Bounds.** A batch has at most `max_rows` rows, and at most `max_tokens` tokens: rows times the
 longest row. It is expected to take at most `max_seconds`. By default these are `PROMISED` times
-what the leader takes alone, if jobs of a higher class have come within `RECENT` seconds. So a job
-of a higher class waits for no longer than for two runs of one job. A short leader would make a
-small batch where the usual run is longer anyway, so `PROMISED_OF_USUAL` times what a job of the
-mean size of those queued with it takes is allowed, too. Where none have come, a batch may take
-`ALONE` times what the leader takes alone. If a run costs a constant and a part for each row, a
-batch of k times one run has at least (k - 1) / k of the highest rate of rows: at 2 a half, at 8
-seven eighths. A batch of up to a millisecond disturbs no caller, as the loop itself may lag as long
-(`INLINE_BUDGET`).
+what one job takes alone, if jobs of a higher class have come within `RECENT` seconds: the leader,
+or a job of the mean size of those queued with it, whichever takes longer. So a job of a higher
+class waits for no longer than for two runs of one job, and a short leader makes no small batch
+where the usual run is longer anyway. Where none have come, a batch may take `ALONE` times what the
+leader takes alone. If a run costs a constant and a part for each row, a batch of k times one run
+has at least (k - 1) / k of the highest rate of rows: at 2 a half, at 8 seven eighths. A batch of up
+to a millisecond disturbs no caller, as the loop itself may lag as long (`INLINE_BUDGET`).
 
 **While it pays.** A batch grows while rows per second rise, by the learned times. A job of another
 length joins only if the batch takes no longer with it than the batch and the job would take one
@@ -49,13 +48,6 @@ from aoti_sched.queue.selection.service_time import GRAIN, NO_LIMIT, UNNOTICED, 
 
 PROMISED = 2
 """The most runs of one job that a batch takes by default while jobs of a higher class come."""
-
-PROMISED_OF_USUAL = 1.75
-"""The same of a job of the mean size of those that are queued.
-
-Long jobs wait for longer and are queued in larger numbers, so this is about twice what a job takes
-in the mean. A higher number gains no rate of rows (benchmark k).
-"""
 
 ALONE = 8
 """The most runs of one job that a batch takes by default otherwise."""
@@ -119,9 +111,8 @@ class Growth:
         alone = times.estimate(self.size)
         seconds = rule.max_seconds
         if seconds is None:
-            limit = max(UNNOTICED, alone * (PROMISED if promised else ALONE))
-            if promised:
-                limit = max(limit, int(times.estimate(usual) * PROMISED_OF_USUAL))
+            one = max(alone, times.estimate(usual)) if promised else alone
+            limit = max(UNNOTICED, one * (PROMISED if promised else ALONE))
         else:
             limit = _grains(seconds)
         if leader.deadline is not None:

@@ -300,8 +300,8 @@ class Order:
             limit = max(1 << 20, (2 if promised else 8) * alone)
             if promised and others:
                 usual = sum(job.bytes for job in others) // len(others)
-                if limit < math.floor(leader.runner.takes(usual) * 1.75):
-                    limit = math.floor(leader.runner.takes(usual) * 1.75)
+                if limit < 2 * leader.runner.takes(usual):
+                    limit = 2 * leader.runner.takes(usual)
                     self.met.add("a short leader")
         else:
             limit = self.in_grains(seconds)

@@ -8,7 +8,7 @@ import pytest
 
 from aoti_sched.queue.admission.load import Bounds
 from aoti_sched.queue.batching import Batching
-from aoti_sched.queue.growth import PROMISED_OF_USUAL
+from aoti_sched.queue.growth import PROMISED
 from aoti_sched.queue.job import Job, JobState, Priority
 from aoti_sched.queue.selection.service_time import (
     BELIEVED,
@@ -112,7 +112,7 @@ def test_a_short_leader_makes_a_batch_of_as_long_as_the_usual_runs_take():
     queue = device()
     runner = add(queue, Batching(500, 0.0, None))
     other = add_plain(queue, "other")
-    short, long = [text(runner, 4) for _ in range(101)], [text(runner, 196) for _ in range(100)]
+    short, long = [text(runner, 4) for _ in range(101)], [text(runner, 190) for _ in range(100)]
     first = queued(queue, [*short, *long])
     urgent = Job(other, priority=Priority.HIGH)
     queue.submit(urgent, 1.0)
@@ -120,7 +120,7 @@ def test_a_short_leader_makes_a_batch_of_as_long_as_the_usual_runs_take():
     (leader,) = launches(queue.complete(first, 1.0, started=1.0))
     assert {job.bytes for job in leader.members} == {4}
     mean = sum(job.bytes for job in [*short[1:], *long]) // 200
-    allowed = PROMISED_OF_USUAL * seconds_of(mean)
+    allowed = PROMISED * seconds_of(mean)
     assert 2 * seconds_of(4) < seconds_of(leader.size) <= allowed < seconds_of(leader.size + 4)
 
 
