@@ -324,7 +324,7 @@ class Dispatcher:
             self._timer.cancel()
 
     def runner_stats(self, runner: RunnerState) -> RunnerStats:
-        """Return a runner's numbers, those of its second record (`queue/turns.py`) included."""
+        """Return a runner's numbers, with those of its second record (`queue/weight_turns.py`)."""
         return runner_stats(self.queue, runner)
 
     def stats(self) -> DeviceStats:

@@ -14,7 +14,7 @@ import enum
 import functools
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from aoti_sched.engine.behind import SUFFIX
+from aoti_sched.engine.second_record import SUFFIX
 from aoti_sched.engine.worker import in_worker
 from aoti_sched.errors import ConfigError, RunnerClosedError
 from aoti_sched.events import log

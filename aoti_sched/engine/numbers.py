@@ -33,7 +33,7 @@ OUTCOMES = {
 
 
 def runner_stats(queue: DeviceQueue, runner: RunnerState) -> RunnerStats:
-    """Return a runner's numbers, those of its second record (`queue/turns.py`) included."""
+    """Return a runner's numbers, those of its second record (`queue/weight_turns.py`) included."""
     turns = queue.turns.get(runner)
     records = [runner] if turns is None else [turns.main, turns.behind]
     serving = runner if turns is None else turns.serving

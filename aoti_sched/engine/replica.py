@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from aoti_sched.engine.behind import Behind
+from aoti_sched.engine.second_record import SecondRecord
 from aoti_sched.engine.weights.live import Inactive, LiveWeights
 from aoti_sched.errors import RunnerClosedError
 from aoti_sched.events import log
@@ -111,7 +111,7 @@ class Replica:
         self.rebuild_on_failure = rebuild_on_failure
         self.not_evictable_because = not_evictable_because
         self.weights = LiveWeights()
-        self.behind: Behind | None = None
+        self.behind: SecondRecord | None = None
         self.removed_because = ""
         # The router of its runner sets these: the sessions of the runner, its replicas that take
         # requests, how a new job is routed where that is not always here, how a pinned job is
@@ -193,7 +193,7 @@ class Replica:
         if move is None or (self.behind is None and not self.sessions.keeps(self.epoch)):
             return
         if self.behind is None:
-            self.behind = Behind(
+            self.behind = SecondRecord(
                 self.state, self.dispatcher, self.container, move=move, retire=self.retire
             )
         else:

@@ -2,8 +2,8 @@
 
 A session keeps the weights that it began with while a second set is published. From then on its
 requests go to the second record of a replica's queue, which takes turns with the first
-(`queue/turns.py`). A container holds two sets. So before a third one is written, the sessions that
-are behind end, or the update waits for them.
+(`queue/weight_turns.py`). A container holds two sets. So before a third one is written, the
+sessions that are behind end, or the update waits for them.
 """
 
 from __future__ import annotations

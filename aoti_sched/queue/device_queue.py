@@ -44,7 +44,7 @@ epoch that is yet to come wait outside the queue. Jobs whose epoch was rolled ba
 
 **Sessions.** Jobs of a session run on the epoch that the session began with. When the next epoch is
 published, they move to a second runner record, which keeps the weights before. The two records of
-a model take turns with its one container (`turns.py`).
+a model take turns with its one container (`weight_turns.py`).
 
 **Memory.** Where the device has a limit, memory is reserved before a model is loaded. When it does
 not suffice, runners are evicted: their barrier closes, `Park` asks the caller to free the weights,

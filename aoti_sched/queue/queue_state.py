@@ -24,7 +24,7 @@ from aoti_sched.queue.selection.forecast import Forecast
 from aoti_sched.queue.selection.placement import INLINE_BUDGET
 from aoti_sched.queue.selection.urgency import Urgency
 from aoti_sched.queue.timers import Timers
-from aoti_sched.queue.turns import Turns
+from aoti_sched.queue.weight_turns import Turns
 
 
 def batch_queue_of(runner: RunnerState) -> BatchQueue:

@@ -166,7 +166,7 @@ class RunnerState(Source):
 
     Attributes:
         published: The highest epoch so far.
-        aside: Whether the barrier is closed for the other record of the model (`turns.py`).
+        aside: Whether the barrier is closed for the other record of the model (`weight_turns.py`).
         awaiting: Jobs whose epoch is yet to come, or that have not moved to the gate since.
         epoch_bound: Jobs at the gate or in the queue that asked for an epoch after the first.
         batch_queue: The batchable jobs; None where jobs always run alone.

@@ -1,4 +1,4 @@
-"""Sessions: facts about jobs that keep the weights of one epoch, and about turns (`turns.py`)."""
+"""Sessions: facts about jobs that keep an epoch's weights, and about `weight_turns.py`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from aoti_sched.queue.ending import Ending
 from aoti_sched.queue.job import IllegalFactError
 from aoti_sched.queue.lifecycle import Lifecycle
 from aoti_sched.queue.runner_state import Phase, RunnerState
-from aoti_sched.queue.turns import Turns
+from aoti_sched.queue.weight_turns import Turns
 
 
 class SessionFacts(Lifecycle):

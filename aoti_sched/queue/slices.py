@@ -10,7 +10,7 @@ from aoti_sched.queue.ending import SLICE, Ending
 from aoti_sched.queue.job import Fact, Job
 from aoti_sched.queue.queue_state import QueueState
 from aoti_sched.queue.runner_state import Phase, RunnerState
-from aoti_sched.queue.turns import Turns
+from aoti_sched.queue.weight_turns import Turns
 
 
 class Slices(QueueState):

@@ -73,7 +73,7 @@ from aoti_sched.queue.selection.placement import Placement, Placing
 from aoti_sched.queue.selection.service_time import ServiceTime, ServiceTimes
 from aoti_sched.queue.selection.urgency import Urgency, _Starts
 from aoti_sched.queue.timers import Deadlines, Timers
-from aoti_sched.queue.turns import Turns
+from aoti_sched.queue.weight_turns import Turns
 
 
 class UnknownClassError(Exception):

@@ -5,7 +5,7 @@ A graph reads and writes the memory that the run was recorded with.
 - A graph has inputs and outputs of its own. A request's tensors are copied to and from them, on the
   slot's stream.
 - Intermediate results lie in a memory pool of the slot. Graphs of one slot never run at once, so
-  they share the pool (`cuda_recording.py`).
+  they share the pool (`cuda_capture.py`).
 - A graph reads the weights of one of the container's two buffers, so each buffer has its own
   graphs. A swap keeps the graphs of both buffers. The graphs of a buffer are dropped when the
   buffer's memory is freed.
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from aoti_sched.backends.accelerators.cuda_recording import Executable, Recorder
+from aoti_sched.backends.accelerators.cuda_capture import Executable, Recorder
 from aoti_sched.backends.accelerators.slot import Slot, write
 from aoti_sched.backends.accelerators.stream_container import StreamContainer
 from aoti_sched.backends.aoti.constant_map import UPDATE_PAIRS

@@ -24,7 +24,7 @@ from aoti_sched.queue.runner_state import Lease, Phase, RunnerState
 from aoti_sched.queue.selection.placement import Placement, Placing
 from aoti_sched.queue.snapshot import take
 from aoti_sched.testing import Replayed, replay_device
-from tests.unit.queue import test_memory_walk, test_turns
+from tests.unit.queue import test_memory_walk, test_weight_turns
 from tests.unit.queue.cases import STEPS
 from tests.unit.queue.seeds import share_of_seeds
 from tests.unit.queue.support import check, picture
@@ -203,7 +203,7 @@ def test_a_walk_through_the_rules_of_memory_is_replayed(seed):
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(30))
 def test_a_walk_of_sessions_is_replayed(seed):
-    walk = test_turns.Walk(seed)
+    walk = test_weight_turns.Walk(seed)
     noted = Noted(walk.queue.unchecked, seed)
     # The walk has begun to use the queue.
     queue, walk.queue = walk.queue.unchecked, noted

@@ -21,7 +21,7 @@ from aoti_sched.queue.commands import (
 from aoti_sched.queue.ending import SLICE
 from aoti_sched.queue.job import IllegalFactError, Job, JobState, Priority
 from aoti_sched.queue.runner_state import Phase
-from aoti_sched.queue.turns import SHARE
+from aoti_sched.queue.weight_turns import SHARE
 from tests.unit.queue.seeds import share_of_seeds
 from tests.unit.queue.support import add, check, device, launched, launches, take_lease
 

@@ -1,4 +1,4 @@
-"""Turns: two sets of weights of one model, of which its container runs one at a time.
+"""Weight turns: two sets of weights of one model, of which its container runs one at a time.
 
 Sessions keep the weights that they began with (`engine/sessions.py`). While some of them are one
 set behind, a model has two runner records on its device. `main` has the set that was published

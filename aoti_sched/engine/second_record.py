@@ -1,7 +1,7 @@
-"""Behind: the second record of a replica, which has the requests of sessions that are behind.
+"""Second record: that of a replica, which has the requests of sessions that are behind.
 
-`queue/turns.py` decides which of the two records serves. This file exchanges the weights when the
-queue asks for a turn, and lets a change of the weights wait until the first record serves.
+`queue/weight_turns.py` decides which of the two records serves. This file exchanges the weights
+when the queue asks for a turn, and lets a change of the weights wait until the first record serves.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SUFFIX = " (sessions)"
 """Ends the name of a second record, and the name of no model."""
 
 
-class Behind:
+class SecondRecord:
     """The second record of one replica. Made while the replica's barrier is reached.
 
     Args:

@@ -1,4 +1,4 @@
-"""Recording runs into CUDA graphs, through the driver.
+"""Captures runs into CUDA graphs, through the driver.
 
 Torch's own `CUDAGraph` is not used. A capture that fails leaves its allocator, its random generator
 and the memory of its pool in a state that spoils the process (torch 2.11 and 2.12). Closing one
