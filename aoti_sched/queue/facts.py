@@ -213,15 +213,16 @@ class Kept:
         self.left = self._size
         self.source: Source | None = None
         self.asked: Asked | None = None
-        self._asked_of: dict[int, Asked] = {}  # the last of each runner, by its number
+        # The last of each runner and priority, since requests of several classes alternate.
+        self._asked_of: dict[tuple[int, int], Asked] = {}
 
     def asked_by(self, job: Job, wait: bool, since: float | None) -> Asked:
         """Return what a job of another source asks for, or of the same one something else."""
         source = job.source
-        number = source.runner.number
-        asked = self._asked_of.get(number)
+        name = (source.runner.number, job.priority)
+        asked = self._asked_of.get(name)
         if asked is None or asked.lease != lease_of(job) or not asked.fits(job, wait, since):
-            asked = self._asked_of[number] = Asked(job, wait, since)
+            asked = self._asked_of[name] = Asked(job, wait, since)
         self.source, self.asked = source, asked
         return asked
 
