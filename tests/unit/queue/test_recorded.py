@@ -14,7 +14,7 @@ from aoti_sched.flight import DeviceRecord, SavedObject, device_record
 from aoti_sched.queue.admission.load import Bounds
 from aoti_sched.queue.batching import Batching
 from aoti_sched.queue.device_queue import DeviceQueue
-from aoti_sched.queue.facts import CHUNK, MORE, SPACING, VALUES
+from aoti_sched.queue.facts import CHUNK, MORE, SPACING, VALUES, Asked
 from aoti_sched.queue.holding import Holding
 from aoti_sched.queue.job import IllegalFactError, Job, JobState
 from aoti_sched.queue.memory import Claim
@@ -491,3 +491,14 @@ def test_numbers_that_json_has_not_and_every_setting_come_through():
     assert replayed.queue.lanes.inline_budget == 0.5
     assert replayed.queue.policy == queue.policy
     assert (replayed.queue.lanes.count, replayed.queue.lanes.cores) == (6, 8)
+
+
+def test_requests_of_several_classes_share_what_they_ask_for():
+    """Such an object for each request would be met by the garbage collector again and again."""
+    queue = RecordedQueue("cpu", 1)
+    runner = queue.add_runner("m", 1)
+    for number in range(60):
+        queue.submit(Job(runner, priority=number % 3, tenant=number, deadline=number + 9.0), 0.0)
+    asked = [value for value in queue._kept.chunk if isinstance(value, Asked)]
+    assert len(asked) == 60
+    assert len(set(map(id, asked))) == 3
