@@ -223,7 +223,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     log_requests: bool = False
     slow: _Delay | None = None
     loop_lag: _Delay | None = None
-    flight_facts: _Facts = 10_000
+    flight_facts: _Facts = 1_000
 
 
 def in_full(device: str) -> str:
