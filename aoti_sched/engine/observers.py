@@ -64,7 +64,9 @@ class Observers:
         self._keep_runs: list[Callable[[Run], None]] = []
         self._others: list[Observer] = []
         self._know_callers: list[CallerObserver] = []
-        self._wanted: set[type] = set()
+        self._wanted: set[type] = set()  # by observers that are no recordings
+        self._wants_requests = False  # anybody
+        self._wants_runs = False
         self._pending: list[tuple[Event, Callers]] = []
         self._dispatchers: Mapping[str, Observed] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -136,13 +138,14 @@ class Observers:
 
     def ended(self, job: Job, queue: DeviceQueue, future: object) -> None:
         """Tell all observers of a request that has ended. Never raises."""
+        callers = callers_of(future) if self._know_callers else ()
+        if not callers and not self._wants_requests:
+            return
         trace = trace_of(job, queue, tag_of(future))
         for keep in self._keep_requests:
             keep(trace)
-        if self._others:
-            callers = callers_of(future)
-            if callers or Trace in self._wanted:
-                self._tell_soon(trace, callers)
+        if callers or Trace in self._wanted:
+            self._tell_soon(trace, callers)
 
     def ran(
         self,
@@ -155,10 +158,12 @@ class Observers:
         ok: bool,
     ) -> None:
         """Tell all observers of a run that is over, as `run_of` makes it. Never raises."""
+        if not self._wants_runs:
+            return
         run = run_of(job, queue, size, started, finished, now, ok)
         for keep in self._keep_runs:
             keep(run)
-        if self._others and Run in self._wanted:
+        if Run in self._wanted:
             self._tell_soon(run, ())
 
     def tell(self, event: Event) -> None:
@@ -199,6 +204,8 @@ class Observers:
             for one in self._others
             if getattr(getattr(one, method), "__func__", None) is not getattr(Observer, method)
         }
+        self._wants_requests = bool(self._recordings) or Trace in self._wanted
+        self._wants_runs = bool(self._recordings) or Run in self._wanted
         for dispatcher in self._dispatchers.values():
             dispatcher.observers = self.if_any()
 

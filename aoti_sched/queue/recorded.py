@@ -193,25 +193,11 @@ class RecordedQueue(DeviceQueue):
             raise
 
     def tick(self, now: float) -> list[Command]:
-        kept = self._kept
-        if not kept.left:
-            self._make_room()
-        chunk, at = kept.chunk, kept.at
-        chunk[at] = "tick"
-        chunk[at + 1] = now
-        kept.at = at + 2
-        kept.left -= 1
+        self._keep("tick", now)
         return super().tick(now)
 
     def turn(self, now: float) -> list[Command]:
-        kept = self._kept
-        if not kept.left:
-            self._make_room()
-        chunk, at = kept.chunk, kept.at
-        chunk[at] = "turn"
-        chunk[at + 1] = now
-        kept.at = at + 2
-        kept.left -= 1
+        self._keep("turn", now)
         return super().turn(now)
 
     def go_on(self, now: float) -> list[Command]:

@@ -382,8 +382,10 @@ std::int32_t AOTInductorModelContainerGetOutputName(Container*, std::size_t, con
   return 0;
 }
 std::int32_t AOTInductorModelContainerGetCallSpec(Container*, const char** in, const char** out) {
-  *in =
-      R"([1, {"type": "builtins.tuple", "context": "null", "children_spec": [{"type": "builtins.tuple", "context": "null", "children_spec": [{"type": null, "context": null, "children_spec": []}]}, {"type": "builtins.dict", "context": "[]", "children_spec": []}]}])";
+  *in = R"([1, {"type": "builtins.tuple", "context": "null", "children_spec": )"
+        R"([{"type": "builtins.tuple", "context": "null", "children_spec": )"
+        R"([{"type": null, "context": null, "children_spec": []}]})"
+        R"(, {"type": "builtins.dict", "context": "[]", "children_spec": []}]}])";
   *out = R"([1, {"type": null, "context": null, "children_spec": []}])";
   return 0;
 }

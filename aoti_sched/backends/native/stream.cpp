@@ -191,10 +191,8 @@ Arrival::Arrival(std::shared_ptr<const Device> device, void* stream) : device_(s
   if (capturing != 0 || is_forbidden(status)) {
     throw std::runtime_error(
         "the current stream is being recorded into a graph, or is the default stream while a "
-        "stream "
-        "that waits for it is. A request is no part of a recording: make it before or afterwards, "
-        "or "
-        "under another current stream");
+        "stream that waits for it is. A request is no part of a recording: make it before or "
+        "afterwards, or under another current stream");
   }
   check_driver(driver, status, "cuStreamIsCapturing");
   event_ = device_->events.take(driver);

@@ -12,6 +12,7 @@ import pytest
 import structlog
 
 from aoti_sched import ConfigError, Observer, Priority, explain
+from aoti_sched.engine import observers
 from aoti_sched.engine.traces import loaded_of, run_of, trace_of
 from aoti_sched.queue.admission.load import Bounds
 from aoti_sched.queue.commands import Launch, WakeAt
@@ -251,6 +252,28 @@ async def test_a_timeline_has_each_run_on_its_lane_and_what_waited_beside_it(clo
     levels = [e["args"]["queued"] for e in of("C") if e["name"] == "queued"]
     assert levels[-1] == 0 < max(levels)
     assert list(tmp_path.iterdir()) == [tmp_path / "timeline.json"]
+
+
+async def test_what_no_observer_wants_is_not_made(clock, monkeypatch):
+    """An observer of pauses must not cost each request a trace and a run."""
+
+    class OfPauses(Observer):
+        def paused(self, pause):
+            seen.append(pause.runner)
+
+    seen, made = [], []
+    backend = FakeBackend({"m": len}, auto=True, weights={"m": {"w": 1}}, clock=clock)
+    async with fake_scheduler(backend, clock=clock) as scheduler:
+        runner = await scheduler.load("m.pt2")
+        scheduler.add_observer(OfPauses())
+        with monkeypatch.context() as patch:
+            for name in ("trace_of", "run_of"):
+                patch.setattr(observers, name, lambda *_: made.append(1))
+            assert await runner.run("ab") == 2
+        await runner.update({"w": 2})
+        await settle()
+    assert seen == ["m"]
+    assert not made
 
 
 async def test_a_timeline_in_pieces_leaves_the_garbage_collector_asleep(clock):
