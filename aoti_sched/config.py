@@ -129,9 +129,10 @@ class Batching(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     Args:
         max_size: The most rows of one batch. By default what the model was compiled for, or 64.
         max_seconds: The most seconds that a batch is expected to take, by the learned run times. By
-            default twice what its first request takes alone, or what a usual one takes, while
-            requests of a higher class come to the device. Otherwise eight times what its first
-            request takes; and at least a millisecond. `math.inf` for no bound.
+            default, while requests of a higher class come to the device, twice what one request
+            takes alone: its first, or one of the mean size of those queued with it, whichever takes
+            longer. Otherwise eight times what its first request takes. Always at least a
+            millisecond. `math.inf` for no bound.
         max_tokens: The most tokens of one batch: its rows times the longest request. The length of
             a request is the largest dimension that `ragged` pads.
         max_delay: Seconds that a request waits for others to join it, never past a deadline. With

@@ -124,12 +124,12 @@ class Recording(Observer):
 
     @property
     def keep_request(self) -> Callable[[Trace], None]:
-        """Keeps a request, at the least cost."""
+        """The function that keeps a request. It costs less than `finished`."""
         return self._requests.append
 
     @property
     def keep_run(self) -> Callable[[Run], None]:
-        """Keeps a run, at the least cost."""
+        """The function that keeps a run. It costs less than `ran`."""
         return self._late_runs.append
 
     def loaded(self, model: Loaded) -> None:

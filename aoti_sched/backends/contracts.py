@@ -295,7 +295,7 @@ class Executor(Protocol):
     def lanes(self) -> int: ...
 
     def grow(self, lanes: int) -> None:
-        """Have at least this many lanes. Starts threads, and may be called in any thread.
+        """Open lanes until there are at least this many. May be called in any thread.
 
         Raises:
             ResourcesError: A thread can't be started. The lanes that are there go on.

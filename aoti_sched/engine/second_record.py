@@ -1,4 +1,4 @@
-"""Second record: that of a replica, which has the requests of sessions that are behind.
+"""Second record: holds the requests of a replica's sessions that are behind.
 
 `queue/weight_turns.py` decides which of the two records serves. This file exchanges the weights
 when the queue asks for a turn, and lets a change of the weights wait until the first record serves.

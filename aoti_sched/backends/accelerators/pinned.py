@@ -1,4 +1,4 @@
-"""How much pinned memory a slot needs for the largest tensors of its model."""
+"""Pinned memory: how much a slot needs for the largest tensors of its model."""
 
 from __future__ import annotations
 

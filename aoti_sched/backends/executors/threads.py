@@ -90,7 +90,7 @@ class ThreadsExecutor:
             except (RuntimeError, MemoryError) as error:
                 raise ResourcesError(
                     f"device {self._name!r}: after {len(running.threads)} of {lanes} lanes, no "
-                    f"more threads could be started: {error}. Nothing has changed. End other "
+                    f"more threads could be started: {error}. No work was lost. End other "
                     "threads, or raise the limit."
                 ) from error
             self.lanes = max(self.lanes, len(running.threads))
