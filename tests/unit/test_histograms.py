@@ -134,3 +134,18 @@ def test_a_histogram_is_chosen_by_its_name_an_outcome_and_a_priority():
 
 def test_a_scheduler_without_devices_has_empty_histograms():
     assert SchedulerStats(devices={}, rules="python").histogram().count == 0
+
+
+@given(st.lists(SECONDS, max_size=30))
+def test_counts_can_be_read_between_any_two_values(values):
+    counts, seen = counted.Histogram(LEAST_SECONDS), []
+    for number, value in enumerate(values):
+        seen.append(counts.counts)
+        assert sum(seen[-1]) == number
+        assert counts.counts == seen[-1]
+        counts.add(value)
+    bounds = [*counted.bounds_from(LEAST_SECONDS), math.inf]
+    by_hand = [0] * len(bounds)
+    for value in values:
+        by_hand[next(i for i, bound in enumerate(bounds) if value <= bound)] += 1
+    assert counts.counts == by_hand
