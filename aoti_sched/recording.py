@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
@@ -17,6 +17,24 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
 
+class KeptRequest(Protocol):
+    """What the engine keeps of a request. It takes less memory than the trace."""
+
+    queued: float
+    ended: float
+    device: str
+
+    def trace(self) -> Trace:
+        """Return the trace."""
+
+
+class KeptRun(Protocol):
+    """What the engine keeps of a run."""
+
+    def run(self) -> Run:
+        """Return the run."""
+
+
 class Recording(Observer):
     """Keeps what has happened. Made by `Scheduler.record`, and is an `Observer` of its own.
 
@@ -26,9 +44,11 @@ class Recording(Observer):
 
     def __init__(self, limit: int = 100_000) -> None:
         self.limit = limit
-        self._requests: deque[Trace] = deque(maxlen=limit)
+        self._requests: deque[Trace | KeptRequest] = deque(maxlen=limit)
         self._histories: dict[str, History] = defaultdict(lambda: History(limit))
-        self._late_runs: deque[Run] = deque(maxlen=limit)  # put in order when they are read
+        self._late_runs: deque[Run | KeptRun] = deque(
+            maxlen=limit
+        )  # put in order when they are read
         self._going_on: list[Run | Held | Pause] = []
         self._keep: dict[type, Callable[..., None]] = {
             Trace: self.finished,
@@ -44,7 +64,7 @@ class Recording(Observer):
     @property
     def requests(self) -> list[Trace]:
         """The requests that have ended, in the order of their ends, with their `waits`."""
-        return [self._explained(trace) for trace in list(self._requests)]
+        return [self._explained(_trace(one)) for one in list(self._requests)]
 
     def slowest(self, count: int = 10) -> list[Trace]:
         """Return the requests that took longest from submission to end, the slowest first.
@@ -52,8 +72,8 @@ class Recording(Observer):
         Args:
             count: How many, at most.
         """
-        found = sorted(self._requests, key=lambda trace: trace.queued - trace.ended)[:count]
-        return [self._explained(trace) for trace in found]
+        found = sorted(self._requests, key=lambda one: one.queued - one.ended)[:count]
+        return [self._explained(_trace(one)) for one in found]
 
     def explain(self, trace: Trace) -> str:
         """Return in a sentence why a request of this recording took so long."""
@@ -97,7 +117,7 @@ class Recording(Observer):
         kept = list(self._requests)  # at once: more may come, where another thread writes the file
         return {
             name: DeviceEvents(
-                requests=[trace for trace in kept if trace.device == name],
+                requests=[_trace(one) for one in kept if one.device == name],
                 runs=history.runs,
                 held=[held for each in history.held.values() for held in each],
                 pauses=[pause for each in history.pauses.values() for pause in each],
@@ -112,7 +132,8 @@ class Recording(Observer):
         """What went on at each device."""
         late = self._late_runs
         while late:
-            run = late.popleft()
+            one = late.popleft()
+            run = one if isinstance(one, Run) else one.run()
             self._histories[run.device].add_run(run)
         return self._histories
 
@@ -123,12 +144,12 @@ class Recording(Observer):
         self._keep[type(event)](event)
 
     @property
-    def keep_request(self) -> Callable[[Trace], None]:
+    def keep_request(self) -> Callable[[Trace | KeptRequest], None]:
         """The function that keeps a request. It costs less than `finished`."""
         return self._requests.append
 
     @property
-    def keep_run(self) -> Callable[[Run], None]:
+    def keep_run(self) -> Callable[[Run | KeptRun], None]:
         """The function that keeps a run. It costs less than `ran`."""
         return self._late_runs.append
 
@@ -165,3 +186,7 @@ class Recording(Observer):
     def goes_on(self, event: Run | Held | Pause) -> None:
         """Note what has not ended when the recording ends."""
         self._going_on.append(event)
+
+
+def _trace(kept: Trace | KeptRequest) -> Trace:
+    return kept if isinstance(kept, Trace) else kept.trace()

@@ -28,8 +28,8 @@ WAY = [
         "model/input_check.py",
     )
 ]
-SEEN = PACKAGE / "errors.py"
-"""Read for its types, but not compiled.
+SEEN = [PACKAGE / "errors.py", PACKAGE / "engine" / "compiling.py"]
+"""Read for their types, but not compiled.
 
 No other import is followed: behind `aoti_sched` itself lies torch.
 """
@@ -46,7 +46,7 @@ def main(folder: str) -> None:
     ]
     with contextlib.redirect_stdout(sys.stderr):
         extensions = mypycify(
-            [*options, *modules, str(SEEN)],
+            [*options, *modules, *map(str, SEEN)],
             only_compile_paths=modules,
             target_dir=folder,
             group_name="aoti_sched._compiled",

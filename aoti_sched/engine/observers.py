@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
 
-from aoti_sched.engine.traces import callers_of, loaded_of, run_of, tag_of, trace_of
+from aoti_sched.engine import traces
+from aoti_sched.engine.traces import (
+    KeptRequest,
+    KeptRun,
+    callers_of,
+    loaded_of,
+    run_of,
+    tag_of,
+    trace_of,
+)
 from aoti_sched.events import (
     CallerObserver,
     Event,
@@ -28,6 +37,9 @@ if TYPE_CHECKING:
     from aoti_sched.engine.request import Callers
     from aoti_sched.queue.device_queue import DeviceQueue
     from aoti_sched.queue.job import Job
+
+_IS_COMPILED: Final = not traces.__file__.endswith(".py")
+"""Whether a `KeptRequest` is lighter than a trace. In Python, it is heavier."""
 
 _METHODS: dict[type, str] = {
     Trace: "finished",
@@ -60,13 +72,14 @@ class Observers:
 
     def __init__(self) -> None:
         self._recordings: list[Recording] = []
-        self._keep_requests: list[Callable[[Trace], None]] = []
-        self._keep_runs: list[Callable[[Run], None]] = []
+        self._keep_requests: list[Callable[[Trace | KeptRequest], None]] = []
+        self._keep_runs: list[Callable[[Run | KeptRun], None]] = []
         self._others: list[Observer] = []
         self._know_callers: list[CallerObserver] = []
-        self._wanted: set[type] = set()  # by observers that are no recordings
-        self._wants_requests = False  # anybody
+        self._wants_requests = False  # any observer
         self._wants_runs = False
+        self._wants_traces = False  # an observer that is no recording
+        self._wants_each_run = False
         self._pending: list[tuple[Event, Callers]] = []
         self._dispatchers: Mapping[str, Observed] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -141,11 +154,13 @@ class Observers:
         callers = callers_of(future) if self._know_callers else ()
         if not callers and not self._wants_requests:
             return
-        trace = trace_of(job, queue, tag_of(future))
-        for keep in self._keep_requests:
-            keep(trace)
-        if callers or Trace in self._wanted:
-            self._tell_soon(trace, callers)
+        tag = tag_of(future)
+        if self._keep_requests:
+            kept = KeptRequest(job, queue, tag) if _IS_COMPILED else trace_of(job, queue, tag)
+            for keep in self._keep_requests:
+                keep(kept)
+        if callers or self._wants_traces:
+            self._tell_soon(trace_of(job, queue, tag), callers)
 
     def ran(
         self,
@@ -160,11 +175,17 @@ class Observers:
         """Tell all observers of a run that is over, as `run_of` makes it. Never raises."""
         if not self._wants_runs:
             return
-        run = run_of(job, queue, size, started, finished, now, ok)
-        for keep in self._keep_runs:
-            keep(run)
-        if Run in self._wanted:
-            self._tell_soon(run, ())
+        if self._keep_runs:
+            # A name for either of the two would be called as Python calls it, with objects.
+            kept = (
+                KeptRun(job, queue, size, started, finished, now, ok)
+                if _IS_COMPILED
+                else run_of(job, queue, size, started, finished, now, ok)
+            )
+            for keep in self._keep_runs:
+                keep(kept)
+        if self._wants_each_run:
+            self._tell_soon(run_of(job, queue, size, started, finished, now, ok), ())
 
     def tell(self, event: Event) -> None:
         """Tell all observers of something else that has happened. Never raises."""
@@ -198,14 +219,10 @@ class Observers:
     def _connect(self) -> None:
         self._keep_requests = [one.keep_request for one in self._recordings]
         self._keep_runs = [one.keep_run for one in self._recordings]
-        self._wanted = {
-            kind
-            for kind, method in _METHODS.items()
-            for one in self._others
-            if getattr(getattr(one, method), "__func__", None) is not getattr(Observer, method)
-        }
-        self._wants_requests = bool(self._recordings) or Trace in self._wanted
-        self._wants_runs = bool(self._recordings) or Run in self._wanted
+        self._wants_traces = any(_overrides(one, "finished") for one in self._others)
+        self._wants_each_run = any(_overrides(one, "ran") for one in self._others)
+        self._wants_requests = bool(self._recordings) or self._wants_traces
+        self._wants_runs = bool(self._recordings) or self._wants_each_run
         for dispatcher in self._dispatchers.values():
             dispatcher.observers = self.if_any()
 
@@ -241,6 +258,12 @@ class Observers:
         Their ends are infinite.
         """
         return [event for one in self._dispatchers.values() for event in one.going_on()]
+
+
+def _overrides(observer: Observer, method: str) -> bool:
+    """Return whether an observer has a method of its own."""
+    found = getattr(getattr(observer, method), "__func__", None)
+    return found is not getattr(Observer, method)
 
 
 def evicted_from(queue: DeviceQueue, now: float) -> Iterable[MemoryUse]:

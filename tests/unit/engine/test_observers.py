@@ -8,10 +8,19 @@ import heapq
 import json
 import random
 
+import msgspec
 import pytest
 import structlog
 
-from aoti_sched import ConfigError, Observer, Priority, explain
+from aoti_sched import (
+    Batching,
+    ConfigError,
+    Limits,
+    Observer,
+    Priority,
+    QueueFullError,
+    explain,
+)
 from aoti_sched.engine import observers
 from aoti_sched.engine.traces import loaded_of, run_of, trace_of
 from aoti_sched.queue.admission.load import Bounds
@@ -254,6 +263,81 @@ async def test_a_timeline_has_each_run_on_its_lane_and_what_waited_beside_it(clo
     assert list(tmp_path.iterdir()) == [tmp_path / "timeline.json"]
 
 
+class Seen(Observer):
+    """Keeps all requests and runs as an observer gets them."""
+
+    def __init__(self):
+        self.requests, self.runs = [], []
+
+    def finished(self, trace):
+        self.requests.append(trace)
+
+    def ran(self, run):
+        self.runs.append(run)
+
+
+@pytest.mark.parametrize("as_compiled", [False, True])
+async def test_a_recording_gives_back_what_an_observer_sees(clock, monkeypatch, as_compiled):
+    """Compiled, a recording keeps numbers that traces and runs are made of when it is read."""
+    monkeypatch.setattr(observers, "_IS_COMPILED", as_compiled)
+    backend = FakeBackend({"a": len, "b": len, "one": len}, lanes=2, clock=clock)
+    async with fake_scheduler(backend, clock=clock) as scheduler:
+        few = Limits(jobs=1)
+        a = await scheduler.load("a.pt2", instances=2, limits=few, overflow="wait")
+        b = await scheduler.load("b.pt2", batching=Batching(max_size=8), limits=Limits(jobs=4))
+        one = await scheduler.load("one.pt2", placement="inline")
+        scheduler.add_observer(seen := Seen())
+        with scheduler.record() as recording:
+            futures = [a.options(tag="x", tenant=("ada", 1), timeout=7.5).submit("ab")]
+            futures += [a.submit("a" * n) for n in range(4)]  # the last ones wait for room
+            futures += [a.options(timeout=0.5).submit("ab"), a.options(tag="y").submit("ab")]
+            futures += [b.options(priority=Priority.LOW).submit("abc") for _ in range(4)]
+            futures += [one.options(tag="here").submit("ab")]
+            with pytest.raises(QueueFullError):
+                b.submit("ab")
+            clock.advance(0.25)
+            futures[6].cancel()  # while it waits
+            clock.advance(1 / 3)
+            await backend.step(ValueError("broken"))
+            futures[1].cancel()  # while it runs
+            while backend.running:
+                clock.advance(0.1)
+                await backend.step()
+                await settle()
+            async with a.options(tag="lease").lease() as lease:
+                futures += [lease.submit("ab")]
+                await backend.step()
+            await asyncio.wait(futures)
+            await settle()
+    assert {trace.state for trace in seen.requests} == {
+        *("DONE", "FAILED", "EXPIRED", "CANCELLED", "REJECTED"),
+    }
+    assert {trace.placement for trace in seen.requests} == {"lane", "inline"}
+    assert {run.held for run in seen.runs} == {run.ok for run in seen.runs} == {False, True}
+    found = [msgspec.structs.replace(trace, waits=()) for trace in recording.requests]
+    assert found == seen.requests
+    assert (
+        recording.slowest(3)
+        == sorted(recording.requests, key=lambda trace: trace.queued - trace.ended)[:3]
+    )
+    (events,) = recording._events().values()
+    assert events.requests == seen.requests
+    assert events.runs == seen.runs
+
+
+async def test_a_recording_keeps_no_more_than_its_limit(clock, monkeypatch):
+    monkeypatch.setattr(observers, "_IS_COMPILED", True)
+    backend = FakeBackend({"m": len}, auto=True, clock=clock)
+    async with fake_scheduler(backend, clock=clock) as scheduler:
+        runner = await scheduler.load("m.pt2")
+        with scheduler.record(limit=3) as recording:
+            for number in range(10):
+                await runner.options(tag=str(number)).run("ab")
+    assert [trace.tag for trace in recording.requests] == ["7", "8", "9"]
+    (events,) = recording._events().values()
+    assert [run.job for run in events.runs] == [trace.job for trace in events.requests]
+
+
 async def test_what_no_observer_wants_is_not_made(clock, monkeypatch):
     """An observer of pauses must not cost each request a trace and a run."""
 
@@ -267,7 +351,7 @@ async def test_what_no_observer_wants_is_not_made(clock, monkeypatch):
         runner = await scheduler.load("m.pt2")
         scheduler.add_observer(OfPauses())
         with monkeypatch.context() as patch:
-            for name in ("trace_of", "run_of"):
+            for name in ("trace_of", "run_of", "KeptRequest", "KeptRun"):
                 patch.setattr(observers, name, lambda *_: made.append(1))
             assert await runner.run("ab") == 2
         await runner.update({"w": 2})
