@@ -142,6 +142,12 @@ void produce(Round& round, unsigned seed) {
     for (std::size_t i = 0; i < scripted.model->num_inputs; ++i) {
       work.inputs.push_back(aoti::OwnedHandle(&torch_delete_tensor, new_tensor()));
     }
+    work.kept = aoti::OwnedHandles(&torch_delete_tensor);
+    for (const aoti::Handle input : work.inputs) {
+      aoti::OwnedHandle another(&torch_delete_tensor);
+      torch_another_handle(input, another.receive());
+      work.kept.push_back(std::move(another));
+    }
     if (random() % 4 == 0) work.on = random() % 2 == 0 ? round.sound : round.broken;
     if (round.lanes.submit(random() % round.count, work)) {
       ++round.accepted;
@@ -162,6 +168,8 @@ void take(Round& round, std::size_t limit) {
   check(completions.size() <= limit, "a drain is bounded");
   for (aoti::Completion& completion : completions) {
     check(completion.started <= completion.finished, "stamps are in order");
+    for (aoti::Handle handle : completion.inputs)
+      check(handle != nullptr, "what was kept of the inputs comes back");
     for (aoti::Handle handle : completion.outputs) {
       check(completion.status == 0 || handle == nullptr, "a failed run gives no outputs");
     }

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import http.server
+import socket
+import subprocess
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import structlog
@@ -294,11 +298,44 @@ def receiver():
     thread.join()
 
 
-async def test_a_receiver_of_otlp_decodes_the_spans(clock, receiver):
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+@pytest.fixture
+def collector(receiver, tmp_path):
+    """A real collector of OTLP, Rotel, which sends what it has understood to the receiver."""
+    rotel = pytest.importorskip("rotel")
+    port = free_port()
+    command = [
+        *(str(Path(rotel.__file__).with_name("rotel-agent")), "start"),
+        *("--otlp-grpc-endpoint", f"127.0.0.1:{free_port()}"),
+        *("--otlp-http-endpoint", f"127.0.0.1:{port}"),
+        *("--exporter", "otlp", "--otlp-exporter-protocol", "http"),
+        *("--otlp-exporter-endpoint", receiver[0].removesuffix("/v1/traces")),
+    ]
+    log = tmp_path / "log"
+    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as agent:
+        for _ in range(600):
+            with contextlib.suppress(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            assert agent.poll() is None, log.read_text()
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}/v1/traces"
+        agent.terminate()
+
+
+@pytest.mark.parametrize("through", ["nothing", "a collector"])
+async def test_a_receiver_of_otlp_decodes_the_spans(clock, receiver, request, through):
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
     address, got = receiver
+    if through == "a collector":
+        address = request.getfixturevalue("collector")
     provider = TracerProvider(resource=Resource.create({"service.name": "search"}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(address)))
     backend = FakeBackend({"m": len}, auto=True, clock=clock)
@@ -310,6 +347,10 @@ async def test_a_receiver_of_otlp_decodes_the_spans(clock, receiver):
         await settle()
     await asyncio.to_thread(provider.force_flush)
     await asyncio.to_thread(provider.shutdown)
+    for _ in range(600):  # a collector waits a little for more spans
+        if got:
+            break
+        await asyncio.sleep(0.1)
     assert {path for path, _ in got} == {"/v1/traces"}
     spans = {
         span.name: (scope.scope.name, span)
@@ -322,8 +363,8 @@ async def test_a_receiver_of_otlp_decodes_the_spans(clock, receiver):
         "caller": "application",
         **{f"aoti_sched.{name}": "aoti_sched" for name in ("request", "queue", "run")},
     }
-    request, run = (spans[f"aoti_sched.{name}"][1] for name in ("request", "run"))
-    assert run.parent_span_id == request.span_id
-    assert request.parent_span_id == spans["caller"][1].span_id
-    attributes = {one.key: one.value for one in request.attributes}
+    asked, run = (spans[f"aoti_sched.{name}"][1] for name in ("request", "run"))
+    assert run.parent_span_id == asked.span_id
+    assert asked.parent_span_id == spans["caller"][1].span_id
+    attributes = {one.key: one.value for one in asked.attributes}
     assert attributes["aoti_sched.runner"].string_value == "m"

@@ -66,6 +66,7 @@ void PyLanes::submit(std::size_t lane, std::uint64_t token, const PyModel& model
                      const std::optional<Consumers>& consumers) {
   if (lane >= lanes_->count()) throw nb::index_error("no such lane");
   Work work = make_work(model, inputs, threads);
+  keep_inputs(work);
   attach_stream(work, on, graph, after, consumers);
   hand_over(lane, token, work);
 }
@@ -108,6 +109,7 @@ nb::object PyLanes::run_here(const PyModel& model, nb::handle inputs, int thread
                              const PyStream* on, const PyGraph* graph, const PyArrival* after,
                              const std::optional<Consumers>& consumers) {
   Work work = make_work(model, inputs, threads);
+  if (on != nullptr) keep_inputs(work);
   attach_stream(work, on, graph, after, consumers);
   return finish_here(std::move(work));
 }
@@ -153,6 +155,16 @@ Work PyLanes::make_work(const PyModel& model, nb::handle inputs, int threads) co
       tensors_.from_python(inputs, model.model->num_inputs, lanes_->runtime().delete_tensor);
   work.threads = threads;
   return work;
+}
+
+void PyLanes::keep_inputs(Work& work) const {
+  const Runtime& runtime = lanes_->runtime();
+  if (runtime.new_handle == nullptr) return;
+  work.kept = OwnedHandles(runtime.delete_tensor, work.inputs.size());
+  for (std::size_t i = 0; i < work.inputs.size(); ++i) {
+    if (runtime.new_handle(work.inputs[i], work.kept.receive(i)) != 0)
+      throw std::runtime_error("torch made no handle for an input");
+  }
 }
 
 std::pair<Work, nb::object> PyLanes::make_batch(PyModel& model, const PyPlan& plan,

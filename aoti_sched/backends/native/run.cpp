@@ -215,6 +215,7 @@ Completion Run::finish() noexcept {
   }
   // Freed before the completion is seen: the thread that sees it may close the device or count
   // memory.
+  completion_.inputs = std::move(work_.kept);
   work_ = Work();
   return std::move(completion_);
 }

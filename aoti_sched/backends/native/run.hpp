@@ -51,6 +51,8 @@ struct Work {
   std::uint64_t token = 0;
   std::shared_ptr<const Model> model;
   OwnedHandles inputs;  // the model steals some of them; a batch's are made by its run
+  // Further handles of the inputs, for `Completion::inputs`; empty where nothing is gained by them.
+  OwnedHandles kept;
   std::unique_ptr<Batch> batch;
   int threads = 1;                       // intra-op threads of the run
   std::shared_ptr<Stream> on;            // a slot's stream on a device; null for a CPU
@@ -65,6 +67,9 @@ struct Completion {
   std::uint64_t token = 0;
   std::int32_t status = 0;
   OwnedHandles outputs;  // null where the model left an output out
+  // Handles of the inputs, which outlive those that the run had. Torch takes the GIL where the last
+  // handle of a tensor of Python is freed, so that is left to the thread that has the GIL anyway.
+  OwnedHandles inputs;
   // Of a batch: each member's part of each output, member after member. The outputs are there
   // beside them, unless the parts are copies.
   OwnedHandles parts;
