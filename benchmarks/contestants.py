@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import itertools
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -123,7 +124,10 @@ def scheduled(
             runner = await scheduler.load(
                 package, instances=setting.instances, placement=placement, batching=batching
             )
-            yield partial(runner.run, models.example(setting.model))
+            x = models.example(setting.model)
+            # As applications have them: a run's tensor is nobody else's.
+            inputs = itertools.cycle([x.clone() for _ in range(2 * setting.clients)])
+            yield lambda: runner.run(next(inputs))
 
     return open_runner
 
