@@ -46,9 +46,8 @@ class Recording(Observer):
         self.limit = limit
         self._requests: deque[Trace | KeptRequest] = deque(maxlen=limit)
         self._histories: dict[str, History] = defaultdict(lambda: History(limit))
-        self._late_runs: deque[Run | KeptRun] = deque(
-            maxlen=limit
-        )  # put in order when they are read
+        # Put in order when they are read.
+        self._late_runs: deque[Run | KeptRun] = deque(maxlen=limit)
         self._going_on: list[Run | Held | Pause] = []
         self._keep: dict[type, Callable[..., None]] = {
             Trace: self.finished,
