@@ -11,9 +11,11 @@ BY_FILE := $(IN_TWO) --dist loadfile --no-loadscope-reorder
 # Tests start some hundred interpreters, and pytest rewrites its plugins. Where the environment forbids bytecode, each of
 # them would compile all that it imports.
 export PYTHONDONTWRITEBYTECODE :=
+# Most of what pip installs is never imported. What is imported is compiled then.
+export PIP_COMPILE := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test test-unit test-rest test-fallback test-compiled test-pythons wheels soak bench device simulate lint lint-native hooks clean
+.PHONY: help demo check unit test test-unit test-rest test-fallback test-compiled test-pythons wheels soak bench device simulate lint lint-native hooks clean
 
 help:
 	@echo "make demo      compile two real models (once) and serve them side by side"
