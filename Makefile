@@ -49,7 +49,11 @@ $(VENV)/installed: pyproject.toml constraints.txt $(NATIVE)
 demo: $(VENV)/installed
 	$(BIN)/python -m examples.semantic_search
 
-check: lint
+# mypy is one process, so the tests run beside it.
+check: $(VENV)/installed
+	$(MAKE) --jobs 2 unit lint
+
+unit: $(VENV)/installed
 	$(BIN)/python -m pytest $(STEALING) tests/unit
 
 test: test-unit test-rest
