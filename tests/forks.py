@@ -1,7 +1,7 @@
-"""Commands in copies of one interpreter, which has imported what they need.
+"""Programs in copies of one interpreter, which has imported what they need.
 
 A copy begins within milliseconds. An interpreter of its own and its imports take much longer,
-which is most of what a test of a short command takes. A copy has its own arguments, environment,
+which is most of what a test of a short program takes. A copy has its own arguments, environment,
 folder and streams, and ends as any interpreter does. What an interpreter reads when it starts,
 options and variables whose names begin with PYTHON, is the same for all copies.
 """
@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -27,13 +28,13 @@ LARGEST = 200_000
 
 
 class Forks:
-    """An interpreter that has imported these modules, and waits for commands."""
+    """An interpreter that has imported these modules, and waits for programs."""
 
-    def __init__(self, *modules: str) -> None:
+    def __init__(self, *modules: str, options: Sequence[str] = ()) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.forks", str(theirs.fileno()), *modules],
+                [sys.executable, *options, "-m", "tests.forks", str(theirs.fileno()), *modules],
                 cwd=ROOT,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
@@ -47,16 +48,20 @@ class Forks:
 
     def run(
         self,
-        module: str,
+        how: str,
+        program: str,
         arguments: Sequence[str],
         *,
         environment: Mapping[str, str],
         folder: Path | None,
         timeout: float,
     ) -> subprocess.CompletedProcess[str]:
-        """Do what `python -m module` does, in a copy, and return what `subprocess.run` does."""
+        """Do what `python -m` does with a module, or `python -c` with a text, and return what
+        `subprocess.run` returns.
+        """
         request = {
-            "module": module,
+            "how": how,
+            "program": program,
             "arguments": [*arguments],
             "environment": {**environment},
             "folder": os.fspath(folder or Path.cwd()),
@@ -76,15 +81,15 @@ class Forks:
                 os.kill(pid, signal.SIGKILL)
                 self._control.settimeout(None)
                 self._control.recv(LARGEST)
-                raise subprocess.TimeoutExpired(module, timeout) from None
+                raise subprocess.TimeoutExpired(program, timeout) from None
             self._control.settimeout(None)
             out.seek(0)
             err.seek(0)
-            return subprocess.CompletedProcess([module, *arguments], code, out.read(), err.read())
+            return subprocess.CompletedProcess([program, *arguments], code, out.read(), err.read())
 
 
-def _become_copy(control: socket.socket) -> str:
-    """Serve until the end; return in each copy, with the module that the copy runs."""
+def _become_copy(control: socket.socket) -> tuple[str, str]:
+    """Serve until the end; return in each copy, with how it runs what."""
     while True:
         message, streams, _, _ = socket.recv_fds(control, LARGEST, 3)
         if not message:
@@ -106,13 +111,17 @@ def _become_copy(control: socket.socket) -> str:
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
     sys.path[0] = request["folder"]
-    sys.argv[1:] = request["arguments"]
-    return str(request["module"])
+    sys.argv[:] = [request["how"], *request["arguments"]]
+    return request["how"], request["program"]
 
 
 if __name__ == "__main__":
     for name in sys.argv[2:]:
         importlib.import_module(name)
-    with socket.socket(fileno=int(sys.argv[1])) as socket_of_tests:
-        module_to_run = _become_copy(socket_of_tests)
-    runpy.run_module(module_to_run, run_name="__main__", alter_sys=True)
+    with socket.socket(fileno=int(sys.argv[1])) as of_tests:
+        option, what = _become_copy(of_tests)
+    if option == "-m":
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    else:
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(what, "<string>", "exec"), main.__dict__)

@@ -38,6 +38,7 @@ def run(*arguments, env=None, cwd=None, timeout=500):
 def _run_in_copy(*arguments, env=None, cwd=None, timeout=500):
     """As `run`, in a copy of an interpreter that has imported the commands."""
     return _forks().run(
+        "-m",
         "aoti_sched",
         [*map(str, arguments)],
         environment=_environment(env),
@@ -46,9 +47,13 @@ def _run_in_copy(*arguments, env=None, cwd=None, timeout=500):
     )
 
 
+IMPORTED = [f"aoti_sched.cli.{name}" for name in ("app", "doctor", "simulate", "stats")]
+"""What the interpreter that is copied has imported."""
+
+
 @functools.cache
 def _forks():
-    return Forks(*(f"aoti_sched.cli.{name}" for name in ("app", "doctor", "simulate", "stats")))
+    return Forks(*IMPORTED)
 
 
 def json_of(*arguments, **settings):
