@@ -11,9 +11,11 @@ BY_FILE := $(IN_TWO) --dist loadfile --no-loadscope-reorder
 # Tests start some hundred interpreters, and pytest rewrites its plugins. Where the environment forbids bytecode, each of
 # them would compile all that it imports.
 export PYTHONDONTWRITEBYTECODE :=
+# Most of what pip installs is never imported. What is imported is compiled then.
+export PIP_COMPILE := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test test-unit test-rest test-fallback test-compiled test-pythons wheels soak bench device simulate lint lint-native hooks clean
+.PHONY: help demo check unit test test-unit test-rest test-fallback test-compiled test-pythons wheels soak bench device simulate lint lint-native hooks clean
 
 help:
 	@echo "make demo      compile two real models (once) and serve them side by side"
@@ -47,7 +49,11 @@ $(VENV)/installed: pyproject.toml constraints.txt $(NATIVE)
 demo: $(VENV)/installed
 	$(BIN)/python -m examples.semantic_search
 
-check: lint
+# mypy is one process, so the tests run beside it.
+check: $(VENV)/installed
+	$(MAKE) --jobs 2 unit lint
+
+unit: $(VENV)/installed
 	$(BIN)/python -m pytest $(STEALING) tests/unit
 
 test: test-unit test-rest
@@ -81,18 +87,34 @@ hooks: $(VENV)/installed
 # a compiler, and COMPILED has the modules that mypyc compiles in installations for users.
 FALLBACK := $(VENV)/fallback
 COMPILED := $(VENV)/compiled
+PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 $(FALLBACK)/python $(COMPILED)/python: $(VENV)/%/python: $(VENV)/installed
 	$(PYTHON) -m venv $(@D)
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth"
+	$(BIN)/python $(PURELIB) > "$$($(@D)/bin/python $(PURELIB))/environment.pth"
+	touch $@
+
+# What pyproject.toml asks for to build, and nothing else. For each build, pip would make such an environment in another
+# folder, and the compilers would begin again. With this one, COMPILED and the wheels share what was compiled.
+BUILDER := $(VENV)/builder
+REQUIRES := -c 'import msgspec; print(*msgspec.toml.decode(open("pyproject.toml").read())["build-system"]["requires"], sep="\n")'
+TOOLS := -c 'from scikit_build_core.build import get_requires_for_build_wheel; print(*get_requires_for_build_wheel(), sep="\n")'
+
+$(BUILDER)/installed: $(VENV)/installed
+	$(PYTHON) -m venv $(@D)
+	$(BIN)/python $(REQUIRES) > $(@D)/requires.txt
+	$(@D)/bin/python -m pip install --quiet --requirement $(@D)/requires.txt
+	$(@D)/bin/python $(TOOLS) > $(@D)/tools.txt
+	$(@D)/bin/python -m pip install --quiet --requirement $(@D)/tools.txt
 	touch $@
 
 $(FALLBACK)/installed: $(FALLBACK)/python
 	CC=/nonexistent CXX=/nonexistent $(@D)/bin/python -m pip install --quiet --no-deps --ignore-installed --editable .
 	touch $@
 
-$(COMPILED)/installed: $(COMPILED)/python $(wildcard compiled/* aoti_sched/*/*.py aoti_sched/queue/*/*.py)
-	$(@D)/bin/python -m pip install --quiet --no-deps --ignore-installed --editable . --config-settings cmake.define.COMPILED_MODULES=ON
+$(COMPILED)/installed: $(COMPILED)/python $(BUILDER)/installed $(wildcard compiled/* aoti_sched/*/*.py aoti_sched/queue/*/*.py)
+	PYTHONPATH="$$($(BUILDER)/bin/python $(PURELIB))" $(@D)/bin/python -m pip install --quiet --no-deps --ignore-installed --editable . \
+		--no-build-isolation --config-settings build-dir=$(COMPILED)/build --config-settings cmake.define.COMPILED_MODULES=ON
 	$(@D)/bin/python -m aoti_sched.backends.native | grep "rules are compiled"
 	touch $@
 
@@ -104,7 +126,7 @@ test-fallback: $(FALLBACK)/installed
 test-compiled: $(COMPILED)/installed
 	$(COMPILED)/bin/python -m pytest $(STEALING) tests/unit/queue tests/unit/engine tests/unit/model/test_call_spec.py tests/unit/model/test_input_check.py
 
-wheels: $(VENV)/installed
+wheels: $(COMPILED)/installed
 	$(BIN)/python -m pytest tests/e2e/wheels.py
 
 soak: $(VENV)/installed

@@ -36,7 +36,8 @@ class Worker:
 
     def __init__(self, key: str, name: str, scale: Scale) -> None:
         self.name = name
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver" if scale.forked else "spawn")
+        context.set_forkserver_preload([__name__, "torch"])  # `spawn` does not ask for it
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, key, name, scale), daemon=True)
         self._process.start()

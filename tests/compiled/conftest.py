@@ -7,7 +7,6 @@ import importlib.util
 import logging
 import os
 import subprocess
-import sys
 import textwrap
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -17,6 +16,7 @@ import pytest
 import torch
 
 from aoti_sched import Scheduler
+from tests.forks import Forks
 
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE = importlib.util.find_spec("aoti_sched.backends.native._native") is not None
@@ -79,28 +79,29 @@ async def scheduler() -> AsyncIterator[Scheduler]:
         yield scheduler
 
 
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    made = Forks("torch", "aoti_sched.scheduler", options=("-X", "faulthandler"))
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def python() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs a program in a process of its own; one that hangs fails the test."""
+def python(forks: Forks) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a program in a copy of an interpreter that has imported torch; one that hangs fails
+    the test.
+    """
 
     def run(
         program: str, *arguments: object, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [
-                sys.executable,
-                "-X",
-                "faulthandler",
-                "-c",
-                textwrap.dedent(program),
-                *map(str, arguments),
-            ],
-            cwd=ROOT,
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
+        return forks.run(
+            "-c",
+            textwrap.dedent(program),
+            [*map(str, arguments)],
+            environment={**os.environ, **environment},
+            folder=ROOT,
             timeout=240,
-            check=False,
         )
 
     return run

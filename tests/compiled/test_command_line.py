@@ -1,4 +1,4 @@
-"""Commands that run models, as users run them: in processes of their own."""
+"""Commands that run models, as users run them: in processes of their own, or in copies of one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 
 import aoti_sched
 from tests.models import build
-from tests.unit.cli.support import json_of, refused, refused_here, run
+from tests.unit.cli.support import IMPORTED, json_of, refused, refused_here, run
+
+IMPORTED.append("torch")
 
 
 @pytest.fixture(scope="module")

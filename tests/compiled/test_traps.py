@@ -616,9 +616,8 @@ async def test_more_requests_than_instances_never_keep_another_models_lane(sched
     await asyncio.gather(*futures)
 
 
-def test_the_first_load_imports_torch_off_the_loops_thread(python):
-    process = python(
-        """
+def test_the_first_load_imports_torch_off_the_loops_thread():
+    text = textwrap.dedent("""
         import asyncio, sys, threading, aoti_sched
 
         class Watch:
@@ -633,8 +632,12 @@ def test_the_first_load_imports_torch_off_the_loops_thread(python):
                 await scheduler.load(sys.argv[1])
 
         asyncio.run(main())
-        """,
-        build("mlp").path,
+    """)
+    process = subprocess.run(
+        [sys.executable, "-c", text, build("mlp").path],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert process.returncode == 0, process.stderr
     assert process.stdout.splitlines() == ["imported by False"]

@@ -1,6 +1,7 @@
 """Wheels as `pip wheel .` builds them, with a compiler and without one.
 
-`make wheels` runs this; the suite does not, for pip fetches what builds the native module.
+`make wheels` runs this, after it has made the environment with what pyproject.toml asks for to
+build, and the build in which all is compiled already.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "aoti_sched" / "expose" / "page"
 MISSING = "/nonexistent"
+BUILDER = Path(sys.prefix) / "builder" / "bin" / "python"
+BUILD = Path(sys.prefix) / "compiled" / "build"
 
 
-def wheel(into: Path, *settings: str, **environment: str) -> Path:
+def wheel(into: Path, build: Path, *settings: str, **environment: str) -> Path:
+    # An option that is not set has its default, and not its value in the build before.
+    (build / "CMakeCache.txt").unlink(missing_ok=True)
+    settings = (f"build-dir={build}", *settings)
     command = (
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--wheel-dir",
-        into,
-        *settings,
+        BUILDER,
+        *("-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", into),
+        *(f"--config-settings={setting}" for setting in settings),
         ROOT,
     )
     result = subprocess.run(
@@ -37,6 +38,11 @@ def wheel(into: Path, *settings: str, **environment: str) -> Path:
     assert result.returncode == 0, result.stdout + result.stderr
     (built,) = into.glob("*.whl")
     return built
+
+
+def native_wheel(into: Path, *settings: str) -> Path:
+    # As strict as the build was, since another option of the compiler would begin it again.
+    return wheel(into, BUILD, "cmake.define.WARNINGS_AS_ERRORS=ON", *settings)
 
 
 def files(built: Path) -> list[str]:
@@ -64,12 +70,13 @@ def lanes(built: Path, into: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return wheel(tmp_path_factory.mktemp("native"))
+    return native_wheel(tmp_path_factory.mktemp("native"))
 
 
 @pytest.fixture(scope="module")
 def fallback(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return wheel(tmp_path_factory.mktemp("fallback"), CC=MISSING, CXX=MISSING)
+    folder = tmp_path_factory.mktemp("fallback")
+    return wheel(folder / "wheel", folder / "build", CC=MISSING, CXX=MISSING)
 
 
 def test_a_wheel_brings_the_native_module_and_compiled_rules_for_this_python(native, tmp_path):
@@ -104,7 +111,7 @@ def test_without_a_compiler_a_wheel_is_built_all_the_same_for_every_python(fallb
 
 
 def test_a_wheel_can_be_had_in_which_only_the_lanes_are_native(tmp_path):
-    built = wheel(tmp_path / "built", "--config-settings", "cmake.define.COMPILED_MODULES=OFF")
+    built = native_wheel(tmp_path / "built", "cmake.define.COMPILED_MODULES=OFF")
     said = lanes(built, tmp_path / "unpacked")
     assert (said.returncode, said.stdout) == (
         0,

@@ -110,8 +110,7 @@ def test_without_any_process_the_error_says_how_to_expose_one(empty):
 def test_a_killed_process_is_gone_from_the_list(empty):
     with exposed(empty) as exposure:
         os.kill(exposure["pid"], signal.SIGKILL)
-        while Path(f"/proc/{exposure['pid']}/exe").exists():
-            time.sleep(0.01)
+        os.waitid(os.P_PID, exposure["pid"], os.WEXITED | os.WNOWAIT)  # its socket is closed then
         assert "no scheduler of this user" in refused("stats", env=variables(empty), code=1)
         assert not Path(exposure["path"]).exists()
 

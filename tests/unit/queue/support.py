@@ -137,7 +137,7 @@ def picture(thing, seen=None):
     An object that was met before is the number of its first meeting.
     """
     seen = {} if seen is None else seen
-    if isinstance(thing, (enum.Enum, str, int, float, type(None))):
+    if type(thing) in _PLAIN or isinstance(thing, (enum.Enum, str, int, float)):
         return thing
     if isinstance(thing, (list, tuple, deque)):
         return [picture(item, seen) for item in thing]
@@ -158,6 +158,8 @@ def picture(thing, seen=None):
     return repr(thing)
 
 
+_PLAIN = {bool, int, float, str, type(None)}
+
 _RECORDED = {"_kept", "_runners", "_holdings", "_claims", "holder"}
 """What a `RecordedQueue` notes of facts, illegal ones included; holders are the callers' own.
 
@@ -165,6 +167,7 @@ No rule reads these.
 """
 
 
+@functools.cache
 def _fields(kind):
     """Return the names of a class's slots, or of the attributes of a compiled class."""
     compiled = getattr(kind, "__mypyc_attrs__", None)

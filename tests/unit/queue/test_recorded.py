@@ -72,13 +72,21 @@ def state_of(queue, jobs):
 
 
 def _renamed(value, names):
-    if isinstance(value, list) and value[:1] == ["set"]:
-        return ["set", *sorted(_renamed(one, names) for one in value[1:])]
-    if isinstance(value, list | tuple):
-        return [_renamed(one, names) for one in value]
-    if isinstance(value, str):
-        return names[value] if value in names else re.sub(r" at 0x[0-9a-f]+", "", value)
-    return value
+    kind = type(value)
+    if kind is str:
+        if value in names:
+            return names[value]
+        return re.sub(r" at 0x[0-9a-f]+", "", value) if " at 0x" in value else value
+    if kind is not list and kind is not tuple:
+        return value
+    # Most are numbers, and a call for each would take most of the time.
+    renamed = [_renamed(one, names) if type(one) in _MAY_HAVE_NAMES else one for one in value]
+    if kind is list and value[:1] == ["set"]:
+        renamed[1:] = sorted(renamed[1:])
+    return renamed
+
+
+_MAY_HAVE_NAMES = {str, list, tuple}
 
 
 def recording_commands(queue, before_fact):
@@ -117,28 +125,28 @@ class Noted:
 
 def must_replay(queue, outcomes, jobs, snapshots=()):
     record = through_json(queue.record())
+    numbers, state = numbers_of(queue), state_of(queue, jobs)
     for place, snapshot in snapshots:
-        must_replay_from(queue, outcomes, jobs, record, place, snapshot)
+        must_replay_from(numbers, outcomes, state, record, place, snapshot)
     replayed = Replayed(record)
     for number, (_, outcome) in enumerate(replayed.steps()):
         assert told(outcome) == outcomes[number], record.facts[number]
     assert len(replayed.outcomes) == len(outcomes)
     assert through_json(replayed.queue.record()) == record
-    assert state_of(replayed.queue, replayed.jobs) == state_of(queue, jobs)
+    assert state_of(replayed.queue, replayed.jobs) == state
 
 
-def must_replay_from(queue, outcomes, jobs, record, place, snapshot):
+def must_replay_from(numbers, outcomes, state, record, place, snapshot):
     """The facts from a place on, put to the restored state of that place, do the same."""
-    numbers = numbers_of(queue)
-    state = msgspec.convert(snapshot.plain(numbers.__getitem__), list[SavedObject])
+    saved = msgspec.convert(snapshot.plain(numbers.__getitem__), list[SavedObject])
     rest = through_json(
-        msgspec.structs.replace(record, state=state, facts=record.facts[place:], dropped=place)
+        msgspec.structs.replace(record, state=saved, facts=record.facts[place:], dropped=place)
     )
     replayed = Replayed(rest)
     check(replayed.queue)
     for number, (fact, outcome) in enumerate(replayed.steps(), place):
         assert loosely(told(outcome)) == loosely(outcomes[number]), (place, number, fact)
-    assert state_of(replayed.queue, replayed.jobs) == state_of(queue, jobs)
+    assert state_of(replayed.queue, replayed.jobs) == state
 
 
 def loosely(outcome):
