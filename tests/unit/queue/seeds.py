@@ -9,8 +9,15 @@ from __future__ import annotations
 import os
 import random
 
+import pytest
+
 FIXED = int(os.environ.get("AOTI_SCHED_WALKS", "150"))
 FRESH = 50
+
+
+def shares(count):
+    """Return the numbers of that many shares. The first one is enough to measure coverage."""
+    return [0, *(pytest.param(number, marks=pytest.mark.long) for number in range(1, count))]
 
 
 def share_of_seeds(share, shares):

@@ -124,6 +124,7 @@ def test_a_short_leader_makes_a_batch_of_as_long_as_the_usual_runs_take():
     assert 2 * seconds_of(4) < seconds_of(leader.size) <= allowed < seconds_of(leader.size + 4)
 
 
+@pytest.mark.long
 def test_a_class_that_has_stopped_coming_is_not_reckoned_with():
     queue = device()
     runner = add(queue, Batching(500, 0.0, None))

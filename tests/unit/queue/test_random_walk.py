@@ -19,7 +19,7 @@ from aoti_sched.queue.job import JobState
 from tests.unit.queue.cases import CASES, COVER, STEPS, cases_of, greedy_cover
 from tests.unit.queue.plain_model import PlainModel
 from tests.unit.queue.plain_parts import LIVE, LOOP
-from tests.unit.queue.seeds import share_of_seeds
+from tests.unit.queue.seeds import share_of_seeds, shares
 from tests.unit.queue.support import check
 from tests.unit.queue.walks import Player, Walk, answer_of
 
@@ -105,7 +105,7 @@ def wake_is_asked_for_the_earliest(jobs, ripe_times, player, *, exact):
     return not exact or wake >= min(deadlines | of_some_use, default=math.inf)
 
 
-@pytest.mark.parametrize("share", range(SHARES))
+@pytest.mark.parametrize("share", shares(SHARES))
 def test_the_core_does_what_the_plain_model_says(share):
     """The same facts give the same commands, too, to a queue that is checked and to one that is
     not.

@@ -22,7 +22,7 @@ from aoti_sched.queue.ending import SLICE
 from aoti_sched.queue.job import IllegalFactError, Job, JobState, Priority
 from aoti_sched.queue.runner_state import Phase
 from aoti_sched.queue.weight_turns import SHARE
-from tests.unit.queue.seeds import share_of_seeds
+from tests.unit.queue.seeds import share_of_seeds, shares
 from tests.unit.queue.support import add, check, device, launched, launches, take_lease
 
 LAST = 1000.0
@@ -551,7 +551,7 @@ class Walk:
         raise AssertionError("jobs are left behind")
 
 
-@pytest.mark.parametrize("share", range(SHARES))
+@pytest.mark.parametrize("share", shares(SHARES))
 def test_in_random_walks_each_job_runs_on_its_weights_and_ends(share):
     for seed in share_of_seeds(share, SHARES):
         walk = Walk(seed)
