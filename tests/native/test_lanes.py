@@ -161,9 +161,21 @@ def test_a_failed_run_that_gave_one_tensor_at_several_outputs_has_it_freed_once(
 def test_a_run_fails_where_torch_makes_no_second_handle_of_a_tensor(c, lanes):
     inputs = tensors(1)
     c.break_tensor(inputs[0])
-    completion = run(lanes, model(Container(stolen=0b1, passes_on=1, again=0b10), 1, 2), inputs)
-    assert completion.error == ("aoti_torch_new_tensor_handle() API call failed", "")
+    one = model(Container(stolen=0b1, passes_on=1, again=0b10), 1, 2)
+    _, error, *_ = lanes.run_here(one, inputs, 1)
+    assert error == ("aoti_torch_new_tensor_handle() API call failed", "")
     assert c.deletes(inputs[0]) == 1
+
+
+def test_nothing_is_submitted_where_torch_makes_no_second_handle_of_an_input(c, lanes):
+    inputs = tensors(2)
+    c.break_tensor(inputs[1])
+    before = c.live()
+    with pytest.raises(RuntimeError, match="torch made no handle for an input"):
+        submit(lanes, model(Container(), 2, 1), inputs)
+    assert [c.deletes(handle) for handle in inputs] == [1, 1]
+    assert c.live() == before - 2
+    assert lanes.drain(1) == []
 
 
 def test_closing_frees_one_tensor_at_several_outputs_that_nobody_drained(c):
