@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class KeptRequest(Protocol):
-    """What the engine keeps of a request. It takes less memory than the trace."""
+    """A finished request as the engine keeps it. It takes less memory than the trace."""
 
     queued: float
     ended: float
@@ -29,7 +29,7 @@ class KeptRequest(Protocol):
 
 
 class KeptRun(Protocol):
-    """What the engine keeps of a run."""
+    """A run as the engine keeps it."""
 
     def run(self) -> Run:
         """Return the run."""
@@ -46,7 +46,7 @@ class Recording(Observer):
         self.limit = limit
         self._requests: deque[Trace | KeptRequest] = deque(maxlen=limit)
         self._histories: dict[str, History] = defaultdict(lambda: History(limit))
-        # Put in order when they are read.
+        # Sorted into the histories when they are read.
         self._late_runs: deque[Run | KeptRun] = deque(maxlen=limit)
         self._going_on: list[Run | Held | Pause] = []
         self._keep: dict[type, Callable[..., None]] = {

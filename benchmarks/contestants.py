@@ -125,7 +125,7 @@ def scheduled(
                 package, instances=setting.instances, placement=placement, batching=batching
             )
             x = models.example(setting.model)
-            # As applications have them: a run's tensor is nobody else's.
+            # As in applications, no two requests share a tensor.
             inputs = itertools.cycle([x.clone() for _ in range(2 * setting.clients)])
             yield lambda: runner.run(next(inputs))
 

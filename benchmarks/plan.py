@@ -23,8 +23,8 @@ class Scale:
     staged: str = "large"
     """The model whose weights are staged under load."""
     forked: bool = False
-    """Whether processes begin as copies of one that has imported all: started in a tenth of the
-    time, but with another memory.
+    """Whether processes are forked from one that has imported torch. They start in a tenth of the
+    time, but their memory is not that of a fresh process.
     """
 
 

@@ -43,7 +43,7 @@ class Forks:
         atexit.register(self.close)
 
     def close(self) -> None:
-        self._control.close()  # the interpreter takes it for the end
+        self._control.close()  # the interpreter ends when it is closed
         self._process.wait()
 
     def run(
@@ -89,7 +89,7 @@ class Forks:
 
 
 def _become_copy(control: socket.socket) -> tuple[str, str]:
-    """Serve until the end; return in each copy, with how it runs what."""
+    """Fork a copy for each request. Return only in a copy: its option and its program."""
     while True:
         message, streams, _, _ = socket.recv_fds(control, LARGEST, 3)
         if not message:

@@ -1,6 +1,7 @@
-"""Compiling: what mypyc asks of a class beyond its text.
+"""Compilation: the class decorator that mypyc reads, for classes that it compiles.
 
-Read for its types, but not compiled, so that nothing of mypy is needed where the library runs.
+mypy reads the types of this file, and mypyc does not compile it. The library needs no part of mypy
+at run time.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Compiled, as the rules are, since a recording asks for each request and each run
 passed by position: by name, msgspec takes ten times as long.
 
 Where this file is compiled, a recording keeps a `KeptRequest` and a `KeptRun`, and has a trace and
-a run made of them when it is read. Their numbers are no objects of Python, so these two take about
+a run made of them when it is read. Their numbers are not Python objects, so these two take about
 half of the memory and of the instructions.
 """
 
@@ -99,9 +99,9 @@ def trace_of(job: Job, queue: DeviceQueue, tag: str = "") -> Trace:
 
 @mypyc_attr(acyclic=True)
 class KeptRequest:
-    """What a recording keeps of a request; `trace` returns what `trace_of` has returned.
+    """A finished request as a recording keeps it. `trace` returns what `trace_of` returns of it.
 
-    It is for compiled code, where the garbage collector does not meet it.
+    Compiled, the garbage collector does not track it.
 
     Args:
         job: The job.
@@ -232,7 +232,7 @@ def run_of(
 
 @mypyc_attr(acyclic=True)
 class KeptRun:
-    """What a recording keeps of a run; takes what `run_of` takes. See `KeptRequest`."""
+    """A run as a recording keeps it, made from the arguments of `run_of`. See `KeptRequest`."""
 
     __slots__ = (
         "collected",

@@ -18,12 +18,12 @@ from tests.models import build
 pytestmark = pytest.mark.skipif(not NATIVE, reason="no native module was built")
 
 HELD = 0.25
-"""Seconds for which a thread keeps the GIL; the runs here take a thousandth of it."""
+"""Seconds for which a thread keeps the GIL. The runs take a thousandth of that."""
 
 
 @pytest.fixture(autouse=True)
 def patient():
-    """Nobody is asked to give the GIL up."""
+    """Let no thread ask another one for the GIL within a test."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(3600)
     yield
@@ -31,7 +31,7 @@ def patient():
 
 
 def keep_the_gil():
-    """Keep the GIL for a while, and return when that ended."""
+    """Keep the GIL for `HELD` seconds, and return the time at the end."""
     until = time.monotonic() + HELD
     while time.monotonic() < until:
         pass
@@ -39,7 +39,7 @@ def keep_the_gil():
 
 
 def own(arguments):
-    """Copies that nobody else refers to: torch takes the GIL to free the last handle of such."""
+    """Return copies without other owners, whose last handle torch frees under the GIL."""
     return tree_map_only(torch.Tensor, torch.clone, arguments)
 
 
@@ -57,7 +57,7 @@ async def ended_meanwhile(future):
         ("signature", "released"),  # several inputs and outputs, nested
         ("aliasing", "released"),  # outputs that are inputs
         ("linear_algebra", "released"),  # through the dispatcher
-        ("custom_op", "held"),  # an operator in Python: what is seen here can be seen
+        ("custom_op", "held"),  # an operator in Python, which shows that a run can wait
     ],
 )
 async def test_a_run_ends_while_another_thread_has_the_gil(name, gil):
@@ -89,7 +89,7 @@ async def test_a_batch_does():
         for _ in itertools.repeat(None, 3):  # until it is known what rows cost
             await asyncio.gather(*(runner.run(x.clone()) for _ in range(8)))
         futures = [runner.submit(x.clone()) for _ in range(8)]
-        await asyncio.sleep(0)  # at the end of the turn they are put together
+        await asyncio.sleep(0)  # the batch is launched at the end of the loop's turn
         until = keep_the_gil()
         await asyncio.gather(*futures)
         meanwhile = [future.trace.batch_size for future in futures if future.trace.finished < until]

@@ -361,7 +361,7 @@ def test_outputs_that_nobody_drained_are_freed_with_the_executor():
     executor = NativeExecutor("cpu", 1, 2, set_threads)
     executor.submit(0, CModel().work(tensor))
     executor.close()
-    assert handles(tensor) == 2  # the output, and the last one of the input
+    assert handles(tensor) == 2  # of the output, and the second one of the input
     del executor
     assert handles(tensor) == 0
 

@@ -63,7 +63,8 @@ class PyLanes {
 
  private:
   [[nodiscard]] Work make_work(const PyModel& model, nanobind::handle inputs, int threads) const;
-  // Lets a run that goes on without the GIL leave the last handles of its inputs to this thread.
+  // Makes a second handle of each input, so that a run without the GIL never frees the last one.
+  // Throws std::runtime_error.
   void keep_inputs(Work& work) const;
   // Returns the batch, and the tensors that must be kept until it is over.
   [[nodiscard]] std::pair<Work, nanobind::object> make_batch(PyModel& model, const PyPlan& plan,

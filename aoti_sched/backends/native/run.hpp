@@ -51,7 +51,8 @@ struct Work {
   std::uint64_t token = 0;
   std::shared_ptr<const Model> model;
   OwnedHandles inputs;  // the model steals some of them; a batch's are made by its run
-  // Further handles of the inputs, for `Completion::inputs`; empty where nothing is gained by them.
+  // A second handle of each input, which becomes `Completion::inputs`. Empty for a run on the
+  // thread that has the GIL.
   OwnedHandles kept;
   std::unique_ptr<Batch> batch;
   int threads = 1;                       // intra-op threads of the run
@@ -67,8 +68,8 @@ struct Completion {
   std::uint64_t token = 0;
   std::int32_t status = 0;
   OwnedHandles outputs;  // null where the model left an output out
-  // Handles of the inputs, which outlive those that the run had. Torch takes the GIL where the last
-  // handle of a tensor of Python is freed, so that is left to the thread that has the GIL anyway.
+  // The second handles of the inputs. Torch acquires the GIL to free the last handle of a Python
+  // tensor. The thread that drains the completion has the GIL, so that thread frees these.
   OwnedHandles inputs;
   // Of a batch: each member's part of each output, member after member. The outputs are there
   // beside them, unless the parts are copies.

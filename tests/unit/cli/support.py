@@ -15,7 +15,7 @@ pytest.importorskip("rich", reason="the command line needs the extra cli")
 
 
 def _environment(env):
-    """No settings but `env`, and plain output."""
+    """Return an environment for plain output, without settings other than `env`."""
     kept = {name: text for name, text in os.environ.items() if not name.startswith("AOTI_SCHED_")}
     for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS"):
         kept.pop(name, None)
@@ -36,7 +36,7 @@ def run(*arguments, env=None, cwd=None, timeout=500):
 
 
 def _run_in_copy(*arguments, env=None, cwd=None, timeout=500):
-    """As `run`, in a copy of an interpreter that has imported the commands."""
+    """Run a command in a copy of an interpreter that has imported the commands."""
     return _forks().run(
         "-m",
         "aoti_sched",
@@ -48,7 +48,7 @@ def _run_in_copy(*arguments, env=None, cwd=None, timeout=500):
 
 
 IMPORTED = [f"aoti_sched.cli.{name}" for name in ("app", "doctor", "simulate", "stats")]
-"""What the interpreter that is copied has imported."""
+"""Modules that the copied interpreter has imported."""
 
 
 @functools.cache

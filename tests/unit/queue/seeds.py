@@ -16,7 +16,7 @@ FRESH = 50
 
 
 def shares(count):
-    """Return the numbers of that many shares. The first one is enough to measure coverage."""
+    """Return the numbers of `count` shares. The first one is enough to measure coverage."""
     return [0, *(pytest.param(number, marks=pytest.mark.long) for number in range(1, count))]
 
 
