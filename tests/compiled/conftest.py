@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import logging
 import os
 import subprocess
 import textwrap
-import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import torch
 
 from aoti_sched import Scheduler
 from tests.forks import Forks
+from tests.threads import named
 
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE = importlib.util.find_spec("aoti_sched.backends.native._native") is not None
@@ -30,11 +29,7 @@ def living_lanes() -> list[str]:
     """
     names = []
     for _ in range(10_000):
-        names = [thread.name for thread in threading.enumerate()]
-        for task in Path("/proc/self/task").iterdir():
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
-                names.append((task / "comm").read_text().strip())
-        names = sorted(name for name in names if name.startswith("aoti:"))
+        names = [name for name, _ in named("aoti:")]
         if not names:
             break
         os.sched_yield()

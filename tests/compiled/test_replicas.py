@@ -6,9 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
-from contextlib import suppress
-from pathlib import Path
 
 import anyio
 import pytest
@@ -27,6 +24,7 @@ from tests.compiled.conftest import EXECUTORS
 from tests.compiled.test_live_weights import Served
 from tests.inside import replicas_of, serving
 from tests.models import build
+from tests.threads import cores_of
 
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 BOTH = ["cpu:0", "cpu:1"]
@@ -111,7 +109,7 @@ async def test_without_named_cores_those_there_are_are_divided(executor):
         assert [stats[name].cores for name in BOTH] == [len(CORES) - half, half]
         shares = CORES[: len(CORES) - half], CORES[len(CORES) - half :]
         for name, cores in zip(BOTH, shares, strict=True):
-            assert [bound_to(f"aoti:{name}:{lane}") for lane in range(len(cores))] == [
+            assert [cores_of(f"aoti:{name}:{lane}") for lane in range(len(cores))] == [
                 {core} for core in cores
             ]
             listed = ", ".join(map(str, cores))
@@ -137,8 +135,8 @@ async def test_a_later_device_is_named_beforehand_and_named_cores_keep_their_own
     async with Scheduler(SchedulerConfig(devices=devices)) as scheduler:
         for name in ("cpu:1", "cpu:5"):
             await scheduler.load(build("mlp").path, name=name, device=name)
-        assert bound_to("aoti:cpu:1:0") == {CORES[0]}
-        assert bound_to("aoti:cpu:5:0") == {CORES[1]}
+        assert cores_of("aoti:cpu:1:0") == {CORES[0]}
+        assert cores_of("aoti:cpu:5:0") == {CORES[1]}
         with pytest.raises(
             ConfigError, match=r"device 'cpu:0': the cores were divided among 'cpu:5'"
         ):
@@ -155,7 +153,7 @@ async def test_under_a_quota_devices_get_numbers_of_cores_and_no_lane_is_bound(
         await scheduler.load(build("mlp").path, devices=BOTH)
         stats = scheduler.stats().devices
         assert [(stats[name].lanes, stats[name].cores) for name in BOTH] == [(2, 2), (1, 1)]
-        assert bound_to("aoti:cpu:0:0") == {*CORES}
+        assert cores_of("aoti:cpu:0:0") == {*CORES}
 
 
 async def test_more_devices_than_cores_are_refused(executor):
@@ -179,16 +177,7 @@ async def test_lanes_and_cores_are_those_of_the_device(scheduler, executor):
         future.trace.device for future in [runner.submit(inputs(0)) for _ in range(4)]
     ] == BOTH * 2
     for name, core in zip(BOTH, CORES, strict=False):
-        assert bound_to(f"aoti:{name}:0") == {core}
-
-
-def bound_to(thread):
-    """The cores of the thread of that name."""
-    ids = {one.name: one.native_id for one in threading.enumerate()}
-    for task in Path("/proc/self/task").iterdir():
-        with suppress(FileNotFoundError):  # a thread that has just ended
-            ids[(task / "comm").read_text().strip()] = int(task.name)
-    return os.sched_getaffinity(ids[thread])
+        assert cores_of(f"aoti:{name}:0") == {core}
 
 
 @pytest.mark.parametrize("placement", ["lane", "auto"])

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 import weakref
-from pathlib import Path
 
 import psutil
 import pytest
@@ -33,6 +32,7 @@ from tests.compiled.backends.executor_contract import (
 from tests.native.c_model import CModel, Gated, handles
 from tests.native.harness import tries
 from tests.native.library import ROOT, THROWS_OTHER, THROWS_STANDARD
+from tests.threads import cores_of
 
 
 class TestNativeExecutorsStandIns(LanesContract):
@@ -334,13 +334,7 @@ def test_each_lane_stays_on_the_core_it_is_given():
     with contextlib.closing(NativeExecutor("here", 2, 2, set_threads, affinity)) as executor:
         for lane in range(2):
             run(executor, CModel(0, 0).work(), lane=lane)
-        tids = {
-            (task / "comm").read_text().strip(): int(task.name)
-            for task in Path("/proc/self/task").iterdir()
-        }
-        assert [os.sched_getaffinity(tids[f"aoti:here:{lane}"]) for lane in range(2)] == [
-            {c} for c in affinity
-        ]
+        assert [cores_of(f"aoti:here:{lane}") for lane in range(2)] == [{c} for c in affinity]
 
 
 def test_closing_gives_the_threads_and_descriptors_back():

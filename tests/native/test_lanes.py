@@ -2,14 +2,12 @@
 end.
 """
 
-import contextlib
 import gc
 import os
 import select
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
@@ -37,6 +35,7 @@ from tests.native.library import (
     library,
     new_prefix,
 )
+from tests.threads import cores_of, named
 
 
 @pytest.fixture
@@ -77,11 +76,7 @@ def run(lanes, one, inputs=None):
 
 
 def thread_names(prefix):
-    names = set()
-    for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it may end while we look
-            names.add((task / "comm").read_text().strip())
-    return sorted(name for name in names if name.startswith(prefix))
+    return sorted({name for name, _ in named(prefix)})
 
 
 # --- a run that succeeds --------------------------------------------------------------------------
@@ -464,10 +459,7 @@ def test_a_lane_stays_on_the_core_it_is_given(c):
     )
     submit(lanes, model(Container()))
     collect(lanes, 1)
-    (task,) = [
-        task for task in Path("/proc/self/task").iterdir() if prefix in (task / "comm").read_text()
-    ]
-    assert os.sched_getaffinity(int(task.name)) == {core}
+    assert cores_of(f"{prefix}0") == {core}
     lanes.close()
 
 

@@ -1,0 +1,40 @@
+"""The threads of this process, native ones included, as the system lists them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+
+def named(prefix: str) -> list[tuple[str, int]]:
+    """Return name and system id of each thread whose name begins with the prefix, sorted.
+
+    Linux keeps 15 characters of a name; of Python's threads the whole name is known. A thread that
+    was joined may be listed for a moment longer.
+    """
+    names = {}
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            names[int(task.name)] = (task / "comm").read_text().strip()
+    for thread in threading.enumerate():
+        if thread.native_id is not None:
+            names[thread.native_id] = thread.name
+    return sorted((name, number) for number, name in names.items() if name.startswith(prefix))
+
+
+def cores_of(name: str) -> set[int]:
+    """Return the cores that the one thread of this name is bound to.
+
+    Raises:
+        AssertionError: There is no such thread, or more than one stays.
+    """
+    found = named(name)
+    for _ in range(10_000):
+        if len(found) == 1:
+            break
+        os.sched_yield()  # one that was joined has yet to vanish
+        found = named(name)
+    ((_, number),) = found
+    return os.sched_getaffinity(number)
