@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,17 +25,19 @@ def named(prefix: str) -> list[tuple[str, int]]:
     return sorted((name, number) for number, name in names.items() if name.startswith(prefix))
 
 
-def cores_of(name: str) -> set[int]:
+def cores_of(name: str, expected: set[int]) -> set[int]:
     """Return the cores that the one thread of this name is bound to.
 
-    Raises:
-        AssertionError: There is no such thread, or more than one stays.
+    A thread is born with its parent's cores and binds itself, and one of the same name that has
+    ended takes a moment to vanish. So this waits some seconds for the `expected` cores.
     """
-    found = named(name)
-    for _ in range(10_000):
-        if len(found) == 1:
-            break
-        os.sched_yield()  # one that was joined has yet to vanish
-        found = named(name)
-    ((_, number),) = found
-    return os.sched_getaffinity(number)
+    until = time.monotonic() + 10
+    found: list[set[int]] = []
+    while found != [expected] and time.monotonic() < until:
+        os.sched_yield()
+        found = []
+        for _, number in named(name):
+            with suppress(ProcessLookupError):
+                found.append(os.sched_getaffinity(number))
+    (cores,) = found
+    return cores

@@ -109,9 +109,8 @@ async def test_without_named_cores_those_there_are_are_divided(executor):
         assert [stats[name].cores for name in BOTH] == [len(CORES) - half, half]
         shares = CORES[: len(CORES) - half], CORES[len(CORES) - half :]
         for name, cores in zip(BOTH, shares, strict=True):
-            assert [cores_of(f"aoti:{name}:{lane}") for lane in range(len(cores))] == [
-                {core} for core in cores
-            ]
+            for lane, core in enumerate(cores):
+                assert cores_of(f"aoti:{name}:{lane}", {core}) == {core}
             listed = ", ".join(map(str, cores))
             assert (
                 f"No cores were named for {name!r}; of those there are, it has {listed}."
@@ -135,8 +134,8 @@ async def test_a_later_device_is_named_beforehand_and_named_cores_keep_their_own
     async with Scheduler(SchedulerConfig(devices=devices)) as scheduler:
         for name in ("cpu:1", "cpu:5"):
             await scheduler.load(build("mlp").path, name=name, device=name)
-        assert cores_of("aoti:cpu:1:0") == {CORES[0]}
-        assert cores_of("aoti:cpu:5:0") == {CORES[1]}
+        assert cores_of("aoti:cpu:1:0", {CORES[0]}) == {CORES[0]}
+        assert cores_of("aoti:cpu:5:0", {CORES[1]}) == {CORES[1]}
         with pytest.raises(
             ConfigError, match=r"device 'cpu:0': the cores were divided among 'cpu:5'"
         ):
@@ -153,7 +152,7 @@ async def test_under_a_quota_devices_get_numbers_of_cores_and_no_lane_is_bound(
         await scheduler.load(build("mlp").path, devices=BOTH)
         stats = scheduler.stats().devices
         assert [(stats[name].lanes, stats[name].cores) for name in BOTH] == [(2, 2), (1, 1)]
-        assert cores_of("aoti:cpu:0:0") == {*CORES}
+        assert cores_of("aoti:cpu:0:0", {*CORES}) == {*CORES}
 
 
 async def test_more_devices_than_cores_are_refused(executor):
@@ -177,7 +176,7 @@ async def test_lanes_and_cores_are_those_of_the_device(scheduler, executor):
         future.trace.device for future in [runner.submit(inputs(0)) for _ in range(4)]
     ] == BOTH * 2
     for name, core in zip(BOTH, CORES, strict=False):
-        assert cores_of(f"aoti:{name}:0") == {core}
+        assert cores_of(f"aoti:{name}:0", {core}) == {core}
 
 
 @pytest.mark.parametrize("placement", ["lane", "auto"])

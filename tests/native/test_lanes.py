@@ -459,7 +459,7 @@ def test_a_lane_stays_on_the_core_it_is_given(c):
     )
     submit(lanes, model(Container()))
     collect(lanes, 1)
-    assert cores_of(f"{prefix}0") == {core}
+    assert cores_of(f"{prefix}0", {core}) == {core}
     lanes.close()
 
 
@@ -680,6 +680,9 @@ def test_where_the_count_can_not_be_asked_for_a_run_here_changes_none(c):
 def test_closing_waits_for_what_runs_and_for_what_is_next(c, gated):
     prefix = new_prefix()
     lanes = open_lanes(2, prefix=prefix)
+    for _ in tries():
+        if len(thread_names(prefix)) == 2:
+            break  # a thread has its name once it has begun
     submit(lanes, model(gated), token=1)
     c.wait_until_inside(gated)
     submit(lanes, model(Container()), token=2)

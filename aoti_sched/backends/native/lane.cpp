@@ -307,13 +307,14 @@ Lanes::Lane* Lanes::wait_for_work(Thread& thread) {
 
 void Lanes::serve(Thread& thread) {
 #ifdef __linux__
-  pthread_setname_np(pthread_self(), thread.name.substr(0, 15).c_str());
   if (thread.core >= 0) {
     cpu_set_t cores;
     CPU_ZERO(&cores);
     CPU_SET(thread.core, &cores);
     pthread_setaffinity_np(pthread_self(), sizeof cores, &cores);
   }
+  // Whoever sees the name sees a thread that is bound.
+  pthread_setname_np(pthread_self(), thread.name.substr(0, 15).c_str());
 #elif defined(__APPLE__)
   pthread_setname_np(thread.name.c_str());
 #endif
