@@ -39,7 +39,8 @@ def runner_stats(queue: DeviceQueue, runner: RunnerState) -> RunnerStats:
     serving = runner if turns is None else turns.serving
     totals = msgspec.structs.asdict(runner.counters)
     busy = sum(one.slots - len(one.free) for one in records)
-    busy += sum(job.source.runner in records for job in queue.lanes.handed_ahead.values())
+    for ahead in queue.lanes.handed_ahead.values():
+        busy += sum(job.source.runner in records for job in ahead)
     totals["submitted"] -= totals["withdrawn"]
     return RunnerStats(
         name=runner.name,

@@ -26,7 +26,13 @@ from aoti_sched.model.specs import (
     specs_from_wrapper,
 )
 from aoti_sched.model.wrapper_source import MAY_WRITE, writes_to_buffers
-from aoti_sched.queue.selection.placement import FOLLOW_LIMIT, HOP_OF_ONE, Placement, Placing
+from aoti_sched.queue.selection.placement import (
+    AHEAD_LIMIT,
+    FOLLOW_LIMIT,
+    HOP_OF_ONE,
+    Placement,
+    Placing,
+)
 from aoti_sched.stats import RunnerInfo
 
 if TYPE_CHECKING:
@@ -371,5 +377,9 @@ def _placing(settings: ModelConfig, threads: int, *, allowed: bool) -> Placing:
     # A lane of a device may be two threads, so that a job handed ahead would run beside the job it
     # is behind, on the same slot.
     return Placing(
-        choice, settings.inline_limit, follow_limit=FOLLOW_LIMIT if allowed else 0.0, hop=HOP_OF_ONE
+        choice,
+        settings.inline_limit,
+        follow_limit=FOLLOW_LIMIT if allowed else 0.0,
+        ahead_limit=AHEAD_LIMIT,
+        hop=HOP_OF_ONE,
     )

@@ -26,8 +26,9 @@ lane needs more cores than are free, no other job overtakes it.
 as many cores as its runner is wide. A short run may instead go inline, on the loop's own thread,
 within a budget per turn of the loop (`selection/placement.py`). Which free lane a run goes to, and
 whether lanes are added with runners, are the policy's choices (`lanes.py`). A lane that runs a
-short job may be handed the next job of the same source ahead of time; both share one slot, since
-they never run at once. A lease holds a slot without a lane, and its jobs take lanes as others do.
+short job may be handed the next jobs of the same source ahead of time; they share one slot, since
+they run one after the other. A lease holds a slot without a lane, and its jobs take lanes as others
+do.
 
 **Batches and retries.** Queued jobs of a runner with an equal key may run as one batch
 (`batching.py`). Its first job, the leader, has the lane and the slot, and holds the others as

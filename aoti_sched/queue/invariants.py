@@ -14,7 +14,7 @@ from aoti_sched.queue.job import Job, JobState, Priority
 from aoti_sched.queue.runner_state import Phase
 from aoti_sched.queue.selection import accounts as fair
 from aoti_sched.queue.selection.choice import can_start
-from aoti_sched.queue.selection.placement import LOOP
+from aoti_sched.queue.selection.placement import LOOP, MOST_AHEAD
 from aoti_sched.queue.timers import is_over
 
 if TYPE_CHECKING:
@@ -145,7 +145,10 @@ def check(queue: DeviceQueue) -> None:
             "a reached barrier is closed, and every slot is free",
         )
         following = [
-            job for job in queue.lanes.handed_ahead.values() if job.source.runner is runner
+            job
+            for ahead in queue.lanes.handed_ahead.values()
+            for job in ahead
+            if job.source.runner is runner
         ]
         for job in following:
             first = queue.lanes.running.get(job.lane)
@@ -154,15 +157,21 @@ def check(queue: DeviceQueue) -> None:
                 and (first.source, first.slot, first.epoch) == (job.source, job.slot, job.epoch),
                 "a job handed ahead has the source, slot and epoch of the job on its lane",
             )
+        must(
+            all(0 < len(ahead) <= MOST_AHEAD for ahead in queue.lanes.handed_ahead.values()),
+            "no more jobs are handed ahead to a lane than it takes",
+        )
         for source in sources:
             open_lanes = source.open_for_next
             must(
                 all(
                     queue.lanes.running[lane].source is source
-                    and lane not in queue.lanes.handed_ahead
+                    and queue.lanes.waiting_on(lane) < MOST_AHEAD
+                    and not any(job.retrying for job in queue.lanes.handed_ahead.get(lane, ()))
                     for lane in open_lanes
-                ),
-                "a lane that is open for a source's next job runs one of its jobs and has no next",
+                )
+                and len({*open_lanes}) == len(open_lanes),
+                "a lane that is open for a source's next job runs one of its jobs and takes more",
             )
         if runner.batch_queue is not None:
             _check_batches(queue, runner, queued, must)
@@ -461,7 +470,7 @@ def _check_batches(
     queue: DeviceQueue, runner: RunnerState, queued: list[Job], must: Callable[[bool, str], None]
 ) -> None:
     batches: BatchQueue = runner.batch_queue  # type: ignore[assignment]
-    for job in [*queue.lanes.running.values(), *queue.lanes.handed_ahead.values()]:
+    for job in queue.lanes.launched():
         if job.source is runner and job.members:
             must(
                 job.members[0] is job and len(job.members) > 1,

@@ -1,8 +1,8 @@
 """Lanes: what runs where, what was handed ahead to a lane, and what is left of the loop's turn.
 
-Each run has a slot of its source, too. A job that was handed ahead to a lane shares the slot of the
-job that runs there, since the two never run at once. Members of a failed batch share the slot, too:
-they are retried there one after the other.
+Each run has a slot of its source, too. Jobs that were handed ahead to a lane share the slot of the
+job that runs there, since they run one after the other. Members of a failed batch share the slot,
+too: they are retried there, behind what was handed ahead.
 
 Which free lane a run goes to is one of two rules:
 
@@ -66,20 +66,26 @@ class Lanes:
         self.cores = self.free_cores = cores
         self.free = list(reversed(range(count)))  # a stack: the lane used last may still be awake
         self.running: dict[int, Job] = {}  # by lane; of a batch, its leader
-        self.handed_ahead: dict[int, Job] = {}  # by lane: handed to it behind the running one
+        self.handed_ahead: dict[int, list[Job]] = {}  # by lane: behind the running one, in order
         self.inline_budget = inline_budget
         self.inline_left = inline_budget
 
     def has_launched(self, job: Job) -> bool:
         """Return whether a job was launched and is not complete."""
-        return self.running.get(job.lane) is job or self.handed_ahead.get(job.lane) is job
+        if self.running.get(job.lane) is job:
+            return True
+        ahead = self.handed_ahead.get(job.lane)
+        return ahead is not None and job in ahead
 
     def loop_is_free(self) -> bool:
         return LOOP not in self.running and self.inline_left > 0
 
     def launched(self) -> list[Job]:
         """Return the jobs that were launched and are not complete; of a batch, its leader."""
-        return [*self.running.values(), *self.handed_ahead.values()]
+        jobs = list(self.running.values())
+        for ahead in self.handed_ahead.values():
+            jobs += ahead
+        return jobs
 
     def add_slots(self, slots: int) -> None:
         """Note a new runner's slots, and add the lanes that are missing for them, with cores."""
@@ -125,7 +131,7 @@ class Lanes:
         return self.free[-1]
 
     def take(self, job: Job) -> None:
-        """Occupy `job.lane`. A lane that runs a short job may be handed the source's next job."""
+        """Occupy `job.lane`. A lane that runs a short job may be handed the source's next jobs."""
         self.running[job.lane] = job
         if job.lane != LOOP:
             if self._keeps:
@@ -148,35 +154,68 @@ class Lanes:
             self._claims[job.lane] += 1
             lanes[job.slot] = job.lane
 
+    def waiting_on(self, lane: int) -> int:
+        """Return how many jobs a lane was handed ahead, and has not begun."""
+        ahead = self.handed_ahead.get(lane)
+        return 0 if ahead is None else len(ahead)
+
+    def open_lane(self, source: Source) -> int:
+        """Return the lane for the source's next job: the one with the fewest jobs ahead.
+
+        Of several, it is the one that was opened last. The source must have an open lane.
+        """
+        lanes = source.open_for_next
+        best = lanes[-1]
+        if len(lanes) > 1 and self.handed_ahead:
+            fewest = self.waiting_on(best)
+            for lane in reversed(lanes):
+                waiting = self.waiting_on(lane)
+                if waiting < fewest:
+                    best, fewest = lane, waiting
+        return best
+
+    def hand_ahead(self, job: Job, most: int) -> None:
+        """Add a job to those of `job.lane`, an open one, which takes no more than `most` of them.
+
+        A lane that has as many is closed until one of its jobs has ended.
+        """
+        ahead = self.handed_ahead.get(job.lane)
+        if ahead is None:
+            ahead = self.handed_ahead[job.lane] = []
+        ahead.append(job)
+        if len(ahead) >= most:
+            job.source.open_for_next.remove(job.lane)
+
     def leave(self, job: Job, now: float) -> Job | None:
-        """Release the lane and slot, or pass them on to the job handed ahead or to be retried.
+        """Release the lane and slot, or pass them on to a job handed ahead or to be retried.
 
         Returns the batch member to retry, which is to be launched; None when there is none.
         A lane with a member to retry is handed no other job ahead.
         """
         lane, source = job.lane, job.source
         again = _next_of(job, now) if job.to_retry else None
-        follower = self.handed_ahead.pop(lane, None)
-        opens = False
-        if follower is job:  # the lane did not take the job
-            opens = again is None and not self.running[lane].retrying
-        elif follower is not None:
-            self.running[lane] = follower
-            opens = again is None and not follower.retrying
-        elif again is None:
+        ahead = self.handed_ahead.get(lane)
+        if source.open_for_next and lane in source.open_for_next:
+            source.open_for_next.remove(lane)
+        if ahead is not None:
+            if self.running[lane] is job:
+                self.running[lane] = ahead.pop(0)
+            else:  # the lane did not take the job
+                ahead.remove(job)
+            if again is not None:
+                ahead.append(again)
+            if not self.running[lane].retrying and not (ahead and ahead[-1].retrying):
+                source.open_for_next.append(lane)
+            if not ahead:
+                del self.handed_ahead[lane]
+        elif again is not None:
+            self.running[lane] = again
+        else:
             del self.running[lane]
             source.free.append(job.slot)
             if lane != LOOP:
                 self.free.append(lane)
                 self.free_cores += source.runner.width
-        else:
-            self.running[lane] = again
-        if again is not None and follower is not None:  # behind the job that has the lane now
-            self.handed_ahead[lane] = again
-        if opens:
-            source.open_for_next.append(lane)
-        elif source.open_for_next and lane in source.open_for_next:
-            source.open_for_next.remove(lane)
         return again
 
 

@@ -2,7 +2,7 @@
 
 - `_dispatch` gives free slots and lanes to the best queued jobs.
 - `_start` starts a job, together with the queued jobs that join its batch.
-- `_follow` hands a lane its next job ahead of time.
+- `_follow` hands lanes their next jobs ahead of time.
 - `_end` counts a run that is over.
 """
 
@@ -271,9 +271,9 @@ class Launching(ExpiringJobs):
             source = job.source
             self._unqueue(job)
             self._selector.launches(job, chosen=False)
-            lane = source.open_for_next.pop()
+            lane, most = self.lanes.open_lane(source), self._most_ahead(job)
             self._start(job, lane, self.lanes.running[lane].slot, now, commands)
-            self.lanes.handed_ahead[lane] = job
+            self.lanes.hand_ahead(job, most)
             commands.append(Launch(job))
             self._selector.enter(source)
             self._dispatch(now, commands)  # waiting jobs may be admitted to the freed room
@@ -290,11 +290,24 @@ class Launching(ExpiringJobs):
             return None
         if not placing.follows(job.bytes) or placing.inline(job.bytes):
             return None
+        if self.lanes.handed_ahead and self.lanes.waiting_on(
+            self.lanes.open_lane(source)
+        ) >= self._most_ahead(job):
+            return None
         if job.deadline is not None and (
             job.deadline <= now or self._would_be_late(job, job.deadline, now)
         ):
             return None
         return job if self._selector.may_follow(job, now) else None
+
+    def _most_ahead(self, job: Job) -> int:
+        """Return how many jobs like this one, which follows, its lane may have been handed ahead.
+
+        Jobs that may share a run are handed ahead one by one: those that wait make larger batches.
+        """
+        if job.key is not None and may_share_run(job):
+            return 1
+        return job.source.runner.placing.most_ahead(job.bytes)
 
     def _grant(self, job: Job, now: float, commands: list[Command]) -> None:
         """Give a lease request its slot, without a lane, and complete the request."""

@@ -75,7 +75,7 @@ class Source:
         live: Jobs that are waiting, queued or running, those included whose caller has left.
         closed: Whether a barrier is closed, and no slot is given out.
         halted: Endings under way, during which no slot is given out either.
-        open_for_next: Lanes that run a short job of this source and may be handed its next.
+        open_for_next: Lanes that run a short job of this source, and may be handed its next ones.
         arrivals: The queued jobs by time of submission, where jobs may become overdue.
     """
 

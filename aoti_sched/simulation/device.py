@@ -78,7 +78,7 @@ class SimulatedExecutor(LanesWithoutThreads):
     def submit(self, lane: int, work: Work) -> bool:
         """Let the run's time pass on a lane."""
         self._loop.pass_time(self._costs.run)
-        started = max(self._loop.time(), self._free[lane])  # a lane may have one work ahead
+        started = max(self._loop.time(), self._free[lane])  # a lane may have works ahead
         finished = self._free[lane] = started + _seconds(work)
         self._loop.call_at(finished, self._end, _completion(work, started, finished))
         return False

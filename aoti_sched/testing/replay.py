@@ -245,12 +245,18 @@ class Replayed:
         if slots > MOST:
             raise ReplayError(f"runner {name!r}: {slots} slots are too many")
         choice, *limits = placing
-        limit, follow_limit, hop = map(float, limits)
+        limit, follow_limit, ahead_limit, hop = map(float, limits)
         runner = self.queue.add_runner(
             name,
             slots,
             None if bounds is None else Bounds(**bounds),
-            placing=Placing(Placement(choice), limit, follow_limit=follow_limit, hop=hop),
+            placing=Placing(
+                Placement(choice),
+                limit,
+                follow_limit=follow_limit,
+                ahead_limit=ahead_limit,
+                hop=hop,
+            ),
             batching=None if batching is None else _batching(**batching),
             share=float(share),
             memory=None if holding is None else self._holding(holding, holding_name),

@@ -18,7 +18,7 @@ RULES = {
     *("a rider is late", "grows no more", "leaves the loop", "a rider does not fit"),
     *("a rider does not pay", "a rider is too hurried", "a batch hurries"),
     *("shorter rides", "longer rides", "a promise", "no promise"),
-    "a short leader",
+    *("a short leader", "several behind one"),
     *("run again", "run again behind another", "gathers", "ripens"),
     *("withdrawn ", "withdrawn room", "withdrawn tenant", "withdrawn epoch"),
     *("a lane that the slot keeps", "a lane that another slot keeps", "more lanes"),
@@ -45,7 +45,7 @@ CASES = {
     *(("state", state) for state in STATES),
 }
 
-COVER = (1090, 49, 522, 675, 112, 836, 2, 109)
+COVER = (1090, 49, 522, 1408, 112, 836, 2, 109)
 """Seeds whose walks together meet every case."""
 
 

@@ -73,7 +73,7 @@ class PlainModel(Room, Order):
             name: Its name.
             slots: How many slots it gives out.
             bounds: The most jobs, bytes, and jobs of one tenant.
-            placing: The choice, the limit, the limit for jobs handed ahead, and the hop.
+            placing: The choice, the limit, the limits for one and more jobs handed ahead, the hop.
             rest: Other fields of `Runner`.
         """
         if any(runner.name == name and not runner.removed for runner in self.runners):
@@ -401,31 +401,41 @@ class PlainModel(Room, Order):
         commands = []
         while jobs := [self.first_of(source) for source in sources if self.hands_on(source, now)]:
             job = min(jobs, key=self.rank)
-            first = max(self.with_none_behind(job.source), key=lambda run: run.opened)
+            open_runs = self.open_runs(job.source)
+            first = min(open_runs, key=lambda run: (len(self.behind(run)), -run.opened))
             commands += self.launch(job, now, behind=first)
+            if len(self.behind(first)) > 1:
+                self.met.add("several behind one")
+            if len(self.behind(first)) >= self.most_behind(job):
+                first.opened = None
             self.launched(job, overdue=False)
             commands += self.settle(now, over=False)
         return commands
 
-    def with_none_behind(self, source):
-        """The short runs of the source whose lanes may be given one more job."""
-        taken = {run.lane for run in self.runs if run.behind}
-        return [
-            run
-            for run in self.runs
-            if run.source is source
-            and run.opened is not None
-            and not run.behind
-            and run.lane not in taken
-        ]
+    def open_runs(self, source):
+        """The short runs of the source whose lanes may be given more jobs."""
+        return [run for run in self.runs if run.source is source and run.opened is not None]
+
+    def behind(self, run):
+        """What was handed ahead to the lane of a run."""
+        return [other for other in self.runs if other.behind and other.lane == run.lane]
+
+    def most_behind(self, job):
+        """How many jobs like this one may be behind the run of a lane."""
+        bound, limit = job.runner.bound(job.bytes), job.runner.ahead_limit
+        together = [number for number in range(1, 8) if number * bound <= limit]
+        return max(together, default=1) if job.together is None else 1
 
     def hands_on(self, source, now):
         """Whether a lane may be given the source's next job behind the one that it runs."""
         head = self.first_of(source)
-        if head is None or not self.with_none_behind(source) or getattr(source, "closed", False):
+        if head is None or not self.open_runs(source) or getattr(source, "closed", False):
             return False
         runner, rival = head.runner, self.best_for_a_lane()
         if head.is_lease_request or runner.inline(head.bytes) or not runner.short(head.bytes):
+            return False
+        fewest = min(len(self.behind(run)) for run in self.open_runs(source))
+        if fewest >= self.most_behind(head):
             return False
         passed = head.deadline is not None and head.deadline <= now
         if passed or self.is_late(head, now) or (rival and self.rank(rival) < self.rank(head)):
@@ -441,9 +451,10 @@ class PlainModel(Room, Order):
         self.moments += 1
         others = [other for other in self.runs if other.lane == run.lane]
         to_come = [job for job in run.to_come if job.state == "RUNNING"]
-        for other in others:
-            other.behind = False
-            other.opened = None if other.again else self.moments
+        if others:
+            first = next((other for other in others if not other.behind), others[0])
+            retried = to_come or any(other.again for other in others)
+            first.behind, first.opened = False, None if retried else self.moments
         if to_come:
             return self.run_again(to_come, run, now, behind=bool(others))
         if not others:

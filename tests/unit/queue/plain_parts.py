@@ -66,6 +66,7 @@ class Runner:
     choice: str = "lane"
     limit: float = 0
     follow_limit: float = 0
+    ahead_limit: float = 0
     hop: float = 0
     width: int = 1
     share: float = 1.0

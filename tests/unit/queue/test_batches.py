@@ -545,7 +545,7 @@ def test_a_batch_is_handed_ahead():
     queue.submit(behind[2], 0)
     queue.turn(0)
     assert batches(queue.complete(first, 1)) == [behind[1:]]
-    assert queue.lanes.handed_ahead == {0: behind[1]}
+    assert queue.lanes.handed_ahead == {0: [behind[1]]}
     queue.complete(behind[0], 2)
     queue.complete(behind[1], 3)
     assert all(one.state is JobState.DONE for one in behind)
@@ -564,14 +564,14 @@ def failed_with_one_behind():
     queue.complete(one, 2)
     queue.submit(last, 2)
     queue.turn(2)
-    assert queue.lanes.handed_ahead == {0: last}
+    assert queue.lanes.handed_ahead == {0: [last]}
     return queue, runner, (two, three), last
 
 
 def test_reruns_go_behind_what_the_lane_was_given_already():
     queue, runner, (two, three), last = failed_with_one_behind()
     assert queue.complete(two, 3, ok=False) == [Launch(two)]
-    assert queue.lanes.handed_ahead == {0: two}
+    assert queue.lanes.handed_ahead == {0: [two]}
     assert queue.complete(last, 4) == []
     assert queue.complete(two, 5) == [Launch(three)]
     assert queue.complete(three, 6) == []
@@ -614,7 +614,7 @@ def test_a_lane_where_a_batch_is_run_again_is_given_nothing_ahead_when_what_was_
         queue.submit(each, 2)
     queue.turn(2)
     queue.submit(job(runner, key=None, priority=Priority.LOW), 2)
-    assert (queue.lanes.running, queue.lanes.handed_ahead) == ({0: one[0]}, {0: other[0]})
+    assert (queue.lanes.running, queue.lanes.handed_ahead) == ({0: one[0]}, {0: [other[0]]})
     assert queue.complete(one[0], 3, ok=False) == [Launch(one[0])]  # behind the other batch
     assert queue.complete(other[0], 4, ok=False) == [
         Launch(other[0])

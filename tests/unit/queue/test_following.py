@@ -16,9 +16,10 @@ from tests.unit.queue.support import add, device, launched, launches, take_lease
 SHORT = 0.125
 
 
-def short_runner(queue, name="m", slots=1, lanes=1):
+def short_runner(queue, name="m", slots=1, ahead_limit=0.0):
     """A runner whose runs are known to be short."""
-    runner = queue.add_runner(name, slots, Bounds(None, None), placing=Placing(follow_limit=1.0))
+    placing = Placing(follow_limit=1.0, ahead_limit=ahead_limit)
+    runner = queue.add_runner(name, slots, Bounds(None, None), placing=placing)
     for _ in range(8):
         (job,) = launched(queue.submit(Job(runner), 0.0))
         assert launched(queue.complete(job, 0.0, started=0.0, finished=SHORT)) == []
@@ -38,6 +39,90 @@ def test_the_next_of_the_same_source_follows_on_its_lane_and_slot():
     assert queue.busy_lanes == 1
     queue.complete(third, 3.0)
     assert queue.busy_lanes == 0
+    assert runner.home
+
+
+@pytest.mark.parametrize(("limit", "most"), [(0.0, 1), (2.9, 2), (3.0, 3), (6.9, 6), (100.0, 7)])
+def test_several_follow_as_long_as_they_take_no_longer_than_the_limit_together(limit, most):
+    queue = device()
+    runner = short_runner(queue, ahead_limit=limit * SHORT)
+    jobs = [Job(runner) for _ in range(9)]
+    taken = [one for job in jobs for one in launched(queue.submit(job, 1.0))]
+    assert taken == jobs[: 1 + most]
+    assert {(job.lane, job.slot) for job in taken} == {(0, 0)}
+    for number, job in enumerate(jobs):  # each that ends lets one more follow
+        assert queue.lanes.running[0] is job
+        now = 2.0 + number
+        expected = jobs[number + 1 + most : number + 2 + most]
+        assert launched(queue.complete(job, now, started=now - SHORT, finished=now)) == expected
+    assert queue.busy_lanes == 0
+    assert runner.home
+
+
+def test_the_lane_with_the_fewest_behind_it_is_handed_the_next():
+    queue = device(lanes=2)
+    runner = short_runner(queue, slots=2, ahead_limit=1.0)
+    jobs = [Job(runner) for _ in range(7)]
+    for job in jobs:
+        queue.submit(job, 1.0)
+    assert [job.lane for job in jobs] == [0, 1, 1, 0, 1, 0, 1]
+    queue.complete(jobs[0], 2.0, started=1.0, finished=1.0 + SHORT)
+    queue.complete(jobs[3], 2.0, started=1.0, finished=1.0 + SHORT)
+    later = [Job(runner) for _ in range(5)]
+    for job in later:
+        queue.submit(job, 2.0)
+    assert [job.lane for job in later] == [0, 0, 0, 0, 1]
+
+
+def test_a_longer_job_does_not_follow_as_many():
+    queue = device()
+    placing = Placing(follow_limit=1.0, ahead_limit=4 * SHORT)
+    runner = queue.add_runner("m", 1, Bounds(None, None), placing=placing)
+    for size, seconds in ((8, SHORT), (800, 3 * SHORT)):
+        for _ in range(8):
+            (job,) = launched(queue.submit(Job(runner, bytes=size), 0.0))
+            queue.complete(job, 0.0, started=0.0, finished=seconds)
+    first, second, long, short = (Job(runner, bytes=size) for size in (8, 8, 800, 8))
+    for job in (first, second):
+        assert launched(queue.submit(job, 1.0)) == [job]
+    assert launched(queue.submit(long, 1.0)) == []
+    assert launched(queue.submit(short, 1.0)) == []  # it does not overtake
+    assert launched(queue.complete(first, 2.0, started=1.0, finished=1.0 + SHORT)) == [long]
+    assert queue.lanes.handed_ahead == {0: [long]}
+
+
+def test_jobs_that_may_share_a_run_follow_one_by_one():
+    queue = device()
+    placing = Placing(follow_limit=1.0, ahead_limit=1.0)
+    runner = add(queue, placing=placing, batching=Batching(8))
+    teach(queue, runner, SHORT)
+    first, *others = (Job(runner, key="k") for _ in range(4))
+    queue.submit(first, 1.0)
+    queue.turn(1.0)
+    for job in others[:1]:
+        queue.submit(job, 1.0)
+    queue.turn(1.0)
+    assert queue.lanes.handed_ahead == {0: others[:1]}
+    for job in others[1:]:
+        assert launches(queue.submit(job, 1.0)) == []
+    queue.turn(1.0)
+    queue.complete(first, 2.0, started=1.0, finished=1.0 + SHORT)
+    assert [list(job.members) for job in queue.lanes.handed_ahead[0]] == [others[1:]]
+
+
+@pytest.mark.parametrize("which", [1, 2, 3])
+def test_one_of_several_that_its_lane_would_not_take_ends_and_the_others_run_in_order(which):
+    queue = device()
+    runner = short_runner(queue, ahead_limit=3 * SHORT)
+    jobs = [Job(runner) for _ in range(5)]
+    for job in jobs:
+        queue.submit(job, 1.0)
+    assert launched(queue.complete(jobs[which], 1.0, ok=False)) == jobs[4:]
+    rest = [job for job in jobs if job is not jobs[which]]
+    for job in rest:
+        assert queue.lanes.running[0] is job
+        queue.complete(job, 2.0)
+    assert jobs[which].state is JobState.FAILED
     assert runner.home
 
 

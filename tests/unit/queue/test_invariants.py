@@ -197,7 +197,15 @@ def a_barrier_not_reached(s):
 
 
 def one_that_follows_nothing(s):
-    s.queue.lanes.handed_ahead[2] = somewhere(Job(s.runner), lane=2)
+    s.queue.lanes.handed_ahead[2] = [somewhere(Job(s.runner), lane=2)]
+
+
+def too_many_ahead(s):
+    running = s.queue.lanes.running[s.running.lane]
+    ahead = [somewhere(Job(s.runner), lane=running.lane) for _ in range(8)]
+    for job in ahead:
+        job.slot, job.epoch = running.slot, running.epoch
+    s.queue.lanes.handed_ahead[running.lane] = ahead
 
 
 def a_lane_open_to_another(s):
@@ -286,9 +294,10 @@ def a_job_rejected_for_no_reason(s):
             one_that_follows_nothing,
             "a job handed ahead has the source, slot and epoch of the job on its lane",
         ),
+        (too_many_ahead, "no more jobs are handed ahead to a lane than it takes"),
         (
             a_lane_open_to_another,
-            "a lane that is open for a source's next job runs one of its jobs and has no next",
+            "a lane that is open for a source's next job runs one of its jobs and takes more",
         ),
         (a_live_deadline_too_many, "live deadlines are counted"),
     ],

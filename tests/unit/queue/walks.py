@@ -170,6 +170,7 @@ class Walk:
             draw.choice(["lane", "lane", "inline", "auto"]),
             draw.choice([0.25, 1, 2]),
             draw.choice([0, 1, 1] if self.short_runs else [0, 0.25, 1]),
+            self.others.choice([0, 0.5, 1, 4]),
             draw.choice([0, 0.125]),
         )
         rest = {
@@ -318,11 +319,11 @@ class Walk:
                 ("remove_runner", (draw.randrange(len(model.runners)),)),
                 (
                     "add_runner",
-                    (model.runners[-1].name, 1, (None, None, None), ("lane", 0, 0, 0), {}),
+                    (model.runners[-1].name, 1, (None, None, None), ("lane", 0, 0, 0, 0), {}),
                 ),
                 (
                     "add_runner",
-                    ("too wide", 1, (None, None, None), ("lane", 0, 0, 0), {"width": 9}),
+                    ("too wide", 1, (None, None, None), ("lane", 0, 0, 0, 0), {"width": 9}),
                 ),
             ]
         )
@@ -403,8 +404,10 @@ class Player:
                 yield ("next turn",)
 
     def add_runner(self, name, slots, bounds, placing, rest):
-        choice, limit, follow_limit, hop = placing
-        placing = Placing(Placement(choice), limit, follow_limit=follow_limit, hop=hop)
+        choice, limit, follow_limit, ahead_limit, hop = placing
+        placing = Placing(
+            Placement(choice), limit, follow_limit=follow_limit, ahead_limit=ahead_limit, hop=hop
+        )
         if rest.get("batching"):
             rest = rest | {"batching": Batching(*rest["batching"])}
         rest = dict(rest)
