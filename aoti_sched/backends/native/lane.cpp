@@ -313,7 +313,7 @@ void Lanes::serve(Thread& thread) {
     CPU_SET(thread.core, &cores);
     pthread_setaffinity_np(pthread_self(), sizeof cores, &cores);
   }
-  // Whoever sees the name sees a thread that is bound.
+  // A thread that can be found by its name is bound.
   pthread_setname_np(pthread_self(), thread.name.substr(0, 15).c_str());
 #elif defined(__APPLE__)
   pthread_setname_np(thread.name.c_str());
