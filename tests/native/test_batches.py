@@ -19,6 +19,7 @@ from aoti_sched.backends.native import _native
 from aoti_sched.backends.native import executor as native
 from aoti_sched.backends.native.executor import NativeExecutor
 from aoti_sched.model.batch_plan import BatchPlan, InputPlan, OutputPlan
+from aoti_sched.queue.selection.placement import MOST_AHEAD
 from tests.compiled.backends.batch_contract import (
     GatheringContract,
     StagingContract,
@@ -149,14 +150,15 @@ def test_a_batch_that_a_lane_does_not_take_is_let_go(executor, gated):
     (one,) = matrices(2)
     executor.submit(0, gated.work())
     gated.wait_until_inside()
-    executor.submit(0, batch_work(CModel(), [torch.ones(1, 3)]))
+    for _ in range(MOST_AHEAD):
+        executor.submit(0, batch_work(CModel(), [torch.ones(1, 3)]))
     with pytest.raises(
         RuntimeError, match=r"^device cpu: lane 0 is full or closed; nothing was submitted$"
     ):
         executor.submit(0, batch_work(CModel(), [one]))
     assert (handles(one), sys.getrefcount(one)) == (0, 2)
     gated.open_gate()
-    assert len(collect(executor, 2)) == 2
+    assert len(collect(executor, 1 + MOST_AHEAD)) == 1 + MOST_AHEAD
 
 
 @pytest.mark.parametrize("fault", [{"status": 1}, {"throws": THROWS_STANDARD}], ids=str)

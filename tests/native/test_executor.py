@@ -20,6 +20,7 @@ from aoti_sched.backends.executors.choose import open_executor
 from aoti_sched.backends.native import executor as native
 from aoti_sched.backends.native.executor import NativeExecutor
 from aoti_sched.errors import ResourcesError, RunError
+from aoti_sched.queue.selection.placement import MOST_AHEAD
 from tests.compiled.backends.executor_contract import (
     FOREVER,
     Function,
@@ -256,18 +257,21 @@ def test_a_lane_runs_on_while_python_holds_the_gil(executor):
     assert len(collect(executor, 2)) == 2
 
 
-def test_a_third_work_of_a_lane_is_refused_and_leaves_no_handle_behind(executor, gated):
+def test_a_work_more_than_the_rules_hand_ahead_is_refused_and_leaves_no_handle_behind(
+    executor, gated
+):
     tensor = torch.ones(2)
     executor.submit(0, gated.work())
     gated.wait_until_inside()
-    executor.submit(0, CModel().work(torch.ones(1)))
+    for _ in range(MOST_AHEAD):
+        executor.submit(0, CModel().work(torch.ones(1)))
     with pytest.raises(
         RuntimeError, match=r"^device cpu: lane 0 is full or closed; nothing was submitted$"
     ):
         executor.submit(0, CModel().work(tensor))
     assert handles(tensor) == 0
     gated.open_gate()
-    assert len(collect(executor, 2)) == 2
+    assert len(collect(executor, 1 + MOST_AHEAD)) == 1 + MOST_AHEAD
 
 
 def test_a_wrong_number_of_inputs_is_refused_and_leaves_no_handle_behind(executor):

@@ -12,6 +12,7 @@ import time
 import pytest
 
 from aoti_sched.backends.native import _native
+from aoti_sched.queue.selection.placement import MOST_AHEAD
 from tests.native.harness import (
     FOREVER,
     collect,
@@ -323,15 +324,19 @@ def test_a_wrong_number_of_inputs_is_refused_before_a_handle_is_made(c, lanes, c
     c.delete(*inputs)
 
 
-def test_a_third_work_of_a_lane_is_refused_and_its_handles_are_freed(c, lanes, gated):
+def test_a_work_more_than_the_rules_hand_ahead_is_refused_and_its_handles_are_freed(
+    c, lanes, gated
+):
     one, inputs = model(gated, 1), tensors(1)
-    submit(lanes, one, tensors(1), token=1)
+    tokens = [*range(1 + MOST_AHEAD)]
+    submit(lanes, one, tensors(1), token=tokens[0])
     c.wait_until_inside(gated)
-    submit(lanes, one, tensors(1), token=2)
+    for token in tokens[1:]:
+        submit(lanes, one, tensors(1), token=token)
     refuse(lanes, RuntimeError, "lane 0 is full or closed; nothing was submitted", one, inputs)
     assert c.deletes(inputs[0]) == 1
     c.open_gate(gated)
-    assert [completion.token for completion in collect(lanes, 2)] == [1, 2]
+    assert [completion.token for completion in collect(lanes, len(tokens))] == tokens
 
 
 def test_a_lane_takes_work_again_as_soon_as_a_completion_is_seen(lanes):
