@@ -41,7 +41,7 @@ class WakeupFd {
 
 class Lanes {
  public:
-  static constexpr std::size_t kDepth = 8;  // one running, and MOST_AHEAD of queue/selection/placement.py
+  static constexpr std::size_t kDepth = 8;  // one running, and MOST_AHEAD of placement.py
 
   // Starts the lanes. Throws std::system_error.
   //
