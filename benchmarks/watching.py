@@ -1,7 +1,7 @@
 """The workload (l): what it costs to watch.
 
 64 clients of the tiny model, with nothing attached, and with each of the ways to see what happens.
-Runs of the tiny model go inline, so the event loop's thread does all the work. Its CPU time is
+All runs go inline, so the event loop's thread does all the work. Its CPU time is
 measured, since the differences are smaller than what other processes do to wall clock time.
 """
 
@@ -70,7 +70,7 @@ def watched(
     async def open_runner(setting: Setting) -> AsyncIterator[Run]:
         async with Scheduler(SchedulerConfig(**settings)) as scheduler:
             package = models.ensure(setting.model, setting.kind)
-            runner = await scheduler.load(package, instances=setting.instances)
+            runner = await scheduler.load(package, instances=setting.instances, placement="inline")
             with attach(scheduler):
                 yield partial(runner.run, models.example(setting.model))
 

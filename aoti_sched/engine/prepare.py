@@ -29,6 +29,7 @@ from aoti_sched.model.wrapper_source import MAY_WRITE, writes_to_buffers
 from aoti_sched.queue.selection.placement import (
     AHEAD_LIMIT,
     FOLLOW_LIMIT,
+    HOP,
     HOP_OF_ONE,
     Placement,
     Placing,
@@ -382,4 +383,5 @@ def _placing(settings: ModelConfig, threads: int, *, allowed: bool) -> Placing:
         follow_limit=FOLLOW_LIMIT if allowed else 0.0,
         ahead_limit=AHEAD_LIMIT,
         hop=HOP_OF_ONE,
+        backlog_limit=HOP,
     )

@@ -83,8 +83,14 @@ from aoti_sched.queue.ending import Ending
 from aoti_sched.queue.holding import Holding, Stay
 from aoti_sched.queue.job import Fact, IllegalFactError, Job, JobState, Priority
 from aoti_sched.queue.memory import Claim
-from aoti_sched.queue.queue_state import batch_queue_of, may_share_run
-from aoti_sched.queue.runner_state import UNHEALTHY, Lease, Phase, RunnerState
+from aoti_sched.queue.queue_state import batch_queue_of
+from aoti_sched.queue.runner_state import (
+    UNHEALTHY,
+    Lease,
+    Phase,
+    RunnerState,
+    may_share_run,
+)
 from aoti_sched.queue.selection.forecast import expected
 from aoti_sched.queue.selection.placement import LOOP
 from aoti_sched.queue.sessions import SessionFacts

@@ -13,8 +13,8 @@ from aoti_sched.queue.holding import Stay
 from aoti_sched.queue.job import Job, JobState, Priority
 from aoti_sched.queue.runner_state import Phase
 from aoti_sched.queue.selection import accounts as fair
-from aoti_sched.queue.selection.choice import can_start
-from aoti_sched.queue.selection.placement import LOOP, MOST_AHEAD
+from aoti_sched.queue.selection.choice import can_start, is_behind, most_ahead
+from aoti_sched.queue.selection.placement import LOOP, MOST_AHEAD, Placement
 from aoti_sched.queue.timers import is_over
 
 if TYPE_CHECKING:
@@ -224,10 +224,10 @@ def check(queue: DeviceQueue) -> None:
         for source in sources:
             head = source.queue.head()
             if head is not None and can_start(source) and not queue._goes_on:
-                here = head.is_lease_request or runner.placing.inline(head.bytes)
-                lane = bool(queue.lanes.free) and not _waits_for_cores(queue)
-                place = (head.is_lease_request or queue.lanes.loop_is_free()) if here else lane
-                must(not place, "no job waits while a slot and a place to run are free")
+                must(
+                    not _has_place(queue, source, head),
+                    "no job waits while a slot and a place to run are free",
+                )
         _check_accounts(queue, runner, queued, must)
         queued_jobs += len(queued)
         queued_bytes += sum(job.bytes for job in queued)
@@ -323,6 +323,29 @@ def _check_memory(queue: DeviceQueue, must: Callable[[bool, str], None]) -> None
     must(
         memory.wake is None or (queue._wake is not None and queue._wake <= memory.wake),
         "the device wakes for the runners in line",
+    )
+
+
+def _has_place(queue: DeviceQueue, source: Source, head: Job) -> bool:
+    """Return whether a place is free for a source's first job.
+
+    Of the sources that may run on the loop or on a lane, only the first one gets a place.
+    """
+    lanes, runner = queue.lanes, source.runner
+    placing = runner.placing
+    if head.is_lease_request:
+        return True
+    lane = bool(lanes.free) and not _waits_for_cores(queue)
+    if not placing.inline(head.bytes):
+        return lane
+    if placing.choice is not Placement.AUTO:
+        return lanes.loop_is_free()
+    if queue._selector._either.best() is not source:
+        return False
+    if not is_behind(head):
+        return lanes.loop_is_free()
+    return (lane and runner.width <= lanes.free_cores) or (
+        lanes.loop_is_fresh() and not lanes.takes_ahead(source, most_ahead(head))
     )
 
 

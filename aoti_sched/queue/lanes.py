@@ -80,6 +80,10 @@ class Lanes:
     def loop_is_free(self) -> bool:
         return LOOP not in self.running and self.inline_left > 0
 
+    def loop_is_fresh(self) -> bool:
+        """Return whether the loop is free, and no inline run has ended in its present turn."""
+        return LOOP not in self.running and self.inline_left == self.inline_budget
+
     def launched(self) -> list[Job]:
         """Return the jobs that were launched and are not complete; of a batch, its leader."""
         jobs = list(self.running.values())
@@ -173,6 +177,12 @@ class Lanes:
                 if waiting < fewest:
                     best, fewest = lane, waiting
         return best
+
+    def takes_ahead(self, source: Source, most: int) -> bool:
+        """Return whether a lane that the source's jobs run on has fewer than `most` jobs ahead."""
+        if not source.open_for_next:
+            return False
+        return not self.handed_ahead or self.waiting_on(self.open_lane(source)) < most
 
     def hand_ahead(self, job: Job, most: int) -> None:
         """Add a job to those of `job.lane`, an open one, which takes no more than `most` of them.

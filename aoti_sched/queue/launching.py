@@ -17,9 +17,9 @@ from aoti_sched.queue.deadlines import ExpiringJobs
 from aoti_sched.queue.ending import SLICE
 from aoti_sched.queue.growth import Growth
 from aoti_sched.queue.job import Fact, Job, JobState, Priority, row_size
-from aoti_sched.queue.queue_state import batch_queue_of, may_share_run
-from aoti_sched.queue.runner_state import Lease, RunnerState, Source
-from aoti_sched.queue.selection.choice import better, can_start
+from aoti_sched.queue.queue_state import batch_queue_of
+from aoti_sched.queue.runner_state import Lease, RunnerState, Source, may_share_run
+from aoti_sched.queue.selection.choice import better, can_start, is_behind, most_ahead
 from aoti_sched.queue.selection.forecast import expected
 from aoti_sched.queue.selection.placement import LOOP
 
@@ -88,6 +88,7 @@ class Launching(ExpiringJobs):
             if job.deadline is not None and self._is_late(job, job.deadline, now, commands):
                 late += 1
                 continue
+            leaves = self._selector.leaves_the_loop
             has_choice = self._may_leave_the_loop(job)
             self._unqueue(job)
             if job.is_lease_request:
@@ -95,7 +96,7 @@ class Launching(ExpiringJobs):
             else:
                 self._selector.launches(job, chosen=True)
                 placing = job.source.runner.placing
-                inline = placing.inline(job.bytes)
+                inline = placing.inline(job.bytes) and not leaves
                 if has_choice and not placing.grows(
                     *batch_queue_of(job.source.runner).potential_batch(job)
                 ):
@@ -271,7 +272,7 @@ class Launching(ExpiringJobs):
             source = job.source
             self._unqueue(job)
             self._selector.launches(job, chosen=False)
-            lane, most = self.lanes.open_lane(source), self._most_ahead(job)
+            lane, most = self.lanes.open_lane(source), most_ahead(job)
             self._start(job, lane, self.lanes.running[lane].slot, now, commands)
             self.lanes.hand_ahead(job, most)
             commands.append(Launch(job))
@@ -288,26 +289,15 @@ class Launching(ExpiringJobs):
         job, placing = source.queue.head(), source.runner.placing
         if job is None or job.is_lease_request:
             return None
-        if not placing.follows(job.bytes) or placing.inline(job.bytes):
+        if not placing.follows(job.bytes) or (placing.inline(job.bytes) and not is_behind(job)):
             return None
-        if self.lanes.handed_ahead and self.lanes.waiting_on(
-            self.lanes.open_lane(source)
-        ) >= self._most_ahead(job):
+        if not self.lanes.takes_ahead(source, most_ahead(job)):
             return None
         if job.deadline is not None and (
             job.deadline <= now or self._would_be_late(job, job.deadline, now)
         ):
             return None
         return job if self._selector.may_follow(job, now) else None
-
-    def _most_ahead(self, job: Job) -> int:
-        """Return how many jobs like this one, which follows, its lane may have been handed ahead.
-
-        Jobs that may share a run are handed ahead one by one: those that wait make larger batches.
-        """
-        if job.key is not None and may_share_run(job):
-            return 1
-        return job.source.runner.placing.most_ahead(job.bytes)
 
     def _grant(self, job: Job, now: float, commands: list[Command]) -> None:
         """Give a lease request its slot, without a lane, and complete the request."""

@@ -17,7 +17,7 @@ from aoti_sched.queue.job import Fact, IllegalFactError, Job, JobState
 from aoti_sched.queue.lanes import Lanes
 from aoti_sched.queue.memory import Memory
 from aoti_sched.queue.policy import Policy
-from aoti_sched.queue.runner_state import Lease, RunnerState
+from aoti_sched.queue.runner_state import Lease, RunnerState, may_share_run
 from aoti_sched.queue.selection.choice import Selector
 from aoti_sched.queue.selection.fairness import FairShares
 from aoti_sched.queue.selection.forecast import Forecast
@@ -30,14 +30,6 @@ from aoti_sched.queue.weight_turns import Turns
 def batch_queue_of(runner: RunnerState) -> BatchQueue:
     """Return the batchable jobs of a runner that makes batches."""
     return runner.batch_queue  # type: ignore[return-value]
-
-
-def may_share_run(job: Job) -> bool:
-    """Return whether others may run with a job that has a key.
-
-    Such a job draws its slot from a runner that makes batches, and not from a lease.
-    """
-    return job.source is job.source.runner and job.source.runner.batch_queue is not None
 
 
 class QueueState:

@@ -241,6 +241,7 @@ class RecordedQueue(DeviceQueue):
                 placing.follow_limit,
                 placing.ahead_limit,
                 placing.hop,
+                placing.backlog_limit,
             ),
             batching,
             width,

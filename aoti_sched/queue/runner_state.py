@@ -339,3 +339,11 @@ class Lease(Source):
         self.holder = holder
         self.granted = granted
         self.released = False
+
+
+def may_share_run(job: Job) -> bool:
+    """Return whether others may run with a job that has a key.
+
+    Such a job draws its slot from a runner that makes batches, and not from a lease.
+    """
+    return job.source is job.source.runner and job.source.runner.batch_queue is not None

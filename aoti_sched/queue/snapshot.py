@@ -56,6 +56,7 @@ from aoti_sched.queue.selection.choice import (
     _age_on_the_loop,
     _for_a_lane,
     _for_a_lease,
+    _for_either,
     _for_the_loop,
 )
 from aoti_sched.queue.selection.fairness import FairShares
@@ -134,6 +135,7 @@ _KNOWN: dict[str, Any] = {
     "age on the loop": _age_on_the_loop,
     "for a lane": _for_a_lane,
     "for a lease": _for_a_lease,
+    "for either": _for_either,
     "for the loop": _for_the_loop,
     "gate": _place,
     "no account": NO_ACCOUNT,

@@ -245,7 +245,7 @@ class Replayed:
         if slots > MOST:
             raise ReplayError(f"runner {name!r}: {slots} slots are too many")
         choice, *limits = placing
-        limit, follow_limit, ahead_limit, hop = map(float, limits)
+        limit, follow_limit, ahead_limit, hop, backlog_limit = map(float, limits)
         runner = self.queue.add_runner(
             name,
             slots,
@@ -256,6 +256,7 @@ class Replayed:
                 follow_limit=follow_limit,
                 ahead_limit=ahead_limit,
                 hop=hop,
+                backlog_limit=backlog_limit,
             ),
             batching=None if batching is None else _batching(**batching),
             share=float(share),

@@ -1,7 +1,12 @@
 """Selector: which queued job is launched next, among those with a free slot and a place to run.
 
-Sources contend with their first jobs: for a lane, for the loop's own thread, or for a lease. The
-priority class decides, then the runner's virtual time (`fairness.py`), then the job's due time.
+Sources contend with their first jobs: for a lane, for the loop's own thread, for either of the two,
+or for a lease. The priority class decides, then the runner's virtual time (`fairness.py`), then the
+job's due time.
+
+A short job of a runner with `Placement.AUTO` goes to the loop, unless the loop is behind with its
+source (`placement.py`). Then it goes to a free lane, or is handed ahead to one. Where neither is
+possible, it is the one job of the loop's turn.
 
 Where jobs may become overdue, every second launch is of the overdue job that came first. These
 launches take at most a quarter of the time (`OVERDUE_PART`). Under overload, each job becomes
@@ -12,8 +17,9 @@ from __future__ import annotations
 
 from aoti_sched.queue.job import Job
 from aoti_sched.queue.lanes import Lanes
-from aoti_sched.queue.runner_state import RunnerState, Source
+from aoti_sched.queue.runner_state import RunnerState, Source, may_share_run
 from aoti_sched.queue.selection.job_queue import LazyHeap, Rank
+from aoti_sched.queue.selection.placement import Placement
 
 
 def can_start(source: Source) -> bool:
@@ -45,6 +51,20 @@ def _for_the_loop(source: Source) -> Rank | None:
         head is None
         or head.is_lease_request
         or not can_start(source)
+        or source.runner.placing.choice is Placement.AUTO
+        or not source.runner.placing.inline(head.bytes)
+    ):
+        return None
+    return _rank(head)
+
+
+def _for_either(source: Source) -> Rank | None:
+    head = source.queue.head()
+    if (
+        head is None
+        or head.is_lease_request
+        or not can_start(source)
+        or source.runner.placing.choice is not Placement.AUTO
         or not source.runner.placing.inline(head.bytes)
     ):
         return None
@@ -92,6 +112,27 @@ def _age_on_the_loop(source: Source) -> Rank | None:
     return _age(source, inline=True)
 
 
+def is_behind(job: Job) -> bool:
+    """Return whether the loop is behind with the source of a job that belongs there.
+
+    Jobs that may share a run don't add up: they run as one batch.
+    """
+    source = job.source
+    if job.key is not None and may_share_run(job):
+        return False
+    return source.runner.placing.is_behind(job.bytes, len(source.queue))
+
+
+def most_ahead(job: Job) -> int:
+    """Return how many jobs like this one, which follows, a lane may be handed ahead.
+
+    Jobs that may share a run are handed ahead one by one: those that wait make larger batches.
+    """
+    if job.key is not None and may_share_run(job):
+        return 1
+    return job.source.runner.placing.most_ahead(job.bytes)
+
+
 def better(one: Job | None, other: Job | None) -> Job | None:
     """Return the one of two sources' first jobs that goes before the other."""
     if one is None or other is None:
@@ -115,10 +156,15 @@ class Selector:
     Args:
         lanes: The device's lanes.
         max_wait: Seconds in the queue after which a job is overdue; None for never.
+
+    Attributes:
+        leaves_the_loop: Whether the job that was chosen last belongs on the loop, but goes to a
+            lane, since the loop is behind.
     """
 
     __slots__ = (
         "_credit",
+        "_either",
         "_lanes",
         "_lease",
         "_loop",
@@ -128,6 +174,7 @@ class Selector:
         "_regular",
         "_runs",
         "_was_overdue",
+        "leaves_the_loop",
     )
 
     def __init__(self, lanes: Lanes, max_wait: float | None) -> None:
@@ -135,10 +182,12 @@ class Selector:
         self._max_wait = max_wait
         self._regular = False  # the last launch was of an overdue job, so the next one is not
         self._was_overdue = False  # whether the job that was chosen last is overdue
+        self.leaves_the_loop = False
         # Core seconds, below zero while overdue jobs have had more than their part.
         self._credit = 0.0
         self._runs: LazyHeap[Source] = LazyHeap(_for_a_lane)
         self._loop: LazyHeap[Source] = LazyHeap(_for_the_loop)
+        self._either: LazyHeap[Source] = LazyHeap(_for_either)
         self._lease: LazyHeap[Source] = LazyHeap(_for_a_lease)
         self._oldest: LazyHeap[Source] = LazyHeap(_age_on_a_lane)
         self._oldest_inline: LazyHeap[Source] = LazyHeap(_age_on_the_loop)
@@ -153,14 +202,18 @@ class Selector:
             return
         if head.is_lease_request:
             self._lease.enter_as(source, _rank(head))
-        elif source.runner.placing.inline(head.bytes):
-            self._loop.enter_as(source, _rank(head))
-        else:
+        elif not source.runner.placing.inline(head.bytes):
             self._runs.enter_as(source, _rank(head))
+        elif source.runner.placing.choice is Placement.AUTO:
+            self._either.enter_as(source, _rank(head))
+        else:
+            self._loop.enter_as(source, _rank(head))
 
     def forget(self, source: Source) -> None:
         """Remove a source that no job will come to any more."""
-        for contest in (self._runs, self._loop, self._lease, self._oldest, self._oldest_inline):
+        for contest in (self._runs, self._loop, self._either, self._lease):
+            contest.leave(source)
+        for contest in (self._oldest, self._oldest_inline):
             contest.leave(source)
 
     def next(self, now: float) -> Job | None:
@@ -170,19 +223,33 @@ class Selector:
         it on a lane; otherwise it could starve.
         """
         lanes, overdue = self._lanes, None
+        self.leaves_the_loop = False
         if self._max_wait is not None:
             found = self._next_overdue(now)
             self._was_overdue = found is not None
             if found is not None:
                 return found
             overdue = self._overdue(self._oldest, now)
-        first = _first(self._lease)
-        if lanes.free and (overdue is None or overdue.source.runner.width <= lanes.free_cores):
+        first, either, best = _first(self._lease), _first(self._either), None
+        lane = bool(lanes.free) and (
+            overdue is None or overdue.source.runner.width <= lanes.free_cores
+        )
+        if lane:
             best = _first(self._runs)
             if best is not None and best.source.runner.width <= lanes.free_cores:
                 first = better(first, best)
         if lanes.loop_is_free():
             first = better(first, _first(self._loop))
+        if either is None:
+            return first
+        if not is_behind(either):
+            return better(first, either) if lanes.loop_is_free() else first
+        fits = either.source.runner.width <= lanes.free_cores
+        if lane and fits and better(best, either) is either:
+            first = better(first, either)
+            self.leaves_the_loop = first is either
+        elif lanes.loop_is_fresh() and not lanes.takes_ahead(either.source, most_ahead(either)):
+            first = better(first, either)
         return first
 
     def launches(self, job: Job, *, chosen: bool) -> None:
@@ -208,7 +275,10 @@ class Selector:
 
     def is_wanted(self, *, inline: bool) -> bool:
         """Return whether a queued job with a free slot contends for the loop, or for a lane."""
-        return (self._loop if inline else self._runs).best() is not None
+        either = _first(self._either)
+        if inline:
+            return either is not None or self._loop.best() is not None
+        return self._runs.best() is not None or (either is not None and is_behind(either))
 
     def has_place(self, runner: RunnerState, *, inline: bool) -> bool:
         """Return whether a run of a runner may start on the loop, or on a lane, now."""
@@ -225,7 +295,9 @@ class Selector:
         The job may not while a better job contends for a lane, nor while it is the turn of overdue
         jobs and there is one.
         """
-        first = _first(self._runs)
+        first, either = _first(self._runs), _first(self._either)
+        if either is not None and is_behind(either):
+            first = better(first, either)
         if first is not None and _rank(first) < _rank(job):
             return False
         if self._max_wait is None or self._regular or self._credit < 0.0:

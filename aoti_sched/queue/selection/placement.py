@@ -2,16 +2,23 @@
 
 A hop to a sleeping thread costs 60 to 70 µs, even in C. A run that is known to be shorter than that
 ends sooner when the loop runs it inline. A longer run would block the loop.
+
+That holds for one run. Where so many short runs are queued that the loop would take longer than a
+hop to come to the last of them, the loop is behind, and they go to lanes first.
 """
 
 from __future__ import annotations
 
 import enum
+import math
 
 from aoti_sched.queue.selection.service_time import ServiceTimes
 
 INLINE_BUDGET = 1e-3
 """Seconds of inline runs per turn of the loop: what inline runs may add to the loop's lag."""
+
+HOP = 70e-6
+"""Seconds that a run on a lane whose thread sleeps takes longer than an inline run."""
 
 FOLLOW_LIMIT = 1e-3
 """Seconds: a lane that runs a shorter job may be handed jobs ahead of time that take no longer.
@@ -65,12 +72,14 @@ class Placing:
         ahead_limit: More than one such job may be handed ahead if they hardly take longer than
             these seconds together.
         hop: Seconds that the limit of a batch is higher for each further request.
+        backlog_limit: Under AUTO, the loop is behind if the queued runs of one source without the
+            first would take it longer than these seconds.
 
     Attributes:
         times: The learned run times.
     """
 
-    __slots__ = ("ahead_limit", "choice", "follow_limit", "hop", "limit", "times")
+    __slots__ = ("ahead_limit", "backlog_limit", "choice", "follow_limit", "hop", "limit", "times")
 
     def __init__(
         self,
@@ -80,12 +89,14 @@ class Placing:
         follow_limit: float = 0.0,
         ahead_limit: float = 0.0,
         hop: float = 0.0,
+        backlog_limit: float = math.inf,
     ) -> None:
         self.choice = choice
         self.limit = limit
         self.follow_limit = follow_limit
         self.ahead_limit = ahead_limit
         self.hop = hop
+        self.backlog_limit = backlog_limit
         self.times = ServiceTimes()
 
     def inline(self, size: int) -> bool:
@@ -100,6 +111,17 @@ class Placing:
                 size, self.limit, self.hop
             )
         return self.choice is Placement.INLINE
+
+    def is_behind(self, size: int, queued: int) -> bool:
+        """Return whether the loop is behind, so that a run that belongs there may go to a lane.
+
+        Args:
+            size: The bytes of the run's inputs.
+            queued: The number of queued runs of its source, with this one.
+        """
+        if self.choice is not Placement.AUTO:
+            return False
+        return (queued - 1) * min(self.limit, self.times.bound(size)) > self.backlog_limit
 
     def follows(self, size: int) -> bool:
         """Return whether a run on inputs of `size` bytes is short enough to be handed ahead."""

@@ -195,7 +195,7 @@ DAMAGES = {
     "a huge runner": damaged(
         "add_runner",
         *{"name": "x", "slots": 10**15, "bounds": None, "epoch": 1}.items(),
-        *{"placing": ["lane", 0, 0, 0, 0], "batching": None, "width": 1, "share": 1}.items(),
+        *{"placing": ["lane", 0, 0, 0, 0, 0], "batching": None, "width": 1, "share": 1}.items(),
         *{"sheds": False, "predicts": False, "routable": False}.items(),
         *{"holding": None, "holding_name": ""}.items(),
     ),

@@ -73,7 +73,8 @@ class PlainModel(Room, Order):
             name: Its name.
             slots: How many slots it gives out.
             bounds: The most jobs, bytes, and jobs of one tenant.
-            placing: The choice, the limit, the limits for one and more jobs handed ahead, the hop.
+            placing: The choice, the limit, the limits for one and more jobs handed ahead, the hop,
+                and the limit of the backlog.
             rest: Other fields of `Runner`.
         """
         if any(runner.name == name and not runner.removed for runner in self.runners):
@@ -312,7 +313,7 @@ class PlainModel(Room, Order):
             if SLICE in (admitted, late):
                 self.goes_on = True
                 break
-            job, overdue = self.choose(now)
+            job, overdue, leaves = self.choose(now)
             if job is None:
                 break
             if self.too_late(job, now):
@@ -323,7 +324,7 @@ class PlainModel(Room, Order):
             else:
                 if overdue:
                     self.met.add("overdue")
-                commands += self.launch(job, now)
+                commands += self.launch(job, now, leaves=leaves)
                 self.launched(job, overdue=overdue)
         return commands + self.over() if over else commands
 
@@ -356,12 +357,13 @@ class PlainModel(Room, Order):
         self.leases.append(lease)
         return ("grant", job.number, lease.number, lease.slot)
 
-    def launch(self, job, now, behind=None):
+    def launch(self, job, now, behind=None, *, leaves=False):
         """Run a job, with the members of its batch, on a lane or the loop.
 
-        With `behind`, the job is handed ahead to that run's lane and slot.
+        With `behind`, the job is handed ahead to that run's lane and slot. With `leaves`, a job
+        that belongs on the loop goes to a lane.
         """
-        inline = job.runner.inline(job.bytes) and not self.leaves_the_loop(job)
+        inline = job.runner.inline(job.bytes) and not leaves and not self.leaves_the_loop(job)
         slot = behind.slot if behind else self.slot_for(job)
         lane = behind.lane if behind else LOOP if inline else self.lane_for(job.runner, slot)
         if lane != LOOP:
@@ -431,14 +433,20 @@ class PlainModel(Room, Order):
         head = self.first_of(source)
         if head is None or not self.open_runs(source) or getattr(source, "closed", False):
             return False
-        runner, rival = head.runner, self.best_for_a_lane()
-        if head.is_lease_request or runner.inline(head.bytes) or not runner.short(head.bytes):
+        runner, either = head.runner, self.best_of_either()
+        rivals = [self.best_for_a_lane(), either if self.wants_a_lane() else None]
+        if head.is_lease_request or not runner.short(head.bytes):
             return False
-        fewest = min(len(self.behind(run)) for run in self.open_runs(source))
-        if fewest >= self.most_behind(head):
+        if runner.inline(head.bytes) and not self.is_behind(head):
+            return False
+        if not self.may_be_behind(head):
             return False
         passed = head.deadline is not None and head.deadline <= now
-        if passed or self.is_late(head, now) or (rival and self.rank(rival) < self.rank(head)):
+        if (
+            passed
+            or self.is_late(head, now)
+            or any(rival is not None and self.rank(rival) < self.rank(head) for rival in rivals)
+        ):
             return False
         if not self.may_be_overdue():
             return True

@@ -83,6 +83,28 @@ class Order:
         ]
         return min(heads, key=self.rank, default=None)
 
+    def is_either(self, job):
+        """Whether a job may run on the loop or on a lane."""
+        return job.runner.choice == "auto" and job.runner.inline(job.bytes)
+
+    def best_of_either(self):
+        heads = [job for job in self.heads() if not job.is_lease_request and self.is_either(job)]
+        return min(heads, key=self.rank, default=None)
+
+    def is_behind(self, job):
+        """Whether the jobs queued behind a short one would keep the loop for too long."""
+        if not self.is_either(job) or job.together is not None:
+            return False
+        queued = [other for other in self.jobs if other.state == "QUEUED"]
+        others = [other for other in queued if other.source is job.source and other is not job]
+        each = min(job.runner.limit, job.runner.bound(job.bytes))
+        return len(others) * each > job.runner.backlog_limit
+
+    def may_be_behind(self, job):
+        """Whether a lane may be handed a job behind those that are there."""
+        runs = self.open_runs(job.source)
+        return any(len(self.behind(run)) < self.most_behind(job) for run in runs)
+
     # --- places -----------------------------------------------------------------------------------
 
     def can_start(self, source):
@@ -124,7 +146,14 @@ class Order:
         rivals = [head for head in self.heads() if not head.is_lease_request]
         if any(head.runner.inline(head.bytes) == inline for head in rivals):
             return False
+        if not inline and self.wants_a_lane():
+            return False
         return self.has_place(job)
+
+    def wants_a_lane(self):
+        """Whether a short job wants a lane, since the loop is behind."""
+        either = self.best_of_either()
+        return either is not None and self.is_behind(either)
 
     # --- the next ---------------------------------------------------------------------------------
 
@@ -164,7 +193,7 @@ class Order:
                     yield oldest
 
     def choose(self, now):
-        """Return the job to launch next, and whether it was chosen because it is overdue.
+        """Return the job to launch next, whether it is overdue, and whether it leaves the loop.
 
         Only jobs with a free slot and a place to run are chosen.
         """
@@ -178,20 +207,35 @@ class Order:
             min(on_lane, key=lambda job: (job.submitted, job.id), default=None)
             or self.best_for_a_lane()
         )
+        rivals = [*on_lane, best] if best is not None else []
+        lane = bool(self.free_lanes())
         if best is not None and self.free_lanes() and best.runner.width > self.free_cores():
             self.met.add("waits for cores")
+            lane = lane and not on_lane
             best, on_lane = None, []
         if on_loop + on_lane:
-            return min(on_loop + on_lane, key=lambda job: (job.submitted, job.id)), True
+            return min(on_loop + on_lane, key=lambda job: (job.submitted, job.id)), True, False
+        either = self.best_of_either()
+        behind = either is not None and self.is_behind(either)
+        leaves = behind and lane and either.runner.width <= self.free_cores()
+        leaves = leaves and all(self.rank(either) < self.rank(job) for job in rivals)
+        fresh = self.loop_is_free() and self.budget_left == self.budget
 
         def can_go(job):
             if job.is_lease_request:
                 return True
+            if self.is_either(job) and job is not either:
+                return False
+            if behind and job is either:
+                return leaves or (fresh and not self.may_be_behind(job))
             if job.runner.inline(job.bytes):
                 return self.loop_is_free()
             return job is best and bool(self.free_lanes())
 
-        return min(filter(can_go, self.heads()), key=self.rank, default=None), False
+        job = min(filter(can_go, self.heads()), key=self.rank, default=None)
+        if job is not None and behind and job is either:
+            self.met.add("leaves a loop that is behind" if leaves else "one of a turn")
+        return job, False, leaves and job is either
 
     # --- late -------------------------------------------------------------------------------------
 
@@ -258,6 +302,8 @@ class Order:
             not head.is_lease_request and not head.runner.inline(head.bytes)
             for head in self.heads()
         ):
+            return False
+        if self.wants_a_lane():
             return False
         leaves = not job.runner.grows(*self.company_of(job))
         if leaves:

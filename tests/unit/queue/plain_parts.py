@@ -68,6 +68,7 @@ class Runner:
     follow_limit: float = 0
     ahead_limit: float = 0
     hop: float = 0
+    backlog_limit: float = math.inf
     width: int = 1
     share: float = 1.0
     sheds: bool = False

@@ -164,7 +164,7 @@ LOW_JOB = {
     "is_lease_request": False,
     "min_epoch": 0,
 }
-UNBOUNDED_ON_LANES = ((None, None, None), ("lane", 0, 0, 0, 0))
+UNBOUNDED_ON_LANES = ((None, None, None), ("lane", 0, 0, 0, 0, math.inf))
 
 
 def submissions(runner, *wishes, first=0, wait=False):

@@ -472,7 +472,14 @@ def test_numbers_that_json_has_not_and_every_setting_come_through():
         "m",
         6,
         Bounds(3, 4, 5, 6),
-        placing=Placing(Placement.AUTO, math.inf, follow_limit=0.25, ahead_limit=0.5, hop=0.125),
+        placing=Placing(
+            Placement.AUTO,
+            math.inf,
+            follow_limit=0.25,
+            ahead_limit=0.5,
+            hop=0.125,
+            backlog_limit=2.0,
+        ),
         batching=Batching(4, 0.5, math.inf, 6),
         width=2,
         share=2.0,
@@ -492,7 +499,7 @@ def test_numbers_that_json_has_not_and_every_setting_come_through():
         assert getattr(theirs, name) == getattr(ours, name)
     assert theirs.load.bounds == ours.load.bounds
     assert theirs.batch_queue.rule == ours.batch_queue.rule
-    for name in ("choice", "limit", "follow_limit", "ahead_limit", "hop"):
+    for name in ("choice", "limit", "follow_limit", "ahead_limit", "hop", "backlog_limit"):
         assert getattr(theirs.placing, name) == getattr(ours.placing, name)
     assert (theirs.memory.name, replayed.jobs[0].deadline) == ("weights", math.inf)
     assert through_json(replayed.queue.record()) == record

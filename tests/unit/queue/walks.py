@@ -30,6 +30,9 @@ from aoti_sched.queue.selection.placement import LOOP, Placement, Placing
 from tests.unit.queue.plain_model import PlainModel
 from tests.unit.queue.plain_parts import LIVE, Illegal
 
+ON_LANES = ("lane", 0, 0, 0, 0, math.inf)
+"""How a runner is placed that has no wishes."""
+
 
 def answer_of(model, method, arguments):
     """Return what the plain model says to a fact, and then to `go_on` as often as it is needed."""
@@ -172,6 +175,7 @@ class Walk:
             draw.choice([0, 1, 1] if self.short_runs else [0, 0.25, 1]),
             self.others.choice([0, 0.5, 1, 4]),
             draw.choice([0, 0.125]),
+            self.others.choice([0, 0.25, 1, math.inf]),
         )
         rest = {
             "width": draw.randint(1, min(self.cores, 3)) if self.wide else 1,
@@ -319,11 +323,23 @@ class Walk:
                 ("remove_runner", (draw.randrange(len(model.runners)),)),
                 (
                     "add_runner",
-                    (model.runners[-1].name, 1, (None, None, None), ("lane", 0, 0, 0, 0), {}),
+                    (
+                        model.runners[-1].name,
+                        1,
+                        (None, None, None),
+                        ON_LANES,
+                        {},
+                    ),
                 ),
                 (
                     "add_runner",
-                    ("too wide", 1, (None, None, None), ("lane", 0, 0, 0, 0), {"width": 9}),
+                    (
+                        "too wide",
+                        1,
+                        (None, None, None),
+                        ON_LANES,
+                        {"width": 9},
+                    ),
                 ),
             ]
         )
@@ -404,9 +420,14 @@ class Player:
                 yield ("next turn",)
 
     def add_runner(self, name, slots, bounds, placing, rest):
-        choice, limit, follow_limit, ahead_limit, hop = placing
+        choice, limit, follow_limit, ahead_limit, hop, backlog_limit = placing
         placing = Placing(
-            Placement(choice), limit, follow_limit=follow_limit, ahead_limit=ahead_limit, hop=hop
+            Placement(choice),
+            limit,
+            follow_limit=follow_limit,
+            ahead_limit=ahead_limit,
+            hop=hop,
+            backlog_limit=backlog_limit,
         )
         if rest.get("batching"):
             rest = rest | {"batching": Batching(*rest["batching"])}
