@@ -84,13 +84,23 @@ def test_what_the_child_writes_to_is_its_own():
     assert state == [1]
 
 
-def test_no_child_and_no_descriptor_is_left():
+def test_no_child_and_no_descriptor_is_left(monkeypatch):
+    children, fork = [], os.fork
+
+    def counted():
+        child = fork()
+        children.append(child)
+        return child
+
+    monkeypatch.setattr(os, "fork", counted)
     before = {path.name for path in Path("/proc/self/fd").iterdir()}
     for _ in range(3):
         in_child(lambda tell: None, 30)
     assert {path.name for path in Path("/proc/self/fd").iterdir()} == before
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    assert len(children) == 3
+    for child in children:
+        with pytest.raises(ChildProcessError):
+            os.waitpid(child, os.WNOHANG)
 
 
 def test_a_child_that_has_much_to_tell_is_read_while_it_tells():
