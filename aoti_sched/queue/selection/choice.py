@@ -211,9 +211,10 @@ class Selector:
 
     def forget(self, source: Source) -> None:
         """Remove a source that no job will come to any more."""
-        for contest in (self._runs, self._loop, self._either, self._lease):
-            contest.leave(source)
-        for contest in (self._oldest, self._oldest_inline):
+        for contest in (
+            *(self._runs, self._loop, self._either, self._lease),
+            *(self._oldest, self._oldest_inline),
+        ):
             contest.leave(source)
 
     def next(self, now: float) -> Job | None:
