@@ -107,10 +107,23 @@ int sim_faults(const char** first) {
   return count;
 }
 
+/* What a lost device was given before, which it would do once it is repaired. */
+static int left_to_lost_devices(void) {
+  int left = 0;
+  for (int i = 0; i < most_streams; ++i) {
+    if (broken[streams[i].device]) left += (int)(streams[i].seq - streams[i].done);
+  }
+  return left;
+}
+
 void sim_repair(void) {
+  const struct timespec until = in_a_minute();
   pthread_mutex_lock(&mutex);
   held = microseconds = faults = kernels = most_threads = spinning = refusals = refused_waits = 0;
   limit = 0;
+  pthread_cond_broadcast(&changed);
+  while (left_to_lost_devices() > 0 && pthread_cond_timedwait(&changed, &mutex, &until) == 0) {
+  }
   for (int i = 0; i < DEVICES; ++i) {
     const int was_lost = broken[i];
     broken[i] = breaks_next[i] = 0;
