@@ -333,11 +333,9 @@ def _has_place(queue: DeviceQueue, source: Source, head: Job) -> bool:
     """
     lanes, runner = queue.lanes, source.runner
     placing = runner.placing
-    if head.is_lease_request:
-        return True
     lane = bool(lanes.free) and not _waits_for_cores(queue)
-    if not placing.inline(head.bytes):
-        return lane
+    if head.is_lease_request or not placing.inline(head.bytes):
+        return head.is_lease_request or lane
     if placing.choice is not Placement.AUTO:
         return lanes.loop_is_free()
     if queue._selector._either.best() is not source:

@@ -115,12 +115,12 @@ class Placing:
     def is_behind(self, size: int, queued: int) -> bool:
         """Return whether the loop is behind, so that a run that belongs there may go to a lane.
 
+        This is for runners with AUTO.
+
         Args:
             size: The bytes of the run's inputs.
             queued: The number of queued runs of its source, with this one.
         """
-        if self.choice is not Placement.AUTO:
-            return False
         return (queued - 1) * min(self.limit, self.times.bound(size)) > self.backlog_limit
 
     def follows(self, size: int) -> bool:
