@@ -65,6 +65,10 @@ def check(queue: DeviceQueue) -> None:
     )
     _check_lanes(queue, must)
     queued_jobs = queued_bytes = 0
+    must(
+        all(0 < len(ahead) <= MOST_AHEAD for ahead in queue.lanes.handed_ahead.values()),
+        "no more jobs are handed ahead to a lane than it takes",
+    )
     for runner in queue.runners.values():
         on_lanes = [job for job in queue.lanes.running.values() if job.source.runner is runner]
         held = [lease.slot for lease in runner.leases.values()]
@@ -157,10 +161,6 @@ def check(queue: DeviceQueue) -> None:
                 and (first.source, first.slot, first.epoch) == (job.source, job.slot, job.epoch),
                 "a job handed ahead has the source, slot and epoch of the job on its lane",
             )
-        must(
-            all(0 < len(ahead) <= MOST_AHEAD for ahead in queue.lanes.handed_ahead.values()),
-            "no more jobs are handed ahead to a lane than it takes",
-        )
         for source in sources:
             open_lanes = source.open_for_next
             must(

@@ -182,7 +182,8 @@ class Lanes:
         """Return whether a lane that the source's jobs run on has fewer than `most` jobs ahead."""
         if not source.open_for_next:
             return False
-        return not self.handed_ahead or self.waiting_on(self.open_lane(source)) < most
+        waiting = self.waiting_on(self.open_lane(source)) if self.handed_ahead else 0
+        return waiting < most
 
     def hand_ahead(self, job: Job, most: int) -> None:
         """Add a job to those of `job.lane`, an open one, which takes no more than `most` of them.

@@ -289,7 +289,7 @@ class Launching(ExpiringJobs):
         job, placing = source.queue.head(), source.runner.placing
         if job is None or job.is_lease_request:
             return None
-        if not placing.follows(job.bytes) or (placing.inline(job.bytes) and not is_behind(job)):
+        if placing.inline(job.bytes) and not is_behind(job):
             return None
         if not self.lanes.takes_ahead(source, most_ahead(job)):
             return None

@@ -124,13 +124,12 @@ def is_behind(job: Job) -> bool:
 
 
 def most_ahead(job: Job) -> int:
-    """Return how many jobs like this one, which follows, a lane may be handed ahead.
+    """Return how many jobs like this one a lane may be handed ahead; 0 where they are too long.
 
     Jobs that may share a run are handed ahead one by one: those that wait make larger batches.
     """
-    if job.key is not None and may_share_run(job):
-        return 1
-    return job.source.runner.placing.most_ahead(job.bytes)
+    most = job.source.runner.placing.most_ahead(job.bytes)
+    return min(most, 1) if job.key is not None and may_share_run(job) else most
 
 
 def better(one: Job | None, other: Job | None) -> Job | None:

@@ -115,7 +115,7 @@ class Placing:
     def is_behind(self, size: int, queued: int) -> bool:
         """Return whether the loop is behind, so that a run that belongs there may go to a lane.
 
-        This is for runners with AUTO.
+        The run's runner has AUTO.
 
         Args:
             size: The bytes of the run's inputs.
@@ -128,8 +128,10 @@ class Placing:
         return self.times.bound(size) < self.follow_limit
 
     def most_ahead(self, size: int) -> int:
-        """Return how many runs on inputs of `size` bytes, which follow, a lane is handed ahead."""
+        """Return how many runs on inputs of `size` bytes are handed ahead to a lane; 0 if long."""
         bound = self.times.bound(size)
+        if bound >= self.follow_limit:
+            return 0
         if bound * MOST_AHEAD <= self.ahead_limit:
             return MOST_AHEAD
         return max(1, int(self.ahead_limit / bound))

@@ -426,7 +426,8 @@ class PlainModel(Room, Order):
         """How many jobs like this one may be behind the run of a lane."""
         bound, limit = job.runner.bound(job.bytes), job.runner.ahead_limit
         together = [number for number in range(1, 8) if number * bound <= limit]
-        return max(together, default=1) if job.together is None else 1
+        most = max(together, default=1) if job.together is None else 1
+        return most if job.runner.short(job.bytes) else 0
 
     def hands_on(self, source, now):
         """Whether a lane may be given the source's next job behind the one that it runs."""

@@ -145,3 +145,21 @@ def test_a_job_that_needs_more_cores_is_not_overtaken_on_a_lane():
     assert launched == []
     (one,) = launches(queue.turn(2.0))
     assert one.lane == LOOP
+
+
+def test_a_job_of_an_unknown_size_is_not_kept_from_the_loop_by_a_lane_that_would_not_take_it():
+    """Larger inputs are known to be short, so it belongs on the loop; no lane is handed it."""
+    queue = device(lanes=1)
+    placing = Placing(
+        Placement.AUTO, 1.0, follow_limit=1.0, ahead_limit=2 * RUN, backlog_limit=BACKLOG
+    )
+    runner = add(queue, "short", 4, placing=placing)
+    teach(queue, runner, RUN, size=800)
+    queue.turn(0.0)
+    spend_the_turn(queue)
+    known, launched = submit(queue, runner, 6, bytes=800)
+    assert launched == known[:1]
+    (job,), launched = submit(queue, runner, 1, bytes=8, priority=Priority.HIGH)
+    assert launched == []
+    assert launches(queue.turn(2.0)) == [job]
+    assert job.lane == LOOP
