@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
-
-import msgspec
 
 from aoti_sched.histograms import EndedRequests, Histogram
 from aoti_sched.queue.job import JobState, Priority
@@ -37,7 +36,7 @@ def runner_stats(queue: DeviceQueue, runner: RunnerState) -> RunnerStats:
     turns = queue.turns.get(runner)
     records = [runner] if turns is None else [turns.main, turns.behind]
     serving = runner if turns is None else turns.serving
-    totals = msgspec.structs.asdict(runner.counters)
+    totals = asdict(runner.counters)
     busy = sum(one.slots - len(one.free) for one in records)
     for ahead in queue.lanes.handed_ahead.values():
         busy += sum(job.source.runner in records for job in ahead)

@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-
-import msgspec
+from dataclasses import dataclass
+from typing import Final
 
 from aoti_sched.queue.job import Job
 from aoti_sched.queue.selection.job_queue import JobQueue
 
-AHEAD = 3
+AHEAD: Final = 3
 """A key is ripe this many runs before a deadline.
 
 The batch may then take two of them within `USABLE` of the time (`growth.py`).
 """
 
 
-class Batching(msgspec.Struct, frozen=True):
+@dataclass(frozen=True)
+class Batching:
     """The rule by which a runner's jobs are batched.
 
     Args:

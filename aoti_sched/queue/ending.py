@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Final
 
 from aoti_sched.errors import AotiSchedError
 from aoti_sched.queue.job import Job
 from aoti_sched.queue.runner_state import RunnerState, Source
 
-SLICE = 16
+SLICE: Final = 16
 """Jobs that one fact ends, moves or admits at most, for each reason.
 
 Measured with 100,000 jobs, each with a tenant and a timeout of its own (rules in Python, 2 busy

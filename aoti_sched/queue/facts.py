@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Hashable, Iterator
-from typing import Any
-
-import msgspec
+from dataclasses import asdict, is_dataclass
+from typing import Any, Final
 
 from aoti_sched.queue.job import Job
 from aoti_sched.queue.runner_state import Lease, Source
@@ -58,7 +57,7 @@ VALUES = {
 }
 """The names of each fact's values."""
 
-FAILED = "failed"
+FAILED: Final = "failed"
 """The kept name of a completion that is not `ok`, which needs no value for that."""
 
 _OF_SUBMIT: tuple[str, ...] = ("deadline", "bytes", "tenant")
@@ -130,20 +129,20 @@ def lease_of(job: Job) -> int:
     return source.id if isinstance(source, Lease) else -1
 
 
-CHUNK = 256
+CHUNK: Final = 256
 """Facts of a chunk. Facts are dropped a chunk at a time."""
 
-USUAL = 5
+USUAL: Final = 5
 """Values of the facts that each request has, at most."""
 
-SPACING = 5
+SPACING: Final = 5
 """Facts for each value of a snapshot before the next one is tried: 1 % of the loop's time.
 
 A value takes 700 instructions (callgrind, rules compiled), and the loop 15,000 for each fact of a
 tiny request.
 """
 
-MORE = 100_000
+MORE: Final = 100_000
 """The most facts that are kept beyond those asked for, back to a state that a replay can begin at.
 
 They take 10 MB, at 100 bytes a fact.
@@ -382,6 +381,6 @@ def for_json(value: Any) -> Any:
     """Return a value of a fact as JSON can have it, which knows no infinite number."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    if isinstance(value, msgspec.Struct):
-        return {what: for_json(of) for what, of in msgspec.structs.asdict(value).items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {what: for_json(of) for what, of in asdict(value).items()}
     return [for_json(one) for one in value] if isinstance(value, tuple) else value

@@ -41,18 +41,19 @@ Each member is charged for its rows, so fair shares hold (`selection/fairness.py
 from __future__ import annotations
 
 import math
+from typing import Final
 
 from aoti_sched.queue.batching import Batching
 from aoti_sched.queue.job import Job, row_size
 from aoti_sched.queue.selection.service_time import GRAIN, NO_LIMIT, UNNOTICED, ServiceTimes
 
-PROMISED = 2
+PROMISED: Final = 2
 """The most runs of one job that a batch takes by default while jobs of a higher class come."""
 
-ALONE = 8
+ALONE: Final = 8
 """The most runs of one job that a batch takes by default otherwise."""
 
-USABLE = 0.75
+USABLE: Final = 0.75
 """The part of the time up to a deadline within which a batch is expected to end."""
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import heapq
 from abc import ABC, abstractmethod
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 _E = TypeVar("_E", bound="tuple[Any, ...]")
 
-SPARE = 16
+SPARE: Final = 16
 """The number of entries that may be over before any are dropped, however few the others are."""
 
-MOVED = 4
+MOVED: Final = 4
 """The number of entries that one call of `tidy` moves to the new heap.
 
 Half of n entries are over when the move begins, so the move ends before n/4 more are over.

@@ -8,12 +8,13 @@ An event costs two comparisons and one increment where it falls into the bucket 
 from __future__ import annotations
 
 from math import inf
+from typing import Final
 
-LEAST_SECONDS = 8e-6
+LEAST_SECONDS: Final = 8e-6
 """The upper bound of the first bucket of seconds."""
-LEAST_SIZE = 1.0
+LEAST_SIZE: Final = 1.0
 """The upper bound of the first bucket of batch sizes."""
-DOUBLINGS = 26
+DOUBLINGS: Final = 26
 """The last bound is 2**26 times the first: 537 seconds. One more bucket has what is larger."""
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from aoti_sched.queue.selection.accounts import Account
 
 if TYPE_CHECKING:
     from aoti_sched.queue.runner_state import Source
+    from aoti_sched.queue.selection.job_queue import Bucket
+    from aoti_sched.queue.selection.sorted_jobs import Place
 
 
 class Priority(enum.IntEnum):
@@ -56,7 +58,7 @@ class Fact(enum.IntEnum):
     WITHDRAW = 10
 
 
-TRANSITIONS: dict[JobState, dict[Fact, JobState]] = {
+TRANSITIONS: Final[dict[JobState, dict[Fact, JobState]]] = {
     JobState.NEW: {
         Fact.REJECT: JobState.REJECTED,
         Fact.EXPIRE: JobState.EXPIRED,
@@ -146,12 +148,17 @@ class Job:
         batch: How many jobs ran as one with this job.
         expected: Core seconds that the run was expected to take when the job was queued.
         account: The tenant's account, which `expected` is charged to at the launch.
+        bucket: Of a job that is queued or at a gate: what has it there.
+        place: Its place in the bucket.
+        age: Its place among the source's queued jobs by age, where jobs may become overdue.
         recorded: Facts whose time no field keeps, with the state before each; see `story`.
     """
 
     __slots__ = (
         "account",
+        "age",
         "batch",
+        "bucket",
         "bypasses_limits",
         "bytes",
         "deadline",
@@ -170,6 +177,7 @@ class Job:
         "overdue",
         "payload",
         "pinned",
+        "place",
         "priority",
         "probing",
         "recorded",
@@ -236,6 +244,9 @@ class Job:
         self.batch = 1
         self.expected = 0.0
         self.account: Account | None = None
+        self.bucket: Bucket | None = None
+        self.place: Place | None = None
+        self.age: Place | None = None
         self.recorded: tuple[tuple[float, Fact, JobState], ...] = ()  # see `story`
         self.overdue = False  # launched out of order, since it had waited too long
         self.probing = False  # predicted to be late, and run anyway to correct the prediction

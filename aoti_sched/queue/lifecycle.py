@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-
-import msgspec
+from dataclasses import replace
 
 from aoti_sched.errors import AotiSchedError, RunnerClosedError, UpdateAbortedError
 from aoti_sched.queue import barrier
@@ -72,7 +71,7 @@ class Lifecycle(Launching):
         if batching is not None and self.policy.max_wait is not None:
             # An overdue job does not wait for others to join its batch.
             delay = min(batching.max_delay, self.policy.max_wait)
-            batching = msgspec.structs.replace(batching, max_delay=delay)
+            batching = replace(batching, max_delay=delay)
         load = Load(f"runner {name!r}", bounds or Bounds())
         runner = RunnerState(
             name,

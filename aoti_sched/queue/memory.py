@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 
 from aoti_sched.errors import MemoryLimitError
 from aoti_sched.queue import barrier
@@ -26,7 +26,7 @@ from aoti_sched.queue.commands import Claimed, Command, Park, Return
 from aoti_sched.queue.holding import Holding, Stay
 from aoti_sched.queue.runner_state import Phase, RunnerState
 
-STAY = 4.0
+STAY: Final = 4.0
 """A busy runner stays resident for at least this many times the time that its restore took."""
 
 

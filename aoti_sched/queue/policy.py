@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Final, Literal
 
-import msgspec
-
-UNHURRIED = 10.0
+UNHURRIED: Final = 10.0
 """Seconds.
 
 A job without a deadline is ordered as if it were due this long after its submission. So jobs with
@@ -14,7 +13,8 @@ earlier deadlines go first, but can't delay the job for ever.
 """
 
 
-class Policy(msgspec.Struct, frozen=True):
+@dataclass(frozen=True)
+class Policy:
     """The rules by which a device chooses among jobs.
 
     Args:

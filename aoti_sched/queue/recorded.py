@@ -11,9 +11,8 @@ become numbers when the record is read, so that no user's data is in it.
 
 from __future__ import annotations
 
-from typing import Any
-
-import msgspec
+from dataclasses import asdict
+from typing import Any, Final
 
 from aoti_sched.errors import AotiSchedError
 from aoti_sched.queue.admission.load import Bounds
@@ -29,14 +28,14 @@ from aoti_sched.queue.runner_state import Lease, RunnerState
 from aoti_sched.queue.selection.placement import INLINE_BUDGET, Placing
 from aoti_sched.queue.snapshot import Snapshot, UnknownClassError, take
 
-FACTS_KEPT = 1_000
+FACTS_KEPT: Final = 1_000
 """Facts that are kept by default: some 300 requests, and those back to the last snapshot.
 
 So few stay in the processor's cache. With 10,000, a request of a tiny model takes 1.04 times as
 long.
 """
 
-MOST_VALUES = 20_000
+MOST_VALUES: Final = 20_000
 """The most values of a snapshot. With more, for example with 1,000 jobs queued, none is taken."""
 
 
@@ -102,9 +101,7 @@ class RecordedQueue(DeviceQueue):
             "memory_limit": self.memory.limit,
             "evicts": self.memory.evicts,
         }
-        counters = {
-            name: msgspec.structs.asdict(runner.counters) for name, runner in self.runners.items()
-        }
+        counters = {name: asdict(runner.counters) for name, runner in self.runners.items()}
         return self._kept.record(made, counters, error)
 
     def _make_room(self) -> None:

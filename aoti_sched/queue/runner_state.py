@@ -6,9 +6,8 @@ import enum
 import math
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
-from typing import Any
-
-import msgspec
+from dataclasses import dataclass
+from typing import Any, Final
 
 from aoti_sched.queue.admission.load import Load
 from aoti_sched.queue.admission.shedding import ShedHeap
@@ -18,8 +17,9 @@ from aoti_sched.queue.holding import Holding
 from aoti_sched.queue.job import Job, JobState, Priority
 from aoti_sched.queue.selection.accounts import Account, FairClass
 from aoti_sched.queue.selection.backlog import Backlog
-from aoti_sched.queue.selection.job_queue import JobQueue, SortedJobs
+from aoti_sched.queue.selection.job_queue import JobQueue
 from aoti_sched.queue.selection.placement import Placing
+from aoti_sched.queue.selection.sorted_jobs import SortedJobs
 
 
 class Phase(enum.IntEnum):
@@ -31,7 +31,8 @@ class Phase(enum.IntEnum):
     DRAINED = 3  # has no job and no held lease; may be removed
 
 
-class Counters(msgspec.Struct):
+@dataclass
+class Counters:
     """Running totals of one runner; seconds are on the caller's clock."""
 
     submitted: int = 0
@@ -60,7 +61,7 @@ class Counters(msgspec.Struct):
     """The completed jobs that ended by their deadline, or had none."""
 
 
-UNHEALTHY = 5
+UNHEALTHY: Final = 5
 """The number of runs in a row that must fail before a runner is failing."""
 
 

@@ -25,8 +25,6 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any
 
-import msgspec
-
 from aoti_sched.errors import ReplayError
 from aoti_sched.queue.admission.gate import Room, _place
 from aoti_sched.queue.admission.load import Bounds, Load
@@ -68,10 +66,10 @@ from aoti_sched.queue.selection.job_queue import (
     JobQueue,
     Keyed,
     LazyHeap,
-    SortedJobs,
 )
 from aoti_sched.queue.selection.placement import Placement, Placing
 from aoti_sched.queue.selection.service_time import ServiceTime, ServiceTimes
+from aoti_sched.queue.selection.sorted_jobs import Place, SortedJobs
 from aoti_sched.queue.selection.urgency import Urgency, _Starts
 from aoti_sched.queue.timers import Deadlines, Timers
 from aoti_sched.queue.weight_turns import Turns
@@ -94,6 +92,7 @@ _BLANK: dict[type, Callable[[], Any]] = {
     Bucket: lambda: Bucket(0, NO_ACCOUNT, None, 0),
     Buckets: Buckets,
     Claim: lambda: Claim(Holding(""), 0),
+    Counters: Counters,
     Deadlines: Deadlines,
     Ended: Ended,
     EpochJobs: EpochJobs,
@@ -112,6 +111,7 @@ _BLANK: dict[type, Callable[[], Any]] = {
     Lease: lambda: Lease(0, _runner(), 0, None, 0.0),
     Load: lambda: Load("", Bounds()),
     Memory: lambda: Memory(""),
+    Place: lambda: Place(0.0, Job(_runner())),
     Placing: Placing,
     Room: lambda: Room("", Bounds()),
     RunnerState: _runner,
@@ -128,7 +128,8 @@ _BLANK: dict[type, Callable[[], Any]] = {
 }
 """Makes an object of each class that may get values."""
 
-_STRUCTS: tuple[type, ...] = (Batching, Bounds, Counters, Policy)
+_RULES: tuple[type, ...] = (Batching, Bounds, Policy)
+"""What never changes."""
 _ENUMS: tuple[type[enum.Enum], ...] = (Fact, JobState, Phase, Placement, Priority, Stay)
 _KNOWN: dict[str, Any] = {
     "age on a lane": _age_on_a_lane,
@@ -173,7 +174,7 @@ _NAMED: dict[tuple[type, str], tuple[int, ...]] = {
 """Where tenants and keys are: the value, or the keys or items of the container; of tuples, which
 of their items."""
 
-_KINDS = {kind.__name__: kind for kind in (*_BLANK, *_STRUCTS)}
+_KINDS = {kind.__name__: kind for kind in (*_BLANK, *_RULES)}
 _ENUM_KINDS = {kind.__name__: kind for kind in _ENUMS}
 _DEPTH = 8
 """The most tuples within each other."""
@@ -183,8 +184,7 @@ def fields_of(thing: Any) -> list[str]:
     """Return the names of a thing's attributes, whether its class is compiled or not."""
     kind = type(thing)
     names = {name for one in kind.__mro__ for name in vars(one).get("__slots__", ())}
-    for listed in ("__mypyc_attrs__", "__struct_fields__"):
-        names.update(getattr(kind, listed, ()))
+    names.update(getattr(kind, "__mypyc_attrs__", ()))
     names |= getattr(thing, "__dict__", {}).keys()
     return sorted(names - {"__dict__", "__weakref__", "_kept"} - _LEFT_OUT.get(kind, set()))
 
@@ -374,7 +374,7 @@ class _Walk:
         number = self.numbers.get(id(thing))
         if number is None:
             kind = type(thing)
-            if kind not in _BLANK and kind not in _STRUCTS:
+            if kind not in _BLANK and kind not in _RULES:
                 raise UnknownClassError(f"a snapshot of a queue has no {kind.__qualname__}")
             number = self.numbers[id(thing)] = len(self.found)
             self.found.append(thing)
@@ -470,15 +470,15 @@ def restore(saved: Sequence[tuple[str, Any]], queue: DeviceQueue) -> list[Any]:
 
 
 def _made(name: str, values: Any) -> Any:
-    """Make an object that has no values yet, or a struct, which refers to no object."""
+    """Make an object that has no values yet, or a rule, which refers to no object."""
     kind = _KINDS[name]
-    if kind in _STRUCTS:
+    if kind in _RULES:
         return kind(**{name: _read(value, [], 0) for name, value in values.items()})
     return _BLANK[kind]()
 
 
 def _fill(kind: str, values: Any, thing: Any, things: list[Any]) -> None:
-    if isinstance(thing, msgspec.Struct):
+    if isinstance(thing, _RULES):
         return
     if isinstance(values, dict):
         names = set(fields_of(thing))

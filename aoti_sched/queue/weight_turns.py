@@ -23,9 +23,11 @@ held leases does not give way: their runs need its weights.
 
 from __future__ import annotations
 
+from typing import Final
+
 from aoti_sched.queue.runner_state import RunnerState
 
-SHARE = 4.0
+SHARE: Final = 4.0
 """A record with queued jobs serves for at least this many times the time that a turn takes."""
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import msgspec
@@ -145,10 +146,7 @@ class Replayed:
             self.outcomes.append(outcome)
             yield fact, outcome
         try:
-            ours = {
-                name: msgspec.structs.asdict(runner.counters)
-                for name, runner in self.queue.runners.items()
-            }
+            ours = {name: asdict(runner.counters) for name, runner in self.queue.runners.items()}
             self._must_agree(ours)
         except ReplayError:
             raise

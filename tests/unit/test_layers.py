@@ -92,6 +92,7 @@ CIRCLES = {
             "runner_state",
             "selection.backlog",
             "selection.job_queue",
+            "selection.sorted_jobs",
         )
     ),
 }

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-import msgspec
 
 if TYPE_CHECKING:
     from aoti_sched.queue.job import Job
 
 
-class Bounds(msgspec.Struct, frozen=True):
+@dataclass(frozen=True)
+class Bounds:
     """Bounds of the jobs that are queued, and not running, at once. None is no bound.
 
     A held lease has its runner's bounds of jobs and bytes once more, for itself: see `Room.full`.

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from aoti_sched.queue.heap import Heap
 from aoti_sched.queue.job import Job, JobState
 
-VICTIMS = 32
+VICTIMS: Final = 32
 """The most jobs that are shed for one new job.
 
 A new job that needs more is rejected, so that no fact takes long.

@@ -15,6 +15,8 @@ overdue sooner or later, and without this limit priority classes and shares woul
 
 from __future__ import annotations
 
+from typing import Final
+
 from aoti_sched.queue.job import Job
 from aoti_sched.queue.lanes import Lanes
 from aoti_sched.queue.runner_state import RunnerState, Source, may_share_run
@@ -145,7 +147,7 @@ def _first(contest: LazyHeap[Source]) -> Job | None:
     return None if source is None else source.queue.head()
 
 
-OVERDUE_PART = 0.25
+OVERDUE_PART: Final = 0.25
 """The most that launches of overdue jobs get of the core time."""
 
 

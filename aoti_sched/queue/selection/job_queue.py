@@ -12,11 +12,12 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from aoti_sched.queue.heap import Heap
 from aoti_sched.queue.job import Job, Priority, row_size
 from aoti_sched.queue.selection.accounts import Account, FairClass
+from aoti_sched.queue.selection.sorted_jobs import SortedJobs
 
 _T = TypeVar("_T", bound=Hashable)
 
@@ -26,10 +27,10 @@ Rank = tuple[float, ...]
 A rank ends in a job's id, so no two ranks are equal.
 """
 
-KEPT = 64
+KEPT: Final = 64
 """The most buckets of a queue that are kept for later jobs before empty ones are dropped."""
 
-NO_ACCOUNT = Account()
+NO_ACCOUNT: Final = Account()
 """The account of buckets that do not share time; never charged."""
 
 
@@ -91,64 +92,6 @@ class LazyHeap(Heap["tuple[Rank, _T]"], Generic[_T]):
         return None
 
 
-class SortedJobs(Heap["tuple[float, int, Job]"]):
-    """Jobs ordered by a number, and by their ids where the numbers are equal.
-
-    Most jobs come in the order in which they go. These are in `_in_order`. A job that must go
-    before the last of these is in the heap.
-
-    Attributes:
-        first: The job with the least number; None when there is no job.
-    """
-
-    __slots__ = ("_early", "_in_order", "_last", "first")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first: Job | None = None
-        # OrderedDict is a linked list: unlike a dict's, its first key is found in O(1) after many
-        # deletions.
-        self._in_order: OrderedDict[int, tuple[float, int, Job]] = OrderedDict()
-        self._last: tuple[float, int] = (0.0, 0)  # number and id of the last job in order
-        self._early: dict[int, Job] = {}
-
-    def is_over(self, entry: tuple[float, int, Job]) -> bool:
-        return entry[1] not in self._early
-
-    def push(self, number: float, job: Job) -> None:
-        follows = bool(self._in_order)
-        if not follows or (number, job.id) > self._last:
-            self._in_order[job.id] = (number, job.id, job)
-            self._last = (number, job.id)
-        else:
-            follows = False
-            self._early[job.id] = job
-            self.add((number, job.id, job))
-        if not follows:
-            self.first = self._least()
-
-    def remove(self, job: Job) -> None:
-        if self._in_order.pop(job.id, None) is None:
-            del self._early[job.id]
-            self.tidy(len(self._early))
-        if job is self.first:
-            self.first = self._least()
-
-    def each(self) -> Iterator[Job]:
-        for entry in self._in_order.values():
-            yield entry[2]
-        yield from self._early.values()
-
-    def jobs(self) -> list[Job]:
-        return [*(entry[2] for entry in self._in_order.values()), *self._early.values()]
-
-    def _least(self) -> Job | None:
-        early = self.first_alive()
-        for first in self._in_order.values():
-            return early[2] if early is not None and early < first else first[2]
-        return None if early is None else early[2]
-
-
 class Bucket(SortedJobs):
     """Jobs of one class, tenant, key and length, the earliest due job first."""
 
@@ -170,46 +113,59 @@ class Buckets:
     """Buckets that have jobs, ordered by their first jobs.
 
     Attributes:
-        buckets: The buckets.
-        only: The bucket, when there is only one; the heap is not used then.
+        only: The bucket, when there is only one.
     """
 
-    __slots__ = ("_contest", "buckets", "only")
+    __slots__ = ("_contest", "_several", "only")
 
     def __init__(self) -> None:
-        # OrderedDict, since its first key is found in O(1) after many deletions.
-        self.buckets: OrderedDict[Bucket, None] = OrderedDict()
         self.only: Bucket | None = None
-        self._contest: LazyHeap[Bucket] = LazyHeap(Bucket.rank)
+        # Both are made for the second bucket: most often there is one.
+        self._several: OrderedDict[Bucket, None] | None = None
+        self._contest: LazyHeap[Bucket] | None = None
 
     def changed(self, bucket: Bucket) -> None:
         """Note that jobs have come to a bucket or left it."""
-        if bucket is self.only:
+        only = self.only
+        if bucket is only:
             if bucket.first is None:
                 self.only = None
-                del self.buckets[bucket]
             return
-        buckets = self.buckets
-        if bucket.first is not None:
-            if not buckets:
+        several, contest = self._several, self._contest
+        if several is None or contest is None:
+            if only is None:
                 self.only = bucket
-            elif self.only is not None:  # the bucket that was alone did not contend until now
-                self._contest.enter(self.only)
-                self.only = None
-            buckets[bucket] = None
-            if self.only is None:
-                self._contest.enter(bucket)
-        else:
-            del buckets[bucket]
-            self._contest.leave(bucket)
-            if len(buckets) == 1:
-                (self.only,) = buckets
-                self._contest = LazyHeap(Bucket.rank)
+                return
+            self.only = None
+            self._several = several = OrderedDict()
+            self._contest = contest = LazyHeap(Bucket.rank)
+            several[only] = None
+            contest.enter(only)
+        if bucket.first is not None:
+            several[bucket] = None
+            contest.enter(bucket)
+            return
+        del several[bucket]
+        contest.leave(bucket)
+        if len(several) == 1:
+            (self.only,) = several
+            self._several = self._contest = None
 
     def first(self) -> Job | None:
         """Return the job that goes first; None when there is no bucket."""
-        bucket = self.only or self._contest.best()
+        only, contest = self.only, self._contest
+        bucket = contest.best() if only is None and contest is not None else only
         return None if bucket is None else bucket.first
+
+    @property
+    def is_empty(self) -> bool:
+        return self.only is None and self._several is None
+
+    def all(self) -> list[Bucket]:
+        """Return the buckets."""
+        if self.only is not None:
+            return [self.only]
+        return [] if self._several is None else list(self._several)
 
 
 class Keyed:
@@ -233,7 +189,7 @@ class Keyed:
             of_length = self.by_length[bucket.length] = Buckets()
             insort(self.lengths, bucket.length)
         of_length.changed(bucket)
-        if not of_length.buckets:
+        if of_length.is_empty:
             del self.by_length[bucket.length]
             self.lengths.remove(bucket.length)
 
@@ -274,14 +230,17 @@ class JobQueue:
         return self._size
 
     def push(self, job: Job) -> None:
-        bucket = self._bucket_of(job)
-        bucket.push(job.due, job)
+        bucket = self._bucket_for(job)
+        job.bucket, job.place = bucket, bucket.push(job.due, job)
         self._size += 1
         self._changed(bucket)
 
     def remove(self, job: Job) -> None:
-        bucket = self._bucket_of(job)
-        bucket.remove(job)
+        bucket, place = job.bucket, job.place
+        if bucket is None or place is None:
+            raise job.illegal(f"job {job.id} is in no queue")
+        bucket.remove(place)
+        job.bucket = job.place = None
         self._size -= 1
         self._changed(bucket)
 
@@ -321,16 +280,16 @@ class JobQueue:
         self._hidden.pop(key, None)
         of_key = self._by_key.get(key)
         for of_length in () if of_key is None else of_key.by_length.values():
-            for bucket in list(of_length.buckets):
+            for bucket in of_length.all():
                 self._shown.changed(bucket)
 
     def each(self) -> Iterator[Job]:
         """Yield all jobs, in no guaranteed order, and without building a list."""
-        for bucket in self._shown.buckets:
+        for bucket in self._shown.all():
             yield from bucket.each()
         for key in self._hidden:
             for of_length in self._by_key[key].by_length.values():  # a hidden key has jobs
-                for bucket in of_length.buckets:
+                for bucket in of_length.all():
                     yield from bucket.each()
 
     def jobs(self) -> list[Job]:
@@ -340,8 +299,8 @@ class JobQueue:
             key=lambda job: (job.priority, job.due, job.id),
         )
 
-    def _bucket_of(self, job: Job) -> Bucket:
-        """Return the bucket of a job that is, or is about to be, in the queue."""
+    def _bucket_for(self, job: Job) -> Bucket:
+        """Return the bucket of a job that is about to be in the queue."""
         if self._tenants is None or (job.tenant is None and job.key is None):
             return self._plain[job.priority]
         length = 0 if job.key is None else row_size(job)

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import enum
 import math
+from typing import Final
 
 from aoti_sched.queue.selection.service_time import ServiceTimes
 
-INLINE_BUDGET = 1e-3
+INLINE_BUDGET: Final = 1e-3
 """Seconds of inline runs per turn of the loop: what inline runs may add to the loop's lag."""
 
-HOP = 70e-6
+HOP: Final = 70e-6
 """Seconds that a run on a lane whose thread sleeps takes longer than an inline run."""
 
-FOLLOW_LIMIT = 1e-3
+FOLLOW_LIMIT: Final = 1e-3
 """Seconds: a lane that runs a shorter job may be handed jobs ahead of time that take no longer.
 
 Otherwise the lane would idle until the loop has learned of the end and answered: for about 100 µs,
@@ -28,28 +29,28 @@ and longer where the loop is busy. For a longer run, that does not matter, and i
 choose the next job at the end.
 """
 
-AHEAD_LIMIT = 200e-6
+AHEAD_LIMIT: Final = 200e-6
 """Seconds: more than one job is handed ahead to a lane only if they take no longer together.
 
 A loop that is busy with 64 clients takes about that long to answer a lane. What was handed ahead is
 not overtaken any more, so it should not be more than that.
 """
 
-MOST_AHEAD = 7
+MOST_AHEAD: Final = 7
 """The most jobs that a lane is handed ahead; `kDepth` of `native/lane.hpp` is one more.
 
 With one each, lanes idled while the loop served 64 clients. With up to seven, they did 1.4 times as
 many runs of 25 µs, and 1.8 times as many of 8 µs.
 """
 
-HOP_OF_ONE = 0.5e-6
+HOP_OF_ONE: Final = 0.5e-6
 """Seconds that each request of a batch costs the loop on a lane, beyond the cost inline.
 
 The inputs are kept for the lane, and the outputs are another thread's memory. Measured with 64 and
 512 requests of one row.
 """
 
-LOOP = -1
+LOOP: Final = -1
 """The lane number of the loop's own thread, which runs one job at a time, as lanes do."""
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from aoti_sched.queue.device_queue import DeviceQueue
 from aoti_sched.queue.job import Job
 from aoti_sched.queue.runner_state import Phase, RunnerState
 
-NEAR = 0.125
+NEAR: Final = 0.125
 """Predictions that differ by no more than this part count as equal.
 
 Run times vary by as much. If a smaller difference decided, one of two equal devices would get all

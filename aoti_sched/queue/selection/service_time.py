@@ -10,47 +10,48 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
+from typing import Final
 
-WINDOW = 32
+WINDOW: Final = 32
 """The number of runs that are remembered."""
 
-KNOWN_AFTER = 8
+KNOWN_AFTER: Final = 8
 """The number of runs after which a time is known."""
 
-OUTLIERS = 10
+OUTLIERS: Final = 10
 """The part of the remembered runs that may have taken longer than the bound: one in this many."""
 
-PATIENCE = 1.0
+PATIENCE: Final = 1.0
 """The least seconds without a run of a size before a probe.
 
 A probe runs a job that is predicted to be late, to correct a wrong prediction. Sizes that run
 anyway need no probe.
 """
 
-STALE = 10.0
+STALE: Final = 10.0
 """The least seconds without a run of a size before a time that hinders batches is disbelieved.
 
 The time must also be that of 100 runs: so wrong beliefs cost at most a hundredth of the device.
 """
 
-BELIEVED = 4
+BELIEVED: Final = 4
 """The number of runs after which a time may hinder batches. One slow run shows nothing."""
 
-FALLS = 8
+FALLS: Final = 8
 """Rows per second fall where a byte takes longer than at the best smaller size, by one part in this
 many. Smaller differences are noise.
 """
 
-UNNOTICED = 1 << 20
+UNNOTICED: Final = 1 << 20
 """Grains: a batch that takes no longer, about a millisecond, disturbs no caller.
 
 A launch costs a tenth of that beside the run, so such a batch pays whatever the rows per second.
 """
 
-NO_LIMIT = 1 << 62
+NO_LIMIT: Final = 1 << 62
 """Grains that no run takes: more than a hundred years."""
 
-GRAIN = 2.0**-30
+GRAIN: Final = 2.0**-30
 """Seconds, about a nanosecond.
 
 Times are kept as whole numbers of grains, so that their sums are exact in any order.

@@ -7,11 +7,12 @@ job of each class came last.
 from __future__ import annotations
 
 import math
+from typing import Final
 
 from aoti_sched.queue.heap import Heap
 from aoti_sched.queue.job import Job, JobState, Priority
 
-RECENT = 10.0
+RECENT: Final = 10.0
 """Seconds after which a class whose jobs have stopped coming is not reckoned with."""
 
 

@@ -483,7 +483,7 @@ def a_job_unforeseen(s):
 
 
 def one_whose_age_nobody_knows(s):
-    s.runner.arrivals.remove(s.queued)
+    s.runner.arrivals.remove(s.queued.age)
 
 
 def one_that_can_not_be_shed(s):

@@ -6,8 +6,8 @@ from aoti_sched.queue.admission.load import Bounds
 from aoti_sched.queue.commands import Expire, Grant, Launch, WakeAt
 from aoti_sched.queue.job import Job, JobState, Priority
 from aoti_sched.queue.policy import UNHURRIED
-from aoti_sched.queue.selection.job_queue import SortedJobs
 from aoti_sched.queue.selection.placement import Placement, Placing
+from aoti_sched.queue.selection.sorted_jobs import SortedJobs
 from tests.unit.queue.support import add, device, somewhere
 
 
@@ -92,10 +92,9 @@ def test_what_left_a_line_out_of_order_does_not_pile_up():
     line = SortedJobs()
     runner = add(device())
     jobs = [somewhere(Job(runner), id=number, due=float(-number)) for number in range(200)]
-    for job in jobs:
-        line.push(job.due, job)
-    for job in jobs[1:-1]:
-        line.remove(job)
+    places = [line.push(job.due, job) for job in jobs]
+    for place in places[1:-1]:
+        line.remove(place)
     assert len(line.entries()) < 40
     assert line.first is jobs[-1]
     assert set(line.jobs()) == {jobs[-1], jobs[0]}
@@ -107,9 +106,8 @@ def test_the_next_of_those_out_of_order_goes_when_the_first_has_left():
     late, first, second = (
         somewhere(Job(runner), id=number, due=due) for number, due in enumerate((9.0, 1.0, 2.0))
     )
-    for job in (late, first, second):
-        line.push(job.due, job)
-    line.remove(first)
+    places = [line.push(job.due, job) for job in (late, first, second)]
+    line.remove(places[1])
     assert line.first is second
 
 

@@ -154,3 +154,13 @@ def test_what_lost_its_turn_does_not_pile_up_behind_the_best():
 def test_a_device_has_at_least_one_lane(lanes):
     with pytest.raises(IllegalFactError, match=f"cpu: a device has at least one lane, not {lanes}"):
         CheckedQueue("cpu", lanes)
+
+
+def test_a_job_that_is_in_no_queue_can_not_leave_one():
+    queue = device()
+    runner = add(queue)
+    job = Job(runner)
+    queue.submit(job, 0)  # runs at once
+    with pytest.raises(IllegalFactError, match=f"job {job.id} is in no queue"):
+        runner.queue.remove(job)
+    assert len(runner.queue) == 0

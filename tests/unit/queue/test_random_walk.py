@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import asdict
 
-import msgspec
 import pytest
 
 from aoti_sched.queue.admission.shedding import VICTIMS
@@ -78,7 +78,7 @@ def compare_ends(walk, player):
     model, queue = walk.model, player.queue
     for plain, real in zip(model.runners, player.runners, strict=True):
         assert real.phase.name == plain.phase
-        assert msgspec.structs.asdict(real.counters) == plain.counters
+        assert asdict(real.counters) == plain.counters
         assert histograms_of(real) == sorted_by_hand(plain.values)
         assert real.rejections == plain.rejections
         assert sorted(real.free) == model.free_slots(plain)
