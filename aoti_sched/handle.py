@@ -128,7 +128,8 @@ class Handle(Generic[_View, P, R]):
             RunError: The model failed. The text is torch's root cause.
             LeaseError: This task itself holds every slot, and would wait for ever.
         """
-        must_leave_a_slot(self)
+        if self._router.holders.held:
+            must_leave_a_slot(self)
         return await self.submit(*args, **kwargs)
 
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> RunFuture[R]:

@@ -106,6 +106,7 @@ class Dispatcher:
         self.executor = executor
         self.loop = loop
         self._clock = clock
+        self._time = clock.time
         self._log_requests = log_requests
         self._slow = math.inf if slow is None else slow
         self._watches = log_requests or slow is not None
@@ -126,24 +127,24 @@ class Dispatcher:
 
     def deadline(self, timeout: float) -> float:
         """Return the point on the scheduler's clock that lies `timeout` seconds from now."""
-        return self._clock.time() + timeout
+        return self._time() + timeout
 
     def now(self) -> float:
         """Return the time on the scheduler's clock."""
-        return self._clock.time()
+        return self._time()
 
     def tell(
         self, fact: Callable[[RunnerState, float], list[Command]], runner: RunnerState
     ) -> None:
         """Let a fact about a runner happen now."""
-        self.perform(fact(runner, self._clock.time()))
+        self.perform(fact(runner, self._time()))
 
     def submit(self, job: Job, *, wait: bool) -> None:
         """Queue a new job, whose `payload` is its future. Raises the error of a rejected job."""
         if self.observers is not None:
             self.observers.submitted(job.payload)
         try:
-            self.perform(self.queue.submit(job, self._clock.time(), wait=wait))
+            self.perform(self.queue.submit(job, self._time(), wait=wait))
         except AotiSchedError as error:
             # The frames of the traceback hold the error: a cycle with the inputs.
             raise error.with_traceback(None)  # noqa: B904
@@ -158,7 +159,7 @@ class Dispatcher:
         """
         count = runner.withdrawable
         self.moves(runner, move)
-        self.perform(self.queue.withdraw(runner, self._clock.time()))
+        self.perform(self.queue.withdraw(runner, self._time()))
         return count
 
     def moves(self, runner: RunnerState, move: Callable[[Job], None]) -> None:
@@ -172,7 +173,7 @@ class Dispatcher:
         """
         future = job.payload
         try:
-            self.perform(self.queue.submit(job, self._clock.time(), wait=True, since=since))
+            self.perform(self.queue.submit(job, self._time(), wait=True, since=since))
         except AotiSchedError as error:
             future._refuse(error)
 
@@ -180,7 +181,7 @@ class Dispatcher:
         """Cancel a job whose future the caller has cancelled."""
         if job.state <= JobState.RUNNING:
             future, job.payload = job.payload, None
-            self.perform(self.queue.cancel(job, self._clock.time()))
+            self.perform(self.queue.cancel(job, self._time()))
             if self._watches and job.slot < 0:  # what runs is logged when it has ended
                 self._log_job(job, future)
             if self.observers is not None:
@@ -192,11 +193,11 @@ class Dispatcher:
 
     def release(self, lease: Lease) -> None:
         if self.observers is not None and not lease.released:
-            name, now = self.queue.name, self._clock.time()
+            name, now = self.queue.name, self._time()
             self.observers.tell(
                 Held(name, name_of(self.queue, lease), lease.slot, lease.granted, now)
             )
-        self.perform(self.queue.release(lease, self._clock.time()))
+        self.perform(self.queue.release(lease, self._time()))
 
     def drain(self, runner: RunnerState, *, terminate: bool) -> asyncio.Future[None]:
         """Begin to drain (or terminate) a runner. The future is done when nothing is left."""
@@ -207,7 +208,7 @@ class Dispatcher:
             return drained
         self._drained[runner.name] = drained
         fact = self.queue.terminate_runner if terminate else self.queue.drain_runner
-        self.perform(fact(runner, self._clock.time()))
+        self.perform(fact(runner, self._time()))
         return drained
 
     def remove(self, runner: RunnerState) -> None:
@@ -226,14 +227,14 @@ class Dispatcher:
     def close_barrier(self, runner: RunnerState, *, abort: bool) -> asyncio.Future[None]:
         """Hold back the queued jobs. The future is done when every slot of the runner is free."""
         reached = self._reached[runner.name] = self.loop.create_future()
-        self._closed_barriers[runner.name] = self._clock.time()
-        self.perform(self.queue.close_barrier(runner, self._clock.time(), abort=abort))
+        self._closed_barriers[runner.name] = self._time()
+        self.perform(self.queue.close_barrier(runner, self._time(), abort=abort))
         return reached
 
     def open_barrier(self, runner: RunnerState, epoch: int | None) -> None:
         """Let the runner go on; with `epoch`, on other constants."""
         self._reached.pop(runner.name, None)
-        now, before = self._clock.time(), runner.epoch
+        now, before = self._time(), runner.epoch
         closed = self._closed_barriers.pop(runner.name, now)
         self.perform(self.queue.open_barrier(runner, now, epoch=epoch))
         if self.observers is not None:
@@ -251,29 +252,29 @@ class Dispatcher:
             MemoryLimitError: There is no room, even if all idle models are evicted.
         """
         claim = Claim(holding, size, self.loop.create_future())
-        self.perform(self.queue.claim(claim, self._clock.time()))
+        self.perform(self.queue.claim(claim, self._time()))
         return claim
 
     def give_up(self, claim: Claim) -> None:
-        self.perform(self.queue.give_up(claim, self._clock.time()))
+        self.perform(self.queue.give_up(claim, self._time()))
 
     def settle(
         self, holding: Holding, *, constants: int, inactive: int = 0, fixed: str = ""
     ) -> None:
         """Record a model's actual memory use. `fixed` says why it can't be evicted, if it can't."""
-        now = self._clock.time()
+        now = self._time()
         self.perform(
             self.queue.update_use(holding, now, constants=constants, inactive=inactive, fixed=fixed)
         )
         self._tell_memory(holding, "measured")
 
     def forget(self, holding: Holding) -> None:
-        self.perform(self.queue.release_memory(holding, self._clock.time()))
+        self.perform(self.queue.release_memory(holding, self._time()))
         self._tell_memory(holding, "freed")
 
     def _tell_memory(self, holding: Holding, change: str) -> None:
         if self.observers is not None:
-            memory, now = self.queue.memory, self._clock.time()
+            memory, now = self.queue.memory, self._time()
             size = memory.of(holding)
             self.observers.tell(
                 MemoryUse(self.queue.name, holding.name, change, now, size, memory.used)
@@ -281,7 +282,7 @@ class Dispatcher:
 
     def call_back(self, runner: RunnerState) -> None:
         """Restore the runner's weights. Raises MemoryLimitError if there is no room for them."""
-        self.perform(self.queue.call_back(runner, self._clock.time()))
+        self.perform(self.queue.call_back(runner, self._time()))
 
     def residency_change(self, runner: RunnerState) -> asyncio.Future[BaseException | None]:
         """Return a future that is done when weights under way are evicted or restored.
@@ -297,7 +298,7 @@ class Dispatcher:
     def parked(self, runner: RunnerState) -> None:
         holding = runner.memory
         future, holding.payload = holding.payload, None
-        self.perform(self.queue.parked(runner, self._clock.time()))
+        self.perform(self.queue.parked(runner, self._time()))
         self._tell_memory(holding, "evicted")
         if future is not None:
             future.set_result(None)
@@ -306,9 +307,7 @@ class Dispatcher:
         holding = runner.memory
         future, holding.payload = holding.payload, None
         self.perform(
-            self.queue.returned(
-                runner, self._clock.time(), error="" if error is None else said(error)
-            )
+            self.queue.returned(runner, self._time(), error="" if error is None else said(error))
         )
         self._tell_memory(holding, "restored" if error is None else "not restored")
         if future is not None:
@@ -335,16 +334,18 @@ class Dispatcher:
 
     def _collect(self) -> None:
         """The executor's descriptor is readable: hand each completion to the queue."""
-        now = self._clock.time()
+        now = self._time()
         fault: BaseException | None = None
         for completion in self.executor.drain():
+            token, error = completion.token, completion.error
             try:
-                self._see_loss(completion)  # before queued jobs are launched there
+                if error is not None:
+                    self._see_loss(error)  # before queued jobs are launched there
                 # The next launches come first: lanes should not wait.
-                self.perform(self._complete(completion, now))
-            except BaseException as error:  # noqa: BLE001 -- the other completions go on
-                fault = fault or error
-            self._settle(completion)
+                self.perform(self._complete(completion, token, error is None, now))
+            except BaseException as raised:  # noqa: BLE001 -- the other completions go on
+                fault = fault or raised
+            self._settle(token, error, completion.outputs)
         if fault is not None:
             raise fault
 
@@ -356,23 +357,15 @@ class Dispatcher:
         if self.executor.poll():
             self._collect()
 
-    def _complete(self, completion: Completion, now: float) -> list[Command]:
-        token, ok = completion.token, completion.error is None
+    def _complete(self, completion: Completion, token: Any, ok: bool, now: float) -> list[Command]:
+        started, finished = completion.started, completion.finished
         job, size = (token[0], len(token)) if type(token) is tuple else (token, 1)
         if self.observers is not None:
-            started, finished = completion.started, completion.finished
             self.observers.ran(job, self.queue, size, started, finished, now, ok)
-        return self.queue.complete(
-            job,
-            now,
-            ok=ok,
-            started=completion.started,
-            finished=completion.finished,
-        )
+        return self.queue.complete(job, now, ok=ok, started=started, finished=finished)
 
-    def _settle(self, completion: Completion) -> None:
+    def _settle(self, token: Any, error: BaseException | None, outputs: list[Any] | None) -> None:
         """Tell the caller, or all callers of a batch, how the run ended."""
-        token, error, outputs = completion.token, completion.error, completion.outputs
         if error is not None:
             self._log_failure(token, error)
         if type(token) is not tuple:
@@ -434,18 +427,19 @@ class Dispatcher:
                         self.loop.call_soon(self._poll)
                     continue
             except BaseException as error:  # noqa: BLE001 -- the request fails
-                now = self._clock.time()
+                now = self._time()
                 ours = out_of_resources(error, "the run") or error
                 completion = Completion(work.token, None, ours, now, now)
-            self._see_loss(completion)
-            commands += self._complete(completion, self._clock.time())
-            self._settle(completion)
+            token, failed = completion.token, completion.error
+            if failed is not None:
+                self._see_loss(failed)
+            commands += self._complete(completion, token, failed is None, self._time())
+            self._settle(token, failed, completion.outputs)
         if fault is not None:
             raise fault
 
-    def _see_loss(self, completion: Completion) -> None:
-        error = completion.error
-        if error is not None and isinstance(error, DeviceLostError):
+    def _see_loss(self, error: BaseException) -> None:
+        if isinstance(error, DeviceLostError):
             self._on_lost(self.queue.name, error)
 
     def _perform_other(self, command: Command) -> None:
@@ -510,17 +504,17 @@ class Dispatcher:
 
     def _tick(self) -> None:
         self._timer = None
-        self.perform(self.queue.tick(self._clock.time()))
+        self.perform(self.queue.tick(self._time()))
 
     def _turn(self) -> None:
-        self.perform(self.queue.turn(self._clock.time()))
+        self.perform(self.queue.turn(self._time()))
 
     def _go_on(self) -> None:
-        self.perform(self.queue.go_on(self._clock.time()))
+        self.perform(self.queue.go_on(self._time()))
 
     def _log_job(self, job: Job, future: object) -> None:
         """Log a request that has ended, where requests or slow ones are logged."""
-        ended = job.finished or self._clock.time()
+        ended = job.finished or self._time()
         seconds = ended - job.submitted
         if seconds >= self._slow:
             level, event = log.warning, "slow request"

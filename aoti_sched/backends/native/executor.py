@@ -57,14 +57,17 @@ Polling finds none where lanes sleep or other processes have their cores.
 """
 
 
-_NativeCall: TypeAlias = (
-    "tuple[CRun, _native.Stream | None, _native.Graph | None, _native.Arrival | None, "
+_OnStream: TypeAlias = (
+    "tuple[_native.Stream | None, _native.Graph | None, _native.Arrival | None, "
     "list[int | None] | None]"
 )
-"""The run, its stream, its graph, what it comes after, and the streams that use its outputs.
+"""A run's stream, its graph, what it comes after, and the streams that use its outputs.
 
-A plain tuple is the cheapest, and each run makes one.
+A plain tuple is the cheapest.
 """
+
+_ON_NONE: _OnStream = (None, None, None, None)
+"""On the CPU."""
 
 
 class NativeExecutor:
@@ -155,13 +158,14 @@ class NativeExecutor:
         self.lanes = self._native.count()
 
     def submit(self, lane: int, work: Work) -> bool:
-        call = self._route(work)
-        if call is None:
+        run = work.container.c_run
+        where = _ON_NONE if run is None or not run.slots else self._on_stream(work, run)
+        if run is None or where is None:
             if lane in self._natively.values():
                 raise _busy(self._name, lane)
             self._standing_in[lane] = work
             return self._stand_in_lanes().submit(lane, work)
-        run, on, graph, after, consumers = call
+        on, graph, after, consumers = where
         if lane in self._standing_in:
             raise _busy(self._name, lane)
         self._count = token = self._count + 1
@@ -205,12 +209,14 @@ class NativeExecutor:
         return self._polls_skipped > self._polls_to_skip
 
     def run_here(self, work: Work) -> Completion:
-        batch = work.batch
+        run, batch = work.container.c_run, work.batch
+        if run is None:
+            return run_here(work)
         try:
-            call = self._route(work)
-            if call is None:
+            where = self._on_stream(work, run) if run.slots else _ON_NONE
+            if where is None:
                 return run_here(work)
-            run, on, graph, after, consumers = call
+            on, graph, after, consumers = where
             if batch is None:
                 model = run.native or _prepare(run)
                 taken = self._native.run_here(
@@ -235,24 +241,19 @@ class NativeExecutor:
             return refused(work, self._plain(error))
         return self._completion(work, taken)
 
-    def _route(self, work: Work) -> _NativeCall | None:
-        """Return how native code runs the work; None if Python runs it.
+    def _on_stream(self, work: Work, run: CRun) -> _OnStream | None:
+        """Return how native code runs the work on its slot's stream; None if Python runs it.
 
         Raises:
             DeviceLostError: The slot's device is lost.
         """
-        run = work.container.c_run
-        if run is None:
-            return None
-        if not run.slots:
-            return run, None, None, None, None
         if not self._can_gather(work):
             return None
         graph = None
         if run.graph_of is not None and (graph := run.graph_of(work)) is None:
             return None
         slot = run.slots[work.slot]
-        return run, slot.native, graph, slot.begin_natively(work), slot.consumers(work)
+        return slot.native, graph, slot.begin_natively(work), slot.consumers(work)
 
     def poll(self) -> bool:
         if len(self._works) != 1:
