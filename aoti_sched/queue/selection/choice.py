@@ -35,42 +35,40 @@ def _rank(head: Job) -> Rank:
     return (priority, accounts[priority].virtual if accounts else 0.0, head.due, head.id)
 
 
-def _for_a_lane(source: Source) -> Rank | None:
+def _next_run(source: Source) -> Job | None:
+    """Return a source's first job, if it is a run, and the source has a slot for it."""
     head = source.queue.head()
-    if (
-        head is None
-        or head.is_lease_request
-        or not can_start(source)
-        or source.runner.placing.inline(head.bytes)
-    ):
+    if head is None or head.is_lease_request or not can_start(source):
+        return None
+    return head
+
+
+def _for_a_lane(source: Source) -> Rank | None:
+    head = _next_run(source)
+    if head is None or source.runner.placing.inline(head.bytes):
+        return None
+    return _rank(head)
+
+
+def _inline(source: Source, *, auto: bool) -> Rank | None:
+    """Return the rank of a source whose first job belongs on the loop; None if it does not.
+
+    Args:
+        source: The source.
+        auto: Whether the job may go to a lane instead (`Placement.AUTO`).
+    """
+    head, placing = _next_run(source), source.runner.placing
+    if head is None or (placing.choice is Placement.AUTO) != auto or not placing.inline(head.bytes):
         return None
     return _rank(head)
 
 
 def _for_the_loop(source: Source) -> Rank | None:
-    head = source.queue.head()
-    if (
-        head is None
-        or head.is_lease_request
-        or not can_start(source)
-        or source.runner.placing.choice is Placement.AUTO
-        or not source.runner.placing.inline(head.bytes)
-    ):
-        return None
-    return _rank(head)
+    return _inline(source, auto=False)
 
 
 def _for_either(source: Source) -> Rank | None:
-    head = source.queue.head()
-    if (
-        head is None
-        or head.is_lease_request
-        or not can_start(source)
-        or source.runner.placing.choice is not Placement.AUTO
-        or not source.runner.placing.inline(head.bytes)
-    ):
-        return None
-    return _rank(head)
+    return _inline(source, auto=True)
 
 
 def _for_a_lease(source: Source) -> Rank | None:
