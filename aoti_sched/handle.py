@@ -7,6 +7,7 @@ with `options(...)`, which returns a light and immutable handle.
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from asyncio import _get_running_loop  # the public one raises, and this one is for the hot path
 from collections.abc import Hashable
 from contextlib import AbstractContextManager
@@ -94,7 +95,7 @@ class CallOfThread(NamedTuple):
 _View = TypeVar("_View", bound="Handle[Any, ..., Any]")
 
 
-class Handle(Generic[_View, P, R]):
+class Handle(ABC, Generic[_View, P, R]):
     """What can be called.
 
     Type parameters: what `options()` returns, the arguments of the model, and its result.
@@ -128,8 +129,7 @@ class Handle(Generic[_View, P, R]):
             RunError: The model failed. The text is torch's root cause.
             LeaseError: This task itself holds every slot, and would wait for ever.
         """
-        if self._router.holders.held:
-            must_leave_a_slot(self)
+        must_leave_a_slot(self)
         return await self.submit(*args, **kwargs)
 
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> RunFuture[R]:
@@ -336,9 +336,9 @@ class Handle(Generic[_View, P, R]):
             )
         )
 
+    @abstractmethod
     def _with(self, options: Options) -> _View:
         """Return a handle with other options."""
-        raise NotImplementedError
 
     @property
     def _target(self) -> Router | Replica:

@@ -26,6 +26,7 @@ import sys
 import threading
 import time
 import weakref
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from aoti_sched.errors import DeadlineExceededError, RunnerClosedError, UnsupportedLoopError
@@ -253,7 +254,7 @@ def forked(what: str) -> UnsupportedLoopError:
     )
 
 
-class _Call:
+class _Call(ABC):
     """One request of another thread. The code that takes the only element of `_open` ends it."""
 
     __slots__ = ("_deadline", "_future", "_open", "_stream", "_submit", "_timeout", "name")
@@ -288,9 +289,9 @@ class _Call:
         self._settle(None, error)
         return True
 
+    @abstractmethod
     def _settle(self, result: Any, error: BaseException | None) -> None:
         """Hand the outcome to the thread."""
-        raise NotImplementedError
 
     def _expired(self) -> DeadlineExceededError:
         return DeadlineExceededError(
@@ -323,7 +324,7 @@ class _Call:
         self._submitted(future)
         future.add_done_callback(self._end)
 
-    def _submitted(self, future: RunFuture) -> None:
+    def _submitted(self, future: RunFuture) -> None:  # noqa: B027 -- a hook
         """Note that the loop has taken the request."""
 
     def cancel(self) -> None:

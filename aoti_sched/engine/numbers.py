@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from aoti_sched.histograms import EndedRequests, Histogram
@@ -36,7 +35,7 @@ def runner_stats(queue: DeviceQueue, runner: RunnerState) -> RunnerStats:
     turns = queue.turns.get(runner)
     records = [runner] if turns is None else [turns.main, turns.behind]
     serving = runner if turns is None else turns.serving
-    totals = asdict(runner.counters)
+    totals = runner.counters.as_dict()
     busy = sum(one.slots - len(one.free) for one in records)
     for ahead in queue.lanes.handed_ahead.values():
         busy += sum(job.source.runner in records for job in ahead)

@@ -11,7 +11,7 @@ from aoti_sched.queue.selection.accounts import Account
 if TYPE_CHECKING:
     from aoti_sched.queue.runner_state import Source
     from aoti_sched.queue.selection.job_queue import Bucket
-    from aoti_sched.queue.selection.sorted_jobs import Place
+    from aoti_sched.queue.selection.sorted_jobs import Node
 
 
 class Priority(enum.IntEnum):
@@ -148,15 +148,16 @@ class Job:
         batch: How many jobs ran as one with this job.
         expected: Core seconds that the run was expected to take when the job was queued.
         account: The tenant's account, which `expected` is charged to at the launch.
-        bucket: Of a job that is queued or at a gate: what has it there.
-        place: Its place in the bucket.
-        age: Its place among the source's queued jobs by age, where jobs may become overdue.
+        bucket: The bucket of a job that is queued or waits at a gate.
+        node: The job's node in the bucket.
+        age_node: The job's node among the source's queued jobs by age, where jobs may become
+            overdue.
         recorded: Facts whose time no field keeps, with the state before each; see `story`.
     """
 
     __slots__ = (
         "account",
-        "age",
+        "age_node",
         "batch",
         "bucket",
         "bypasses_limits",
@@ -174,10 +175,10 @@ class Job:
         "launched",
         "members",
         "min_epoch",
+        "node",
         "overdue",
         "payload",
         "pinned",
-        "place",
         "priority",
         "probing",
         "recorded",
@@ -245,8 +246,8 @@ class Job:
         self.expected = 0.0
         self.account: Account | None = None
         self.bucket: Bucket | None = None
-        self.place: Place | None = None
-        self.age: Place | None = None
+        self.node: Node | None = None
+        self.age_node: Node | None = None
         self.recorded: tuple[tuple[float, Fact, JobState], ...] = ()  # see `story`
         self.overdue = False  # launched out of order, since it had waited too long
         self.probing = False  # predicted to be late, and run anyway to correct the prediction

@@ -42,7 +42,7 @@ class Launching(ExpiringJobs):
         self.room.take(job, waited=waited)
         self.fair_shares.enter(job)
         if self._watches_age and not job.is_lease_request:
-            job.age = source.arrivals.push(job.submitted, job)
+            job.age_node = source.arrivals.push(job.submitted, job)
         if job.key is not None and may_share_run(job):
             self._arrives(runner, commands)
             key = batch_queue_of(runner).enter(job, now, runner.placing.times.bound(job.bytes))

@@ -132,9 +132,9 @@ class QueueState:
         if self._urgency.kept and job.deadline is not None:
             self._urgency.remove(job)
         self.fair_shares.leave(job)
-        if job.age is not None:
-            source.arrivals.remove(job.age)
-            job.age = None
+        if job.age_node is not None:
+            source.arrivals.remove(job.age_node)
+            job.age_node = None
         self.room.give_back(job)
         if job.names_epoch:
             runner.epoch_bound.remove(job)

@@ -11,7 +11,6 @@ become numbers when the record is read, so that no user's data is in it.
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any, Final
 
 from aoti_sched.errors import AotiSchedError
@@ -101,7 +100,7 @@ class RecordedQueue(DeviceQueue):
             "memory_limit": self.memory.limit,
             "evicts": self.memory.evicts,
         }
-        counters = {name: asdict(runner.counters) for name, runner in self.runners.items()}
+        counters = {name: runner.counters.as_dict() for name, runner in self.runners.items()}
         return self._kept.record(made, counters, error)
 
     def _make_room(self) -> None:

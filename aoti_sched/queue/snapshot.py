@@ -69,7 +69,7 @@ from aoti_sched.queue.selection.job_queue import (
 )
 from aoti_sched.queue.selection.placement import Placement, Placing
 from aoti_sched.queue.selection.service_time import ServiceTime, ServiceTimes
-from aoti_sched.queue.selection.sorted_jobs import Place, SortedJobs
+from aoti_sched.queue.selection.sorted_jobs import Node, SortedJobs
 from aoti_sched.queue.selection.urgency import Urgency, _Starts
 from aoti_sched.queue.timers import Deadlines, Timers
 from aoti_sched.queue.weight_turns import Turns
@@ -89,7 +89,7 @@ _BLANK: dict[type, Callable[[], Any]] = {
     Account: Account,
     Backlog: Backlog,
     BatchQueue: lambda: BatchQueue(Batching(1), JobQueue()),
-    Bucket: lambda: Bucket(0, NO_ACCOUNT, None, 0),
+    Bucket: lambda: Bucket(0, NO_ACCOUNT, None, 0, Buckets()),
     Buckets: Buckets,
     Claim: lambda: Claim(Holding(""), 0),
     Counters: Counters,
@@ -111,7 +111,7 @@ _BLANK: dict[type, Callable[[], Any]] = {
     Lease: lambda: Lease(0, _runner(), 0, None, 0.0),
     Load: lambda: Load("", Bounds()),
     Memory: lambda: Memory(""),
-    Place: lambda: Place(0.0, Job(_runner())),
+    Node: lambda: Node(0.0, Job(_runner())),
     Placing: Placing,
     Room: lambda: Room("", Bounds()),
     RunnerState: _runner,
@@ -129,7 +129,7 @@ _BLANK: dict[type, Callable[[], Any]] = {
 """Makes an object of each class that may get values."""
 
 _RULES: tuple[type, ...] = (Batching, Bounds, Policy)
-"""What never changes."""
+"""Classes whose objects never change."""
 _ENUMS: tuple[type[enum.Enum], ...] = (Fact, JobState, Phase, Placement, Priority, Stay)
 _KNOWN: dict[str, Any] = {
     "age on a lane": _age_on_a_lane,

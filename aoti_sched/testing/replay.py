@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import msgspec
@@ -146,7 +145,7 @@ class Replayed:
             self.outcomes.append(outcome)
             yield fact, outcome
         try:
-            ours = {name: asdict(runner.counters) for name, runner in self.queue.runners.items()}
+            ours = {name: runner.counters.as_dict() for name, runner in self.queue.runners.items()}
             self._must_agree(ours)
         except ReplayError:
             raise

@@ -66,8 +66,8 @@ _OnStream: TypeAlias = (
 A plain tuple is the cheapest.
 """
 
-_ON_NONE: _OnStream = (None, None, None, None)
-"""On the CPU."""
+_NO_STREAM: _OnStream = (None, None, None, None)
+"""What a run on the CPU has."""
 
 
 class NativeExecutor:
@@ -159,12 +159,11 @@ class NativeExecutor:
 
     def submit(self, lane: int, work: Work) -> bool:
         run = work.container.c_run
-        where = _ON_NONE if run is None or not run.slots else self._on_stream(work, run)
-        if run is None or where is None:
-            if lane in self._natively.values():
-                raise _busy(self._name, lane)
-            self._standing_in[lane] = work
-            return self._stand_in_lanes().submit(lane, work)
+        if run is None:
+            return self._submit_to_python(lane, work)
+        where = self._on_stream(work, run) if run.slots else _NO_STREAM
+        if where is None:
+            return self._submit_to_python(lane, work)
         on, graph, after, consumers = where
         if lane in self._standing_in:
             raise _busy(self._name, lane)
@@ -213,7 +212,7 @@ class NativeExecutor:
         if run is None:
             return run_here(work)
         try:
-            where = self._on_stream(work, run) if run.slots else _ON_NONE
+            where = self._on_stream(work, run) if run.slots else _NO_STREAM
             if where is None:
                 return run_here(work)
             on, graph, after, consumers = where
@@ -344,6 +343,13 @@ class NativeExecutor:
         if self._shim is None or batch.plan.detach_rows:
             return False
         return all(tensor.is_cpu for member in batch.members for tensor in member)
+
+    def _submit_to_python(self, lane: int, work: Work) -> bool:
+        """Submit a work that native code can't run to a lane whose thread is Python's."""
+        if lane in self._natively.values():
+            raise _busy(self._name, lane)
+        self._standing_in[lane] = work
+        return self._stand_in_lanes().submit(lane, work)
 
     def _stand_in_lanes(self) -> ThreadsExecutor:
         if self._stand_in is None:

@@ -50,8 +50,8 @@ def _for_a_lane(source: Source) -> Rank | None:
     return _rank(head)
 
 
-def _inline(source: Source, *, auto: bool) -> Rank | None:
-    """Return the rank of a source whose first job belongs on the loop; None if it does not.
+def _rank_on_the_loop(source: Source, *, auto: bool) -> Rank | None:
+    """Return the rank of a source whose first job belongs on the loop; None if the job does not.
 
     Args:
         source: The source.
@@ -64,11 +64,11 @@ def _inline(source: Source, *, auto: bool) -> Rank | None:
 
 
 def _for_the_loop(source: Source) -> Rank | None:
-    return _inline(source, auto=False)
+    return _rank_on_the_loop(source, auto=False)
 
 
 def _for_either(source: Source) -> Rank | None:
-    return _inline(source, auto=True)
+    return _rank_on_the_loop(source, auto=True)
 
 
 def _for_a_lease(source: Source) -> Rank | None:

@@ -93,12 +93,20 @@ class LazyHeap(Heap["tuple[Rank, _T]"], Generic[_T]):
 
 
 class Bucket(SortedJobs):
-    """Jobs of one class, tenant, key and length, the earliest due job first."""
+    """Jobs of one class, tenant, key and length, the earliest due job first.
 
-    __slots__ = ("account", "key", "length", "priority")
+    Attributes:
+        shown: The queue's buckets that contend, with or without this one: tells queues apart, and
+            makes no cycle once the queue is empty.
+    """
 
-    def __init__(self, priority: int, account: Account, key: Hashable, length: int) -> None:
+    __slots__ = ("account", "key", "length", "priority", "shown")
+
+    def __init__(
+        self, priority: int, account: Account, key: Hashable, length: int, shown: Buckets
+    ) -> None:
         super().__init__()
+        self.shown = shown
         self.priority = priority
         self.account = account
         self.key = key
@@ -159,6 +167,7 @@ class Buckets:
 
     @property
     def is_empty(self) -> bool:
+        """Return whether no bucket has jobs."""
         return self.only is None and self._several is None
 
     def all(self) -> list[Bucket]:
@@ -215,13 +224,14 @@ class JobQueue:
 
     def __init__(self, tenants: tuple[FairClass, ...] | None = None) -> None:
         self._tenants = tenants
+        self._shown = Buckets()
         self._plain = tuple(
-            Bucket(priority, self._account_of(priority, None), None, 0) for priority in Priority
+            Bucket(priority, self._account_of(priority, None), None, 0, self._shown)
+            for priority in Priority
         )  # buckets of jobs without tenant and key, by class
         self._buckets: dict[tuple[int, Hashable, Hashable, int], Bucket] = {}
         # The names of the buckets in `_buckets`, in the order in which they are checked.
         self._names: deque[tuple[int, Hashable, Hashable, int]] = deque()
-        self._shown = Buckets()
         self._by_key: dict[Hashable, Keyed] = {}
         self._hidden: dict[Hashable, None] = {}  # in an order that a replay has, too
         self._size = 0
@@ -231,16 +241,16 @@ class JobQueue:
 
     def push(self, job: Job) -> None:
         bucket = self._bucket_for(job)
-        job.bucket, job.place = bucket, bucket.push(job.due, job)
+        job.bucket, job.node = bucket, bucket.push(job.due, job)
         self._size += 1
         self._changed(bucket)
 
     def remove(self, job: Job) -> None:
-        bucket, place = job.bucket, job.place
-        if bucket is None or place is None:
-            raise job.illegal(f"job {job.id} is in no queue")
-        bucket.remove(place)
-        job.bucket = job.place = None
+        bucket, node = job.bucket, job.node
+        if bucket is None or node is None or bucket.shown is not self._shown:
+            raise job.illegal(f"job {job.id} is not in this queue")
+        bucket.remove(node)
+        job.bucket = job.node = None
         self._size -= 1
         self._changed(bucket)
 
@@ -308,7 +318,9 @@ class JobQueue:
         bucket = self._buckets.get(name)
         if bucket is None:
             self._drop_buckets()
-            bucket = self._buckets[name] = Bucket(job.priority, NO_ACCOUNT, job.key, length)
+            bucket = self._buckets[name] = Bucket(
+                job.priority, NO_ACCOUNT, job.key, length, self._shown
+            )
             self._names.append(name)
         if bucket.first is None:
             bucket.account = self._account_of(job.priority, job.tenant)

@@ -129,7 +129,7 @@ class Placing:
         return self.times.bound(size) < self.follow_limit
 
     def most_ahead(self, size: int) -> int:
-        """Return how many runs on inputs of `size` bytes are handed ahead to a lane; 0 if long."""
+        """Return how many runs on inputs of `size` bytes a lane is handed ahead; 0 if long."""
         bound = self.times.bound(size)
         if bound >= self.follow_limit:
             return 0

@@ -483,7 +483,7 @@ def a_job_unforeseen(s):
 
 
 def one_whose_age_nobody_knows(s):
-    s.runner.arrivals.remove(s.queued.age)
+    s.runner.arrivals.remove(s.queued.age_node)
 
 
 def one_that_can_not_be_shed(s):

@@ -92,9 +92,9 @@ def test_what_left_a_line_out_of_order_does_not_pile_up():
     line = SortedJobs()
     runner = add(device())
     jobs = [somewhere(Job(runner), id=number, due=float(-number)) for number in range(200)]
-    places = [line.push(job.due, job) for job in jobs]
-    for place in places[1:-1]:
-        line.remove(place)
+    nodes = [line.push(job.due, job) for job in jobs]
+    for node in nodes[1:-1]:
+        line.remove(node)
     assert len(line.entries()) < 40
     assert line.first is jobs[-1]
     assert set(line.jobs()) == {jobs[-1], jobs[0]}
@@ -106,8 +106,8 @@ def test_the_next_of_those_out_of_order_goes_when_the_first_has_left():
     late, first, second = (
         somewhere(Job(runner), id=number, due=due) for number, due in enumerate((9.0, 1.0, 2.0))
     )
-    places = [line.push(job.due, job) for job in (late, first, second)]
-    line.remove(places[1])
+    nodes = [line.push(job.due, job) for job in (late, first, second)]
+    line.remove(nodes[1])
     assert line.first is second
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from aoti_sched.queue.commands import Launch
 from aoti_sched.queue.job import IllegalFactError, Job, JobState, Priority
-from tests.unit.queue.support import CheckedQueue, add, device, launched
+from aoti_sched.queue.selection.sorted_jobs import SortedJobs
+from tests.unit.queue.support import CheckedQueue, add, device, launched, somewhere
 
 HIGH, NORMAL, LOW = Priority.HIGH, Priority.NORMAL, Priority.LOW
 
@@ -156,11 +157,25 @@ def test_a_device_has_at_least_one_lane(lanes):
         CheckedQueue("cpu", lanes)
 
 
-def test_a_job_that_is_in_no_queue_can_not_leave_one():
+def test_a_job_leaves_no_queue_that_it_is_not_in():
     queue = device()
     runner = add(queue)
-    job = Job(runner)
-    queue.submit(job, 0)  # runs at once
-    with pytest.raises(IllegalFactError, match=f"job {job.id} is in no queue"):
-        runner.queue.remove(job)
-    assert len(runner.queue) == 0
+    running, queued = Job(runner), Job(runner)
+    for job in (running, queued):
+        queue.submit(job, 0)
+    for job, other in ((running, runner.queue), (queued, runner.gate)):
+        with pytest.raises(IllegalFactError, match=f"job {job.id} is not in this queue"):
+            other.remove(job)
+    assert (len(runner.queue), len(runner.gate)) == (1, 0)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_job_leaves_sorted_jobs_once(early):
+    jobs, runner = SortedJobs(), add(device())
+    first = jobs.push(2.0, somewhere(Job(runner), id=1))
+    second = jobs.push(1.0 if early else 3.0, somewhere(Job(runner), id=2))
+    assert second.early is early
+    jobs.remove(second)
+    with pytest.raises(IllegalFactError, match="job 2 is not among these jobs"):
+        jobs.remove(second)
+    assert (jobs.jobs(), jobs.first) == ([first.job], first.job)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import asdict
 
 import pytest
 
@@ -78,7 +77,7 @@ def compare_ends(walk, player):
     model, queue = walk.model, player.queue
     for plain, real in zip(model.runners, player.runners, strict=True):
         assert real.phase.name == plain.phase
-        assert asdict(real.counters) == plain.counters
+        assert real.counters.as_dict() == plain.counters
         assert histograms_of(real) == sorted_by_hand(plain.values)
         assert real.rejections == plain.rejections
         assert sorted(real.free) == model.free_slots(plain)
