@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict, deque
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from aoti_sched.events import Held, Loaded, MemoryUse, Observer, Pause, Run, Trace, Wait
+from aoti_sched.events import Event, Held, Loaded, MemoryUse, Observer, Pause, Run, Trace, Wait
 from aoti_sched.explanation import explain
 from aoti_sched.timeline import DeviceEvents, pieces, write
 from aoti_sched.waits import History, waits_of
@@ -38,6 +39,8 @@ class KeptRun(Protocol):
 class Recording(Observer):
     """Keeps what has happened. Made by `Scheduler.record`, and is an `Observer` of its own.
 
+    What was kept can be read in any thread, also while more is being kept.
+
     Args:
         limit: The number of the last requests that are kept at least; and of runs.
     """
@@ -45,18 +48,14 @@ class Recording(Observer):
     def __init__(self, limit: int = 100_000) -> None:
         self.limit = limit
         self._requests: deque[Trace | KeptRequest] = deque(maxlen=limit)
-        self._histories: dict[str, History] = defaultdict(lambda: History(limit))
-        # Sorted into the histories when they are read.
-        self._late_runs: deque[Run | KeptRun] = deque(maxlen=limit)
-        self._going_on: list[Run | Held | Pause] = []
-        self._keep: dict[type, Callable[..., None]] = {
-            Trace: self.finished,
-            Run: self.ran,
-            Pause: self.paused,
-            Held: self.held,
-            MemoryUse: self.memory_changed,
-            Loaded: self.loaded,
+        # What came since the histories were read last. It is kept without a lock.
+        self._late: dict[type, deque[Any]] = {
+            kind: deque(maxlen=limit) for kind in (Run, Pause, Held, MemoryUse)
         }
+        self._histories: dict[str, History] = defaultdict(lambda: History(limit))
+        self._reading = threading.Lock()  # held while the histories are read
+        self._models: dict[str, dict[str, Loaded]] = {}
+        self._going_on: list[Run | Held | Pause] = []
 
     # --- what was kept ---------------------------------------------------------------------------
 
@@ -88,7 +87,10 @@ class Recording(Observer):
             going_on: What has begun and not ended; by default, what had not when recording ended.
         """
         here = [one for one in going_on or self._going_on if one.device == trace.device]
-        return waits_of(trace, self._devices[trace.device], here)
+        model = self._models.get(trace.device, {}).get(trace.runner)
+        with self._reading:
+            self._sort_in()
+            return waits_of(trace, model, self._histories[trace.device], here)
 
     def _explained(self, trace: Trace) -> Trace:
         return msgspec.structs.replace(trace, waits=self.waits(trace))
@@ -113,34 +115,60 @@ class Recording(Observer):
         yield from pieces(self._events())
 
     def _events(self) -> dict[str, DeviceEvents]:
-        kept = list(self._requests)  # at once: more may come, where another thread writes the file
-        return {
-            name: DeviceEvents(
-                requests=[_trace(one) for one in kept if one.device == name],
-                runs=history.runs,
-                held=[held for each in history.held.values() for held in each],
-                pauses=[pause for each in history.pauses.values() for pause in each],
-                memory=history.memory,
-                models=list(history.models.values()),
-            )
-            for name, history in self._devices.items()
-        }
+        requests = list(self._requests)
+        with self._reading:
+            self._sort_in()
+            names = dict.fromkeys([*self._models, *self._histories])
+            return {
+                name: DeviceEvents(
+                    requests=[_trace(one) for one in requests if one.device == name],
+                    runs=list(self._histories[name].runs),
+                    held=[held for each in self._histories[name].held.values() for held in each],
+                    pauses=[one for each in self._histories[name].pauses.values() for one in each],
+                    memory=list(self._histories[name].memory),
+                    models=list(self._models.get(name, {}).values()),
+                )
+                for name in names
+            }
 
-    @property
-    def _devices(self) -> dict[str, History]:
-        """What went on at each device."""
-        late = self._late_runs
-        while late:
-            one = late.popleft()
-            run = one if isinstance(one, Run) else one.run()
-            self._histories[run.device].add_run(run)
-        return self._histories
+    def _sort_in(self) -> None:
+        """Bring the histories up to date."""
+        for late in self._late.values():
+            while late:
+                one = late.popleft()
+                event = one if type(one) in self._late else one.run()
+                self._histories[event.device].add(event)
 
     # --- what is observed ------------------------------------------------------------------------
 
-    def keep(self, event: Trace | Run | Pause | Held | MemoryUse | Loaded) -> None:
+    def keep(self, event: Event) -> None:
         """Keep anything that an observer may see."""
-        self._keep[type(event)](event)
+        if isinstance(event, Trace):
+            self.finished(event)
+        elif isinstance(event, Loaded):
+            self.loaded(event)
+        else:
+            self._late[type(event)].append(event)
+
+    def finished(self, trace: Trace) -> None:
+        """Keep a request."""
+        self._requests.append(trace)
+
+    def ran(self, run: Run) -> None:
+        """Keep a run."""
+        self._late[Run].append(run)
+
+    def paused(self, pause: Pause) -> None:
+        """Keep a pause."""
+        self._late[Pause].append(pause)
+
+    def held(self, held: Held) -> None:
+        """Keep a lease."""
+        self._late[Held].append(held)
+
+    def memory_changed(self, use: MemoryUse) -> None:
+        """Keep a change of memory."""
+        self._late[MemoryUse].append(use)
 
     @property
     def keep_request(self) -> Callable[[Trace | KeptRequest], None]:
@@ -150,37 +178,17 @@ class Recording(Observer):
     @property
     def keep_run(self) -> Callable[[Run | KeptRun], None]:
         """The function that keeps a run. It costs less than `ran`."""
-        return self._late_runs.append
+        return self._late[Run].append
 
     def loaded(self, model: Loaded) -> None:
         """Keep what a runner may take. It may have brought lanes, which the others have as well."""
-        models = self._histories[model.device].models
+        models = self._models.setdefault(model.device, {})
         models[model.runner] = model
         for name, other in models.items():
             if (other.lanes, other.device_cores) != (model.lanes, model.device_cores):
                 models[name] = msgspec.structs.replace(
                     other, lanes=model.lanes, device_cores=model.device_cores
                 )
-
-    def finished(self, trace: Trace) -> None:
-        """Keep a request."""
-        self._requests.append(trace)
-
-    def ran(self, run: Run) -> None:
-        """Keep a run."""
-        self._late_runs.append(run)
-
-    def paused(self, pause: Pause) -> None:
-        """Keep a pause."""
-        self._histories[pause.device].add_pause(pause)
-
-    def held(self, held: Held) -> None:
-        """Keep a lease."""
-        self._histories[held.device].add_held(held)
-
-    def memory_changed(self, use: MemoryUse) -> None:
-        """Keep a change of memory."""
-        self._histories[use.device].add_memory(use)
 
     def goes_on(self, event: Run | Held | Pause) -> None:
         """Note what has not ended when the recording ends."""

@@ -17,14 +17,16 @@ gives `leases`. A later run was preferred, and the cause is the rule that prefer
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from collections import defaultdict, deque
+from typing import TYPE_CHECKING
 
 from aoti_sched.events import Held, Loaded, MemoryUse, Pause, Run, Trace, Wait
+from aoti_sched.spans import Spans
 
-_T = TypeVar("_T")
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+_NEVER = float("inf")
 _Taker = Run | Held
 _RANK = {"HIGH": 0, "NORMAL": 1, "LOW": 2}
 
@@ -37,61 +39,50 @@ class History:
     """
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.models: dict[str, Loaded] = {}
-        self.runs: list[Run] = []
-        self.longest = 0.0  # seconds from a launch to its collection
-        self.held: dict[str, list[Held]] = defaultdict(list)
-        self.pauses: dict[str, list[Pause]] = defaultdict(list)
-        self.memory: list[MemoryUse] = []
+        self.runs: Spans[Run] = Spans(limit)
+        self.held: dict[str, Spans[Held]] = defaultdict(lambda: Spans(limit))
+        self.pauses: dict[str, Spans[Pause]] = defaultdict(lambda: Spans(limit))
+        self.memory: deque[MemoryUse] = deque(maxlen=limit)
+        self._evictions: dict[str, Spans[tuple[float, float]]] = defaultdict(lambda: Spans(limit))
+        self._evicted: dict[str, float] = {}
 
-    def add_run(self, run: Run) -> None:
-        """Keep a run. Runs come in the order in which they were collected."""
-        self.longest = max(self.longest, run.collected - run.launched)
-        _append(self.runs, run, self.limit)
+    def add(self, event: Run | Held | Pause | MemoryUse) -> None:
+        """Keep an event that is over. Those of a kind come in the order of their ends."""
+        if isinstance(event, Run):
+            self.runs.add(event, event.launched, event.collected)
+        elif isinstance(event, Held):
+            self.held[event.runner].add(event, event.granted, event.released)
+        elif isinstance(event, Pause):
+            self.pauses[event.runner].add(event, event.closed, event.opened)
+        else:
+            self._add_memory(event)
 
-    def add_held(self, held: Held) -> None:
-        """Keep a lease that was released."""
-        _append(self.held[held.runner], held, self.limit)
+    def _add_memory(self, use: MemoryUse) -> None:
+        self.memory.append(use)
+        if use.change == "evicted":
+            self._evicted[use.runner] = use.time
+        elif use.change in ("restored", "freed") and use.runner in self._evicted:
+            begin = self._evicted.pop(use.runner)
+            self._evictions[use.runner].add((begin, use.time), begin, use.time)
 
-    def add_pause(self, pause: Pause) -> None:
-        """Keep a pause that is over."""
-        _append(self.pauses[pause.runner], pause, self.limit)
-
-    def add_memory(self, use: MemoryUse) -> None:
-        """Keep a change of memory."""
-        _append(self.memory, use, self.limit)
-
-    def runs_during(self, begin: float, end: float) -> Iterator[Run]:
-        """Find the runs on lanes that had their lane at some time between these."""
-        runs = self.runs
-        for index in range(bisect_right(runs, begin, key=_collected), len(runs)):
-            run = runs[index]
-            if run.launched < end and run.lane >= 0:
-                yield run
-            elif run.launched >= end and run.collected - self.longest > end:
-                return
-
-    def evictions(self, runner: str) -> Iterator[tuple[float, float]]:
-        """Find the times in which a runner's weights were evicted, as (begin, end)."""
-        begin = None
-        for use in self.memory:
-            if use.runner == runner and use.change == "evicted":
-                begin = use.time
-            elif use.runner == runner and use.change == "restored" and begin is not None:
-                yield begin, use.time
-                begin = None
-        if begin is not None:
-            yield begin, float("inf")
+    def evictions(self, runner: str, begin: float, end: float) -> Iterator[tuple[float, float]]:
+        """Find when a runner's weights were evicted between these, as pairs of begin and end."""
+        yield from self._evictions[runner].during(begin, end)
+        if runner in self._evicted:
+            yield self._evicted[runner], _NEVER
 
 
 def waits_of(
-    trace: Trace, history: History, going_on: Iterable[Run | Held | Pause] = ()
+    trace: Trace,
+    model: Loaded | None,
+    history: History,
+    going_on: Iterable[Run | Held | Pause] = (),
 ) -> tuple[Wait, ...]:
     """Return why a request waited; the parts add up to the time before its run.
 
     Args:
         trace: The request. One that still waits has no causes yet.
+        model: Its model; None where it is not known.
         history: What went on at its device.
         going_on: The runs, leases and pauses that have begun there and not ended.
     """
@@ -102,7 +93,6 @@ def waits_of(
     admitted = min(trace.admitted, end) if trace.admitted else end
     if admitted > begin:
         found.add("epoch" if trace.min_epoch > 1 else "room", admitted - begin)
-    model = history.models.get(trace.runner)
     if end > admitted:
         if model is None:
             found.add("unknown", end - admitted)
@@ -148,22 +138,21 @@ def _find(
 ) -> None:
     """Cut the time between these at each event, and find the cause of each piece."""
     runner = trace.runner
-    runs = [*history.runs_during(begin, end)]
-    runs += [one for one in going_on if isinstance(one, Run) and one.lane >= 0]
-    runs = [run for run in runs if run.device == trace.device and run.job != trace.job]
-    held: list[Held] = [*history.held[runner]]
+    runs = [*history.runs.during(begin, end)]
+    runs += [one for one in going_on if isinstance(one, Run)]
+    runs = [run for run in runs if run.lane >= 0 and run.job != trace.job]
+    held = [*history.held[runner].during(begin, end)]
     held += [one for one in going_on if isinstance(one, Held) and one.runner == runner]
-    pauses = [(pause.closed, pause.opened) for pause in history.pauses[runner]]
+    pauses = [(pause.closed, pause.opened) for pause in history.pauses[runner].during(begin, end)]
     pauses += [
         (one.closed, one.opened)
         for one in going_on
         if isinstance(one, Pause) and one.runner == runner
     ]
-    evictions = list(history.evictions(runner))
     spans: list[tuple[float, float, object]] = [(run.launched, run.collected, run) for run in runs]
     spans += [(lease.granted, lease.released, lease) for lease in held]
     spans += [(*pause, "update") for pause in pauses]
-    spans += [(*eviction, "eviction") for eviction in evictions]
+    spans += [(*eviction, "eviction") for eviction in history.evictions(runner, begin, end)]
     events: list[tuple[float, int, int]] = []
     for number, (since, until, _) in enumerate(spans):
         if since < end and until > begin:
@@ -225,14 +214,3 @@ def _cause(trace: Trace, taker: _Taker, resource: str, admitted: float) -> str:
     if taker.runner != trace.runner:
         return "share"
     return "tenant" if taker.tenant != trace.tenant else "order"
-
-
-def _append(kept: list[_T], event: _T, limit: int) -> None:
-    """Append an event, and now and then drop the oldest, so that `limit` of them are left."""
-    kept.append(event)
-    if len(kept) >= 2 * limit:
-        del kept[:-limit]
-
-
-def _collected(run: Run) -> float:
-    return run.collected

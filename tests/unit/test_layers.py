@@ -38,7 +38,8 @@ FACE = {
 }
 WORDS = {
     *("arguments", "config", "config_file", "at_exit", "errors", "events", "foreign", "signature"),
-    *("explanation", "histograms", "percentiles", "recording", "stats", "timeline", "waits"),
+    *("explanation", "histograms", "percentiles", "recording", "spans", "stats", "timeline"),
+    "waits",
 }
 MAY_IMPORT = {
     "errors": set(),
@@ -52,7 +53,8 @@ MAY_IMPORT = {
     "events": {"errors", "foreign"},
     "histograms": set(),
     "percentiles": set(),
-    "waits": {"events"},
+    "spans": set(),
+    "waits": {"events", "spans"},
     "explanation": {"events"},
     "recording": {"events", "explanation", "timeline", "waits"},
     "timeline": {"events"},
