@@ -61,9 +61,12 @@ class Tracing(CallerObserver):
         self._clock = clock
         self._batches: dict[_Key, Run] = {}
         self._spans: dict[_Key, tuple[Span, int]] = {}
+        self._failure: Exception | None = None
 
     def caller(self) -> Span | None:
         """Return the caller's span, if it is recording."""
+        if self._failure is not None:
+            raise self._failure
         span = otel.get_current_span()
         return span if span.is_recording() else None
 
@@ -110,11 +113,18 @@ class Tracing(CallerObserver):
         return None if found is None else found[0]
 
     def _end_batches(self) -> None:
-        """End the spans of batches, whose requests have all been seen."""
-        for span, finished in self._spans.values():
-            span.end(finished)
+        """End the spans of batches, whose requests have all been seen.
+
+        The application's span processors run here, beside the scheduler's calls. What one raises is
+        raised at the next submission, where the scheduler drops an observer that raises.
+        """
+        spans, self._spans = self._spans, {}
         self._batches.clear()
-        self._spans.clear()
+        try:
+            for span, finished in spans.values():
+                span.end(finished)
+        except Exception as error:  # noqa: BLE001 -- a span processor is foreign code
+            self._failure = error
 
     def _span(
         self,

@@ -22,7 +22,7 @@ pytest.importorskip("opentelemetry.sdk")
 
 from opentelemetry import trace as otel
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
@@ -183,6 +183,37 @@ async def runner_learns(runner, backend):
         future = runner.submit("a")
         await backend.step()
         await future
+
+
+@pytest.mark.parametrize("fails_at", ["aoti_sched.request", "aoti_sched.batch"])
+async def test_a_span_processor_that_raises_is_dropped_and_no_request_is_lost(
+    clock, provider, tracer, fails_at
+):
+    class Broken(SpanProcessor):
+        ends = 0
+
+        def on_end(self, span):
+            if span.name == fails_at:
+                self.ends += 1
+                raise ConnectionError("no collector")
+
+    broken = Broken()
+    provider.add_span_processor(broken)
+    backend = FakeBackend({"m": lambda text: [len(text)]}, auto=True, clock=clock)
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: pytest.fail(str(context)))
+    with structlog.testing.capture_logs() as logs:
+        async with fake_scheduler(backend, clock=clock) as scheduler:
+            scheduler.add_observer(Tracing(provider, clock=clock.time))
+            runner = await scheduler.load("m.pt2", batching=Batching(max_size=8, max_delay=0.0))
+            for _ in range(3):
+                with tracer.start_as_current_span("caller"):
+                    futures = [runner.submit("ab") for _ in range(4)]
+                assert await asyncio.gather(*futures) == [[2]] * 4
+                assert max(future.trace.batch_size for future in futures) > 1
+                await settle()
+    assert broken.ends == 1
+    (dropped,) = [log for log in logs if log["event"] == "observer dropped"]
+    assert (dropped["observer"], str(dropped["error"])) == ("Tracing", "no collector")
 
 
 @pytest.mark.parametrize("sampled", [True, False])
