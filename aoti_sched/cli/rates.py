@@ -12,7 +12,7 @@ from aoti_sched.histograms import Histogram
 from aoti_sched.stats import RunnerStats
 
 WINDOW = 10.0
-"""Seconds that rates and quantiles are about."""
+"""Seconds that rates and quantiles are about, where reports come as often."""
 _KEPT = 120
 
 
@@ -73,10 +73,9 @@ class History:
 
     def rows(self) -> list[RunnerRow]:
         """Return a row for each runner on each device."""
-        latest = self.latest
-        before = next(
-            (one for one in self._reports if latest.uptime - one.uptime <= WINDOW), latest
-        )
+        *earlier, latest = self._reports
+        within = (one for one in earlier if latest.uptime - one.uptime <= WINDOW)
+        before = next(within, earlier[-1] if earlier else latest)
         return [
             _row(
                 _runner(before, device.name, name),

@@ -76,8 +76,8 @@ function stateOf(runner) {
 }
 
 function rowsOf(report) {
-  const before = reports.find((one) => report.uptime - one.uptime <= WINDOW) ?? report;
   const last = reports.at(-2) ?? report;
+  const before = reports.find((one) => one !== report && report.uptime - one.uptime <= WINDOW) ?? last;
   const found = new Map();
   for (const device of Object.values(report.stats.devices)) {
     for (const runner of Object.values(device.runners)) {

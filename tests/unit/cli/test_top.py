@@ -213,6 +213,19 @@ def test_rates_are_of_the_window_and_a_restart_begins_anew(folder):
     assert history.total() == []
 
 
+def test_rates_of_rare_looks_are_of_the_time_since_the_last(folder):
+    with exposed(folder, "--name", "app"):
+        early, first, second = (msgspec.convert(json_of("stats"), StatsReport) for _ in range(3))
+    history = rates.History()
+    for number, report in enumerate((early, first, second)):
+        history.add(msgspec.structs.replace(report, uptime=30.0 * number))
+    old, new = (report.stats.devices["cpu"].runners["slow"] for report in (first, second))
+    (row,) = [row for row in history.rows() if row.runner == "slow"]
+    assert row.rate == pytest.approx((new.completed - old.completed) / 30.0)
+    assert row.rate > 0
+    assert row.p50 is not None
+
+
 def test_a_histogram_of_a_window_is_the_difference():
     old = Histogram(1.0, (1, 2), 4.0, 1.5)
     new = Histogram(1.0, (1, 5, 0, 1), 12.0, 3.0)
