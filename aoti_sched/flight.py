@@ -14,6 +14,7 @@ from aoti_sched.errors import ReplayError
 from aoti_sched.queue.facts import Record
 from aoti_sched.queue.recorded import RecordedQueue
 from aoti_sched.version import VERSION as RELEASE
+from aoti_sched.whole_file import whole_file
 
 VERSION = 1
 """The version of the file. Another number is written when old files can't be read any more."""
@@ -107,13 +108,14 @@ class FlightRecord:
         return {name: device_record(record) for name, record in self._records.items()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the record to a JSON file.
+        """Write the record to a JSON file: whole, or not at all.
 
         Raises:
             OSError: The file can't be written.
         """
         content = _File(version=self.version, release=self.release, devices=self.devices)
-        Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1))
+        with whole_file(path) as beside:
+            beside.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FlightRecord:

@@ -7,16 +7,15 @@ that `simulation/recorded.py` can read what happened.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from aoti_sched.events import Held, Loaded, MemoryUse, Pause, Run, Trace
+from aoti_sched.whole_file import whole_file
 
 VERSION = 1
 """The version of what `otherData` and the arguments of waiting requests say."""
@@ -60,16 +59,8 @@ def write(path: str | os.PathLike[str], devices: Mapping[str, DeviceEvents]) -> 
     Raises:
         OSError: The file can't be written.
     """
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            file.writelines(pieces(devices))
-        partial.replace(target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
+    with whole_file(path) as beside, beside.open("wb") as file:
+        file.writelines(pieces(devices))
 
 
 def pieces(devices: Mapping[str, DeviceEvents]) -> Iterator[bytes]:

@@ -141,7 +141,7 @@ def bench_command(
         verdicts=tuple(_verdict(one, level) for level in levels for one in budgets),
     )
     if save is not None:
-        from aoti_sched.cli.tensors import whole_file
+        from aoti_sched.whole_file import whole_file
 
         with whole_file(save) as beside:
             beside.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from aoti_sched.cli.load import Level
 from aoti_sched.cli.predicting import Candidate, Figures, Goal, words
-from aoti_sched.cli.tensors import whole_file
 from aoti_sched.cli.tuning import Trial
+from aoti_sched.whole_file import whole_file
 
 _COLOURS = {"p50": "#4c9f70", "p90": "#e0a030", "p99": "#c0504d"}
 

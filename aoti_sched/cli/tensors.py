@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aoti_sched.cli.failures import UsageError
 from aoti_sched.errors import first_line, shortened
+from aoti_sched.whole_file import whole_file
 
 if TYPE_CHECKING:
     import torch
@@ -101,18 +100,6 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         _write(path, lambda file: np.save(file, array, allow_pickle=False))
     else:
         _write(path, lambda file: np.savez(file, **arrays))
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Give a path beside `path`, whose file takes the place of `path` when the block succeeds."""
-    beside = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
-    try:
-        yield beside
-        beside.replace(path)
-    finally:
-        with suppress(OSError):
-            beside.unlink()
 
 
 def _write(path: Path, write: Callable[[Any], object]) -> None:

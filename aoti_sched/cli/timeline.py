@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +13,7 @@ from aoti_sched.cli.output import Report, out, print_json
 from aoti_sched.cli.processes import PATIENCE, Process, choose, pieces
 from aoti_sched.cli.units import seconds as seconds_of
 from aoti_sched.cli.units import size_text
+from aoti_sched.whole_file import whole_file
 
 
 class TimelineReport(Report, frozen=True, kw_only=True):
@@ -54,18 +53,10 @@ def timeline_command(
     if not 0.01 <= length <= 300:
         raise UsageError(f"--seconds: expected 10 ms to 5 minutes, got {seconds!r}.")
     target = choose(process)
-    partial = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            for piece in pieces(
-                target, f"/timeline?seconds={length:g}", patience=length + PATIENCE
-            ):
-                file.write(piece)
-            size = file.tell()
-        partial.replace(output)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+    with whole_file(output) as beside, beside.open("wb") as file:
+        found = pieces(target, f"/timeline?seconds={length:g}", patience=length + PATIENCE)
+        file.writelines(found)
+        size = file.tell()
     if json:
         print_json(TimelineReport(path=str(output), bytes=size, seconds=length))
     else:

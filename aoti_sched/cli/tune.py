@@ -280,8 +280,8 @@ def _quoted(text: str) -> str:
 
 def _write(path: Path, text: str) -> None:
     """Write the file whole or not at all, and only if a scheduler can read it."""
-    from aoti_sched.cli.tensors import whole_file
     from aoti_sched.config_file import read_config
+    from aoti_sched.whole_file import whole_file
 
     with whole_file(path) as beside:
         beside.write_text(text, encoding="utf-8")

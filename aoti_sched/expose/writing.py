@@ -5,9 +5,7 @@ The port has none, because every user of the machine can reach a port.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,6 +21,7 @@ from aoti_sched.expose.reports import (
     StageRequest,
     WeightsReport,
 )
+from aoti_sched.whole_file import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -167,12 +166,8 @@ def _save(tensors: Mapping[str, Any], path: Path) -> None:
         raise RefusedError(
             501, "safetensors is missing. Run: pip install 'aoti_sched[expose]'"
         ) from None
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
-        partial.replace(path)
+        with whole_file(path) as beside:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, beside)
     except (OSError, SafetensorError) as error:
         raise RefusedError(409, f"{path}: the file can't be written: {error}.") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()

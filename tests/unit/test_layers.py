@@ -39,7 +39,7 @@ FACE = {
 WORDS = {
     *("arguments", "config", "config_file", "at_exit", "errors", "events", "foreign", "signature"),
     *("explanation", "histograms", "percentiles", "recording", "spans", "stats", "timeline"),
-    "waits",
+    *("waits", "whole_file"),
 }
 MAY_IMPORT = {
     "errors": set(),
@@ -57,9 +57,10 @@ MAY_IMPORT = {
     "waits": {"events", "spans"},
     "explanation": {"events"},
     "recording": {"events", "explanation", "timeline", "waits"},
-    "timeline": {"events"},
-    "flight": {"errors", "queue", "version"},
+    "timeline": {"events", "whole_file"},
+    "flight": {"errors", "queue", "version", "whole_file"},
     "version": set(),
+    "whole_file": set(),
     "stats": {"errors", "histograms", "model"},
     "model": {"arguments", "child", "config", "errors"},
     "package": {"arguments", "errors"},
