@@ -61,7 +61,11 @@ class Recording(Observer):
 
     @property
     def requests(self) -> list[Trace]:
-        """The requests that have ended, in the order of their ends, with their `waits`."""
+        """The requests that have ended, in the order of their ends, with their `waits`.
+
+        Causes are found when they are read, in some microseconds for each run that a request waited
+        for. `slowest` finds those of a few requests.
+        """
         return [self._explained(_trace(one)) for one in list(self._requests)]
 
     def slowest(self, count: int = 10) -> list[Trace]:

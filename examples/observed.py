@@ -82,8 +82,8 @@ async def main(packages: tuple[Path, Path], seconds: float, port: int) -> None:
         print(f"slowest     {slowest.priority} {slowest.runner}, {took:.1f} ms: ", end="")
         print(recording.explain(slowest))
 
-        recording.save(TIMELINE)
-        print(f"timeline    {len(recording.requests):,} requests in {TIMELINE}")
+        await asyncio.to_thread(recording.save, TIMELINE)
+        print(f"timeline    {TIMELINE}, for https://ui.perfetto.dev")
 
         registry = CollectorRegistry()
         registry.register(Collector(scheduler))

@@ -63,7 +63,7 @@ PROGRAMS = {
         "event loop  late by at most ",
         "slowest     ",
         " waited ",
-        " requests in ",
+        "timeline    ",
         " samples, such as",
         'aoti_sched_requests_total{device="cpu",outcome="completed"',
         "observed, process ",
