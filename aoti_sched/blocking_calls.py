@@ -69,7 +69,7 @@ class Calls(Generic[P, R]):
         """
         token = THREAD.set(threading.current_thread())
         try:
-            return call_of_thread(self._handle, args, kwargs, waits=False).start()
+            return call_of_thread(self._handle, args, kwargs, waits=False).start(self._thread.ask)
         finally:
             THREAD.reset(token)
 

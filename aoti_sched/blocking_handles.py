@@ -229,7 +229,7 @@ class BlockingSplitView(Calls[..., Any]):
 
     def submit(self, *args: Any, **kwargs: Any) -> BlockingFuture[Any]:
         """Queue a run on one of the runners, and return its future at once."""
-        return call_of_split(self._split, args, kwargs, waits=False).start()
+        return call_of_split(self._split, args, kwargs, waits=False).start(self._thread.ask)
 
     def options(
         self,

@@ -33,7 +33,7 @@ from aoti_sched.signature import P, R
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Callable, Iterable, Sequence
 
-    from aoti_sched.engine.blocking import BlockingCalls, BlockingFuture
+    from aoti_sched.engine.blocking import Ask, BlockingCalls, BlockingFuture
     from aoti_sched.engine.replica import Replica
     from aoti_sched.engine.router import Router
     from aoti_sched.mapping import OnError
@@ -87,9 +87,13 @@ class CallOfThread(NamedTuple):
         """Hand the request over to the loop and wait for its end."""
         return self.calls.run(self.name, self.submit, self.inherit_stream, self.timeout)
 
-    def start(self) -> BlockingFuture[Any]:
-        """Hand the request over to the loop and return its future."""
-        return self.calls.submit(self.name, self.submit, self.inherit_stream, self.timeout)
+    def start(self, ask: Ask) -> BlockingFuture[Any]:
+        """Hand the request over to the loop and return its future.
+
+        Args:
+            ask: Returns a function's answer, given on the loop between two facts.
+        """
+        return self.calls.submit(self.name, self.submit, self.inherit_stream, self.timeout, ask)
 
 
 _View = TypeVar("_View", bound="Handle[Any, ..., Any]")

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from aoti_sched.engine.future import RunFuture
     from aoti_sched.events import Trace
 
+    Ask = Callable[[Callable[[], Trace]], Trace]
+
 CLOSED_LOOP = "its event loop is closed. Call it while the loop runs"
 IDLE_LOOP = "its event loop is not running. Call it while the loop runs"
 STOPPED_LOOP = (
@@ -103,8 +105,16 @@ class BlockingCalls:
         submit: Callable[[float | None], RunFuture],
         inherit_stream: Callable[[], AbstractContextManager[object]],
         timeout: float | None,
+        ask: Ask,
     ) -> BlockingFuture:
-        """Hand a request over to the loop and return its future. The arguments are those of `run`.
+        """Hand a request over to the loop and return its future.
+
+        Args:
+            name: As for `run`, and so the next three.
+            submit: Submits the request on the loop.
+            inherit_stream: Makes the calling thread's stream current there.
+            timeout: Seconds for all of it.
+            ask: Returns a function's answer, given on the loop between two facts.
 
         Raises:
             RunnerClosedError: The event loop is closed, or does not run, or the scheduler is
@@ -114,7 +124,7 @@ class BlockingCalls:
         self._must_not_be_forked(name)
         timeout = timeout if self._real_time else None
         call = _Promise(self, name, submit, inherit_stream(), timeout)
-        future = call.future = BlockingFuture()
+        future = call.future = BlockingFuture(ask)
         future._call = call  # noqa: SLF001
         try:
             self._hand_over(call)
@@ -224,13 +234,21 @@ class BlockingFuture(concurrent.futures.Future[R]):
     _call: _Promise
     _run: RunFuture | None = None
 
+    def __init__(self, ask: Ask) -> None:
+        super().__init__()
+        self._ask = ask
+
     @property
     def trace(self) -> Trace | None:
         """Where and when the request ran, as far as it is known now.
 
-        None until the event loop has taken the request, and for a request that was refused.
+        None until the event loop has taken the request, and for a request that was refused. Until
+        the request has ended, and where a recording or an observer is on, the event loop is asked.
         """
-        return None if self._run is None else self._run.trace
+        run = self._run
+        if run is None:
+            return None
+        return run.trace if run._has_final_trace else self._ask(lambda: run.trace)  # noqa: SLF001
 
     def cancel(self) -> bool:
         """Cancel the request, queued or running. Returns False if the request is done already.

@@ -57,6 +57,11 @@ class RunFuture(asyncio.Future[R]):
         self._replica.dispatcher.cancel(self._job)
         return True
 
+    @property
+    def _has_final_trace(self) -> bool:
+        """Whether the trace will not change, and asks no observer: then any thread may read it."""
+        return self.done() and self._replica.dispatcher.observers is None
+
     # --- for the dispatcher ----------------------------------------------------------------------
 
     def _deliver(self, outputs: list[Any]) -> None:

@@ -131,6 +131,40 @@ def test_options_and_tenants_make_views(stepped):
     assert first.trace.started <= high.trace.started <= low.trace.started
 
 
+def test_where_a_recording_is_on_the_loop_takes_a_trace_between_two_facts(stepped):
+    runner = stepped.scheduler.load("m.pt2")
+    busy, go_on, traces = threading.Event(), threading.Event(), []
+
+    def keep_the_loop_busy(_):
+        busy.set()
+        go_on.wait(FOREVER)
+
+    def take(future):
+        traces.append(future.trace)
+
+    with stepped.scheduler.record():
+        first, second = runner.submit(0), runner.submit(1)
+        second.add_done_callback(keep_the_loop_busy)
+        until(lambda: runner.stats().submitted == 2)
+        stepped.step()
+        assert first.result(FOREVER) == 0
+        stepped.step()
+        assert busy.wait(FOREVER)
+        thread = threading.Thread(target=take, args=(first,))
+        thread.start()
+        thread.join(0.1)
+        assert not traces, "the loop is in the midst of something"
+        go_on.set()
+        thread.join(FOREVER)
+        take(second)
+    stepped.scheduler.close()
+    take(first)
+    during, _, after = traces
+    assert during.waits
+    assert after.waits == ()
+    assert (after.job, after.state, after.started) == (during.job, "DONE", during.started)
+
+
 def test_a_lease_holds_a_slot(scheduler):
     runner = scheduler.load("m.pt2")
     with runner.lease() as lease:
