@@ -58,7 +58,8 @@ class FakeBackend:
         weights: What a model's weights are when it is loaded, by the same names.
         lanes: How many runs go on at once.
         auto: Whether runs finish by themselves; otherwise call `step`.
-        clock: Where runs get their times from.
+        clock: Where runs get their times from. It must be the scheduler's; None for the clock of a
+            scheduler that has no other, `time.monotonic`.
     """
 
     records_runs = False
@@ -158,6 +159,10 @@ class FakeBackend:
             )
         devices = self._scheduler.stats().devices
         return self._count("queued", devices[self.name].queued if self.name in devices else 0)
+
+    def keep_time(self, clock: Clock | None) -> None:
+        """Take the times of runs from this clock, unless the backend has one."""
+        self._clock = self._clock or clock
 
     def watch(self, scheduler: Scheduler) -> None:
         """Count the requests that are queued in this scheduler."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -135,7 +136,7 @@ class FakeExecutor(LanesWithoutThreads):
         return Completion(work.token, outputs, error, started, self._time())
 
     def _time(self) -> float:
-        return self._clock.time() if self._clock is not None else 0.0
+        return time.monotonic() if self._clock is None else self._clock.time()
 
 
 def _members(completion: Completion) -> list[list[Any]]:

@@ -55,13 +55,13 @@ async def fake_scheduler(
     On leaving, queued requests fail, running ones are finished, and async models are cancelled.
 
     Args:
-        backend: The device; None for one without models.
+        backend: The device; None for one without models. Without a clock, it gets the scheduler's.
         clock: The scheduler's clock; None for the event loop's.
         config: Settings, or the path of a TOML file. Their models are loaded on entry, so the
             backend must have a function for each.
     """
-    if backend is None:
-        backend = FakeBackend(clock=clock)
+    backend = backend or FakeBackend()
+    backend.keep_time(clock)
     if isinstance(config, (str, os.PathLike)):
         config = read_config(config)
     devices = {backend.name: backend}

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 
 import pytest
 import structlog
@@ -16,6 +17,36 @@ from tests.unit.package.files import metadata, model_members, zipped
 def quiet_logs():
     with structlog.testing.capture_logs() as logs:
         yield logs
+
+
+# --- times ----------------------------------------------------------------------------------------
+
+
+async def test_a_backend_without_a_clock_takes_the_schedulers():
+    clock = ManualClock()
+
+    def slow(text):
+        clock.advance(0.5)
+        return len(text)
+
+    async with fake_scheduler(FakeBackend({"m": slow}, auto=True), clock) as scheduler:
+        future = (await scheduler.load("m.pt2")).submit("ab")
+        assert await future == 2
+    assert (future.trace.queue_seconds, future.trace.run_seconds) == (0.0, 0.5)
+
+
+async def test_without_any_clock_runs_have_real_times():
+    def slow(text):
+        time.sleep(0.01)
+        return len(text)
+
+    async with fake_scheduler(FakeBackend({"m": slow}, auto=True)) as scheduler:
+        future = (await scheduler.load("m.pt2")).submit("ab")
+        assert await future == 2
+    trace = future.trace
+    assert trace.queued <= trace.started < trace.finished <= trace.ended
+    assert trace.run_seconds >= 0.01
+    assert "; ran " in aoti_sched.explain(trace)
 
 
 # --- running and queued ---------------------------------------------------------------------------
