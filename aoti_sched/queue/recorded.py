@@ -11,7 +11,7 @@ become numbers when the record is read, so that no user's data is in it.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from aoti_sched.errors import AotiSchedError
 from aoti_sched.queue.admission.load import Bounds
@@ -26,6 +26,9 @@ from aoti_sched.queue.policy import Policy
 from aoti_sched.queue.runner_state import Lease, RunnerState
 from aoti_sched.queue.selection.placement import INLINE_BUDGET, Placing
 from aoti_sched.queue.snapshot import Snapshot, UnknownClassError, take
+
+if TYPE_CHECKING:
+    from types import TracebackType
 
 FACTS_KEPT: Final = 1_000
 """Facts that are kept by default: some 300 requests, and those back to the last snapshot.
@@ -119,12 +122,15 @@ class RecordedQueue(DeviceQueue):
         kept.begin_chunk(state)
 
     def _keep(self, *fact: Any) -> None:
-        """Keep a rare fact."""
+        """Keep a rare fact that is never illegal."""
         self._make_room()
         self._kept.add(fact)
 
-    def _give_record(self, error: IllegalFactError) -> None:
-        error.record = self.record(str(error))
+    def _fact(self, *fact: Any) -> _GivesRecord:
+        """Keep a rare fact, and return the block in which it happens."""
+        self._make_room()
+        self._kept.add(fact)
+        return _GivesRecord(self)
 
     # --- what every request brings ----------------------------------------------------------------
 
@@ -151,7 +157,7 @@ class RecordedQueue(DeviceQueue):
         try:
             return super().submit(job, now, wait=wait, since=since)
         except IllegalFactError as error:
-            self._give_record(error)
+            error.record = self.record(str(error))
             raise
 
     def complete(
@@ -177,16 +183,12 @@ class RecordedQueue(DeviceQueue):
         try:
             return super().complete(job, now, ok=ok, started=started, finished=finished)
         except IllegalFactError as error:
-            self._give_record(error)
+            error.record = self.record(str(error))
             raise
 
     def cancel(self, job: Job, now: float) -> list[Command]:
-        self._keep("cancel", now, job.id)
-        try:
+        with self._fact("cancel", now, job.id):
             return super().cancel(job, now)
-        except IllegalFactError as error:
-            self._give_record(error)
-            raise
 
     def tick(self, now: float) -> list[Command]:
         self._keep("tick", now)
@@ -224,7 +226,7 @@ class RecordedQueue(DeviceQueue):
     ) -> RunnerState:
         placing = placing or Placing()
         self._make_room()
-        self._keep(
+        with self._fact(
             "add_runner",
             None,
             name,
@@ -247,8 +249,7 @@ class RecordedQueue(DeviceQueue):
             routable,
             None if memory is None else self._numbered(memory),
             "" if memory is None else memory.name,
-        )
-        try:
+        ):
             runner = super().add_runner(
                 name,
                 slots,
@@ -263,64 +264,37 @@ class RecordedQueue(DeviceQueue):
                 routable=routable,
                 memory=memory,
             )
-        except IllegalFactError as error:
-            self._give_record(error)
-            raise
         self._numbered(runner.memory)
         return self._counted(runner)
 
     def drain_runner(self, runner: RunnerState, now: float) -> list[Command]:
-        self._keep("drain_runner", now, runner.number)
-        try:
+        with self._fact("drain_runner", now, runner.number):
             return super().drain_runner(runner, now)
-        except IllegalFactError as error:
-            self._give_record(error)
-            raise
 
     def terminate_runner(self, runner: RunnerState, now: float) -> list[Command]:
-        self._keep("terminate_runner", now, runner.number)
-        try:
+        with self._fact("terminate_runner", now, runner.number):
             return super().terminate_runner(runner, now)
-        except IllegalFactError as error:
-            self._give_record(error)
-            raise
 
     def withdraw(self, runner: RunnerState, now: float) -> list[Command]:
-        self._keep("withdraw", now, runner.number)
-        try:
+        with self._fact("withdraw", now, runner.number):
             return super().withdraw(runner, now)
-        except IllegalFactError as error:
-            self._give_record(error)
-            raise
 
     def remove_runner(self, runner: RunnerState) -> None:
-        self._keep("remove_runner", None, runner.number)
         self._kept.source = None  # so that a runner that is gone is not kept
-        try:
+        with self._fact("remove_runner", None, runner.number):
             super().remove_runner(runner)
-        except IllegalFactError as error:
-            self._give_record(error)
-            raise
 
     def close_barrier(
         self, runner: RunnerState, now: float, *, abort: bool = False
     ) -> list[Command]:
-        self._keep("close_barrier", now, runner.number, abort)
-        try:
+        with self._fact("close_barrier", now, runner.number, abort):
             return super().close_barrier(runner, now, abort=abort)
-        except IllegalFactError as error:
-            self._give_record(error)
-            raise
 
     def open_barrier(
         self, runner: RunnerState, now: float, *, epoch: int | None = None
     ) -> list[Command]:
-        self._keep("open_barrier", now, runner.number, epoch)
-        try:
+        with self._fact("open_barrier", now, runner.number, epoch):
             return super().open_barrier(runner, now, epoch=epoch)
-        except IllegalFactError as error:
-            self._give_record(error)
-            raise
 
     def _counted(self, runner: RunnerState) -> RunnerState:
         runner.number = self._runners
@@ -330,60 +304,32 @@ class RecordedQueue(DeviceQueue):
     # --- sessions ---------------------------------------------------------------------------------
 
     def add_behind(self, main: RunnerState, name: str, now: float) -> RunnerState:
-        self._keep("add_behind", now, main.number, name)
-        try:
+        with self._fact("add_behind", now, main.number, name):
             return self._counted(super().add_behind(main, name, now))
-        except IllegalFactError as error:
-            self._give_record(error)
-            raise
 
     def keep_epoch(self, main: RunnerState, now: float) -> list[Command]:
-        self._keep("keep_epoch", now, main.number)
-        try:
+        with self._fact("keep_epoch", now, main.number):
             return super().keep_epoch(main, now)
-        except IllegalFactError as error:
-            self._give_record(error)
-            raise
 
     def withdraw_pinned(self, runner: RunnerState, now: float) -> list[Command]:
-        self._keep("withdraw_pinned", now, runner.number)
-        try:
+        with self._fact("withdraw_pinned", now, runner.number):
             return super().withdraw_pinned(runner, now)
-        except IllegalFactError as error:
-            self._give_record(error)
-            raise
 
     def revoke_behind(self, main: RunnerState, now: float, error: AotiSchedError) -> list[Command]:
-        self._keep("revoke_behind", now, main.number, str(error))
-        try:
+        with self._fact("revoke_behind", now, main.number, str(error)):
             return super().revoke_behind(main, now, error)
-        except IllegalFactError as illegal:
-            self._give_record(illegal)
-            raise
 
     def hold_turns(self, main: RunnerState, now: float) -> list[Command]:
-        self._keep("hold_turns", now, main.number)
-        try:
+        with self._fact("hold_turns", now, main.number):
             return super().hold_turns(main, now)
-        except IllegalFactError as error:
-            self._give_record(error)
-            raise
 
     def release_turns(self, main: RunnerState, now: float) -> list[Command]:
-        self._keep("release_turns", now, main.number)
-        try:
+        with self._fact("release_turns", now, main.number):
             return super().release_turns(main, now)
-        except IllegalFactError as error:
-            self._give_record(error)
-            raise
 
     def turned(self, main: RunnerState, now: float, *, exchanged: bool) -> list[Command]:
-        self._keep("turned", now, main.number, exchanged)
-        try:
+        with self._fact("turned", now, main.number, exchanged):
             return super().turned(main, now, exchanged=exchanged)
-        except IllegalFactError as error:
-            self._give_record(error)
-            raise
 
     # --- memory -----------------------------------------------------------------------------------
 
@@ -392,24 +338,18 @@ class RecordedQueue(DeviceQueue):
         holding = claim.holding
         claim.number = self._claims
         self._claims += 1
-        self._keep("claim", now, claim.number, claim.bytes, self._numbered(holding), holding.name)
-        try:
+        with self._fact(
+            "claim", now, claim.number, claim.bytes, self._numbered(holding), holding.name
+        ):
             return super().claim(claim, now)
-        except IllegalFactError as error:
-            self._give_record(error)
-            raise
 
     def give_up(self, claim: Claim, now: float) -> list[Command]:
         self._keep("give_up", now, claim.number)
         return super().give_up(claim, now)
 
     def pin(self, runner: RunnerState) -> None:
-        self._keep("pin", None, runner.number)
-        try:
+        with self._fact("pin", None, runner.number):
             super().pin(runner)
-        except IllegalFactError as error:
-            self._give_record(error)
-            raise
 
     def update_use(
         self, holding: Holding, now: float, *, constants: int, inactive: int, fixed: str = ""
@@ -425,31 +365,40 @@ class RecordedQueue(DeviceQueue):
         return super().release_memory(holding, now)
 
     def call_back(self, runner: RunnerState, now: float) -> list[Command]:
-        self._keep("call_back", now, runner.number)
-        try:
+        with self._fact("call_back", now, runner.number):
             return super().call_back(runner, now)
-        except IllegalFactError as error:
-            self._give_record(error)
-            raise
 
     def parked(self, runner: RunnerState, now: float) -> list[Command]:
-        self._keep("parked", now, runner.number)
-        try:
+        with self._fact("parked", now, runner.number):
             return super().parked(runner, now)
-        except IllegalFactError as error:
-            self._give_record(error)
-            raise
 
     def returned(self, runner: RunnerState, now: float, *, error: str = "") -> list[Command]:
-        self._keep("returned", now, runner.number, error)
-        try:
+        with self._fact("returned", now, runner.number, error):
             return super().returned(runner, now, error=error)
-        except IllegalFactError as illegal:
-            self._give_record(illegal)
-            raise
 
     def _numbered(self, holding: Holding) -> int:
         if holding.number < 0:
             holding.number = self._holdings
             self._holdings += 1
         return holding.number
+
+
+class _GivesRecord:
+    """A block in which a fact happens. Its `IllegalFactError` gets the record of the queue."""
+
+    __slots__ = ("_queue",)
+
+    def __init__(self, queue: RecordedQueue) -> None:
+        self._queue = queue
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if isinstance(error, IllegalFactError):
+            error.record = self._queue.record(str(error))

@@ -27,7 +27,7 @@ from tests.unit.queue.support import check, picture
 NOT_IN_A_STATE = {
     *("Asked", "Group", "Kept", "Record"),  # the record itself
     *("Snapshot", "_Fields", "_Known", "_Walk"),  # the snapshot itself
-    *("Growth", "Scope"),  # made and dropped within one fact
+    *("Growth", "Scope", "_GivesRecord"),  # made and dropped within one fact
     *("Rotation", "Shares"),  # of runners with several replicas, or of splits: beside the queues
     "Ending",  # no snapshot is taken while there is one
     "Heap",  # only its subclasses are made
