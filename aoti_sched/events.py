@@ -252,6 +252,8 @@ class Run(msgspec.Struct, frozen=True, gc=False):
         collected: When the event loop took note of the end. The lane was free from then on.
         ok: Whether the run succeeded.
         held: Whether the run used the slot of a held lease.
+        overdue: Whether its request was launched out of turn, since it had waited for longer than
+            `DeviceConfig(max_wait=)`.
     """
 
     device: str
@@ -270,6 +272,7 @@ class Run(msgspec.Struct, frozen=True, gc=False):
     collected: float
     ok: bool
     held: bool = False
+    overdue: bool = False
 
 
 class Loaded(msgspec.Struct, frozen=True):

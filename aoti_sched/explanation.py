@@ -22,11 +22,13 @@ _WHY = {
     "unknown": "for a reason that was not recorded",
 }
 _PREFERRED = {
-    "class": "of a higher class",
-    "share": "whose model was due its share",
-    "tenant": "of other tenants",
-    "order": "that were first in order",
+    "overdue": ("that was overdue", "that were overdue"),
+    "class": ("of a higher class", "of a higher class"),
+    "share": ("whose model was due its share", "whose model was due its share"),
+    "tenant": ("of another tenant", "of other tenants"),
+    "order": ("that was first in order", "that were first in order"),
 }
+"""Why one run, or several, were preferred."""
 _MOST = 4
 """Causes that are named; the others are added up."""
 _ENDS = {
@@ -91,7 +93,8 @@ def _cause(wait: Wait) -> str:
     runs = "run" if wait.runs == 1 else "runs"
     behind = f"behind {wait.runs} {priority} {runs} of {runner!r}"
     if wait.cause in _PREFERRED:
-        return f"{behind} {_PREFERRED[wait.cause]}"
+        one, several = _PREFERRED[wait.cause]
+        return f"{behind} {one if wait.runs == 1 else several}"
     return f"{_WHY[wait.cause]} {behind}"
 
 

@@ -11,8 +11,8 @@ lease or a pause began or ended. In each piece, the first rule below that holds 
 5. `loop`: nothing was in the way, and the event loop had not come to it.
 
 A run that was launched before the request was admitted gives `slots`, `lanes` or `cores`, a lease
-gives `leases`. A later run was preferred, and the cause is the rule that preferred it: `class`,
-`share`, `tenant` or `order`.
+gives `leases`. A later run was preferred, and the cause is the rule that preferred it: `overdue`,
+`class`, `share`, `tenant` or `order`.
 """
 
 from __future__ import annotations
@@ -209,6 +209,8 @@ def _cause(trace: Trace, taker: _Taker, resource: str, admitted: float) -> str:
         return "leases"
     if (taker.launched, taker.job) < (admitted, trace.job):
         return resource
+    if taker.overdue:
+        return "overdue"
     if _RANK[taker.priority] < _RANK[trace.priority]:
         return "class"
     if taker.runner != trace.runner:

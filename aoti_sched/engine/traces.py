@@ -227,6 +227,7 @@ def run_of(
         now,
         ok,
         isinstance(source, Lease),
+        job.overdue,
     )
 
 
@@ -245,6 +246,7 @@ class KeptRun:
         "lane",
         "launched",
         "ok",
+        "overdue",
         "priority",
         "runner",
         "size",
@@ -280,6 +282,7 @@ class KeptRun:
         self.collected = now
         self.ok = ok
         self.held = isinstance(source, Lease)
+        self.overdue = job.overdue
 
     def run(self) -> Run:
         """Return the run."""
@@ -300,6 +303,7 @@ class KeptRun:
             self.collected,
             self.ok,
             self.held,
+            self.overdue,
         )
 
 

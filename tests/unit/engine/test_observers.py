@@ -15,10 +15,12 @@ import structlog
 from aoti_sched import (
     Batching,
     ConfigError,
+    DeviceConfig,
     Limits,
     Observer,
     Priority,
     QueueFullError,
+    SchedulerConfig,
     explain,
 )
 from aoti_sched.engine import observers
@@ -152,6 +154,26 @@ async def test_a_trace_tells_why_the_request_waited_while_a_recording_is_on(cloc
         await asyncio.gather(first, second, high)
         with pytest.raises(ConfigError, match="record"), scheduler.record(limit=0):
             pass
+
+
+async def test_a_request_that_waited_for_an_overdue_one_is_explained(clock):
+    backend = FakeBackend({"m": len}, lanes=1, clock=clock)
+    config = SchedulerConfig(devices={"cpu": DeviceConfig(max_wait=1.0)})
+    async with fake_scheduler(backend, clock=clock, config=config) as scheduler:
+        runner = await scheduler.load("m.pt2")
+        with scheduler.record() as recording:
+            futures = [runner.submit("a"), runner.options(priority=Priority.LOW).submit("b")]
+            clock.advance(2.0)
+            futures.append(runner.options(priority=Priority.HIGH).submit("c"))
+            for _ in range(3):
+                clock.advance(1.0)
+                await backend.step()
+            await asyncio.gather(*futures)
+        first, low, high = recording.requests
+        assert [one.priority for one in (first, low, high)] == ["NORMAL", "LOW", "HIGH"]
+        waits = {wait.cause: wait.seconds for wait in high.waits}
+        assert waits == {"slots": 1.0, "overdue": 1.0, "lane": 1.0}
+        assert "1 s behind 1 LOW run of 'm' that was overdue" in explain(high)
 
 
 def simulated(seed, requests):
