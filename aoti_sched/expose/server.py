@@ -66,9 +66,10 @@ class _Server(uvicorn.Server):
         # The inherited one takes the signals, ticks, and logs the process's start and end.
         self.config.load()
         self.lifespan = self.config.lifespan_class(self.config)
-        await self.startup(sockets)
-        self.ready.set_result(None)
         try:
+            await self.startup(sockets)
+            if not self.ready.done():  # it is cancelled with the caller
+                self.ready.set_result(None)
             await self._stopped.wait()
         finally:
             await self.shutdown(sockets)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import structlog
 
 from aoti_sched import (
     BlockingScheduler,
@@ -285,15 +286,25 @@ async def test_only_an_open_scheduler_is_exposed():
         await scheduler.expose()
 
 
-async def test_a_cancelled_expose_leaves_nothing():
-    async with scheduler_of() as (scheduler, _):
-        task = asyncio.ensure_future(scheduler.expose())
-        await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert sockets.find() == []
-        await scheduler.expose()
+@pytest.mark.parametrize("port", [None, 0])
+async def test_a_cancelled_expose_leaves_nothing(port):
+    for steps in range(100):
+        with structlog.testing.capture_logs() as logs:
+            async with scheduler_of() as (scheduler, _):
+                task = asyncio.ensure_future(scheduler.expose(port=port))
+                for _ in range(steps):
+                    await asyncio.sleep(0)
+                if task.done():
+                    break
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                assert sockets.find() == []
+                exposure = await scheduler.expose(port=0)
+                for each in (exposure, exposure.url):
+                    assert (await asyncio.wait_for(get(each, "/stats"), 20)).status == 200
+        assert [log for log in logs if log["log_level"] != "info"] == []
+    assert steps > 1
 
 
 async def test_closing_while_it_opens_hangs_nothing():
