@@ -74,8 +74,9 @@ class Observers:
         self._recordings: list[Recording] = []
         self._keep_requests: list[Callable[[Trace | KeptRequest], None]] = []
         self._keep_runs: list[Callable[[Run | KeptRun], None]] = []
-        self._others: list[Observer] = []
-        self._know_callers: list[CallerObserver] = []
+        # By their ids: observers may be equal, or compare as they like.
+        self._others: dict[int, Observer] = {}
+        self._know_callers: dict[int, CallerObserver] = {}
         self._wants_requests = False  # any observer
         self._wants_runs = False
         self._wants_traces = False  # an observer that is no recording
@@ -115,9 +116,9 @@ class Observers:
                 for use in evicted_from(dispatcher.queue, dispatcher.now()):
                     observer.keep(use)
         else:
-            self._others.append(observer)
+            self._others[id(observer)] = observer
             if isinstance(observer, CallerObserver):
-                self._know_callers.append(observer)
+                self._know_callers[id(observer)] = observer
             for model in present:
                 self._call(observer, model)
         self._connect()
@@ -130,14 +131,14 @@ class Observers:
                 self._recordings.remove(observer)
                 for event in self._going_on():
                     observer.goes_on(event)
-        elif observer in self._others:
+        elif id(observer) in self._others:
             self._forget(observer)
         self._connect()
 
     def submitted(self, future: Any) -> None:
         """Let observers keep something of the caller of a request. Never raises."""
         if self._know_callers:
-            found = [(one, self._try(one, one.caller)) for one in list(self._know_callers)]
+            found = [(one, self._try(one, one.caller)) for one in list(self._know_callers.values())]
             callers = [(one, caller) for one, caller in found if caller is not None]
             if callers:
                 future._callers = callers  # noqa: SLF001
@@ -204,7 +205,7 @@ class Observers:
         while self._pending:
             events, self._pending = self._pending, []
             for event, callers in events:
-                for observer in list(self._others):
+                for observer in list(self._others.values()):
                     self._call(observer, event)
                 for one, caller in callers:
                     self._try(one, one.finished_for, event, caller)
@@ -219,8 +220,8 @@ class Observers:
     def _connect(self) -> None:
         self._keep_requests = [one.keep_request for one in self._recordings]
         self._keep_runs = [one.keep_run for one in self._recordings]
-        self._wants_traces = any(_overrides(one, "finished") for one in self._others)
-        self._wants_each_run = any(_overrides(one, "ran") for one in self._others)
+        self._wants_traces = any(_overrides(one, "finished") for one in self._others.values())
+        self._wants_each_run = any(_overrides(one, "ran") for one in self._others.values())
         self._wants_requests = bool(self._recordings) or self._wants_traces
         self._wants_runs = bool(self._recordings) or self._wants_each_run
         for dispatcher in self._dispatchers.values():
@@ -231,7 +232,7 @@ class Observers:
 
     def _try(self, observer: Observer, method: Callable[..., Any], *arguments: Any) -> Any:
         """Call an observer, and return its answer; None where it raises, or was dropped before."""
-        if observer not in self._others:  # dropped, or removed by another observer
+        if id(observer) not in self._others:  # dropped, or removed by another observer
             return None
         try:
             return method(*arguments)
@@ -248,9 +249,8 @@ class Observers:
             asyncio.get_running_loop().call_soon(raise_again, error)
 
     def _forget(self, observer: Observer) -> None:
-        self._others.remove(observer)
-        if isinstance(observer, CallerObserver):
-            self._know_callers.remove(observer)
+        del self._others[id(observer)]
+        self._know_callers.pop(id(observer), None)
 
     def _going_on(self) -> list[Run | Held | Pause]:
         """Return the runs, leases and pauses that have begun and not ended, as if they ended now.

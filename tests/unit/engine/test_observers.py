@@ -7,6 +7,7 @@ import gc
 import heapq
 import json
 import random
+from dataclasses import dataclass, field
 
 import msgspec
 import pytest
@@ -111,6 +112,44 @@ async def test_an_observer_that_raises_is_logged_once_and_dropped(clock):
     assert broken.calls == 1
     assert [log["observer"] for log in logs if log["event"] == "observer dropped"] == ["Broken"]
     assert [state for state, *_ in notes.seen].count("DONE") == 3
+
+
+@dataclass
+class Equal(Observer):
+    """An observer that equals another one which has seen the same."""
+
+    seen: list[str] = field(default_factory=list)
+
+    def finished(self, trace):
+        self.seen.append(trace.tag)
+
+
+async def test_an_observer_that_equals_another_is_not_the_other(clock):
+    one, other = Equal(), Equal()
+    backend = FakeBackend({"m": len}, auto=True, clock=clock)
+    async with fake_scheduler(backend, clock=clock) as scheduler:
+        runner = await scheduler.load("m.pt2")
+        scheduler.add_observer(one)
+        scheduler.add_observer(other)
+        scheduler.remove_observer(other)
+        scheduler.remove_observer(Equal())
+        await runner.options(tag="a").run("ab")
+        await settle()
+    assert (one.seen, other.seen) == (["a"], [])
+
+
+async def test_an_observer_that_is_added_twice_sees_each_request_once(clock):
+    observer = Equal()
+    backend = FakeBackend({"m": len}, auto=True, clock=clock)
+    async with fake_scheduler(backend, clock=clock) as scheduler:
+        runner = await scheduler.load("m.pt2")
+        scheduler.add_observer(observer)
+        scheduler.add_observer(observer)
+        await runner.options(tag="a").run("ab")
+        scheduler.remove_observer(observer)
+        await runner.options(tag="b").run("ab")
+        await settle()
+    assert observer.seen == ["a"]
 
 
 async def test_an_observer_may_call_the_scheduler(clock):
