@@ -138,7 +138,7 @@ class Observers:
     def submitted(self, future: Any) -> None:
         """Let observers keep something of the caller of a request. Never raises."""
         if self._know_callers:
-            found = [(one, self._try(one, one.caller)) for one in list(self._know_callers.values())]
+            found = [(one, self._try(one, "caller")) for one in list(self._know_callers.values())]
             callers = [(one, caller) for one, caller in found if caller is not None]
             if callers:
                 future._callers = callers  # noqa: SLF001
@@ -147,7 +147,7 @@ class Observers:
         """Return what the log events of a request get from observers. Never raises."""
         values: dict[str, Any] = {}
         for observer, caller in callers_of(future):
-            values.update(self._try(observer, observer.log_values, caller) or {})
+            values.update(self._try(observer, "log_values", caller) or {})
         return values
 
     def ended(self, job: Job, queue: DeviceQueue, future: object) -> None:
@@ -208,7 +208,7 @@ class Observers:
                 for observer in list(self._others.values()):
                     self._call(observer, event)
                 for one, caller in callers:
-                    self._try(one, one.finished_for, event, caller)
+                    self._try(one, "finished_for", event, caller)
 
     def explained(self, trace: Trace) -> Trace:
         """Return a trace with the causes of its waits, where a recording is on."""
@@ -228,14 +228,14 @@ class Observers:
             dispatcher.observers = self.if_any()
 
     def _call(self, observer: Observer, event: Event) -> None:
-        self._try(observer, getattr(observer, _METHODS[type(event)]), event)
+        self._try(observer, _METHODS[type(event)], event)
 
-    def _try(self, observer: Observer, method: Callable[..., Any], *arguments: Any) -> Any:
+    def _try(self, observer: Observer, method: str, *arguments: Any) -> Any:
         """Call an observer, and return its answer; None where it raises, or was dropped before."""
         if id(observer) not in self._others:  # dropped, or removed by another observer
             return None
         try:
-            return method(*arguments)
+            return getattr(observer, method)(*arguments)
         except BaseException as error:  # noqa: BLE001 -- an observer is foreign code
             self._drop(observer, error)
             return None
@@ -262,7 +262,10 @@ class Observers:
 
 def _overrides(observer: Observer, method: str) -> bool:
     """Return whether an observer overrides a method of `Observer`."""
-    found = getattr(getattr(observer, method), "__func__", None)
+    try:
+        found = getattr(getattr(observer, method), "__func__", None)
+    except Exception:  # noqa: BLE001 -- an observer is foreign code: its call raises again
+        return True
     return found is not getattr(Observer, method)
 
 

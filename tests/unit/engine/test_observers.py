@@ -15,6 +15,7 @@ import structlog
 
 from aoti_sched import (
     Batching,
+    CallerObserver,
     ConfigError,
     DeviceConfig,
     Limits,
@@ -112,6 +113,28 @@ async def test_an_observer_that_raises_is_logged_once_and_dropped(clock):
     assert broken.calls == 1
     assert [log["observer"] for log in logs if log["event"] == "observer dropped"] == ["Broken"]
     assert [state for state, *_ in notes.seen].count("DONE") == 3
+
+
+async def test_an_observer_without_the_method_that_it_should_have_is_dropped(clock):
+    class Broken(CallerObserver):
+        @property
+        def caller(self):
+            raise KeyError("broken")
+
+        loaded = finished = caller
+
+    broken, notes = Broken(), Notes()
+    backend = FakeBackend({"m": len}, auto=True, clock=clock)
+    with structlog.testing.capture_logs() as logs:
+        async with fake_scheduler(backend, clock=clock) as scheduler:
+            scheduler.add_observer(broken)
+            scheduler.add_observer(notes)
+            runner = await scheduler.load("m.pt2")
+            scheduler.add_observer(Broken())  # is told at once of the runner
+            assert await runner.run("ab") == 2
+            await settle()
+    assert [log["observer"] for log in logs if log["event"] == "observer dropped"] == ["Broken"] * 2
+    assert notes.seen == [("loaded", "m"), ("ran", "m", True), ("DONE", "")]
 
 
 @dataclass
