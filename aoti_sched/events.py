@@ -45,19 +45,19 @@ class EventLog:
         self._logger = logging.getLogger(name)
         self._complained = False
 
-    def debug(self, event: str, **values: Any) -> None:
+    def debug(self, event: str, /, **values: Any) -> None:
         """Log an event that only a search for a fault needs."""
         self._log_soon("debug", event, values)
 
-    def info(self, event: str, **values: Any) -> None:
+    def info(self, event: str, /, **values: Any) -> None:
         """Log an event of normal operation."""
         self._log_soon("info", event, values)
 
-    def warning(self, event: str, **values: Any) -> None:
+    def warning(self, event: str, /, **values: Any) -> None:
         """Log an event that someone should look at, after which all goes on."""
         self._log_soon("warning", event, values)
 
-    def error(self, event: str, **values: Any) -> None:
+    def error(self, event: str, /, **values: Any) -> None:
         """Log an error. A value `error` may be an exception, whose text is made later."""
         self._log_soon("error", event, values)
 
@@ -74,6 +74,8 @@ class EventLog:
         try:
             if isinstance(values.get("error"), BaseException):
                 values["error"] = said(values["error"])
+            if "event" in values:  # an observer's: the event itself has that name
+                values["event_"] = values.pop("event")
             structlog = _structlog()
             if structlog is not None:
                 getattr(structlog.get_logger(self._name), level)(event, **values)
@@ -420,6 +422,9 @@ class CallerObserver(Observer):
         """See a request that has ended, after `finished`, with what `caller` returned for it."""
 
     def log_values(self, caller: Any) -> Mapping[str, Any]:
-        """Return what the log events of a request get besides, by name."""
+        """Return what the log events of a request get besides, by name.
+
+        A value of an event's own, such as its `runner`, stays as it is.
+        """
         del caller
         return {}

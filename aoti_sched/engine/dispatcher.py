@@ -381,18 +381,18 @@ class Dispatcher:
     def _log_failure(self, token: Any, error: BaseException) -> None:
         jobs = token if type(token) is tuple else (token,)
         tags = [tag for tag in map(tag_of, [job.payload for job in jobs]) if tag]
-        values: dict[str, Any] = {"tags": tags} if tags else {}
-        if self.observers is not None and len(jobs) == 1:
-            values.update(self.observers.log_values(jobs[0].payload))
-        log.warning(
-            "run failed",
-            runner=jobs[0].source.name,
-            device=self.queue.name,
-            job=jobs[0].id,
-            batch_size=len(jobs),
-            error=error,
-            **values,
-        )
+        values: dict[str, Any] = {
+            "runner": jobs[0].source.name,
+            "device": self.queue.name,
+            "job": jobs[0].id,
+            "batch_size": len(jobs),
+            "error": error,
+        }
+        if tags:
+            values["tags"] = tags
+        if len(jobs) == 1:
+            self._add_of_observers(values, jobs[0].payload)
+        log.warning("run failed", **values)
 
     def _settle_job(self, job: Job, error: BaseException | None, outputs: list[Any] | None) -> None:
         future, job.payload = job.payload, None
@@ -522,28 +522,28 @@ class Dispatcher:
             level, event = log.info, "request"
         else:
             return
-        level(
-            event,
-            runner=job.source.name,
-            device=self.queue.name,
-            job=job.id,
-            state=job.state.name,
-            placement="inline" if job.inline else "lane",
-            epoch=job.epoch,
-            batch_size=job.batch,
-            seconds=round(seconds, 6),
-            queue_seconds=round(job.started - job.submitted, 6) if job.started else None,
-            run_seconds=round(job.finished - job.started, 6) if job.started else None,
-            **self._log_values(future),
-        )
+        values: dict[str, Any] = {
+            "runner": job.source.name,
+            "device": self.queue.name,
+            "job": job.id,
+            "state": job.state.name,
+            "placement": "inline" if job.inline else "lane",
+            "epoch": job.epoch,
+            "batch_size": job.batch,
+            "seconds": round(seconds, 6),
+            "queue_seconds": round(job.started - job.submitted, 6) if job.started else None,
+            "run_seconds": round(job.finished - job.started, 6) if job.started else None,
+        }
+        if tag := tag_of(future):
+            values["tag"] = tag
+        self._add_of_observers(values, future)
+        level(event, **values)
 
-    def _log_values(self, future: object) -> dict[str, Any]:
-        """Return what the caller's tag and observers add to an event of a request."""
-        tag = tag_of(future)
-        values: dict[str, Any] = {"tag": tag} if tag else {}
+    def _add_of_observers(self, values: dict[str, Any], future: object) -> None:
+        """Add what observers say of a caller to an event's values, which stay as they are."""
         if self.observers is not None:
-            values.update(self.observers.log_values(future))
-        return values
+            for name, value in self.observers.log_values(future).items():
+                values.setdefault(name, value)
 
 
 def _work(job: Job) -> Work:

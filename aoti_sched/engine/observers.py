@@ -147,7 +147,11 @@ class Observers:
         """Return what the log events of a request get from observers. Never raises."""
         values: dict[str, Any] = {}
         for observer, caller in callers_of(future):
-            values.update(self._try(observer, "log_values", caller) or {})
+            found = self._try(observer, "log_values", caller)
+            try:
+                values.update(**({} if found is None else found))
+            except Exception as error:  # noqa: BLE001 -- it is no mapping of names
+                self._drop(observer, error)
         return values
 
     def ended(self, job: Job, queue: DeviceQueue, future: object) -> None:

@@ -137,6 +137,50 @@ async def test_an_observer_without_the_method_that_it_should_have_is_dropped(clo
     assert notes.seen == [("loaded", "m"), ("ran", "m", True), ("DONE", "")]
 
 
+class Saying(CallerObserver):
+    """Adds something to log events."""
+
+    def __init__(self, says):
+        self.says = says
+
+    def caller(self):
+        return "somebody"
+
+    def log_values(self, caller):
+        return self.says
+
+
+def broken(_):
+    raise ValueError("broken")
+
+
+async def events_of_a_failed_request(clock, observer):
+    backend = FakeBackend({"m": broken}, auto=True, clock=clock)
+    config = SchedulerConfig(log_requests=True)
+    with structlog.testing.capture_logs() as logs:
+        async with fake_scheduler(backend, clock=clock, config=config) as scheduler:
+            runner = await scheduler.load("m.pt2")
+            scheduler.add_observer(observer)
+            with pytest.raises(ValueError, match="broken"):
+                await asyncio.wait_for(runner.options(tag="t").run("ab"), 20)
+            await settle()
+    return {log.pop("event"): log for log in logs}
+
+
+@pytest.mark.parametrize("says", [5, "ab", ["ab"], {1: 2}])
+async def test_an_observer_that_adds_no_names_to_log_events_is_dropped(clock, says):
+    logs = await events_of_a_failed_request(clock, Saying(says))
+    assert (logs["observer dropped"]["observer"], logs["run failed"]["runner"]) == ("Saying", "m")
+
+
+async def test_a_log_event_keeps_its_own_values(clock):
+    says = {"user": "ada", "runner": 1, "tag": 2, "tags": 3, "event": "x", "seconds": 4}
+    logs = await events_of_a_failed_request(clock, Saying(says))
+    for name, own in (("run failed", {"tags": ["t"]}), ("request", {"tag": "t", "seconds": 0.0})):
+        kept = {"user": "ada", "runner": "m", "event_": "x", **own}
+        assert {each: logs[name][each] for each in kept} == kept
+
+
 @dataclass
 class Equal(Observer):
     """An observer that equals another one which has seen the same."""
