@@ -218,7 +218,8 @@ class Observers:
         """Return a trace with the causes of its waits, where a recording is on."""
         if not self._recordings:
             return trace
-        waits = self._recordings[-1].waits(trace, going_on=self._going_on())
+        # The oldest has seen most. Others begin and end at any time, also from another process.
+        waits = self._recordings[0].waits(trace, going_on=self._going_on())
         return msgspec.structs.replace(trace, waits=waits)
 
     def _connect(self) -> None:

@@ -282,6 +282,24 @@ async def test_a_request_that_waited_for_an_overdue_one_is_explained(clock):
         assert "1 s behind 1 LOW run of 'm' that was overdue" in explain(high)
 
 
+async def test_a_second_recording_leaves_the_explanations_as_they_are(clock):
+    """`aoti-sched timeline` may begin one at any time."""
+    backend = FakeBackend({"m": len}, lanes=1, clock=clock)
+    async with fake_scheduler(backend, clock=clock) as scheduler:
+        runner = await scheduler.load("m.pt2")
+        with scheduler.record():
+            first, second = runner.submit("a"), runner.submit("b")
+            clock.advance(1.0)
+            await backend.step()
+            await backend.step()
+            before = second.trace
+            with scheduler.record():
+                assert second.trace == before
+            assert second.trace == before
+        assert {wait.cause: wait.seconds for wait in before.waits} == {"slots": 1.0}
+        await asyncio.gather(first, second)
+
+
 def simulated(seed, requests):
     """Return the recording of a device with three models under random load."""
     draw = random.Random(seed)
