@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import defaultdict, deque
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,7 +12,7 @@ import msgspec
 from aoti_sched.events import Event, Held, Loaded, MemoryUse, Observer, Pause, Run, Trace, Wait
 from aoti_sched.explanation import explain
 from aoti_sched.timeline import DeviceEvents, pieces, write
-from aoti_sched.waits import History, waits_of
+from aoti_sched.waits import History, end_of, waits_of
 
 if TYPE_CHECKING:
     import os
@@ -53,6 +54,7 @@ class Recording(Observer):
             kind: deque(maxlen=limit) for kind in (Run, Pause, Held, MemoryUse)
         }
         self._histories: dict[str, History] = defaultdict(lambda: History(limit))
+        self._since = -math.inf  # what had ended before is not known
         self._reading = threading.Lock()  # held while the histories are read
         self._models: dict[str, dict[str, Loaded]] = {}
         self._going_on: list[Run | Held | Pause] = []
@@ -94,7 +96,7 @@ class Recording(Observer):
         model = self._models.get(trace.device, {}).get(trace.runner)
         with self._reading:
             self._sort_in()
-            return waits_of(trace, model, self._histories[trace.device], here)
+            return waits_of(trace, model, self._histories[trace.device], here, self._since)
 
     def _explained(self, trace: Trace) -> Trace:
         return msgspec.structs.replace(trace, waits=self.waits(trace))
@@ -139,11 +141,18 @@ class Recording(Observer):
         """Bring the histories up to date."""
         for late in self._late.values():
             while late:
+                is_full = len(late) == self.limit  # and has dropped the ones before
                 one = late.popleft()
                 event = one if type(one) in self._late else one.run()
+                if is_full:
+                    self._since = max(self._since, end_of(event))
                 self._histories[event.device].add(event)
 
     # --- what is observed ------------------------------------------------------------------------
+
+    def begins(self, now: float) -> None:
+        """Note when the recording begins. It can't know what had ended before."""
+        self._since = max(self._since, now)
 
     def keep(self, event: Event) -> None:
         """Keep anything that an observer may see."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -20,12 +21,16 @@ class Spans(Generic[_T]):
 
     Args:
         limit: The number of the last events that are kept at least.
+
+    Attributes:
+        since: The end of the last event that was dropped. All later ones are here.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._blocks: list[_Block[_T]] = []
         self._count = 0
+        self.since = -math.inf
 
     def add(self, event: _T, begin: float, end: float) -> None:
         """Keep an event that has ended last. Drop the oldest block that the limit does not need."""
@@ -36,6 +41,7 @@ class Spans(Generic[_T]):
         self._count += 1
         oldest = len(blocks[0].events)
         if self._count - oldest >= self._limit:
+            self.since = blocks[0].ends[-1]
             del blocks[0]
             self._count -= oldest
 
@@ -58,7 +64,7 @@ class _Block(Generic[_T]):
         self.events: list[_T] = []
         self.begins: list[float] = []
         self.ends: list[float] = []
-        self.earliest = float("inf")
+        self.earliest = math.inf
 
     def add(self, event: _T, begin: float, end: float) -> None:
         self.events.append(event)

@@ -7,8 +7,9 @@ lease or a pause began or ended. In each piece, the first rule below that holds 
 2. `eviction`: the weights were evicted, and restored.
 3. All slots of the runner were taken, all lanes were busy, or too few cores were free. The piece
    is divided evenly among the runs and leases that took them.
-4. `batch`: the request waited for others to join its batch.
-5. `loop`: nothing was in the way, and the event loop had not come to it.
+4. `unknown`: what was in the way then was not recorded, or is not kept any more.
+5. `batch`: the request waited for others to join its batch.
+6. `loop`: nothing was in the way, and the event loop had not come to it.
 
 A run that was launched before the request was admitted gives `slots`, `lanes` or `cores`, a lease
 gives `leases`. A later run was preferred, and the cause is the rule that preferred it: `overdue`,
@@ -17,6 +18,7 @@ gives `leases`. A later run was preferred, and the cause is the rule that prefer
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
 from typing import TYPE_CHECKING
 
@@ -26,7 +28,7 @@ from aoti_sched.spans import Spans
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-_NEVER = float("inf")
+_NEVER = math.inf
 _Taker = Run | Held
 _RANK = {"HIGH": 0, "NORMAL": 1, "LOW": 2}
 
@@ -46,14 +48,19 @@ class History:
         self._evictions: dict[str, Spans[tuple[float, float]]] = defaultdict(lambda: Spans(limit))
         self._evicted: dict[str, float] = {}
 
+    def since(self, runner: str) -> float:
+        """Return the end of the last event that is not kept of those that may delay a runner."""
+        parts = (self.runs, self.held[runner], self.pauses[runner], self._evictions[runner])
+        return max(part.since for part in parts)
+
     def add(self, event: Run | Held | Pause | MemoryUse) -> None:
         """Keep an event that is over. Those of a kind come in the order of their ends."""
         if isinstance(event, Run):
-            self.runs.add(event, event.launched, event.collected)
+            self.runs.add(event, event.launched, end_of(event))
         elif isinstance(event, Held):
-            self.held[event.runner].add(event, event.granted, event.released)
+            self.held[event.runner].add(event, event.granted, end_of(event))
         elif isinstance(event, Pause):
-            self.pauses[event.runner].add(event, event.closed, event.opened)
+            self.pauses[event.runner].add(event, event.closed, end_of(event))
         else:
             self._add_memory(event)
 
@@ -72,11 +79,21 @@ class History:
             yield self._evicted[runner], _NEVER
 
 
+def end_of(event: Run | Held | Pause | MemoryUse) -> float:
+    """Return when an event ended."""
+    if isinstance(event, Run):
+        return event.collected
+    if isinstance(event, Held):
+        return event.released
+    return event.opened if isinstance(event, Pause) else event.time
+
+
 def waits_of(
     trace: Trace,
     model: Loaded | None,
     history: History,
     going_on: Iterable[Run | Held | Pause] = (),
+    since: float = -math.inf,
 ) -> tuple[Wait, ...]:
     """Return why a request waited; the parts add up to the time before its run.
 
@@ -85,6 +102,7 @@ def waits_of(
         model: Its model; None where it is not known.
         history: What went on at its device.
         going_on: The runs, leases and pauses that have begun there and not ended.
+        since: When the history begins. Nothing is known of what had ended before.
     """
     found = _Found()
     begin, end = trace.queued, trace.launched or trace.ended
@@ -97,7 +115,8 @@ def waits_of(
         if model is None:
             found.add("unknown", end - admitted)
         else:
-            _find(found, trace, model, history, list(going_on), admitted, end)
+            since = max(since, history.since(trace.runner))
+            _find(found, trace, model, history, list(going_on), admitted, end, since)
     if trace.launched and not trace.lease and trace.started > trace.launched:
         found.add("lane", trace.started - trace.launched)
     return found.waits()
@@ -135,6 +154,7 @@ def _find(
     going_on: Sequence[Run | Held | Pause],
     begin: float,
     end: float,
+    known_from: float,
 ) -> None:
     """Cut the time between these at each event, and find the cause of each piece."""
     runner = trace.runner
@@ -159,12 +179,15 @@ def _find(
             events.append((max(since, begin), 1, number))
             if until < end:
                 events.append((until, 0, number))
+    if begin < known_from < end:
+        events.append((known_from, 0, -1))
     events.sort()
     present: dict[int, object] = {}
     now = begin
     for time, opens, number in [*events, (end, 0, -1)]:
         if time > now:
-            _blame(found, trace, model, list(present.values()), time - now, begin)
+            is_known = now >= known_from
+            _blame(found, trace, model, list(present.values()), time - now, begin, is_known)
             now = time
         if opens:
             present[number] = spans[number][2]
@@ -179,6 +202,7 @@ def _blame(
     present: Sequence[object],
     seconds: float,
     admitted: float,
+    is_known: bool,
 ) -> None:
     """Find the cause of one piece, in which the same things were present throughout."""
     for cause in ("update", "eviction"):
@@ -190,7 +214,7 @@ def _blame(
     own += [one for one in present if isinstance(one, Held)]
     on_lanes = {run.lane: run for run in runs}  # two of one lane: handed ahead, or retried
     takers: Sequence[_Taker] = ()
-    cause = "batch" if model.batch_delay else "loop"
+    cause = "unknown" if not is_known else "batch" if model.batch_delay else "loop"
     if len({one.slot for one in own}) >= model.slots:
         takers, cause = own, "slots"
     elif len(on_lanes) >= model.lanes:

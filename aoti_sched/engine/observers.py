@@ -113,6 +113,7 @@ class Observers:
             for model in present:
                 observer.loaded(model)
             for dispatcher in self._dispatchers.values():
+                observer.begins(dispatcher.now())
                 for use in evicted_from(dispatcher.queue, dispatcher.now()):
                     observer.keep(use)
         else:

@@ -142,6 +142,21 @@ def test_each_request_is_explained_by_what_went_on_meanwhile_alone():
     assert [causes(trace) for trace in recording.requests] == [expected] * 1_000
 
 
+@pytest.mark.parametrize("is_read", [False, True])
+def test_what_is_not_kept_any_more_is_unknown(is_read):
+    recording = Recording(10)
+    recording.loaded(loaded("m"))
+    for second in range(1_000):
+        recording.ran(run(second, second, second + 1.0))
+        recording.finished(request(second, 1.0, second))
+        if is_read:
+            recording.waits(request(second, 1.0, second))
+    found = causes(recording.requests[-1])
+    assert found.keys() == {"unknown", "order"}
+    assert sum(found.values()) == 998.0
+    assert found["order"] >= 9.0
+
+
 # --- threads --------------------------------------------------------------------------------------
 
 

@@ -300,6 +300,24 @@ async def test_a_second_recording_leaves_the_explanations_as_they_are(clock):
         await asyncio.gather(first, second)
 
 
+async def test_what_had_ended_when_a_recording_began_is_unknown(clock):
+    backend = FakeBackend({"m": len}, lanes=1, clock=clock)
+    async with fake_scheduler(backend, clock=clock) as scheduler:
+        runner = await scheduler.load("m.pt2")
+        futures = [runner.submit("a") for _ in range(4)]
+        clock.advance(1.0)
+        await backend.step()
+        clock.advance(2.0)
+        with scheduler.record():
+            clock.advance(4.0)
+            for _ in range(3):
+                await backend.step()
+            last = futures[-1].trace
+        await asyncio.gather(*futures)
+    # A run that ended later is known as a whole.
+    assert {wait.cause: wait.seconds for wait in last.waits} == {"unknown": 1.0, "order": 6.0}
+
+
 def simulated(seed, requests):
     """Return the recording of a device with three models under random load."""
     draw = random.Random(seed)
