@@ -15,6 +15,7 @@ import numbers
 import operator
 import os
 import uuid
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -136,6 +137,14 @@ def text(what: str, value: object) -> str:
     if not isinstance(value, str) or not value:
         raise ConfigError(f"{what}: expected a name, got {brief(value)}.")
     return value
+
+
+def name_of_file(path: str) -> str:
+    """Return the name that a runner has by default: its file's stem.
+
+    Bytes of the stem that are no text are escaped, since every report of a runner is text.
+    """
+    return Path(path).stem.encode("utf-8", "backslashreplace").decode()
 
 
 def file_name(what: str, value: object) -> str:

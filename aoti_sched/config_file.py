@@ -32,7 +32,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from aoti_sched.arguments import expanded, file_name
+from aoti_sched.arguments import expanded, file_name, name_of_file
 from aoti_sched.config import DeviceConfig, ModelConfig, SchedulerConfig
 from aoti_sched.errors import ConfigError, brief
 
@@ -165,11 +165,11 @@ def _by_name(file: Path, entries: list[_Entry]) -> dict[str, ModelConfig]:
         if glob.has_magic(path) and not Path(path).exists():
             patterns.append((entry._replace(model=model), _matches(file, entry, path)))
         else:
-            found[entry.name or Path(path).stem] = model
+            found[entry.name or name_of_file(path)] = model
     own_names, own_paths = set(found), {model.path for model in found.values()}
     for entry, paths in patterns:
         for path in paths:
-            name = Path(path).stem
+            name = name_of_file(path)
             if name in own_names or path in own_paths:
                 continue
             if name in found and found[name].path != path:

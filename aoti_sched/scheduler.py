@@ -10,7 +10,6 @@ import functools
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -20,7 +19,7 @@ import msgspec
 
 from aoti_sched import arguments
 from aoti_sched.apply import ConfigReport, ConfiguredModels
-from aoti_sched.arguments import file_name, function, text
+from aoti_sched.arguments import file_name, function, name_of_file, text
 from aoti_sched.arguments import timeout as seconds_or_none
 from aoti_sched.config import (
     INLINE_LIMIT,
@@ -397,7 +396,7 @@ class Scheduler:
             weights_strict=weights_strict,
         )
         source = ModelSource(inputs, contents, warmup_inputs, weights)
-        return await self._load(name or Path(file).stem, checked(settings), source, signature)
+        return await self._load(name or name_of_file(file), checked(settings), source, signature)
 
     async def update(
         self,

@@ -138,6 +138,11 @@ class Lifecycle(Generic[_Handle]):
                 f"load({path!r}): {name!r} can't be a name, since it ends in {SUFFIX!r}; give it "
                 "another name="
             )
+        if not _is_text(name):
+            raise ConfigError(
+                f"load({path!r}): {name!r} can't be a name, since it is no Unicode text; give it "
+                "another name="
+            )
         if name in self._lives:
             raise ConfigError(
                 f"load({path!r}): a runner named {name!r} exists; give it another name="
@@ -362,6 +367,15 @@ async def _faults_of(works: Iterable[Awaitable[Any]]) -> list[BaseException]:
     """Wait for all of them and return what they raised."""
     ends = await asyncio.gather(*works, return_exceptions=True)
     return [end for end in ends if isinstance(end, BaseException)]
+
+
+def _is_text(name: str) -> bool:
+    """Return whether a name can be written: in reports, recordings and metrics."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _log_slow_close(replica: Replica) -> None:

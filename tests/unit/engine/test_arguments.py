@@ -11,6 +11,7 @@ import math
 import re
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -78,7 +79,7 @@ SECONDS = {"half", "NumPy's 3", "NumPy's 0.5", "a fraction", "infinity", "2**63"
 FLAGS = {"True", "NumPy's True"}
 # For each argument of `load`, which of these are right.
 LOAD = {
-    "name": {"text", "control characters", "a lone surrogate", "None"},
+    "name": {"text", "control characters", "None"},
     "model_name": {"text", "empty text", "control characters", "a lone surrogate", "None"},
     "device": set(),
     "devices": {"None"},
@@ -407,6 +408,20 @@ async def test_an_open_file_is_refused_with_the_way_out(scheduler, tmp_path):
 async def test_bytes_that_are_no_package_are_refused_and_not_shown(scheduler, wrap):
     with pytest.raises(ConfigError, match="these 1000000 bytes are neither a package"):
         await scheduler.load(wrap(b"x" * 1_000_000))
+
+
+async def test_the_name_of_a_runner_can_be_written(tmp_path):
+    """Linux takes any bytes as the name of a file, and JSON none that are no text."""
+    async with Scheduler(devices={"cpu": FakeBackend({r"caf\udce9": len}, auto=True)}) as scheduler:
+        with pytest.raises(ConfigError, match=r"'.udce9' can't be a name, .*; give it another"):
+            await scheduler.load("m.pt2", name="\udce9")
+        runner = await scheduler.load(b"caf\xe9.pt2")
+        assert runner.name == r"caf\udce9"
+        with scheduler.record() as recording:
+            assert await runner.run("ab") == 2
+        recording.save(tmp_path / "timeline.json")
+        scheduler.flight_record().save(tmp_path / "report.json")
+        assert msgspec.json.encode(scheduler.stats())
 
 
 @pytest.mark.parametrize("wrap", [bytes, bytearray, memoryview, io.BytesIO])
