@@ -81,9 +81,10 @@ def listen(name: str | None) -> tuple[socket.socket, Found]:
         except OSError as error:
             weakness = f"{folder}: {error.strerror or error}"
         problems.append(weakness)
+    why = "; ".join(problems) or "there is none for temporary files"
     raise ExposeError(
-        f"expose(): no folder is fit for a socket: {'; '.join(problems)}. Set $XDG_RUNTIME_DIR to "
-        "a folder of your own."
+        f"expose(): no folder is fit for a socket: {why}. Set $XDG_RUNTIME_DIR to a folder of your "
+        "own."
     )
 
 
@@ -93,8 +94,13 @@ def folders() -> list[Path]:
     given = os.environ.get("XDG_RUNTIME_DIR", "")
     # A service may lack the variable that the user's shell has.
     runtime = Path(given if given.startswith("/") else f"/run/user/{user}")
-    found = [runtime / "aoti_sched"] if runtime.is_dir() else []
-    return [*found, Path(tempfile.gettempdir()) / f"aoti_sched-{user}"]
+    found = []
+    with contextlib.suppress(OSError):  # no search permission, or a path that is too long
+        if runtime.is_dir():
+            found.append(runtime / "aoti_sched")
+    with contextlib.suppress(OSError):  # a system where no folder for such files can be written
+        found.append(Path(tempfile.gettempdir()) / f"aoti_sched-{user}")
+    return found
 
 
 def remove(found: Found, inode: int) -> None:

@@ -5,6 +5,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,29 @@ def test_without_the_variable_a_folder_of_the_user_is_made(runtime_dir, monkeypa
     monkeypatch.setenv("XDG_RUNTIME_DIR", "relative")
     last = sockets.folders()[-1]
     assert last == runtime_dir / "tmp" / f"aoti_sched-{os.geteuid()}"
+
+
+def test_a_variable_that_no_path_can_be_is_passed_over(runtime_dir, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/" + "x" * 300)
+    assert sockets.find() == []
+    listener, found = sockets.listen("app")
+    assert Path(found.path).parent == runtime_dir / "tmp" / f"aoti_sched-{os.geteuid()}"
+    assert sockets.find() == [found]
+    close((listener, found))
+
+
+def test_a_system_without_a_folder_for_temporary_files_needs_none(runtime_dir, monkeypatch):
+    def none():
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    listener, found = sockets.listen("app")
+    assert sockets.find() == [found]
+    close((listener, found))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime_dir / "nothing"))
+    assert sockets.find() == []
+    with pytest.raises(ExposeError, match="there is none for temporary files"):
+        sockets.listen("app")
 
 
 def test_a_path_that_is_too_long_says_so(runtime_dir, monkeypatch):
