@@ -196,11 +196,12 @@ def _through(path: str) -> Target:
 
 
 def _at(address: str) -> Target:
-    parts = urllib.parse.urlsplit(address)
     try:
+        parts = urllib.parse.urlsplit(address)
+        host = (parts.hostname or "").encode("idna").decode()  # as a connection encodes it
         fits = parts.scheme == "http" and parts.port is not None and parts.path in ("", "/")
     except ValueError:
         fits = False
-    if not fits or parts.hostname is None:
+    if not fits or not host:
         raise UsageError(f"{address}: expected an address such as http://127.0.0.1:8001.")
-    return Target(address, "", f"{parts.hostname}:{parts.port}")
+    return Target(address, "", f"{host}:{parts.port}")

@@ -93,6 +93,8 @@ def test_an_option_from_the_environment_names_the_process(app, env):
         ("https://127.0.0.1:1", 2, "expected an address such as http://127.0.0.1:8001."),
         ("http://127.0.0.1", 2, "expected an address such as http://127.0.0.1:8001."),
         ("http://127.0.0.1:x", 2, "expected an address such as http://127.0.0.1:8001."),
+        ("http://[::1:80", 2, "expected an address such as http://127.0.0.1:8001."),
+        ("http://app..local:80", 2, "expected an address such as http://127.0.0.1:8001."),
         ("http://127.0.0.1:1", 1, "http://127.0.0.1:1 can't be reached: Connection refused."),
     ],
 )
