@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import shutil
 import threading
 import time
+import urllib.request
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -102,6 +105,27 @@ def test_numbers_move_and_charts_are_drawn(visit, app):
     assert visit.cell("slow", "state") == "ok"
     assert visit.page.inner_text("#devices").startswith("cpu")
     visit.wait(f"({COLOURED})().every((pixels) => pixels > 20)")
+
+
+def test_a_runner_that_has_just_been_loaded_has_its_rates(browser, app):
+    """Also one whose name every object of JavaScript has."""
+    with urllib.request.urlopen(f"{app['url']}stats") as answer:
+        first = json.load(answer)
+    second = copy.deepcopy(first)
+    second["uptime"] += 1.0
+    runners = second["stats"]["devices"]["cpu"]["runners"]
+    runners["constructor"] = {**runners["slow"], "name": "constructor"}
+    reports = "".join(f"event: stats\ndata: {json.dumps(each)}\n\n" for each in (first, second))
+    visit = Visit(browser, "about:blank")
+    visit.page.route(
+        "**/stream*", lambda route: route.fulfill(body=reports, content_type="text/event-stream")
+    )
+    visit.page.goto(app["url"])
+    visit.wait("document.querySelectorAll('#runners tbody tr').length === 3")
+    assert visit.cell("constructor", "p99").endswith(" ms")
+    assert visit.cell("constructor", "rate") != "0/s"
+    assert visit.errors == []
+    visit.page.close()
 
 
 def test_headings_sort_the_table(visit):

@@ -75,14 +75,20 @@ function stateOf(runner) {
   return runner.parked ? "parked" : runner.updating ? "updating" : "ok";
 }
 
+function runnerOf(report, device, name) {
+  // A runner that was not there yet has done nothing. Names may be those of every object.
+  const own = (things, key) => (things && Object.hasOwn(things, key) ? things[key] : undefined);
+  return own(own(report.stats.devices, device)?.runners, name) ?? { ended: [], completed: 0 };
+}
+
 function rowsOf(report) {
   const last = reports.at(-2) ?? report;
   const before = reports.find((one) => one !== report && report.uptime - one.uptime <= WINDOW) ?? last;
   const found = new Map();
   for (const device of Object.values(report.stats.devices)) {
     for (const runner of Object.values(device.runners)) {
-      const old = before.stats.devices[device.name]?.runners[runner.name] ?? runner;
-      const recent = last.stats.devices[device.name]?.runners[runner.name] ?? runner;
+      const old = runnerOf(before, device.name, runner.name);
+      const recent = runnerOf(last, device.name, runner.name);
       const lately = (of, outcome) => between(histogram(old, of, outcome), histogram(runner, of, outcome));
       const total = lately("total", "completed");
       const sizes = lately("batch_size", "completed");
