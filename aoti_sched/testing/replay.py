@@ -68,7 +68,10 @@ def replay_device(record: DeviceRecord | Record | Mapping[str, Any]) -> Replayed
     if isinstance(record, Record):
         record = device_record(record)
     elif not isinstance(record, DeviceRecord):
-        record = msgspec.convert(record, DeviceRecord)
+        try:
+            record = msgspec.convert(record, DeviceRecord)
+        except (msgspec.MsgspecError, RecursionError) as error:
+            raise ReplayError(f"this is no record of a device: {error}") from None
     replayed = Replayed(record)
     for _ in replayed.steps():
         pass

@@ -250,6 +250,14 @@ def test_a_damaged_report_is_refused(report, tmp_path, damage):
         replay(tmp_path / "report.json")
 
 
+def test_plain_values_that_are_no_record_of_a_device_are_refused(report):
+    content = json.loads(report)["devices"]["cpu"]
+    assert replay_device(content).record.device == "cpu"
+    for damage in ({}, [], content | {"lanes": "two"}, content | {"facts": [{"fact": "tick"}]}):
+        with pytest.raises(ReplayError, match="this is no record of a device: "):
+            replay_device(damage)
+
+
 def test_any_value_of_a_state_may_be_damaged(report, tmp_path):
     """A damage is found, or changes nothing that is counted."""
     seed = random.SystemRandom().randrange(10**9)
