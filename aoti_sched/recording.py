@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from collections import defaultdict, deque
 from typing import TYPE_CHECKING, Any, Protocol
@@ -47,7 +48,7 @@ class Recording(Observer):
     """
 
     def __init__(self, limit: int = 100_000) -> None:
-        self.limit = limit
+        self.limit = limit = min(limit, sys.maxsize)  # the longest that a deque takes
         self._requests: deque[Trace | KeptRequest] = deque(maxlen=limit)
         # What came since the histories were read last. It is kept without a lock.
         self._late: dict[type, deque[Any]] = {

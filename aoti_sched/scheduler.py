@@ -511,9 +511,7 @@ class Scheduler:
         Raises:
             ConfigError: The limit is no positive number.
         """
-        if not isinstance(limit, int) or limit < 1:
-            raise ConfigError(f"record(limit=): expected a number above 0, got {brief(limit)}.")
-        recording = Recording(limit)
+        recording = Recording(arguments.whole("record(limit=)", limit, least=1))
         self._observers.add(recording)
         try:
             yield recording

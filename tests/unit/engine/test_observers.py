@@ -258,8 +258,14 @@ async def test_a_trace_tells_why_the_request_waited_while_a_recording_is_on(cloc
         assert second.trace.waits == ()
         assert "the causes were not recorded" in explain(second.trace)
         await asyncio.gather(first, second, high)
-        with pytest.raises(ConfigError, match="record"), scheduler.record(limit=0):
-            pass
+        for limit in (0, -1, True, 1.0, "all"):
+            with (
+                pytest.raises(ConfigError, match=r"record\(limit=\): expected a whole number"),
+                scheduler.record(limit=limit),
+            ):
+                pass
+        with scheduler.record(limit=10**30) as everything:
+            assert everything.requests == []
 
 
 async def test_a_request_that_waited_for_an_overdue_one_is_explained(clock):
