@@ -113,6 +113,7 @@ def ask(
 
     Raises:
         ExposeError: There is no answer, or a refusal.
+        UsageError: What to send has a text that is no Unicode.
     """
     with _answer(process, path, body, patience) as response:
         content = response.read()
@@ -158,7 +159,7 @@ def _answer(
             connection.request("GET", path)
         else:
             headers = {"Content-Type": "application/json"}
-            connection.request("POST", path, msgspec.json.encode(body), headers)
+            connection.request("POST", path, _encoded(body), headers)
         response = connection.getresponse()
         if response.status == 503:
             raise ExposeError(f"{process.label} has too many clients. Try again later.")
@@ -179,6 +180,16 @@ def _answer(
         ) from None
     finally:
         connection.close()
+
+
+def _encoded(body: object) -> bytes:
+    try:
+        return msgspec.json.encode(body)
+    except UnicodeEncodeError:
+        raise UsageError(
+            "a name or a path is no Unicode text, and can't be sent to the process. Give the file "
+            "another name."
+        ) from None
 
 
 def _found(one: Found) -> Target:

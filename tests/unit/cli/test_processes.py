@@ -243,6 +243,7 @@ def test_weights_of_a_process_that_allows_no_changes_stay(app, env, tmp_path):
         (("commit", "slow", "--barrier", "soon"), "soon"),
         (("commit", "slow", "--timeout", "soon"), "--timeout: 'soon' is no time."),
         (("extract", "slow", "-o", "x.pt"), "the name must end in .safetensors."),
+        (("commit", "caf\udce9"), "a name or a path is no Unicode text"),
         (("swap",), "Unknown command"),
     ],
 )
