@@ -13,7 +13,6 @@ extra `metrics`. docs/observability.md lists the metrics.
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 from asyncio import _get_running_loop  # the public one raises
 from collections.abc import Iterator
@@ -77,15 +76,23 @@ class Collector(_Collector):
         loop = self._loop
         if loop is None or loop is _get_running_loop() or not loop.is_running():
             return self._scheduler.stats()
+        taken: concurrent.futures.Future[SchedulerStats] = concurrent.futures.Future()
 
-        async def take() -> SchedulerStats:
+        def take() -> None:
+            try:
+                taken.set_result(self._scheduler.stats())
+            except Exception as error:  # noqa: BLE001 -- raised by the scrape
+                taken.set_exception(error)
+
+        try:
+            loop.call_soon_threadsafe(take)
+        except RuntimeError:  # it was closed meanwhile
             return self._scheduler.stats()
-
-        taken = asyncio.run_coroutine_threadsafe(take(), loop)
         try:
             return taken.result(PATIENCE)
         except concurrent.futures.TimeoutError:
-            taken.cancel()
+            if not loop.is_running():  # it ended before its answer
+                return self._scheduler.stats()
             raise TimeoutError(
                 f"the event loop of the scheduler did not answer for {PATIENCE:g} s"
             ) from None

@@ -104,6 +104,30 @@ async def test_a_closed_scheduler_gives_its_last_numbers():
     assert {key: after[key] for key in names} == {key: before[key] for key in names}
 
 
+@pytest.mark.parametrize("is_closed", [False, True])
+async def test_a_loop_that_ends_during_a_scrape_gives_the_last_numbers(monkeypatch, is_closed):
+    class Ending:
+        """A loop that ends when it is asked."""
+
+        asked = False
+
+        def is_running(self):
+            return not self.asked
+
+        def call_soon_threadsafe(self, callback):
+            self.asked = True
+            if is_closed:
+                raise RuntimeError("Event loop is closed")
+
+    scheduler = await work(ManualClock())
+    collector = Collector(scheduler)
+    await scheduler.terminate()
+    monkeypatch.setattr(prometheus, "PATIENCE", 0.05)
+    monkeypatch.setattr(collector, "_loop", Ending())
+    samples, _ = scraped(collector)
+    assert ("aoti_sched_lanes", (("device", "cpu"),)) in samples
+
+
 async def test_triton_names_are_there_when_they_are_asked_for():
     scheduler = await work(ManualClock())
     samples, _ = scraped(Collector(scheduler, compat="triton"))
