@@ -131,19 +131,21 @@ def _row(
     seconds: float,
     history: tuple[float, ...],
 ) -> RunnerRow:
-    def lately(of: str) -> Histogram:
-        now = new.histogram(of)
-        return now if old is None else between(old.histogram(of), now)
+    def lately(of: str, outcome: str = "completed") -> Histogram:
+        now = new.histogram(of, outcome=outcome)
+        return now if old is None else between(old.histogram(of, outcome=outcome), now)
 
     total, sizes = lately("total"), lately("batch_size")
-    ended = lately_ended(old, new)
+    # Each by itself, since those of a runner that was loaded anew are compared with another's.
+    others = {part.outcome for part in new.ended} - {"completed"}
+    errors = sum(lately("total", outcome).count for outcome in others)
     rate = total.count / seconds if seconds > 0 else 0.0
     return RunnerRow(
         runner=new.name,
         device=device,
         state=state(new),
         rate=rate,
-        errors=(ended - total.count) / seconds if seconds > 0 else 0.0,
+        errors=errors / seconds if seconds > 0 else 0.0,
         queued=new.queued + new.waiting,
         running=new.running,
         p50=total.p50 if total.count else None,
@@ -153,12 +155,6 @@ def _row(
         memory=new.memory,
         history=history,
     )
-
-
-def lately_ended(old: RunnerStats | None, new: RunnerStats) -> int:
-    """Return how many requests have ended, with or without a result."""
-    now = new.histogram("total", outcome=None)
-    return now.count if old is None else between(old.histogram("total", outcome=None), now).count
 
 
 def _runner(report: StatsReport, device: str, name: str) -> RunnerStats | None:

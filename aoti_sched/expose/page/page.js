@@ -36,7 +36,7 @@ function histogram(runner, of, outcome) {
   // Adds up the histograms of all priorities, as RunnerStats.histogram does.
   const total = { least: 0, counts: [], sum: 0, max: 0 };
   for (const part of runner.ended) {
-    if (outcome && part.outcome !== outcome) continue;
+    if (part.outcome !== outcome) continue;
     const one = part[of];
     total.least = one.least;
     one.counts.forEach((count, index) => { total.counts[index] = (total.counts[index] ?? 0) + count; });
@@ -93,6 +93,10 @@ function rowsOf(report) {
       const total = lately("total", "completed");
       const sizes = lately("batch_size", "completed");
       const done = countOf(total);
+      // Each by itself, since those of a runner that was loaded anew are compared with another's.
+      const others = new Set(runner.ended.map((part) => part.outcome));
+      others.delete("completed");
+      const errors = [...others].reduce((sum, outcome) => sum + countOf(lately("total", outcome)), 0);
       const time = report.uptime - before.uptime;
       const step = report.uptime - last.uptime;
       found.set(`${runner.name} on ${device.name}`, {
@@ -100,7 +104,7 @@ function rowsOf(report) {
         device: device.name,
         rate: time > 0 ? done / time : 0,
         rateNow: step > 0 ? Math.max(0, runner.completed - recent.completed) / step : null,
-        errors: time > 0 ? (countOf(lately("total", null)) - done) / time : 0,
+        errors: time > 0 ? errors / time : 0,
         queued: runner.queued + runner.waiting,
         running: runner.running,
         p50: done ? quantile(total, 0.5) : null,

@@ -16,6 +16,7 @@ import pytest
 
 from aoti_sched.expose.reports import StatsReport
 from aoti_sched.histograms import Histogram
+from aoti_sched.testing import FakeBackend, ManualClock, fake_scheduler
 from tests.unit.cli.exposed import ROOT, exposed, folder_for_sockets, variables
 from tests.unit.cli.support import json_of, refused, run
 
@@ -224,6 +225,31 @@ def test_rates_of_rare_looks_are_of_the_time_since_the_last(folder):
     assert row.rate == pytest.approx((new.completed - old.completed) / 30.0)
     assert row.rate > 0
     assert row.p50 is not None
+
+
+async def test_the_rates_of_a_runner_that_was_loaded_anew_are_never_below_zero():
+    clock, history = ManualClock(), rates.History()
+    backend = FakeBackend({"m": len}, clock=clock)
+    async with fake_scheduler(backend, clock=clock) as scheduler:
+        for number, (good, bad) in enumerate([(5, 0), (4, 2)]):
+            runner = await scheduler.load("m.pt2")
+            runs = [runner.submit("ab") for _ in range(good + bad)]
+            for done in range(good + bad):
+                await backend.step(ValueError() if done < bad else None)
+            await asyncio.gather(*runs, return_exceptions=True)
+            history.add(
+                StatsReport(
+                    name="app",
+                    pid=1,
+                    time=0.0,
+                    uptime=float(number),
+                    weights=False,
+                    stats=scheduler.stats(),
+                )
+            )
+            await runner.aclose()
+    (row,) = history.rows()
+    assert (row.rate, row.errors, row.history) == (4.0, 2.0, (0.0,))
 
 
 def test_a_histogram_of_a_window_is_the_difference():
