@@ -209,8 +209,9 @@ class Observers:
         """Pass the pending events to observers."""
         while self._pending:
             events, self._pending = self._pending, []
+            present = list(self._others.values())  # one that is added meanwhile came after these
             for event, callers in events:
-                for observer in list(self._others.values()):
+                for observer in present:
                     self._call(observer, event)
                 for one, caller in callers:
                     self._try(one, "finished_for", event, caller)

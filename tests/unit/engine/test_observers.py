@@ -205,6 +205,28 @@ async def test_an_observer_that_equals_another_is_not_the_other(clock):
     assert (one.seen, other.seen) == (["a"], [])
 
 
+async def test_an_observer_that_an_observer_adds_sees_nothing_of_before(clock):
+    class Adding(Equal):
+        def finished(self, trace):
+            super().finished(trace)
+            if trace.tag == "0":
+                scheduler.add_observer(later)
+
+    adding, later = Adding(), Equal()
+    backend = FakeBackend({"m": len}, clock=clock)
+    async with fake_scheduler(backend, clock=clock) as scheduler:
+        runner = await scheduler.load("m.pt2")
+        scheduler.add_observer(adding)
+        futures = [runner.options(tag=str(number)).submit("ab") for number in range(3)]
+        for future in futures:
+            future.cancel()
+        await settle()
+        runner.options(tag="after").submit("ab").cancel()
+        await settle()
+    assert adding.seen == ["0", "1", "2", "after"]
+    assert later.seen == ["after"]
+
+
 async def test_an_observer_that_is_added_twice_sees_each_request_once(clock):
     observer = Equal()
     backend = FakeBackend({"m": len}, auto=True, clock=clock)
