@@ -7,6 +7,7 @@ polled while it serves.
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -37,10 +38,16 @@ class _Config(uvicorn.Config):
         """Leave the loggers as they are: the application may have a uvicorn of its own."""
 
 
+_log = logging.getLogger("uvicorn.error.aoti_sched")
+"""A warning of uvicorn tells of a client's mistake, which every user of the machine can make."""
+_log.setLevel(logging.ERROR)
+
+
 class _Protocol(H11Protocol):
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.access_log = False
+        self.logger = _log
 
 
 class _Server(uvicorn.Server):
@@ -126,7 +133,7 @@ class Door:
         port: int | None,
         weights: bool,
     ) -> None:
-        on_port = [] if port is None else [_port(port)]
+        on_port = [] if port is None else [sockets.closed_in_children(_port(port))]
         try:
             listener, self._file = sockets.listen(name)
         except BaseException:

@@ -14,6 +14,7 @@ import socket
 import stat
 import sys
 import tempfile
+import weakref
 from pathlib import Path
 
 import msgspec
@@ -103,6 +104,26 @@ def folders() -> list[Path]:
     return found
 
 
+def closed_in_children(listener: socket.socket) -> socket.socket:
+    """Have a socket closed in each forked child, and return it.
+
+    A child may outlive this process. Until its end, connections to the socket would be accepted,
+    and never answered, and the port would stay taken.
+    """
+    _listeners.add(listener)
+    return listener
+
+
+def _close_in_child() -> None:
+    for listener in list(_listeners):
+        with contextlib.suppress(OSError):  # it is closed already
+            os.close(listener.detach())
+
+
+_listeners: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+os.register_at_fork(after_in_child=_close_in_child)
+
+
 def remove(found: Found, inode: int) -> None:
     """Remove a socket's file, unless another socket has taken its place."""
     with contextlib.suppress(OSError):
@@ -136,7 +157,7 @@ def _listen_in(folder: Path, name: str | None) -> tuple[socket.socket, Found]:
             listener.close()
             raise
         else:
-            return listener, found
+            return closed_in_children(listener), found
         finally:
             Path(f"{found.path}.new").unlink(missing_ok=True)
 

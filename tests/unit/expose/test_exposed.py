@@ -7,8 +7,11 @@ import json
 import logging
 import os
 import signal
+import socket
 import stat
+import subprocess
 import sys
+import textwrap
 import weakref
 from pathlib import Path
 
@@ -476,15 +479,49 @@ async def test_more_clients_than_are_served_get_a_refusal():
 @pytest.mark.parametrize(
     "garbage", [b"\0\xff" * 500 + b"\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"x"]
 )
-async def test_what_is_not_http_does_no_harm(garbage):
+async def test_what_is_not_http_does_no_harm(caplog, garbage):
     async with scheduler_of() as (scheduler, runner):
         exposure = await scheduler.expose()
-        _, writer = await connect(exposure)
+        reader, writer = await connect(exposure)
         writer.write(garbage)
         writer.write_eof()
+        await reader.read()
         assert await runner.run("abc") == 3
         assert (await get(exposure, "/stats")).status == 200
         writer.close()
+    assert caplog.records == [], "any user of the machine could fill the log"
+
+
+def test_a_forked_child_keeps_neither_the_socket_nor_the_port_open():
+    program = """
+        import asyncio, os, time
+        from aoti_sched import Scheduler
+
+        async def main():
+            async with Scheduler() as scheduler:
+                exposure = await scheduler.expose("app", port=0)
+                child = os.fork()
+                if child:
+                    print(child, exposure.path, exposure.url.split(":")[2].strip("/"), flush=True)
+                    os._exit(0)
+                time.sleep(600)
+
+        asyncio.run(main())
+    """
+    # The child has the pipe, too: to read until its end would be to wait for the child.
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)], stdout=subprocess.PIPE
+    ) as process:
+        child, path, port = process.stdout.readline().decode().split()
+        process.wait()
+        try:
+            with socket.socket(socket.AF_UNIX) as client, pytest.raises(ConnectionRefusedError):
+                client.connect(path)
+            with socket.socket() as client, pytest.raises(ConnectionRefusedError):
+                client.connect(("127.0.0.1", int(port)))
+            assert sockets.find() == []
+        finally:
+            os.kill(int(child), signal.SIGKILL)
 
 
 # --- weights --------------------------------------------------------------------------------------
