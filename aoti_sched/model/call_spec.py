@@ -395,7 +395,7 @@ def _torch_spec(model: str, what: str, text: str) -> Any:
     from torch.utils import _pytree as pytree
 
     try:
-        return pytree.treespec_loads(text)
+        return _with_tuple_keys(pytree.treespec_loads(text))
     except Exception as error:
         unknown = _unregistered(json.loads(text))
         if not unknown:
@@ -410,6 +410,20 @@ def _torch_spec(model: str, what: str, text: str) -> Any:
             "(torch.utils._pytree.register_pytree_node, register_dataclass or the like, with the "
             "serialized name that it had when the model was exported)."
         ) from error
+
+
+def _with_tuple_keys(spec: Any) -> Any:
+    """Return torch's spec with the keys as they were before they were JSON, which has no tuples."""
+    from torch.utils import _pytree as pytree
+
+    kind, context = spec.type, spec.context
+    if kind is None:
+        return spec
+    if kind in (dict, OrderedDict):
+        context = [_key(key) for key in context]
+    elif kind is defaultdict:
+        context = [context[0], [_key(key) for key in context[1]]]
+    return pytree.TreeSpec(kind, context, [_with_tuple_keys(child) for child in spec.children()])
 
 
 def _unregistered(spec: list[Any]) -> list[str]:

@@ -433,6 +433,21 @@ def test_a_registered_type_is_flattened_by_torch():
     assert same(call_spec((Point(a, b), [c])).flatten((Point(a, b), [c]), {}), [a, b, c])
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [dict, collections.OrderedDict, lambda pairs: collections.defaultdict(list, pairs)],
+    ids=["dict", "ordered", "default"],
+)
+def test_beside_a_registered_type_keys_may_be_tuples(kind):
+    a, b, c, d = tensors(4)
+    tree = (Point(a, b), kind({("a", 1): c, ("b", (2,)): d}))
+    spec = call_spec((tree,), out=tree)
+    assert same(spec.flatten((tree,), {}), [a, b, c, d])
+    _, rest = spec.unflatten([a, b, c, d])
+    assert rest == tree[1]
+    assert "keys" not in refused(spec, (tree[0], {"a": c, "b": d})).hint
+
+
 def test_an_ordered_dictionary_is_flattened_in_the_exported_order():
     a, b = tensors(2)
     spec = call_spec((collections.OrderedDict(a=a, b=b),))
