@@ -113,6 +113,7 @@ def compile_package(
             program = torch.export.export(
                 module, arguments[0], kwargs=arguments[1], dynamic_shapes=dynamic
             )
+            functional = program.run_decompositions({})
         except (
             Exception
         ) as error:  # torch.export raises many kinds; each becomes one sentence with its cause
@@ -121,7 +122,6 @@ def compile_package(
                 f"{type(module).__name__} could not be exported: {error}{advice}"
             ) from error
         _check_outputs(program)
-        functional = program.run_decompositions({})
         spec = _described(program, functional, threads=threads, freeze=freeze)
         spec = msgspec.structs.replace(spec, weights=names_of(module, program))
         if freeze and spec.mutates_buffers:
@@ -210,9 +210,14 @@ def _package(files: list[Any], target: Path, spec: ModelSpec) -> None:
 
 
 def _advice(error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> str:
-    """Return advice on the most common mistake: an example of size 1 in a dynamic dimension."""
+    """Return advice on mistakes of which torch's own words do not say what to do."""
     from torch.utils import _pytree as pytree
 
+    if isinstance(error, SyntaxError):
+        return (
+            "\ntorch writes the names of submodules and the keys of arguments into Python code. "
+            "Rename those that are keywords of Python or contain quotes."
+        )
     sizes = [
         size for leaf in pytree.tree_leaves((args, kwargs)) for size in getattr(leaf, "shape", ())
     ]

@@ -3,6 +3,8 @@
 One package comes from the cache; all other modules are exported only.
 """
 
+from collections import OrderedDict
+
 import msgspec
 import pytest
 import torch
@@ -381,6 +383,21 @@ def test_a_module_that_can_not_be_exported_is_named_with_torchs_reason(tmp_path)
     ) as caught:
         compile_package(Stubborn(), (torch.zeros(3),), tmp_path / "m.pt2")
     assert caught.value.__cause__ is not None
+
+
+@pytest.mark.parametrize(
+    ("model", "example"),
+    [
+        (nn.Sequential(OrderedDict({"class": nn.Linear(3, 3)})), torch.zeros(3)),
+        (module(lambda x: x['it\'s "quoted"'] * 2), {'it\'s "quoted"': torch.zeros(3)}),
+    ],
+    ids=["a keyword", "quotes"],
+)
+def test_a_name_that_torch_can_not_write_into_code_is_refused_with_what_to_do(
+    tmp_path, model, example
+):
+    with pytest.raises(CompileError, match=r"could not be exported: (.|\n)*Rename those that are"):
+        compile_package(model, (example,), tmp_path / "m.pt2")
 
 
 def test_dynamic_shapes_that_do_not_match_the_arguments_are_an_export_error(tmp_path):
