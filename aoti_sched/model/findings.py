@@ -27,6 +27,7 @@ from aoti_sched.model.evidence import (
     tolerance_of,
 )
 from aoti_sched.model.program_runs import OtherShapeError, ProgramRuns, copies, copy_of
+from aoti_sched.model.row_flow import where_rows_meet
 from aoti_sched.model.specs import (
     DynamicDim,
     ExampleSpec,
@@ -221,12 +222,24 @@ class Findings:
         return self._spec
 
     def rows(self, dim: int, symbols: Sequence[str]) -> RowEvidence:
-        """Return whether rows influence each other.
+        """Return whether rows influence each other, by running them and by the program's graph.
 
         Args:
             dim: The dimension of the rows.
             symbols: The symbols of its size in the inputs.
         """
+        found = self._rows_run(dim, symbols)
+        if found.independent is False:
+            return found
+        if operator := where_rows_meet(self._runs.functional, dim):
+            return RowEvidence(
+                False,
+                f"Rows may influence each other: {operator!r} computes a value of several rows, "
+                "and an output depends on it.",
+            )
+        return found
+
+    def _rows_run(self, dim: int, symbols: Sequence[str]) -> RowEvidence:
         if self.impossible:
             return RowEvidence(None, self.impossible)
         if self._spec.mutates_buffers:

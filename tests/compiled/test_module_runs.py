@@ -164,6 +164,61 @@ def test_rows_that_influence_each_other_are_no_batch(function):
         found(function, X, batch_dim=0)
 
 
+class Capacity(nn.Module):
+    """Experts that take eight rows each; other rows are dropped."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(3, 2)
+
+    def forward(self, x):
+        chosen = nn.functional.one_hot(self.gate(x).argmax(-1), 2)
+        place = (chosen.cumsum(0) * chosen).sum(-1, keepdim=True)
+        return x * (place <= 8)
+
+
+SELDOM = {
+    "max": lambda x: torch.where(x.max() > 100, 0.0, x),
+    "any": lambda x: torch.where(x.isnan().any(), 0.0, x),
+    "linalg_vector_norm": lambda x: x * (50 / x.norm().clamp(min=50)),
+    "select": lambda x: torch.where(x[0] > 100, 0.0, x),
+    "cumsum": Capacity(),
+    "eq": lambda x: x * (x[:, None, 0] == x[:, 0]).sum(1, keepdim=True),
+    "sum": lambda x: torch.cond(x.shape[0] > 30, lambda x: x - x.sum(0), lambda x: x * 2, (x,)),
+    "amax": lambda x: x * (x[x[:, 0] > 100].new_zeros(1) + (x[x[:, 0] > 0] - 1).amax(0) < 100),
+}
+
+
+@pytest.mark.parametrize(("operator", "function"), SELDOM.items(), ids=SELDOM)
+def test_rows_that_influence_each_other_for_few_values_only_are_no_batch(operator, function):
+    spec = found(function, X)
+    assert (spec.batch, spec.rows.independent) == (None, False)
+    with pytest.raises(
+        CompileError,
+        match=rf"can't be batched\. Rows may influence each other: '{operator}' computes a value",
+    ):
+        found(function, X, batch_dim=0)
+
+
+ROW_BY_ROW = {
+    "shape": lambda x: x + torch.zeros_like(x[0]) + x.new_ones(x.shape[0], 3).all(),
+    "unused": lambda x: (x.sum(), x * 2)[1],
+    "scan": lambda x: x.cumsum(1) + x.cumsum(-1),
+    "index": lambda x: x[torch.arange(x.shape[0]), x.argmax(1)],
+    "flattened": lambda x: (x.reshape(-1, 1) * torch.ones(1, 3)).sum(1).reshape(x.shape),
+    "chosen": lambda x: torch.zeros_like(x).index_add(
+        0, (x[:, 0] > 0).nonzero()[:, 0], x[(x[:, 0] > 0).nonzero()[:, 0]] * 2
+    ),
+    "cond": lambda x: torch.cond(x.shape[0] > 3, lambda x: x + 1, lambda x: x + 1, (x,)),
+}
+
+
+@pytest.mark.parametrize("function", ROW_BY_ROW.values(), ids=ROW_BY_ROW)
+def test_rows_that_only_look_as_if_they_met_are_a_batch(function):
+    spec = found(function, X)
+    assert spec.batch is not None, spec.rows.reason
+
+
 def test_a_faint_influence_shows_in_half_precision_too():
     assert found(lambda x: x + 1e-2 * x.mean(0), X.bfloat16()).rows.independent is False
 

@@ -32,6 +32,7 @@ import aoti_sched.compile
 import aoti_sched.model.evidence
 import aoti_sched.model.findings
 import aoti_sched.model.program_runs
+import aoti_sched.model.row_flow
 import aoti_sched.model.specs
 from tests.models.definitions import DEFINITIONS, Definition
 
@@ -41,6 +42,7 @@ _COMPILERS = (
     aoti_sched.model.evidence,
     aoti_sched.model.findings,
     aoti_sched.model.program_runs,
+    aoti_sched.model.row_flow,
     aoti_sched.model.specs,
 )
 """What decides what is in a package."""
