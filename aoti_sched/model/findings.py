@@ -475,9 +475,15 @@ _WIDER = {"float16": "float32", "bfloat16": "float32"}
 def _varied(
     examples: Sequence[ExampleSpec], specs: Sequence[TensorSpec]
 ) -> tuple[ExampleSpec, ...]:
-    """Return the examples with varied integers, because equal rows would show no influence."""
+    """Return the examples with varied integers, because equal rows would show no influence.
+
+    The other value is the one beside it and nearer to 0: False in a mask that is True everywhere,
+    and a length that is no greater than the example's.
+    """
     return tuple(
-        msgspec.structs.replace(e, high=e.low + 1, values=None)
+        msgspec.structs.replace(
+            e, low=min(e.low, abs(e.low - 1)), high=max(e.low, abs(e.low - 1)), values=None
+        )
         if e.low is not None
         and e.low == e.high
         and not s.dtype.startswith(("float", "bfloat", "complex"))

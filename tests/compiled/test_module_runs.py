@@ -219,6 +219,12 @@ def test_rows_that_only_look_as_if_they_met_are_a_batch(function):
     assert spec.batch is not None, spec.rows.reason
 
 
+@pytest.mark.parametrize("mask", [torch.ones(4, 1, dtype=torch.bool), torch.ones(4, 1).long()])
+def test_a_mask_of_which_the_example_has_one_value_hides_nothing(mask):
+    spec = found(lambda x, mask: torch.where(mask > 0, x, x.flip(0)), X, mask)
+    assert (spec.batch, spec.rows.independent) == (None, False)
+
+
 def test_a_faint_influence_shows_in_half_precision_too():
     assert found(lambda x: x + 1e-2 * x.mean(0), X.bfloat16()).rows.independent is False
 
