@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from aoti_sched.engine.probe_plan import Model, batch_layout, examined
+from aoti_sched.engine.probe_plan import Model, batch_layout, examined, written_inputs
 from aoti_sched.engine.probe_values import Findings
 from aoti_sched.engine.warmup import tensors_given, values_for, warm_up
 from aoti_sched.errors import ConfigError, LoadError
 from aoti_sched.model.batch_layout import Grouping, as_requests
 from aoti_sched.model.call_spec import CallSpec, ExportedCallSpec
-from aoti_sched.model.input_check import ArityCheck, Check, InputCheck, count_bytes
+from aoti_sched.model.input_check import ArityCheck, Check, InputCheck, WritesCheck, count_bytes
 from aoti_sched.model.specs import (
     DynamicDim,
     LeafSpec,
@@ -156,6 +156,9 @@ def _prepare(
     threads, notes = _threads(cores, settings, inspected, facts.instances)
     placing = _placing(settings, threads, allowed=facts.inline)
     check = _check(name, of_requests, facts.num_inputs, place, copies=settings.copy_inputs)
+    written = written_inputs(model, specs or (), found.mutated or ())
+    if written:
+        check = WritesCheck(check, name, [spec.name for spec in specs or ()], written)
     if inspected.call_spec is not None and of_requests is not None:
         check = _of_calls(check)
     notes.extend(_sizes_found(specs, found))

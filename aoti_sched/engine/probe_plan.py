@@ -112,7 +112,7 @@ def examined(
     if wanted is not None and grouping is not None:
         if isinstance(specs[0].shape[grouping.dim], DynamicDim):
             asked = as_requests(specs, grouping)
-        must_not_write_inputs(name, _written_inputs(model, specs, ()))
+        must_not_write_inputs(name, written_inputs(model, specs, ()))
         rows = _rows_to_examine(wanted, grouping, asked, own)
     symbols = None
     from_package = model.source is SpecSource.PACKAGE and own is not None and not own.sizes_probed
@@ -134,7 +134,7 @@ def examined(
         return specs, Findings()
     findings = _examine(device, model, asked, symbols, rows)
     if rows is not None:
-        written = _written_inputs(model, specs, findings.mutated or ())
+        written = written_inputs(model, specs, findings.mutated or ())
         must_not_write_inputs(name, written)
         must_be_independent(
             name, findings.rows or RowEvidence(None, findings.failure or "it was not run")
@@ -188,7 +188,7 @@ def _rows_to_examine(
     return Rows(grouping.dim, symbol, grouping.sizes)
 
 
-def _written_inputs(model: Model, specs: Sequence[TensorSpec], seen: Sequence[int]) -> list[str]:
+def written_inputs(model: Model, specs: Sequence[TensorSpec], seen: Sequence[int]) -> list[str]:
     """Return the names of the inputs that a run writes to.
 
     Args:

@@ -427,6 +427,19 @@ async def test_a_model_that_writes_to_its_inputs_does_not_write_to_bytes(load):
     assert data == bytes(48)
 
 
+async def test_an_input_that_the_model_writes_to_must_not_share_memory_with_another(load):
+    model = await load("cache_input")
+    rows = torch.ones(6, 3)
+    for cache, x in ((rows, rows), (rows[:4], rows[2:]), (rows[2:5], rows[:3])):
+        with pytest.raises(
+            InputMismatchError, match=r"expected memory of its own.*shares\. Pass one.*\.clone\(\)"
+        ):
+            await model.run(cache, x)
+    assert torch.equal(rows, torch.ones(6, 3))
+    assert torch.equal(await model.run(rows[:3], rows[3:]), torch.full((3, 3), 2.0))
+    assert torch.equal(await model.run(rows[3:3], rows[3:3]), torch.ones(0, 3))
+
+
 async def test_a_copied_input_may_be_written_to_at_once(load):
     model = await load("mlp")
     x = torch.ones(2, 8)
