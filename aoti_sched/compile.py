@@ -21,6 +21,7 @@ import msgspec
 from aoti_sched.compile_stages import Progress, telling_compilation
 from aoti_sched.errors import CompileError
 from aoti_sched.model.input_check import lies_in_order
+from aoti_sched.model.size_conditions import conditions_of, mentioning
 from aoti_sched.model.specs import (
     METADATA_KEY,
     BatchDim,
@@ -282,6 +283,13 @@ def _described(
         if spec.kind == OutputKind.USER_OUTPUT
     )
     written = functional.graph_signature.output_specs
+    try:
+        conditions = conditions_of(program, reader.named)
+    except ValueError as error:
+        raise CompileError(
+            f"what the module requires of its dynamic sizes can't be stored: {error}. Give the "
+            "sizes in `dynamic` ranges for which the module takes one branch."
+        ) from error
     return ModelSpec(
         inputs=inputs,
         outputs=outputs,
@@ -295,6 +303,7 @@ def _described(
         mutated_inputs=tuple(
             s.target or "" for s in written if s.kind.name == "USER_INPUT_MUTATION"
         ),
+        conditions=conditions,
     )
 
 
@@ -327,6 +336,14 @@ def _with_batch(spec: ModelSpec, findings: Findings | None, wanted: int | None) 
             f"batch_dim={wanted}: not every tensor input and output has the same dynamic dimension "
             "there. Name a dimension that all have, or leave batch_dim out."
         )
+    for symbol in (first, *others):
+        if batch is not None and (condition := mentioning(spec.conditions, symbol)):
+            if wanted is not None:
+                raise CompileError(
+                    f"batch_dim={wanted}: the code is right for {condition!r} only, which a batch "
+                    "of other requests' rows may not meet. Leave batch_dim out."
+                )
+            batch = None
     if batch is not None and spec.mutated_inputs:
         if wanted is not None:
             raise CompileError(

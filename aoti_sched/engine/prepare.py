@@ -155,7 +155,14 @@ def _prepare(
         of_requests = as_requests(specs, grouping)
     threads, notes = _threads(cores, settings, inspected, facts.instances)
     placing = _placing(settings, threads, allowed=facts.inline)
-    check = _check(name, of_requests, facts.num_inputs, place, copies=settings.copy_inputs)
+    check = _check(
+        name,
+        of_requests,
+        facts.num_inputs,
+        place,
+        copies=settings.copy_inputs,
+        conditions=own.conditions if own is not None and source is SpecSource.PACKAGE else (),
+    )
     written = written_inputs(model, specs or (), found.mutated or ())
     if written:
         check = WritesCheck(check, name, [spec.name for spec in specs or ()], written)
@@ -329,10 +336,16 @@ def _on(
 
 
 def _check(
-    name: str, specs: Sequence[TensorSpec] | None, arity: int | None, device: str, *, copies: bool
+    name: str,
+    specs: Sequence[TensorSpec] | None,
+    arity: int | None,
+    device: str,
+    *,
+    copies: bool,
+    conditions: Sequence[str],
 ) -> Check:
     if specs is not None:
-        return InputCheck(name, specs, copies=copies)
+        return InputCheck(name, specs, copies=copies, conditions=conditions)
     return count_bytes if arity is None else ArityCheck(name, arity, device, copies=copies)
 
 

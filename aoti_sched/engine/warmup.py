@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from aoti_sched.errors import AotiSchedError, ConfigError, InputMismatchError, first_line
 from aoti_sched.events import log
 from aoti_sched.model.evidence import example_of, tensors_like
+from aoti_sched.model.size_conditions import SizeCondition
 from aoti_sched.model.specs import DynamicDim, ExampleSpec, ModelSpec, TensorSpec
 
 if TYPE_CHECKING:
@@ -103,7 +104,8 @@ def _smaller(own: ModelSpec, specs: Sequence[TensorSpec], sizes: dict[str, int])
     """Return the least sizes that values like the example's are safe with.
 
     A whole number may be an index or a length, which is right for the example's sizes only. Then
-    only the number of rows is lowered, where rows were shown to be independent.
+    only the number of rows is lowered, where rows were shown to be independent. Sizes that do not
+    meet the model's conditions are not lowered.
     """
     least = _least_sizes(specs)
     if all(spec.dtype.startswith(("float", "bfloat", "complex")) for spec in specs):
@@ -112,7 +114,9 @@ def _smaller(own: ModelSpec, specs: Sequence[TensorSpec], sizes: dict[str, int])
         lowered = {own.batch.symbol}
     else:
         lowered = set()
-    return {**sizes, **{name: min(sizes[name], least[name]) for name in lowered & sizes.keys()}}
+    smaller = {**sizes, **{name: min(sizes[name], least[name]) for name in lowered & sizes.keys()}}
+    fit = all(SizeCondition(text).holds(smaller) for text in own.conditions)
+    return smaller if fit else sizes
 
 
 def warm_up(

@@ -17,6 +17,7 @@ import msgspec
 from aoti_sched.config import Batching
 from aoti_sched.errors import ConfigError
 from aoti_sched.model.batch_plan import BatchPlan, InputPlan, OutputPlan, RaggedOut
+from aoti_sched.model.size_conditions import mentioning
 from aoti_sched.model.specs import (
     BatchDim,
     BoolSpec,
@@ -143,6 +144,8 @@ def group(
             and not wanted.assume_independent
         ):
             must_be_independent(name, own.rows)
+    if own is not None:
+        _must_not_bind_rows(name, specs, own, wanted)
     specs, own = _with_one_row_symbol(specs, own, wanted)
     dim, most, symbol, static = _rows(name, wanted, specs, None if own is None else own.batch)
     sizes = _sizes(name, wanted, most, static)
@@ -211,6 +214,20 @@ def as_requests(specs: Sequence[TensorSpec], grouping: Grouping) -> tuple[Tensor
         else msgspec.structs.replace(spec, shape=(*spec.shape[:dim], row, *spec.shape[dim + 1 :]))
         for spec in specs
     )
+
+
+def _must_not_bind_rows(
+    name: str, specs: Sequence[TensorSpec], own: ModelSpec, wanted: Batching
+) -> None:
+    """Raise ConfigError if the code is right for some numbers of rows only."""
+    dim = own.batch.dim if wanted.dim is None and own.batch is not None else wanted.dim or 0
+    for symbol in row_symbols(specs, dim):
+        if condition := mentioning(own.conditions, symbol):
+            raise _impossible(
+                name,
+                f"it was compiled for numbers of rows with {condition} only, which a batch may not "
+                "meet",
+            )
 
 
 def _with_one_row_symbol(

@@ -28,6 +28,7 @@ from aoti_sched.model.evidence import (
 )
 from aoti_sched.model.program_runs import OtherShapeError, ProgramRuns, copies, copy_of
 from aoti_sched.model.row_flow import where_rows_meet
+from aoti_sched.model.size_conditions import with_symbol
 from aoti_sched.model.specs import (
     DynamicDim,
     ExampleSpec,
@@ -216,6 +217,7 @@ class Findings:
                     self._spec,
                     inputs=with_one_symbol(self._spec.inputs, other, first),
                     outputs=with_one_symbol(self._spec.outputs, other, first),
+                    conditions=with_symbol(self._spec.conditions, other, first),
                 )
         self._runs.specs = [leaf for leaf in self._spec.inputs if isinstance(leaf, TensorSpec)]
         self._sizes = self._example_sizes()

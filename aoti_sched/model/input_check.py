@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from aoti_sched.arguments import checked_struct
 from aoti_sched.errors import ConfigError, InputMismatchError, brief
+from aoti_sched.model.size_conditions import SizeCondition
 from aoti_sched.model.specs import DynamicDim, TensorSpec
 
 if TYPE_CHECKING:
@@ -186,14 +187,22 @@ def _move_hint(device: str, tensor: torch.Tensor) -> str:
 class InputCheck:
     """Checks a request's tensors against their specs; made once per runner, called per request.
 
-    With `copies`, inputs of a device may be on the host, too.
+    With `copies`, inputs of a device may be on the host, too. `conditions` are those of a
+    `ModelSpec`.
 
     Raises:
         ConfigError: A spec (which a user may have declared) means nothing: no such dtype or device,
             an order that is none of its dimensions.
     """
 
-    def __init__(self, model: str, specs: Sequence[TensorSpec], *, copies: bool = False) -> None:
+    def __init__(
+        self,
+        model: str,
+        specs: Sequence[TensorSpec],
+        *,
+        copies: bool = False,
+        conditions: Sequence[str] = (),
+    ) -> None:
         import torch
 
         self.model = model
@@ -249,6 +258,7 @@ class InputCheck:
                 )
             )
         self._unbound = [-1] * len(self._symbols)
+        self._conditions = tuple(map(SizeCondition, conditions))
         self._bytes: int | None = None
         """Of all, where they are always the same."""
         if not self._symbols:
@@ -335,11 +345,25 @@ class InputCheck:
             if tensor.is_neg() or (dtype.is_complex and tensor.is_conj()):
                 break
         else:
+            if self._conditions:
+                self._must_hold(dict(zip(self._symbols, bound or (), strict=True)))
             return count_bytes(tensors) if self._bytes is None else self._bytes
         if unwrap(tensors, plain):
             return self(tensors)
         self._explain(tensors)
         return count_bytes(tensors)
+
+    def _must_hold(self, sizes: dict[str, int]) -> None:
+        for condition in self._conditions:
+            if not condition.holds(sizes):
+                got = ", ".join(f"{name}={sizes[name]}" for name in sorted(condition.symbols))
+                raise InputMismatchError(
+                    self.model,
+                    "",
+                    f"sizes with {condition.text}",
+                    got,
+                    f"The model was compiled for such sizes only. {self._names_hint()}",
+                )
 
     def _names_hint(self) -> str:
         more = f", and {len(self.specs) - 10} more" if len(self.specs) > 10 else ""

@@ -224,6 +224,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         examples: An entry for each tensor input.
         sizes_probed: Whether the least sizes of dynamic dimensions were found by running the model.
         weights: All names of the module's state; () if they were not recorded.
+        conditions: What the code requires of the dynamic sizes of a request, besides their ranges,
+            such as "b <= a".
     """
 
     version: int = 1
@@ -240,6 +242,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     examples: tuple[ExampleSpec, ...] = ()
     sizes_probed: bool = False
     weights: tuple[WeightName, ...] = ()
+    conditions: tuple[str, ...] = ()
 
 
 class ConstantSpec(msgspec.Struct, frozen=True):

@@ -108,6 +108,36 @@ def test_an_output_whose_size_depends_on_the_data_is_bounded():
     assert (rows.min, rows.max, width) == (0, 12, 2)
 
 
+A, B = {0: Dim("a")}, {0: Dim("b")}
+AUTO = {0: Dim.AUTO}
+CONDITIONS = {
+    "slice": (lambda x, y: x[: y.shape[0]], (6, 3), (A, B), "b <= a"),
+    "product": (
+        lambda x, y: x * y.sum() if x.shape[0] * y.shape[0] < 99 else x,
+        (6, 3),
+        (A, B),
+        "a*b < 99",
+    ),
+    "even": (lambda x: x if x.shape[0] % 2 else x * 2, (6,), (AUTO,), "{0} < 2 or ({0} % 2) == 0"),
+    "range": (lambda x: x if x.shape[0] > 7 else x * 2, (6,), (AUTO,), None),
+    "equal": (lambda x, y: x + y, (6, 6), (AUTO, AUTO), None),
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "sizes", "dynamic", "text"), CONDITIONS.values(), ids=CONDITIONS
+)
+def test_what_a_module_requires_of_sizes_is_a_condition_unless_a_range_says_it(
+    function, sizes, dynamic, text
+):
+    spec = described(function, *map(torch.ones, sizes), dynamic=dynamic)
+    symbol = spec.inputs[0].shape[0].symbol
+    assert spec.conditions == (() if text is None else (text.format(symbol),))
+    if text is not None:
+        with pytest.raises(CompileError, match="batch_dim=0: "):
+            described(function, *map(torch.ones, sizes), dynamic=dynamic, batch_dim=0)
+
+
 # --- leaves ---------------------------------------------------------------------------------------
 
 

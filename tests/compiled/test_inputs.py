@@ -17,7 +17,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
 
-from aoti_sched import Batching, InputMismatchError
+from aoti_sched import Batching, ConfigError, InputMismatchError
 from tests.models import build
 
 
@@ -406,6 +406,22 @@ async def test_two_inputs_with_rows_of_their_own_are_batched_in_pairs(load, batc
         assert_close(answer, model(*request))
     with pytest.raises(InputMismatchError, match="size 2 at dimension 0"):
         await runner.run(torch.zeros(2, 3), torch.zeros(3, 3))
+
+
+async def test_sizes_that_do_not_meet_what_the_module_requires_of_both_are_refused(scheduler, load):
+    runner, model = await load("shorter"), build("shorter").module()
+    for a, b in ((6, 6), (5, 2), (100, 99)):
+        args = torch.randn(a), torch.randn(b)
+        assert_close(await runner.run(*args), model(*args))
+    for a, b in ((6, 7), (3, 90_000)):
+        with pytest.raises(
+            InputMismatchError, match=f"expected sizes with b <= a, got a={a}, b={b}"
+        ):
+            await runner.run(torch.randn(a), torch.randn(b))
+    with pytest.raises(ConfigError, match="compiled for numbers of rows with b <= a only"):
+        await scheduler.load(
+            build("shorter").path, batching=Batching(assume_independent=True, dim=0)
+        )
 
 
 # --- arrays and copies ----------------------------------------------------------------------------

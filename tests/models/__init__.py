@@ -33,6 +33,7 @@ import aoti_sched.model.evidence
 import aoti_sched.model.findings
 import aoti_sched.model.program_runs
 import aoti_sched.model.row_flow
+import aoti_sched.model.size_conditions
 import aoti_sched.model.specs
 from tests.models.definitions import DEFINITIONS, Definition
 
@@ -43,6 +44,7 @@ _COMPILERS = (
     aoti_sched.model.findings,
     aoti_sched.model.program_runs,
     aoti_sched.model.row_flow,
+    aoti_sched.model.size_conditions,
     aoti_sched.model.specs,
 )
 """What decides what is in a package."""

@@ -885,6 +885,21 @@ def cache_input() -> Definition:
 
 
 @model
+def shorter() -> Definition:
+    """Of two sizes, one must not exceed the other; no range says so."""
+
+    class Shorter(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x[: y.shape[0]] * 2
+
+    return Definition(
+        Shorter,
+        (torch.randn(6), torch.randn(3)),
+        dynamic={"x": {0: Dim("a")}, "y": {0: Dim("b")}},
+    )
+
+
+@model
 def two_symbols() -> Definition:
     """A foreign package as torch's own advice makes it: each input has a symbol of its own for
     the batch.

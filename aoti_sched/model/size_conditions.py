@@ -1,0 +1,125 @@
+"""Size conditions: what an exported program requires of its dynamic sizes besides their ranges.
+
+Export follows one branch of what a module decides by its sizes, and notes the condition: `b <= a`
+for `x[: y.shape[0]]`, where the sizes are a and b. The compiled code does not check it, and reads
+past its buffers for other sizes. Conditions are kept as text, such as "b <= a", in the symbols of
+the inputs' sizes. Reading a text runs no code of the package.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Iterable, Mapping
+from types import CodeType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+_ASSUMED = 2
+"""Export assumes that a size is at least this; what holds from there on is no condition."""
+
+_PARTS = (
+    *(ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.Compare),
+    *(ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.BinOp, ast.Add, ast.Sub, ast.Mult),
+    *(ast.FloorDiv, ast.Mod, ast.Pow, ast.Div, ast.Name, ast.Load, ast.Constant, ast.Call),
+)
+_FUNCTIONS: dict[str, Any] = {"min": min, "max": max}
+
+
+class SizeCondition:
+    """One condition on sizes.
+
+    Args:
+        text: The condition, an expression of Python's.
+
+    Raises:
+        ValueError: The text is no such condition.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self._code, self.symbols = _compiled(text)
+
+    def holds(self, sizes: Mapping[str, int]) -> bool:
+        """Return whether the condition holds for these values of its symbols."""
+        try:
+            return bool(eval(self._code, {"__builtins__": {}, **_FUNCTIONS}, dict(sizes)))  # noqa: S307 -- of _PARTS alone
+        except ZeroDivisionError:
+            return False
+
+
+def _compiled(text: str) -> tuple[CodeType, frozenset[str]]:
+    try:
+        tree = ast.parse(text, mode="eval")
+    except (SyntaxError, RecursionError) as error:
+        raise ValueError(f"the condition {text!r} can't be read ({error})") from error
+    names = set()
+    for node in ast.walk(tree):
+        whole = not isinstance(node, ast.Constant) or isinstance(node.value, (int, float))
+        known = not isinstance(node, ast.Call) or getattr(node.func, "id", "") in _FUNCTIONS
+        if not (isinstance(node, _PARTS) and whole and known):
+            raise ValueError(f"the condition {text!r} has a {type(node).__name__}")
+        if isinstance(node, ast.Name) and node.id not in _FUNCTIONS:
+            names.add(node.id)
+    return compile(tree, "<condition>", "eval"), frozenset(names)
+
+
+def conditions_of(program: ExportedProgram, named: Callable[[Any], str]) -> tuple[str, ...]:
+    """Return the conditions on the sizes of the inputs that their ranges do not imply.
+
+    Args:
+        program: The exported program.
+        named: Returns the name of a symbol in the specs.
+
+    Raises:
+        ValueError: A condition can't be expressed as text.
+    """
+    import sympy  # type: ignore[import-untyped]
+    from torch.utils._sympy.printers import PythonPrinter
+    from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
+
+    sizes = [
+        size
+        for node in program.graph.nodes
+        if node.op == "placeholder"
+        for size in getattr(node.meta.get("val"), "shape", ())
+        if not isinstance(size, int)
+    ]
+    if not sizes:
+        return ()
+    environment = sizes[0].node.shape_env
+    known = {symbol for size in sizes for symbol in size.node.expr.free_symbols}
+    found: dict[str, None] = {}
+    for guard in environment.guards:
+        condition = environment.replace(guard.expr)
+        symbols = condition.free_symbols
+        if not symbols or not symbols <= known:
+            continue
+        ranges = {}
+        for symbol in symbols:
+            bounds = environment.var_to_range[symbol]
+            low = max(bounds.lower, sympy.Integer(_ASSUMED))
+            ranges[symbol] = ValueRanges(min(low, bounds.upper), bounds.upper)
+        implied = bound_sympy(condition, ranges)
+        if implied.is_singleton() and bool(implied.lower):
+            continue
+        renamed = condition.xreplace({s: sympy.Symbol(named(s), integer=True) for s in symbols})
+        text = PythonPrinter().doprint(renamed)
+        if len(symbols) == 1:  # running it shows whether smaller sizes are right
+            text = f"{named(*symbols)} < {_ASSUMED} or {text}"
+        _compiled(text)
+        found[text] = None
+    return tuple(found)
+
+
+def with_symbol(conditions: Iterable[str], old: str, new: str) -> tuple[str, ...]:
+    """Return the conditions with the symbol `new` in place of `old`."""
+    return tuple(re.sub(rf"\b{re.escape(old)}\b", new, text) for text in conditions)
+
+
+def mentioning(conditions: Iterable[str], symbol: str) -> str:
+    """Return the first condition on a symbol; "" where there is none."""
+    word = re.compile(rf"\b{re.escape(symbol)}\b")
+    return next((text for text in conditions if symbol and word.search(text)), "")
