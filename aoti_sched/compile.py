@@ -21,7 +21,7 @@ import msgspec
 from aoti_sched.compile_stages import Progress, telling_compilation
 from aoti_sched.errors import CompileError
 from aoti_sched.model.input_check import lies_in_order
-from aoti_sched.model.size_conditions import conditions_of, mentioning
+from aoti_sched.model.size_conditions import SizeGuards, mentioning
 from aoti_sched.model.specs import (
     METADATA_KEY,
     BatchDim,
@@ -156,13 +156,21 @@ def compile_package(
             **(options or {}),
         }
         tell("lowering")
+        guards = SizeGuards(program, _Reader(program).named)
+        guards.new()
         try:
             with telling_compilation(progress):
                 files = _compile(program, inductor)
+            added = guards.new()
         except Exception as error:
             raise CompileError(f"{type(module).__name__} could not be compiled: {error}") from error
         tell("verifying")
-        spec = _verified(files, findings, spec)
+        spec = _verified(files, findings, spec, added)
+        if batch_dim is not None and spec.batch is None:
+            raise CompileError(
+                f"batch_dim={batch_dim}: the compiled code is right for "
+                f"{spec.conditions[-1]!r} only, which a batch may not meet. Leave batch_dim out."
+            )
         tell("packaging")
         _package(files, target, spec)
     return target
@@ -187,11 +195,24 @@ def _compile(program: ExportedProgram, options: dict[str, Any]) -> list[Any]:
     return list(files)  # type: ignore[arg-type]
 
 
-def _verified(files: list[Any], findings: Findings, spec: ModelSpec) -> ModelSpec:
-    """Return the spec with the least sizes that running the compiled code shows to be right."""
+def _verified(
+    files: list[Any], findings: Findings, spec: ModelSpec, added: Sequence[str]
+) -> ModelSpec:
+    """Return the spec with the sizes for which running the compiled code shows it to be right.
+
+    Args:
+        files: The compiled files.
+        findings: Runs the code.
+        spec: The spec that the exported program states.
+        added: The conditions on sizes that lowering added. Most are about speed.
+    """
     for file in files:
         if isinstance(file, str) and file.endswith(".so"):
             findings.try_compiled(Path(file))
+            needed = findings.needed(Path(file), added)
+            spec = msgspec.structs.replace(spec, conditions=(*spec.conditions, *needed))
+            if spec.batch is not None and mentioning(needed, spec.batch.symbol):
+                spec = msgspec.structs.replace(spec, batch=None)
     return findings.with_minima(spec)
 
 
@@ -284,7 +305,7 @@ def _described(
     )
     written = functional.graph_signature.output_specs
     try:
-        conditions = conditions_of(program, reader.named)
+        conditions = SizeGuards(program, reader.named).new()
     except ValueError as error:
         raise CompileError(
             f"what the module requires of its dynamic sizes can't be stored: {error}. Give the "

@@ -28,7 +28,7 @@ from aoti_sched.model.evidence import (
 )
 from aoti_sched.model.program_runs import OtherShapeError, ProgramRuns, copies, copy_of
 from aoti_sched.model.row_flow import where_rows_meet
-from aoti_sched.model.size_conditions import with_symbol
+from aoti_sched.model.size_conditions import SizeCondition, with_symbol
 from aoti_sched.model.specs import (
     DynamicDim,
     ExampleSpec,
@@ -59,6 +59,12 @@ An eager run of a larger request would take much memory, and minutes.
 EXPORTED_FROM = 2
 """The least value that export assumes of any dynamic size. Trials show smaller values to be right.
 """
+
+_FACTORS = (2, 4, 16, 64, 256, 1024)
+"""How many times larger than the example's the sizes are on which conditions are tried."""
+
+_LARGEST_BEYOND = 1 << 26
+"""The most bytes of such a request."""
 
 _WORD = re.compile(r"^\w+$")
 _RANDOM = "random"
@@ -283,6 +289,46 @@ class Findings:
             self._values = False
         wanted = [key for key in self._wanted() if not self._found.get(key)]
         self._try(lambda sizes: self._compiled(library, sizes), wanted)
+
+    def needed(self, library: Path, conditions: Sequence[str]) -> tuple[str, ...]:
+        """Return the conditions on sizes without which the compiled code is not right.
+
+        Inductor chooses code by the example's sizes. Beyond them, some code is slower and some is
+        wrong: it is run on sizes that do not meet a condition.
+        """
+        if self.impossible or not self._apart:
+            return ()
+        needed = []
+        for text in dict.fromkeys(conditions):
+            beyond = self._sizes_beyond(SizeCondition(text))
+            trials = [functools.partial(self._compiled, library, sizes) for sizes in beyond]
+            answers = self._answers(trials)
+            if any(answer and not child.is_unknown(answer) for answer in answers):
+                needed.append(text)
+        return tuple(needed)
+
+    def _sizes_beyond(self, condition: SizeCondition) -> list[dict[str, int]]:
+        """Return a few sizes that do not meet a condition, the smallest and near the example."""
+        beyond: list[dict[str, int]] = []
+        for symbol in sorted(condition.symbols & self._sizes.keys()):
+            low, high = self._bounds(symbol)
+            own = self._sizes[symbol]
+            values = sorted({*range(own - 8, own + 9), *(own * factor for factor in _FACTORS)})
+            if high is not None:
+                values = sorted({*(value for value in values if value <= high), high})
+            found = [
+                {**self._sizes, symbol: value}
+                for value in values
+                if value >= max(low, EXPORTED_FROM)
+                and self._bytes(symbol, value) <= _LARGEST_BEYOND
+                and not condition.holds({**self._sizes, symbol: value})
+            ]
+            beyond += [*found[:2], *found[-1:]] if len(found) > 2 else found
+        return beyond
+
+    def _bytes(self, symbol: str, value: int) -> int:
+        """Return about how many bytes a request has with another value of one symbol."""
+        return self._runs.example_bytes() * value // max(self._sizes[symbol], 1)
 
     def with_minima(self, spec: ModelSpec) -> ModelSpec:
         """Return the spec with the least sizes that were shown to be right."""

@@ -2,8 +2,9 @@
 
 Export follows one branch of what a module decides by its sizes, and notes the condition: `b <= a`
 for `x[: y.shape[0]]`, where the sizes are a and b. The compiled code does not check it, and reads
-past its buffers for other sizes. Conditions are kept as text, such as "b <= a", in the symbols of
-the inputs' sizes. Reading a text runs no code of the package.
+past its buffers for other sizes. Inductor adds such choices of its own. Conditions are kept as
+text, such as "b <= a", in the symbols of the inputs' sizes. Reading a text runs no code of the
+package.
 """
 
 from __future__ import annotations
@@ -66,52 +67,70 @@ def _compiled(text: str) -> tuple[CodeType, frozenset[str]]:
     return compile(tree, "<condition>", "eval"), frozenset(names)
 
 
-def conditions_of(program: ExportedProgram, named: Callable[[Any], str]) -> tuple[str, ...]:
-    """Return the conditions on the sizes of the inputs that their ranges do not imply.
+class SizeGuards:
+    """Reads the conditions on an exported program's sizes, as tracing and lowering add them.
+
+    Lowering narrows the ranges of symbols, so those that export stated are kept.
 
     Args:
         program: The exported program.
         named: Returns the name of a symbol in the specs.
-
-    Raises:
-        ValueError: A condition can't be expressed as text.
     """
-    import sympy  # type: ignore[import-untyped]
-    from torch.utils._sympy.printers import PythonPrinter
-    from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
-    sizes = [
-        size
-        for node in program.graph.nodes
-        if node.op == "placeholder"
-        for size in getattr(node.meta.get("val"), "shape", ())
-        if not isinstance(size, int)
-    ]
-    if not sizes:
-        return ()
-    environment = sizes[0].node.shape_env
-    known = {symbol for size in sizes for symbol in size.node.expr.free_symbols}
-    found: dict[str, None] = {}
-    for guard in environment.guards:
-        condition = environment.replace(guard.expr)
+    def __init__(self, program: ExportedProgram, named: Callable[[Any], str]) -> None:
+        sizes = [
+            size
+            for node in program.graph.nodes
+            if node.op == "placeholder"
+            for size in getattr(node.meta.get("val"), "shape", ())
+            if not isinstance(size, int)
+        ]
+        self._named = named
+        self._environment = sizes[0].node.shape_env if sizes else None
+        self._symbols = {symbol for size in sizes for symbol in size.node.expr.free_symbols}
+        self._ranges: dict[Any, Any] = {}
+        self._replaced: dict[Any, Any] = {}
+        if self._environment is not None:
+            self._ranges = dict(self._environment.var_to_range)
+            self._replaced = {symbol: self._environment.replace(symbol) for symbol in self._ranges}
+        self._seen = 0
+
+    def new(self) -> tuple[str, ...]:
+        """Return the conditions added since the last call that the ranges do not imply.
+
+        Raises:
+            ValueError: A condition can't be expressed as text.
+        """
+        if self._environment is None:
+            return ()
+        guards = self._environment.guards[self._seen :]
+        self._seen += len(guards)
+        return tuple(dict.fromkeys(filter(None, map(self._text, guards))))
+
+    def _text(self, guard: Any) -> str:
+        """Return the condition of a guard; "" where the ranges imply it."""
+        import sympy  # type: ignore[import-untyped]
+        from torch.utils._sympy.printers import PythonPrinter
+        from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
+
+        condition = guard.expr.xreplace(self._replaced)
         symbols = condition.free_symbols
-        if not symbols or not symbols <= known:
-            continue
+        if not symbols or not symbols <= self._symbols:
+            return ""
         ranges = {}
         for symbol in symbols:
-            bounds = environment.var_to_range[symbol]
+            bounds = self._ranges[symbol]
             low = max(bounds.lower, sympy.Integer(_ASSUMED))
             ranges[symbol] = ValueRanges(min(low, bounds.upper), bounds.upper)
         implied = bound_sympy(condition, ranges)
         if implied.is_singleton() and bool(implied.lower):
-            continue
-        renamed = condition.xreplace({s: sympy.Symbol(named(s), integer=True) for s in symbols})
-        text = PythonPrinter().doprint(renamed)
+            return ""
+        names = {symbol: sympy.Symbol(self._named(symbol), integer=True) for symbol in symbols}
+        text = str(PythonPrinter().doprint(condition.xreplace(names)))
         if len(symbols) == 1:  # running it shows whether smaller sizes are right
-            text = f"{named(*symbols)} < {_ASSUMED} or {text}"
+            text = f"{self._named(*symbols)} < {_ASSUMED} or {text}"
         _compiled(text)
-        found[text] = None
-    return tuple(found)
+        return text
 
 
 def with_symbol(conditions: Iterable[str], old: str, new: str) -> tuple[str, ...]:

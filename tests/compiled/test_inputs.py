@@ -424,6 +424,16 @@ async def test_sizes_that_do_not_meet_what_the_module_requires_of_both_are_refus
         )
 
 
+async def test_sizes_are_refused_for_which_inductor_chose_other_code(load):
+    runner, model = await load("chosen_by_size"), build("chosen_by_size").module()
+    for rows, height in ((4, 8), (1, 8), (6, 8)):
+        args = torch.randn(rows, 6), torch.randn(1, 2, height, 6)
+        assert_close(await runner.run(*args), model(*args))
+    for rows, height in ((7, 8), (3000, 8), (4, 9), (4, 32)):
+        with pytest.raises(InputMismatchError, match="expected sizes with "):
+            await runner.run(torch.randn(rows, 6), torch.randn(1, 2, height, 6))
+
+
 # --- arrays and copies ----------------------------------------------------------------------------
 
 

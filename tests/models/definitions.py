@@ -900,6 +900,24 @@ def shorter() -> Definition:
 
 
 @model
+def chosen_by_size() -> Definition:
+    """Inductor chooses code by the example's sizes: of a diagonal and a pooling it is wrong for
+    others, of a sum it is right.
+    """
+
+    class Chosen(nn.Module):
+        def forward(self, x: Tensor, image: Tensor) -> tuple[Tensor, ...]:
+            pooled = nn.functional.adaptive_avg_pool2d(image, 3)
+            return x.diagonal() * 2, x.sum(), pooled
+
+    return Definition(
+        Chosen,
+        (torch.randn(4, 6), torch.randn(1, 2, 8, 6)),
+        dynamic={"x": {0: Dim("rows", max=4000)}, "image": {2: Dim("height", min=4, max=32)}},
+    )
+
+
+@model
 def two_symbols() -> Definition:
     """A foreign package as torch's own advice makes it: each input has a symbol of its own for
     the batch.
