@@ -333,11 +333,10 @@ class ExportedCallSpec:
     def _make_unflatten(
         self, node: _Node | None, outputs: Sequence[LeafSpec] | None
     ) -> Callable[[list[Any]], Any]:
-        if node is None:
-            spec = _torch_spec(self.model, "outputs", self._out_text)
-            return spec.unflatten  # type: ignore[no-any-return]
         rebuild: Callable[[list[Any]], Any]
-        if node.kind is None:
+        if node is None:
+            rebuild = _torch_spec(self.model, "outputs", self._out_text).unflatten
+        elif node.kind is None:
             rebuild = _only
         elif node.kind == "tuple" and _is_flat(node):
             rebuild = tuple

@@ -570,6 +570,24 @@ def test_computed_numbers_and_conditions_come_back_in_their_types():
     assert list(map(type, result)) == [float, bool, float]
 
 
+def test_literals_and_numbers_are_put_back_beside_a_registered_type():
+    a, b = tensors(2)
+    outputs = (
+        *tensor_specs("x", "y"),
+        LiteralSpec("n", 3),
+        IntegerSpec("i"),
+        LiteralSpec("o", None),
+    )
+    spec = call_spec(out=collections.OrderedDict(p=Point(a, b), n=0, i=0, o=0), outputs=outputs)
+    result = spec.unflatten([a, b, torch.tensor(3), torch.tensor(7), None])
+    assert same([result["p"].x, result["p"].y], [a, b])
+    assert [(type(result[key]), result[key]) for key in "nio"] == [
+        (int, 3),
+        (int, 7),
+        (type(None), None),
+    ]
+
+
 def test_the_runtimes_list_of_outputs_is_not_changed():
     values = [None]
     call_spec(out=3, outputs=(LiteralSpec("three", 3),)).unflatten(values)
