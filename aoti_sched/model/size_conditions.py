@@ -10,6 +10,7 @@ package.
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from types import CodeType
@@ -26,7 +27,12 @@ _PARTS = (
     *(ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.BinOp, ast.Add, ast.Sub, ast.Mult),
     *(ast.FloorDiv, ast.Mod, ast.Pow, ast.Div, ast.Name, ast.Load, ast.Constant, ast.Call),
 )
-_FUNCTIONS: dict[str, Any] = {"min": min, "max": max}
+_FUNCTIONS: dict[str, Any] = {
+    one.__name__: one
+    for one in (min, max, abs, round, int, float, math.floor, math.ceil, math.trunc)
+}
+_MODULES = re.compile(r"\b(?:math\.|torch\.sym_)(?=\w+\()")
+"""What torch's printer writes before the names of functions."""
 
 
 class SizeCondition:
@@ -126,7 +132,7 @@ class SizeGuards:
         if implied.is_singleton() and bool(implied.lower):
             return ""
         names = {symbol: sympy.Symbol(self._named(symbol), integer=True) for symbol in symbols}
-        text = str(PythonPrinter().doprint(condition.xreplace(names)))
+        text = _MODULES.sub("", str(PythonPrinter().doprint(condition.xreplace(names))))
         if len(symbols) == 1:  # running it shows whether smaller sizes are right
             text = f"{self._named(*symbols)} < {_ASSUMED} or {text}"
         _compiled(text)

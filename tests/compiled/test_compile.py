@@ -119,6 +119,12 @@ CONDITIONS = {
         "a*b < 99",
     ),
     "even": (lambda x: x if x.shape[0] % 2 else x * 2, (6,), (AUTO,), "{0} < 2 or ({0} % 2) == 0"),
+    "rounded": (
+        lambda x: x if int(x.shape[0] * 0.5) > 2 else x * 2,
+        (6,),
+        (AUTO,),
+        "{0} < 2 or trunc(0.50000000000000000*float({0})) == 3",
+    ),
     "range": (lambda x: x if x.shape[0] > 7 else x * 2, (6,), (AUTO,), None),
     "equal": (lambda x, y: x + y, (6, 6), (AUTO, AUTO), None),
 }

@@ -17,6 +17,8 @@ from aoti_sched.model.specs import DynamicDim, TensorSpec
         ("a < 2 or (a % 2) == 0", {"a": 1}, True),
         ("a < 2 or (a % 2) == 0", {"a": 5}, False),
         ("(a % b) == 0", {"a": 3, "b": 0}, False),
+        ("trunc(0.5*float(a)) > 2", {"a": 5}, False),
+        ("ceil(a / 3) + round(a / 3) == 4", {"a": 6}, True),
         ("max(a, 4) != 7 and not a == 2", {"a": 7}, False),
     ],
 )
