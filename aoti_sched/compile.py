@@ -210,7 +210,9 @@ def _verified(
         if isinstance(file, str) and file.endswith(".so"):
             findings.try_compiled(Path(file))
             needed = findings.needed(Path(file), added)
-            spec = msgspec.structs.replace(spec, conditions=(*spec.conditions, *needed))
+            spec = msgspec.structs.replace(
+                spec, conditions=tuple(dict.fromkeys((*spec.conditions, *needed)))
+            )
             if spec.batch is not None and mentioning(needed, spec.batch.symbol):
                 spec = msgspec.structs.replace(spec, batch=None)
     return findings.with_minima(spec)

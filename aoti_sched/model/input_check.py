@@ -9,11 +9,11 @@ that can be done without specs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from aoti_sched.arguments import checked_struct
-from aoti_sched.errors import ConfigError, InputMismatchError, brief
+from aoti_sched.errors import ConfigError, InputMismatchError, LoadError, brief, shortened
 from aoti_sched.model.size_conditions import SizeCondition
 from aoti_sched.model.specs import DynamicDim, TensorSpec
 
@@ -193,6 +193,7 @@ class InputCheck:
     Raises:
         ConfigError: A spec (which a user may have declared) means nothing: no such dtype or device,
             an order that is none of its dimensions.
+        LoadError: A condition can't be read, or is on a size that no input has.
     """
 
     def __init__(
@@ -258,7 +259,7 @@ class InputCheck:
                 )
             )
         self._unbound = [-1] * len(self._symbols)
-        self._conditions = tuple(map(SizeCondition, conditions))
+        self._conditions = _conditions(model, conditions, self._symbols)
         self._bytes: int | None = None
         """Of all, where they are always the same."""
         if not self._symbols:
@@ -493,6 +494,23 @@ class InputCheck:
 
     def _fail(self, spec: TensorSpec, expected: str, got: str, hint: str = "") -> None:
         raise InputMismatchError(self.model, spec.name, expected, got, hint)
+
+
+def _conditions(
+    model: str, texts: Iterable[str], symbols: Collection[str]
+) -> tuple[SizeCondition, ...]:
+    advice = "The package is damaged, or made by a later release. Compile the model again"
+    try:
+        found = tuple(map(SizeCondition, dict.fromkeys(texts)))
+    except ValueError as error:
+        raise LoadError(f"model {model!r}: {error}. {advice}") from None
+    for condition in found:
+        if unknown := condition.symbols - set(symbols):
+            raise LoadError(
+                f"model {model!r}: the condition {brief(condition.text)} is on "
+                f"{shortened(sorted(unknown))}, which no input has as a size. {advice}"
+            )
+    return found
 
 
 class WritesCheck:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Mapping
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
+from aoti_sched.errors import brief
+
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
@@ -27,6 +29,7 @@ _PARTS = (
     *(ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.BinOp, ast.Add, ast.Sub, ast.Mult),
     *(ast.FloorDiv, ast.Mod, ast.Pow, ast.Div, ast.Name, ast.Load, ast.Constant, ast.Call),
 )
+_POWERS = range(9)
 _FUNCTIONS: dict[str, Any] = {
     one.__name__: one
     for one in (min, max, abs, round, int, float, math.floor, math.ceil, math.trunc)
@@ -50,27 +53,44 @@ class SizeCondition:
         self._code, self.symbols = _compiled(text)
 
     def holds(self, sizes: Mapping[str, int]) -> bool:
-        """Return whether the condition holds for these values of its symbols."""
+        """Return whether the condition holds for these values of its symbols, all of them given."""
         try:
             return bool(eval(self._code, {"__builtins__": {}, **_FUNCTIONS}, dict(sizes)))  # noqa: S307 -- of _PARTS alone
-        except ZeroDivisionError:
+        except (ArithmeticError, NameError):  # a division by zero, or a symbol that is not given
             return False
 
 
 def _compiled(text: str) -> tuple[CodeType, frozenset[str]]:
     try:
         tree = ast.parse(text, mode="eval")
-    except (SyntaxError, RecursionError) as error:
-        raise ValueError(f"the condition {text!r} can't be read ({error})") from error
+        code = compile(tree, "<condition>", "eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"the condition {brief(text)} can't be read ({error})") from None
     names = set()
     for node in ast.walk(tree):
-        whole = not isinstance(node, ast.Constant) or isinstance(node.value, (int, float))
-        known = not isinstance(node, ast.Call) or getattr(node.func, "id", "") in _FUNCTIONS
-        if not (isinstance(node, _PARTS) and whole and known):
-            raise ValueError(f"the condition {text!r} has a {type(node).__name__}")
+        if not (isinstance(node, _PARTS) and _is_known(node)):
+            raise ValueError(f"the condition {brief(text)} has a {type(node).__name__}")
         if isinstance(node, ast.Name) and node.id not in _FUNCTIONS:
             names.add(node.id)
-    return compile(tree, "<condition>", "eval"), frozenset(names)
+    return code, frozenset(names)
+
+
+def _is_known(node: ast.AST) -> bool:
+    """Return whether a part of a condition, of a known kind, is one that takes no time."""
+    match node:
+        case ast.Constant(value=value):
+            return isinstance(value, (int, float))
+        case ast.Call(func=ast.Name(id=name)):
+            return name in _FUNCTIONS
+        case ast.Call():
+            return False
+        case ast.BinOp(op=ast.Pow(), right=ast.Constant(value=value)):
+            return value in _POWERS
+        case ast.BinOp(op=ast.Pow(), right=ast.UnaryOp(operand=ast.Constant(value=value))):
+            return value in _POWERS
+        case ast.BinOp(op=ast.Pow()):
+            return False
+    return True
 
 
 class SizeGuards:

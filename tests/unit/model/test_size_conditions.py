@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from aoti_sched.errors import InputMismatchError
+from aoti_sched.errors import InputMismatchError, LoadError
 from aoti_sched.model.input_check import InputCheck
 from aoti_sched.model.size_conditions import SizeCondition, mentioning, with_symbol
 from aoti_sched.model.specs import DynamicDim, TensorSpec
@@ -20,6 +20,7 @@ from aoti_sched.model.specs import DynamicDim, TensorSpec
         ("trunc(0.5*float(a)) > 2", {"a": 5}, False),
         ("ceil(a / 3) + round(a / 3) == 4", {"a": 6}, True),
         ("max(a, 4) != 7 and not a == 2", {"a": 7}, False),
+        ("a**2 == 49", {"a": 7}, True),
     ],
 )
 def test_a_condition_holds_for_some_sizes(text, sizes, holds):
@@ -29,11 +30,29 @@ def test_a_condition_holds_for_some_sizes(text, sizes, holds):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a <", "open('x')", "a.real == 1", "(lambda: 1)()", "a == 'x'", "[a] == 1", "b()"]
+    "text",
+    [
+        *("", "a <", "open('x')", "a.real == 1", "(lambda: 1)()", "a == 'x'", "[a] == 1", "b()"),
+        *("9**9**9 > a", "a**b > 2", "a**9 > 2", "a\0 > 2", "(" * 5_000),
+    ],
+    ids=range(13),
 )
 def test_a_text_that_is_no_condition_is_refused(text):
     with pytest.raises(ValueError, match="condition"):
         SizeCondition(text)
+
+
+def test_a_condition_without_its_sizes_does_not_hold():
+    assert not SizeCondition("a < 3 or b < 3").holds({"b": 5})
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("a <", "can't be read"), ("a < c", "is on c, which no input has as a size")]
+)
+def test_a_package_with_a_damaged_condition_is_not_loaded(text, says):
+    specs = [TensorSpec("x", "float32", (DynamicDim("a"),))]
+    with pytest.raises(LoadError, match=rf"model 'm': the condition '{text}' {says}.*damaged"):
+        InputCheck("m", specs, conditions=[text])
 
 
 def test_a_symbol_is_found_and_replaced_as_a_whole():
