@@ -225,8 +225,11 @@ class Trace(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def queue_seconds(self) -> float:
-        """Seconds from submission to the start of the run; 0.0 before the start."""
-        return max(0.0, self.started - self.queued) if self.started else 0.0
+        """Seconds from submission to the start of the run, or to the end without a run.
+
+        0.0 before that.
+        """
+        return max(0.0, (self.started or self.ended or self.queued) - self.queued)
 
     @property
     def run_seconds(self) -> float:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from aoti_sched.errors import ConfigError, brief
+from aoti_sched.events import Trace
+
 if TYPE_CHECKING:
-    from aoti_sched.events import Trace, Wait
+    from aoti_sched.events import Wait
 
 _WHY = {
     "room": "for room in the queue",
@@ -29,6 +32,9 @@ _PREFERRED = {
     "order": ("that was first in order", "that were first in order"),
 }
 """Why one run, or several, were preferred."""
+_UNKNOWN = (
+    "the causes are known while a recording is on, and afterwards by its recording.explain(trace)"
+)
 _MOST = 4
 """Causes that are named; the others are added up."""
 _ENDS = {
@@ -49,7 +55,12 @@ def explain(trace: Trace) -> str:
 
     Args:
         trace: The trace of a request, as `future.trace`.
+
+    Raises:
+        ConfigError: This is no trace.
     """
+    if not isinstance(trace, Trace):
+        raise ConfigError(f"explain(): expected a trace, as `future.trace`, got {brief(trace)}.")
     if trace.state == "REJECTED":
         return "was rejected at once"
     before = trace.started or trace.ended
@@ -75,7 +86,7 @@ def explain(trace: Trace) -> str:
 
 def _causes(waits: tuple[Wait, ...], waited: float) -> str:
     if not waits:
-        return " (the causes were not recorded)" if waited > 0 else ""
+        return f" ({_UNKNOWN})" if waited > 0 else ""
     named = [f"{_time(wait.seconds)} {_cause(wait)}" for wait in waits[:_MOST]]
     if len(waits) > _MOST:
         rest = sum(wait.seconds for wait in waits[_MOST:])

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import msgspec
+
+from aoti_sched.errors import ConfigError, brief
+
+LEAST_SECONDS = 8e-6
+LEAST_SIZE = 1.0
 
 
 class Histogram(msgspec.Struct, frozen=True):
@@ -64,25 +70,33 @@ class Histogram(msgspec.Struct, frozen=True):
     def quantile(self, part: float) -> float:
         """Estimate the value that this part of the values does not exceed; 0.0 without values.
 
-        The values of a bucket are assumed to be spread evenly over it.
+        The values of a bucket are assumed to be spread evenly over it. Sizes are whole numbers.
 
         Args:
             part: From 0.0 to 1.0.
+
+        Raises:
+            ConfigError: The part is not in this range.
         """
+        if not 0.0 <= part <= 1.0:
+            raise ConfigError(f"quantile({brief(part)}): expected a part of all, from 0.0 to 1.0.")
         wanted, before, low = part * self.count, 0, 0.0
         for count, high in zip(self.counts, self.bounds, strict=True):
             if count and before + count >= wanted:
-                return min(self.max, low + (high - low) * (wanted - before) / count)
+                value = min(self.max, low + (high - low) * (wanted - before) / count)
+                return float(max(1, math.ceil(value))) if self.least >= LEAST_SIZE else value
             before += count
             low = high
         return self.max
 
     def __add__(self, other: Histogram) -> Histogram:
-        """Return the histogram of the values of both.
+        """Return the histogram of the values of both; `sum` adds many.
 
         Raises:
             ValueError: The histograms have different buckets.
         """
+        if not isinstance(other, Histogram):
+            return NotImplemented
         if self.least != other.least:
             raise ValueError(
                 f"histogram: buckets from {self.least:g} and from {other.least:g} can't be added. "
@@ -98,6 +112,10 @@ class Histogram(msgspec.Struct, frozen=True):
             self.sum + other.sum,
             max(self.max, other.max),
         )
+
+    def __radd__(self, other: object) -> Histogram:
+        """Return this histogram for the 0 that `sum` begins with."""
+        return self if other == 0 else NotImplemented
 
 
 class EndedRequests(msgspec.Struct, frozen=True, kw_only=True):
@@ -151,8 +169,6 @@ def chosen(
     return total
 
 
-LEAST_SECONDS = 8e-6
-LEAST_SIZE = 1.0
 _NAMES = ("queue", "run", "total", "batch_size")
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
+from aoti_sched import arguments
 from aoti_sched.events import Event, Held, Loaded, MemoryUse, Observer, Pause, Run, Trace, Wait
 from aoti_sched.explanation import explain
 from aoti_sched.timeline import DeviceEvents, pieces, write
@@ -76,7 +77,11 @@ class Recording(Observer):
 
         Args:
             count: How many, at most.
+
+        Raises:
+            ConfigError: The count is no whole number from 0 up.
         """
+        arguments.whole("slowest()", count)
         found = sorted(self._requests, key=lambda one: one.queued - one.ended)[:count]
         return [self._explained(_trace(one)) for one in found]
 

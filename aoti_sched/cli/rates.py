@@ -135,9 +135,9 @@ def _row(
         now = new.histogram(of, outcome=outcome)
         return now if old is None else between(old.histogram(of, outcome=outcome), now)
 
-    total, sizes = lately("total"), lately("batch_size")
+    total = lately("total")
     # Each by itself, since those of a runner that was loaded anew are compared with another's.
-    others = {part.outcome for part in new.ended} - {"completed"}
+    others = {part.outcome for part in new.ended} - {"completed", "cancelled"}
     errors = sum(lately("total", outcome).count for outcome in others)
     rate = total.count / seconds if seconds > 0 else 0.0
     return RunnerRow(
@@ -150,11 +150,32 @@ def _row(
         running=new.running,
         p50=total.p50 if total.count else None,
         p99=total.p99 if total.count else None,
-        batch=sizes.mean if sizes.count else None,
+        batch=requests_of_a_run(old, new),
         epoch=new.epoch,
         memory=new.memory,
         history=history,
     )
+
+
+def requests_of_a_run(old: RunnerStats | None, new: RunnerStats) -> float | None:
+    """Return the mean number of requests in the runs between two moments; None without runs.
+
+    Args:
+        old: The runner's numbers at the first moment; None for the time since its load.
+        new: Its numbers at the second moment.
+    """
+    requests, runs = _requests_and_runs(new)
+    if old is not None:
+        before = _requests_and_runs(old)
+        if requests >= before[0]:  # otherwise the runner was loaded anew
+            requests, runs = requests - before[0], runs - before[1]
+    return requests / runs if requests and runs > 0 else None
+
+
+def _requests_and_runs(runner: RunnerStats) -> tuple[int, int]:
+    """Return how many requests have run, and in how many runs. Batches count from their launch."""
+    requests = runner.histogram("run", outcome=None).count
+    return requests, requests - runner.batched + runner.batches
 
 
 def _runner(report: StatsReport, device: str, name: str) -> RunnerStats | None:

@@ -10,7 +10,7 @@ import msgspec
 from aoti_sched.cli.options import Flag
 from aoti_sched.cli.output import out, print_table, print_title
 from aoti_sched.cli.processes import Process, ask, choose
-from aoti_sched.cli.rates import state
+from aoti_sched.cli.rates import requests_of_a_run, state
 from aoti_sched.cli.units import size_text, time_text
 from aoti_sched.expose.reports import StatsReport
 from aoti_sched.stats import DeviceStats, SchedulerStats
@@ -68,6 +68,7 @@ def _runners(stats: SchedulerStats) -> Iterator[tuple[object, ...]]:
     for device in stats.devices.values():
         for runner in device.runners.values():
             total, run = runner.histogram("total"), runner.histogram("run")
+            size = requests_of_a_run(None, runner)
             yield (
                 runner.name,
                 device.name,
@@ -81,7 +82,7 @@ def _runners(stats: SchedulerStats) -> Iterator[tuple[object, ...]]:
                 time_text(total.p50) if total.count else "-",
                 time_text(total.p99) if total.count else "-",
                 time_text(run.mean) if run.count else "-",
-                f"{runner.histogram('batch_size').mean:.1f}" if run.count else "-",
+                "-" if size is None else f"{size:.1f}",
             )
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aoti_sched import Histogram, SchedulerStats
+from aoti_sched import ConfigError, Histogram, SchedulerStats
 from aoti_sched.engine.numbers import plain
 from aoti_sched.histograms import LEAST_SECONDS, LEAST_SIZE, EndedRequests, chosen, merged
 from aoti_sched.queue import histogram as counted
@@ -149,3 +149,40 @@ def test_counts_can_be_read_between_any_two_values(values):
     for value in values:
         by_hand[next(i for i, bound in enumerate(bounds) if value <= bound)] += 1
     assert counts.counts == by_hand
+
+
+# --- sizes ----------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 5_000), min_size=1), st.floats(0.01, 1.0))
+def test_a_quantile_of_sizes_is_a_size(sizes, part):
+    value = of(sizes, LEAST_SIZE).quantile(part)
+    assert value == int(value)
+    assert 1 <= value <= max(sizes)
+
+
+def test_batches_of_one_have_the_size_one():
+    alone = of([1] * 8, LEAST_SIZE)
+    assert (alone.p50, alone.p99, alone.mean) == (1.0, 1.0, 1.0)
+
+
+# --- sums and mistakes ----------------------------------------------------------------------------
+
+
+def test_histograms_of_several_processes_are_added_by_sum():
+    parts = [of([1e-3, 2e-3]), of([5.0]), of([])]
+    assert sum(parts) == of([1e-3, 2e-3, 5.0])
+
+
+@pytest.mark.parametrize("other", [1, 1.5, "1", None])
+def test_a_histogram_is_added_to_histograms_alone(other):
+    with pytest.raises(TypeError, match="unsupported operand"):
+        of([1.0]) + other
+    with pytest.raises(TypeError):
+        other + of([1.0])
+
+
+@pytest.mark.parametrize("part", [95, -0.1, math.nan])
+def test_a_part_of_all_is_no_percentage(part):
+    with pytest.raises(ConfigError, match=r"quantile\(.*\): expected a part of all, from"):
+        of([1.0]).quantile(part)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 import threading
 
+import msgspec
 import pytest
 
+from aoti_sched import ConfigError, explain
 from aoti_sched.events import Held, Loaded, MemoryUse, Pause, Run, Trace
 from aoti_sched.recording import Recording
 from aoti_sched.spans import Spans
@@ -155,6 +157,25 @@ def test_what_is_not_kept_any_more_is_unknown(is_read):
     assert found.keys() == {"unknown", "order"}
     assert sum(found.values()) == 998.0
     assert found["order"] >= 9.0
+
+
+@pytest.mark.parametrize("count", [-1, "3", 1.5, True])
+def test_a_number_of_slow_requests_is_a_whole_number(count):
+    with pytest.raises(ConfigError, match=r"slowest\(\): expected a whole number, at least 0, got"):
+        Recording().slowest(count)
+
+
+@pytest.mark.parametrize("trace", [None, "job 1", Loaded])
+def test_only_a_trace_can_be_explained(trace):
+    with pytest.raises(ConfigError, match=r"explain\(\): expected a trace, as `future.trace`, got"):
+        explain(trace)
+
+
+def test_a_request_that_never_ran_was_queued_to_its_end():
+    queued = msgspec.structs.replace(request(0, 1.0, 0.0), finished=0.0, ended=0.0)
+    expired = msgspec.structs.replace(queued, state="EXPIRED", ended=3.5)
+    assert (queued.queue_seconds, queued.run_seconds) == (0.0, 0.0)
+    assert (expired.queue_seconds, expired.run_seconds) == (2.5, 0.0)
 
 
 # --- threads --------------------------------------------------------------------------------------

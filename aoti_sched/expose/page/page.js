@@ -81,6 +81,18 @@ function runnerOf(report, device, name) {
   return own(own(report.stats.devices, device)?.runners, name) ?? { ended: [], completed: 0 };
 }
 
+function requestsOfARun(old, runner) {
+  // As `aoti-sched top` has it: batches count from their launch.
+  const counts = (one) => {
+    const requests = one.ended.reduce((sum, part) => sum + countOf(part.run), 0);
+    return [requests, requests - (one.batched ?? 0) + (one.batches ?? 0)];
+  };
+  let [requests, runs] = counts(runner);
+  const [before, runsBefore] = counts(old);
+  if (requests >= before) [requests, runs] = [requests - before, runs - runsBefore];
+  return requests && runs > 0 ? requests / runs : null;
+}
+
 function rowsOf(report) {
   const last = reports.at(-2) ?? report;
   const before = reports.find((one) => one !== report && report.uptime - one.uptime <= WINDOW) ?? last;
@@ -91,11 +103,11 @@ function rowsOf(report) {
       const recent = runnerOf(last, device.name, runner.name);
       const lately = (of, outcome) => between(histogram(old, of, outcome), histogram(runner, of, outcome));
       const total = lately("total", "completed");
-      const sizes = lately("batch_size", "completed");
       const done = countOf(total);
       // Each by itself, since those of a runner that was loaded anew are compared with another's.
       const others = new Set(runner.ended.map((part) => part.outcome));
       others.delete("completed");
+      others.delete("cancelled");
       const errors = [...others].reduce((sum, outcome) => sum + countOf(lately("total", outcome)), 0);
       const time = report.uptime - before.uptime;
       const step = report.uptime - last.uptime;
@@ -109,7 +121,7 @@ function rowsOf(report) {
         running: runner.running,
         p50: done ? quantile(total, 0.5) : null,
         p99: done ? quantile(total, 0.99) : null,
-        batch: countOf(sizes) ? sizes.sum / countOf(sizes) : null,
+        batch: requestsOfARun(old, runner),
         epoch: runner.epoch,
         memory: runner.memory,
         state: stateOf(runner),

@@ -13,9 +13,10 @@ from contextlib import suppress
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from aoti_sched.expose.reports import StatsReport
-from aoti_sched.histograms import Histogram
+from aoti_sched.histograms import EndedRequests, Histogram
 from aoti_sched.testing import FakeBackend, ManualClock, fake_scheduler
 from tests.unit.cli.exposed import ROOT, exposed, folder_for_sockets, variables
 from tests.unit.cli.support import json_of, refused, run
@@ -250,6 +251,40 @@ async def test_the_rates_of_a_runner_that_was_loaded_anew_are_never_below_zero()
             await runner.aclose()
     (row,) = history.rows()
     assert (row.rate, row.errors, row.history) == (4.0, 2.0, (0.0,))
+
+
+def test_a_batch_counts_once_and_the_callers_own_cancellations_are_no_errors(folder):
+    with exposed(folder, "--name", "app"):
+        report = msgspec.convert(json_of("stats"), StatsReport)
+    device = report.stats.devices["cpu"]
+    known = device.runners["slow"]
+
+    def ended(outcome, count):
+        each = dict.fromkeys(("queue", "run", "total"), Histogram(8e-6, (count,), 0.0, 0.0))
+        each["batch_size"] = Histogram(1.0, (count,), float(count), 1.0)
+        return EndedRequests(outcome=outcome, priority="NORMAL", **each)
+
+    def runner(requests, batches, batched):
+        outcomes = [ended(o, 5) for o in ("cancelled", "expired")]
+        return replace(
+            known,
+            ended=(ended("completed", requests - 10), *outcomes),
+            batches=batches,
+            batched=batched,
+        )
+
+    old, new = runner(16, 1, 8), runner(40, 3, 24)  # 9 runs, and 19
+    assert rates.requests_of_a_run(None, old) == pytest.approx(16 / 9)
+    assert rates.requests_of_a_run(old, new) == pytest.approx(24 / 10)
+    assert rates.requests_of_a_run(new, old) == pytest.approx(16 / 9)  # loaded anew
+    assert rates.requests_of_a_run(old, old) is None
+
+    history = rates.History()
+    for number, one in enumerate((replace(known, ended=(), batches=0, batched=0), new)):
+        devices = {"cpu": replace(device, runners={"slow": one})}
+        history.add(replace(report, uptime=number, stats=replace(report.stats, devices=devices)))
+    (row,) = history.rows()
+    assert (row.rate, row.errors, row.batch) == (30.0, 5.0, pytest.approx(40 / 19))
 
 
 def test_a_histogram_of_a_window_is_the_difference():
