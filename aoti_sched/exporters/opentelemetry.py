@@ -17,17 +17,22 @@ import time
 from collections.abc import Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
-from opentelemetry import trace as otel
-from opentelemetry.context import Context
-from opentelemetry.trace import (
-    Link,
-    Span,
-    Status,
-    StatusCode,
-    format_span_id,
-    format_trace_id,
-    set_span_in_context,
-)
+try:
+    from opentelemetry import trace as otel
+    from opentelemetry.context import Context
+    from opentelemetry.trace import (
+        Link,
+        Span,
+        Status,
+        StatusCode,
+        format_span_id,
+        format_trace_id,
+        set_span_in_context,
+    )
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"{__name__} needs the extra otel. Run: pip install 'aoti_sched[otel]'", name=error.name
+    ) from None
 
 from aoti_sched.events import CallerObserver, Run, Trace
 from aoti_sched.version import VERSION

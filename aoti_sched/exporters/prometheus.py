@@ -18,8 +18,14 @@ from asyncio import _get_running_loop  # the public one raises
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
-from prometheus_client.core import Metric
-from prometheus_client.registry import Collector as _Collector
+try:
+    from prometheus_client.core import Metric
+    from prometheus_client.registry import Collector as _Collector
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"{__name__} needs the extra metrics. Run: pip install 'aoti_sched[metrics]'",
+        name=error.name,
+    ) from None
 
 from aoti_sched import arguments
 from aoti_sched.blocking import BlockingScheduler

@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import gzip
 import http.server
+import importlib
 import socket
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -399,3 +401,12 @@ async def test_a_receiver_of_otlp_decodes_the_spans(clock, receiver, request, th
     assert asked.parent_span_id == spans["caller"][1].span_id
     attributes = {one.key: one.value for one in asked.attributes}
     assert attributes["aoti_sched.runner"].string_value == "m"
+
+
+def test_a_missing_package_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "opentelemetry.context", None)
+    monkeypatch.delitem(sys.modules, "aoti_sched.exporters.opentelemetry")
+    with pytest.raises(
+        ModuleNotFoundError, match=r"needs the extra otel\. Run: pip install 'aoti_sched\[otel\]'"
+    ):
+        importlib.import_module("aoti_sched.exporters.opentelemetry")

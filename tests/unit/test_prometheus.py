@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import shutil
 import subprocess
+import sys
 import threading
 
 import pytest
@@ -215,3 +217,13 @@ def test_a_prometheus_server_scrapes_a_process(tmp_path):
         with prometheus_server(registry, tmp_path) as server:
             found = server.ask("sum(aoti_sched_requests_total)")
     assert found == [({}, "7")]
+
+
+def test_a_missing_package_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "prometheus_client.core", None)
+    monkeypatch.delitem(sys.modules, "aoti_sched.exporters.prometheus")
+    with pytest.raises(
+        ModuleNotFoundError,
+        match=r"needs the extra metrics\. Run: pip install 'aoti_sched\[metrics\]'",
+    ):
+        importlib.import_module("aoti_sched.exporters.prometheus")
