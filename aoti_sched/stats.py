@@ -6,11 +6,17 @@ A snapshot is a value: it crosses a wire and holds nothing of the scheduler.
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 
 import msgspec
 
+from aoti_sched import arguments
 from aoti_sched.histograms import EndedRequests, Histogram, chosen
 from aoti_sched.model.specs import BatchDim, ConstantSpec, LeafSpec, SpecSource
+
+_HISTOGRAMS = ("queue", "run", "total", "batch_size")
+_OUTCOMES = ("completed", "failed", "rejected", "expired", "cancelled", "revoked", "shed")
+_PRIORITIES = ("HIGH", "NORMAL", "LOW")
 
 
 class RunnerInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -178,7 +184,7 @@ class RunnerStats(msgspec.Struct, frozen=True, kw_only=True):
         self, of: str = "total", *, outcome: str | None = "completed", priority: object = None
     ) -> Histogram:
         """Return a histogram of the runner's requests, as `SchedulerStats.histogram` does."""
-        return chosen(self.ended, of, outcome, priority)
+        return _chosen(self.ended, of, outcome, priority)
 
 
 class ShadowStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -264,7 +270,7 @@ class DeviceStats(msgspec.Struct, frozen=True, kw_only=True):
         self, of: str = "total", *, outcome: str | None = "completed", priority: object = None
     ) -> Histogram:
         """Return a histogram of the device's requests, as `SchedulerStats.histogram` does."""
-        return chosen(_ended(self), of, outcome, priority)
+        return _chosen(_ended(self), of, outcome, priority)
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -293,11 +299,29 @@ class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
             priority: A `Priority` or its name; None for all.
 
         Raises:
-            ValueError: There is no such histogram.
+            ConfigError: There is no such histogram, outcome or priority.
         """
         parts = [part for device in self.devices.values() for part in _ended(device)]
-        return chosen(parts, of, outcome, priority)
+        return _chosen(parts, of, outcome, priority)
 
 
 def _ended(device: DeviceStats) -> list[EndedRequests]:
     return [part for runner in device.runners.values() for part in runner.ended]
+
+
+def _chosen(
+    parts: Sequence[EndedRequests], of: str, outcome: str | None, priority: object
+) -> Histogram:
+    """Check what is asked for, and add it up. The arguments are those of `histogram`.
+
+    Raises:
+        ConfigError: There is no such histogram, outcome or priority.
+    """
+    arguments.one_of("histogram(of)", of, _HISTOGRAMS)
+    # Numbers of another process may have the outcomes of a later release.
+    if outcome is not None and all(outcome != part.outcome for part in parts):
+        arguments.one_of("histogram(outcome=)", outcome, _OUTCOMES)
+    name = None if priority is None else getattr(priority, "name", priority)
+    if name is not None:
+        arguments.one_of("histogram(priority=)", name, _PRIORITIES)
+    return chosen(parts, of, outcome, name)

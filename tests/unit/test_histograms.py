@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aoti_sched import ConfigError, Histogram, SchedulerStats
+from aoti_sched import ConfigError, Histogram, Priority, SchedulerStats
+from aoti_sched.engine.numbers import OUTCOMES as OUTCOME_BY_STATE
 from aoti_sched.engine.numbers import plain
 from aoti_sched.histograms import LEAST_SECONDS, LEAST_SIZE, EndedRequests, chosen, merged
 from aoti_sched.queue import histogram as counted
@@ -134,6 +135,45 @@ def test_a_histogram_is_chosen_by_its_name_an_outcome_and_a_priority():
 
 def test_a_scheduler_without_devices_has_empty_histograms():
     assert SchedulerStats(devices={}, rules="python").histogram().count == 0
+
+
+OUTCOMES = (
+    "'completed' or 'failed' or 'rejected' or 'expired' or 'cancelled' or 'revoked' or 'shed'"
+)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            {"of": "totl"},
+            "histogram(of): expected 'queue' or 'run' or 'total' or 'batch_size', got 'totl'.",
+        ),
+        ({"outcome": "done"}, f"histogram(outcome=): expected {OUTCOMES}, got 'done'."),
+        ({"outcome": "COMPLETED"}, f"histogram(outcome=): expected {OUTCOMES}, got 'COMPLETED'."),
+        (
+            {"priority": "normal"},
+            "histogram(priority=): expected 'HIGH' or 'NORMAL' or 'LOW', got 'normal'.",
+        ),
+        ({"priority": 7}, "histogram(priority=): expected 'HIGH' or 'NORMAL' or 'LOW', got 7."),
+    ],
+)
+def test_a_histogram_that_can_not_be_is_refused(asked, message):
+    stats = SchedulerStats(devices={}, rules="python")
+    with pytest.raises(ConfigError) as caught:
+        stats.histogram(**asked)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("priority", [None, "HIGH", *Priority])
+def test_a_priority_is_a_member_or_its_name(priority):
+    assert SchedulerStats(devices={}, rules="python").histogram(priority=priority).count == 0
+
+
+def test_every_outcome_can_be_asked_for():
+    stats = SchedulerStats(devices={}, rules="python")
+    for outcome in OUTCOME_BY_STATE.values():
+        assert stats.histogram(outcome=outcome).count == 0
 
 
 @given(st.lists(SECONDS, max_size=30))

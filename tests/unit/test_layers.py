@@ -61,7 +61,7 @@ MAY_IMPORT = {
     "flight": {"errors", "queue", "version", "whole_file"},
     "version": set(),
     "whole_file": set(),
-    "stats": {"errors", "histograms", "model"},
+    "stats": {"arguments", "errors", "histograms", "model"},
     "model": {"arguments", "child", "config", "errors"},
     "package": {"arguments", "errors"},
     "queue": {"errors"},
