@@ -16,7 +16,7 @@ from __future__ import annotations
 import concurrent.futures
 from asyncio import _get_running_loop  # the public one raises
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 try:
     from prometheus_client.core import Metric
@@ -30,17 +30,21 @@ except ModuleNotFoundError as error:
 from aoti_sched import arguments
 from aoti_sched.blocking import BlockingScheduler
 from aoti_sched.exporters.families import families
+from aoti_sched.histograms import LEAST_SECONDS, Histogram
 from aoti_sched.scheduler import Scheduler
-
-if TYPE_CHECKING:
-    from aoti_sched.stats import SchedulerStats
+from aoti_sched.stats import SchedulerStats
 
 PATIENCE = 5.0
 """Seconds that a scrape waits for the event loop."""
+_NO_STATS = SchedulerStats(devices={}, rules="", loop_lag=Histogram(LEAST_SECONDS))
+"""Stats that have every metric, whatever the scheduler's settings are."""
 
 
 class Collector(_Collector):
     """Collects the numbers of one scheduler, for a registry of prometheus_client.
+
+    A registry takes one collector, since a second one has the same metrics, and raises ValueError
+    for it. For several schedulers, make a registry each.
 
     Made on the scheduler's event loop, or in any thread for a `BlockingScheduler`. A scrape in
     another thread waits for the loop, for at most `PATIENCE` seconds.
@@ -66,9 +70,9 @@ class Collector(_Collector):
         self._triton = compat == "triton"
         self._loop = _get_running_loop() if isinstance(scheduler, Scheduler) else None
 
-    def describe(self) -> list[Metric]:
-        """Return nothing: the metrics are known when they are collected."""
-        return []
+    def describe(self) -> Iterator[Metric]:
+        """Return the metrics without samples, by which a registry refuses a second collector."""
+        return families(_NO_STATS, triton=self._triton)
 
     def collect(self) -> Iterator[Metric]:
         """Return all metrics, of one moment.

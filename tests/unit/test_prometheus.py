@@ -183,6 +183,35 @@ def test_a_scheduler_without_a_loop_is_collected_from_any_thread():
         assert count == 1
 
 
+@pytest.mark.parametrize("compat", [None, "triton"])
+async def test_a_registry_refuses_a_second_collector(compat):
+    async with Scheduler(devices={"cpu": FakeBackend({"m": len}, auto=True)}) as scheduler:
+        registry = prometheus_client.CollectorRegistry()
+        registry.register(Collector(scheduler))
+        with pytest.raises(ValueError, match="Duplicated timeseries"):
+            registry.register(Collector(scheduler, compat=compat))
+
+
+@pytest.mark.parametrize("compat", [None, "triton"])
+async def test_every_metric_is_described(compat):
+    backend = FakeBackend({"m": len}, auto=True)
+    async with Scheduler(SchedulerConfig(loop_lag=0.01), devices={"cpu": backend}) as scheduler:
+        await (await scheduler.load("m.pt2")).run("a")
+        collector = Collector(scheduler, compat=compat)
+        described = {(one.name, one.type) for one in collector.describe()}
+        assert described == {(one.name, one.type) for one in collector.collect()}
+        triton = [name for name, _ in described if name.startswith("nv_inference_")]
+        assert bool(triton) == (compat == "triton")
+
+
+async def test_registering_takes_no_snapshot(monkeypatch):
+    async with Scheduler(devices={"cpu": FakeBackend({"m": len}, auto=True)}) as scheduler:
+        taken = []
+        monkeypatch.setattr(scheduler, "stats", lambda: taken.append("a snapshot"))
+        prometheus_client.CollectorRegistry().register(Collector(scheduler))
+        assert not taken
+
+
 # --- Prometheus itself ----------------------------------------------------------------------------
 
 needs_promtool = pytest.mark.skipif(
