@@ -29,6 +29,7 @@ except ModuleNotFoundError as error:
 
 from aoti_sched import arguments
 from aoti_sched.blocking import BlockingScheduler
+from aoti_sched.errors import ConfigError, brief
 from aoti_sched.exporters.families import families
 from aoti_sched.histograms import LEAST_SECONDS, Histogram
 from aoti_sched.scheduler import Scheduler
@@ -64,6 +65,11 @@ class Collector(_Collector):
         *,
         compat: Literal["triton"] | None = None,
     ) -> None:
+        if not isinstance(scheduler, (Scheduler, BlockingScheduler)):
+            raise ConfigError(
+                f"Collector(scheduler): expected a Scheduler or a BlockingScheduler, got "
+                f"{brief(scheduler)}."
+            )
         if compat is not None:
             arguments.one_of("Collector(compat=)", compat, ("triton",))
         self._scheduler = scheduler

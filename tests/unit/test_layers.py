@@ -74,7 +74,7 @@ MAY_IMPORT = {
         "version",
     },
     "expose": {*WORDS, "exporters", "package"},
-    "exporters": {"arguments", "events", "face", "histograms", "stats", "version"},
+    "exporters": {"arguments", "errors", "events", "face", "histograms", "stats", "version"},
     "testing": {*WORDS, "backends", "engine", "face", "flight", "model", "package", "queue"},
     "simulation": {*WORDS, "backends", "engine", "face", "queue", "testing"},
     "cli": {

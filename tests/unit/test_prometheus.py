@@ -212,6 +212,12 @@ async def test_registering_takes_no_snapshot(monkeypatch):
         assert not taken
 
 
+@pytest.mark.parametrize("scheduler", [None, "serving", Scheduler])
+def test_a_collector_is_of_a_scheduler(scheduler):
+    with pytest.raises(ConfigError, match="expected a Scheduler or a BlockingScheduler, got "):
+        Collector(scheduler)
+
+
 # --- Prometheus itself ----------------------------------------------------------------------------
 
 needs_promtool = pytest.mark.skipif(
