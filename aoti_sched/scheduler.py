@@ -40,7 +40,7 @@ from aoti_sched.engine.devices import Devices
 from aoti_sched.engine.dispatcher import Clock, LoopClock
 from aoti_sched.engine.lifecycle import Lifecycle
 from aoti_sched.engine.loop_lag import LoopLag
-from aoti_sched.engine.observers import Observers
+from aoti_sched.engine.observers import Observers, must_be_called
 from aoti_sched.engine.parking import Parking
 from aoti_sched.engine.replica import Replica
 from aoti_sched.engine.router import Router
@@ -488,10 +488,11 @@ class Scheduler:
         An observer may be added before the scheduler is entered, and then sees every load.
 
         Raises:
-            ConfigError: The argument is no `Observer`.
+            ConfigError: The argument is no `Observer`, or a method of it is an `async def`.
         """
         if not isinstance(observer, Observer):
             raise ConfigError(f"add_observer(): expected an Observer, got {brief(observer)}.")
+        must_be_called(observer)
         self._observers.add(observer)
 
     def remove_observer(self, observer: Observer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -18,6 +19,7 @@ from aoti_sched.engine.traces import (
     tag_of,
     trace_of,
 )
+from aoti_sched.errors import ConfigError
 from aoti_sched.events import (
     CallerObserver,
     Event,
@@ -265,6 +267,25 @@ class Observers:
         Their ends are infinite.
         """
         return [event for one in self._dispatchers.values() for event in one.going_on()]
+
+
+def must_be_called(observer: Observer) -> None:
+    """Check that no method of an observer is an `async def`: observers are called, not awaited.
+
+    Raises:
+        ConfigError: A method is one.
+    """
+    kinds = (Observer, CallerObserver) if isinstance(observer, CallerObserver) else (Observer,)
+    for method in (name for kind in kinds for name in vars(kind) if not name.startswith("_")):
+        try:
+            found = getattr(observer, method)
+        except Exception:  # noqa: BLE001, S112 -- foreign code: its call raises again
+            continue
+        if inspect.iscoroutinefunction(found) or inspect.isasyncgenfunction(found):
+            raise ConfigError(
+                f"add_observer(): {type(observer).__name__}.{method} is an async def, and an "
+                "observer is never awaited. Write it as def."
+            )
 
 
 def _overrides(observer: Observer, method: str) -> bool:

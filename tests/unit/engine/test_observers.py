@@ -93,6 +93,33 @@ async def test_each_request_is_seen_once_however_it_ends(clock):
     ]
 
 
+async def _sees(*_):
+    """See nothing."""
+
+
+async def _yields(*_):
+    yield
+
+
+@pytest.mark.parametrize("method", [_sees, _yields])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *((Observer, name) for name in ("finished", "ran", "loaded", "memory_changed")),
+        *((CallerObserver, name) for name in ("held", "caller", "finished_for", "log_values")),
+    ],
+)
+async def test_an_observer_that_would_have_to_be_awaited_is_refused(kind, name, method):
+    later = type("Later", (kind,), {name: method})()
+    async with fake_scheduler(FakeBackend({"m": len})) as scheduler:
+        with pytest.raises(ConfigError) as caught:
+            scheduler.add_observer(later)
+    assert str(caught.value) == (
+        f"add_observer(): Later.{name} is an async def, and an observer is never awaited. Write it "
+        "as def."
+    )
+
+
 async def test_an_observer_that_raises_is_logged_once_and_dropped(clock):
     class Broken(Observer):
         calls = 0
