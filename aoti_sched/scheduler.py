@@ -546,11 +546,15 @@ class Scheduler:
             raise ExposeError(
                 f"expose(): {error.name} is missing. Run: pip install 'aoti_sched[expose]'"
             ) from None
-        if self._door is not None or self._house is None:
-            raise ExposeError("expose(): this scheduler is exposed already.")
-        door = self._door = Door(
-            self, self._house.start, name=name, port=port, weights=bool(weights)
-        )
+        if self._door is not None:
+            one = self._door.exposure
+            raise ExposeError(
+                f"expose(): this scheduler is exposed already, as {one.name!r} at {one.path} and "
+                f"{one.url or 'without a port'}. Ask for a port, and for weights=True, in the "
+                "first call."
+            )
+        start = self._house.start  # type: ignore[union-attr]  # it is open
+        door = self._door = Door(self, start, name=name, port=port, weights=bool(weights))
         try:
             await door.opened()
         except BaseException:

@@ -276,6 +276,19 @@ async def test_a_scheduler_is_exposed_once():
         assert isinstance(results[0], Exposure)
         assert isinstance(results[1], ExposeError)
         assert [found.name for found in sockets.find()] == ["a"]
+        assert str(results[1]) == (
+            "expose(): this scheduler is exposed already, as 'a' at "
+            f"{results[0].path} and without a port. Ask for a port, and for weights=True, in the "
+            "first call."
+        )
+
+
+async def test_a_second_call_of_expose_is_told_of_the_port():
+    async with scheduler_of() as (scheduler, _):
+        url = (await scheduler.expose(port=0)).url
+        with pytest.raises(ExposeError) as caught:
+            await scheduler.expose(port=0)
+        assert f" and {url}. Ask for a port" in str(caught.value)
 
 
 async def test_only_an_open_scheduler_is_exposed():
