@@ -24,6 +24,10 @@ Process = Annotated[str | None, Parameter(show_default=False)]
 PATIENCE = 10.0
 """Seconds that a process has to begin its answer."""
 _PIECE = 1 << 16
+_NONE = (
+    "no scheduler of this user is exposed. A program exposes its scheduler with "
+    "`await scheduler.expose()`."
+)
 _T = TypeVar("_T")
 
 
@@ -91,12 +95,10 @@ def choose(wanted: str | None) -> Target:
     listed = shortened((f"{one.pid}-{one.name}" for one in fitting or every), limit=20)
     if fitting:
         raise UsageError(f"several schedulers are exposed: {listed}. Name one of them.")
+    hint = "" if wanted is None else _hint(wanted)
     if every:
-        raise ExposeError(f"no exposed scheduler is called {wanted!r}. There are {listed}.")
-    raise ExposeError(
-        "no scheduler of this user is exposed. A program exposes its scheduler with "
-        "`await scheduler.expose()`."
-    )
+        raise ExposeError(f"no exposed scheduler is called {wanted!r}. There are {listed}.{hint}")
+    raise ExposeError(f"{_NONE}{hint}")
 
 
 def ask(
@@ -200,10 +202,24 @@ def _through(path: str) -> Target:
     try:
         is_socket = stat.S_ISSOCK(Path(path).stat().st_mode)
     except OSError as error:
-        raise ExposeError(f"{path}: {error.strerror}.") from None
+        paths = shortened((one.path for one in find()), limit=20)
+        there = (
+            f"The exposed schedulers are at {paths}." if paths else f"{_NONE[0].upper()}{_NONE[1:]}"
+        )
+        raise ExposeError(f"{path}: {error.strerror}. {there}{_hint(path)}") from None
     if not is_socket:
         raise UsageError(f"{path}: this is no socket.")
     return Target(path, path)
+
+
+def _hint(wanted: str) -> str:
+    """Return what to write where the text begins with a host and a port; otherwise ""."""
+    try:
+        parts = urllib.parse.urlsplit(f"http://{wanted}")
+        is_one = parts.hostname and parts.port is not None
+    except ValueError:
+        return ""
+    return f" For a port, write http://{parts.netloc}." if is_one else ""
 
 
 def _at(address: str) -> Target:

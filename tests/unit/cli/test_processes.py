@@ -88,7 +88,15 @@ def test_an_option_from_the_environment_names_the_process(app, env):
     [
         ("nothing", 1, "no exposed scheduler is called 'nothing'. There are "),
         ("99999999", 1, "no exposed scheduler is called '99999999'."),
-        ("/nowhere.sock", 1, "/nowhere.sock: No such file or directory."),
+        ("localhost:8765", 1, "app. For a port, write http://localhost:8765."),
+        ("127.0.0.1:80/", 1, "directory. The exposed schedulers are at "),
+        ("127.0.0.1:80/", 1, "-app.sock. For a port, write http://127.0.0.1:80."),
+        ("app:x", 1, "-app."),
+        (
+            "/nowhere.sock",
+            1,
+            "/nowhere.sock: No such file or directory. The exposed schedulers are at ",
+        ),
         ("/etc/hostname", 2, "/etc/hostname: this is no socket."),
         ("https://127.0.0.1:1", 2, "expected an address such as http://127.0.0.1:8001."),
         ("http://127.0.0.1", 2, "expected an address such as http://127.0.0.1:8001."),
@@ -106,6 +114,10 @@ def test_a_process_that_is_not_there_is_said_in_a_sentence(app, env, wanted, cod
 def test_without_any_process_the_error_says_how_to_expose_one(empty):
     line = refused("stats", env=variables(empty), code=1)
     assert line.startswith("no scheduler of this user is exposed.")
+    line = refused("stats", "localhost:1", env=variables(empty), code=1)
+    assert line.endswith("scheduler.expose()`. For a port, write http://localhost:1.")
+    line = refused("stats", "/nowhere.sock", env=variables(empty), code=1)
+    assert line.startswith("/nowhere.sock: No such file or directory. No scheduler of this user is")
     assert not list(empty.iterdir())  # looking makes nothing
 
 
