@@ -140,6 +140,11 @@ def extract_command(
 def _ask(verb: str, asked: object, process: str | None, limit: float | None) -> WeightsReport:
     patience = _LONG if limit is None else limit + PATIENCE
     target = choose(process)
+    if not target.path:
+        raise UsageError(
+            f"{target.label}: weights are changed and extracted through the socket alone. Name the "
+            "process by its id, its name or its socket."
+        )
     return ask(target, f"/weights/{verb}", WeightsReport, body=asked, patience=patience)
 
 

@@ -261,3 +261,12 @@ def test_weights_of_a_process_that_allows_no_changes_stay(app, env, tmp_path):
 )
 def test_a_wrong_change_of_weights_is_refused(app, env, arguments, says):
     assert says in refused("weights", *arguments, env=env)
+
+
+def test_weights_of_a_port_are_refused(app, env, tmp_path):
+    for arguments in (("commit", "slow"), ("extract", "slow", "-o", tmp_path / "x.safetensors")):
+        line = refused("weights", *arguments, "--process", app["url"], env=env)
+        assert line == (
+            f"{app['url']}: weights are changed and extracted through the socket alone. Name the "
+            "process by its id, its name or its socket."
+        )
