@@ -118,7 +118,8 @@ class Writing:
         try:
             return msgspec.json.decode(content, type=kind)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise RefusedError(400, f"{request.url.path}: {error}.") from None
+            what = str(error) if _is_object(content) else f"expected {_described(kind)}"
+            raise RefusedError(400, f"{request.url.path}: {what}.") from None
 
     def _runner(self, name: str) -> Any:
         runners = self._scheduler.runners
@@ -149,6 +150,21 @@ class Writing:
                 updates=tuple(map(msgspec.structs.asdict, (reports or {}).values())),
             )
         )
+
+
+def _is_object(content: bytes | bytearray) -> bool:
+    try:
+        return isinstance(msgspec.json.decode(content), dict)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return False
+
+
+def _described(kind: type[Any]) -> str:
+    """Return what a body has to be: a JSON object with its fields."""
+    fields = msgspec.structs.fields(kind)
+    needed = " and ".join(repr(field.name) for field in fields if field.required)
+    others = ", ".join(repr(field.name) for field in fields if not field.required)
+    return f"a JSON object with {needed}, and where wanted {others}"
 
 
 def _absolute(file: str) -> str:

@@ -587,6 +587,22 @@ async def test_a_body_that_is_no_request_is_refused(body, status):
         assert json.loads(answer.body)["error"]
 
 
+@pytest.mark.parametrize("body", [b"", b"[]", b"3", b'{"runners"', b"\xff"])
+async def test_a_body_that_is_no_object_is_told_the_fields(body):
+    async with scheduler_of() as (scheduler, _):
+        exposure = await scheduler.expose(weights=True)
+        answer = await get(exposure, "/weights/commit", method="POST", body=body)
+        assert answer.json["error"] == (
+            "/weights/commit: expected a JSON object with 'runners', and where wanted 'barrier', "
+            "'keep_previous', 'timeout'."
+        )
+        answer = await get(exposure, "/weights/extract", method="POST", body=body)
+        assert answer.json["error"] == (
+            "/weights/extract: expected a JSON object with 'runner' and 'file', and where wanted "
+            "'inactive'."
+        )
+
+
 def test_the_package_brings_the_files_of_the_page():
     routes = importlib.import_module("aoti_sched.expose.routes")
     names = {path.name for path in routes.PAGE.iterdir()}
