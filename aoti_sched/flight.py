@@ -135,7 +135,13 @@ class FlightRecord:
                 )
             read = msgspec.json.decode(content, type=_File)
         except (msgspec.MsgspecError, RecursionError) as error:
-            raise ReplayError(f"{os.fspath(path)}: this is no flight record: {error}") from None
+            what = f"this is no flight record: {error}"
+            if _is_timeline(content):
+                what = (
+                    "this is a timeline, which can't be replayed. scheduler.flight_record().save "
+                    "writes a flight record"
+                )
+            raise ReplayError(f"{os.fspath(path)}: {what}") from None
         record = cls({})
         record.release = read.release
         record.devices = read.devices
@@ -150,6 +156,18 @@ class _File(msgspec.Struct, kw_only=True):
     version: int
     release: str
     devices: dict[str, DeviceRecord]
+
+
+class _Timeline(msgspec.Struct):
+    events: msgspec.Raw = msgspec.field(name="traceEvents")
+
+
+def _is_timeline(content: bytes) -> bool:
+    try:
+        msgspec.json.decode(content, type=_Timeline)
+    except (msgspec.MsgspecError, RecursionError):
+        return False
+    return True
 
 
 def device_record(record: Record) -> DeviceRecord:

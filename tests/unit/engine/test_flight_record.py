@@ -294,3 +294,19 @@ def test_a_file_that_is_no_record_is_refused(tmp_path, content, message):
     path.write_text(content)
     with pytest.raises(ReplayError, match=message):
         FlightRecord.load(path)
+
+
+async def test_a_timeline_is_told_from_a_flight_record(clock, tmp_path):
+    backend = FakeBackend({"m": len}, clock=clock, auto=True)
+    async with fake_scheduler(backend, clock=clock) as scheduler:
+        runner = await scheduler.load("m.pt2")
+        with scheduler.record() as recording:
+            await runner.run("ab")
+    path = tmp_path / "timeline.json"
+    recording.save(path)
+    with pytest.raises(ReplayError) as caught:
+        replay(path)
+    assert str(caught.value) == (
+        f"{path}: this is a timeline, which can't be replayed. scheduler.flight_record().save "
+        "writes a flight record"
+    )
