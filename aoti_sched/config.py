@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import numbers
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, TypeVar
@@ -328,13 +329,21 @@ def checked_config(config: object) -> SchedulerConfig:
         **sections,
         cache_dir=cache_dir,
         cache_limit=_optional(config.cache_limit, _Count, "cache_limit"),
-        cache_age=_optional(config.cache_age, _Seconds, "cache_age"),
+        cache_age=_duration(config.cache_age, _Seconds, "cache_age"),
         log_requests=flag("log_requests", config.log_requests),
-        slow=_optional(config.slow, _Delay, "slow"),
-        loop_lag=_optional(config.loop_lag, _Delay, "loop_lag"),
+        slow=_duration(config.slow, _Delay, "slow"),
+        loop_lag=_duration(config.loop_lag, _Delay, "loop_lag"),
         flight_facts=converted(config.flight_facts, _Facts, "flight_facts"),
     )
 
 
 def _optional(value: object, kind: type[_T], what: str) -> _T | None:
     return None if value is None else converted(value, kind, what)
+
+
+def _duration(value: object, kind: type[_T], what: str) -> _T | None:
+    if value is not None and not isinstance(value, numbers.Real):
+        raise ConfigError(
+            f"{what}: expected a number of seconds, such as 0.05, got {brief(value)}."
+        )
+    return _optional(value, kind, what)

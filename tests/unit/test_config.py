@@ -2,6 +2,7 @@
 a file names.
 """
 
+import datetime as dt
 import json
 import re
 from pathlib import Path
@@ -608,3 +609,13 @@ async def test_instances_and_lanes_have_upper_bounds(count, write):
     async with Scheduler(devices={"cpu": FakeBackend({"m": len})}) as scheduler:
         with pytest.raises(ConfigError, match="instances"):
             await scheduler.load("m.pt2", instances=count)
+
+
+@pytest.mark.parametrize("name", ["cache_age", "slow", "loop_lag"])
+@pytest.mark.parametrize("value", ["50 ms", dt.timedelta(seconds=1)])
+def test_a_time_in_code_is_a_number_of_seconds(name, value):
+    with pytest.raises(ConfigError) as caught:
+        Scheduler(SchedulerConfig(**{name: value}))
+    assert str(caught.value) == (
+        f"{name}: expected a number of seconds, such as 0.05, got {value!r}."
+    )
