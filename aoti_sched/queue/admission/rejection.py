@@ -54,9 +54,11 @@ def for_now(job: Job, full: str) -> QueueFullError:
         job: The new job.
         full: Why there is no room.
     """
+    # A full source names itself; a tenant and a device do not name the runner.
+    known = full.startswith(f"{job.source.load.name} ")
     return QueueFullError(
-        f"runner {job.source.name!r}: {full}. Send less, raise the bound, or load with "
-        f"overflow='wait'"
+        f"{'' if known else f'runner {job.source.name!r}: '}{full}. Send less, raise the bound, or "
+        f"load with overflow='wait'"
     )
 
 
