@@ -23,7 +23,7 @@ _LEAST_TORCH = (2, 11)
 _PACKAGES = (
     *("anyio", "msgspec", "structlog", "filelock", "cyclopts", "rich", "numpy"),
     *("safetensors", "matplotlib", "uvloop", "starlette", "uvicorn", "textual"),
-    "prometheus_client",
+    *("prometheus_client", "opentelemetry-api"),
 )
 _VARIABLES = (
     *("CXX", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY"),

@@ -1,6 +1,7 @@
 """`doctor`: what it finds, and which sentences it has for what is wrong."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +24,15 @@ def test_the_report_names_what_decides_how_models_run():
     assert 1 <= report["cores"] <= report["cores_in_machine"]
     assert report["packages"]["msgspec"]
     assert report["environment"]["AOTI_SCHED_EXECUTOR"] == "threads"
+
+
+@pytest.mark.parametrize("extra", ["cli", "expose", "metrics", "otel", "top", "web"])
+def test_the_packages_of_every_extra_are_listed(no_torch, extra):
+    project = (Path(__file__).parents[3] / "pyproject.toml").read_text("utf-8")
+    (listed,) = re.findall(rf"^{extra} = \[\n(.*?)^\]", project, re.MULTILINE | re.DOTALL)
+    names = {name.replace("-", "_") for name in re.findall(r'"([\w-]+)>=', listed)}
+    assert names
+    assert names <= {name.replace("-", "_") for name in doctor.examine().packages}
 
 
 def test_people_get_the_problems_last(monkeypatch, capsys, no_torch):
