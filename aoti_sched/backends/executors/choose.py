@@ -1,6 +1,7 @@
 """Chooses a device's executor: native lanes, or Python threads where native lanes are missing.
 
-Native lanes are missing where the installation found no C++ compiler.
+Native lanes are missing where the installation found no C++ compiler, and where the package is
+imported from a source tree that was not installed in place.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 
 from aoti_sched.backends.contracts import Executor
+from aoti_sched.backends.native.missing import missing
 from aoti_sched.errors import ConfigError
 from aoti_sched.events import log
 
@@ -55,10 +57,8 @@ def open_executor(
         raise ConfigError(f"{CHOICE}={wanted!r}: expected 'native' or 'threads'.")
     built = importlib.util.find_spec("aoti_sched.backends.native._native") is not None
     if wanted == "native" and not built:
-        raise ConfigError(
-            f"{CHOICE}=native, but this installation was made without a C++ compiler. Install a "
-            "compiler (g++) and reinstall aoti_sched."
-        )
+        why, remedy = missing()
+        raise ConfigError(f"{CHOICE}=native, but {why}. To have native lanes, {remedy}.")
     if built and wanted != "threads":
         from aoti_sched.backends.native.executor import NativeExecutor
 
@@ -80,10 +80,11 @@ def open_executor(
 @functools.cache
 def warn_of_threads() -> None:
     """Log, once in a process, what an installation without native lanes costs."""
+    why, remedy = missing()
     log.warning(
         "lanes are Python threads",
-        why="aoti_sched was installed without a C++ compiler, so its native lanes are missing",
-        cost="80 to 200 us more per request; install a compiler (g++) and reinstall aoti_sched",
+        why=f"{why}, so its native lanes are missing",
+        cost=f"80 to 200 us more per request; {remedy}",
     )
 
 
