@@ -128,6 +128,43 @@ def test_a_runner_that_has_just_been_loaded_has_its_rates(browser, app):
     visit.page.close()
 
 
+DOT = "getComputedStyle(document.querySelector('#state'), '::before').backgroundColor"
+
+
+def colour(page, name):
+    """A colour of the style sheet, as the browser computes it."""
+    return page.evaluate(
+        "(name) => { const one = document.createElement('i');"
+        " one.style.color = `var(${name})`; document.body.append(one);"
+        " const found = getComputedStyle(one).color; one.remove(); return found; }",
+        name,
+    )
+
+
+def test_the_page_is_neutral_until_a_connection_fails(browser, app):
+    visit = Visit(browser, "about:blank")
+    held = []
+
+    def hold(route):
+        held.append(route)
+
+    visit.page.route("**/stream*", hold)
+    visit.page.goto(app["url"])
+    visit.wait("document.body.dataset.state === 'connecting'")
+    while not held:
+        visit.page.wait_for_timeout(50)
+    assert visit.page.evaluate(DOT) == colour(visit.page, "--faint")
+    held.pop().abort()
+    visit.wait("document.body.dataset.state === 'reconnecting'")
+    assert visit.page.evaluate(DOT) == colour(visit.page, "--bad")
+    while not held:
+        visit.page.wait_for_timeout(50)
+    held.pop().continue_()
+    visit.live()
+    assert visit.page.evaluate(DOT) == colour(visit.page, "--good")
+    visit.page.close()
+
+
 def test_headings_sort_the_table(visit):
     first = "document.querySelector('#runners tbody tr').dataset.runner"
     visit.wait("document.querySelectorAll('#runners tbody tr').length === 2")
