@@ -1,7 +1,7 @@
 """A scheduler that can be looked into: percentiles, why a request was slow, a timeline, metrics,
 and the view of another process.
 
-pip install 'aoti_sched[cli,expose,metrics,top]'
+pip install -e '.[cli,expose,metrics,top]'
 python -m examples.observed                            # three seconds of traffic
 python -m examples.observed --seconds 600 --port 8001  # and http://127.0.0.1:8001 meanwhile
 

