@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Sequence
 
 from aoti_sched.backends.contracts import Executor
-from aoti_sched.backends.native.missing import missing
 from aoti_sched.errors import ConfigError
 from aoti_sched.events import log
 
@@ -57,6 +56,8 @@ def open_executor(
         raise ConfigError(f"{CHOICE}={wanted!r}: expected 'native' or 'threads'.")
     built = importlib.util.find_spec("aoti_sched.backends.native._native") is not None
     if wanted == "native" and not built:
+        from aoti_sched.backends.native.missing import missing
+
         why, remedy = missing()
         raise ConfigError(f"{CHOICE}=native, but {why}. To have native lanes, {remedy}.")
     if built and wanted != "threads":
@@ -80,6 +81,8 @@ def open_executor(
 @functools.cache
 def warn_of_threads() -> None:
     """Log, once in a process, what an installation without native lanes costs."""
+    from aoti_sched.backends.native.missing import missing
+
     why, remedy = missing()
     log.warning(
         "lanes are Python threads",
