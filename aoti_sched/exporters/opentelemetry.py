@@ -173,12 +173,13 @@ def _ids(span: Span) -> dict[str, str]:
 
 
 def _attributes(of: Trace | Run) -> dict[str, str | int]:
-    found: dict[str, str | int] = {
-        f"aoti_sched.{name}": getattr(of, name)
-        for name in ("runner", "device", "epoch", "priority", "batch_size", "job")
-    }
+    names = ["runner", "device", "priority", "job"]
+    if of.started:  # what never ran has none of these
+        names += ["epoch", "batch_size"]
+    found: dict[str, str | int] = {f"aoti_sched.{name}": getattr(of, name) for name in names}
     if isinstance(of, Trace):
-        found["aoti_sched.placement"] = of.placement
+        if of.started:
+            found["aoti_sched.placement"] = of.placement
         found |= {
             f"aoti_sched.{name}": text for name in ("tag", "tenant") if (text := getattr(of, name))
         }

@@ -140,6 +140,8 @@ async def test_a_request_that_fails_is_an_error(clock, spans, provider, tracer, 
     assert (request.status.status_code, request.status.description) == (StatusCode.ERROR, state)
     assert request.attributes["error.type"] == state
     assert ("aoti_sched.run" in names) == run
+    for name in ("epoch", "batch_size", "placement"):
+        assert (f"aoti_sched.{name}" in request.attributes) == run
 
 
 async def test_a_batch_is_one_span_that_is_linked_to_its_members(clock, spans, provider, tracer):
