@@ -122,14 +122,16 @@ def doctor_command(*, json: Flag = False) -> None:
 
 def examine() -> DoctorReport:
     """Return what this machine and this installation have. Imports torch."""
+    from aoti_sched.backends.native.missing import missing
     from aoti_sched.package.platform import this_cpu_isa
 
     problems: list[str] = []
     native = importlib.util.find_spec("aoti_sched.backends.native._native") is not None
     if not native:
+        why, remedy = missing()
         problems.append(
-            "Lanes are Python threads, which cost more for each request. Install a C++ compiler, "
-            "and install aoti_sched anew."
+            f"Lanes are Python threads, which cost more for each request: {why}. To change that, "
+            f"{remedy}."
         )
     compiler = find_compiler()
     if not compiler:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from aoti_sched.backends.aoti.c_abi import FUNCTIONS, ConstantEntry, Library
 from aoti_sched.backends.aoti.constants import Constant
+from aoti_sched.backends.native.missing import missing
 from aoti_sched.errors import MissingCapabilityError
 
 if TYPE_CHECKING:
@@ -53,11 +54,10 @@ def why_not_updatable(library: Library, constants: Sequence[Constant]) -> str:
             "torch 2.13 or newer"
         )
     if map_type() is None:
+        why, remedy = missing()
         return (
-            "a torch before 2.13 compiled it, whose code takes constants in a C++ map, and "
-            "aoti_sched was installed without a C++ compiler, so it can't build one; install a "
-            "compiler (g++) and reinstall aoti_sched, or compile the model again with torch 2.13 "
-            "or newer"
+            f"a torch before 2.13 compiled it, whose code takes constants in a C++ map, and {why}, "
+            f"so it can't build one; {remedy}, or compile the model again with torch 2.13 or newer"
         )
     if misplaces(constants):
         return (
@@ -93,10 +93,8 @@ def mapped(pairs: list[tuple[Constant, torch.Tensor]], handles: list[int]) -> Co
     """Return `entries` as a map for older models. Keep the map while C uses its address."""
     made = map_type()
     if made is None:
-        raise MissingCapabilityError(
-            "aoti_sched was installed without a C++ compiler, so it can't make C++ maps. Install a "
-            "compiler (g++) and reinstall aoti_sched."
-        )
+        why, remedy = missing()
+        raise MissingCapabilityError(f"C++ maps can't be made: {why}. To change that, {remedy}.")
     return made(
         [(constant.spec.name, handle) for (constant, _), handle in zip(pairs, handles, strict=True)]
     )
