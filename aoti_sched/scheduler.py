@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import importlib
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -541,11 +542,14 @@ class Scheduler:
         self._must_be_open()
         arguments.flags("expose", weights=weights)
         try:
+            # Beside the loop, which it would hold up for tens of milliseconds.
+            await anyio.to_thread.run_sync(importlib.import_module, "aoti_sched.expose.server")
             from aoti_sched.expose.server import Door
         except ModuleNotFoundError as error:
             raise ExposeError(
                 f"expose(): {error.name} is missing. Run: pip install 'aoti_sched[expose]'"
             ) from None
+        self._must_be_open()  # it may have been closed meanwhile
         if self._door is not None:
             one = self._door.exposure
             raise ExposeError(

@@ -15,6 +15,7 @@ A client gets the newest numbers when it takes them; nothing is queued for a slo
 from __future__ import annotations
 
 import asyncio
+import importlib
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -157,6 +158,7 @@ class Reading:
 
     async def _metrics(self, _: Request) -> Response:
         try:
+            await anyio.to_thread.run_sync(importlib.import_module, "aoti_sched.expose.metrics")
             from aoti_sched.expose.metrics import CONTENT_TYPE, page
         except ModuleNotFoundError:
             raise RefusedError(
