@@ -156,7 +156,7 @@ def test_perfetto_shows_each_run_and_each_wait_of_a_recording(perfetto):
     severe = "select name, value from stats where severity in ('error', 'data_loss') and value > 0"
     assert page.rows(severe) == [], "Perfetto has found faults in the file"
 
-    runs = recording._devices["cpu"].runs
+    runs = recording._events()["cpu"].runs
     lanes = page.rows(
         "select t.name, s.name, count(*), max(s.depth) from slice s join thread_track k"
         " on s.track_id = k.id join thread t using (utid) group by 1, 2"
