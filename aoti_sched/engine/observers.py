@@ -19,7 +19,7 @@ from aoti_sched.engine.traces import (
     tag_of,
     trace_of,
 )
-from aoti_sched.errors import ConfigError
+from aoti_sched.errors import ConfigError, brief
 from aoti_sched.events import (
     CallerObserver,
     Event,
@@ -152,7 +152,7 @@ class Observers:
         for observer, caller in callers_of(future):
             found = self._try(observer, "log_values", caller)
             try:
-                values.update(**({} if found is None else found))
+                values.update(_named(found))
             except Exception as error:  # noqa: BLE001 -- it is no mapping of names
                 self._drop(observer, error)
         return values
@@ -286,6 +286,22 @@ def must_be_called(observer: Observer) -> None:
                 f"add_observer(): {type(observer).__name__}.{method} is an async def, and an "
                 "observer is never awaited. Write it as def."
             )
+
+
+def _named(found: object) -> dict[str, Any]:
+    """Return what an observer adds to log events.
+
+    Raises:
+        TypeError: It is no mapping of names.
+    """
+    if found is None:
+        return {}
+    if not isinstance(found, Mapping):
+        raise TypeError(f"log_values() returned {brief(found)}, which is no mapping")
+    named = dict(found)
+    if not all(isinstance(name, str) for name in named):
+        raise TypeError(f"log_values() returned {brief(found)}, whose keys are not all names")
+    return named
 
 
 def _overrides(observer: Observer, method: str) -> bool:
