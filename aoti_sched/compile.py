@@ -123,7 +123,8 @@ def compile_package(
                 f"{type(module).__name__} could not be exported: {error}{advice}"
             ) from error
         _check_outputs(program)
-        spec = _described(program, functional, threads=threads, freeze=freeze)
+        guards = SizeGuards(program, _Reader(program).named)
+        spec = _described(program, functional, guards, threads=threads, freeze=freeze)
         spec = msgspec.structs.replace(spec, weights=names_of(module, program))
         if freeze and spec.mutates_buffers:
             raise CompileError(
@@ -156,8 +157,6 @@ def compile_package(
             **(options or {}),
         }
         tell("lowering")
-        guards = SizeGuards(program, _Reader(program).named)
-        guards.new()
         try:
             with telling_compilation(progress):
                 files = _compile(program, inductor)
@@ -274,13 +273,18 @@ def describe(
             output has the same dynamic dimension at `batch_dim`.
     """
     functional = program.run_decompositions({})
-    return _with_batch(
-        _described(program, functional, threads=threads, freeze=freeze), None, batch_dim
-    )
+    guards = SizeGuards(program, _Reader(program).named)
+    spec = _described(program, functional, guards, threads=threads, freeze=freeze)
+    return _with_batch(spec, None, batch_dim)
 
 
 def _described(
-    program: ExportedProgram, functional: ExportedProgram, *, threads: int, freeze: bool
+    program: ExportedProgram,
+    functional: ExportedProgram,
+    guards: SizeGuards,
+    *,
+    threads: int,
+    freeze: bool,
 ) -> ModelSpec:
     """Return the specs without a batch dimension.
 
@@ -288,6 +292,7 @@ def _described(
         program: The exported program.
         functional: The decomposed program. Only its signature states all writes, since in-place
             operators and views of buffers are functional there.
+        guards: What export has noted of the sizes.
         threads: Intra-op threads per run.
         freeze: Whether the weights are folded into the code.
     """
@@ -307,7 +312,7 @@ def _described(
     )
     written = functional.graph_signature.output_specs
     try:
-        conditions = SizeGuards(program, reader.named).new()
+        conditions = guards.new()
     except ValueError as error:
         raise CompileError(
             f"what the module requires of its dynamic sizes can't be stored: {error}. Give the "

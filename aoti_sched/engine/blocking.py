@@ -248,7 +248,9 @@ class BlockingFuture(concurrent.futures.Future[R]):
         run = self._run
         if run is None:
             return None
-        return run.trace if run._has_final_trace else self._ask(lambda: run.trace)  # noqa: SLF001
+        if run.done() and not run._is_observed:  # noqa: SLF001
+            return run._trace_of_job()  # noqa: SLF001
+        return self._ask(lambda: run.trace)
 
     def cancel(self) -> bool:
         """Cancel the request, queued or running. Returns False if the request is done already.

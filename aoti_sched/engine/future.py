@@ -44,10 +44,12 @@ class RunFuture(asyncio.Future[R]):
 
         While a recording is on, `trace.waits` tells why the request waited.
         """
-        replica = self._replica
-        trace = trace_of(self._job, replica.dispatcher.queue, tag_of(self))
-        observers = replica.dispatcher.observers
+        observers, trace = self._replica.dispatcher.observers, self._trace_of_job()
         return trace if observers is None else observers.explained(trace)
+
+    def _trace_of_job(self) -> Trace:
+        """Return the trace without the causes of its waits. It is final once the future is done."""
+        return trace_of(self._job, self._replica.dispatcher.queue, tag_of(self))
 
     def cancel(self, msg: Any = None) -> bool:
         """Cancel the request. Returns False if the request is done already."""
@@ -58,9 +60,9 @@ class RunFuture(asyncio.Future[R]):
         return True
 
     @property
-    def _has_final_trace(self) -> bool:
-        """Whether the trace will not change, and asks no observer: then any thread may read it."""
-        return self.done() and self._replica.dispatcher.observers is None
+    def _is_observed(self) -> bool:
+        """Whether the scheduler has observers, which know more of the request."""
+        return self._replica.dispatcher.observers is not None
 
     # --- for the dispatcher ----------------------------------------------------------------------
 

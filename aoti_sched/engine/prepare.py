@@ -16,7 +16,7 @@ from aoti_sched.engine.warmup import tensors_given, values_for, warm_up
 from aoti_sched.errors import ConfigError, LoadError
 from aoti_sched.model.batch_layout import Grouping, as_requests
 from aoti_sched.model.call_spec import CallSpec, ExportedCallSpec
-from aoti_sched.model.input_check import ArityCheck, Check, InputCheck, WritesCheck, count_bytes
+from aoti_sched.model.input_check import ArityCheck, Check, InputCheck, count_bytes
 from aoti_sched.model.specs import (
     DynamicDim,
     LeafSpec,
@@ -26,6 +26,7 @@ from aoti_sched.model.specs import (
     specs_from_wrapper,
 )
 from aoti_sched.model.wrapper_source import MAY_WRITE, writes_to_buffers
+from aoti_sched.model.writes_check import WritesCheck
 from aoti_sched.queue.selection.placement import (
     AHEAD_LIMIT,
     FOLLOW_LIMIT,

@@ -174,13 +174,9 @@ def _ids(span: Span) -> dict[str, str]:
 
 def _attributes(of: Trace | Run) -> dict[str, str | int]:
     names = ["runner", "device", "priority", "job"]
-    if of.started:  # what never ran has none of these
+    if of.started:  # a request that never ran has none of these
         names += ["epoch", "batch_size"]
-    found: dict[str, str | int] = {f"aoti_sched.{name}": getattr(of, name) for name in names}
     if isinstance(of, Trace):
-        if of.started:
-            found["aoti_sched.placement"] = of.placement
-        found |= {
-            f"aoti_sched.{name}": text for name in ("tag", "tenant") if (text := getattr(of, name))
-        }
-    return found
+        names += ["placement"] if of.started else []
+        names += [name for name in ("tag", "tenant") if getattr(of, name)]
+    return {f"aoti_sched.{name}": getattr(of, name) for name in names}

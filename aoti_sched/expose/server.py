@@ -39,7 +39,7 @@ class _Config(uvicorn.Config):
 
 
 _log = logging.getLogger("uvicorn.error.aoti_sched")
-"""A warning of uvicorn tells of a client's mistake, which every user of the machine can make."""
+"""uvicorn's log without warnings: they tell of mistakes that every user of the machine can make."""
 _log.setLevel(logging.ERROR)
 
 

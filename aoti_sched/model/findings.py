@@ -162,6 +162,7 @@ class Findings:
         self._apart = self._apart and all(
             tensor.is_cpu for tensor in (*module.parameters(), *module.buffers())
         )
+        self._one_symbol: list[tuple[str, str]] = []  # symbols that `merged` has replaced, by which
         self._values = True  # whether the values of two runs can be compared
         self._found: dict[tuple[str, int], str] = {}
         self.impossible = self._why_not()
@@ -219,6 +220,7 @@ class Findings:
             return self._spec
         for other, refused in zip(others, different, strict=True):
             if refused and not child.is_unknown(refused):
+                self._one_symbol.append((other, first))
                 self._spec = msgspec.structs.replace(
                     self._spec,
                     inputs=with_one_symbol(self._spec.inputs, other, first),
@@ -299,6 +301,8 @@ class Findings:
         if self.impossible or not self._apart:
             return ()
         needed = []
+        for old, new in self._one_symbol:
+            conditions = with_symbol(conditions, old, new)
         for text in dict.fromkeys(conditions):
             beyond = self._sizes_beyond(SizeCondition(text))
             trials = [functools.partial(self._compiled, library, sizes) for sizes in beyond]

@@ -9,12 +9,12 @@ that can be done without specs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from aoti_sched.arguments import checked_struct
-from aoti_sched.errors import ConfigError, InputMismatchError, LoadError, brief, shortened
-from aoti_sched.model.size_conditions import SizeCondition
+from aoti_sched.errors import ConfigError, InputMismatchError, brief
+from aoti_sched.model.size_conditions import read_conditions
 from aoti_sched.model.specs import DynamicDim, TensorSpec
 
 if TYPE_CHECKING:
@@ -259,7 +259,7 @@ class InputCheck:
                 )
             )
         self._unbound = [-1] * len(self._symbols)
-        self._conditions = _conditions(model, conditions, self._symbols)
+        self._conditions = read_conditions(model, conditions, self._symbols)
         self._bytes: int | None = None
         """Of all, where they are always the same."""
         if not self._symbols:
@@ -494,70 +494,6 @@ class InputCheck:
 
     def _fail(self, spec: TensorSpec, expected: str, got: str, hint: str = "") -> None:
         raise InputMismatchError(self.model, spec.name, expected, got, hint)
-
-
-def _conditions(
-    model: str, texts: Iterable[str], symbols: Collection[str]
-) -> tuple[SizeCondition, ...]:
-    advice = "The package is damaged, or made by a later release. Compile the model again"
-    try:
-        found = tuple(map(SizeCondition, dict.fromkeys(texts)))
-    except ValueError as error:
-        raise LoadError(f"model {model!r}: {error}. {advice}") from None
-    for condition in found:
-        if unknown := condition.symbols - set(symbols):
-            raise LoadError(
-                f"model {model!r}: the condition {brief(condition.text)} is on "
-                f"{shortened(sorted(unknown))}, which no input has as a size. {advice}"
-            )
-    return found
-
-
-class WritesCheck:
-    """Checks, after another check, that inputs which the model writes to have their own memory.
-
-    What the model reads of an input that shares it would depend on the order of its kernels.
-
-    Args:
-        check: The other check.
-        model: The model's name in errors.
-        names: The names of the inputs.
-        written: Which of them the model writes to.
-    """
-
-    def __init__(
-        self, check: Check, model: str, names: Sequence[str], written: Collection[str]
-    ) -> None:
-        self._check = check
-        self._model = model
-        self._names = names
-        self._written = [index for index, name in enumerate(names) if name in written]
-
-    def __call__(self, tensors: list[torch.Tensor]) -> int:
-        """Return the bytes of the tensors; raise `InputMismatchError` for the first fault."""
-        total = self._check(tensors)
-        places = [_place(tensor) for tensor in tensors]
-        for index in self._written:
-            begin, end = places[index]
-            for other, (first, last) in enumerate(places):
-                if other != index and first < end and begin < last:
-                    raise InputMismatchError(
-                        self._model,
-                        self._names[index],
-                        "memory of its own, because the model writes to it",
-                        f"memory that input {self._names[other]!r} shares",
-                        "Pass one of them as .clone().",
-                    )
-        return total
-
-
-def _place(tensor: torch.Tensor) -> tuple[int, int]:
-    """Return the addresses of a tensor's first byte and of the byte after its last one."""
-    begin = tensor.data_ptr()
-    if not tensor.numel():
-        return begin, begin
-    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return begin, begin + (last + 1) * tensor.element_size()
 
 
 def declared(what: str, inputs: object) -> tuple[TensorSpec, ...]:

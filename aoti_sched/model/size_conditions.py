@@ -12,11 +12,11 @@ from __future__ import annotations
 import ast
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
-from aoti_sched.errors import brief
+from aoti_sched.errors import LoadError, brief, shortened
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -30,6 +30,7 @@ _PARTS = (
     *(ast.FloorDiv, ast.Mod, ast.Pow, ast.Div, ast.Name, ast.Load, ast.Constant, ast.Call),
 )
 _POWERS = range(9)
+"""Exponents. A larger one could take all memory."""
 _FUNCTIONS: dict[str, Any] = {
     one.__name__: one
     for one in (min, max, abs, round, int, float, math.floor, math.ceil, math.trunc)
@@ -54,8 +55,9 @@ class SizeCondition:
 
     def holds(self, sizes: Mapping[str, int]) -> bool:
         """Return whether the condition holds for these values of its symbols, all of them given."""
+        known = {"__builtins__": {}, **_FUNCTIONS}
         try:
-            return bool(eval(self._code, {"__builtins__": {}, **_FUNCTIONS}, dict(sizes)))  # noqa: S307 -- of _PARTS alone
+            return bool(eval(self._code, known, dict(sizes)))  # noqa: S307 -- it has _PARTS alone
         except (ArithmeticError, NameError):  # a division by zero, or a symbol that is not given
             return False
 
@@ -157,6 +159,33 @@ class SizeGuards:
             text = f"{self._named(*symbols)} < {_ASSUMED} or {text}"
         _compiled(text)
         return text
+
+
+def read_conditions(
+    model: str, texts: Iterable[str], symbols: Collection[str]
+) -> tuple[SizeCondition, ...]:
+    """Return the conditions of a package, each once.
+
+    Args:
+        model: The model's name in errors.
+        texts: The conditions.
+        symbols: The symbols of the sizes of the model's inputs.
+
+    Raises:
+        LoadError: A condition can't be read, or is on a size that no input has.
+    """
+    advice = "The package is damaged, or made by a later release. Compile the model again"
+    try:
+        found = tuple(map(SizeCondition, dict.fromkeys(texts)))
+    except ValueError as error:
+        raise LoadError(f"model {model!r}: {error}. {advice}") from None
+    for condition in found:
+        if unknown := condition.symbols - set(symbols):
+            raise LoadError(
+                f"model {model!r}: the condition {brief(condition.text)} is on "
+                f"{shortened(sorted(unknown))}, which no input has as a size. {advice}"
+            )
+    return found
 
 
 def with_symbol(conditions: Iterable[str], old: str, new: str) -> tuple[str, ...]:

@@ -157,7 +157,7 @@ async def test_an_observer_without_the_method_that_it_should_have_is_dropped(clo
             scheduler.add_observer(broken)
             scheduler.add_observer(notes)
             runner = await scheduler.load("m.pt2")
-            scheduler.add_observer(Broken())  # is told at once of the runner
+            scheduler.add_observer(Broken())  # its `loaded` is called at once
             assert await runner.run("ab") == 2
             await settle()
     assert [log["observer"] for log in logs if log["event"] == "observer dropped"] == ["Broken"] * 2
@@ -171,7 +171,7 @@ class Saying(CallerObserver):
         self.says = says
 
     def caller(self):
-        return "somebody"
+        return "a caller"
 
     def log_values(self, caller):
         return self.says
