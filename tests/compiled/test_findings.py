@@ -6,7 +6,7 @@ from torch import nn
 from torch.export import Dim, export
 
 from aoti_sched.child import can_fork
-from aoti_sched.compile import _described
+from aoti_sched.compile import describe
 from aoti_sched.model.findings import Findings
 from tests.models import build
 
@@ -35,7 +35,7 @@ def of_compiled(module, library):
     with torch.no_grad():
         program = export(model.module(), model.args, dynamic_shapes=shapes)
         functional = program.run_decompositions({})
-        spec = _described(program, functional, threads=1, freeze=False)
+        spec = describe(program)
         findings = Findings(module, (model.args, {}), program, functional, spec, shapes)
         findings.try_sizes() if library is None else findings.try_compiled(library)
         return findings.with_minima(spec).inputs[0].shape[0]
