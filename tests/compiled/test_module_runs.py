@@ -8,7 +8,7 @@ from torch import nn
 from torch.export import Dim, export
 
 from aoti_sched.child import can_fork
-from aoti_sched.compile import _check_outputs, _described, _with_batch
+from aoti_sched.compile import _check_outputs, _with_batch, describe
 from aoti_sched.errors import CompileError
 from aoti_sched.model.findings import Findings, separated
 from aoti_sched.model.specs import DynamicDim, TensorSpec
@@ -39,7 +39,7 @@ def found(model, *args, dynamic=ROWS, batch_dim=None):
         program = export(model, arguments[0], dynamic_shapes=shapes)
         _check_outputs(program)
         functional = program.run_decompositions({})
-        spec = _described(program, functional, threads=1, freeze=False)
+        spec = describe(program)
         findings = Findings(model, arguments, program, functional, spec, shapes)
         assert findings.disagreement() == ""
         spec = findings.merged()
@@ -297,7 +297,7 @@ def test_a_program_that_is_not_the_module_is_refused():
     with torch.no_grad():
         other = export(module(lambda x: x * 3), (X,), dynamic_shapes=(ROWS,))
         functional = other.run_decompositions({})
-        spec = _described(other, functional, threads=1, freeze=False)
+        spec = describe(other)
         assert (
             Findings(model, ((X,), {}), other, functional, spec, (ROWS,)).disagreement()
             == "output 0 has other values"
